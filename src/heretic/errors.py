@@ -1,0 +1,54 @@
+"""Errors a user can act on: what is wrong, where, and what to do. Anything else is a defect and keeps its traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can put right; the command prints it without a traceback and exits with `exit_status`."""
+
+    exit_status = 1
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.fix = fix
+
+    def __str__(self) -> str:
+        """One to three lines: what, where, what to do."""
+        lines = [self.what]
+        if self.where:
+            lines.append(f"Where: {self.where}")
+        if self.fix:
+            lines.append(f"To fix: {self.fix}")
+        return "\n".join(lines)
+
+
+class SettingsError(UserError):
+    """A setting is unknown, of the wrong type, or out of range."""
+
+    exit_status = 2
+
+
+class BusyError(UserError):
+    """Another process holds a device or a run."""
+
+    exit_status = 3
+
+
+class StudyMismatch(UserError):
+    """A stored study was made with settings that give other results."""
+
+    exit_status = 4
+
+
+class VerificationFailed(UserError):
+    """The written model is not the model that was measured."""
+
+    exit_status = 5
+
+
+class Interrupted(Exception):
+    """The user asked to stop (Ctrl-C, SIGTERM); everything finished so far is stored."""
+
+    exit_status = 130

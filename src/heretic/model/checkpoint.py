@@ -1,0 +1,264 @@
+"""A model on disk or on the hub: its config, and the names, shapes and places of its tensors, without loading weights.
+
+Only safetensors and GGUF files are read; a checkpoint that needs Python's pickle is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from heretic.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+BYTES_PER_ELEMENT = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint; `file` is None while its shard has not been downloaded."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path | None
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the checkpoint, in bytes."""
+        return self.elements * BYTES_PER_ELEMENT.get(self.dtype, 2)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been looked at but not loaded."""
+
+    model: str
+    folder: Path
+    config: PretrainedConfig
+    tensors: dict[str, TensorInfo] = field(repr=False)
+    gguf_file: str | None = None
+    commit: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors as stored, in bytes."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(t.elements for t in self.tensors.values())
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        """The config of the language part (the config itself unless the model also sees or hears)."""
+        return self.config.get_text_config(decoder=True)
+
+    @property
+    def short_name(self) -> str:
+        """Last part of the model's name, usable in a file name."""
+        name = Path(self.gguf_file).stem if self.gguf_file else Path(self.model).resolve().name if self.is_local else self.model
+        return "".join(c if c.isalnum() or c in "-_." else "-" for c in name.rpartition("/")[2]).strip("-.") or "model"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the user named a folder or file rather than a model on the hub."""
+        return self.commit is None
+
+    def shards(self) -> list[Path]:
+        """The safetensors files, in order of their names."""
+        return sorted({t.file for t in self.tensors.values() if t.file is not None})
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor from its file, as stored."""
+        from safetensors import safe_open
+
+        with safe_open(self.tensors[name].file, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def identity(self) -> str:
+        """A hash that changes when the weights or the config do: headers, sizes and samples of every file, not every byte."""
+        digest = hashlib.sha256()
+        files = [self.folder / self.gguf_file] if self.gguf_file else self.shards()
+        for path in files:
+            _sample(path, digest)
+        config = self.folder / "config.json"
+        if config.is_file() and not self.gguf_file:
+            digest.update(json.dumps(json.loads(config.read_text()), sort_keys=True).encode())
+        return digest.hexdigest()
+
+
+def _sample(path: Path, digest: Any, block: int = 1 << 16, blocks: int = 64) -> None:
+    size = path.stat().st_size
+    digest.update(f"{path.name} {size}".encode())
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 20))
+        for i in range(blocks):
+            file.seek(max(0, (size - block) * i // (blocks - 1)))
+            digest.update(file.read(block))
+
+
+def open_checkpoint(
+    model: str, revision: str = "", *, trust_remote_code: list[str] | None = None, download_weights: bool = True
+) -> Checkpoint:
+    """Find a model and read its config and tensor headers.
+
+    A local folder or .gguf file wins over a hub id of the same name. With `download_weights` a hub model is brought to the
+    local cache in full; without, only its small files and the headers of its weights are fetched. Raises UserError.
+    """
+    if not model:
+        raise UserError("No model was named.", fix='heretic MODEL, or model = "..." in config.toml')
+    path = Path(model).expanduser()
+    trusted = model in (trust_remote_code or [])
+    if path.suffix == ".gguf":
+        return _open_gguf(model, path)
+    if path.is_dir():
+        return Checkpoint(model, path, _config(path, model, trusted), _local_tensors(path))
+    if path.exists():
+        raise UserError(f"{model} is a file, not a model.", fix="name the folder that holds config.json, or a .gguf file")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UserError(f"There is no model folder {model}.", fix="check the path, or name a hub model as owner/name")
+    folder, tensors = _from_hub(model, revision, download_weights)
+    return Checkpoint(model, folder, _config(folder, model, trusted), tensors, commit=folder.name)
+
+
+def _config(folder: Path, model: str, trusted: bool) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} has no config.json, so it is no model folder.", where=str(folder))
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise UserError(
+                f"{model} can only be loaded by running Python code that came with it.",
+                where=str(file),
+                fix=f'read that code, then: trust_remote_code = ["{model}"]',
+            ) from None
+        raise UserError(f"The model's config cannot be read: {text.splitlines()[0]}", where=str(file)) from None
+    _require_decoder(config, file)
+    return config
+
+
+def _require_decoder(config: PretrainedConfig, file: Path) -> None:
+    """Refuse what is not a decoder-only language model, before gigabytes are loaded."""
+    names = config.architectures or []
+    generates = [n for n in names if n.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))]
+    if getattr(config, "is_encoder_decoder", False) or (names and not generates):
+        raise UserError(
+            f"{names[0] if names else config.model_type} is not a decoder-only language model.",
+            where=str(file),
+            fix="name a chat model whose architecture ends in ForCausalLM",
+        )
+
+
+def _local_tensors(folder: Path) -> dict[str, TensorInfo]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"The index of the weights cannot be read: {error!r}", where=str(index)) from None
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(f"The index names a file outside the model's folder: {name!r}", where=str(index))
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+        if (folder / "model.safetensors").is_file():
+            files = [folder / "model.safetensors"]
+    if not files:
+        pickled = [p.name for p in folder.iterdir() if p.suffix in PICKLED]
+        raise UserError(
+            f"{folder} has no .safetensors weights" + (f", only {pickled[0]}, which could run code when loaded." if pickled else "."),
+            where=str(folder),
+            fix="convert the weights to safetensors" if pickled else "download the model again; its weights are missing",
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        tensors.update(_header(file))
+    return tensors
+
+
+def _header(file: Path) -> dict[str, TensorInfo]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            found = {}
+            for name in opened.keys():  # noqa: SIM118  (the handle is not a mapping)
+                piece = opened.get_slice(name)
+                found[name] = TensorInfo(name, tuple(piece.get_shape()), str(piece.get_dtype()), file)
+            return found
+    except FileNotFoundError:
+        raise UserError(f"A file of the weights is missing: {file.name}", where=str(file.parent), fix="download the model again") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"A file of the weights is damaged: {str(error).splitlines()[0]}", where=str(file), fix="download the model again"
+        ) from None
+
+
+def _open_gguf(model: str, path: Path) -> Checkpoint:
+    from transformers import AutoConfig
+
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.", fix="check the path of the GGUF file")
+    try:
+        from gguf import GGUFReader
+
+        reader = GGUFReader(path)
+        # Sizes as they are after loading: dequantised to 2 bytes.
+        tensors = {
+            t.name: TensorInfo(t.name, tuple(int(n) for n in reversed(t.shape.tolist())), "BF16", None) for t in reader.tensors
+        }
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, OSError, KeyError, IndexError) as error:
+        raise UserError(f"The GGUF file cannot be read: {str(error).splitlines()[0] if str(error) else error!r}", where=str(path)) from None
+    return Checkpoint(model, path.parent, config, tensors, gguf_file=path.name)
+
+
+def _from_hub(model: str, revision: str, download_weights: bool) -> tuple[Path, dict[str, TensorInfo]]:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError
+
+    wanted = DOWNLOADED if download_weights else [p for p in DOWNLOADED if p != "*.safetensors"]
+    try:
+        folder = Path(snapshot_download(model, revision=revision or None, allow_patterns=wanted))
+        if any(folder.glob("*.safetensors")) or download_weights:
+            return folder, _local_tensors(folder)
+        metadata = HfApi().get_safetensors_metadata(model, revision=revision or None)
+    except NotASafetensorsRepoError:
+        raise UserError(f"{model} has no safetensors weights on the hub.", fix="choose a model that has them") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise UserError(
+            f"{model} is neither a local folder nor to be had from the Hugging Face hub{offline}: {str(error).splitlines()[0][:200]}",
+            fix="check the name and the network; for gated models: hf auth login",
+        ) from None
+    return folder, {
+        name: TensorInfo(name, tuple(info.shape), info.dtype, None)
+        for file in metadata.files_metadata.values()
+        for name, info in file.tensors.items()
+    }

@@ -1,0 +1,1 @@
+"""The study: its space, its storage, its trials, its front."""

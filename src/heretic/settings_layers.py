@@ -1,0 +1,236 @@
+"""Where settings come from: defaults, TOML file, environment and command line, laid over each other in this order.
+
+`resolve` returns the settings together with the origin of every value, so that a message can always name the file, the line
+and the key. A value that would be ignored (an unknown key anywhere) is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+
+from heretic.errors import SettingsError
+from heretic.settings import Settings, Table
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ENVIRONMENT_PREFIX = "HERETIC_"
+DEFAULT_FILE = "config.toml"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings, the file they were read from (if any), and for every dotted key where its value came from."""
+
+    settings: Settings
+    file: Path | None
+    origins: dict[str, str]
+
+    def origin(self, key: str) -> str:
+        """Where `key` was set: 'config.toml:12', 'HERETIC_SEED', '--set', or 'default'."""
+        while key:
+            if key in self.origins:
+                return self.origins[key]
+            key = key.rpartition(".")[0]
+        return "default"
+
+
+def resolve(
+    config: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    assignments: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Resolved:
+    """Lay the sources over each other; `assignments` are the `key=value` texts of --set.
+
+    Raises SettingsError naming the source, the key and, for a file, the line.
+    """
+    data: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    file = config
+    if file is None and Path(DEFAULT_FILE).is_file():
+        file = Path(DEFAULT_FILE)
+    if file is not None:
+        values, lines = read_toml(file)
+        for key, value in _leaves(values, Settings):
+            _put(data, origins, key, value, f"{file}:{lines[key]}" if key in lines else str(file))
+    for variable, text in (environment or {}).items():
+        if variable.startswith(ENVIRONMENT_PREFIX):
+            key = variable[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
+            _put(data, origins, key, _parse(key, text, variable), variable)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        key = key.strip()
+        if not equals:
+            raise SettingsError(f"--set {assignment}: there is no '='.", fix="write --set key=value")
+        _put(data, origins, key, _parse(key, text.strip(), f"--set {key}"), f"--set {key}")
+    for key, value in (options or {}).items():
+        if value is not None:
+            _put(data, origins, key, value, "option")
+    try:
+        settings = Settings.model_validate(data)
+    except ValidationError as error:
+        raise _explain(error, origins) from None
+    return Resolved(settings, file, origins)
+
+
+def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """A TOML file as plain data, and the line number of every dotted key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SettingsError(
+            f"The settings file {path} does not exist.", fix="check the path, or start from: heretic config --defaults > config.toml"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"The settings file {path} cannot be read: {error}") from None
+    try:
+        return tomllib.loads(text), line_numbers(text)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"at line (\d+)", str(error))
+        where = f"{path}:{found.group(1)}" if found else str(path)
+        raise SettingsError(f"This is not valid TOML: {error}", where=where) from None
+
+
+_KEY = re.compile(r"""^\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
+_HEADER = re.compile(r"^\s*\[\[?\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
+
+
+def line_numbers(text: str) -> dict[str, int]:
+    """Line numbers (from 1) of the keys and tables of a valid TOML text; the parser in the library does not keep them."""
+    numbers: dict[str, int] = {}
+    table = ""
+    closing = ""  # the delimiter that ends the multi-line string that we are in
+    for number, line in enumerate(text.splitlines(), start=1):
+        if closing:
+            closing = "" if closing in line else closing
+            continue
+        for delimiter in ('"""', "'''"):
+            if line.count(delimiter) == 1:
+                closing = delimiter
+        if header := _HEADER.match(line):
+            table = _dotted(header.group(1))
+            numbers.setdefault(table, number)
+        elif key := _KEY.match(line):
+            numbers.setdefault(f"{table}.{_dotted(key.group(1))}" if table else _dotted(key.group(1)), number)
+    return numbers
+
+
+def _dotted(key: str) -> str:
+    return ".".join(part.strip().strip("\"'") for part in key.split("."))
+
+
+def _field(key: str) -> tuple[type[Table], str] | None:
+    """The table and field that a dotted key names; None if there is none."""
+    table: type[Table] = Settings
+    *parents, name = key.split(".")
+    for parent in parents:
+        field = table.model_fields.get(parent)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Table)):
+            return None
+        table = field.annotation
+    return (table, name) if name in table.model_fields else None
+
+
+def all_keys(table: type[Table] = Settings, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema that holds a value."""
+    for name, field in table.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Table):
+            yield from all_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _leaves(values: Mapping[str, Any], table: type[Table] | None, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values; goes down only into what the schema knows as a table, so that maps stay values."""
+    for name, value in values.items():
+        field = table.model_fields.get(name) if table else None
+        annotation = field.annotation if field else None
+        if isinstance(value, dict) and isinstance(annotation, type) and issubclass(annotation, Table):
+            yield from _leaves(value, annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _put(data: dict[str, Any], origins: dict[str, str], key: str, value: Any, origin: str) -> None:
+    if _field(key) is None:
+        near = difflib.get_close_matches(key, list(all_keys()), n=1, cutoff=0.5)
+        if not near:  # the right name in the wrong table
+            near = [known for known in all_keys() if known.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+        raise SettingsError(
+            f"There is no setting '{key}'.",
+            where=origin,
+            fix=f"did you mean '{near[0]}'?" if near else "see: heretic config --defaults",
+        )
+    origins[key] = origin
+    *parents, name = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+    data[name] = value
+
+
+def _parse(key: str, text: str, origin: str) -> Any:
+    """A value from outside TOML: read as a TOML value where the field allows that, else as plain text."""
+    found = _field(key)
+    if found is None:
+        return text  # _put names the unknown key
+    adapter: TypeAdapter[Any] = TypeAdapter(found[0].model_fields[found[1]].annotation)
+    candidates: list[Any] = [text]
+    try:
+        candidates.insert(0, tomllib.loads(f"value = {text}")["value"])
+    except tomllib.TOMLDecodeError:
+        pass
+    for candidate in candidates:
+        try:
+            adapter.validate_python(candidate, strict=True)
+        except ValidationError:
+            continue
+        return candidate
+    return candidates[0]  # validation of the whole says what is wrong with it
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> SettingsError:
+    """pydantic's first complaint, in our words, with the origin of the value."""
+    problem = error.errors()[0]
+    known = set(all_keys())
+    path = [str(part) for part in problem["loc"]]
+    key = next((".".join(path[:n]) for n in range(len(path), 0, -1) if ".".join(path[:n]) in known), ".".join(path))
+    where = next((origins[k] for k in (key, *(k for k in origins if key.startswith(k) or k.startswith(key + "."))) if k in origins), "")
+    value = problem["input"]
+    got = f"{value!r}" if isinstance(value, (str, int, float, bool, list)) else type(value).__name__
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    return SettingsError(f"The setting '{key}' cannot be {got}: {message}.", where=where or None, fix=_expected(key))
+
+
+def _expected(key: str) -> str | None:
+    found = _field(key)
+    if found is None:
+        return None
+    return f"'{key}' takes {describe_type(found[0].model_fields[found[1]].annotation)}"
+
+
+def describe_type(annotation: Any) -> str:
+    """A field's type in words, for messages and documentation."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe_type(a) for a in arguments)
+    if str(origin) == "typing.Literal":
+        return "one of " + ", ".join(f'"{a}"' for a in arguments)
+    if origin is list:
+        return f"a list, each {describe_type(arguments[0])}"
+    if origin is dict:
+        return f"a table of {describe_type(arguments[1])}"
+    if hasattr(annotation, "__metadata__"):
+        return describe_type(arguments[0])
+    return {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}.get(annotation, str(annotation))
