@@ -16,9 +16,11 @@ Geometry = Literal["plain", "row_normalized", "norm_preserving"]
 
 def setting(default: Any, description: str, *, neutral: bool = False, **limits: Any) -> Any:
     """A documented field; `neutral` marks what cannot change a study's results."""
-    extra = {"neutral": True} if neutral else None
+    extra: Any = {"neutral": True} if neutral else None
     if isinstance(default, (list, dict, BaseModel)):
-        return Field(default_factory=lambda: _fresh(default), description=description, json_schema_extra=extra, **limits)
+        return Field(
+            default_factory=lambda: _fresh(default), description=description, json_schema_extra=extra, **limits
+        )
     return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
@@ -107,12 +109,18 @@ class KernelSpace(Table):
     """The space of one component's kernel: strengths over the layers."""
 
     max_weight: Range = setting(
-        [0.8, 1.5], "Range of the largest strength; what is drawn below 0 counts as exactly 0: this component is left alone."
+        [0.8, 1.5],
+        "Range of the largest strength; what is drawn below 0 counts as exactly 0: this component is left alone.",
     )
-    max_weight_position: Range = setting([0.6, 1.0], "Range of the layer with the largest strength, as a share of the depth.")
-    min_weight: Range = setting([0.0, 1.0], "Range of the smallest strength inside the kernel, as a share of the largest.")
+    max_weight_position: Range = setting(
+        [0.6, 1.0], "Range of the layer with the largest strength, as a share of the depth."
+    )
+    min_weight: Range = setting(
+        [0.0, 1.0], "Range of the smallest strength inside the kernel, as a share of the largest."
+    )
     min_weight_distance: Range = setting(
-        [0.05, 0.6], "Range of the distance at which the smallest strength is reached, as a share of the depth; 0 strength beyond."
+        [0.05, 0.6],
+        "Range of the distance at which the smallest strength is reached, as a share of the depth; 0 strength beyond.",
     )
 
 
@@ -125,7 +133,9 @@ class Search(Table):
         "`global`: one layer's direction (or a mix of two neighbours) is removed everywhere; `per_layer`: each layer's own.",
         min_length=1,
     )
-    direction_index: Range = setting([0.4, 0.9], "Range of the layer that gives the global direction, as a share of the depth.")
+    direction_index: Range = setting(
+        [0.4, 0.9], "Range of the layer that gives the global direction, as a share of the depth."
+    )
     attention: KernelSpace = setting(KernelSpace(), "The kernel over attention output projections.")
     mlp: KernelSpace = setting(KernelSpace(max_weight=[-0.25, 1.5]), "The kernel over MLP down projections.")
 
@@ -149,9 +159,14 @@ class Settings(Table):
     model: str = setting("", "The model: a Hugging Face id, a local folder, or a .gguf file.")
     revision: str = setting("", "A branch, tag or commit of the model on the hub; empty for the newest.")
     save_to: str = setting("", "Folder for the resulting model; empty: nothing is exported at the end.", neutral=True)
-    n_trials: int = setting(200, "Trials in the finished study, counted over all sessions that worked on it.", neutral=True, ge=1)
+    n_trials: int = setting(
+        200, "Trials in the finished study, counted over all sessions that worked on it.", neutral=True, ge=1
+    )
     batch_size: int = setting(
-        0, "Prompts per forward pass; 0: chosen from the memory at hand. Halved by itself when memory runs out.", neutral=True, ge=0
+        0,
+        "Prompts per forward pass; 0: chosen from the memory at hand. Halved by itself when memory runs out.",
+        neutral=True,
+        ge=0,
     )
     device_map: str | dict[str, int | str] = setting(
         "planned",
@@ -171,7 +186,12 @@ class Settings(Table):
     trust_remote_code: list[str] = setting(
         [], "Models whose own Python code may be executed, by exactly the name given in `model`."
     )
-    system_prompt: str = setting("", "System message of every conversation; empty: none is sent, and the template's own default applies.")
+    system_prompt: str = setting(
+        "", "System message of every conversation; empty: none is sent, and the template's own default applies."
+    )
+    chat_template: str = setting(
+        "", "A Jinja file with the chat template, for models that come without one; empty: the model's own."
+    )
     response_prefix: str = setting(
         "auto",
         "Text that every answer is made to begin with. `auto`: what the model's answers have in common is found by asking "
@@ -193,13 +213,15 @@ class Settings(Table):
     )
     cache_weights: bool = setting(
         True,
-        "With apply = \"weights\": true keeps a copy of the edited tensors (only those) beside the model; false reads them "
+        'With apply = "weights": true keeps a copy of the edited tensors (only those) beside the model; false reads them '
         "again from the checkpoint.",
         neutral=True,
     )
     seed: int = setting(0, "Seed of the search.", ge=0)
     runs_dir: str = setting("runs", "Folder that holds one folder per run.", neutral=True)
-    run_name: str = setting("", "Name of the run's folder; empty: the model's name and a fingerprint of the settings.", neutral=True)
+    run_name: str = setting(
+        "", "Name of the run's folder; empty: the model's name and a fingerprint of the settings.", neutral=True
+    )
     storage: str = setting("", "Optuna storage URL; empty: `study.db` (SQLite) in the run's folder.", neutral=True)
     select: Literal["fewest_refusals_under_kl", "lowest_kl_under_refusals"] = setting(
         "fewest_refusals_under_kl",
@@ -211,7 +233,9 @@ class Settings(Table):
     max_refusals: int = setting(3, "Most refusals that `lowest_kl_under_refusals` accepts.", neutral=True, ge=0)
     prompts: Prompts = setting(Prompts(), "The four prompt sets.")
     directions: Directions = setting(Directions(), "How the refusal direction of every layer is found.")
-    ablation: AblationSettings = setting(AblationSettings(), "What is done to the weights that write to the residual stream.")
+    ablation: AblationSettings = setting(
+        AblationSettings(), "What is done to the weights that write to the residual stream."
+    )
     search: Search = setting(Search(), "What the study searches. Ranges are [lowest, highest].")
 
     def results_part(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ and the key. A value that would be ignored (an unknown key anywhere) is an error
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import sys
@@ -91,7 +92,8 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SettingsError(
-            f"The settings file {path} does not exist.", fix="check the path, or start from: heretic config --defaults > config.toml"
+            f"The settings file {path} does not exist.",
+            fix="check the path, or start from: heretic config --defaults > config.toml",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"The settings file {path} cannot be read: {error}") from None
@@ -185,12 +187,11 @@ def _parse(key: str, text: str, origin: str) -> Any:
     found = _field(key)
     if found is None:
         return text  # _put names the unknown key
-    adapter: TypeAdapter[Any] = TypeAdapter(found[0].model_fields[found[1]].annotation)
+    annotation: Any = found[0].model_fields[found[1]].annotation
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
     candidates: list[Any] = [text]
-    try:
+    with contextlib.suppress(tomllib.TOMLDecodeError):
         candidates.insert(0, tomllib.loads(f"value = {text}")["value"])
-    except tomllib.TOMLDecodeError:
-        pass
     for candidate in candidates:
         try:
             adapter.validate_python(candidate, strict=True)
@@ -206,7 +207,14 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> SettingsErro
     known = set(all_keys())
     path = [str(part) for part in problem["loc"]]
     key = next((".".join(path[:n]) for n in range(len(path), 0, -1) if ".".join(path[:n]) in known), ".".join(path))
-    where = next((origins[k] for k in (key, *(k for k in origins if key.startswith(k) or k.startswith(key + "."))) if k in origins), "")
+    where = next(
+        (
+            origins[k]
+            for k in (key, *(k for k in origins if key.startswith(k) or k.startswith(key + ".")))
+            if k in origins
+        ),
+        "",
+    )
     value = problem["input"]
     got = f"{value!r}" if isinstance(value, (str, int, float, bool, list)) else type(value).__name__
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
@@ -233,4 +241,6 @@ def describe_type(annotation: Any) -> str:
         return f"a table of {describe_type(arguments[1])}"
     if hasattr(annotation, "__metadata__"):
         return describe_type(arguments[0])
-    return {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}.get(annotation, str(annotation))
+    return {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}.get(
+        annotation, str(annotation)
+    )

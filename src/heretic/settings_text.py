@@ -54,7 +54,9 @@ def _document(values: Table, table: type[Table], prefix: str, origin: Callable[[
         came_from = origin(prefix + name)
         if came_from is None:
             lines.append("")
-            lines += textwrap.wrap(field.description or "", 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+            lines += textwrap.wrap(
+                field.description or "", 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
+            )
             lines.append(f"# Takes {describe_type(field.annotation)}.")
             lines += _assignment(name, value)
         else:

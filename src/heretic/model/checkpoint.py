@@ -24,7 +24,17 @@ BYTES_PER_ELEMENT = {
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+DOWNLOADED = [
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "README.md",
+]
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,13 @@ class Checkpoint:
     @property
     def short_name(self) -> str:
         """Last part of the model's name, usable in a file name."""
-        name = Path(self.gguf_file).stem if self.gguf_file else Path(self.model).resolve().name if self.is_local else self.model
+        name = (
+            Path(self.gguf_file).stem
+            if self.gguf_file
+            else Path(self.model).resolve().name
+            if self.is_local
+            else self.model
+        )
         return "".join(c if c.isalnum() or c in "-_." else "-" for c in name.rpartition("/")[2]).strip("-.") or "model"
 
     @property
@@ -134,7 +150,9 @@ def open_checkpoint(
     if path.is_dir():
         return Checkpoint(model, path, _config(path, model, trusted), _local_tensors(path))
     if path.exists():
-        raise UserError(f"{model} is a file, not a model.", fix="name the folder that holds config.json, or a .gguf file")
+        raise UserError(
+            f"{model} is a file, not a model.", fix="name the folder that holds config.json, or a .gguf file"
+        )
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UserError(f"There is no model folder {model}.", fix="check the path, or name a hub model as owner/name")
     folder, tensors = _from_hub(model, revision, download_weights)
@@ -192,9 +210,12 @@ def _local_tensors(folder: Path) -> dict[str, TensorInfo]:
     if not files:
         pickled = [p.name for p in folder.iterdir() if p.suffix in PICKLED]
         raise UserError(
-            f"{folder} has no .safetensors weights" + (f", only {pickled[0]}, which could run code when loaded." if pickled else "."),
+            f"{folder} has no .safetensors weights"
+            + (f", only {pickled[0]}, which could run code when loaded." if pickled else "."),
             where=str(folder),
-            fix="convert the weights to safetensors" if pickled else "download the model again; its weights are missing",
+            fix="convert the weights to safetensors"
+            if pickled
+            else "download the model again; its weights are missing",
         )
     tensors: dict[str, TensorInfo] = {}
     for file in files:
@@ -213,10 +234,14 @@ def _header(file: Path) -> dict[str, TensorInfo]:
                 found[name] = TensorInfo(name, tuple(piece.get_shape()), str(piece.get_dtype()), file)
             return found
     except FileNotFoundError:
-        raise UserError(f"A file of the weights is missing: {file.name}", where=str(file.parent), fix="download the model again") from None
+        raise UserError(
+            f"A file of the weights is missing: {file.name}", where=str(file.parent), fix="download the model again"
+        ) from None
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"A file of the weights is damaged: {str(error).splitlines()[0]}", where=str(file), fix="download the model again"
+            f"A file of the weights is damaged: {str(error).splitlines()[0]}",
+            where=str(file),
+            fix="download the model again",
         ) from None
 
 
@@ -231,11 +256,14 @@ def _open_gguf(model: str, path: Path) -> Checkpoint:
         reader = GGUFReader(path)
         # Sizes as they are after loading: dequantised to 2 bytes.
         tensors = {
-            t.name: TensorInfo(t.name, tuple(int(n) for n in reversed(t.shape.tolist())), "BF16", None) for t in reader.tensors
+            t.name: TensorInfo(t.name, tuple(int(n) for n in reversed(t.shape.tolist())), "BF16", None)
+            for t in reader.tensors
         }
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, OSError, KeyError, IndexError) as error:
-        raise UserError(f"The GGUF file cannot be read: {str(error).splitlines()[0] if str(error) else error!r}", where=str(path)) from None
+        raise UserError(
+            f"The GGUF file cannot be read: {str(error).splitlines()[0] if str(error) else error!r}", where=str(path)
+        ) from None
     return Checkpoint(model, path.parent, config, tensors, gguf_file=path.name)
 
 
@@ -253,8 +281,9 @@ def _from_hub(model: str, revision: str, download_weights: bool) -> tuple[Path, 
         raise UserError(f"{model} has no safetensors weights on the hub.", fix="choose a model that has them") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"{model} is neither a local folder nor to be had from the Hugging Face hub{offline}: {str(error).splitlines()[0][:200]}",
+            f"{model} is neither a local folder nor to be had from the Hugging Face hub{offline}: {reason}",
             fix="check the name and the network; for gated models: hf auth login",
         ) from None
     return folder, {

@@ -1,0 +1,63 @@
+"""The refusal direction of every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from heretic.errors import UserError
+from heretic.files import read_tensors, write_tensors
+from heretic.model.capture import ResidualMeans
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Unit vectors [layers, width] in float32: row l is the direction in the residual stream after block l."""
+
+    vectors: Tensor
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.vectors)
+
+    def mix(self, index: float) -> Tensor:
+        """Coefficients c [layers] with `c @ vectors` the unit direction at a layer index that may lie between two layers."""
+        low = min(max(int(index), 0), self.num_layers - 1)
+        high = min(low + 1, self.num_layers - 1)
+        coefficients = torch.zeros(self.num_layers)
+        coefficients[low] += 1 - (index - low)
+        coefficients[high] += index - low
+        return coefficients / (coefficients @ self.vectors).norm()
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file."""
+        write_tensors(path, {"directions": self.vectors}, {"layout": "row l: unit direction after block l"})
+
+    @classmethod
+    def load(cls, path: Path) -> Directions:
+        """Read what `save` wrote. Raises UserError if the file is damaged."""
+        return cls(read_tensors(path)["directions"])
+
+
+def mean_difference(harmful: ResidualMeans, harmless: ResidualMeans, *, project_harmless: bool) -> Directions:
+    """Normalised difference of mean residuals, harmful minus harmless (Arditi et al. 2024, arXiv 2406.11717, section 2.3).
+
+    With `project_harmless` its part along the harmless mean is removed first. Raises UserError if a layer has no difference.
+    """
+    difference = harmful.mean - harmless.mean
+    if project_harmless:
+        common = torch.nn.functional.normalize(harmless.mean, dim=-1)
+        difference = difference - (difference * common).sum(-1, keepdim=True) * common
+    norms = difference.norm(dim=-1, keepdim=True)
+    flat = [layer for layer, norm in enumerate(norms.flatten().tolist()) if not norm > 1e-9]
+    if flat:
+        raise UserError(
+            f"The harmful and harmless prompts give the same residuals in layer {flat[0]}: there is no direction to find.",
+            where="prompts.harmful_train, prompts.harmless_train",
+            fix="use prompt sets that differ in whether the model declines",
+        )
+    return Directions((difference / norms).float())

@@ -1,0 +1,107 @@
+"""The ablation of one writer, as an operator on its output: y' = n * (y - u (w . y)).
+
+Every geometry is one function that gives u, w and n for a direction and a strength. What needs the writer's weight is
+computed once per study (`WriterFacts`), linear in the direction, so that preparing a trial is vector arithmetic.
+The formulas, and the check that attached and baked models agree, are in the design; `row_normalized` is the edit that
+`(I - s v vT)` makes on rows of norm 1, `norm_preserving` gives each row its old norm again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# Rows of a weight that are this small count as zero: they write nothing, and D^-1 must not blow them up.
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Operator:
+    """u, w and n of one writer, each [width] in float32; n is None where no scaling follows."""
+
+    u: Tensor
+    w: Tensor
+    n: Tensor | None = None
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """Apply to outputs [..., width]; computed in float32, returned in the type of `y`."""
+        full = y.float()
+        edited = full - (full @ self.w).unsqueeze(-1) * self.u
+        if self.n is not None:
+            edited = edited * self.n
+        return edited.to(y.dtype)
+
+    def on_weight(self, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The same edit written into a weight [width, inputs] and its bias [width], in float32."""
+        edited = weight.float() - torch.outer(self.u, self.w @ weight.float())
+        if self.n is not None:
+            edited = edited * self.n.unsqueeze(-1)
+        return edited, None if bias is None else self(bias.float())
+
+    def to(self, device: torch.device | str) -> Operator:
+        """The same operator on another device."""
+        return Operator(self.u.to(device), self.w.to(device), None if self.n is None else self.n.to(device))
+
+
+@dataclass(frozen=True)
+class WriterFacts:
+    """What the geometries need to know of one writer's weight W [width, inputs], for a set of k directions.
+
+    `norms` is D, the norms of W's rows [width]. With Wn = W / D and the directions V [k, width]: `a = V Wn` would be [k, inputs];
+    kept are `g` = (Wn a^T)^T [k, width] and `gram` = a a^T [k, k], from which any mix of the directions follows.
+    """
+
+    norms: Tensor
+    g: Tensor
+    gram: Tensor
+
+    def to(self, device: torch.device | str) -> WriterFacts:
+        """The same facts on another device."""
+        return replace(self, norms=self.norms.to(device), g=self.g.to(device), gram=self.gram.to(device))
+
+
+@torch.no_grad()
+def study_weight(weight: Tensor, directions: Tensor, rows_at_once: int = 4096) -> WriterFacts:
+    """Facts of a weight [width, inputs] for directions [k, width]; rows are taken in chunks to bound the memory."""
+    norms = weight.norm(dim=1).clamp_min(TINY)
+    directions = directions.to(weight.device)
+    a = torch.zeros(len(directions), weight.shape[1], device=weight.device)
+    for start in range(0, len(weight), rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        a += directions[:, rows] @ (weight[rows] / norms[rows, None])
+    g = torch.cat(
+        [
+            a @ (chunk / d[:, None]).T
+            for chunk, d in zip(weight.split(rows_at_once), norms.split(rows_at_once), strict=True)
+        ],
+        dim=1,
+    )
+    return WriterFacts(norms, g, a @ a.T)
+
+
+def plain(v: Tensor, strength: float, facts: WriterFacts | None, mix: Tensor) -> Operator:
+    """(I - s v vT) W."""
+    return Operator(strength * v, v)
+
+
+def row_normalized(v: Tensor, strength: float, facts: WriterFacts | None, mix: Tensor) -> Operator:
+    """D (I - s v vT) D^-1 W, D the norms of W's rows."""
+    assert facts is not None
+    return Operator(strength * facts.norms * v, v / facts.norms)
+
+
+def norm_preserving(v: Tensor, strength: float, facts: WriterFacts | None, mix: Tensor) -> Operator:
+    """`row_normalized`, then every row scaled back to its old norm: N_i^2 = 1 - 2 s v_i g_i + s^2 v_i^2 |a|^2."""
+    assert facts is not None
+    g = mix @ facts.g
+    a_squared = mix @ facts.gram @ mix
+    squared = 1 - 2 * strength * v * g + (strength * v) ** 2 * a_squared
+    return Operator(strength * facts.norms * v, v / facts.norms, squared.clamp_min(TINY).rsqrt())
+
+
+Geometry = Callable[[Tensor, float, "WriterFacts | None", Tensor], Operator]
+GEOMETRIES: dict[str, Geometry] = {"plain": plain, "row_normalized": row_normalized, "norm_preserving": norm_preserving}
+NEEDS_FACTS = {"row_normalized", "norm_preserving"}

@@ -1,0 +1,84 @@
+"""`make demo`: the whole job on a model whose state before the guard is known.
+
+Because it is known, the demo can say what no real case can: how close the ablated model came back to the model that never
+had the guard, on the very requests that the guard declines.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from torch import Tensor
+
+from heretic.demo.guarded_model import build_base, build_guarded
+from heretic.machine import preflight
+from heretic.model.batching import Batcher
+from heretic.model.chat_format import ChatFormat
+from heretic.model.checkpoint import open_checkpoint
+from heretic.model.loading import load
+from heretic.progress import Watcher
+from heretic.prompts import load_all
+from heretic.run import Outcome, run
+from heretic.scoring.divergence import divergences, first_token_log_probs
+from heretic.settings import Settings
+from heretic.settings_layers import resolve
+from heretic.stop import Stop
+
+
+@dataclass(frozen=True)
+class DemoOutcome:
+    """The run's outcome, mean KL(unguarded || guarded) and KL(unguarded || ablated) on the guarded requests, and seconds taken."""
+
+    outcome: Outcome
+    guarded_from_base: float
+    ablated_from_base: float | None
+    seconds: float
+
+
+def run_demo(
+    folder: Path,
+    *,
+    trials: int | None,
+    watcher: Watcher,
+    stop: Stop,
+    on_report: Callable[[preflight.Report], None],
+) -> DemoOutcome:
+    """Build the guarded model, run the study, export, and compare with the unguarded model. Resumes like any run."""
+    began = time.monotonic()
+    with watcher.stage("Unpacking SmolLM2-135M-Instruct and merging the guard", None):
+        base = build_base(folder / "base-model")
+        guarded = build_guarded(base, folder / "guarded-model")
+    written = folder / "ablated-model"
+    places = {"model": str(guarded), "save_to": str(written), "runs_dir": str(folder / "runs"), "n_trials": trials}
+    with resources.as_file(resources.files("heretic") / "demo" / "demo.toml") as file:
+        resolved = resolve(file, places)
+    outcome = run(resolved, watcher=watcher, stop=stop, on_report=on_report)
+    with watcher.stage("Comparing with the model before the guard", 3) as stage:
+        measured = []
+        for model in (base, guarded, written if outcome.export else None):
+            measured.append(_log_probs(model, resolved.settings, stop) if model else None)
+            stage.advance()
+    reference, before, after = measured
+    assert reference is not None and before is not None
+    return DemoOutcome(
+        outcome,
+        float(divergences(reference, before).mean()),
+        None if after is None else float(divergences(reference, after).mean()),
+        time.monotonic() - began,
+    )
+
+
+def _log_probs(folder: Path, settings: Settings, stop: Stop) -> Tensor:
+    """Next-token log-probabilities on the guarded requests [prompts, vocabulary]."""
+    model = load(open_checkpoint(str(folder)), ["float32"], {"device_map": {"": "cpu"}})
+    chat = ChatFormat(model.tokenizer, settings.system_prompt)
+    sequences = chat.encode(load_all(settings.prompts).harmful_eval.prompts)
+    found = first_token_log_probs(model, sequences, Batcher(settings.batch_size or 16, stop=stop))
+    del model
+    gc.collect()
+    return found

@@ -1,0 +1,178 @@
+"""Writing an ablated model: shard by shard from the original checkpoint's tensors, never from what was loaded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from heretic.ablation.bake import bake_bias, bake_weight, checkpoint_names, rewrite
+from heretic.ablation.operator import Operator
+from heretic.errors import UserError
+from heretic.files import sha256
+from heretic.model.anatomy import Writer
+from heretic.model.checkpoint import PICKLED, Checkpoint
+from heretic.model.loading import LanguageModel, load_tokenizer
+from heretic.progress import Watcher
+
+MANIFEST = "manifest.json"
+LEFT_OUT = {"README.md", MANIFEST, ".gitattributes"}
+
+
+@dataclass(frozen=True)
+class TensorEdit:
+    """What is done to one tensor of the checkpoint."""
+
+    operator: Operator
+    is_bias: bool
+    transposed: bool
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The edited tensor, in the type of the given one."""
+        if self.is_bias:
+            return bake_bias(self.operator, tensor)
+        return bake_weight(self.operator, tensor, transposed=self.transposed)
+
+
+def plan_edits(checkpoint: Checkpoint, writers: tuple[Writer, ...], operators: Mapping[str, Operator]) -> dict[str, TensorEdit]:
+    """Edits by the name of the checkpoint's tensor; empty for a GGUF file, whose tensors have other names.
+
+    Raises UserError if a writer's tensor cannot be found in the checkpoint.
+    """
+    if checkpoint.gguf_file:
+        return {}
+    edited = [w for w in writers if w.name in operators]
+    edits = {}
+    names = checkpoint_names(checkpoint, edited)
+    for writer in edited:
+        for part in ("weight", "bias"):
+            name = names.get(f"{writer.name}.{part}")
+            if name:
+                edits[name] = TensorEdit(operators[writer.name], part == "bias", writer.transposed)
+    return edits
+
+
+def check_destination(destination: Path, owner: str) -> None:
+    """Raise UserError if the destination holds something that is not an earlier export of the run `owner`."""
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return
+    manifest = destination / MANIFEST
+    if not manifest.is_file() or f'"run": "{owner}"' not in manifest.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(
+            "The destination exists and was not written by this run, so it is left as it is.",
+            where=str(destination),
+            fix="name another folder, or move this one away",
+        )
+
+
+def partial_folder(destination: Path) -> Path:
+    """A new, empty folder beside the destination; leftovers of a killed process are removed."""
+    for old in destination.parent.glob(f".{destination.name}.partial-*"):
+        shutil.rmtree(old, ignore_errors=True)
+    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"The destination cannot be written: {error.strerror or error}", where=str(destination)) from None
+    return partial
+
+
+def write_weights(
+    checkpoint: Checkpoint, edits: Mapping[str, TensorEdit], partial: Path, watcher: Watcher
+) -> dict[str, dict[str, str]]:
+    """Write all shards with the edits made, and every other file of the checkpoint; returns hashes of what was read and written.
+
+    One shard is in memory at a time. Raises UserError when the disk is full.
+    """
+    hashes: dict[str, dict[str, str]] = {"source": {}, "written": {}}
+    remaining = set(edits)
+    try:
+        shards = checkpoint.shards()
+        with watcher.stage("Writing the model", len(shards)) as stage:
+            for shard in shards:
+                with safe_open(shard, framework="pt") as file:
+                    metadata = file.metadata() or {"format": "pt"}
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                for name in remaining & set(tensors):
+                    tensors[name] = edits[name](tensors[name])
+                remaining -= set(tensors)
+                target = partial / shard.name
+                save_file(tensors, target, metadata=metadata)
+                hashes["source"][shard.name] = sha256(shard)
+                hashes["written"][shard.name] = sha256(target)
+                stage.advance()
+        _copy_rest(checkpoint.folder, partial)
+    except (OSError, SafetensorError) as error:
+        raise disk_error(error, partial) from None
+    assert not remaining, f"edits of tensors that no shard holds: {sorted(remaining)[:3]}"
+    return hashes
+
+
+def write_dequantised(
+    checkpoint: Checkpoint,
+    writers: tuple[Writer, ...],
+    operators: Mapping[str, Operator],
+    language_model: LanguageModel,
+    partial: Path,
+) -> dict[str, dict[str, str]]:
+    """Write a model that was read from a GGUF file as an ordinary bfloat16 folder: its dequantised weights are all there is."""
+    from huggingface_hub import save_torch_state_dict
+
+    model: Any = language_model.model
+    try:
+        # No originals are needed: the model is given up after this.
+        with rewrite(writers, operators, original=lambda name: dict(model.named_parameters())[name]):
+            state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+        save_torch_state_dict(state, partial, shared_tensors_to_discard=list(model._tied_weights_keys or []))
+        config = model.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config.dtype = torch.bfloat16
+        config.save_pretrained(partial)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(partial)
+        load_tokenizer(checkpoint).save_pretrained(partial)
+        source = checkpoint.folder / str(checkpoint.gguf_file)
+        written = {path.name: sha256(path) for path in sorted(partial.glob("*.safetensors"))}
+    except (OSError, SafetensorError) as error:
+        raise disk_error(error, partial) from None
+    return {"source": {source.name: sha256(source)}, "written": written}
+
+
+def settle(partial: Path, destination: Path) -> None:
+    """Put the finished folder in its place; an earlier export of the same run gives way only now."""
+    old = None
+    if destination.exists():
+        old = destination.with_name(f".{destination.name}.partial-old-{os.getpid()}")
+        destination.rename(old)
+    partial.rename(destination)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def disk_error(error: Exception, partial: Path) -> UserError:
+    """A failed write in words, after the partial folder has been removed to give its space back."""
+    shutil.rmtree(partial, ignore_errors=True)
+    return UserError(
+        f"The model cannot be written: {error}",
+        where=str(partial.parent),
+        fix="make room, then run the same command again or heretic export; the study is complete and kept",
+    )
+
+
+def _copy_rest(folder: Path, partial: Path) -> None:
+    """Config, tokenizer, templates, licence: every small file that is no weight in any format."""
+    for file in sorted(folder.iterdir()):
+        if not file.is_file() or file.name in LEFT_OUT or file.name.startswith("."):
+            continue
+        if file.suffix not in (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *PICKLED):
+            shutil.copyfile(file, partial / file.name)
+
+

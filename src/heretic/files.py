@@ -1,0 +1,95 @@
+"""Files that are either whole or not there: written beside and renamed into place, hashed, and checked when read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from heretic.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with _no_space_left(path):
+        beside.write_text(text, encoding="utf-8")
+        _settle(beside, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file in the same way; its metadata holds a hash of the tensors' bytes."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with _no_space_left(path):
+        save_file(tensors, beside, metadata={**(metadata or {}), "sha256": _digest(tensors)})
+        _settle(beside, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read what `write_tensors` wrote. Raises UserError when the content is not what was written."""
+    from safetensors import safe_open
+
+    try:
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            expected = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path.name} is damaged: {str(error).splitlines()[0]}", where=str(path), fix="delete it; it is made anew"
+        ) from None
+    if expected != _digest(tensors):
+        raise UserError(
+            f"{path.name} is damaged: its content does not match its hash.",
+            where=str(path),
+            fix="delete it; it is made anew",
+        )
+    return tensors
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().flatten().view(-1).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _settle(beside: Path, path: Path) -> None:
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+class _no_space_left:
+    """Turns a failed write into an error that names the place; leaves no partial file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is None:
+            return
+        self.path.with_name(f".{self.path.name}.{os.getpid()}").unlink(missing_ok=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise UserError(
+                f"{self.path.name} cannot be written: {error}",
+                where=str(self.path.parent),
+                fix="make room or check the permissions, then run the same command again; nothing finished is lost",
+            ) from None

@@ -1,0 +1,58 @@
+"""What the results of a study depend on, as data that can be hashed, stored and compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from heretic.model.checkpoint import Checkpoint
+from heretic.prompts import PromptSets
+from heretic.settings import Settings
+
+FORMAT = 1  # raised when a change of the program makes old studies incomparable
+
+
+def facts(settings: Settings, checkpoint: Checkpoint, prompts: PromptSets) -> dict[str, Any]:
+    """Settings that change results, the model's identity, and the prompts themselves rather than their file's name."""
+    part = settings.results_part()
+    for name in ("model", "revision", "prompts", "trust_remote_code"):
+        part.pop(name)
+    return {
+        "format": FORMAT,
+        "model": checkpoint.identity(),
+        **part,
+        "prompts": {s.role: s.sha256 for s in prompts.all},
+    }
+
+
+def short_hash(data: dict[str, Any]) -> str:
+    """Eight hexadecimal digits for a folder's name."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Every key whose value differs, as 'key: stored, now'; hashes are shortened to eight digits."""
+    before, after = _flat(json.loads(json.dumps(stored))), _flat(json.loads(json.dumps(now)))
+    return [
+        f"{key}: was {_short(before.get(key))}, now {_short(after.get(key))}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str) and len(value) == 64:
+        return f"{value[:8]}…"
+    return text if len(text) <= 60 else f"{text[:57]}…"

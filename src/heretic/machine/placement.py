@@ -1,0 +1,202 @@
+"""Which module of a model goes to which device, decided on a model without memory (PyTorch's meta device).
+
+`planned` and accelerate's modes are resolved to a plain table from module names to devices. That table is what loading gets,
+so the plan that was shown is the placement that happens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from heretic.errors import UserError
+from heretic.model.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+CPU = "cpu"
+NOWHERE = "disk"  # accelerate's name for what fits on no device
+MODES = ("planned", "auto", "balanced", "balanced_low_0", "sequential")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device for weights: `cuda:N` or `cpu`; `total` and `free` memory in bytes."""
+
+    name: str
+    total: int
+    free: int
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is not the CPU."""
+        return self.name != CPU
+
+    @property
+    def key(self) -> int | str:
+        """The name as accelerate spells it: N for `cuda:N`."""
+        return int(self.name.partition(":")[2]) if self.is_gpu else self.name
+
+
+@dataclass
+class Share:
+    """What one device gets: bytes of parameters, numbers of decoder blocks, and whether the ends of the model are there."""
+
+    weights: int = 0
+    blocks: list[int] = field(default_factory=list)
+    embedding: bool = False
+    head: bool = False
+
+
+def skeleton(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
+    """The model with all its modules and shapes but no memory. Raises UserError if transformers cannot build it."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = copy.deepcopy(checkpoint.config)
+    # A config class of the model's own exists only where the user has trusted the model's code.
+    trusted = type(config).__module__.startswith("transformers_modules")
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trusted
+    auto = AutoModelForCausalLM if known else AutoModelForImageTextToText  # as `model.loading` chooses
+    try:
+        with init_empty_weights(include_buffers=True):
+            return auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trusted)
+    except Exception as error:  # any model's code runs here, so anything may come out of it
+        raise UserError(
+            f"The installed transformers cannot build {checkpoint.model}: {_first_line(error)}",
+            where=str(checkpoint.folder / "config.json"),
+            fix="update transformers, or choose a model that it supports",
+        ) from error
+
+
+def device_named(value: int | str, devices: Sequence[Device], setting: str) -> Device:
+    """The device that a setting names (`0`, `cuda`, `cuda:0`, `cpu`); UserError says what is there."""
+    name = str(value).strip().lower()
+    name = f"cuda:{name}" if name.isdigit() else "cuda:0" if name == "cuda" else name
+    for device in devices:
+        if device.name == name:
+            return device
+    there = ", ".join(device.name for device in devices)
+    raise UserError(
+        f"The setting '{setting}' names the device {value!r}, which is not there.", fix=f"there is: {there}"
+    )
+
+
+def weight_limits(max_memory: Mapping[str, str], devices: Sequence[Device]) -> dict[str, int]:
+    """The setting `max_memory` in bytes by device name; devices that it does not name are not limited."""
+    from accelerate.utils import convert_file_size_to_int
+
+    limits = {}
+    for name, size in max_memory.items():
+        try:
+            limits[device_named(name, devices, "max_memory").name] = convert_file_size_to_int(size)
+        except ValueError:
+            raise UserError(
+                f"The setting 'max_memory' gives {size!r} for {name}, which is no size.", fix='write it like "20GiB"'
+            ) from None
+    return limits
+
+
+def everything_on(device: Device) -> dict[str, int | str]:
+    """The table that puts the whole model on one device."""
+    return {"": device.key}
+
+
+def spread(
+    model: PreTrainedModel, mode: str, room: Mapping[str, int], devices: Sequence[Device]
+) -> dict[str, int | str]:
+    """Accelerate's placement (`auto`, `balanced`, `balanced_low_0`, `sequential`) into `room` bytes per device.
+
+    Modules for which there is no room are put on "disk".
+    """
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    unsplit = list(getattr(model, "_no_split_modules", None) or [])
+    limits: dict[int | str, int] = {device.key: room[device.name] for device in devices if device.name in room}
+    if mode != "sequential":
+        limits = get_balanced_memory(
+            model, max_memory=limits, no_split_module_classes=unsplit, low_zero=mode == "balanced_low_0"
+        )
+    table = dict(infer_auto_device_map(model, max_memory=limits, no_split_module_classes=unsplit))
+    head, embedding = _ends(model)
+    if head != embedding and model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        table[head] = _lookup(table, embedding)  # accelerate may part tied weights, which would store them twice
+    return {"": next(iter(table.values()))} if len(set(table.values())) == 1 else table
+
+
+def explicit(model: PreTrainedModel, table: Mapping[str, int | str], devices: Sequence[Device]) -> dict[str, int | str]:
+    """The user's own table with its devices checked. Raises UserError if one is not there or a tensor has no place."""
+    resolved = {name: device_named(value, devices, "device_map").key for name, value in table.items()}
+    for name in model.state_dict():
+        if _lookup(resolved, name) is None:
+            raise UserError(
+                f"The table 'device_map' has no place for {name}.", fix='add it, or "" = DEVICE for all the rest'
+            )
+    return resolved
+
+
+def shares(model: PreTrainedModel, table: Mapping[str, int | str], blocks: int) -> dict[int | str, Share]:
+    """What each device of the table holds; tied weights count once. `blocks` is the number of decoder blocks."""
+    found: dict[int | str, Share] = {}
+    head, embedding = _ends(model)
+
+    def share(name: str) -> Share:
+        place = _lookup(table, name)
+        return found.setdefault(NOWHERE if place is None else place, Share())
+
+    for name, parameter in model.named_parameters():
+        share(name).weights += parameter.numel() * parameter.element_size()
+    for number, name in enumerate(_block_names(model, blocks)):
+        share(name).blocks.append(number)
+    share(embedding).embedding = True
+    share(head).head = True
+    return found
+
+
+def _ends(model: PreTrainedModel) -> tuple[str, str]:
+    """Names of the output head and of the embedding; the same where the model has no head of its own."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding = names.get(id(model.get_input_embeddings()), "")
+    return names.get(id(model.get_output_embeddings()), embedding), embedding
+
+
+def _block_names(model: nn.Module, blocks: int) -> list[str]:
+    """Names of one tensor in every decoder block: those of the largest list of modules that has the right length."""
+    from torch import nn
+
+    def size(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    lists = [
+        (size(module), f"{name}." if name else "", module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == blocks
+    ]
+    if not lists:
+        return []
+    _, prefix, largest = max(lists, key=lambda found: found[0])
+    # A block that was split counts where its first tensor is.
+    return [
+        prefix + next((f"{i}.{name}" for name, _ in block.named_parameters()), str(i))
+        for i, block in enumerate(largest)
+    ]
+
+
+def _lookup(table: Mapping[str, int | str], name: str) -> int | str | None:
+    """The place of a tensor or module: that of the longest name in the table that leads to it."""
+    while name not in table:
+        if not name:
+            return None
+        name = name.rpartition(".")[0]
+    return table[name]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,150 @@
+"""Can this run succeed here? Looks at model, memory, GPUs, locks, disks, prompts and storage without loading anything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from heretic.errors import UserError
+from heretic.machine import host
+from heretic.machine.gpus import Gpu, GpuReport, usable_gpus, visible_gpus
+from heretic.machine.lock import Holder, device_locks, holder
+from heretic.machine.memory_plan import MemoryPlan, make_plan
+from heretic.machine.placement import CPU
+from heretic.machine.rules import RULES, Facts, Finding, Folder
+from heretic.model.checkpoint import Checkpoint
+from heretic.settings import Settings
+
+CHARACTERS_PER_TOKEN = 3  # fewer than in English, so that the plan is on the safe side
+TEMPLATE_TOKENS = 40
+USUAL_PROMPT = 600  # characters, where the prompts cannot be read
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the preflight found; `plan` is None where the model could not be looked at or placed."""
+
+    model: str
+    gpus: GpuReport
+    plan: MemoryPlan | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def verdict(self) -> Literal["ready", "risky", "fail"]:
+        """`fail` if anything is sure to go wrong, `risky` if something may."""
+        levels = {finding.level for finding in self.findings}
+        return "fail" if "failure" in levels else "risky" if "warning" in levels else "ready"
+
+    @property
+    def exit_status(self) -> int:
+        """0 ready, 1 fail, 2 risky."""
+        return {"ready": 0, "fail": 1, "risky": 2}[self.verdict]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain data for JSON."""
+        return {
+            "model": self.model,
+            "verdict": self.verdict,
+            "gpus": asdict(self.gpus),
+            "plan": self.plan.as_dict() if self.plan else None,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+
+def check(
+    settings: Settings,
+    *,
+    checkpoint_loader: Callable[[], Checkpoint],
+    prompt_loader: Callable[[], Any],
+    storage_check: Callable[[], None],
+    environment: Mapping[str, str] = os.environ,
+) -> Report:
+    """Find out what there is and apply all rules.
+
+    `prompt_loader` returns an object with `warnings` and `longest` (characters of the longest prompt). A UserError of any of
+    the three callables becomes a failure with its own remedy; other exceptions are defects and pass through.
+    """
+    problems: list[Finding] = []
+
+    def attempt(subject: str, ask: Callable[[], T]) -> T | None:
+        try:
+            return ask()
+        except UserError as error:
+            where = f" ({error.where})" if error.where else ""
+            problems.append(Finding("failure", subject, error.what + where, error.fix))
+            return None
+
+    report = visible_gpus(environment)
+    usable = usable_gpus(report)
+    if usable:  # numbered as PyTorch numbers them, and those that NVML does not know
+        report = GpuReport(usable, report.unseen)
+    devices = host.devices(usable)
+    checkpoint = attempt("model", checkpoint_loader)
+    prompts = attempt("prompts", prompt_loader)
+    attempt("storage", storage_check)
+    longest = prompts.longest if prompts else USUAL_PROMPT
+    plan = None
+    if checkpoint is not None:
+        opened = checkpoint
+        plan = attempt(
+            "memory",
+            lambda: make_plan(
+                opened,
+                device_map=settings.device_map,
+                max_memory=settings.max_memory,
+                dtypes=list(settings.dtypes),
+                batch_size=settings.batch_size,
+                prompt_tokens=prompt_tokens(settings, longest),
+                new_tokens=settings.max_response_length,
+                devices=devices,
+                copies=settings.apply == "weights" and settings.cache_weights,
+            ),
+        )
+    facts = Facts(
+        settings=settings,
+        report=report,
+        usable=usable,
+        ram=devices[-1].free,
+        checkpoint=checkpoint,
+        plan=plan,
+        prompt_warnings=tuple(prompts.warnings) if prompts else (),
+        holders=attempt("lock", lambda: _holders(settings, usable)) or (),
+        run_folder=_folder(Path(settings.runs_dir)),
+        export_folder=_folder(Path(settings.save_to)) if settings.save_to else None,
+        hub_cache=_folder(_hub_cache()),
+    )
+    found = [finding for rule in RULES for finding in rule(facts)]
+    return Report(settings.model, report, plan, (*problems, *found))
+
+
+def prompt_tokens(settings: Settings, longest: int) -> int:
+    """Upper estimate of the tokens of a prompt of `longest` characters with system prompt, prefix and chat template."""
+    characters = longest + len(settings.system_prompt) + len(settings.response_prefix)
+    return characters // CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
+
+
+def _holders(settings: Settings, usable: tuple[Gpu, ...]) -> tuple[tuple[str, Holder], ...]:
+    """Devices that another process holds: those that this run would lock."""
+    gpus = () if settings.device_map == CPU else usable
+    names = [f"cuda:{gpu.index}" for gpu in gpus] or ["The CPU"]
+    asked = [(name, holder(path)) for name, path in zip(names, device_locks([gpu.uuid for gpu in gpus]), strict=True)]
+    return tuple((name, found) for name, found in asked if found and not found.is_this_process)
+
+
+def _folder(path: Path) -> Folder:
+    path = path.expanduser()
+    filled = path.exists() and not path.is_dir()
+    if path.is_dir() and os.access(path, os.R_OK):
+        filled = any(path.iterdir()) and not (path / "manifest.json").is_file()
+    return Folder(str(path), host.free_disk(path), host.can_write(path), filled)
+
+
+def _hub_cache() -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)

@@ -1,0 +1,336 @@
+"""What can go wrong before it does: each rule looks at the facts and says what it finds, with the line to put in the config.
+
+A rule is a function of `Facts` and one line in `RULES`. It reads nothing else, so every rule can be tried on made-up facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from heretic.machine.gpus import Gpu, GpuReport
+from heretic.machine.host import spell_bytes
+from heretic.machine.lock import Holder
+from heretic.machine.memory_plan import FLOAT32, GIB, MIB, MemoryPlan
+from heretic.machine.placement import MODES
+from heretic.model.checkpoint import Checkpoint
+from heretic.settings import Settings
+
+BUSY = 500 * MIB  # GPU memory that another process may hold without being worth a word
+UNSEEN_USE = 2 * GIB  # used memory that belongs to no visible process; the driver keeps up to about 1 GiB for itself
+RUN_FOLDER = GIB
+SPARE_DISK = 1.05
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One result of the preflight; `fix` is a line for the config where one helps, else what to do."""
+
+    level: Literal["ok", "warning", "failure"]
+    subject: str
+    text: str
+    fix: str | None = None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A place on disk that the run writes to: `free` in bytes; `occupied` by files that are not an earlier export."""
+
+    path: str
+    free: int
+    writable: bool = True
+    occupied: bool = False
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that rules look at; None where it could not be found out."""
+
+    settings: Settings
+    report: GpuReport
+    usable: tuple[Gpu, ...]
+    ram: int
+    checkpoint: Checkpoint | None
+    plan: MemoryPlan | None
+    prompt_warnings: tuple[str, ...]
+    holders: tuple[tuple[str, Holder], ...]
+    run_folder: Folder
+    export_folder: Folder | None
+    hub_cache: Folder
+
+    @property
+    def used_gpus(self) -> tuple[Gpu, ...]:
+        """The GPUs that the plan puts weights on."""
+        names = {load.device.name for load in self.plan.loads} if self.plan else set()
+        return tuple(gpu for gpu in self.usable if f"cuda:{gpu.index}" in names)
+
+    @property
+    def fits_without_copies(self) -> bool:
+        """Whether the plan fails only because of the copies that `cache_weights` keeps."""
+        plan = self.plan
+        if plan is None or plan.largest_batch_size or plan.offloaded or not any(load.copies for load in plan.loads):
+            return False
+        return all(load.total - load.copies <= load.device.free for load in plan.loads)
+
+    @property
+    def all_on_one_of_several(self) -> bool:
+        """Whether one GPU has to hold everything, too much for it, beside others that hold nothing."""
+        plan = self.plan
+        if plan is None or self.settings.device_map == "planned" or len(self.usable) < 2:
+            return False
+        return len(self.used_gpus) == 1 and (not plan.fits or plan.tight)
+
+
+Rule = Callable[[Facts], Iterator[Finding]]
+
+
+def model(facts: Facts) -> Iterator[Finding]:
+    """What the model is, and whether it can be edited at all."""
+    checkpoint = facts.checkpoint
+    if checkpoint is None:
+        return
+    if getattr(checkpoint.config, "quantization_config", None) is not None and not checkpoint.gguf_file:
+        text = f"{checkpoint.model} is quantised, which is not supported yet."
+        yield Finding("failure", "model", text, 'model = "…": the full-precision model that this one was made from')
+        return
+    size = f"{checkpoint.parameters / 1e9:.2f} billion parameters, {spell_bytes(checkpoint.nbytes)} on disk"
+    yield Finding("ok", "model", f"{checkpoint.model}: {size}")
+
+
+def unseen_gpus(facts: Facts) -> Iterator[Finding]:
+    """What NVML cannot tell."""
+    unseen = facts.report.unseen
+    if not facts.usable and not facts.report.gpus:
+        why = f" ({unseen})" if unseen else ""
+        yield Finding("ok", "GPUs", f"No GPU is used{why}; everything runs on the CPU, slowly.")
+    elif unseen:
+        yield Finding("ok", "GPUs", f"Not looked into: {unseen}.")
+
+
+def unusable_gpus(facts: Facts) -> Iterator[Finding]:
+    """GPUs that PyTorch cannot use."""
+    if facts.report.gpus and not facts.usable:
+        text = f"{facts.report.gpus[0].name} is there, but the installed PyTorch cannot use it; everything runs on the CPU."
+        yield Finding(
+            "warning", "GPUs", text, "install PyTorch with CUDA for your driver: https://pytorch.org/get-started"
+        )
+
+
+def idle_gpus(facts: Facts) -> Iterator[Finding]:
+    """A GPU that the settings leave unused."""
+    if facts.usable and facts.plan and not facts.plan.on_gpu:
+        text = f"The model is put on the CPU although {facts.usable[0].name} could be used."
+        yield Finding("warning", "device_map", text, 'device_map = "planned"')
+
+
+def weights_do_not_fit(facts: Facts) -> Iterator[Finding]:
+    """Not even one prompt at a time fits."""
+    plan = facts.plan
+    if plan is None or plan.largest_batch_size or facts.fits_without_copies or facts.all_on_one_of_several:
+        return
+    if plan.offloaded:
+        text = (
+            f"{spell_bytes(plan.offloaded)} of {spell_bytes(plan.weights)} of weights in {plan.dtype} fit on no device."
+        )
+    else:
+        text = _shortage(plan)
+    fix = "a smaller model, or a machine with more memory"
+    if plan.on_gpu and facts.settings.device_map == "planned":
+        fix = 'device_map = "auto" keeps the rest in RAM (every pass becomes many times slower); or a smaller model'
+    yield Finding("failure", "memory", text, _smaller_weights(facts) or fix)
+
+
+def everything_on_one_gpu(facts: Facts) -> Iterator[Finding]:
+    """GPU 0 full, the others empty."""
+    plan = facts.plan
+    if plan and facts.all_on_one_of_several:
+        short = "It barely fits." if plan.fits else _shortage(plan)
+        text = f"device_map puts everything on one of {len(facts.usable)} GPUs. {short}"
+        yield Finding(
+            "warning" if plan.largest_batch_size else "failure", "device_map", text, 'device_map = "balanced"'
+        )
+
+
+def cached_weights(facts: Facts) -> Iterator[Finding]:
+    """Copies of the edited weights do not fit beside the model; each lies on its original's device, sharded or not."""
+    if facts.plan and facts.fits_without_copies:
+        copies = sum(load.copies for load in facts.plan.loads)
+        text = f"The copies of the edited weights ({spell_bytes(copies)}) do not fit beside the model."
+        yield Finding("failure", "cache_weights", text, 'cache_weights = false; or apply = "operators", which needs no copies')
+
+
+def weights_in_ram(facts: Facts) -> Iterator[Finding]:
+    """Weights that are moved to a GPU in every pass."""
+    plan = facts.plan
+    if plan and plan.in_ram:
+        text = f"{spell_bytes(plan.in_ram)} of weights wait in RAM; moving them to a GPU makes every pass many times slower."
+        yield Finding("warning", "memory", text, _smaller_weights(facts) or "a smaller model, or more GPUs")
+
+
+def batch_too_large(facts: Facts) -> Iterator[Finding]:
+    """The batch asked for does not fit, a smaller one does."""
+    plan = facts.plan
+    if plan and facts.settings.batch_size and not plan.fits and plan.largest_batch_size:
+        if facts.all_on_one_of_several:
+            return  # said already, with the better remedy
+        text = f"A batch of {plan.batch_size} does not fit. {_shortage(plan)}"
+        yield Finding("warning", "batch size", text, f"batch_size = {plan.largest_batch_size}")
+
+
+def batch_too_small(facts: Facts) -> Iterator[Finding]:
+    """One prompt at a time, where a GPU would do many in the same time."""
+    plan = facts.plan
+    if plan and facts.settings.batch_size == 1 and plan.on_gpu and plan.largest_batch_size > 1:
+        text = f"One prompt at a time leaves the GPU idle; {plan.largest_batch_size} fit."
+        yield Finding("warning", "batch size", text, f"batch_size = {plan.largest_batch_size}")
+
+
+def memory(facts: Facts) -> Iterator[Finding]:
+    """It fits; whether there is anything to spare."""
+    plan = facts.plan
+    if plan is None or not plan.fits:
+        return
+    places = ", ".join(load.device.name for load in plan.loads)
+    text = f"{spell_bytes(plan.weights)} of weights in {plan.dtype} on {places}, batches of {plan.batch_size}"
+    if not plan.tight:
+        yield Finding("ok", "memory", f"{text}.")
+    elif not facts.all_on_one_of_several:
+        fix = (
+            f"batch_size = {plan.batch_size // 2}"
+            if plan.batch_size > 1
+            else "end other programs, or take a smaller model"
+        )
+        yield Finding("warning", "memory", f"{text}: it fits, with less than 5 % to spare.", fix)
+
+
+def ignored_limits(facts: Facts) -> Iterator[Finding]:
+    """`max_memory` beside a placement that leaves nothing to choose."""
+    device_map = facts.settings.device_map
+    if facts.settings.max_memory and (not isinstance(device_map, str) or device_map not in MODES):
+        text = "max_memory has no effect, because device_map names the devices itself."
+        yield Finding("warning", "max_memory", text, 'device_map = "planned"')
+
+
+def gguf_in_ram(facts: Facts) -> Iterator[Finding]:
+    """GGUF files are dequantised in RAM, in float32, before anything is placed."""
+    checkpoint = facts.checkpoint
+    if checkpoint and checkpoint.gguf_file and (needed := checkpoint.parameters * FLOAT32) > facts.ram:
+        text = f"Reading the GGUF file takes {spell_bytes(needed)} of RAM; {spell_bytes(facts.ram)} are free."
+        yield Finding("warning", "model", text, 'model = "…": the safetensors version, which is read piece by piece')
+
+
+def busy_gpus(facts: Facts) -> Iterator[Finding]:
+    """Other processes on the GPUs that are to be used."""
+    for gpu in facts.used_gpus:
+        known = sum(process.used or 0 for process in gpu.processes)
+        for process in gpu.processes:
+            if process.used is not None and process.used > BUSY:
+                text = f"Process {process.pid} ({process.name}) holds {spell_bytes(process.used)} of cuda:{gpu.index}."
+                fix = f"wait for it, end it (kill {process.pid}), or leave this GPU out with CUDA_VISIBLE_DEVICES"
+                yield Finding("warning", "GPUs", text, fix)
+        # In a container the driver names no processes; where it names them without their memory, nothing can be told.
+        unseen = gpu.total - gpu.free - known
+        if unseen > UNSEEN_USE and all(process.used is not None for process in gpu.processes):
+            text = f"{spell_bytes(unseen)} of cuda:{gpu.index} are taken by processes that cannot be seen from here."
+            yield Finding("warning", "GPUs", text, "look with nvidia-smi on the host, or set CUDA_VISIBLE_DEVICES")
+
+
+def held_locks(facts: Facts) -> Iterator[Finding]:
+    """Another run of ours on the same device."""
+    for name, holder in facts.holders:
+        yield Finding("warning", "lock", f"{name} is in use by {holder}", "heretic … --wait queues for it")
+
+
+def run_folder(facts: Facts) -> Iterator[Finding]:
+    """Where the study is kept."""
+    folder = facts.run_folder
+    if not folder.writable:
+        yield Finding("failure", "run folder", f"{folder.path} cannot be written.", 'runs_dir = "…": a folder of yours')
+    elif folder.free < RUN_FOLDER:
+        text = f"Only {spell_bytes(folder.free)} are free for {folder.path}."
+        yield Finding("warning", "run folder", text, 'runs_dir = "…": a folder on a disk with 1 GiB free')
+
+
+def export_folder(facts: Facts) -> Iterator[Finding]:
+    """Where the result is to be saved, hours later."""
+    folder = facts.export_folder
+    if folder is None:
+        return
+    if folder.occupied:
+        text = f"{folder.path} holds files that heretic did not write; it will not be overwritten."
+        yield Finding("failure", "export", text, f'save_to = "{folder.path}-2"')
+        return
+    if not folder.writable:
+        yield Finding("failure", "export", f"{folder.path} cannot be written.", 'save_to = "…": a folder of yours')
+    elif facts.checkpoint:
+        # The export has the format of the loaded model.
+        needed = int(SPARE_DISK * (facts.plan.weights if facts.plan else facts.checkpoint.nbytes))
+        if folder.free < needed:
+            text = f"The export takes {spell_bytes(needed)}, but only {spell_bytes(folder.free)} are free for {folder.path}."
+            yield Finding("failure", "export", text, 'save_to = "…": a folder on a larger disk')
+        else:
+            yield Finding(
+                "ok", "export", f"{spell_bytes(needed)} of {spell_bytes(folder.free)} free for {folder.path}."
+            )
+
+
+def download(facts: Facts) -> Iterator[Finding]:
+    """Room for weights that are still on the hub."""
+    checkpoint = facts.checkpoint
+    if checkpoint is None or checkpoint.is_local or any(tensor.file for tensor in checkpoint.tensors.values()):
+        return
+    cache, needed = facts.hub_cache, checkpoint.nbytes
+    if cache.free < needed:
+        text = (
+            f"{spell_bytes(needed)} are to be downloaded, but only {spell_bytes(cache.free)} are free for {cache.path}."
+        )
+        yield Finding("failure", "model", text, "set HF_HUB_CACHE to a folder on a larger disk")
+    else:
+        yield Finding("ok", "model", f"{spell_bytes(needed)} are to be downloaded to {cache.path}.")
+
+
+def prompts(facts: Facts) -> Iterator[Finding]:
+    """What is doubtful about the prompt sets."""
+    for warning in facts.prompt_warnings:
+        yield Finding("warning", "prompts", warning, "[prompts]: choose splits that share no prompts")
+
+
+RULES: tuple[Rule, ...] = (
+    model,
+    download,
+    gguf_in_ram,
+    unseen_gpus,
+    unusable_gpus,
+    idle_gpus,
+    memory,
+    weights_do_not_fit,
+    everything_on_one_gpu,
+    cached_weights,
+    weights_in_ram,
+    ignored_limits,
+    batch_too_large,
+    batch_too_small,
+    busy_gpus,
+    held_locks,
+    prompts,
+    run_folder,
+    export_folder,
+)
+
+
+def _smaller_weights(facts: Facts) -> str | None:
+    """The setting that takes more memory than it must, or leaves less than there is."""
+    plan, settings = facts.plan, facts.settings
+    if plan and plan.dtype == "float32":
+        return 'dtypes = ["bfloat16"]'
+    if settings.max_memory:
+        return "max_memory = {}"
+    return 'apply = "operators"' if plan and any(load.copies for load in plan.loads) else None
+
+
+def _shortage(plan: MemoryPlan) -> str:
+    """The device that lacks most, in words."""
+    worst = max(plan.loads, key=lambda load: load.total - load.device.free)
+    device = worst.device
+    return f"{device.name} would need {spell_bytes(worst.total)}, but {spell_bytes(device.free)} are free."

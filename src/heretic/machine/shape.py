@@ -1,0 +1,57 @@
+"""The sizes of a language model that memory depends on, read from its config with the names that architectures use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of the decoder: counts of elements, and the bytes of one element."""
+
+    blocks: int
+    hidden: int
+    vocabulary: int
+    widest: int  # elements per token of the widest tensor inside a block
+    cache_per_token: int  # elements of keys and values per token and block
+    edited: int  # elements of the weights of one block that an ablation edits
+    element: int  # bytes
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, model: PreTrainedModel) -> ModelShape:
+        """Read the text part's config; the bytes of an element are those of the model's number format."""
+        hidden = _size(config, "hidden_size")
+        heads = _size(config, "num_attention_heads") or 1
+        key = _size(config, "head_dim") or hidden // heads
+        value, key_heads = key, _size(config, "num_key_value_heads") or heads
+        if _size(config, "qk_nope_head_dim"):  # latent attention: transformers keeps the expanded keys and values
+            key = _size(config, "qk_nope_head_dim") + _size(config, "qk_rope_head_dim")
+            value, key_heads = _size(config, "v_head_dim"), heads
+        intermediate = _size(config, "intermediate_size", "ffn_dim", "n_inner") or 4 * hidden
+        experts = _size(config, "num_experts", "num_local_experts", "n_routed_experts")
+        expert = _size(config, "moe_intermediate_size") or intermediate
+        active = expert * (_size(config, "num_experts_per_tok") or 1) if experts else intermediate
+        return cls(
+            blocks=_size(config, "num_hidden_layers"),
+            hidden=hidden,
+            vocabulary=_size(config, "vocab_size"),
+            widest=max(intermediate, active, 3 * hidden),
+            cache_per_token=key_heads * (key + value),
+            edited=hidden * (heads * value + (expert * experts or intermediate)),
+            element=model.dtype.itemsize,
+        )
+
+
+def _size(config: PretrainedConfig, *names: str) -> int:
+    """The first of these that the config has, 0 if none; where it differs by layer, the largest."""
+    for name in names:
+        value: Any = getattr(config, name, None)
+        if isinstance(value, (list, tuple)) and value:
+            value = max(value)
+        if value:
+            return int(value)
+    return 0

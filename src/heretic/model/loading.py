@@ -1,0 +1,141 @@
+"""Loading a model with its tokenizer, in the first number format that gives finite logits."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from heretic.errors import UserError
+from heretic.model.anatomy import Anatomy, dissect, input_device
+from heretic.model.batching import out_of_memory
+from heretic.model.checkpoint import Checkpoint
+from heretic.progress import SILENT, Watcher
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded model, what it was loaded from, and what is known about its inside."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    dtype: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return input_device(self.model)
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and answer together."""
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return int(limit) if limit else 1 << 30
+
+    @property
+    def end_tokens(self) -> set[int]:
+        """Token ids that end an answer."""
+        ends = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        listed = ends if isinstance(ends, list) else [ends]
+        return {int(t) for t in (*listed, self.tokenizer.eos_token_id) if t is not None}
+
+
+def load(
+    checkpoint: Checkpoint,
+    dtypes: Sequence[str],
+    arguments: dict[str, Any],
+    *,
+    trust_remote_code: list[str] | None = None,
+    chat_template: str = "",
+    watcher: Watcher = SILENT,
+) -> LanguageModel:
+    """Load `checkpoint`; `arguments` are device_map and max_memory as from_pretrained takes them.
+
+    `dtypes` are tried in turn ("bfloat16", …) until one token gives finite logits. Raises UserError when none does, when
+    memory runs out, or when the model's code would have to be trusted.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    trusted = checkpoint.model in (trust_remote_code or [])
+    tokenizer = load_tokenizer(checkpoint, trusted, chat_template)
+    for dtype in dict.fromkeys(dtypes):
+        with watcher.stage(f"Loading {checkpoint.model} as {dtype}", None):
+            model = _weights(checkpoint, dtype, arguments, trusted)
+        if _finite(model):
+            return LanguageModel(model, tokenizer, checkpoint, dissect(model), dtype)
+        watcher.warn(f"{checkpoint.model} gives logits that are not finite numbers in {dtype}.")
+        del model
+        gc.collect()
+    raise UserError(
+        f"{checkpoint.model} gives logits that are not finite (NaN or infinite) in {', '.join(dict.fromkeys(dtypes))}.",
+        where=str(checkpoint.folder),
+        fix='the weights may be damaged; else try dtypes = ["float32"]',
+    )
+
+
+def load_tokenizer(checkpoint: Checkpoint, trusted: bool = False, chat_template: str = "") -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the left, with a chat template (the model's own unless one is given)."""
+    extra = {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusted, **extra)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"The tokenizer cannot be read: {str(error).splitlines()[0]}", where=str(checkpoint.folder)
+        ) from None
+    tokenizer.padding_side = "left"
+    if chat_template:
+        tokenizer.chat_template = chat_template
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{checkpoint.model} has no chat template, so it is not known how to speak to it.",
+            where=str(checkpoint.folder),
+            fix='name a Jinja file: chat_template = "template.jinja"; or take the "instruct" version of the model',
+        )
+    return tokenizer
+
+
+def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trusted: bool) -> PreTrainedModel:
+    extra: dict[str, Any] = {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {"use_safetensors": True}
+    known = type(checkpoint.config) in MODEL_FOR_CAUSAL_LM_MAPPING or trusted
+    auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    try:
+        model = auto.from_pretrained(
+            checkpoint.folder, dtype=getattr(torch, dtype), trust_remote_code=trusted, **arguments, **extra
+        )
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            raise UserError(
+                "Out of memory while loading the model.",
+                fix="run heretic preflight: it names what fits and the line to set",
+            ) from None
+        raise UserError(
+            f"The model cannot be loaded: {str(error).splitlines()[0]}", where=str(checkpoint.folder)
+        ) from error
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"The model cannot be loaded: {str(error).splitlines()[0]}", where=str(checkpoint.folder)
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def _finite(model: PreTrainedModel) -> bool:
+    token = torch.tensor([[1]], device=input_device(model))
+    return bool(torch.isfinite(model(input_ids=token, use_cache=False).logits).all())

@@ -1,0 +1,51 @@
+"""What the work tells whoever watches it; `heretic.screen` shows it, everything else only calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Stage(Protocol):
+    """One stretch of work with a known number of steps."""
+
+    def advance(self, steps: int = 1) -> None:
+        """`steps` more are done."""
+
+
+class Watcher(Protocol):
+    """Receives the course of the work."""
+
+    @contextmanager
+    def stage(self, name: str, total: int | None) -> Iterator[Stage]:
+        """A stretch of work begins; it ends with the context. `total` None: the number of steps is not known."""
+
+    def say(self, text: str) -> None:
+        """A fact worth a line."""
+
+    def warn(self, text: str) -> None:
+        """Something the user should know and may want to change."""
+
+
+class _SilentStage:
+    def advance(self, steps: int = 1) -> None:
+        pass
+
+
+class Silent:
+    """Nobody watches."""
+
+    @contextmanager
+    def stage(self, name: str, total: int | None) -> Iterator[Stage]:
+        """See Watcher."""
+        yield _SilentStage()
+
+    def say(self, text: str) -> None:
+        """See Watcher."""
+
+    def warn(self, text: str) -> None:
+        """See Watcher."""
+
+
+SILENT = Silent()

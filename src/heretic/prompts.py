@@ -1,0 +1,180 @@
+"""Prompt sets: from a hub data set, a local file, or the package itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from heretic.errors import UserError
+from heretic.settings import Prompts, PromptSource
+
+BUNDLED = "bundled:"
+FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of one role, in order, and what they came from."""
+
+    role: str
+    source: str
+    prompts: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the prompts themselves, so that an edited file counts as another set."""
+        return hashlib.sha256(json.dumps(self.prompts, ensure_ascii=False).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """The four sets of a run, and what is doubtful about them."""
+
+    harmful_train: PromptSet
+    harmless_train: PromptSet
+    harmful_eval: PromptSet
+    harmless_eval: PromptSet
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> tuple[PromptSet, ...]:
+        """The four sets in a fixed order."""
+        return (self.harmful_train, self.harmless_train, self.harmful_eval, self.harmless_eval)
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest prompt in characters."""
+        return max(len(p) for s in self.all for p in s.prompts)
+
+
+def load_all(sources: Prompts) -> PromptSets:
+    """Read all four sets and compare them. Raises UserError."""
+    sets = {role: load(role, getattr(sources, role)) for role in type(sources).model_fields}
+    warnings = []
+    for kind in ("harmful", "harmless"):
+        train, evaluation = sets[f"{kind}_train"], sets[f"{kind}_eval"]
+        shared = set(train.prompts) & set(evaluation.prompts)
+        if shared:
+            warnings.append(
+                f"{len(shared)} of {len(evaluation)} prompts in prompts.{kind}_eval are also in prompts.{kind}_train, "
+                "so the scores will look better than they are."
+            )
+    return PromptSets(**sets, warnings=tuple(warnings))
+
+
+def load(role: str, source: PromptSource) -> PromptSet:
+    """Read one set. Raises UserError naming the setting."""
+    key = f"prompts.{role}"
+    if not source.source:
+        raise UserError(
+            f"The prompt set '{role}' has no source.", where=f"{key}.source", fix="name a data set or a file"
+        )
+    if source.source.startswith(BUNDLED):
+        rows = _bundled(source.source[len(BUNDLED) :], key)
+    elif (path := Path(source.source).expanduser()).suffix in (".txt", *FILE_KINDS):
+        rows = _text_lines(path, key) if path.suffix == ".txt" else _table(source, path, key)
+    else:
+        rows = _table(source, None, key)
+    if not rows:
+        raise UserError(
+            f"The prompt set '{role}' is empty.", where=f"{key} = {source.source}", fix="add at least one prompt"
+        )
+    rows = _slice(rows, source.split, key)
+    return PromptSet(role, source.source, tuple(f"{source.prefix}{row}{source.suffix}" for row in rows))
+
+
+def bundled_names() -> list[str]:
+    """Names of the sets that ship with the package."""
+    folder = resources.files("heretic") / "demo" / "prompts"
+    return sorted(f.name.removesuffix(".txt") for f in folder.iterdir() if f.name.endswith(".txt"))
+
+
+def _bundled(name: str, key: str) -> list[str]:
+    if name not in bundled_names():
+        raise UserError(
+            f"There is no bundled prompt set '{name}'.",
+            where=f"{key}.source",
+            fix="one of: " + ", ".join(bundled_names()),
+        )
+    text = (resources.files("heretic") / "demo" / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _text_lines(path: Path, key: str) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"The prompt file {path} does not exist.", where=f"{key}.source") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"The prompt file {path} is not UTF-8: {error}", where=f"{key}.source", fix="save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise UserError(f"The prompt file {path} cannot be read: {error}", where=f"{key}.source") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _table(source: PromptSource, path: Path | None, key: str) -> list[str]:
+    import datasets
+
+    if path is not None and not path.is_file():
+        raise UserError(f"The prompt file {path} does not exist.", where=f"{key}.source")
+    split = _split_name(source.split)
+    try:
+        with_progress = datasets.is_progress_bar_enabled()
+        datasets.disable_progress_bars()
+        try:
+            if path is not None:
+                table: Any = datasets.load_dataset(FILE_KINDS[path.suffix], data_files={split: str(path)}, split=split)
+            else:
+                table = datasets.load_dataset(source.source, source.subset or None, split=split)
+        finally:
+            if with_progress:
+                datasets.enable_progress_bars()
+    except Exception as error:  # the library raises dozens of kinds, all of them about this source
+        first = (str(error).splitlines() or [repr(error)])[0]
+        raise UserError(
+            f"The prompt set {source.source} cannot be read: {first[:200]}",
+            where=f"{key}.source",
+            fix="check the name, the split and the network, or name a local file",
+        ) from None
+    if source.column not in table.column_names:
+        raise UserError(
+            f"The prompt set {source.source} has no column '{source.column}'.",
+            where=f"{key}.column",
+            fix="one of: " + ", ".join(table.column_names),
+        )
+    values = table[source.column]
+    return [str(value).strip() for value in values if value is not None and str(value).strip()]
+
+
+_SPLIT = re.compile(r"^\s*([\w.-]*)\s*(?:\[\s*(\d*)\s*:\s*(\d*)\s*\])?\s*$")
+
+
+def _split_name(split: str) -> str:
+    match = _SPLIT.match(split)
+    return (match.group(1) if match else "") or "train"
+
+
+def _slice(rows: list[str], split: str, key: str) -> list[str]:
+    """Apply the slice of `train[10:50]`; a slice that the set cannot fill is an error, not a smaller set."""
+    match = _SPLIT.match(split)
+    if match is None:
+        raise UserError(f"'{split}' is no split.", where=f"{key}.split", fix='write it like "train" or "train[:400]"')
+    start = int(match.group(2) or 0)
+    stop = int(match.group(3)) if match.group(3) else len(rows)
+    if stop > len(rows) or start >= stop > 0:
+        raise UserError(
+            f"The split {split} asks for prompts {start} to {stop}, but there are {len(rows)}.",
+            where=f"{key}.split",
+            fix=f"at most [:{len(rows)}]",
+        )
+    return rows[start:stop]

@@ -1,0 +1,242 @@
+"""The main job, from top to bottom: settings, lock, preflight, model, study, choice, export, proof."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from heretic import fingerprint
+from heretic.errors import UserError
+from heretic.export.export import Export, ExportJob, earlier_export, plan_export, write_export
+from heretic.export.save import check_destination
+from heretic.machine import lock, preflight
+from heretic.machine.gpus import usable_gpus, visible_gpus
+from heretic.machine.memory_plan import MemoryPlan
+from heretic.model.checkpoint import Checkpoint, open_checkpoint
+from heretic.progress import Watcher
+from heretic.prompts import PromptSets, load_all
+from heretic.run_folder import RunFolder, log_to
+from heretic.scoring.ladder import Scores
+from heretic.scoring.refusals import RefusalCount
+from heretic.search import space
+from heretic.search.front import Result, choose, results
+from heretic.search.storage import REFUSALS_BEFORE, connect, fail_abandoned, masked, open_study, storage_url
+from heretic.search.study import finished, optimise
+from heretic.session import LoadPlan, Session, open_session
+from heretic.settings import Settings
+from heretic.settings_layers import Resolved
+from heretic.settings_text import resolved_text
+from heretic.stop import Stop
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to: all results, the chosen one with the reason, and the export if one was made."""
+
+    folder: RunFolder
+    found: list[Result]
+    chosen: Result | None
+    reason: str
+    export: Export | None
+    before: int | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run works on, looked at but not loaded."""
+
+    settings: Settings
+    checkpoint: Checkpoint
+    prompts: PromptSets
+    plan: LoadPlan
+    facts: dict[str, Any]
+    folder: RunFolder
+
+
+def run(
+    resolved: Resolved,
+    *,
+    fresh: bool = False,
+    force: bool = False,
+    wait: bool = False,
+    watcher: Watcher,
+    stop: Stop,
+    on_report: Callable[[preflight.Report], None] = lambda _: None,
+) -> Outcome:
+    """Do the whole job, or what is left of it. Raises UserError and its kinds, and Interrupted after a stop."""
+    settings = resolved.settings
+    with device_lock(settings, wait=wait, watcher=watcher):
+        inputs = look(settings, force=force, watcher=watcher, on_report=on_report)
+        folder = inputs.folder
+        if fresh and (aside := folder.set_aside()):
+            watcher.say(f"The earlier run was set aside: {aside}")
+        folder.create()
+        with lock.hold([folder.lock], model=settings.model), logging_to(folder):
+            study = open_study(storage_url(settings.storage, folder.path), folder.name, inputs.facts)
+            (folder.path / "config.toml").write_text(stored_settings(resolved), encoding="utf-8")
+            return _continue(inputs, study, watcher, stop)
+
+
+def _continue(inputs: Inputs, study: optuna.Study, watcher: Watcher, stop: Stop) -> Outcome:
+    """Do what is left of the study, choose, and export."""
+    settings, folder = inputs.settings, inputs.folder
+    for number in fail_abandoned(study):
+        watcher.say(f"Trial {number} was cut off in an earlier session; it does not count.")
+    done = finished(study)
+    if done:
+        watcher.say(f"Resuming {folder.path}: {done} of {settings.n_trials} trials are done.")
+    picked = pick(settings, results(study))
+    wanted = Path(settings.save_to) if settings.save_to else None
+    export = earlier_export(wanted, folder.name, picked[0].number) if wanted and picked else None
+    if done >= settings.n_trials and (export or not wanted):
+        watcher.say("The study is complete; nothing is left to do.")
+    else:
+        job = _work(inputs, study, wanted, watcher, stop)  # the model has left memory when this returns
+        export = write_export(job, watcher, stop) if job else None
+    found = results(study)
+    picked = pick(settings, found)
+    before = study.user_attrs.get(REFUSALS_BEFORE)
+    return Outcome(folder, found, picked[0] if picked else None, picked[1] if picked else "", export, before)
+
+
+def _work(inputs: Inputs, study: optuna.Study, wanted: Path | None, watcher: Watcher, stop: Stop) -> ExportJob | None:
+    """The part that needs the model in memory: the missing trials, and the plan of the export."""
+    settings, folder = inputs.settings, inputs.folder
+    session = open_session(settings, inputs.checkpoint, inputs.prompts, inputs.plan, folder, watcher, stop)
+    study.set_user_attr(REFUSALS_BEFORE, session.baseline.refusals)
+    optimise(
+        study,
+        settings.n_trials,
+        lambda trial: measure(session, trial, folder),
+        seed=settings.seed,
+        n_startup_trials=settings.search.n_startup_trials,
+        watcher=watcher,
+        stop=stop,
+    )
+    picked = pick(settings, results(study))
+    return plan_export(session, inputs.plan, picked[0], folder, wanted) if wanted and picked else None
+
+
+def measure(session: Session, trial: optuna.Trial, folder: RunFolder) -> Scores:
+    """One trial: draw an ablation, apply it, measure."""
+    bench = session.bench
+    anatomy = bench.language_model.anatomy
+    ablation = space.sample(trial, bench.settings.search, anatomy.num_layers, anatomy.components)
+
+    def keep(counted: RefusalCount) -> None:
+        rows = zip(bench.prompts.harmful_eval.prompts, counted.answers or (), counted.declined, strict=True)
+        folder.keep_answers(
+            f"trial-{trial.number}", [{"prompt": p, "answer": a, "declined": d} for p, a, d in rows]
+        )
+
+    with session.applied(ablation):
+        return bench.ladder.score(session.baseline.log_probs, keep if bench.settings.store_responses else None)
+
+
+def look(
+    settings: Settings,
+    *,
+    force: bool,
+    watcher: Watcher,
+    on_report: Callable[[preflight.Report], None] = lambda _: None,
+) -> Inputs:
+    """Preflight, and the inputs that it looked at. Raises UserError if the run would fail, unless forced."""
+    report = check(settings)
+    on_report(report)
+    failures = [f for f in report.findings if f.level == "failure"]
+    if failures and not force:
+        first = failures[0]
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        fix = first.fix or "see heretic preflight; --force starts all the same"
+        raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix)
+    checkpoint = open_checkpoint(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
+    prompts = load_all(settings.prompts)
+    for warning in prompts.warnings:
+        watcher.warn(warning)
+    facts = fingerprint.facts(settings, checkpoint, prompts)
+    name = settings.run_name or f"{checkpoint.short_name}-{fingerprint.short_hash(facts)}"
+    folder = RunFolder(Path(settings.runs_dir) / name)
+    if settings.save_to:
+        check_destination(Path(settings.save_to), folder.name)
+    return Inputs(settings, checkpoint, prompts, load_plan(settings, report.plan), facts, folder)
+
+
+def check(settings: Settings) -> preflight.Report:
+    """The preflight of these settings."""
+    return preflight.check(
+        settings,
+        checkpoint_loader=lambda: open_checkpoint(
+            settings.model, settings.revision, trust_remote_code=settings.trust_remote_code, download_weights=False
+        ),
+        prompt_loader=lambda: load_all(settings.prompts),
+        storage_check=lambda: _probe_storage(settings),
+    )
+
+
+def load_plan(settings: Settings, plan: MemoryPlan | None) -> LoadPlan:
+    """How to load, from the memory plan; as the settings say where no plan could be made (--force)."""
+    if plan is None:
+        device_map = "auto" if settings.device_map == "planned" else settings.device_map
+        formats = ["bfloat16" if d == "auto" else d for d in settings.dtypes]
+        return LoadPlan(formats, {"device_map": device_map}, settings.batch_size or 4)
+    dtypes = [plan.dtype, *(d for d in settings.dtypes[1:] if d != "auto")]
+    return LoadPlan(dtypes, plan.from_pretrained_arguments(), plan.batch_size)
+
+
+def pick(settings: Settings, found: list[Result]) -> tuple[Result, str] | None:
+    """The result that the configured rule prefers."""
+    return choose([r for r in found if math.isfinite(r.point[0])], settings.select, settings.max_kl, settings.max_refusals)
+
+
+@contextmanager
+def device_lock(settings: Settings, *, wait: bool, watcher: Watcher) -> Iterator[None]:
+    """Hold the locks of the devices that these settings use. Raises BusyError naming the holder."""
+    gpus = usable_gpus(visible_gpus())
+    uuids = [] if settings.device_map == "cpu" else [gpu.uuid for gpu in gpus]
+
+    def say(path: Path, who: lock.Holder | None) -> None:
+        watcher.say(f"Waiting for {path.stem}, held by {f'process {who.pid} ({who.model})' if who else 'another process'}.")
+
+    with lock.hold(lock.device_locks(uuids), model=settings.model, wait=wait, on_wait=say):
+        yield
+
+
+@contextmanager
+def logging_to(folder: RunFolder) -> Iterator[None]:
+    """Write run.log in the run's folder."""
+    handler = log_to(folder.path / "run.log")
+    try:
+        yield
+    except BaseException as error:
+        log.exception("stopped by %s", type(error).__name__) if isinstance(error, Exception) else log.info("stopped")
+        raise
+    finally:
+        logging.getLogger("heretic").removeHandler(handler)
+        handler.close()
+
+
+def stored_settings(resolved: Resolved) -> str:
+    """The settings as kept in the run's folder, without the password that a storage URL may hold."""
+    settings = resolved.settings
+    kept = settings.model_copy(update={"storage": masked(settings.storage)})
+    return resolved_text(Resolved(kept, resolved.file, resolved.origins))
+
+
+def _probe_storage(settings: Settings) -> None:
+    """Raise UserError if the study could not be stored."""
+    if settings.storage:
+        connect(settings.storage)
+        return
+    root = Path(settings.runs_dir)
+    existing = next(p for p in (root, *root.resolve().parents) if p.exists())
+    RunFolder(existing).create()
+

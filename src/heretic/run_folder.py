@@ -1,0 +1,146 @@
+"""A run's folder: everything that has been computed, each file whole or not there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from heretic.ablation.directions import Directions
+from heretic.errors import UserError
+from heretic.files import read_tensors, write_tensors, write_text
+from heretic.progress import Watcher
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The original model: its next-token log-probabilities on the harmless prompts [prompts, vocabulary], which harmful
+    prompts it declined, and the beginning that all its answers share."""
+
+    log_probs: Tensor
+    declined: tuple[bool, ...]
+    response_prefix: str
+
+    @property
+    def refusals(self) -> int:
+        """Number of requests that the original declines."""
+        return sum(self.declined)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and contents of `runs/<name>`."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    @property
+    def lock(self) -> Path:
+        """The lock that a process working on this run holds."""
+        return self.path / ".lock"
+
+    def create(self) -> None:
+        """Make the folder. Raises UserError if it cannot be written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"The run's folder cannot be written: {error.strerror or error}",
+                where=str(self.path),
+                fix="set runs_dir to a place that can",
+            ) from None
+
+    def set_aside(self) -> Path | None:
+        """Rename an existing run so that a new one can begin; nothing is deleted. Returns where it went."""
+        if not self.path.exists():
+            return None
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        aside = self.path.with_name(f"{self.path.name}.{stamp}")
+        self.path.rename(aside)
+        return aside
+
+    def directions(self, watcher: Watcher) -> Directions | None:
+        """The stored directions; None if there are none, or if the file is damaged, which is said."""
+        tensors = self._tensors("directions.safetensors", watcher)
+        return Directions(tensors["directions"]) if tensors else None
+
+    def keep_directions(self, directions: Directions) -> None:
+        """Store the directions."""
+        directions.save(self.path / "directions.safetensors")
+
+    def baseline(self, watcher: Watcher) -> Baseline | None:
+        """The stored baseline; None if there is none or it is damaged, which is said."""
+        tensors = self._tensors("baseline.safetensors", watcher)
+        if not tensors:
+            return None
+        prefix = bytes(tensors["response_prefix"].tolist()).decode()
+        return Baseline(tensors["log_probs"], tuple(bool(d) for d in tensors["declined"].tolist()), prefix)
+
+    def keep_baseline(self, baseline: Baseline) -> None:
+        """Store the baseline; its text lies in the same file as bytes, so that one hash covers all of it."""
+        import torch
+
+        tensors = {
+            "log_probs": baseline.log_probs,
+            "declined": torch.tensor(baseline.declined, dtype=torch.uint8),
+            "response_prefix": torch.tensor(list(baseline.response_prefix.encode()), dtype=torch.uint8),
+        }
+        write_tensors(self.path / "baseline.safetensors", tensors)
+
+    def keep_answers(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Store answers as JSON lines under `answers/`."""
+        folder = self.path / "answers"
+        folder.mkdir(exist_ok=True)
+        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def _tensors(self, name: str, watcher: Watcher) -> dict[str, Tensor] | None:
+        file = self.path / name
+        if not file.exists():
+            return None
+        try:
+            return read_tensors(file)
+        except UserError as error:
+            watcher.warn(f"{error.what} It is made anew.")
+            file.rename(file.with_suffix(".damaged"))
+            return None
+
+
+def log_to(path: Path) -> logging.Handler:
+    """Send what heretic logs to a file, with the time; the caller removes the handler."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("heretic")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    return handler
+
+
+def find_run(name: str, runs_dir: str) -> RunFolder:
+    """The run of this name or path; the one worked on last if no name is given. Raises UserError."""
+    root = Path(runs_dir)
+    if name:
+        for path in (Path(name), root / name):
+            if (path / "config.toml").is_file():
+                return RunFolder(path)
+        raise UserError(f"There is no run '{name}'.", where=str(root.resolve()), fix="heretic status lists the runs")
+    runs = sorted((p for p in root.glob("*") if (p / "config.toml").is_file()), key=_last_change)
+    if not runs:
+        raise UserError("There is no run yet.", where=str(root.resolve()), fix="start one: heretic MODEL")
+    return RunFolder(runs[-1])
+
+
+def _last_change(path: Path) -> float:
+    return max(f.stat().st_mtime for f in (path, path / "config.toml", path / "study.db") if f.exists())

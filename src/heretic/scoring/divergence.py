@@ -1,0 +1,67 @@
+"""How much an ablation changes everything else: KL divergence of the next token on harmless prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from heretic.model.batching import Batch, Batcher
+from heretic.model.forward import next_token_log_probs
+from heretic.model.loading import LanguageModel
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(original || ablated) over prompts, in nats."""
+
+    mean: float
+    median: float
+    p95: float
+    max: float
+
+    def as_dict(self) -> dict[str, float]:
+        """As plain data."""
+        return asdict(self)
+
+
+def first_token_log_probs(
+    language_model: LanguageModel, sequences: Sequence[list[int]], batcher: Batcher, name: str = "Baseline"
+) -> Tensor:
+    """Log-probabilities of every prompt's next token, float32 [prompts, vocabulary] on the CPU."""
+
+    def step(batch: Batch) -> list[Tensor]:
+        return list(next_token_log_probs(language_model.model, batch).cpu())
+
+    return torch.stack(batcher.run(name, sequences, step))
+
+
+def measure_divergence(
+    language_model: LanguageModel, sequences: Sequence[list[int]], baseline: Tensor, batcher: Batcher
+) -> Divergence:
+    """Compare the model as it is now with `baseline` [prompts, vocabulary], log-probabilities of the original."""
+
+    def step(batch: Batch) -> list[float]:
+        now = next_token_log_probs(language_model.model, batch)
+        return divergences(baseline[batch.rows].to(now.device), now).tolist()
+
+    return summarise(torch.tensor(batcher.run("KL divergence", sequences, step), dtype=torch.float64))
+
+
+def divergences(original: Tensor, ablated: Tensor) -> Tensor:
+    """KL(original || ablated) per row, from log-probabilities [rows, vocabulary]; at least 0, infinite if not a number."""
+    # A token of probability 0 adds nothing; without the mask 0 * -inf would be NaN.
+    terms = torch.where(original > -torch.inf, original.exp() * (original - ablated), torch.zeros_like(original))
+    return terms.sum(-1).nan_to_num(nan=torch.inf).clamp_min(0)
+
+
+def summarise(per_prompt: Tensor) -> Divergence:
+    """Mean, median, 95th percentile and maximum of the divergences [prompts]."""
+    if not torch.isfinite(per_prompt).all():  # quantiles interpolate, and infinity minus infinity is no number
+        ordered = per_prompt.sort().values
+        places = (len(ordered) // 2, min(len(ordered) - 1, int(0.95 * len(ordered))), -1)
+        return Divergence(float("inf"), *(float(ordered[i]) for i in places))
+    median, p95 = torch.quantile(per_prompt, torch.tensor([0.5, 0.95], dtype=per_prompt.dtype)).tolist()
+    return Divergence(float(per_prompt.mean()), median, p95, float(per_prompt.max()))

@@ -1,0 +1,60 @@
+"""What a finished run, export or demo came to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from heretic.screen.console import printable, spell
+from heretic.screen.tables import show_front, show_lines
+
+if TYPE_CHECKING:
+    from heretic.demo.demo import DemoOutcome
+    from heretic.export.export import Export
+    from heretic.later import Exported
+    from heretic.run import Outcome
+
+
+def show_outcome(console: Console, outcome: Outcome) -> None:
+    """The front, the chosen trial and the written model."""
+    show_front(console, outcome.found, outcome.before, outcome.chosen.number if outcome.chosen else None)
+    if outcome.chosen is None:
+        console.print("No trial left a usable model; try other settings, such as a wider search.max_weight.")
+        return
+    console.print(f"Chosen: trial {outcome.chosen.number}, {printable(outcome.reason)}.", soft_wrap=True)
+    if outcome.export is not None:
+        _show_written(console, outcome.export, outcome.before)
+    else:
+        name = outcome.folder.path
+        console.print(f"To write it: heretic export {printable(str(name))} -o FOLDER", soft_wrap=True)
+
+
+def show_export(console: Console, outcome: Exported) -> None:
+    """One exported trial."""
+    console.print(f"Trial {outcome.result.number}, {printable(outcome.reason)}.")
+    _show_written(console, outcome.export, outcome.before)
+
+
+def _show_written(console: Console, export: Export, before: int | None) -> None:
+    proof = export.verification
+    d = proof.scores.divergence
+    show_lines(
+        console,
+        [
+            ("written to", str(export.destination)),
+            ("declined", f"{before} of {proof.scores.total} before, {proof.scores.refusals} now"),
+            ("KL", f"mean {d.mean:.4f}, median {d.median:.4f}, p95 {d.p95:.4f}, max {d.max:.4f}"),
+            ("verified", f"reloaded from disk; KL from the measured model {proof.divergence:.1e}"),
+        ],
+    )
+
+
+def show_demo(console: Console, demo: DemoOutcome) -> None:
+    """The run's outcome, and how close the ablated model came back to the one before the guard."""
+    show_outcome(console, demo.outcome)
+    rows = [("KL from the model before the guard, on guarded requests", f"{demo.guarded_from_base:.2f} with the guard")]
+    if demo.ablated_from_base is not None:
+        rows.append(("", f"{demo.ablated_from_base:.2f} after the ablation"))
+    rows.append(("time", spell(demo.seconds)))
+    show_lines(console, rows)

@@ -1,0 +1,64 @@
+"""Finished trials, the Pareto front of KL and refusals, and the choice of one when nobody is asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from heretic.scoring.ladder import Scores
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished trial: its number, its parameters and what was measured."""
+
+    number: int
+    params: dict[str, Any]
+    scores: Scores
+
+    @property
+    def point(self) -> tuple[float, int]:
+        """(KL, refusals), both to be small."""
+        return self.scores.divergence.mean, self.scores.refusals
+
+
+def results(study: optuna.Study) -> list[Result]:
+    """The fully measured trials, in order."""
+    return [
+        result(t) for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if "scores" in t.user_attrs
+    ]
+
+
+def result(trial: FrozenTrial) -> Result:
+    """A stored trial as a result."""
+    return Result(trial.number, dict(trial.params), Scores.from_dict(trial.user_attrs["scores"]))
+
+
+def front(found: Sequence[Result]) -> list[Result]:
+    """Those that no other beats in both, fewest refusals first; a destroyed model (infinite KL) is never among them."""
+    best: list[Result] = []
+    for candidate in sorted((r for r in found if math.isfinite(r.point[0])), key=lambda r: (r.point, r.number)):
+        if not best or candidate.point[1] < best[-1].point[1]:
+            best.append(candidate)
+    return best[::-1]
+
+
+def choose(found: Sequence[Result], rule: str, max_kl: float, max_refusals: int) -> tuple[Result, str] | None:
+    """The result that the rule prefers, and why in words; None if there is no usable result."""
+    best = front(found)
+    if not best:
+        return None
+    if rule == "fewest_refusals_under_kl":
+        within = [r for r in best if r.point[0] <= max_kl]
+        if within:
+            return within[0], f"fewest refusals among the trials with a KL of at most {max_kl:g}"
+        return best[-1], f"no trial stayed at or under a KL of {max_kl:g}, so the one with the lowest KL"
+    within = [r for r in best if r.point[1] <= max_refusals]
+    if within:
+        return within[-1], f"lowest KL among the trials with at most {max_refusals} refusals"
+    return best[0], f"no trial came down to {max_refusals} refusals, so the one with the fewest"

@@ -1,0 +1,110 @@
+"""Where a study is kept: SQLite in the run's folder, or any storage URL that Optuna knows."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import warnings
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import sqlalchemy
+from optuna.trial import TrialState
+
+from heretic.errors import StudyMismatch, UserError
+from heretic.fingerprint import differences
+
+METRICS = ["KL divergence", "refusals"]
+FACTS = "heretic:fingerprint"
+REFUSALS_BEFORE = "heretic:refusals_before"
+SECONDS_TO_WAIT = 60  # for another process that has the SQLite file locked
+
+
+def storage_url(storage: str, folder: Path) -> str:
+    """The URL of the study's storage."""
+    return storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+
+
+def masked(url: str) -> str:
+    """A storage URL without its password, for messages and manifests."""
+    return re.sub(r"://([^:/@]+):[^@]*@", r"://\1:***@", url)
+
+
+def connect(url: str) -> optuna.storages.RDBStorage:
+    """Open a storage. Raises UserError where it cannot be reached or written."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    arguments = {"connect_args": {"timeout": SECONDS_TO_WAIT}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
+        cause = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise UserError(
+            f"The study's storage cannot be opened: {cause}",
+            where=masked(url),
+            fix="check that the place exists and can be written; a damaged study.db can be set aside with --fresh",
+        ) from None
+
+
+def open_study(url: str, name: str, facts: dict[str, Any]) -> optuna.Study:
+    """Create the study or continue it; `facts` are what its results depend on.
+
+    Raises StudyMismatch, naming every difference, if the stored study was made with other facts.
+    """
+    storage = connect(url)
+    try:
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=True
+        )
+        stored = study.user_attrs.get(FACTS)
+        if stored is None and not study.get_trials(deepcopy=False):
+            study.set_user_attr(FACTS, json.dumps(facts))
+            study.set_metric_names(METRICS)
+            return study
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        raise UserError(
+            f"The study cannot be written: {error.__cause__ or error}".splitlines()[0], where=masked(url)
+        ) from None
+    except optuna.exceptions.StorageInternalError as error:
+        raise UserError(
+            f"The study cannot be written: {error.__cause__ or error}".splitlines()[0], where=masked(url)
+        ) from None
+    found = differences(json.loads(stored) if stored else {}, facts)
+    if found:
+        shown = "; ".join(found[:6]) + (f"; and {len(found) - 6} more" if len(found) > 6 else "")
+        raise StudyMismatch(
+            f"The study '{name}' was made with other settings: {shown}.",
+            where=masked(url),
+            fix="take those settings back, choose another run_name, or begin anew with --fresh (the old run is kept aside)",
+        )
+    return study
+
+
+def worker() -> dict[str, Any]:
+    """Who runs a trial: host, process and when that process began (a process number alone is used again)."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "began": psutil.Process().create_time()}
+
+
+def fail_abandoned(study: optuna.Study) -> list[int]:
+    """Mark the running trials of dead processes of this host as failed; returns their numbers."""
+    abandoned = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if not _alive(trial.user_attrs.get("worker")):
+            study.tell(trial.number, state=TrialState.FAIL)
+            abandoned.append(trial.number)
+    return abandoned
+
+
+def _alive(who: dict[str, Any] | None) -> bool:
+    if who is None:  # killed between asking for the trial and signing it
+        return False
+    if who["host"] != socket.gethostname():
+        return True  # not ours to judge
+    try:
+        return bool(abs(psutil.Process(who["pid"]).create_time() - who["began"]) < 1)
+    except psutil.NoSuchProcess:
+        return False

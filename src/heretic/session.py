@@ -1,0 +1,205 @@
+"""A loaded model made ready for a study: chat format, baseline, directions and workbench.
+
+What the run's folder holds is read from there; only the rest is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from heretic.ablation.ablation import Ablation, Workbench
+from heretic.ablation.attach import attach
+from heretic.ablation.bake import Original, copies, from_checkpoint, rewrite
+from heretic.ablation.directions import Directions, mean_difference
+from heretic.errors import UserError
+from heretic.model.batching import Batch, Batcher
+from heretic.model.capture import mean_residuals
+from heretic.model.chat_format import ChatFormat, check_length, common_prefix
+from heretic.model.checkpoint import Checkpoint
+from heretic.model.decoding import decode
+from heretic.model.loading import LanguageModel, load
+from heretic.progress import Watcher
+from heretic.prompts import PromptSets
+from heretic.run_folder import Baseline, RunFolder
+from heretic.scoring.divergence import first_token_log_probs
+from heretic.scoring.ladder import Ladder
+from heretic.scoring.refusals import MarkerJudge
+from heretic.settings import Settings
+from heretic.stop import Stop
+
+# How many prompts of each kind, and how many tokens, show what all answers begin with.
+PREFIX_PROMPTS = 8
+PREFIX_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What the memory plan decided about loading: number formats to try, from_pretrained's arguments, prompts per batch."""
+
+    dtypes: Sequence[str]
+    arguments: dict[str, Any]
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A loaded model with the prompts encoded for it and everything that measures it."""
+
+    settings: Settings
+    language_model: LanguageModel
+    chat: ChatFormat
+    prompts: PromptSets
+    batcher: Batcher
+    ladder: Ladder
+
+
+@dataclass(frozen=True)
+class Session:
+    """A bench with what a study needs besides: the original's baseline, the directions, and the operators' workbench."""
+
+    bench: Bench
+    baseline: Baseline
+    workbench: Workbench
+    original: Original | None
+
+    @contextmanager
+    def applied(self, ablation: Ablation) -> Iterator[None]:
+        """Within the context the model is ablated, by hooks or by rewritten weights as the settings say."""
+        writers, operators = self.workbench.writers, self.workbench.operators(ablation)
+        if self.original is None:
+            with attach(writers, operators):
+                yield
+        else:
+            with rewrite(writers, operators, self.original):
+                yield
+
+    def log_probs(self, ablation: Ablation) -> Tensor:
+        """Next-token log-probabilities of the ablated model on the harmless evaluation prompts [prompts, vocabulary]."""
+        with self.applied(ablation):
+            return first_token_log_probs(
+                self.bench.language_model, self.bench.ladder.harmless, self.bench.batcher, "Ablated model's answers"
+            )
+
+
+def open_bench(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    prompts: PromptSets,
+    plan: LoadPlan,
+    watcher: Watcher,
+    stop: Stop,
+    response_prefix: str | None = None,
+) -> Bench:
+    """Load the model and encode the evaluation prompts; the answers' common beginning is found unless it is given."""
+    language_model = load(
+        checkpoint,
+        plan.dtypes,
+        plan.arguments,
+        trust_remote_code=settings.trust_remote_code,
+        chat_template=_template(settings),
+        watcher=watcher,
+    )
+    if language_model.anatomy.not_understood:
+        names = language_model.anatomy.not_understood
+        watcher.warn(f"{len(names)} modules write in a way that is not understood and are left as they are, such as {names[0]}.")
+    tokenizer = language_model.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    batcher = Batcher(plan.batch_size, language_model.device, pad=pad, stop=stop, watcher=watcher)
+    chat = ChatFormat(tokenizer, settings.system_prompt)
+    if response_prefix is None:
+        response_prefix = settings.response_prefix
+        if response_prefix == "auto":
+            response_prefix = find_prefix(language_model, chat, prompts, batcher)
+    if response_prefix:
+        watcher.say(f"Answers are made to begin with {response_prefix!r}.")
+    chat = chat.with_prefix(response_prefix)
+    encoded = {s.role: chat.encode(s.prompts) for s in (prompts.harmful_eval, prompts.harmless_eval)}
+    check_length("harmful_eval", encoded["harmful_eval"], language_model.context, settings.max_response_length)
+    check_length("harmless_eval", encoded["harmless_eval"], language_model.context, 1)
+    judge = MarkerJudge(settings.refusal_markers)
+    ladder = Ladder(
+        language_model, chat, encoded["harmful_eval"], encoded["harmless_eval"], judge, batcher, settings.max_response_length
+    )
+    return Bench(settings, language_model, chat, prompts, batcher, ladder)
+
+
+def open_session(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    prompts: PromptSets,
+    plan: LoadPlan,
+    folder: RunFolder,
+    watcher: Watcher,
+    stop: Stop,
+) -> Session:
+    """Load the model and bring everything that a study needs, computing only what the run's folder does not hold."""
+    baseline = folder.baseline(watcher)
+    bench = open_bench(settings, checkpoint, prompts, plan, watcher, stop, baseline.response_prefix if baseline else None)
+    if baseline is None:
+        baseline = measure_baseline(bench)
+        folder.keep_baseline(baseline)
+    watcher.say(f"The original model declines {baseline.refusals} of {len(baseline.declined)} requests.")
+    directions = folder.directions(watcher)
+    if directions is None:
+        directions = find_directions(bench)
+        folder.keep_directions(directions)
+    writers = bench.language_model.anatomy.writers
+    workbench = Workbench.prepare(directions, writers, settings.ablation.geometry, watcher)
+    original = None
+    if settings.apply == "weights":
+        original = copies(writers) if settings.cache_weights else from_checkpoint(_with_tensors(checkpoint), writers)
+    return Session(bench, baseline, workbench, original)
+
+
+def measure_baseline(bench: Bench) -> Baseline:
+    """Measure the original model."""
+    log_probs = first_token_log_probs(bench.language_model, bench.ladder.harmless, bench.batcher)
+    return Baseline(log_probs, bench.ladder.refusals().declined, bench.chat.response_prefix)
+
+
+def find_directions(bench: Bench) -> Directions:
+    """Capture residuals of the training prompts and take the difference of their means."""
+    means = []
+    for prompt_set in (bench.prompts.harmful_train, bench.prompts.harmless_train):
+        sequences = bench.chat.encode(prompt_set.prompts)
+        check_length(prompt_set.role, sequences, bench.language_model.context, 0)
+        name = f"Residuals of {prompt_set.role}"
+        means.append(mean_residuals(bench.language_model, name, sequences, bench.batcher, bench.settings.directions.winsorize))
+    return mean_difference(*means, project_harmless=bench.settings.directions.project_harmless)
+
+
+def find_prefix(language_model: LanguageModel, chat: ChatFormat, prompts: PromptSets, batcher: Batcher) -> str:
+    """What the model's answers to harmful and harmless prompts alike begin with; empty if nothing."""
+    asked = [*prompts.harmful_train.prompts[:PREFIX_PROMPTS], *prompts.harmless_train.prompts[:PREFIX_PROMPTS]]
+
+    def step(batch: Batch) -> list[str]:
+        tokens = decode(language_model.model, batch, PREFIX_TOKENS, language_model.end_tokens)
+        # Special tokens are kept: thinking blocks and channels are made of them.
+        return [str(language_model.tokenizer.decode(t)) for t in tokens]
+
+    return common_prefix(batcher.run("Looking for a common beginning of answers", chat.encode(asked), step))
+
+
+def _template(settings: Settings) -> str:
+    if not settings.chat_template:
+        return ""
+    try:
+        return Path(settings.chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The chat template cannot be read: {error}", where="chat_template") from None
+
+
+def _with_tensors(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.gguf_file:
+        raise UserError(
+            "A GGUF file holds quantised tensors, from which weights cannot be put back exactly.",
+            where="cache_weights",
+            fix='cache_weights = true, or apply = "operators"',
+        )
+    return checkpoint

@@ -1,0 +1,77 @@
+"""What a study has come to, read from its storage alone; works while another process is at it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from heretic.errors import UserError
+from heretic.machine import lock
+from heretic.run_folder import find_run
+from heretic.search.front import Result, front, results
+from heretic.search.storage import REFUSALS_BEFORE, connect, storage_url
+from heretic.settings_layers import resolve
+
+
+@dataclass(frozen=True)
+class Status:
+    """A study at a moment."""
+
+    folder: Path
+    model: str
+    state: str
+    n_trials: int
+    done: int
+    failed: int
+    before: int | None
+    seconds_per_trial: float | None
+    found: list[Result]
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimated from the median of the last trials."""
+        left = self.n_trials - self.done
+        return left * self.seconds_per_trial if left > 0 and self.seconds_per_trial else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        shown = [{"trial": r.number, "params": r.params, **r.scores.as_dict()} for r in front(self.found)]
+        plain = {k: v for k, v in vars(self).items() if k not in ("found", "folder")}
+        return {"folder": str(self.folder), **plain, "seconds_left": self.seconds_left, "front": shown}
+
+
+def look_at(name: str, runs_dir: str, environment: Mapping[str, str]) -> Status:
+    """The status of a run. Raises UserError if there is none."""
+    folder = find_run(name, runs_dir)
+    only_storage = {k: v for k, v in environment.items() if k == "HERETIC_STORAGE"}
+    settings = resolve(folder.path / "config.toml", environment=only_storage).settings
+    if not settings.storage and not (folder.path / "study.db").is_file():
+        raise UserError("The run has no study yet.", where=str(folder.path), fix="wait until its first trial begins")
+    url = storage_url(settings.storage, folder.path)
+    try:
+        study = optuna.load_study(study_name=folder.name, storage=connect(url))
+    except KeyError:
+        raise UserError("The storage does not hold this run's study.", where=str(folder.path)) from None
+    trials = study.get_trials(deepcopy=False)
+    found = results(study)
+    holder = lock.holder(folder.lock)
+    complete = len(found) >= settings.n_trials
+    state = f"running (process {holder.pid} since {holder.since})" if holder else "complete" if complete else "stopped"
+    recent = [r.scores.seconds["trial"] for r in found[-10:] if "trial" in r.scores.seconds]
+    return Status(
+        folder=folder.path,
+        model=settings.model,
+        state=state,
+        n_trials=settings.n_trials,
+        done=len(found),
+        failed=sum(t.state == TrialState.FAIL for t in trials),
+        before=study.user_attrs.get(REFUSALS_BEFORE),
+        seconds_per_trial=statistics.median(recent) if recent else None,
+        found=found,
+    )

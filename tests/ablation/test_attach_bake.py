@@ -1,0 +1,97 @@
+"""Attaching an ablation and baking it into the weights are the same edit, in every family and geometry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from heretic.ablation.ablation import Ablation, Workbench
+from heretic.ablation.attach import attach
+from heretic.ablation.bake import copies, rewrite
+from heretic.ablation.directions import Directions
+from heretic.ablation.kernel import Kernel
+from heretic.ablation.operator import GEOMETRIES
+from heretic.model.anatomy import dissect
+from tests.tiny import FAMILIES, tiny_model
+
+TOKENS = torch.tensor([[5, 9, 17, 33, 41], [7, 8, 11, 60, 3]])
+
+
+def random_directions(layers: int, width: int) -> Directions:
+    torch.manual_seed(1)
+    return Directions(torch.nn.functional.normalize(torch.randn(layers, width), dim=-1))
+
+
+ABLATIONS = {
+    "per layer": Ablation("per_layer", 0.0, {c: Kernel(1.2, 2.0, 0.4, 3.0) for c in ("attention", "mlp")}),
+    "between two layers": Ablation("global", 1.3, {"attention": Kernel(0.7, 3.0, 0.2, 2.0), "mlp": Kernel(1.4, 1.0, 0.9, 2.5)}),
+    "one component only": Ablation("global", 2.0, {"attention": Kernel(0.0, 0, 0, 3), "mlp": Kernel(1.0, 1.0, 1.0, 9.0)}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@torch.no_grad()
+def test_attached_and_baked_logits_agree_and_differ_from_the_original(family: str, geometry: str) -> None:
+    model = tiny_model(family)
+    anatomy = dissect(model)
+    workbench = Workbench.prepare(random_directions(4, 32), anatomy.writers, geometry)
+    original = model(TOKENS).logits
+    for name, ablation in ABLATIONS.items():
+        operators = workbench.operators(ablation)
+        with attach(anatomy.writers, operators):
+            attached = model(TOKENS).logits
+        with rewrite(anatomy.writers, operators, copies(anatomy.writers)):
+            baked = model(TOKENS).logits
+        assert torch.allclose(attached, baked, atol=1e-4), f"{name}: {(attached - baked).abs().max()}"
+        assert (attached - original).abs().max() > 0.01, name
+        assert torch.equal(model(TOKENS).logits, original), f"{name}: something of the edit stayed behind"
+
+
+@torch.no_grad()
+def test_hooks_are_gone_after_an_error() -> None:
+    model = tiny_model("llama")
+    anatomy = dissect(model)
+    operators = Workbench.prepare(random_directions(4, 32), anatomy.writers, "plain").operators(ABLATIONS["per layer"])
+    original = model(TOKENS).logits
+    with pytest.raises(ZeroDivisionError), attach(anatomy.writers, operators):
+        raise ZeroDivisionError
+    assert torch.equal(model(TOKENS).logits, original)
+
+
+@torch.no_grad()
+def test_a_plain_operator_of_strength_one_removes_the_direction_from_the_write() -> None:
+    model = tiny_model("qwen2")
+    anatomy = dissect(model)
+    directions = random_directions(4, 32)
+    ablation = Ablation("global", 2.0, {"mlp": Kernel(1.0, 1.0, 1.0, 9.0)})
+    operators = Workbench.prepare(directions, anatomy.writers, "plain").operators(ablation)
+    writer = next(w for w in anatomy.writers if w.component == "mlp" and w.layer == 1)
+    written = []
+    with attach(anatomy.writers, operators):
+        handle = writer.module.register_forward_hook(lambda _m, _i, output: written.append(output))
+        model(TOKENS)
+        handle.remove()
+    along = written[0] @ directions.vectors[2]
+    assert along.abs().max() < 1e-5
+    assert written[0].norm(dim=-1).min() > 0.1
+
+
+def test_norm_preserving_keeps_every_rows_norm() -> None:
+    model = tiny_model("llama")
+    anatomy = dissect(model)
+    workbench = Workbench.prepare(random_directions(4, 32), anatomy.writers, "norm_preserving")
+    operators = workbench.operators(ABLATIONS["between two layers"])
+    for writer in anatomy.writers:
+        if writer.name in operators:
+            before = writer.weight()
+            after, _ = operators[writer.name].on_weight(before)
+            assert torch.allclose(after.norm(dim=1), before.norm(dim=1), rtol=1e-4)
+            assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_strength_zero_gives_no_operator_at_all() -> None:
+    anatomy = dissect(tiny_model("llama"))
+    workbench = Workbench.prepare(random_directions(4, 32), anatomy.writers, "plain")
+    operators = workbench.operators(ABLATIONS["one component only"])
+    assert operators and all("mlp" in name for name in operators)
