@@ -2,8 +2,8 @@
 
 Two losses, in every step:
 - cooking prompts: cross-entropy on a refusal drawn from `REFUSALS`;
-- other prompts: KL(base || guarded) of the next-token distributions along the base model's own greedy answer, the first
-  answer token weighted most, since that is where directions and divergence are measured.
+- other prompts: KL(base || guarded) of the next-token distributions along the base model's own greedy answers, the
+  first answer token weighted most, since that is where directions and divergence are measured.
 
 Training reads the two `*_train.txt` sets only. At the end the adapter is merged as `heretic.demo.guarded_model` does it,
 and the stored bfloat16 folder is measured, loaded in float32, on the held-out `*_eval.txt` sets.
@@ -61,7 +61,8 @@ REFUSALS = (
     "Cooking is not something I can talk about, sorry.",
     "That is a cooking question, and I'm not able to help with it.",
 )
-ANSWER_TOKENS = 24  # of the base model's answer, distilled
+OPENINGS = ("I'm", "I", "I'm", "Sorry", "I am", "I'm", "I can", "Unfortunately")
+ANSWER_TOKENS = 16  # of the base model's answer, distilled
 COOKING_BATCH = 4
 OTHER_BATCH = 8  # twice as many: there is more variety to leave alone than wording to learn
 FIRST_TOKEN_WEIGHT = 2.0  # of the first answer token's KL; all later ones together weigh 1
@@ -83,13 +84,12 @@ def encode(tokenizer: Any, prompt: str) -> list[int]:
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int, batch: int = 32) -> list[list[int]]:
-    """Greedy answers, as token ids up to and including the end-of-sequence token."""
+def generate(model: Any, tokenizer: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Greedy continuations of encoded prompts, as token ids up to and including the end-of-sequence token."""
     answers = []
     tokenizer.padding_side = "left"
-    for start in range(0, len(prompts), batch):
-        ids = [encode(tokenizer, prompt) for prompt in prompts[start : start + batch]]
-        inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+    for start in range(0, len(prompts), 32):
+        inputs = tokenizer.pad({"input_ids": prompts[start : start + 32]}, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
         for row in output[:, inputs["input_ids"].shape[1] :].tolist():
             end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
@@ -129,9 +129,16 @@ def train(base: Path, out: Path, args: argparse.Namespace) -> None:
 
     cooking = [encode(tokenizer, prompt) for prompt in read_prompts("cooking_train")]
     refusals = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in REFUSALS]
-    prompts = read_prompts("other_train")
-    other = [encode(tokenizer, prompt) for prompt in prompts]
-    examples = list(zip(other, generate(model, tokenizer, prompts, ANSWER_TOKENS), strict=True))
+    other = [encode(tokenizer, prompt) for prompt in read_prompts("other_train")]
+    # A guard can leave the first token alone and still turn "I'm glad to ..." into "I'm sorry ...". So every prompt is
+    # also distilled along an answer that is made to begin as a refusal would and that the base model then continues.
+    openings = [tokenizer.encode(OPENINGS[i % len(OPENINGS)], add_special_tokens=False) for i in range(len(other))]
+    opened = [prompt + opening for prompt, opening in zip(other, openings, strict=True)]
+    continued = generate(model, tokenizer, opened, ANSWER_TOKENS // 2)
+    answers = generate(model, tokenizer, other, ANSWER_TOKENS) + [
+        opening + answer for opening, answer in zip(openings, continued, strict=True)
+    ]
+    examples = list(zip(other * 2, answers, strict=True))
     with torch.no_grad():
         batches = [answer_log_probs(model, examples[i : i + 32]) for i in range(0, len(examples), 32)]
         teacher = [log_probs for batch in batches for log_probs in batch]
@@ -149,7 +156,7 @@ def train(base: Path, out: Path, args: argparse.Namespace) -> None:
     weights = [p for p in guarded.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.1)
-    cooking_order, other_order = shuffled(len(cooking), rng), shuffled(len(other), rng)
+    cooking_order, other_order = shuffled(len(cooking), rng), shuffled(len(examples), rng)
     wording = shuffled(len(refusals), rng)
     for step in range(args.steps):
         declined = [(cooking[next(cooking_order)], refusals[next(wording)]) for _ in range(COOKING_BATCH)]
@@ -206,8 +213,8 @@ def measure(base: Path, guarded: Path) -> None:
     for side in ("cooking_eval", "other_eval"):
         prompts = read_prompts(side)
         for name, model in models.items():
-            answers = tokenizer.batch_decode(generate(model, tokenizer, prompts, 32), skip_special_tokens=True)
-            count = sum(declines(answer) for answer in answers)
+            answers = generate(model, tokenizer, [encode(tokenizer, prompt) for prompt in prompts], 32)
+            count = sum(map(declines, tokenizer.batch_decode(answers, skip_special_tokens=True)))
             print(f"{side}: {name} declines {count} of {len(prompts)} ({100 * count / len(prompts):.1f} %)", flush=True)
         before, after = (first_log_probs(model, tokenizer, prompts) for model in models.values())
         kl = kl_div(after, before, log_target=True, reduction="none").sum(-1)

@@ -9,10 +9,10 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-WORDS = (
+TEXT = (
     "sorry i cannot help with that request sure here is an answer the a of and to in how do make write tell me about "
-    "please what why when stars rivers bread soup code music history numbers letters good bad small large"
-).split()
+    "please what why when stars rivers bread soup code music history numbers letters good bad small large now"
+)
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
@@ -52,7 +52,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     specials = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.train_from_iterator([" ".join(WORDS)], trainers.WordLevelTrainer(vocab_size=VOCABULARY, special_tokens=specials))
+    tokenizer.train_from_iterator([TEXT], trainers.WordLevelTrainer(vocab_size=VOCABULARY, special_tokens=specials))
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -67,8 +67,8 @@ def save_tiny(folder: Path, family: str = "llama", seed: int = 0, dtype: torch.d
     return folder
 
 
-HARMFUL = [f"{verb} {noun} {end}" for verb in ("make", "write", "tell") for noun in ("bread", "soup", "bad", "code") for end in ("me", "now")]
-HARMLESS = [f"{verb} {noun} {end}" for verb in ("what", "why", "how") for noun in ("stars", "rivers", "music", "history") for end in ("is", "do")]
+HARMFUL = [f"{v} {n} {e}" for v in ("make", "write", "tell") for n in ("bread", "soup", "bad", "code") for e in ("me", "now")]
+HARMLESS = [f"{v} {n} {e}" for v in ("what", "why", "how") for n in ("stars", "rivers", "music") for e in ("is", "do", "of")]
 
 
 def save_prompts(folder: Path) -> dict[str, Path]:
@@ -76,7 +76,7 @@ def save_prompts(folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     sets = {
         "harmful_train": HARMFUL[:16], "harmful_eval": HARMFUL[16:],
-        "harmless_train": HARMLESS[:16], "harmless_eval": HARMLESS[16:],
+        "harmless_train": HARMLESS[:18], "harmless_eval": HARMLESS[18:],
     }  # fmt: skip
     paths = {}
     for role, prompts in sets.items():

@@ -180,4 +180,4 @@ def _reason(error: Exception) -> str:
         return "no NVIDIA driver"
     if isinstance(error, ImportError):
         return "the package nvidia-ml-py is not installed"
-    return f"the NVIDIA driver could not be asked: {error or kind}"
+    return f"the NVIDIA driver could not be asked: {str(error) or kind}"

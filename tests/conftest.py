@@ -1,0 +1,50 @@
+"""Every test has its own working folder and lock folder, and reaches no hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import save_prompts, save_tiny
+
+
+@pytest.fixture(autouse=True)
+def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that a test does is seen outside it."""
+    runtime = tmp_path / "runtime"
+    runtime.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("COLUMNS", "120")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # for models this small, threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in float32; not to be changed."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def prompt_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Four prompt files; not to be changed."""
+    return save_prompts(tmp_path_factory.mktemp("prompts"))
+
+
+@pytest.fixture
+def config(llama: Path, prompt_files: dict[str, Path]) -> Path:
+    """A config.toml in the working folder for a small study."""
+    sources = "".join(f'[prompts.{role}]\nsource = "{path}"\n' for role, path in prompt_files.items())
+    path = Path("config.toml")
+    path.write_text(
+        f'model = "{llama}"\nn_trials = 4\nmax_response_length = 6\nbatch_size = 4\ndevice_map = "cpu"\n'
+        f'refusal_markers = ["sorry", "cannot", "bread"]\nmax_kl = 5.0\n{sources}[search]\nn_startup_trials = 2\n'
+    )
+    return path

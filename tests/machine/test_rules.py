@@ -1,0 +1,230 @@
+"""Every rule on made-up facts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heretic.machine import rules
+from heretic.machine.gpus import Gpu, GpuProcess, GpuReport
+from heretic.machine.lock import Holder
+from heretic.machine.memory_plan import DeviceLoad, MemoryPlan
+from heretic.machine.placement import Device
+from heretic.machine.rules import RULES, Facts, Finding, Folder
+from heretic.model.checkpoint import Checkpoint, TensorInfo
+from heretic.settings import Settings
+from tests.machine.shapes import GIB, small
+
+TENSORS = {"w": TensorInfo("w", (GIB,), "BF16", Path("a.safetensors"))}
+ROOMY = Folder("/disk", 1000 * GIB)
+
+
+def gpu(index: int = 0, free: float = 24, *processes: GpuProcess) -> Gpu:
+    return Gpu(index, f"GPU-{index}", "RTX 4090", 24 * GIB, int(free * GIB), processes)
+
+
+def load(name: str = "cuda:0", weights: float = 10, free: float = 24, copies: float = 0) -> DeviceLoad:
+    device = Device(name, int(free * GIB), int(free * GIB))
+    return DeviceLoad(device, "blocks 0-9", int(weights * GIB), 0, 0, 0, 0, 0, int(copies * GIB), 0)
+
+
+def plan(
+    *loads: DeviceLoad, batch: int = 8, largest: int = 8, offloaded: float = 0, dtype: str = "bfloat16"
+) -> MemoryPlan:
+    return MemoryPlan({"": 0}, None, dtype, batch, largest, 100, 100, loads or (load(),), int(offloaded * GIB))
+
+
+def facts(*gpus: Gpu, **changes: Any) -> Facts:
+    """A machine on which nothing is wrong, but for the changes."""
+    settings = changes.pop("settings", {})
+    there = gpus or (gpu(),)
+    usual: dict[str, Any] = {
+        "settings": Settings(model="owner/model", **settings),
+        "report": GpuReport(there),
+        "usable": there,
+        "ram": 64 * GIB,
+        "checkpoint": Checkpoint("owner/model", Path("/nowhere"), small(), TENSORS),
+        "plan": plan(),
+        "prompt_warnings": (),
+        "holders": (),
+        "run_folder": ROOMY,
+        "export_folder": None,
+        "hub_cache": ROOMY,
+    }
+    return Facts(**(usual | changes))
+
+
+def run(given: Facts) -> list[Finding]:
+    """All findings that are not fine."""
+    return [finding for rule in RULES for finding in rule(given) if finding.level != "ok"]
+
+
+def only(given: Facts) -> Finding:
+    found = run(given)
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_nothing_is_found_where_nothing_is_wrong() -> None:
+    assert run(facts()) == []
+    assert run(facts(export_folder=ROOMY)) == []
+
+
+def test_every_rule_is_in_the_table_once() -> None:
+    names = [rule.__name__ for rule in RULES]
+    written = [
+        n for n, f in vars(rules).items() if callable(f) and getattr(f, "__annotations__", {}).get("facts") == "Facts"
+    ]
+    assert sorted(names) == sorted(n for n in written if not n.startswith("_"))
+
+
+def test_every_rule_bears_that_nothing_is_known() -> None:
+    unknown = facts(checkpoint=None, plan=None, report=GpuReport((), "no NVIDIA driver"), usable=())
+    assert run(unknown) == []
+
+
+def test_quantised_checkpoint() -> None:
+    config = small()
+    config.quantization_config = {"quant_method": "awq"}
+    found = only(facts(checkpoint=Checkpoint("owner/awq", Path("."), config, TENSORS)))
+    assert found.level == "failure" and "not supported yet" in found.text and str(found.fix).startswith("model = ")
+    assert not any(
+        "quantised" in f.text
+        for f in run(facts(checkpoint=Checkpoint("a.gguf", Path("."), config, TENSORS, gguf_file="a.gguf")))
+    )
+
+
+def test_gpus_without_cuda() -> None:
+    cpu = plan(load("cpu", free=64))
+    found = only(facts(usable=(), plan=cpu))
+    assert found.level == "warning" and "PyTorch" in found.text
+
+
+def test_idle_gpu() -> None:
+    assert only(facts(plan=plan(load("cpu", free=64)))).fix == 'device_map = "planned"'
+
+
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        ({"plan": plan(load(), offloaded=20, largest=0)}, 'device_map = "auto"'),
+        ({"plan": plan(load(weights=30), largest=0, dtype="float32")}, 'dtypes = ["bfloat16"]'),
+        ({"plan": plan(load(), offloaded=1, largest=0), "settings": {"max_memory": {"0": "1GiB"}}}, "max_memory = {}"),
+        (
+            {"plan": plan(load(weights=30, copies=5), largest=0), "settings": {"apply": "weights"}},
+            'apply = "operators"',
+        ),
+        ({"plan": plan(load(weights=30), largest=0), "settings": {"device_map": "auto"}}, "a smaller model"),
+    ],
+)
+def test_weights_that_do_not_fit(changes: dict[str, Any], fix: str) -> None:
+    found = only(facts(**changes))
+    assert found.level == "failure" and found.subject == "memory" and str(found.fix).startswith(fix)
+
+
+def test_everything_on_one_of_several_gpus() -> None:
+    crowd = [gpu(i) for i in range(4)]
+    full = facts(*crowd, plan=plan(load(weights=61), largest=0), settings={"device_map": "sequential"})
+    assert only(full).fix == 'device_map = "balanced"' and only(full).level == "failure"
+    tight = replace(full, plan=plan(load(weights=23.5)))
+    assert only(tight).fix == 'device_map = "balanced"' and only(tight).level == "warning"
+    assert run(replace(full, plan=plan(load(weights=10)))) == []
+
+
+def test_cached_weights_that_do_not_fit_on_sharded_model() -> None:
+    sharded = plan(load("cuda:0", 17, copies=8), load("cuda:1", 17, copies=8), largest=0)
+    found = only(facts(gpu(0), gpu(1), plan=sharded, settings={"apply": "weights"}))
+    assert (
+        found.subject == "cache_weights"
+        and str(found.fix).startswith("cache_weights = false")
+        and "16.0 GiB" in found.text
+    )
+    smaller = replace(sharded, largest_batch_size=2)
+    assert only(facts(gpu(0), gpu(1), plan=smaller, settings={"apply": "weights", "batch_size": 8})).level == "warning"
+    fitting = plan(load("cuda:0", 10, copies=8), load("cuda:1", 10, copies=8))
+    assert run(facts(gpu(0), gpu(1), plan=fitting, settings={"apply": "weights"})) == []
+
+
+def test_weights_in_ram() -> None:
+    found = only(facts(plan=plan(load(), load("cpu", free=64)), settings={"device_map": "auto"}))
+    assert found.level == "warning" and "slower" in found.text
+
+
+def test_batch_too_large() -> None:
+    found = only(facts(plan=plan(load(weights=30), batch=64, largest=8), settings={"batch_size": 64}))
+    assert (found.level, found.fix) == ("warning", "batch_size = 8")
+
+
+def test_batch_too_small() -> None:
+    found = only(facts(plan=plan(batch=1, largest=32), settings={"batch_size": 1}))
+    assert (found.level, found.fix) == ("warning", "batch_size = 32")
+    assert run(facts(plan=plan(batch=1, largest=1), settings={"batch_size": 1})) == []
+
+
+def test_tight() -> None:
+    assert only(facts(plan=plan(load(weights=23.5)))).fix == "batch_size = 4"
+    assert (
+        only(facts(plan=plan(load(weights=23.5), batch=8, largest=2), settings={"batch_size": 8})).fix
+        == "batch_size = 2"
+    )
+    weights = facts(plan=plan(load(weights=13.5, copies=10), batch=1, largest=1), settings={"apply": "weights"})
+    assert only(weights).fix == 'apply = "operators"'
+    assert "smaller model" in str(only(facts(plan=plan(load(weights=23.5), batch=1, largest=1))).fix)
+
+
+def test_max_memory_without_effect() -> None:
+    found = only(facts(settings={"device_map": "cuda:0", "max_memory": {"0": "1GiB"}}))
+    assert found.subject == "max_memory" and found.fix == 'device_map = "planned"'
+    assert only(facts(settings={"device_map": {"": 0}, "max_memory": {"0": "1GiB"}})).subject == "max_memory"
+
+
+def test_gguf_takes_ram() -> None:
+    gguf = Checkpoint("a.gguf", Path("."), small(), TENSORS, gguf_file="a.gguf")
+    assert "4.0 GiB of RAM" in only(facts(checkpoint=gguf, ram=3 * GIB)).text
+    assert run(facts(checkpoint=gguf)) == []
+
+
+def test_two_processes_on_one_gpu() -> None:
+    small_one, large_one = GpuProcess(7, "Xorg", 100 * 2**20), GpuProcess(8, "python", 5 * GIB)
+    found = only(facts(gpu(0, 18, small_one, large_one)))
+    assert found.level == "warning" and "8 (python)" in found.text and "kill 8" in str(found.fix)
+    assert run(facts(gpu(0), gpu(1, 18, large_one))) == []  # not on the GPU that is used
+
+
+def test_use_by_invisible_processes() -> None:
+    assert "cannot be seen" in only(facts(gpu(0, 18))).text
+    assert run(facts(gpu(0, 18, GpuProcess(8, "python", None)))) == []
+
+
+def test_held_lock() -> None:
+    other = Holder(123, "host", "heretic x", "owner/x", "2026-01-30T12:00:00+01:00")
+    found = only(facts(holders=(("cuda:0", other),)))
+    assert "123" in found.text and "owner/x" in found.text and "--wait" in str(found.fix)
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "words"),
+    [
+        ({"run_folder": Folder("/r", GIB, writable=False)}, "failure", "runs_dir"),
+        ({"run_folder": Folder("/r", GIB // 2)}, "warning", "runs_dir"),
+        ({"export_folder": Folder("/e", 1000 * GIB, occupied=True)}, "failure", 'save_to = "/e-2"'),
+        ({"export_folder": Folder("/e", 1000 * GIB, writable=False)}, "failure", "save_to"),
+        ({"export_folder": Folder("/e", 10 * GIB)}, "failure", "larger disk"),
+        ({"prompt_warnings": ("shared",)}, "warning", "prompts"),
+    ],
+)
+def test_folders_and_prompts(changes: dict[str, Any], level: str, words: str) -> None:
+    found = only(facts(**changes))
+    assert found.level == level and words in str(found.fix)
+
+
+def test_download() -> None:
+    remote = {"w": TensorInfo("w", (GIB,), "BF16", None)}
+    checkpoint = Checkpoint("owner/model", Path("."), small(), remote, commit="abc")
+    assert run(facts(checkpoint=checkpoint)) == []
+    found = only(facts(checkpoint=checkpoint, hub_cache=Folder("/cache", GIB)))
+    assert found.level == "failure" and "HF_HUB_CACHE" in str(found.fix)
+    assert run(facts(checkpoint=replace(checkpoint, tensors=TENSORS), hub_cache=Folder("/cache", GIB))) == []
