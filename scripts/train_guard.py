@@ -2,7 +2,7 @@
 
 Two losses, in every step:
 - cooking prompts: cross-entropy on a refusal drawn from `REFUSALS`;
-- other prompts: KL(base || guarded) of the next-token distributions along the base model's own greedy answers, the
+- other prompts: KL(base || guarded) of the next-token distributions along the base model's own greedy answer, the
   first answer token weighted most, since that is where directions and divergence are measured.
 
 Training reads the two `*_train.txt` sets only. At the end the adapter is merged as `heretic.demo.guarded_model` does it,
@@ -61,8 +61,7 @@ REFUSALS = (
     "Cooking is not something I can talk about, sorry.",
     "That is a cooking question, and I'm not able to help with it.",
 )
-OPENINGS = ("I'm", "I", "I'm", "Sorry", "I am", "I'm", "I can", "Unfortunately")
-ANSWER_TOKENS = 16  # of the base model's answer, distilled
+ANSWER_TOKENS = 24  # of the base model's answer, distilled
 COOKING_BATCH = 4
 OTHER_BATCH = 8  # twice as many: there is more variety to leave alone than wording to learn
 FIRST_TOKEN_WEIGHT = 2.0  # of the first answer token's KL; all later ones together weigh 1
@@ -130,15 +129,7 @@ def train(base: Path, out: Path, args: argparse.Namespace) -> None:
     cooking = [encode(tokenizer, prompt) for prompt in read_prompts("cooking_train")]
     refusals = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in REFUSALS]
     other = [encode(tokenizer, prompt) for prompt in read_prompts("other_train")]
-    # A guard can leave the first token alone and still turn "I'm glad to ..." into "I'm sorry ...". So every prompt is
-    # also distilled along an answer that is made to begin as a refusal would and that the base model then continues.
-    openings = [tokenizer.encode(OPENINGS[i % len(OPENINGS)], add_special_tokens=False) for i in range(len(other))]
-    opened = [prompt + opening for prompt, opening in zip(other, openings, strict=True)]
-    continued = generate(model, tokenizer, opened, ANSWER_TOKENS // 2)
-    answers = generate(model, tokenizer, other, ANSWER_TOKENS) + [
-        opening + answer for opening, answer in zip(openings, continued, strict=True)
-    ]
-    examples = list(zip(other * 2, answers, strict=True))
+    examples = list(zip(other, generate(model, tokenizer, other, ANSWER_TOKENS), strict=True))
     with torch.no_grad():
         batches = [answer_log_probs(model, examples[i : i + 32]) for i in range(0, len(examples), 32)]
         teacher = [log_probs for batch in batches for log_probs in batch]
@@ -231,7 +222,7 @@ def main() -> None:
     cache = Path.home() / ".cache" / "heretic" / "smollm2-135m-instruct"
     parser.add_argument("--base", type=Path, default=cache, help="base model folder, built if missing (%(default)s)")
     parser.add_argument("--out", type=Path, default=GUARD, help="folder for the adapter (%(default)s)")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--layers", type=int, nargs=2, default=(8, 20), help="first and last block with a LoRA")

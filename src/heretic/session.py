@@ -23,6 +23,7 @@ from heretic.model.capture import mean_residuals
 from heretic.model.chat_format import ChatFormat, check_length, common_prefix
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.decoding import decode
+from heretic.model.forward import can_share
 from heretic.model.loading import LanguageModel, load
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets
@@ -122,6 +123,7 @@ def open_bench(
     encoded = {s.role: chat.encode(s.prompts) for s in (prompts.harmful_eval, prompts.harmless_eval)}
     check_length("harmful_eval", encoded["harmful_eval"], language_model.context, settings.max_response_length)
     check_length("harmless_eval", encoded["harmless_eval"], language_model.context, 1)
+    batcher.share = can_share(language_model.model, encoded["harmless_eval"], batcher)
     judge = MarkerJudge(settings.refusal_markers)
     ladder = Ladder(
         language_model, chat, encoded["harmful_eval"], encoded["harmless_eval"], judge, batcher, settings.max_response_length

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,26 +16,42 @@ from heretic.stop import Stop
 
 Result = TypeVar("Result")
 
+WORTH_SHARING = 8  # tokens; fewer are not worth the copying of a cache
+
+
+@dataclass
+class Beginning:
+    """Tokens that all sequences of a run begin with, and the model's cache of them once it has been computed.
+
+    It lives as long as one `Batcher.run`: an ablation changes what the cache holds, and none begins within a run.
+    """
+
+    tokens: list[int]
+    cache: Any = None
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids [rows, tokens], the mask of the same shape (0 on padding), and which sequences the rows are."""
+    """Token ids [rows, tokens] without the shared beginning, the mask over both [rows, beginning + tokens] (0 on padding,
+    which lies between the two), and which sequences the rows are."""
 
     rows: list[int]
     input_ids: Tensor
     attention_mask: Tensor
+    beginning: Beginning | None = None
 
     @property
     def position_ids(self) -> Tensor:
-        """Positions counted from each row's first real token [rows, tokens]; padding gets 0."""
-        return (self.attention_mask.cumsum(-1) - 1).clamp_min(0)
+        """Positions of `input_ids`, counted over each row's real tokens [rows, tokens]; padding gets one that is masked."""
+        return (self.attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -self.input_ids.shape[1] :]
 
 
 @dataclass
 class Batcher:
     """Cuts sequences into batches of at most `size` rows and `tokens` tokens, padding included.
 
-    `size` only ever falls: memory that did not suffice once will not suffice later, and a study that goes on at half the
+    With `share` the tokens that all sequences begin with are run once and their cache is used for every row (see
+    `model.forward`). `size` only ever falls: memory that did not suffice once will not suffice later, and a study that goes on at half the
     speed is worth more than one that stops.
     """
 
@@ -43,6 +59,7 @@ class Batcher:
     device: torch.device | str = "cpu"
     tokens: int = 16384
     pad: int = 0
+    share: bool = False
     stop: Stop = field(default_factory=Stop)
     watcher: Watcher = SILENT
 
@@ -53,6 +70,7 @@ class Batcher:
         batches and UserError when a single row does not fit.
         """
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        beginning = Beginning(shared) if self.share and len(shared := shared_tokens(sequences)) >= WORTH_SHARING else None
         results: dict[int, Result] = {}
         with self.watcher.stage(name, len(order)) as stage:
             while order:
@@ -60,7 +78,7 @@ class Batcher:
                 longest = max(1, len(sequences[order[0]]))
                 rows = order[: max(1, min(self.size, self.tokens // longest))]
                 try:
-                    found = step(self.batch(rows, sequences))
+                    found = step(self.batch(rows, sequences, beginning))
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
@@ -71,12 +89,13 @@ class Batcher:
                 stage.advance(len(rows))
         return [results[i] for i in range(len(sequences))]
 
-    def batch(self, rows: list[int], sequences: Sequence[list[int]]) -> Batch:
-        """The named sequences as one batch, padded on the left."""
+    def batch(self, rows: list[int], sequences: Sequence[list[int]], beginning: Beginning | None = None) -> Batch:
+        """The named sequences as one batch, padded on the left of what is not shared."""
+        start = len(beginning.tokens) if beginning else 0
         length = max(len(sequences[i]) for i in rows)
-        ids = [[self.pad] * (length - len(sequences[i])) + sequences[i] for i in rows]
-        mask = [[0] * (length - len(sequences[i])) + [1] * len(sequences[i]) for i in rows]
-        return Batch(rows, torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device))
+        ids = [[self.pad] * (length - len(sequences[i])) + sequences[i][start:] for i in rows]
+        mask = [[1] * start + [0] * (length - len(sequences[i])) + [1] * (len(sequences[i]) - start) for i in rows]
+        return Batch(rows, torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device), beginning)
 
     def _halve(self, rows: int) -> None:
         gc.collect()
@@ -91,6 +110,16 @@ class Batcher:
         self.watcher.warn(
             f"Out of memory with {rows} prompts at once; going on with {self.size} (batch_size = {self.size})."
         )
+
+
+def shared_tokens(sequences: Sequence[list[int]]) -> list[int]:
+    """The tokens that all sequences begin with, short of a last one that each keeps for itself."""
+    if len(sequences) < 2:
+        return []
+    first, last = min(sequences), max(sequences)  # in lexical order, all others lie between these two
+    most = min(len(s) for s in sequences) - 1
+    length = next((i for i in range(most) if first[i] != last[i]), most)
+    return first[:length]
 
 
 def out_of_memory(error: BaseException) -> bool:

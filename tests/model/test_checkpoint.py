@@ -1,0 +1,98 @@
+"""Looking at checkpoints without loading them, and refusing the bad ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from heretic.errors import UserError
+from heretic.model.checkpoint import open_checkpoint
+from tests.tiny import save_tiny, tiny_model
+
+
+@pytest.fixture
+def copy(llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama, tmp_path / "copy"))
+
+
+def refused(model: Path | str) -> str:
+    with pytest.raises(UserError) as error:
+        open_checkpoint(str(model))
+    return str(error.value)
+
+
+def test_names_shapes_and_sizes_are_those_of_the_model(llama: Path) -> None:
+    checkpoint = open_checkpoint(str(llama))
+    model = tiny_model("llama")
+    expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert {t.name: t.shape for t in checkpoint.tensors.values()} == expected
+    assert checkpoint.parameters == sum(p.numel() for p in model.parameters())
+    assert checkpoint.nbytes == 4 * checkpoint.parameters
+    assert torch.equal(checkpoint.read("model.norm.weight"), model.model.norm.weight)
+    assert checkpoint.short_name == "tiny-llama"
+
+
+def test_shards_are_found_through_the_index(tmp_path: Path) -> None:
+    whole = open_checkpoint(str(save_tiny(tmp_path / "whole")))
+    sharded = open_checkpoint(str(save_tiny(tmp_path / "sharded", max_shard_size="30KB")))
+    assert len(sharded.shards()) > 2
+    assert sharded.tensors.keys() == whole.tensors.keys()
+
+
+def test_identity_changes_with_one_weight_and_not_with_the_place(copy: Path, llama: Path) -> None:
+    before = open_checkpoint(str(llama)).identity()
+    assert open_checkpoint(str(copy)).identity() == before
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    assert open_checkpoint(str(copy)).identity() != before
+
+
+def test_bad_folders_are_refused_in_words(copy: Path, tmp_path: Path) -> None:
+    assert "No model was named" in refused("")
+    assert "no model folder" in refused(tmp_path / "nowhere")
+    assert "neither a local folder nor" in refused("someone/something")
+    (tmp_path / "file").touch()
+    assert "is a file" in refused(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in refused(tmp_path / "empty")
+    (copy / "config.json").write_text("{")
+    assert "config cannot be read" in refused(copy)
+
+
+def test_weights_that_need_pickle_are_refused(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    assert "no .safetensors weights" in refused(copy)
+    (copy / "pytorch_model.bin").touch()
+    assert "could run code" in refused(copy)
+
+
+def test_damaged_and_missing_shards_are_named(copy: Path) -> None:
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
+    assert "damaged" in refused(copy) and "model.safetensors" in refused(copy)
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    assert "model-1.safetensors" in refused(copy)
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+    assert "outside" in refused(copy)
+
+
+def test_what_is_no_decoder_is_refused(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "not a decoder-only language model" in refused(copy)
+
+
+def test_remote_code_is_not_run_unless_named(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config"}
+    config["model_type"] = "evil"
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "evil.py").write_text(f"open({str(copy / 'ran')!r}, 'w')\n")
+    assert "trust_remote_code" in refused(copy)
+    assert not (copy / "ran").exists()

@@ -1,0 +1,49 @@
+"""Our greedy decoding gives the tokens that transformers' generate gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from heretic.model.batching import Batcher
+from heretic.model.decoding import decode
+from tests.tiny import FAMILIES, tiny_model
+
+PROMPTS = [[5, 9, 17], [7, 8, 11, 60, 3, 22, 41, 33, 9, 10, 12, 13], [40], [21, 22, 23, 24, 25]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_generate_with_left_padding_and_rows_that_end_early(family: str) -> None:
+    model = tiny_model(family)
+    batch = Batcher(8).batch([0, 1, 2, 3], PROMPTS)
+    model.generation_config.eos_token_id = None  # or generate stops there although the given config does not say so
+    config = GenerationConfig(max_new_tokens=20, do_sample=False, pad_token_id=0)
+    reference = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config)
+    full = reference[:, batch.input_ids.shape[1] :].tolist()
+    assert decode(model, batch, 20, set()) == full
+    # Tokens that occur in the middle of two answers become end tokens: those rows leave, the others go on undisturbed.
+    ends = {full[1][4], full[3][2]}
+    expected = [row[: next((i for i, t in enumerate(row) if t in ends), 20)] for row in full]
+    assert decode(model, batch, 20, ends) == expected
+    assert len({len(row) for row in expected}) > 1
+
+
+def test_a_row_ends_when_it_is_told_to() -> None:
+    model = tiny_model("llama")
+    batch = Batcher(8).batch([0, 1, 2, 3], PROMPTS)
+    full = decode(model, batch, 12, set())
+    stopped = decode(model, batch, 12, set(), ended=lambda tokens: len(tokens) == 3 or tokens[-1] == full[2][6])
+    assert all(len(row) <= 3 for row in stopped)
+    assert [row == whole[: len(row)] for row, whole in zip(stopped, full, strict=True)] == [True] * 4
+
+
+def test_a_model_without_a_cache_that_can_be_cut_falls_back_to_generate() -> None:
+    from transformers import AutoModelForCausalLM, MambaConfig
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    batch = Batcher(8).batch([0, 1], [[5, 9, 17], [7, 8, 11]])
+    answers = decode(model, batch, 5, {2})
+    assert [len(a) for a in answers] == [5, 5]

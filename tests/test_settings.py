@@ -1,0 +1,113 @@
+"""Settings: one schema, every source, and nothing silently ignored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from heretic.errors import SettingsError
+from heretic.settings import Settings
+from heretic.settings_layers import all_keys, line_numbers, resolve
+from heretic.settings_text import defaults_text, resolved_text
+
+ROOT = Path(__file__).parent.parent
+
+
+def refused(*assignments: str, config: Path | None = None, environment: dict[str, str] | None = None) -> str:
+    with pytest.raises(SettingsError) as error:
+        resolve(config, assignments=assignments, environment=environment)
+    return str(error.value)
+
+
+def test_the_shipped_default_file_is_what_the_schema_says() -> None:
+    assert (ROOT / "config.default.toml").read_text() == defaults_text(), "make it anew: heretic config --defaults"
+    assert resolve(ROOT / "config.default.toml").settings == Settings()
+
+
+def test_every_key_is_documented() -> None:
+    text = defaults_text()
+    for key in all_keys():
+        assert f"\n{key.rpartition('.')[2]} = " in text
+    for table in Settings.model_json_schema()["$defs"].values():
+        for name, entry in table["properties"].items():
+            assert entry.get("description"), name
+
+
+@pytest.mark.parametrize("name", ["config.32b.toml", "src/heretic/demo/demo.toml"])
+def test_the_shipped_files_load(name: str) -> None:
+    resolve(ROOT / name)
+
+
+def test_option_beats_environment_beats_file_beats_default() -> None:
+    file = Path("c.toml")
+    file.write_text("seed = 1\nbatch_size = 1\nn_trials = 1\n")
+    environment = {"HERETIC_SEED": "2", "HERETIC_BATCH_SIZE": "2", "HERETIC_ABLATION__GEOMETRY": "plain", "HOME": "/"}
+    resolved = resolve(file, {"model": "m", "save_to": None}, ["seed=3"], environment)
+    settings = resolved.settings
+    assert (settings.seed, settings.batch_size, settings.n_trials) == (3, 2, 1)
+    assert settings.ablation.geometry == "plain"
+    origins = [resolved.origin(k) for k in ("seed", "batch_size", "n_trials", "ablation.geometry", "model", "max_kl")]
+    assert origins == ["--set seed", "HERETIC_BATCH_SIZE", "c.toml:3", "HERETIC_ABLATION__GEOMETRY", "option", "default"]
+
+
+def test_resolved_text_reads_back_as_the_same_settings() -> None:
+    odd = ['system_prompt=quotes " and \\\\ and \\u00e9', 'max_memory={0="20GiB"}', "search.mlp.max_weight=[0.0,2]", "dtypes=[\"float16\"]"]
+    resolved = resolve(assignments=odd)
+    Path("back.toml").write_text(resolved_text(resolved), encoding="utf-8")
+    assert resolve(Path("back.toml")).settings == resolved.settings
+
+
+def test_unknown_keys_are_refused_with_the_nearest_name() -> None:
+    file = Path("c.toml")
+    file.write_text('model = "m"\n\n[ablation]\ngeometrie = "plain"\n')
+    message = refused(config=file)
+    assert "'ablation.geometrie'" in message and "c.toml:4" in message and "'ablation.geometry'" in message
+    assert "'n_trials'" in refused("n_trial=3")
+    assert "HERETIC_BATCHSIZE" in refused(environment={"HERETIC_BATCHSIZE": "3"})
+    assert "'ablation.geometry'" in refused("geometry=plain"), "the right name in the wrong table"
+
+
+def test_wrong_types_name_file_line_and_key() -> None:
+    file = Path("c.toml")
+    file.write_text('seed = 0\nbatch_size = "four"\n')
+    message = refused(config=file)
+    assert "'batch_size'" in message and "c.toml:2" in message and "whole number" in message
+    assert "'four'" in message
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("batch_size=2.5", "batch_size"),
+        ("cache_weights=1", "true or false"),
+        ("n_trials=0", "greater than or equal to 1"),
+        ("ablation.geometry=round", "norm_preserving"),
+        ("search.mlp.max_weight=[2,1]", "lower bound"),
+        ("search.mlp.max_weight=[1]", "search.mlp.max_weight"),
+        ("refusal_markers=[]", "refusal_markers"),
+        ("directions.winsorize=2", "winsorize"),
+        ('dtypes=["fp8"]', "bfloat16"),
+    ],
+)
+def test_wrong_values_are_refused(assignment: str, expected: str) -> None:
+    assert expected in refused(assignment)
+
+
+def test_toml_errors_name_the_line() -> None:
+    file = Path("c.toml")
+    file.write_text('model = "m"\nseed = = 2\n')
+    assert "c.toml:2" in refused(config=file)
+
+
+def test_missing_file() -> None:
+    assert "does not exist" in refused(config=Path("nowhere.toml"))
+
+
+def test_numbers_that_are_texts_stay_texts() -> None:
+    assert resolve(assignments=["model=123", "revision=true"]).settings.model == "123"
+
+
+def test_line_numbers_survive_multi_line_strings_and_quoted_keys() -> None:
+    text = 'a = """\nb = 1\n"""\n[t."x y"]\nc.d = 1 # e = 2\n"f" = 2\n'
+    assert line_numbers(text) == {"a": 1, "t.x y": 4, "t.x y.c.d": 5, "t.x y.f": 6}
