@@ -63,7 +63,11 @@ def test_overlap_is_counted_and_said() -> None:
     Path("a.txt").write_text("x\ny\nz\n")
     Path("b.txt").write_text("y\nz\nw\n")
     a, b = PromptSource(source="a.txt"), PromptSource(source="b.txt")
-    sets = load_all(Prompts(harmful_train=a, harmful_eval=b, harmless_train=b, harmless_eval=PromptSource(source="a.txt", split="[:1]")))
+    sets = load_all(
+        Prompts(
+            harmful_train=a, harmful_eval=b, harmless_train=b, harmless_eval=PromptSource(source="a.txt", split="[:1]")
+        )
+    )
     assert len(sets.warnings) == 1 and sets.warnings[0].startswith("2 of 3 prompts in prompts.harmful_eval")
 
 

@@ -80,7 +80,7 @@ def test_all_ways_of_applying_give_the_same_scores(config: Path) -> None:
 
 def test_abandoned_trials_are_failed_and_do_not_count(config: Path) -> None:
     outcome = do(config, "n_trials=2")
-    study = optuna.load_study(study_name=outcome.folder.name, storage=f"sqlite:///{outcome.folder.path / 'study.db'}")
+    study = optuna.load_study(study_name="heretic", storage=f"sqlite:///{outcome.folder.path / 'study.db'}")
     study.ask()  # a process asks for a trial and dies before it can sign it
     after = do(config, "n_trials=3")
     assert len(after.found) == 3

@@ -48,11 +48,23 @@ def test_option_beats_environment_beats_file_beats_default() -> None:
     assert (settings.seed, settings.batch_size, settings.n_trials) == (3, 2, 1)
     assert settings.ablation.geometry == "plain"
     origins = [resolved.origin(k) for k in ("seed", "batch_size", "n_trials", "ablation.geometry", "model", "max_kl")]
-    assert origins == ["--set seed", "HERETIC_BATCH_SIZE", "c.toml:3", "HERETIC_ABLATION__GEOMETRY", "option", "default"]
+    assert origins == [
+        "--set seed",
+        "HERETIC_BATCH_SIZE",
+        "c.toml:3",
+        "HERETIC_ABLATION__GEOMETRY",
+        "option",
+        "default",
+    ]
 
 
 def test_resolved_text_reads_back_as_the_same_settings() -> None:
-    odd = ['system_prompt=quotes " and \\\\ and \\u00e9', 'max_memory={0="20GiB"}', "search.mlp.max_weight=[0.0,2]", "dtypes=[\"float16\"]"]
+    odd = [
+        'system_prompt=quotes " and \\\\ and \\u00e9',
+        'max_memory={0="20GiB"}',
+        "search.mlp.max_weight=[0.0,2]",
+        'dtypes=["float16"]',
+    ]
     resolved = resolve(assignments=odd)
     Path("back.toml").write_text(resolved_text(resolved), encoding="utf-8")
     assert resolve(Path("back.toml")).settings == resolved.settings

@@ -60,15 +60,21 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_tiny(folder: Path, family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **save: object) -> Path:
+def save_tiny(
+    folder: Path, family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **save: object
+) -> Path:
     """A complete model folder."""
     tiny_model(family, seed).to(dtype).save_pretrained(folder, **save)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
-HARMFUL = [f"{v} {n} {e}" for v in ("make", "write", "tell") for n in ("bread", "soup", "bad", "code") for e in ("me", "now")]
-HARMLESS = [f"{v} {n} {e}" for v in ("what", "why", "how") for n in ("stars", "rivers", "music") for e in ("is", "do", "of")]
+HARMFUL = [
+    f"{v} {n} {e}" for v in ("make", "write", "tell") for n in ("bread", "soup", "bad", "code") for e in ("me", "now")
+]
+HARMLESS = [
+    f"{v} {n} {e}" for v in ("what", "why", "how") for n in ("stars", "rivers", "music") for e in ("is", "do", "of")
+]
 
 
 def save_prompts(folder: Path) -> dict[str, Path]:

@@ -31,9 +31,13 @@ app = typer.Typer(
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help=f"Settings file; {DEFAULT_FILE} here is found by itself.")
 ]
-SetOption = Annotated[list[str] | None, typer.Option("--set", "-s", help="Any setting, as key=value; may be given often.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="Any setting, as key=value; may be given often.")
+]
 ModelArgument = Annotated[str | None, typer.Argument(help="Hub id, local folder, or .gguf file.", show_default=False)]
-RunArgument = Annotated[str | None, typer.Argument(help="Name or folder of a run; the newest if left out.", show_default=False)]
+RunArgument = Annotated[
+    str | None, typer.Argument(help="Name or folder of a run; the newest if left out.", show_default=False)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 out = Console(highlight=False)
@@ -49,7 +53,9 @@ def run(
     save_to: Annotated[str | None, typer.Option("--save-to", help="save_to: folder for the resulting model.")] = None,
     run_name: Annotated[str | None, typer.Option("--run-name", help="run_name: name of the run's folder.")] = None,
     storage: Annotated[str | None, typer.Option("--storage", help="storage: Optuna storage URL.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew; an earlier run is set aside, not deleted.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Begin anew; an earlier run is set aside, not deleted.")
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for devices that another process holds.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start even if preflight says that it will fail.")] = False,
 ) -> None:
@@ -125,7 +131,9 @@ def status(
 def export(
     name: Annotated[str, typer.Argument(help="Name or folder of a run.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the model to.")],
-    trial: Annotated[int | None, typer.Option("--trial", help="Trial to export; left out: the one that the rule prefers.")] = None,
+    trial: Annotated[
+        int | None, typer.Option("--trial", help="Trial to export; left out: the one that the rule prefers.")
+    ] = None,
     runs_dir: Annotated[str, typer.Option("--runs-dir", help="Folder that holds the runs.")] = "runs",
     assignments: SetOption = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for devices that another process holds.")] = False,
@@ -136,14 +144,18 @@ def export(
 
     stop = Stop()
     with stop.on_signals():
-        outcome = export_run(name, runs_dir, trial, output, assignments or [], wait=wait, watcher=make_watcher(out), stop=stop)
+        outcome = export_run(
+            name, runs_dir, trial, output, assignments or [], wait=wait, watcher=make_watcher(out), stop=stop
+        )
     show_export(out, outcome)
 
 
 @app.command()
 def evaluate(
     model: ModelArgument = None,
-    against: Annotated[str | None, typer.Option("--against", help="The original, to measure KL divergence from.")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="The original, to measure KL divergence from.")
+    ] = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
@@ -170,7 +182,9 @@ def evaluate(
 def config(
     config_file: ConfigOption = None,
     assignments: SetOption = None,
-    defaults: Annotated[bool, typer.Option("--defaults", help="The documented defaults, as a file to start from.")] = False,
+    defaults: Annotated[
+        bool, typer.Option("--defaults", help="The documented defaults, as a file to start from.")
+    ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="The JSON schema of the settings.")] = False,
 ) -> None:
     """The resolved settings, each with where it came from."""
@@ -203,7 +217,9 @@ def demo(
     show_demo(out, outcome)
 
 
-def read_settings(file: Path | None, assignments: list[str] | None, options: dict[str, Any], *, quiet: bool = False) -> Resolved:
+def read_settings(
+    file: Path | None, assignments: list[str] | None, options: dict[str, Any], *, quiet: bool = False
+) -> Resolved:
     """Settings from every source; says which file was read."""
     resolved = resolve(file, options, assignments or (), os.environ)
     if resolved.file is not None and not quiet:

@@ -27,8 +27,6 @@ class UserError(Exception):
 class SettingsError(UserError):
     """A setting is unknown, of the wrong type, or out of range."""
 
-    exit_status = 2
-
 
 class BusyError(UserError):
     """Another process holds a device or a run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from heretic.model.checkpoint import Checkpoint
@@ -13,8 +14,10 @@ from heretic.settings import Settings
 FORMAT = 1  # raised when a change of the program makes old studies incomparable
 
 
-def facts(settings: Settings, checkpoint: Checkpoint, prompts: PromptSets) -> dict[str, Any]:
-    """Settings that change results, the model's identity, and the prompts themselves rather than their file's name."""
+def facts(
+    settings: Settings, checkpoint: Checkpoint, prompts: PromptSets, dtypes: Sequence[str], chat_template: str
+) -> dict[str, Any]:
+    """Settings that change results, and the contents of what they name: weights, prompts, template, number formats planned."""
     part = settings.results_part()
     for name in ("model", "revision", "prompts", "trust_remote_code"):
         part.pop(name)
@@ -22,6 +25,8 @@ def facts(settings: Settings, checkpoint: Checkpoint, prompts: PromptSets) -> di
         "format": FORMAT,
         "model": checkpoint.identity(),
         **part,
+        "dtypes": list(dtypes),
+        "chat_template": hashlib.sha256(chat_template.encode()).hexdigest() if chat_template else "",
         "prompts": {s.role: s.sha256 for s in prompts.all},
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,15 @@ from heretic.errors import UserError
 from heretic.export.export import Export, ExportJob, plan_export, write_export
 from heretic.export.save import check_destination
 from heretic.machine import lock
+from heretic.model.batching import free_memory
 from heretic.progress import Watcher
 from heretic.run import Inputs, device_lock, logging_to, look, pick
-from heretic.run_folder import find_run
+from heretic.run_folder import find_run, stored_settings
 from heretic.scoring.divergence import Divergence, first_token_log_probs, measure_divergence
 from heretic.search.front import Result, results
-from heretic.search.storage import open_study, storage_url
+from heretic.search.storage import open_study, storage_url, study_name
 from heretic.session import Bench, open_bench, open_session
 from heretic.settings import Settings
-from heretic.settings_layers import resolve
 from heretic.stop import Stop
 
 
@@ -48,16 +48,20 @@ def export_run(
     """Write one trial of a run to `destination`. Raises UserError if there is no such run or trial."""
     folder = find_run(name, runs_dir)
     fixed = {"runs_dir": str(folder.path.parent), "run_name": folder.name, "save_to": ""}
-    settings = resolve(folder.path / "config.toml", fixed, assignments).settings
+    settings = stored_settings(folder, os.environ, fixed, assignments)
     check_destination(destination, folder.name)
-    with device_lock(settings, wait=wait, watcher=watcher):
+    with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         inputs = look(settings, force=False, watcher=watcher)
         with lock.hold([folder.lock], model=settings.model, wait=wait), logging_to(folder):
-            study = open_study(storage_url(settings.storage, folder.path), folder.name, inputs.facts)
+            study = open_study(
+                storage_url(settings.storage, folder.path), study_name(settings.storage, folder.path), inputs.facts
+            )
             found = results(study)
             result, reason = _named(found, trial) if trial is not None else (pick(settings, found) or (None, ""))
             if result is None:
-                raise UserError("The run has no finished trial yet.", where=str(folder.path), fix="go on with it: heretic run")
+                raise UserError(
+                    "The run has no finished trial yet.", where=str(folder.path), fix="go on with it: heretic run"
+                )
             job = _plan(inputs, result, destination, watcher, stop)
             return Exported(result, reason, job.baseline.refusals, write_export(job, watcher, stop))
 
@@ -105,14 +109,15 @@ class Evaluation:
 
 def evaluate_model(settings: Settings, against: str | None, *, wait: bool, watcher: Watcher, stop: Stop) -> Evaluation:
     """Refusals of `settings.model`, and its divergence from `against`; one model is in memory at a time."""
-    with device_lock(settings, wait=wait, watcher=watcher):
+    settings = settings.model_copy(update={"save_to": ""})  # nothing is written, so no place for it has to be free
+    with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         baseline = prefix = None
         if against is not None:
             bench = _bench(settings.model_copy(update={"model": against}), watcher, stop)
             baseline = first_token_log_probs(bench.language_model, bench.ladder.harmless, bench.batcher)
             prefix = bench.chat.response_prefix
             del bench
-            gc.collect()
+            free_memory()
         bench = _bench(settings, watcher, stop, prefix)
         divergence = None
         if baseline is not None:
@@ -126,4 +131,3 @@ def evaluate_model(settings: Settings, against: str | None, *, wait: bool, watch
 def _bench(settings: Settings, watcher: Watcher, stop: Stop, prefix: str | None = None) -> Bench:
     inputs = look(settings, force=False, watcher=watcher)
     return open_bench(settings, inputs.checkpoint, inputs.prompts, inputs.plan, watcher, stop, prefix)
-

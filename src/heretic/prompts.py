@@ -171,7 +171,7 @@ def _slice(rows: list[str], split: str, key: str) -> list[str]:
         raise UserError(f"'{split}' is no split.", where=f"{key}.split", fix='write it like "train" or "train[:400]"')
     start = int(match.group(2) or 0)
     stop = int(match.group(3)) if match.group(3) else len(rows)
-    if stop > len(rows) or start >= stop > 0:
+    if stop > len(rows) or start >= stop:
         raise UserError(
             f"The split {split} asks for prompts {start} to {stop}, but there are {len(rows)}.",
             where=f"{key}.split",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from typing import Any
 import optuna
 
 from heretic import fingerprint
-from heretic.errors import UserError
+from heretic.errors import BusyError, UserError
 from heretic.export.export import Export, ExportJob, earlier_export, plan_export, write_export
 from heretic.export.save import check_destination
+from heretic.files import write_text
 from heretic.machine import lock, preflight
 from heretic.machine.gpus import usable_gpus, visible_gpus
 from heretic.machine.memory_plan import MemoryPlan
@@ -27,9 +29,9 @@ from heretic.scoring.ladder import Scores
 from heretic.scoring.refusals import RefusalCount
 from heretic.search import space
 from heretic.search.front import Result, choose, results
-from heretic.search.storage import REFUSALS_BEFORE, connect, fail_abandoned, masked, open_study, storage_url
+from heretic.search.storage import REFUSALS_BEFORE, connect, fail_abandoned, masked, open_study, storage_url, study_name
 from heretic.search.study import finished, optimise
-from heretic.session import LoadPlan, Session, open_session
+from heretic.session import LoadPlan, Session, open_session, read_template
 from heretic.settings import Settings
 from heretic.settings_layers import Resolved
 from heretic.settings_text import resolved_text
@@ -74,16 +76,29 @@ def run(
 ) -> Outcome:
     """Do the whole job, or what is left of it. Raises UserError and its kinds, and Interrupted after a stop."""
     settings = resolved.settings
-    with device_lock(settings, wait=wait, watcher=watcher):
+    with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         inputs = look(settings, force=force, watcher=watcher, on_report=on_report)
         folder = inputs.folder
-        if fresh and (aside := folder.set_aside()):
-            watcher.say(f"The earlier run was set aside: {aside}")
+        if fresh:
+            set_aside(folder, settings, watcher)
         folder.create()
         with lock.hold([folder.lock], model=settings.model), logging_to(folder):
-            study = open_study(storage_url(settings.storage, folder.path), folder.name, inputs.facts)
-            (folder.path / "config.toml").write_text(stored_settings(resolved), encoding="utf-8")
+            name = study_name(settings.storage, folder.path)
+            study = open_study(storage_url(settings.storage, folder.path), name, inputs.facts)
+            write_text(folder.path / "config.toml", kept_settings(resolved))
             return _continue(inputs, study, watcher, stop)
+
+
+def set_aside(folder: RunFolder, settings: Settings, watcher: Watcher) -> None:
+    """Make room for a new run; the old one is kept under another name. Raises UserError where that is not possible."""
+    if settings.storage:
+        raise UserError(
+            "A study in a shared storage cannot be set aside.", where="--fresh", fix="choose another run_name instead"
+        )
+    if folder.path.exists() and (holder := lock.holder(folder.lock)):
+        raise BusyError(f"The run is worked on by {holder}", where=str(folder.path))
+    if aside := folder.set_aside():
+        watcher.say(f"The earlier run was set aside: {aside}")
 
 
 def _continue(inputs: Inputs, study: optuna.Study, watcher: Watcher, stop: Stop) -> Outcome:
@@ -134,12 +149,14 @@ def measure(session: Session, trial: optuna.Trial, folder: RunFolder) -> Scores:
 
     def keep(counted: RefusalCount) -> None:
         rows = zip(bench.prompts.harmful_eval.prompts, counted.answers or (), counted.declined, strict=True)
-        folder.keep_answers(
-            f"trial-{trial.number}", [{"prompt": p, "answer": a, "declined": d} for p, a, d in rows]
-        )
+        folder.keep_answers(f"trial-{trial.number}", [{"prompt": p, "answer": a, "declined": d} for p, a, d in rows])
 
+    began = time.perf_counter()
     with session.applied(ablation):
-        return bench.ladder.score(session.baseline.log_probs, keep if bench.settings.store_responses else None)
+        prepared = time.perf_counter() - began
+        scores = bench.ladder.score(session.baseline.log_probs, keep if bench.settings.store_responses else None)
+    scores.seconds["prepare"] = prepared
+    return scores
 
 
 def look(
@@ -162,12 +179,13 @@ def look(
     prompts = load_all(settings.prompts)
     for warning in prompts.warnings:
         watcher.warn(warning)
-    facts = fingerprint.facts(settings, checkpoint, prompts)
+    plan = load_plan(settings, report.plan)
+    facts = fingerprint.facts(settings, checkpoint, prompts, plan.dtypes, read_template(settings))
     name = settings.run_name or f"{checkpoint.short_name}-{fingerprint.short_hash(facts)}"
     folder = RunFolder(Path(settings.runs_dir) / name)
     if settings.save_to:
         check_destination(Path(settings.save_to), folder.name)
-    return Inputs(settings, checkpoint, prompts, load_plan(settings, report.plan), facts, folder)
+    return Inputs(settings, checkpoint, prompts, plan, facts, folder)
 
 
 def check(settings: Settings) -> preflight.Report:
@@ -194,19 +212,25 @@ def load_plan(settings: Settings, plan: MemoryPlan | None) -> LoadPlan:
 
 def pick(settings: Settings, found: list[Result]) -> tuple[Result, str] | None:
     """The result that the configured rule prefers."""
-    return choose([r for r in found if math.isfinite(r.point[0])], settings.select, settings.max_kl, settings.max_refusals)
+    return choose(
+        [r for r in found if math.isfinite(r.point[0])], settings.select, settings.max_kl, settings.max_refusals
+    )
 
 
 @contextmanager
-def device_lock(settings: Settings, *, wait: bool, watcher: Watcher) -> Iterator[None]:
-    """Hold the locks of the devices that these settings use. Raises BusyError naming the holder."""
+def device_lock(settings: Settings, *, wait: bool, watcher: Watcher, stop: Stop) -> Iterator[None]:
+    """Hold the locks of the devices that these settings may use. Raises BusyError naming the holder."""
     gpus = usable_gpus(visible_gpus())
-    uuids = [] if settings.device_map == "cpu" else [gpu.uuid for gpu in gpus]
+    named = settings.device_map if isinstance(settings.device_map, str) else ""
+    only = named.removeprefix("cuda:") if named.startswith("cuda:") else None
+    uuids = [] if named == "cpu" else [gpu.uuid for gpu in gpus if only in (None, str(gpu.index))]
 
     def say(path: Path, who: lock.Holder | None) -> None:
-        watcher.say(f"Waiting for {path.stem}, held by {f'process {who.pid} ({who.model})' if who else 'another process'}.")
+        watcher.say(
+            f"Waiting for {path.stem}, held by {f'process {who.pid} ({who.model})' if who else 'another process'}."
+        )
 
-    with lock.hold(lock.device_locks(uuids), model=settings.model, wait=wait, on_wait=say):
+    with lock.hold(lock.device_locks(uuids), model=settings.model, wait=wait, on_wait=say, while_waiting=stop.check):
         yield
 
 
@@ -224,7 +248,7 @@ def logging_to(folder: RunFolder) -> Iterator[None]:
         handler.close()
 
 
-def stored_settings(resolved: Resolved) -> str:
+def kept_settings(resolved: Resolved) -> str:
     """The settings as kept in the run's folder, without the password that a storage URL may hold."""
     settings = resolved.settings
     kept = settings.model_copy(update={"storage": masked(settings.storage)})
@@ -233,10 +257,10 @@ def stored_settings(resolved: Resolved) -> str:
 
 def _probe_storage(settings: Settings) -> None:
     """Raise UserError if the study could not be stored."""
-    if settings.storage:
+    if settings.storage and not settings.storage.startswith("sqlite:///"):
         connect(settings.storage)
         return
-    root = Path(settings.runs_dir)
+    file = settings.storage.removeprefix("sqlite:///")  # looked at, not opened: opening would create it
+    root = Path(file).parent if file else Path(settings.runs_dir)
     existing = next(p for p in (root, *root.resolve().parents) if p.exists())
     RunFolder(existing).create()
-

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from heretic.ablation.directions import Directions
 from heretic.errors import UserError
 from heretic.files import read_tensors, write_tensors, write_text
 from heretic.progress import Watcher
+from heretic.settings import Settings
+from heretic.settings_layers import resolve
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,30 @@ def find_run(name: str, runs_dir: str) -> RunFolder:
         for path in (Path(name), root / name):
             if (path / "config.toml").is_file():
                 return RunFolder(path)
-        raise UserError(f"There is no run '{name}'.", where=str(root.resolve()), fix="heretic status lists the runs")
-    runs = sorted((p for p in root.glob("*") if (p / "config.toml").is_file()), key=_last_change)
+        known = ", ".join(p.name for p in _runs(root)[-5:])
+        raise UserError(
+            f"There is no run '{name}'.", where=str(root.resolve()), fix=f"one of: {known}" if known else None
+        )
+    runs = _runs(root)
     if not runs:
         raise UserError("There is no run yet.", where=str(root.resolve()), fix="start one: heretic MODEL")
     return RunFolder(runs[-1])
+
+
+def stored_settings(
+    folder: RunFolder,
+    environment: Mapping[str, str],
+    options: Mapping[str, Any] | None = None,
+    assignments: Sequence[str] = (),
+) -> Settings:
+    """The settings that a run was made with; of the environment only the storage counts, whose password is not stored."""
+    storage = {k: v for k, v in environment.items() if k == "HERETIC_STORAGE"}
+    return resolve(folder.path / "config.toml", options, assignments, storage).settings
+
+
+def _runs(root: Path) -> list[Path]:
+    """The runs' folders, the one changed last at the end."""
+    return sorted((p for p in root.glob("*") if (p / "config.toml").is_file()), key=_last_change)
 
 
 def _last_change(path: Path) -> float:

@@ -5,7 +5,7 @@ What the run's folder holds is read from there; only the rest is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from heretic.ablation.attach import attach
 from heretic.ablation.bake import Original, copies, from_checkpoint, rewrite
 from heretic.ablation.directions import Directions, mean_difference
 from heretic.errors import UserError
+from heretic.model.anatomy import Writer
 from heretic.model.batching import Batch, Batcher
 from heretic.model.capture import mean_residuals
 from heretic.model.chat_format import ChatFormat, check_length, common_prefix
@@ -37,6 +38,7 @@ from heretic.stop import Stop
 # How many prompts of each kind, and how many tokens, show what all answers begin with.
 PREFIX_PROMPTS = 8
 PREFIX_TOKENS = 16
+FEW_REFUSALS = 0.1  # share of the requests
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,14 @@ def open_bench(
         plan.dtypes,
         plan.arguments,
         trust_remote_code=settings.trust_remote_code,
-        chat_template=_template(settings),
+        chat_template=read_template(settings),
         watcher=watcher,
     )
     if language_model.anatomy.not_understood:
         names = language_model.anatomy.not_understood
-        watcher.warn(f"{len(names)} modules write in a way that is not understood and are left as they are, such as {names[0]}.")
+        watcher.warn(
+            f"{len(names)} modules write in a way that is not understood and are left as they are, such as {names[0]}."
+        )
     tokenizer = language_model.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     batcher = Batcher(plan.batch_size, language_model.device, pad=pad, stop=stop, watcher=watcher)
@@ -126,7 +130,13 @@ def open_bench(
     batcher.share = can_share(language_model.model, encoded["harmless_eval"], batcher)
     judge = MarkerJudge(settings.refusal_markers)
     ladder = Ladder(
-        language_model, chat, encoded["harmful_eval"], encoded["harmless_eval"], judge, batcher, settings.max_response_length
+        language_model,
+        chat,
+        encoded["harmful_eval"],
+        encoded["harmless_eval"],
+        judge,
+        batcher,
+        settings.max_response_length,
     )
     return Bench(settings, language_model, chat, prompts, batcher, ladder)
 
@@ -142,17 +152,25 @@ def open_session(
 ) -> Session:
     """Load the model and bring everything that a study needs, computing only what the run's folder does not hold."""
     baseline = folder.baseline(watcher)
-    bench = open_bench(settings, checkpoint, prompts, plan, watcher, stop, baseline.response_prefix if baseline else None)
+    bench = open_bench(
+        settings, checkpoint, prompts, plan, watcher, stop, baseline.response_prefix if baseline else None
+    )
     if baseline is None:
         baseline = measure_baseline(bench)
         folder.keep_baseline(baseline)
     watcher.say(f"The original model declines {baseline.refusals} of {len(baseline.declined)} requests.")
+    if baseline.refusals < FEW_REFUSALS * len(baseline.declined):
+        watcher.warn(
+            "It hardly declines anything, so there is little to remove; check prompts.harmful_eval and refusal_markers."
+        )
     directions = folder.directions(watcher)
     if directions is None:
         directions = find_directions(bench)
         folder.keep_directions(directions)
     writers = bench.language_model.anatomy.writers
-    workbench = Workbench.prepare(directions, writers, settings.ablation.geometry, watcher)
+    workbench = Workbench.prepare(
+        directions, writers, settings.ablation.geometry, weight_reader(checkpoint, writers), watcher
+    )
     original = None
     if settings.apply == "weights":
         original = copies(writers) if settings.cache_weights else from_checkpoint(_with_tensors(checkpoint), writers)
@@ -172,7 +190,9 @@ def find_directions(bench: Bench) -> Directions:
         sequences = bench.chat.encode(prompt_set.prompts)
         check_length(prompt_set.role, sequences, bench.language_model.context, 0)
         name = f"Residuals of {prompt_set.role}"
-        means.append(mean_residuals(bench.language_model, name, sequences, bench.batcher, bench.settings.directions.winsorize))
+        means.append(
+            mean_residuals(bench.language_model, name, sequences, bench.batcher, bench.settings.directions.winsorize)
+        )
     return mean_difference(*means, project_harmless=bench.settings.directions.project_harmless)
 
 
@@ -188,13 +208,26 @@ def find_prefix(language_model: LanguageModel, chat: ChatFormat, prompts: Prompt
     return common_prefix(batcher.run("Looking for a common beginning of answers", chat.encode(asked), step))
 
 
-def _template(settings: Settings) -> str:
+def read_template(settings: Settings) -> str:
+    """The chat template that the settings name; empty for the model's own. Raises UserError."""
     if not settings.chat_template:
         return ""
     try:
         return Path(settings.chat_template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The chat template cannot be read: {error}", where="chat_template") from None
+
+
+def weight_reader(checkpoint: Checkpoint, writers: tuple[Writer, ...]) -> Callable[[Writer], Tensor]:
+    """How to get at a writer's weight [width, inputs]: from memory, or from the checkpoint where it is offloaded."""
+
+    def read(writer: Writer) -> Tensor:
+        if not writer.offloaded:
+            return writer.weight()
+        original = from_checkpoint(_with_tensors(checkpoint), [writer])(f"{writer.name}.weight")
+        return original.T if writer.transposed else original
+
+    return read
 
 
 def _with_tensors(checkpoint: Checkpoint) -> Checkpoint:

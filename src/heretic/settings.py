@@ -171,7 +171,8 @@ class Settings(Table):
     device_map: str | dict[str, int | str] = setting(
         "planned",
         "`planned`: one device if the model fits, else `balanced`. Or accelerate's `auto`, `balanced`, `balanced_low_0`, "
-        "`sequential`; one device such as `cpu` or `cuda:1`; or a table from module names to devices.",
+        "`sequential` (these may leave part of the weights in RAM); one device such as `cpu` or `cuda:1`; or a table from module "
+        "names to devices.",
         neutral=True,
     )
     max_memory: dict[str, str] = setting(
@@ -208,7 +209,7 @@ class Settings(Table):
     apply: Literal["operators", "weights"] = setting(
         "operators",
         "How a trial edits the model: `operators` act on the outputs of the writers and leave the weights untouched; `weights` "
-        "rewrites them and puts them back. The scores are the same.",
+        "rewrites them and puts them back. The scores are the same up to rounding.",
         neutral=True,
     )
     cache_weights: bool = setting(

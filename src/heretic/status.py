@@ -13,10 +13,9 @@ from optuna.trial import TrialState
 
 from heretic.errors import UserError
 from heretic.machine import lock
-from heretic.run_folder import find_run
+from heretic.run_folder import find_run, stored_settings
 from heretic.search.front import Result, front, results
-from heretic.search.storage import REFUSALS_BEFORE, connect, storage_url
-from heretic.settings_layers import resolve
+from heretic.search.storage import REFUSALS_BEFORE, connect, storage_url, study_name
 
 
 @dataclass(frozen=True)
@@ -49,20 +48,19 @@ class Status:
 def look_at(name: str, runs_dir: str, environment: Mapping[str, str]) -> Status:
     """The status of a run. Raises UserError if there is none."""
     folder = find_run(name, runs_dir)
-    only_storage = {k: v for k, v in environment.items() if k == "HERETIC_STORAGE"}
-    settings = resolve(folder.path / "config.toml", environment=only_storage).settings
+    settings = stored_settings(folder, environment)
     if not settings.storage and not (folder.path / "study.db").is_file():
         raise UserError("The run has no study yet.", where=str(folder.path), fix="wait until its first trial begins")
     url = storage_url(settings.storage, folder.path)
     try:
-        study = optuna.load_study(study_name=folder.name, storage=connect(url))
+        study = optuna.load_study(study_name=study_name(settings.storage, folder.path), storage=connect(url))
     except KeyError:
         raise UserError("The storage does not hold this run's study.", where=str(folder.path)) from None
     trials = study.get_trials(deepcopy=False)
     found = results(study)
     holder = lock.holder(folder.lock)
     complete = len(found) >= settings.n_trials
-    state = f"running (process {holder.pid} since {holder.since})" if holder else "complete" if complete else "stopped"
+    state = f"running, held by {holder}" if holder else "complete" if complete else "stopped"
     recent = [r.scores.seconds["trial"] for r in found[-10:] if "trial" in r.scores.seconds]
     return Status(
         folder=folder.path,

@@ -31,7 +31,9 @@ class Stop:
             self.requested = True
 
         names = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-        before = {number: signal.signal(number, handle) for number in names}
+        # What was ignored stays ignored: nohup and background jobs mean that.
+        heeded = [number for number in names if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, handle) for number in heeded}
         try:
             yield
         finally:

@@ -24,8 +24,12 @@ def random_directions(layers: int, width: int) -> Directions:
 
 ABLATIONS = {
     "per layer": Ablation("per_layer", 0.0, {c: Kernel(1.2, 2.0, 0.4, 3.0) for c in ("attention", "mlp")}),
-    "between two layers": Ablation("global", 1.3, {"attention": Kernel(0.7, 3.0, 0.2, 2.0), "mlp": Kernel(1.4, 1.0, 0.9, 2.5)}),
-    "one component only": Ablation("global", 2.0, {"attention": Kernel(0.0, 0, 0, 3), "mlp": Kernel(1.0, 1.0, 1.0, 9.0)}),
+    "between two layers": Ablation(
+        "global", 1.3, {"attention": Kernel(0.7, 3.0, 0.2, 2.0), "mlp": Kernel(1.4, 1.0, 0.9, 2.5)}
+    ),
+    "one component only": Ablation(
+        "global", 2.0, {"attention": Kernel(0.0, 0, 0, 3), "mlp": Kernel(1.0, 1.0, 1.0, 9.0)}
+    ),
 }
 
 
@@ -84,7 +88,7 @@ def test_norm_preserving_keeps_every_rows_norm() -> None:
     operators = workbench.operators(ABLATIONS["between two layers"])
     for writer in anatomy.writers:
         if writer.name in operators:
-            before = writer.weight()
+            before = writer.weight().float()
             after, _ = operators[writer.name].on_weight(before)
             assert torch.allclose(after.norm(dim=1), before.norm(dim=1), rtol=1e-4)
             assert not torch.allclose(after, before, atol=1e-3)

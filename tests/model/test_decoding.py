@@ -42,7 +42,9 @@ def test_a_model_without_a_cache_that_can_be_cut_falls_back_to_generate() -> Non
     from transformers import AutoModelForCausalLM, MambaConfig
 
     torch.manual_seed(0)
-    config = MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0, eos_token_id=2)
+    config = MambaConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0, eos_token_id=2
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     batch = Batcher(8).batch([0, 1], [[5, 9, 17], [7, 8, 11]])
     answers = decode(model, batch, 5, {2})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,14 +51,22 @@ class Workbench:
 
     @classmethod
     def prepare(
-        cls, directions: Directions, writers: tuple[Writer, ...], geometry: str, watcher: Watcher = SILENT
+        cls,
+        directions: Directions,
+        writers: tuple[Writer, ...],
+        geometry: str,
+        read: Callable[[Writer], Tensor] = Writer.weight,
+        watcher: Watcher = SILENT,
     ) -> Workbench:
-        """Study every writer's weight once, against all layers' directions; geometries that need no facts skip it."""
+        """Study every writer's weight once, against all layers' directions; geometries that need no facts skip it.
+
+        `read` gets at a weight [width, inputs] where the module does not hold it (offloaded layers).
+        """
         facts: dict[str, WriterFacts] = {}
         if geometry in NEEDS_FACTS:
             with watcher.stage("Studying the weights", len(writers)) as stage:
                 for writer in writers:
-                    facts[writer.name] = study_weight(writer.weight(), directions.vectors).to("cpu")
+                    facts[writer.name] = study_weight(read(writer), directions.vectors).to("cpu")
                     stage.advance()
         return cls(directions, writers, geometry, facts)
 

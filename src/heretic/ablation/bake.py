@@ -44,7 +44,7 @@ def rewrite(writers: Sequence[Writer], operators: Mapping[str, Operator], origin
             if operator is None:
                 continue
             weight, bias = writer.module.weight, getattr(writer.module, "bias", None)
-            if not isinstance(weight, torch.nn.Parameter) or not weight.is_floating_point():
+            if not isinstance(weight, Tensor) or not weight.is_floating_point() or writer.offloaded:
                 raise UserError(
                     f"The weight of {writer.name} cannot be rewritten.",
                     fix='apply = "operators" works with every weight',

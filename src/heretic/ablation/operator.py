@@ -65,16 +65,16 @@ class WriterFacts:
 
 @torch.no_grad()
 def study_weight(weight: Tensor, directions: Tensor, rows_at_once: int = 4096) -> WriterFacts:
-    """Facts of a weight [width, inputs] for directions [k, width]; rows are taken in chunks to bound the memory."""
-    norms = weight.norm(dim=1).clamp_min(TINY)
+    """Facts of a weight [width, inputs] for directions [k, width]; only `rows_at_once` rows exist in float32 at a time."""
+    norms = torch.cat([chunk.float().norm(dim=1) for chunk in weight.split(rows_at_once)]).clamp_min(TINY)
     directions = directions.to(weight.device)
     a = torch.zeros(len(directions), weight.shape[1], device=weight.device)
     for start in range(0, len(weight), rows_at_once):
         rows = slice(start, start + rows_at_once)
-        a += directions[:, rows] @ (weight[rows] / norms[rows, None])
+        a += directions[:, rows] @ (weight[rows].float() / norms[rows, None])
     g = torch.cat(
         [
-            a @ (chunk / d[:, None]).T
+            a @ (chunk.float() / d[:, None]).T
             for chunk, d in zip(weight.split(rows_at_once), norms.split(rows_at_once), strict=True)
         ],
         dim=1,

@@ -78,7 +78,7 @@ def _log_probs(folder: Path, settings: Settings, stop: Stop) -> Tensor:
     model = load(open_checkpoint(str(folder)), ["float32"], {"device_map": {"": "cpu"}})
     chat = ChatFormat(model.tokenizer, settings.system_prompt)
     sequences = chat.encode(load_all(settings.prompts).harmful_eval.prompts)
-    found = first_token_log_probs(model, sequences, Batcher(settings.batch_size or 16, stop=stop))
+    found = first_token_log_probs(model, sequences, Batcher(32, stop=stop))
     del model
     gc.collect()
     return found

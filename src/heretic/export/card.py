@@ -30,9 +30,15 @@ def card(
         f"| {component} | {k.max_weight:.3f} | {k.max_weight_position:.2f} | {k.min_weight:.3f} | {k.min_weight_distance:.2f} |"
         for component, k in ablation.kernels.items()
     )
-    scope = "each layer's own" if ablation.scope == "per_layer" else f"that of layer {ablation.direction_index:.2f} everywhere"
+    scope = (
+        "each layer's own"
+        if ablation.scope == "per_layer"
+        else f"that of layer {ablation.direction_index:.2f} everywhere"
+    )
     d = scores.divergence
-    return "\n".join(line for line in head if line) + f"""
+    return (
+        "\n".join(line for line in head if line)
+        + f"""
 
 # {Path(base_model).name}, refusals ablated
 
@@ -68,6 +74,7 @@ front of others without safeguards of your own. The licence and the acceptable-u
 
 Method: Arditi et al., *Refusal in Language Models Is Mediated by a Single Direction* (2024), arXiv 2406.11717.
 """
+    )
 
 
 def _is_hub_id(name: str) -> bool:

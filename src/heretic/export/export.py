@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from heretic.ablation.ablation import Ablation
@@ -28,6 +29,7 @@ from heretic.export.save import (
 )
 from heretic.export.verify import Verification, verify
 from heretic.files import write_text
+from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import load
 from heretic.progress import Watcher
@@ -36,7 +38,7 @@ from heretic.run_folder import Baseline, RunFolder
 from heretic.scoring.ladder import Scores
 from heretic.search import space
 from heretic.search.front import Result
-from heretic.session import LoadPlan, Session
+from heretic.session import LoadPlan, Session, read_template
 from heretic.settings import Settings
 from heretic.stop import Stop
 
@@ -94,10 +96,24 @@ def plan_export(session: Session, plan: LoadPlan, result: Result, folder: RunFol
 
 def write_export(job: ExportJob, watcher: Watcher, stop: Stop) -> Export:
     """Write beside the destination, prove, describe, and rename into place. Raises UserError and VerificationFailed."""
-    gc.collect()
+    free_memory()
     partial = partial_folder(job.destination)
+    try:
+        export = _write(job, partial, watcher, stop)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)  # gigabytes that nobody would find
+        if isinstance(error, (OSError, SafetensorError)):
+            raise disk_error(error, partial) from None
+        raise
+    log.info("exported trial %s to %s", job.result.number, job.destination)
+    return export
+
+
+def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Export:
     from_gguf = job.checkpoint.gguf_file is not None
-    hashes = _dequantised(job, partial) if from_gguf else write_weights(job.checkpoint, job.edits, partial, watcher)
+    hashes = (
+        _dequantised(job, partial) if from_gguf else write_weights(job.checkpoint, job.edits, partial, watcher, stop)
+    )
     proof = verify(
         str(partial),
         job.settings,
@@ -109,25 +125,21 @@ def write_export(job: ExportJob, watcher: Watcher, stop: Stop) -> Export:
         watcher,
         stop,
     )
-    gc.collect()
+    free_memory()
     source_card = job.checkpoint.folder / "README.md"
-    try:
-        write_text(partial / MANIFEST, json.dumps(_manifest(job, hashes, proof), indent=2, ensure_ascii=False) + "\n")
-        text = card(
-            base_model=job.settings.model,
-            source_card=source_card.read_text(encoding="utf-8", errors="replace") if source_card.is_file() else "",
-            ablation=job.ablation,
-            geometry=job.settings.ablation.geometry,
-            before=job.baseline.refusals,
-            scores=proof.scores,
-            run=job.folder.name,
-            trial=job.result.number,
-        )
-        write_text(partial / "README.md", text)
-        settle(partial, job.destination)
-    except OSError as error:
-        raise disk_error(error, partial) from None
-    log.info("exported trial %s to %s", job.result.number, job.destination)
+    write_text(partial / MANIFEST, json.dumps(_manifest(job, hashes, proof), indent=2, ensure_ascii=False) + "\n")
+    text = card(
+        base_model=job.settings.model,
+        source_card=source_card.read_text(encoding="utf-8", errors="replace") if source_card.is_file() else "",
+        ablation=job.ablation,
+        geometry=job.settings.ablation.geometry,
+        before=job.baseline.refusals,
+        scores=proof.scores,
+        run=job.folder.name,
+        trial=job.result.number,
+    )
+    write_text(partial / "README.md", text)
+    settle(partial, job.destination)
     return Export(job.destination, proof)
 
 
@@ -144,7 +156,7 @@ def earlier_export(destination: Path, run: str, trial: int) -> Export | None:
 
 
 def _dequantised(job: ExportJob, partial: Path) -> dict[str, dict[str, str]]:
-    model = load(job.checkpoint, job.plan.dtypes, job.plan.arguments)
+    model = load(job.checkpoint, job.plan.dtypes, job.plan.arguments, chat_template=read_template(job.settings))
     return write_dequantised(job.checkpoint, model.anatomy.writers, job.operators, model, partial)
 
 
@@ -158,6 +170,7 @@ def _manifest(job: ExportJob, hashes: dict[str, dict[str, str]], proof: Verifica
         "written": {"sha256": hashes["written"]},
         "prompts": {s.role: {"source": s.source, "count": len(s), "sha256": s.sha256} for s in job.prompts.all},
         "settings": job.settings.results_part(),
+        "dtype": job.plan.dtypes[0],
         "response_prefix": job.baseline.response_prefix,
         "ablation": job.ablation.as_dict(),
         "params": job.result.params,

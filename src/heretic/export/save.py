@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from heretic.ablation.bake import bake_bias, bake_weight, checkpoint_names, rewrite
@@ -19,8 +20,9 @@ from heretic.errors import UserError
 from heretic.files import sha256
 from heretic.model.anatomy import Writer
 from heretic.model.checkpoint import PICKLED, Checkpoint
-from heretic.model.loading import LanguageModel, load_tokenizer
+from heretic.model.loading import LanguageModel
 from heretic.progress import Watcher
+from heretic.stop import Stop
 
 MANIFEST = "manifest.json"
 LEFT_OUT = {"README.md", MANIFEST, ".gitattributes"}
@@ -41,7 +43,9 @@ class TensorEdit:
         return bake_weight(self.operator, tensor, transposed=self.transposed)
 
 
-def plan_edits(checkpoint: Checkpoint, writers: tuple[Writer, ...], operators: Mapping[str, Operator]) -> dict[str, TensorEdit]:
+def plan_edits(
+    checkpoint: Checkpoint, writers: tuple[Writer, ...], operators: Mapping[str, Operator]
+) -> dict[str, TensorEdit]:
     """Edits by the name of the checkpoint's tensor; empty for a GGUF file, whose tensors have other names.
 
     Raises UserError if a writer's tensor cannot be found in the checkpoint.
@@ -75,42 +79,43 @@ def check_destination(destination: Path, owner: str) -> None:
 def partial_folder(destination: Path) -> Path:
     """A new, empty folder beside the destination; leftovers of a killed process are removed."""
     for old in destination.parent.glob(f".{destination.name}.partial-*"):
-        shutil.rmtree(old, ignore_errors=True)
+        if not psutil.pid_exists(int(old.name.rpartition("-")[2])):
+            shutil.rmtree(old, ignore_errors=True)
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"The destination cannot be written: {error.strerror or error}", where=str(destination)) from None
+        raise UserError(
+            f"The destination cannot be written: {error.strerror or error}", where=str(destination)
+        ) from None
     return partial
 
 
 def write_weights(
-    checkpoint: Checkpoint, edits: Mapping[str, TensorEdit], partial: Path, watcher: Watcher
+    checkpoint: Checkpoint, edits: Mapping[str, TensorEdit], partial: Path, watcher: Watcher, stop: Stop
 ) -> dict[str, dict[str, str]]:
     """Write all shards with the edits made, and every other file of the checkpoint; returns hashes of what was read and written.
 
-    One shard is in memory at a time. Raises UserError when the disk is full.
+    One shard is in memory at a time. Raises OSError or SafetensorError when the disk is full, Interrupted between shards.
     """
     hashes: dict[str, dict[str, str]] = {"source": {}, "written": {}}
     remaining = set(edits)
-    try:
-        shards = checkpoint.shards()
-        with watcher.stage("Writing the model", len(shards)) as stage:
-            for shard in shards:
-                with safe_open(shard, framework="pt") as file:
-                    metadata = file.metadata() or {"format": "pt"}
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                for name in remaining & set(tensors):
-                    tensors[name] = edits[name](tensors[name])
-                remaining -= set(tensors)
-                target = partial / shard.name
-                save_file(tensors, target, metadata=metadata)
-                hashes["source"][shard.name] = sha256(shard)
-                hashes["written"][shard.name] = sha256(target)
-                stage.advance()
-        _copy_rest(checkpoint.folder, partial)
-    except (OSError, SafetensorError) as error:
-        raise disk_error(error, partial) from None
+    shards = checkpoint.shards()
+    with watcher.stage("Writing the model", len(shards)) as stage:
+        for shard in shards:
+            stop.check()
+            with safe_open(shard, framework="pt") as file:
+                metadata = file.metadata() or {"format": "pt"}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for name in remaining & set(tensors):
+                tensors[name] = edits[name](tensors[name])
+            remaining -= set(tensors)
+            target = partial / shard.name
+            save_file(tensors, target, metadata=metadata)
+            hashes["source"][shard.name] = sha256(shard)
+            hashes["written"][shard.name] = sha256(target)
+            stage.advance()
+    _copy_rest(checkpoint.folder, partial)
     assert not remaining, f"edits of tensors that no shard holds: {sorted(remaining)[:3]}"
     return hashes
 
@@ -126,23 +131,20 @@ def write_dequantised(
     from huggingface_hub import save_torch_state_dict
 
     model: Any = language_model.model
-    try:
-        # No originals are needed: the model is given up after this.
-        with rewrite(writers, operators, original=lambda name: dict(model.named_parameters())[name]):
-            state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-        save_torch_state_dict(state, partial, shared_tensors_to_discard=list(model._tied_weights_keys or []))
-        config = model.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        config.dtype = torch.bfloat16
-        config.save_pretrained(partial)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(partial)
-        load_tokenizer(checkpoint).save_pretrained(partial)
-        source = checkpoint.folder / str(checkpoint.gguf_file)
-        written = {path.name: sha256(path) for path in sorted(partial.glob("*.safetensors"))}
-    except (OSError, SafetensorError) as error:
-        raise disk_error(error, partial) from None
+    # No originals are needed: the model is given up after this.
+    with rewrite(writers, operators, original=lambda name: dict(model.named_parameters())[name]):
+        state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    save_torch_state_dict(state, partial, shared_tensors_to_discard=list(model._tied_weights_keys or []))
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.bfloat16
+    config.save_pretrained(partial)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(partial)
+    language_model.tokenizer.save_pretrained(partial)
+    source = checkpoint.folder / str(checkpoint.gguf_file)
+    written = {path.name: sha256(path) for path in sorted(partial.glob("*.safetensors"))}
     return {"source": {source.name: sha256(source)}, "written": written}
 
 
@@ -158,8 +160,7 @@ def settle(partial: Path, destination: Path) -> None:
 
 
 def disk_error(error: Exception, partial: Path) -> UserError:
-    """A failed write in words, after the partial folder has been removed to give its space back."""
-    shutil.rmtree(partial, ignore_errors=True)
+    """A failed write in words."""
     return UserError(
         f"The model cannot be written: {error}",
         where=str(partial.parent),
@@ -174,5 +175,3 @@ def _copy_rest(folder: Path, partial: Path) -> None:
             continue
         if file.suffix not in (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *PICKLED):
             shutil.copyfile(file, partial / file.name)
-
-

@@ -44,10 +44,12 @@ def verify(
     stop: Stop,
 ) -> Verification:
     """Load `folder`, compare with `attached` [prompts, vocabulary] and measure the scores again. Raises VerificationFailed."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, trust_remote_code=[folder] if settings.trust_remote_code else [])
     trusting = settings.model_copy(update={"trust_remote_code": [folder] if settings.trust_remote_code else []})
     bench = open_bench(trusting, checkpoint, prompts, plan, watcher, stop, response_prefix)
-    written = first_token_log_probs(bench.language_model, bench.ladder.harmless, bench.batcher, "Verifying the written model")
+    written = first_token_log_probs(
+        bench.language_model, bench.ladder.harmless, bench.batcher, "Verifying the written model"
+    )
     divergence = float(divergences(attached, written).mean())
     likely = attached > torch.log(torch.tensor(1e-3))
     largest = float((attached - written)[likely].abs().max())

@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -107,16 +107,17 @@ def hold(
     model: str,
     wait: bool = False,
     on_wait: Callable[[Path, Holder | None], None] | None = None,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Hold all locks, each with a note saying who holds it, until the context ends.
 
     A taken lock raises BusyError naming its holder; with `wait` it is queued for, after `on_wait` was told the path and the
-    holder (None if it is not known), once for each lock that is waited for. Ctrl-C ends the waiting. Raises UserError where
-    a lock file cannot be written.
+    holder (None if it is not known), once for each lock that is waited for; `while_waiting` is called again and again and ends
+    the waiting by raising. Raises UserError where a lock file cannot be written.
     """
     with ExitStack() as held:
         for path in sorted(set(paths)):  # always in the same order, so that two processes never wait for each other
-            _take(path, wait, on_wait, held)
+            _take(path, wait, on_wait, while_waiting, held)
             note = _note(path)
             held.callback(note.unlink, missing_ok=True)  # runs before the lock is released
             _write(note, Holder(os.getpid(), socket.gethostname(), _command(), model, _now()))
@@ -136,7 +137,13 @@ def holder(path: Path) -> Holder | None:
         raise _unwritable(path, error) from None
 
 
-def _take(path: Path, wait: bool, on_wait: Callable[[Path, Holder | None], None] | None, held: ExitStack) -> None:
+def _take(
+    path: Path,
+    wait: bool,
+    on_wait: Callable[[Path, Holder | None], None] | None,
+    while_waiting: Callable[[], None],
+    held: ExitStack,
+) -> None:
     lock = FileLock(path, mode=0o600)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +161,11 @@ def _take(path: Path, wait: bool, on_wait: Callable[[Path, Holder | None], None]
         )
     if on_wait:
         on_wait(path, owner)
-    held.enter_context(lock.acquire(timeout=-1, poll_interval=POLL))
+    while True:
+        while_waiting()
+        with suppress(Timeout):
+            held.enter_context(lock.acquire(timeout=PATIENCE, poll_interval=POLL))
+            return
 
 
 def _thing(path: Path) -> str:

@@ -38,7 +38,7 @@ NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32
 LOGIT_COPIES = 3  # the logits, their log-softmax, and the difference to the original's
 ACTIVATION_COPIES = 4  # gate, up, their product, and the residual stream with its norm
 FLOAT32_SHARE = 0.7  # of the free RAM that weights in float32 may take
-LARGEST_BATCH_GPU, LARGEST_BATCH_CPU = 64, 16  # beyond these a pass takes as long a prompt as before
+LARGEST_BATCH = 64  # beyond it a pass takes as long a prompt as before
 GOOD_BATCH = 8  # a device on which a smaller batch fits only is not preferred to several devices
 TIGHT = 0.95  # of the free memory
 
@@ -180,7 +180,7 @@ def make_plan(
     dtype = planned_dtype(dtypes[0], checkpoint, on_cpu, ram.free if ram else 0)
     model = skeleton(checkpoint, dtype)
     job = _Job(ModelShape.of(checkpoint.text_config, model), prompt_tokens, new_tokens, copies)
-    largest = LARGEST_BATCH_CPU if on_cpu else LARGEST_BATCH_GPU
+    largest = LARGEST_BATCH
 
     room = {device.name: _room(device, limits) for device in devices}
     table: dict[str, int | str] | None = None

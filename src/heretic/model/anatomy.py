@@ -41,14 +41,14 @@ class Writer:
         """Whether the weight is stored [in, out] (GPT-2's Conv1D) instead of [out, in]."""
         return isinstance(self.module, Conv1D)
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether accelerate keeps the weight elsewhere between passes, leaving an empty one in the module."""
+        return bool(self.module.weight.device.type == "meta")
+
     def weight(self) -> Tensor:
-        """The weight as float32 [width of the stream, inputs], wherever it lies."""
-        weight = self.module.weight
-        if not isinstance(weight, Tensor) or weight.device.type == "meta":
-            raise UserError(
-                f"The weight of {self.name} is not in memory (offloaded to disk).", fix='use apply = "operators"'
-            )
-        weight = weight.detach().float()
+        """The weight [width of the stream, inputs] in its own type."""
+        weight = cast(Tensor, self.module.weight).detach()
         return weight.T if self.transposed else weight
 
 

@@ -51,8 +51,8 @@ class Batcher:
     """Cuts sequences into batches of at most `size` rows and `tokens` tokens, padding included.
 
     With `share` the tokens that all sequences begin with are run once and their cache is used for every row (see
-    `model.forward`). `size` only ever falls: memory that did not suffice once will not suffice later, and a study that goes on at half the
-    speed is worth more than one that stops.
+    `model.forward`). `size` only ever falls: memory that did not suffice once will not suffice later, and a study that goes
+    on at half the speed is worth more than one that stops.
     """
 
     size: int
@@ -70,7 +70,9 @@ class Batcher:
         batches and UserError when a single row does not fit.
         """
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-        beginning = Beginning(shared) if self.share and len(shared := shared_tokens(sequences)) >= WORTH_SHARING else None
+        beginning = (
+            Beginning(shared) if self.share and len(shared := shared_tokens(sequences)) >= WORTH_SHARING else None
+        )
         results: dict[int, Result] = {}
         with self.watcher.stage(name, len(order)) as stage:
             while order:
@@ -98,9 +100,7 @@ class Batcher:
         return Batch(rows, torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device), beginning)
 
     def _halve(self, rows: int) -> None:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         if rows == 1:
             raise UserError(
                 "Out of memory with a single prompt in the batch.",
@@ -110,6 +110,13 @@ class Batcher:
         self.watcher.warn(
             f"Out of memory with {rows} prompts at once; going on with {self.size} (batch_size = {self.size})."
         )
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, on the GPU too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def shared_tokens(sequences: Sequence[list[int]]) -> list[int]:

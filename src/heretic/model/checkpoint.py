@@ -5,6 +5,7 @@ Only safetensors and GGUF files are read; a checkpoint that needs Python's pickl
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -155,7 +156,7 @@ def open_checkpoint(
         )
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UserError(f"There is no model folder {model}.", fix="check the path, or name a hub model as owner/name")
-    folder, tensors = _from_hub(model, revision, download_weights)
+    folder, tensors = _from_hub(model, revision, download_weights, trusted)
     return Checkpoint(model, folder, _config(folder, model, trusted), tensors, commit=folder.name)
 
 
@@ -267,14 +268,16 @@ def _open_gguf(model: str, path: Path) -> Checkpoint:
     return Checkpoint(model, path.parent, config, tensors, gguf_file=path.name)
 
 
-def _from_hub(model: str, revision: str, download_weights: bool) -> tuple[Path, dict[str, TensorInfo]]:
+def _from_hub(model: str, revision: str, download_weights: bool, trusted: bool) -> tuple[Path, dict[str, TensorInfo]]:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError
 
-    wanted = DOWNLOADED if download_weights else [p for p in DOWNLOADED if p != "*.safetensors"]
+    wanted = [p for p in DOWNLOADED if download_weights or p != "*.safetensors"] + (["*.py"] if trusted else [])
     try:
         folder = Path(snapshot_download(model, revision=revision or None, allow_patterns=wanted))
-        if any(folder.glob("*.safetensors")) or download_weights:
+        if download_weights:
+            return folder, _local_tensors(folder)
+        with contextlib.suppress(UserError):  # not downloaded yet, or only in part
             return folder, _local_tensors(folder)
         metadata = HfApi().get_safetensors_metadata(model, revision=revision or None)
     except NotASafetensorsRepoError:

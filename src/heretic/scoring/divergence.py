@@ -22,9 +22,9 @@ class Divergence:
     p95: float
     max: float
 
-    def as_dict(self) -> dict[str, float]:
-        """As plain data."""
-        return asdict(self)
+    def as_dict(self) -> dict[str, float | str]:
+        """As plain data; infinity becomes a text, since JSON has no number for it."""
+        return {k: v if v < float("inf") else "inf" for k, v in asdict(self).items()}
 
 
 def first_token_log_probs(

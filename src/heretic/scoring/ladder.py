@@ -26,10 +26,8 @@ class Scores:
     seconds: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data; infinity becomes a text, since JSON has no number for it."""
-        data = asdict(self)
-        data["divergence"] = {k: v if v < float("inf") else "inf" for k, v in data["divergence"].items()}
-        return data
+        """As plain data."""
+        return {**asdict(self), "divergence": self.divergence.as_dict()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scores:

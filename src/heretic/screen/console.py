@@ -114,7 +114,9 @@ class Plain(_Lines):
                 if outermost and total and self.done < total and now - self.last > SECONDS_BETWEEN_LINES:
                     self.last = now
                     left = (now - began) / max(1, self.done) * (total - self.done)
-                    lines.console.print(f"{printable(name)}: {self.done} of {total}, about {spell(left)} left", highlight=False)
+                    lines.console.print(
+                        f"{printable(name)}: {self.done} of {total}, about {spell(left)} left", highlight=False
+                    )
 
         counter = Counter()
         try:

@@ -21,9 +21,18 @@ def show_front(console: Console, found: list[Result], before: int | None, chosen
         table.add_column(heading, justify="left" if heading == "direction" else "right")
     for r in best:
         d = r.scores.divergence
-        scope = "per layer" if r.params["direction_scope"] == "per_layer" else f"layer {r.params['direction_index']:.1f}"
+        scope = (
+            "per layer" if r.params["direction_scope"] == "per_layer" else f"layer {r.params['direction_index']:.1f}"
+        )
         mark = " ←" if r.number == chosen else ""
-        row = [str(r.number), f"{r.scores.refusals}/{total}", f"{d.mean:.4f}", f"{d.median:.4f}", f"{d.p95:.4f}", f"{d.max:.4f}"]
+        row = [
+            str(r.number),
+            f"{r.scores.refusals}/{total}",
+            f"{d.mean:.4f}",
+            f"{d.median:.4f}",
+            f"{d.p95:.4f}",
+            f"{d.max:.4f}",
+        ]
         table.add_row(*row, scope + mark, style="bold" if mark else "")
     if before is not None:
         table.add_row("original", f"{before}/{total}", "0", "0", "0", "0", "", style="dim")

@@ -29,6 +29,11 @@ def storage_url(storage: str, folder: Path) -> str:
     return storage or f"sqlite:///{(folder / 'study.db').resolve()}"
 
 
+def study_name(storage: str, folder: Path) -> str:
+    """The study's name: fixed in a run's own file, so that a renamed folder stays readable; the run's name where shared."""
+    return folder.name if storage else "heretic"
+
+
 def masked(url: str) -> str:
     """A storage URL without its password, for messages and manifests."""
     return re.sub(r"://([^:/@]+):[^@]*@", r"://\1:***@", url)
@@ -108,3 +113,5 @@ def _alive(who: dict[str, Any] | None) -> bool:
         return bool(abs(psutil.Process(who["pid"]).create_time() - who["began"]) < 1)
     except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:
+        return True

@@ -39,7 +39,7 @@ def optimise(
     """Go on until the study holds `n_trials` measured trials.
 
     Every trial is stored before the next begins. A trial that is interrupted or fails is marked failed and does not count;
-    the same error three times in a row ends the study. Raises Interrupted, or the error.
+    three that fail one after the other end the study. Raises Interrupted, or the last error.
     """
     failures = 0
     with watcher.stage("Trials", n_trials) as stage:
@@ -74,7 +74,7 @@ def optimise(
             stage.advance()
             found = result(study.get_trials(deepcopy=False)[trial.number])
             watcher.say(
-                f"Trial {done + 1} of {n_trials}: {found.scores.refusals} of {found.scores.total} refused, "
+                f"Trial {found.number} ({done + 1} of {n_trials}): {found.scores.refusals} of {found.scores.total} refused, "
                 f"KL {found.scores.divergence.mean:.4f} ({found.scores.seconds['trial']:.1f} s)"
             )
             on_result(found)

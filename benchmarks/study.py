@@ -1,0 +1,115 @@
+"""A whole study on the CPU, timed: seconds per trial by phase, time to prepare a trial, peak memory, and the front.
+
+    python benchmarks/study.py ASSETS [--trials 30] [--out benchmarks/results/study.json]
+
+ASSETS is a folder with a model folder and four prompt files (see benchmarks/README.md). 100 + 100 direction prompts,
+50 + 50 evaluation prompts, 32 new tokens, float32. The command `heretic run` is run as a user would, in its own process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from heretic.export.manifest import now, versions
+from heretic.search.front import Result, choose, front
+from heretic.status import look_at
+
+ROLES = ("harmful_train", "harmless_train", "harmful_eval", "harmless_eval")
+
+
+def main() -> None:
+    """Run the study, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("assets", type=Path)
+    parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
+    parser.add_argument("--trials", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], dest="extra")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "study.json")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        report = measure(arguments, Path(folder))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    for key in ("declined_before", "seconds_total", "seconds_per_trial", "peak_gb", "chosen", "written"):
+        print(f"{key}: {report[key]}")
+    for point in report["front"]:
+        print(f"  {point['refusals']:>3} refusals at KL {point['kl']:.4f} (trial {point['trial']})")
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run `heretic run` and read its study."""
+    model = (arguments.assets / arguments.model).resolve()
+    command = [
+        sys.executable,
+        "-m",
+        "heretic",
+        "run",
+        str(model),
+        "--trials",
+        str(arguments.trials),
+        "--save-to",
+        "model",
+    ]
+    for role in ROLES:
+        source = (arguments.assets / "prompts" / f"{role}.txt").resolve()
+        wanted = 100 if role.endswith("train") else 50
+        command += ["--set", f"prompts.{role}.source={source}", "--set", f"prompts.{role}.split=train[:{wanted}]"]
+    for assignment in (
+        "max_response_length=32",
+        "search.n_startup_trials=10",
+        f"seed={arguments.seed}",
+        *arguments.extra,
+    ):
+        command += ["--set", assignment]
+    began = time.monotonic()
+    subprocess.run(command, cwd=folder, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    total = time.monotonic() - began
+    seen = look_at("", str(folder / "runs"), {})
+    trials = [r.scores.seconds for r in seen.found]
+    manifest = json.loads((folder / "model" / "manifest.json").read_text())
+    chosen = choose(seen.found, "fewest_refusals_under_kl", 0.1, 0)
+    return {
+        "command": "python benchmarks/study.py ASSETS " + " ".join(f"--set {a}" for a in arguments.extra),
+        "date": now(),
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "versions": versions(),
+        "model": arguments.model,
+        "trials": len(trials),
+        "declined_before": seen.before,
+        "seconds_total": round(total, 1),
+        "seconds_per_trial": {k: round(statistics.median(t[k] for t in trials), 2) for k in sorted(trials[0])},
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2),
+        "chosen": point(chosen[0]) if chosen else None,
+        "written": manifest["scores"]["written"],
+        "verification": manifest["verification"],
+        "front": [point(r) for r in front(seen.found)],
+    }
+
+
+def point(result: Result) -> dict[str, Any]:
+    """A trial on the front as plain numbers."""
+    return {"trial": result.number, "refusals": result.scores.refusals, "kl": round(result.scores.divergence.mean, 5)}
+
+
+def cpu_name() -> str:
+    """What the machine calls its processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
