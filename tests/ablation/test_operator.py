@@ -1,0 +1,53 @@
+"""The geometries against their definitions in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from heretic.ablation.operator import GEOMETRIES, Operator, study_weight
+
+
+def by_definition(geometry: str, weight: torch.Tensor, v: torch.Tensor, strength: float) -> torch.Tensor:
+    """The edit as the papers write it: on the matrix, with no shortcut."""
+    weight, v = weight.double(), v.double()
+    identity = torch.eye(len(v), dtype=torch.float64)
+    if geometry == "plain":
+        return (identity - strength * torch.outer(v, v)) @ weight
+    norms = weight.norm(dim=1, keepdim=True)
+    edited = (identity - strength * torch.outer(v, v)) @ (weight / norms)
+    if geometry == "norm_preserving":
+        edited = edited / edited.norm(dim=1, keepdim=True)
+    return edited * norms
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("strength", [0.2, 1.0, 1.3])
+def test_equals_its_definition_for_mixed_directions(geometry: str, strength: float) -> None:
+    torch.manual_seed(3)
+    weight = torch.randn(24, 40) * torch.rand(24, 1) * 3
+    directions = torch.nn.functional.normalize(torch.randn(5, 24), dim=-1)
+    mix = torch.tensor([0.0, 0.3, 0.9, 0.0, 0.0])
+    mix = mix / (mix @ directions).norm()
+    v = mix @ directions
+    operator = GEOMETRIES[geometry](v, strength, study_weight(weight, directions, rows_at_once=7), mix)
+    baked, _ = operator.on_weight(weight)
+    assert torch.allclose(baked.double(), by_definition(geometry, weight, v, strength), atol=1e-5)
+    x = torch.randn(3, 40)
+    assert torch.allclose(operator(x @ weight.T), x @ baked.T, atol=1e-4)
+
+
+def test_rows_of_zeros_do_no_harm() -> None:
+    weight = torch.randn(8, 6)
+    weight[3] = 0
+    v = torch.nn.functional.normalize(torch.randn(1, 8), dim=-1)
+    operator = GEOMETRIES["norm_preserving"](v[0], 1.0, study_weight(weight, v), torch.ones(1))
+    baked, _ = operator.on_weight(weight)
+    assert torch.isfinite(baked).all() and baked[3].abs().max() < 1e-6
+
+
+def test_half_precision_goes_in_and_out() -> None:
+    v = torch.nn.functional.normalize(torch.randn(8), dim=0)
+    out = Operator(v, v)(torch.randn(2, 3, 8).bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert (out.float() @ v).abs().max() < 0.05

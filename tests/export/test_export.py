@@ -1,0 +1,70 @@
+"""Writing models: shards, dtypes, cards, and proof that catches a wrong edit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from heretic.errors import VerificationFailed
+from heretic.export import save
+from heretic.model.checkpoint import open_checkpoint
+from heretic.progress import SILENT
+from heretic.run import Outcome, run
+from heretic.settings_layers import resolve
+from heretic.stop import Stop
+from tests.tiny import save_tiny
+
+
+def do(config: Path, model: Path, *assignments: str) -> Outcome:
+    return run(
+        resolve(config, {"model": str(model), "save_to": "out", "n_trials": 2}, assignments), watcher=SILENT, stop=Stop()
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma3"])
+def test_shards_and_dtype_of_the_original_are_kept(config: Path, family: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", family, dtype=torch.bfloat16, max_shard_size="20KB")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\nlanguage:\n- en\n- de\n---\n# Old card\n")
+    (folder / "LICENSE").write_text("terms")
+    (folder / "pytorch_model.bin").write_bytes(b"old")
+    outcome = do(config, folder)
+    assert outcome.export is not None and outcome.export.verification.divergence < 1e-3
+    before, after = open_checkpoint(str(folder)), open_checkpoint("out")
+    assert [p.name for p in after.shards()] == [p.name for p in before.shards()]
+    assert len(after.shards()) > 2
+    assert {n: (t.shape, t.dtype) for n, t in after.tensors.items()} == {n: (t.shape, t.dtype) for n, t in before.tensors.items()}
+    assert (Path("out") / "LICENSE").read_text() == "terms" and not (Path("out") / "pytorch_model.bin").exists()
+    card = Path("out/README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\nlanguage:\n- en\n- de\n") and "Old card" not in card
+    model = AutoModelForCausalLM.from_pretrained("out", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained("out").chat_template == AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def test_manifest_says_from_what_it_was_made(config: Path, llama: Path) -> None:
+    outcome = do(config, llama)
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert manifest["run"] == outcome.folder.name
+    assert manifest["model"]["sha256"]["model.safetensors"] != manifest["written"]["sha256"]["model.safetensors"]
+    assert manifest["prompts"]["harmful_eval"]["count"] == 8
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["scores"]["original"]["refusals"] == outcome.before
+
+
+def test_a_wrong_edit_is_caught_and_nothing_is_left(config: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(save.TensorEdit, "__call__", lambda self, tensor: tensor)
+    with pytest.raises(VerificationFailed, match="does not answer as the measured one"):
+        do(config, llama)
+    assert not Path("out").exists() and not list(Path().glob(".out*"))
+
+
+def test_gguf_in_and_an_ordinary_folder_out(config: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("tests.export.tiny_gguf").save_tiny_gguf(tmp_path / "tiny.gguf")
+    outcome = do(config, gguf)
+    assert outcome.export is not None and outcome.export.verification.divergence < 0.01
+    assert open_checkpoint("out").config.architectures == ["LlamaForCausalLM"]
+    assert AutoModelForCausalLM.from_pretrained("out").dtype == torch.bfloat16

@@ -1,0 +1,56 @@
+"""Running what all prompts begin with once gives what plain passes give, or is switched off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from heretic.model.batching import Batcher, shared_tokens
+from heretic.model.capture import last_token_residuals
+from heretic.model.checkpoint import open_checkpoint
+from heretic.model.decoding import decode
+from heretic.model.forward import can_share, next_token_log_probs
+from heretic.model.loading import load
+from tests.tiny import FAMILIES, save_tiny, tiny_model
+
+START = [5, 9, 17, 33, 41, 60, 61, 62, 63, 64]
+PROMPTS = [START + rest for rest in ([7], [8, 9, 10, 11, 12, 13], [8, 9], [20, 21, 22])]
+
+
+def test_shared_tokens() -> None:
+    assert shared_tokens(PROMPTS) == START
+    assert shared_tokens([[1, 2, 3], [1, 2, 3]]) == [1, 2], "every row keeps a token of its own"
+    assert shared_tokens([[1, 2], [3]]) == [] and shared_tokens([[1, 2]]) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_in_every_family_unless_switched_off(family: str, tmp_path: Path) -> None:
+    language_model = load(open_checkpoint(str(save_tiny(tmp_path / "m", family))), ["float32"], {})
+    model = language_model.model
+    plain, sharing = Batcher(3), Batcher(3, share=True)
+    windowed = family in ("gemma3", "mistral")  # their windows of 8 tokens are shorter than these prompts
+    assert can_share(model, PROMPTS, plain) is not windowed
+    if windowed:
+        return
+
+    def log_probs(batcher: Batcher) -> torch.Tensor:
+        return torch.stack(batcher.run("", PROMPTS, lambda b: list(next_token_log_probs(model, b))))
+
+    assert torch.allclose(log_probs(sharing), log_probs(plain), atol=1e-4)
+    residuals = [torch.stack(b.run("", PROMPTS, lambda x: list(last_token_residuals(language_model, x)))) for b in (sharing, plain)]
+    assert torch.allclose(*residuals, atol=1e-4)
+    answers = [b.run("", PROMPTS, lambda x: decode(model, x, 15, {3, 15, 27})) for b in (sharing, plain)]
+    assert answers[0] == answers[1]
+
+
+def test_the_beginning_is_computed_anew_for_every_run() -> None:
+    model = tiny_model("llama")
+    batcher = Batcher(4, share=True)
+    before = torch.stack(batcher.run("", PROMPTS, lambda b: list(next_token_log_probs(model, b))))
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(0.5)
+    after = torch.stack(batcher.run("", PROMPTS, lambda b: list(next_token_log_probs(model, b))))
+    plain = torch.stack(Batcher(4).run("", PROMPTS, lambda b: list(next_token_log_probs(model, b))))
+    assert torch.allclose(after, plain, atol=1e-4) and not torch.allclose(after, before, atol=1e-2)

@@ -1,0 +1,52 @@
+"""Judging answers by markers, in the text and while it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from heretic.model.batching import Batcher
+from heretic.model.chat_format import ChatFormat
+from heretic.model.checkpoint import open_checkpoint
+from heretic.model.loading import load
+from heretic.scoring.refusals import MarkerJudge, count_refusals
+from heretic.settings import DEFAULT_MARKERS
+
+
+@pytest.mark.parametrize(
+    ("answer", "declines"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("I\u2019m SORRY.", True),
+        ("I **cannot** assist you here", True),
+        ("I  can\nnot", False),
+        ("i can \n not do this", True),
+        ("", True),
+        (" \n* ", True),
+        ("Sure! Here is how.", False),
+        ("As an AI language model, I do not have feelings", True),
+        ("The illegal move in chess is taken back.", False),
+        ("Unfortunately, I am not able to assist.", True),
+    ],
+)
+def test_default_markers(answer: str, declines: bool) -> None:
+    assert MarkerJudge(DEFAULT_MARKERS).declines(answer) is declines
+
+
+def test_stopping_at_a_marker_changes_no_verdict(llama: Path) -> None:
+    model = load(open_checkpoint(str(llama)), ["float32"], {})
+    chat = ChatFormat(model.tokenizer)
+    sequences = chat.encode(["make bread", "tell me about stars", "why", "how do rivers make music", "write code"])
+    batcher = Batcher(3)
+    whole = count_refusals(model, chat, sequences, MarkerJudge(["nothing"]), batcher, 30, keep_answers=True)
+    assert whole.answers is not None
+    words = sorted({word for answer in whole.answers for word in answer.split()})
+    counts = set()
+    for marker in [*words, f"{whole.answers[0].split()[4]} {whole.answers[0].split()[5]}"]:  # one spans two tokens
+        judge = MarkerJudge([marker])
+        expected = tuple(judge.declines(answer) for answer in whole.answers)
+        found = count_refusals(model, chat, sequences, judge, batcher, 30)
+        assert found.declined == expected, marker
+        counts.add(found.count)
+    assert len(counts) > 1

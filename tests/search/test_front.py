@@ -1,0 +1,53 @@
+"""The front, and the choice of one trial."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from heretic.scoring.divergence import Divergence
+from heretic.scoring.ladder import Scores
+from heretic.search.front import Result, choose, front
+
+
+def results(*points: tuple[float, int]) -> list[Result]:
+    return [Result(i, {}, Scores(Divergence(kl, kl, kl, kl), n, 100, {})) for i, (kl, n) in enumerate(points)]
+
+
+def test_front_is_what_nothing_beats_fewest_refusals_first() -> None:
+    found = results((0.5, 1), (0.1, 10), (0.2, 10), (0.6, 1), (0.05, 30), (0.3, 5), (math.inf, 0), (0.05, 40))
+    assert [r.number for r in front(found)] == [0, 5, 1, 4]
+
+
+@given(st.lists(st.tuples(st.floats(0, 2), st.integers(0, 20)), max_size=30))
+def test_no_point_of_the_front_is_beaten_and_every_other_is(points: list[tuple[float, int]]) -> None:
+    found = results(*points)
+    best = front(found)
+
+    def beats(a: Result, b: Result) -> bool:
+        return a.point != b.point and a.point[0] <= b.point[0] and a.point[1] <= b.point[1]
+
+    assert not any(beats(a, b) for a in found for b in best)
+    for other in found:
+        assert any(b.point == other.point or beats(b, other) for b in best)
+
+
+@pytest.mark.parametrize(
+    ("rule", "max_kl", "max_refusals", "number", "said"),
+    [
+        ("fewest_refusals_under_kl", 0.25, 0, 1, "at most 0.25"),
+        ("fewest_refusals_under_kl", 0.01, 0, 2, "lowest KL"),
+        ("lowest_kl_under_refusals", 0, 12, 1, "at most 12"),
+        ("lowest_kl_under_refusals", 0, 0, 0, "fewest"),
+    ],
+)
+def test_choice(rule: str, max_kl: float, max_refusals: int, number: int, said: str) -> None:
+    chosen = choose(results((0.5, 1), (0.2, 10), (0.05, 30)), rule, max_kl, max_refusals)
+    assert chosen is not None and chosen[0].number == number and said in chosen[1]
+
+
+def test_nothing_to_choose_from() -> None:
+    assert choose(results((math.inf, 0)), "fewest_refusals_under_kl", 1, 1) is None

@@ -1,0 +1,43 @@
+"""Sessions on models whose weights are not where they seem to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+
+from heretic.ablation.ablation import Ablation, Workbench
+from heretic.ablation.attach import attach
+from heretic.ablation.bake import copies, rewrite
+from heretic.ablation.directions import Directions
+from heretic.ablation.kernel import Kernel
+from heretic.errors import UserError
+from heretic.model.anatomy import dissect
+from heretic.model.checkpoint import open_checkpoint
+from heretic.model.loading import load
+from heretic.session import weight_reader
+
+TOKENS = torch.tensor([[5, 9, 17, 33, 41]])
+ABLATION = Ablation("per_layer", 0.0, {c: Kernel(1.2, 2.0, 0.4, 3.0) for c in ("attention", "mlp")})
+
+
+@torch.no_grad()
+def test_offloaded_weights_are_read_from_the_checkpoint(llama: Path) -> None:
+    checkpoint = open_checkpoint(str(llama))
+    directions = Directions(torch.nn.functional.normalize(torch.randn(4, 32), dim=-1))
+    here = load(checkpoint, ["float32"], {})
+    reference = Workbench.prepare(directions, here.anatomy.writers, "norm_preserving").operators(ABLATION)
+    with attach(here.anatomy.writers, reference):
+        expected = here.model(TOKENS).logits
+
+    away = load(checkpoint, ["float32"], {}).model
+    accelerate.cpu_offload(away, execution_device=torch.device("cpu"))
+    writers = dissect(away).writers
+    assert all(w.offloaded for w in writers)
+    operators = Workbench.prepare(directions, writers, "norm_preserving", weight_reader(checkpoint, writers)).operators(ABLATION)
+    with attach(writers, operators):
+        assert torch.allclose(away(TOKENS).logits, expected, atol=1e-5)
+    with pytest.raises(UserError, match="cannot be rewritten"), rewrite(writers, operators, copies(writers)):
+        pass
