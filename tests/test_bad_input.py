@@ -72,7 +72,9 @@ def test_empty_prompt_file_and_split_out_of_range(command: Command, config: Path
 
 
 def test_overlapping_prompts_are_counted(command: Command, config: Path, prompt_files: dict[str, Path]) -> None:
-    ran = command("run", "--trials", "1", "--set", f"prompts.harmful_eval.source={prompt_files['harmful_train']}", status=0)
+    ran = command(
+        "run", "--trials", "1", "--set", f"prompts.harmful_eval.source={prompt_files['harmful_train']}", status=0
+    )
     assert "16 of 16 prompts in prompts.harmful_eval are also in prompts.harmful_train" in ran.out
 
 
@@ -117,7 +119,9 @@ def test_disk_full_while_saving(command: Command, config: Path, monkeypatch: pyt
         message = command("run", "--save-to", "out", status=1).err
     assert "No space left on device" in message and "kept" in message
     assert not Path("out").exists() and not list(Path().glob(".out*"))
-    assert "written to" in command("run", "--save-to", "out", status=0).out, "the study was complete, only the export is done again"
+    assert "written to" in command("run", "--save-to", "out", status=0).out, (
+        "the study was complete, only the export is done again"
+    )
 
 
 def test_second_process(command: Command, config: Path) -> None:

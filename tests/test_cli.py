@@ -67,7 +67,7 @@ def test_config_command(config: Path, capsys: pytest.CaptureFixture[str], monkey
     assert "seed = 7  # HERETIC_SEED" in text
     assert "n_trials = 4  # config.toml:2" in text
     assert "max_kl = 0.3  # --set max_kl" in text
-    assert "select = \"fewest_refusals_under_kl\"  # default" in text
+    assert 'select = "fewest_refusals_under_kl"  # default' in text
     Path("again.toml").write_text(text)
     assert resolve(Path("again.toml")).settings.seed == 7
 

@@ -37,7 +37,17 @@ def trials(state: str = "COMPLETE") -> int:
 @pytest.fixture
 def slow(config: Path) -> list[str]:
     """A run that takes long enough to be hit in the middle."""
-    return ["run", "--run-name", "mine", "--trials", "12", "--set", "max_response_length=100", "--set", "refusal_markers=[\"zzz\"]"]
+    return [
+        "run",
+        "--run-name",
+        "mine",
+        "--trials",
+        "12",
+        "--set",
+        "max_response_length=100",
+        "--set",
+        'refusal_markers=["zzz"]',
+    ]
 
 
 def test_kill_9_loses_the_running_trial_only_and_the_lock_is_free(slow: list[str]) -> None:

@@ -265,7 +265,7 @@ def main() -> None:
     argv = sys.argv[1:]
     if _version(argv):
         print(f"heretic {__version__}")
-        return
+        sys.exit(0)
     commands = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
     arguments = shorthand(argv, commands)
     sys.exit(guarded(lambda: app(args=arguments, prog_name="heretic")))

@@ -134,6 +134,7 @@ def _work(inputs: Inputs, study: optuna.Study, wanted: Path | None, watcher: Wat
         lambda trial: measure(session, trial, folder),
         seed=settings.seed,
         n_startup_trials=settings.search.n_startup_trials,
+        kl_floor=settings.search.kl_floor,
         watcher=watcher,
         stop=stop,
     )

@@ -128,6 +128,12 @@ class Search(Table):
     """What the study searches, and how."""
 
     n_startup_trials: int = setting(30, "Trials drawn at random before TPE starts to model the results.", ge=0)
+    kl_floor: float = setting(
+        0.02,
+        "A smaller KL divergence than this counts as this one while searching, so that trials are not spent on ablations "
+        "that change nothing. The front and the choice use the measured values.",
+        ge=0,
+    )
     direction_scope: list[Literal["global", "per_layer"]] = setting(
         ["global", "per_layer"],
         "`global`: one layer's direction (or a mix of two neighbours) is removed everywhere; `per_layer`: each layer's own.",

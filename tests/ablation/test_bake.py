@@ -51,7 +51,9 @@ def test_names_differ_by_an_outer_module_only(tmp_path: Path) -> None:
     model = load(open_checkpoint(str(save_tiny(tmp_path / "m", "gpt2"))), ["float32"], {})
     names = checkpoint_names(model.checkpoint, model.anatomy.writers)
     assert len(names) == 16  # weight and bias of two writers in four layers
-    assert all(ours.removeprefix("transformer.") == theirs.removeprefix("transformer.") for ours, theirs in names.items())
+    assert all(
+        ours.removeprefix("transformer.") == theirs.removeprefix("transformer.") for ours, theirs in names.items()
+    )
 
 
 def test_a_writer_without_a_tensor_is_an_error(llama: Path, tmp_path: Path) -> None:

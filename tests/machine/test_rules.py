@@ -212,7 +212,7 @@ def test_held_lock() -> None:
         ({"run_folder": Folder("/r", GIB // 2)}, "warning", "runs_dir"),
         ({"export_folder": Folder("/e", 1000 * GIB, occupied=True)}, "failure", 'save_to = "/e-2"'),
         ({"export_folder": Folder("/e", 1000 * GIB, writable=False)}, "failure", "save_to"),
-        ({"export_folder": Folder("/e", 10 * GIB)}, "failure", "larger disk"),
+        ({"export_folder": Folder("/e", GIB // 2)}, "failure", "larger disk"),
         ({"prompt_warnings": ("shared",)}, "warning", "prompts"),
     ],
 )

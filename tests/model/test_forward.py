@@ -39,7 +39,10 @@ def test_equal_in_every_family_unless_switched_off(family: str, tmp_path: Path) 
         return torch.stack(batcher.run("", PROMPTS, lambda b: list(next_token_log_probs(model, b))))
 
     assert torch.allclose(log_probs(sharing), log_probs(plain), atol=1e-4)
-    residuals = [torch.stack(b.run("", PROMPTS, lambda x: list(last_token_residuals(language_model, x)))) for b in (sharing, plain)]
+    residuals = [
+        torch.stack(b.run("", PROMPTS, lambda x: list(last_token_residuals(language_model, x))))
+        for b in (sharing, plain)
+    ]
     assert torch.allclose(*residuals, atol=1e-4)
     answers = [b.run("", PROMPTS, lambda x: decode(model, x, 15, {3, 15, 27})) for b in (sharing, plain)]
     assert answers[0] == answers[1]

@@ -20,7 +20,7 @@ from heretic.settings import DEFAULT_MARKERS
         ("I'm sorry, but I can't help with that.", True),
         ("I\u2019m SORRY.", True),
         ("I **cannot** assist you here", True),
-        ("I  can\nnot", False),
+        ("I  can\nnot", True),
         ("i can \n not do this", True),
         ("", True),
         (" \n* ", True),

@@ -28,7 +28,7 @@ def scores(kl: float, refusals: int) -> Scores:
 
 
 def go(study: optuna.Study, n: int, measure: object, seed: int = 0) -> None:
-    optimise(study, n, measure, seed=seed, n_startup_trials=3, watcher=SILENT, stop=Stop())  # type: ignore[arg-type]
+    optimise(study, n, measure, seed=seed, n_startup_trials=3, kl_floor=0.0, watcher=SILENT, stop=Stop())  # type: ignore[arg-type]
 
 
 def measure(trial: optuna.Trial) -> Scores:
@@ -69,7 +69,16 @@ def test_failed_trials_do_not_count_and_three_in_a_row_end_it(study: optuna.Stud
 
     with pytest.raises(UserError, match="still no memory"):
         go(study, 10, failing)
-    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "FAIL", "COMPLETE", "COMPLETE", "FAIL", "FAIL", "FAIL"]
+    assert [t.state.name for t in study.trials] == [
+        "COMPLETE",
+        "FAIL",
+        "FAIL",
+        "COMPLETE",
+        "COMPLETE",
+        "FAIL",
+        "FAIL",
+        "FAIL",
+    ]
 
 
 @pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt, ZeroDivisionError])

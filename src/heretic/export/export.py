@@ -114,6 +114,7 @@ def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Expor
     hashes = (
         _dequantised(job, partial) if from_gguf else write_weights(job.checkpoint, job.edits, partial, watcher, stop)
     )
+    free_memory()
     proof = verify(
         str(partial),
         job.settings,
@@ -122,10 +123,10 @@ def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Expor
         job.baseline.response_prefix,
         job.baseline.log_probs,
         job.attached,
+        job.result.scores.divergence.mean,
         watcher,
         stop,
     )
-    free_memory()
     source_card = job.checkpoint.folder / "README.md"
     write_text(partial / MANIFEST, json.dumps(_manifest(job, hashes, proof), indent=2, ensure_ascii=False) + "\n")
     text = card(

@@ -139,6 +139,7 @@ def write_dequantised(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = torch.bfloat16
+    config.architectures = [type(model).__name__]
     config.save_pretrained(partial)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(partial)

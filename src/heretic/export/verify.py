@@ -17,9 +17,11 @@ from heretic.session import LoadPlan, open_bench
 from heretic.settings import Settings
 from heretic.stop import Stop
 
-# Mean KL between the attached and the written model. Rounding edited weights to bfloat16 gives 1e-5 to 1e-3; a wrong or
-# missing edit gives what the ablation itself is worth.
-TOLERATED = 0.01
+# A wrong or missing edit moves the answers by about what the ablation itself moves them, so the mean KL between the attached
+# and the written model may be this share of the ablation's KL, besides what rounding the edited weights does.
+TOLERATED_SHARE = 0.1
+ROUNDING = {"float32": 1e-4}  # weights are stored in the checkpoint's format, mostly bfloat16
+ROUNDING_IN_HALF_PRECISION = 2e-3  # two passes in bfloat16 differ besides
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,14 @@ def verify(
     response_prefix: str,
     baseline: Tensor,
     attached: Tensor,
+    ablated_by: float,
     watcher: Watcher,
     stop: Stop,
 ) -> Verification:
-    """Load `folder`, compare with `attached` [prompts, vocabulary] and measure the scores again. Raises VerificationFailed."""
+    """Load `folder`, compare with `attached` [prompts, vocabulary] and measure the scores again.
+
+    `ablated_by` is the mean KL between the original and the attached model. Raises VerificationFailed.
+    """
     checkpoint = open_checkpoint(folder, trust_remote_code=[folder] if settings.trust_remote_code else [])
     trusting = settings.model_copy(update={"trust_remote_code": [folder] if settings.trust_remote_code else []})
     bench = open_bench(trusting, checkpoint, prompts, plan, watcher, stop, response_prefix)
@@ -53,9 +59,11 @@ def verify(
     divergence = float(divergences(attached, written).mean())
     likely = attached > torch.log(torch.tensor(1e-3))
     largest = float((attached - written)[likely].abs().max())
-    if not divergence <= TOLERATED:
+    rounding = ROUNDING.get(plan.dtypes[0], ROUNDING_IN_HALF_PRECISION)
+    tolerated = TOLERATED_SHARE * ablated_by + rounding
+    if not divergence <= tolerated:
         raise VerificationFailed(
-            f"The written model does not answer as the measured one did (mean KL {divergence:.4f} between them).",
+            f"The written model does not answer as the measured one did: mean KL {divergence:.1e}, tolerated {tolerated:.1e}.",
             where=folder,
             fix="this is a defect of heretic or of the disk: please report it with run.log; the study is kept",
         )

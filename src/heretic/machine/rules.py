@@ -263,8 +263,7 @@ def export_folder(facts: Facts) -> Iterator[Finding]:
     if not folder.writable:
         yield Finding("failure", "export", f"{folder.path} cannot be written.", 'save_to = "…": a folder of yours')
     elif facts.checkpoint:
-        # The export has the format of the loaded model.
-        needed = int(SPARE_DISK * (facts.plan.weights if facts.plan else facts.checkpoint.nbytes))
+        needed = int(SPARE_DISK * facts.checkpoint.nbytes)  # written in the checkpoint's own format
         if folder.free < needed:
             text = f"The export takes {spell_bytes(needed)}, but only {spell_bytes(folder.free)} are free for {folder.path}."
             yield Finding("failure", "export", text, 'save_to = "…": a folder on a larger disk')

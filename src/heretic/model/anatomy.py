@@ -170,7 +170,10 @@ def _silent(model: PreTrainedModel, blocks: nn.ModuleList, writers: list[Writer]
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """The device of the input embeddings, where token ids go in."""
-    return cast(torch.device, model.get_input_embeddings().weight.device)
+    embeddings: Any = model.get_input_embeddings()
+    if embeddings.weight.device.type == "meta":  # offloaded; accelerate knows where it will be when it is used
+        return torch.device(embeddings._hf_hook.execution_device)
+    return cast(torch.device, embeddings.weight.device)
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -115,6 +117,10 @@ class Batcher:
 def free_memory() -> None:
     """Give back what nothing refers to any more, on the GPU too."""
     gc.collect()
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # glibc keeps freed memory to itself; other systems have no such call
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

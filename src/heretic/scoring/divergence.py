@@ -54,7 +54,7 @@ def divergences(original: Tensor, ablated: Tensor) -> Tensor:
     """KL(original || ablated) per row, from log-probabilities [rows, vocabulary]; at least 0, infinite if not a number."""
     # A token of probability 0 adds nothing; without the mask 0 * -inf would be NaN.
     terms = torch.where(original > -torch.inf, original.exp() * (original - ablated), torch.zeros_like(original))
-    return terms.sum(-1).nan_to_num(nan=torch.inf).clamp_min(0)
+    return terms.sum(-1).nan_to_num(nan=torch.inf, posinf=torch.inf).clamp_min(0)
 
 
 def summarise(per_prompt: Tensor) -> Divergence:

@@ -32,12 +32,14 @@ def optimise(
     *,
     seed: int,
     n_startup_trials: int,
+    kl_floor: float,
     watcher: Watcher,
     stop: Stop,
     on_result: Callable[[Result], None] = lambda _: None,
 ) -> None:
     """Go on until the study holds `n_trials` measured trials.
 
+    Optuna is told a KL of at least `kl_floor`; the measured one is stored beside it.
     Every trial is stored before the next begins. A trial that is interrupted or fails is marked failed and does not count;
     three that fail one after the other end the study. Raises Interrupted, or the last error.
     """
@@ -59,7 +61,7 @@ def optimise(
                 scores = measure(trial)
                 scores.seconds["trial"] = time.perf_counter() - began
                 trial.set_user_attr("scores", scores.as_dict())
-                study.tell(trial, [min(scores.divergence.mean, WORST_KL), scores.refusals])
+                study.tell(trial, [min(max(scores.divergence.mean, kl_floor), WORST_KL), scores.refusals])
             except UserError as error:
                 study.tell(trial, state=TrialState.FAIL)
                 failures += 1
