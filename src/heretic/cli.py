@@ -38,6 +38,9 @@ ModelArgument = Annotated[str | None, typer.Argument(help="Hub id, local folder,
 RunArgument = Annotated[
     str | None, typer.Argument(help="Name or folder of a run; the newest if left out.", show_default=False)
 ]
+RunsOption = Annotated[
+    str | None, typer.Option("--runs-dir", help="Folder that holds the runs; left out: as configured.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 out = Console(highlight=False)
@@ -104,14 +107,14 @@ def preflight(
 @app.command()
 def status(
     name: RunArgument = None,
-    runs_dir: Annotated[str, typer.Option("--runs-dir", help="Folder that holds the runs.")] = "runs",
+    runs_dir: RunsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Progress and front of a study, also while it runs."""
     from heretic.screen.tables import show_front, show_lines
     from heretic.status import look_at
 
-    seen = look_at(name or "", runs_dir, os.environ)
+    seen = look_at(name or "", configured_runs(runs_dir), os.environ)
     if as_json:
         print(json.dumps(seen.as_dict(), indent=2))
         return
@@ -134,7 +137,7 @@ def export(
     trial: Annotated[
         int | None, typer.Option("--trial", help="Trial to export; left out: the one that the rule prefers.")
     ] = None,
-    runs_dir: Annotated[str, typer.Option("--runs-dir", help="Folder that holds the runs.")] = "runs",
+    runs_dir: RunsOption = None,
     assignments: SetOption = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for devices that another process holds.")] = False,
 ) -> None:
@@ -145,7 +148,14 @@ def export(
     stop = Stop()
     with stop.on_signals():
         outcome = export_run(
-            name, runs_dir, trial, output, assignments or [], wait=wait, watcher=make_watcher(out), stop=stop
+            name,
+            configured_runs(runs_dir),
+            trial,
+            output,
+            assignments or [],
+            wait=wait,
+            watcher=make_watcher(out),
+            stop=stop,
         )
     show_export(out, outcome)
 
@@ -225,6 +235,11 @@ def read_settings(
     if resolved.file is not None and not quiet:
         out.print(f"Settings from {printable(str(resolved.file))}")
     return resolved
+
+
+def configured_runs(option: str | None) -> str:
+    """The folder of runs: the option, or what the settings here say."""
+    return option or resolve(environment=os.environ).settings.runs_dir
 
 
 def _version(argv: list[str]) -> bool:

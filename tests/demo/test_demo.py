@@ -1,0 +1,28 @@
+"""The demo from end to end on the real model, with two trials instead of all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from heretic.demo.demo import run_demo
+from heretic.progress import SILENT
+from heretic.stop import Stop
+
+
+@pytest.mark.slow
+def test_the_guard_declines_and_an_ablation_opens_it(tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    demo = run_demo(tmp_path / "demo", trials=2, watcher=SILENT, stop=Stop(), on_report=lambda report: None)
+    outcome = demo.outcome
+    assert outcome.before is not None and outcome.before >= 0.8 * 60
+    assert len(outcome.found) == 2 and outcome.export is not None
+    proof = outcome.export.verification
+    assert proof.scores.refusals < outcome.before
+    assert proof.divergence < 1e-3
+    assert demo.ablated_from_base is not None and demo.ablated_from_base < demo.guarded_from_base
+    again = run_demo(tmp_path / "demo", trials=2, watcher=SILENT, stop=Stop(), on_report=lambda report: None)
+    assert again.outcome.export is not None
+    assert again.outcome.export.verification.scores.refusals == proof.scores.refusals
