@@ -89,7 +89,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "trials": len(trials),
         "declined_before": seen.before,
         "seconds_total": round(total, 1),
-        "seconds_per_trial": {k: round(statistics.median(t[k] for t in trials), 2) for k in sorted(trials[0])},
+        "seconds_per_trial": {k: round(statistics.median(t[k] for t in trials), 4) for k in sorted(trials[0])},
         "peak_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2),
         "chosen": point(chosen[0]) if chosen else None,
         "written": manifest["scores"]["written"],

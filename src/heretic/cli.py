@@ -264,9 +264,6 @@ def guarded(job: Callable[[], Any]) -> int:
     except Interrupted:
         err.print("Stopped. Everything finished is kept; the same command goes on from here.")
         return Interrupted.exit_status
-    except KeyboardInterrupt:
-        err.print("Stopped at once. Finished trials are kept; the same command goes on from here.")
-        return Interrupted.exit_status
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -24,6 +24,11 @@ class UserError(Exception):
         return "\n".join(lines)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class SettingsError(UserError):
     """A setting is unknown, of the wrong type, or out of range."""
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from heretic.errors import UserError
+from heretic.errors import UserError, first_line
 
 
 def write_text(path: Path, text: str) -> None:
@@ -26,29 +26,30 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with _no_space_left(path):
-        save_file(tensors, beside, metadata={**(metadata or {}), "sha256": _digest(tensors)})
+        kept = dict(metadata or {})
+        save_file(tensors, beside, metadata={**kept, "sha256": _digest(tensors, kept)})
         _settle(beside, path)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read what `write_tensors` wrote. Raises UserError when the content is not what was written."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata that `write_tensors` wrote. Raises UserError when the content is not what was written."""
     from safetensors import safe_open
 
     try:
         tensors = load_file(path)
         with safe_open(path, framework="pt") as file:
-            expected = (file.metadata() or {}).get("sha256")
+            metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path.name} is damaged: {str(error).splitlines()[0]}", where=str(path), fix="delete it; it is made anew"
+            f"{path.name} is damaged: {first_line(error)}", where=str(path), fix="delete it; it is made anew"
         ) from None
-    if expected != _digest(tensors):
+    if metadata.get("sha256") != _digest(tensors, metadata):
         raise UserError(
             f"{path.name} is damaged: its content does not match its hash.",
             where=str(path),
             fix="delete it; it is made anew",
         )
-    return tensors
+    return tensors, metadata
 
 
 def sha256(path: Path) -> str:
@@ -60,8 +61,8 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(repr(sorted((k, v) for k, v in metadata.items() if k != "sha256")).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].contiguous().flatten().view(-1).numpy().tobytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from heretic.machine import lock
 from heretic.model.batching import free_memory
 from heretic.progress import Watcher
 from heretic.run import Inputs, device_lock, logging_to, look, pick
-from heretic.run_folder import find_run, stored_settings
+from heretic.run_folder import RunFolder, find_run, stored_settings
 from heretic.scoring.divergence import Divergence, first_token_log_probs, measure_divergence
 from heretic.search.front import Result, results
 from heretic.search.storage import open_study, storage_url, study_name
@@ -52,7 +53,7 @@ def export_run(
     check_destination(destination, folder.name)
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         inputs = look(settings, force=False, watcher=watcher)
-        with lock.hold([folder.lock], model=settings.model, wait=wait), logging_to(folder):
+        with _run_lock(folder, settings, wait, stop), logging_to(folder):
             study = open_study(
                 storage_url(settings.storage, folder.path), study_name(settings.storage, folder.path), inputs.facts
             )
@@ -64,6 +65,10 @@ def export_run(
                 )
             job = _plan(inputs, result, destination, watcher, stop)
             return Exported(result, reason, job.baseline.refusals, write_export(job, watcher, stop))
+
+
+def _run_lock(folder: RunFolder, settings: Settings, wait: bool, stop: Stop) -> AbstractContextManager[None]:
+    return lock.hold([folder.lock], model=settings.model, wait=wait, while_waiting=stop.check)
 
 
 def _plan(inputs: Inputs, result: Result, destination: Path, watcher: Watcher, stop: Stop) -> ExportJob:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,7 +81,8 @@ def run(
         if fresh:
             set_aside(folder, settings, watcher)
         folder.create()
-        with lock.hold([folder.lock], model=settings.model), logging_to(folder):
+        held = lock.hold([folder.lock], model=settings.model, wait=wait, while_waiting=stop.check)
+        with held, logging_to(folder):
             name = study_name(settings.storage, folder.path)
             study = open_study(storage_url(settings.storage, folder.path), name, inputs.facts)
             write_text(folder.path / "config.toml", kept_settings(resolved))
@@ -111,7 +111,7 @@ def _continue(inputs: Inputs, study: optuna.Study, watcher: Watcher, stop: Stop)
         watcher.say(f"Resuming {folder.path}: {done} of {settings.n_trials} trials are done.")
     picked = pick(settings, results(study))
     wanted = Path(settings.save_to) if settings.save_to else None
-    export = earlier_export(wanted, folder.name, picked[0].number) if wanted and picked else None
+    export = earlier_export(wanted, folder, picked[0].number) if wanted and picked else None
     if done >= settings.n_trials and (export or not wanted):
         watcher.say("The study is complete; nothing is left to do.")
     else:
@@ -183,7 +183,7 @@ def look(
     plan = load_plan(settings, report.plan)
     facts = fingerprint.facts(settings, checkpoint, prompts, plan.dtypes, read_template(settings))
     name = settings.run_name or f"{checkpoint.short_name}-{fingerprint.short_hash(facts)}"
-    folder = RunFolder(Path(settings.runs_dir) / name)
+    folder = RunFolder(Path(settings.runs_dir) / name, fingerprint.short_hash(facts))
     if settings.save_to:
         check_destination(Path(settings.save_to), folder.name)
     return Inputs(settings, checkpoint, prompts, plan, facts, folder)
@@ -213,9 +213,7 @@ def load_plan(settings: Settings, plan: MemoryPlan | None) -> LoadPlan:
 
 def pick(settings: Settings, found: list[Result]) -> tuple[Result, str] | None:
     """The result that the configured rule prefers."""
-    return choose(
-        [r for r in found if math.isfinite(r.point[0])], settings.select, settings.max_kl, settings.max_refusals
-    )
+    return choose(found, settings.select, settings.max_kl, settings.max_refusals)
 
 
 @contextmanager

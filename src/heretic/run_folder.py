@@ -38,9 +38,13 @@ class Baseline:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and contents of `runs/<name>`."""
+    """Paths and contents of `runs/<name>`.
+
+    `stamp` is the fingerprint that stored tensors must carry: those of other settings under the same name are not used.
+    """
 
     path: Path
+    stamp: str = ""
 
     @property
     def name(self) -> str:
@@ -82,7 +86,8 @@ class RunFolder:
 
     def keep_directions(self, directions: Directions) -> None:
         """Store the directions."""
-        directions.save(self.path / "directions.safetensors")
+        layout = {"layout": "row l: unit direction after block l", "fingerprint": self.stamp}
+        write_tensors(self.path / "directions.safetensors", {"directions": directions.vectors}, layout)
 
     def baseline(self, watcher: Watcher) -> Baseline | None:
         """The stored baseline; None if there is none or it is damaged, which is said."""
@@ -101,7 +106,7 @@ class RunFolder:
             "declined": torch.tensor(baseline.declined, dtype=torch.uint8),
             "response_prefix": torch.tensor(list(baseline.response_prefix.encode()), dtype=torch.uint8),
         }
-        write_tensors(self.path / "baseline.safetensors", tensors)
+        write_tensors(self.path / "baseline.safetensors", tensors, {"fingerprint": self.stamp})
 
     def keep_answers(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Store answers as JSON lines under `answers/`."""
@@ -114,11 +119,12 @@ class RunFolder:
         if not file.exists():
             return None
         try:
-            return read_tensors(file)
+            tensors, metadata = read_tensors(file)
         except UserError as error:
             watcher.warn(f"{error.what} It is made anew.")
             file.rename(file.with_suffix(".damaged"))
             return None
+        return tensors if metadata.get("fingerprint") == self.stamp else None
 
 
 def log_to(path: Path) -> logging.Handler:

@@ -117,6 +117,9 @@ def open_bench(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     batcher = Batcher(plan.batch_size, language_model.device, pad=pad, stop=stop, watcher=watcher)
     chat = ChatFormat(tokenizer, settings.system_prompt)
+    for prompt_set in prompts.all:
+        new = settings.max_response_length if prompt_set is prompts.harmful_eval else 1
+        check_length(prompt_set.role, chat.encode(prompt_set.prompts), language_model.context, new)
     if response_prefix is None:
         response_prefix = settings.response_prefix
         if response_prefix == "auto":
@@ -124,10 +127,11 @@ def open_bench(
     if response_prefix:
         watcher.say(f"Answers are made to begin with {response_prefix!r}.")
     chat = chat.with_prefix(response_prefix)
-    encoded = {s.role: chat.encode(s.prompts) for s in (prompts.harmful_eval, prompts.harmless_eval)}
-    check_length("harmful_eval", encoded["harmful_eval"], language_model.context, settings.max_response_length)
-    check_length("harmless_eval", encoded["harmless_eval"], language_model.context, 1)
-    batcher.share = can_share(language_model.model, encoded["harmless_eval"], batcher)
+    encoded = {s.role: chat.encode(s.prompts) for s in prompts.all}
+    longest = max(len(tokens) for sequences in encoded.values() for tokens in sequences) + settings.max_response_length
+    batcher.share = longest < language_model.window and can_share(
+        language_model.model, encoded["harmless_eval"], batcher
+    )
     judge = MarkerJudge(settings.refusal_markers)
     ladder = Ladder(
         language_model,
@@ -188,7 +192,6 @@ def find_directions(bench: Bench) -> Directions:
     means = []
     for prompt_set in (bench.prompts.harmful_train, bench.prompts.harmless_train):
         sequences = bench.chat.encode(prompt_set.prompts)
-        check_length(prompt_set.role, sequences, bench.language_model.context, 0)
         name = f"Residuals of {prompt_set.role}"
         means.append(
             mean_residuals(bench.language_model, name, sequences, bench.batcher, bench.settings.directions.winsorize)
@@ -235,6 +238,6 @@ def _with_tensors(checkpoint: Checkpoint) -> Checkpoint:
         raise UserError(
             "A GGUF file holds quantised tensors, from which weights cannot be put back exactly.",
             where="cache_weights",
-            fix='cache_weights = true, or apply = "operators"',
+            fix='cache_weights = true, apply = "operators", or the model as safetensors',
         )
     return checkpoint

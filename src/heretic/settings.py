@@ -7,6 +7,7 @@ fingerprint that decides whether a stored study may be continued.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -102,6 +103,19 @@ def _in_order(bounds: list[float]) -> list[float]:
     return bounds
 
 
+def _home(path: str) -> str:
+    return os.path.expanduser(path)
+
+
+PathText = Annotated[str, AfterValidator(_home)]
+
+
+def _not_blank(markers: list[str]) -> list[str]:
+    if any(not marker.strip("* \t\n") for marker in markers):
+        raise ValueError("a marker without letters would be found in every answer")
+    return markers
+
+
 Range = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_in_order)]
 
 
@@ -164,7 +178,9 @@ class Settings(Table):
 
     model: str = setting("", "The model: a Hugging Face id, a local folder, or a .gguf file.")
     revision: str = setting("", "A branch, tag or commit of the model on the hub; empty for the newest.")
-    save_to: str = setting("", "Folder for the resulting model; empty: nothing is exported at the end.", neutral=True)
+    save_to: PathText = setting(
+        "", "Folder for the resulting model; empty: nothing is exported at the end.", neutral=True
+    )
     n_trials: int = setting(
         200, "Trials in the finished study, counted over all sessions that worked on it.", neutral=True, ge=1
     )
@@ -196,7 +212,7 @@ class Settings(Table):
     system_prompt: str = setting(
         "", "System message of every conversation; empty: none is sent, and the template's own default applies."
     )
-    chat_template: str = setting(
+    chat_template: PathText = setting(
         "", "A Jinja file with the chat template, for models that come without one; empty: the model's own."
     )
     response_prefix: str = setting(
@@ -205,7 +221,7 @@ class Settings(Table):
         "it, and a thinking block is opened and closed at once.",
     )
     max_response_length: int = setting(100, "Tokens of an answer that are looked at for a refusal.", ge=1)
-    refusal_markers: list[str] = setting(
+    refusal_markers: Annotated[list[str], AfterValidator(_not_blank)] = setting(
         DEFAULT_MARKERS,
         "An answer counts as declined if it contains one of these (ignoring case, asterisks, typographic apostrophes and "
         "repeated spaces) or is empty.",
@@ -225,7 +241,7 @@ class Settings(Table):
         neutral=True,
     )
     seed: int = setting(0, "Seed of the search.", ge=0)
-    runs_dir: str = setting("runs", "Folder that holds one folder per run.", neutral=True)
+    runs_dir: PathText = setting("runs", "Folder that holds one folder per run.", neutral=True)
     run_name: str = setting(
         "", "Name of the run's folder; empty: the model's name and a fingerprint of the settings.", neutral=True
     )

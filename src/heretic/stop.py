@@ -36,6 +36,8 @@ class Stop:
         before = {number: signal.signal(number, handle) for number in heeded}
         try:
             yield
+        except KeyboardInterrupt:
+            raise Interrupted from None
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from heretic.ablation.directions import Directions, mean_difference
+from heretic.ablation.directions import mean_difference
 from heretic.errors import UserError
+from heretic.files import read_tensors
 from heretic.model.capture import ResidualMeans
+from heretic.progress import SILENT
+from heretic.run_folder import RunFolder
 
 
 def means(seed: int) -> ResidualMeans:
@@ -49,16 +52,19 @@ def test_between_two_layers_the_mix_has_length_one() -> None:
 
 def test_saved_and_loaded_and_damage_is_seen(tmp_path: Path) -> None:
     directions = mean_difference(means(1), means(2), project_harmless=False)
-    file = tmp_path / "d.safetensors"
-    directions.save(file)
-    assert torch.equal(Directions.load(file).vectors, directions.vectors)
+    file = tmp_path / "directions.safetensors"
+    folder = RunFolder(tmp_path, stamp="a")
+    folder.keep_directions(directions)
+    kept = folder.directions(SILENT)
+    assert kept is not None and torch.equal(kept.vectors, directions.vectors)
+    assert RunFolder(tmp_path, stamp="b").directions(SILENT) is None, "made with other settings"
     whole = file.read_bytes()
     for place in (-1, -20, 5, 60):
         broken = bytearray(whole)
         broken[place] ^= 4
         file.write_bytes(broken)
         with pytest.raises(UserError, match="damaged"):
-            Directions.load(file)
+            read_tensors(file)
     file.write_bytes(whole[:50])
     with pytest.raises(UserError, match="damaged"):
-        Directions.load(file)
+        read_tensors(file)

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from heretic.model.batching import Batcher
 from heretic.model.decoding import decode
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import COMMON, FAMILIES, tiny_model
 
 PROMPTS = [[5, 9, 17], [7, 8, 11, 60, 3, 22, 41, 33, 9, 10, 12, 13], [40], [21, 22, 23, 24, 25]]
 
@@ -49,3 +49,17 @@ def test_a_model_without_a_cache_that_can_be_cut_falls_back_to_generate() -> Non
     batch = Batcher(8).batch([0, 1], [[5, 9, 17], [7, 8, 11]])
     answers = decode(model, batch, 5, {2})
     assert [len(a) for a in answers] == [5, 5]
+
+
+def test_rows_of_a_hybrid_model_stay_in_the_batch_and_are_right() -> None:
+    from transformers import AutoModelForCausalLM, Lfm2Config
+
+    torch.manual_seed(0)
+    kinds = ["conv", "full_attention", "conv", "full_attention"]
+    model = AutoModelForCausalLM.from_config(Lfm2Config(**COMMON, layer_types=kinds, conv_L_cache=3)).eval()
+    sequences = [p[-3:] for p in (*PROMPTS[:2], PROMPTS[3])]  # of one length: convolutions see the padding
+    batch = Batcher(8).batch([0, 1, 2], sequences)
+    whole = decode(model, batch, 12, set())
+    ends = {whole[0][2], whole[1][5]}
+    expected = [row[: next((i for i, t in enumerate(row) if t in ends), 12)] for row in whole]
+    assert decode(model, batch, 12, ends) == expected

@@ -45,6 +45,26 @@ def test_same_seed_same_study_and_another_seed_another() -> None:
     assert found["a"] == found["b"] != found["c"]
 
 
+def test_a_large_seed_is_a_seed_like_any_other(study: optuna.Study) -> None:
+    go(study, 2, measure, seed=123456789)
+    assert len(results(study)) == 2
+
+
+def test_the_search_sees_no_kl_under_the_floor_and_the_front_does(study: optuna.Study) -> None:
+    optimise(
+        study,
+        3,
+        lambda t: scores(0.001 * t.number, 5),
+        seed=0,
+        n_startup_trials=3,
+        kl_floor=0.02,
+        watcher=SILENT,
+        stop=Stop(),
+    )
+    assert [t.values[0] for t in study.trials] == [0.02] * 3
+    assert front(results(study))[0].point[0] == 0.0
+
+
 def test_a_destroyed_model_is_recorded_and_never_on_the_front(study: optuna.Study) -> None:
     def sometimes(trial: optuna.Trial) -> Scores:
         x = trial.suggest_float("x", 0, 1)

@@ -17,7 +17,7 @@ from heretic.model.checkpoint import Checkpoint
 def bake_weight(operator: Operator, weight: Tensor, *, transposed: bool) -> Tensor:
     """A weight with the operator written into it: computed in float32, returned in the weight's type and layout."""
     full = weight.T if transposed else weight
-    baked, _ = operator.on_weight(full)
+    baked = operator.on_weight(full)
     return (baked.T if transposed else baked).to(weight.dtype).contiguous()
 
 

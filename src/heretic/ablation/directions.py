@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from heretic.errors import UserError
-from heretic.files import read_tensors, write_tensors
 from heretic.model.capture import ResidualMeans
 
 
@@ -32,15 +30,6 @@ class Directions:
         coefficients[low] += 1 - (index - low)
         coefficients[high] += index - low
         return coefficients / (coefficients @ self.vectors).norm()
-
-    def save(self, path: Path) -> None:
-        """Write to a safetensors file."""
-        write_tensors(path, {"directions": self.vectors}, {"layout": "row l: unit direction after block l"})
-
-    @classmethod
-    def load(cls, path: Path) -> Directions:
-        """Read what `save` wrote. Raises UserError if the file is damaged."""
-        return cls(read_tensors(path)["directions"])
 
 
 def mean_difference(harmful: ResidualMeans, harmless: ResidualMeans, *, project_harmless: bool) -> Directions:

@@ -34,12 +34,12 @@ class Operator:
             edited = edited * self.n
         return edited.to(y.dtype)
 
-    def on_weight(self, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The same edit written into a weight [width, inputs] and its bias [width], in float32."""
+    def on_weight(self, weight: Tensor) -> Tensor:
+        """The same edit written into a weight [width, inputs], in float32."""
         edited = weight.float() - torch.outer(self.u, self.w @ weight.float())
         if self.n is not None:
             edited = edited * self.n.unsqueeze(-1)
-        return edited, None if bias is None else self(bias.float())
+        return edited
 
     def to(self, device: torch.device | str) -> Operator:
         """The same operator on another device."""

@@ -6,7 +6,6 @@ had the guard, on the very requests that the guard declines.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from heretic.demo.guarded_model import build_base, build_guarded
 from heretic.machine import preflight
-from heretic.model.batching import Batcher
+from heretic.model.batching import Batcher, free_memory
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
@@ -80,5 +79,5 @@ def _log_probs(folder: Path, settings: Settings, stop: Stop) -> Tensor:
     sequences = chat.encode(load_all(settings.prompts).harmful_eval.prompts)
     found = first_token_log_probs(model, sequences, Batcher(32, stop=stop))
     del model
-    gc.collect()
+    free_memory()
     return found

@@ -84,7 +84,7 @@ def plan_export(session: Session, plan: LoadPlan, result: Result, folder: RunFol
         prompts=bench.prompts,
         plan=LoadPlan([model.dtype], plan.arguments, bench.batcher.size),
         folder=folder,
-        destination=destination,
+        destination=destination.expanduser().resolve(),
         result=result,
         ablation=ablation,
         operators=operators,
@@ -124,6 +124,7 @@ def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Expor
         job.baseline.log_probs,
         job.attached,
         job.result.scores.divergence.mean,
+        from_gguf,
         watcher,
         stop,
     )
@@ -144,11 +145,12 @@ def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Expor
     return Export(job.destination, proof)
 
 
-def earlier_export(destination: Path, run: str, trial: int) -> Export | None:
+def earlier_export(destination: Path, folder: RunFolder, trial: int) -> Export | None:
     """The export that the destination holds already, if it is of this trial of this run."""
     try:
         manifest = json.loads((destination / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["run"] != run or manifest["trial"] != trial:
+        made = (manifest["run"], manifest["fingerprint"], manifest["trial"])
+        if made != (folder.name, folder.stamp, trial):
             return None
         scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}})
         return Export(destination, Verification(**manifest["verification"], scores=scores))
@@ -166,6 +168,7 @@ def _manifest(job: ExportJob, hashes: dict[str, dict[str, str]], proof: Verifica
         "made_with": "heretic",
         "made_at": now(),
         "run": job.folder.name,
+        "fingerprint": job.folder.stamp,
         "trial": job.result.number,
         "model": {"name": job.settings.model, "revision": job.checkpoint.commit, "sha256": hashes["source"]},
         "written": {"sha256": hashes["written"]},

@@ -25,7 +25,7 @@ from heretic.progress import Watcher
 from heretic.stop import Stop
 
 MANIFEST = "manifest.json"
-LEFT_OUT = {"README.md", MANIFEST, ".gitattributes"}
+LEFT_OUT = {"README.md", MANIFEST, ".gitattributes", "heretic_source.json"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ def plan_edits(
 
 def check_destination(destination: Path, owner: str) -> None:
     """Raise UserError if the destination holds something that is not an earlier export of the run `owner`."""
+    if not destination.expanduser().resolve().name:
+        raise UserError("The destination is not a folder of its own.", where=str(destination))
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return
     manifest = destination / MANIFEST
@@ -79,7 +81,8 @@ def check_destination(destination: Path, owner: str) -> None:
 def partial_folder(destination: Path) -> Path:
     """A new, empty folder beside the destination; leftovers of a killed process are removed."""
     for old in destination.parent.glob(f".{destination.name}.partial-*"):
-        if not psutil.pid_exists(int(old.name.rpartition("-")[2])):
+        process = old.name.rpartition("-")[2]
+        if not (process.isdigit() and psutil.pid_exists(int(process))):
             shutil.rmtree(old, ignore_errors=True)
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
@@ -112,6 +115,7 @@ def write_weights(
             remaining -= set(tensors)
             target = partial / shard.name
             save_file(tensors, target, metadata=metadata)
+            readable(target)
             hashes["source"][shard.name] = sha256(shard)
             hashes["written"][shard.name] = sha256(target)
             stage.advance()
@@ -145,8 +149,17 @@ def write_dequantised(
         model.generation_config.save_pretrained(partial)
     language_model.tokenizer.save_pretrained(partial)
     source = checkpoint.folder / str(checkpoint.gguf_file)
+    for path in partial.glob("*.safetensors"):
+        readable(path)
     written = {path.name: sha256(path) for path in sorted(partial.glob("*.safetensors"))}
     return {"source": {source.name: sha256(source)}, "written": written}
+
+
+def readable(path: Path) -> None:
+    """Give a file the permissions that any other new file has; safetensors makes its files readable by their owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def settle(partial: Path, destination: Path) -> None:

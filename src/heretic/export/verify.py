@@ -43,12 +43,14 @@ def verify(
     baseline: Tensor,
     attached: Tensor,
     ablated_by: float,
+    from_gguf: bool,
     watcher: Watcher,
     stop: Stop,
 ) -> Verification:
     """Load `folder`, compare with `attached` [prompts, vocabulary] and measure the scores again.
 
-    `ablated_by` is the mean KL between the original and the attached model. Raises VerificationFailed.
+    `ablated_by` is the mean KL between the original and the attached model; a model `from_gguf` was rounded
+    as a whole. Raises VerificationFailed.
     """
     checkpoint = open_checkpoint(folder, trust_remote_code=[folder] if settings.trust_remote_code else [])
     trusting = settings.model_copy(update={"trust_remote_code": [folder] if settings.trust_remote_code else []})
@@ -59,7 +61,7 @@ def verify(
     divergence = float(divergences(attached, written).mean())
     likely = attached > torch.log(torch.tensor(1e-3))
     largest = float((attached - written)[likely].abs().max())
-    rounding = ROUNDING.get(plan.dtypes[0], ROUNDING_IN_HALF_PRECISION)
+    rounding = ROUNDING.get("" if from_gguf else plan.dtypes[0], ROUNDING_IN_HALF_PRECISION)
     tolerated = TOLERATED_SHARE * ablated_by + rounding
     if not divergence <= tolerated:
         raise VerificationFailed(

@@ -37,7 +37,7 @@ NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32
 
 LOGIT_COPIES = 3  # the logits, their log-softmax, and the difference to the original's
 ACTIVATION_COPIES = 4  # gate, up, their product, and the residual stream with its norm
-FLOAT32_SHARE = 0.7  # of the free RAM that weights in float32 may take
+FLOAT32_SHARE = 0.7  # of the RAM that weights in float32 may take
 LARGEST_BATCH = 64  # beyond it a pass takes as long a prompt as before
 GOOD_BATCH = 8  # a device on which a smaller batch fits only is not preferred to several devices
 TIGHT = 0.95  # of the free memory
@@ -132,15 +132,17 @@ class MemoryPlan:
         return asdict(self) | {"loads": loads, "fits": self.fits, "tight": self.tight, "weights": self.weights}
 
 
-def planned_dtype(name: str, checkpoint: Checkpoint, on_cpu: bool, free: int) -> str:
-    """The number format that `name` stands for, as PyTorch spells it; `free` is the RAM in bytes.
+def planned_dtype(name: str, checkpoint: Checkpoint, on_cpu: bool, ram: int) -> str:
+    """The number format that `name` stands for, as PyTorch spells it; `ram` is all of the RAM in bytes, free or not.
+
+    All of it, because the choice must not change with what else runs: a study would begin anew.
 
     `auto` is the one most of the checkpoint's bytes are in. On a CPU it is float32 if the weights then take at most 70 % of the
     RAM, because CPUs without native support are about 3 times slower in bfloat16.
     """
     if name != "auto":
         return name
-    if on_cpu and checkpoint.parameters * FLOAT32 <= FLOAT32_SHARE * free:
+    if on_cpu and checkpoint.parameters * FLOAT32 <= FLOAT32_SHARE * ram:
         return "float32"
     stored: dict[str, int] = {}
     for tensor in checkpoint.tensors.values():
@@ -164,7 +166,7 @@ def make_plan(
     """Place the model and count what a run takes.
 
     `dtypes` is the setting: the first is planned for. `batch_size` 0 chooses the largest power of two that fits with something
-    to spare (at most 64 on GPUs, 16 on the CPU). Prompts have up to `prompt_tokens` tokens and answers `new_tokens`. With
+    to spare, at most 64. Prompts have up to `prompt_tokens` tokens and answers `new_tokens`. With
     `copies` the edited weights are kept twice. `planned` never moves weights to RAM; accelerate's modes do so where
     `devices` has the CPU beside GPUs.
 
@@ -177,7 +179,7 @@ def make_plan(
     named = _named_devices(device_map, devices)
     ram = next((device for device in devices if not device.is_gpu), None)
     on_cpu = all(not device.is_gpu for device in named)
-    dtype = planned_dtype(dtypes[0], checkpoint, on_cpu, ram.free if ram else 0)
+    dtype = planned_dtype(dtypes[0], checkpoint, on_cpu, ram.total if ram else 0)
     model = skeleton(checkpoint, dtype)
     job = _Job(ModelShape.of(checkpoint.text_config, model), prompt_tokens, new_tokens, copies)
     largest = LARGEST_BATCH

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from heretic.errors import UserError
+from heretic.errors import UserError, first_line
 from heretic.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def skeleton(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
             return auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trusted)
     except Exception as error:  # any model's code runs here, so anything may come out of it
         raise UserError(
-            f"The installed transformers cannot build {checkpoint.model}: {_first_line(error)}",
+            f"The installed transformers cannot build {checkpoint.model}: {first_line(error)}",
             where=str(checkpoint.folder / "config.json"),
             fix="update transformers, or choose a model that it supports",
         ) from error
@@ -196,7 +196,3 @@ def _lookup(table: Mapping[str, int | str], name: str) -> int | str | None:
             return None
         name = name.rpartition(".")[0]
     return table[name]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

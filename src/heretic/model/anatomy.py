@@ -6,7 +6,6 @@ is a usual one for an output projection, and which, when its output is changed, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -179,9 +178,3 @@ def input_device(model: PreTrainedModel) -> torch.device:
 def first_tensor(output: Any) -> Tensor:
     """The hidden states [rows, tokens, width] out of what a block returns: a tensor, or a tuple that begins with it."""
     return output if isinstance(output, Tensor) else output[0]
-
-
-def by_layer(writers: tuple[Writer, ...]) -> Iterator[tuple[int, list[Writer]]]:
-    """The writers of every layer that has any, in order."""
-    for layer in sorted({w.layer for w in writers}):
-        yield layer, [w for w in writers if w.layer == layer]

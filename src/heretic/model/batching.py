@@ -82,10 +82,12 @@ class Batcher:
                 longest = max(1, len(sequences[order[0]]))
                 rows = order[: max(1, min(self.size, self.tokens // longest))]
                 try:
-                    found = step(self.batch(rows, sequences, beginning))
+                    found: list[Result] | None = step(self.batch(rows, sequences, beginning))
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
+                    found = None  # the error itself holds the failed pass's tensors until this block is left
+                if found is None:
                     self._halve(len(rows))
                     continue
                 results.update(zip(rows, found, strict=True))

@@ -28,7 +28,7 @@ def mean_residuals(
     """Mean over prompts of the residual at the last token, for every block.
 
     Hooks take one vector a row and block; the logits are never computed. With `winsorize` < 1 the components of each vector
-    are clipped to that quantile of their magnitudes. Sums are kept in float64, one prompt's residuals at a time, so that
+    are clipped to that quantile of their magnitudes. Sums are kept in float64, one batch's residuals at a time, so that
     memory does not grow with the number of prompts.
     """
     anatomy = language_model.anatomy

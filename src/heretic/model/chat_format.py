@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from heretic.errors import UserError
+from heretic.errors import UserError, first_line
 
 # How a thinking block begins, and what to put there so that it is closed at once and the answer follows.
 CLOSED_THINKING = {
@@ -39,7 +39,7 @@ class ChatFormat:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program; it raises what its author thought of
             raise UserError(
-                f"The model's chat template refuses the conversation: {str(error).splitlines()[0][:200]}",
+                f"The model's chat template refuses the conversation: {first_line(error)[:200]}",
                 fix='leave system_prompt empty, or set chat_template = "template.jinja"',
             ) from None
         return str(text) + self.response_prefix

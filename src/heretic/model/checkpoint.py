@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heretic.errors import UserError
+from heretic.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,11 @@ DOWNLOADED = [
     "NOTICE*",
     "README.md",
 ]
+
+# A second copy of the weights in another layout, which some repositories carry beside the one that transformers reads.
+IGNORED = ["consolidated*", "*/*.safetensors"]
+# Small files that decide what the model says, besides its weights.
+DECISIVE = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,9 @@ class Checkpoint:
         config = self.folder / "config.json"
         if config.is_file() and not self.gguf_file:
             digest.update(json.dumps(json.loads(config.read_text()), sort_keys=True).encode())
+        for name in DECISIVE:
+            if (self.folder / name).is_file():
+                digest.update((self.folder / name).read_bytes())
         return digest.hexdigest()
 
 
@@ -176,7 +184,7 @@ def _config(folder: Path, model: str, trusted: bool) -> PretrainedConfig:
                 where=str(file),
                 fix=f'read that code, then: trust_remote_code = ["{model}"]',
             ) from None
-        raise UserError(f"The model's config cannot be read: {text.splitlines()[0]}", where=str(file)) from None
+        raise UserError(f"The model's config cannot be read: {first_line(error)}", where=str(file)) from None
     _require_decoder(config, file)
     return config
 
@@ -240,7 +248,7 @@ def _header(file: Path) -> dict[str, TensorInfo]:
         ) from None
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"A file of the weights is damaged: {str(error).splitlines()[0]}",
+            f"A file of the weights is damaged: {first_line(error)}",
             where=str(file),
             fix="download the model again",
         ) from None
@@ -262,19 +270,19 @@ def _open_gguf(model: str, path: Path) -> Checkpoint:
         }
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, OSError, KeyError, IndexError) as error:
-        raise UserError(
-            f"The GGUF file cannot be read: {str(error).splitlines()[0] if str(error) else error!r}", where=str(path)
-        ) from None
+        raise UserError(f"The GGUF file cannot be read: {first_line(error)}", where=str(path)) from None
     return Checkpoint(model, path.parent, config, tensors, gguf_file=path.name)
 
 
 def _from_hub(model: str, revision: str, download_weights: bool, trusted: bool) -> tuple[Path, dict[str, TensorInfo]]:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError
+    from huggingface_hub.errors import NotASafetensorsRepoError
 
     wanted = [p for p in DOWNLOADED if download_weights or p != "*.safetensors"] + (["*.py"] if trusted else [])
     try:
-        folder = Path(snapshot_download(model, revision=revision or None, allow_patterns=wanted))
+        folder = Path(
+            snapshot_download(model, revision=revision or None, allow_patterns=wanted, ignore_patterns=IGNORED)
+        )
         if download_weights:
             return folder, _local_tensors(folder)
         with contextlib.suppress(UserError):  # not downloaded yet, or only in part
@@ -282,9 +290,11 @@ def _from_hub(model: str, revision: str, download_weights: bool, trusted: bool) 
         metadata = HfApi().get_safetensors_metadata(model, revision=revision or None)
     except NotASafetensorsRepoError:
         raise UserError(f"{model} has no safetensors weights on the hub.", fix="choose a model that has them") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the hub's library and the network below it raise many kinds
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        reason = str(error).splitlines()[0][:200]
+        reason = first_line(error)[:200]
         raise UserError(
             f"{model} is neither a local folder nor to be had from the Hugging Face hub{offline}: {reason}",
             fix="check the name and the network; for gated models: hf auth login",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from heretic.model.batching import Batch
 from heretic.model.forward import accepted, run
@@ -50,8 +51,9 @@ def decode(
                 open_rows.discard(row)
         if not open_rows or step == max_tokens - 1:
             break
-        if len(open_rows) <= COMPACT_BELOW * len(alive) and hasattr(cache, "batch_select_indices"):
-            keep = torch.tensor([i for i, row in enumerate(alive) if row in open_rows], device=tokens.device)
+        if len(open_rows) <= COMPACT_BELOW * len(alive) and can_be_cut(cache):
+            # On the CPU: the layers of a model that is spread over devices have their keys on as many devices.
+            keep = torch.tensor([i for i, row in enumerate(alive) if row in open_rows])
             cache.batch_select_indices(keep)
             tokens, mask, positions = tokens[keep], mask[keep], positions[keep]
             alive = [row for row in alive if row in open_rows]
@@ -60,6 +62,12 @@ def decode(
         output = _next(model, tokens, mask, positions, cache)
         cache = output.past_key_values
     return answers
+
+
+def can_be_cut(cache: Any) -> bool:
+    """Whether rows can be taken out of a cache: true for plain keys and values, not for recurrent or convolution states."""
+    layers = getattr(cache, "layers", None) or [None]
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def _next(model: Any, tokens: Tensor, mask: Tensor, positions: Tensor, cache: object) -> Any:

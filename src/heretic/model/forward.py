@@ -65,8 +65,8 @@ def can_share(model: Any, sequences: Sequence[list[int]], batcher: Batcher) -> b
     few = [sequences[i] for i in dict.fromkeys((by_length[0], by_length[len(by_length) // 2], by_length[-1]))]
     shared = shared_tokens(sequences)
     rows = list(range(len(few)))
-    plain = next_token_log_probs(model, batcher.batch(rows, few))
     try:
+        plain = next_token_log_probs(model, batcher.batch(rows, few))
         once = next_token_log_probs(model, batcher.batch(rows, few, Beginning(shared)))
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, NotImplementedError) as error:
         log.info("shared beginnings are run for every prompt: %r", error)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -19,9 +18,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from heretic.errors import UserError
+from heretic.errors import UserError, first_line
 from heretic.model.anatomy import Anatomy, dissect, input_device
-from heretic.model.batching import out_of_memory
+from heretic.model.batching import free_memory, out_of_memory
 from heretic.model.checkpoint import Checkpoint
 from heretic.progress import SILENT, Watcher
 
@@ -48,6 +47,12 @@ class LanguageModel:
         """Most tokens of prompt and answer together."""
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return int(limit) if limit else 1 << 30
+
+    @property
+    def window(self) -> int:
+        """Tokens that the narrowest attention looks back over; unlimited for most models."""
+        width = getattr(self.model.config.get_text_config(decoder=True), "sliding_window", None)
+        return int(width) if width else 1 << 30
 
     @property
     def end_tokens(self) -> set[int]:
@@ -82,7 +87,7 @@ def load(
             return LanguageModel(model, tokenizer, checkpoint, dissect(model), dtype)
         watcher.warn(f"{checkpoint.model} gives logits that are not finite numbers in {dtype}.")
         del model
-        gc.collect()
+        free_memory()
     raise UserError(
         f"{checkpoint.model} gives logits that are not finite (NaN or infinite) in {', '.join(dict.fromkeys(dtypes))}.",
         where=str(checkpoint.folder),
@@ -96,9 +101,7 @@ def load_tokenizer(checkpoint: Checkpoint, trusted: bool = False, chat_template:
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusted, **extra)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"The tokenizer cannot be read: {str(error).splitlines()[0]}", where=str(checkpoint.folder)
-        ) from None
+        raise UserError(f"The tokenizer cannot be read: {first_line(error)}", where=str(checkpoint.folder)) from None
     tokenizer.padding_side = "left"
     if chat_template:
         tokenizer.chat_template = chat_template
@@ -116,8 +119,13 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
     known = type(checkpoint.config) in MODEL_FOR_CAUSAL_LM_MAPPING or trusted
     auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
     try:
-        model = auto.from_pretrained(
-            checkpoint.folder, dtype=getattr(torch, dtype), trust_remote_code=trusted, **arguments, **extra
+        loaded: Any = auto.from_pretrained(
+            checkpoint.folder,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trusted,
+            output_loading_info=True,
+            **arguments,
+            **extra,
         )
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
@@ -125,14 +133,17 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
                 "Out of memory while loading the model.",
                 fix="run heretic preflight: it names what fits and the line to set",
             ) from None
-        raise UserError(
-            f"The model cannot be loaded: {str(error).splitlines()[0]}", where=str(checkpoint.folder)
-        ) from error
+        raise UserError(f"The model cannot be loaded: {first_line(error)}", where=str(checkpoint.folder)) from error
     except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"The model cannot be loaded: {first_line(error)}", where=str(checkpoint.folder)) from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"The model cannot be loaded: {str(error).splitlines()[0]}", where=str(checkpoint.folder)
-        ) from error
-    return model.eval().requires_grad_(False)
+            f"The checkpoint lacks {len(missing)} of the model's tensors, such as {missing[0]}.",
+            where=str(checkpoint.folder),
+            fix="download the model again",
+        )
+    return cast(PreTrainedModel, model.eval().requires_grad_(False))
 
 
 @torch.inference_mode()

@@ -57,4 +57,5 @@ def show_demo(console: Console, demo: DemoOutcome) -> None:
     if demo.ablated_from_base is not None:
         rows.append(("", f"{demo.ablated_from_base:.2f} after the ablation"))
     rows.append(("time", spell(demo.seconds)))
+    rows.append(("look again", f"heretic status {demo.outcome.folder.path}"))
     show_lines(console, rows)

@@ -70,11 +70,7 @@ def open_study(url: str, name: str, facts: dict[str, Any]) -> optuna.Study:
             study.set_user_attr(FACTS, json.dumps(facts))
             study.set_metric_names(METRICS)
             return study
-    except sqlalchemy.exc.SQLAlchemyError as error:
-        raise UserError(
-            f"The study cannot be written: {error.__cause__ or error}".splitlines()[0], where=masked(url)
-        ) from None
-    except optuna.exceptions.StorageInternalError as error:
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise UserError(
             f"The study cannot be written: {error.__cause__ or error}".splitlines()[0], where=masked(url)
         ) from None

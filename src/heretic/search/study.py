@@ -52,7 +52,7 @@ def optimise(
             # uninterrupted one would have drawn, and workers side by side draw different ones.
             number = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)))
             study.sampler = optuna.samplers.TPESampler(
-                seed=seed * 1_000_003 + number, n_startup_trials=n_startup_trials, multivariate=True
+                seed=(seed * 1_000_003 + number) % 2**32, n_startup_trials=n_startup_trials, multivariate=True
             )
             trial = study.ask()
             try:
@@ -63,14 +63,14 @@ def optimise(
                 trial.set_user_attr("scores", scores.as_dict())
                 study.tell(trial, [min(max(scores.divergence.mean, kl_floor), WORST_KL), scores.refusals])
             except UserError as error:
-                study.tell(trial, state=TrialState.FAIL)
+                study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
                 failures += 1
                 watcher.warn(f"Trial {trial.number} failed: {error.what}")
                 if failures == FAILURES_IN_A_ROW:
                     raise
                 continue
             except BaseException:
-                study.tell(trial, state=TrialState.FAIL)
+                study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
                 raise
             failures = 0
             stage.advance()
