@@ -30,6 +30,7 @@ def main() -> None:
     """Measure, print a table, write the JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "passes.json")
     arguments = parser.parse_args()
@@ -42,7 +43,7 @@ def main() -> None:
         if share and not can_share(model, sequences, Batcher(8)):
             print("this model cannot share beginnings")
             break
-        for size in (8, 16, 32, 64):
+        for size in arguments.sizes:
             batcher = Batcher(size, share=share)
             prefill = best(batcher, sequences, lambda b: list(next_token_log_probs(model, b)))
             decoded = best(batcher, sequences, lambda b: decode(model, b, arguments.tokens, set()))
