@@ -96,3 +96,20 @@ def test_remote_code_is_not_run_unless_named(copy: Path) -> None:
     (copy / "evil.py").write_text(f"open({str(copy / 'ran')!r}, 'w')\n")
     assert "trust_remote_code" in refused(copy)
     assert not (copy / "ran").exists()
+
+
+def test_a_hub_model_is_taken_from_the_cache_and_a_partial_one_is_said_to_be(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    stored = tmp_path / "hub" / "models--owner--tiny"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(llama, stored / "snapshots" / commit)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(commit)
+    checkpoint = open_checkpoint("owner/tiny")
+    assert (checkpoint.commit, checkpoint.short_name, checkpoint.is_local) == (commit, "tiny", False)
+    assert checkpoint.identity() == open_checkpoint(str(llama)).identity()
+    (stored / "snapshots" / commit / "model.safetensors").unlink()
+    assert "download the model again" in refused("owner/tiny")
