@@ -18,7 +18,7 @@ from heretic.export.export import Export, ExportJob, earlier_export, plan_export
 from heretic.export.save import check_destination
 from heretic.files import write_text
 from heretic.machine import lock, preflight
-from heretic.machine.gpus import usable_gpus, visible_gpus
+from heretic.machine.gpus import gpus_for, usable_gpus, visible_gpus
 from heretic.machine.memory_plan import MemoryPlan
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.progress import Watcher
@@ -219,10 +219,7 @@ def pick(settings: Settings, found: list[Result]) -> tuple[Result, str] | None:
 @contextmanager
 def device_lock(settings: Settings, *, wait: bool, watcher: Watcher, stop: Stop) -> Iterator[None]:
     """Hold the locks of the devices that these settings may use. Raises BusyError naming the holder."""
-    gpus = usable_gpus(visible_gpus())
-    named = settings.device_map if isinstance(settings.device_map, str) else ""
-    only = named.removeprefix("cuda:") if named.startswith("cuda:") else None
-    uuids = [] if named == "cpu" else [gpu.uuid for gpu in gpus if only in (None, str(gpu.index))]
+    uuids = [gpu.uuid for gpu in gpus_for(settings.device_map, usable_gpus(visible_gpus()))]
 
     def say(path: Path, who: lock.Holder | None) -> None:
         watcher.say(

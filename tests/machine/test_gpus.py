@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from heretic.machine.gpus import Gpu, GpuReport, usable_gpus, visible_gpus
+from heretic.machine.gpus import Gpu, GpuReport, gpus_for, usable_gpus, visible_gpus
 
 GIB = 2**30
 OWN = os.getpid()
@@ -202,3 +202,10 @@ def test_no_cuda_means_nothing_usable(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", too_old)
     assert usable_gpus(report) == ()
+
+
+def test_a_run_locks_the_gpus_that_it_may_use() -> None:
+    both = tuple(Gpu(i, f"GPU-{i}", "card", 1, 1) for i in range(2))
+    assert gpus_for("planned", both) == gpus_for({"": 0}, both) == both
+    assert gpus_for("cuda:1", both) == both[1:]
+    assert gpus_for("cpu", both) == ()

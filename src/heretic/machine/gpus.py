@@ -181,3 +181,12 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ImportError):
         return "the package nvidia-ml-py is not installed"
     return f"the NVIDIA driver could not be asked: {str(error) or kind}"
+
+
+def gpus_for(device_map: str | dict[str, int | str], usable: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+    """The GPUs that a run with this `device_map` may use and therefore locks; none for a run on the CPU."""
+    if not isinstance(device_map, str):
+        return usable
+    if device_map.startswith("cuda:"):
+        return tuple(gpu for gpu in usable if device_map == f"cuda:{gpu.index}")
+    return () if device_map == "cpu" else usable

@@ -10,10 +10,9 @@ from typing import Any, Literal, TypeVar
 
 from heretic.errors import UserError
 from heretic.machine import host
-from heretic.machine.gpus import Gpu, GpuReport, usable_gpus, visible_gpus
+from heretic.machine.gpus import Gpu, GpuReport, gpus_for, usable_gpus, visible_gpus
 from heretic.machine.lock import Holder, device_locks, holder
 from heretic.machine.memory_plan import MemoryPlan, make_plan
-from heretic.machine.placement import CPU
 from heretic.machine.rules import RULES, Facts, Finding, Folder
 from heretic.model.checkpoint import Checkpoint
 from heretic.settings import Settings
@@ -130,7 +129,7 @@ def prompt_tokens(settings: Settings, longest: int) -> int:
 
 def _holders(settings: Settings, usable: tuple[Gpu, ...]) -> tuple[tuple[str, Holder], ...]:
     """Devices that another process holds: those that this run would lock."""
-    gpus = () if settings.device_map == CPU else usable
+    gpus = gpus_for(settings.device_map, usable)
     names = [f"cuda:{gpu.index}" for gpu in gpus] or ["The CPU"]
     asked = [(name, holder(path)) for name, path in zip(names, device_locks([gpu.uuid for gpu in gpus]), strict=True)]
     return tuple((name, found) for name, found in asked if found and not found.is_this_process)
