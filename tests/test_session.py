@@ -36,9 +36,7 @@ def test_offloaded_weights_are_read_from_the_checkpoint(llama: Path) -> None:
     accelerate.cpu_offload(away, execution_device=torch.device("cpu"))
     writers = dissect(away).writers
     assert all(w.offloaded for w in writers)
-    operators = Workbench.prepare(directions, writers, "norm_preserving", weight_reader(checkpoint, writers)).operators(
-        ABLATION
-    )
+    operators = Workbench.prepare(directions, writers, "norm_preserving", weight_reader(checkpoint)).operators(ABLATION)
     with attach(writers, operators):
         assert torch.allclose(away(TOKENS).logits, expected, atol=1e-5)
     with pytest.raises(UserError, match="cannot be rewritten"), rewrite(writers, operators, copies(writers)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,12 @@ from typing import Any
 from heretic.errors import UserError
 from heretic.export.export import Export, ExportJob, plan_export, write_export
 from heretic.export.save import check_destination
-from heretic.machine import lock
 from heretic.model.batching import free_memory
 from heretic.progress import Watcher
-from heretic.run import Inputs, device_lock, logging_to, look, pick
-from heretic.run_folder import RunFolder, find_run, stored_settings
+from heretic.run import Inputs, device_lock, look, pick, study_of
+from heretic.run_folder import find_run, stored_settings
 from heretic.scoring.divergence import Divergence, first_token_log_probs, measure_divergence
 from heretic.search.front import Result, results
-from heretic.search.storage import open_study, storage_url, study_name
 from heretic.session import Bench, open_bench, open_session
 from heretic.settings import Settings
 from heretic.stop import Stop
@@ -53,10 +50,7 @@ def export_run(
     check_destination(destination, folder.name)
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         inputs = look(settings, force=False, watcher=watcher)
-        with _run_lock(folder, settings, wait, stop), logging_to(folder):
-            study = open_study(
-                storage_url(settings.storage, folder.path), study_name(settings.storage, folder.path), inputs.facts
-            )
+        with study_of(inputs, wait=wait, stop=stop) as study:
             found = results(study)
             result, reason = _named(found, trial) if trial is not None else (pick(settings, found) or (None, ""))
             if result is None:
@@ -65,10 +59,6 @@ def export_run(
                 )
             job = _plan(inputs, result, destination, watcher, stop)
             return Exported(result, reason, job.baseline.refusals, write_export(job, watcher, stop))
-
-
-def _run_lock(folder: RunFolder, settings: Settings, wait: bool, stop: Stop) -> AbstractContextManager[None]:
-    return lock.hold([folder.lock], model=settings.model, wait=wait, while_waiting=stop.check)
 
 
 def _plan(inputs: Inputs, result: Result, destination: Path, watcher: Watcher, stop: Stop) -> ExportJob:
@@ -106,9 +96,7 @@ class Evaluation:
         """For the screen."""
         shown = [("model", self.model), ("declined", f"{self.refusals} of {self.total}")]
         if self.divergence:
-            d = self.divergence
-            spread = f"mean {d.mean:.4f}, median {d.median:.4f}, p95 {d.p95:.4f}, max {d.max:.4f}"
-            shown.append((f"KL from {self.against}", spread))
+            shown.append((f"KL from {self.against}", str(self.divergence)))
         return shown
 
 

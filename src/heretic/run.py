@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -81,10 +82,7 @@ def run(
         if fresh:
             set_aside(folder, settings, watcher)
         folder.create()
-        held = lock.hold([folder.lock], model=settings.model, wait=wait, while_waiting=stop.check)
-        with held, logging_to(folder):
-            name = study_name(settings.storage, folder.path)
-            study = open_study(storage_url(settings.storage, folder.path), name, inputs.facts)
+        with study_of(inputs, wait=wait, stop=stop) as study:
             write_text(folder.path / "config.toml", kept_settings(resolved))
             return _continue(inputs, study, watcher, stop)
 
@@ -168,7 +166,8 @@ def look(
     on_report: Callable[[preflight.Report], None] = lambda _: None,
 ) -> Inputs:
     """Preflight, and the inputs that it looked at. Raises UserError if the run would fail, unless forced."""
-    report = check(settings)
+    read_prompts = functools.cache(lambda: load_all(settings.prompts))
+    report = check(settings, read_prompts)
     on_report(report)
     failures = [f for f in report.findings if f.level == "failure"]
     if failures and not force:
@@ -177,7 +176,7 @@ def look(
         fix = first.fix or "see heretic preflight; --force starts all the same"
         raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix)
     checkpoint = open_checkpoint(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
-    prompts = load_all(settings.prompts)
+    prompts = read_prompts()
     for warning in prompts.warnings:
         watcher.warn(warning)
     plan = load_plan(settings, report.plan)
@@ -189,14 +188,14 @@ def look(
     return Inputs(settings, checkpoint, prompts, plan, facts, folder)
 
 
-def check(settings: Settings) -> preflight.Report:
-    """The preflight of these settings."""
+def check(settings: Settings, read_prompts: Callable[[], PromptSets] | None = None) -> preflight.Report:
+    """The preflight of these settings; `read_prompts` for a caller that goes on to use what was read."""
     return preflight.check(
         settings,
         checkpoint_loader=lambda: open_checkpoint(
             settings.model, settings.revision, trust_remote_code=settings.trust_remote_code, download_weights=False
         ),
-        prompt_loader=lambda: load_all(settings.prompts),
+        prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
         storage_check=lambda: _probe_storage(settings),
     )
 
@@ -228,6 +227,16 @@ def device_lock(settings: Settings, *, wait: bool, watcher: Watcher, stop: Stop)
 
     with lock.hold(lock.device_locks(uuids), model=settings.model, wait=wait, on_wait=say, while_waiting=stop.check):
         yield
+
+
+@contextmanager
+def study_of(inputs: Inputs, *, wait: bool, stop: Stop) -> Iterator[optuna.Study]:
+    """Hold the run's lock, write its log, and open its study. Raises BusyError and StudyMismatch."""
+    settings, folder = inputs.settings, inputs.folder
+    held = lock.hold([folder.lock], model=settings.model, wait=wait, while_waiting=stop.check)
+    with held, logging_to(folder):
+        name = study_name(settings.storage, folder.path)
+        yield open_study(storage_url(settings.storage, folder.path), name, inputs.facts)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ What the run's folder holds is read from there; only the rest is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +52,13 @@ class LoadPlan:
 
 @dataclass(frozen=True)
 class Bench:
-    """A loaded model with the prompts encoded for it and everything that measures it."""
+    """A loaded model with the prompts encoded for it (token ids by role) and everything that measures it."""
 
     settings: Settings
     language_model: LanguageModel
     chat: ChatFormat
     prompts: PromptSets
+    encoded: Mapping[str, list[list[int]]]
     batcher: Batcher
     ladder: Ladder
 
@@ -117,17 +118,15 @@ def open_bench(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     batcher = Batcher(plan.batch_size, language_model.device, pad=pad, stop=stop, watcher=watcher)
     chat = ChatFormat(tokenizer, settings.system_prompt)
-    for prompt_set in prompts.all:
-        new = settings.max_response_length if prompt_set is prompts.harmful_eval else 1
-        check_length(prompt_set.role, chat.encode(prompt_set.prompts), language_model.context, new)
+    encoded = encode(prompts, chat, language_model.context, settings.max_response_length)
     if response_prefix is None:
         response_prefix = settings.response_prefix
         if response_prefix == "auto":
-            response_prefix = find_prefix(language_model, chat, prompts, batcher)
+            response_prefix = find_prefix(language_model, encoded, batcher)
     if response_prefix:
         watcher.say(f"Answers are made to begin with {response_prefix!r}.")
-    chat = chat.with_prefix(response_prefix)
-    encoded = {s.role: chat.encode(s.prompts) for s in prompts.all}
+        chat = chat.with_prefix(response_prefix)
+        encoded = encode(prompts, chat, language_model.context, settings.max_response_length)
     longest = max(len(tokens) for sequences in encoded.values() for tokens in sequences) + settings.max_response_length
     batcher.share = longest < language_model.window and can_share(
         language_model.model, encoded["harmless_eval"], batcher
@@ -142,7 +141,17 @@ def open_bench(
         batcher,
         settings.max_response_length,
     )
-    return Bench(settings, language_model, chat, prompts, batcher, ladder)
+    return Bench(settings, language_model, chat, prompts, encoded, batcher, ladder)
+
+
+def encode(prompts: PromptSets, chat: ChatFormat, context: int, new_tokens: int) -> dict[str, list[list[int]]]:
+    """Token ids of all sets by their role. Raises UserError for a prompt that does not fit, with the answers decoded from it."""
+    encoded = {}
+    for prompt_set in prompts.all:
+        encoded[prompt_set.role] = chat.encode(prompt_set.prompts)
+        new = new_tokens if prompt_set is prompts.harmful_eval else 1
+        check_length(prompt_set.role, encoded[prompt_set.role], context, new)
+    return encoded
 
 
 def open_session(
@@ -172,9 +181,7 @@ def open_session(
         directions = find_directions(bench)
         folder.keep_directions(directions)
     writers = bench.language_model.anatomy.writers
-    workbench = Workbench.prepare(
-        directions, writers, settings.ablation.geometry, weight_reader(checkpoint, writers), watcher
-    )
+    workbench = Workbench.prepare(directions, writers, settings.ablation.geometry, weight_reader(checkpoint), watcher)
     original = None
     if settings.apply == "weights":
         original = copies(writers) if settings.cache_weights else from_checkpoint(_with_tensors(checkpoint), writers)
@@ -190,25 +197,23 @@ def measure_baseline(bench: Bench) -> Baseline:
 def find_directions(bench: Bench) -> Directions:
     """Capture residuals of the training prompts and take the difference of their means."""
     means = []
-    for prompt_set in (bench.prompts.harmful_train, bench.prompts.harmless_train):
-        sequences = bench.chat.encode(prompt_set.prompts)
-        name = f"Residuals of {prompt_set.role}"
-        means.append(
-            mean_residuals(bench.language_model, name, sequences, bench.batcher, bench.settings.directions.winsorize)
-        )
+    winsorize = bench.settings.directions.winsorize
+    for role in ("harmful_train", "harmless_train"):
+        name = f"Residuals of {role}"
+        means.append(mean_residuals(bench.language_model, name, bench.encoded[role], bench.batcher, winsorize))
     return mean_difference(*means, project_harmless=bench.settings.directions.project_harmless)
 
 
-def find_prefix(language_model: LanguageModel, chat: ChatFormat, prompts: PromptSets, batcher: Batcher) -> str:
+def find_prefix(language_model: LanguageModel, encoded: Mapping[str, list[list[int]]], batcher: Batcher) -> str:
     """What the model's answers to harmful and harmless prompts alike begin with; empty if nothing."""
-    asked = [*prompts.harmful_train.prompts[:PREFIX_PROMPTS], *prompts.harmless_train.prompts[:PREFIX_PROMPTS]]
+    asked = [*encoded["harmful_train"][:PREFIX_PROMPTS], *encoded["harmless_train"][:PREFIX_PROMPTS]]
 
     def step(batch: Batch) -> list[str]:
         tokens = decode(language_model.model, batch, PREFIX_TOKENS, language_model.end_tokens)
         # Special tokens are kept: thinking blocks and channels are made of them.
         return [str(language_model.tokenizer.decode(t)) for t in tokens]
 
-    return common_prefix(batcher.run("Looking for a common beginning of answers", chat.encode(asked), step))
+    return common_prefix(batcher.run("Looking for a common beginning of answers", asked, step))
 
 
 def read_template(settings: Settings) -> str:
@@ -221,7 +226,7 @@ def read_template(settings: Settings) -> str:
         raise UserError(f"The chat template cannot be read: {error}", where="chat_template") from None
 
 
-def weight_reader(checkpoint: Checkpoint, writers: tuple[Writer, ...]) -> Callable[[Writer], Tensor]:
+def weight_reader(checkpoint: Checkpoint) -> Callable[[Writer], Tensor]:
     """How to get at a writer's weight [width, inputs]: from memory, or from the checkpoint where it is offloaded."""
 
     def read(writer: Writer) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from heretic import __version__
 from heretic.ablation.ablation import Ablation
@@ -94,10 +93,3 @@ def _kept(source_card: str) -> list[str]:
         if keeping:
             kept.append(line)
     return kept
-
-
-def scores_text(scores: Scores) -> dict[str, Any]:
-    """Scores for a manifest."""
-    data = scores.as_dict()
-    data.pop("seconds")
-    return data

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.operator import Operator
-from heretic.export.card import card, scores_text
-from heretic.export.manifest import now, versions
+from heretic.export.card import card
+from heretic.export.manifest import now, scores_text, versions
 from heretic.export.save import (
     MANIFEST,
     TensorEdit,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from datetime import datetime, timezone
+from typing import Any
 
 from heretic import __version__
+from heretic.scoring.ladder import Scores
 
 PACKAGES = ("torch", "transformers", "accelerate", "optuna", "datasets", "safetensors", "tokenizers")
 
@@ -22,3 +24,10 @@ def versions() -> dict[str, str]:
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def scores_text(scores: Scores) -> dict[str, Any]:
+    """Scores for a manifest."""
+    data = scores.as_dict()
+    data.pop("seconds")
+    return data

@@ -22,6 +22,10 @@ class Divergence:
     p95: float
     max: float
 
+    def __str__(self) -> str:
+        """All four numbers in a line."""
+        return f"mean {self.mean:.4f}, median {self.median:.4f}, p95 {self.p95:.4f}, max {self.max:.4f}"
+
     def as_dict(self) -> dict[str, float | str]:
         """As plain data; infinity becomes a text, since JSON has no number for it."""
         return {k: v if v < float("inf") else "inf" for k, v in asdict(self).items()}

@@ -38,13 +38,12 @@ def show_export(console: Console, outcome: Exported) -> None:
 
 def _show_written(console: Console, export: Export, before: int | None) -> None:
     proof = export.verification
-    d = proof.scores.divergence
     show_lines(
         console,
         [
             ("written to", str(export.destination)),
             ("declined", f"{before} of {proof.scores.total} before, {proof.scores.refusals} now"),
-            ("KL", f"mean {d.mean:.4f}, median {d.median:.4f}, p95 {d.p95:.4f}, max {d.max:.4f}"),
+            ("KL", str(proof.scores.divergence)),
             ("verified", f"reloaded from disk; KL from the measured model {proof.divergence:.1e}"),
         ],
     )
