@@ -42,7 +42,17 @@ def main() -> None:
         report = measure(arguments, Path(folder))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-    for key in ("declined_before", "seconds_total", "seconds_per_trial", "peak_gb", "chosen", "written"):
+    for key in (
+        "declined_before",
+        "trials",
+        "left_early",
+        "surrogate_error",
+        "seconds_total",
+        "seconds_per_trial",
+        "peak_gb",
+        "chosen",
+        "written",
+    ):
         print(f"{key}: {report[key]}")
     for point in report["front"]:
         print(f"  {point['refusals']:>3} refusals at KL {point['kl']:.4f} (trial {point['trial']})")
@@ -82,11 +92,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     chosen = choose(seen.found, "fewest_refusals_under_kl", 0.1, 0)
     return {
         "command": "python benchmarks/study.py ASSETS " + " ".join(f"--set {a}" for a in arguments.extra),
+        "seed": arguments.seed,
         "date": now(),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
         "versions": versions(),
         "model": arguments.model,
-        "trials": len(trials),
+        "trials": seen.done,
+        "left_early": seen.stopped,
+        "surrogate_error": seen.surrogate_error,
         "declined_before": seen.before,
         "seconds_total": round(total, 1),
         "seconds_per_trial": {k: round(statistics.median(t[k] for t in trials), 4) for k in sorted(trials[0])},
@@ -95,6 +108,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "written": manifest["scores"]["written"],
         "verification": manifest["verification"],
         "front": [point(r) for r in front(seen.found)],
+        "measured": [{**point(r), "declined": r.scores.declined} for r in seen.found],
     }
 
 

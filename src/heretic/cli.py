@@ -118,12 +118,11 @@ def status(
     if as_json:
         print(json.dumps(seen.as_dict(), indent=2))
         return
-    rows = [
-        ("run", str(seen.folder)),
-        ("model", seen.model),
-        ("trials", f"{seen.done} of {seen.n_trials}" + (f", {seen.failed} failed" if seen.failed else "")),
-        ("state", seen.state),
-    ]
+    counts = [f"{seen.done} of {seen.n_trials}"]
+    counts += [f"{n} {what}" for n, what in ((seen.stopped, "left early"), (seen.failed, "failed")) if n]
+    rows = [("run", str(seen.folder)), ("model", seen.model), ("trials", ", ".join(counts)), ("state", seen.state)]
+    if seen.surrogate_error is not None:
+        rows.append(("estimates", f"off by {seen.surrogate_error:.1f} refusals on average"))
     if seen.seconds_left is not None:
         rows.append(("time left", f"about {spell(seen.seconds_left)} ({spell(seen.seconds_per_trial or 0)} a trial)"))
     show_lines(out, rows)

@@ -116,7 +116,7 @@ def evaluate_model(settings: Settings, against: str | None, *, wait: bool, watch
         if baseline is not None:
             if bench.language_model.model.config.get_text_config().vocab_size != baseline.shape[1]:
                 raise UserError("The two models have different vocabularies, so their answers cannot be compared.")
-            divergence = measure_divergence(bench.language_model, bench.ladder.harmless, baseline, bench.batcher)
+            divergence = measure_divergence(bench.language_model, bench.ladder.harmless, baseline, bench.batcher)[0]
         counted = bench.ladder.refusals()
         return Evaluation(settings.model, against, counted.count, counted.total, divergence)
 

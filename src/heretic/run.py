@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,17 +24,15 @@ from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
 from heretic.run_folder import RunFolder, log_to
-from heretic.scoring.ladder import Scores
-from heretic.scoring.refusals import RefusalCount
-from heretic.search import space
 from heretic.search.front import Result, choose, results
 from heretic.search.storage import REFUSALS_BEFORE, connect, fail_abandoned, masked, open_study, storage_url, study_name
 from heretic.search.study import finished, optimise
-from heretic.session import LoadPlan, Session, open_session, read_template
+from heretic.session import LoadPlan, open_session, read_template
 from heretic.settings import Settings
 from heretic.settings_layers import Resolved
 from heretic.settings_text import resolved_text
 from heretic.stop import Stop
+from heretic.trials import Trials
 
 log = logging.getLogger(__name__)
 
@@ -126,36 +123,9 @@ def _work(inputs: Inputs, study: optuna.Study, wanted: Path | None, watcher: Wat
     settings, folder = inputs.settings, inputs.folder
     session = open_session(settings, inputs.checkpoint, inputs.prompts, inputs.plan, folder, watcher, stop)
     study.set_user_attr(REFUSALS_BEFORE, session.baseline.refusals)
-    optimise(
-        study,
-        settings.n_trials,
-        lambda trial: measure(session, trial, folder),
-        seed=settings.seed,
-        n_startup_trials=settings.search.n_startup_trials,
-        kl_floor=settings.search.kl_floor,
-        watcher=watcher,
-        stop=stop,
-    )
+    optimise(study, settings, Trials.on(session, folder), watcher=watcher, stop=stop)
     picked = pick(settings, results(study))
     return plan_export(session, inputs.plan, picked[0], folder, wanted) if wanted and picked else None
-
-
-def measure(session: Session, trial: optuna.Trial, folder: RunFolder) -> Scores:
-    """One trial: draw an ablation, apply it, measure."""
-    bench = session.bench
-    anatomy = bench.language_model.anatomy
-    ablation = space.sample(trial, bench.settings.search, anatomy.num_layers, anatomy.components)
-
-    def keep(counted: RefusalCount) -> None:
-        rows = zip(bench.prompts.harmful_eval.prompts, counted.answers or (), counted.declined, strict=True)
-        folder.keep_answers(f"trial-{trial.number}", [{"prompt": p, "answer": a, "declined": d} for p, a, d in rows])
-
-    began = time.perf_counter()
-    with session.applied(ablation):
-        prepared = time.perf_counter() - began
-        scores = bench.ladder.score(session.baseline.log_probs, keep if bench.settings.store_responses else None)
-    scores.seconds["prepare"] = prepared
-    return scores
 
 
 def look(

@@ -24,10 +24,12 @@ from heretic.settings_layers import resolve
 @dataclass(frozen=True)
 class Baseline:
     """The original model: its next-token log-probabilities on the harmless prompts [prompts, vocabulary], which harmful
-    prompts it declined, and the beginning that all its answers share."""
+    prompts it declined, the first tokens with which it did (none where it answered), and the beginning that all its answers
+    share."""
 
     log_probs: Tensor
     declined: tuple[bool, ...]
+    refusal_texts: tuple[list[int], ...]
     response_prefix: str
 
     @property
@@ -92,18 +94,22 @@ class RunFolder:
     def baseline(self, watcher: Watcher) -> Baseline | None:
         """The stored baseline; None if there is none or it is damaged, which is said."""
         tensors = self._tensors("baseline.safetensors", watcher)
-        if not tensors:
+        if not tensors or "refusal_texts" not in tensors:  # as it was before these were kept
             return None
         prefix = bytes(tensors["response_prefix"].tolist()).decode()
-        return Baseline(tensors["log_probs"], tuple(bool(d) for d in tensors["declined"].tolist()), prefix)
+        texts = tuple([t for t in row if t >= 0] for row in tensors["refusal_texts"].tolist())
+        return Baseline(tensors["log_probs"], tuple(bool(d) for d in tensors["declined"].tolist()), texts, prefix)
 
     def keep_baseline(self, baseline: Baseline) -> None:
         """Store the baseline; its text lies in the same file as bytes, so that one hash covers all of it."""
         import torch
 
+        longest = max(len(text) for text in baseline.refusal_texts)
+        padded = [text + [-1] * (longest - len(text)) for text in baseline.refusal_texts]
         tensors = {
             "log_probs": baseline.log_probs,
             "declined": torch.tensor(baseline.declined, dtype=torch.uint8),
+            "refusal_texts": torch.tensor(padded, dtype=torch.int64),
             "response_prefix": torch.tensor(list(baseline.response_prefix.encode()), dtype=torch.uint8),
         }
         write_tensors(self.path / "baseline.safetensors", tensors, {"fingerprint": self.stamp})

@@ -19,7 +19,7 @@ from heretic.ablation.bake import Original, copies, from_checkpoint, rewrite
 from heretic.ablation.directions import Directions, mean_difference
 from heretic.errors import UserError
 from heretic.model.anatomy import Writer
-from heretic.model.batching import Batch, Batcher
+from heretic.model.batching import Batch, Batcher, Edited
 from heretic.model.capture import mean_residuals
 from heretic.model.chat_format import ChatFormat, check_length, common_prefix
 from heretic.model.checkpoint import Checkpoint
@@ -29,9 +29,11 @@ from heretic.model.loading import LanguageModel, load
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets
 from heretic.run_folder import Baseline, RunFolder
+from heretic.savings import with_savings
 from heretic.scoring.divergence import first_token_log_probs
 from heretic.scoring.ladder import Ladder
 from heretic.scoring.refusals import MarkerJudge
+from heretic.scoring.surrogate import FEWEST_TOKENS, MOST_TOKENS
 from heretic.settings import Settings
 from heretic.stop import Stop
 
@@ -65,23 +67,31 @@ class Bench:
 
 @dataclass(frozen=True)
 class Session:
-    """A bench with what a study needs besides: the original's baseline, the directions, and the operators' workbench."""
+    """A bench with what a study needs besides: the original's baseline, the directions, the operators' workbench, and the
+    ladder that knows what the original said and does not compute again what no trial changes."""
 
     bench: Bench
     baseline: Baseline
     workbench: Workbench
     original: Original | None
+    ladder: Ladder
 
     @contextmanager
-    def applied(self, ablation: Ablation) -> Iterator[None]:
-        """Within the context the model is ablated, by hooks or by rewritten weights as the settings say."""
-        writers, operators = self.workbench.writers, self.workbench.operators(ablation)
+    def applied(self, *ablations: Ablation) -> Iterator[Edited]:
+        """Within the context the model is ablated, by hooks or by rewritten weights as the settings say.
+
+        Gives how it is edited. Several ablations share the passes, each row having its own; rewritten weights hold one.
+        """
+        writers, operators = self.workbench.writers, [self.workbench.operators(a) for a in ablations]
+        touched = [w.layer for w in writers if any(w.name in found for found in operators)]
+        edited = Edited(len(ablations), min(touched, default=self.bench.language_model.anatomy.num_layers))
         if self.original is None:
-            with attach(writers, operators):
-                yield
+            with attach(writers, *operators):
+                yield edited
         else:
-            with rewrite(writers, operators, self.original):
-                yield
+            (only,) = operators
+            with rewrite(writers, only, self.original):
+                yield edited
 
     def log_probs(self, ablation: Ablation) -> Tensor:
         """Next-token log-probabilities of the ablated model on the harmless evaluation prompts [prompts, vocabulary]."""
@@ -185,13 +195,18 @@ def open_session(
     original = None
     if settings.apply == "weights":
         original = copies(writers) if settings.cache_weights else from_checkpoint(_with_tensors(checkpoint), writers)
-    return Session(bench, baseline, workbench, original)
+    return Session(bench, baseline, workbench, original, with_savings(bench.ladder, baseline.refusal_texts))
 
 
 def measure_baseline(bench: Bench) -> Baseline:
     """Measure the original model."""
     log_probs = first_token_log_probs(bench.language_model, bench.ladder.harmless, bench.batcher)
-    return Baseline(log_probs, bench.ladder.refusals().declined, bench.chat.response_prefix)
+    counted = bench.ladder.refusals(fewest_tokens=FEWEST_TOKENS)
+    texts = tuple(
+        list(tokens[:MOST_TOKENS]) if declined else []
+        for tokens, declined in zip(counted.tokens, counted.declined, strict=True)
+    )
+    return Baseline(log_probs, counted.declined, texts, bench.chat.response_prefix)
 
 
 def find_directions(bench: Bench) -> Directions:

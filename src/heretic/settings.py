@@ -190,6 +190,20 @@ class Settings(Table):
         neutral=True,
         ge=0,
     )
+    trials_per_batch: int = setting(
+        0,
+        "Trials that share every pass over the weights, each row of a batch carrying its own trial's edit; 0: as many as "
+        "a measurement at the start shows to pay (one, where decoding is bound by arithmetic). They are drawn without knowing how "
+        "the others end, so more than a few make the search a little less sure.",
+        neutral=True,
+        ge=0,
+    )
+    early_stopping: bool = setting(
+        True,
+        "Leave a trial as soon as a finished one has beaten the best that it could still reach. The front is the same as "
+        "without; the search is told an estimate for such a trial.",
+        neutral=True,
+    )
     device_map: str | dict[str, int | str] = setting(
         "planned",
         "`planned`: one device if the model fits, else `balanced`. Or accelerate's `auto`, `balanced`, `balanced_low_0`, "

@@ -14,27 +14,31 @@ from optuna.trial import TrialState
 from heretic.errors import UserError
 from heretic.machine import lock
 from heretic.run_folder import find_run, stored_settings
-from heretic.search.front import Result, front, results
+from heretic.search.fidelity import BEATEN, Progress
+from heretic.search.front import Result, front
 from heretic.search.storage import REFUSALS_BEFORE, connect, storage_url, study_name
 
 
 @dataclass(frozen=True)
 class Status:
-    """A study at a moment."""
+    """A study at a moment. `done` trials are told, `stopped` of them early; `surrogate_error` is how far estimates of such trials
+    are off, in refusals."""
 
     folder: Path
     model: str
     state: str
     n_trials: int
     done: int
+    stopped: int
     failed: int
     before: int | None
     seconds_per_trial: float | None
+    surrogate_error: float | None
     found: list[Result]
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated from the median of the last trials."""
+        """Estimated from the mean of the last trials."""
         left = self.n_trials - self.done
         return left * self.seconds_per_trial if left > 0 and self.seconds_per_trial else None
 
@@ -57,19 +61,25 @@ def look_at(name: str, runs_dir: str, environment: Mapping[str, str]) -> Status:
     except KeyError:
         raise UserError("The storage does not hold this run's study.", where=str(folder.path)) from None
     trials = study.get_trials(deepcopy=False)
-    found = results(study)
+    progress = Progress.of(study)
+    found = progress.found
+    done = len(found) + len(progress.stopped)
     holder = lock.holder(folder.lock)
-    complete = len(found) >= settings.n_trials
+    complete = done >= settings.n_trials
     state = f"running, held by {holder}" if holder else "complete" if complete else "stopped"
-    recent = [r.scores.seconds["trial"] for r in found[-10:] if "trial" in r.scores.seconds]
+    spent = [(r.number, r.scores.seconds.get("trial")) for r in found]
+    spent += [(t.number, t.user_attrs[BEATEN]["seconds"].get("trial")) for t in progress.stopped]
+    recent = [seconds for _, seconds in sorted(spent)[-10:] if seconds is not None]
     return Status(
         folder=folder.path,
         model=settings.model,
         state=state,
         n_trials=settings.n_trials,
-        done=len(found),
+        done=done,
+        stopped=len(progress.stopped),
         failed=sum(t.state == TrialState.FAIL for t in trials),
         before=study.user_attrs.get(REFUSALS_BEFORE),
-        seconds_per_trial=statistics.median(recent) if recent else None,
+        seconds_per_trial=statistics.fmean(recent) if recent else None,
+        surrogate_error=progress.surrogate_error,
         found=found,
     )

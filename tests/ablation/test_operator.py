@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from heretic.ablation.operator import GEOMETRIES, Operator, study_weight
+from heretic.ablation.operator import GEOMETRIES, Operator, StackedOperators, study_weight
 
 
 def by_definition(geometry: str, weight: torch.Tensor, v: torch.Tensor, strength: float) -> torch.Tensor:
@@ -51,3 +51,16 @@ def test_half_precision_goes_in_and_out() -> None:
     out = Operator(v, v)(torch.randn(2, 3, 8).bfloat16())
     assert out.dtype == torch.bfloat16
     assert (out.float() @ v).abs().max() < 0.05
+
+
+def test_stacked_operators_give_each_row_its_own_trial() -> None:
+    torch.manual_seed(4)
+    some = [Operator(torch.randn(8), torch.randn(8), n) for n in (torch.rand(8), None)]
+    stacked = StackedOperators.of([some[0], None, some[1]])
+    rows = torch.tensor([2, 0, 1, 0])
+    y = torch.randn(4, 5, 8)
+    expected = torch.stack([some[1](y[0]), some[0](y[1]), y[2], some[0](y[3])])
+    assert torch.allclose(stacked(y, rows), expected, atol=1e-6)
+    assert torch.allclose(stacked(y.view(20, 8), rows).view(4, 5, 8), expected, atol=1e-6), (
+        "tokens of all rows in one list"
+    )

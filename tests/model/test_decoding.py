@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from heretic.model import decoding
 from heretic.model.batching import Batcher
 from heretic.model.decoding import decode
 from tests.tiny import COMMON, FAMILIES, tiny_model
@@ -33,9 +34,37 @@ def test_a_row_ends_when_it_is_told_to() -> None:
     model = tiny_model("llama")
     batch = Batcher(8).batch([0, 1, 2, 3], PROMPTS)
     full = decode(model, batch, 12, set())
-    stopped = decode(model, batch, 12, set(), ended=lambda tokens: len(tokens) == 3 or tokens[-1] == full[2][6])
+    stopped = decode(model, batch, 12, set(), ended=lambda _, tokens: len(tokens) == 3 or tokens[-1] == full[2][6])
     assert all(len(row) <= 3 for row in stopped)
     assert [row == whole[: len(row)] for row, whole in zip(stopped, full, strict=True)] == [True] * 4
+
+
+@pytest.mark.parametrize("between", [2, 4, 50])
+def test_looking_only_every_few_tokens_changes_nothing(between: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen2")
+    batch = Batcher(8).batch([0, 1, 2, 3], PROMPTS)
+    whole = decode(model, batch, 13, set())
+    ends = {whole[0][2], whole[1][5]}
+    expected = decode(model, batch, 13, ends)
+    monkeypatch.setitem(decoding.TOKENS_BETWEEN_LOOKS, "cpu", between)
+    assert decode(model, batch, 13, set()) == whole and decode(model, batch, 13, ends) == expected
+
+
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f not in ("gemma3", "mistral")]
+)  # their windows are too short
+def test_texts_that_are_tried_leave_the_answers_as_they_are(family: str) -> None:
+    model = tiny_model(family)
+    plain = decode(model, Batcher(8).batch([0, 1, 2, 3], PROMPTS), 12, set())
+    # Right to the end, wrong from the third token, wrong from the first, nothing to try.
+    tried = [plain[0][:5], [*plain[1][:2], plain[1][2] ^ 1, 7], [plain[2][0] ^ 1, 3, 4], []]
+    sequences = [p + t for p, t in zip(PROMPTS, tried, strict=True)]
+    limits = decoding.Limits(12, set())
+    answers = decoding.begin(model, Batcher(8).batch([0, 1, 2, 3], sequences), tried, limits)
+    assert [len(t) for t in answers.tokens] == [6, 3, 1, 1] and answers.matching == [True, False, False, False]
+    assert [len(p) for p in answers.likely] == [5, 4, 3, 0]
+    decoding.go_on(model, answers, limits)
+    assert answers.tokens == plain
 
 
 def test_a_model_without_a_cache_that_can_be_cut_falls_back_to_generate() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import optuna
@@ -11,10 +12,13 @@ import pytest
 from heretic.errors import Interrupted, StudyMismatch, UserError
 from heretic.progress import SILENT
 from heretic.scoring.divergence import Divergence
-from heretic.scoring.ladder import Scores
+from heretic.scoring.ladder import Beaten, Measured, Scores
+from heretic.scoring.surrogate import Surrogate
+from heretic.search.fidelity import Progress
 from heretic.search.front import front, results
 from heretic.search.storage import fail_abandoned, masked, open_study, storage_url, worker
 from heretic.search.study import optimise
+from heretic.settings import Search, Settings
 from heretic.stop import Stop
 
 
@@ -27,8 +31,49 @@ def scores(kl: float, refusals: int) -> Scores:
     return Scores(Divergence(kl, kl, kl, kl), refusals, 10, {})
 
 
-def go(study: optuna.Study, n: int, measure: object, seed: int = 0) -> None:
-    optimise(study, n, measure, seed=seed, n_startup_trials=3, kl_floor=0.0, watcher=SILENT, stop=Stop())  # type: ignore[arg-type]
+class Fake:
+    """Measures without a model; `cost` collects how many trials came together."""
+
+    def __init__(self, measure: Callable[[optuna.Trial], Measured], together: int = 1) -> None:
+        self.together = together
+        self.one = measure
+        self.came: list[int] = []
+
+    def draw(self, trial: optuna.Trial) -> None:
+        pass
+
+    def measure(
+        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, int], bool]
+    ) -> list[Measured | UserError]:
+        self.came.append(len(trials))
+        found: list[Measured | UserError] = []
+        for trial in trials:
+            try:
+                full = self.one(trial)
+            except UserError as error:
+                found.append(error)
+                continue
+            found.append(full)
+            if isinstance(full, Scores) and beaten(full.divergence.mean, full.refusals):
+                found[-1] = Beaten(full.divergence, full.refusals, 10, {}, Surrogate(full.refusals, 0.1, 10))
+        return found
+
+
+def go(
+    study: optuna.Study,
+    n: int,
+    measure: Callable[[optuna.Trial], Measured],
+    seed: int = 0,
+    *,
+    together: int = 1,
+    kl_floor: float = 0.0,
+    early: bool = False,
+) -> list[int]:
+    search = Search(n_startup_trials=3, kl_floor=kl_floor)
+    settings = Settings(n_trials=n, seed=seed, search=search, early_stopping=early)
+    fake = Fake(measure, together)
+    optimise(study, settings, fake, watcher=SILENT, stop=Stop())
+    return fake.came
 
 
 def measure(trial: optuna.Trial) -> Scores:
@@ -51,16 +96,7 @@ def test_a_large_seed_is_a_seed_like_any_other(study: optuna.Study) -> None:
 
 
 def test_the_search_sees_no_kl_under_the_floor_and_the_front_does(study: optuna.Study) -> None:
-    optimise(
-        study,
-        3,
-        lambda t: scores(0.001 * t.number, 5),
-        seed=0,
-        n_startup_trials=3,
-        kl_floor=0.02,
-        watcher=SILENT,
-        stop=Stop(),
-    )
+    go(study, 3, lambda t: scores(0.001 * t.number, 5), kl_floor=0.02)
     assert [t.values[0] for t in study.trials] == [0.02] * 3
     assert front(results(study))[0].point[0] == 0.0
 
@@ -135,3 +171,39 @@ def test_an_old_study_of_someone_else_is_not_taken_over() -> None:
 def test_passwords_are_masked() -> None:
     assert masked("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
     assert masked("sqlite:///a.db") == "sqlite:///a.db"
+
+
+def test_trials_come_together_and_the_last_ones_fewer(study: optuna.Study) -> None:
+    assert go(study, 8, measure, together=3) == [3, 3, 2]
+    assert len({t.params["x"] for t in study.trials}) == 8, "trials of one pass are different ones"
+
+
+def test_one_failure_among_several_leaves_the_others(study: optuna.Study) -> None:
+    def sometimes(trial: optuna.Trial) -> Scores:
+        if trial.number == 1:
+            raise UserError("no memory")
+        return measure(trial)
+
+    go(study, 4, sometimes, together=3)
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+
+
+def test_a_beaten_trial_counts_is_told_an_estimate_and_is_no_result(study: optuna.Study) -> None:
+    go(study, 6, lambda t: scores(0.1 * (t.number + 1), 3 + t.number), early=True)
+    assert [r.number for r in results(study)] == [0]
+    assert len(study.trials) == 6 and [t.values[1] for t in study.trials] == [3, 4, 5, 6, 7, 8]
+    assert len(Progress.of(study).stopped) == 5 and not Progress.of(study).unsettled()
+
+
+def test_a_stopped_trial_that_would_enter_the_front_is_measured_before_the_end(study: optuna.Study) -> None:
+    def doubtful(trial: optuna.Trial) -> Measured:
+        x = trial.suggest_float("x", 0, 1)
+        full = scores(0.5 - 0.1 * trial.number, 5)
+        if trial.number == 2:  # left, although nothing has beaten it
+            return Beaten(full.divergence, 2, 10, {}, Surrogate(2, 0.1, 10))
+        assert trial.number < 3 or x == study.trials[2].params["x"]
+        return full
+
+    go(study, 3, doubtful)
+    assert [r.number for r in results(study)] == [0, 1, 3]
+    assert results(study)[-1].again == 2 and not Progress.of(study).unsettled()

@@ -8,34 +8,43 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from heretic.ablation.operator import Operator
+from heretic.ablation.operator import Operator, StackedOperators
 from heretic.model.anatomy import Writer
+from heretic.model.forward import trial_of_row
 
 
 @contextmanager
-def attach(writers: Sequence[Writer], operators: Mapping[str, Operator]) -> Iterator[None]:
-    """Within the context every writer named in `operators` writes what its operator makes of its output.
+def attach(writers: Sequence[Writer], *trials: Mapping[str, Operator]) -> Iterator[None]:
+    """Within the context every writer named in the operators of a trial writes what its operator makes of its output.
 
+    With several trials each row of a batch is edited by its own (`model.forward.trial_of_row` says which).
     Hooks only, removed on the way out whatever happens; several contexts compose in the order in which they are entered.
     """
     handles = []
     try:
         for writer in writers:
-            if writer.name in operators:
-                handles.append(writer.module.register_forward_hook(_hook(operators[writer.name])))
+            named = [operators.get(writer.name) for operators in trials]
+            if any(named):
+                handles.append(writer.module.register_forward_hook(_hook(named)))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hook(operator: Operator) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    moved = operator
+def _hook(operators: Sequence[Operator | None]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    one = operators[0] if len(operators) == 1 else None
+    moved: Operator | StackedOperators = one or StackedOperators.of(operators)
 
     def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         nonlocal moved
         if moved.u.device != output.device:  # once a trial: a sharded model's writers lie on several devices
             moved = moved.to(output.device)
-        return moved(output)
+        if isinstance(moved, Operator):
+            return moved(output)
+        trials = trial_of_row.get()
+        if trials is None:
+            raise RuntimeError("several trials are attached, but the pass does not say which row belongs to which")
+        return moved(output, trials)
 
     return hook

@@ -8,7 +8,7 @@ The formulas, and the check that attached and baked models agree, are in the des
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,6 +44,41 @@ class Operator:
     def to(self, device: torch.device | str) -> Operator:
         """The same operator on another device."""
         return Operator(self.u.to(device), self.w.to(device), None if self.n is None else self.n.to(device))
+
+
+@dataclass(frozen=True)
+class StackedOperators:
+    """The operators of several trials for one writer, u, w and n [trials, width] in float32; each row of a batch gets its own."""
+
+    u: Tensor
+    w: Tensor
+    n: Tensor | None
+
+    @classmethod
+    def of(cls, operators: Sequence[Operator | None]) -> StackedOperators:
+        """Stack operators, at least one of them not None; None leaves its rows as they are."""
+        some = next(o for o in operators if o is not None)
+        nothing, ones = torch.zeros_like(some.u), torch.ones_like(some.u)
+        return cls(
+            torch.stack([nothing if o is None else o.u for o in operators]),
+            torch.stack([nothing if o is None else o.w for o in operators]),
+            None
+            if all(o is None or o.n is None for o in operators)
+            else torch.stack([ones if o is None or o.n is None else o.n for o in operators]),
+        )
+
+    def __call__(self, y: Tensor, trial_of_row: Tensor) -> Tensor:
+        """Apply to outputs [rows, ..., width] (or [rows x tokens, width], as some models hand them through their MLPs)."""
+        trial = trial_of_row.to(y.device)
+        full = y.float().view(len(trial), -1, y.shape[-1])
+        edited = full - (full @ self.w[trial].unsqueeze(-1)) * self.u[trial].unsqueeze(1)
+        if self.n is not None:
+            edited = edited * self.n[trial].unsqueeze(1)
+        return edited.to(y.dtype).view(y.shape)
+
+    def to(self, device: torch.device | str) -> StackedOperators:
+        """The same operators on another device."""
+        return StackedOperators(self.u.to(device), self.w.to(device), None if self.n is None else self.n.to(device))
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32
 LOGIT_COPIES = 3  # the logits, their log-softmax, and the difference to the original's
 ACTIVATION_COPIES = 4  # gate, up, their product, and the residual stream with its norm
 FLOAT32_SHARE = 0.7  # of the RAM that weights in float32 may take
-LARGEST_BATCH = 64  # beyond it a pass takes as long a prompt as before
+LARGEST_BATCH = 512  # several trials may share a pass
+LARGEST_ON_CPU = 128  # beyond it a pass takes as long a prompt as before
 GOOD_BATCH = 8  # a device on which a smaller batch fits only is not preferred to several devices
 TIGHT = 0.95  # of the free memory
 
@@ -166,7 +167,7 @@ def make_plan(
     """Place the model and count what a run takes.
 
     `dtypes` is the setting: the first is planned for. `batch_size` 0 chooses the largest power of two that fits with something
-    to spare, at most 64. Prompts have up to `prompt_tokens` tokens and answers `new_tokens`. With
+    to spare, at most 512 (on a CPU 128). Prompts have up to `prompt_tokens` tokens and answers `new_tokens`. With
     `copies` the edited weights are kept twice. `planned` never moves weights to RAM; accelerate's modes do so where
     `devices` has the CPU beside GPUs.
 
@@ -182,7 +183,7 @@ def make_plan(
     dtype = planned_dtype(dtypes[0], checkpoint, on_cpu, ram.total if ram else 0)
     model = skeleton(checkpoint, dtype)
     job = _Job(ModelShape.of(checkpoint.text_config, model), prompt_tokens, new_tokens, copies)
-    largest = LARGEST_BATCH
+    largest = LARGEST_ON_CPU if on_cpu else LARGEST_BATCH
 
     room = {device.name: _room(device, limits) for device in devices}
     table: dict[str, int | str] | None = None

@@ -6,13 +6,14 @@ import contextlib
 import ctypes
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from heretic.errors import UserError
+from heretic.model.entries import Entries
 from heretic.progress import SILENT, Watcher
 from heretic.stop import Stop
 
@@ -21,9 +22,23 @@ Result = TypeVar("Result")
 WORTH_SHARING = 8  # tokens; fewer are not worth the copying of a cache
 
 
+@dataclass(frozen=True)
+class Edited:
+    """How the model is edited while it runs: how many trials share each pass, and the first block that any of them edits.
+
+    As it comes out of a checkpoint nothing is known about it, so block 0 counts as edited.
+    """
+
+    trials: int = 1
+    first_layer: int = 0
+
+
+AS_IT_IS = Edited()
+
+
 @dataclass
 class Beginning:
-    """Tokens that all sequences of a run begin with, and the model's cache of them once it has been computed.
+    """Tokens that all sequences of a run begin with, and the model's cache of them once it has been computed, a row a trial.
 
     It lives as long as one `Batcher.run`: an ablation changes what the cache holds, and none begins within a run.
     """
@@ -35,12 +50,24 @@ class Beginning:
 @dataclass(frozen=True)
 class Batch:
     """Token ids [rows, tokens] without the shared beginning, the mask over both [rows, beginning + tokens] (0 on padding,
-    which lies between the two), and which sequences the rows are."""
+    which lies between the two), which sequences the rows are, and to which trial each belongs (None: all to one).
+
+    `entries` holds what the original's blocks receive for these sequences, if that is kept.
+    """
 
     rows: list[int]
     input_ids: Tensor
     attention_mask: Tensor
     beginning: Beginning | None = None
+    trial_of_row: Tensor | None = None
+    edited: Edited = AS_IT_IS
+    entries: Entries | None = None
+
+    @property
+    def items(self) -> list[tuple[int, int]]:
+        """(trial, sequence) of every row."""
+        trials = [0] * len(self.rows) if self.trial_of_row is None else self.trial_of_row.tolist()
+        return list(zip(trials, self.rows, strict=True))
 
     @property
     def position_ids(self) -> Tensor:
@@ -66,23 +93,40 @@ class Batcher:
     watcher: Watcher = SILENT
 
     def run(self, name: str, sequences: Sequence[list[int]], step: Callable[[Batch], list[Result]]) -> list[Result]:
-        """Results of `step` for every sequence, in the order given; `step` returns one result a row.
+        """Results of `step` for every sequence under the model as it is, in the order given."""
+        results = self.run_items(name, sequences, step)
+        return [results[i] for i in range(len(sequences))]
 
-        The longest sequences come first, so that a batch that does not fit is found at once. Raises Interrupted between
-        batches and UserError when a single row does not fit.
+    def run_items(
+        self,
+        name: str,
+        sequences: Sequence[list[int]],
+        step: Callable[[Batch], list[Result]],
+        *,
+        edited: Edited = AS_IT_IS,
+        entries: Entries | None = None,
+        items: Sequence[int] | None = None,
+    ) -> dict[int, Result]:
+        """Results of `step` for every item; `step` returns one result a row.
+
+        An item is a sequence under one of the trials that share the pass: `trial * len(sequences) + sequence`. They are all
+        run, the longest first, so that a batch that does not fit is found at once; or those of `items`, in that order.
+        Raises Interrupted between batches and UserError when a single row does not fit.
         """
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-        beginning = (
-            Beginning(shared) if self.share and len(shared := shared_tokens(sequences)) >= WORTH_SHARING else None
-        )
+        count = len(sequences)
+        order = list(items) if items is not None else self.longest_first(sequences, edited)
+        beginning = self.beginning(sequences)
         results: dict[int, Result] = {}
         with self.watcher.stage(name, len(order)) as stage:
             while order:
                 self.stop.check()
-                longest = max(1, len(sequences[order[0]]))
-                rows = order[: max(1, min(self.size, self.tokens // longest))]
+                rows = order[: self.rows_at_once(sequences, order)]
                 try:
-                    found: list[Result] | None = step(self.batch(rows, sequences, beginning))
+                    batch = self.batch([i % count for i in rows], sequences, beginning, entries)
+                    if edited != AS_IT_IS:
+                        trials = torch.tensor([i // count for i in rows], device=self.device)
+                        batch = replace(batch, trial_of_row=trials if edited.trials > 1 else None, edited=edited)
+                    found: list[Result] | None = step(batch)
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
@@ -93,15 +137,37 @@ class Batcher:
                 results.update(zip(rows, found, strict=True))
                 order = order[len(rows) :]
                 stage.advance(len(rows))
-        return [results[i] for i in range(len(sequences))]
+        return results
 
-    def batch(self, rows: list[int], sequences: Sequence[list[int]], beginning: Beginning | None = None) -> Batch:
+    def longest_first(self, sequences: Sequence[list[int]], edited: Edited = AS_IT_IS) -> list[int]:
+        """All items, the longest first."""
+        items = range(len(sequences) * edited.trials)
+        return sorted(items, key=lambda i: -len(sequences[i % len(sequences)]))
+
+    def rows_at_once(self, sequences: Sequence[list[int]], items: Sequence[int]) -> int:
+        """How many of the items, taken in their order, go into one batch."""
+        longest = max(1, *(len(sequences[i % len(sequences)]) for i in items[: self.size]))
+        return max(1, min(self.size, self.tokens // longest, len(items)))
+
+    def beginning(self, sequences: Sequence[list[int]]) -> Beginning | None:
+        """What all sequences begin with, if running it once is allowed and worth it."""
+        shared = shared_tokens(sequences) if self.share else []
+        return Beginning(shared) if len(shared) >= WORTH_SHARING else None
+
+    def batch(
+        self,
+        rows: list[int],
+        sequences: Sequence[list[int]],
+        beginning: Beginning | None = None,
+        entries: Entries | None = None,
+    ) -> Batch:
         """The named sequences as one batch, padded on the left of what is not shared."""
         start = len(beginning.tokens) if beginning else 0
         length = max(len(sequences[i]) for i in rows)
         ids = [[self.pad] * (length - len(sequences[i])) + sequences[i][start:] for i in rows]
         mask = [[1] * start + [0] * (length - len(sequences[i])) + [1] * (len(sequences[i]) - start) for i in rows]
-        return Batch(rows, torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device), beginning)
+        input_ids, attention_mask = torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+        return Batch(rows, input_ids, attention_mask, beginning, entries=entries)
 
     def _halve(self, rows: int) -> None:
         free_memory()

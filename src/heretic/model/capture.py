@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heretic.model.anatomy import first_tensor
 from heretic.model.batching import Batch, Batcher
-from heretic.model.forward import run
+from heretic.model.forward import hidden_states
 from heretic.model.loading import LanguageModel
 
 
@@ -60,9 +60,7 @@ def last_token_residuals(language_model: LanguageModel, batch: Batch) -> Tensor:
 
     handles = [block.register_forward_hook(keep(layer)) for layer, block in enumerate(blocks)]
     try:
-        # The stack without its head where there is one: a vocabulary-sized product for nothing otherwise.
-        decoder = language_model.model.get_decoder()
-        run(decoder if decoder is not None else language_model.model, batch, use_cache=False)
+        hidden_states(language_model.model, batch, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

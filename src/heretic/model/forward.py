@@ -1,24 +1,44 @@
-"""One pass of a batch through a model, with the arguments that this model takes, and what all prompts begin with run once."""
+"""One pass of a batch through a model: what all prompts begin with once, blocks that no trial edits not at all."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from heretic.model.batching import Batch, Batcher, Beginning, shared_tokens
+from heretic.model.batching import Batch, Batcher, Beginning, Edited, shared_tokens
+from heretic.model.entries import Entries
+from heretic.model.replace import replaced_forward
 
 log = logging.getLogger(__name__)
 
 # Largest KL between the two ways of computing the same answer; float32 gives 1e-9, bfloat16 up to 1e-4.
 SAME = {torch.float32: 1e-6, torch.float64: 1e-6}
 SAME_IN_HALF_PRECISION = 1e-3
+LOGIT_ROWS = 64  # rows whose logits over the vocabulary exist at a time
+
+# To which trial each row of the pass that is under way belongs [rows]; the operators attached to the writers look here.
+trial_of_row: ContextVar[Tensor | None] = ContextVar("trial_of_row", default=None)
+
+
+@contextmanager
+def rows_of_trials(trials: Tensor | None) -> Iterator[None]:
+    """Within the context the rows of every pass belong to these trials."""
+    token = trial_of_row.set(trials)
+    try:
+        yield
+    finally:
+        trial_of_row.reset(token)
 
 
 @lru_cache(maxsize=64)
@@ -27,32 +47,91 @@ def accepted(model_class: Hashable) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)  # type: ignore[attr-defined]
 
 
-def run(model: Any, batch: Batch, **arguments: Any) -> Any:
-    """The model's output for a batch; arguments that it does not know are left out (old models know no logits_to_keep)."""
-    given = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids, **arguments}
-    if batch.beginning is not None:
-        given["past_key_values"] = _cache(model, batch.beginning, batch)
-        given["use_cache"] = True
-    names = accepted(model.__class__)
-    return model(input_ids=batch.input_ids, **{k: v for k, v in given.items() if k in names})
+def call(module: Any, input_ids: Tensor, **arguments: Any) -> Any:
+    """The module's output; arguments that it does not know are left out (old models know no logits_to_keep)."""
+    names = accepted(module.__class__)
+    return module(input_ids=input_ids, **{k: v for k, v in arguments.items() if k in names and v is not None})
+
+
+@torch.inference_mode()
+def hidden_states(model: Any, batch: Batch, *, use_cache: bool) -> tuple[Tensor, Any]:
+    """What the head is given for every token [rows, tokens, width], and the cache of the pass (None without).
+
+    The tokens of a shared beginning are not among them. The decoder is run without its head.
+    """
+    cache = _cache(model, batch.beginning, batch) if batch.beginning else None
+    entries, first = batch.entries, batch.edited.first_layer
+    passing = entries.passing(batch.rows, first, batch.input_ids.device) if entries else nullcontext(0)
+    with rows_of_trials(batch.trial_of_row), passing as begins:
+        output = call(
+            model.get_decoder(),
+            batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            past_key_values=cache,
+            use_cache=use_cache or cache is not None,
+        )
+    cache = getattr(output, "past_key_values", None)
+    if entries:
+        entries.extend(cache if use_cache else None, batch.rows, begins, first)
+    return output.last_hidden_state, cache
 
 
 def _cache(model: Any, beginning: Beginning, batch: Batch) -> Any:
-    """The cache of the beginning for every row; computed with the first batch."""
+    """The cache of the beginning for every row; computed with the first batch, once for every trial."""
     if beginning.cache is None:
-        tokens = torch.tensor([beginning.tokens], device=batch.input_ids.device)
-        alone = Batch([0], tokens, torch.ones_like(tokens))
-        beginning.cache = run(model, alone, use_cache=True, logits_to_keep=1).past_key_values
-    cache = copy.deepcopy(beginning.cache)
-    cache.batch_repeat_interleave(len(batch.rows))
+        trials = range(batch.edited.trials)
+        tokens = torch.tensor([beginning.tokens] * len(trials), device=batch.input_ids.device)
+        of_row = None if batch.trial_of_row is None else torch.tensor(list(trials), device=tokens.device)
+        kept = batch.entries.beginning if batch.entries else None
+        alone = Batch([0] * len(trials), tokens, torch.ones_like(tokens), None, of_row, batch.edited, kept)
+        _, beginning.cache = hidden_states(model, alone, use_cache=True)
+    if not can_be_cut(beginning.cache):
+        cache = copy.deepcopy(beginning.cache)
+        cache.batch_repeat_interleave(len(batch.rows))
+        return cache
+    cache = copy.copy(beginning.cache)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]  # selecting puts new tensors into the copies
+    trial = torch.zeros(len(batch.rows), dtype=torch.long) if batch.trial_of_row is None else batch.trial_of_row.cpu()
+    cache.batch_select_indices(trial)
     return cache
+
+
+def can_be_cut(cache: Any) -> bool:
+    """Whether rows can be taken out of a cache: true for plain keys and values, not for recurrent or convolution states."""
+    layers = getattr(cache, "layers", None) or [None]
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+class _GivenHidden(BaseModelOutputWithPast):
+    """Hidden states in place of a decoder's output; whatever else a model looks for in it is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@torch.inference_mode()
+def logits_of(model: Any, hidden: Tensor) -> Tensor:
+    """The model's logits [rows, vocabulary] for hidden states [rows, width], by its own forward around its decoder."""
+    given = _GivenHidden(last_hidden_state=hidden[:, None])
+    tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
+    with replaced_forward(model.get_decoder(), lambda *_, **__: given):
+        return call(model, tokens, use_cache=False).logits[:, -1]
+
+
+def log_probs_of(model: Any, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Log-probabilities over the vocabulary for hidden states [rows, width], float32, some rows at a time."""
+    for start in range(0, len(hidden), LOGIT_ROWS):
+        rows = slice(start, start + LOGIT_ROWS)
+        yield rows, torch.log_softmax(logits_of(model, hidden[rows]).float(), dim=-1)
 
 
 @torch.inference_mode()
 def next_token_log_probs(model: Any, batch: Batch) -> Tensor:
     """Log-probabilities of the token that follows each row, float32 [rows, vocabulary]."""
-    logits = run(model, batch, use_cache=False, logits_to_keep=1).logits[:, -1, :]
-    return torch.log_softmax(logits.float(), dim=-1)
+    hidden, _ = hidden_states(model, batch, use_cache=False)
+    return torch.cat([found for _, found in log_probs_of(model, hidden[:, -1])])
 
 
 def can_share(model: Any, sequences: Sequence[list[int]], batcher: Batcher) -> bool:
@@ -61,18 +140,52 @@ def can_share(model: Any, sequences: Sequence[list[int]], batcher: Batcher) -> b
     It does not for models whose cache cannot be repeated, or whose attention counts the padding between the beginning and
     the rest (a window shorter than the prompts). The reason is logged.
     """
+    few, rows = _few(sequences)
+    return _same_answers(
+        "shared beginnings are run for every prompt",
+        model,
+        lambda: batcher.batch(rows, few),
+        lambda: batcher.batch(rows, few, Beginning(shared_tokens(sequences))),
+    )
+
+
+def can_begin_later(model: Any, blocks: Any, sequences: Sequence[list[int]], batcher: Batcher) -> bool:
+    """Whether a pass may begin at a later block, from what the original's blocks gave before; tried like `can_share`."""
+    few, rows = _few(sequences)
+    half = Edited(first_layer=len(blocks) // 2)
+    shared = shared_tokens(sequences) if batcher.share else []
+    beginning = Entries(blocks, [shared], with_cache=True) if shared else None
+    entries = Entries(blocks, few, start=len(shared), with_cache=True, beginning=beginning)
+
+    def batch() -> Batch:
+        made = batcher.batch(rows, few, Beginning(shared) if shared else None, entries)
+        return Batch(made.rows, made.input_ids, made.attention_mask, made.beginning, None, half, entries)
+
+    def kept_first() -> Batch:
+        hidden_states(model, batch(), use_cache=True)
+        return batch()
+
+    reason = "every pass begins with the first block"
+    if not _same_answers(reason, model, lambda: batcher.batch(rows, few), kept_first):
+        return False
+    return bool(entries.entry(rows, half.first_layer) > 0)
+
+
+def _few(sequences: Sequence[list[int]]) -> tuple[list[list[int]], list[int]]:
     by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     few = [sequences[i] for i in dict.fromkeys((by_length[0], by_length[len(by_length) // 2], by_length[-1]))]
-    shared = shared_tokens(sequences)
-    rows = list(range(len(few)))
+    return few, list(range(len(few)))
+
+
+def _same_answers(otherwise: str, model: Any, plainly: Any, cheaply: Any) -> bool:
     try:
-        plain = next_token_log_probs(model, batcher.batch(rows, few))
-        once = next_token_log_probs(model, batcher.batch(rows, few, Beginning(shared)))
-    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, NotImplementedError) as error:
-        log.info("shared beginnings are run for every prompt: %r", error)
+        plain = next_token_log_probs(model, plainly())
+        cheap = next_token_log_probs(model, cheaply())
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError, NotImplementedError) as error:
+        log.info("%s: %r", otherwise, error)
         return False
-    apart = float((plain.exp() * (plain - once)).sum(-1).abs().max())
+    apart = float((plain.exp() * (plain - cheap)).sum(-1).abs().max())
     if not apart <= SAME.get(model.dtype, SAME_IN_HALF_PRECISION):
-        log.info("shared beginnings are run for every prompt: running them once changes the answers by KL %.1e", apart)
+        log.info("%s: the cheaper way changes the answers by KL %.1e", otherwise, apart)
         return False
     return True

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from heretic.model.batching import Batch, Batcher
-from heretic.model.forward import next_token_log_probs
+from heretic.model.batching import AS_IT_IS, Batch, Batcher, Edited
+from heretic.model.entries import Entries
+from heretic.model.forward import hidden_states, log_probs_of, next_token_log_probs
 from heretic.model.loading import LanguageModel
 
 
@@ -43,15 +44,32 @@ def first_token_log_probs(
 
 
 def measure_divergence(
-    language_model: LanguageModel, sequences: Sequence[list[int]], baseline: Tensor, batcher: Batcher
-) -> Divergence:
-    """Compare the model as it is now with `baseline` [prompts, vocabulary], log-probabilities of the original."""
+    language_model: LanguageModel,
+    sequences: Sequence[list[int]],
+    baseline: Tensor,
+    batcher: Batcher,
+    edited: Edited = AS_IT_IS,
+    entries: Entries | None = None,
+) -> list[Divergence]:
+    """Compare the model as it is now with `baseline` [prompts, vocabulary], log-probabilities of the original.
 
+    One divergence for every trial that shares the passes. Only some rows' probabilities exist at a time.
+    """
+
+    @torch.inference_mode()
     def step(batch: Batch) -> list[float]:
-        now = next_token_log_probs(language_model.model, batch)
-        return divergences(baseline[batch.rows].to(now.device), now).tolist()
+        last = hidden_states(language_model.model, batch, use_cache=False)[0][:, -1]
+        found: list[float] = []
+        for rows, now in log_probs_of(language_model.model, last):
+            found += divergences(baseline[batch.rows[rows]].to(now.device), now).tolist()
+        return found
 
-    return summarise(torch.tensor(batcher.run("KL divergence", sequences, step), dtype=torch.float64))
+    found = batcher.run_items("KL divergence", sequences, step, edited=edited, entries=entries)
+    count = len(sequences)
+    return [
+        summarise(torch.tensor([found[trial * count + i] for i in range(count)], dtype=torch.float64))
+        for trial in range(edited.trials)
+    ]
 
 
 def divergences(original: Tensor, ablated: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from heretic.model.loading import LanguageModel
 
 @dataclass(frozen=True)
 class RefusalCount:
-    """How many of `total` answers declined; `answers` only when they were asked for."""
+    """How many of `total` answers declined. `tokens` are the answers', up to the marker or, if `answers` were asked for, whole."""
 
     declined: tuple[bool, ...]
+    tokens: tuple[tuple[int, ...], ...] = ()
     answers: tuple[str, ...] | None = None
 
     @property
@@ -61,20 +62,22 @@ def count_refusals(
     max_tokens: int,
     *,
     keep_answers: bool = False,
+    fewest_tokens: int = 1,
 ) -> RefusalCount:
     """Decode greedily and judge every answer.
 
-    A row stops at its first marker, since nothing later can change the verdict; with `keep_answers` all go on to the end.
+    A row stops at its first marker, since nothing later can change the verdict, but not before it has `fewest_tokens`; with
+    `keep_answers` all go on to the end.
     """
 
-    def has_marker(tokens: list[int]) -> bool:
-        return judge.found_in(normalise(chat.text(tokens)))
+    def has_marker(_: int, tokens: list[int]) -> bool:
+        return len(tokens) >= fewest_tokens and judge.found_in(normalise(chat.text(tokens)))
 
-    def step(batch: Batch) -> list[str]:
+    def step(batch: Batch) -> list[list[int]]:
         ended = None if keep_answers else has_marker
-        tokens = decode(language_model.model, batch, max_tokens, language_model.end_tokens, ended)
-        return [chat.text(t) for t in tokens]
+        return decode(language_model.model, batch, max_tokens, language_model.end_tokens, ended)
 
-    answers = batcher.run("Refusals", sequences, step)
+    tokens = batcher.run("Refusals", sequences, step)
+    answers = tuple(chat.text(t) for t in tokens)
     declined = tuple(judge.declines(answer) for answer in answers)
-    return RefusalCount(declined, tuple(answers) if keep_answers else None)
+    return RefusalCount(declined, tuple(map(tuple, tokens)), answers if keep_answers else None)

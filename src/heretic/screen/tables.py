@@ -16,7 +16,7 @@ def show_front(console: Console, found: list[Result], before: int | None, chosen
         console.print("No trial is finished yet.")
         return
     total = best[0].scores.total
-    table = Table(title=f"Front of {len(found)} trials", title_justify="left")
+    table = Table(title=f"Front of {len(found)} trials measured in full", title_justify="left")
     for heading in ("trial", "refusals", "KL mean", "median", "p95", "max", "direction"):
         table.add_column(heading, justify="left" if heading == "direction" else "right")
     for r in best:

@@ -15,11 +15,15 @@ from heretic.scoring.ladder import Scores
 
 @dataclass(frozen=True)
 class Result:
-    """A finished trial: its number, its parameters and what was measured."""
+    """A finished trial: its number, its parameters and what was measured.
+
+    `again` is the number of an earlier trial that this one measured in full.
+    """
 
     number: int
     params: dict[str, Any]
     scores: Scores
+    again: int | None = None
 
     @property
     def point(self) -> tuple[float, int]:
@@ -36,7 +40,8 @@ def results(study: optuna.Study) -> list[Result]:
 
 def result(trial: FrozenTrial) -> Result:
     """A stored trial as a result."""
-    return Result(trial.number, dict(trial.params), Scores.from_dict(trial.user_attrs["scores"]))
+    scores = Scores.from_dict(trial.user_attrs["scores"])
+    return Result(trial.number, dict(trial.params), scores, trial.user_attrs.get("again"))
 
 
 def front(found: Sequence[Result]) -> list[Result]:

@@ -1,18 +1,20 @@
-"""The study: ask Optuna for a trial, measure it, tell."""
+"""The study: ask Optuna for trials, have them measured, tell."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import optuna
 from optuna.trial import TrialState
 
 from heretic.errors import UserError
 from heretic.progress import Watcher
-from heretic.scoring.ladder import Scores
+from heretic.scoring.ladder import Measured, Scores, never
+from heretic.search.fidelity import AGAIN, BEATEN, Progress, told
 from heretic.search.front import Result, result
 from heretic.search.storage import worker
+from heretic.settings import Settings
 from heretic.stop import Stop
 
 # An ablation that destroys the model has an infinite KL; TPE needs a number, and any this large is as bad as another.
@@ -20,63 +22,101 @@ WORST_KL = 100.0
 FAILURES_IN_A_ROW = 3
 
 
+class Measurer(Protocol):
+    """What measures trials."""
+
+    @property
+    def together(self) -> int:
+        """How many trials to hand over at a time."""
+
+    def draw(self, trial: optuna.Trial) -> object:
+        """Draw a trial's parameters; they are stored with it."""
+
+    def measure(
+        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, int], bool]
+    ) -> list[Measured | UserError]:
+        """What came out of each; `beaten(KL, refusals found so far)` says that one need not be measured any further."""
+
+
 def finished(study: optuna.Study) -> int:
-    """Number of measured trials."""
+    """Number of trials that are told."""
     return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
 
 def optimise(
     study: optuna.Study,
-    n_trials: int,
-    measure: Callable[[optuna.Trial], Scores],
+    settings: Settings,
+    trials: Measurer,
     *,
-    seed: int,
-    n_startup_trials: int,
-    kl_floor: float,
     watcher: Watcher,
     stop: Stop,
     on_result: Callable[[Result], None] = lambda _: None,
 ) -> None:
-    """Go on until the study holds `n_trials` measured trials.
+    """Go on until the study holds `settings.n_trials` finished trials.
 
-    Optuna is told a KL of at least `kl_floor`; the measured one is stored beside it.
-    Every trial is stored before the next begins. A trial that is interrupted or fails is marked failed and does not count;
-    three that fail one after the other end the study. Raises Interrupted, or the last error.
+    Trials are asked for as many at a time as `trials` runs together, and all stored before the next are asked for. One that
+    a finished trial has beaten is left early and told with an estimate; it counts, but is never a result. A trial that is
+    interrupted or fails is marked failed and does not count; three that fail one after the other end the study. Raises
+    Interrupted, or the last error.
     """
     failures = 0
-    with watcher.stage("Trials", n_trials) as stage:
+    with watcher.stage("Trials", settings.n_trials) as stage:
         stage.advance(finished(study))
-        while (done := finished(study)) < n_trials:
-            stop.check()
-            # Seeded by how many trials are done or under way, so that a study that was interrupted draws what an
-            # uninterrupted one would have drawn, and workers side by side draw different ones.
-            number = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)))
-            study.sampler = optuna.samplers.TPESampler(
-                seed=(seed * 1_000_003 + number) % 2**32, n_startup_trials=n_startup_trials, multivariate=True
-            )
-            trial = study.ask()
+        while asked := _ask(study, settings, trials, stop):
             try:
-                trial.set_user_attr("worker", worker())
-                began = time.perf_counter()
-                scores = measure(trial)
-                scores.seconds["trial"] = time.perf_counter() - began
-                trial.set_user_attr("scores", scores.as_dict())
-                study.tell(trial, [min(max(scores.divergence.mean, kl_floor), WORST_KL), scores.refusals])
-            except UserError as error:
-                study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-                failures += 1
-                watcher.warn(f"Trial {trial.number} failed: {error.what}")
-                if failures == FAILURES_IN_A_ROW:
-                    raise
-                continue
+                for trial in asked:
+                    trial.set_user_attr("worker", worker())
+                progress = Progress.of(study)
+                measured = trials.measure(asked, progress.bar.beaten if settings.early_stopping else never)
+                for trial, found in zip(asked, measured, strict=True):
+                    if isinstance(found, UserError):
+                        study.tell(trial, state=TrialState.FAIL)
+                        failures += 1
+                        watcher.warn(f"Trial {trial.number} failed: {found.what}")
+                        if failures == FAILURES_IN_A_ROW:
+                            raise found
+                        continue
+                    failures = 0
+                    trial.set_user_attr("scores" if isinstance(found, Scores) else BEATEN, found.as_dict())
+                    study.tell(trial, told(found, progress, settings.search.kl_floor, WORST_KL))
+                    stage.advance()
+                    watcher.say(f"Trial {trial.number} ({finished(study)} of {settings.n_trials}): {_line(found)}")
+                    if isinstance(found, Scores):
+                        on_result(result(study.get_trials(deepcopy=False)[trial.number]))
             except BaseException:
-                study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+                for trial in asked:
+                    study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                 raise
-            failures = 0
-            stage.advance()
-            found = result(study.get_trials(deepcopy=False)[trial.number])
-            watcher.say(
-                f"Trial {found.number} ({done + 1} of {n_trials}): {found.scores.refusals} of {found.scores.total} refused, "
-                f"KL {found.scores.divergence.mean:.4f} ({found.scores.seconds['trial']:.1f} s)"
-            )
-            on_result(found)
+
+
+def _ask(study: optuna.Study, settings: Settings, trials: Measurer, stop: Stop) -> list[optuna.Trial]:
+    """The next trials; once all are finished, one that was told with an estimate good enough for the front; then none."""
+    stop.check()
+    count = min(trials.together, settings.n_trials - finished(study))
+    if count <= 0:
+        for unsettled in Progress.of(study).unsettled()[:1]:
+            study.enqueue_trial(unsettled.params, user_attrs={AGAIN: unsettled.number})
+            return [study.ask()]
+        return []
+    asked = []
+    for _ in range(count):
+        # Seeded by how many trials are done or under way, so that a study that was interrupted draws what an
+        # uninterrupted one would have drawn, and workers side by side draw different ones.
+        number = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)))
+        study.sampler = optuna.samplers.TPESampler(
+            seed=(settings.seed * 1_000_003 + number) % 2**32,
+            n_startup_trials=settings.search.n_startup_trials,
+            multivariate=True,
+            constant_liar=True,  # what is under way, here or elsewhere, counts as bad: others are drawn apart from it
+        )
+        asked.append(study.ask())
+        trials.draw(asked[-1])  # at once: what is drawn at random comes from the study's sampler of the moment
+    return asked
+
+
+def _line(found: Measured) -> str:
+    """What came out, for the log."""
+    kl, seconds = found.divergence.mean, found.seconds.get("trial", 0.0)
+    if isinstance(found, Scores):
+        return f"{found.refusals} of {found.total} refused, KL {kl:.4f} ({seconds:.1f} s)"
+    return f"beaten, with at least {found.at_least} of {found.total} refused at KL {kl:.4f} ({seconds:.1f} s)"

@@ -1,0 +1,188 @@
+"""Counting the refusals of the trials that share a pass, each only as far as it can still matter.
+
+First one pass over all requests tries, where the original declined, the text with which it did. That settles the requests
+that are still declined in the same words, and gives the surrogate; only the others are decoded. A count only grows, so a
+trial leaves as soon as a finished one has beaten the best that it could still reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from heretic.model.batching import Batch, Batcher, Edited
+from heretic.model.chat_format import ChatFormat
+from heretic.model.decoding import Answers, Ended, Limits, begin, decode, go_on
+from heretic.model.entries import Entries
+from heretic.model.loading import LanguageModel
+from heretic.scoring.refusals import MarkerJudge, normalise
+from heretic.scoring.surrogate import Surrogate
+
+Beaten = Callable[[int, int], bool]  # (trial among those of the pass, refusals found so far)
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Harmful requests as token ids, and what the original said where it declined (`tried`; empty where it answered).
+
+    `entries` are of each request with its tried text behind it.
+    """
+
+    prompts: Sequence[list[int]]
+    tried: Sequence[list[int]]
+    entries: Entries | None = None
+
+    @property
+    def with_tried(self) -> list[list[int]]:
+        """Each request with its tried text behind it."""
+        return [[*prompt, *text] for prompt, text in zip(self.prompts, self.tried, strict=True)]
+
+
+@dataclass
+class Standing:
+    """What is known of one trial. By request: whether it is declined (None: not known yet); the mean probability of the
+    tried tokens, and whether they are all the most probable ones (None where nothing was tried)."""
+
+    declined: list[bool | None]
+    likely: list[float | None]
+    matching: list[bool | None]
+    beaten: bool = False
+
+    @property
+    def at_least(self) -> int:
+        """Refusals found so far."""
+        return sum(d is True for d in self.declined)
+
+    @property
+    def surrogate(self) -> Surrogate:
+        """The cheap sign of refusing."""
+        known = [p for p in self.likely if p is not None]
+        return Surrogate(sum(m is True for m in self.matching), sum(known) / len(known) if known else 0.0, len(known))
+
+
+@dataclass
+class Race:
+    """One pass's worth of trials, attached to the model as `edited` says, on their way to their counts."""
+
+    language_model: LanguageModel
+    chat: ChatFormat
+    judge: MarkerJudge
+    batcher: Batcher
+    max_tokens: int
+    requests: Requests
+    edited: Edited
+    beaten: Beaten
+
+    def __post_init__(self) -> None:
+        count = len(self.requests.prompts)
+        self.standings = [Standing([None] * count, [None] * count, [None] * count) for _ in range(self.edited.trials)]
+        self._counting = False  # while the surrogate is taken no trial is left
+        self._may_go_on = True  # from a cache that has seen tried tokens; not so for recurrent states
+
+    def run(self) -> list[Standing]:
+        """Count for every trial until all is known of it or it is beaten."""
+        begun = self._try_texts()
+        self._counting = True
+        for trial in range(self.edited.trials):
+            self._look(trial)
+        if begun is not None:
+            answers, pairs = begun
+            open_pairs = set(self._undecided())
+            answers.open_rows = {row for row, pair in enumerate(pairs) if pair in open_pairs}
+            self._finish(answers, pairs)
+        while pairs := self._undecided():
+            self._decode(pairs)
+        return self.standings
+
+    def _try_texts(self) -> tuple[Answers, list[tuple[int, int]]] | None:
+        """The first pass. Returns what it began if that was a single batch, so that decoding goes on from its cache."""
+        sequences = self.requests.with_tried
+        begun = []
+
+        def step(batch: Batch) -> list[None]:
+            pairs = batch.items
+            answers = self._begin(batch, self._limits(pairs))
+            for row, (trial, request) in enumerate(pairs):
+                if found := answers.likely[row]:
+                    self.standings[trial].likely[request] = sum(found) / len(found)
+                    self.standings[trial].matching[request] = answers.matching[row]
+            self._settle(answers, pairs)
+            self._may_go_on = answers.cache is not None
+            if self._may_go_on and len(pairs) == len(sequences) * self.edited.trials:
+                begun.append((answers, pairs))
+            return [None] * len(pairs)
+
+        self.batcher.run_items("Surrogate", sequences, step, edited=self.edited, entries=self.requests.entries)
+        return begun[0] if begun else None
+
+    def _begin(self, batch: Batch, limits: Limits) -> Answers:
+        return begin(self.language_model.model, batch, [self.requests.tried[i] for i in batch.rows], limits)
+
+    def _undecided(self) -> list[tuple[int, int]]:
+        """What is still to be decoded, (trial, request), the most likely refusals first: they end a trial soonest."""
+        open_pairs = [
+            (trial, request)
+            for trial, standing in enumerate(self.standings)
+            if not standing.beaten
+            for request, declined in enumerate(standing.declined)
+            if declined is None
+        ]
+        return sorted(open_pairs, key=lambda pair: -(self.standings[pair[0]].likely[pair[1]] or 0.0))
+
+    def _decode(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Decode the first of them, as many as go into one batch."""
+        sequences = self.requests.with_tried if self._may_go_on else self.requests.prompts
+        count = len(sequences)
+
+        def step(batch: Batch) -> list[None]:
+            pairs = batch.items
+            limits = self._limits(pairs)
+            if self._may_go_on:
+                self._finish(self._begin(batch, limits), pairs)
+            else:
+                ends = self.language_model.end_tokens
+                tokens = decode(self.language_model.model, batch, self.max_tokens, ends, limits.ended)
+                self._judge(pairs, range(len(pairs)), tokens)
+            return [None] * len(pairs)
+
+        items = [trial * count + request for trial, request in pairs]
+        items = items[: self.batcher.rows_at_once(sequences, items)]
+        entries = self.requests.entries if self._may_go_on else None
+        self.batcher.run_items("Refusals", sequences, step, edited=self.edited, entries=entries, items=items)
+
+    def _finish(self, answers: Answers, pairs: list[tuple[int, int]]) -> None:
+        go_on(self.language_model.model, answers, self._limits(pairs))
+        self._settle(answers, pairs)
+
+    def _settle(self, answers: Answers, pairs: list[tuple[int, int]]) -> None:
+        self._judge(pairs, [row for row in range(len(pairs)) if row not in answers.open_rows], answers.tokens)
+
+    def _judge(self, pairs: list[tuple[int, int]], rows: Sequence[int], tokens: list[list[int]]) -> None:
+        """Verdicts on the answers of these rows, which have ended; one that was cut off in a beaten trial gets none."""
+        for row in rows:
+            trial, request = pairs[row]
+            standing = self.standings[trial]
+            if standing.declined[request] is None and not standing.beaten:
+                standing.declined[request] = self.judge.declines(self.chat.text(tokens[row]))
+                self._look(trial)
+
+    def _look(self, trial: int) -> None:
+        if self._counting:
+            self.standings[trial].beaten = self.beaten(trial, self.standings[trial].at_least)
+
+    def _limits(self, pairs: list[tuple[int, int]]) -> Limits:
+        """An answer ends at its first marker, since nothing later changes the verdict, or with its trial."""
+
+        def ended(row: int, tokens: list[int]) -> bool:
+            trial, request = pairs[row]
+            standing = self.standings[trial]
+            if standing.beaten:
+                return True
+            if not self.judge.found_in(normalise(self.chat.text(tokens))):
+                return False
+            standing.declined[request] = True
+            self._look(trial)
+            return True
+
+        ending: Ended = ended
+        return Limits(self.max_tokens, self.language_model.end_tokens, ending)

@@ -1,0 +1,76 @@
+"""A cheap sign of refusing: how likely a trial's model finds what the original said where it declined.
+
+One pass without decoding gives it. Where all tokens up to the marker are the most probable ones the request is declined,
+exactly; for the others it is a sign that estimates the count, calibrated against the trials that were measured in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+# Tokens of the original's refusal that are tried: up to the marker, but at least and at most so many.
+FEWEST_TOKENS, MOST_TOKENS = 4, 8
+TRIALS_TO_CALIBRATE = 4
+RIDGE = 0.1  # keeps the fit sane while there are hardly more trials than coefficients
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """Of one trial: on how many of the `declined` requests that the original declines the tokens tried are all the most
+    probable ones, and the probability of such a token, averaged over requests."""
+
+    matching: int
+    probability: float
+    declined: int
+
+    def as_dict(self) -> dict[str, float]:
+        """As plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Estimates a trial's refusals from its surrogate by least squares over measured trials (intercept, matching,
+    probability times requests); with too few of them, the count of matching requests itself."""
+
+    weights: tuple[float, float, float] | None
+    total: int
+
+    @classmethod
+    def fit(cls, measured: Sequence[tuple[Surrogate, int]], total: int) -> Calibration:
+        """From pairs of a trial's surrogate and its refusals, of `total` requests."""
+        if len(measured) < TRIALS_TO_CALIBRATE:
+            return cls(None, total)
+        rows = np.array([_features(surrogate) for surrogate, _ in measured])
+        counts = np.array([count for _, count in measured], dtype=float)
+        middle, mean = rows.mean(axis=0), counts.mean()
+        centred = rows - middle
+        slopes = np.linalg.solve(centred.T @ centred + RIDGE * np.eye(2), centred.T @ (counts - mean))
+        return cls((float(mean - middle @ slopes), float(slopes[0]), float(slopes[1])), total)
+
+    def estimate(self, surrogate: Surrogate, at_least: int = 0) -> float:
+        """Refusals expected of a trial, between `at_least` and the number of requests."""
+        if self.weights is None:
+            expected = float(surrogate.matching)
+        else:
+            intercept, *slopes = self.weights
+            expected = intercept + float(np.dot(slopes, _features(surrogate)))
+        return min(max(expected, float(at_least)), float(self.total))
+
+
+def prediction_error(measured: Sequence[tuple[Surrogate, int]], total: int) -> float | None:
+    """Mean distance between each trial's refusals and what the trials before it predicted; None while there is nothing to
+    predict from."""
+    misses = [
+        abs(Calibration.fit(measured[:i], total).estimate(surrogate) - count)
+        for i, (surrogate, count) in enumerate(measured)
+        if i >= TRIALS_TO_CALIBRATE
+    ]
+    return sum(misses) / len(misses) if misses else None
+
+
+def _features(surrogate: Surrogate) -> tuple[float, float]:
+    return float(surrogate.matching), surrogate.probability * surrogate.declined

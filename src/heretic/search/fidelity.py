@@ -1,0 +1,84 @@
+"""How far a trial is measured: exactly as far as it can still reach the front."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from heretic.scoring.ladder import Beaten, Scores
+from heretic.scoring.surrogate import Calibration, Surrogate, prediction_error
+from heretic.search.front import Result, results
+
+BEATEN = "beaten"  # user attribute of a trial that was left early: what was known of it then
+AGAIN = "again"  # of a trial that measures in full what an earlier one was told with an estimate
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What is fully measured so far, as (KL, refusals); a trial that one of them beats in both is not on the front."""
+
+    points: Sequence[tuple[float, int]]
+
+    def beaten(self, kl: float, at_least: float) -> bool:
+        """Whether a trial of this KL, with at least so many refusals, cannot be on the front whatever else it does.
+
+        A model that was destroyed (its KL is no finite number) never is.
+        """
+        if not math.isfinite(kl):
+            return True
+        return any(
+            other <= kl and count <= at_least and (other < kl or count < at_least) for other, count in self.points
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A study's finished trials, seen from what was measured of each."""
+
+    found: list[Result]
+    stopped: list[FrozenTrial]
+
+    @classmethod
+    def of(cls, study: optuna.Study) -> Progress:
+        """Read a study."""
+        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return cls(results(study), [t for t in complete if BEATEN in t.user_attrs])
+
+    @property
+    def bar(self) -> Bar:
+        """What a new trial has to beat."""
+        return Bar([r.point for r in self.found])
+
+    @property
+    def surrogates(self) -> list[tuple[Surrogate, int]]:
+        """Surrogate and count of the measured trials, in their order."""
+        return [(r.scores.surrogate, r.scores.refusals) for r in self.found if r.scores.surrogate]
+
+    @property
+    def surrogate_error(self) -> float | None:
+        """How far the estimates were off, in refusals, had the measured trials been estimated."""
+        return prediction_error(self.surrogates, self.found[0].scores.total) if self.found else None
+
+    def estimate(self, found: Beaten) -> float:
+        """Refusals expected of a trial that was stopped."""
+        return Calibration.fit(self.surrogates, found.total).estimate(found.surrogate, found.at_least)
+
+    def unsettled(self) -> list[FrozenTrial]:
+        """Stopped trials whose estimate would put them on the front: they have to be measured before the study ends."""
+        repeated = {t.user_attrs.get(AGAIN) for t in self.stopped} | {r.again for r in self.found}
+        return [
+            t
+            for t in self.stopped
+            if t.number not in repeated
+            and not self.bar.beaten(float(t.user_attrs[BEATEN]["divergence"]["mean"]), t.values[1])
+        ]
+
+
+def told(found: Scores | Beaten, progress: Progress, kl_floor: float, worst_kl: float) -> list[float]:
+    """What the sampler is told of a trial: a KL within its bounds, and the refusals, estimated where it was stopped."""
+    refusals = float(found.refusals) if isinstance(found, Scores) else progress.estimate(found)
+    return [min(max(found.divergence.mean, kl_floor), worst_kl), refusals]

@@ -1,0 +1,85 @@
+"""Trials on a session: draw their ablations, apply them together, measure each as far as it matters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import optuna
+
+from heretic.ablation.ablation import Ablation
+from heretic.errors import UserError
+from heretic.run_folder import RunFolder
+from heretic.savings import trials_that_pay
+from heretic.scoring.ladder import Measured, Scores
+from heretic.scoring.refusals import RefusalCount
+from heretic.search import space
+from heretic.session import Session
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Measures trials on a session. `together` is how many are worth running at once."""
+
+    session: Session
+    folder: RunFolder
+    together: int = 1
+
+    @classmethod
+    def on(cls, session: Session, folder: RunFolder) -> Trials:
+        """As the settings say; with `trials_per_batch = 0` it is measured what pays."""
+        settings = session.bench.settings
+        if settings.apply == "weights" or settings.store_responses:  # one edit at a time; whole answers
+            return cls(session, folder)
+        together = settings.trials_per_batch or trials_that_pay(session.ladder)
+        return cls(session, folder, together)
+
+    def measure(
+        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, int], bool]
+    ) -> list[Measured | UserError]:
+        """Measure these trials in shared passes. `beaten(KL, refusals found so far)` ends one that cannot matter any more.
+
+        Where they fail together each is measured alone, so that one's failure is not the others'.
+        """
+        ablations = [self.draw(trial) for trial in trials]
+        try:
+            return [*self._together(trials, ablations, beaten)]
+        except UserError as error:
+            if len(trials) == 1:
+                return [error]
+        return [found for trial in trials for found in self.measure([trial], beaten)]
+
+    def draw(self, trial: optuna.Trial) -> Ablation:
+        """A trial's ablation; what was drawn once stays."""
+        bench = self.session.bench
+        anatomy = bench.language_model.anatomy
+        return space.sample(trial, bench.settings.search, anatomy.num_layers, anatomy.components)
+
+    def _together(
+        self, trials: Sequence[optuna.Trial], ablations: Sequence[Ablation], beaten: Callable[[float, int], bool]
+    ) -> Sequence[Measured]:
+        session, log_probs = self.session, self.session.baseline.log_probs
+        began = time.perf_counter()
+        with session.applied(*ablations) as edited:
+            prepared = time.perf_counter() - began
+            found: Sequence[Measured]
+            if session.bench.settings.store_responses:
+                found = [self._with_answers(trials[0])]
+            else:
+                found = session.ladder.score_trials(log_probs, edited, beaten)
+        for one in found:
+            one.seconds["prepare"] = prepared / len(trials)
+            one.seconds["trial"] = (time.perf_counter() - began) / len(trials)
+        return found
+
+    def _with_answers(self, trial: optuna.Trial) -> Scores:
+        """Whole answers are decoded, and kept in the run's folder."""
+        bench = self.session.bench
+
+        def keep(counted: RefusalCount) -> None:
+            rows = zip(bench.prompts.harmful_eval.prompts, counted.answers or (), counted.declined, strict=True)
+            named = [{"prompt": p, "answer": a, "declined": d} for p, a, d in rows]
+            self.folder.keep_answers(f"trial-{trial.number}", named)
+
+        return bench.ladder.score(self.session.baseline.log_probs, keep)

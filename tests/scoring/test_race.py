@@ -1,0 +1,138 @@
+"""Trials that share passes, with everything saved that can be, get the verdicts that each gets alone and in full."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from heretic.ablation.ablation import Ablation, Workbench
+from heretic.ablation.attach import attach
+from heretic.ablation.directions import Directions
+from heretic.ablation.kernel import Kernel
+from heretic.model.batching import Batcher, Edited
+from heretic.model.chat_format import ChatFormat
+from heretic.model.checkpoint import open_checkpoint
+from heretic.model.loading import LanguageModel, load
+from heretic.savings import with_savings
+from heretic.scoring.divergence import first_token_log_probs
+from heretic.scoring.ladder import Beaten, Ladder, Scores
+from heretic.scoring.refusals import MarkerJudge
+from heretic.scoring.surrogate import MOST_TOKENS
+from tests.tiny import FAMILIES, HARMFUL, HARMLESS, save_tiny
+
+ABLATIONS = [
+    Ablation("per_layer", 0.0, {c: Kernel(strength, 3.0, 0.4, reach) for c in ("attention", "mlp")})
+    for strength, reach in ((1.2, 1.0), (0.7, 2.0), (3.0, 1.5), (0.0, 1.0), (1.5, 4.0))
+]
+
+
+def bench(folder: Path, *, share: bool, size: int = 64) -> tuple[Ladder, Workbench, torch.Tensor]:
+    model = load(open_checkpoint(str(folder)), ["float32"], {})
+    chat = ChatFormat(model.tokenizer)
+    batcher = Batcher(size, share=share)
+    ladder = Ladder(
+        model, chat, chat.encode(HARMFUL[:14]), chat.encode(HARMLESS[:10]), MarkerJudge(["sorry"]), batcher, 12
+    )
+    torch.manual_seed(3)
+    directions = Directions(torch.nn.functional.normalize(torch.randn(4, 32), dim=-1))
+    workbench = Workbench.prepare(directions, model.anatomy.writers, "norm_preserving")
+    answers = ladder.refusals(keep_answers=True).answers or ()
+    # The word that divides the answers best is the marker, so that some are declined.
+    words = {word for answer in answers for word in answer.split()}
+    marker = min(sorted(words), key=lambda w: abs(2 * sum(w in a for a in answers) - len(answers)), default="sorry")
+    ladder = replace(ladder, judge=MarkerJudge([marker]))
+    return ladder, workbench, first_token_log_probs(model, ladder.harmless, batcher)
+
+
+def refusal_texts(ladder: Ladder) -> list[list[int]]:
+    counted = ladder.refusals(fewest_tokens=3)
+    assert counted.count
+    return [list(t[:MOST_TOKENS]) if d else [] for t, d in zip(counted.tokens, counted.declined, strict=True)]
+
+
+def together(
+    ladder: Ladder, workbench: Workbench, baseline: torch.Tensor, ablations: list[Ablation], **more: object
+) -> list[object]:
+    operators = [workbench.operators(a) for a in ablations]
+    first = min((w.layer for w in workbench.writers if any(w.name in o for o in operators)), default=4)
+    with attach(workbench.writers, *operators):
+        return list(ladder.score_trials(baseline, Edited(len(ablations), first), **more))  # type: ignore[arg-type]
+
+
+def alone(ladder: Ladder, workbench: Workbench, baseline: torch.Tensor) -> list[Scores]:
+    found = []
+    for ablation in ABLATIONS:
+        with attach(workbench.writers, workbench.operators(ablation)):
+            found.append(ladder.score(baseline))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [3, 128])
+def test_verdicts_and_kl_are_those_of_each_alone(family: str, size: int, tmp_path: Path) -> None:
+    ladder, workbench, baseline = bench(save_tiny(tmp_path / "m", family), share=family not in ("gemma3", "mistral"))
+    ladder.batcher.share, sharing = False, ladder.batcher.share
+    expected = alone(ladder, workbench, baseline)
+    ladder.batcher.share, ladder.batcher.size = sharing, size
+    saving = with_savings(ladder, refusal_texts(ladder))
+    windowed = family in ("gemma3", "mistral")  # windows of 8 tokens, shorter than the prompts
+    assert (saving.harmful_entries is None) is windowed
+    for _ in range(2):  # the second time passes begin with what the first has kept
+        for some in (ABLATIONS[:3], ABLATIONS[3:], ABLATIONS[1:2]):
+            for found, ablation in zip(together(saving, workbench, baseline, some), some, strict=True):
+                reference = expected[ABLATIONS.index(ablation)]
+                assert isinstance(found, Scores) and found.declined == reference.declined
+                assert found.divergence.mean == pytest.approx(reference.divergence.mean, rel=1e-4, abs=1e-7)
+    if not windowed:
+        assert len({e.declined for e in expected}) > 1, "the ablations should not all do the same"
+        assert saving.harmful_entries is not None and saving.harmful_entries.hidden, "nothing was kept"
+
+
+def test_rows_of_a_hybrid_model_are_tried_first_and_decoded_plainly(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Lfm2Config
+
+    from heretic.model.anatomy import dissect
+    from tests.tiny import COMMON, tiny_tokenizer
+
+    ladder, _, _ = bench(save_tiny(tmp_path / "m"), share=False)
+    torch.manual_seed(1)
+    kinds = ["conv", "full_attention", "conv", "full_attention"]
+    model = AutoModelForCausalLM.from_config(Lfm2Config(**COMMON, layer_types=kinds, conv_L_cache=3)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    hybrid = LanguageModel(model, tiny_tokenizer(), ladder.language_model.checkpoint, dissect(model), "float32")
+    same_length = [r for r in ladder.harmful if len(r) == len(ladder.harmful[0])]  # convolutions see the padding
+    ladder = replace(ladder, language_model=hybrid, harmful=same_length, batcher=Batcher(1))
+    baseline = first_token_log_probs(hybrid, ladder.harmless, ladder.batcher)
+    counted = ladder.refusals()
+    texts = [list(t[:MOST_TOKENS]) if d else [] for t, d in zip(counted.tokens, counted.declined, strict=True)]
+    saving = with_savings(ladder, texts)
+    (found,) = saving.score_trials(baseline)
+    assert isinstance(found, Scores) and found.declined == "".join("01"[d] for d in counted.declined)
+    assert found.surrogate is not None and found.surrogate.matching == counted.count
+
+
+def test_a_trial_is_left_as_soon_as_it_is_beaten_and_its_neighbours_are_not(llama: Path) -> None:
+    ladder, workbench, baseline = bench(llama, share=True)
+    expected = alone(ladder, workbench, baseline)
+    saving = with_savings(ladder, refusal_texts(ladder))
+    most = max(range(3), key=lambda i: expected[i].refusals)
+    limit = expected[most].refusals
+    kl = expected[most].divergence.mean
+    assert limit > 0
+    found = together(
+        saving,
+        workbench,
+        baseline,
+        ABLATIONS[:3],
+        beaten=lambda k, at_least: abs(k - kl) < 1e-4 * kl and at_least >= limit,
+    )
+    for i, one in enumerate(found):
+        if i == most:
+            assert isinstance(one, Beaten) and one.at_least == limit
+        else:
+            assert isinstance(one, Scores) and one.declined == expected[i].declined
