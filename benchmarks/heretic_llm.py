@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 NAME = "heretic-llm"
 RELEASE = "1.4.0"
 # The newest releases that it accepts, named so that a repetition gets the same ones: transformers 5.23 is inside its
-# range, but not together with the huggingface-hub 1.x that it asks for. PyTorch is the one of this environment.
+# range, but pip does not choose it beside the huggingface-hub 1.x that it asks for. PyTorch is the one of this environment.
 PINNED = (
     "transformers==5.22.2",
     "huggingface-hub==1.33.0",
