@@ -97,7 +97,7 @@ def test_no_weight_is_lost_or_counted_twice(mode: Any, number: int, tied: bool) 
 
 def test_cpu_takes_float32_where_it_fits(little: Checkpoint) -> None:
     found = plan(little, [cpu(8)])
-    assert (found.dtype, found.device_map, found.batch_size) == ("float32", {"": "cpu"}, 64)
+    assert (found.dtype, found.device_map, found.batch_size) == ("float32", {"": "cpu"}, 128)
     assert found.loads[0].weights == 2 * little.nbytes and not found.on_gpu and found.in_ram == 0
     assert plan(little, [*gpus(1, 24), cpu(8)], device_map="cpu").dtype == "float32"
     assert plan(little, [*gpus(1, 24), cpu(8)], device_map={"": "cpu"}).dtype == "float32"
