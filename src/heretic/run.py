@@ -123,7 +123,7 @@ def _work(inputs: Inputs, study: optuna.Study, wanted: Path | None, watcher: Wat
     settings, folder = inputs.settings, inputs.folder
     session = open_session(settings, inputs.checkpoint, inputs.prompts, inputs.plan, folder, watcher, stop)
     study.set_user_attr(REFUSALS_BEFORE, session.baseline.refusals)
-    optimise(study, settings, Trials.on(session, folder), watcher=watcher, stop=stop)
+    optimise(study, settings, Trials(session, folder), watcher=watcher, stop=stop)
     picked = pick(settings, results(study))
     return plan_export(session, inputs.plan, picked[0], folder, wanted) if wanted and picked else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,20 +21,18 @@ from heretic.session import Session
 
 @dataclass(frozen=True)
 class Trials:
-    """Measures trials on a session. `together` is how many are worth running at once."""
+    """Measures trials on a session."""
 
     session: Session
     folder: RunFolder
-    together: int = 1
 
-    @classmethod
-    def on(cls, session: Session, folder: RunFolder) -> Trials:
-        """As the settings say; with `trials_per_batch = 0` it is measured what pays."""
-        settings = session.bench.settings
+    @functools.cached_property
+    def together(self) -> int:
+        """How many to run at once: as the settings say; with `trials_per_batch = 0` it is measured, once asked, what pays."""
+        settings = self.session.bench.settings
         if settings.apply == "weights" or settings.store_responses:  # one edit at a time; whole answers
-            return cls(session, folder)
-        together = settings.trials_per_batch or trials_that_pay(session.ladder)
-        return cls(session, folder, together)
+            return 1
+        return settings.trials_per_batch or trials_that_pay(self.session.ladder)
 
     def measure(
         self, trials: Sequence[optuna.Trial], beaten: Callable[[float, int], bool]

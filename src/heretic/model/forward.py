@@ -8,6 +8,7 @@ import logging
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -158,8 +159,7 @@ def can_begin_later(model: Any, blocks: Any, sequences: Sequence[list[int]], bat
     entries = Entries(blocks, few, start=len(shared), with_cache=True, beginning=beginning)
 
     def batch() -> Batch:
-        made = batcher.batch(rows, few, Beginning(shared) if shared else None, entries)
-        return Batch(made.rows, made.input_ids, made.attention_mask, made.beginning, None, half, entries)
+        return replace(batcher.batch(rows, few, Beginning(shared) if shared else None, entries), edited=half)
 
     def kept_first() -> Batch:
         hidden_states(model, batch(), use_cache=True)

@@ -11,10 +11,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from heretic.scoring.ladder import Beaten, Scores
 from heretic.scoring.surrogate import Calibration, Surrogate, prediction_error
-from heretic.search.front import Result, results
+from heretic.search.front import AGAIN, Result, results
 
 BEATEN = "beaten"  # user attribute of a trial that was left early: what was known of it then
-AGAIN = "again"  # of a trial that measures in full what an earlier one was told with an estimate
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from heretic.scoring.ladder import Scores
 
+AGAIN = "again"  # user attribute of a trial that measures in full what an earlier one was told with an estimate
+
 
 @dataclass(frozen=True)
 class Result:
@@ -41,7 +43,7 @@ def results(study: optuna.Study) -> list[Result]:
 def result(trial: FrozenTrial) -> Result:
     """A stored trial as a result."""
     scores = Scores.from_dict(trial.user_attrs["scores"])
-    return Result(trial.number, dict(trial.params), scores, trial.user_attrs.get("again"))
+    return Result(trial.number, dict(trial.params), scores, trial.user_attrs.get(AGAIN))
 
 
 def front(found: Sequence[Result]) -> list[Result]:

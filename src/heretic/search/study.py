@@ -11,8 +11,8 @@ from optuna.trial import TrialState
 from heretic.errors import UserError
 from heretic.progress import Watcher
 from heretic.scoring.ladder import Measured, Scores, never
-from heretic.search.fidelity import AGAIN, BEATEN, Progress, told
-from heretic.search.front import Result, result
+from heretic.search.fidelity import BEATEN, Progress, told
+from heretic.search.front import AGAIN, Result, result
 from heretic.search.storage import worker
 from heretic.settings import Settings
 from heretic.stop import Stop
@@ -92,14 +92,14 @@ def optimise(
 def _ask(study: optuna.Study, settings: Settings, trials: Measurer, stop: Stop) -> list[optuna.Trial]:
     """The next trials; once all are finished, one that was told with an estimate good enough for the front; then none."""
     stop.check()
-    count = min(trials.together, settings.n_trials - finished(study))
-    if count <= 0:
+    left = settings.n_trials - finished(study)
+    if left <= 0:
         for unsettled in Progress.of(study).unsettled()[:1]:
             study.enqueue_trial(unsettled.params, user_attrs={AGAIN: unsettled.number})
             return [study.ask()]
         return []
     asked = []
-    for _ in range(count):
+    for _ in range(min(trials.together, left)):
         # Seeded by how many trials are done or under way, so that a study that was interrupted draws what an
         # uninterrupted one would have drawn, and workers side by side draw different ones.
         number = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)))
