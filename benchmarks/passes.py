@@ -7,15 +7,12 @@ MODEL is a model folder; the prompts are 60 of the bundled set `other_eval`. Eac
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from heretic.export.manifest import now, versions
+from common import head, options, write
+
 from heretic.model.batching import Batch, Batcher
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
@@ -28,11 +25,10 @@ from heretic.settings import PromptSource
 
 def main() -> None:
     """Measure, print a table, write the JSON."""
-    parser = argparse.ArgumentParser()
+    parser = options(__doc__, "passes.json", assets=False)
     parser.add_argument("model")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "passes.json")
     arguments = parser.parse_args()
     language_model = load(open_checkpoint(arguments.model), ["float32"], {"device_map": {"": "cpu"}})
     prompts = load_prompts("other_eval", PromptSource(source="bundled:other_eval", split="train[:60]")).prompts
@@ -49,9 +45,7 @@ def main() -> None:
             decoded = best(batcher, sequences, lambda b: decode(model, b, arguments.tokens, set()))
             rows.append({"shared": share, "batch": size, "prefill_s": prefill, "decode_s": decoded})
             print(f"shared={share!s:<5} batch={size:<3} prefill {prefill:5.1f} s, with decoding {decoded:5.1f} s")
-    report = {"date": now(), "cores": os.cpu_count(), "versions": versions(), "model": arguments.model, "passes": rows}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    write(head(arguments) | {"passes": rows}, arguments.out)
 
 
 def best(batcher: Batcher, sequences: list[list[int]], step: Callable[[Batch], list[Any]]) -> float:

@@ -7,18 +7,12 @@ The two take turns, so that a noisy machine hurts both.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
-from study import cpu_name
+from common import head, options, write
 
-from heretic.export.manifest import now, versions
 from heretic.model.batching import Batch, Batcher
 from heretic.model.capture import mean_residuals
 from heretic.model.chat_format import ChatFormat
@@ -28,12 +22,9 @@ from heretic.model.loading import load
 
 def main() -> None:
     """Measure, print, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("assets", type=Path)
-    parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
+    parser = options(__doc__, "residuals.json")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "residuals.json")
     arguments = parser.parse_args()
     model = load(open_checkpoint(str((arguments.assets / arguments.model).resolve())), ["float32"], {})
     lines = (arguments.assets / "prompts" / "harmful_train.txt").read_text().splitlines()[: arguments.prompts]
@@ -62,18 +53,12 @@ def main() -> None:
             way()
             seconds[name].append(time.perf_counter() - began)
     rates = {name: round(len(sequences) / statistics.median(s), 2) for name, s in seconds.items()}
-    report = {
-        "command": f"python benchmarks/residuals.py ASSETS --rounds {arguments.rounds}",
-        "date": now(),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
-        "versions": versions(),
-        "model": arguments.model,
+    report = head(arguments) | {
         "prompts": len(sequences),
         "prompts_per_second": rates,
         "share_of_bare": {name: round(rate / rates["bare forward pass"], 3) for name, rate in rates.items()},
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    write(report, arguments.out)
     for name in ways:
         print(f"{name:<32} {rates[name]:>7} prompts/s  {report['share_of_bare'][name]:.2f} of bare")
 

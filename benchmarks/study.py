@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -21,27 +20,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from heretic.export.manifest import now, versions
+from common import head, options, prompt_settings, write
+
 from heretic.search.front import Result, choose, front
 from heretic.status import look_at
-
-ROLES = ("harmful_train", "harmless_train", "harmful_eval", "harmless_eval")
 
 
 def main() -> None:
     """Run the study, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("assets", type=Path)
-    parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
+    parser = options(__doc__, "study.json")
     parser.add_argument("--trials", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], dest="extra")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "study.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = measure(arguments, Path(folder))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    write(report, arguments.out)
     for key in (
         "declined_before",
         "trials",
@@ -72,12 +67,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "--save-to",
         "model",
     ]
-    for role in ROLES:
-        source = (arguments.assets / "prompts" / f"{role}.txt").resolve()
-        wanted = 100 if role.endswith("train") else 50
-        command += ["--set", f"prompts.{role}.source={source}", "--set", f"prompts.{role}.split=train[:{wanted}]"]
     for assignment in (
-        "max_response_length=32",
+        *prompt_settings(arguments.assets),
+        f"max_response_length={arguments.tokens}",
         "search.n_startup_trials=10",
         f"seed={arguments.seed}",
         *arguments.extra,
@@ -90,13 +82,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     trials = [r.scores.seconds for r in seen.found]
     manifest = json.loads((folder / "model" / "manifest.json").read_text())
     chosen = choose(seen.found, "fewest_refusals_under_kl", 0.1, 0)
-    return {
-        "command": "python benchmarks/study.py ASSETS " + " ".join(f"--set {a}" for a in arguments.extra),
+    return head(arguments) | {
         "seed": arguments.seed,
-        "date": now(),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
-        "versions": versions(),
-        "model": arguments.model,
         "trials": seen.done,
         "left_early": seen.stopped,
         "surrogate_error": seen.surrogate_error,
@@ -115,14 +102,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def point(result: Result) -> dict[str, Any]:
     """A trial on the front as plain numbers."""
     return {"trial": result.number, "refusals": result.scores.refusals, "kl": round(result.scores.divergence.mean, 5)}
-
-
-def cpu_name() -> str:
-    """What the machine calls its processor."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

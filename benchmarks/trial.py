@@ -7,10 +7,6 @@ The same random ablations are measured in every way. 100 + 100 direction prompts
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -20,65 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from study import ROLES, cpu_name
+from common import head, opened, options, write
 
 from heretic.ablation.ablation import Ablation
-from heretic.export.manifest import now, versions
-from heretic.machine.gpus import usable_gpus, visible_gpus
-from heretic.progress import SILENT
-from heretic.run import look
-from heretic.run_folder import RunFolder
 from heretic.savings import trials_that_pay, with_savings
 from heretic.scoring.ladder import Ladder, Scores
-from heretic.search import space
-from heretic.session import Session, open_session
-from heretic.settings_layers import resolve
-from heretic.stop import Stop
+from heretic.session import Session
 
 Way = Callable[[Session], tuple[Ladder, bool, int]]  # ladder, whether beginnings are shared, trials in a pass
 
 
 def main() -> None:
     """Measure, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("assets", type=Path)
-    parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
+    parser = options(__doc__, "trial.json")
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--train", type=int, default=100)
-    parser.add_argument("--eval", type=int, default=50)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "trial.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        session = opened(arguments, Path(folder))
-    report: dict[str, Any] = {
-        "command": f"python benchmarks/trial.py ASSETS --trials {arguments.trials} --tokens {arguments.tokens}",
-        "date": now(),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
-        "gpus": [gpu.name for gpu in usable_gpus(visible_gpus())],
-        "versions": versions(),
-        "model": arguments.model,
-        "ways": {},
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    for name, found in measure(session, arguments.trials):
-        report["ways"][name] = found
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def opened(arguments: argparse.Namespace, folder: Path) -> Session:
-    """A session as `heretic run` opens it."""
-    assignments = [f"max_response_length={arguments.tokens}"]
-    for role in ROLES:
-        source = (arguments.assets / "prompts" / f"{role}.txt").resolve()
-        wanted = arguments.train if role.endswith("train") else arguments.eval
-        assignments += [f"prompts.{role}.source={source}", f"prompts.{role}.split=train[:{wanted}]"]
-    options = {"model": str((arguments.assets / arguments.model).resolve()), "runs_dir": str(folder)}
-    settings = resolve(None, options, assignments, {}).settings
-    inputs = look(settings, force=False, watcher=SILENT)
-    run_folder = RunFolder(folder / "run", "benchmark")
-    run_folder.create()
-    return open_session(settings, inputs.checkpoint, inputs.prompts, inputs.plan, run_folder, SILENT, Stop())
+        settings = [f"max_response_length={arguments.tokens}"]
+        session, _ = opened(arguments.assets, arguments.model, settings, Path(folder))
+        report: dict[str, Any] = head(arguments) | {"ways": {}}
+        for name, found in measure(session, arguments.trials):
+            report["ways"][name] = found
+            write(report, arguments.out)
 
 
 def measure(session: Session, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -129,9 +89,8 @@ def without_entries(ladder: Ladder) -> Ladder:
 def drawn(session: Session, count: int) -> list[Ablation]:
     """Random ablations of the search space."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0), directions=["minimize", "minimize"])
-    anatomy = session.bench.language_model.anatomy
-    search = session.bench.settings.search
-    return [space.sample(study.ask(), search, anatomy.num_layers, anatomy.components) for _ in range(count)]
+    space = session.space(None)
+    return [space.sample(study.ask()) for _ in range(count)]
 
 
 def run(session: Session, ladder: Ladder, ablations: Sequence[Ablation], in_a_pass: int) -> list[Scores]:

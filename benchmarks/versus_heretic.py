@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import heretic_llm as peer
+from common import ROLES, cpu_name, now, versions
 from heretic_llm import Line, Point, clock_of, first_match, median
-from study import ROLES, cpu_name, now, point, versions
+from study import point
 from turns import Job, take_turns
 
 from heretic.search.front import front

@@ -20,7 +20,7 @@ from heretic.model.loading import load
 from heretic.session import weight_reader
 
 TOKENS = torch.tensor([[5, 9, 17, 33, 41]])
-ABLATION = Ablation("per_layer", 0.0, {c: Kernel(1.2, 2.0, 0.4, 3.0) for c in ("attention", "mlp")})
+ABLATION = Ablation.of_kernels({c: Kernel(1.2, 2.0, 0.4, 3.0) for c in ("attention", "mlp")}, 4)
 
 
 @torch.no_grad()

@@ -27,12 +27,15 @@ FAMILIES = {
     "qwen2": ("Qwen2Config", COMMON),
     "qwen3": ("Qwen3Config", {**COMMON, "head_dim": 8}),
     "gemma3": ("Gemma3TextConfig", {**COMMON, "head_dim": 8, "sliding_window": 8}),
+    "gemma2": ("Gemma2Config", {**COMMON, "head_dim": 8, "sliding_window": 8}),
+    "olmo2": ("Olmo2Config", COMMON),
     "phi3": ("Phi3Config", COMMON),
     "mistral": ("MistralConfig", {**COMMON, "sliding_window": 8}),
     "gpt2": ("GPT2Config", dict(vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, n_positions=256, bos_token_id=1,
                                 eos_token_id=2, pad_token_id=0)),
     "gpt_neox": ("GPTNeoXConfig", {k: v for k, v in COMMON.items() if k != "num_key_value_heads"}),
 }  # fmt: skip
+WINDOWED = ("gemma2", "gemma3", "mistral")  # with windows of 8 tokens, shorter than most prompts of the tests
 
 
 def tiny_model(family: str, seed: int = 0) -> transformers.PreTrainedModel:

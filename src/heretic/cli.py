@@ -90,13 +90,17 @@ def preflight(
     config: ConfigOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
+    devices: Annotated[
+        str | None, typer.Option("--devices", help="Plan for GPUs that are not here, such as 4x24GiB.")
+    ] = None,
 ) -> None:
     """Can this run succeed here? Exit status: 0 ready, 1 will fail, 2 risky."""
     resolved = read_settings(config, assignments, {"model": model}, quiet=as_json)
+    from heretic.machine.imagined import imagined_gpus
     from heretic.run import check
     from heretic.screen.preflight_table import show
 
-    report = check(resolved.settings)
+    report = check(resolved.settings, imagined=imagined_gpus(devices) if devices else ())
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
     else:
@@ -121,6 +125,8 @@ def status(
     counts = [f"{seen.done} of {seen.n_trials}"]
     counts += [f"{n} {what}" for n, what in ((seen.stopped, "left early"), (seen.failed, "failed")) if n]
     rows = [("run", str(seen.folder)), ("model", seen.model), ("trials", ", ".join(counts)), ("state", seen.state)]
+    if seen.walk:
+        rows.append(("walk", seen.walk))
     if seen.surrogate_error is not None:
         rows.append(("estimates", f"off by {seen.surrogate_error:.1f} refusals on average"))
     if seen.seconds_left is not None:

@@ -17,6 +17,7 @@ from heretic.run import Inputs, device_lock, look, pick, study_of
 from heretic.run_folder import find_run, stored_settings
 from heretic.scoring.divergence import Divergence, first_token_log_probs, measure_divergence
 from heretic.search.front import Result, results
+from heretic.search.walk import Walk
 from heretic.session import Bench, open_bench, open_session
 from heretic.settings import Settings
 from heretic.stop import Stop
@@ -57,16 +58,18 @@ def export_run(
                 raise UserError(
                     "The run has no finished trial yet.", where=str(folder.path), fix="go on with it: heretic run"
                 )
-            job = _plan(inputs, result, destination, watcher, stop)
+            job = _plan(inputs, Walk.of(study), result, destination, watcher, stop)
             return Exported(result, reason, job.baseline.refusals, write_export(job, watcher, stop))
 
 
-def _plan(inputs: Inputs, result: Result, destination: Path, watcher: Watcher, stop: Stop) -> ExportJob:
+def _plan(
+    inputs: Inputs, walk: Walk | None, result: Result, destination: Path, watcher: Watcher, stop: Stop
+) -> ExportJob:
     """The part of an export that needs the model in memory; it is free again when this returns."""
     session = open_session(
         inputs.settings, inputs.checkpoint, inputs.prompts, inputs.plan, inputs.folder, watcher, stop
     )
-    return plan_export(session, inputs.plan, result, inputs.folder, destination)
+    return plan_export(session, inputs.plan, session.space(walk), result, inputs.folder, destination)
 
 
 def _named(found: list[Result], number: int) -> tuple[Result, str]:

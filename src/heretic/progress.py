@@ -10,8 +10,8 @@ from typing import Protocol
 class Stage(Protocol):
     """One stretch of work with a known number of steps."""
 
-    def advance(self, steps: int = 1) -> None:
-        """`steps` more are done."""
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """`steps` more are done; `note` says how things stand."""
 
 
 class Watcher(Protocol):
@@ -29,7 +29,7 @@ class Watcher(Protocol):
 
 
 class _SilentStage:
-    def advance(self, steps: int = 1) -> None:
+    def advance(self, steps: int = 1, note: str = "") -> None:
         pass
 
 

@@ -18,7 +18,7 @@ from heretic.export.export import Export, ExportJob, earlier_export, plan_export
 from heretic.export.save import check_destination
 from heretic.files import write_text
 from heretic.machine import lock, preflight
-from heretic.machine.gpus import gpus_for, usable_gpus, visible_gpus
+from heretic.machine.gpus import Gpu, gpus_for, usable_gpus, visible_gpus
 from heretic.machine.memory_plan import MemoryPlan
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.progress import Watcher
@@ -32,6 +32,7 @@ from heretic.settings import Settings
 from heretic.settings_layers import Resolved
 from heretic.settings_text import resolved_text
 from heretic.stop import Stop
+from heretic.strengths import find_walk
 from heretic.trials import Trials
 
 log = logging.getLogger(__name__)
@@ -123,9 +124,10 @@ def _work(inputs: Inputs, study: optuna.Study, wanted: Path | None, watcher: Wat
     settings, folder = inputs.settings, inputs.folder
     session = open_session(settings, inputs.checkpoint, inputs.prompts, inputs.plan, folder, watcher, stop)
     study.set_user_attr(REFUSALS_BEFORE, session.baseline.refusals)
-    optimise(study, settings, Trials(session, folder), watcher=watcher, stop=stop)
+    space = session.space(find_walk(study, session, folder))
+    optimise(study, settings, Trials(session, folder, space), watcher=watcher, stop=stop)
     picked = pick(settings, results(study))
-    return plan_export(session, inputs.plan, picked[0], folder, wanted) if wanted and picked else None
+    return plan_export(session, inputs.plan, space, picked[0], folder, wanted) if wanted and picked else None
 
 
 def look(
@@ -158,8 +160,11 @@ def look(
     return Inputs(settings, checkpoint, prompts, plan, facts, folder)
 
 
-def check(settings: Settings, read_prompts: Callable[[], PromptSets] | None = None) -> preflight.Report:
-    """The preflight of these settings; `read_prompts` for a caller that goes on to use what was read."""
+def check(
+    settings: Settings, read_prompts: Callable[[], PromptSets] | None = None, imagined: tuple[Gpu, ...] = ()
+) -> preflight.Report:
+    """The preflight of these settings; `read_prompts` for a caller that goes on to use what was read, `imagined` GPUs for a
+    machine that is not this one."""
     return preflight.check(
         settings,
         checkpoint_loader=lambda: open_checkpoint(
@@ -167,6 +172,7 @@ def check(settings: Settings, read_prompts: Callable[[], PromptSets] | None = No
         ),
         prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
         storage_check=lambda: _probe_storage(settings),
+        imagined=imagined,
     )
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from heretic.ablation.directions import Directions
 from heretic.errors import UserError
 from heretic.files import read_tensors, write_tensors, write_text
 from heretic.progress import Watcher
+from heretic.search.gradient import State
+from heretic.search.walk import Point
 from heretic.settings import Settings
 from heretic.settings_layers import resolve
 
@@ -113,6 +115,33 @@ class RunFolder:
             "response_prefix": torch.tensor(list(baseline.response_prefix.encode()), dtype=torch.uint8),
         }
         write_tensors(self.path / "baseline.safetensors", tensors, {"fingerprint": self.stamp})
+
+    def walk(self, watcher: Watcher) -> State | None:
+        """The stored state of a descent under way; None if there is none or it is damaged, which is said."""
+        tensors = self._tensors("walk.safetensors", watcher)
+        if not tensors:
+            return None
+        told = json.loads(bytes(tensors.pop("told").tolist()).decode())
+        mixture, vector = tensors.pop("mixture", None), tensors.pop("vector", None)
+        points = [Point.from_dict(p) for p in told["points"]]
+        return State(tensors.pop("strengths"), mixture, vector, told["steps"], told["first_layer"], points, tensors)
+
+    def steps_walked(self) -> int:
+        """How far the stored descent has come; 0 if there is none that can be read. Changes nothing."""
+        try:
+            tensors, _ = read_tensors(self.path / "walk.safetensors")
+            return int(json.loads(bytes(tensors["told"].tolist()))["steps"])
+        except (UserError, OSError, KeyError, ValueError):
+            return 0
+
+    def keep_walk(self, state: State) -> None:
+        """Store the state of a descent: a few kilobytes, after every step."""
+        import torch
+
+        told = {"steps": state.steps, "first_layer": state.first_layer, "points": [asdict(p) for p in state.points]}
+        text = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
+        tensors = {**state.tensors, **state.moments, "told": text}
+        write_tensors(self.path / "walk.safetensors", tensors, {"fingerprint": self.stamp})
 
     def keep_answers(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Store answers as JSON lines under `answers/`."""

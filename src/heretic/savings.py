@@ -44,14 +44,15 @@ def with_savings(ladder: Ladder, refusal_texts: Sequence[list[int]]) -> Ladder:
         return ladder
     return replace(
         ladder,
-        harmful_entries=_entries(model, requests.with_tried, ladder.batcher, with_cache=True),
-        harmless_entries=_entries(model, ladder.harmless, ladder.batcher, with_cache=False),
+        harmful_entries=entries_of(model, requests.with_tried, ladder.batcher, with_cache=True),
+        harmless_entries=entries_of(model, ladder.harmless, ladder.batcher, with_cache=False),
     )
 
 
-def _entries(
+def entries_of(
     model: LanguageModel, sequences: Sequence[list[int]], batcher: Batcher, *, with_cache: bool
 ) -> Entries | None:
+    """Room for what the original's blocks receive for these sequences; None where there is not enough."""
     shape = ModelShape.of(model.model.config.get_text_config(decoder=True), model.model)
     shared = batcher.beginning(sequences)
     budget = min(MOST_BYTES, int(SHARE_OF_FREE_RAM * memory()[1]))

@@ -34,6 +34,8 @@ from heretic.scoring.divergence import first_token_log_probs
 from heretic.scoring.ladder import Ladder
 from heretic.scoring.refusals import MarkerJudge
 from heretic.scoring.surrogate import FEWEST_TOKENS, MOST_TOKENS
+from heretic.search.space import Space
+from heretic.search.walk import Walk
 from heretic.settings import Settings
 from heretic.stop import Stop
 
@@ -92,6 +94,11 @@ class Session:
             (only,) = operators
             with rewrite(writers, only, self.original):
                 yield edited
+
+    def space(self, walk: Walk | None) -> Space:
+        """What this model's trials are drawn from."""
+        anatomy = self.bench.language_model.anatomy
+        return Space(self.bench.settings.search, anatomy.num_layers, anatomy.components, walk)
 
     def log_probs(self, ablation: Ablation) -> Tensor:
         """Next-token log-probabilities of the ablated model on the harmless evaluation prompts [prompts, vocabulary]."""
@@ -191,7 +198,10 @@ def open_session(
         directions = find_directions(bench)
         folder.keep_directions(directions)
     writers = bench.language_model.anatomy.writers
-    workbench = Workbench.prepare(directions, writers, settings.ablation.geometry, weight_reader(checkpoint), watcher)
+    edit = settings.ablation
+    workbench = Workbench.prepare(
+        directions, writers, edit.geometry, weight_reader(checkpoint), watcher, norm_aware=edit.norm_aware
+    )
     original = None
     if settings.apply == "weights":
         original = copies(writers) if settings.cache_weights else from_checkpoint(_with_tensors(checkpoint), writers)

@@ -7,6 +7,7 @@ fingerprint that decides whether a stored study may be continued.
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Annotated, Any, Literal
 
@@ -95,12 +96,23 @@ class AblationSettings(Table):
         "`plain`: W' = (I - s v vT) W. `row_normalized`: the same on rows scaled to norm 1, scaled back afterwards. "
         "`norm_preserving`: then every row is given its old norm again.",
     )
+    norm_aware: bool = setting(
+        True,
+        "Where a block's outputs pass an RMS norm before they are added to the stream (Gemma 2 and 3, OLMo 2), take out "
+        "what the norm turns into the direction, instead of the direction itself. Other models are not affected.",
+    )
 
 
 def _in_order(bounds: list[float]) -> list[float]:
     if bounds[0] > bounds[1]:
         raise ValueError(f"the first number is the lower bound, but {bounds[0]:g} > {bounds[1]:g}")
     return bounds
+
+
+def _rising(weights: list[float]) -> list[float]:
+    if weights[0] <= 0 or any(a >= b for a, b in itertools.pairwise(weights)):
+        raise ValueError("the weights must be positive and rise")
+    return weights
 
 
 def _home(path: str) -> str:
@@ -138,9 +150,45 @@ class KernelSpace(Table):
     )
 
 
+class GradientSettings(Table):
+    """The walk: strengths and a direction by gradient, on the prompt sets that give the direction."""
+
+    direction: Literal["mixture", "per_layer", "free"] = setting(
+        "mixture",
+        "`mixture`: one direction for all layers, a mixture of the layers' that is optimised too; `per_layer`: each layer's own; "
+        "`free`: one direction for all layers that may leave their span, at the price of `leaving`.",
+    )
+    leaving: float = setting(
+        0.1, "Penalty on the share, squared, of a `free` direction that is outside the span of the layers'.", ge=0
+    )
+    weights: Annotated[list[float], AfterValidator(_rising)] = setting(
+        [0.1, 0.2, 0.4, 0.8, 1.6],
+        "Weights of refusing against change, from gentle to strict: each gives one point, and the next one starts from it.",
+        min_length=1,
+    )
+    steps: int = setting(6, "Steps at each weight.", ge=1)
+    batch: int = setting(16, "Prompts of each kind in a step.", ge=1)
+    prompts: int = setting(
+        64, "Prompts of each kind that are used, the first of `harmful_train` and of `harmless_train`.", ge=4
+    )
+    held_back: float = setting(0.25, "Share of them that no step sees and every point is measured on.", gt=0, lt=1)
+    learning_rate: float = setting(0.15, "How far a step moves a strength, about.", gt=0)
+    sparsity: float = setting(
+        0.003, "Penalty on the sum of the strengths; it keeps writers that are not worth it at exactly 0.", ge=0
+    )
+    kl_tokens: int = setting(1, "Tokens of the harmless answers whose change counts.", ge=1)
+    refusal_tokens: int = setting(4, "Tokens of a refusal that are made improbable.", ge=1)
+
+
 class Search(Table):
     """What the study searches, and how."""
 
+    start: Literal["gradient", "kernels", "both"] = setting(
+        "gradient",
+        "`gradient`: first a walk by gradient from gentle to strict ablations; its points are the first trials, and the "
+        "search goes on around them. `kernels`: four numbers a component, from nothing. `both`: trials of either kind. Where "
+        "gradients are impossible it is `kernels`, and that is said.",
+    )
     n_startup_trials: int = setting(30, "Trials drawn at random before TPE starts to model the results.", ge=0)
     kl_floor: float = setting(
         0.02,
@@ -156,6 +204,7 @@ class Search(Table):
     direction_index: Range = setting(
         [0.4, 0.9], "Range of the layer that gives the global direction, as a share of the depth."
     )
+    gradient: GradientSettings = setting(GradientSettings(), "The walk by gradient.")
     attention: KernelSpace = setting(KernelSpace(), "The kernel over attention output projections.")
     mlp: KernelSpace = setting(KernelSpace(max_weight=[-0.25, 1.5]), "The kernel over MLP down projections.")
 

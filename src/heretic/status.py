@@ -13,16 +13,18 @@ from optuna.trial import TrialState
 
 from heretic.errors import UserError
 from heretic.machine import lock
-from heretic.run_folder import find_run, stored_settings
+from heretic.run_folder import RunFolder, find_run, stored_settings
 from heretic.search.fidelity import BEATEN, Progress
 from heretic.search.front import Result, front
 from heretic.search.storage import REFUSALS_BEFORE, connect, storage_url, study_name
+from heretic.search.walk import Walk
+from heretic.settings import Settings
 
 
 @dataclass(frozen=True)
 class Status:
     """A study at a moment. `done` trials are told, `stopped` of them early; `surrogate_error` is how far estimates of such trials
-    are off, in refusals."""
+    are off, in refusals; `walk` says how far the walk by gradient has come."""
 
     folder: Path
     model: str
@@ -34,6 +36,7 @@ class Status:
     before: int | None
     seconds_per_trial: float | None
     surrogate_error: float | None
+    walk: str
     found: list[Result]
 
     @property
@@ -81,5 +84,15 @@ def look_at(name: str, runs_dir: str, environment: Mapping[str, str]) -> Status:
         before=study.user_attrs.get(REFUSALS_BEFORE),
         seconds_per_trial=statistics.fmean(recent) if recent else None,
         surrogate_error=progress.surrogate_error,
+        walk=_walk(study, folder, settings),
         found=found,
     )
+
+
+def _walk(study: optuna.Study, folder: RunFolder, settings: Settings) -> str:
+    """In a few words; empty where there is none and none is under way."""
+    walk = Walk.of(study)
+    if walk is not None:
+        return walk.why_not or f"{len(walk.points)} points, edited layers {walk.reach[0]} to {walk.reach[1]}"
+    gradient, steps = settings.search.gradient, folder.steps_walked()
+    return f"step {steps} of {len(gradient.weights) * gradient.steps}" if steps else ""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import optuna
 
@@ -15,7 +15,7 @@ from heretic.run_folder import RunFolder
 from heretic.savings import trials_that_pay
 from heretic.scoring.ladder import Measured, Scores
 from heretic.scoring.refusals import RefusalCount
-from heretic.search import space
+from heretic.search.space import Space
 from heretic.session import Session
 
 
@@ -25,14 +25,15 @@ class Trials:
 
     session: Session
     folder: RunFolder
+    space: Space
 
-    @functools.cached_property
-    def together(self) -> int:
-        """How many to run at once: as the settings say; with `trials_per_batch = 0` it is measured, once asked, what pays."""
+    def together(self, before: int | None) -> int:
+        """How many to run at once: as the settings say; with `trials_per_batch = 0` what an earlier session measured to pay,
+        else it is measured now."""
         settings = self.session.bench.settings
         if settings.apply == "weights" or settings.store_responses:  # one edit at a time; whole answers
             return 1
-        return settings.trials_per_batch or trials_that_pay(self.session.ladder)
+        return settings.trials_per_batch or before or trials_that_pay(self.session.ladder)
 
     def measure(
         self, trials: Sequence[optuna.Trial], beaten: Callable[[float, int], bool]
@@ -51,9 +52,11 @@ class Trials:
 
     def draw(self, trial: optuna.Trial) -> Ablation:
         """A trial's ablation; what was drawn once stays."""
-        bench = self.session.bench
-        anatomy = bench.language_model.anatomy
-        return space.sample(trial, bench.settings.search, anatomy.num_layers, anatomy.components)
+        return self.space.sample(trial)
+
+    def starts(self) -> list[dict[str, Any]]:
+        """Parameters of the trials to begin with."""
+        return self.space.starts()
 
     def _together(
         self, trials: Sequence[optuna.Trial], ablations: Sequence[Ablation], beaten: Callable[[float, int], bool]

@@ -23,13 +23,17 @@ def random_directions(layers: int, width: int) -> Directions:
 
 
 ABLATIONS = {
-    "per layer": Ablation("per_layer", 0.0, {c: Kernel(1.2, 2.0, 0.4, 3.0) for c in ("attention", "mlp")}),
-    "between two layers": Ablation(
-        "global", 1.3, {"attention": Kernel(0.7, 3.0, 0.2, 2.0), "mlp": Kernel(1.4, 1.0, 0.9, 2.5)}
+    "per layer": Ablation.of_kernels({c: Kernel(1.2, 2.0, 0.4, 3.0) for c in ("attention", "mlp")}, 4),
+    "between two layers": Ablation.of_kernels(
+        {"attention": Kernel(0.7, 3.0, 0.2, 2.0), "mlp": Kernel(1.4, 1.0, 0.9, 2.5)}, 4, 1.3
     ),
-    "one component only": Ablation(
-        "global", 2.0, {"attention": Kernel(0.0, 0, 0, 3), "mlp": Kernel(1.0, 1.0, 1.0, 9.0)}
+    "one component only": Ablation.of_kernels(
+        {"attention": Kernel(0.0, 0, 0, 3), "mlp": Kernel(1.0, 1.0, 1.0, 9.0)}, 4, 2.0
     ),
+    "a mixture of all layers": Ablation(
+        {"attention": (0.0, 0.5, 1.5, 0.2), "mlp": (0.0, 0.0, 0.3, 1.0)}, (1, -0.5, 2, 0)
+    ),
+    "neighbours": Ablation({"attention": (0.0, 0.5, 1.5, 0.2)}, None, shift=-0.4),
 }
 
 
@@ -68,7 +72,7 @@ def test_a_plain_operator_of_strength_one_removes_the_direction_from_the_write()
     model = tiny_model("qwen2")
     anatomy = dissect(model)
     directions = random_directions(4, 32)
-    ablation = Ablation("global", 2.0, {"mlp": Kernel(1.0, 1.0, 1.0, 9.0)})
+    ablation = Ablation.of_kernels({"mlp": Kernel(1.0, 1.0, 1.0, 9.0)}, 4, 2.0)
     operators = Workbench.prepare(directions, anatomy.writers, "plain").operators(ablation)
     writer = next(w for w in anatomy.writers if w.component == "mlp" and w.layer == 1)
     written = []
@@ -99,3 +103,54 @@ def test_strength_zero_gives_no_operator_at_all() -> None:
     workbench = Workbench.prepare(random_directions(4, 32), anatomy.writers, "plain")
     operators = workbench.operators(ABLATIONS["one component only"])
     assert operators and all("mlp" in name for name in operators)
+    kept = workbench.operators(ABLATIONS["one component only"], zeros_from=2)
+    assert {w.name for w in anatomy.writers if w.layer >= 2} == set(kept), "for gradients, zeros too, from a layer on"
+
+
+@torch.no_grad()
+def test_writers_of_strength_zero_are_untouched_bit_for_bit() -> None:
+    model = tiny_model("llama")
+    anatomy = dissect(model)
+    workbench = Workbench.prepare(random_directions(4, 32), anatomy.writers, "norm_preserving")
+    original = {n: p.clone() for n, p in model.named_parameters()}
+    ablation = Ablation({"attention": (0.0, 0.0, 0.7, 0.0), "mlp": (0.0,) * 4}, (1.0, 0, 0, 0))
+    with rewrite(anatomy.writers, workbench.operators(ablation), copies(anatomy.writers)):
+        changed = {n for n, p in model.named_parameters() if not torch.equal(p, original[n])}
+    assert changed == {next(w.name for w in anatomy.writers if w.component == "attention" and w.layer == 2) + ".weight"}
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2", "llama"])
+@torch.no_grad()
+def test_what_is_added_to_the_stream_has_nothing_along_the_direction(family: str) -> None:
+    """Behind a norm the usual edit does not take the direction out of what is added; the norm-aware one does."""
+    model = tiny_model(family)
+    anatomy = dissect(model)
+    directions = random_directions(4, 32)
+    ablation = Ablation.of_kernels({"mlp": Kernel(1.0, 1.0, 1.0, 9.0)}, 4, 2.0)
+    writer = next(w for w in anatomy.writers if w.component == "mlp" and w.layer == 1)
+    assert (writer.norm is None) == (family == "llama")
+
+    def added(norm_aware: bool) -> float:
+        operators = Workbench.prepare(directions, anatomy.writers, "plain", norm_aware=norm_aware).operators(ablation)
+        written: list[torch.Tensor] = []
+        with attach(anatomy.writers, operators):
+            module = writer.norm or writer.module
+            handle = module.register_forward_hook(lambda _m, _i, output: written.append(output))
+            model(TOKENS)
+            handle.remove()
+        return float((written[0] @ directions.vectors[2]).abs().max() / written[0].norm(dim=-1).max())
+
+    assert added(norm_aware=True) < 1e-5
+    assert (added(norm_aware=False) > 1e-3) == (family != "llama")
+
+
+@torch.no_grad()
+def test_norm_aware_edits_keep_row_norms_and_bake_like_any_other() -> None:
+    model = tiny_model("gemma3")
+    anatomy = dissect(model)
+    workbench = Workbench.prepare(random_directions(4, 32), anatomy.writers, "norm_preserving")
+    operators = workbench.operators(ABLATIONS["a mixture of all layers"])
+    for writer in anatomy.writers:
+        if writer.name in operators:
+            before = writer.weight().float()
+            assert torch.allclose(operators[writer.name].on_weight(before).norm(dim=1), before.norm(dim=1), rtol=1e-4)

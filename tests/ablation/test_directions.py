@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from heretic.ablation.directions import mean_difference
+from heretic.ablation.directions import between, mean_difference
 from heretic.errors import UserError
 from heretic.files import read_tensors
 from heretic.model.capture import ResidualMeans
@@ -43,10 +43,11 @@ def test_no_difference_is_an_error() -> None:
 def test_between_two_layers_the_mix_has_length_one() -> None:
     directions = mean_difference(means(1), means(2), project_harmless=False)
     for index in (0.0, 2.0, 2.25, 4.9, 5.0):
-        mixed = directions.mix(index) @ directions.vectors
+        mixed = directions.unit(between(index, 6)) @ directions.vectors
         assert mixed.norm() == pytest.approx(1.0, abs=1e-5)
-    assert torch.allclose(directions.mix(3.0) @ directions.vectors, directions.vectors[3], atol=1e-6)
-    middle = directions.mix(2.5) @ directions.vectors
+    assert torch.allclose(directions.unit(between(3.0, 6)) @ directions.vectors, directions.vectors[3], atol=1e-6)
+    assert between(-1.0, 6) == (1, 0, 0, 0, 0, 0) and between(7.0, 6) == (0, 0, 0, 0, 0, 1)
+    middle = directions.unit(between(2.5, 6)) @ directions.vectors
     assert (middle @ directions.vectors[2]).item() == pytest.approx((middle @ directions.vectors[3]).item(), abs=1e-5)
 
 

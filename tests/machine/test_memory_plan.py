@@ -133,6 +133,19 @@ def test_copies_of_edited_weights_are_counted(little: Checkpoint) -> None:
     assert load.copies == sum(t.nbytes for t in edited)
 
 
+def test_there_is_room_for_the_walk_where_trials_need_less(little: Checkpoint, large: Checkpoint) -> None:
+    def needed(checkpoint: Checkpoint, gradients: bool, batch: int) -> int:
+        devices = [*gpus(1, 24), cpu(64)] if checkpoint is little else [*gpus(1, 80), cpu(64)]
+        return plan(checkpoint, devices, gradients=gradients, batch_size=batch).loads[0].total
+
+    assert needed(little, True, 1) > needed(little, False, 1), "one row of a trial takes less than one with gradients"
+    assert needed(little, True, 64) == needed(little, False, 64), (
+        "trials of 64 rows take more, and not at the same time"
+    )
+    extra = needed(large, True, 1) - needed(large, False, 1)
+    assert 0 < extra < 2 * GIB, "64 blocks' inputs and one block's insides"
+
+
 def test_emptiest_gpu_is_preferred(little: Checkpoint) -> None:
     devices = [*gpus(1, 24, free=4), gpus(2, 24)[1]]
     assert plan(little, devices).device_map == {"": 1}

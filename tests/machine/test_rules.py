@@ -28,7 +28,7 @@ def gpu(index: int = 0, free: float = 24, *processes: GpuProcess) -> Gpu:
 
 def load(name: str = "cuda:0", weights: float = 10, free: float = 24, copies: float = 0) -> DeviceLoad:
     device = Device(name, int(free * GIB), int(free * GIB))
-    return DeviceLoad(device, "blocks 0-9", int(weights * GIB), 0, 0, 0, 0, 0, int(copies * GIB), 0)
+    return DeviceLoad(device, "blocks 0-9", int(weights * GIB), 0, 0, 0, 0, 0, 0, int(copies * GIB), 0)
 
 
 def plan(

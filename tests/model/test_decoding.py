@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from heretic.model import decoding
 from heretic.model.batching import Batcher
 from heretic.model.decoding import decode
-from tests.tiny import COMMON, FAMILIES, tiny_model
+from tests.tiny import COMMON, FAMILIES, WINDOWED, tiny_model
 
 PROMPTS = [[5, 9, 17], [7, 8, 11, 60, 3, 22, 41, 33, 9, 10, 12, 13], [40], [21, 22, 23, 24, 25]]
 
@@ -50,9 +50,7 @@ def test_looking_only_every_few_tokens_changes_nothing(between: int, monkeypatch
     assert decode(model, batch, 13, set()) == whole and decode(model, batch, 13, ends) == expected
 
 
-@pytest.mark.parametrize(
-    "family", [f for f in FAMILIES if f not in ("gemma3", "mistral")]
-)  # their windows are too short
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in WINDOWED])  # their windows are too short
 def test_texts_that_are_tried_leave_the_answers_as_they_are(family: str) -> None:
     model = tiny_model(family)
     plain = decode(model, Batcher(8).batch([0, 1, 2, 3], PROMPTS), 12, set())

@@ -13,7 +13,7 @@ from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import decode
 from heretic.model.forward import can_share, next_token_log_probs
 from heretic.model.loading import load
-from tests.tiny import FAMILIES, save_tiny, tiny_model
+from tests.tiny import FAMILIES, WINDOWED, save_tiny, tiny_model
 
 START = [5, 9, 17, 33, 41, 60, 61, 62, 63, 64]
 PROMPTS = [START + rest for rest in ([7], [8, 9, 10, 11, 12, 13], [8, 9], [20, 21, 22])]
@@ -30,7 +30,7 @@ def test_equal_in_every_family_unless_switched_off(family: str, tmp_path: Path) 
     language_model = load(open_checkpoint(str(save_tiny(tmp_path / "m", family))), ["float32"], {})
     model = language_model.model
     plain, sharing = Batcher(3), Batcher(3, share=True)
-    windowed = family in ("gemma3", "mistral")  # their windows of 8 tokens are shorter than these prompts
+    windowed = family in WINDOWED
     assert can_share(model, PROMPTS, plain) is not windowed
     if windowed:
         return

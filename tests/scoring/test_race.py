@@ -21,10 +21,10 @@ from heretic.scoring.divergence import first_token_log_probs
 from heretic.scoring.ladder import Beaten, Ladder, Scores
 from heretic.scoring.refusals import MarkerJudge
 from heretic.scoring.surrogate import MOST_TOKENS
-from tests.tiny import FAMILIES, HARMFUL, HARMLESS, save_tiny
+from tests.tiny import FAMILIES, HARMFUL, HARMLESS, WINDOWED, save_tiny
 
 ABLATIONS = [
-    Ablation("per_layer", 0.0, {c: Kernel(strength, 3.0, 0.4, reach) for c in ("attention", "mlp")})
+    Ablation.of_kernels({c: Kernel(strength, 3.0, 0.4, reach) for c in ("attention", "mlp")}, 4)
     for strength, reach in ((1.2, 1.0), (0.7, 2.0), (3.0, 1.5), (0.0, 1.0), (1.5, 4.0))
 ]
 
@@ -73,12 +73,12 @@ def alone(ladder: Ladder, workbench: Workbench, baseline: torch.Tensor) -> list[
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [3, 128])
 def test_verdicts_and_kl_are_those_of_each_alone(family: str, size: int, tmp_path: Path) -> None:
-    ladder, workbench, baseline = bench(save_tiny(tmp_path / "m", family), share=family not in ("gemma3", "mistral"))
+    ladder, workbench, baseline = bench(save_tiny(tmp_path / "m", family), share=family not in WINDOWED)
     ladder.batcher.share, sharing = False, ladder.batcher.share
     expected = alone(ladder, workbench, baseline)
     ladder.batcher.share, ladder.batcher.size = sharing, size
     saving = with_savings(ladder, refusal_texts(ladder))
-    windowed = family in ("gemma3", "mistral")  # windows of 8 tokens, shorter than the prompts
+    windowed = family in WINDOWED
     assert (saving.harmful_entries is None) is windowed
     for _ in range(2):  # the second time passes begin with what the first has kept
         for some in (ABLATIONS[:3], ABLATIONS[3:], ABLATIONS[1:2]):

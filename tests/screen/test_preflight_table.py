@@ -24,7 +24,7 @@ def printed(report: Report) -> str:
 
 def load(name: str, weights: int) -> DeviceLoad:
     device = Device(name, 24 * GIB, 23 * GIB)
-    return DeviceLoad(device, "embedding, blocks 0-13", weights * GIB, GIB, 0, GIB, 0, 0, 0, 2 * GIB)
+    return DeviceLoad(device, "embedding, blocks 0-13", weights * GIB, GIB, 0, GIB, 0, 0, 0, 0, 2 * GIB)
 
 
 def report(*findings: Finding, with_plan: bool = True) -> Report:

@@ -3,32 +3,86 @@
 from __future__ import annotations
 
 import optuna
+import pytest
 
-from heretic.search.space import from_params, sample
+from heretic.search.space import Space, describe
+from heretic.search.walk import Point, Walk, shifted
 from heretic.settings import Search
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
+GENTLE = Point(0.1, {"attention": (0.0, 0.0, 0.2, 0.4), "mlp": (0.0, 0.0, 0.0, 0.0)}, (0.0, 1.0, 0.0, 0.0), 0.01, 0.5)
+STRICT = Point(1.0, {"attention": (0.0, 0.2, 0.6, 0.8), "mlp": (0.0, 0.0, 0.4, 0.0)}, (0.0, 0.0, 1.0, 0.0), 0.10, 0.1)
+WALK = Walk((GENTLE, STRICT))
+
+
+def trials(count: int) -> list[optuna.Trial]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    return [study.ask() for _ in range(count)]
+
 
 def test_draws_stay_in_bounds_and_rebuild_from_their_parameters() -> None:
-    search = Search()
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    space = Space(Search(), 25, ["attention", "mlp"])
     untouched = 0
-    for _ in range(200):
-        trial = study.ask()
-        ablation = sample(trial, search, 25, ["attention", "mlp"])
-        assert 0.4 * 24 <= ablation.direction_index <= 0.9 * 24
-        for component, kernel in ablation.kernels.items():
-            assert 0 <= kernel.max_weight <= 1.5 and 0 <= kernel.min_weight <= kernel.max_weight
-            assert 0.6 * 24 <= kernel.max_weight_position <= 24
-            assert component == "mlp" or kernel.max_weight >= 0.8
-        untouched += ablation.kernels["mlp"].max_weight == 0.0
-        assert from_params(trial.params, search, 25, ["attention", "mlp"]) == ablation
+    for trial in trials(200):
+        ablation = space.sample(trial)
+        assert 0.4 * 24 <= trial.params["direction_index"] <= 0.9 * 24
+        assert (ablation.mixture is None) == (trial.params["direction_scope"] == "per_layer")
+        for component, strengths in ablation.strengths.items():
+            assert len(strengths) == 25 and all(0 <= s <= 1.5 for s in strengths)
+            assert component == "mlp" or max(strengths) > 0
+        untouched += not any(ablation.strengths["mlp"])
+        assert space.from_params(trial.params) == ablation
+        assert describe(trial.params).split()[0] in ("per", "layer")
     assert 10 < untouched < 60, "a seventh of the draws leaves the MLPs alone"
 
 
 def test_a_fixed_range_is_a_fixed_value() -> None:
     search = Search(direction_scope=["global"], direction_index=[0.5, 0.5])
-    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
-    ablation = sample(trial, search, 21, ["mlp"])
-    assert ablation.direction_index == 10.0 and ablation.scope == "global"
+    ablation = Space(search, 21, ["mlp"]).sample(trials(1)[0])
+    assert ablation.mixture is not None and list(ablation.mixture).index(1.0) == 10
+
+
+@pytest.mark.parametrize("start", ["gradient", "both"])
+def test_a_walks_points_are_the_starts_the_strict_one_first(start: str) -> None:
+    space = Space(Search(start=start), 4, ["attention", "mlp"], WALK)  # type: ignore[arg-type]
+    found = [space.from_params(params) for params in space.starts()]
+    assert found == [STRICT.ablation, GENTLE.ablation]
+    assert describe(space.starts()[0]) == "walk 1.00"
+
+
+def test_draws_around_a_walk_rebuild_and_leave_what_it_left_alone() -> None:
+    space = Space(Search(), 4, ["attention", "mlp"], WALK)
+    for trial in trials(50):
+        ablation = space.sample(trial)
+        assert space.from_params(trial.params) == ablation
+        assert ablation.strengths["attention"][0] == 0.0 and not any(ablation.strengths["mlp"][:2])
+        assert sum(ablation.mixture or ()) == pytest.approx(1.0)
+
+
+def test_both_halves_are_drawn_and_a_walk_that_failed_leaves_kernels() -> None:
+    space = Space(Search(start="both"), 4, ["attention", "mlp"], WALK)
+    drawn = trials(40)
+    for trial in drawn:
+        space.sample(trial)
+    assert 10 < sum("walk.point" in t.params for t in drawn) < 30
+    without = Space(Search(start="both"), 4, ["attention", "mlp"], Walk((), "no backward"))
+    (trial,) = trials(1)
+    without.sample(trial)
+    assert "direction_scope" in trial.params and without.starts() == []
+
+
+def test_halfway_between_points_with_gains_and_a_shift() -> None:
+    gains = {"attention": [1.0, 1.0, 1.0, 2.0], "mlp": [1.0] * 4}
+    ablation = WALK.at(0.5, gains, 0.5)
+    assert ablation.strengths["attention"] == pytest.approx((0.0, 0.1, 0.4, 1.2))
+    assert ablation.strengths["mlp"] == pytest.approx((0.0, 0.0, 0.2, 0.0))
+    assert ablation.mixture == pytest.approx((0.0, 0.25, 0.5, 0.25))
+    assert shifted((1.0, 0.0), -1.0) == (1.0, 0.0), "there is nothing before the first layer"
+
+
+def test_a_walk_comes_back_from_the_study_as_it_was() -> None:
+    study = optuna.create_study()
+    assert Walk.of(study) is None
+    WALK.keep(study)
+    assert Walk.of(study) == WALK and WALK.reach == (1, 3)

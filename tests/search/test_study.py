@@ -35,9 +35,16 @@ class Fake:
     """Measures without a model; `cost` collects how many trials came together."""
 
     def __init__(self, measure: Callable[[optuna.Trial], Measured], together: int = 1) -> None:
-        self.together = together
+        self.at_once = together
+        self.first: list[dict[str, float]] = []
         self.one = measure
         self.came: list[int] = []
+
+    def together(self, before: int | None) -> int:
+        return self.at_once or before or 1
+
+    def starts(self) -> list[dict[str, float]]:
+        return self.first
 
     def draw(self, trial: optuna.Trial) -> None:
         pass
@@ -207,3 +214,30 @@ def test_a_stopped_trial_that_would_enter_the_front_is_measured_before_the_end(s
     go(study, 3, doubtful)
     assert [r.number for r in results(study)] == [0, 1, 3]
     assert results(study)[-1].again == 2 and not Progress.of(study).unsettled()
+
+
+def test_how_many_run_together_is_remembered(study: optuna.Study) -> None:
+    assert go(study, 3, measure, together=3) == [3]
+    assert go(study, 8, measure, together=0) == [3, 2], "a session that leaves it open takes what was stored"
+    assert go(study, 10, measure, together=1) == [1, 1]
+
+
+def test_starts_come_first_in_full_once_and_failed_ones_again(study: optuna.Study) -> None:
+    starts = [{"x": 0.9}, {"x": 0.8}, {"x": 0.7}]
+    failing = [1]
+
+    def sometimes(trial: optuna.Trial) -> Scores:
+        found = measure(trial)
+        if trial.number in failing:
+            raise UserError("no memory")
+        return found
+
+    settings = Settings(n_trials=2, search=Search(n_startup_trials=3), early_stopping=True)
+    for n_trials in (2, 5):
+        fake = Fake(sometimes)
+        fake.first = starts
+        optimise(study, settings.model_copy(update={"n_trials": n_trials}), fake, watcher=SILENT, stop=Stop())
+    drawn = [t.params.get("x") for t in study.trials]
+    assert drawn[:3] == [0.9, 0.8, 0.7] and study.trials[1].state.name == "FAIL"
+    assert drawn.count(0.8) == 2, "the start that failed is tried once more"
+    assert {0.9, 0.8, 0.7} <= {r.params["x"] for r in results(study)}, "none of them was left early"

@@ -2,52 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from heretic.ablation.directions import Directions
+from heretic.ablation.directions import Directions, between
 from heretic.ablation.kernel import Kernel
-from heretic.ablation.operator import GEOMETRIES, NEEDS_FACTS, Operator, WriterFacts, study_weight
+from heretic.ablation.operator import GEOMETRIES, NEEDS_FACTS, Operator, WriterFacts, facts_along, study_weight
 from heretic.model.anatomy import Writer
 from heretic.progress import SILENT, Watcher
 
-Scope = Literal["global", "per_layer"]
+Numbers = Sequence[float] | Tensor
 
 
 @dataclass(frozen=True)
 class Ablation:
     """A direction and a strength for every writer.
 
-    `scope` "global": the direction at `direction_index` everywhere; "per_layer": each layer's own. `kernels`: one a component.
+    `strengths`: by component, one number a layer; exactly 0 leaves the writers there untouched. `mixture`: coefficients over
+    the layers' directions [layers] of the one direction that is removed everywhere; None: each layer's own is, mixed with its
+    neighbour's where `shift` is not 0 (in layers, to later ones). `vector`: a direction [width] of its own instead, for all
+    layers. Tensors may be given to have gradients.
     """
 
-    scope: Scope
-    direction_index: float
-    kernels: Mapping[str, Kernel]
+    strengths: Mapping[str, Numbers]
+    mixture: Numbers | None = None
+    shift: float = 0.0
+    vector: Numbers | None = None
 
-    def strength(self, writer: Writer) -> float:
-        """Strength at a writer; exactly 0 leaves it untouched."""
-        kernel = self.kernels.get(writer.component)
-        return kernel.strength(writer.layer) if kernel else 0.0
+    @classmethod
+    def of_kernels(cls, kernels: Mapping[str, Kernel], layers: int, direction_index: float | None = None) -> Ablation:
+        """Strengths by kernels, one a component; the direction at a layer index for all, or each layer's own (None)."""
+        strengths = {c: tuple(kernel.strength(layer) for layer in range(layers)) for c, kernel in kernels.items()}
+        return cls(strengths, None if direction_index is None else between(direction_index, layers))
+
+    def strength(self, writer: Writer) -> float | Tensor:
+        """Strength at a writer."""
+        profile = self.strengths.get(writer.component)
+        return 0.0 if profile is None else profile[writer.layer]
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data, for manifests and tables."""
-        kernels = {component: kernel.as_dict() for component, kernel in self.kernels.items()}
-        return {"scope": self.scope, "direction_index": self.direction_index, "kernels": kernels}
+        """As plain data, for manifests."""
+        strengths = {component: [float(s) for s in profile] for component, profile in self.strengths.items()}
+        mixture, vector = (None if part is None else [float(c) for c in part] for part in (self.mixture, self.vector))
+        return {"strengths": strengths, "mixture": mixture, "shift": self.shift, "vector": vector}
 
 
 @dataclass(frozen=True)
 class Workbench:
-    """Everything from which the operators of any ablation follow by vector arithmetic."""
+    """Everything from which the operators of any ablation follow by vector arithmetic.
+
+    `scales` holds, by writer, the weight S [width] of an RMS norm that its output passes before it is added to the stream: what is
+    then along v was along S v before (up to the length), so that is what is taken out, in every geometry.
+    """
 
     directions: Directions
     writers: tuple[Writer, ...]
     geometry: str
     facts: Mapping[str, WriterFacts]
+    scales: Mapping[str, Tensor]
 
     @classmethod
     def prepare(
@@ -57,31 +73,52 @@ class Workbench:
         geometry: str,
         read: Callable[[Writer], Tensor] = Writer.weight,
         watcher: Watcher = SILENT,
+        *,
+        norm_aware: bool = True,
     ) -> Workbench:
         """Study every writer's weight once, against all layers' directions; geometries that need no facts skip it.
 
         `read` gets at a weight [width, inputs] where the module does not hold it (offloaded layers).
         """
         facts: dict[str, WriterFacts] = {}
+        scales = {w.name: s.cpu() for w in writers if norm_aware and (s := w.scale()) is not None}
         if geometry in NEEDS_FACTS:
             with watcher.stage("Studying the weights", len(writers)) as stage:
                 for writer in writers:
-                    facts[writer.name] = study_weight(read(writer), directions.vectors).to("cpu")
+                    seen = directions.vectors * scales.get(writer.name, 1)
+                    facts[writer.name] = study_weight(read(writer), seen).to("cpu")
                     stage.advance()
-        return cls(directions, writers, geometry, facts)
+        return cls(directions, writers, geometry, facts, scales)
 
-    def operators(self, ablation: Ablation) -> dict[str, Operator]:
-        """Operators by the writer's name; writers with strength 0 are not in it."""
-        everywhere = self._direction(ablation.direction_index) if ablation.scope == "global" else None
+    def operators(self, ablation: Ablation, *, zeros_from: int | None = None) -> dict[str, Operator]:
+        """Operators by the writer's name; writers with strength 0 are not in it.
+
+        With `zeros_from` they are from that layer on, and nothing is below it: so that strengths can have gradients.
+        """
         found = {}
         for writer in self.writers:
             strength = ablation.strength(writer)
-            if strength == 0.0:
+            if writer.layer < zeros_from if zeros_from is not None else float(strength) == 0.0:
                 continue
-            vector, mix = everywhere or self._direction(float(writer.layer))
-            found[writer.name] = GEOMETRIES[self.geometry](vector, strength, self.facts.get(writer.name), mix)
+            facts = self.facts.get(writer.name)
+            if ablation.vector is not None:
+                vector = self._seen(writer, torch.as_tensor(ablation.vector))
+                mix = vector.new_ones(1)
+                facts = facts and facts_along(vector, writer.weight(), facts.norms)
+            else:
+                mix = self._mix(ablation, writer)
+                raw = mix @ self.directions.vectors
+                vector = self._seen(writer, raw)
+                mix = mix / (raw * self.scales.get(writer.name, 1)).norm()
+            found[writer.name] = GEOMETRIES[self.geometry](vector, strength, facts, mix)
         return found
 
-    def _direction(self, index: float) -> tuple[Tensor, Tensor]:
-        mix = self.directions.mix(index)
-        return torch.nn.functional.normalize(mix @ self.directions.vectors, dim=0), mix
+    def _mix(self, ablation: Ablation, writer: Writer) -> Tensor:
+        mixture = ablation.mixture
+        if mixture is None:
+            mixture = between(writer.layer + ablation.shift, self.directions.num_layers)
+        return torch.as_tensor(mixture, dtype=self.directions.vectors.dtype)
+
+    def _seen(self, writer: Writer, direction: Tensor) -> Tensor:
+        """The unit vector [width] in the writer's output that stands for a direction in the stream."""
+        return torch.nn.functional.normalize(direction * self.scales.get(writer.name, 1), dim=0)

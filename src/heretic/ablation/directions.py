@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,14 +23,21 @@ class Directions:
         """Number of layers."""
         return len(self.vectors)
 
-    def mix(self, index: float) -> Tensor:
-        """Coefficients c [layers] with `c @ vectors` the unit direction at a layer index that may lie between two layers."""
-        low = min(max(int(index), 0), self.num_layers - 1)
-        high = min(low + 1, self.num_layers - 1)
-        coefficients = torch.zeros(self.num_layers)
-        coefficients[low] += 1 - (index - low)
-        coefficients[high] += index - low
-        return coefficients / (coefficients @ self.vectors).norm()
+    def unit(self, coefficients: Sequence[float] | Tensor) -> Tensor:
+        """Coefficients c [layers] scaled so that `c @ vectors` has norm 1."""
+        mix = torch.as_tensor(coefficients, dtype=self.vectors.dtype)
+        return mix / (mix @ self.vectors).norm()
+
+
+def between(index: float, layers: int) -> tuple[float, ...]:
+    """Coefficients [layers] of the direction at a layer index that may lie between two layers; outside, the nearest layer's."""
+    index = min(max(index, 0.0), layers - 1.0)
+    low = int(index)
+    coefficients = [0.0] * layers
+    coefficients[low] += 1 - (index - low)
+    if index > low:
+        coefficients[low + 1] += index - low
+    return tuple(coefficients)
 
 
 def mean_difference(harmful: ResidualMeans, harmless: ResidualMeans, *, project_harmless: bool) -> Directions:

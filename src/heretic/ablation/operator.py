@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ class Operator:
     n: Tensor | None = None
 
     def __call__(self, y: Tensor) -> Tensor:
-        """Apply to outputs [..., width]; computed in float32, returned in the type of `y`."""
-        full = y.float()
+        """Apply to outputs [..., width]; computed in float32 or better, returned in the type of `y`."""
+        full = y.to(torch.promote_types(y.dtype, torch.float32))
         edited = full - (full @ self.w).unsqueeze(-1) * self.u
         if self.n is not None:
             edited = edited * self.n
@@ -117,18 +118,46 @@ def study_weight(weight: Tensor, directions: Tensor, rows_at_once: int = 4096) -
     return WriterFacts(norms, g, a @ a.T)
 
 
-def plain(v: Tensor, strength: float, facts: WriterFacts | None, mix: Tensor) -> Operator:
+class _Through(torch.autograd.Function):
+    """x -> W W^T x for vectors x [width]. Its own derivative, being symmetric, so that nothing of W is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return _through(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _through(gradient, ctx.weight), None
+
+
+def _through(x: Tensor, weight: Tensor, rows_at_once: int = 4096) -> Tensor:
+    here = x.to(weight.device)
+    a = sum(
+        part @ chunk.to(x.dtype)
+        for part, chunk in zip(here.split(rows_at_once), weight.split(rows_at_once), strict=True)
+    )
+    return torch.cat([chunk.to(x.dtype) @ a for chunk in weight.split(rows_at_once)]).to(x.device)
+
+
+def facts_along(v: Tensor, weight: Tensor, norms: Tensor) -> WriterFacts:
+    """Facts of a weight [width, inputs] with these norms of its rows for one direction [width], which may have a gradient."""
+    g = _Through.apply(v / norms, weight) / norms
+    return WriterFacts(norms, g[None], (v @ g)[None, None])
+
+
+def plain(v: Tensor, strength: float | Tensor, facts: WriterFacts | None, mix: Tensor) -> Operator:
     """(I - s v vT) W."""
     return Operator(strength * v, v)
 
 
-def row_normalized(v: Tensor, strength: float, facts: WriterFacts | None, mix: Tensor) -> Operator:
+def row_normalized(v: Tensor, strength: float | Tensor, facts: WriterFacts | None, mix: Tensor) -> Operator:
     """D (I - s v vT) D^-1 W, D the norms of W's rows."""
     assert facts is not None
     return Operator(strength * facts.norms * v, v / facts.norms)
 
 
-def norm_preserving(v: Tensor, strength: float, facts: WriterFacts | None, mix: Tensor) -> Operator:
+def norm_preserving(v: Tensor, strength: float | Tensor, facts: WriterFacts | None, mix: Tensor) -> Operator:
     """`row_normalized`, then every row scaled back to its old norm: N_i^2 = 1 - 2 s v_i g_i + s^2 v_i^2 |a|^2."""
     assert facts is not None
     g = mix @ facts.g
@@ -137,6 +166,6 @@ def norm_preserving(v: Tensor, strength: float, facts: WriterFacts | None, mix: 
     return Operator(strength * facts.norms * v, v / facts.norms, squared.clamp_min(TINY).rsqrt())
 
 
-Geometry = Callable[[Tensor, float, "WriterFacts | None", Tensor], Operator]
+Geometry = Callable[[Tensor, "float | Tensor", "WriterFacts | None", Tensor], Operator]
 GEOMETRIES: dict[str, Geometry] = {"plain": plain, "row_normalized": row_normalized, "norm_preserving": norm_preserving}
 NEEDS_FACTS = {"row_normalized", "norm_preserving"}

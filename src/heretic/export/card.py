@@ -9,6 +9,8 @@ from heretic import __version__
 from heretic.ablation.ablation import Ablation
 from heretic.scoring.ladder import Scores
 
+BARS = "·▁▂▃▄▅▆▇█"
+
 
 def card(
     *,
@@ -25,15 +27,7 @@ def card(
     total = scores.total
     head = ["---", f"base_model: {base_model}" if _is_hub_id(base_model) else "", *_kept(source_card)]
     head += ["library_name: transformers", "tags: [abliterated, directional-ablation, heretic]", "---"]
-    kernels = "\n".join(
-        f"| {component} | {k.max_weight:.3f} | {k.max_weight_position:.2f} | {k.min_weight:.3f} | {k.min_weight_distance:.2f} |"
-        for component, k in ablation.kernels.items()
-    )
-    scope = (
-        "each layer's own"
-        if ablation.scope == "per_layer"
-        else f"that of layer {ablation.direction_index:.2f} everywhere"
-    )
+    strengths = "\n".join(_profile(component, list(map(float, s))) for component, s in ablation.strengths.items())
     d = scores.divergence
     return (
         "\n".join(line for line in head if line)
@@ -57,11 +51,11 @@ On this model as written, reloaded from its files; answers are judged by refusal
 
 ## What was changed
 
-Geometry `{geometry}`; direction: {scope}. Strengths over the layers, one kernel a component:
+Geometry `{geometry}`; direction: {_direction(ablation)}. Strengths (1 removes the direction whole):
 
-| component | largest | at layer | smallest | at distance |
-|---|---|---|---|---|
-{kernels}
+| component | edited | largest | at layer | mean | layer by layer |
+|---|---|---|---|---|---|
+{strengths}
 
 `manifest.json` holds the base model's and this model's hashes, all settings, the prompt sets' hashes, and the versions used.
 Made with heretic {__version__}, run `{run}`, trial {trial}.
@@ -74,6 +68,28 @@ front of others without safeguards of your own. The licence and the acceptable-u
 Method: Arditi et al., *Refusal in Language Models Is Mediated by a Single Direction* (2024), arXiv 2406.11717.
 """
     )
+
+
+def _profile(component: str, strengths: list[float]) -> str:
+    """A row of the table: where it is edited, how much, and a drawing."""
+    edited = [layer for layer, s in enumerate(strengths) if s > 0]
+    if not edited:
+        return f"| {component} | nowhere | | | | |"
+    largest = max(strengths)
+    bars = "".join(BARS[round(s / largest * (len(BARS) - 1))] for s in strengths)
+    reach, mean = f"layers {edited[0]} to {edited[-1]}", sum(strengths) / len(edited)
+    return f"| {component} | {reach} | {largest:.3f} | {strengths.index(largest)} | {mean:.3f} | `{bars}` |"
+
+
+def _direction(ablation: Ablation) -> str:
+    if ablation.vector is not None:
+        return "one for all layers, found by gradient (in the manifest)"
+    if ablation.mixture is None:
+        return "each layer's own"
+    parts = [abs(float(c)) for c in ablation.mixture]
+    most = sorted(range(len(parts)), key=lambda layer: -parts[layer])[:3]
+    named = [f"{layer} ({parts[layer] / sum(parts):.0%})" for layer in most if parts[layer] > 0]
+    return f"one for all layers, mixed mostly from those of layers {', '.join(named)}"
 
 
 def _is_hub_id(name: str) -> bool:

@@ -36,8 +36,8 @@ from heretic.progress import Watcher
 from heretic.prompts import PromptSets
 from heretic.run_folder import Baseline, RunFolder
 from heretic.scoring.ladder import Scores
-from heretic.search import space
 from heretic.search.front import Result
+from heretic.search.space import Space
 from heretic.session import LoadPlan, Session, read_template
 from heretic.settings import Settings
 from heretic.stop import Stop
@@ -71,12 +71,13 @@ class Export:
     verification: Verification
 
 
-def plan_export(session: Session, plan: LoadPlan, result: Result, folder: RunFolder, destination: Path) -> ExportJob:
+def plan_export(
+    session: Session, plan: LoadPlan, space: Space, result: Result, folder: RunFolder, destination: Path
+) -> ExportJob:
     """Decide every edit, and keep the attached model's answers to prove the written one by. Raises UserError."""
     bench = session.bench
     model = bench.language_model
-    anatomy = model.anatomy
-    ablation = space.from_params(result.params, bench.settings.search, anatomy.num_layers, anatomy.components)
+    ablation = space.from_params(result.params)
     operators = session.workbench.operators(ablation)
     return ExportJob(
         settings=bench.settings,
@@ -88,7 +89,7 @@ def plan_export(session: Session, plan: LoadPlan, result: Result, folder: RunFol
         result=result,
         ablation=ablation,
         operators=operators,
-        edits=plan_edits(model.checkpoint, anatomy.writers, operators),
+        edits=plan_edits(model.checkpoint, model.anatomy.writers, operators),
         baseline=session.baseline,
         attached=session.log_probs(ablation),
     )

@@ -41,6 +41,7 @@ FLOAT32_SHARE = 0.7  # of the RAM that weights in float32 may take
 LARGEST_BATCH = 512  # several trials may share a pass
 LARGEST_ON_CPU = 128  # beyond it a pass takes as long a prompt as before
 GOOD_BATCH = 8  # a device on which a smaller batch fits only is not preferred to several devices
+ROWS_WITH_GRADIENTS = 1  # that there is room for at least
 TIGHT = 0.95  # of the free memory
 
 
@@ -56,14 +57,15 @@ class DeviceLoad:
     activations: int
     capture: int
     operators: int
+    gradients: int
     copies: int
     headroom: int
 
     @property
     def total(self) -> int:
         """All parts together, in bytes."""
-        parts = (self.weights, self.cache, self.logits, self.activations, self.capture, self.operators, self.copies)
-        return sum(parts) + self.headroom
+        run = self.cache + self.logits + self.activations + self.capture + self.operators + self.gradients
+        return self.weights + run + self.copies + self.headroom
 
     @property
     def fits(self) -> bool:
@@ -163,13 +165,15 @@ def make_plan(
     new_tokens: int,
     devices: Sequence[Device],
     copies: bool = False,
+    gradients: bool = False,
 ) -> MemoryPlan:
     """Place the model and count what a run takes.
 
     `dtypes` is the setting: the first is planned for. `batch_size` 0 chooses the largest power of two that fits with something
     to spare, at most 512 (on a CPU 128). Prompts have up to `prompt_tokens` tokens and answers `new_tokens`. With
-    `copies` the edited weights are kept twice. `planned` never moves weights to RAM; accelerate's modes do so where
-    `devices` has the CPU beside GPUs.
+    `copies` the edited weights are kept twice; with `gradients` there is room for one row of the walk, blocks computed
+    twice, where trials would need less (what more it takes is decided from what is free then). `planned` never moves weights to
+    RAM; accelerate's modes do so where `devices` has the CPU beside GPUs.
 
     Raises UserError for a device that is not there, a malformed size, an incomplete table, or a model that cannot be built.
     """
@@ -182,7 +186,7 @@ def make_plan(
     on_cpu = all(not device.is_gpu for device in named)
     dtype = planned_dtype(dtypes[0], checkpoint, on_cpu, ram.total if ram else 0)
     model = skeleton(checkpoint, dtype)
-    job = _Job(ModelShape.of(checkpoint.text_config, model), prompt_tokens, new_tokens, copies)
+    job = _Job(ModelShape.of(checkpoint.text_config, model), prompt_tokens, new_tokens, copies, gradients)
     largest = LARGEST_ON_CPU if on_cpu else LARGEST_BATCH
 
     room = {device.name: _room(device, limits) for device in devices}
@@ -224,6 +228,7 @@ class _Job:
     prompt_tokens: int
     new_tokens: int
     copies: bool
+    gradients: bool
 
     def loads(self, placed: Mapping[int | str, Share], devices: Sequence[Device], batch: int) -> tuple[DeviceLoad, ...]:
         """The load of every device that holds a part of the model."""
@@ -252,16 +257,20 @@ class _Job:
         shape, blocks = self.shape, len(runs.blocks)
         tokens = self.prompt_tokens + self.new_tokens
         working = ACTIVATION_COPIES * shape.widest * shape.element * batch * self.prompt_tokens
+        cache = blocks * shape.cache_per_token * shape.element * batch * tokens
+        logits = LOGIT_COPIES * shape.vocabulary * FLOAT32 * batch if runs.head else 0
+        walk = shape.gradient_bytes(ROWS_WITH_GRADIENTS, self.prompt_tokens, blocks) if self.gradients and blocks else 0
         return DeviceLoad(
             device=device,
             layers=_describe(holds),
             weights=holds.weights,
-            cache=blocks * shape.cache_per_token * shape.element * batch * tokens,
-            logits=LOGIT_COPIES * shape.vocabulary * FLOAT32 * batch if runs.head else 0,
+            cache=cache,
+            logits=logits,
             activations=(working if blocks else 0) + borrowed,
             capture=blocks * shape.hidden * FLOAT32 * batch,
             # `norm_preserving` keeps, for the two writers of a block, one vector for the direction of every layer.
             operators=2 * blocks * shape.blocks * shape.hidden * FLOAT32,
+            gradients=max(0, walk - cache - logits - working),
             copies=len(holds.blocks) * shape.edited * shape.element if self.copies else 0,
             headroom=_headroom(device, holds.weights),
         )

@@ -62,11 +62,13 @@ def check(
     prompt_loader: Callable[[], Any],
     storage_check: Callable[[], None],
     environment: Mapping[str, str] = os.environ,
+    imagined: tuple[Gpu, ...] = (),
 ) -> Report:
     """Find out what there is and apply all rules.
 
     `prompt_loader` returns an object with `warnings` and `longest` (characters of the longest prompt). A UserError of any of
-    the three callables becomes a failure with its own remedy; other exceptions are defects and pass through.
+    the three callables becomes a failure with its own remedy; other exceptions are defects and pass through. With `imagined` GPUs
+    the plan is for these, and nobody holds them.
     """
     problems: list[Finding] = []
 
@@ -78,8 +80,8 @@ def check(
             problems.append(Finding("failure", subject, error.what + where, error.fix))
             return None
 
-    report = visible_gpus(environment)
-    usable = usable_gpus(report)
+    report = GpuReport(imagined) if imagined else visible_gpus(environment)
+    usable = imagined or usable_gpus(report)
     if usable:  # numbered as PyTorch numbers them, and those that NVML does not know
         report = GpuReport(usable, report.unseen)
     devices = host.devices(usable)
@@ -102,6 +104,7 @@ def check(
                 new_tokens=settings.max_response_length,
                 devices=devices,
                 copies=settings.apply == "weights" and settings.cache_weights,
+                gradients=settings.search.start != "kernels",
             ),
         )
     facts = Facts(

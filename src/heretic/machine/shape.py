@@ -21,6 +21,21 @@ class ModelShape:
     edited: int  # elements of the weights of one block that an ablation edits
     element: int  # bytes
 
+    @property
+    def kept_for_gradients(self) -> int:
+        """Bytes a token that one block keeps for a gradient with frozen weights, an upper estimate: the norms, queries, keys and
+        values, the attention's output, the two writers' outputs and what their operators make of them; gate, up, product."""
+        return 4 * (14 * self.hidden + 4 * self.widest)
+
+    def gradient_bytes(self, rows: int, tokens: int, blocks: int, *, twice: bool = True) -> int:
+        """Bytes that a pass with gradients keeps for so many rows of so many tokens on a device with so many blocks.
+
+        With `twice` the insides of a block are computed again when its gradient is wanted: only one block's exist at a time.
+        """
+        if twice:
+            return rows * tokens * (blocks * self.hidden * self.element + self.kept_for_gradients)
+        return rows * tokens * blocks * self.kept_for_gradients
+
     @classmethod
     def of(cls, config: PretrainedConfig, model: PreTrainedModel) -> ModelShape:
         """Read the text part's config; the bytes of an element are those of the model's number format."""

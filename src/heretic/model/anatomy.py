@@ -6,7 +6,9 @@ is a usual one for an output projection, and which, when its output is changed, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -34,6 +36,7 @@ class Writer:
     layer: int
     component: str
     module: nn.Module
+    norm: nn.Module | None = None  # that its output passes before it is added (Gemma 2 and 3, OLMo 2)
 
     @property
     def transposed(self) -> bool:
@@ -49,6 +52,19 @@ class Writer:
         """The weight [width of the stream, inputs] in its own type."""
         weight = cast(Tensor, self.module.weight).detach()
         return weight.T if self.transposed else weight
+
+    @torch.no_grad()
+    def scale(self) -> Tensor | None:
+        """Effective weight [width] in float32 of the RMS norm that its output passes; None without one.
+
+        Asked of the norm itself, since some add 1 to what they store: for an input of ones it is the output.
+        """
+        if self.norm is None:
+            return None
+        stored = next(self.norm.parameters())
+        return cast(
+            Tensor, self.norm(torch.ones(1, 1, len(stored), dtype=stored.dtype, device=stored.device))[0, 0].float()
+        )
 
 
 @dataclass(frozen=True)
@@ -83,8 +99,8 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         found, other = _candidates(block, layer, f"{prefix}.{layer}", width)
         writers += found
         unknown += other
-    silent = _silent(model, blocks, writers)
-    writers = [w for w in writers if w.name not in silent]
+    silent, norms = _probe(model, blocks, writers)
+    writers = [replace(w, norm=norms.get(w.name)) for w in writers if w.name not in silent]
     unknown += sorted(silent)
     if not writers:
         raise UserError(
@@ -133,8 +149,11 @@ def _candidates(block: nn.Module, layer: int, prefix: str, width: int) -> tuple[
 
 
 @torch.inference_mode()
-def _silent(model: PreTrainedModel, blocks: nn.ModuleList, writers: list[Writer]) -> set[str]:
-    """Names of the candidates whose output has no effect on what their block hands on.
+def _probe(
+    model: PreTrainedModel, blocks: nn.ModuleList, writers: list[Writer]
+) -> tuple[set[str], dict[str, nn.Module]]:
+    """Names of the candidates whose output has no effect on what their block hands on; and by the others' names the norm that
+    their output goes straight into.
 
     Two tokens pass through the model once; then every block is run again on the input that it had, with one candidate's
     output moved. This costs a few blocks' worth of two tokens each, on any device map.
@@ -153,9 +172,11 @@ def _silent(model: PreTrainedModel, blocks: nn.ModuleList, writers: list[Writer]
         for handle in handles:
             handle.remove()
     silent = set()
+    norms: dict[str, nn.Module] = {}
     for layer, block in enumerate(blocks):
         args, kwargs = calls[layer]
-        before = first_tensor(block(*args, **kwargs))
+        with _normed(block, [w for w in writers if w.layer == layer], norms):
+            before = first_tensor(block(*args, **kwargs))
         for writer in (w for w in writers if w.layer == layer):
             handle = writer.module.register_forward_hook(lambda _m, _i, output: output + output.abs().mean() + 0.1)
             try:
@@ -164,7 +185,29 @@ def _silent(model: PreTrainedModel, blocks: nn.ModuleList, writers: list[Writer]
                 handle.remove()
             if not moved.abs().max() > 0:
                 silent.add(writer.name)
-    return silent
+    return silent, norms
+
+
+@contextmanager
+def _normed(block: nn.Module, writers: list[Writer], found: dict[str, nn.Module]) -> Iterator[None]:
+    """While the block runs, note which norm each writer's output goes straight into."""
+    outputs: dict[str, Tensor] = {}
+
+    def wrote(writer: Writer) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _module, _inputs, output: outputs.update({writer.name: output})
+
+    def reads(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        for name, output in outputs.items():
+            if inputs and isinstance(inputs[0], Tensor) and inputs[0].data_ptr() == output.data_ptr():
+                found[name] = norm
+
+    handles = [w.module.register_forward_hook(wrote(w)) for w in writers]
+    handles += [m.register_forward_pre_hook(reads) for m in block.modules() if "RMSNorm" in type(m).__name__]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

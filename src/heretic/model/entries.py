@@ -131,7 +131,8 @@ class Entries:
         return torch.where(from_end < lengths, offsets + lengths - 1 - from_end, -1)
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.zeros(int(self.lengths.sum()), *shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+        with torch.inference_mode(False):  # so that passes with gradients may read and write it as well
+            return torch.zeros(int(self.lengths.sum()), *shape, dtype=dtype, pin_memory=torch.cuda.is_available())
 
     @staticmethod
     def _gather(kept: Tensor, places: Tensor) -> Tensor:

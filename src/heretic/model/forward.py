@@ -60,6 +60,11 @@ def hidden_states(model: Any, batch: Batch, *, use_cache: bool) -> tuple[Tensor,
 
     The tokens of a shared beginning are not among them. The decoder is run without its head.
     """
+    return run_decoder(model, batch, use_cache=use_cache)
+
+
+def run_decoder(model: Any, batch: Batch, *, use_cache: bool) -> tuple[Tensor, Any]:
+    """`hidden_states`, with gradients where the caller wants them."""
     cache = _cache(model, batch.beginning, batch) if batch.beginning else None
     entries, first = batch.entries, batch.edited.first_layer
     passing = entries.passing(batch.rows, first, batch.input_ids.device) if entries else nullcontext(0)
@@ -86,7 +91,7 @@ def _cache(model: Any, beginning: Beginning, batch: Batch) -> Any:
         of_row = None if batch.trial_of_row is None else torch.tensor(list(trials), device=tokens.device)
         kept = batch.entries.beginning if batch.entries else None
         alone = Batch([0] * len(trials), tokens, torch.ones_like(tokens), None, of_row, batch.edited, kept)
-        _, beginning.cache = hidden_states(model, alone, use_cache=True)
+        _, beginning.cache = run_decoder(model, alone, use_cache=True)
     if not can_be_cut(beginning.cache):
         cache = copy.deepcopy(beginning.cache)
         cache.batch_repeat_interleave(len(batch.rows))
@@ -112,7 +117,6 @@ class _GivenHidden(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-@torch.inference_mode()
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """The model's logits [rows, vocabulary] for hidden states [rows, width], by its own forward around its decoder."""
     given = _GivenHidden(last_hidden_state=hidden[:, None])
@@ -125,7 +129,8 @@ def log_probs_of(model: Any, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Log-probabilities over the vocabulary for hidden states [rows, width], float32, some rows at a time."""
     for start in range(0, len(hidden), LOGIT_ROWS):
         rows = slice(start, start + LOGIT_ROWS)
-        yield rows, torch.log_softmax(logits_of(model, hidden[rows]).float(), dim=-1)
+        logits = logits_of(model, hidden[rows])
+        yield rows, torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
 
 @torch.inference_mode()

@@ -78,8 +78,10 @@ class Live(_Lines):
         progress = self.progress
 
         class Bar:
-            def advance(self, steps: int = 1) -> None:
+            def advance(self, steps: int = 1, note: str = "") -> None:
                 progress.advance(task, steps)
+                if note:
+                    progress.update(task, description=f"{printable(name)} ({printable(note)})")
 
         try:
             yield Bar()
@@ -108,14 +110,16 @@ class Plain(_Lines):
             done = 0
             last = began
 
-            def advance(self, steps: int = 1) -> None:
+            def advance(self, steps: int = 1, note: str = "") -> None:
                 self.done += steps
                 now = time.monotonic()
                 if outermost and total and self.done < total and now - self.last > SECONDS_BETWEEN_LINES:
                     self.last = now
                     left = (now - began) / max(1, self.done) * (total - self.done)
                     lines.console.print(
-                        f"{printable(name)}: {self.done} of {total}, about {spell(left)} left", highlight=False
+                        f"{printable(name)}: {self.done} of {total}{', ' if note else ''}{printable(note)}, "
+                        f"about {spell(left)} left",
+                        highlight=False,
                     )
 
         counter = Counter()

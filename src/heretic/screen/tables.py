@@ -7,6 +7,7 @@ from rich.table import Table
 
 from heretic.screen.console import printable
 from heretic.search.front import Result, front
+from heretic.search.space import describe
 
 
 def show_front(console: Console, found: list[Result], before: int | None, chosen: int | None = None) -> None:
@@ -17,13 +18,10 @@ def show_front(console: Console, found: list[Result], before: int | None, chosen
         return
     total = best[0].scores.total
     table = Table(title=f"Front of {len(found)} trials measured in full", title_justify="left")
-    for heading in ("trial", "refusals", "KL mean", "median", "p95", "max", "direction"):
-        table.add_column(heading, justify="left" if heading == "direction" else "right")
+    for heading in ("trial", "refusals", "KL mean", "median", "p95", "max", "from"):
+        table.add_column(heading, justify="left" if heading == "from" else "right")
     for r in best:
         d = r.scores.divergence
-        scope = (
-            "per layer" if r.params["direction_scope"] == "per_layer" else f"layer {r.params['direction_index']:.1f}"
-        )
         mark = " ←" if r.number == chosen else ""
         row = [
             str(r.number),
@@ -33,7 +31,7 @@ def show_front(console: Console, found: list[Result], before: int | None, chosen
             f"{d.p95:.4f}",
             f"{d.max:.4f}",
         ]
-        table.add_row(*row, scope + mark, style="bold" if mark else "")
+        table.add_row(*row, describe(r.params) + mark, style="bold" if mark else "")
     if before is not None:
         table.add_row("original", f"{before}/{total}", "0", "0", "0", "0", "", style="dim")
     console.print(table)

@@ -3,27 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
 
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.kernel import Kernel
+from heretic.search.walk import Walk
 from heretic.settings import KernelSpace, Search
 
-
-def sample(trial: optuna.trial.BaseTrial, search: Search, num_layers: int, components: Sequence[str]) -> Ablation:
-    """Draw one ablation. All parameters are drawn for every trial, so that TPE sees one space without branches."""
-    depth = num_layers - 1
-    scope: Any = trial.suggest_categorical("direction_scope", search.direction_scope)
-    index = trial.suggest_float("direction_index", *(share * depth for share in search.direction_index))
-    kernels = {c: _kernel(trial, c, getattr(search, c), depth) for c in components}
-    return Ablation(scope, index, kernels)
+GAIN = (0.5, 2.0)  # of a component, and of a third of the edited layers
+SHIFT = 1.0  # layers
 
 
-def from_params(params: Mapping[str, Any], search: Search, num_layers: int, components: Sequence[str]) -> Ablation:
-    """The ablation that a stored trial's parameters stand for."""
-    return sample(optuna.trial.FixedTrial(dict(params)), search, num_layers, components)
+@dataclass(frozen=True)
+class Space:
+    """The ablations of a model with so many layers and these components: kernels, or what lies around a walk, or both."""
+
+    search: Search
+    num_layers: int
+    components: Sequence[str]
+    walk: Walk | None = None
+
+    def sample(self, trial: optuna.trial.BaseTrial) -> Ablation:
+        """Draw one ablation; what a trial has been given already stays."""
+        walk = self.walk
+        if walk is None or not walk.points or self.search.start == "kernels":
+            return self._around_kernels(trial)
+        if self.search.start == "both" and trial.suggest_categorical("start", ["gradient", "kernels"]) == "kernels":
+            return self._around_kernels(trial)
+        return self._around_walk(trial, walk)
+
+    def from_params(self, params: Mapping[str, Any]) -> Ablation:
+        """The ablation that a stored trial's parameters stand for."""
+        return self.sample(optuna.trial.FixedTrial(dict(params)))
+
+    def starts(self) -> list[dict[str, Any]]:
+        """Parameters of the walk's own points, which are tried first, the strict ones before the gentle ones."""
+        if self.walk is None or self.search.start == "kernels":
+            return []
+        middle: dict[str, Any] = {name: 1.0 for name in self._gains} | {"walk.shift": 0.0}
+        if self.search.start == "both":
+            middle["start"] = "gradient"
+        return [middle | {"walk.point": float(i)} for i in reversed(range(len(self.walk.points)))]
+
+    @property
+    def _gains(self) -> list[str]:
+        return [f"walk.{part}" for part in (*self.components, "early", "middle", "late")]
+
+    def _around_walk(self, trial: optuna.trial.BaseTrial, walk: Walk) -> Ablation:
+        position = trial.suggest_float("walk.point", 0.0, float(len(walk.points) - 1))
+        gain = {name: trial.suggest_float(name, *GAIN, log=True) for name in self._gains}
+        shift = trial.suggest_float("walk.shift", -SHIFT, SHIFT)
+        first, last = walk.reach
+        third = max(1.0, (last - first + 1) / 3)
+        thirds = [("early", "middle", "late")[min(2, max(0, int((n - first) / third)))] for n in range(self.num_layers)]
+        gains = {c: [gain[f"walk.{c}"] * gain[f"walk.{part}"] for part in thirds] for c in self.components}
+        return walk.at(position, gains, shift)
+
+    def _around_kernels(self, trial: optuna.trial.BaseTrial) -> Ablation:
+        """All parameters are drawn for every trial, so that TPE sees one space without branches."""
+        search, depth = self.search, self.num_layers - 1
+        scope = trial.suggest_categorical("direction_scope", search.direction_scope)
+        index = trial.suggest_float("direction_index", *(share * depth for share in search.direction_index))
+        kernels = {c: _kernel(trial, c, getattr(search, c), depth) for c in self.components}
+        return Ablation.of_kernels(kernels, self.num_layers, index if scope == "global" else None)
+
+
+def describe(params: Mapping[str, Any]) -> str:
+    """In two words, where a trial's ablation comes from."""
+    if "walk.point" in params:
+        return f"walk {params['walk.point']:.2f}"
+    return "per layer" if params["direction_scope"] == "per_layer" else f"layer {params['direction_index']:.1f}"
 
 
 def _kernel(trial: optuna.trial.BaseTrial, component: str, space: KernelSpace, depth: int) -> Kernel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import optuna
 from optuna.trial import TrialState
@@ -20,14 +20,18 @@ from heretic.stop import Stop
 # An ablation that destroys the model has an infinite KL; TPE needs a number, and any this large is as bad as another.
 WORST_KL = 100.0
 FAILURES_IN_A_ROW = 3
+TOGETHER = "heretic:trials_together"  # user attribute of the study
+START = "start"  # user attribute of a trial to begin with: its number among these
 
 
 class Measurer(Protocol):
     """What measures trials."""
 
-    @property
-    def together(self) -> int:
-        """How many trials to hand over at a time."""
+    def together(self, before: int | None) -> int:
+        """How many trials to hand over at a time; `before` is what this came to in an earlier session."""
+
+    def starts(self) -> Sequence[dict[str, Any]]:
+        """Parameters of the trials to begin with, which are measured in full."""
 
     def draw(self, trial: optuna.Trial) -> object:
         """Draw a trial's parameters; they are stored with it."""
@@ -60,6 +64,7 @@ def optimise(
     Interrupted, or the last error.
     """
     failures = 0
+    _enqueue(study, trials.starts())
     with watcher.stage("Trials", settings.n_trials) as stage:
         stage.advance(finished(study))
         while asked := _ask(study, settings, trials, stop):
@@ -67,7 +72,8 @@ def optimise(
                 for trial in asked:
                     trial.set_user_attr("worker", worker())
                 progress = Progress.of(study)
-                measured = trials.measure(asked, progress.bar.beaten if settings.early_stopping else never)
+                in_full = not settings.early_stopping or any(START in trial.user_attrs for trial in asked)
+                measured = trials.measure(asked, never if in_full else progress.bar.beaten)
                 for trial, found in zip(asked, measured, strict=True):
                     if isinstance(found, UserError):
                         study.tell(trial, state=TrialState.FAIL)
@@ -89,6 +95,14 @@ def optimise(
                 raise
 
 
+def _enqueue(study: optuna.Study, starts: Sequence[dict[str, Any]]) -> None:
+    """Have the trials to begin with asked for next, those that are not yet in the study; a failed one is tried again."""
+    known = {t.user_attrs.get(START) for t in study.get_trials(deepcopy=False) if t.state != TrialState.FAIL}
+    for number, params in enumerate(starts):
+        if number not in known:
+            study.enqueue_trial(params, user_attrs={START: number})
+
+
 def _ask(study: optuna.Study, settings: Settings, trials: Measurer, stop: Stop) -> list[optuna.Trial]:
     """The next trials; once all are finished, one that was told with an estimate good enough for the front; then none."""
     stop.check()
@@ -99,7 +113,7 @@ def _ask(study: optuna.Study, settings: Settings, trials: Measurer, stop: Stop) 
             return [study.ask()]
         return []
     asked = []
-    for _ in range(min(trials.together, left)):
+    for _ in range(min(_together(study, trials), left)):
         # Seeded by how many trials are done or under way, so that a study that was interrupted draws what an
         # uninterrupted one would have drawn, and workers side by side draw different ones.
         number = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)))
@@ -107,11 +121,21 @@ def _ask(study: optuna.Study, settings: Settings, trials: Measurer, stop: Stop) 
             seed=(settings.seed * 1_000_003 + number) % 2**32,
             n_startup_trials=settings.search.n_startup_trials,
             multivariate=True,
+            group=settings.search.start == "both",  # trials of the two kinds have other parameters
             constant_liar=True,  # what is under way, here or elsewhere, counts as bad: others are drawn apart from it
         )
         asked.append(study.ask())
         trials.draw(asked[-1])  # at once: what is drawn at random comes from the study's sampler of the moment
     return asked
+
+
+def _together(study: optuna.Study, trials: Measurer) -> int:
+    """How many trials at a time: stored, since what is drawn depends on it, and a resumed study shall draw the same."""
+    before = study.user_attrs.get(TOGETHER)
+    now = trials.together(before)
+    if now != before:
+        study.set_user_attr(TOGETHER, now)
+    return now
 
 
 def _line(found: Measured) -> str:

@@ -1,0 +1,85 @@
+"""What the benchmarks share: their options, the head of a report, and a session opened as `heretic run` opens it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from heretic.export.manifest import now, versions
+from heretic.machine.gpus import usable_gpus, visible_gpus
+from heretic.progress import SILENT, Watcher
+from heretic.run import look
+from heretic.run_folder import RunFolder
+from heretic.session import Session, open_session
+from heretic.settings_layers import resolve
+from heretic.stop import Stop
+
+ROLES = ("harmful_train", "harmless_train", "harmful_eval", "harmless_eval")
+RESULTS = Path(__file__).parent / "results"
+
+
+def options(doc: str | None, out: str, *, assets: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options that most benchmarks have."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    if assets:
+        parser.add_argument("assets", type=Path, help="a folder with a model folder and four prompt files")
+        parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
+    parser.add_argument("--out", type=Path, default=RESULTS / out)
+    return parser
+
+
+def head(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How, when, where and with what a report was made."""
+    script, *words = sys.argv
+    shown = ["ASSETS" if word == str(getattr(arguments, "assets", None)) else word for word in words]
+    return {
+        "command": shlex.join(["python", f"benchmarks/{Path(script).name}", *shown]),
+        "date": now(),
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "gpus": [gpu.name for gpu in usable_gpus(visible_gpus())],
+        "versions": versions(),
+        "model": Path(arguments.model).name,
+    }
+
+
+def write(report: Mapping[str, Any], out: Path) -> None:
+    """Write a report."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def prompt_settings(assets: Path, train: int = 100, evaluation: int = 50) -> list[str]:
+    """Assignments of the four prompt sets."""
+    found = []
+    for role in ROLES:
+        source = (assets / "prompts" / f"{role}.txt").resolve()
+        wanted = train if role.endswith("train") else evaluation
+        found += [f"prompts.{role}.source={source}", f"prompts.{role}.split=train[:{wanted}]"]
+    return found
+
+
+def opened(
+    assets: Path, model: str, assignments: Sequence[str], folder: Path, watcher: Watcher = SILENT
+) -> tuple[Session, RunFolder]:
+    """A session as `heretic run` opens it, and its folder."""
+    given = {"model": str((assets / model).resolve()), "runs_dir": str(folder)}
+    settings = resolve(None, given, [*prompt_settings(assets), *assignments], {}).settings
+    inputs = look(settings, force=False, watcher=watcher)
+    inputs.folder.create()
+    session = open_session(settings, inputs.checkpoint, inputs.prompts, inputs.plan, inputs.folder, watcher, Stop())
+    return session, inputs.folder
+
+
+def cpu_name() -> str:
+    """What the machine calls its processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()

@@ -1,0 +1,216 @@
+"""What the resulting models are worth: fronts on prompts that no study saw, after the time of so many ordinary trials.
+
+    python benchmarks/quality.py ASSETS [--methods mixture kernels] [--seeds 0 1 2] [--marks 10 30] [--models DIR ...]
+
+Every method searches for the time that `--marks` ordinary trials take (a trial of the kernels' space, measured in full), the walk
+included. The study's own front is measured again on a third part of the prompts. Folders given with --models (of any tool) are
+loaded from disk and measured there too. One direction set, one baseline: seeds vary the search.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+from common import head, opened, options, prompt_settings, write
+from rich.console import Console
+from versus_heretic import hypervolume
+from walk import measured
+
+from heretic.errors import UserError
+from heretic.later import open_bench
+from heretic.prompts import load as load_prompts
+from heretic.run import look
+from heretic.run_folder import RunFolder
+from heretic.savings import with_savings
+from heretic.scoring.ladder import Ladder, Measured, Scores
+from heretic.scoring.refusals import count_refusals
+from heretic.screen.console import Plain
+from heretic.search.front import Result, front, results
+from heretic.search.study import finished, optimise
+from heretic.session import Session, measure_baseline
+from heretic.settings import PromptSource
+from heretic.settings_layers import resolve
+from heretic.stop import Stop
+from heretic.strengths import find_walk
+from heretic.trials import Trials
+
+METHODS = {
+    "kernels": {"search.start": "kernels"},
+    "mixture": {"search.gradient.direction": "mixture"},
+    "per_layer": {"search.gradient.direction": "per_layer"},
+    "free": {"search.gradient.direction": "free"},
+    "both": {"search.start": "both"},
+}
+MAX_KLS = (0.05, 0.1, 0.2)
+
+
+def main() -> None:
+    """Search, measure on held-out prompts, print, write the JSON."""
+    parser = options(__doc__, "quality.json")
+    parser.add_argument("--methods", nargs="*", default=["mixture", "kernels"], choices=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--marks", type=int, nargs="+", default=[10], help="ordinary trials whose time a search gets")
+    parser.add_argument("--trial", type=float, help="seconds of an ordinary trial; measured if left out")
+    parser.add_argument("--models", type=Path, nargs="*", default=[], help="model folders to measure beside")
+    parser.add_argument("--set", action="append", default=[], dest="extra")
+    arguments = parser.parse_args()
+    watcher = Plain(Console())
+    common = ["max_response_length=32", "search.n_startup_trials=10", *arguments.extra]
+    with tempfile.TemporaryDirectory() as scratch:
+        session, _ = opened(arguments.assets, arguments.model, common, Path(scratch), watcher)
+        held = Held(session, arguments.assets)
+        report: dict[str, Any] = head(arguments) | {"declined_before": held.before, "of": held.total}
+        ordinary = arguments.trial or ordinary_trial(session)
+        report |= {"seconds_ordinary_trial": ordinary, "searches": [], "models": []}
+        for method in arguments.methods:
+            for seed in arguments.seeds:
+                searched = Search(session, held, common, method, seed, Path(scratch) / f"{method}-{seed}")
+                report["searches"].append(searched.run([m * ordinary for m in arguments.marks], arguments.marks))
+                write(report, arguments.out)
+    for folder in arguments.models:
+        report["models"].append({"folder": folder.name, **measured_from_disk(arguments, common, folder, held)})
+        print(report["models"][-1], flush=True)
+        write(report, arguments.out)
+
+
+class Held:
+    """The third part of the prompts, and the original on it."""
+
+    def __init__(self, session: Session, assets: Path) -> None:
+        bench = session.bench
+        self.prompts = {
+            role: load_prompts(
+                role, PromptSource(source=str(assets / "prompts" / f"{role}.txt"), split="train[50:100]")
+            )
+            for role in ("harmful_eval", "harmless_eval")
+        }
+        harmful, harmless = (bench.chat.encode(p.prompts) for p in self.prompts.values())
+        self.ladder = replace(bench.ladder, harmful=harmful, harmless=harmless)
+        found = measure_baseline(replace(bench, ladder=self.ladder))
+        self.log_probs, self.before, self.total = found.log_probs, found.refusals, len(found.declined)
+        self.session = replace(session, baseline=found, ladder=with_savings(self.ladder, found.refusal_texts))
+        self.known: dict[tuple[str, int, int], Scores] = {}
+
+
+class Search:
+    """One method with one seed."""
+
+    def __init__(
+        self, session: Session, held: Held, common: Sequence[str], method: str, seed: int, folder: Path
+    ) -> None:
+        chosen = [f"{key}={value}" for key, value in METHODS[method].items()]
+        given = session.bench.settings.model_dump()
+        settings = resolve(None, {}, [*chosen, f"seed={seed}"], {}).settings
+        search = session.bench.settings.search
+        walk = search.gradient.model_copy(update={"direction": settings.search.gradient.direction})
+        search = search.model_copy(update={"start": settings.search.start, "gradient": walk})
+        settings = session.bench.settings.model_copy(update={"seed": seed, "search": search})
+        assert given.keys() == settings.model_dump().keys()
+        self.session = replace(session, bench=replace(session.bench, settings=settings))
+        self.held, self.method, self.seed, self.folder = held, method, seed, RunFolder(folder, "quality")
+        self.folder.create()
+
+    def run(self, budgets: Sequence[float], marks: Sequence[int]) -> dict[str, Any]:
+        """Search for so many seconds; at each mark the front, measured on the held-out prompts."""
+        study = optuna.create_study(directions=["minimize", "minimize"])
+        settings, watcher = self.session.bench.settings, self.session.bench.batcher.watcher
+        began = time.perf_counter()
+        paused = 0.0
+        walk = find_walk(study, self.session, self.folder)
+        walked = time.perf_counter() - began
+        space = self.session.space(walk)
+        trials = Trials(self.session, self.folder, space)
+        together = trials.together(None)
+        found: dict[str, Any] = {
+            "method": self.method,
+            "seed": self.seed,
+            "seconds_walk": round(walked, 1),
+            "fronts": {},
+        }
+        for mark, budget in zip(marks, budgets, strict=True):
+            while time.perf_counter() - began - paused < budget:
+                wanted = finished(study) + together
+                optimise(study, settings.model_copy(update={"n_trials": wanted}), trials, watcher=watcher, stop=Stop())
+            before = time.perf_counter()
+            points = [self._again(space.from_params(r.params), r) for r in front(results(study))]
+            kept = [p for p in points if p["study"]["kl"] < 0.5]
+            found["fronts"][str(mark)] = {
+                "seconds": round(before - began - paused, 1),
+                "trials": finished(study),
+                "points": kept,
+                **summary(kept, self.held.before),
+            }
+            paused += time.perf_counter() - before
+            print(
+                self.method,
+                self.seed,
+                mark,
+                {k: v for k, v in found["fronts"][str(mark)].items() if k != "points"},
+                flush=True,
+            )
+        return found
+
+    def _again(self, ablation: Any, result: Result) -> dict[str, Any]:
+        key = (self.method, self.seed, result.number)
+        if key not in self.held.known:
+            self.held.known[key] = measured(self.held.session, ablation)[0]
+        d = result.scores.divergence
+        return {"trial": result.number, "study": {"refusals": result.scores.refusals, "kl": d.mean}} | plain(
+            self.held.known[key]
+        )
+
+
+def ordinary_trial(session: Session, count: int = 3) -> float:
+    """Seconds of a trial of the kernels' space, measured alone and in full."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    space = replace(session.space(None), walk=None)
+    return round(statistics.median(measured(session, space.sample(study.ask()))[1] for _ in range(count)), 1)
+
+
+def plain(scores: Scores) -> dict[str, Any]:
+    """Scores as numbers for a report."""
+    d = scores.divergence
+    return {"refusals": scores.refusals, "kl": d.mean, "kl_median": d.median, "kl_p95": d.p95, "kl_max": d.max}
+
+
+def summary(points: Sequence[dict[str, Any]], before: int) -> dict[str, Any]:
+    """Hypervolume, and the fewest refusals at a KL of at most so much, on the held-out prompts."""
+    fewest = {
+        f"refusals_at_{kl}": min((p["refusals"] for p in points if p["kl"] <= kl), default=None) for kl in MAX_KLS
+    }
+    return {"hypervolume": hypervolume([(p["kl"], p["refusals"]) for p in points], before), **fewest}
+
+
+def measured_from_disk(arguments: Any, common: Sequence[str], folder: Path, held: Held) -> dict[str, Any]:
+    """A model folder on the held-out prompts, loaded as `heretic evaluate` loads it; over-refusals too."""
+    given = {"model": str(folder.resolve())}
+    settings = resolve(None, given, [*prompt_settings(arguments.assets), *common], {}).settings
+    inputs = look(settings, force=False, watcher=held.session.bench.batcher.watcher)
+    bench = open_bench(
+        settings, inputs.checkpoint, inputs.prompts, inputs.plan, held.session.bench.batcher.watcher, Stop(),
+        held.session.bench.chat.response_prefix,
+    )  # fmt: skip
+    ladder: Ladder = replace(bench.ladder, harmful=held.ladder.harmful, harmless=held.ladder.harmless)
+    scores: Measured = ladder.score(held.log_probs)
+    if not isinstance(scores, Scores):
+        raise UserError("not measured in full")
+    over = count_refusals(
+        bench.language_model,
+        bench.chat,
+        held.ladder.harmless,
+        ladder.judge,
+        bench.batcher,
+        settings.max_response_length,
+    )
+    return plain(scores) | {"over_refusals": over.count}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Strengths and a direction by gradient descent: the least change for the fewest refusals, from gentle to strict.
+
+Minimised is the KL divergence on harmless prompts + a weight x the mean -log(1 - p) of the words with which the original
+declines, as in refusal-direction optimisation (Wollschläger et al. 2025, arXiv 2502.17420, section 3) but over strengths and a
+mixture of the layers' mean differences instead of a free vector. Each weight starts from the solution of the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from heretic.ablation.ablation import Ablation
+from heretic.ablation.directions import Directions
+from heretic.progress import Watcher
+from heretic.scoring.loss import Objective, Reading
+from heretic.search.walk import Point
+from heretic.settings import GradientSettings
+from heretic.stop import Stop
+
+MIDDLE = (0.6, 0.85)  # the layers whose directions the mixture begins with, as shares of the depth
+STRONGEST = 2.5  # of a single writer; 1 removes the direction, 2 mirrors it
+SILENT_REFUSALS = 0.005  # mean probability of refusing at which nothing is left to push down
+
+
+@dataclass
+class State:
+    """The descent so far: numbers that a step changes, the optimiser's own, and the points that are finished.
+
+    `strengths` [components, layers]; `mixture` [layers] or `vector` [width] is the direction (neither: each layer's own).
+    `first_layer`: below it nothing is edited any more.
+    """
+
+    strengths: Tensor
+    mixture: Tensor | None = None
+    vector: Tensor | None = None
+    steps: int = 0
+    first_layer: int = 0
+    points: list[Point] = field(default_factory=list)
+    moments: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, components: int, directions: Directions, kind: str) -> State:
+        """Nothing edited; the direction an equal mixture of those of the middle layers, or what that comes to."""
+        layers = directions.num_layers
+        strengths, mixture = torch.zeros(components, layers), torch.zeros(layers)
+        low, high = (round(share * (layers - 1)) for share in MIDDLE)
+        mixture[low : high + 1] = 1
+        if kind == "mixture":
+            return cls(strengths, mixture)
+        return cls(strengths, vector=directions.unit(mixture) @ directions.vectors if kind == "free" else None)
+
+    @property
+    def silent(self) -> bool:
+        """Whether hardly any refusing is left at the last point."""
+        return bool(self.points) and self.points[-1].probability < SILENT_REFUSALS
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is being optimised, by name."""
+        all_of_them = {"strengths": self.strengths, "mixture": self.mixture, "vector": self.vector}
+        return {name: t for name, t in all_of_them.items() if t is not None}
+
+
+@dataclass
+class Descent:
+    """Walks from gentle to strict; `keep` receives the state after every step, and a state that was kept goes on as if
+    it had not been interrupted."""
+
+    objective: Objective
+    components: Sequence[str]
+    settings: GradientSettings
+    seed: int
+    watcher: Watcher
+    stop: Stop
+    keep: Callable[[State], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        both = (self.objective.harmless, self.objective.harmful)
+        parts = [_split(len(taught.sequences), self.settings.held_back) for taught in both]
+        self.train, self.held = [train for train, _ in parts], [held for _, held in parts]
+
+    def run(self, state: State) -> list[Point]:
+        """All points. Raises Interrupted after a stop, RuntimeError where a kernel of the model has no backward."""
+        weights, steps = self.settings.weights, self.settings.steps
+        with self.watcher.stage("Strengths by gradient", len(weights) * steps) as stage:
+            stage.advance(state.steps)
+            while state.steps < len(weights) * steps and not state.silent:
+                self.stop.check()
+                reading = self.step(state, weights[state.steps // steps])
+                if state.steps % steps == 0:
+                    self._finish_point(state, weights[state.steps // steps - 1])
+                self.keep(state)
+                stage.advance(note=f"KL {reading.kl:.3f}, probability of refusing {reading.probability:.2f}")
+        return state.points
+
+    def step(self, state: State, weight: float) -> Reading:
+        """One step of Adam on one minibatch, then back into the allowed range."""
+        leaves = {name: t.detach().clone().requires_grad_() for name, t in state.tensors.items()}
+        batch = [self._minibatch(rows, state.steps) for rows in self.train]
+        ablation = self._ablation(leaves)
+        reading = self.objective.read(ablation, state.first_layer, *batch, weight=weight, wanted=list(leaves.values()))
+        gradients = dict(zip(leaves, reading.gradients, strict=True))
+        # As a penalty in the loss: a strength stays above 0 only where it is worth more than this.
+        gradients["strengths"] = gradients["strengths"] + self.settings.sparsity
+        if "vector" in leaves:
+            gradients["vector"] = gradients["vector"] + self._leaving(leaves["vector"])
+        for name, tensor in state.tensors.items():
+            # A destroyed model has no slope; the momentum of the steps before leads on.
+            self._adam(state, name, tensor, gradients[name].nan_to_num(0.0, 0.0, 0.0))
+        state.strengths.clamp_(0, STRONGEST)
+        state.strengths[:, : state.first_layer] = 0
+        state.steps += 1
+        return reading
+
+    def held_back(self, state: State) -> Reading:
+        """The state on the prompts that no step sees."""
+        return self.objective.read(self._ablation(state.tensors), state.first_layer, *self.held)
+
+    def _ablation(self, tensors: Mapping[str, Tensor]) -> Ablation:
+        strengths = dict(zip(self.components, tensors["strengths"], strict=True))
+        return Ablation(strengths, tensors.get("mixture"), vector=tensors.get("vector"))
+
+    def _leaving(self, vector: Tensor) -> Tensor:
+        """Slope of the penalty on the share of a vector, squared, that is outside the span of the layers' directions."""
+        span = torch.linalg.qr(self.objective.workbench.directions.vectors.T).Q
+        unit = torch.nn.functional.normalize(vector, dim=0)
+        outside = (unit - span @ (span.T @ unit)).square().sum()
+        return self.settings.leaving * torch.autograd.grad(outside, vector)[0]
+
+    def _minibatch(self, rows: Sequence[int], step: int) -> list[int]:
+        """The rows in an order that changes with every round through them, as many as a step takes."""
+        size = min(self.settings.batch, len(rows))
+        rounds, place = divmod(step, max(1, len(rows) // size))
+        order = np.random.default_rng((self.seed, rounds)).permutation(len(rows))
+        return [rows[i] for i in order[place * size : (place + 1) * size]]
+
+    def _adam(self, state: State, name: str, tensor: Tensor, gradient: Tensor) -> None:
+        """torch.optim.Adam on one tensor, its moments where they can be kept."""
+        # A vector of norm 1 is to move as far as a strength, not each of its components.
+        rate = self.settings.learning_rate / (len(tensor) ** 0.5 if name == "vector" else 1)
+        optimiser = torch.optim.Adam([tensor], lr=rate)
+        moments = [f"{name}.{which}" for which in ("exp_avg", "exp_avg_sq")]
+        if all(m in state.moments for m in moments):
+            optimiser.state[tensor] = {
+                "step": torch.tensor(float(state.steps)),
+                **{m.rpartition(".")[2]: state.moments[m] for m in moments},
+            }
+        tensor.grad = gradient
+        optimiser.step()
+        tensor.grad = None
+        state.moments.update({m: optimiser.state[tensor][m.rpartition(".")[2]] for m in moments})
+
+    def _finish_point(self, state: State, weight: float) -> None:
+        used = state.strengths.sum(dim=0).nonzero()
+        state.first_layer = int(used[0]) if len(used) else state.first_layer
+        reading = self.held_back(state)
+        strengths = {c: tuple(row) for c, row in zip(self.components, state.strengths.tolist(), strict=True)}
+        mixture, vector = (None if t is None else tuple(t.tolist()) for t in (state.mixture, state.vector))
+        state.points.append(Point(weight, strengths, mixture, reading.kl, reading.probability, vector))
+        self.watcher.say(
+            f"Weight {weight:g}: KL {reading.kl:.4f}, probability of refusing {reading.probability:.3f} on prompts held back; "
+            f"edited from layer {state.first_layer}."
+        )
+
+
+def _split(count: int, held_back: float) -> tuple[list[int], list[int]]:
+    """Rows for the steps, and rows held back."""
+    held = max(1, round(count * held_back))
+    return list(range(count - held)), list(range(count - held, count))

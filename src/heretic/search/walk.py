@@ -1,0 +1,104 @@
+"""The walk: strengths and a direction found by gradient, from gentle to strict, and the ablations around them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import optuna
+
+from heretic.ablation.ablation import Ablation
+
+WALK = "heretic:walk"  # user attribute of the study
+
+
+@dataclass(frozen=True)
+class Point:
+    """What the descent came to at one weight of refusing against change.
+
+    `strengths` by component, one number a layer; `mixture` and `vector` as in an Ablation. On prompts held back from the
+    descent: mean KL, and mean probability of the words with which the original declines.
+    """
+
+    weight: float
+    strengths: Mapping[str, tuple[float, ...]]
+    mixture: tuple[float, ...] | None
+    kl: float
+    probability: float
+    vector: tuple[float, ...] | None = None
+
+    @property
+    def ablation(self) -> Ablation:
+        """The point itself."""
+        return Ablation(self.strengths, self.mixture, vector=self.vector)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Point:
+        """What `asdict` gave, after a way through JSON."""
+        strengths = {component: tuple(profile) for component, profile in data["strengths"].items()}
+        mixture, vector = (None if data[part] is None else tuple(data[part]) for part in ("mixture", "vector"))
+        return cls(data["weight"], strengths, mixture, data["kl"], data["probability"], vector)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The points, gentle ones first; none where the strengths could not be found by gradient (`why_not` says why)."""
+
+    points: tuple[Point, ...]
+    why_not: str = ""
+
+    def at(self, position: float, gains: Mapping[str, Sequence[float]], shift: float) -> Ablation:
+        """The ablation at a position between two points (0: the first), the strengths of every component multiplied by a gain a
+        layer, the direction mixed toward that of a neighbouring layer (`shift`, in layers; a vector has no neighbours)."""
+        low = min(int(position), len(self.points) - 1)
+        high = min(low + 1, len(self.points) - 1)
+        share = position - low
+        a, b = self.points[low], self.points[high]
+        strengths = {
+            component: tuple(
+                g * s for g, s in zip(gains[component], _between(profile, b.strengths[component], share), strict=True)
+            )
+            for component, profile in a.strengths.items()
+        }
+        if a.vector is not None and b.vector is not None:
+            return Ablation(strengths, vector=_between(a.vector, b.vector, share))
+        if a.mixture is None or b.mixture is None:
+            return Ablation(strengths, None, shift)
+        return Ablation(strengths, shifted(_between(a.mixture, b.mixture, share), shift))
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """The first and the last layer that any point edits."""
+        edited = [
+            layer for p in self.points for profile in p.strengths.values() for layer, s in enumerate(profile) if s > 0
+        ]
+        return min(edited, default=0), max(edited, default=0)
+
+    def keep(self, study: optuna.Study) -> None:
+        """Store it with the study."""
+        study.set_user_attr(WALK, json.dumps(asdict(self)))
+
+    @classmethod
+    def of(cls, study: optuna.Study) -> Walk | None:
+        """The study's walk, if it has one yet."""
+        stored = study.user_attrs.get(WALK)
+        if stored is None:
+            return None
+        data = json.loads(stored)
+        return cls(tuple(map(Point.from_dict, data["points"])), data["why_not"])
+
+
+def shifted(mixture: Sequence[float], shift: float) -> tuple[float, ...]:
+    """Every layer's coefficient moved by a share of it to the next layer, or to the one before (a negative shift)."""
+    moved = [0.0] * len(mixture)
+    for layer, coefficient in enumerate(mixture):
+        neighbour = min(max(layer + (1 if shift > 0 else -1), 0), len(mixture) - 1)
+        moved[layer] += (1 - abs(shift)) * coefficient
+        moved[neighbour] += abs(shift) * coefficient
+    return tuple(moved)
+
+
+def _between(a: Sequence[float], b: Sequence[float], share: float) -> tuple[float, ...]:
+    return tuple((1 - share) * x + share * y for x, y in zip(a, b, strict=True))

@@ -1,0 +1,142 @@
+"""The walk of a study: read from it, gone on with from the run's folder, or made, on the prompts that give the direction."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import optuna
+import torch
+
+from heretic.errors import UserError
+from heretic.machine.host import memory
+from heretic.machine.shape import ModelShape
+from heretic.model.batching import Batch
+from heretic.model.decoding import decode
+from heretic.model.forward import can_begin_later
+from heretic.model.loading import LanguageModel
+from heretic.run_folder import RunFolder
+from heretic.savings import entries_of
+from heretic.scoring.loss import Objective, Taught, log_probs_at
+from heretic.scoring.refusals import count_refusals
+from heretic.search.gradient import Descent, State
+from heretic.search.walk import Point, Walk
+from heretic.session import Bench, Session
+
+log = logging.getLogger(__name__)
+
+TRIED_TOKENS = 16  # in which an answer to a training prompt must have declined
+FEWEST_REFUSALS = 4  # of the training prompts
+SHARE_OF_FREE_MEMORY = 0.3  # for what a pass with gradients keeps
+FEWEST_ROWS = 4  # in such a pass; where fewer fit, blocks are computed twice instead
+
+
+def find_walk(study: optuna.Study, session: Session, folder: RunFolder) -> Walk | None:
+    """The study's walk, made if it has none yet; None where the search begins with kernels alone."""
+    settings = session.bench.settings
+    if settings.search.start == "kernels":
+        return None
+    walk = Walk.of(study)
+    if walk is None:
+        walk = _make(session, folder)
+        walk.keep(study)
+    if walk.why_not:
+        session.bench.batcher.watcher.warn(f"The search begins with kernels: {walk.why_not}")
+    return walk
+
+
+def _make(session: Session, folder: RunFolder) -> Walk:
+    bench = session.bench
+    anatomy = bench.language_model.anatomy
+    if any(writer.offloaded for writer in anatomy.writers):
+        return Walk((), "part of the weights waits outside the devices, and gradients would bring all of it in.")
+    objective = prepare(session)
+    if objective is None:
+        return Walk((), "the model declines hardly any of the prompts that give the direction.")
+    try:
+        return Walk(tuple(_descend(session, folder, objective)))
+    except UserError as error:
+        if objective.checkpoints:
+            return Walk((), error.what)
+        log.info("blocks are computed twice: %s", error.what)
+        try:
+            return Walk(tuple(_descend(session, folder, replace(objective, checkpoints=True))))
+        except UserError as again:
+            return Walk((), again.what)
+    except (RuntimeError, NotImplementedError) as error:
+        log.info("no walk", exc_info=True)
+        return Walk((), f"this model cannot be run backwards ({str(error).splitlines()[0]}).")
+
+
+def _descend(session: Session, folder: RunFolder, objective: Objective) -> list[Point]:
+    """From where an earlier session or try has come to."""
+    settings, batcher = session.bench.settings, session.bench.batcher
+    gradient, components = settings.search.gradient, session.bench.language_model.anatomy.components
+    state = folder.walk(batcher.watcher)
+    if state is None:
+        state = State.begin(len(components), session.workbench.directions, gradient.direction)
+    descent = Descent(objective, components, gradient, settings.seed, batcher.watcher, batcher.stop, folder.keep_walk)
+    return descent.run(state)
+
+
+def prepare(session: Session) -> Objective | None:
+    """What the walk minimises: prompts with the beginnings of the original's answers, and how to read an ablation off them.
+
+    None where too few of the prompts are declined.
+    """
+    bench = session.bench
+    gradient, model = bench.settings.search.gradient, bench.language_model
+    asked, harmless = (bench.encoded[role][: gradient.prompts] for role in ("harmful_train", "harmless_train"))
+    refusals = count_refusals(
+        model, bench.chat, asked, bench.ladder.judge, bench.batcher, TRIED_TOKENS, fewest_tokens=gradient.refusal_tokens
+    )
+    declined = [(p, list(t)) for p, t, d in zip(asked, refusals.tokens, refusals.declined, strict=True) if d and t]
+    if len(declined) < FEWEST_REFUSALS:
+        return None
+    harmful = Taught.of([p for p, _ in declined], [t[: gradient.refusal_tokens] for _, t in declined])
+    answered = Taught.of(harmless, _beginnings(bench, harmless, gradient.kl_tokens))
+    original = log_probs_at(model, answered, bench.batcher)
+    rows, checkpoints = rows_with_gradients(model, max(map(len, (*harmful.sequences, *answered.sequences))))
+    batcher = replace(bench.batcher, size=min(rows, bench.batcher.size))
+    log.info("%d rows in a pass with gradients%s", batcher.size, ", blocks computed twice" if checkpoints else "")
+    later = not checkpoints and can_begin_later(model.model, model.anatomy.blocks, harmless, batcher)
+
+    def kept(taught: Taught) -> Taught:
+        return (
+            replace(taught, entries=entries_of(model, taught.sequences, batcher, with_cache=False)) if later else taught
+        )
+
+    return Objective(model, session.workbench, batcher, kept(answered), kept(harmful), original, checkpoints)
+
+
+def rows_with_gradients(model: LanguageModel, tokens: int) -> tuple[int, bool]:
+    """How many rows of so many tokens a pass with gradients takes, and whether blocks have to be computed twice for it."""
+    shape = ModelShape.of(model.model.config.get_text_config(decoder=True), model.model)
+    budget = int(SHARE_OF_FREE_MEMORY * _free_memory(model))
+    whole = budget // shape.gradient_bytes(1, tokens, shape.blocks, twice=False)
+    if whole >= FEWEST_ROWS:
+        return whole, False
+    return max(1, budget // shape.gradient_bytes(1, tokens, shape.blocks)), True
+
+
+def _free_memory(model: LanguageModel) -> int:
+    """Bytes free on the fullest device that the model runs on."""
+    devices = {block_device for block_device in _devices(model) if block_device.type == "cuda"}
+    return min((torch.cuda.mem_get_info(d)[0] for d in devices), default=memory()[1])
+
+
+def _devices(model: LanguageModel) -> set[torch.device]:
+    return {parameter.device for block in model.anatomy.blocks for parameter in block.parameters()}
+
+
+def _beginnings(bench: Bench, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
+    """The first tokens of the original's answers, and one more whose place is all that counts; fewer where an answer ends."""
+    if tokens == 1:
+        return [[0] for _ in prompts]
+    model = bench.language_model
+
+    def step(batch: Batch) -> list[list[int]]:
+        return decode(model.model, batch, tokens - 1, model.end_tokens)
+
+    return [[*text, 0] for text in bench.batcher.run("Original's answers", prompts, step)]
