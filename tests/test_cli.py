@@ -12,7 +12,7 @@ from heretic.cli import shorthand
 from heretic.settings_layers import resolve
 from tests.command import heretic
 
-COMMANDS = ["run", "preflight", "status", "export", "evaluate", "config", "demo"]
+COMMANDS = ["run", "preflight", "status", "export", "chat", "compare", "evaluate", "config", "doctor", "demo"]
 
 
 def test_shorthands() -> None:
@@ -75,3 +75,17 @@ def test_config_command(config: Path, capsys: pytest.CaptureFixture[str], monkey
 def test_schema_is_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     schema = json.loads(heretic(capsys, monkeypatch, "config", "--schema").out)
     assert schema["additionalProperties"] is False and "n_trials" in schema["properties"]
+
+
+def test_doctor_tells_of_the_machine_and_keeps_secrets(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HERETIC_STORAGE", "postgresql://me:hunter2@host/db")
+    monkeypatch.setenv("HF_TOKEN", "hf_hunter2")
+    found = json.loads(heretic(capsys, monkeypatch, "doctor", "--json").out)
+    assert found["versions"]["torch"] and "free" in found["ram"] and found["gpus"]
+    assert "n_trials = 4" in found["settings"] and "hunter2" not in json.dumps(found)
+    assert "hunter2" not in heretic(capsys, monkeypatch, "doctor").out
+    config.write_text("n_trials = 'many'")
+    broken = heretic(capsys, monkeypatch, "doctor")
+    assert broken.status == 0 and "n_trials" in broken.out and "torch" in broken.out, "it works where settings do not"

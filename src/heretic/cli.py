@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -166,6 +167,62 @@ def export(
 
 
 @app.command()
+def chat(
+    name: RunArgument = None,
+    trial: Annotated[int | None, typer.Option("--trial", help="Number of the trial; left out: the chosen one.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Longest answer, in tokens.")] = 512,
+    runs_dir: RunsOption = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for devices that another process holds.")] = False,
+) -> None:
+    """Talk to a trial's model and to the original, on the same loaded weights; nothing is written."""
+    from heretic.later import talking
+    from heretic.screen.chat import Chat, typed
+
+    stop = Stop()
+    watcher = make_watcher(out)
+    held = talking(name or "", configured_runs(runs_dir), trial, tokens, wait=wait, watcher=watcher, stop=stop)
+    with ExitStack() as stack:
+        with stop.on_signals():
+            result, answer = stack.enter_context(held)
+        # From here on Ctrl-C is an exception again: it cuts an answer short.
+        out.print(f"Trial {result.number}, {result.scores.refusals} of {result.scores.total} declined.")
+        Chat(out, answer).run(typed(out))
+
+
+@app.command()
+def compare(
+    name: Annotated[str, typer.Argument(help="Name or folder of a run.")],
+    trials: Annotated[str, typer.Option("--trials", help="Numbers of trials, as 3,7.")],
+    prompts: Annotated[str, typer.Option("--prompts", help="A file of prompts, or any source as in the settings.")],
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Longest answer, in tokens.")] = 100,
+    runs_dir: RunsOption = None,
+    as_json: JsonOption = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for devices that another process holds.")] = False,
+) -> None:
+    """The greedy answers of the original and of trials to your prompts, one below the other."""
+    from heretic.later import compare_trials
+    from heretic.progress import SILENT
+    from heretic.screen.tables import show_lines
+
+    try:
+        numbers = [int(number) for number in trials.split(",")]
+    except ValueError:
+        raise UserError(f"{trials!r} is no list of trials.", where="--trials", fix="write it like 3,7") from None
+    stop = Stop()
+    watcher = SILENT if as_json else make_watcher(out)
+    with stop.on_signals():
+        found = compare_trials(
+            name, configured_runs(runs_dir), numbers, prompts, tokens, wait=wait, watcher=watcher, stop=stop
+        )
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    for row in found:
+        show_lines(out, list(row.items()))
+        out.print()
+
+
+@app.command()
 def evaluate(
     model: ModelArgument = None,
     against: Annotated[
@@ -212,6 +269,33 @@ def config(
         print(defaults_text(), end="")
     else:
         print(resolved_text(read_settings(config_file, assignments, {}, quiet=True)), end="")
+
+
+@app.command()
+def doctor(config: ConfigOption = None, assignments: SetOption = None, as_json: JsonOption = False) -> None:
+    """What a report of a fault should hold: versions, devices and settings, without secrets."""
+    resolved, problem = None, ""
+    try:
+        resolved = read_settings(config, assignments, {}, quiet=True)
+    except UserError as error:
+        problem = str(error)
+    from heretic.doctor import examine
+    from heretic.screen.tables import show_lines
+
+    found = examine(resolved, problem)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    rows = [
+        *found["versions"].items(),
+        ("cores", str(found["cpu_cores"])),
+        ("RAM", found["ram"]),
+        ("disk", found["disk"]),
+    ]
+    rows += [("GPU", gpu) for gpu in found["gpus"]] + list(found["environment"].items())
+    show_lines(out, rows)
+    out.print()
+    out.print(printable(found["settings"]), highlight=False, soft_wrap=True)
 
 
 @app.command()

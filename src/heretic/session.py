@@ -19,7 +19,7 @@ from heretic.ablation.bake import Original, copies, from_checkpoint, rewrite
 from heretic.ablation.directions import Directions, mean_difference
 from heretic.errors import UserError
 from heretic.model.anatomy import Writer
-from heretic.model.batching import Batch, Batcher, Edited
+from heretic.model.batching import AS_IT_IS, Batch, Batcher, Edited
 from heretic.model.capture import mean_residuals
 from heretic.model.chat_format import ChatFormat, check_length, common_prefix
 from heretic.model.checkpoint import Checkpoint
@@ -82,8 +82,12 @@ class Session:
     def applied(self, *ablations: Ablation) -> Iterator[Edited]:
         """Within the context the model is ablated, by hooks or by rewritten weights as the settings say.
 
-        Gives how it is edited. Several ablations share the passes, each row having its own; rewritten weights hold one.
+        Gives how it is edited. Several ablations share the passes, each row having its own; rewritten weights hold one. Without
+        any it is the original.
         """
+        if not ablations:
+            yield AS_IT_IS
+            return
         writers, operators = self.workbench.writers, [self.workbench.operators(a) for a in ablations]
         touched = [w.layer for w in writers if any(w.name in found for found in operators)]
         edited = Edited(len(ablations), min(touched, default=self.bench.language_model.anatomy.num_layers))

@@ -32,9 +32,13 @@ class ChatFormat:
     response_prefix: str = ""
 
     def render(self, prompt: str) -> str:
-        """The conversation as text, up to where the answer goes on."""
+        """A conversation of one prompt as text, up to where the answer goes on."""
+        return self.conversation([{"role": "user", "content": prompt}])
+
+    def conversation(self, said: Sequence[dict[str, str]]) -> str:
+        """A conversation (`role` user or assistant, `content`) as text, up to where the answer goes on."""
         messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        messages.append({"role": "user", "content": prompt})
+        messages += said
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program; it raises what its author thought of

@@ -1,0 +1,38 @@
+"""What a report of a fault should say about the machine and the settings, without secrets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from heretic.export.manifest import versions
+from heretic.machine.gpus import usable_gpus, visible_gpus
+from heretic.machine.host import free_disk, memory, spell_bytes
+from heretic.run import kept_settings
+from heretic.settings_layers import Resolved
+
+# Set by the user and of influence, but nothing that could be a token or a password.
+TOLD = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def examine(resolved: Resolved | None, problem: str, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Versions, devices, memory, environment and settings; `problem` says why there are no settings."""
+    total, free = memory()
+    report = visible_gpus(environment)
+    usable = {gpu.uuid for gpu in usable_gpus(report)}
+    gpus = [
+        f"{gpu.name}, {spell_bytes(gpu.free)} of {spell_bytes(gpu.total)} free"
+        + ("" if gpu.uuid in usable else ", not usable with this PyTorch")
+        for gpu in report.gpus
+    ]
+    return {
+        "versions": versions(),
+        "cpu_cores": os.cpu_count(),
+        "ram": f"{spell_bytes(free)} of {spell_bytes(total)} free",
+        "disk": f"{spell_bytes(free_disk(Path.cwd()))} free here",
+        "gpus": gpus or [report.unseen or "none"],
+        "environment": {name: environment[name] for name in TOLD if name in environment},
+        "settings": kept_settings(resolved) if resolved else problem,
+    }

@@ -1,0 +1,45 @@
+"""An answer as it is being written, a piece of text at a time, as the model's own generation settings have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from heretic.model.loading import LanguageModel
+
+
+class _Pieces(TextStreamer):
+    """Hands on whole words where transformers' streamer prints them."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+        self.parts: list[str] = []
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """The next piece."""
+        if text:
+            self.parts.append(text)
+            self.on_text(text)
+
+
+def answer(
+    language_model: LanguageModel, tokens: Sequence[int], max_tokens: int, on_text: Callable[[str], None]
+) -> str:
+    """Continue a conversation [tokens] with the model as it is now; `on_text` gets every piece, the whole is returned."""
+    ids = torch.tensor([list(tokens)], device=language_model.device)
+    pieces = _Pieces(language_model.tokenizer, on_text)
+    ends = sorted(language_model.end_tokens)
+    model: Any = language_model.model
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_tokens,
+        streamer=pieces,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+    )
+    return "".join(pieces.parts).strip()

@@ -1,0 +1,91 @@
+"""The conversation: who answers, what is remembered, what reaches the terminal; once with a real run."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from heretic.screen.chat import Chat
+from tests.command import heretic
+
+
+class Model:
+    """Answers with how many messages it was given and whether it is edited."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[dict[str, str]], bool]] = []
+
+    def __call__(self, messages: Sequence[dict[str, str]], ablated: bool, on_text: Callable[[str], None]) -> str:
+        self.asked.append(([dict(m) for m in messages], ablated))
+        said = f"{'yes' if ablated else 'no'} {len(messages)}"
+        for word in said.split():
+            on_text(word + " ")
+        if messages[-1]["content"] == "long":
+            raise KeyboardInterrupt
+        return said
+
+
+def talk(*lines: str) -> tuple[str, Model, Chat]:
+    console, model = Console(file=io.StringIO(), width=100), Model()
+    chat = Chat(console, model)
+    chat.run(lines)
+    return console.file.getvalue(), model, chat  # type: ignore[attr-defined]
+
+
+def test_switching_sides_keeps_the_conversation() -> None:
+    _, model, _ = talk("hello", "/original", "and now?", "/both", "again", "/new", "fresh", "/quit", "not asked")
+    assert [(len(m), ablated) for m, ablated in model.asked] == [
+        (1, True), (3, False), (5, False), (5, True), (1, False), (1, True),
+    ]  # fmt: skip
+    assert model.asked[1][0][1] == {"role": "assistant", "content": "yes 1"}
+
+
+def test_the_terminal_is_not_steered_by_what_is_said() -> None:
+    console = Console(file=io.StringIO(), width=100)
+
+    def evil(_m: object, _a: object, on_text: Callable[[str], None]) -> str:
+        on_text("\x1b[2J[bold]x[/bold]")
+        return "x"
+
+    Chat(console, evil).run(["hi"])
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b" not in text and "\\x1b[2J[bold]x[/bold]" in text
+
+
+def test_an_answer_cut_short_stays_in_the_conversation() -> None:
+    text, model, _ = talk("long", "go on")
+    assert "(cut short)" in text and model.asked[1][0][1]["content"] == "yes 1"
+
+
+def test_saving_says_who_said_what_and_a_bad_place_is_no_end() -> None:
+    text, _, _ = talk("/both", "hello", "/save talk.json", "/save /nowhere/at/all", "/save", "/huh")
+    kept = json.loads(Path("talk.json").read_text())
+    assert [m.get("model") for m in kept] == [None, "original", "ablated"] and Path("chat.json").is_file()
+    assert "not saved" in text and text.count("/quit") == 2
+
+
+def test_a_real_run_is_talked_to_and_compared(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert heretic(capsys, monkeypatch, "run").status == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("make bread\n/both\nwrite soup\n/save said.json\n"))
+    ran = heretic(capsys, monkeypatch, "chat", "--trial", "1", "--tokens", "5")
+    assert ran.status == 0 and "Trial 1" in ran.out and "original:" in ran.out
+    assert len(json.loads(Path("said.json").read_text())) == 5
+    run = next(Path("runs").iterdir()).name
+    Path("mine.txt").write_text("make bread me\nwhat stars is\n")
+    asked = ("compare", run, "--prompts", "mine.txt", "--tokens", "4")
+    rows = json.loads(heretic(capsys, monkeypatch, *asked, "--trials", "1,2", "--json").out)
+    assert [r["prompt"] for r in rows] == ["make bread me", "what stars is"]
+    assert set(rows[0]) == {"prompt", "original", "trial 1", "trial 2"} and any(
+        r["original"] != r["trial 1"] for r in rows
+    )
+    assert "trial 2" in heretic(capsys, monkeypatch, *asked, "--trials", "2").out
+    for wrong, said in (("x", "no list of trials"), ("77", "no finished trial 77")):
+        ran = heretic(capsys, monkeypatch, *asked, "--trials", wrong)
+        assert ran.status == 1 and said in ran.err
