@@ -18,7 +18,7 @@ from heretic.progress import SILENT, Watcher
 from heretic.run import look
 from heretic.run_folder import RunFolder
 from heretic.session import Session, open_session
-from heretic.settings_layers import resolve
+from heretic.settings.layers import resolve
 from heretic.stop import Stop
 
 ROLES = ("harmful_train", "harmless_train", "harmful_eval", "harmless_eval")

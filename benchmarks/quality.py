@@ -36,7 +36,7 @@ from heretic.search.front import Result, front, results
 from heretic.search.study import finished, optimise
 from heretic.session import Session, measure_baseline
 from heretic.settings import PromptSource
-from heretic.settings_layers import resolve
+from heretic.settings.layers import resolve
 from heretic.stop import Stop
 from heretic.strengths import find_walk
 from heretic.trials import Trials

@@ -9,7 +9,7 @@ import pytest
 
 from heretic import __version__
 from heretic.cli import shorthand
-from heretic.settings_layers import resolve
+from heretic.settings.layers import resolve
 from tests.command import heretic
 
 COMMANDS = ["run", "preflight", "status", "export", "chat", "compare", "evaluate", "config", "doctor", "demo"]

@@ -15,7 +15,7 @@ from heretic.errors import StudyMismatch, UserError
 from heretic.model.checkpoint import open_checkpoint
 from heretic.progress import SILENT
 from heretic.run import Outcome, run
-from heretic.settings_layers import resolve
+from heretic.settings.layers import resolve
 from heretic.stop import Stop
 
 

@@ -19,7 +19,7 @@ from heretic.scoring import loss
 from heretic.search.gradient import State
 from heretic.search.storage import connect, storage_url
 from heretic.search.walk import WALK
-from heretic.settings_layers import resolve
+from heretic.settings.layers import resolve
 from heretic.status import look_at
 from heretic.stop import Stop
 

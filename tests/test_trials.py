@@ -12,7 +12,7 @@ from heretic.run import Outcome, run
 from heretic.scoring.ladder import Ladder
 from heretic.search.front import front
 from heretic.search.storage import connect, storage_url
-from heretic.settings_layers import resolve
+from heretic.settings.layers import resolve
 from heretic.status import look_at
 from heretic.stop import Stop
 

@@ -11,7 +11,7 @@ from heretic.export.manifest import versions
 from heretic.machine.gpus import usable_gpus, visible_gpus
 from heretic.machine.host import free_disk, memory, spell_bytes
 from heretic.run import kept_settings
-from heretic.settings_layers import Resolved
+from heretic.settings.layers import Resolved
 
 # Set by the user and of influence, but nothing that could be a token or a password.
 TOLD = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "PYTORCH_CUDA_ALLOC_CONF")

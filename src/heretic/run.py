@@ -29,8 +29,8 @@ from heretic.search.storage import REFUSALS_BEFORE, connect, fail_abandoned, mas
 from heretic.search.study import finished, optimise
 from heretic.session import LoadPlan, open_session, read_template
 from heretic.settings import Settings
-from heretic.settings_layers import Resolved
-from heretic.settings_text import resolved_text
+from heretic.settings.layers import Resolved
+from heretic.settings.text import resolved_text
 from heretic.stop import Stop
 from heretic.strengths import find_walk
 from heretic.trials import Trials

@@ -20,7 +20,7 @@ from heretic.progress import Watcher
 from heretic.search.gradient import State
 from heretic.search.walk import Point
 from heretic.settings import Settings
-from heretic.settings_layers import resolve
+from heretic.settings.layers import resolve
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from heretic.export import save
 from heretic.model.checkpoint import open_checkpoint
 from heretic.progress import SILENT
 from heretic.run import Outcome, run
-from heretic.settings_layers import resolve
+from heretic.settings.layers import resolve
 from heretic.stop import Stop
 from tests.export.tiny_gguf import save_tiny_gguf
 from tests.tiny import save_tiny

@@ -25,7 +25,7 @@ from heretic.prompts import load_all
 from heretic.run import Outcome, run
 from heretic.scoring.divergence import divergences, first_token_log_probs
 from heretic.settings import Settings
-from heretic.settings_layers import resolve
+from heretic.settings.layers import resolve
 from heretic.stop import Stop
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from heretic.errors import SettingsError
 from heretic.settings import Settings
-from heretic.settings_layers import all_keys, line_numbers, resolve
-from heretic.settings_text import defaults_text, resolved_text
+from heretic.settings.layers import all_keys, line_numbers, resolve
+from heretic.settings.text import defaults_text, resolved_text
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from heretic.settings import Settings, Table
-from heretic.settings_layers import Resolved, describe_type
+from heretic.settings.layers import Resolved, describe_type
 
 
 def toml_value(value: Any) -> str:

@@ -1,0 +1,1 @@
+"""The commands, by subject; importing a module here adds its commands to the application."""

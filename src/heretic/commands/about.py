@@ -1,0 +1,60 @@
+"""The settings, and what a report of a fault should hold."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from heretic.commands.app import ConfigOption, JsonOption, SetOption, app, out, read_settings
+from heretic.errors import UserError
+from heretic.screen.console import printable
+
+
+@app.command()
+def config(
+    config_file: ConfigOption = None,
+    assignments: SetOption = None,
+    defaults: Annotated[
+        bool, typer.Option("--defaults", help="The documented defaults, as a file to start from.")
+    ] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="The JSON schema of the settings.")] = False,
+) -> None:
+    """The resolved settings, each with where it came from."""
+    from heretic.settings import Settings
+    from heretic.settings.text import defaults_text, resolved_text
+
+    if schema:
+        print(json.dumps(Settings.model_json_schema(), indent=2))
+    elif defaults:
+        print(defaults_text(), end="")
+    else:
+        print(resolved_text(read_settings(config_file, assignments, {}, quiet=True)), end="")
+
+
+@app.command()
+def doctor(config: ConfigOption = None, assignments: SetOption = None, as_json: JsonOption = False) -> None:
+    """What a report of a fault should hold: versions, devices and settings, without secrets."""
+    resolved, problem = None, ""
+    try:
+        resolved = read_settings(config, assignments, {}, quiet=True)
+    except UserError as error:
+        problem = str(error)
+    from heretic.doctor import examine
+    from heretic.screen.tables import show_lines
+
+    found = examine(resolved, problem)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    rows = [
+        *found["versions"].items(),
+        ("cores", str(found["cpu_cores"])),
+        ("RAM", found["ram"]),
+        ("disk", found["disk"]),
+    ]
+    rows += [("GPU", gpu) for gpu in found["gpus"]] + list(found["environment"].items())
+    show_lines(out, rows)
+    out.print()
+    out.print(printable(found["settings"]), highlight=False, soft_wrap=True)

@@ -1,0 +1,142 @@
+"""The settings: one schema for the TOML file, the environment and the command line.
+
+Every field's description is its documentation: `config.default.toml`, `heretic config --defaults` and the JSON schema are
+made from it. A field marked `neutral` changes how a result is reached, not the result, so it is left out of the
+fingerprint that decides whether a stored study may be continued.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator
+
+from heretic.settings.ablation import AblationSettings, Directions, Geometry
+from heretic.settings.field import PathText, Table, setting
+from heretic.settings.prompts import Prompts, PromptSource
+from heretic.settings.scoring import DEFAULT_MARKERS, not_blank
+from heretic.settings.search import GradientSettings, KernelSpace, Search
+
+__all__ = [
+    "DEFAULT_MARKERS",
+    "AblationSettings",
+    "Directions",
+    "Geometry",
+    "GradientSettings",
+    "KernelSpace",
+    "PromptSource",
+    "Prompts",
+    "Search",
+    "Settings",
+]
+
+
+class Settings(Table):
+    """All settings of a run."""
+
+    model: str = setting("", "The model: a Hugging Face id, a local folder, or a .gguf file.")
+    revision: str = setting("", "A branch, tag or commit of the model on the hub; empty for the newest.")
+    save_to: PathText = setting(
+        "", "Folder for the resulting model; empty: nothing is exported at the end.", neutral=True
+    )
+    n_trials: int = setting(
+        200, "Trials in the finished study, counted over all sessions that worked on it.", neutral=True, ge=1
+    )
+    batch_size: int = setting(
+        0,
+        "Prompts per forward pass; 0: chosen from the memory at hand. Halved by itself when memory runs out.",
+        neutral=True,
+        ge=0,
+    )
+    trials_per_batch: int = setting(
+        0,
+        "Trials that share every pass over the weights, each row of a batch carrying its own trial's edit; 0: as many as "
+        "a measurement at the start shows to pay (one, where decoding is bound by arithmetic). They are drawn without knowing how "
+        "the others end, so more than a few make the search a little less sure.",
+        neutral=True,
+        ge=0,
+    )
+    early_stopping: bool = setting(
+        True,
+        "Leave a trial as soon as a finished one has beaten the best that it could still reach. The front is the same as "
+        "without; the search is told an estimate for such a trial.",
+        neutral=True,
+    )
+    device_map: str | dict[str, int | str] = setting(
+        "planned",
+        "`planned`: one device if the model fits, else `balanced`. Or accelerate's `auto`, `balanced`, `balanced_low_0`, "
+        "`sequential` (these may leave part of the weights in RAM); one device such as `cpu` or `cuda:1`; or a table from module "
+        "names to devices.",
+        neutral=True,
+    )
+    max_memory: dict[str, str] = setting(
+        {}, 'Most memory to use per device for weights, such as { 0 = "20GiB", cpu = "60GiB" }.', neutral=True
+    )
+    dtypes: list[Literal["auto", "float16", "bfloat16", "float32"]] = setting(
+        ["auto", "bfloat16", "float32"],
+        "Number formats to try in turn until the model gives finite logits. `auto` is the checkpoint's own format on a GPU and "
+        "float32 on a CPU where it fits (bfloat16 is slower there).",
+        min_length=1,
+    )
+    trust_remote_code: list[str] = setting(
+        [], "Models whose own Python code may be executed, by exactly the name given in `model`."
+    )
+    system_prompt: str = setting(
+        "", "System message of every conversation; empty: none is sent, and the template's own default applies."
+    )
+    chat_template: PathText = setting(
+        "", "A Jinja file with the chat template, for models that come without one; empty: the model's own."
+    )
+    response_prefix: str = setting(
+        "auto",
+        "Text that every answer is made to begin with. `auto`: what the model's answers have in common is found by asking "
+        "it, and a thinking block is opened and closed at once.",
+    )
+    max_response_length: int = setting(100, "Tokens of an answer that are looked at for a refusal.", ge=1)
+    refusal_markers: Annotated[list[str], AfterValidator(not_blank)] = setting(
+        DEFAULT_MARKERS,
+        "An answer counts as declined if it contains one of these (ignoring case, asterisks, typographic apostrophes and "
+        "repeated spaces) or is empty.",
+        min_length=1,
+    )
+    store_responses: bool = setting(False, "Keep the answers of every trial in the run's folder.", neutral=True)
+    apply: Literal["operators", "weights"] = setting(
+        "operators",
+        "How a trial edits the model: `operators` act on the outputs of the writers and leave the weights untouched; `weights` "
+        "rewrites them and puts them back. The scores are the same up to rounding.",
+        neutral=True,
+    )
+    cache_weights: bool = setting(
+        True,
+        'With apply = "weights": true keeps a copy of the edited tensors (only those) beside the model; false reads them '
+        "again from the checkpoint.",
+        neutral=True,
+    )
+    seed: int = setting(0, "Seed of the search.", ge=0)
+    runs_dir: PathText = setting("runs", "Folder that holds one folder per run.", neutral=True)
+    run_name: str = setting(
+        "", "Name of the run's folder; empty: the model's name and a fingerprint of the settings.", neutral=True
+    )
+    storage: str = setting("", "Optuna storage URL; empty: `study.db` (SQLite) in the run's folder.", neutral=True)
+    select: Literal["fewest_refusals_under_kl", "lowest_kl_under_refusals"] = setting(
+        "fewest_refusals_under_kl",
+        "Which trial is exported when nobody is asked: the one with the fewest refusals among those with a KL of at most "
+        "`max_kl`, or the one with the lowest KL among those with at most `max_refusals` refusals.",
+        neutral=True,
+    )
+    max_kl: float = setting(0.1, "Largest KL divergence that the selection accepts.", neutral=True, gt=0)
+    max_refusals: int = setting(3, "Most refusals that `lowest_kl_under_refusals` accepts.", neutral=True, ge=0)
+    prompts: Prompts = setting(Prompts(), "The four prompt sets.")
+    directions: Directions = setting(Directions(), "How the refusal direction of every layer is found.")
+    ablation: AblationSettings = setting(
+        AblationSettings(), "What is done to the weights that write to the residual stream."
+    )
+    search: Search = setting(Search(), "What the study searches. Ranges are [lowest, highest].")
+
+    def results_part(self) -> dict[str, Any]:
+        """The settings that decide the results, as plain data: what a fingerprint is made of."""
+        dumped = self.model_dump()
+        for name, field in type(self).model_fields.items():
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("neutral"):
+                dumped.pop(name)
+        return dumped

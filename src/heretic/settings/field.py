@@ -1,0 +1,44 @@
+"""What every table of settings is made of: documented fields, strict tables, and checked types of values."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def setting(default: Any, description: str, *, neutral: bool = False, **limits: Any) -> Any:
+    """A documented field; `neutral` marks what cannot change a study's results."""
+    extra: Any = {"neutral": True} if neutral else None
+    if isinstance(default, (list, dict, BaseModel)):
+        return Field(
+            default_factory=lambda: _fresh(default), description=description, json_schema_extra=extra, **limits
+        )
+    return Field(default, description=description, json_schema_extra=extra, **limits)
+
+
+def _fresh(value: Any) -> Any:
+    return value.model_copy(deep=True) if isinstance(value, BaseModel) else value.copy()
+
+
+class Table(BaseModel):
+    """A TOML table: unknown keys and wrong types are refused, never guessed at."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+
+
+def _in_order(bounds: list[float]) -> list[float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"the first number is the lower bound, but {bounds[0]:g} > {bounds[1]:g}")
+    return bounds
+
+
+def _home(path: str) -> str:
+    return os.path.expanduser(path)
+
+
+PathText = Annotated[str, AfterValidator(_home)]
+
+
+Range = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_in_order)]

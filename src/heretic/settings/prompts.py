@@ -1,0 +1,40 @@
+"""Where the prompt sets come from."""
+
+from __future__ import annotations
+
+from heretic.settings.field import Table, setting
+
+
+class PromptSource(Table):
+    """Where one prompt set comes from."""
+
+    source: str = setting(
+        "",
+        "A Hugging Face data set (`owner/name`), a local file (.txt with one prompt a line, .jsonl, .json, .csv, .parquet), "
+        "or `bundled:NAME` for a set that ships with heretic.",
+    )
+    split: str = setting("train", "Which part: a split of the data set, with an optional slice such as `train[:400]`.")
+    column: str = setting("text", "The column that holds the prompt (not used for .txt files).")
+    subset: str = setting("", "The data set's configuration name, if it has several.")
+    prefix: str = setting("", "Text put before every prompt.")
+    suffix: str = setting("", "Text put after every prompt.")
+
+
+class Prompts(Table):
+    """The four prompt sets: two to find the direction, two that a trial is judged on."""
+
+    harmful_train: PromptSource = setting(
+        PromptSource(source="mlabonne/harmful_behaviors", split="train[:400]"),
+        "Requests that the model declines; with `harmless_train` they give the refusal direction.",
+    )
+    harmless_train: PromptSource = setting(
+        PromptSource(source="mlabonne/harmless_alpaca", split="train[:400]"), "Requests that the model answers."
+    )
+    harmful_eval: PromptSource = setting(
+        PromptSource(source="mlabonne/harmful_behaviors", split="test[:100]"),
+        "Requests on which refusals are counted; keep them apart from `harmful_train`.",
+    )
+    harmless_eval: PromptSource = setting(
+        PromptSource(source="mlabonne/harmless_alpaca", split="test[:100]"),
+        "Requests on which the change (KL divergence) is measured; keep them apart from `harmless_train`.",
+    )
