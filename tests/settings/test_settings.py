@@ -11,7 +11,7 @@ from heretic.settings import Settings
 from heretic.settings.layers import all_keys, line_numbers, resolve
 from heretic.settings.text import defaults_text, resolved_text
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def refused(*assignments: str, config: Path | None = None, environment: dict[str, str] | None = None) -> str:
