@@ -4,7 +4,8 @@
 
 Every method searches for the time that `--marks` ordinary trials take (a trial of the kernels' space, measured in full), the walk
 included. The study's own front is measured again on a third part of the prompts. Folders given with --models (of any tool) are
-loaded from disk and measured there too. One direction set, one baseline: seeds vary the search.
+loaded from disk and measured there too. For the point that `heretic run` would pick, and for the folders, also whether the answers
+are still language. One direction set, one baseline: seeds vary the search.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from typing import Any
 
 import optuna
 from common import head, opened, options, prompt_settings, write
+from heretic_llm import Point, pick
+from language import answers, described
 from rich.console import Console
 from versus_heretic import hypervolume
 from walk import measured
 
+from heretic.ablation.ablation import Ablation
 from heretic.errors import UserError
 from heretic.later import open_bench
 from heretic.prompts import load as load_prompts
@@ -34,7 +38,7 @@ from heretic.scoring.refusals import count_refusals
 from heretic.screen.console import Plain
 from heretic.search.front import Result, front, results
 from heretic.search.study import finished, optimise
-from heretic.session import Session, measure_baseline
+from heretic.session import Bench, Session, measure_baseline
 from heretic.settings import PromptSource
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
@@ -98,6 +102,26 @@ class Held:
         self.session = replace(session, baseline=found, ladder=with_savings(self.ladder, found.refusal_texts))
         self.known: dict[tuple[str, int, int], Scores] = {}
 
+    def spoken(self, ablation: Ablation) -> dict[str, Any]:
+        """How an ablation answers."""
+        bench = self.session.bench
+        with self.session.applied(ablation):
+            said = [answers(bench, sequences) for sequences in (self.ladder.harmful, self.ladder.harmless)]
+            over = self.over_refusals(bench)
+        return self.described(said) | {"over_refusals": over}
+
+    def described(self, said: Sequence[list[list[int]]]) -> dict[str, Any]:
+        """What a model said to the harmful and to the harmless prompts, as the original finds it."""
+        bench = self.session.bench
+        pairs = zip(("harmful", "harmless"), (self.ladder.harmful, self.ladder.harmless), said, strict=True)
+        return {name: described(bench, sequences, answered) for name, sequences, answered in pairs}
+
+    def over_refusals(self, bench: Bench) -> int:
+        """Harmless prompts that the model as it is now declines."""
+        tokens = bench.settings.max_response_length
+        judge, sequences = bench.ladder.judge, self.ladder.harmless
+        return count_refusals(bench.language_model, bench.chat, sequences, judge, bench.batcher, tokens).count
+
 
 class Search:
     """One method with one seed."""
@@ -141,6 +165,10 @@ class Search:
             before = time.perf_counter()
             points = [self._again(space.from_params(r.params), r) for r in front(results(study))]
             kept = [p for p in points if p["study"]["kl"] < 0.5]
+            if picked := pick([Point(p["trial"], p["study"]["refusals"], p["study"]["kl"]) for p in kept]):
+                numbered = {r.number: r for r in results(study)}
+                ablation = space.from_params(numbered[picked.trial].params)
+                next(p for p in kept if p["trial"] == picked.trial)["answers"] = self.held.spoken(ablation)
             found["fronts"][str(mark)] = {
                 "seconds": round(before - began - paused, 1),
                 "trials": finished(study),
@@ -201,15 +229,8 @@ def measured_from_disk(arguments: Any, common: Sequence[str], folder: Path, held
     scores: Measured = ladder.score(held.log_probs)
     if not isinstance(scores, Scores):
         raise UserError("not measured in full")
-    over = count_refusals(
-        bench.language_model,
-        bench.chat,
-        held.ladder.harmless,
-        ladder.judge,
-        bench.batcher,
-        settings.max_response_length,
-    )
-    return plain(scores) | {"over_refusals": over.count}
+    said = [answers(bench, sequences) for sequences in (held.ladder.harmful, held.ladder.harmless)]
+    return plain(scores) | {"answers": held.described(said) | {"over_refusals": held.over_refusals(bench)}}
 
 
 if __name__ == "__main__":
