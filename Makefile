@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint check clean
+.PHONY: demo test test-faults lint check clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
@@ -23,6 +23,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.demo
 	$(BIN)/python -m pytest
+
+# Everything in tests/faults as often as docs/reliability.md says, and its table made anew: half an hour.
+test-faults: $(VENV)/.demo
+	FAULTS=full FAULTS_TABLE=docs/reliability_table.md $(BIN)/python -m pytest tests/faults --timeout 1800
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check src tests scripts benchmarks

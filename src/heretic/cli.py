@@ -11,7 +11,7 @@ from typing import Any
 from heretic import __version__
 from heretic.commands import about, models, runs, trials  # noqa: F401  each adds its commands to the application
 from heretic.commands.app import app, err
-from heretic.errors import Interrupted, UserError
+from heretic.errors import OF_THE_DISK, Interrupted, UserError, disk_error
 from heretic.screen.console import printable
 from heretic.settings.layers import DEFAULT_FILE
 
@@ -35,12 +35,18 @@ def guarded(job: Callable[[], Any]) -> int:
     except UserError as error:
         err.print(f"[bold red]Error:[/bold red] {printable(str(error))}", soft_wrap=True)
         return error.exit_status
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output went away
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if error.errno not in OF_THE_DISK:
+            raise
+        said = disk_error(error)
+        err.print(f"[bold red]Error:[/bold red] {printable(str(said))}", soft_wrap=True)
+        return said.exit_status
     except Interrupted:
         err.print("Stopped. Everything finished is kept; the same command goes on from here.")
         return Interrupted.exit_status
-    except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except SystemExit as finished:
         return finished.code if isinstance(finished.code, int) else 0
     return 0

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+
+# What a disk or a path does to a program, wherever in it: full, over quota, read-only, not allowed, failing, a name too long.
+_NAMES = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ENAMETOOLONG")
+OF_THE_DISK = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, name))
+
 
 class UserError(Exception):
     """Something the user can put right; the command prints it without a traceback and exits with `exit_status`."""
@@ -27,6 +33,16 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an error's text; its kind where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def disk_error(error: OSError) -> UserError:
+    """What the disk has done, for one who can put it right."""
+    name = str(error.filename or "")
+    return UserError(
+        f"{error.strerror or error}.",
+        where=name if len(name) < 300 else f"{name[:300]}…",
+        fix="make room, check the permissions or the name, then run the same command again; nothing finished is lost",
+    )
 
 
 class SettingsError(UserError):

@@ -25,7 +25,17 @@ from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
 from heretic.run_folder import RunFolder, log_to
 from heretic.search.front import Result, choose, results
-from heretic.search.storage import REFUSALS_BEFORE, connect, fail_abandoned, masked, open_study, storage_url, study_name
+from heretic.search.storage import (
+    REFUSALS_BEFORE,
+    STORAGE_ERRORS,
+    connect,
+    fail_abandoned,
+    masked,
+    open_study,
+    storage_url,
+    study_name,
+    unwritable,
+)
 from heretic.search.study import finished, optimise
 from heretic.session import LoadPlan, open_session, read_template
 from heretic.settings import Settings
@@ -211,8 +221,11 @@ def study_of(inputs: Inputs, *, wait: bool, stop: Stop) -> Iterator[optuna.Study
     settings, folder = inputs.settings, inputs.folder
     held = lock.hold([folder.lock], model=settings.model, wait=wait, while_waiting=stop.check)
     with held, logging_to(folder):
-        name = study_name(settings.storage, folder.path)
-        yield open_study(storage_url(settings.storage, folder.path), name, inputs.facts)
+        url = storage_url(settings.storage, folder.path)
+        try:
+            yield open_study(url, study_name(settings.storage, folder.path), inputs.facts)
+        except STORAGE_ERRORS as error:
+            raise unwritable(url, error) from error
 
 
 @contextmanager

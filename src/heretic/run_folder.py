@@ -162,9 +162,14 @@ class RunFolder:
         return tensors if metadata.get("fingerprint") == self.stamp else None
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """On a full disk lines are lost in silence: what is stopped by the disk says so itself, once."""
+
+
 def log_to(path: Path) -> logging.Handler:
     """Send what heretic logs to a file, with the time; the caller removes the handler."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("heretic")
     logger.setLevel(logging.INFO)

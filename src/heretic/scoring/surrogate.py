@@ -42,14 +42,21 @@ class Calibration:
     @classmethod
     def fit(cls, measured: Sequence[tuple[Surrogate, int]], total: int) -> Calibration:
         """From pairs of a trial's surrogate and its refusals, of `total` requests."""
-        if len(measured) < TRIALS_TO_CALIBRATE:
+        moments = np.zeros((4, 4))
+        for surrogate, count in measured:
+            moments += _moments(surrogate, count)
+        return cls.of_moments(moments, total)
+
+    @classmethod
+    def of_moments(cls, moments: np.ndarray, total: int) -> Calibration:
+        """From the sum over measured trials of the outer products of (1, matching, probability times requests, refusals)."""
+        count = moments[0, 0]
+        if count < TRIALS_TO_CALIBRATE:
             return cls(None, total)
-        rows = np.array([_features(surrogate) for surrogate, _ in measured])
-        counts = np.array([count for _, count in measured], dtype=float)
-        middle, mean = rows.mean(axis=0), counts.mean()
-        centred = rows - middle
-        slopes = np.linalg.solve(centred.T @ centred + RIDGE * np.eye(2), centred.T @ (counts - mean))
-        return cls((float(mean - middle @ slopes), float(slopes[0]), float(slopes[1])), total)
+        means = moments[0, 1:] / count
+        centred = moments[1:, 1:] - count * np.outer(means, means)
+        slopes = np.linalg.solve(centred[:2, :2] + RIDGE * np.eye(2), centred[:2, 2])
+        return cls((float(means[2] - means[:2] @ slopes), float(slopes[0]), float(slopes[1])), total)
 
     def estimate(self, surrogate: Surrogate, at_least: int = 0) -> float:
         """Refusals expected of a trial, between `at_least` and the number of requests."""
@@ -64,12 +71,17 @@ class Calibration:
 def prediction_error(measured: Sequence[tuple[Surrogate, int]], total: int) -> float | None:
     """Mean distance between each trial's refusals and what the trials before it predicted; None while there is nothing to
     predict from."""
-    misses = [
-        abs(Calibration.fit(measured[:i], total).estimate(surrogate) - count)
-        for i, (surrogate, count) in enumerate(measured)
-        if i >= TRIALS_TO_CALIBRATE
-    ]
+    misses, moments = [], np.zeros((4, 4))
+    for i, (surrogate, count) in enumerate(measured):
+        if i >= TRIALS_TO_CALIBRATE:
+            misses.append(abs(Calibration.of_moments(moments, total).estimate(surrogate) - count))
+        moments += _moments(surrogate, count)
     return sum(misses) / len(misses) if misses else None
+
+
+def _moments(surrogate: Surrogate, count: int) -> np.ndarray:
+    row = np.array([1.0, *_features(surrogate), float(count)])
+    return np.outer(row, row)
 
 
 def _features(surrogate: Surrogate) -> tuple[float, float]:

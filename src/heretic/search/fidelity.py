@@ -11,14 +11,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from heretic.scoring.ladder import Beaten, Scores
 from heretic.scoring.surrogate import Calibration, Surrogate, prediction_error
-from heretic.search.front import AGAIN, Result, results
+from heretic.search.front import AGAIN, Result, front, results
 
 BEATEN = "beaten"  # user attribute of a trial that was left early: what was known of it then
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What is fully measured so far, as (KL, refusals); a trial that one of them beats in both is not on the front."""
+    """The front of what is fully measured so far, as (KL, refusals); a trial that one of them beats in both is not on it."""
 
     points: Sequence[tuple[float, int]]
 
@@ -50,7 +50,7 @@ class Progress:
     @property
     def bar(self) -> Bar:
         """What a new trial has to beat."""
-        return Bar([r.point for r in self.found])
+        return Bar([r.point for r in front(self.found)])  # whatever one of the others beats, one of these beats too
 
     @property
     def surrogates(self) -> list[tuple[Surrogate, int]]:

@@ -55,6 +55,19 @@ def connect(url: str) -> optuna.storages.RDBStorage:
         ) from None
 
 
+STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
+
+
+def unwritable(url: str, error: BaseException) -> UserError:
+    """A storage that failed in the middle: a full disk, a server that is gone."""
+    cause = error.__cause__ or error
+    return UserError(
+        f"The study cannot be written: {str(getattr(cause, 'orig', None) or cause).splitlines()[0]}.",
+        where=masked(url),
+        fix="make room or bring the storage back, then run the same command again; nothing finished is lost",
+    )
+
+
 def open_study(url: str, name: str, facts: dict[str, Any]) -> optuna.Study:
     """Create the study or continue it; `facts` are what its results depend on.
 
@@ -70,10 +83,8 @@ def open_study(url: str, name: str, facts: dict[str, Any]) -> optuna.Study:
             study.set_user_attr(FACTS, json.dumps(facts))
             study.set_metric_names(METRICS)
             return study
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        raise UserError(
-            f"The study cannot be written: {error.__cause__ or error}".splitlines()[0], where=masked(url)
-        ) from None
+    except STORAGE_ERRORS as error:
+        raise unwritable(url, error) from None
     found = differences(json.loads(stored) if stored else {}, facts)
     if found:
         shown = "; ".join(found[:6]) + (f"; and {len(found) - 6} more" if len(found) > 6 else "")

@@ -13,6 +13,7 @@ from heretic.progress import Watcher
 from heretic.scoring.ladder import Measured, Scores, never
 from heretic.search.fidelity import BEATEN, Progress, told
 from heretic.search.front import AGAIN, Result, result
+from heretic.search.sampler import sampler
 from heretic.search.storage import worker
 from heretic.settings import Settings
 from heretic.stop import Stop
@@ -114,16 +115,8 @@ def _ask(study: optuna.Study, settings: Settings, trials: Measurer, stop: Stop) 
         return []
     asked = []
     for _ in range(min(_together(study, trials), left)):
-        # Seeded by how many trials are done or under way, so that a study that was interrupted draws what an
-        # uninterrupted one would have drawn, and workers side by side draw different ones.
         number = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)))
-        study.sampler = optuna.samplers.TPESampler(
-            seed=(settings.seed * 1_000_003 + number) % 2**32,
-            n_startup_trials=settings.search.n_startup_trials,
-            multivariate=True,
-            group=settings.search.start == "both",  # trials of the two kinds have other parameters
-            constant_liar=True,  # what is under way, here or elsewhere, counts as bad: others are drawn apart from it
-        )
+        study.sampler = sampler(settings, number)
         asked.append(study.ask())
         trials.draw(asked[-1])  # at once: what is drawn at random comes from the study's sampler of the moment
     return asked

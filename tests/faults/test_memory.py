@@ -1,0 +1,68 @@
+"""Memory that runs out in every phase: batches become smaller, nothing is lost, the scores stay the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+
+from heretic.model import capture
+from heretic.scoring import divergence, race
+from tests.command import heretic
+from tests.faults.conftest import Amount, Tally
+
+ARGUMENTS = ("run", "--run-name", "mine", "--set", 'search.start="both"', "--set", "search.gradient.weights=[0.1]",
+             "--set", "search.gradient.steps=2", "--set", "batch_size=8")  # fmt: skip
+
+
+def values() -> list[tuple[float, ...]]:
+    study = optuna.load_study(study_name="heretic", storage="sqlite:///runs/mine/study.db")
+    return [tuple(round(v, 5) for v in t.values) for t in study.trials if t.state.name == "COMPLETE"]
+
+
+class Scarce:
+    """Makes a function run out of memory now and then, whenever it is given more than one row."""
+
+    def __init__(self, function: Callable[..., Any], chance: float, seed: int) -> None:
+        self.function, self.chance, self.random, self.failed = function, chance, random.Random(seed), 0
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        batch = next((a for a in arguments if hasattr(a, "rows")), None)
+        if batch is not None and len(batch.rows) > 1 and self.random.random() < self.chance:
+            self.failed += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.function(*arguments, **options)
+
+
+@pytest.mark.parametrize("where", ["capture", "prefill", "decoding"])
+def test_it_runs_out_in_the_middle(
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    amount: Amount,
+    tally: Tally,
+    where: str,
+) -> None:
+    assert heretic(capsys, monkeypatch, *ARGUMENTS).status == 0
+    wanted, failures, times = values(), 0, amount(1, 15)
+    module, name = {
+        "capture": (capture, "last_token_residuals"),
+        "prefill": (divergence, "hidden_states"),
+        "decoding": (race, "begin"),
+    }[where]
+    for i in range(times):
+        Path("runs").rename(f"runs-{i}")
+        with monkeypatch.context() as scarce:
+            function = Scarce(getattr(module, name), 0.3, i)
+            scarce.setattr(module, name, function)
+            ran = heretic(capsys, scarce, *ARGUMENTS)
+        assert ran.status == 0, ran.err
+        assert values() == wanted
+        failures += function.failed
+    assert failures, "memory never ran out"
+    tally(f"out of memory during {where}", failures, "nothing")

@@ -1,0 +1,97 @@
+"""Numbers that are none, models that an edit destroys, and prompt sets at the edge of what makes sense."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.command import Ran, heretic
+from tests.faults.conftest import Amount, Tally
+from tests.tiny import HARMFUL, HARMLESS
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, config: Path):  # type: ignore[no-untyped-def]
+    def call(*arguments: str) -> Ran:
+        return heretic(capsys, monkeypatch, "run", "--run-name", "mine", "--fresh", *arguments)
+
+    return call
+
+
+def sets(**prompts: list[str]) -> list[str]:
+    """Assignments of prompt sets."""
+    found = []
+    for role, lines in prompts.items():
+        path = Path(f"{role}.txt").resolve()
+        path.write_text("\n".join(lines) + "\n")
+        found += ["--set", f"prompts.{role}.source={path}"]
+    return found
+
+
+def front(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    monkeypatch.setattr("sys.argv", ["heretic", "status", "mine", "--json"])
+    from heretic import cli
+
+    with pytest.raises(SystemExit):
+        cli.main()
+    return json.loads(capsys.readouterr().out)["front"]
+
+
+def test_one_prompt_in_every_set(run, tally: Tally) -> None:  # type: ignore[no-untyped-def]
+    ran = run(*sets(harmful_train=HARMFUL[:1], harmless_train=HARMLESS[:1], harmful_eval=HARMFUL[1:2],
+                    harmless_eval=HARMLESS[1:2]))  # fmt: skip
+    assert ran.status == 0, ran.err
+    tally("a single prompt in every set", 1, "nothing")
+
+
+def test_many_prompts(run, amount: Amount, tally: Tally) -> None:  # type: ignore[no-untyped-def]
+    count = amount(300, 10_000)
+    many = [f"{word} {i}" for i in range(count) for word in ["tell"]]
+    ran = run(*sets(harmful_train=many), "--trials", "1", "--set", "batch_size=128")
+    assert ran.status == 0, ran.err
+    tally(f"{count} prompts in a set", 1, "nothing")
+
+
+def test_prompts_of_one_token_and_of_the_whole_context(run, tally: Tally) -> None:  # type: ignore[no-untyped-def]
+    long = " ".join(["bread"] * 240)  # the tiny model's context is 256 tokens; the template and 6 answer tokens fit
+    ran = run(*sets(harmful_train=["a", *HARMFUL[:3]], harmful_eval=["of", long], harmless_eval=["to", long + " now"]))
+    assert ran.status == 0, ran.err
+    too_long = run(*sets(harmful_eval=[long + " now" * 20]))
+    assert too_long.status != 0 and "can hold" in too_long.err
+    tally("prompts of one token, of the whole context, and longer", 3, "nothing: the last is refused")
+
+
+@pytest.mark.parametrize("markers", ['["zzz"]', '["a", "e", "i", "o", "<"]'])
+def test_none_declined_and_all_declined(run, tally: Tally, markers: str) -> None:  # type: ignore[no-untyped-def]
+    ran = run("--set", f"refusal_markers={markers}", "--set", 'search.start="gradient"', "--set",
+              "search.gradient.steps=1", "--set", "search.gradient.weights=[0.1]")  # fmt: skip
+    assert ran.status == 0, ran.err
+    tally("none or all of the requests declined by the original", 1, "nothing")
+
+
+def test_trials_that_destroy_the_model_are_never_on_the_front(  # type: ignore[no-untyped-def]
+    run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, amount: Amount, tally: Tally
+) -> None:
+    from heretic.scoring import ladder
+
+    times = amount(4, 40)
+    calls = 0
+    whole = ladder.measure_divergence
+
+    def broken(*arguments, **options):  # type: ignore[no-untyped-def]
+        """Every second trial gives logits that are no numbers."""
+        nonlocal calls
+        calls += 1
+        found = whole(*arguments, **options)
+        if calls % 2:
+            return [d.__class__(float("inf"), float("inf"), float("inf"), float("inf")) for d in found]
+        return found
+
+    monkeypatch.setattr(ladder, "measure_divergence", broken)
+    ran = run("--trials", str(times))
+    assert ran.status == 0, ran.err
+    assert calls >= times
+    assert all(point["divergence"]["mean"] < 100 for point in front(capsys, monkeypatch))
+    tally("trials with an infinite KL", times // 2, "nothing: recorded, never on the front")
