@@ -10,6 +10,7 @@ are still language. One direction set, one baseline: seeds vary the search.
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["mixture", "kernels"], choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--marks", type=int, nargs="+", default=[10], help="ordinary trials whose time a search gets")
+    parser.add_argument("--count", type=int, help="trials of a search, whatever time they take, instead of --marks")
     parser.add_argument("--trial", type=float, help="seconds of an ordinary trial; measured if left out")
     parser.add_argument("--models", type=Path, nargs="*", default=[], help="model folders to measure beside")
     parser.add_argument("--set", action="append", default=[], dest="extra")
@@ -71,12 +73,15 @@ def main() -> None:
         session, _ = opened(arguments.assets, arguments.model, common, Path(scratch), watcher)
         held = Held(session, arguments.assets)
         report: dict[str, Any] = head(arguments) | {"declined_before": held.before, "of": held.total}
-        ordinary = arguments.trial or ordinary_trial(session)
-        report |= {"seconds_ordinary_trial": ordinary, "searches": [], "models": []}
+        ordinary = math.inf if arguments.count else arguments.trial or ordinary_trial(session)
+        marks = [arguments.count] if arguments.count else arguments.marks
+        report |= {"seconds_ordinary_trial": None if arguments.count else ordinary, "searches": [], "models": []}
         for method in arguments.methods:
             for seed in arguments.seeds:
                 searched = Search(session, held, common, method, seed, Path(scratch) / f"{method}-{seed}")
-                report["searches"].append(searched.run([m * ordinary for m in arguments.marks], arguments.marks))
+                report["searches"].append(
+                    searched.run([m * ordinary for m in marks], marks, arguments.count or math.inf)
+                )
                 write(report, arguments.out)
     for folder in arguments.models:
         report["models"].append({"folder": folder.name, **measured_from_disk(arguments, common, folder, held)})
@@ -141,7 +146,7 @@ class Search:
         self.held, self.method, self.seed, self.folder = held, method, seed, RunFolder(folder, "quality")
         self.folder.create()
 
-    def run(self, budgets: Sequence[float], marks: Sequence[int]) -> dict[str, Any]:
+    def run(self, budgets: Sequence[float], marks: Sequence[int], most: float = math.inf) -> dict[str, Any]:
         """Search for so many seconds; at each mark the front, measured on the held-out prompts."""
         study = optuna.create_study(directions=["minimize", "minimize"])
         settings, watcher = self.session.bench.settings, self.session.bench.batcher.watcher
@@ -159,7 +164,7 @@ class Search:
             "fronts": {},
         }
         for mark, budget in zip(marks, budgets, strict=True):
-            while time.perf_counter() - began - paused < budget:
+            while time.perf_counter() - began - paused < budget and finished(study) < most:
                 wanted = finished(study) + together
                 optimise(study, settings.model_copy(update={"n_trials": wanted}), trials, watcher=watcher, stop=Stop())
             before = time.perf_counter()

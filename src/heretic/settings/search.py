@@ -39,15 +39,15 @@ class GradientSettings(Table):
     """The walk: strengths and a direction by gradient, on the prompt sets that give the direction."""
 
     direction: Literal["mixture", "per_layer", "free"] = setting(
-        "mixture",
-        "`mixture`: one direction for all layers, a mixture of the layers' that is optimised too; `per_layer`: each layer's own; "
-        "`free`: one direction for all layers that may leave their span, at the price of `leaving`.",
+        "free",
+        "One direction for all layers that is optimised too: `free`: any, at the price of `leaving` for what is outside the span of "
+        "the layers' own; `mixture`: a mixture of the layers' own. Or `per_layer`: each layer's own as it is.",
     )
     leaving: float = setting(
         0.1, "Penalty on the share, squared, of a `free` direction that is outside the span of the layers'.", ge=0
     )
     weights: Annotated[list[float], AfterValidator(_rising)] = setting(
-        [0.1, 0.2, 0.4, 0.8, 1.6],
+        [0.06, 0.12, 0.25, 0.5, 1.5],
         "Weights of refusing against change, from gentle to strict: each gives one point, and the next one starts from it.",
         min_length=1,
     )
