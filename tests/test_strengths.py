@@ -49,15 +49,20 @@ def do(config: Path, *assignments: str, watcher: object = None) -> Outcome:
     return run(resolved, watcher=watcher or Listener(), stop=Stop())  # type: ignore[arg-type]
 
 
-def test_a_run_walks_first_measures_the_points_and_searches_around_them(config: Path) -> None:
+@pytest.mark.parametrize("direction", ["free", "mixture"])
+def test_a_run_walks_first_measures_the_points_and_searches_around_them(config: Path, direction: str) -> None:
     listener = Listener()
-    outcome = do(config, 'save_to="written"', watcher=listener)
+    outcome = do(config, 'save_to="written"', f'search.gradient.direction="{direction}"', watcher=listener)
     assert sum("probability of refusing" in line for line in listener.said) == 2
     assert [r.params["walk.point"] for r in outcome.found][:2] == [1.0, 0.0]
     assert len(outcome.found) == 4 and outcome.export is not None
     manifest = json.loads(Path("written/manifest.json").read_text())
     assert {len(s) for s in manifest["ablation"]["strengths"].values()} == {4}
-    assert "mixed mostly from those of layers" in Path("written/README.md").read_text()
+    found = manifest["ablation"]["vector" if direction == "free" else "mixture"]
+    assert len(found) == (32 if direction == "free" else 4)
+    assert all(("walk.shift" in r.params) == (direction == "mixture") for r in outcome.found)
+    told = {"free": "found by gradient (in the manifest)", "mixture": "mixed mostly from those of layers"}[direction]
+    assert told in Path("written/README.md").read_text()
     later = export_run("run", "runs", 1, Path("gentle"), [], wait=False, watcher=SILENT, stop=Stop())
     assert later.export.verification.scores.declined == outcome.found[1].scores.declined
     with safe_open(outcome.folder.path / "walk.safetensors", "pt") as file:

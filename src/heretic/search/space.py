@@ -43,7 +43,9 @@ class Space:
         """Parameters of the walk's own points, which are tried first, the strict ones before the gentle ones."""
         if self.walk is None or self.search.start == "kernels":
             return []
-        middle: dict[str, Any] = {name: 1.0 for name in self._gains} | {"walk.shift": 0.0}
+        middle: dict[str, Any] = {name: 1.0 for name in self._gains}
+        if self.walk.has_neighbours:
+            middle["walk.shift"] = 0.0
         if self.search.start == "both":
             middle["start"] = "gradient"
         return [middle | {"walk.point": float(i)} for i in reversed(range(len(self.walk.points)))]
@@ -55,7 +57,7 @@ class Space:
     def _around_walk(self, trial: optuna.trial.BaseTrial, walk: Walk) -> Ablation:
         position = trial.suggest_float("walk.point", 0.0, float(len(walk.points) - 1))
         gain = {name: trial.suggest_float(name, *GAIN, log=True) for name in self._gains}
-        shift = trial.suggest_float("walk.shift", -SHIFT, SHIFT)
+        shift = trial.suggest_float("walk.shift", -SHIFT, SHIFT) if walk.has_neighbours else 0.0
         first, last = walk.reach
         third = max(1.0, (last - first + 1) / 3)
         thirds = [("early", "middle", "late")[min(2, max(0, int((n - first) / third)))] for n in range(self.num_layers)]

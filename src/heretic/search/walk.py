@@ -69,6 +69,11 @@ class Walk:
         return Ablation(strengths, shifted(_between(a.mixture, b.mixture, share), shift))
 
     @property
+    def has_neighbours(self) -> bool:
+        """Whether its directions are the layers' own, so that they can be mixed toward those of the next layer."""
+        return all(p.vector is None for p in self.points)
+
+    @property
     def reach(self) -> tuple[int, int]:
         """The first and the last layer that any point edits."""
         edited = [

@@ -40,8 +40,8 @@ class GradientSettings(Table):
 
     direction: Literal["mixture", "per_layer", "free"] = setting(
         "free",
-        "One direction for all layers that is optimised too: `free`: any, at the price of `leaving` for what is outside the span of "
-        "the layers' own; `mixture`: a mixture of the layers' own. Or `per_layer`: each layer's own as it is.",
+        "One direction for all layers that is optimised too: `free`: any, at the price of `leaving` for what is outside the span "
+        "of the layers' own; `mixture`: a mixture of the layers' own. Or `per_layer`: each layer's own as it is.",
     )
     leaving: float = setting(
         0.1, "Penalty on the share, squared, of a `free` direction that is outside the span of the layers'.", ge=0
