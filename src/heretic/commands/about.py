@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,13 +21,19 @@ def config(
         bool, typer.Option("--defaults", help="The documented defaults, as a file to start from.")
     ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="The JSON schema of the settings.")] = False,
+    theirs: Annotated[
+        Path | None, typer.Option("--from-heretic", help="A config.toml of heretic-llm, said in these settings.")
+    ] = None,
 ) -> None:
     """The resolved settings, each with where it came from."""
     from heretic.settings import Settings
+    from heretic.settings.migrate import from_heretic
     from heretic.settings.text import defaults_text, resolved_text
 
     if schema:
         print(json.dumps(Settings.model_json_schema(), indent=2))
+    elif theirs is not None:
+        print(from_heretic(theirs), end="")
     elif defaults:
         print(defaults_text(), end="")
     else:

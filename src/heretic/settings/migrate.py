@@ -1,0 +1,124 @@
+"""Settings of heretic-llm (PyPI, names and defaults as of 1.4.0) said in ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heretic.settings.layers import read_toml, resolve
+from heretic.settings.text import toml_value
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """One of their settings: our key for it (none: there is nothing to set), what a value becomes, and what to know."""
+
+    ours: str = ""
+    value: Callable[[Any], Any] = lambda value: value
+    note: str = ""
+
+
+GEOMETRIES = {"none": "plain", "pre": "row_normalized", "full": "norm_preserving"}
+PROMPT_SETS = {
+    "good_prompts": "harmless_train",
+    "bad_prompts": "harmful_train",
+    "good_evaluation_prompts": "harmless_eval",
+    "bad_evaluation_prompts": "harmful_eval",
+}
+PROMPT_KEYS = {"dataset": "source", "split": "split", "column": "column", "prefix": "prefix", "suffix": "suffix"}
+TABLE: dict[str, Theirs] = {
+    "model": Theirs("model"),
+    "model_commit": Theirs("revision"),
+    "evaluate_model": Theirs(note="heretic evaluate MODEL --against ORIGINAL"),
+    "collect_reproducibles": Theirs(note="every export holds a manifest"),
+    "reproduce": Theirs(note="heretic reproduce MANIFEST"),
+    "dtypes": Theirs("dtypes"),
+    "quantization": Theirs(),
+    "device_map": Theirs("device_map", note='"auto" is best left out: "planned" is the default here'),
+    "max_memory": Theirs("max_memory"),
+    "offload_outputs_to_cpu": Theirs(note="nothing that large is kept on a device"),
+    "batch_size": Theirs("batch_size"),
+    "max_batch_size": Theirs(note="the memory plan finds the largest batch; it is halved when memory runs out"),
+    "max_response_length": Theirs("max_response_length"),
+    "response_prefix": Theirs("response_prefix"),
+    "chain_of_thought_skips": Theirs(note='response_prefix = "auto" opens and closes a thinking block by itself'),
+    "print_responses": Theirs("store_responses", note="answers go to a file in the run's folder, not to the screen"),
+    "print_residual_geometry": Theirs(note="heretic geometry, and the report of every run"),
+    "plot_residuals": Theirs(note="heretic geometry, and the report of every run"),
+    "residual_plot_path": Theirs(note="heretic geometry --output FILE"),
+    "residual_plot_title": Theirs(),
+    "residual_plot_style": Theirs(),
+    "kl_divergence_scale": Theirs(note="the two objectives are searched as they are, without a scale"),
+    "kl_divergence_target": Theirs("search.kl_floor"),
+    "orthogonalize_direction": Theirs("directions.project_harmless"),
+    "row_normalization": Theirs("ablation.geometry", GEOMETRIES.__getitem__),
+    "full_normalization_lora_rank": Theirs(note="edits are exact, not of a low rank"),
+    "winsorization_quantile": Theirs("directions.winsorize"),
+    "n_trials": Theirs("n_trials"),
+    "n_startup_trials": Theirs("search.n_startup_trials"),
+    "seed": Theirs("seed"),
+    "study_checkpoint_dir": Theirs("runs_dir", note="the studies in it are of another kind and cannot be gone on with"),
+    "benchmarks": Theirs(note="heretic benchmark RUN --tasks ..."),
+    "export_strategy": Theirs(note="heretic export RUN --format adapter for a LoRA adapter"),
+    "max_shard_size": Theirs(note="the files of the base model are kept as they are divided"),
+    "refusal_markers": Theirs("refusal_markers"),
+    "system_prompt": Theirs("system_prompt"),
+}
+# What they do without being told, where ours is different and the scores depend on it.
+DEFAULTS: dict[str, Any] = {"system_prompt": "You are a helpful assistant."}
+
+
+def from_heretic(file: Path) -> str:
+    """A config.toml of heretic-llm as one of ours, with a comment for what is not set here.
+
+    Raises SettingsError where the file cannot be read, or a value cannot be ours either.
+    """
+    theirs, _ = read_toml(file)
+    ours: dict[str, Any] = {}
+    notes: list[str] = []
+    for name, value in {**DEFAULTS, **theirs}.items():
+        if name in PROMPT_SETS:
+            notes += _prompt_set(name, value, ours)
+            continue
+        known = TABLE.get(name)
+        if known is None or not known.ours:
+            notes.append(f"{name}: {(known.note if known else '') or 'no such setting here'}")
+            continue
+        ours[known.ours] = _converted(name, known, value)
+        if known.note:
+            notes.append(f"{name}: {known.note}")
+    text = _text(ours, [f"Made from {file.name}, a file of heretic-llm.", *notes])
+    resolve(
+        None, assignments=[f"{key}={toml_value(value)}" for key, value in ours.items()]
+    )  # raises where it is no good
+    return text
+
+
+def _converted(name: str, known: Theirs, value: Any) -> Any:
+    try:
+        return known.value(value)
+    except KeyError:
+        return value  # what is wrong with it is said when the whole is looked at
+
+
+def _prompt_set(name: str, value: Mapping[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Put a prompt set under our name; returns what could not be."""
+    for key, mine in PROMPT_KEYS.items():
+        if key in value:
+            ours[f"prompts.{PROMPT_SETS[name]}.{mine}"] = value[key]
+    return [f"{name}.{key}: not taken over" for key in value if key not in PROMPT_KEYS]
+
+
+def _text(ours: Mapping[str, Any], notes: list[str]) -> str:
+    """As TOML: keys without a table first, then the tables."""
+    lines = [f"# {note}" for note in notes]
+    tables: dict[str, list[str]] = {}
+    for key, value in ours.items():
+        table, _, name = key.rpartition(".")
+        tables.setdefault(table, []).append(f"{name} = {toml_value(value)}")
+    for table in sorted(tables):
+        lines += ["", f"[{table}]"] if table else [""]
+        lines += tables[table]
+    return "\n".join(lines) + "\n"

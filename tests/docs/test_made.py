@@ -1,0 +1,14 @@
+"""Documents that are made from the code are what the code says today."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_made_documents_are_up_to_date() -> None:
+    made = runpy.run_path(str(ROOT / "scripts" / "make_docs.py"))["documents"]()
+    for name, text in made.items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, "make it anew: python scripts/make_docs.py"

@@ -1,0 +1,53 @@
+"""A config.toml of heretic-llm becomes one of ours that loads and means the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from heretic.errors import SettingsError
+from heretic.settings.layers import all_keys, resolve
+from heretic.settings.migrate import PROMPT_KEYS, PROMPT_SETS, TABLE, from_heretic
+
+THEIRS = """
+model = "some/model"
+n_trials = 50
+n_startup_trials = 20
+row_normalization = "pre"
+orthogonalize_direction = false
+kl_divergence_target = 0.03
+max_batch_size = 64
+max_memory = { "0" = "20GB" }
+unknown_to_everyone = 3
+[bad_prompts]
+dataset = "own.txt"
+split = "train[:10]"
+residual_plot_color = "red"
+"""
+
+
+def test_what_is_named_is_taken_over_and_the_rest_is_said() -> None:
+    Path("theirs.toml").write_text(THEIRS)
+    text = from_heretic(Path("theirs.toml"))
+    Path("ours.toml").write_text(text)
+    settings = resolve(Path("ours.toml")).settings
+    assert settings.model == "some/model" and settings.n_trials == 50
+    assert settings.search.n_startup_trials == 20 and settings.search.kl_floor == 0.03
+    assert settings.ablation.geometry == "row_normalized" and not settings.directions.project_harmless
+    assert settings.prompts.harmful_train.source == "own.txt" and settings.max_memory == {"0": "20GB"}
+    assert settings.system_prompt == "You are a helpful assistant."  # what it sends without being told
+    for name in ("max_batch_size", "unknown_to_everyone", "bad_prompts.residual_plot_color"):
+        assert f"# {name}: " in text
+
+
+def test_a_value_that_is_no_good_is_said() -> None:
+    Path("theirs.toml").write_text('row_normalization = "sideways"\n')
+    with pytest.raises(SettingsError, match="sideways"):
+        from_heretic(Path("theirs.toml"))
+
+
+def test_every_name_of_ours_exists() -> None:
+    known = set(all_keys())
+    assert {t.ours for t in TABLE.values() if t.ours} <= known
+    assert {f"prompts.{role}.{key}" for role in PROMPT_SETS.values() for key in PROMPT_KEYS.values()} <= known
