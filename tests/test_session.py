@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import pytest
@@ -32,11 +33,12 @@ def test_offloaded_weights_are_read_from_the_checkpoint(llama: Path) -> None:
     with attach(here.anatomy.writers, reference):
         expected = here.model(TOKENS).logits
 
-    away = load(checkpoint, ["float32"], {}).model
+    loaded = load(checkpoint, ["float32"], {})
+    away: Any = loaded.model
     accelerate.cpu_offload(away, execution_device=torch.device("cpu"))
     writers = dissect(away).writers
     assert all(w.offloaded for w in writers)
-    operators = Workbench.prepare(directions, writers, "norm_preserving", weight_reader(checkpoint)).operators(ABLATION)
+    operators = Workbench.prepare(directions, writers, "norm_preserving", weight_reader(loaded)).operators(ABLATION)
     with attach(writers, operators):
         assert torch.allclose(away(TOKENS).logits, expected, atol=1e-5)
     with pytest.raises(UserError, match="cannot be rewritten"), rewrite(writers, operators, copies(writers)):

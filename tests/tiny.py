@@ -35,17 +35,40 @@ FAMILIES = {
                                 eos_token_id=2, pad_token_id=0)),
     "gpt_neox": ("GPTNeoXConfig", {k: v for k, v in COMMON.items() if k != "num_key_value_heads"}),
 }  # fmt: skip
+EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=24)
+LATENT = dict(
+    kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_group=1, topk_group=1
+)
+MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8)
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+# Blocks of unlike kinds: mixtures of experts, recurrences, convolutions.
+MIXED = {
+    "mixtral": ("MixtralConfig", {**COMMON, **EXPERTS, "num_local_experts": 4}),
+    "gpt_oss": ("GptOssConfig", {**COMMON, **EXPERTS, "num_local_experts": 4, "head_dim": 8, "sliding_window": 128}),
+    "llama4": ("Llama4TextConfig", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8,
+                                    "interleave_moe_layer_step": 2, "intermediate_size_mlp": 48}),
+    "deepseek_v3": ("DeepseekV3Config", {**COMMON, **EXPERTS, **LATENT, "num_key_value_heads": 4, "n_routed_experts": 4,
+                                         "first_k_dense_replace": 1}),
+    "qwen3_next": ("Qwen3NextConfig", {**COMMON, **EXPERTS, **LINEAR, "num_experts": 4, "head_dim": 8,
+                                       "shared_expert_intermediate_size": 24,
+                                       "layer_types": ["linear_attention", "full_attention"] * 2}),
+    "granitemoehybrid": ("GraniteMoeHybridConfig", {**COMMON, **MAMBA, "num_local_experts": 4, "num_experts_per_tok": 2,
+                                                    "shared_intermediate_size": 24, "residual_multiplier": 0.5,
+                                                    "layer_types": ["mamba", "attention"] * 2}),
+    "lfm2": ("Lfm2Config", {**COMMON, "layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3}),
+}  # fmt: skip
 WINDOWED = ("gemma2", "gemma3", "mistral")  # with windows of 8 tokens, shorter than most prompts of the tests
 
 
 def tiny_model(family: str, seed: int = 0) -> transformers.PreTrainedModel:
     """A random float32 model; its weights are large enough that an edit visibly moves the logits."""
-    name, arguments = FAMILIES[family]
+    name, arguments = {**FAMILIES, **MIXED}[family]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments))
     with torch.no_grad():
         for parameter in model.parameters():
             # Biases and norms too: an edit that forgets a bias must be seen.
+            parameter.nan_to_num_()  # some families leave parameters to their checkpoints
             parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim > 1 else 0.05))
     return model.float().eval()
 

@@ -23,8 +23,8 @@ from heretic.model.batching import AS_IT_IS, Batch, Batcher, Edited
 from heretic.model.capture import mean_residuals
 from heretic.model.chat_format import ChatFormat, check_length, common_prefix
 from heretic.model.checkpoint import Checkpoint
-from heretic.model.decoding import decode
-from heretic.model.forward import can_share
+from heretic.model.decoding import decode, decoded_by_generate
+from heretic.model.forward import can_share, padding_matters
 from heretic.model.loading import LanguageModel, load
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets
@@ -130,16 +130,30 @@ def open_bench(
         chat_template=read_template(settings),
         watcher=watcher,
     )
-    if language_model.anatomy.not_understood:
-        names = language_model.anatomy.not_understood
+    if names := language_model.anatomy.not_understood:
         watcher.warn(
-            f"{len(names)} modules write in a way that is not understood and are left as they are, such as {names[0]}."
+            f"{len(names)} modules look like writers, but not to the residual stream or in a way that is not understood; "
+            f"they are left as they are, such as {names[0]}."
+        )
+    if names := language_model.anatomy.incomplete:
+        watcher.warn(
+            f"{len(names)} blocks do more than add their writers' outputs to one residual stream, such as {names[0]}: "
+            "the edit may not reach all of it (docs/architectures.md)."
         )
     tokenizer = language_model.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     batcher = Batcher(plan.batch_size, language_model.device, pad=pad, stop=stop, watcher=watcher)
     chat = ChatFormat(tokenizer, settings.system_prompt)
     encoded = encode(prompts, chat, language_model.context, settings.max_response_length)
+    if decoded_by_generate(language_model.model, language_model.device):
+        watcher.say(
+            "This model keeps no cache that can be handed on: transformers decodes every answer to its full length."
+        )
+    batcher.even = padding_matters(language_model.model, encoded["harmless_eval"], batcher)
+    if batcher.even:
+        watcher.warn(
+            "Padding changes what this model answers, so only prompts of one length share a batch: this is slower."
+        )
     if response_prefix is None:
         response_prefix = settings.response_prefix
         if response_prefix == "auto":
@@ -204,11 +218,15 @@ def open_session(
     writers = bench.language_model.anatomy.writers
     edit = settings.ablation
     workbench = Workbench.prepare(
-        directions, writers, edit.geometry, weight_reader(checkpoint), watcher, norm_aware=edit.norm_aware
+        directions, writers, edit.geometry, weight_reader(bench.language_model), watcher, norm_aware=edit.norm_aware
     )
     original = None
     if settings.apply == "weights":
-        original = copies(writers) if settings.cache_weights else from_checkpoint(_with_tensors(checkpoint), writers)
+        original = (
+            copies(writers)
+            if settings.cache_weights
+            else from_checkpoint(_with_tensors(checkpoint), writers, bench.language_model.model)
+        )
     return Session(bench, baseline, workbench, original, with_savings(bench.ladder, baseline.refusal_texts))
 
 
@@ -255,14 +273,14 @@ def read_template(settings: Settings) -> str:
         raise UserError(f"The chat template cannot be read: {error}", where="chat_template") from None
 
 
-def weight_reader(checkpoint: Checkpoint) -> Callable[[Writer], Tensor]:
-    """How to get at a writer's weight [width, inputs]: from memory, or from the checkpoint where it is offloaded."""
+def weight_reader(language_model: LanguageModel) -> Callable[[Writer], Sequence[Tensor]]:
+    """How to get at a writer's matrices [width, inputs]: from memory, or from the checkpoint where they are offloaded."""
 
-    def read(writer: Writer) -> Tensor:
+    def read(writer: Writer) -> Sequence[Tensor]:
         if not writer.offloaded:
-            return writer.weight()
-        original = from_checkpoint(_with_tensors(checkpoint), [writer])(f"{writer.name}.weight")
-        return original.T if writer.transposed else original
+            return writer.weights()
+        original = from_checkpoint(_with_tensors(language_model.checkpoint), [writer], language_model.model)
+        return [m for part in writer.parts if not part.is_bias for m in part.matrices(original(part.name))]
 
     return read
 

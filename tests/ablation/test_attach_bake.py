@@ -128,13 +128,13 @@ def test_what_is_added_to_the_stream_has_nothing_along_the_direction(family: str
     directions = random_directions(4, 32)
     ablation = Ablation.of_kernels({"mlp": Kernel(1.0, 1.0, 1.0, 9.0)}, 4, 2.0)
     writer = next(w for w in anatomy.writers if w.component == "mlp" and w.layer == 1)
-    assert (writer.norm is None) == (family == "llama")
+    assert (not writer.norms) == (family == "llama")
 
     def added(norm_aware: bool) -> float:
         operators = Workbench.prepare(directions, anatomy.writers, "plain", norm_aware=norm_aware).operators(ablation)
         written: list[torch.Tensor] = []
         with attach(anatomy.writers, operators):
-            module = writer.norm or writer.module
+            module = writer.norms[0] if writer.norms else writer.module
             handle = module.register_forward_hook(lambda _m, _i, output: written.append(output))
             model(TOKENS)
             handle.remove()

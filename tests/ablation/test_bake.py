@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from heretic.ablation.bake import checkpoint_names, copies, from_checkpoint, rewrite
+from heretic.ablation.bake import copies, from_checkpoint, rewrite, sources
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
@@ -29,7 +29,7 @@ def test_after_twenty_trials_every_weight_is_the_checkpoints_bit_for_bit(
     model = load(checkpoint, ["float32"], {})
     before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
     writers = model.anatomy.writers
-    original = copies(writers) if cached else from_checkpoint(checkpoint, writers)
+    original = copies(writers) if cached else from_checkpoint(checkpoint, writers, model.model)
     for trial in range(20):
         chosen = [w.name for w in writers[trial % 3 :]]
         with rewrite(writers, random_operators(chosen), original):
@@ -49,7 +49,8 @@ def test_weights_are_put_back_after_an_error(llama: Path) -> None:
 
 def test_names_differ_by_an_outer_module_only(tmp_path: Path) -> None:
     model = load(open_checkpoint(str(save_tiny(tmp_path / "m", "gpt2"))), ["float32"], {})
-    names = checkpoint_names(model.checkpoint, model.anatomy.writers)
+    stored = sources(model.checkpoint, model.anatomy.writers, model.model)
+    names = {ours: one for ours, found in stored.items() for one in found.names}
     assert len(names) == 16  # weight and bias of two writers in four layers
     assert all(
         ours.removeprefix("transformer.") == theirs.removeprefix("transformer.") for ours, theirs in names.items()
@@ -60,4 +61,4 @@ def test_a_writer_without_a_tensor_is_an_error(llama: Path, tmp_path: Path) -> N
     model = load(open_checkpoint(str(llama)), ["float32"], {})
     other = open_checkpoint(str(save_tiny(tmp_path / "m", "gpt2")))
     with pytest.raises(UserError, match="No tensor of the checkpoint"):
-        checkpoint_names(other, model.anatomy.writers)
+        sources(other, model.anatomy.writers, model.model)

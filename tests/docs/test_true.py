@@ -139,4 +139,5 @@ def test_results_that_are_named_are_there() -> None:
     assert named == there
     for name in there:
         report = json.loads((ROOT / "benchmarks/results" / name).read_text())
-        assert {"command", "date", "machine", "versions"} <= set(report), name
+        if name != "families.json":  # a table of families
+            assert {"command", "date", "machine", "versions"} <= set(report), name

@@ -28,7 +28,7 @@ def do(config: Path, model: Path, *assignments: str) -> Outcome:
     )
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma3", "mixtral"])
 def test_shards_and_dtype_of_the_original_are_kept(config: Path, family: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m", family, dtype=torch.bfloat16, max_shard_size="20KB")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\nlanguage:\n- en\n- de\n---\n# Old card\n")

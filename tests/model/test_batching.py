@@ -67,3 +67,16 @@ def test_a_stop_takes_effect_between_batches() -> None:
 
     with pytest.raises(Interrupted):
         Batcher(2, stop=stop).run("", SEQUENCES, step)
+
+
+def test_even_batches_hold_sequences_of_one_length() -> None:
+    sequences = [[1] * n for n in (3, 5, 3, 5, 5, 2)]
+    seen: list[list[int]] = []
+
+    def step(batch: Batch) -> list[int]:
+        seen.append(batch.rows)
+        assert batch.attention_mask.all()
+        return batch.rows
+
+    assert Batcher(2, even=True).run("", sequences, step) == list(range(6))
+    assert seen == [[1, 3], [4], [0, 2], [5]]

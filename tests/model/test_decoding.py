@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from heretic.errors import UserError
 from heretic.model import decoding
 from heretic.model.batching import Batcher
 from heretic.model.decoding import decode
+from heretic.model.forward import padding_matters
 from tests.tiny import COMMON, FAMILIES, WINDOWED, tiny_model
 
 PROMPTS = [[5, 9, 17], [7, 8, 11, 60, 3, 22, 41, 33, 9, 10, 12, 13], [40], [21, 22, 23, 24, 25]]
@@ -90,3 +92,34 @@ def test_rows_of_a_hybrid_model_stay_in_the_batch_and_are_right() -> None:
     ends = {whole[0][2], whole[1][5]}
     expected = [row[: next((i for i, t in enumerate(row) if t in ends), 12)] for row in whole]
     assert decode(model, batch, 12, ends) == expected
+
+
+def test_a_model_that_keeps_its_states_to_itself_is_left_to_generate_in_even_batches() -> None:
+    from transformers import AutoModelForCausalLM, RecurrentGemmaConfig
+
+    torch.manual_seed(0)
+    kinds = ("recurrent", "attention")
+    config = RecurrentGemmaConfig(**COMMON, lru_width=32, attention_window_size=32, block_types=kinds)  # type: ignore[arg-type]
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.nan_to_num_().add_(torch.randn_like(parameter) * 0.1)
+    assert decoding.decoded_by_generate(model, "cpu") and not decoding.decoded_by_generate(tiny_model("llama"), "cpu")
+    assert padding_matters(model, PROMPTS, Batcher(8)) and not padding_matters(tiny_model("llama"), PROMPTS, Batcher(8))
+    batch = Batcher(8).batch([0, 1], [PROMPTS[3], PROMPTS[3][::-1]])
+    model.generation_config.eos_token_id = None
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    reference = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config)
+    assert decode(model, batch, 8, set()) == reference[:, batch.input_ids.shape[1] :].tolist()
+
+
+def test_what_transformers_cannot_generate_is_an_error_for_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+
+    def fails(**_: object) -> None:
+        raise RuntimeError("sizes do not match")
+
+    monkeypatch.setattr(decoding, "has_cache", lambda _: False)
+    monkeypatch.setattr(model, "generate", fails)
+    with pytest.raises(UserError, match="LlamaForCausalLM: sizes do not match"):
+        decode(model, Batcher(8).batch([0], PROMPTS), 8, set())

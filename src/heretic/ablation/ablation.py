@@ -71,14 +71,14 @@ class Workbench:
         directions: Directions,
         writers: tuple[Writer, ...],
         geometry: str,
-        read: Callable[[Writer], Tensor] = Writer.weight,
+        read: Callable[[Writer], Sequence[Tensor]] = Writer.weights,
         watcher: Watcher = SILENT,
         *,
         norm_aware: bool = True,
     ) -> Workbench:
         """Study every writer's weight once, against all layers' directions; geometries that need no facts skip it.
 
-        `read` gets at a weight [width, inputs] where the module does not hold it (offloaded layers).
+        `read` gets at a writer's matrices [width, inputs] where the module does not hold it (offloaded layers).
         """
         facts: dict[str, WriterFacts] = {}
         scales = {w.name: s.cpu() for w in writers if norm_aware and (s := w.scale()) is not None}
@@ -104,7 +104,7 @@ class Workbench:
             if ablation.vector is not None:
                 vector = self._seen(writer, torch.as_tensor(ablation.vector))
                 mix = vector.new_ones(1)
-                facts = facts and facts_along(vector, writer.weight(), facts.norms)
+                facts = facts and facts_along(vector, writer.weights(), facts.norms)
             else:
                 mix = self._mix(ablation, writer)
                 raw = mix @ self.directions.vectors

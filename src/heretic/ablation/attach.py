@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from heretic.ablation.operator import Operator, StackedOperators
-from heretic.model.anatomy import Writer
 from heretic.model.forward import trial_of_row
+from heretic.model.writer import Writer, first_tensor, with_first
 
 
 @contextmanager
@@ -25,26 +25,27 @@ def attach(writers: Sequence[Writer], *trials: Mapping[str, Operator]) -> Iterat
         for writer in writers:
             named = [operators.get(writer.name) for operators in trials]
             if any(named):
-                handles.append(writer.module.register_forward_hook(_hook(named)))
+                handles += [module.register_forward_hook(_hook(named)) for module in writer.modules]
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hook(operators: Sequence[Operator | None]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+def _hook(operators: Sequence[Operator | None]) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
     one = operators[0] if len(operators) == 1 else None
     moved: Operator | StackedOperators = one or StackedOperators.of(operators)
 
-    def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
         nonlocal moved
-        if moved.u.device != output.device:  # once a trial: a sharded model's writers lie on several devices
-            moved = moved.to(output.device)
+        written = first_tensor(output)
+        if moved.u.device != written.device:  # once a trial: a sharded model's writers lie on several devices
+            moved = moved.to(written.device)
         if isinstance(moved, Operator):
-            return moved(output)
+            return with_first(output, moved(written))
         trials = trial_of_row.get()
         if trials is None:
             raise RuntimeError("several trials are attached, but the pass does not say which row belongs to which")
-        return moved(output, trials)
+        return with_first(output, moved(written, trials))
 
     return hook

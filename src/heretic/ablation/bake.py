@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
-from heretic.model.anatomy import Writer
 from heretic.model.checkpoint import Checkpoint
+from heretic.model.writer import Part, Writer
 
 
 def bake_weight(operator: Operator, weight: Tensor, *, transposed: bool) -> Tensor:
-    """A weight with the operator written into it: computed in float32, returned in the weight's type and layout."""
+    """A weight, or those of all experts in one tensor, with the operator written into it: computed in float32, one matrix at a
+    time, returned in the weight's type and layout."""
+    if weight.ndim == 3:
+        baked = torch.empty_like(weight)
+        for expert, matrix in enumerate(weight):
+            baked[expert] = bake_weight(operator, matrix, transposed=transposed)
+        return baked
     full = weight.T if transposed else weight
     baked = operator.on_weight(full)
     return (baked.T if transposed else baked).to(weight.dtype).contiguous()
 
 
 def bake_bias(operator: Operator, bias: Tensor) -> Tensor:
-    """A bias [width] with the operator written into it; the bias is part of what is written to the stream."""
+    """A bias [width], or those of all experts [experts, width], with the operator written into it: it is part of what is written to
+    the stream."""
     return operator(bias.float()).to(bias.dtype)
+
+
+def bake_part(operator: Operator, part: Part, tensor: Tensor) -> Tensor:
+    """A writer's parameter with the operator written into it."""
+    if part.is_bias:
+        return bake_bias(operator, tensor)
+    return bake_weight(operator, tensor, transposed=part.transposed)
 
 
 Original = Callable[[str], Tensor]
@@ -43,18 +60,15 @@ def rewrite(writers: Sequence[Writer], operators: Mapping[str, Operator], origin
             operator = operators.get(writer.name)
             if operator is None:
                 continue
-            weight, bias = writer.module.weight, getattr(writer.module, "bias", None)
-            if not isinstance(weight, Tensor) or not weight.is_floating_point() or writer.offloaded:
+            if writer.offloaded or not all(part.tensor.is_floating_point() for part in writer.parts):
                 raise UserError(
                     f"The weight of {writer.name} cannot be rewritten.",
                     fix='apply = "operators" works with every weight',
                 )
-            operator = operator.to(weight.device)
-            touched.append((f"{writer.name}.weight", weight))
-            weight.copy_(bake_weight(operator, weight, transposed=writer.transposed))
-            if isinstance(bias, Tensor):
-                touched.append((f"{writer.name}.bias", bias))
-                bias.copy_(bake_bias(operator, bias))
+            for part in writer.parts:
+                tensor = part.tensor
+                touched.append((part.name, tensor))
+                tensor.copy_(bake_part(operator.to(tensor.device), part, tensor))
         yield
     finally:
         for name, parameter in touched:
@@ -63,51 +77,70 @@ def rewrite(writers: Sequence[Writer], operators: Mapping[str, Operator], origin
 
 def copies(writers: Sequence[Writer]) -> Original:
     """Keep a copy of the writers' tensors, each on its own device; nothing else of the model is copied."""
-    kept = {}
-    for writer in writers:
-        for part in ("weight", "bias"):
-            if isinstance(tensor := getattr(writer.module, part, None), Tensor):
-                kept[f"{writer.name}.{part}"] = tensor.detach().clone()
+    kept = {part.name: part.tensor.detach().clone() for writer in writers for part in writer.parts}
     return kept.__getitem__
 
 
-def from_checkpoint(checkpoint: Checkpoint, writers: Sequence[Writer]) -> Original:
+def from_checkpoint(checkpoint: Checkpoint, writers: Sequence[Writer], model: Any) -> Original:
     """Read the tensors again from the checkpoint's files when they are wanted. Raises UserError if names do not match."""
-    names = checkpoint_names(checkpoint, writers)
-    return lambda name: checkpoint.read(names[name])
+    found = sources(checkpoint, writers, model)
+
+    def read(name: str) -> Tensor:
+        stored = found[name]
+        tensors = [checkpoint.read(source) for source in stored.names]
+        whole = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+        return whole.mT.contiguous() if stored.turned else whole
+
+    return read
 
 
-def checkpoint_names(checkpoint: Checkpoint, writers: Sequence[Writer]) -> dict[str, str]:
-    """Which tensor of the checkpoint each writer's parameter came from.
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of a checkpoint that a parameter was made of: one, or one an expert in order; `turned`: with the last two axes
+    the other way round."""
 
-    Names mostly agree; where a checkpoint was saved with or without an outer module (GPT-2's `transformer.`), the longest
-    common ending of the name decides, and it must be the only one of this shape.
+    names: tuple[str, ...]
+    turned: bool = False
+
+
+def sources(checkpoint: Checkpoint, writers: Sequence[Writer], model: Any) -> dict[str, Stored]:
+    """Where each parameter of the writers came from, by its name: as transformers names things while it loads them.
+
+    Raises UserError where a parameter has no tensor of its own shape, or not one for every expert.
     """
-    found = {}
-    for writer in writers:
-        for part in ("weight", "bias"):
-            tensor = getattr(writer.module, part, None)
-            if isinstance(tensor, Tensor):
-                name = f"{writer.name}.{part}"
-                found[name] = _match(name, tuple(tensor.shape), checkpoint)
-    if len(set(found.values())) != len(found):
+    wanted = {part.name: part for writer in writers for part in writer.parts}
+    by_parameter: dict[str, list[str]] = {}
+    for name, parameter in loaded_names(model, checkpoint.tensors).items():
+        if parameter in wanted:
+            by_parameter.setdefault(parameter, []).append(name)
+    found = {name: _stored(checkpoint, part, by_parameter.get(name, [])) for name, part in wanted.items()}
+    if len({source for stored in found.values() for source in stored.names}) != sum(
+        len(s.names) for s in found.values()
+    ):
         raise UserError("Two writers seem to come from one tensor of the checkpoint.", where=str(checkpoint.folder))
     return found
 
 
-def _match(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> str:
-    parts = name.split(".")
-    for start in range(len(parts)):
-        ending = ".".join(parts[start:])
-        hits = [t for t in checkpoint.tensors if t == ending or t.endswith("." + ending)]
-        if ending in hits:
-            hits = [ending]
-        if len(hits) == 1 and checkpoint.tensors[hits[0]].shape == shape:
-            return hits[0]
-        if hits:
-            break
+def loaded_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """By the name of a checkpoint's tensor that of the model's parameter it is loaded into, alone or with others."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    own = model.state_dict()
+    return {name: rename_source_key(name, renamings, converters, model.base_model_prefix, own)[0] for name in names}
+
+
+def _stored(checkpoint: Checkpoint, part: Part, names: Sequence[str]) -> Stored:
+    shape = tuple(part.tensor.shape)
+    ordered = tuple(sorted(names, key=dot_natural_key))
+    shapes = {checkpoint.tensors[name].shape for name in ordered}
+    each = shape if len(ordered) == 1 else shape[1:]
+    if shapes == {each} and (len(ordered) == 1 or len(ordered) == shape[0]):
+        return Stored(ordered)
+    if shapes == {(*each[:-2], *each[:-3:-1])} and not part.is_bias and (len(ordered) == 1 or len(ordered) == shape[0]):
+        return Stored(ordered, turned=True)
     raise UserError(
-        f"No tensor of the checkpoint corresponds to {name} {list(shape)}.",
+        f"No tensor of the checkpoint corresponds to {part.name} {list(shape)}.",
         where=str(checkpoint.folder),
         fix='apply = "operators" needs no checkpoint tensors; for the export, report the architecture',
     )

@@ -8,7 +8,8 @@ The formulas, and the check that attached and baked models agree, are in the des
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,6 +87,9 @@ class StackedOperators:
 class WriterFacts:
     """What the geometries need to know of one writer's weight W [width, inputs], for a set of k directions.
 
+    A mixture of experts has the matrices of all of them side by side as one W: an operator on the sum of what they write is the
+    same edit of each, so the norms of rows that a geometry uses or keeps can only be those over all experts.
+
     `norms` is D, the norms of W's rows [width]. With Wn = W / D and the directions V [k, width]: `a = V Wn` would be [k, inputs];
     kept are `g` = (Wn a^T)^T [k, width] and `gram` = a a^T [k, k], from which any mix of the directions follows.
     """
@@ -100,49 +104,59 @@ class WriterFacts:
 
 
 @torch.no_grad()
-def study_weight(weight: Tensor, directions: Tensor, rows_at_once: int = 4096) -> WriterFacts:
-    """Facts of a weight [width, inputs] for directions [k, width]; only `rows_at_once` rows exist in float32 at a time."""
-    norms = torch.cat([chunk.float().norm(dim=1) for chunk in weight.split(rows_at_once)]).clamp_min(TINY)
-    directions = directions.to(weight.device)
-    a = torch.zeros(len(directions), weight.shape[1], device=weight.device)
-    for start in range(0, len(weight), rows_at_once):
-        rows = slice(start, start + rows_at_once)
-        a += directions[:, rows] @ (weight[rows].float() / norms[rows, None])
-    g = torch.cat(
-        [
-            a @ (chunk.float() / d[:, None]).T
-            for chunk, d in zip(weight.split(rows_at_once), norms.split(rows_at_once), strict=True)
-        ],
-        dim=1,
-    )
-    return WriterFacts(norms, g, a @ a.T)
+def study_weight(weight: Tensor | Sequence[Tensor], directions: Tensor, rows_at_once: int = 4096) -> WriterFacts:
+    """Facts of a weight [width, inputs], or of several side by side, for directions [k, width]; only `rows_at_once` rows exist in
+    float32 at a time."""
+    matrices = [weight] if isinstance(weight, Tensor) else weight
+    squares = torch.stack([_squared_norms(m, rows_at_once).to(matrices[0].device) for m in matrices]).sum(dim=0)
+    norms = squares.sqrt().clamp_min(TINY)
+    g = torch.zeros(len(directions), len(norms), device=norms.device)
+    gram = torch.zeros(len(directions), len(directions), device=norms.device)
+    for matrix in matrices:
+        d = norms.to(matrix.device)
+        unit = directions.to(matrix.device) / d
+        a = _sum(unit[:, rows] @ matrix[rows].float() for rows in _rows(matrix, rows_at_once))
+        for rows in _rows(matrix, rows_at_once):
+            g[:, rows] += (a @ matrix[rows].float().T / d[rows]).to(g.device)
+        gram += (a @ a.T).to(gram.device)
+    return WriterFacts(norms, g, gram)
+
+
+def _squared_norms(matrix: Tensor, rows_at_once: int) -> Tensor:
+    return torch.cat([matrix[rows].float().square().sum(dim=1) for rows in _rows(matrix, rows_at_once)])
+
+
+def _rows(matrix: Tensor, rows_at_once: int) -> list[slice]:
+    return [slice(start, start + rows_at_once) for start in range(0, len(matrix), rows_at_once)]
+
+
+def _sum(tensors: Iterator[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
 
 
 class _Through(torch.autograd.Function):
     """x -> W W^T x for vectors x [width]. Its own derivative, being symmetric, so that nothing of W is kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.weight = weight
-        return _through(x, weight)
+    def forward(ctx: Any, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+        ctx.matrices = matrices
+        return _sum(_through(x, m) for m in matrices)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _through(gradient, ctx.weight), None
+        return _sum(_through(gradient, m) for m in ctx.matrices), None
 
 
-def _through(x: Tensor, weight: Tensor, rows_at_once: int = 4096) -> Tensor:
-    here = x.to(weight.device)
-    a = sum(
-        part @ chunk.to(x.dtype)
-        for part, chunk in zip(here.split(rows_at_once), weight.split(rows_at_once), strict=True)
-    )
-    return torch.cat([chunk.to(x.dtype) @ a for chunk in weight.split(rows_at_once)]).to(x.device)
+def _through(x: Tensor, matrix: Tensor, rows_at_once: int = 4096) -> Tensor:
+    here = x.to(matrix.device)
+    a = _sum(here[rows] @ matrix[rows].to(x.dtype) for rows in _rows(matrix, rows_at_once))
+    return torch.cat([matrix[rows].to(x.dtype) @ a for rows in _rows(matrix, rows_at_once)]).to(x.device)
 
 
-def facts_along(v: Tensor, weight: Tensor, norms: Tensor) -> WriterFacts:
-    """Facts of a weight [width, inputs] with these norms of its rows for one direction [width], which may have a gradient."""
-    g = _Through.apply(v / norms, weight) / norms
+def facts_along(v: Tensor, weight: Tensor | Sequence[Tensor], norms: Tensor) -> WriterFacts:
+    """Facts of a weight [width, inputs], or of several side by side, with these norms of its rows for one direction [width],
+    which may have a gradient."""
+    g = _Through.apply(v / norms, [weight] if isinstance(weight, Tensor) else weight) / norms
     return WriterFacts(norms, g[None], (v @ g)[None, None])
 
 

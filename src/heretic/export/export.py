@@ -89,7 +89,7 @@ def plan_export(
         result=result,
         ablation=ablation,
         operators=operators,
-        edits=plan_edits(model.checkpoint, model.anatomy.writers, operators),
+        edits=plan_edits(model.checkpoint, model.anatomy.writers, operators, model.model),
         baseline=session.baseline,
         attached=session.log_probs(ablation),
     )

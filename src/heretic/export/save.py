@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from heretic.ablation.bake import bake_bias, bake_weight, checkpoint_names, rewrite
+from heretic.ablation.bake import bake_bias, bake_weight, rewrite, sources
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.files import sha256
@@ -44,7 +44,7 @@ class TensorEdit:
 
 
 def plan_edits(
-    checkpoint: Checkpoint, writers: tuple[Writer, ...], operators: Mapping[str, Operator]
+    checkpoint: Checkpoint, writers: tuple[Writer, ...], operators: Mapping[str, Operator], model: Any
 ) -> dict[str, TensorEdit]:
     """Edits by the name of the checkpoint's tensor; empty for a GGUF file, whose tensors have other names.
 
@@ -54,12 +54,12 @@ def plan_edits(
         return {}
     edited = [w for w in writers if w.name in operators]
     edits = {}
-    names = checkpoint_names(checkpoint, edited)
+    found = sources(checkpoint, edited, model)
     for writer in edited:
-        for part in ("weight", "bias"):
-            name = names.get(f"{writer.name}.{part}")
-            if name:
-                edits[name] = TensorEdit(operators[writer.name], part == "bias", writer.transposed)
+        for part in writer.parts:
+            stored = found[part.name]
+            edit = TensorEdit(operators[writer.name], part.is_bias, part.transposed != stored.turned)
+            edits.update(dict.fromkeys(stored.names, edit))
     return edits
 
 

@@ -80,7 +80,9 @@ class Batcher:
     """Cuts sequences into batches of at most `size` rows and `tokens` tokens, padding included.
 
     With `share` the tokens that all sequences begin with are run once and their cache is used for every row (see
-    `model.forward`). `size` only ever falls: memory that did not suffice once will not suffice later, and a study that goes
+    `model.forward`). With `even` a batch holds sequences of one length only, for models to which padding is not nothing
+    (recurrences and convolutions that see it).
+    `size` only ever falls: memory that did not suffice once will not suffice later, and a study that goes
     on at half the speed is worth more than one that stops.
     """
 
@@ -89,6 +91,7 @@ class Batcher:
     tokens: int = 16384
     pad: int = 0
     share: bool = False
+    even: bool = False
     stop: Stop = field(default_factory=Stop)
     watcher: Watcher = SILENT
 
@@ -146,8 +149,9 @@ class Batcher:
 
     def rows_at_once(self, sequences: Sequence[list[int]], items: Sequence[int]) -> int:
         """How many of the items, taken in their order, go into one batch."""
-        longest = max(1, *(len(sequences[i % len(sequences)]) for i in items[: self.size]))
-        return max(1, min(self.size, self.tokens // longest, len(items)))
+        lengths = [len(sequences[i % len(sequences)]) for i in items[: self.size]]
+        most = max(1, min(self.size, self.tokens // max(1, *lengths), len(items)))
+        return next((n for n, length in enumerate(lengths[:most]) if self.even and length != lengths[0]), most)
 
     def beginning(self, sequences: Sequence[list[int]]) -> Beginning | None:
         """What all sequences begin with, if running it once is allowed and worth it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -51,10 +52,11 @@ def last_token_residuals(language_model: LanguageModel, batch: Batch) -> Tensor:
     """Residuals after every block at the last token, float32 [rows, layers, width] on the CPU."""
     blocks = language_model.anatomy.blocks
     found: list[Tensor | None] = [None] * len(blocks)
+    shape = (*batch.input_ids.shape, language_model.anatomy.width)
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(_module: object, _inputs: object, output: object) -> None:
-            found[layer] = first_tensor(output)[:, -1, :].float().cpu()
+            found[layer] = one_stream(first_tensor(output), *shape)[:, -1, :].float().cpu()
 
         return hook
 
@@ -64,4 +66,17 @@ def last_token_residuals(language_model: LanguageModel, batch: Batch) -> Tensor:
     finally:
         for handle in handles:
             handle.remove()
-    return torch.stack([r for r in found if r is not None], dim=1)
+    # A block that is passed over (cross-attention without an image) leaves the stream as it is.
+    first = next(r for r in found if r is not None)
+    stream = itertools.accumulate(found, lambda before, after: before if after is None else after, initial=first)
+    return torch.stack(list(stream)[1:], dim=1)
+
+
+def one_stream(hidden: Tensor, rows: int, tokens: int, width: int) -> Tensor:
+    """Hidden states [rows, tokens, width]; of several streams side by side ([rows, tokens, streams, width] in DeepSeek V4, the
+    streams first in Gemma 3n, [rows, tokens, streams x width] elsewhere) the mean, which is about what the head reads."""
+    if hidden.shape[-1] != width:
+        hidden = hidden.unflatten(-1, (-1, width))
+    if hidden.ndim != 4:
+        return hidden
+    return hidden.mean(dim=2 if hidden.shape[:2] == (rows, tokens) else 0)

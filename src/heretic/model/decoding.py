@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from heretic.model.batching import Batch
+from heretic.errors import UserError, first_line
+from heretic.model.batching import Batch, out_of_memory
 from heretic.model.forward import accepted, call, can_be_cut, hidden_states, log_probs_of, rows_of_trials
 
 # Cache rows are copied when rows leave; worth it once a quarter of them has.
@@ -181,13 +182,24 @@ def decode(
         return _generate(model, batch, max_tokens, end_tokens)
     limits = Limits(max_tokens, end_tokens, ended)
     answers = begin(model, batch, [[]] * len(batch.rows), limits)
+    if answers.cache is None:  # kept within the layers (RecurrentGemma)
+        return _generate(model, batch, max_tokens, end_tokens)
     go_on(model, answers, limits)
     return answers.tokens
 
 
 def has_cache(model: Any) -> bool:
-    """Whether the model keeps keys and values; others are decoded by transformers' generate, without ending rows early."""
+    """Whether the model can be given a cache; others are decoded by transformers' generate, without ending rows early."""
     return "past_key_values" in accepted(model.__class__)
+
+
+@torch.inference_mode()
+def decoded_by_generate(model: Any, device: torch.device | str) -> bool:
+    """Whether answers are left to transformers' generate, told by a pass over one token."""
+    if not has_cache(model):
+        return True
+    token = torch.ones(1, 1, dtype=torch.long, device=device)
+    return getattr(call(model, token, use_cache=True), "past_key_values", None) is None
 
 
 @torch.inference_mode()
@@ -197,9 +209,17 @@ def _generate(model: Any, batch: Batch, max_tokens: int, end_tokens: set[int]) -
     config = GenerationConfig(
         max_new_tokens=max_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0] if ends else 0
     )
-    with rows_of_trials(batch.trial_of_row):
-        output = model.generate(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
-        )
+    try:
+        with rows_of_trials(batch.trial_of_row):
+            output = model.generate(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
+            )
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:  # of the model's own code
+        if out_of_memory(error):
+            raise
+        raise UserError(
+            f"Transformers cannot generate with {type(model).__name__}: {first_line(error)}",
+            fix="see docs/architectures.md for the architectures that work",
+        ) from error
     answers = output[:, batch.input_ids.shape[1] :].tolist()
     return [a[: next((i for i, t in enumerate(a) if t in end_tokens), len(a))] for a in answers]

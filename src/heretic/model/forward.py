@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 # Largest KL between the two ways of computing the same answer; float32 gives 1e-9, bfloat16 up to 1e-4.
 SAME = {torch.float32: 1e-6, torch.float64: 1e-6}
 SAME_IN_HALF_PRECISION = 1e-3
+PADDED_IN_HALF_PRECISION = 1e-2  # a router may choose another expert for a token when a batch has another shape
 LOGIT_ROWS = 64  # rows whose logits over the vocabulary exist at a time
 
 # To which trial each row of the pass that is under way belongs [rows]; the operators attached to the writers look here.
@@ -70,7 +71,7 @@ def run_decoder(model: Any, batch: Batch, *, use_cache: bool) -> tuple[Tensor, A
     passing = entries.passing(batch.rows, first, batch.input_ids.device) if entries else nullcontext(0)
     with rows_of_trials(batch.trial_of_row), passing as begins:
         output = call(
-            model.get_decoder(),
+            decoder_of(model),
             batch.input_ids,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
@@ -81,6 +82,16 @@ def run_decoder(model: Any, batch: Batch, *, use_cache: bool) -> tuple[Tensor, A
     if entries:
         entries.extend(cache if use_cache else None, batch.rows, begins, first)
     return output.last_hidden_state, cache
+
+
+def decoder_of(model: Any) -> Any:
+    """The part of a model that gives hidden states; transformers' own answer has the head on it in some families."""
+    decoder = model.get_decoder()
+    if "input_ids" not in accepted(decoder.__class__):
+        return model.base_model
+    if not hasattr(decoder, "lm_head"):
+        return decoder
+    return decoder.model if decoder.base_model is decoder else decoder.base_model
 
 
 def _cache(model: Any, beginning: Beginning, batch: Batch) -> Any:
@@ -121,7 +132,7 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """The model's logits [rows, vocabulary] for hidden states [rows, width], by its own forward around its decoder."""
     given = _GivenHidden(last_hidden_state=hidden[:, None])
     tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
-    with replaced_forward(model.get_decoder(), lambda *_, **__: given):
+    with replaced_forward(decoder_of(model), lambda *_, **__: given):
         return call(model, tokens, use_cache=False).logits[:, -1]
 
 
@@ -153,6 +164,15 @@ def can_share(model: Any, sequences: Sequence[list[int]], batcher: Batcher) -> b
         lambda: batcher.batch(rows, few),
         lambda: batcher.batch(rows, few, Beginning(shared_tokens(sequences))),
     )
+
+
+def padding_matters(model: Any, sequences: Sequence[list[int]], batcher: Batcher) -> bool:
+    """Whether a prompt beside longer ones gives something else than alone: some recurrent and convolution layers see the
+    padding. Tried on a few prompts of unequal length."""
+    few, rows = _few(sequences)
+    together = next_token_log_probs(model, batcher.batch(rows, few))
+    alone = torch.cat([next_token_log_probs(model, batcher.batch([row], few)) for row in rows])
+    return not _apart(alone, together) <= SAME.get(model.dtype, PADDED_IN_HALF_PRECISION)
 
 
 def can_begin_later(model: Any, blocks: Any, sequences: Sequence[list[int]], batcher: Batcher) -> bool:
@@ -189,8 +209,17 @@ def _same_answers(otherwise: str, model: Any, plainly: Any, cheaply: Any) -> boo
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError, NotImplementedError) as error:
         log.info("%s: %r", otherwise, error)
         return False
-    apart = float((plain.exp() * (plain - cheap)).sum(-1).abs().max())
-    if not apart <= SAME.get(model.dtype, SAME_IN_HALF_PRECISION):
+    apart = _apart(plain, cheap)
+    if not apart <= _tolerated(model):
         log.info("%s: the cheaper way changes the answers by KL %.1e", otherwise, apart)
         return False
     return True
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """The largest KL between two ways of computing the same answers."""
+    return float((one.exp() * (one - other)).sum(-1).abs().max())
+
+
+def _tolerated(model: Any) -> float:
+    return SAME.get(model.dtype, SAME_IN_HALF_PRECISION)

@@ -149,4 +149,12 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
 @torch.inference_mode()
 def _finite(model: PreTrainedModel) -> bool:
     token = torch.tensor([[1]], device=input_device(model))
-    return bool(torch.isfinite(model(input_ids=token, use_cache=False).logits).all())
+    try:
+        return bool(torch.isfinite(model(input_ids=token, use_cache=False).logits).all())
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:  # of the model's code
+        if out_of_memory(error):
+            raise
+        raise UserError(
+            f"{type(model).__name__} cannot be run on text alone: {first_line(error)}",
+            fix="see docs/architectures.md for the architectures that work",
+        ) from error
