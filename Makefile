@@ -1,6 +1,7 @@
 # Two commands on a bare machine with Python 3.10 to 3.13, make and git:
 #   make demo    .venv, a small demo model, the whole job: a few minutes on two cores
 #   make test    the test suite
+# And for whoever publishes: make dist builds wheel and sdist and tries them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,6 +35,19 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 check: lint test
+
+# Wheel and sdist, tried in a fresh environment that borrows the installed dependencies and nothing else.
+dist: $(VENV)/.installed
+	rm -rf dist build/fresh
+	$(BIN)/python -m build
+	$(BIN)/python -m venv build/fresh
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(build/fresh/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth
+	build/fresh/bin/pip install -q --no-deps dist/*.whl
+	cd build && fresh/bin/heretic --version
+	cd build && fresh/bin/heretic config > /dev/null
+	cd build && fresh/bin/heretic demo --help > /dev/null
+	@echo "dist/ holds:" && ls dist
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

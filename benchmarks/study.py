@@ -78,7 +78,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     subprocess.run(command, cwd=folder, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     total = time.monotonic() - began
-    seen = look_at("", str(folder / "runs"), {})
+    seen = look_at("", str(folder / "runs"), {}).standing
     trials = [r.scores.seconds for r in seen.found]
     manifest = json.loads((folder / "model" / "manifest.json").read_text())
     chosen = choose(seen.found, "fewest_refusals_under_kl", 0.1, 0)
@@ -86,7 +86,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "seed": arguments.seed,
         "trials": seen.done,
         "left_early": seen.stopped,
-        "surrogate_error": seen.surrogate_error,
+        "surrogate_error": seen.progress.surrogate_error,
         "declined_before": seen.before,
         "seconds_total": round(total, 1),
         "seconds_per_trial": {k: round(statistics.median(t[k] for t in trials), 4) for k in sorted(trials[0])},

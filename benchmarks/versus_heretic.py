@@ -120,7 +120,7 @@ class Race:
         """Both studies, taking turns; what their output and our study say about them."""
         ours, theirs = self._our_job(), self._their_job()
         take_turns((theirs, ours), self.arguments.slice)
-        seen = look_at(RUN, str(self.our_folder / "runs"), {})
+        seen = look_at(RUN, str(self.our_folder / "runs"), {}).standing
         self.our_front = [Point(**point(r)) for r in front(seen.found)]
         report = {
             "ours": {**our_times(ours, self.our_folder), "declined_before": seen.before},

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from heretic import __version__
 from heretic.cli import shorthand
+from heretic.errors import EXIT_STATUSES
 from heretic.settings.layers import resolve
 from tests.command import heretic
 
-COMMANDS = ["run", "preflight", "status", "export", "chat", "compare", "evaluate", "config", "doctor", "demo"]
+COMMANDS = [
+    "run",
+    "preflight",
+    "status",
+    "export",
+    "chat",
+    "compare",
+    "benchmark",
+    "evaluate",
+    "config",
+    "doctor",
+    "demo",
+]
 
 
 def test_shorthands() -> None:
@@ -89,3 +107,72 @@ def test_doctor_tells_of_the_machine_and_keeps_secrets(
     config.write_text("n_trials = 'many'")
     broken = heretic(capsys, monkeypatch, "doctor")
     assert broken.status == 0 and "n_trials" in broken.out and "torch" in broken.out, "it works where settings do not"
+
+
+def test_a_run_goes_on_by_its_name_and_says_so_to_scripts(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def do(*arguments: str, status: int = 0) -> dict[str, Any]:
+        ran = heretic(capsys, monkeypatch, *arguments, "--json")
+        assert ran.status == status, ran
+        return json.loads(ran.out) if status == 0 else {"error": ran.err}
+
+    monkeypatch.setenv("HERETIC_SEED", "7")
+    first = do("run", "--trials", "2", "--run-name", "mine")
+    assert first["run"] == "runs/mine" and first["trials"] == 2 and first["export"] is None
+    monkeypatch.delenv("HERETIC_SEED")
+    config.rename("elsewhere.toml")
+    more = do(
+        "mine", "--trials", "+2", "--save-to", "model"
+    )  # without `run`, without the settings file, with another seed
+    assert more["trials"] == 4 and more["front"]
+    assert Path(more["export"]["written_to"]) == Path("model").resolve()
+    kept = Path("runs/mine/config.toml").read_text()
+    assert "n_trials = 4  # asked for later" in kept and "seed = 7  # HERETIC_SEED" in kept
+    assert do("runs/mine")["trials"] == 4, "it is complete"
+    exported = do("export", "mine", "--trial", "1", "-o", "other")
+    assert exported["trial"] == 1 and exported["verification"]["divergence"] < 1e-5
+    url = f"sqlite:///{Path('runs/mine/study.db').resolve()}"
+    seen = do("status", "heretic", "--storage", url)
+    assert (
+        seen["done"] == 4
+        and seen["state"] == "complete"
+        and seen["model"] == resolve(Path("elsewhere.toml")).settings.model
+    )
+    assert "No such" not in do("status", "other", "--storage", url, status=1)["error"]
+    assert "has its own settings" in do("mine", "--config", "elsewhere.toml", status=1)["error"]
+    for wrong in ("+0", "many", "-3"):
+        assert "no number of trials" in do("run", "mine", f"--trials={wrong}", status=1)["error"]
+    watched = heretic(capsys, monkeypatch, "status", "mine", "--watch")
+    assert watched.status == 0 and "trials per hour" in watched.out and "KL divergence" in watched.out
+
+
+def test_the_shell_completes_commands_and_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("llama-1", "llama-2", "qwen"):
+        (Path("runs") / name).mkdir(parents=True)
+        (Path("runs") / name / "config.toml").touch()
+
+    def complete(line: str) -> list[str]:
+        monkeypatch.setenv("_HERETIC_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
+        return sorted(heretic(capsys, monkeypatch).out.split())
+
+    assert complete("heretic co") == ["compare", "config"]
+    assert complete("heretic export ll") == ["llama-1", "llama-2"]
+    Path("config.toml").touch()
+    assert complete("heretic sta") == ["status"], "also where `heretic` alone means `heretic run`"
+
+
+def test_help_tells_the_exit_statuses_and_no_color_is_heeded() -> None:
+    environment = {**os.environ, "FORCE_COLOR": "1"}
+    command = [sys.executable, "-m", "heretic", "--help"]
+    coloured = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    plain = subprocess.run(
+        command, env={**environment, "NO_COLOR": "1"}, capture_output=True, text=True, check=True
+    ).stdout
+    colours = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
+    assert colours.search(coloured) and not colours.search(plain)
+    assert all(f"{number} {meaning}" in " ".join(plain.split()) for number, meaning in EXIT_STATUSES.items())

@@ -50,7 +50,7 @@ def test_a_run_studies_chooses_exports_and_proves(config: Path, llama: Path) -> 
 def test_a_finished_run_does_nothing_again_and_grows_when_asked(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = do(config, "save_to=out")
     with monkeypatch.context() as patch:
-        patch.setattr("heretic.run.open_session", lambda *a: pytest.fail("the model was loaded for nothing"))
+        patch.setattr("heretic.desk.open_session", lambda *a: pytest.fail("the model was loaded for nothing"))
         again = do(config, "save_to=out")
     assert points(again) == points(first) and again.export is not None
     with monkeypatch.context() as patch:

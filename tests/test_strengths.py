@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 from heretic import strengths
 from heretic.errors import Interrupted
-from heretic.later import export_run
-from heretic.progress import SILENT
+from heretic.later import export_trial, opened
+from heretic.progress import SILENT, Silent
 from heretic.run import Outcome, run
 from heretic.run_folder import RunFolder
 from heretic.scoring import loss
@@ -29,14 +29,11 @@ WALKING = (
 )  # fmt: skip
 
 
-class Listener:
+class Listener(Silent):
     """Keeps what is said."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
-
-    def stage(self, name: str, total: int | None) -> object:
-        return SILENT.stage(name, total)
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -63,7 +60,8 @@ def test_a_run_walks_first_measures_the_points_and_searches_around_them(config: 
     assert all(("walk.shift" in r.params) == (direction == "mixture") for r in outcome.found)
     told = {"free": "found by gradient (in the manifest)", "mixture": "mixed mostly from those of layers"}[direction]
     assert told in Path("written/README.md").read_text()
-    later = export_run("run", "runs", 1, Path("gentle"), [], wait=False, watcher=SILENT, stop=Stop())
+    with opened("run", "runs", [], wait=False, watcher=SILENT, stop=Stop()) as desk:
+        later = export_trial(desk, 1, Path("gentle"))
     assert later.export.verification.scores.declined == outcome.found[1].scores.declined
     with safe_open(outcome.folder.path / "walk.safetensors", "pt") as file:
         assert file.get_tensor("strengths").shape == (2, 4)

@@ -36,8 +36,8 @@ def test_a_study_that_leaves_trials_early_has_the_same_front_and_says_so(config:
     early = do(config, *every, 'run_name="early"', "early_stopping=true")
     assert [r.number for r in front(early.found)] == [r.number for r in front(full.found)]
     seen = look_at("early", "runs", {})
-    assert seen.done == 8 and seen.stopped == 8 - len(early.found) > 0 and seen.state == "complete"
-    assert look_at("full", "runs", {}).surrogate_error is not None
+    assert seen.standing.done == 8 and seen.standing.stopped == 8 - len(early.found) > 0 and seen.state == "complete"
+    assert look_at("full", "runs", {}).standing.progress.surrogate_error is not None
     assert connect(storage_url("", early.folder.path)).get_n_trials(1) == 8
 
 

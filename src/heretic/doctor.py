@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from heretic.desk import kept_settings
 from heretic.export.manifest import versions
 from heretic.machine.gpus import usable_gpus, visible_gpus
 from heretic.machine.host import free_disk, memory, spell_bytes
-from heretic.run import kept_settings
 from heretic.settings.layers import Resolved
 
 # Set by the user and of influence, but nothing that could be a token or a password.

@@ -8,6 +8,17 @@ import errno
 _NAMES = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ENAMETOOLONG")
 OF_THE_DISK = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, name))
 
+# Every exit status of every command; `heretic preflight` has its own: 0 ready, 1 will fail, 2 risky.
+EXIT_STATUSES = {
+    0: "done",
+    1: "an error that you can put right",
+    2: "a wrong command line",
+    3: "another process holds a device or the run",
+    4: "the stored study was made with other settings",
+    5: "the exported model is not the model that was measured",
+    130: "stopped by Ctrl-C or a signal",
+}
+
 
 class UserError(Exception):
     """Something the user can put right; the command prints it without a traceback and exits with `exit_status`."""

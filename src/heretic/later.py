@@ -1,4 +1,7 @@
-"""Work on what exists already: exporting a trial of a finished or unfinished run, and measuring any model."""
+"""Work on what exists already: the trials of a finished or unfinished run, and any model.
+
+What is done with a trial takes a `Desk`, so that a command and the menu do it the same way.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from heretic.desk import Desk
 from heretic.errors import UserError
-from heretic.export.export import Export, ExportJob, plan_export, write_export
+from heretic.export.export import Export
 from heretic.export.save import check_destination
 from heretic.model.batching import Batch, free_memory
 from heretic.model.chat_format import check_length
 from heretic.model.decoding import decode
 from heretic.model.talking import answer
 from heretic.progress import Watcher
-from heretic.prompts import load as load_prompts
-from heretic.run import Inputs, device_lock, look, pick, study_of
-from heretic.run_folder import find_run, stored_settings
+from heretic.run import device_lock, look, study_of, write
+from heretic.run_folder import find_run, stored
 from heretic.scoring.divergence import Divergence, first_token_log_probs, measure_divergence
-from heretic.search.front import Result, results
-from heretic.search.walk import Walk
-from heretic.session import Bench, Session, open_bench, open_session
-from heretic.settings import PromptSource, Settings
+from heretic.search.front import Result
+from heretic.session import Bench, open_bench
+from heretic.settings import Settings
 from heretic.stop import Stop
 
 
@@ -37,34 +39,9 @@ class Exported:
     before: int
     export: Export
 
-
-@dataclass(frozen=True)
-class Opened:
-    """A run that is opened to work with its trials: its inputs, its walk, and its results."""
-
-    inputs: Inputs
-    walk: Walk | None
-    found: list[Result]
-
-    def result(self, trial: int | None) -> tuple[Result, str]:
-        """A trial by its number, or the one that the settings prefer; why it is that one. Raises UserError."""
-        if trial is not None:
-            return _named(self.found, trial)
-        picked = pick(self.inputs.settings, self.found)
-        if picked is None:
-            raise UserError(
-                "The run has no finished trial yet.",
-                where=str(self.inputs.folder.path),
-                fix="go on with it: heretic run",
-            )
-        return picked
-
-    def session(self, watcher: Watcher, stop: Stop) -> Session:
-        """The model in memory, with what the run's folder holds."""
-        inputs = self.inputs
-        return open_session(
-            inputs.settings, inputs.checkpoint, inputs.prompts, inputs.plan, inputs.folder, watcher, stop
-        )
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {"trial": self.result.number, "reason": self.reason, "before": self.before, **self.export.as_dict()}
 
 
 @contextmanager
@@ -77,105 +54,64 @@ def opened(
     wait: bool,
     watcher: Watcher,
     stop: Stop,
-) -> Iterator[Opened]:
+) -> Iterator[Desk]:
     """Hold a run's devices and folder while its trials are worked with. Raises UserError if there is no such run."""
     folder = find_run(name, runs_dir)
     fixed = {"runs_dir": str(folder.path.parent), "run_name": folder.name, "save_to": ""}
-    settings = stored_settings(folder, os.environ, fixed, assignments)
+    resolved = stored(folder, os.environ, fixed, assignments)
+    settings = resolved.settings
     if destination is not None:
         check_destination(destination, folder.name)
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         inputs = look(settings, force=False, watcher=watcher)
         with study_of(inputs, wait=wait, stop=stop) as study:
-            yield Opened(inputs, Walk.of(study), results(study))
+            yield Desk(resolved, inputs, study, watcher, stop)
 
 
-def export_run(
-    name: str,
-    runs_dir: str,
-    trial: int | None,
-    destination: Path,
-    assignments: Sequence[str],
-    *,
-    wait: bool,
-    watcher: Watcher,
-    stop: Stop,
-) -> Exported:
-    """Write one trial of a run to `destination`. Raises UserError if there is no such run or trial."""
-    held = opened(name, runs_dir, assignments, destination=destination, wait=wait, watcher=watcher, stop=stop)
-    with held as run:
-        result, reason = run.result(trial)
-        job = _plan(run, result, destination, watcher, stop)
-        return Exported(result, reason, job.baseline.refusals, write_export(job, watcher, stop))
+def export_trial(desk: Desk, trial: int | None, destination: Path) -> Exported:
+    """Write one trial of a run to `destination`. Raises UserError if there is no such trial or the place is taken."""
+    result, reason = desk.result(trial)
+    check_destination(destination, desk.folder.name)
+    before = desk.session().baseline.refusals
+    return Exported(result, reason, before, write(desk, result, destination))
 
 
-def _plan(run: Opened, result: Result, destination: Path, watcher: Watcher, stop: Stop) -> ExportJob:
-    """The part of an export that needs the model in memory; it is free again when this returns."""
-    session = run.session(watcher, stop)
-    return plan_export(session, run.inputs.plan, session.space(run.walk), result, run.inputs.folder, destination)
-
-
+# (messages, with the edit, what to do with every piece of text) -> the whole answer
 Said = Callable[[Sequence[dict[str, str]], bool, Callable[[str], None]], str]
 
 
-@contextmanager
-def talking(
-    name: str, runs_dir: str, trial: int | None, tokens: int, *, wait: bool, watcher: Watcher, stop: Stop
-) -> Iterator[tuple[Result, Said]]:
-    """A trial's model and the original to talk to, on the same loaded weights: a function of the conversation, of whether the
-    edit is on, and of what to do with every piece of the answer."""
-    with opened(name, runs_dir, (), wait=wait, watcher=watcher, stop=stop) as run:
-        result, _ = run.result(trial)
-        session = run.session(watcher, stop)
-        bench, ablation = session.bench, session.space(run.walk).from_params(result.params)
+def talk(desk: Desk, trial: int | None, tokens: int) -> tuple[Result, Said]:
+    """A trial's model and the original to talk to, on the same loaded weights; answers have at most so many tokens."""
+    result, _ = desk.result(trial)
+    session = desk.session()
+    bench, ablation = session.bench, desk.space.from_params(result.params)
 
-        def say(messages: Sequence[dict[str, str]], ablated: bool, on_text: Callable[[str], None]) -> str:
-            encoded = bench.chat.tokenizer(bench.chat.conversation(messages), add_special_tokens=False)["input_ids"]
-            with session.applied(*[ablation] * ablated):
-                return answer(bench.language_model, encoded, tokens, on_text)
+    def say(messages: Sequence[dict[str, str]], ablated: bool, on_text: Callable[[str], None]) -> str:
+        encoded = bench.chat.tokenizer(bench.chat.conversation(messages), add_special_tokens=False)["input_ids"]
+        with session.applied(*[ablation] * ablated):
+            return answer(bench.language_model, encoded, tokens, on_text)
 
-        yield result, say
+    return result, say
 
 
-def compare_trials(
-    name: str,
-    runs_dir: str,
-    trials: Sequence[int],
-    source: str,
-    tokens: int,
-    *,
-    wait: bool,
-    watcher: Watcher,
-    stop: Stop,
-) -> list[dict[str, str]]:
-    """For every prompt of a file or set the greedy answers of the original and of trials, by `original` and `trial N`."""
-    asked = load_prompts("prompts", PromptSource(source=source)).prompts
-    with opened(name, runs_dir, (), wait=wait, watcher=watcher, stop=stop) as run:
-        named = {f"trial {number}": run.result(number)[0] for number in trials}
-        session = run.session(watcher, stop)
-        bench, space = session.bench, session.space(run.walk)
-        encoded = bench.chat.encode(asked)
-        check_length("prompts", encoded, bench.language_model.context, tokens)
-        found = [{"prompt": prompt} for prompt in asked]
-        for model, result in {"original": None, **named}.items():
-            edits = [space.from_params(result.params)] if result else []
+def compare(desk: Desk, trials: Sequence[int], asked: Sequence[str], tokens: int) -> list[dict[str, str]]:
+    """For every prompt the greedy answers of the original and of trials, by `original` and `trial N`."""
+    named = {f"trial {number}": desk.result(number)[0] for number in trials}
+    session = desk.session()
+    bench, space = session.bench, desk.space
+    encoded = bench.chat.encode(asked)
+    check_length("prompts", encoded, bench.language_model.context, tokens)
+    found = [{"prompt": prompt} for prompt in asked]
 
-            def step(batch: Batch) -> list[list[int]]:
-                return decode(bench.language_model.model, batch, tokens, bench.language_model.end_tokens)
+    def step(batch: Batch) -> list[list[int]]:
+        return decode(bench.language_model.model, batch, tokens, bench.language_model.end_tokens)
 
-            with session.applied(*edits):
-                for row, said in zip(found, bench.batcher.run(model, encoded, step), strict=True):
-                    row[model] = bench.chat.text(said)
+    for model, result in {"original": None, **named}.items():
+        edits = [space.from_params(result.params)] if result else []
+        with session.applied(*edits):
+            for row, said in zip(found, bench.batcher.run(model, encoded, step), strict=True):
+                row[model] = bench.chat.text(said)
     return found
-
-
-def _named(found: list[Result], number: int) -> tuple[Result, str]:
-    for result in found:
-        if result.number == number:
-            return result, "as asked"
-    numbers = [r.number for r in found]
-    known = f"one of {numbers[0]} to {numbers[-1]}" if numbers else "go on with the run: heretic run"
-    raise UserError(f"There is no finished trial {number}.", fix=known)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from heretic.search.standing import Standing
 
 
 class Stage(Protocol):
@@ -27,6 +30,9 @@ class Watcher(Protocol):
     def warn(self, text: str) -> None:
         """Something the user should know and may want to change."""
 
+    def stands(self, standing: Standing) -> None:
+        """How the study under way stands now."""
+
 
 class _SilentStage:
     def advance(self, steps: int = 1, note: str = "") -> None:
@@ -45,6 +51,9 @@ class Silent:
         """See Watcher."""
 
     def warn(self, text: str) -> None:
+        """See Watcher."""
+
+    def stands(self, standing: Standing) -> None:
         """See Watcher."""
 
 

@@ -91,6 +91,14 @@ def load(role: str, source: PromptSource) -> PromptSet:
     return PromptSet(role, source.source, tuple(f"{source.prefix}{row}{source.suffix}" for row in rows))
 
 
+def from_text_or_file(said: str) -> tuple[str, ...]:
+    """The prompts of a file or bundled set; anything else is a prompt itself. Raises UserError for a file without any."""
+    path = Path(said).expanduser()
+    if path.is_file() or said.startswith(BUNDLED) or path.suffix in (".txt", *FILE_KINDS):
+        return load("prompts", PromptSource(source=str(path) if path.is_file() else said)).prompts
+    return (said,)
+
+
 def bundled_names() -> list[str]:
     """Names of the sets that ship with the package."""
     folder = resources.files("heretic") / "demo" / "prompts"

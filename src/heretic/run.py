@@ -13,10 +13,10 @@ from typing import Any
 import optuna
 
 from heretic import fingerprint
-from heretic.errors import BusyError, UserError
-from heretic.export.export import Export, ExportJob, earlier_export, plan_export, write_export
+from heretic.desk import Desk
+from heretic.errors import BusyError, Interrupted, UserError
+from heretic.export.export import Export, earlier_export, plan_export, write_export
 from heretic.export.save import check_destination
-from heretic.files import write_text
 from heretic.machine import lock, preflight
 from heretic.machine.gpus import Gpu, gpus_for, usable_gpus, visible_gpus
 from heretic.machine.memory_plan import MemoryPlan
@@ -24,23 +24,21 @@ from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
 from heretic.run_folder import RunFolder, log_to
-from heretic.search.front import Result, choose, results
+from heretic.search.front import Result, front
 from heretic.search.storage import (
     REFUSALS_BEFORE,
     STORAGE_ERRORS,
     connect,
     fail_abandoned,
-    masked,
     open_study,
     storage_url,
     study_name,
     unwritable,
 )
 from heretic.search.study import finished, optimise
-from heretic.session import LoadPlan, open_session, read_template
+from heretic.session import LoadPlan, read_template
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved
-from heretic.settings.text import resolved_text
 from heretic.stop import Stop
 from heretic.strengths import find_walk
 from heretic.trials import Trials
@@ -58,6 +56,18 @@ class Outcome:
     reason: str
     export: Export | None
     before: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "run": str(self.folder.path),
+            "trials": len(self.found),
+            "before": self.before,
+            "chosen": self.chosen.number if self.chosen else None,
+            "reason": self.reason,
+            "front": [{"trial": r.number, "params": r.params, **r.scores.as_dict()} for r in front(self.found)],
+            "export": self.export.as_dict() if self.export else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -78,11 +88,17 @@ def run(
     fresh: bool = False,
     force: bool = False,
     wait: bool = False,
+    add: int = 0,
     watcher: Watcher,
     stop: Stop,
     on_report: Callable[[preflight.Report], None] = lambda _: None,
+    then: Callable[[Desk], None] | None = None,
 ) -> Outcome:
-    """Do the whole job, or what is left of it. Raises UserError and its kinds, and Interrupted after a stop."""
+    """Do the whole job, or what is left of it; with `add`, so many trials more than there are.
+
+    `then` gets the run when the job is done, and after a Ctrl-C, for a user who is asked what is next. Raises UserError and its
+    kinds, and Interrupted after a stop that left something undone.
+    """
     settings = resolved.settings
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         inputs = look(settings, force=force, watcher=watcher, on_report=on_report)
@@ -91,8 +107,25 @@ def run(
             set_aside(folder, settings, watcher)
         folder.create()
         with study_of(inputs, wait=wait, stop=stop) as study:
-            write_text(folder.path / "config.toml", kept_settings(resolved))
-            return _continue(inputs, study, watcher, stop)
+            desk = Desk(resolved, inputs, study, watcher, stop)
+            desk.keep_settings()
+            if add:
+                desk.ask_for(finished(study) + add)
+            export, cut_short = None, False
+            try:
+                export = work(desk)
+            except Interrupted:
+                if then is None or not stop.at_keyboard:
+                    raise
+                cut_short = True  # the exception itself is let go: it would keep the model in memory
+            if then is not None:
+                then(desk)
+            if cut_short and finished(study) < desk.settings.n_trials:
+                raise Interrupted
+            picked = desk.picked()
+            return Outcome(
+                folder, desk.found, picked[0] if picked else None, picked[1] if picked else "", export, desk.before
+            )
 
 
 def set_aside(folder: RunFolder, settings: Settings, watcher: Watcher) -> None:
@@ -107,37 +140,39 @@ def set_aside(folder: RunFolder, settings: Settings, watcher: Watcher) -> None:
         watcher.say(f"The earlier run was set aside: {aside}")
 
 
-def _continue(inputs: Inputs, study: optuna.Study, watcher: Watcher, stop: Stop) -> Outcome:
+def work(desk: Desk) -> Export | None:
     """Do what is left of the study, choose, and export."""
-    settings, folder = inputs.settings, inputs.folder
+    settings, folder, study, watcher = desk.settings, desk.folder, desk.study, desk.watcher
     for number in fail_abandoned(study):
         watcher.say(f"Trial {number} was cut off in an earlier session; it does not count.")
     done = finished(study)
     if done:
         watcher.say(f"Resuming {folder.path}: {done} of {settings.n_trials} trials are done.")
-    picked = pick(settings, results(study))
+    picked = desk.picked()
     wanted = Path(settings.save_to) if settings.save_to else None
     export = earlier_export(wanted, folder, picked[0].number) if wanted and picked else None
     if done >= settings.n_trials and (export or not wanted):
         watcher.say("The study is complete; nothing is left to do.")
-    else:
-        job = _work(inputs, study, wanted, watcher, stop)  # the model has left memory when this returns
-        export = write_export(job, watcher, stop) if job else None
-    found = results(study)
-    picked = pick(settings, found)
-    before = study.user_attrs.get(REFUSALS_BEFORE)
-    return Outcome(folder, found, picked[0] if picked else None, picked[1] if picked else "", export, before)
+        return export
+    go_on(desk)
+    picked = desk.picked()
+    return write(desk, picked[0], wanted) if wanted and picked else None
 
 
-def _work(inputs: Inputs, study: optuna.Study, wanted: Path | None, watcher: Watcher, stop: Stop) -> ExportJob | None:
-    """The part that needs the model in memory: the missing trials, and the plan of the export."""
-    settings, folder = inputs.settings, inputs.folder
-    session = open_session(settings, inputs.checkpoint, inputs.prompts, inputs.plan, folder, watcher, stop)
-    study.set_user_attr(REFUSALS_BEFORE, session.baseline.refusals)
-    space = session.space(find_walk(study, session, folder))
-    optimise(study, settings, Trials(session, folder, space), watcher=watcher, stop=stop)
-    picked = pick(settings, results(study))
-    return plan_export(session, inputs.plan, space, picked[0], folder, wanted) if wanted and picked else None
+def go_on(desk: Desk) -> None:
+    """The missing trials."""
+    session = desk.session()
+    desk.study.set_user_attr(REFUSALS_BEFORE, session.baseline.refusals)
+    space = session.space(find_walk(desk.study, session, desk.folder))
+    trials = Trials(session, desk.folder, space)
+    optimise(desk.study, desk.settings, trials, watcher=desk.watcher, stop=desk.stop)
+
+
+def write(desk: Desk, result: Result, destination: Path) -> Export:
+    """Export one trial. The model leaves memory for it, since the written one is loaded to prove it."""
+    job = plan_export(desk.session(), desk.inputs.plan, desk.space, result, desk.folder, destination)
+    desk.put_away()
+    return write_export(job, desk.watcher, desk.stop)
 
 
 def look(
@@ -196,11 +231,6 @@ def load_plan(settings: Settings, plan: MemoryPlan | None) -> LoadPlan:
     return LoadPlan(dtypes, plan.from_pretrained_arguments(), plan.batch_size)
 
 
-def pick(settings: Settings, found: list[Result]) -> tuple[Result, str] | None:
-    """The result that the configured rule prefers."""
-    return choose(found, settings.select, settings.max_kl, settings.max_refusals)
-
-
 @contextmanager
 def device_lock(settings: Settings, *, wait: bool, watcher: Watcher, stop: Stop) -> Iterator[None]:
     """Hold the locks of the devices that these settings may use. Raises BusyError naming the holder."""
@@ -240,13 +270,6 @@ def logging_to(folder: RunFolder) -> Iterator[None]:
     finally:
         logging.getLogger("heretic").removeHandler(handler)
         handler.close()
-
-
-def kept_settings(resolved: Resolved) -> str:
-    """The settings as kept in the run's folder, without the password that a storage URL may hold."""
-    settings = resolved.settings
-    kept = settings.model_copy(update={"storage": masked(settings.storage)})
-    return resolved_text(Resolved(kept, resolved.file, resolved.origins))
 
 
 def _probe_storage(settings: Settings) -> None:

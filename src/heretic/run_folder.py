@@ -20,7 +20,7 @@ from heretic.progress import Watcher
 from heretic.search.gradient import State
 from heretic.search.walk import Point
 from heretic.settings import Settings
-from heretic.settings.layers import resolve
+from heretic.settings.layers import Resolved, resolve, written_origins
 
 
 @dataclass(frozen=True)
@@ -194,15 +194,32 @@ def find_run(name: str, runs_dir: str) -> RunFolder:
     return RunFolder(runs[-1])
 
 
-def stored_settings(
+def known_run(name: str, runs_dir: str) -> RunFolder | None:
+    """The run of this name or folder; None if it means something else, such as a model."""
+    if not name or (Path(name) / "config.json").is_file():
+        return None
+    found = (path for path in (Path(name), Path(runs_dir) / name) if (path / "config.toml").is_file())
+    return next(map(RunFolder, found), None)
+
+
+def stored(
     folder: RunFolder,
     environment: Mapping[str, str],
     options: Mapping[str, Any] | None = None,
     assignments: Sequence[str] = (),
-) -> Settings:
+) -> Resolved:
     """The settings that a run was made with; of the environment only the storage counts, whose password is not stored."""
+    file = folder.path / "config.toml"
     storage = {k: v for k, v in environment.items() if k == "HERETIC_STORAGE"}
-    return resolve(folder.path / "config.toml", options, assignments, storage).settings
+    resolved = resolve(file, options, assignments, storage)
+    before = written_origins(file)
+    origins = {k: before.get(k, o) if o.startswith(f"{file}:") else o for k, o in resolved.origins.items()}
+    return Resolved(resolved.settings, file, origins)
+
+
+def stored_settings(folder: RunFolder, environment: Mapping[str, str]) -> Settings:
+    """As `stored`, without where they came from."""
+    return stored(folder, environment).settings
 
 
 def _runs(root: Path) -> list[Path]:

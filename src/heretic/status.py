@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,85 +13,113 @@ from optuna.trial import TrialState
 from heretic.errors import UserError
 from heretic.machine import lock
 from heretic.run_folder import RunFolder, find_run, stored_settings
-from heretic.search.fidelity import BEATEN, Progress
-from heretic.search.front import Result, front
-from heretic.search.storage import REFUSALS_BEFORE, connect, storage_url, study_name
+from heretic.search.front import front
+from heretic.search.standing import Standing
+from heretic.search.storage import alive, connect, masked, settings_of, storage_url, study_name
 from heretic.search.walk import Walk
 from heretic.settings import Settings
+
+WARNINGS = 3  # the last ones of the run's log
 
 
 @dataclass(frozen=True)
 class Status:
-    """A study at a moment. `done` trials are told, `stopped` of them early; `surrogate_error` is how far estimates of such trials
-    are off, in refusals; `walk` says how far the walk by gradient has come."""
+    """A run at a moment. `place` is its folder, or the storage where only that is at hand; `walk` says how far the walk by
+    gradient has come; `warnings` are the last ones of the run's log."""
 
-    folder: Path
+    place: str
     model: str
     state: str
-    n_trials: int
-    done: int
-    stopped: int
-    failed: int
-    before: int | None
-    seconds_per_trial: float | None
-    surrogate_error: float | None
+    standing: Standing
     walk: str
-    found: list[Result]
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Estimated from the mean of the last trials."""
-        left = self.n_trials - self.done
-        return left * self.seconds_per_trial if left > 0 and self.seconds_per_trial else None
+    warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
-        shown = [{"trial": r.number, "params": r.params, **r.scores.as_dict()} for r in front(self.found)]
-        plain = {k: v for k, v in vars(self).items() if k not in ("found", "folder")}
-        return {"folder": str(self.folder), **plain, "seconds_left": self.seconds_left, "front": shown}
+        stands = self.standing
+        per_hour = stands.trials_per_hour
+        return {
+            "folder": self.place,
+            "model": self.model,
+            "state": self.state,
+            "n_trials": stands.n_trials,
+            "done": stands.done,
+            "stopped": stands.stopped,
+            "failed": stands.failed,
+            "before": stands.before,
+            "trials_per_hour": per_hour,
+            "seconds_per_trial": 3600 / per_hour if per_hour else None,
+            "seconds_left": stands.seconds_left,
+            "surrogate_error": stands.progress.surrogate_error,
+            "walk": self.walk,
+            "warnings": list(self.warnings),
+            "best": stands.best[0].number if stands.best else None,
+            "front": [{"trial": r.number, "params": r.params, **r.scores.as_dict()} for r in front(stands.found)],
+        }
 
 
-def look_at(name: str, runs_dir: str, environment: Mapping[str, str]) -> Status:
-    """The status of a run. Raises UserError if there is none."""
+def look_at(name: str, runs_dir: str, environment: Mapping[str, str], storage: str = "") -> Status:
+    """The status of a run, by its folder; or by its name in a shared storage, which needs no folder. Raises UserError."""
+    if storage:
+        return _in_storage(name, storage)
     folder = find_run(name, runs_dir)
     settings = stored_settings(folder, environment)
     if not settings.storage and not (folder.path / "study.db").is_file():
         raise UserError("The run has no study yet.", where=str(folder.path), fix="wait until its first trial begins")
-    url = storage_url(settings.storage, folder.path)
-    try:
-        study = optuna.load_study(study_name=study_name(settings.storage, folder.path), storage=connect(url))
-    except KeyError:
-        raise UserError("The storage does not hold this run's study.", where=str(folder.path)) from None
-    trials = study.get_trials(deepcopy=False)
-    progress = Progress.of(study)
-    found = progress.found
-    done = len(found) + len(progress.stopped)
+    study = _load(storage_url(settings.storage, folder.path), study_name(settings.storage, folder.path))
+    stands = Standing.of(study, settings)
     holder = lock.holder(folder.lock)
-    complete = done >= settings.n_trials
-    state = f"running, held by {holder}" if holder else "complete" if complete else "stopped"
-    spent = [(r.number, r.scores.seconds.get("trial")) for r in found]
-    spent += [(t.number, t.user_attrs[BEATEN]["seconds"].get("trial")) for t in progress.stopped]
-    recent = [seconds for _, seconds in sorted(spent)[-10:] if seconds is not None]
-    return Status(
-        folder=folder.path,
-        model=settings.model,
-        state=state,
-        n_trials=settings.n_trials,
-        done=done,
-        stopped=len(progress.stopped),
-        failed=sum(t.state == TrialState.FAIL for t in trials),
-        before=study.user_attrs.get(REFUSALS_BEFORE),
-        seconds_per_trial=statistics.fmean(recent) if recent else None,
-        surrogate_error=progress.surrogate_error,
-        walk=_walk(study, folder, settings),
-        found=found,
-    )
+    state = f"running, held by {holder}" if holder else _state(study, stands)
+    warnings = _warnings(folder.path / "run.log")
+    return Status(str(folder.path), settings.model, state, stands, _walk(study, folder, settings), warnings)
 
 
-def _walk(study: optuna.Study, folder: RunFolder, settings: Settings) -> str:
+def _in_storage(name: str, storage: str) -> Status:
+    """Of a study that other machines work on: nothing but its storage is looked at."""
+    if not name:
+        raise UserError("Which run?", where="--storage", fix="name it: heretic status NAME --storage URL")
+    study = _load(storage, name)
+    settings = settings_of(study)
+    if settings is None:
+        raise UserError(
+            f"The study '{name}' does not say how it was set up.",
+            where=masked(storage),
+            fix="go on with it once, or give its run's folder instead",
+        )
+    stands = Standing.of(study, settings)
+    return Status(masked(storage), settings.model, _state(study, stands), stands, _walk(study, None, settings), ())
+
+
+def _load(url: str, name: str) -> optuna.Study:
+    try:
+        return optuna.load_study(study_name=name, storage=connect(url))
+    except KeyError:
+        raise UserError(f"The storage holds no study '{name}'.", where=masked(url)) from None
+
+
+def _state(study: optuna.Study, stands: Standing) -> str:
+    """From the trials alone: who has one under way, else whether all are done."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    signed = [t.user_attrs["worker"] for t in running if "worker" in t.user_attrs]
+    workers = sorted({f"process {w['pid']} on {w['host']}" for w in signed if alive(w)})
+    if workers:
+        return f"running: {', '.join(workers)}"
+    return "complete" if stands.done >= stands.n_trials else "stopped"
+
+
+def _walk(study: optuna.Study, folder: RunFolder | None, settings: Settings) -> str:
     """In a few words; empty where there is none and none is under way."""
     walk = Walk.of(study)
     if walk is not None:
         return walk.why_not or f"{len(walk.points)} points, edited layers {walk.reach[0]} to {walk.reach[1]}"
-    gradient, steps = settings.search.gradient, folder.steps_walked()
+    gradient, steps = settings.search.gradient, folder.steps_walked() if folder else 0
     return f"step {steps} of {len(gradient.weights) * gradient.steps}" if steps else ""
+
+
+def _warnings(log: Path) -> tuple[str, ...]:
+    """The last ones, each with its time, as the log has them: 'date time WARNING text'."""
+    if not log.is_file():
+        return ()
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [line.split(" WARNING ", 1) for line in lines if " WARNING " in line]
+    return tuple(f"{when.partition(',')[0]} {text}" for when, text in found[-WARNINGS:])

@@ -11,24 +11,47 @@ from heretic.errors import Interrupted
 
 
 class Stop:
-    """A flag that signals set and that every loop over batches asks."""
+    """A flag that signals set and that every loop over batches asks.
+
+    `at_keyboard` says that it was Ctrl-C, so somebody is there who can be asked what to do next.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.at_keyboard = False
+        self._idle = False
 
     def check(self) -> None:
         """Raise Interrupted if a stop was asked for."""
         if self.requested:
             raise Interrupted
 
+    def take_back(self) -> None:
+        """Go on as if no stop had been asked for: the user was asked and wants more."""
+        self.requested = self.at_keyboard = False
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """While a person types or an answer may be cut short: Ctrl-C is a KeyboardInterrupt at once and no request to stop;
+        the other signals are both."""
+        self._idle = True
+        try:
+            yield
+        finally:
+            self._idle = False
+
     @contextmanager
     def on_signals(self) -> Iterator[None]:
         """Let SIGINT, SIGTERM and SIGHUP set the flag; a second one raises KeyboardInterrupt wherever the program is."""
 
-        def handle(_number: int, _frame: FrameType | None) -> None:
-            if self.requested:
+        def handle(number: int, _frame: FrameType | None) -> None:
+            at_keyboard = number == signal.SIGINT
+            if self._idle and at_keyboard:
                 raise KeyboardInterrupt
-            self.requested = True
+            again = self.requested or self._idle
+            self.requested, self.at_keyboard = True, at_keyboard
+            if again:
+                raise KeyboardInterrupt
 
         names = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
         # What was ignored stays ignored: nohup and background jobs mean that.

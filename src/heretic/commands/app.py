@@ -9,18 +9,32 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from heretic.screen.console import printable
+from heretic.errors import EXIT_STATUSES, UserError
+from heretic.progress import Watcher
+from heretic.screen.console import make_watcher, printable
 from heretic.settings.layers import DEFAULT_FILE, Resolved, resolve
+from heretic.stop import Stop
 
 # Heavy imports (torch, transformers, optuna) happen inside the commands, so that --help and errors come at once.
 
 app = typer.Typer(
     name="heretic",
     help="Directional ablation of language models: find the refusal direction, project it out, search the strengths.",
+    epilog="Exit status: " + "; ".join(f"{number} {meaning}" for number, meaning in EXIT_STATUSES.items()) + ".",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def run_names(incomplete: str) -> list[str]:
+    """For the shell's completion: runs that begin so, of the folder that is configured here."""
+    try:
+        root = Path(resolve(environment=os.environ).settings.runs_dir)
+    except UserError:
+        return []
+    return sorted(f.parent.name for f in root.glob("*/config.toml") if f.parent.name.startswith(incomplete))
+
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help=f"Settings file; {DEFAULT_FILE} here is found by itself.")
@@ -30,13 +44,17 @@ SetOption = Annotated[
 ]
 ModelArgument = Annotated[str | None, typer.Argument(help="Hub id, local folder, or .gguf file.", show_default=False)]
 RunArgument = Annotated[
-    str | None, typer.Argument(help="Name or folder of a run; the newest if left out.", show_default=False)
+    str | None,
+    typer.Argument(
+        help="Name or folder of a run; the newest if left out.", show_default=False, autocompletion=run_names
+    ),
 ]
 RunsOption = Annotated[
     str | None, typer.Option("--runs-dir", help="Folder that holds the runs; left out: as configured.")
 ]
 WaitOption = Annotated[bool, typer.Option("--wait", help="Wait for devices that another process holds.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to standard error.")]
+PlainOption = Annotated[bool, typer.Option("--plain", help="Plain lines instead of bars and screens.")]
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -55,3 +73,8 @@ def read_settings(
 def configured_runs(option: str | None) -> str:
     """The folder of runs: the option, or what the settings here say."""
     return option or resolve(environment=os.environ).settings.runs_dir
+
+
+def watcher_for(as_json: bool = False, plain: bool = False, title: str = "", stop: Stop | None = None) -> Watcher:
+    """Who shows the work; standard output is kept for what was asked for as JSON."""
+    return make_watcher(err if as_json else out, plain=plain, title=title, stop=stop)

@@ -7,8 +7,18 @@ from typing import Annotated
 
 import typer
 
-from heretic.commands.app import ConfigOption, JsonOption, ModelArgument, SetOption, WaitOption, app, out, read_settings
-from heretic.screen.console import make_watcher
+from heretic.commands.app import (
+    ConfigOption,
+    JsonOption,
+    ModelArgument,
+    PlainOption,
+    SetOption,
+    WaitOption,
+    app,
+    out,
+    read_settings,
+    watcher_for,
+)
 from heretic.stop import Stop
 
 
@@ -22,18 +32,17 @@ def evaluate(
     assignments: SetOption = None,
     as_json: JsonOption = False,
     wait: WaitOption = False,
+    plain: PlainOption = False,
 ) -> None:
     """Refusals and KL of any model on the configured prompt sets."""
     resolved = read_settings(config, assignments, {"model": model}, quiet=as_json)
     from heretic.later import evaluate_model
-    from heretic.progress import SILENT
     from heretic.screen.tables import show_lines
 
     stop = Stop()
     with stop.on_signals():
-        result = evaluate_model(
-            resolved.settings, against, wait=wait, watcher=SILENT if as_json else make_watcher(out), stop=stop
-        )
+        watcher = watcher_for(as_json, plain)
+        result = evaluate_model(resolved.settings, against, wait=wait, watcher=watcher, stop=stop)
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))
         return

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,25 +14,41 @@ from heretic.commands.app import (
     ConfigOption,
     JsonOption,
     ModelArgument,
+    PlainOption,
     RunArgument,
     RunsOption,
     SetOption,
     WaitOption,
     app,
     configured_runs,
+    err,
     out,
     read_settings,
+    run_names,
+    watcher_for,
 )
-from heretic.screen.console import make_watcher, spell
+from heretic.errors import UserError
+from heretic.screen.console import on_terminal
+from heretic.settings.layers import Resolved, resolve
 from heretic.stop import Stop
 
 
 @app.command()
 def run(
-    model: ModelArgument = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Hub id, local folder or .gguf file; or the name or folder of a run, to go on with it.",
+            show_default=False,
+            autocompletion=run_names,
+        ),
+    ] = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
-    trials: Annotated[int | None, typer.Option("--trials", help="n_trials: trials in the finished study.")] = None,
+    trials: Annotated[
+        str | None,
+        typer.Option("--trials", help="n_trials: trials in the finished study; +50: so many more than there are."),
+    ] = None,
     save_to: Annotated[str | None, typer.Option("--save-to", help="save_to: folder for the resulting model.")] = None,
     run_name: Annotated[str | None, typer.Option("--run-name", help="run_name: name of the run's folder.")] = None,
     storage: Annotated[str | None, typer.Option("--storage", help="storage: Optuna storage URL.")] = None,
@@ -40,27 +57,76 @@ def run(
     ] = False,
     wait: WaitOption = False,
     force: Annotated[bool, typer.Option("--force", help="Start even if preflight says that it will fail.")] = False,
+    no_menu: Annotated[bool, typer.Option("--no-menu", help="End without the menu, also on a terminal.")] = False,
+    plain: PlainOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Find the direction, run the study, export the best trial; resumes an unfinished run."""
-    options = {"model": model, "n_trials": trials, "save_to": save_to, "run_name": run_name, "storage": storage}
-    resolved = read_settings(config, assignments, options)
+    """Find the direction, run the study, export the best trial; resumes an unfinished run. On a terminal a menu follows."""
+    total, add = _trials(trials)
+    options = {"model": model, "n_trials": total, "save_to": save_to, "run_name": run_name, "storage": storage}
+    resolved = _resolved(model, config, assignments, options, quiet=as_json)
+    from heretic.desk import Desk
     from heretic.run import run as run_job
     from heretic.screen.preflight_table import show
 
     stop = Stop()
+    asks = not (no_menu or as_json) and on_terminal(out) and sys.stdin.isatty()
+
+    def menu(desk: Desk) -> None:
+        from heretic.screen.menu import Menu
+
+        Menu(out, desk).run()
+
     with stop.on_signals():
         outcome = run_job(
             resolved,
             fresh=fresh,
             force=force,
             wait=wait,
-            watcher=make_watcher(out),
+            add=add,
+            watcher=watcher_for(as_json, plain, resolved.settings.model, stop),
             stop=stop,
-            on_report=lambda report: show(report, out),
+            on_report=lambda report: show(report, err if as_json else out),
+            then=menu if asks else None,
         )
+    if as_json:
+        print(json.dumps(outcome.as_dict(), indent=2))
+        return
     from heretic.screen.outcome import show_outcome
 
-    show_outcome(out, outcome)
+    show_outcome(out, outcome, seen=asks)
+
+
+def _trials(text: str | None) -> tuple[int | None, int]:
+    """--trials as (trials in all, or more than there are)."""
+    if text is None:
+        return None, 0
+    number = text.removeprefix("+")
+    if not number.isdigit() or (text.startswith("+") and int(number) == 0):
+        raise UserError(f"{text!r} is no number of trials.", where="--trials", fix="write it like 200, or +50 for more")
+    return (None, int(number)) if text.startswith("+") else (int(number), 0)
+
+
+def _resolved(
+    model: str | None, config: Path | None, assignments: list[str] | None, options: dict[str, Any], *, quiet: bool
+) -> Resolved:
+    """The settings of a new run or of one that is named. Raises SettingsError."""
+    folder = None
+    if model and not model.endswith(".gguf"):
+        from heretic.run_folder import known_run, stored
+
+        where = [a for a in assignments or [] if a.partition("=")[0].strip() == "runs_dir"]
+        folder = known_run(model, resolve(config, assignments=where, environment=os.environ).settings.runs_dir)
+    if folder is None:
+        return read_settings(config, assignments, options, quiet=quiet)
+    if config is not None or options["run_name"]:
+        raise UserError(
+            f"{model} is a run and has its own settings and name.",
+            where="--config" if config is not None else "--run-name",
+            fix="leave this out, or name the model instead of the run",
+        )
+    fixed = {"model": None, "runs_dir": str(folder.path.parent), "run_name": folder.name}
+    return stored(folder, os.environ, options | fixed, assignments or [])
 
 
 @app.command()
@@ -91,33 +157,36 @@ def preflight(
 def status(
     name: RunArgument = None,
     runs_dir: RunsOption = None,
+    storage: Annotated[
+        str | None, typer.Option("--storage", help="Storage URL of a run whose folder is not here; NAME is its name.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Look again and again, until the study is complete.")
+    ] = False,
+    every: Annotated[float, typer.Option("--every", min=0.1, help="Seconds between two looks of --watch.")] = 5.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Progress and front of a study, also while it runs."""
-    from heretic.screen.tables import show_front, show_lines
-    from heretic.status import look_at
+    """Progress and front of a study, also while it runs, here or on another machine."""
+    from heretic.screen.status_view import show_status, watch_status
+    from heretic.status import Status, look_at
 
-    seen = look_at(name or "", configured_runs(runs_dir), os.environ)
-    if as_json:
-        print(json.dumps(seen.as_dict(), indent=2))
-        return
-    counts = [f"{seen.done} of {seen.n_trials}"]
-    counts += [f"{n} {what}" for n, what in ((seen.stopped, "left early"), (seen.failed, "failed")) if n]
-    rows = [("run", str(seen.folder)), ("model", seen.model), ("trials", ", ".join(counts)), ("state", seen.state)]
-    if seen.walk:
-        rows.append(("walk", seen.walk))
-    if seen.surrogate_error is not None:
-        rows.append(("estimates", f"off by {seen.surrogate_error:.1f} refusals on average"))
-    if seen.seconds_left is not None:
-        rows.append(("time left", f"about {spell(seen.seconds_left)} ({spell(seen.seconds_per_trial or 0)} a trial)"))
-    show_lines(out, rows)
-    show_front(out, seen.found, seen.before)
+    def look() -> Status:
+        return look_at(name or "", storage_dir, os.environ, storage or "")
+
+    storage_dir = "" if storage else configured_runs(runs_dir)
+    if watch and not as_json:
+        watch_status(out, look, every)
+    elif as_json:
+        print(json.dumps(look().as_dict(), indent=2))
+    else:
+        show_status(out, look())
 
 
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option("--folder", help="Where the demo's models and run go.")] = Path("demo"),
     trials: Annotated[int | None, typer.Option("--trials", help="Trials of the demo's study.")] = None,
+    plain: PlainOption = False,
 ) -> None:
     """The whole job on a small bundled model that declines to talk about cooking."""
     from heretic.demo.demo import run_demo
@@ -125,8 +194,9 @@ def demo(
     from heretic.screen.preflight_table import show
 
     stop = Stop()
+    watcher = watcher_for(False, plain, "demo", stop)
     with stop.on_signals():
         outcome = run_demo(
-            folder, trials=trials, watcher=make_watcher(out), stop=stop, on_report=lambda report: show(report, out)
+            folder, trials=trials, watcher=watcher, stop=stop, on_report=lambda report: show(report, out)
         )
     show_demo(out, outcome)

@@ -3,99 +3,152 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from heretic.commands.app import JsonOption, RunArgument, RunsOption, SetOption, WaitOption, app, configured_runs, out
+from heretic.commands.app import (
+    JsonOption,
+    PlainOption,
+    RunArgument,
+    RunsOption,
+    SetOption,
+    WaitOption,
+    app,
+    configured_runs,
+    out,
+    run_names,
+    watcher_for,
+)
 from heretic.errors import UserError
-from heretic.screen.console import make_watcher
 from heretic.stop import Stop
+
+TrialOption = Annotated[int | None, typer.Option("--trial", help="Number of the trial; left out: the chosen one.")]
 
 
 @app.command()
 def export(
-    name: Annotated[str, typer.Argument(help="Name or folder of a run.")],
+    name: Annotated[str, typer.Argument(help="Name or folder of a run.", autocompletion=run_names)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the model to.")],
-    trial: Annotated[
-        int | None, typer.Option("--trial", help="Trial to export; left out: the one that the rule prefers.")
-    ] = None,
+    trial: TrialOption = None,
     runs_dir: RunsOption = None,
     assignments: SetOption = None,
     wait: WaitOption = False,
+    as_json: JsonOption = False,
+    plain: PlainOption = False,
 ) -> None:
     """Write the model of a chosen trial, and prove that it is the one that was measured."""
-    from heretic.later import export_run
+    from heretic.later import export_trial, opened
     from heretic.screen.outcome import show_export
 
     stop = Stop()
+    watcher = watcher_for(as_json, plain)
     with stop.on_signals():
-        outcome = export_run(
+        held = opened(
             name,
             configured_runs(runs_dir),
-            trial,
-            output,
             assignments or [],
+            destination=output,
             wait=wait,
-            watcher=make_watcher(out),
+            watcher=watcher,
             stop=stop,
         )
+        with held as desk:
+            outcome = export_trial(desk, trial, output)
+    if as_json:
+        print(json.dumps(outcome.as_dict(), indent=2))
+        return
     show_export(out, outcome)
 
 
 @app.command()
 def chat(
     name: RunArgument = None,
-    trial: Annotated[int | None, typer.Option("--trial", help="Number of the trial; left out: the chosen one.")] = None,
+    trial: TrialOption = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Longest answer, in tokens.")] = 512,
     runs_dir: RunsOption = None,
     wait: WaitOption = False,
+    plain: PlainOption = False,
 ) -> None:
-    """Talk to a trial's model and to the original, on the same loaded weights; nothing is written."""
-    from heretic.later import talking
+    """Talk to a trial's model and to the original, on the same loaded weights."""
+    from heretic.later import opened, talk
     from heretic.screen.chat import Chat, typed
 
     stop = Stop()
-    watcher = make_watcher(out)
-    held = talking(name or "", configured_runs(runs_dir), trial, tokens, wait=wait, watcher=watcher, stop=stop)
-    with ExitStack() as stack:
-        with stop.on_signals():
-            result, answer = stack.enter_context(held)
-        # From here on Ctrl-C is an exception again: it cuts an answer short.
-        out.print(f"Trial {result.number}, {result.scores.refusals} of {result.scores.total} declined.")
-        Chat(out, answer).run(typed(out))
+    watcher = watcher_for(False, plain)
+    with stop.on_signals():
+        held = opened(name or "", configured_runs(runs_dir), (), wait=wait, watcher=watcher, stop=stop)
+        with held as desk:
+            result, answer = talk(desk, trial, tokens)
+            out.print(f"Trial {result.number}, {result.scores.refusals} of {result.scores.total} declined.")
+            with stop.idle():
+                Chat(out, answer, folder=desk.folder.path, check=stop.check).run(typed(out))
 
 
 @app.command()
 def compare(
-    name: Annotated[str, typer.Argument(help="Name or folder of a run.")],
+    name: Annotated[str, typer.Argument(help="Name or folder of a run.", autocompletion=run_names)],
     trials: Annotated[str, typer.Option("--trials", help="Numbers of trials, as 3,7.")],
-    prompts: Annotated[str, typer.Option("--prompts", help="A file of prompts, or any source as in the settings.")],
+    prompts: Annotated[str, typer.Option("--prompts", help="A prompt, a file of prompts, or a bundled set.")],
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Longest answer, in tokens.")] = 100,
     runs_dir: RunsOption = None,
     as_json: JsonOption = False,
     wait: WaitOption = False,
+    plain: PlainOption = False,
 ) -> None:
     """The greedy answers of the original and of trials to your prompts, one below the other."""
-    from heretic.later import compare_trials
-    from heretic.progress import SILENT
+    from heretic.later import compare as compare_trials
+    from heretic.later import opened
+    from heretic.prompts import from_text_or_file
     from heretic.screen.tables import show_lines
 
     try:
         numbers = [int(number) for number in trials.split(",")]
     except ValueError:
         raise UserError(f"{trials!r} is no list of trials.", where="--trials", fix="write it like 3,7") from None
+    asked = from_text_or_file(prompts)
     stop = Stop()
-    watcher = SILENT if as_json else make_watcher(out)
-    with stop.on_signals():
-        found = compare_trials(
-            name, configured_runs(runs_dir), numbers, prompts, tokens, wait=wait, watcher=watcher, stop=stop
-        )
+    watcher = watcher_for(as_json, plain)
+    with stop.on_signals(), opened(name, configured_runs(runs_dir), (), wait=wait, watcher=watcher, stop=stop) as desk:
+        found = compare_trials(desk, numbers, asked, tokens)
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
     for row in found:
         show_lines(out, list(row.items()))
         out.print()
+
+
+@app.command()
+def benchmark(
+    name: Annotated[str, typer.Argument(help="Name or folder of a run.", autocompletion=run_names)],
+    tasks: Annotated[str, typer.Option("--tasks", help="Tasks of lm-eval, as arc_easy,hellaswag.")],
+    trial: TrialOption = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", help="Folder with task files (YAML) of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many questions of a task.")] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Ask through the model's chat template.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=0, help="Questions a pass; 0: chosen.")] = 0,
+    runs_dir: RunsOption = None,
+    as_json: JsonOption = False,
+    wait: WaitOption = False,
+    plain: PlainOption = False,
+) -> None:
+    """lm-eval's tasks on the original and on a trial, on the same loaded weights (needs heretic[lm_eval])."""
+    from heretic.later import opened
+    from heretic.scoring.benchmark import Tasks, benchmark_trial
+    from heretic.screen.tables import show_benchmark
+
+    wanted = Tasks([t.strip() for t in tasks.split(",") if t.strip()], include_path, limit, chat_template, batch_size)
+    stop = Stop()
+    watcher = watcher_for(as_json, plain)
+    with stop.on_signals(), opened(name, configured_runs(runs_dir), (), wait=wait, watcher=watcher, stop=stop) as desk:
+        found = benchmark_trial(desk, trial, wanted)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    show_benchmark(out, found)

@@ -70,6 +70,15 @@ class Export:
     destination: Path
     verification: Verification
 
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        proof = self.verification
+        return {
+            "written_to": str(self.destination),
+            "scores": scores_text(proof.scores),
+            "verification": {k: v for k, v in asdict(proof).items() if k != "scores"},
+        }
+
 
 def plan_export(
     session: Session, plan: LoadPlan, space: Space, result: Result, folder: RunFolder, destination: Path

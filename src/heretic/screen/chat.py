@@ -32,12 +32,15 @@ class Chat:
     sides: tuple[bool, ...] = (True,)
     shown: list[Message] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    folder: Path = Path()  # where a conversation goes that is saved without a name
+    check: Callable[[], None] = lambda: None  # raises where the program is to end
 
     def run(self, lines: Iterable[str]) -> None:
         """Take lines until there are no more or one says /quit. Ctrl-C cuts an answer short; between answers it leaves."""
         self.console.print(HELP, style="dim", highlight=False)
         with suppress(KeyboardInterrupt):
             for line in lines:
+                self.check()
                 text = line.strip()
                 if text.startswith("/"):
                     if not self._command(*text[1:].split(maxsplit=1)):
@@ -75,6 +78,7 @@ class Chat:
                 self.console.print()
             except KeyboardInterrupt:
                 said = "".join(self.pieces).strip()
+                self.check()
                 self._note("cut short")
             self.shown.append({"role": "assistant", "model": "ablated" if ablated else "original", "content": said})
         self.messages.append({"role": "assistant", "content": said})
@@ -84,14 +88,13 @@ class Chat:
         self.console.print(printable(text), end="", highlight=False, soft_wrap=True)
 
     def _save(self, name: str) -> None:
+        file = Path(name).expanduser() if name else self.folder / "chat.json"
         try:
-            Path(name or "chat.json").expanduser().write_text(
-                json.dumps(self.shown, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+            file.write_text(json.dumps(self.shown, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:
             self._note(f"not saved: {first_line(error)}")
             return
-        self._note(f"saved to {name or 'chat.json'}")
+        self._note(f"saved to {file}")
 
     def _note(self, text: str) -> None:
         self.console.print(printable(f"({text})"), style="dim", highlight=False)

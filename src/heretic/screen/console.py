@@ -6,20 +6,16 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from heretic.progress import Stage, Watcher
+from heretic.stop import Stop
+
+if TYPE_CHECKING:
+    from heretic.search.standing import Standing
 
 log = logging.getLogger(__name__)
 
@@ -31,69 +27,41 @@ def printable(text: str) -> str:
     return escape("".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text))
 
 
-def make_watcher(console: Console) -> Watcher:
-    """The watcher that suits the console."""
-    return Live(console) if console.is_terminal else Plain(console)
+def on_terminal(console: Console) -> bool:
+    """Whether somebody sees this as a screen: FORCE_COLOR alone makes no terminal of a file."""
+    return console.is_interactive and not console.is_dumb_terminal and console.file.isatty()
 
 
-class _Lines:
-    """What both ways have in common: facts and warnings are lines."""
+def make_watcher(console: Console, *, plain: bool = False, title: str = "", stop: Stop | None = None) -> Watcher:
+    """The watcher that suits the console; `title` says what is worked on, `stop` whether a stop is awaited."""
+    if plain or not on_terminal(console):
+        return Plain(console)
+    from heretic.screen.dashboard import Dashboard
+
+    return Dashboard(console, title, stop or Stop())
+
+
+class Lines:
+    """What all ways have in common: facts and warnings are lines."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
     def say(self, text: str) -> None:
+        """See Watcher."""
         log.info(text)
         self.console.print(printable(text), highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
+        """See Watcher."""
         log.warning(text)
         self.console.print(f"[yellow]Warning:[/yellow] {printable(text)}", highlight=False, soft_wrap=True)
 
-
-class Live(_Lines):
-    """Bars with the time left, one for each stage under way."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
-        self.progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self.open = 0
-
-    @contextmanager
-    def stage(self, name: str, total: int | None) -> Iterator[Stage]:
-        began = time.monotonic()
-        if not self.open:
-            self.progress.start()
-        self.open += 1
-        task = self.progress.add_task(printable(name), total=total)
-        progress = self.progress
-
-        class Bar:
-            def advance(self, steps: int = 1, note: str = "") -> None:
-                progress.advance(task, steps)
-                if note:
-                    progress.update(task, description=f"{printable(name)} ({printable(note)})")
-
-        try:
-            yield Bar()
-        finally:
-            self.progress.remove_task(task)
-            self.open -= 1
-            if not self.open:
-                self.progress.stop()
-            log.info("%s: %.1f s", name, time.monotonic() - began)
+    def stands(self, standing: Standing) -> None:
+        """See Watcher; the lines of the trials say it already."""
 
 
-class Plain(_Lines):
+class Plain(Lines):
     """A line when an outermost stage ends, and now and then while a long one runs."""
 
     def __init__(self, console: Console) -> None:
@@ -102,6 +70,7 @@ class Plain(_Lines):
 
     @contextmanager
     def stage(self, name: str, total: int | None) -> Iterator[Stage]:
+        """See Watcher."""
         outermost = self.open == 0
         self.open += 1
         lines, began = self, time.monotonic()

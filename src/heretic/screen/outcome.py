@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from heretic.run import Outcome
 
 
-def show_outcome(console: Console, outcome: Outcome) -> None:
-    """The front, the chosen trial and the written model."""
-    show_front(console, outcome.found, outcome.before, outcome.chosen.number if outcome.chosen else None)
+def show_outcome(console: Console, outcome: Outcome, *, seen: bool = False) -> None:
+    """The front, unless it was `seen` in the menu; the chosen trial and the written model."""
+    if not seen:
+        show_front(console, outcome.found, outcome.before, outcome.chosen.number if outcome.chosen else None)
     if outcome.chosen is None:
         console.print("No trial left a usable model; try other settings, such as a wider search.max_weight.")
         return

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from heretic.screen.console import printable
 from heretic.search.front import Result, front
 from heretic.search.space import describe
 
+if TYPE_CHECKING:
+    from heretic.scoring.benchmark import Benchmark
+
 
 def show_front(console: Console, found: list[Result], before: int | None, chosen: int | None = None) -> None:
     """The Pareto front, fewest refusals first; the chosen trial is marked."""
+    console.print(front_table(found, before, chosen))
+
+
+def front_table(found: list[Result], before: int | None, chosen: int | None = None) -> Table | Text:
+    """As `show_front` prints it."""
     best = front(found)
     if not best:
-        console.print("No trial is finished yet.")
-        return
+        return Text("No trial is finished yet.")
     total = best[0].scores.total
     table = Table(title=f"Front of {len(found)} trials measured in full", title_justify="left")
     for heading in ("trial", "refusals", "KL mean", "median", "p95", "max", "from"):
@@ -34,7 +44,7 @@ def show_front(console: Console, found: list[Result], before: int | None, chosen
         table.add_row(*row, describe(r.params) + mark, style="bold" if mark else "")
     if before is not None:
         table.add_row("original", f"{before}/{total}", "0", "0", "0", "0", "", style="dim")
-    console.print(table)
+    return table
 
 
 def show_lines(console: Console, rows: list[tuple[str, str]]) -> None:
@@ -42,3 +52,25 @@ def show_lines(console: Console, rows: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         console.print(f"{printable(name):<{width}}  {printable(value)}", highlight=False, soft_wrap=True)
+
+
+def show_benchmark(console: Console, found: Benchmark) -> None:
+    """Every metric of every task before and after, with standard errors."""
+    table = Table(title=f"Trial {found.trial} beside the original", title_justify="left")
+    for heading in ("task", "metric", "questions", "original", "ablated", "difference"):
+        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+    for row in found.rows:
+        table.add_row(
+            printable(row.task),
+            printable(row.metric) + ("" if row.higher_is_better else " (less is better)"),
+            str(row.questions),
+            _with_error(row.original, row.original_error),
+            _with_error(row.ablated, row.ablated_error),
+            _with_error(row.difference, row.difference_error, sign="+"),
+        )
+    console.print(table)
+    console.print(f"Kept in {printable(str(found.file))}", highlight=False, soft_wrap=True)
+
+
+def _with_error(value: float, error: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" + (f" ± {error:.4f}" if error is not None else "")

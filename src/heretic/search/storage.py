@@ -17,10 +17,12 @@ from optuna.trial import TrialState
 
 from heretic.errors import StudyMismatch, UserError
 from heretic.fingerprint import differences
+from heretic.settings import Settings
 
 METRICS = ["KL divergence", "refusals"]
 FACTS = "heretic:fingerprint"
 REFUSALS_BEFORE = "heretic:refusals_before"
+SETTINGS = "heretic:settings"  # user attribute of the study, for whoever sees nothing but the storage
 SECONDS_TO_WAIT = 60  # for another process that has the SQLite file locked
 
 
@@ -96,6 +98,18 @@ def open_study(url: str, name: str, facts: dict[str, Any]) -> optuna.Study:
     return study
 
 
+def keep_settings(study: optuna.Study, settings: Settings) -> None:
+    """Store the settings with the study, without the password of its storage."""
+    kept = settings.model_copy(update={"storage": masked(settings.storage)})
+    study.set_user_attr(SETTINGS, kept.model_dump_json())
+
+
+def settings_of(study: optuna.Study) -> Settings | None:
+    """The settings that a study was last worked on with; None in those made before they were stored."""
+    stored = study.user_attrs.get(SETTINGS)
+    return Settings.model_validate_json(stored) if stored else None
+
+
 def worker() -> dict[str, Any]:
     """Who runs a trial: host, process and when that process began (a process number alone is used again)."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "began": psutil.Process().create_time()}
@@ -105,13 +119,14 @@ def fail_abandoned(study: optuna.Study) -> list[int]:
     """Mark the running trials of dead processes of this host as failed; returns their numbers."""
     abandoned = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not _alive(trial.user_attrs.get("worker")):
+        if not alive(trial.user_attrs.get("worker")):
             study.tell(trial.number, state=TrialState.FAIL)
             abandoned.append(trial.number)
     return abandoned
 
 
-def _alive(who: dict[str, Any] | None) -> bool:
+def alive(who: dict[str, Any] | None) -> bool:
+    """Whether the worker that signed a trial may still be at it; one of another host is believed to be."""
     if who is None:  # killed between asking for the trial and signing it
         return False
     if who["host"] != socket.gethostname():

@@ -14,6 +14,7 @@ from heretic.scoring.ladder import Measured, Scores, never
 from heretic.search.fidelity import BEATEN, Progress, told
 from heretic.search.front import AGAIN, Result, result
 from heretic.search.sampler import sampler
+from heretic.search.standing import Standing
 from heretic.search.storage import worker
 from heretic.settings import Settings
 from heretic.stop import Stop
@@ -68,6 +69,7 @@ def optimise(
     _enqueue(study, trials.starts())
     with watcher.stage("Trials", settings.n_trials) as stage:
         stage.advance(finished(study))
+        watcher.stands(Standing.of(study, settings))
         while asked := _ask(study, settings, trials, stop):
             try:
                 for trial in asked:
@@ -94,6 +96,7 @@ def optimise(
                 for trial in asked:
                     study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                 raise
+            watcher.stands(Standing.of(study, settings))
 
 
 def _enqueue(study: optuna.Study, starts: Sequence[dict[str, Any]]) -> None:

@@ -129,6 +129,17 @@ def line_numbers(text: str) -> dict[str, int]:
     return numbers
 
 
+def written_origins(path: Path) -> dict[str, str]:
+    """Where the values of a run's config.toml came from when it was written: what follows them as a comment."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    return {
+        key: lines[number - 1].rpartition("  # ")[2]
+        for key, number in line_numbers(text).items()
+        if "  # " in lines[number - 1]
+    }
+
+
 def _dotted(key: str) -> str:
     return ".".join(part.strip().strip("\"'") for part in key.split("."))
 

@@ -1,0 +1,124 @@
+"""A run at hand: its inputs, its study, and the model, which is loaded when it is first needed and stays until it is put away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import optuna
+
+from heretic.errors import UserError
+from heretic.files import write_text
+from heretic.model.batching import free_memory
+from heretic.progress import Watcher
+from heretic.run_folder import RunFolder
+from heretic.search.front import Result, choose, results
+from heretic.search.space import Space
+from heretic.search.storage import REFUSALS_BEFORE, keep_settings, masked
+from heretic.search.walk import Walk
+from heretic.session import Session, open_session
+from heretic.settings import Settings
+from heretic.settings.layers import Resolved
+from heretic.settings.text import resolved_text
+from heretic.stop import Stop
+
+if TYPE_CHECKING:
+    from heretic.run import Inputs
+
+
+@dataclass
+class Desk:
+    """One run, whose locks the caller holds. All that is done with its trials uses the one loaded model."""
+
+    resolved: Resolved
+    inputs: Inputs
+    study: optuna.Study
+    watcher: Watcher
+    stop: Stop
+    loaded: Session | None = field(default=None, repr=False)
+
+    @property
+    def settings(self) -> Settings:
+        """The run's settings."""
+        return self.inputs.settings
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where its files are."""
+        return self.inputs.folder
+
+    @property
+    def found(self) -> list[Result]:
+        """The fully measured trials."""
+        return results(self.study)
+
+    @property
+    def before(self) -> int | None:
+        """How many requests the original declines; None while that is not known."""
+        return self.study.user_attrs.get(REFUSALS_BEFORE)
+
+    def session(self) -> Session:
+        """The model in memory, with what the run's folder holds."""
+        if self.loaded is None:
+            inputs = self.inputs
+            self.loaded = open_session(
+                inputs.settings, inputs.checkpoint, inputs.prompts, inputs.plan, inputs.folder, self.watcher, self.stop
+            )
+        return self.loaded
+
+    @property
+    def space(self) -> Space:
+        """What the trials were drawn from."""
+        return self.session().space(Walk.of(self.study))
+
+    def put_away(self) -> None:
+        """Give back the model's memory."""
+        self.loaded = None
+        free_memory()
+
+    def picked(self) -> tuple[Result, str] | None:
+        """The trial that the settings prefer, and why."""
+        settings = self.settings
+        return choose(self.found, settings.select, settings.max_kl, settings.max_refusals)
+
+    def result(self, trial: int | None) -> tuple[Result, str]:
+        """A trial by its number, or the one that the settings prefer; why it is that one. Raises UserError."""
+        if trial is not None:
+            return _named(self.found, trial)
+        picked = self.picked()
+        if picked is None:
+            raise UserError(
+                "The run has no finished trial yet.",
+                where=str(self.folder.path),
+                fix=f"go on with it: heretic run {self.folder.path}",
+            )
+        return picked
+
+    def ask_for(self, n_trials: int) -> None:
+        """Let the study come to so many trials, now and when it is resumed."""
+        settings = self.settings.model_copy(update={"n_trials": n_trials})
+        self.inputs = replace(self.inputs, settings=settings)
+        origins = {**self.resolved.origins, "n_trials": "asked for later"}
+        self.resolved = Resolved(settings, self.resolved.file, origins)
+        self.keep_settings()
+
+    def keep_settings(self) -> None:
+        """Write them to the run's folder, and to the storage for those who do not have the folder."""
+        write_text(self.folder.path / "config.toml", kept_settings(self.resolved))
+        keep_settings(self.study, self.settings)
+
+
+def kept_settings(resolved: Resolved) -> str:
+    """The settings as kept in the run's folder, without the password that a storage URL may hold."""
+    settings = resolved.settings
+    kept = settings.model_copy(update={"storage": masked(settings.storage)})
+    return resolved_text(Resolved(kept, resolved.file, resolved.origins))
+
+
+def _named(found: list[Result], number: int) -> tuple[Result, str]:
+    for result in found:
+        if result.number == number:
+            return result, "as asked"
+    numbers = [r.number for r in found]
+    known = f"one of {numbers[0]} to {numbers[-1]}" if numbers else "go on with the run: heretic run"
+    raise UserError(f"There is no finished trial {number}.", fix=known)
