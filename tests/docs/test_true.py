@@ -143,3 +143,18 @@ def test_results_that_are_named_are_there() -> None:
         report = json.loads((ROOT / "benchmarks/results" / name).read_text())
         if name != "families.json":  # a table of families
             assert {"date", "versions"} <= set(report), name
+
+
+def test_the_map_names_every_module() -> None:
+    """CLAUDE.md says of every file of the package what it is."""
+    text = (ROOT / "CLAUDE.md").read_text(encoding="utf-8")
+    package = ROOT / "src/heretic"
+    missing = []
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        folder = name.partition("/")[0] + "/"
+        if path.name in ("__init__.py", "__main__.py") or folder in ("commands/", "settings/", "demo/"):
+            continue  # named as a whole
+        if f"`{name}`" not in text:
+            missing.append(name)
+    assert not missing, f"CLAUDE.md does not name: {', '.join(missing)}"
