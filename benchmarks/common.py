@@ -65,6 +65,18 @@ def prompt_settings(assets: Path, train: int = 100, evaluation: int = 50) -> lis
     return found
 
 
+def write_prompts(source: Path, target: Path, train: int, evaluation: int) -> None:
+    """The first so many prompts of each set, as files in a folder. Raises SystemExit where there are fewer."""
+    target.mkdir(parents=True, exist_ok=True)
+    for role in ROLES:
+        wanted = train if role.endswith("train") else evaluation
+        text = (source / f"{role}.txt").read_text(encoding="utf-8")
+        found = [line.strip() for line in text.splitlines() if line.strip()][:wanted]
+        if len(found) < wanted:
+            sys.exit(f"{role}.txt has {len(found)} prompts, {wanted} are wanted")
+        (target / f"{role}.txt").write_text("\n".join(found) + "\n", encoding="utf-8")
+
+
 def opened(
     assets: Path, model: str, assignments: Sequence[str], folder: Path, watcher: Watcher = SILENT
 ) -> tuple[Session, RunFolder]:

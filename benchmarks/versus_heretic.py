@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import heretic_llm as peer
-from common import ROLES, cpu_name, now, versions
+from common import ROLES, cpu_name, now, versions, write_prompts
 from heretic_llm import Line, Point, clock_of, first_match, median
 from study import point
 from turns import Job, take_turns
@@ -108,7 +108,7 @@ class Race:
         for folder in (self.prompts, self.our_folder, self.their_folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-        self._write_prompts()
+        write_prompts(arguments.assets / "prompts", self.prompts, arguments.train, arguments.eval)
         self.menus = peer.Menus(self.their_folder, arguments.points)
         # heretic-llm's settings in the environment begin with HERETIC_ like ours
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HERETIC_")}
@@ -154,15 +154,6 @@ class Race:
             "again": {"original": original, **again},
             "comparison": {name: compare(again, name, original[name]["refusals"]) for name in counted},
         }
-
-    def _write_prompts(self) -> None:
-        for role in ROLES:
-            wanted = self.arguments.train if role.endswith("train") else self.arguments.eval
-            text = (self.arguments.assets / "prompts" / f"{role}.txt").read_text(encoding="utf-8")
-            found = [line.strip() for line in text.splitlines() if line.strip()][:wanted]
-            if len(found) < wanted:
-                sys.exit(f"{role}.txt has {len(found)} prompts, {wanted} are wanted")
-            (self.prompts / f"{role}.txt").write_text("\n".join(found) + "\n", encoding="utf-8")
 
     def _our_job(self) -> Job:
         arguments = self.arguments
