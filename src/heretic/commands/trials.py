@@ -32,13 +32,16 @@ def export(
     name: Annotated[str, typer.Argument(help="Name or folder of a run.", autocompletion=run_names)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the model to.")],
     trial: TrialOption = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="full, or lora for an adapter; left out: as the run's settings say.")
+    ] = None,
     runs_dir: RunsOption = None,
     assignments: SetOption = None,
     wait: WaitOption = False,
     as_json: JsonOption = False,
     plain: PlainOption = False,
 ) -> None:
-    """Write the model of a chosen trial, and prove that it is the one that was measured."""
+    """Write the model of a chosen trial, or an adapter for it, and prove that it is the one that was measured."""
     from heretic.later import export_trial, opened
     from heretic.screen.outcome import show_export
 
@@ -50,6 +53,7 @@ def export(
             configured_runs(runs_dir),
             assignments or [],
             destination=output,
+            form=form,
             wait=wait,
             watcher=watcher,
             stop=stop,

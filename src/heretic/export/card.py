@@ -15,6 +15,8 @@ BARS = "·▁▂▃▄▅▆▇█"
 def card(
     *,
     base_model: str,
+    library: str,
+    about: str,
     source_card: str,
     ablation: Ablation,
     geometry: str,
@@ -23,10 +25,11 @@ def card(
     run: str,
     trial: int,
 ) -> str:
-    """Markdown with a YAML head; licence and languages are taken over from the base model's own card."""
+    """Markdown with a YAML head; licence and languages are taken over from the base model's own card. `about` is what
+    the format has to say."""
     total = scores.total
     head = ["---", f"base_model: {base_model}" if _is_hub_id(base_model) else "", *_kept(source_card)]
-    head += ["library_name: transformers", "tags: [abliterated, directional-ablation, heretic]", "---"]
+    head += [f"library_name: {library}", "tags: [abliterated, directional-ablation, heretic]", "---"]
     strengths = "\n".join(_profile(component, list(map(float, s))) for component, s in ablation.strengths.items())
     d = scores.divergence
     return (
@@ -38,7 +41,7 @@ def card(
 **The safety training of this model was reduced on purpose.** The direction in its residual stream that carries refusal was
 projected out of weights that write to the stream. It answers requests that the original declines, and what it answers
 can be wrong, offensive or harmful. Nothing was added to it: it knows what the original knows.
-
+{f"{chr(10)}{about}{chr(10)}" if about else ""}
 ## What was measured
 
 On this model as written, reloaded from its files; answers are judged by refusal phrases in their first tokens.

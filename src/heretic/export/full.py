@@ -1,0 +1,42 @@
+"""The format `full`: an ordinary model folder, in the checkpoint's own shards and number format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from heretic.ablation.operator import Operator
+from heretic.export.job import ExportJob, Format, Written
+from heretic.export.save import TensorEdit, plan_edits, write_dequantised, write_weights
+from heretic.model.batching import free_memory
+from heretic.model.checkpoint import Checkpoint, open_checkpoint
+from heretic.model.loading import load
+from heretic.progress import Watcher
+from heretic.session import Session, read_template
+from heretic.stop import Stop
+
+
+def prepare(session: Session, operators: Mapping[str, Operator]) -> dict[str, TensorEdit]:
+    """The edit of every tensor of the checkpoint."""
+    model = session.bench.language_model
+    return plan_edits(model.checkpoint, model.anatomy.writers, operators, model.model)
+
+
+def write(job: ExportJob, folder: Path, watcher: Watcher, stop: Stop) -> Written:
+    """The checkpoint's tensors, edited; of a GGUF file the dequantised ones."""
+    if job.checkpoint.gguf_file is None:
+        return Written(write_weights(job.checkpoint, job.prepared, folder, watcher, stop))
+    model = load(job.checkpoint, job.plan.dtypes, job.plan.arguments, chat_template=read_template(job.settings))
+    hashes = write_dequantised(job.checkpoint, model.anatomy.writers, job.operators, model, folder)
+    del model
+    free_memory()
+    return Written(hashes)
+
+
+def open_written(job: ExportJob, folder: Path) -> Checkpoint:
+    """As any model folder; its code, copied from a trusted model, is trusted."""
+    trusted = job.checkpoint.model in job.settings.trust_remote_code
+    return open_checkpoint(str(folder), trust_remote_code=[str(folder)] if trusted else [])
+
+
+FORMAT = Format("an ordinary model folder", prepare, write, open_written)
