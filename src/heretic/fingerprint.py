@@ -21,6 +21,8 @@ def facts(
     part = settings.results_part()
     for name in ("model", "revision", "prompts", "trust_remote_code"):
         part.pop(name)
+    if part["quantization"] == "none":
+        part.pop("quantization")  # so that studies from before there was this setting go on
     return {
         "format": FORMAT,
         "model": checkpoint.identity(),

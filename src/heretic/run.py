@@ -19,7 +19,6 @@ from heretic.export.export import Export, earlier_export, plan_export, write_exp
 from heretic.export.save import check_destination
 from heretic.machine import lock, preflight
 from heretic.machine.gpus import Gpu, gpus_for, usable_gpus, visible_gpus
-from heretic.machine.memory_plan import MemoryPlan
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
@@ -192,11 +191,16 @@ def look(
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         fix = first.fix or "see heretic preflight; --force starts all the same"
         raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix)
-    checkpoint = open_checkpoint(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
+    checkpoint = open_checkpoint(
+        settings.model,
+        settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        allow_pickle=settings.allow_pickle,
+    )
     prompts = read_prompts()
     for warning in prompts.warnings:
         watcher.warn(warning)
-    plan = load_plan(settings, report.plan)
+    plan = LoadPlan.of(settings, report.plan)
     facts = fingerprint.facts(settings, checkpoint, prompts, plan.dtypes, read_template(settings))
     name = settings.run_name or f"{checkpoint.short_name}-{fingerprint.short_hash(facts)}"
     folder = RunFolder(Path(settings.runs_dir) / name, fingerprint.short_hash(facts))
@@ -213,22 +217,16 @@ def check(
     return preflight.check(
         settings,
         checkpoint_loader=lambda: open_checkpoint(
-            settings.model, settings.revision, trust_remote_code=settings.trust_remote_code, download_weights=False
+            settings.model,
+            settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            allow_pickle=settings.allow_pickle,
+            download_weights=False,
         ),
         prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
         storage_check=lambda: _probe_storage(settings),
         imagined=imagined,
     )
-
-
-def load_plan(settings: Settings, plan: MemoryPlan | None) -> LoadPlan:
-    """How to load, from the memory plan; as the settings say where no plan could be made (--force)."""
-    if plan is None:
-        device_map = "auto" if settings.device_map == "planned" else settings.device_map
-        formats = ["bfloat16" if d == "auto" else d for d in settings.dtypes]
-        return LoadPlan(formats, {"device_map": device_map}, settings.batch_size or 4)
-    dtypes = [plan.dtype, *(d for d in settings.dtypes[1:] if d != "auto")]
-    return LoadPlan(dtypes, plan.from_pretrained_arguments(), plan.batch_size)
 
 
 @contextmanager

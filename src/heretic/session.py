@@ -17,7 +17,9 @@ from heretic.ablation.ablation import Ablation, Workbench
 from heretic.ablation.attach import attach
 from heretic.ablation.bake import Original, copies, from_checkpoint, rewrite
 from heretic.ablation.directions import Directions, mean_difference
+from heretic.ablation.operator import Matrix
 from heretic.errors import UserError
+from heretic.machine.memory_plan import MemoryPlan
 from heretic.model.anatomy import Writer
 from heretic.model.batching import AS_IT_IS, Batch, Batcher, Edited
 from heretic.model.capture import mean_residuals
@@ -47,11 +49,23 @@ FEW_REFUSALS = 0.1  # share of the requests
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What the memory plan decided about loading: number formats to try, from_pretrained's arguments, prompts per batch."""
+    """What the memory plan decided about loading: number formats to try, from_pretrained's arguments, prompts per batch; and the
+    quantisation of the settings."""
 
     dtypes: Sequence[str]
     arguments: dict[str, Any]
     batch_size: int
+    quantization: str = "none"
+
+    @classmethod
+    def of(cls, settings: Settings, plan: MemoryPlan | None) -> LoadPlan:
+        """How to load, from the memory plan; as the settings say where no plan could be made (--force)."""
+        if plan is None:
+            device_map = "auto" if settings.device_map == "planned" else settings.device_map
+            formats = ["bfloat16" if d == "auto" else d for d in settings.dtypes]
+            return cls(formats, {"device_map": device_map}, settings.batch_size or 4, settings.quantization)
+        dtypes = [plan.dtype, *(d for d in settings.dtypes[1:] if d != "auto")]
+        return cls(dtypes, plan.from_pretrained_arguments(), plan.batch_size, settings.quantization)
 
 
 @dataclass(frozen=True)
@@ -126,6 +140,7 @@ def open_bench(
         checkpoint,
         plan.dtypes,
         plan.arguments,
+        quantization=plan.quantization,
         trust_remote_code=settings.trust_remote_code,
         chat_template=read_template(settings),
         watcher=watcher,
@@ -273,10 +288,10 @@ def read_template(settings: Settings) -> str:
         raise UserError(f"The chat template cannot be read: {error}", where="chat_template") from None
 
 
-def weight_reader(language_model: LanguageModel) -> Callable[[Writer], Sequence[Tensor]]:
+def weight_reader(language_model: LanguageModel) -> Callable[[Writer], Sequence[Matrix]]:
     """How to get at a writer's matrices [width, inputs]: from memory, or from the checkpoint where they are offloaded."""
 
-    def read(writer: Writer) -> Sequence[Tensor]:
+    def read(writer: Writer) -> Sequence[Matrix]:
         if not writer.offloaded:
             return writer.weights()
         original = from_checkpoint(_with_tensors(language_model.checkpoint), [writer], language_model.model)

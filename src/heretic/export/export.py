@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from safetensors import SafetensorError
 
 from heretic.export.card import card
 from heretic.export.formats import FORMATS
-from heretic.export.job import ExportJob, Written
+from heretic.export.job import ExportJob, Format, Written
 from heretic.export.manifest import now, scores_text, versions
+from heretic.export.reference import in_full_precision
 from heretic.export.save import MANIFEST, disk_error, partial_folder, settle
 from heretic.export.verify import Verification, verify
 from heretic.files import write_text
 from heretic.model.batching import free_memory
+from heretic.model.quantisation import QUANTISATIONS
 from heretic.progress import Watcher
 from heretic.run_folder import RunFolder
 from heretic.scoring.ladder import Scores
@@ -61,7 +63,7 @@ def plan_export(
         settings=bench.settings,
         checkpoint=model.checkpoint,
         prompts=bench.prompts,
-        plan=LoadPlan([model.dtype], plan.arguments, bench.batcher.size),
+        plan=replace(plan, dtypes=[model.dtype], batch_size=bench.batcher.size),
         folder=folder,
         destination=destination.expanduser().resolve(),
         result=result,
@@ -91,15 +93,20 @@ def write_export(job: ExportJob, watcher: Watcher, stop: Stop) -> Export:
 
 def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Export:
     form = FORMATS[job.format]
+    studied = job.plan.quantization
+    if studied != "none" and form.in_full:
+        job = in_full_precision(job, watcher, stop)
     written = form.write(job, partial, watcher, stop)
     free_memory()
     proof = verify(job, form.open(job, partial), written, watcher, stop)
     source_card = job.checkpoint.folder / "README.md"
-    write_text(partial / MANIFEST, json.dumps(_manifest(job, written, proof), indent=2, ensure_ascii=False) + "\n")
+    write_text(
+        partial / MANIFEST, json.dumps(_manifest(job, written, proof, studied), indent=2, ensure_ascii=False) + "\n"
+    )
     text = card(
         base_model=job.settings.model,
         library=written.library,
-        about=written.about,
+        about="\n\n".join(filter(None, (written.about, _measured_so(form, studied, job.plan.quantization)))),
         source_card=source_card.read_text(encoding="utf-8", errors="replace") if source_card.is_file() else "",
         ablation=job.ablation,
         geometry=job.settings.ablation.geometry,
@@ -126,7 +133,18 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int, form: str) 
         return None
 
 
-def _manifest(job: ExportJob, written: Written, proof: Verification) -> dict[str, Any]:
+def _measured_so(form: Format, studied: str, measured: str) -> str:
+    """For the card, where the study was made on a quantised model and the written one is not."""
+    if studied == "none" or not form.in_full:
+        return ""
+    how = "in full precision" if measured == "none" else "quantised in the same way, since it did not fit otherwise"
+    return (
+        f"The edit was found on the base model quantised to {QUANTISATIONS[studied].words}, and then made in its full-precision "
+        f"tensors. For the figures below both models were loaded {how}."
+    )
+
+
+def _manifest(job: ExportJob, written: Written, proof: Verification, studied: str) -> dict[str, Any]:
     return {
         "made_with": "heretic",
         "made_at": now(),
@@ -138,6 +156,7 @@ def _manifest(job: ExportJob, written: Written, proof: Verification) -> dict[str
         "prompts": {s.role: {"source": s.source, "count": len(s), "sha256": s.sha256} for s in job.prompts.all},
         "settings": job.settings.results_part(),
         "dtype": job.plan.dtypes[0],
+        "quantization": {"study": studied, "measured": job.plan.quantization},
         "response_prefix": job.baseline.response_prefix,
         "ablation": job.ablation.as_dict(),
         "params": job.result.params,

@@ -63,7 +63,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write an ablated model.
+    """A way to write an ablated model; `in_full`: in the checkpoint's full precision, also where the study quantised it.
 
     `prepare(session, operators)` decides while the model is loaded what is to be written, and raises UserError where the format
     cannot hold it: before anything is written, and before the model leaves memory. `write(job, folder, watcher, stop)` writes to
@@ -76,3 +76,4 @@ class Format:
     prepare: Callable[[Session, Mapping[str, Operator]], Any]
     write: Callable[[ExportJob, Path, Watcher, Stop], Written]
     open: Callable[[ExportJob, Path], Checkpoint]
+    in_full: bool = True

@@ -92,8 +92,19 @@ class Settings(Table):
         "float32 on a CPU where it fits (bfloat16 is slower there).",
         min_length=1,
     )
+    quantization: Literal["none", "bnb_4bit", "bnb_8bit"] = setting(
+        "none",
+        "Load the weights in fewer bits with bitsandbytes (`pip install 'heretic[bnb]'`), where they do not fit otherwise. The "
+        "study is then made on the quantised model; the export edits the checkpoint's full-precision tensors.",
+    )
     trust_remote_code: list[str] = setting(
         [], "Models whose own Python code may be executed, by exactly the name given in `model`."
+    )
+    allow_pickle: bool = setting(
+        False,
+        "Read weights from pickle files (`pytorch_model.bin`) where a model has no safetensors. PyTorch's reader for "
+        "tensors only is used, which refuses everything else; a file from somebody you do not trust is still better left alone.",
+        neutral=True,
     )
     system_prompt: str = setting(
         "", "System message of every conversation; empty: none is sent, and the template's own default applies."
