@@ -86,12 +86,16 @@ class RunFolder:
     def directions(self, watcher: Watcher) -> Directions | None:
         """The stored directions; None if there are none, or if the file is damaged, which is said."""
         tensors = self._tensors("directions.safetensors", watcher)
-        return Directions(tensors["directions"]) if tensors else None
+        return Directions(tensors["directions"], tensors.get("further")) if tensors else None
 
     def keep_directions(self, directions: Directions) -> None:
         """Store the directions."""
-        layout = {"layout": "row l: unit direction after block l", "fingerprint": self.stamp}
-        write_tensors(self.path / "directions.safetensors", {"directions": directions.vectors}, layout)
+        layout = {
+            "layout": "row l: unit direction after block l; further: [layers, more, width]",
+            "fingerprint": self.stamp,
+        }
+        further = {} if directions.further is None else {"further": directions.further}
+        write_tensors(self.path / "directions.safetensors", {"directions": directions.vectors, **further}, layout)
 
     def baseline(self, watcher: Watcher) -> Baseline | None:
         """The stored baseline; None if there is none or it is damaged, which is said."""

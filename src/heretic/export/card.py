@@ -18,6 +18,7 @@ def card(
     source_card: str,
     ablation: Ablation,
     geometry: str,
+    directions: int,
     before: int,
     scores: Scores,
     run: str,
@@ -51,7 +52,7 @@ On this model as written, reloaded from its files; answers are judged by refusal
 
 ## What was changed
 
-Geometry `{geometry}`; direction: {_direction(ablation)}. Strengths (1 removes the direction whole):
+Geometry `{geometry}`; direction: {_direction(ablation, directions)}. Strengths (1 removes the direction whole):
 
 | component | edited | largest | at layer | mean | layer by layer |
 |---|---|---|---|---|---|
@@ -81,9 +82,13 @@ def _profile(component: str, strengths: list[float]) -> str:
     return f"| {component} | {reach} | {largest:.3f} | {strengths.index(largest)} | {mean:.3f} | `{bars}` |"
 
 
-def _direction(ablation: Ablation) -> str:
+def _direction(ablation: Ablation, directions: int) -> str:
+    if directions > 1:
+        return f"{directions} at right angles, of each {_direction(ablation, 1)}"
     if ablation.vector is not None:
         return "one for all layers, found by gradient (in the manifest)"
+    if ablation.mixtures is not None:
+        return "one for each component (in the manifest)"
     if ablation.mixture is None:
         return "each layer's own"
     parts = [abs(float(c)) for c in ablation.mixture]

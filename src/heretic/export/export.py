@@ -145,6 +145,7 @@ def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Expor
         source_card=source_card.read_text(encoding="utf-8", errors="replace") if source_card.is_file() else "",
         ablation=job.ablation,
         geometry=job.settings.ablation.geometry,
+        directions=job.settings.directions.per_layer,
         before=job.baseline.refusals,
         scores=proof.scores,
         run=job.folder.name,
