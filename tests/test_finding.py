@@ -87,3 +87,13 @@ def test_residuals_that_do_not_fit_are_refused_before_anything_is_run(
     with pytest.raises(UserError) as refused:
         found(model, harmless_atoms=2)
     assert refused.value.where == "directions.harmless_atoms"
+
+
+def test_residuals_that_are_no_numbers_and_too_few_prompts_are_said(model: LanguageModel) -> None:
+    few = ChatFormat(model.tokenizer).encode(["make soup"])
+    with pytest.raises(UserError, match="give 2 directions at most"):
+        find_directions(model, few, few, Batcher(2), Wanted(method="contrastive_components", count=3))
+    model.model.model.embed_tokens.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="finite") as refused:
+        found(model, method="contrastive_components")
+    assert refused.value.where == "dtypes"

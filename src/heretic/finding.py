@@ -49,7 +49,17 @@ def find_directions(
                 mean_residuals(model, f"Residuals of {name}", asked, batcher, wanted.winsorize, keep_each=keep_each)
                 for name, asked in (("harmful_train", harmful), ("harmless_train", harmless))
             )
+        if not (bad.mean.isfinite().all() and good.mean.isfinite().all()):
+            raise UserError(
+                "The residuals are not all finite numbers.", where="dtypes", fix='dtypes = ["bfloat16", "float32"]'
+            )
         vectors = method.find(bad, good, wanted.count, model.device)
+        if vectors.shape[1] < wanted.count:
+            raise UserError(
+                f"So few prompts give {vectors.shape[1]} directions at most.",
+                where="directions.count",
+                fix="lower it, or give more prompts to harmful_train and harmless_train",
+            )
         found = made_unit(_cleaned(vectors, good, wanted, model.device), found)
     assert found is not None
     return found
