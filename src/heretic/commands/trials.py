@@ -11,12 +11,15 @@ import typer
 from heretic.commands.app import (
     JsonOption,
     PlainOption,
+    PublicOption,
     RunArgument,
     RunsOption,
     SetOption,
     WaitOption,
+    YesOption,
     app,
     configured_runs,
+    err,
     out,
     run_names,
     watcher_for,
@@ -32,6 +35,11 @@ def export(
     name: Annotated[str, typer.Argument(help="Name or folder of a run.", autocompletion=run_names)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the model to.")],
     trial: TrialOption = None,
+    upload: Annotated[
+        str | None, typer.Option("--upload", help="Send it to the Hugging Face hub afterwards: user/name.")
+    ] = None,
+    public: PublicOption = False,
+    yes: YesOption = False,
     runs_dir: RunsOption = None,
     assignments: SetOption = None,
     wait: WaitOption = False,
@@ -40,10 +48,17 @@ def export(
 ) -> None:
     """Write the model of a chosen trial, and prove that it is the one that was measured."""
     from heretic.later import export_trial, opened
-    from heretic.screen.outcome import show_export
+    from heretic.screen.outcome import check_answerable, confirm_upload, show_export
+    from heretic.screen.tables import show_lines
 
     stop = Stop()
     watcher = watcher_for(as_json, plain)
+    if upload is not None:  # what would stop it is said before the hours that an export can take
+        from heretic.export.upload import check_upload, plan_upload
+        from heretic.export.upload import upload as send
+
+        check_upload(upload)
+        check_answerable(err if as_json else out, yes=yes)
     with stop.on_signals():
         held = opened(
             name,
@@ -56,10 +71,17 @@ def export(
         )
         with held as desk:
             outcome = export_trial(desk, trial, output)
+        if not as_json:
+            show_export(out, outcome)
+        found = outcome.as_dict()
+        if upload is not None:
+            planned = plan_upload(outcome.export.destination, upload, public=public, watcher=watcher, stop=stop)
+            confirm_upload(err if as_json else out, planned, yes=yes, stop=stop)
+            found["uploaded_to"] = send(planned, watcher, stop)
     if as_json:
-        print(json.dumps(outcome.as_dict(), indent=2))
-        return
-    show_export(out, outcome)
+        print(json.dumps(found, indent=2))
+    elif upload is not None:
+        show_lines(out, [("uploaded to", found["uploaded_to"])])
 
 
 @app.command()

@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from heretic.ablation.ablation import Ablation
+from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Operator
 from heretic.export.card import card
-from heretic.export.manifest import now, scores_text, versions
+from heretic.export.manifest import DIRECTIONS, MANIFEST, computed_on, now, scores_text, versions
 from heretic.export.save import (
-    MANIFEST,
     TensorEdit,
     disk_error,
     partial_folder,
@@ -28,13 +28,13 @@ from heretic.export.save import (
     write_weights,
 )
 from heretic.export.verify import Verification, verify
-from heretic.files import write_text
+from heretic.files import sha256, write_text
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import load
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets
-from heretic.run_folder import Baseline, RunFolder
+from heretic.run_folder import Baseline, RunFolder, write_directions
 from heretic.scoring.ladder import Scores
 from heretic.search.front import Result
 from heretic.search.space import Space
@@ -57,6 +57,8 @@ class ExportJob:
     destination: Path
     result: Result
     ablation: Ablation
+    directions: Directions
+    computed_on: str
     operators: Mapping[str, Operator]
     edits: Mapping[str, TensorEdit]
     baseline: Baseline
@@ -97,6 +99,8 @@ def plan_export(
         destination=destination.expanduser().resolve(),
         result=result,
         ablation=ablation,
+        directions=session.workbench.directions,
+        computed_on=computed_on(model.device),
         operators=operators,
         edits=plan_edits(model.checkpoint, model.anatomy.writers, operators, model.model),
         baseline=session.baseline,
@@ -138,21 +142,20 @@ def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Expor
         watcher,
         stop,
     )
-    source_card = job.checkpoint.folder / "README.md"
-    write_text(partial / MANIFEST, json.dumps(_manifest(job, hashes, proof), indent=2, ensure_ascii=False) + "\n")
-    text = card(
-        base_model=job.settings.model,
-        source_card=source_card.read_text(encoding="utf-8", errors="replace") if source_card.is_file() else "",
-        ablation=job.ablation,
-        geometry=job.settings.ablation.geometry,
-        before=job.baseline.refusals,
-        scores=proof.scores,
-        run=job.folder.name,
-        trial=job.result.number,
-    )
-    write_text(partial / "README.md", text)
+    (partial / DIRECTIONS.parent).mkdir()
+    write_directions(partial / DIRECTIONS, job.directions, job.folder.stamp)
+    manifest = _manifest(job, hashes, sha256(partial / DIRECTIONS), proof)
+    write_text(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    measured = "Of this model as written, reloaded from its files."
+    write_text(partial / "README.md", card(manifest, source_card(job.checkpoint), measured))
     settle(partial, job.destination)
     return Export(job.destination, proof)
+
+
+def source_card(checkpoint: Checkpoint) -> str:
+    """The base model's own card; empty without one."""
+    file = checkpoint.folder / "README.md"
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 def earlier_export(destination: Path, folder: RunFolder, trial: int) -> Export | None:
@@ -173,7 +176,9 @@ def _dequantised(job: ExportJob, partial: Path) -> dict[str, dict[str, str]]:
     return write_dequantised(job.checkpoint, model.anatomy.writers, job.operators, model, partial)
 
 
-def _manifest(job: ExportJob, hashes: dict[str, dict[str, str]], proof: Verification) -> dict[str, Any]:
+def _manifest(
+    job: ExportJob, hashes: dict[str, dict[str, str]], directions: str, proof: Verification
+) -> dict[str, Any]:
     return {
         "made_with": "heretic",
         "made_at": now(),
@@ -182,9 +187,12 @@ def _manifest(job: ExportJob, hashes: dict[str, dict[str, str]], proof: Verifica
         "trial": job.result.number,
         "model": {"name": job.settings.model, "revision": job.checkpoint.commit, "sha256": hashes["source"]},
         "written": {"sha256": hashes["written"]},
+        "copied": {"sha256": hashes["copied"]},
+        "directions": {"file": DIRECTIONS.as_posix(), "sha256": directions},
         "prompts": {s.role: {"source": s.source, "count": len(s), "sha256": s.sha256} for s in job.prompts.all},
         "settings": job.settings.results_part(),
         "dtype": job.plan.dtypes[0],
+        "computed_on": job.computed_on,
         "response_prefix": job.baseline.response_prefix,
         "ablation": job.ablation.as_dict(),
         "params": job.result.params,

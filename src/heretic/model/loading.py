@@ -68,7 +68,7 @@ def load(
     arguments: dict[str, Any],
     *,
     trust_remote_code: list[str] | None = None,
-    chat_template: str = "",
+    chat_template: str | None = "",
     watcher: Watcher = SILENT,
 ) -> LanguageModel:
     """Load `checkpoint`; `arguments` are device_map and max_memory as from_pretrained takes them.
@@ -95,8 +95,10 @@ def load(
     )
 
 
-def load_tokenizer(checkpoint: Checkpoint, trusted: bool = False, chat_template: str = "") -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the left, with a chat template (the model's own unless one is given)."""
+def load_tokenizer(
+    checkpoint: Checkpoint, trusted: bool = False, chat_template: str | None = ""
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the left, with a chat template: the model's own unless one is given. None: it need not have any."""
     extra = {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusted, **extra)
@@ -105,7 +107,7 @@ def load_tokenizer(checkpoint: Checkpoint, trusted: bool = False, chat_template:
     tokenizer.padding_side = "left"
     if chat_template:
         tokenizer.chat_template = chat_template
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template and chat_template is not None:
         raise UserError(
             f"{checkpoint.model} has no chat template, so it is not known how to speak to it.",
             where=str(checkpoint.folder),
