@@ -20,17 +20,10 @@ from heretic.errors import UserError
 from heretic.export.card import card
 from heretic.export.difference import Difference, difference
 from heretic.export.export import source_card
+from heretic.export.formats import FORMATS
+from heretic.export.job import Order, Written
 from heretic.export.manifest import DIRECTIONS, MANIFEST, Manifest, computed_on, now, read_manifest, versions
-from heretic.export.save import (
-    check_destination,
-    copied_files,
-    disk_error,
-    partial_folder,
-    plan_edits,
-    settle,
-    write_dequantised,
-    write_weights,
-)
+from heretic.export.save import check_destination, copied_files, keep_terms, partial_folder, settle
 from heretic.files import read_tensors, sha256, write_text
 from heretic.machine.gpus import usable_gpus, visible_gpus
 from heretic.machine.host import devices
@@ -40,7 +33,7 @@ from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
 from heretic.progress import Watcher
 from heretic.run import device_lock, load_plan
-from heretic.session import weight_reader
+from heretic.session import LoadPlan, weight_reader
 from heretic.settings import Settings
 from heretic.stop import Stop
 
@@ -107,7 +100,7 @@ def reproduce(
     if destination is not None:
         _check_place(destination, home, manifest.run)
     source = base or manifest.model.name
-    settings = Settings(model=source, device_map=device_map, dtypes=[manifest.dtype])
+    settings = _settings(manifest, source, device_map)
     checkpoint = _open(manifest, base, trust)
     changed = _differs("base", *_base_files(manifest, checkpoint, watcher, stop))
     if changed and not force:
@@ -121,17 +114,21 @@ def reproduce(
         place = (destination or Path("reproduced")).expanduser().resolve()
         partial = partial_folder(place)
         try:
-            hashes, where = _rebuild(manifest, checkpoint, settings, directions, trust, partial, watcher, stop)
+            written, where = _rebuild(manifest, checkpoint, settings, directions, trust, partial, watcher, stop)
             changed += _differs("versions", manifest.versions, versions())
             changed += _differs("computed", {"on": manifest.computed_on}, {"on": where})
-            changed += _differs("base", manifest.copied.sha256, hashes["copied"])
+            changed += _differs("base", manifest.copied.sha256, written.hashes.get("copied", {}))
             changed = list(dict.fromkeys(changed))
-            found = _judge(manifest, home, partial, hashes, changed, destination, watcher, stop)
+            found = _judge(manifest, home, partial, written, changed, destination, watcher, stop)
             if destination is not None:
-                _describe(data, sha256(_file(path)), home, partial, checkpoint, hashes, found)
+                _describe(data, sha256(_file(path)), home, partial, checkpoint, written, found)
                 settle(partial, place)
         except (OSError, SafetensorError) as error:
-            raise disk_error(error, partial) from None
+            raise UserError(
+                f"The model cannot be written: {error}",
+                where=str(partial.parent),
+                fix="make room, then run the same command again",
+            ) from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return found
@@ -176,6 +173,23 @@ def _check_place(destination: Path, home: Path, run: str) -> None:
         )
 
 
+def _settings(manifest: Manifest, source: str, device_map: str) -> Settings:
+    """What of the manifest's settings writing depends on; never what code to trust or what files to read."""
+    name = manifest.written.format
+    if name not in FORMATS:
+        raise UserError(f"This version knows no format {name[:40]!r}.", fix=f"it knows: {', '.join(FORMATS)}")
+    return Settings.model_validate(
+        {
+            "model": source,
+            "device_map": device_map,
+            "dtypes": [manifest.dtype],
+            "export_format": name,
+            "lora_rank": manifest.written.rank or 1,
+            "gguf_type": manifest.written.type,
+        }
+    )
+
+
 def _open(manifest: Manifest, base: str | None, trust: bool) -> Checkpoint:
     source = base or manifest.model.name
     trusted = [source] if trust else []
@@ -204,8 +218,8 @@ def _base_files(
     return then, hashes
 
 
-def _load(settings: Settings, checkpoint: Checkpoint, trust: bool, watcher: Watcher) -> LanguageModel:
-    """The base model in memory, as the export had it. Raises UserError where it does not fit."""
+def _plan(settings: Settings, checkpoint: Checkpoint) -> LoadPlan:
+    """Where the base model goes: nothing is decoded, so that it needs little more than its weights. Raises UserError."""
     plan = make_plan(
         checkpoint,
         device_map=settings.device_map,
@@ -218,15 +232,7 @@ def _load(settings: Settings, checkpoint: Checkpoint, trust: bool, watcher: Watc
         copies=False,
         gradients=False,
     )
-    chosen = load_plan(settings, plan)
-    return load(
-        checkpoint,
-        chosen.dtypes,
-        chosen.arguments,
-        trust_remote_code=[checkpoint.model] if trust else [],
-        chat_template=None,
-        watcher=watcher,
-    )
+    return load_plan(settings, plan)
 
 
 def _rebuild(
@@ -238,17 +244,25 @@ def _rebuild(
     partial: Path,
     watcher: Watcher,
     stop: Stop,
-) -> tuple[dict[str, dict[str, str]], str]:
-    """Write the edited model; hashes as `write_weights` gives them, and on what the edit was computed."""
-    model = _load(settings, checkpoint, trust, watcher)
+) -> tuple[Written, str]:
+    """Write the edited model as the export did, and say on what the edit was computed."""
+    plan = _plan(settings, checkpoint)
+    model = load(
+        checkpoint,
+        plan.dtypes,
+        plan.arguments,
+        trust_remote_code=[checkpoint.model] if trust else [],
+        chat_template=None,
+        watcher=watcher,
+    )
     where = computed_on(model.device)
     operators = _operators(manifest, model, directions, watcher)
-    if checkpoint.gguf_file:
-        return write_dequantised(checkpoint, model.anatomy.writers, operators, model, partial), where
-    edits = plan_edits(checkpoint, model.anatomy.writers, operators, model.model)
+    form = FORMATS[settings.export_format]
+    prepared = form.prepare(model, operators, settings, watcher)
+    order = Order(settings.export_format, settings, checkpoint, plan, operators, prepared)
     del model
     free_memory()
-    return write_weights(checkpoint, edits, partial, watcher, stop), where
+    return form.write(order, partial, watcher, stop), where
 
 
 def _operators(
@@ -286,16 +300,16 @@ def _judge(
     manifest: Manifest,
     home: Path,
     partial: Path,
-    hashes: Mapping[str, Mapping[str, str]],
+    made: Written,
     changed: list[str],
     destination: Path | None,
     watcher: Watcher,
     stop: Stop,
 ) -> Reproduction:
     """Compare what was written with the manifest's hashes, and with the weights beside it where these differ."""
-    then, written = manifest.written.sha256, hashes["written"]
+    then, written = manifest.written.sha256, made.hashes["written"]
     files = {name: then.get(name) == written.get(name) for name in sorted({*then, *written})}
-    others = dict(manifest.copied.sha256) == dict(hashes["copied"])
+    others = manifest.copied.sha256 == made.hashes.get("copied", {})
 
     def verdict(said: Verdict, why: str, apart: Difference | None = None) -> Reproduction:
         if said != "different" and not others:
@@ -306,6 +320,8 @@ def _judge(
         return verdict("identical", "every file of the weights has the hash that the manifest names")
     if set(then) != set(written):
         return verdict("different", "the weights lie in other files")
+    if not all(name.endswith(".safetensors") for name in written):
+        return verdict("different", "the hashes differ; by how much is only said of safetensors files")
     with watcher.stage("Comparing with the exported weights", None):
         apart = difference(partial, home, written, stop)
         spoilt = [n for n in written if (home / n).is_file() and sha256(home / n) != then[n]]
@@ -313,6 +329,8 @@ def _judge(
         return verdict("different", f"the hashes differ, and by how much cannot be said: {apart}")
     if spoilt:
         return verdict("different", f"{spoilt[0]} beside the manifest is not the file that the manifest names", apart)
+    if apart.differing == 0:
+        return verdict("identical", "every number is the same; only the files' headers are not", apart)
     if apart.within:
         return verdict("equal", f"no number is further away than rounding explains: {apart}", apart)
     return verdict("different", str(apart), apart)
@@ -324,19 +342,22 @@ def _describe(
     home: Path,
     partial: Path,
     checkpoint: Checkpoint,
-    hashes: Mapping[str, Mapping[str, str]],
+    written: Written,
     found: Reproduction,
 ) -> None:
     """Card and manifest of the rebuilt model: the old ones, and what the comparison came to."""
-    told = {**data, "written": {"sha256": hashes["written"]}, "copied": {"sha256": hashes["copied"]}}
+    hashes = written.hashes
+    told = {**data, "written": {**data["written"], "sha256": hashes["written"], **written.facts}}
+    told["copied"] = {"sha256": hashes.get("copied", {})}
     told["reproduced"] = {"made_at": now(), "from_sha256": made_from, "versions": versions(), **found.as_dict()}
+    keep_terms(checkpoint, partial)
     if (home / DIRECTIONS).is_file():
         (partial / DIRECTIONS.parent).mkdir()
         shutil.copyfile(home / DIRECTIONS, partial / DIRECTIONS)
     write_text(partial / MANIFEST, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
     measured = f"Of the model that was exported first. This one was made again from its manifest: {found.verdict}."
     try:
-        text = card(told, source_card(checkpoint), measured)
+        text = card(told, source_card(checkpoint), written, measured)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
             "The manifest lacks what a model card is made of: model, scores, settings.", where="the manifest"

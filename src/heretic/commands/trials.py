@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -40,13 +41,17 @@ def export(
     ] = None,
     public: PublicOption = False,
     yes: YesOption = False,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="full; lora, an adapter; gguf, for llama.cpp; left out: as the settings say."),
+    ] = None,
     runs_dir: RunsOption = None,
     assignments: SetOption = None,
     wait: WaitOption = False,
     as_json: JsonOption = False,
     plain: PlainOption = False,
 ) -> None:
-    """Write the model of a chosen trial, and prove that it is the one that was measured."""
+    """Write the model of a chosen trial, or an adapter for it, and prove that it is the one that was measured."""
     from heretic.later import export_trial, opened
     from heretic.screen.outcome import check_answerable, confirm_upload, show_export
     from heretic.screen.tables import show_lines
@@ -65,6 +70,7 @@ def export(
             configured_runs(runs_dir),
             assignments or [],
             destination=output,
+            form=form,
             wait=wait,
             watcher=watcher,
             stop=stop,
@@ -82,6 +88,25 @@ def export(
         print(json.dumps(found, indent=2))
     elif upload is not None:
         show_lines(out, [("uploaded to", found["uploaded_to"])])
+
+
+@app.command()
+def directions(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new file.")],
+    name: RunArgument = None,
+    form: Annotated[
+        str, typer.Option("--format", help="safetensors; gguf for llama.cpp and repeng; left out: by the file's name.")
+    ] = "",
+    runs_dir: RunsOption = None,
+) -> None:
+    """Write the directions that a run has found to a file for other programs."""
+    from heretic.export.control_vector import export_directions
+    from heretic.run_folder import find_run, stored_settings
+    from heretic.screen.tables import show_lines
+
+    folder = find_run(name or "", configured_runs(runs_dir))
+    written = export_directions(folder, stored_settings(folder, os.environ), output, form)
+    show_lines(out, [("written to", str(written))])
 
 
 @app.command()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from heretic.ablation.ablation import Ablation
+from heretic.export.job import Written
 from heretic.export.manifest import DIRECTIONS, Edit
 from heretic.scoring.interval import wilson
 from heretic.scoring.ladder import Scores
@@ -16,15 +17,15 @@ BARS = "·▁▂▃▄▅▆▇█"
 KEPT = ("license", "license_name", "license_link", "language")
 
 
-def card(manifest: Mapping[str, Any], source_card: str, measured: str) -> str:
+def card(manifest: Mapping[str, Any], source_card: str, written: Written, measured: str) -> str:
     """Markdown with a YAML head, from what the manifest holds; licence and languages are taken over from the base model's card.
 
-    `measured` says of which model the scores are.
+    `written` has what the format says of itself, `measured` says of which model the scores are.
     """
     base_model = manifest["model"]["name"]
     kept = _kept(source_card)
     head = ["---", f"base_model: {base_model}" if _is_hub_id(base_model) else "", *kept]
-    head += ["library_name: transformers", "tags: [abliterated, directional-ablation, heretic]", "---"]
+    head += [f"library_name: {written.library}", "tags: [abliterated, directional-ablation, heretic]", "---"]
     ablation = Edit.model_validate(manifest["ablation"]).ablation
     strengths = "\n".join(_profile(component, list(map(float, s))) for component, s in ablation.strengths.items())
     scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}})
@@ -44,7 +45,7 @@ projected out of weights that write to the stream. It answers requests that the 
 can be wrong, offensive or harmful. Nothing was added to it: it knows what the original knows.
 
 Base model: {_link(base_model)}{f", commit `{revision}`" if revision else ""}. {_licence(kept)}
-
+{f"{chr(10)}{written.about}{chr(10)}" if written.about else ""}
 ## What was measured
 
 {measured} Answers are judged by refusal phrases in their first tokens. In brackets the 95 % interval (Wilson) that the number of

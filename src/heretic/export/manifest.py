@@ -16,7 +16,10 @@ from heretic import __version__
 from heretic.ablation.ablation import Ablation
 from heretic.errors import UserError
 from heretic.scoring.ladder import Scores
+from heretic.settings import Settings
 from heretic.settings.ablation import AblationSettings
+from heretic.settings.export import GgufType
+from heretic.settings.layers import Resolved
 
 PACKAGES = ("torch", "transformers", "accelerate", "optuna", "datasets", "safetensors", "tokenizers")
 MANIFEST = "manifest.json"
@@ -85,6 +88,14 @@ class Hashes(_Part):
     sha256: Files
 
 
+class WrittenFiles(Hashes):
+    """What was written: in which format, and of which rank or type where the format has several."""
+
+    format: str = "full"
+    rank: Annotated[int, Field(ge=1)] | None = None
+    type: GgufType = "f16"
+
+
 class Edit(_Part):
     """An ablation as `Ablation.as_dict` gives it."""
 
@@ -119,7 +130,7 @@ class Manifest(_Part):
     fingerprint: str
     trial: int
     model: Base
-    written: Hashes
+    written: WrittenFiles
     copied: Hashes = Hashes(sha256={})
     directions: DirectionsFile | None = None
     settings: Used
@@ -154,3 +165,19 @@ def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"The manifest is not readable JSON: {str(error)[:200]}.", where=str(file)) from None
+
+
+def settings_of(path: Path) -> Resolved:
+    """The settings that decided the results of a manifest's study; what does not change results has its default.
+
+    Code that came with a model is not trusted because a manifest says so. Raises UserError, also for settings that this version
+    does not know.
+    """
+    manifest, data = read_manifest(path)
+    told = {**data["settings"], "trust_remote_code": []}
+    told |= {"model": manifest.model.name, "revision": manifest.model.revision or told.get("revision", "")}
+    try:
+        return Resolved(Settings.model_validate(told), None, dict.fromkeys(told, str(path)))
+    except ValidationError as error:
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])[:100]
+        raise UserError(f"The manifest's setting {key} is none that this version takes.", where=str(path)) from None

@@ -18,13 +18,14 @@ from heretic.ablation.bake import bake_bias, bake_weight, rewrite, sources
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.export.manifest import MANIFEST
-from heretic.files import sha256
+from heretic.files import sha256, sort_metadata
 from heretic.model.anatomy import Writer
 from heretic.model.checkpoint import PICKLED, Checkpoint
 from heretic.model.loading import LanguageModel
 from heretic.progress import Watcher
 from heretic.stop import Stop
 
+TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 LEFT_OUT = {"README.md", MANIFEST, ".gitattributes", "heretic_source.json"}
 
 
@@ -116,6 +117,7 @@ def write_weights(
             remaining -= set(tensors)
             target = partial / shard.name
             save_file(tensors, target, metadata=metadata)
+            sort_metadata(target)
             readable(target)
             hashes["source"][shard.name] = sha256(shard)
             hashes["written"][shard.name] = sha256(target)
@@ -183,6 +185,13 @@ def disk_error(error: Exception, partial: Path) -> UserError:
         where=str(partial.parent),
         fix="make room, then run the same command again or heretic export; the study is complete and kept",
     )
+
+
+def keep_terms(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy the base model's licence and notices where the format has not: its terms go with what is made of it."""
+    for name, file in copied_files(checkpoint.folder).items():
+        if name.upper().startswith(TERMS) and not (folder / name).exists():
+            shutil.copyfile(file, folder / name)
 
 
 def copied_files(folder: Path) -> dict[str, Path]:

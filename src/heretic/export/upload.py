@@ -102,7 +102,7 @@ def upload(planned: Upload, watcher: Watcher, stop: Stop) -> str:
 def _look(api: HfApi, planned: Upload) -> bool:
     """Whether the repository is there. Raises UserError where it holds something else, or is open to more people than asked for."""
     try:
-        found = api.repo_info(planned.repository)
+        found = api.model_info(planned.repository)
     except RepositoryNotFoundError as error:
         if error.response.status_code == 401:
             raise
@@ -151,8 +151,15 @@ def _said(repository: str) -> Iterator[None]:
         yield
     except (UserError, Interrupted):
         raise
-    except HfHubHTTPError as error:
-        status = error.response.status_code
+    except Exception as error:  # the hub's library and the network below it raise many kinds
+        refused = _answer_of(error)
+        if refused is None:
+            raise UserError(
+                f"The upload did not get through: {_clean(error)}",
+                where=repository,
+                fix="check the network, then run the same command again; what was sent is not sent again",
+            ) from None
+        status = refused.response.status_code
         what, fix = {
             401: ("The hub does not accept the token.", "hf auth login, or another HF_TOKEN"),
             403: (
@@ -161,14 +168,15 @@ def _said(repository: str) -> Iterator[None]:
             ),
             404: (f"There is no place for {repository} on the hub.", "check the user or organisation in its name"),
             429: ("The hub asks to wait: too many requests.", "run the same command again later"),
-        }.get(status, (f"The hub answered with an error: {_clean(error)}", "run the same command again; it goes on"))
+        }.get(status, (f"The hub answered with an error: {_clean(refused)}", "run the same command again; it goes on"))
         raise UserError(what, where=f"{repository}, HTTP status {status}", fix=fix) from None
-    except Exception as error:  # the network below the hub's library raises many kinds
-        raise UserError(
-            f"The upload did not get through: {_clean(error)}",
-            where=repository,
-            fix="check the network, then run the same command again; what was sent is not sent again",
-        ) from None
+
+
+def _answer_of(error: BaseException | None) -> HfHubHTTPError | None:
+    """The hub's own answer, if an error comes from one, however far behind."""
+    while error is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return error
 
 
 def _clean(error: Exception) -> str:

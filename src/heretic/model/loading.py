@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -145,7 +146,19 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
             where=str(checkpoint.folder),
             fix="download the model again",
         )
+    if checkpoint.adapter is not None:
+        model = _adapted(model, checkpoint.adapter)
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
+
+
+def _adapted(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model with a LoRA adapter in its modules, as peft puts it there: beside the weights, not in them."""
+    from peft import PeftModel
+
+    try:
+        return cast(PreTrainedModel, PeftModel.from_pretrained(model, adapter).get_base_model())
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"The adapter cannot be put on the model: {first_line(error)}", where=str(adapter)) from error
 
 
 @torch.inference_mode()

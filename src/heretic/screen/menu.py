@@ -144,10 +144,14 @@ def benchmark(menu: Menu) -> None:
 
 def export(menu: Menu) -> None:
     """Write a trial's model to a folder."""
+    from heretic.export.formats import FORMATS
     from heretic.later import export_trial
     from heretic.screen.outcome import show_export
 
     trial = menu.desk.result(menu.ask_trial())[0].number
+    for name, form in FORMATS.items():
+        menu.console.print(f"  {name:<10}[dim]{form.description}[/dim]")
+    menu.desk.export_as(menu.ask("In which format?", menu.desk.settings.export_format))
     folder = menu.ask("To which folder?", str(menu.desk.folder.path / "models" / f"trial-{trial}"))
     show_export(menu.console, export_trial(menu.desk, trial, Path(folder).expanduser()))
 
