@@ -129,7 +129,7 @@ class Workbench:
         return found
 
     def _mix(self, ablation: Ablation, writer: Writer) -> Tensor:
-        mixture = ablation.mixture if ablation.mixtures is None else ablation.mixtures[writer.component]
+        mixture = ablation.mixture if ablation.mixtures is None else ablation.mixtures.get(writer.component)
         if mixture is None:
             mixture = between(writer.layer + ablation.shift, self.directions.num_layers)
         return torch.as_tensor(mixture, dtype=self.directions.vectors.dtype)
