@@ -118,7 +118,7 @@ def _look(nvml: ModuleType, wanted: str | None, order: str) -> GpuReport:
                 notes.append(f"{name} is said to have {free} of {total} bytes free, which is not believed")
                 continue
             gpus.append(Gpu(len(gpus), uuids[place], name, total, free, _processes(nvml, handle)))
-        except nvml.NVMLError as error:
+        except Exception as error:  # NVMLError and its like
             notes.append(f"GPU {place} cannot be asked: {first_line(error)}")
     if not count:
         notes.append("the NVIDIA driver reports no GPU")
@@ -162,7 +162,9 @@ def _choose(wanted: str | None, uuids: list[str]) -> tuple[list[int], list[str]]
 def _has_mig(nvml: ModuleType, handle: Any) -> bool:
     try:
         return bool(nvml.nvmlDeviceGetMigMode(handle)[0])
-    except (nvml.NVMLError, AttributeError):  # most GPUs have no such mode, and old drivers do not know it
+    except (
+        Exception
+    ):  # NVMLError: most GPUs have no such mode; nvidia-ml-py's own where an old driver lacks the function
         return False
 
 
@@ -170,7 +172,7 @@ def _processes(nvml: ModuleType, handle: Any) -> tuple[GpuProcess, ...]:
     """All processes but this one, the largest first."""
     found: dict[int, GpuProcess] = {}
     for ask in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"):
-        with suppress(nvml.NVMLError, AttributeError):  # the latter where an old driver lacks the function
+        with suppress(Exception):  # NVMLError, and nvidia-ml-py's own where an old driver lacks the function
             for process in getattr(nvml, ask)(handle):
                 if process.pid != os.getpid():
                     name = _process_name(nvml, process.pid)
