@@ -38,7 +38,8 @@ def tally(request: pytest.FixtureRequest) -> Tally:
     rows = ROWS[request.path.name]
 
     def note(done: str, times: int, lost: str) -> None:
-        rows[done, lost] = rows.get((done, lost), 0) + times
+        if times:
+            rows[done, lost] = rows.get((done, lost), 0) + times
 
     return note
 
@@ -73,6 +74,7 @@ def section(name: str, rows: Rows) -> str:
     """What the tests of a file have counted, when and with what."""
     made = versions()
     with_what = ", ".join(f"{package} {made[package]}" for package in ("python", "torch", "transformers", "optuna"))
-    when = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {SECONDS[name]:.0f} s, {platform.machine()}, {with_what}"
+    much = "in full" if FULL else "a little, as in make test"
+    when = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {much}, {SECONDS[name]:.0f} s, {platform.machine()}, {with_what}"
     lines = [f"## `{name}`", "", f"{when}.", "", "| what was done | how often | what was lost |", "|---|---|---|"]
     return "\n".join(lines + [f"| {done} | {times} | {lost} |" for (done, lost), times in rows.items()])
