@@ -21,7 +21,7 @@ from heretic.errors import UserError
 from heretic.finding import find_directions
 from heretic.model.anatomy import Writer
 from heretic.model.batching import AS_IT_IS, Batch, Batcher, Edited
-from heretic.model.chat_format import ChatFormat, check_length, common_prefix
+from heretic.model.chat_format import ChatFormat, check_different, check_length, common_prefix
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.decoding import decode, decoded_by_generate
 from heretic.model.forward import can_share, padding_matters
@@ -184,6 +184,7 @@ def encode(prompts: PromptSets, chat: ChatFormat, context: int, new_tokens: int)
     encoded = {}
     for prompt_set in prompts.all:
         encoded[prompt_set.role] = chat.encode(prompt_set.prompts)
+        check_different(prompt_set.role, encoded[prompt_set.role])
         new = new_tokens if prompt_set is prompts.harmful_eval else 1
         check_length(prompt_set.role, encoded[prompt_set.role], context, new)
     return encoded

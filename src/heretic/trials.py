@@ -10,7 +10,8 @@ from typing import Any
 import optuna
 
 from heretic.ablation.ablation import Ablation
-from heretic.errors import UserError
+from heretic.errors import UserError, memory_error
+from heretic.model.batching import free_memory, out_of_memory
 from heretic.run_folder import RunFolder
 from heretic.savings import trials_that_pay
 from heretic.scoring.ladder import Measured, Scores
@@ -50,6 +51,12 @@ class Trials:
         except UserError as error:
             if len(trials) == 1:
                 return [error]
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if len(trials) == 1:
+                return [memory_error(error)]
+            free_memory()
         return [found for trial in trials for found in self.measure([trial], beaten)]
 
     def draw(self, trial: optuna.Trial) -> Ablation:
