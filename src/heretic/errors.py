@@ -16,6 +16,7 @@ EXIT_STATUSES = {
     3: "another process holds a device or the run",
     4: "the stored study was made with other settings",
     5: "the exported model is not the model that was measured",
+    6: "the rebuilt model is not the one of the manifest",
     130: "stopped by Ctrl-C or a signal",
 }
 
@@ -56,6 +57,14 @@ def disk_error(error: OSError) -> UserError:
     )
 
 
+def memory_error(error: BaseException) -> UserError:
+    """Memory that ran out where no batch could be made smaller."""
+    return UserError(
+        f"Memory ran out: {first_line(error).rstrip('.')}.",
+        fix="make room (heretic preflight shows what is taken), then run the same command again; nothing finished is lost",
+    )
+
+
 class SettingsError(UserError):
     """A setting is unknown, of the wrong type, or out of range."""
 
@@ -76,6 +85,12 @@ class VerificationFailed(UserError):
     """The written model is not the model that was measured."""
 
     exit_status = 5
+
+
+class NotReproduced(UserError):
+    """A model made again from its manifest differs from the one that the manifest is of."""
+
+    exit_status = 6
 
 
 class Interrupted(Exception):

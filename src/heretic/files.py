@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
+import json
 import os
+import sys
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -28,6 +32,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     with _no_space_left(path):
         kept = dict(metadata or {})
         save_file(tensors, beside, metadata={**kept, "sha256": _digest(tensors, kept)})
+        sort_metadata(beside)
         _settle(beside, path)
 
 
@@ -52,6 +57,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def sort_metadata(path: Path) -> None:
+    """Give a safetensors file the same bytes every time: its library writes the metadata in an order of chance."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if len(header.get("__metadata__", {})) < 2:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # longer only where the two libraries write a character in different ways
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
 def sha256(path: Path) -> str:
     """Hash of a file's bytes."""
     digest = hashlib.sha256()
@@ -59,6 +78,39 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def to_disk(path: Path) -> None:
+    """Have a file's content, or a folder's names, written through to the disk, so that they outlast a loss of power."""
+    if path.is_dir():
+        with contextlib.suppress(OSError):  # some systems and network disks do not do this for folders
+            _sync(path)
+    else:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Give each of two existing paths the other's name, in one step that is done or not done; False where that is not to be had.
+
+    renameat2 with RENAME_EXCHANGE of Linux (renameat2(2)), renamex_np with RENAME_SWAP of macOS (rename(2) there).
+    """
+    names = os.fsencode(one), os.fsencode(other)
+    try:
+        library = ctypes.CDLL(None)
+        if sys.platform == "darwin":
+            return bool(library.renamex_np(*names, 2) == 0)
+        here = -100  # AT_FDCWD: paths are as the process sees them
+        return bool(library.renameat2(here, names[0], here, names[1], 2) == 0)
+    except (OSError, AttributeError, TypeError):  # another system, or an old C library
+        return False
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -70,8 +122,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 def _settle(beside: Path, path: Path) -> None:
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
+    to_disk(beside)
     os.replace(beside, path)
 
 

@@ -52,7 +52,7 @@ def test_an_adapter_of_rank_1_is_the_full_model(config: Path, tmp_path: Path, fa
     card = Path("adapter/README.md").read_text()
     assert "library_name: peft" in card and "LoRA adapter of rank 1" in card and "nothing is left out" in card
     assert {p.name for p in Path("adapter").iterdir()} == {
-        "README.md", "manifest.json", "adapter_config.json", "adapter_model.safetensors",
+        "README.md", "manifest.json", "heretic", "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
 
 
@@ -82,6 +82,15 @@ def test_the_change_is_the_edit_and_its_error_is_what_is_left() -> None:
         assert float(left.square().sum()) <= 1.01 * float(best) + 1e-4, "no matrix of the rank is much nearer"
     exact = change_of(Operator(operator.u, operator.w), weight, 64)
     assert exact.a.shape[0] == 1 and exact.left == 0
+
+
+def test_several_directions_are_a_change_of_that_rank() -> None:
+    torch.manual_seed(1)
+    weight, operator = torch.randn(40, 60), Operator(torch.randn(3, 40), torch.randn(3, 40))
+    change = change_of(operator, weight, 1)
+    assert len(change.a) == 3 and change.left == 0
+    assert torch.allclose(weight + change.b @ change.a, operator.on_weight(weight), atol=1e-3)
+    assert change.size == pytest.approx(float((change.b @ change.a).square().sum()), rel=1e-3)
 
 
 def test_a_rank_that_leaves_out_too_much_is_refused_in_words(

@@ -14,15 +14,16 @@ from safetensors import SafetensorError
 from heretic.export.card import card
 from heretic.export.formats import FORMATS
 from heretic.export.job import ExportJob, Format, Written
-from heretic.export.manifest import now, scores_text, versions
+from heretic.export.manifest import DIRECTIONS, MANIFEST, computed_on, now, scores_text, versions
 from heretic.export.reference import in_full_precision
-from heretic.export.save import MANIFEST, disk_error, partial_folder, settle
+from heretic.export.save import disk_error, keep_terms, partial_folder, settle
 from heretic.export.verify import Verification, verify
-from heretic.files import write_text
+from heretic.files import sha256, write_text
 from heretic.model.batching import free_memory
+from heretic.model.checkpoint import Checkpoint
 from heretic.model.quantisation import QUANTISATIONS
 from heretic.progress import Watcher
-from heretic.run_folder import RunFolder
+from heretic.run_folder import RunFolder, write_directions
 from heretic.scoring.ladder import Scores
 from heretic.search.front import Result
 from heretic.search.space import Space
@@ -68,8 +69,10 @@ def plan_export(
         destination=destination.expanduser().resolve(),
         result=result,
         ablation=ablation,
+        directions=session.workbench.directions,
+        computed_on=computed_on(model.device),
         operators=operators,
-        prepared=FORMATS[name].prepare(session, operators),
+        prepared=FORMATS[name].prepare(model, operators, bench.settings, bench.batcher.watcher),
         baseline=session.baseline,
         attached=session.log_probs(ablation),
         ablated_by=result.scores.divergence.mean,
@@ -99,25 +102,23 @@ def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Expor
     written = form.write(job, partial, watcher, stop)
     free_memory()
     proof = verify(job, form.open(job, partial), written, watcher, stop)
-    source_card = job.checkpoint.folder / "README.md"
-    write_text(
-        partial / MANIFEST, json.dumps(_manifest(job, written, proof, studied), indent=2, ensure_ascii=False) + "\n"
-    )
-    text = card(
-        base_model=job.settings.model,
-        library=written.library,
-        about="\n\n".join(filter(None, (written.about, _measured_so(form, studied, job.plan.quantization)))),
-        source_card=source_card.read_text(encoding="utf-8", errors="replace") if source_card.is_file() else "",
-        ablation=job.ablation,
-        geometry=job.settings.ablation.geometry,
-        before=job.baseline.refusals,
-        scores=proof.scores,
-        run=job.folder.name,
-        trial=job.result.number,
-    )
-    write_text(partial / "README.md", text)
+    keep_terms(job.checkpoint, partial)
+    (partial / DIRECTIONS.parent).mkdir()
+    write_directions(partial / DIRECTIONS, job.directions, job.folder.stamp)
+    manifest = _manifest(job, written, sha256(partial / DIRECTIONS), proof, studied)
+    write_text(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    measured = (
+        "Of this model as written, reloaded from its files. " + _measured_so(form, studied, job.plan.quantization)
+    ).strip()
+    write_text(partial / "README.md", card(manifest, source_card(job.checkpoint), written, measured))
     settle(partial, job.destination)
     return Export(job.destination, proof)
+
+
+def source_card(checkpoint: Checkpoint) -> str:
+    """The base model's own card; empty without one."""
+    file = checkpoint.folder / "README.md"
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 def earlier_export(destination: Path, folder: RunFolder, trial: int, form: str) -> Export | None:
@@ -129,7 +130,7 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int, form: str) 
             return None
         scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}})
         return Export(destination, Verification(**manifest["verification"], scores=scores))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -144,7 +145,7 @@ def _measured_so(form: Format, studied: str, measured: str) -> str:
     )
 
 
-def _manifest(job: ExportJob, written: Written, proof: Verification, studied: str) -> dict[str, Any]:
+def _manifest(job: ExportJob, written: Written, directions: str, proof: Verification, studied: str) -> dict[str, Any]:
     return {
         "made_with": "heretic",
         "made_at": now(),
@@ -153,10 +154,13 @@ def _manifest(job: ExportJob, written: Written, proof: Verification, studied: st
         "trial": job.result.number,
         "model": {"name": job.settings.model, "revision": job.checkpoint.commit, "sha256": written.hashes["source"]},
         "written": {"format": job.format, "sha256": written.hashes["written"], **written.facts},
+        "copied": {"sha256": written.hashes.get("copied", {})},
+        "directions": {"file": DIRECTIONS.as_posix(), "sha256": directions},
         "prompts": {s.role: {"source": s.source, "count": len(s), "sha256": s.sha256} for s in job.prompts.all},
         "settings": job.settings.results_part(),
         "dtype": job.plan.dtypes[0],
         "quantization": {"study": studied, "measured": job.plan.quantization},
+        "computed_on": job.computed_on,
         "response_prefix": job.baseline.response_prefix,
         "ablation": job.ablation.as_dict(),
         "params": job.result.params,

@@ -6,7 +6,7 @@ A new one is a file beside this one that makes a `Format` (see `export.job`), a 
 
 from __future__ import annotations
 
-from heretic.export import full, lora
+from heretic.export import full, gguf_file, lora
 from heretic.export.job import Format
 
-FORMATS: dict[str, Format] = {"full": full.FORMAT, "lora": lora.FORMAT}
+FORMATS: dict[str, Format] = {"full": full.FORMAT, "lora": lora.FORMAT, "gguf": gguf_file.FORMAT}

@@ -7,19 +7,21 @@ from pathlib import Path
 
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
-from heretic.export.job import ExportJob, Format, Written
+from heretic.export.job import Format, Order, Written
 from heretic.export.save import TensorEdit, plan_edits, write_dequantised, write_weights
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
-from heretic.model.loading import load
+from heretic.model.loading import LanguageModel, load
 from heretic.progress import Watcher
-from heretic.session import Session, read_template
+from heretic.session import read_template
+from heretic.settings import Settings
 from heretic.stop import Stop
 
 
-def prepare(session: Session, operators: Mapping[str, Operator]) -> dict[str, TensorEdit]:
+def prepare(
+    model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, watcher: Watcher
+) -> dict[str, TensorEdit]:
     """The edit of every tensor of the checkpoint. Raises UserError where it has no full-precision tensors."""
-    model = session.bench.language_model
     if method := model.checkpoint.quantised_by:
         raise UserError(
             f"{model.checkpoint.model} exists only quantised ({method}), so there are no weights to write an edit into.",
@@ -29,20 +31,22 @@ def prepare(session: Session, operators: Mapping[str, Operator]) -> dict[str, Te
     return plan_edits(model.checkpoint, model.anatomy.writers, operators, model.model)
 
 
-def write(job: ExportJob, folder: Path, watcher: Watcher, stop: Stop) -> Written:
+def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
     """The checkpoint's tensors, edited; of a GGUF file the dequantised ones."""
-    if job.checkpoint.gguf_file is None:
-        return Written(write_weights(job.checkpoint, job.prepared, folder, watcher, stop))
-    model = load(job.checkpoint, job.plan.dtypes, job.plan.arguments, chat_template=read_template(job.settings))
-    hashes = write_dequantised(job.checkpoint, model.anatomy.writers, job.operators, model, folder)
+    if order.checkpoint.gguf_file is None:
+        return Written(write_weights(order.checkpoint, order.prepared, folder, watcher, stop))
+    model = load(
+        order.checkpoint, order.plan.dtypes, order.plan.arguments, chat_template=read_template(order.settings) or None
+    )
+    hashes = write_dequantised(order.checkpoint, model.anatomy.writers, order.operators, model, folder)
     del model
     free_memory()
     return Written(hashes)
 
 
-def open_written(job: ExportJob, folder: Path) -> Checkpoint:
+def open_written(order: Order, folder: Path) -> Checkpoint:
     """As any model folder; its code, copied from a trusted model, is trusted."""
-    trusted = job.checkpoint.model in job.settings.trust_remote_code
+    trusted = order.checkpoint.model in order.settings.trust_remote_code
     return open_checkpoint(str(folder), trust_remote_code=[str(folder)] if trusted else [])
 
 

@@ -1,9 +1,10 @@
 """The format `lora`: an adapter that makes of the base model, as it was measured, the ablated one.
 
-An edit without scaling changes a weight by -u (w^T W), a matrix of rank 1, so the adapter is exact with rank 1: B = -u and
-A = w^T W. One that scales rows afterwards changes it by n * (W - u (w^T W)) - W, of full rank; the nearest matrix of a given rank
-is what its largest singular values make (Eckart and Young 1936), found by random projection (Halko, Martinsson, Tropp 2011,
-algorithms 4.4 and 5.1). What is left of the change is reported. Biases are changed exactly.
+An edit without scaling changes a weight by -u (w^T W), a matrix of rank 1 for each direction, so the adapter is exact with as many
+ranks as there are directions: B = -u and A = w^T W. One that scales rows afterwards changes it by n * (W - u (w^T W)) - W, of
+full rank; the nearest matrix of a given rank is what its largest singular values make (Eckart and Young 1936), found by random
+projection (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1). What is left of the change is reported. Biases are changed
+exactly.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from torch import Tensor
 from heretic.ablation.bake import bake_bias
 from heretic.ablation.operator import Operator, opened
 from heretic.errors import UserError
-from heretic.export.job import ExportJob, Format, Written
+from heretic.export.job import Format, Order, Written
 from heretic.files import sha256, write_tensors
 from heretic.model.checkpoint import Checkpoint
+from heretic.model.loading import LanguageModel
 from heretic.model.quantisation import QUANTISATIONS
 from heretic.model.writer import Writer
 from heretic.progress import Watcher
-from heretic.session import Session, weight_reader
+from heretic.session import weight_reader
+from heretic.settings import Settings
 from heretic.stop import Stop
 
 WEIGHTS = "adapter_model.safetensors"
@@ -84,8 +87,8 @@ def change_of(operator: Operator, weight: Tensor, rank: int) -> Change:
     """The change that an operator makes to a weight [width, inputs], exact for one without scaling; on the CPU, without bias."""
     operator = operator.to(weight.device)
     if operator.n is None:
-        a, b = (operator.w @ weight.float())[None], -operator.u[:, None]
-        return Change(a.cpu(), b.cpu(), None, float(a.square().sum() * b.square().sum()), 0.0)
+        a, b = torch.atleast_2d(operator.w) @ weight.float(), -torch.atleast_2d(operator.u).mT
+        return Change(a.cpu(), b.cpu(), None, float(((b.mT @ b) * (a @ a.mT)).sum()), 0.0)
     delta = operator.on_weight(weight) - weight.float()
     rank = min(rank, *delta.shape)
     with torch.random.fork_rng(devices=[]):
@@ -96,9 +99,8 @@ def change_of(operator: Operator, weight: Tensor, rank: int) -> Change:
     return Change(a.cpu(), b.cpu(), None, size, max(0.0, size - float(s[:rank].square().sum())))
 
 
-def prepare(session: Session, operators: Mapping[str, Operator]) -> Adapter:
+def prepare(model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, watcher: Watcher) -> Adapter:
     """The adapter, from the weights as they are loaded. Raises UserError for a writer that no adapter can hold."""
-    model = session.bench.language_model
     names = {module: name for name, module in model.model.named_modules()}
     edited = [writer for writer in model.anatomy.writers if writer.name in operators]
     if held := next((writer for writer in edited if writer.mixture), None):
@@ -107,10 +109,11 @@ def prepare(session: Session, operators: Mapping[str, Operator]) -> Adapter:
             where='export_format = "lora"',
             fix='export_format = "full"',
         )
-    rank = session.bench.settings.lora_rank if any(o.n is not None for o in operators.values()) else 1
+    directions = max((len(torch.atleast_2d(o.u)) for o in operators.values()), default=1)
+    rank = settings.lora_rank if any(o.n is not None for o in operators.values()) else directions
     read = weight_reader(model)
     changes: dict[str, Change] = {}
-    with session.bench.batcher.watcher.stage("Making the adapter", len(edited)) as stage:
+    with watcher.stage("Making the adapter", len(edited)) as stage:
         for writer in edited:
             operator = operators[writer.name]
             (weight,) = read(writer)
@@ -120,16 +123,16 @@ def prepare(session: Session, operators: Mapping[str, Operator]) -> Adapter:
     return Adapter(rank, _of_one_rank(changes, rank), any(writer.transposed for writer in edited))
 
 
-def write(job: ExportJob, folder: Path, watcher: Watcher, stop: Stop) -> Written:
+def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
     """The adapter's two files, as peft reads them."""
     from peft import LoraConfig
 
-    adapter: Adapter = job.prepared
+    adapter: Adapter = order.prepared
     tensors = adapter.tensors()
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=job.settings.model,
-        revision=job.checkpoint.commit,
+        base_model_name_or_path=order.settings.model,
+        revision=order.checkpoint.commit,
         r=adapter.rank,
         lora_alpha=adapter.rank,  # so that nothing is scaled
         lora_dropout=0.0,
@@ -141,16 +144,16 @@ def write(job: ExportJob, folder: Path, watcher: Watcher, stop: Stop) -> Written
     config.target_modules = sorted(adapter.changes)  # peft makes a set of it, which has another order in every process
     config.save_pretrained(str(folder))
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    checkpoint = job.checkpoint
+    checkpoint = order.checkpoint
     sources = [checkpoint.folder / checkpoint.gguf_file] if checkpoint.gguf_file else checkpoint.shards()
     hashes = {"source": _hashes(sources, stop), "written": _hashes([folder / WEIGHTS], stop)}
     facts = {"rank": adapter.rank, "exact": adapter.exact, "relative_error": adapter.error}
-    return Written(hashes, adapter.exact, "peft", _about(job, adapter), facts)
+    return Written(hashes, adapter.exact, "peft", _about(order, adapter), facts)
 
 
-def open_written(job: ExportJob, folder: Path) -> Checkpoint:
+def open_written(order: Order, folder: Path) -> Checkpoint:
     """The base model with the adapter put on it."""
-    return replace(job.checkpoint, adapter=folder)
+    return replace(order.checkpoint, adapter=folder)
 
 
 FORMAT = Format("a LoRA adapter for the base model", prepare, write, open_written, in_full=False)
@@ -183,10 +186,10 @@ def _hashes(files: Sequence[Path], stop: Stop) -> dict[str, str]:
     return found
 
 
-def _about(job: ExportJob, adapter: Adapter) -> str:
+def _about(order: Order, adapter: Adapter) -> str:
     """For the card: what it is, how to load it, what it leaves out."""
-    model = job.settings.model
-    quantised = job.plan.quantization != "none"
+    model = order.settings.model
+    quantised = order.plan.quantization != "none"
     lines: list[str] = [
         f"This is a LoRA adapter of rank {adapter.rank}, not a whole model. With [peft](https://github.com/huggingface/peft):",
         "",
@@ -197,7 +200,7 @@ def _about(job: ExportJob, adapter: Adapter) -> str:
         "",
     ]
     if quantised:
-        words = QUANTISATIONS[job.plan.quantization].words
+        words = QUANTISATIONS[order.plan.quantization].words
         lines.append(f"It was made for the base model quantised to {words}, and measured so.")
     if adapter.exact:
         lines.append("Every edit is of this rank, so nothing is left out.")

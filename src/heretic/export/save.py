@@ -18,14 +18,15 @@ from safetensors.torch import save_file
 from heretic.ablation.bake import bake_bias, bake_weight, rewrite, sources
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
-from heretic.files import sha256, write_text
+from heretic.export.manifest import MANIFEST
+from heretic.files import exchange, sha256, to_disk, write_text
 from heretic.model.anatomy import Writer
 from heretic.model.checkpoint import PICKLED, Checkpoint, pickled_tensors
 from heretic.model.loading import LanguageModel
 from heretic.progress import Watcher
 from heretic.stop import Stop
 
-MANIFEST = "manifest.json"
+TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 LEFT_OUT = {"README.md", MANIFEST, ".gitattributes", "heretic_source.json", "pytorch_model.bin.index.json"}
 BLOCK = 1 << 24  # bytes copied at a time
 
@@ -81,11 +82,16 @@ def check_destination(destination: Path, owner: str) -> None:
 
 
 def partial_folder(destination: Path) -> Path:
-    """A new, empty folder beside the destination; leftovers of a killed process are removed."""
-    for old in destination.parent.glob(f".{destination.name}.partial-*"):
-        process = old.name.rpartition("-")[2]
-        if not (process.isdigit() and psutil.pid_exists(int(process))):
-            shutil.rmtree(old, ignore_errors=True)
+    """A new, empty folder beside the destination. Leftovers of a killed process are removed, but for an earlier export that it
+    had moved away and not yet replaced: that one gets its name again."""
+    for left in sorted(destination.parent.glob(f".{destination.name}.partial-*")):
+        process = left.name.rpartition("-")[2]
+        if process.isdigit() and psutil.pid_exists(int(process)):
+            continue
+        if left.name.startswith(f".{destination.name}.partial-old-") and not destination.exists():
+            left.rename(destination)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -99,12 +105,13 @@ def partial_folder(destination: Path) -> Path:
 def write_weights(
     checkpoint: Checkpoint, edits: Mapping[str, TensorEdit], partial: Path, watcher: Watcher, stop: Stop
 ) -> dict[str, dict[str, str]]:
-    """Write all shards with the edits made, and every other file of the checkpoint; returns hashes of what was read and written.
+    """Write all shards with the edits made, and every other file of the checkpoint; returns hashes of what was read, written
+    and copied.
 
     One tensor is in memory at a time, however large the shard (a pickle file's are those of a whole shard). Raises OSError or
     SafetensorError when the disk is full, Interrupted between tensors.
     """
-    hashes: dict[str, dict[str, str]] = {"source": {}, "written": {}}
+    hashes: dict[str, dict[str, str]] = {"source": {}, "written": {}, "copied": {}}
     shards = checkpoint.shards()
     held = {t.name for t in checkpoint.tensors.values()}
     assert edits.keys() <= held, f"edits of tensors that no shard holds: {sorted(edits.keys() - held)[:3]}"
@@ -121,7 +128,9 @@ def write_weights(
             hashes["source"][shard.name] = sha256(shard)
             hashes["written"][target.name] = sha256(target)
             stage.advance()
-    _copy_rest(checkpoint.folder, partial)
+    for name, file in copied_files(checkpoint.folder).items():
+        shutil.copyfile(file, partial / name)
+        hashes["copied"][name] = sha256(partial / name)
     if checkpoint.pickled and len(shards) > 1:
         _write_index(checkpoint, partial)
     return hashes
@@ -199,7 +208,7 @@ def write_dequantised(
     for path in partial.glob("*.safetensors"):
         readable(path)
     written = {path.name: sha256(path) for path in sorted(partial.glob("*.safetensors"))}
-    return {"source": {source.name: sha256(source)}, "written": written}
+    return {"source": {source.name: sha256(source)}, "written": written, "copied": {}}
 
 
 def readable(path: Path) -> None:
@@ -210,14 +219,23 @@ def readable(path: Path) -> None:
 
 
 def settle(partial: Path, destination: Path) -> None:
-    """Put the finished folder in its place; an earlier export of the same run gives way only now."""
-    old = None
-    if destination.exists():
-        old = destination.with_name(f".{destination.name}.partial-old-{os.getpid()}")
+    """Put the finished folder in its place; an earlier export of the same run gives way only now.
+
+    Where the system can exchange two names at once there is no moment without a model under this name. Elsewhere there is an
+    instant between two renames, after which `partial_folder` would put the earlier one back.
+    """
+    for file in (*partial.iterdir(), partial):
+        to_disk(file)
+    old = destination.with_name(f".{destination.name}.partial-old-{os.getpid()}")
+    if not destination.exists():
+        partial.rename(destination)
+    elif exchange(partial, destination):
+        partial.rename(old)
+    else:
         destination.rename(old)
-    partial.rename(destination)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+        partial.rename(destination)
+    to_disk(destination.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def disk_error(error: Exception, partial: Path) -> UserError:
@@ -229,10 +247,18 @@ def disk_error(error: Exception, partial: Path) -> UserError:
     )
 
 
-def _copy_rest(folder: Path, partial: Path) -> None:
-    """Config, tokenizer, templates, licence: every small file that is no weight in any format."""
-    for file in sorted(folder.iterdir()):
-        if not file.is_file() or file.name in LEFT_OUT or file.name.startswith("."):
-            continue
-        if file.suffix not in (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *PICKLED):
-            shutil.copyfile(file, partial / file.name)
+def keep_terms(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy the base model's licence and notices where the format has not: its terms go with what is made of it."""
+    for name, file in copied_files(checkpoint.folder).items():
+        if name.upper().startswith(TERMS) and not (folder / name).exists():
+            shutil.copyfile(file, folder / name)
+
+
+def copied_files(folder: Path) -> dict[str, Path]:
+    """Config, tokenizer, templates, licence, by name: every small file that is no weight in any format."""
+    weights = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *PICKLED)
+    return {
+        file.name: file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.name not in LEFT_OUT and not file.name.startswith(".") and file.suffix not in weights
+    }

@@ -72,7 +72,7 @@ def load(
     *,
     quantization: str = "none",
     trust_remote_code: list[str] | None = None,
-    chat_template: str = "",
+    chat_template: str | None = "",
     watcher: Watcher = SILENT,
 ) -> LanguageModel:
     """Load `checkpoint`; `arguments` are device_map and max_memory as from_pretrained takes them, `quantization` is the setting.
@@ -90,7 +90,7 @@ def load(
         with watcher.stage(f"Loading {checkpoint.model} as {words}", None):
             model = _weights(checkpoint, dtype, {**arguments, **fewer}, trusted)
         if _finite(model):
-            return LanguageModel(model, tokenizer, checkpoint, dissect(model), dtype, quantization)
+            return _checked(LanguageModel(model, tokenizer, checkpoint, dissect(model), dtype, quantization))
         watcher.warn(f"{checkpoint.model} gives logits that are not finite numbers in {dtype}.")
         del model
         free_memory()
@@ -101,17 +101,33 @@ def load(
     )
 
 
-def load_tokenizer(checkpoint: Checkpoint, trusted: bool = False, chat_template: str = "") -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the left, with a chat template (the model's own unless one is given)."""
+def _checked(loaded: LanguageModel) -> LanguageModel:
+    """The same, if it is known where its answers end. Raises UserError."""
+    try:
+        _ = loaded.end_tokens
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"It cannot be read which tokens end an answer: {first_line(error)}",
+            where=f"{loaded.checkpoint.folder / 'generation_config.json'}: eos_token_id",
+        ) from None
+    return loaded
+
+
+def load_tokenizer(
+    checkpoint: Checkpoint, trusted: bool = False, chat_template: str | None = ""
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the left, with a chat template: the model's own unless one is given. None: it need not have any."""
     extra = {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusted, **extra)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # its library raises plain Exceptions for what it cannot parse
+        if out_of_memory(error):
+            raise
         raise UserError(f"The tokenizer cannot be read: {first_line(error)}", where=str(checkpoint.folder)) from None
     tokenizer.padding_side = "left"
     if chat_template:
         tokenizer.chat_template = chat_template
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template and chat_template is not None:
         raise UserError(
             f"{checkpoint.model} has no chat template, so it is not known how to speak to it.",
             where=str(checkpoint.folder),
@@ -142,7 +158,7 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
                 fix="run heretic preflight: it names what fits and the line to set",
             ) from None
         raise UserError(f"The model cannot be loaded: {first_line(error)}", where=str(checkpoint.folder)) from error
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, TypeError, AttributeError, LookupError) as error:  # of its small files
         raise UserError(f"The model cannot be loaded: {first_line(error)}", where=str(checkpoint.folder)) from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):

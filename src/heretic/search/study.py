@@ -14,6 +14,7 @@ from heretic.scoring.ladder import Measured, Scores, never
 from heretic.search.fidelity import BEATEN, Progress, told
 from heretic.search.front import AGAIN, Result, result
 from heretic.search.sampler import sampler
+from heretic.search.seal import sealed
 from heretic.search.standing import Standing
 from heretic.search.storage import worker
 from heretic.settings import Settings
@@ -39,9 +40,9 @@ class Measurer(Protocol):
         """Draw a trial's parameters; they are stored with it."""
 
     def measure(
-        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, int], bool]
+        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
     ) -> list[Measured | UserError]:
-        """What came out of each; `beaten(KL, refusals found so far)` says that one need not be measured any further."""
+        """What came out of each; `beaten(KL, refusals to expect at least)` says that one need not be measured any further."""
 
 
 def finished(study: optuna.Study) -> int:
@@ -86,7 +87,9 @@ def optimise(
                             raise found
                         continue
                     failures = 0
-                    trial.set_user_attr("scores" if isinstance(found, Scores) else BEATEN, found.as_dict())
+                    trial.set_user_attr(
+                        "scores" if isinstance(found, Scores) else BEATEN, sealed(found.as_dict(), trial.params)
+                    )
                     study.tell(trial, told(found, progress, settings.search.kl_floor, WORST_KL))
                     stage.advance()
                     watcher.say(f"Trial {trial.number} ({finished(study)} of {settings.n_trials}): {_line(found)}")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator
 
 from heretic.settings.ablation import AblationSettings, Directions, Geometry
-from heretic.settings.export import ExportFormat
+from heretic.settings.export import ExportFormat, GgufType
 from heretic.settings.field import PathText, Table, setting
 from heretic.settings.prompts import Prompts, PromptSource
 from heretic.settings.scoring import DEFAULT_MARKERS, not_blank
@@ -24,6 +24,7 @@ __all__ = [
     "Directions",
     "ExportFormat",
     "Geometry",
+    "GgufType",
     "GradientSettings",
     "KernelSpace",
     "PromptSource",
@@ -43,7 +44,8 @@ class Settings(Table):
     )
     export_format: ExportFormat = setting(
         "full",
-        "What is written: `full`, an ordinary model folder; `lora`, an adapter that peft puts on the base model.",
+        "What is written: `full`, an ordinary model folder; `lora`, an adapter that peft puts on the base model; `gguf`, one file "
+        "for llama.cpp.",
         neutral=True,
     )
     lora_rank: int = setting(
@@ -52,6 +54,12 @@ class Settings(Table):
         "what it leaves out is reported. Those of `plain` and `row_normalized` are of rank 1, exactly.",
         neutral=True,
         ge=1,
+    )
+    gguf_type: GgufType = setting(
+        "f16",
+        "How a GGUF file stores matrices; `q8_0` takes a little over half the space of `f16` and rounds more. Vectors are "
+        "always `f32`.",
+        neutral=True,
     )
     n_trials: int = setting(
         200, "Trials in the finished study, counted over all sessions that worked on it.", neutral=True, ge=1

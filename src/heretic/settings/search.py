@@ -61,6 +61,11 @@ class GradientSettings(Table):
     sparsity: float = setting(
         0.003, "Penalty on the sum of the strengths; it keeps writers that are not worth it at exactly 0.", ge=0
     )
+    listen: bool = setting(
+        True,
+        "Where the original's words of refusing have become improbable at a point, answer the prompts again, and make the words "
+        "with which some are still declined improbable too.",
+    )
     kl_tokens: int = setting(1, "Tokens of the harmless answers whose change counts.", ge=1)
     refusal_tokens: int = setting(4, "Tokens of a refusal that are made improbable.", ge=1)
 
@@ -88,6 +93,21 @@ class Search(Table):
     )
     direction_index: Range = setting(
         [0.4, 0.9], "Range of the layer that gives the global direction, as a share of the depth."
+    )
+    direction_per_component: bool = setting(
+        False,
+        "Trials by kernels draw scope and layer of the direction for attention and for the MLPs, each for itself.",
+    )
+    widen_bounds: bool = setting(
+        False,
+        "Let the largest strength of a kernel go beyond its range where the front crowds it: after every 20 trials, if half of the "
+        "front is in the uppermost tenth, the upper bound rises by half of the range, three times at most.",
+    )
+    warm_start: bool = setting(
+        False,
+        "Begin with the front of earlier runs in `runs_dir` that were searched by kernels on a model with as many layers of this "
+        "width and the same components: at most ten of their trials are measured first. They are looked for once and kept with "
+        "the study. Not with `start` = `gradient`, which has its own beginning.",
     )
     gradient: GradientSettings = setting(GradientSettings(), "The walk by gradient.")
     attention: KernelSpace = setting(KernelSpace(), "The kernel over attention output projections.")
