@@ -26,7 +26,6 @@ from heretic.prompts import PromptSets, load_all
 from heretic.run_folder import RunFolder, log_to
 from heretic.search.front import Result, front
 from heretic.search.storage import (
-    REFUSALS_BEFORE,
     STORAGE_ERRORS,
     connect,
     fail_abandoned,
@@ -162,10 +161,11 @@ def work(desk: Desk) -> Export | None:
 def go_on(desk: Desk) -> None:
     """The missing trials."""
     session = desk.session()
-    desk.study.set_user_attr(REFUSALS_BEFORE, session.baseline.refusals)
+    desk.keep_before()
     space = session.space(find_walk(desk.study, session, desk.folder))
     trials = Trials(session, desk.folder, space)
     optimise(desk.study, desk.settings, trials, watcher=desk.watcher, stop=desk.stop)
+    desk.keep_before()  # once more: should the judge have changed, so has this
 
 
 def write(desk: Desk, result: Result, destination: Path) -> Export:

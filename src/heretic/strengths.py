@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 
 import optuna
@@ -12,17 +11,16 @@ import torch
 from heretic.errors import UserError
 from heretic.machine.host import memory
 from heretic.machine.shape import ModelShape
-from heretic.model.batching import Batch
-from heretic.model.decoding import decode
 from heretic.model.forward import can_begin_later
 from heretic.model.loading import LanguageModel
 from heretic.run_folder import RunFolder
 from heretic.savings import entries_of
-from heretic.scoring.loss import Objective, Taught, log_probs_at
+from heretic.scoring.loss import Objective
 from heretic.scoring.refusals import count_refusals
+from heretic.scoring.taught import Taught, beginnings, log_probs_at
 from heretic.search.gradient import Descent, State
 from heretic.search.walk import Point, Walk
-from heretic.session import Bench, Session
+from heretic.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +87,20 @@ def prepare(session: Session) -> Objective | None:
     gradient, model = bench.settings.search.gradient, bench.language_model
     asked, harmless = (bench.encoded[role][: gradient.prompts] for role in ("harmful_train", "harmless_train"))
     refusals = count_refusals(
-        model, bench.chat, asked, bench.ladder.judge, bench.batcher, TRIED_TOKENS, fewest_tokens=gradient.refusal_tokens
+        model,
+        bench.chat,
+        asked,
+        bench.ladder.judge,
+        bench.batcher,
+        TRIED_TOKENS,
+        requests=bench.prompts.harmful_train.prompts[: gradient.prompts],
+        fewest_tokens=gradient.refusal_tokens,
     )
     declined = [(p, list(t)) for p, t, d in zip(asked, refusals.tokens, refusals.declined, strict=True) if d and t]
     if len(declined) < FEWEST_REFUSALS:
         return None
     harmful = Taught.of([p for p, _ in declined], [t[: gradient.refusal_tokens] for _, t in declined])
-    answered = Taught.of(harmless, _beginnings(bench, harmless, gradient.kl_tokens))
+    answered = Taught.of(harmless, beginnings(model, harmless, bench.batcher, gradient.kl_tokens))
     original = log_probs_at(model, answered, bench.batcher)
     rows, checkpoints = rows_with_gradients(model, max(map(len, (*harmful.sequences, *answered.sequences))))
     batcher = replace(bench.batcher, size=min(rows, bench.batcher.size))
@@ -128,15 +133,3 @@ def _free_memory(model: LanguageModel) -> int:
 
 def _devices(model: LanguageModel) -> set[torch.device]:
     return {parameter.device for block in model.anatomy.blocks for parameter in block.parameters()}
-
-
-def _beginnings(bench: Bench, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
-    """The first tokens of the original's answers, and one more whose place is all that counts; fewer where an answer ends."""
-    if tokens == 1:
-        return [[0] for _ in prompts]
-    model = bench.language_model
-
-    def step(batch: Batch) -> list[list[int]]:
-        return decode(model.model, batch, tokens - 1, model.end_tokens)
-
-    return [[*text, 0] for text in bench.batcher.run("Original's answers", prompts, step)]

@@ -19,7 +19,7 @@ from heretic.model.loading import LanguageModel, load
 from heretic.savings import with_savings
 from heretic.scoring.divergence import first_token_log_probs
 from heretic.scoring.ladder import Beaten, Ladder, Scores
-from heretic.scoring.refusals import MarkerJudge
+from heretic.scoring.markers import MarkerJudge
 from heretic.scoring.surrogate import MOST_TOKENS
 from tests.tiny import FAMILIES, HARMFUL, HARMLESS, WINDOWED, save_tiny
 
@@ -49,7 +49,7 @@ def bench(folder: Path, *, share: bool, size: int = 64) -> tuple[Ladder, Workben
 
 def refusal_texts(ladder: Ladder) -> list[list[int]]:
     counted = ladder.refusals(fewest_tokens=3)
-    assert counted.count
+    assert counted.count or counted.evasive
     return [list(t[:MOST_TOKENS]) if d else [] for t, d in zip(counted.tokens, counted.declined, strict=True)]
 
 

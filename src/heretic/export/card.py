@@ -7,9 +7,16 @@ from pathlib import Path
 
 from heretic import __version__
 from heretic.ablation.ablation import Ablation
+from heretic.run_folder import Baseline
+from heretic.scoring.harmless import Conduct
 from heretic.scoring.ladder import Scores
 
 BARS = "·▁▂▃▄▅▆▇█"
+JUDGED = {
+    "markers": "refusal phrases in their first tokens",
+    "classifier": "a classifier of their first tokens",
+    "llm": "a language model that read their first tokens",
+}
 
 
 def card(
@@ -18,7 +25,7 @@ def card(
     source_card: str,
     ablation: Ablation,
     geometry: str,
-    before: int,
+    before: Baseline,
     scores: Scores,
     run: str,
     trial: int,
@@ -29,6 +36,7 @@ def card(
     head += ["library_name: transformers", "tags: [abliterated, directional-ablation, heretic]", "---"]
     strengths = "\n".join(_profile(component, list(map(float, s))) for component, s in ablation.strengths.items())
     d = scores.divergence
+    tokens = max(map(len, before.answered))
     return (
         "\n".join(line for line in head if line)
         + f"""
@@ -41,12 +49,13 @@ can be wrong, offensive or harmful. Nothing was added to it: it knows what the o
 
 ## What was measured
 
-On this model as written, reloaded from its files; answers are judged by refusal phrases in their first tokens.
+On this model as written, reloaded from its files; answers are judged by {JUDGED[scores.judge]}.
 
 | | original | this model |
 |---|---|---|
-| requests declined | {before} of {total} | {scores.refusals} of {total} |
-| KL divergence on harmless requests, mean | 0 | {d.mean:.4f} |
+| requests declined | {before.refusals} of {total} | {scores.refusals} of {total} |
+| neither declined nor answered | {before.evasive} of {total} | {scores.evasive} of {total} |
+{_conduct(before.conduct, scores.conduct)}| KL divergence on harmless requests, {_at(tokens)}, mean | 0 | {d.mean:.4f} |
 | median / 95th percentile / largest | 0 | {d.median:.4f} / {d.p95:.4f} / {d.max:.4f} |
 
 ## What was changed
@@ -68,6 +77,21 @@ front of others without safeguards of your own. The licence and the acceptable-u
 Method: Arditi et al., *Refusal in Language Models Is Mediated by a Single Direction* (2024), arXiv 2406.11717.
 """
     )
+
+
+def _conduct(before: Conduct | None, now: Conduct | None) -> str:
+    """Rows on the answers to harmless prompts, where they were looked at."""
+    if before is None or now is None:
+        return ""
+    return (
+        f"| harmless requests declined or evaded | {before.over_refusals} of {now.total} | {now.over_refusals} of {now.total} |\n"
+        f"| harmless requests answered with nothing or a loop | {before.degenerate} of {now.total} "
+        f"| {now.degenerate} of {now.total} |\n"
+    )
+
+
+def _at(tokens: int) -> str:
+    return "first token" if tokens == 1 else f"first {tokens} tokens of the original's answer"
 
 
 def _profile(component: str, strengths: list[float]) -> str:

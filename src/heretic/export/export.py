@@ -36,6 +36,7 @@ from heretic.progress import Watcher
 from heretic.prompts import PromptSets
 from heretic.run_folder import Baseline, RunFolder
 from heretic.scoring.ladder import Scores
+from heretic.scoring.verdict import Judge
 from heretic.search.front import Result
 from heretic.search.space import Space
 from heretic.session import LoadPlan, Session, read_template
@@ -61,6 +62,7 @@ class ExportJob:
     edits: Mapping[str, TensorEdit]
     baseline: Baseline
     attached: Tensor
+    judge: Judge
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def plan_export(
         edits=plan_edits(model.checkpoint, model.anatomy.writers, operators, model.model),
         baseline=session.baseline,
         attached=session.log_probs(ablation),
+        judge=bench.ladder.judge,
     )
 
 
@@ -130,8 +133,8 @@ def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Expor
         job.settings,
         job.prompts,
         job.plan,
-        job.baseline.response_prefix,
-        job.baseline.log_probs,
+        job.baseline,
+        job.judge,
         job.attached,
         job.result.scores.divergence.mean,
         from_gguf,
@@ -145,7 +148,7 @@ def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Expor
         source_card=source_card.read_text(encoding="utf-8", errors="replace") if source_card.is_file() else "",
         ablation=job.ablation,
         geometry=job.settings.ablation.geometry,
-        before=job.baseline.refusals,
+        before=job.baseline,
         scores=proof.scores,
         run=job.folder.name,
         trial=job.result.number,
@@ -189,7 +192,12 @@ def _manifest(job: ExportJob, hashes: dict[str, dict[str, str]], proof: Verifica
         "ablation": job.ablation.as_dict(),
         "params": job.result.params,
         "scores": {
-            "original": {"refusals": job.baseline.refusals, "total": len(job.baseline.declined)},
+            "original": {
+                "refusals": job.baseline.refusals,
+                "evasive": job.baseline.evasive,
+                "total": len(job.baseline.declined),
+                "conduct": job.baseline.conduct.as_dict() if job.baseline.conduct else None,
+            },
             "study": scores_text(job.result.scores),
             "written": scores_text(proof.scores),
         },

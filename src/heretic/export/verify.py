@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,8 +11,11 @@ from heretic.errors import VerificationFailed
 from heretic.model.checkpoint import open_checkpoint
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets
-from heretic.scoring.divergence import divergences, first_token_log_probs
+from heretic.run_folder import Baseline
+from heretic.scoring.divergence import divergences
 from heretic.scoring.ladder import Scores
+from heretic.scoring.taught import all_log_probs
+from heretic.scoring.verdict import Judge
 from heretic.session import LoadPlan, open_bench
 from heretic.settings import Settings
 from heretic.stop import Stop
@@ -39,25 +42,24 @@ def verify(
     settings: Settings,
     prompts: PromptSets,
     plan: LoadPlan,
-    response_prefix: str,
-    baseline: Tensor,
+    baseline: Baseline,
+    judge: Judge,
     attached: Tensor,
     ablated_by: float,
     from_gguf: bool,
     watcher: Watcher,
     stop: Stop,
 ) -> Verification:
-    """Load `folder`, compare with `attached` [prompts, vocabulary] and measure the scores again.
+    """Load `folder`, compare with `attached` [tokens, vocabulary] and measure the scores again, by the `judge` of the study.
 
     `ablated_by` is the mean KL between the original and the attached model; a model `from_gguf` was rounded
     as a whole. Raises VerificationFailed.
     """
     checkpoint = open_checkpoint(folder, trust_remote_code=[folder] if settings.trust_remote_code else [])
     trusting = settings.model_copy(update={"trust_remote_code": [folder] if settings.trust_remote_code else []})
-    bench = open_bench(trusting, checkpoint, prompts, plan, watcher, stop, response_prefix)
-    written = first_token_log_probs(
-        bench.language_model, bench.ladder.harmless, bench.batcher, "Verifying the written model"
-    )
+    bench = open_bench(trusting, checkpoint, prompts, plan, watcher, stop, baseline.response_prefix, judge)
+    ladder = replace(bench.ladder, answered=baseline.answered)
+    written = all_log_probs(bench.language_model, ladder.taught, bench.batcher, "Verifying the written model")
     divergence = float(divergences(attached, written).mean())
     likely = attached > torch.log(torch.tensor(1e-3))
     largest = float((attached - written)[likely].abs().max())
@@ -69,4 +71,4 @@ def verify(
             where=folder,
             fix="this is a defect of heretic or of the disk: please report it with run.log; the study is kept",
         )
-    return Verification(divergence, largest, bench.ladder.score(baseline))
+    return Verification(divergence, largest, ladder.score(baseline.log_probs))

@@ -41,7 +41,7 @@ class Measurer(Protocol):
     def measure(
         self, trials: Sequence[optuna.Trial], beaten: Callable[[float, int], bool]
     ) -> list[Measured | UserError]:
-        """What came out of each; `beaten(KL, refusals found so far)` says that one need not be measured any further."""
+        """What came out of each; `beaten(KL, unanswered requests found so far)` says that one need not be measured any further."""
 
 
 def finished(study: optuna.Study) -> int:
@@ -87,6 +87,8 @@ def optimise(
                         continue
                     failures = 0
                     trial.set_user_attr("scores" if isinstance(found, Scores) else BEATEN, found.as_dict())
+                    for name, excess in found.excess.items() if isinstance(found, Scores) else ():
+                        trial.set_constraint(name, excess)
                     study.tell(trial, told(found, progress, settings.search.kl_floor, WORST_KL))
                     stage.advance()
                     watcher.say(f"Trial {trial.number} ({finished(study)} of {settings.n_trials}): {_line(found)}")
@@ -138,5 +140,9 @@ def _line(found: Measured) -> str:
     """What came out, for the log."""
     kl, seconds = found.divergence.mean, found.seconds.get("trial", 0.0)
     if isinstance(found, Scores):
-        return f"{found.refusals} of {found.total} refused, KL {kl:.4f} ({seconds:.1f} s)"
+        evasive = f", {found.evasive} evasive" if found.evasive else ""
+        beyond = "".join(
+            f", {name.replace('_', '-')} {n:g} over the limit" for name, n in found.excess.items() if n > 0
+        )
+        return f"{found.refusals} of {found.total} refused{evasive}, KL {kl:.4f}{beyond} ({seconds:.1f} s)"
     return f"beaten, with at least {found.at_least} of {found.total} refused at KL {kl:.4f} ({seconds:.1f} s)"
