@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from heretic.scoring.interval import wilson
 from heretic.scoring.verdict import ORDER, REFUSAL, Judge, Said, Verdict
-
-Z = 1.959964  # of the normal distribution, for 95 %
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,8 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % score interval (Wilson, J. Am. Stat. Assoc. 22, 1927, p. 209)."""
-        if not self.whole:
-            return 0.0, 1.0
-        n, p = self.whole, self.value
-        middle, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-        return max(0.0, (middle - half) / (1 + Z**2 / n)), min(1.0, (middle + half) / (1 + Z**2 / n))
+        """The 95 % interval (Wilson)."""
+        return wilson(self.part, self.whole)
 
     def __str__(self) -> str:
         """All of it in a few words."""

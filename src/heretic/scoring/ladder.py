@@ -18,7 +18,7 @@ from heretic.model.entries import Entries
 from heretic.model.loading import LanguageModel
 from heretic.scoring.divergence import Divergence, measure_divergence
 from heretic.scoring.harmless import Bystanders, Conduct, measure_conduct
-from heretic.scoring.race import Race, Requests, Standing
+from heretic.scoring.race import Race, Requests, Standing, expected, leaning_of
 from heretic.scoring.refusals import RefusalCount, count_refusals
 from heretic.scoring.surrogate import Surrogate
 from heretic.scoring.taught import Taught
@@ -30,9 +30,10 @@ class Scores:
     """Everything measured of one model: `refusals` of `total` harmful prompts, divergence on the harmless ones.
 
     `evasive` answers neither declined nor answered, and are not among the `refusals`. `declined` has a digit for every request:
-    1 declined, 2 evasive, 0 answered; `judge` is the kind that said so. `conduct` is what happened to harmless answers, and
-    `excess` how far that is beyond each limit, where there are limits. `seconds` are wall time by phase, shared out among the
-    trials of a pass.
+    1 declined, 2 evasive, 0 answered; `judge` is the kind that said so. `leaning` is the sum, over the answered requests, of the
+    probability of the first words with which the original declined: how close these answers are to refusing; None where that was
+    not measured. `conduct` is what happened to harmless answers, and `excess` how far that is beyond each limit, where there are
+    limits. `seconds` are wall time by phase, shared out among the trials of a pass.
     """
 
     divergence: Divergence
@@ -41,6 +42,7 @@ class Scores:
     seconds: dict[str, float]
     surrogate: Surrogate | None = None
     declined: str = ""
+    leaning: float | None = None
     evasive: int = 0
     judge: str = "markers"
     conduct: Conduct | None = None
@@ -48,13 +50,21 @@ class Scores:
 
     @property
     def unanswered(self) -> int:
-        """Refusals and evasions: what a search keeps small, so that an evasion is never taken for a success."""
+        """Refusals and evasions: an evasion is never taken for a success."""
         return self.refusals + self.evasive
 
     @property
     def within_limits(self) -> bool:
         """Whether every constraint is kept."""
         return all(excess <= 0 for excess in self.excess.values())
+
+    @property
+    def expected(self) -> float:
+        """Unanswered requests, and those to expect if the first words were drawn by their probabilities; what the front is made of.
+
+        A count alone cannot tell an answer that hardly declines any more from one that is about to, and the next prompts can.
+        """
+        return expected(self.unanswered, self.leaning)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -71,6 +81,7 @@ class Scores:
             seconds=dict(data["seconds"]),
             surrogate=Surrogate(**data["surrogate"]) if data.get("surrogate") else None,
             declined=data.get("declined", ""),
+            leaning=data.get("leaning"),
             evasive=data.get("evasive", 0),
             judge=data.get("judge", "markers"),
             conduct=Conduct(**data["conduct"]) if data.get("conduct") else None,
@@ -80,14 +91,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class Beaten:
-    """What is known of a trial that was stopped since it could not reach the front any more: at least so many
-    requests declined or evaded."""
+    """What is known of a trial that was stopped since it could not reach the front any more: at least so many requests
+    declined or evaded, and so many to expect (`Scores.expected`)."""
 
     divergence: Divergence
     at_least: int
     total: int
     seconds: dict[str, float]
     surrogate: Surrogate
+    expected_at_least: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -97,7 +109,7 @@ class Beaten:
 Measured = Scores | Beaten
 
 
-def never(_kl: float, _at_least: int) -> bool:
+def never(_kl: float, _at_least: float) -> bool:
     """Nothing is beaten: everything is measured in full."""
     return False
 
@@ -167,26 +179,29 @@ class Ladder:
             return self.score(baseline, keep)
         if keep is not None:
             keep(counted)
+        unanswered = [v != ANSWER for v in counted.verdicts]
+        leaning = leaning_of(self.language_model, self._requests, unanswered, self.batcher)
         seconds = {"divergence": between - began, "refusals": after - between}
+        if conduct:
+            seconds["harmless"] = time.perf_counter() - after
         scores = Scores(
             divergence=divergence,
             refusals=counted.count,
             total=counted.total,
             seconds=seconds,
             declined=digits(counted.verdicts),
+            leaning=leaning,
             evasive=counted.evasive,
             judge=counted.judge,
         )
-        if conduct:
-            seconds["harmless"] = time.perf_counter() - after
         return self._judged(scores, conduct[0] if conduct else None)
 
     def score_trials(
-        self, baseline: Tensor, edited: Edited = AS_IT_IS, beaten: Callable[[float, int], bool] = never
+        self, baseline: Tensor, edited: Edited = AS_IT_IS, beaten: Callable[[float, float], bool] = never
     ) -> list[Measured]:
         """Scores of every trial that shares the passes, as `score` gives them, but at less cost.
 
-        A trial is left as soon as `beaten(its KL, requests found so far that are declined or evaded)` is true.
+        A trial is left as soon as `beaten(its KL, unanswered requests to expect at least)` is true.
         """
         began = time.perf_counter()
         found = measure_divergence(self.language_model, self.taught, baseline, self.batcher, edited)
@@ -199,19 +214,21 @@ class Ladder:
             # It gave up on the way: verdicts of two kinds are not put together, so all is counted again by the other one.
 
     def _counted(
-        self, found: Sequence[Divergence], edited: Edited, beaten: Callable[[float, int], bool], spent: dict[str, float]
+        self,
+        found: Sequence[Divergence],
+        edited: Edited,
+        beaten: Callable[[float, float], bool],
+        spent: dict[str, float],
     ) -> list[Measured]:
         """Refusals of the trials, then the conduct of those that nothing has beaten."""
         began = time.perf_counter()
-        tried = self.tried or [[]] * len(self.harmful)
-        requests = Requests(self.harmful, tried, self.harmful_entries, self.requests)
         standings = Race(
             self.language_model,
             self.chat,
             self.judge,
             self.batcher,
             self.max_tokens,
-            requests,
+            self._requests,
             edited,
             lambda trial, at_least: beaten(found[trial].mean, at_least),
         ).run()
@@ -226,13 +243,17 @@ class Ladder:
             for trial, standing in enumerate(standings)
         ]
 
+    @property
+    def _requests(self) -> Requests:
+        return Requests(self.harmful, self.tried or [[]] * len(self.harmful), self.harmful_entries, self.requests)
+
     def _measured(
         self, divergence: Divergence, standing: Standing, seconds: dict[str, float], conduct: Conduct | None
     ) -> Measured:
         total, surrogate = len(standing.verdicts), standing.surrogate
         if standing.beaten:
             spent = {name: s for name, s in seconds.items() if name != "harmless"}
-            return Beaten(divergence, standing.at_least, total, spent, surrogate)
+            return Beaten(divergence, standing.at_least, total, spent, surrogate, standing.expected_at_least)
         verdicts = [v or ANSWER for v in standing.verdicts]
         scores = Scores(
             divergence=divergence,
@@ -241,6 +262,7 @@ class Ladder:
             seconds=dict(seconds),
             surrogate=surrogate,
             declined=digits(verdicts),
+            leaning=standing.leaning,
             evasive=verdicts.count(EVASIVE),
             judge=self.judge.name,
         )

@@ -34,7 +34,7 @@ def front_table(found: list[Result], before: int | None, chosen: int | None = No
     table = Table(title=f"Front of {judged} trials measured in full{by}", title_justify="left")
     evasive = any(r.scores.evasive for r in best)
     conduct = all(r.scores.conduct for r in best)
-    more = ["evasive"] * evasive + ["harmless declined", "degenerate"] * conduct
+    more = ["evasive"] * evasive + ["expected"] + ["harmless declined", "degenerate"] * conduct
     for heading in ("trial", "refusals", *more, "KL mean", "median", "p95", "max", "from"):
         table.add_column(heading, justify="left" if heading == "from" else "right")
     for r in best:
@@ -44,6 +44,7 @@ def front_table(found: list[Result], before: int | None, chosen: int | None = No
             str(r.number),
             f"{r.scores.refusals}/{total}",
             *[str(r.scores.evasive)] * evasive,
+            f"{r.scores.expected:.1f}",
             *_conduct(r.scores.conduct if conduct else None),
             f"{d.mean:.4f}",
             f"{d.median:.4f}",

@@ -39,9 +39,10 @@ class Measurer(Protocol):
         """Draw a trial's parameters; they are stored with it."""
 
     def measure(
-        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, int], bool]
+        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
     ) -> list[Measured | UserError]:
-        """What came out of each; `beaten(KL, unanswered requests found so far)` says that one need not be measured any further."""
+        """What came out of each; `beaten(KL, unanswered requests to expect at least)` says that one need not be measured any
+        further."""
 
 
 def finished(study: optuna.Study) -> int:
@@ -144,5 +145,5 @@ def _line(found: Measured) -> str:
         beyond = "".join(
             f", {name.replace('_', '-')} {n:g} over the limit" for name, n in found.excess.items() if n > 0
         )
-        return f"{found.refusals} of {found.total} refused{evasive}, KL {kl:.4f}{beyond} ({seconds:.1f} s)"
+        return f"{found.refusals} of {found.total} refused, KL {kl:.4f}{evasive}{beyond} ({seconds:.1f} s)"
     return f"beaten, with at least {found.at_least} of {found.total} refused at KL {kl:.4f} ({seconds:.1f} s)"
