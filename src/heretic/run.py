@@ -35,6 +35,7 @@ from heretic.search.storage import (
     unwritable,
 )
 from heretic.search.study import finished, optimise
+from heretic.search.warm_start import warm_start
 from heretic.session import LoadPlan, read_template
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved
@@ -163,7 +164,9 @@ def go_on(desk: Desk) -> None:
     session = desk.session()
     desk.keep_before()
     space = session.space(find_walk(desk.study, session, desk.folder))
-    trials = Trials(session, desk.folder, space)
+    width = session.bench.language_model.anatomy.width
+    warm = warm_start(desk.study, space, desk.folder, width, desk.watcher)
+    trials = Trials(session, desk.folder, space, warm)
     optimise(desk.study, desk.settings, trials, watcher=desk.watcher, stop=desk.stop)
     desk.keep_before()  # once more: should the judge have changed, so has this
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from heretic.ablation.ablation import Ablation, Workbench
 from heretic.ablation.attach import attach
 from heretic.ablation.bake import Original, copies, from_checkpoint, rewrite
-from heretic.ablation.directions import Directions, mean_difference
+from heretic.ablation.directions import Directions
 from heretic.errors import UserError
+from heretic.finding import find_directions
 from heretic.machine.host import memory, spell_bytes
 from heretic.model.anatomy import Writer
 from heretic.model.batching import AS_IT_IS, Batch, Batcher, Edited
-from heretic.model.capture import mean_residuals
-from heretic.model.chat_format import ChatFormat, check_length, common_prefix
+from heretic.model.chat_format import ChatFormat, check_different, check_length, common_prefix
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.decoding import decode, decoded_by_generate
 from heretic.model.forward import can_share, padding_matters
@@ -195,6 +195,7 @@ def encode(prompts: PromptSets, chat: ChatFormat, context: int, settings: Settin
     decoded = {"harmful_eval": settings.max_response_length, "harmless_eval": harmless}
     for prompt_set in prompts.all:
         encoded[prompt_set.role] = chat.encode(prompt_set.prompts)
+        check_different(prompt_set.role, encoded[prompt_set.role])
         new = decoded.get(prompt_set.role, 1)
         check_length(prompt_set.role, encoded[prompt_set.role], context, new)
     return encoded
@@ -236,13 +237,9 @@ def open_session(
         )
     directions = folder.directions(watcher)
     if directions is None:
-        directions = find_directions(bench)
+        directions = directions_of(bench)
         folder.keep_directions(directions)
     writers = bench.language_model.anatomy.writers
-    edit = settings.ablation
-    workbench = Workbench.prepare(
-        directions, writers, edit.geometry, weight_reader(bench.language_model), watcher, norm_aware=edit.norm_aware
-    )
     original = None
     if settings.apply == "weights":
         original = (
@@ -250,6 +247,7 @@ def open_session(
             if settings.cache_weights
             else from_checkpoint(_with_tensors(checkpoint), writers, bench.language_model.model)
         )
+    workbench = workbench_of(bench, directions)
     return with_baseline(Session(bench, baseline, workbench, original, bench.ladder), baseline)
 
 
@@ -266,6 +264,21 @@ def judged_anew(session: Session, folder: RunFolder) -> Session:
     baseline = measure_baseline(session.bench)
     folder.keep_baseline(baseline)
     return with_baseline(session, baseline)
+
+
+def directions_of(bench: Bench) -> Directions:
+    """Directions as the settings want them, from the prompt sets for it. Raises UserError."""
+    harmful, harmless = (bench.encoded[role] for role in ("harmful_train", "harmless_train"))
+    return find_directions(bench.language_model, harmful, harmless, bench.batcher, bench.settings.directions)
+
+
+def workbench_of(bench: Bench, directions: Directions) -> Workbench:
+    """What gives the operators of the run's geometry for these directions."""
+    model, edit = bench.language_model, bench.settings.ablation
+    read, watcher = weight_reader(model), bench.batcher.watcher
+    return Workbench.prepare(
+        directions, model.anatomy.writers, edit.geometry, read, watcher, norm_aware=edit.norm_aware
+    )
 
 
 def measure_baseline(bench: Bench) -> Baseline:
@@ -311,16 +324,6 @@ def check_room(tokens: int, bench: Bench) -> None:
             where="kl_tokens",
             fix=f"kl_tokens = {fitting}, or fewer prompts in prompts.harmless_eval",
         )
-
-
-def find_directions(bench: Bench) -> Directions:
-    """Capture residuals of the training prompts and take the difference of their means."""
-    means = []
-    winsorize = bench.settings.directions.winsorize
-    for role in ("harmful_train", "harmless_train"):
-        name = f"Residuals of {role}"
-        means.append(mean_residuals(bench.language_model, name, bench.encoded[role], bench.batcher, winsorize))
-    return mean_difference(*means, project_harmless=bench.settings.directions.project_harmless)
 
 
 def find_prefix(language_model: LanguageModel, encoded: Mapping[str, list[list[int]]], batcher: Batcher) -> str:

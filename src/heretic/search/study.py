@@ -14,6 +14,7 @@ from heretic.scoring.ladder import Measured, Scores, never
 from heretic.search.fidelity import BEATEN, Progress, told
 from heretic.search.front import AGAIN, Result, result
 from heretic.search.sampler import sampler
+from heretic.search.seal import sealed
 from heretic.search.standing import Standing
 from heretic.search.storage import worker
 from heretic.settings import Settings
@@ -87,7 +88,9 @@ def optimise(
                             raise found
                         continue
                     failures = 0
-                    trial.set_user_attr("scores" if isinstance(found, Scores) else BEATEN, found.as_dict())
+                    trial.set_user_attr(
+                        "scores" if isinstance(found, Scores) else BEATEN, sealed(found.as_dict(), trial.params)
+                    )
                     for name, excess in found.excess.items() if isinstance(found, Scores) else ():
                         trial.set_constraint(name, excess)
                     study.tell(trial, told(found, progress, settings.search.kl_floor, WORST_KL))
