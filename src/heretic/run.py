@@ -25,7 +25,6 @@ from heretic.prompts import PromptSets, load_all
 from heretic.run_folder import RunFolder, log_to
 from heretic.search.front import Result, front
 from heretic.search.storage import (
-    REFUSALS_BEFORE,
     STORAGE_ERRORS,
     connect,
     fail_abandoned,
@@ -162,12 +161,13 @@ def work(desk: Desk) -> Export | None:
 def go_on(desk: Desk) -> None:
     """The missing trials."""
     session = desk.session()
-    desk.study.set_user_attr(REFUSALS_BEFORE, session.baseline.refusals)
+    desk.keep_before()
     space = session.space(find_walk(desk.study, session, desk.folder))
     width = session.bench.language_model.anatomy.width
     warm = warm_start(desk.study, space, desk.folder, width, desk.watcher)
     trials = Trials(session, desk.folder, space, warm)
     optimise(desk.study, desk.settings, trials, watcher=desk.watcher, stop=desk.stop)
+    desk.keep_before()  # once more: should the judge have changed, so has this
 
 
 def write(desk: Desk, result: Result, destination: Path) -> Export:

@@ -76,6 +76,7 @@ def plan_export(
         baseline=session.baseline,
         attached=session.log_probs(ablation),
         ablated_by=result.scores.divergence.mean,
+        judge=bench.ladder.judge,
     )
 
 
@@ -165,7 +166,12 @@ def _manifest(job: ExportJob, written: Written, directions: str, proof: Verifica
         "ablation": job.ablation.as_dict(),
         "params": job.result.params,
         "scores": {
-            "original": {"refusals": job.baseline.refusals, "total": len(job.baseline.declined)},
+            "original": {
+                "refusals": job.baseline.refusals,
+                "evasive": job.baseline.evasive,
+                "total": len(job.baseline.declined),
+                "conduct": job.baseline.conduct.as_dict() if job.baseline.conduct else None,
+            },
             "study": scores_text(job.result.scores),
             "written": scores_text(proof.scores),
         },

@@ -17,9 +17,9 @@ from heretic.machine.host import devices
 from heretic.machine.memory_plan import plan_for
 from heretic.model.batching import free_memory
 from heretic.progress import Watcher
-from heretic.run_folder import Baseline
-from heretic.scoring.divergence import divergences, first_token_log_probs
-from heretic.session import LoadPlan, open_bench
+from heretic.scoring.divergence import divergences
+from heretic.scoring.taught import all_log_probs
+from heretic.session import LoadPlan, measure_baseline, open_bench
 from heretic.stop import Stop
 
 
@@ -48,19 +48,19 @@ def in_full_precision(job: ExportJob, watcher: Watcher, stop: Stop) -> ExportJob
         )
         return job
     prefix = job.baseline.response_prefix
-    bench = open_bench(job.settings, job.checkpoint, job.prompts, plan, watcher, stop, prefix)
-    model, harmless = bench.language_model, bench.ladder.harmless
-    log_probs = first_token_log_probs(model, harmless, bench.batcher, "The original in full precision")
-    declined = bench.ladder.refusals().declined
+    bench = open_bench(job.settings, job.checkpoint, job.prompts, plan, watcher, stop, prefix, job.judge)
+    model = bench.language_model
+    baseline = measure_baseline(bench)
+    taught = replace(bench.ladder, answered=baseline.answered).taught
     with attach(model.anatomy.writers, job.operators):
-        attached = first_token_log_probs(model, harmless, bench.batcher, "Ablated model's answers")
+        attached = all_log_probs(model, taught, bench.batcher, "Ablated model's answers")
     plan = replace(plan, dtypes=[model.dtype], batch_size=bench.batcher.size)
     del bench, model
     free_memory()
     return replace(
         job,
         plan=plan,
-        baseline=Baseline(log_probs, tuple(declined), tuple([] for _ in declined), prefix),
+        baseline=baseline,
         attached=attached,
-        ablated_by=float(divergences(log_probs, attached).mean()),
+        ablated_by=float(divergences(baseline.log_probs, attached).mean()),
     )

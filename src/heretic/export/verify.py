@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,8 +11,9 @@ from heretic.export.formats import FORMATS
 from heretic.export.job import ExportJob, Written
 from heretic.model.checkpoint import Checkpoint
 from heretic.progress import Watcher
-from heretic.scoring.divergence import divergences, first_token_log_probs
+from heretic.scoring.divergence import divergences
 from heretic.scoring.ladder import Scores
+from heretic.scoring.taught import all_log_probs
 from heretic.session import open_bench
 from heretic.stop import Stop
 
@@ -44,10 +45,10 @@ def verify(job: ExportJob, checkpoint: Checkpoint, written: Written, watcher: Wa
     """
     trusted = [checkpoint.model] if job.checkpoint.model in job.settings.trust_remote_code else []
     trusting = job.settings.model_copy(update={"trust_remote_code": trusted})
-    bench = open_bench(trusting, checkpoint, job.prompts, job.plan, watcher, stop, job.baseline.response_prefix)
-    found = first_token_log_probs(
-        bench.language_model, bench.ladder.harmless, bench.batcher, "Verifying the written model"
-    )
+    prefix = job.baseline.response_prefix
+    bench = open_bench(trusting, checkpoint, job.prompts, job.plan, watcher, stop, prefix, job.judge)
+    ladder = replace(bench.ladder, answered=job.baseline.answered)
+    found = all_log_probs(bench.language_model, ladder.taught, bench.batcher, "Verifying the written model")
     divergence = float(divergences(job.attached, found).mean())
     likely = job.attached > torch.log(torch.tensor(1e-3))
     largest = float((job.attached - found)[likely].abs().max())
@@ -59,7 +60,7 @@ def verify(job: ExportJob, checkpoint: Checkpoint, written: Written, watcher: Wa
     share = TOLERATED_SHARE if written.exact else TOLERATED_SHARE_OF_A_PART
     tolerated = share * job.ablated_by + rounding
     if divergence <= tolerated:
-        return Verification(divergence, largest, bench.ladder.score(job.baseline.log_probs))
+        return Verification(divergence, largest, ladder.score(job.baseline.log_probs))
     what = f"The written model does not answer as the measured one did: mean KL {divergence:.1e}, tolerated {tolerated:.1e}."
     if not written.exact:
         raise UserError(what, where=f'export_format = "{job.format}"', fix="a higher lora_rank, or another format")
