@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.desk import Desk
 from heretic.errors import UserError
 from heretic.export.export import Export
@@ -22,10 +23,10 @@ from heretic.model.decoding import decode
 from heretic.model.talking import answer
 from heretic.progress import Watcher
 from heretic.run import device_lock, look, study_of, write
-from heretic.run_folder import find_run, stored
+from heretic.run_folder import RunFolder, find_run, stored
 from heretic.scoring.divergence import Divergence, first_token_log_probs, measure_divergence
 from heretic.search.front import Result
-from heretic.session import Bench, open_bench
+from heretic.session import Bench, find_directions, open_bench
 from heretic.settings import Settings
 from heretic.stop import Stop
 
@@ -112,6 +113,24 @@ def compare(desk: Desk, trials: Sequence[int], asked: Sequence[str], tokens: int
             for row, said in zip(found, bench.batcher.run(model, encoded, step), strict=True):
                 row[model] = bench.chat.text(said)
     return found
+
+
+def residual_geometry(
+    settings: Settings, folder: RunFolder | None, *, wait: bool, watcher: Watcher, stop: Stop
+) -> ResidualGeometry:
+    """How a model's residuals lie on the training prompts: as a run's folder holds it, else measured on the loaded model and, with
+    a folder, kept there."""
+    settings = settings.model_copy(update={"save_to": ""})  # nothing is written, so no place for it has to be free
+    stored = folder.geometry() if folder else None
+    if stored is not None:
+        return stored
+    with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
+        inputs = look(settings, force=False, watcher=watcher)
+        bench = open_bench(settings, inputs.checkpoint, inputs.prompts, inputs.plan, watcher, stop)
+        _, found = find_directions(bench)
+        if folder is not None:
+            inputs.folder.keep_geometry(found)
+        return found
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from heretic.machine.memory_plan import MemoryPlan
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
+from heretic.report.about import About
+from heretic.report.reporter import reporting
 from heretic.run_folder import RunFolder, log_to
 from heretic.search.front import Result, front
 from heretic.search.storage import (
@@ -163,9 +165,18 @@ def go_on(desk: Desk) -> None:
     """The missing trials."""
     session = desk.session()
     desk.study.set_user_attr(REFUSALS_BEFORE, session.baseline.refusals)
+    About.session(session).keep(desk.study)
     space = session.space(find_walk(desk.study, session, desk.folder))
     trials = Trials(session, desk.folder, space)
-    optimise(desk.study, desk.settings, trials, watcher=desk.watcher, stop=desk.stop)
+    with reporting(desk) as reporter:
+        optimise(
+            desk.study,
+            desk.settings,
+            trials,
+            watcher=desk.watcher,
+            stop=desk.stop,
+            after_batch=reporter.after_batch,
+        )
 
 
 def write(desk: Desk, result: Result, destination: Path) -> Export:

@@ -17,6 +17,7 @@ from heretic.ablation.ablation import Ablation, Workbench
 from heretic.ablation.attach import attach
 from heretic.ablation.bake import Original, copies, from_checkpoint, rewrite
 from heretic.ablation.directions import Directions, mean_difference
+from heretic.ablation.residual_geometry import ResidualGeometry, Sample, measure_geometry
 from heretic.errors import UserError
 from heretic.model.anatomy import Writer
 from heretic.model.batching import AS_IT_IS, Batch, Batcher, Edited
@@ -213,8 +214,9 @@ def open_session(
         )
     directions = folder.directions(watcher)
     if directions is None:
-        directions = find_directions(bench)
+        directions, geometry = find_directions(bench)
         folder.keep_directions(directions)
+        folder.keep_geometry(geometry)
     writers = bench.language_model.anatomy.writers
     edit = settings.ablation
     workbench = Workbench.prepare(
@@ -241,14 +243,18 @@ def measure_baseline(bench: Bench) -> Baseline:
     return Baseline(log_probs, counted.declined, texts, bench.chat.response_prefix)
 
 
-def find_directions(bench: Bench) -> Directions:
-    """Capture residuals of the training prompts and take the difference of their means."""
-    means = []
-    winsorize = bench.settings.directions.winsorize
+def find_directions(bench: Bench) -> tuple[Directions, ResidualGeometry]:
+    """Capture residuals of the training prompts and take the difference of their means; what they look like besides."""
+    means, samples = [], []
+    winsorize, anatomy = bench.settings.directions.winsorize, bench.language_model.anatomy
     for role in ("harmful_train", "harmless_train"):
-        name = f"Residuals of {role}"
-        means.append(mean_residuals(bench.language_model, name, bench.encoded[role], bench.batcher, winsorize))
-    return mean_difference(*means, project_harmless=bench.settings.directions.project_harmless)
+        name, encoded = f"Residuals of {role}", bench.encoded[role]
+        samples.append(Sample.room(len(encoded), anatomy.num_layers, anatomy.width))
+        means.append(
+            mean_residuals(bench.language_model, name, encoded, bench.batcher, winsorize, keep=samples[-1].keep)
+        )
+    directions = mean_difference(*means, project_harmless=bench.settings.directions.project_harmless)
+    return directions, measure_geometry(directions, (means[0], means[1]), (samples[0], samples[1]))
 
 
 def find_prefix(language_model: LanguageModel, encoded: Mapping[str, list[list[int]]], batcher: Batcher) -> str:

@@ -66,7 +66,7 @@ def look_at(name: str, runs_dir: str, environment: Mapping[str, str], storage: s
     settings = stored_settings(folder, environment)
     if not settings.storage and not (folder.path / "study.db").is_file():
         raise UserError("The run has no study yet.", where=str(folder.path), fix="wait until its first trial begins")
-    study = _load(storage_url(settings.storage, folder.path), study_name(settings.storage, folder.path))
+    study = load_study(storage_url(settings.storage, folder.path), study_name(settings.storage, folder.path))
     stands = Standing.of(study, settings)
     holder = lock.holder(folder.lock)
     state = f"running, held by {holder}" if holder else _state(study, stands)
@@ -78,7 +78,7 @@ def _in_storage(name: str, storage: str) -> Status:
     """Of a study that other machines work on: nothing but its storage is looked at."""
     if not name:
         raise UserError("Which run?", where="--storage", fix="name it: heretic status NAME --storage URL")
-    study = _load(storage, name)
+    study = load_study(storage, name)
     settings = settings_of(study)
     if settings is None:
         raise UserError(
@@ -90,7 +90,8 @@ def _in_storage(name: str, storage: str) -> Status:
     return Status(masked(storage), settings.model, _state(study, stands), stands, _walk(study, None, settings), ())
 
 
-def _load(url: str, name: str) -> optuna.Study:
+def load_study(url: str, name: str) -> optuna.Study:
+    """A study that exists, from its storage. Raises UserError."""
     try:
         return optuna.load_study(study_name=name, storage=connect(url))
     except KeyError:

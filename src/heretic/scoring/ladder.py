@@ -40,7 +40,7 @@ class Scores:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scores:
         """What `as_dict` gave."""
-        divergence = Divergence(**{k: float(v) for k, v in data["divergence"].items()})
+        divergence = Divergence.from_dict(data["divergence"])
         surrogate = Surrogate(**data["surrogate"]) if data.get("surrogate") else None
         seconds = dict(data["seconds"])
         return cls(divergence, data["refusals"], data["total"], seconds, surrogate, data.get("declined", ""))
