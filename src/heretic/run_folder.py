@@ -23,7 +23,7 @@ from heretic.search.walk import Point
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved, resolve, written_origins
 
-GEOMETRY = "geometry.safetensors"
+GEOMETRY, REPORT = "geometry.safetensors", "report.html"
 
 
 @dataclass(frozen=True)

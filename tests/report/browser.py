@@ -131,7 +131,7 @@ def browser(folder: Path) -> Iterator[Browser]:
             except OSError:
                 assert time.monotonic() < end, "chromedriver does not answer"
                 time.sleep(0.1)
-        options = {"args": [*FLAGS, f"--user-data-dir={folder}"], "binary": shutil.which("chromium")}
+        options = {"args": [*FLAGS, f"--user-data-dir={folder}", "about:blank"], "binary": shutil.which("chromium")}
         wanted = {
             "browserName": "chrome",
             "goog:chromeOptions": options,

@@ -19,7 +19,8 @@ from tests.report.runs import SCRIPT
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 DRAWN = "return document.documentElement.dataset.drawn === 'yes'"
-OF_THE_PAGE = ("data:", "blob:", "file:")  # and what is asked for by none of these would leave it
+# The last are of the browser itself; what is asked for by any other scheme would leave the page.
+OF_THE_PAGE = ("data:", "blob:", "file:", "chrome:")
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from heretic.progress import Silent
 from heretic.report.about import About
 from heretic.report.importance import FEWEST_TRIALS, importances
 from heretic.report.page import Page
-from heretic.report.report import REPORT, Source, report, stages, stored_source
+from heretic.report.report import Source, report, stages, stored_source
 from heretic.report.reporter import Reporter, write_report
 from heretic.run import Outcome
-from heretic.run_folder import RunFolder
+from heretic.run_folder import REPORT, RunFolder
 from heretic.scoring.divergence import Divergence
 from heretic.scoring.ladder import Beaten, Scores
 from heretic.scoring.surrogate import Surrogate
@@ -70,7 +70,7 @@ def content(html: str) -> dict:  # type: ignore[type-arg]
 def test_a_run_leaves_a_report_of_its_last_state(made: Outcome) -> None:
     html = (made.folder.path / REPORT).read_text(encoding="utf-8")
     page = without_scripts(html)
-    assert "24 of 24" in page and made.chosen is not None
+    assert "24 of 24" in page and made.chosen is not None and "<th>expected</th>" in page
     assert f"trial {made.chosen.number}: fewest refusals" in page
     for r in front(made.found):
         assert f"<td>{r.scores.divergence.mean:.4f}</td>" in page

@@ -42,8 +42,9 @@ def report(
     runs_dir: RunsOption = None,
 ) -> None:
     """Write the report of a run anew: one HTML file that works offline; also while the run goes on."""
-    from heretic.report.report import REPORT, stored_source
+    from heretic.report.report import stored_source
     from heretic.report.reporter import write_report
+    from heretic.run_folder import REPORT
 
     source = stored_source(name or "", configured_runs(runs_dir), os.environ, with_texts=texts)
     file = output or source.folder.path / REPORT

@@ -38,7 +38,7 @@ def of_front(progress: Progress, chosen: int | None, before: int | None) -> Figu
                 **_dots("left early: refusals estimated", [kl for _, kl in left], [t.values[1] for t, _ in left]),
                 "text": [f"trial {t.number}" for t, _ in left],
                 "marker": {"symbol": "circle-open", "size": 7, "color": GREY},
-                "hovertemplate": "%{text}: left early, about %{y:.1f} refusals<br>KL %{x:.4f}<extra></extra>",
+                "hovertemplate": "%{text}: left early, about %{y:.1f} expected refusals<br>KL %{x:.4f}<extra></extra>",
             }
         )
     if others:
@@ -53,7 +53,7 @@ def of_front(progress: Progress, chosen: int | None, before: int | None) -> Figu
         data.append({**_results("chosen", picked), "marker": star})
     layout: Figure = {
         "xaxis": {"title": {"text": "KL divergence (nats)"}, "type": "log", "exponentformat": "power"},
-        "yaxis": {"title": {"text": "requests declined"}, "rangemode": "tozero"},
+        "yaxis": {"title": {"text": "expected refusals"}, "rangemode": "tozero"},
         "hovermode": "closest",
     }
     if before is not None:
@@ -224,9 +224,9 @@ def _dots(name: str, kl: Sequence[float], refusals: Sequence[float]) -> Figure:
 def _results(name: str, found: Sequence[Result]) -> Figure:
     return {
         **_dots(name, [r.point[0] for r in found], [r.point[1] for r in found]),
-        "text": [f"trial {r.number}, {describe(r.params)}" for r in found],
+        "text": [f"trial {r.number}, {describe(r.params)}: {r.scores.refusals} refusals" for r in found],
         "customdata": [r.number for r in found],
-        "hovertemplate": "%{text}: %{y} refusals<br>KL %{x:.4f}, measured<extra></extra>",
+        "hovertemplate": "%{text}, %{y} expected<br>KL %{x:.4f}, measured<extra></extra>",
     }
 
 

@@ -29,7 +29,6 @@ from heretic.search.walk import Walk
 from heretic.settings import Settings
 from heretic.status import load_study
 
-REPORT = "report.html"
 REFERENCE_KL = 1.0  # nats; a trial above adds nothing to the hypervolume
 MOST_CHANGED = 5  # prompts that are named
 OF_EVERY_TRIAL = ("Trials", "KL divergence", "Surrogate", "Refusals")  # stages that trials time themselves
@@ -120,7 +119,11 @@ def _overview(page: Page, stands: Standing) -> None:
 
 
 def _front(page: Page, stands: Standing) -> None:
-    page.section("Front", "Fewer refusals and less change are both better, so the best trials are at the lower left.")
+    page.section(
+        "Front",
+        "Fewer refusals and less change are both better, so the best trials are at the lower left. Expected refusals are those "
+        "that were counted, and how much the other answers lean to the original's refusals.",
+    )
     if not stands.found:
         page.text("No trial is finished yet.")
         return
@@ -134,9 +137,12 @@ def _front(page: Page, stands: Standing) -> None:
         + (f" {destroyed} destroyed the model (infinite KL) and cannot be drawn." if destroyed else "")
     )
     total = stands.found[0].scores.total
-    rows = [[r.number, f"{r.scores.refusals}/{total}", *_four(r), describe(r.params)] for r in best]
+    rows = [
+        [r.number, f"{r.scores.refusals}/{total}", f"{r.scores.expected:.1f}", *_four(r), describe(r.params)]
+        for r in best
+    ]
     marked = next((i for i, r in enumerate(best) if r.number == chosen), None)
-    page.table(["trial", "refusals", "KL mean", "median", "p95", "max", "from"], rows, marked)
+    page.table(["trial", "refusals", "expected", "KL mean", "median", "p95", "max", "from"], rows, marked)
     page.section(
         "Progress",
         f"The share of the rectangle up to {total} refusals and a KL of {REFERENCE_KL:g} that the front beats (hypervolume), "
@@ -195,7 +201,9 @@ def _requests(page: Page, stands: Standing, about: About | None) -> None:
     before = about.declined if about else ""
     rows = [(f"trial {r.number}", r.scores.declined) for r in best]
     shown = [("original", before), *rows] if before else rows
-    page.figure("requests", [figures.of_requests(shown, before)], height=110 + 26 * len(shown))
+    page.figure(
+        "requests", [figures.of_requests(shown, before)], height=110 + len(shown) * min(26, max(8, 1200 // len(shown)))
+    )
     if before:
         counted = [[name, *_kinds(bits, before)] for name, bits in rows]
         page.table(["", "still declined", "no longer", "newly declined", "numbers still declined"], counted)

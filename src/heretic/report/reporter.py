@@ -12,7 +12,8 @@ from pathlib import Path
 from heretic.desk import Desk
 from heretic.errors import Interrupted, UserError, first_line
 from heretic.files import write_text
-from heretic.report.report import REPORT, Source, report
+from heretic.report.report import Source, report
+from heretic.run_folder import REPORT
 
 log = logging.getLogger(__name__)
 

@@ -89,7 +89,7 @@ def optimise(
                         continue
                     failures = 0
                     trial.set_user_attr("scores" if isinstance(found, Scores) else BEATEN, found.as_dict())
-                    if isinstance(found, Scores) and not progress.bar.beaten(found.divergence.mean, found.refusals):
+                    if isinstance(found, Scores) and not progress.bar.beaten(found.divergence.mean, found.expected):
                         trial.set_user_attr(KL_PER_PROMPT, rounded(found.divergence.per_prompt[:MOST_PROMPTS]))
                     study.tell(trial, told(found, progress, settings.search.kl_floor, WORST_KL))
                     stage.advance()
