@@ -152,7 +152,7 @@ def work(desk: Desk) -> Export | None:
         watcher.say(f"Resuming {folder.path}: {done} of {settings.n_trials} trials are done.")
     picked = desk.picked()
     wanted = Path(settings.save_to) if settings.save_to else None
-    export = earlier_export(wanted, folder, picked[0].number) if wanted and picked else None
+    export = earlier_export(wanted, folder, picked[0].number, settings.export_format) if wanted and picked else None
     if done >= settings.n_trials and (export or not wanted):
         watcher.say("The study is complete; nothing is left to do.")
         return export
