@@ -67,6 +67,19 @@ def test_the_same_bit_for_bit(config: Path, family: str, assignment: str, tmp_pa
     assert not list(Path().glob(".*"))
 
 
+@pytest.mark.parametrize(
+    "more", [("search.direction_per_component=true",), ("search.start=gradient",), ("export_format=lora",)]
+)
+def test_several_directions_and_one_a_component_are_made_again(
+    config: Path, llama: Path, more: tuple[str, ...]
+) -> None:
+    wanted = ("directions.method=contrastive_components", "directions.count=2", "ablation.geometry=plain")
+    words = "refusal_markers=['sorry', 'bread', 'a', 'e', 'o']"
+    export(config, llama, *wanted, "search.gradient.steps=3", words, *more)
+    assert again(Path("out/manifest.json")).verdict == "identical"
+    assert "2 at right angles" in Path("out/README.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the one export is kept that most tests change a copy of."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heretic.ablation.ablation import Ablation, Workbench
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.directions import Directions
 from heretic.ablation.kernel import Kernel
 from heretic.ablation.residual_geometry import ResidualGeometry
@@ -35,7 +35,7 @@ from heretic.run import Outcome, device_lock, look, run, study_of
 from heretic.scoring.ladder import Scores
 from heretic.search.front import Result
 from heretic.search.space import Space
-from heretic.session import Session, find_directions, weight_reader
+from heretic.session import Session, geometry_of, workbench_of
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved, resolve
 from heretic.stop import Stop
@@ -92,15 +92,7 @@ class Lab:
         session = self.desk.session()
         if self._own is None or session.workbench.directions is self._own:
             return session
-        bench, edit = session.bench, session.bench.settings.ablation
-        workbench = Workbench.prepare(
-            self._own,
-            session.workbench.writers,
-            edit.geometry,
-            weight_reader(bench.language_model),
-            norm_aware=edit.norm_aware,
-        )
-        self.desk.loaded = replace(session, workbench=workbench)
+        self.desk.loaded = replace(session, workbench=workbench_of(session.bench, self._own))
         return self.desk.loaded
 
     @property
@@ -144,7 +136,7 @@ class Lab:
     def geometry(self) -> ResidualGeometry:
         """How harmful and harmless residuals lie to each other, layer by layer."""
         stored = self.desk.folder.geometry()
-        return stored if stored is not None else find_directions(self.session.bench)[1]
+        return stored if stored is not None else geometry_of(self.session.bench)
 
     def trial(self, number: int | None = None) -> Ablation:
         """The ablation of a trial of its run, or of the one that the settings prefer. Raises UserError."""

@@ -26,7 +26,7 @@ from heretic.run import device_lock, look, study_of, write
 from heretic.run_folder import RunFolder, find_run, stored
 from heretic.scoring.divergence import Divergence, first_token_log_probs, measure_divergence
 from heretic.search.front import Result
-from heretic.session import Bench, find_directions, open_bench
+from heretic.session import Bench, geometry_of, open_bench
 from heretic.settings import Settings
 from heretic.stop import Stop
 
@@ -131,7 +131,7 @@ def residual_geometry(
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         inputs = look(settings, force=False, watcher=watcher)
         bench = open_bench(settings, inputs.checkpoint, inputs.prompts, inputs.plan, watcher, stop)
-        _, found = find_directions(bench)
+        found = geometry_of(bench)
         if folder is not None:
             inputs.folder.keep_geometry(found)
         return found

@@ -151,10 +151,20 @@ def _directions(manifest: Manifest, home: Path) -> Directions | None:
         )
     if sha256(file) != manifest.directions.sha256:
         raise UserError("The directions are not those of the manifest: their hash differs.", where=str(file))
-    vectors = read_tensors(file)[0].get("directions")
+    tensors = read_tensors(file)[0]
+    vectors, further = tensors.get("directions"), tensors.get("further")
     if vectors is None or vectors.ndim != 2 or not bool(vectors.isfinite().all()):
         raise UserError("The file does not hold directions [layers, width].", where=str(file))
-    return Directions(vectors.float())
+    if further is None:
+        return Directions(vectors.float())
+    if (
+        further.ndim != 3
+        or not further.shape[1]
+        or further[:, 0].shape != vectors.shape
+        or not bool(further.isfinite().all())
+    ):
+        raise UserError("The file does not hold further directions [layers, more, width].", where=str(file))
+    return Directions(vectors.float(), further.float())
 
 
 def _check_place(destination: Path, home: Path, run: str) -> None:
@@ -273,7 +283,9 @@ def _operators(
     edit = manifest.ablation
     sizes = [(f"strengths.{component}", len(profile), layers) for component, profile in edit.strengths.items()]
     sizes += [("mixture", len(edit.mixture), layers)] if edit.mixture is not None else []
-    sizes += [("vector", len(edit.vector), width)] if edit.vector is not None else []
+    if edit.vector is not None:  # several directions lie one behind the other
+        sizes += [("vector", len(edit.vector), width * max(1, len(edit.vector) // width))]
+    sizes += [(f"mixtures.{c}", len(m), layers) for c, m in (edit.mixtures or {}).items() if m is not None]
     if directions is None:
         directions = Directions(torch.zeros(1, width))  # nothing is taken from them
     else:

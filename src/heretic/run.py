@@ -38,6 +38,7 @@ from heretic.search.storage import (
     unwritable,
 )
 from heretic.search.study import finished, optimise
+from heretic.search.warm_start import warm_start
 from heretic.session import LoadPlan, read_template
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved
@@ -167,7 +168,9 @@ def go_on(desk: Desk) -> None:
     desk.study.set_user_attr(REFUSALS_BEFORE, session.baseline.refusals)
     About.session(session).keep(desk.study)
     space = session.space(find_walk(desk.study, session, desk.folder))
-    trials = Trials(session, desk.folder, space)
+    width = session.bench.language_model.anatomy.width
+    warm = warm_start(desk.study, space, desk.folder, width, desk.watcher)
+    trials = Trials(session, desk.folder, space, warm)
     with reporting(desk) as reporter:
         optimise(
             desk.study,

@@ -89,7 +89,7 @@ class RunFolder:
     def directions(self, watcher: Watcher) -> Directions | None:
         """The stored directions; None if there are none, or if the file is damaged, which is said."""
         tensors = self._tensors("directions.safetensors", watcher)
-        return Directions(tensors["directions"]) if tensors else None
+        return Directions(tensors["directions"], tensors.get("further")) if tensors else None
 
     def keep_directions(self, directions: Directions) -> None:
         """Store the directions."""
@@ -180,9 +180,11 @@ class RunFolder:
 
 
 def write_directions(path: Path, directions: Directions, stamp: str) -> None:
-    """Write the layers' directions as one tensor `directions` [layers, width] in float32; `stamp` is their run's fingerprint."""
-    layout = {"layout": "row l: unit direction after block l", "fingerprint": stamp}
-    write_tensors(path, {"directions": directions.vectors}, layout)
+    """Write the layers' directions in float32 as a tensor `directions` [layers, width], and `further` [layers, count - 1, width]
+    where a layer has several; `stamp` is their run's fingerprint."""
+    layout = {"layout": "row l: unit direction after block l; further: the others of each", "fingerprint": stamp}
+    further = {} if directions.further is None else {"further": directions.further}
+    write_tensors(path, {"directions": directions.vectors, **further}, layout)
 
 
 class _LogFile(logging.FileHandler):

@@ -16,13 +16,13 @@ from torch import Tensor
 from heretic.ablation.ablation import Ablation, Workbench
 from heretic.ablation.attach import attach
 from heretic.ablation.bake import Original, copies, from_checkpoint, rewrite
-from heretic.ablation.directions import Directions, mean_difference
-from heretic.ablation.residual_geometry import ResidualGeometry, Sample, measure_geometry
+from heretic.ablation.directions import Directions
+from heretic.ablation.residual_geometry import ResidualGeometry, Survey
 from heretic.errors import UserError
+from heretic.finding import find_directions
 from heretic.model.anatomy import Writer
 from heretic.model.batching import AS_IT_IS, Batch, Batcher, Edited
-from heretic.model.capture import mean_residuals
-from heretic.model.chat_format import ChatFormat, check_length, common_prefix
+from heretic.model.chat_format import ChatFormat, check_different, check_length, common_prefix
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.decoding import decode, decoded_by_generate
 from heretic.model.forward import can_share, padding_matters
@@ -185,6 +185,7 @@ def encode(prompts: PromptSets, chat: ChatFormat, context: int, new_tokens: int)
     encoded = {}
     for prompt_set in prompts.all:
         encoded[prompt_set.role] = chat.encode(prompt_set.prompts)
+        check_different(prompt_set.role, encoded[prompt_set.role])
         new = new_tokens if prompt_set is prompts.harmful_eval else 1
         check_length(prompt_set.role, encoded[prompt_set.role], context, new)
     return encoded
@@ -214,14 +215,11 @@ def open_session(
         )
     directions = folder.directions(watcher)
     if directions is None:
-        directions, geometry = find_directions(bench)
+        survey = Survey()
+        directions = directions_of(bench, survey)
         folder.keep_directions(directions)
-        folder.keep_geometry(geometry)
+        folder.keep_geometry(survey.geometry(directions))
     writers = bench.language_model.anatomy.writers
-    edit = settings.ablation
-    workbench = Workbench.prepare(
-        directions, writers, edit.geometry, weight_reader(bench.language_model), watcher, norm_aware=edit.norm_aware
-    )
     original = None
     if settings.apply == "weights":
         original = (
@@ -229,7 +227,30 @@ def open_session(
             if settings.cache_weights
             else from_checkpoint(_with_tensors(checkpoint), writers, bench.language_model.model)
         )
+    workbench = workbench_of(bench, directions)
     return Session(bench, baseline, workbench, original, with_savings(bench.ladder, baseline.refusal_texts))
+
+
+def directions_of(bench: Bench, survey: Survey | None = None) -> Directions:
+    """Directions as the settings want them, from the prompt sets for it; `survey` sees what they are found in. Raises UserError."""
+    harmful, harmless = (bench.encoded[role] for role in ("harmful_train", "harmless_train"))
+    wanted = bench.settings.directions
+    return find_directions(bench.language_model, harmful, harmless, bench.batcher, wanted, survey)
+
+
+def geometry_of(bench: Bench) -> ResidualGeometry:
+    """How the residuals that give the directions lie, measured anew."""
+    survey = Survey()
+    return survey.geometry(directions_of(bench, survey))
+
+
+def workbench_of(bench: Bench, directions: Directions) -> Workbench:
+    """What gives the operators of the run's geometry for these directions."""
+    model, edit = bench.language_model, bench.settings.ablation
+    read, watcher = weight_reader(model), bench.batcher.watcher
+    return Workbench.prepare(
+        directions, model.anatomy.writers, edit.geometry, read, watcher, norm_aware=edit.norm_aware
+    )
 
 
 def measure_baseline(bench: Bench) -> Baseline:
@@ -241,20 +262,6 @@ def measure_baseline(bench: Bench) -> Baseline:
         for tokens, declined in zip(counted.tokens, counted.declined, strict=True)
     )
     return Baseline(log_probs, counted.declined, texts, bench.chat.response_prefix)
-
-
-def find_directions(bench: Bench) -> tuple[Directions, ResidualGeometry]:
-    """Capture residuals of the training prompts and take the difference of their means; what they look like besides."""
-    means, samples = [], []
-    winsorize, anatomy = bench.settings.directions.winsorize, bench.language_model.anatomy
-    for role in ("harmful_train", "harmless_train"):
-        name, encoded = f"Residuals of {role}", bench.encoded[role]
-        samples.append(Sample.room(len(encoded), anatomy.num_layers, anatomy.width))
-        means.append(
-            mean_residuals(bench.language_model, name, encoded, bench.batcher, winsorize, keep=samples[-1].keep)
-        )
-    directions = mean_difference(*means, project_harmless=bench.settings.directions.project_harmless)
-    return directions, measure_geometry(directions, (means[0], means[1]), (samples[0], samples[1]))
 
 
 def find_prefix(language_model: LanguageModel, encoded: Mapping[str, list[list[int]]], batcher: Batcher) -> str:

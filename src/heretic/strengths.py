@@ -13,7 +13,7 @@ from heretic.ablation.ablation import Ablation
 from heretic.errors import UserError
 from heretic.machine.host import memory
 from heretic.machine.shape import ModelShape
-from heretic.model.batching import Batch
+from heretic.model.batching import Batch, out_of_memory
 from heretic.model.decoding import decode
 from heretic.model.forward import can_begin_later
 from heretic.model.loading import LanguageModel
@@ -66,6 +66,8 @@ def _make(session: Session, folder: RunFolder) -> Walk:
         except UserError as again:
             return Walk((), again.what)
     except (RuntimeError, NotImplementedError) as error:
+        if out_of_memory(error):  # that passes, and a walk that was given up is given up for good
+            raise
         log.info("no walk", exc_info=True)
         return Walk((), f"this model cannot be run backwards ({str(error).splitlines()[0]}).")
 

@@ -10,22 +10,25 @@ from typing import Any
 import optuna
 
 from heretic.ablation.ablation import Ablation
-from heretic.errors import UserError
+from heretic.errors import UserError, memory_error
+from heretic.model.batching import free_memory, out_of_memory
 from heretic.run_folder import RunFolder
 from heretic.savings import trials_that_pay
 from heretic.scoring.ladder import Measured, Scores
 from heretic.scoring.refusals import RefusalCount
+from heretic.search.bounds import widened
 from heretic.search.space import Space
 from heretic.session import Session
 
 
 @dataclass(frozen=True)
 class Trials:
-    """Measures trials on a session."""
+    """Measures trials on a session; `warm` are parameters from earlier runs to begin with."""
 
     session: Session
     folder: RunFolder
     space: Space
+    warm: Sequence[dict[str, Any]] = ()
 
     def together(self, before: int | None) -> int:
         """How many to run at once: as the settings say; with `trials_per_batch = 0` what an earlier session measured to pay,
@@ -48,15 +51,21 @@ class Trials:
         except UserError as error:
             if len(trials) == 1:
                 return [error]
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if len(trials) == 1:
+                return [memory_error(error)]
+            free_memory()
         return [found for trial in trials for found in self.measure([trial], beaten)]
 
     def draw(self, trial: optuna.Trial) -> Ablation:
         """A trial's ablation; what was drawn once stays."""
-        return self.space.sample(trial)
+        return widened(trial.study, self.space).sample(trial)
 
     def starts(self) -> list[dict[str, Any]]:
         """Parameters of the trials to begin with."""
-        return self.space.starts()
+        return [*self.space.starts(), *self.warm]
 
     def _together(
         self, trials: Sequence[optuna.Trial], ablations: Sequence[Ablation], beaten: Callable[[float, float], bool]

@@ -9,7 +9,7 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_score
 
-from heretic.ablation.directions import mean_difference
+from heretic.ablation.directions import Directions
 from heretic.ablation.residual_geometry import (
     MOST_BYTES,
     ResidualGeometry,
@@ -33,7 +33,8 @@ def clusters(harmful: int = 20, harmless: int = 30) -> tuple[torch.Tensor, torch
 
 def measured(a: torch.Tensor, b: torch.Tensor) -> ResidualGeometry:
     means = tuple(ResidualMeans(x.double().mean(dim=0), len(x)) for x in (a, b))
-    directions = mean_difference(*means, project_harmless=False)
+    difference = means[0].mean - means[1].mean
+    directions = Directions(torch.nn.functional.normalize(difference, dim=-1).float())
     return measure_geometry(directions, means, (Sample(a), Sample(b)))  # type: ignore[arg-type]
 
 

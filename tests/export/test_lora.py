@@ -84,6 +84,15 @@ def test_the_change_is_the_edit_and_its_error_is_what_is_left() -> None:
     assert exact.a.shape[0] == 1 and exact.left == 0
 
 
+def test_several_directions_are_a_change_of_that_rank() -> None:
+    torch.manual_seed(1)
+    weight, operator = torch.randn(40, 60), Operator(torch.randn(3, 40), torch.randn(3, 40))
+    change = change_of(operator, weight, 1)
+    assert len(change.a) == 3 and change.left == 0
+    assert torch.allclose(weight + change.b @ change.a, operator.on_weight(weight), atol=1e-3)
+    assert change.size == pytest.approx(float((change.b @ change.a).square().sum()), rel=1e-3)
+
+
 def test_a_rank_that_leaves_out_too_much_is_refused_in_words(
     config: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

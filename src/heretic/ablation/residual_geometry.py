@@ -8,7 +8,7 @@ components and silhouettes all follow from the products of a layer's residuals w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -92,6 +92,24 @@ class ResidualGeometry:
     def tensors(self) -> dict[str, Tensor]:
         """By name, as they are stored."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass
+class Survey:
+    """What a capture leaves behind for the geometry: means and samples of the harmful and of the harmless prompts."""
+
+    means: tuple[ResidualMeans, ResidualMeans] | None = None
+    samples: tuple[Sample, Sample] | None = None
+
+    def take(self, means: tuple[ResidualMeans, ResidualMeans], samples: tuple[Sample, Sample]) -> None:
+        """Keep these, but not the residuals of every prompt."""
+        self.means = (replace(means[0], each=None), replace(means[1], each=None))
+        self.samples = samples
+
+    def geometry(self, directions: Directions) -> ResidualGeometry:
+        """With the directions that were found in them."""
+        assert self.means is not None and self.samples is not None
+        return measure_geometry(directions, self.means, self.samples)
 
 
 def measure_geometry(

@@ -33,6 +33,8 @@ def card(manifest: Mapping[str, Any], source_card: str, written: Written, measur
     before = manifest["scores"]["original"]["refusals"]
     revision = manifest["model"]["revision"]
     geometry = manifest["settings"]["ablation"]["geometry"]
+    wanted = manifest["settings"].get("directions", {})
+    directions = wanted.get("count", 1) * (1 + wanted.get("iterative_rounds", 0))
     used = ", ".join(f"{name} {manifest['versions'].get(name, '?')}" for name in ("heretic", "torch", "transformers"))
     return (
         "\n".join(line for line in head if line)
@@ -59,7 +61,7 @@ requests allows.
 
 ## What was changed
 
-Geometry `{geometry}`; direction: {_direction(ablation)}. Strengths (1 removes the direction whole):
+Geometry `{geometry}`; direction: {_direction(ablation, directions)}. Strengths (1 removes the direction whole):
 
 | component | edited | largest | at layer | mean | layer by layer |
 |---|---|---|---|---|---|
@@ -102,9 +104,13 @@ def _profile(component: str, strengths: list[float]) -> str:
     return f"| {component} | {reach} | {largest:.3f} | {strengths.index(largest)} | {mean:.3f} | `{bars}` |"
 
 
-def _direction(ablation: Ablation) -> str:
+def _direction(ablation: Ablation, directions: int) -> str:
+    if directions > 1:
+        return f"{directions} at right angles, of each {_direction(ablation, 1)}"
     if ablation.vector is not None:
         return "one for all layers, found by gradient (in the manifest)"
+    if ablation.mixtures is not None:
+        return "one for each component (in the manifest)"
     if ablation.mixture is None:
         return "each layer's own"
     parts = [abs(float(c)) for c in ablation.mixture]

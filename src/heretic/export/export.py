@@ -123,7 +123,7 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int, form: str) 
             return None
         scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}})
         return Export(destination, Verification(**manifest["verification"], scores=scores))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

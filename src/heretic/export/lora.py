@@ -1,9 +1,10 @@
 """The format `lora`: an adapter that makes of the base model, as it was measured, the ablated one.
 
-An edit without scaling changes a weight by -u (w^T W), a matrix of rank 1, so the adapter is exact with rank 1: B = -u and
-A = w^T W. One that scales rows afterwards changes it by n * (W - u (w^T W)) - W, of full rank; the nearest matrix of a given rank
-is what its largest singular values make (Eckart and Young 1936), found by random projection (Halko, Martinsson, Tropp 2011,
-algorithms 4.4 and 5.1). What is left of the change is reported. Biases are changed exactly.
+An edit without scaling changes a weight by -u (w^T W), a matrix of rank 1 for each direction, so the adapter is exact with as many
+ranks as there are directions: B = -u and A = w^T W. One that scales rows afterwards changes it by n * (W - u (w^T W)) - W, of
+full rank; the nearest matrix of a given rank is what its largest singular values make (Eckart and Young 1936), found by random
+projection (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1). What is left of the change is reported. Biases are changed
+exactly.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def change_of(operator: Operator, weight: Tensor, rank: int) -> Change:
     """The change that an operator makes to a weight [width, inputs], exact for one without scaling; on the CPU, without bias."""
     operator = operator.to(weight.device)
     if operator.n is None:
-        a, b = (operator.w @ weight.float())[None], -operator.u[:, None]
-        return Change(a.cpu(), b.cpu(), None, float(a.square().sum() * b.square().sum()), 0.0)
+        a, b = torch.atleast_2d(operator.w) @ weight.float(), -torch.atleast_2d(operator.u).mT
+        return Change(a.cpu(), b.cpu(), None, float(((b.mT @ b) * (a @ a.mT)).sum()), 0.0)
     delta = operator.on_weight(weight) - weight.float()
     rank = min(rank, *delta.shape)
     with torch.random.fork_rng(devices=[]):
@@ -108,7 +109,8 @@ def prepare(model: LanguageModel, operators: Mapping[str, Operator], settings: S
             where='export_format = "lora"',
             fix='export_format = "full"',
         )
-    rank = settings.lora_rank if any(o.n is not None for o in operators.values()) else 1
+    directions = max((len(torch.atleast_2d(o.u)) for o in operators.values()), default=1)
+    rank = settings.lora_rank if any(o.n is not None for o in operators.values()) else directions
     read = weight_reader(model)
     changes: dict[str, Change] = {}
     with watcher.stage("Making the adapter", len(edited)) as stage:

@@ -18,7 +18,7 @@ from heretic.ablation.bake import bake_bias, bake_weight, rewrite, sources
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.export.manifest import MANIFEST
-from heretic.files import sha256, sort_metadata
+from heretic.files import exchange, sha256, sort_metadata, to_disk
 from heretic.model.anatomy import Writer
 from heretic.model.checkpoint import PICKLED, Checkpoint
 from heretic.model.loading import LanguageModel
@@ -80,11 +80,16 @@ def check_destination(destination: Path, owner: str) -> None:
 
 
 def partial_folder(destination: Path) -> Path:
-    """A new, empty folder beside the destination; leftovers of a killed process are removed."""
-    for old in destination.parent.glob(f".{destination.name}.partial-*"):
-        process = old.name.rpartition("-")[2]
-        if not (process.isdigit() and psutil.pid_exists(int(process))):
-            shutil.rmtree(old, ignore_errors=True)
+    """A new, empty folder beside the destination. Leftovers of a killed process are removed, but for an earlier export that it
+    had moved away and not yet replaced: that one gets its name again."""
+    for left in sorted(destination.parent.glob(f".{destination.name}.partial-*")):
+        process = left.name.rpartition("-")[2]
+        if process.isdigit() and psutil.pid_exists(int(process)):
+            continue
+        if left.name.startswith(f".{destination.name}.partial-old-") and not destination.exists():
+            left.rename(destination)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -168,14 +173,23 @@ def readable(path: Path) -> None:
 
 
 def settle(partial: Path, destination: Path) -> None:
-    """Put the finished folder in its place; an earlier export of the same run gives way only now."""
-    old = None
-    if destination.exists():
-        old = destination.with_name(f".{destination.name}.partial-old-{os.getpid()}")
+    """Put the finished folder in its place; an earlier export of the same run gives way only now.
+
+    Where the system can exchange two names at once there is no moment without a model under this name. Elsewhere there is an
+    instant between two renames, after which `partial_folder` would put the earlier one back.
+    """
+    for file in (*partial.iterdir(), partial):
+        to_disk(file)
+    old = destination.with_name(f".{destination.name}.partial-old-{os.getpid()}")
+    if not destination.exists():
+        partial.rename(destination)
+    elif exchange(partial, destination):
+        partial.rename(old)
+    else:
         destination.rename(old)
-    partial.rename(destination)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+        partial.rename(destination)
+    to_disk(destination.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def disk_error(error: Exception, partial: Path) -> UserError:

@@ -177,7 +177,7 @@ def _config(folder: Path, model: str, trusted: bool) -> PretrainedConfig:
         raise UserError(f"{folder} has no config.json, so it is no model folder.", where=str(folder))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         text = str(error)
         if "trust_remote_code" in text:
             raise UserError(
@@ -207,8 +207,10 @@ def _local_tensors(folder: Path) -> dict[str, TensorInfo]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"The index of the weights cannot be read: {error!r}", where=str(index)) from None
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"The index of the weights cannot be read: {first_line(error)[:200]}", where=str(index)
+            ) from None
         for name in names:
             if not isinstance(name, str) or Path(name).name != name:
                 raise UserError(f"The index names a file outside the model's folder: {name!r}", where=str(index))

@@ -85,7 +85,7 @@ def load(
         with watcher.stage(f"Loading {checkpoint.model} as {dtype}", None):
             model = _weights(checkpoint, dtype, arguments, trusted)
         if _finite(model):
-            return LanguageModel(model, tokenizer, checkpoint, dissect(model), dtype)
+            return _checked(LanguageModel(model, tokenizer, checkpoint, dissect(model), dtype))
         watcher.warn(f"{checkpoint.model} gives logits that are not finite numbers in {dtype}.")
         del model
         free_memory()
@@ -96,6 +96,18 @@ def load(
     )
 
 
+def _checked(loaded: LanguageModel) -> LanguageModel:
+    """The same, if it is known where its answers end. Raises UserError."""
+    try:
+        _ = loaded.end_tokens
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"It cannot be read which tokens end an answer: {first_line(error)}",
+            where=f"{loaded.checkpoint.folder / 'generation_config.json'}: eos_token_id",
+        ) from None
+    return loaded
+
+
 def load_tokenizer(
     checkpoint: Checkpoint, trusted: bool = False, chat_template: str | None = ""
 ) -> PreTrainedTokenizerBase:
@@ -103,7 +115,9 @@ def load_tokenizer(
     extra = {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusted, **extra)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # its library raises plain Exceptions for what it cannot parse
+        if out_of_memory(error):
+            raise
         raise UserError(f"The tokenizer cannot be read: {first_line(error)}", where=str(checkpoint.folder)) from None
     tokenizer.padding_side = "left"
     if chat_template:
@@ -137,7 +151,7 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
                 fix="run heretic preflight: it names what fits and the line to set",
             ) from None
         raise UserError(f"The model cannot be loaded: {first_line(error)}", where=str(checkpoint.folder)) from error
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, TypeError, AttributeError, LookupError) as error:  # of its small files
         raise UserError(f"The model cannot be loaded: {first_line(error)}", where=str(checkpoint.folder)) from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):

@@ -23,7 +23,7 @@ from heretic.search.front import Result, front
 from heretic.search.hypervolume import growth
 from heretic.search.space import Space, describe
 from heretic.search.standing import Standing
-from heretic.search.storage import masked, storage_url, study_name
+from heretic.search.storage import masked, reading, storage_url, study_name
 from heretic.search.study import KL_PER_PROMPT, MOST_PROMPTS
 from heretic.search.walk import Walk
 from heretic.settings import Settings
@@ -81,7 +81,8 @@ def geometry_page(geometry: ResidualGeometry, model: str) -> str:
 def report(source: Source) -> str:
     """The report as HTML."""
     study, settings, folder = source.study, source.settings, source.folder
-    stands, about, geometry = Standing.of(study, settings), About.of(study), folder.geometry()
+    with reading(storage_url(settings.storage, folder.path)):
+        stands, about, geometry = Standing.of(study, settings), About.of(study), folder.geometry()
     page = Page(f"{folder.name}: {settings.model}")
     _overview(page, stands)
     _front(page, stands)

@@ -14,6 +14,7 @@ from heretic.scoring.ladder import Measured, Scores, never
 from heretic.search.fidelity import BEATEN, Progress, told
 from heretic.search.front import AGAIN
 from heretic.search.sampler import sampler
+from heretic.search.seal import sealed
 from heretic.search.standing import Standing
 from heretic.search.storage import worker
 from heretic.settings import Settings
@@ -88,7 +89,9 @@ def optimise(
                             raise found
                         continue
                     failures = 0
-                    trial.set_user_attr("scores" if isinstance(found, Scores) else BEATEN, found.as_dict())
+                    trial.set_user_attr(
+                        "scores" if isinstance(found, Scores) else BEATEN, sealed(found.as_dict(), trial.params)
+                    )
                     if isinstance(found, Scores) and not progress.bar.beaten(found.divergence.mean, found.expected):
                         trial.set_user_attr(KL_PER_PROMPT, rounded(found.divergence.per_prompt[:MOST_PROMPTS]))
                     study.tell(trial, told(found, progress, settings.search.kl_floor, WORST_KL))

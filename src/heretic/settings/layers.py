@@ -104,6 +104,8 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         found = re.search(r"at line (\d+)", str(error))
         where = f"{path}:{found.group(1)}" if found else str(path)
         raise SettingsError(f"This is not valid TOML: {error}", where=where) from None
+    except RecursionError:
+        raise SettingsError("This is nested too deeply to be settings.", where=str(path)) from None
 
 
 _KEY = re.compile(r"""^\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
