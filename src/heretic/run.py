@@ -22,6 +22,8 @@ from heretic.machine.gpus import Gpu, gpus_for, usable_gpus, visible_gpus
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
+from heretic.report.about import About
+from heretic.report.reporter import reporting
 from heretic.run_folder import RunFolder, log_to
 from heretic.search.front import Result, front
 from heretic.search.storage import (
@@ -162,11 +164,20 @@ def go_on(desk: Desk) -> None:
     """The missing trials."""
     session = desk.session()
     desk.keep_before()
+    About.session(session).keep(desk.study)
     space = session.space(find_walk(desk.study, session, desk.folder))
     width = session.bench.language_model.anatomy.width
     warm = warm_start(desk.study, space, desk.folder, width, desk.watcher)
     trials = Trials(session, desk.folder, space, warm)
-    optimise(desk.study, desk.settings, trials, watcher=desk.watcher, stop=desk.stop)
+    with reporting(desk) as reporter:
+        optimise(
+            desk.study,
+            desk.settings,
+            trials,
+            watcher=desk.watcher,
+            stop=desk.stop,
+            after_batch=reporter.after_batch,
+        )
     desk.keep_before()  # once more: should the judge have changed, so has this
 
 

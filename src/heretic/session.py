@@ -18,6 +18,7 @@ from heretic.ablation.attach import attach
 from heretic.ablation.bake import Original, copies, from_checkpoint, rewrite
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Matrix
+from heretic.ablation.residual_geometry import ResidualGeometry, Survey
 from heretic.errors import UserError
 from heretic.finding import find_directions
 from heretic.machine.host import memory, spell_bytes
@@ -252,8 +253,10 @@ def open_session(
         )
     directions = folder.directions(watcher)
     if directions is None:
-        directions = directions_of(bench)
+        survey = Survey()
+        directions = directions_of(bench, survey)
         folder.keep_directions(directions)
+        folder.keep_geometry(survey.geometry(directions))
     writers = bench.language_model.anatomy.writers
     original = None
     if settings.apply == "weights":
@@ -281,10 +284,17 @@ def judged_anew(session: Session, folder: RunFolder) -> Session:
     return with_baseline(session, baseline)
 
 
-def directions_of(bench: Bench) -> Directions:
-    """Directions as the settings want them, from the prompt sets for it. Raises UserError."""
+def directions_of(bench: Bench, survey: Survey | None = None) -> Directions:
+    """Directions as the settings want them, from the prompt sets for it; `survey` sees what they are found in. Raises UserError."""
     harmful, harmless = (bench.encoded[role] for role in ("harmful_train", "harmless_train"))
-    return find_directions(bench.language_model, harmful, harmless, bench.batcher, bench.settings.directions)
+    wanted = bench.settings.directions
+    return find_directions(bench.language_model, harmful, harmless, bench.batcher, wanted, survey)
+
+
+def geometry_of(bench: Bench) -> ResidualGeometry:
+    """How the residuals that give the directions lie, measured anew."""
+    survey = Survey()
+    return survey.geometry(directions_of(bench, survey))
 
 
 def workbench_of(bench: Bench, directions: Directions) -> Workbench:

@@ -12,7 +12,7 @@ from heretic.errors import UserError
 from heretic.progress import Watcher
 from heretic.scoring.ladder import Measured, Scores, never
 from heretic.search.fidelity import BEATEN, Progress, told
-from heretic.search.front import AGAIN, Result, result
+from heretic.search.front import AGAIN
 from heretic.search.sampler import sampler
 from heretic.search.seal import sealed
 from heretic.search.standing import Standing
@@ -25,6 +25,8 @@ WORST_KL = 100.0
 FAILURES_IN_A_ROW = 3
 TOGETHER = "heretic:trials_together"  # user attribute of the study
 START = "start"  # user attribute of a trial to begin with: its number among these
+KL_PER_PROMPT = "kl_per_prompt"  # user attribute of a trial that was on the front when it was told
+MOST_PROMPTS = 2000  # of which it is stored
 
 
 class Measurer(Protocol):
@@ -58,14 +60,14 @@ def optimise(
     *,
     watcher: Watcher,
     stop: Stop,
-    on_result: Callable[[Result], None] = lambda _: None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> None:
     """Go on until the study holds `settings.n_trials` finished trials.
 
     Trials are asked for as many at a time as `trials` runs together, and all stored before the next are asked for. One that
     a finished trial has beaten is left early and told with an estimate; it counts, but is never a result. A trial that is
-    interrupted or fails is marked failed and does not count; three that fail one after the other end the study. Raises
-    Interrupted, or the last error.
+    interrupted or fails is marked failed and does not count; three that fail one after the other end the study. `after_batch`
+    is called when trials have been told. Raises Interrupted, or the last error.
     """
     failures = 0
     _enqueue(study, trials.starts())
@@ -93,16 +95,17 @@ def optimise(
                     )
                     for name, excess in found.excess.items() if isinstance(found, Scores) else ():
                         trial.set_constraint(name, excess)
+                    if isinstance(found, Scores) and not progress.bar.beaten(found.divergence.mean, found.expected):
+                        trial.set_user_attr(KL_PER_PROMPT, rounded(found.divergence.per_prompt[:MOST_PROMPTS]))
                     study.tell(trial, told(found, progress, settings.search.kl_floor, WORST_KL))
                     stage.advance()
                     watcher.say(f"Trial {trial.number} ({finished(study)} of {settings.n_trials}): {_line(found)}")
-                    if isinstance(found, Scores):
-                        on_result(result(study.get_trials(deepcopy=False)[trial.number]))
             except BaseException:
                 for trial in asked:
                     study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                 raise
             watcher.stands(Standing.of(study, settings))
+            after_batch()
 
 
 def _enqueue(study: optuna.Study, starts: Sequence[dict[str, Any]]) -> None:
@@ -138,6 +141,11 @@ def _together(study: optuna.Study, trials: Measurer) -> int:
     if now != before:
         study.set_user_attr(TOGETHER, now)
     return now
+
+
+def rounded(numbers: Sequence[float]) -> list[float]:
+    """Four digits of each, which is all that a drawing shows."""
+    return [float(f"{number:.4g}") for number in numbers]
 
 
 def _line(found: Measured) -> str:
