@@ -13,14 +13,16 @@ from heretic.model.batching import free_memory
 from heretic.progress import Watcher
 from heretic.run_folder import RunFolder
 from heretic.search.front import Result, choose, results
+from heretic.search.shelf import ALONE, SharedShelf, Shelf
 from heretic.search.space import Space
-from heretic.search.storage import REFUSALS_BEFORE, keep_settings, masked
+from heretic.search.storage import REFUSALS_BEFORE, keep_settings, masked, on_server
 from heretic.search.walk import Walk
 from heretic.session import Session, open_session
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved
 from heretic.settings.text import resolved_text
 from heretic.stop import Stop
+from heretic.workers import lender
 
 if TYPE_CHECKING:
     from heretic.run import Inputs
@@ -62,9 +64,31 @@ class Desk:
         if self.loaded is None:
             inputs = self.inputs
             self.loaded = open_session(
-                inputs.settings, inputs.checkpoint, inputs.prompts, inputs.plan, inputs.folder, self.watcher, self.stop
+                inputs.settings,
+                inputs.checkpoint,
+                inputs.prompts,
+                inputs.plan,
+                inputs.folder,
+                self.watcher,
+                self.stop,
+                self.shelf,
             )
         return self.loaded
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may work on the study too."""
+        return on_server(self.settings.storage) or lender() != 0
+
+    @property
+    def shelf(self) -> Shelf:
+        """What is made once for all workers of the study."""
+        if not self.shared:
+            return ALONE
+        folder, settings = self.folder, self.settings
+        return SharedShelf(
+            self.study, folder.path, folder.stamp, settings.artifacts, settings.workers, self.watcher, self.stop
+        )
 
     @property
     def space(self) -> Space:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
+from heretic import __version__
 from heretic.model.checkpoint import Checkpoint
 from heretic.prompts import PromptSets
 from heretic.settings import Settings
@@ -29,6 +31,15 @@ def facts(
         "chat_template": hashlib.sha256(chat_template.encode()).hexdigest() if chat_template else "",
         "prompts": {s.role: s.sha256 for s in prompts.all},
     }
+
+
+def versions_that_matter() -> dict[str, str]:
+    """Versions whose change can change what a trial measures: PyTorch and transformers without their last number, heretic whole.
+
+    They are compared where several machines work on one study. A run of one machine may go on after an update.
+    """
+    named = {name: version(name).split("+")[0].split(".") for name in ("torch", "transformers")}
+    return {"heretic": __version__, **{name: ".".join(parts[:2]) for name, parts in named.items()}}
 
 
 def short_hash(data: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +26,14 @@ from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
 from heretic.run_folder import RunFolder, log_to
 from heretic.search.front import Result, front
+from heretic.search.patience import Patience
 from heretic.search.storage import (
+    EXPORTED,
     REFUSALS_BEFORE,
     STORAGE_ERRORS,
     connect,
     fail_abandoned,
+    on_server,
     open_study,
     storage_url,
     study_name,
@@ -42,6 +46,7 @@ from heretic.settings.layers import Resolved
 from heretic.stop import Stop
 from heretic.strengths import find_walk
 from heretic.trials import Trials
+from heretic.workers import lender, send_out
 
 log = logging.getLogger(__name__)
 
@@ -89,12 +94,14 @@ def run(
     force: bool = False,
     wait: bool = False,
     add: int = 0,
+    workers: int = 1,
     watcher: Watcher,
     stop: Stop,
     on_report: Callable[[preflight.Report], None] = lambda _: None,
     then: Callable[[Desk], None] | None = None,
 ) -> Outcome:
-    """Do the whole job, or what is left of it; with `add`, so many trials more than there are.
+    """Do the whole job, or what is left of it; with `add`, so many trials more than there are; with `workers`, the trials in so
+    many processes.
 
     `then` gets the run when the job is done, and after a Ctrl-C, for a user who is asked what is next. Raises UserError and its
     kinds, and Interrupted after a stop that left something undone.
@@ -106,14 +113,15 @@ def run(
         if fresh:
             set_aside(folder, settings, watcher)
         folder.create()
-        with study_of(inputs, wait=wait, stop=stop) as study:
+        with study_of(inputs, wait=wait, watcher=watcher, stop=stop) as study:
             desk = Desk(resolved, inputs, study, watcher, stop)
-            desk.keep_settings()
+            if not lender():  # a worker was given its settings
+                desk.keep_settings()
             if add:
                 desk.ask_for(finished(study) + add)
             export, cut_short = None, False
             try:
-                export = work(desk)
+                export = work(desk, workers)
             except Interrupted:
                 if then is None or not stop.at_keyboard:
                     raise
@@ -140,32 +148,49 @@ def set_aside(folder: RunFolder, settings: Settings, watcher: Watcher) -> None:
         watcher.say(f"The earlier run was set aside: {aside}")
 
 
-def work(desk: Desk) -> Export | None:
+def work(desk: Desk, workers: int = 1) -> Export | None:
     """Do what is left of the study, choose, and export."""
     settings, folder, study, watcher = desk.settings, desk.folder, desk.study, desk.watcher
-    for number in fail_abandoned(study):
-        watcher.say(f"Trial {number} was cut off in an earlier session; it does not count.")
+    if not desk.shared:
+        for number in fail_abandoned(study):
+            watcher.say(f"Trial {number} was cut off in an earlier session; it does not count.")
     done = finished(study)
     if done:
         watcher.say(f"Resuming {folder.path}: {done} of {settings.n_trials} trials are done.")
     picked = desk.picked()
-    wanted = Path(settings.save_to) if settings.save_to else None
+    wanted = Path(settings.save_to) if settings.save_to and not lender() else None
     export = earlier_export(wanted, folder, picked[0].number) if wanted and picked else None
     if done >= settings.n_trials and (export or not wanted):
         watcher.say("The study is complete; nothing is left to do.")
         return export
-    go_on(desk)
+    if workers > 1:
+        send_out(desk, workers)
+    else:
+        go_on(desk)
     picked = desk.picked()
-    return write(desk, picked[0], wanted) if wanted and picked else None
+    return write_once(desk, picked[0], wanted) if wanted and picked else None
 
 
 def go_on(desk: Desk) -> None:
     """The missing trials."""
     session = desk.session()
     desk.study.set_user_attr(REFUSALS_BEFORE, session.baseline.refusals)
-    space = session.space(find_walk(desk.study, session, desk.folder))
+    space = session.space(find_walk(desk.study, session, desk.folder, desk.shelf))
     trials = Trials(session, desk.folder, space)
-    optimise(desk.study, desk.settings, trials, watcher=desk.watcher, stop=desk.stop)
+    optimise(desk.study, desk.settings, trials, watcher=desk.watcher, stop=desk.stop, shared=desk.shared)
+
+
+def write_once(desk: Desk, result: Result, destination: Path) -> Export | None:
+    """Export one trial, unless another worker of the study does or has done it."""
+    exported = EXPORTED + str(result.number)
+    with desk.shelf.thing(f"the export of trial {result.number}", lambda: exported in desk.study.user_attrs):
+        if exported in desk.study.user_attrs:
+            desk.watcher.say(f"Trial {result.number} was exported by {desk.study.user_attrs[exported]}.")
+            return None
+        export = write(desk, result, destination)
+        if desk.shared:
+            desk.study.set_user_attr(exported, f"{socket.gethostname()}, in {destination.resolve()}")
+        return export
 
 
 def write(desk: Desk, result: Result, destination: Path) -> Export:
@@ -241,19 +266,25 @@ def device_lock(settings: Settings, *, wait: bool, watcher: Watcher, stop: Stop)
             f"Waiting for {path.stem}, held by {f'process {who.pid} ({who.model})' if who else 'another process'}."
         )
 
-    with lock.hold(lock.device_locks(uuids), model=settings.model, wait=wait, on_wait=say, while_waiting=stop.check):
+    paths = lock.device_locks(uuids)
+    with lock.hold(paths, model=settings.model, wait=wait, on_wait=say, while_waiting=stop.check, lender=lender()):
         yield
 
 
 @contextmanager
-def study_of(inputs: Inputs, *, wait: bool, stop: Stop) -> Iterator[optuna.Study]:
-    """Hold the run's lock, write its log, and open its study. Raises BusyError and StudyMismatch."""
+def study_of(inputs: Inputs, *, wait: bool, watcher: Watcher, stop: Stop) -> Iterator[optuna.Study]:
+    """Hold the run's lock, write its log, and open its study. Raises BusyError and StudyMismatch.
+
+    A study on a server may have many workers, so nobody holds it: there the storage says who does what.
+    """
     settings, folder = inputs.settings, inputs.folder
-    held = lock.hold([folder.lock], model=settings.model, wait=wait, while_waiting=stop.check)
+    paths = [] if on_server(settings.storage) else [folder.lock]
+    held = lock.hold(paths, model=settings.model, wait=wait, while_waiting=stop.check, lender=lender())
     with held, logging_to(folder):
         url = storage_url(settings.storage, folder.path)
+        patience = Patience(settings.workers.patience, watcher, stop)
         try:
-            yield open_study(url, study_name(settings.storage, folder.path), inputs.facts)
+            yield open_study(url, study_name(settings.storage, folder.path), inputs.facts, settings.workers, patience)
         except STORAGE_ERRORS as error:
             raise unwritable(url, error) from error
 
@@ -274,7 +305,7 @@ def logging_to(folder: RunFolder) -> Iterator[None]:
 
 def _probe_storage(settings: Settings) -> None:
     """Raise UserError if the study could not be stored."""
-    if settings.storage and not settings.storage.startswith("sqlite:///"):
+    if on_server(settings.storage):
         connect(settings.storage)
         return
     file = settings.storage.removeprefix("sqlite:///")  # looked at, not opened: opening would create it

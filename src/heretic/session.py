@@ -34,6 +34,7 @@ from heretic.scoring.divergence import first_token_log_probs
 from heretic.scoring.ladder import Ladder
 from heretic.scoring.refusals import MarkerJudge
 from heretic.scoring.surrogate import FEWEST_TOKENS, MOST_TOKENS
+from heretic.search.shelf import ALONE, Shelf
 from heretic.search.space import Space
 from heretic.search.walk import Walk
 from heretic.settings import Settings
@@ -197,24 +198,28 @@ def open_session(
     folder: RunFolder,
     watcher: Watcher,
     stop: Stop,
+    shelf: Shelf = ALONE,
 ) -> Session:
-    """Load the model and bring everything that a study needs, computing only what the run's folder does not hold."""
-    baseline = folder.baseline(watcher)
-    bench = open_bench(
-        settings, checkpoint, prompts, plan, watcher, stop, baseline.response_prefix if baseline else None
-    )
-    if baseline is None:
-        baseline = measure_baseline(bench)
-        folder.keep_baseline(baseline)
+    """Load the model and bring everything that a study needs, computing only what the run's folder does not hold, and what no
+    other worker of the study makes."""
+    with shelf.file("baseline.safetensors"):
+        baseline = folder.baseline(watcher)
+        bench = open_bench(
+            settings, checkpoint, prompts, plan, watcher, stop, baseline.response_prefix if baseline else None
+        )
+        if baseline is None:
+            baseline = measure_baseline(bench)
+            folder.keep_baseline(baseline)
     watcher.say(f"The original model declines {baseline.refusals} of {len(baseline.declined)} requests.")
     if baseline.refusals < FEW_REFUSALS * len(baseline.declined):
         watcher.warn(
             "It hardly declines anything, so there is little to remove; check prompts.harmful_eval and refusal_markers."
         )
-    directions = folder.directions(watcher)
-    if directions is None:
-        directions = find_directions(bench)
-        folder.keep_directions(directions)
+    with shelf.file("directions.safetensors"):
+        directions = folder.directions(watcher)
+        if directions is None:
+            directions = find_directions(bench)
+            folder.keep_directions(directions)
     writers = bench.language_model.anatomy.writers
     edit = settings.ablation
     workbench = Workbench.prepare(

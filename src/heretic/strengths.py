@@ -21,6 +21,7 @@ from heretic.savings import entries_of
 from heretic.scoring.loss import Objective, Taught, log_probs_at
 from heretic.scoring.refusals import count_refusals
 from heretic.search.gradient import Descent, State
+from heretic.search.shelf import ALONE, Shelf
 from heretic.search.walk import Point, Walk
 from heretic.session import Bench, Session
 
@@ -32,15 +33,17 @@ SHARE_OF_FREE_MEMORY = 0.3  # for what a pass with gradients keeps
 FEWEST_ROWS = 4  # in such a pass; where fewer fit, blocks are computed twice instead
 
 
-def find_walk(study: optuna.Study, session: Session, folder: RunFolder) -> Walk | None:
-    """The study's walk, made if it has none yet; None where the search begins with kernels alone."""
+def find_walk(study: optuna.Study, session: Session, folder: RunFolder, shelf: Shelf = ALONE) -> Walk | None:
+    """The study's walk, made if it has none yet and no other worker makes it; None where the search begins with kernels
+    alone."""
     settings = session.bench.settings
     if settings.search.start == "kernels":
         return None
-    walk = Walk.of(study)
-    if walk is None:
-        walk = _make(session, folder)
-        walk.keep(study)
+    with shelf.thing("the walk", lambda: Walk.of(study) is not None):
+        walk = Walk.of(study)
+        if walk is None:
+            walk = _make(session, folder)
+            walk.keep(study)
     if walk.why_not:
         session.bench.batcher.watcher.warn(f"The search begins with kernels: {walk.why_not}")
     return walk
