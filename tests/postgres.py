@@ -41,10 +41,7 @@ class Server:
 
     def control(self, *arguments: str) -> None:
         """pg_ctl."""
-        options = (
-            f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off "
-            "-c shared_preload_libraries=pg_stat_statements"
-        )
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
         command = [str(self.bin / "pg_ctl"), "-D", str(self.data), "-w", "-l", str(self.data / "log"), "-o", options]
         subprocess.run([*command, *arguments], check=True, capture_output=True, cwd="/", **_unprivileged())  # type: ignore[call-overload]
 

@@ -17,7 +17,7 @@ from heretic.files import sha256
 from heretic.search.front import front, results
 from heretic.search.queue import finished
 from heretic.search.storage import connect
-from tests.faults.conftest import FULL, Amount, Tally
+from tests.faults.conftest import FULL, Amount, Tally, only_full
 from tests.postgres import PASSWORD, Server
 
 WORKERS = 4
@@ -112,6 +112,7 @@ def storm(postgres: Server, config: Path, folder: Path, chance: random.Random, t
     assert len(made) > 1 and len(set(made)) == 1
 
 
+@only_full
 def test_four_workers_ask_for_the_last_trials_at_once(postgres: Server, config: Path, tmp_path: Path) -> None:
     trials = 5
     places = [tmp_path / f"last-{i}" for i in range(WORKERS)]

@@ -60,6 +60,7 @@ def connect(url: str, workers: Workers | None = None, patience: Patience | None 
     """Open a storage. Raises UserError where it cannot be reached or written."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", message="Heartbeat of storage")  # search/lives.py records them
     try:
         if not on_server(url):
             return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": SECONDS_TO_WAIT}})
