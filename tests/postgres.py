@@ -33,6 +33,7 @@ class Server:
     bin: Path
     data: Path
     port: int
+    options: str = ""
 
     @property
     def url(self) -> str:
@@ -41,7 +42,9 @@ class Server:
 
     def control(self, *arguments: str) -> None:
         """pg_ctl."""
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
+        options = (
+            f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off {self.options}"
+        )
         command = [str(self.bin / "pg_ctl"), "-D", str(self.data), "-w", "-l", str(self.data / "log"), "-o", options]
         subprocess.run([*command, *arguments], check=True, capture_output=True, cwd="/", **_unprivileged())  # type: ignore[call-overload]
 
@@ -69,8 +72,8 @@ def _exists(user: str) -> bool:
 
 
 @contextmanager
-def server() -> Iterator[Server]:
-    """A new cluster, started; stopped and deleted at the end."""
+def server(options: str = "") -> Iterator[Server]:
+    """A new cluster, started with these options; stopped and deleted at the end."""
     where = programs()
     assert where is not None
     folder = Path(tempfile.mkdtemp(prefix="heretic-postgres-"))
@@ -80,7 +83,7 @@ def server() -> Iterator[Server]:
         secret = folder / "password"
         secret.write_text(PASSWORD)
         secret.chmod(0o644)
-        made = Server(where, folder / "data", _free_port())
+        made = Server(where, folder / "data", _free_port(), options)
         arguments = [
             "-U",
             "heretic",

@@ -10,6 +10,7 @@ import optuna
 from heretic.errors import UserError
 from heretic.files import write_text
 from heretic.model.batching import free_memory
+from heretic.parallel import Together, agree, opening, shared, size
 from heretic.progress import Watcher
 from heretic.run_folder import RunFolder
 from heretic.search.front import Result, choose, results
@@ -63,16 +64,18 @@ class Desk:
         """The model in memory, with what the run's folder holds."""
         if self.loaded is None:
             inputs = self.inputs
-            self.loaded = open_session(
-                inputs.settings,
-                inputs.checkpoint,
-                inputs.prompts,
-                inputs.plan,
-                inputs.folder,
-                self.watcher,
-                self.stop,
-                self.shelf,
-            )
+            agree(lambda: inputs.plan)
+            with opening():
+                self.loaded = open_session(
+                    inputs.settings,
+                    inputs.checkpoint,
+                    inputs.prompts,
+                    shared(inputs.plan),
+                    inputs.folder,
+                    self.watcher,
+                    Together(self.stop) if size() > 1 else self.stop,
+                    self.shelf,
+                )
         return self.loaded
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 
 import optuna
 
-from heretic import fingerprint
+from heretic import fingerprint, parallel
 from heretic.desk import Desk
 from heretic.errors import BusyError, Interrupted, UserError
 from heretic.export.export import Export, earlier_export, plan_export, write_export
@@ -107,7 +107,7 @@ def run(
     kinds, and Interrupted after a stop that left something undone.
     """
     settings = resolved.settings
-    with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
+    with parallel.leading(), device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         inputs = look(settings, force=force, watcher=watcher, on_report=on_report)
         folder = inputs.folder
         if fresh:
@@ -175,9 +175,10 @@ def go_on(desk: Desk) -> None:
     """The missing trials."""
     session = desk.session()
     desk.study.set_user_attr(REFUSALS_BEFORE, session.baseline.refusals)
-    space = session.space(find_walk(desk.study, session, desk.folder, desk.shelf))
-    trials = Trials(session, desk.folder, space)
-    optimise(desk.study, desk.settings, trials, watcher=desk.watcher, stop=desk.stop, shared=desk.shared)
+    walk = parallel.agree(lambda: find_walk(desk.study, session, desk.folder, desk.shelf))
+    trials = Trials(session, desk.folder, session.space(walk))
+    measurer = parallel.Led(trials) if parallel.size() > 1 else trials
+    optimise(desk.study, desk.settings, measurer, watcher=desk.watcher, stop=desk.stop, shared=desk.shared)
 
 
 def write_once(desk: Desk, result: Result, destination: Path) -> Export | None:
@@ -195,8 +196,12 @@ def write_once(desk: Desk, result: Result, destination: Path) -> Export | None:
 
 def write(desk: Desk, result: Result, destination: Path) -> Export:
     """Export one trial. The model leaves memory for it, since the written one is loaded to prove it."""
+    if desk.loaded is None:
+        parallel.let_go()
+    parallel.lead_export(result.params)
     job = plan_export(desk.session(), desk.inputs.plan, desk.space, result, desk.folder, destination)
     desk.put_away()
+    parallel.let_go()
     return write_export(job, desk.watcher, desk.stop)
 
 
@@ -218,6 +223,7 @@ def look(
         fix = first.fix or "see heretic preflight; --force starts all the same"
         raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix)
     checkpoint = open_checkpoint(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
+    parallel.check(checkpoint, settings)
     prompts = read_prompts()
     for warning in prompts.warnings:
         watcher.warn(warning)

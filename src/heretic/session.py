@@ -26,6 +26,7 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.model.decoding import decode, decoded_by_generate
 from heretic.model.forward import can_share, padding_matters
 from heretic.model.loading import LanguageModel, load
+from heretic.parallel import agree, rank
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets
 from heretic.run_folder import Baseline, RunFolder
@@ -203,23 +204,25 @@ def open_session(
     """Load the model and bring everything that a study needs, computing only what the run's folder does not hold, and what no
     other worker of the study makes."""
     with shelf.file("baseline.safetensors"):
-        baseline = folder.baseline(watcher)
+        baseline = agree(lambda: folder.baseline(watcher))
         bench = open_bench(
             settings, checkpoint, prompts, plan, watcher, stop, baseline.response_prefix if baseline else None
         )
         if baseline is None:
             baseline = measure_baseline(bench)
-            folder.keep_baseline(baseline)
+            if rank() == 0:
+                folder.keep_baseline(baseline)
     watcher.say(f"The original model declines {baseline.refusals} of {len(baseline.declined)} requests.")
     if baseline.refusals < FEW_REFUSALS * len(baseline.declined):
         watcher.warn(
             "It hardly declines anything, so there is little to remove; check prompts.harmful_eval and refusal_markers."
         )
     with shelf.file("directions.safetensors"):
-        directions = folder.directions(watcher)
+        directions = agree(lambda: folder.directions(watcher))
         if directions is None:
             directions = find_directions(bench)
-            folder.keep_directions(directions)
+            if rank() == 0:
+                folder.keep_directions(directions)
     writers = bench.language_model.anatomy.writers
     edit = settings.ablation
     workbench = Workbench.prepare(

@@ -16,6 +16,7 @@ from heretic.model.batching import Batch
 from heretic.model.decoding import decode
 from heretic.model.forward import can_begin_later
 from heretic.model.loading import LanguageModel
+from heretic.parallel import size
 from heretic.run_folder import RunFolder
 from heretic.savings import entries_of
 from heretic.scoring.loss import Objective, Taught, log_probs_at
@@ -52,6 +53,8 @@ def find_walk(study: optuna.Study, session: Session, folder: RunFolder, shelf: S
 def _make(session: Session, folder: RunFolder) -> Walk:
     bench = session.bench
     anatomy = bench.language_model.anatomy
+    if size() > 1:
+        return Walk((), "under tensor parallelism it is not made; a study that has one keeps it.")
     if any(writer.offloaded for writer in anatomy.writers):
         return Walk((), "part of the weights waits outside the devices, and gradients would bring all of it in.")
     objective = prepare(session)

@@ -11,6 +11,7 @@ import optuna
 
 from heretic.ablation.ablation import Ablation
 from heretic.errors import UserError
+from heretic.parallel import rank
 from heretic.run_folder import RunFolder
 from heretic.savings import trials_that_pay
 from heretic.scoring.ladder import Measured, Scores
@@ -82,6 +83,7 @@ class Trials:
         def keep(counted: RefusalCount) -> None:
             rows = zip(bench.prompts.harmful_eval.prompts, counted.answers or (), counted.declined, strict=True)
             named = [{"prompt": p, "answer": a, "declined": d} for p, a, d in rows]
-            self.folder.keep_answers(f"trial-{trial.number}", named)
+            if rank() == 0:
+                self.folder.keep_answers(f"trial-{trial.number}", named)
 
         return bench.ladder.score(self.session.baseline.log_probs, keep)

@@ -71,12 +71,16 @@ def run(
     """Find the direction, run the study, export the best trial; resumes an unfinished run. On a terminal a menu follows."""
     total, add = _trials(trials)
     options = {"model": model, "n_trials": total, "save_to": save_to, "run_name": run_name, "storage": storage}
-    resolved = _resolved(model, config, assignments, options, quiet=as_json)
+    resolved = _resolved(model, config, assignments, options, quiet=as_json or os.environ.get("RANK", "0") != "0")
     from heretic.desk import Desk
+    from heretic.parallel import follow, rank
     from heretic.run import run as run_job
     from heretic.screen.preflight_table import show
     from heretic.workers import ends_with_its_lender
 
+    if rank():
+        follow(resolved.settings)
+        return
     stop = Stop()
     watcher = watcher_for(as_json, plain, resolved.settings.model, stop)
     number = _workers(workers, resolved, watcher)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 
@@ -73,8 +74,11 @@ class Writer:
         return any(part.tensor.device.type == "meta" for part in self.parts)
 
     def weights(self) -> list[Tensor]:
-        """The matrices [width of the stream, inputs] in their own type: one, or one an expert."""
-        return [m for part in self.parts if not part.is_bias for m in part.matrices(part.tensor.detach())]
+        """The matrices [width of the stream, inputs] in their own type: one, or one an expert.
+
+        Under tensor parallelism the shares are put together, so that all processes must ask at the same time.
+        """
+        return [m for part in self.parts if not part.is_bias for m in part.matrices(whole(part.tensor.detach()))]
 
     def weight(self) -> Tensor:
         """The weight [width of the stream, inputs] in its own type; experts side by side."""
@@ -89,6 +93,11 @@ class Writer:
         """
         found = [scale for norm in self.norms if (scale := _scale(norm)) is not None]
         return torch.stack(found).prod(dim=0) if found else None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, also where this process holds a share of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def linear_parts(name: str, module: nn.Module) -> tuple[Part, ...]:

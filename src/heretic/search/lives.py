@@ -34,7 +34,7 @@ def beating(beat: Callable[[], None], seconds: float) -> Iterator[None]:
 
     def run() -> None:
         while not ended.is_set():
-            with suppress(STORAGE_ERRORS):
+            with suppress(*STORAGE_ERRORS):
                 beat()
             ended.wait(seconds)
 
