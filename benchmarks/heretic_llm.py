@@ -57,7 +57,7 @@ class Point(NamedTuple):
 
 
 def pick(points: Sequence[Point], max_kl: float = 0.1) -> Point | None:
-    """Fewest refusals at a KL of at most `max_kl`; the lowest KL where there is none: the rule of `heretic run`."""
+    """Fewest refusals at a KL of at most `max_kl`; the lowest KL where there is none."""
     within = [p for p in points if p.kl <= max_kl]
     if within:
         return min(within, key=lambda p: (p.refusals, p.kl))

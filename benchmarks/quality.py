@@ -4,8 +4,9 @@
 
 Every method searches for the time that `--marks` ordinary trials take (a trial of the kernels' space, measured in full), the walk
 included. The study's own front is measured again on a third part of the prompts. Folders given with --models (of any tool) are
-loaded from disk and measured there too. For the point that `heretic run` would pick, and for the folders, also whether the answers
-are still language. One direction set, one baseline: seeds vary the search.
+loaded from disk and measured there too. For the point with the fewest refusals
+at a KL of at most 0.1, and for the folders, also whether the answers are still language. One direction set, one baseline: seeds
+vary the search.
 """
 
 from __future__ import annotations

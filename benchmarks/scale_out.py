@@ -55,7 +55,7 @@ class Sleeper:
         """As many numbers as a trial around a walk has."""
         return [trial.suggest_float(f"p{i}", 0.5, 2.0) for i in range(6)]
 
-    def measure(self, trials: Sequence[Any], beaten: Callable[[float, int], bool]) -> list[Measured | UserError]:
+    def measure(self, trials: Sequence[Any], beaten: Callable[[float, float], bool]) -> list[Measured | UserError]:
         """Sleep."""
         time.sleep(self.seconds)
         return [Scores(Divergence(sum(self.draw(t)), 0, 0, 0), int(10 * self.draw(t)[0]), 50, {}) for t in trials]

@@ -23,9 +23,9 @@ from rich.console import Console
 from heretic.ablation.ablation import Ablation
 from heretic.scoring.ladder import Scores
 from heretic.screen.console import Plain
-from heretic.search.gradient import Descent, State
+from heretic.search.gradient import State
 from heretic.session import Session
-from heretic.strengths import prepare
+from heretic.strengths import begin, prepare
 
 
 def main() -> None:
@@ -47,11 +47,10 @@ def main() -> None:
         report: dict[str, Any] = head(arguments) | {"declined_before": session.baseline.refusals}
         report |= {"gradient": session.bench.settings.search.gradient.model_dump(), "points": []}
         began = time.perf_counter()
-        objective = prepare(session)
-        assert objective is not None
+        lesson = prepare(session)
+        assert lesson is not None
         report["seconds_prepare"] = round(time.perf_counter() - began, 1)
-        print(f"prepared in {report['seconds_prepare']} s: {len(objective.harmful.sequences)} refusals")
-        anatomy, settings = session.bench.language_model.anatomy, session.bench.settings
+        print(f"prepared in {report['seconds_prepare']} s: {len(lesson.declined)} refusals")
         seconds: list[float] = []
         last = time.perf_counter()
 
@@ -60,17 +59,9 @@ def main() -> None:
             seconds.append(time.perf_counter() - last)
             last = time.perf_counter()
 
-        descent = Descent(
-            objective,
-            anatomy.components,
-            settings.search.gradient,
-            settings.seed,
-            watcher,
-            session.bench.batcher.stop,
-            keep,
-        )
-        state = State.begin(len(anatomy.components), session.workbench.directions, settings.search.gradient.direction)
-        points = descent.run(state)
+        state = begin(session)
+        points = lesson.descent(keep).run(state)
+        report["heard"] = len(state.heard)
         report |= {"seconds_walk": round(sum(seconds), 1), "seconds_step": round(statistics.median(seconds), 2)}
         print(f"walk: {report['seconds_walk']} s, {report['seconds_step']} s a step")
         for point in points:

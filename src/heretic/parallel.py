@@ -164,7 +164,7 @@ class Led:
         """Parameters of the trials to begin with."""
         return self.trials.starts()
 
-    def measure(self, trials: Sequence[optuna.Trial], beaten: Callable[[float, int], bool]) -> list[Any]:
+    def measure(self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]) -> list[Any]:
         """See Trials."""
         for trial in trials:
             self.trials.draw(trial)

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,9 @@ class RunFolder:
         told = json.loads(bytes(tensors.pop("told").tolist()).decode())
         mixture, vector = tensors.pop("mixture", None), tensors.pop("vector", None)
         points = [Point.from_dict(p) for p in told["points"]]
-        return State(tensors.pop("strengths"), mixture, vector, told["steps"], told["first_layer"], points, tensors)
+        heard = [(int(row), list(words)) for row, words in told["heard"]]
+        state = State(tensors.pop("strengths"), mixture, vector, told["steps"], told["first_layer"], points, heard)
+        return replace(state, just_heard=told["just_heard"], moments=tensors)
 
     def steps_walked(self) -> int:
         """How far the stored descent has come; 0 if there is none that can be read. Changes nothing."""
@@ -139,6 +141,7 @@ class RunFolder:
         import torch
 
         told = {"steps": state.steps, "first_layer": state.first_layer, "points": [asdict(p) for p in state.points]}
+        told |= {"heard": state.heard, "just_heard": state.just_heard}
         text = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
         tensors = {**state.tensors, **state.moments, "told": text}
         write_tensors(self.path / "walk.safetensors", tensors, {"fingerprint": self.stamp})

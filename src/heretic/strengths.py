@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import optuna
 import torch
 
+from heretic.ablation.ablation import Ablation
 from heretic.errors import UserError
 from heretic.machine.host import memory
 from heretic.machine.shape import ModelShape
@@ -20,8 +21,8 @@ from heretic.parallel import size
 from heretic.run_folder import RunFolder
 from heretic.savings import entries_of
 from heretic.scoring.loss import Objective, Taught, log_probs_at
-from heretic.scoring.refusals import count_refusals
-from heretic.search.gradient import Descent, State
+from heretic.scoring.refusals import RefusalCount, count_refusals
+from heretic.search.gradient import Descent, Heard, State
 from heretic.search.shelf import ALONE, Shelf
 from heretic.search.walk import Point, Walk
 from heretic.session import Bench, Session
@@ -57,17 +58,17 @@ def _make(session: Session, folder: RunFolder) -> Walk:
         return Walk((), "under tensor parallelism it is not made; a study that has one keeps it.")
     if any(writer.offloaded for writer in anatomy.writers):
         return Walk((), "part of the weights waits outside the devices, and gradients would bring all of it in.")
-    objective = prepare(session)
-    if objective is None:
+    lesson = prepare(session)
+    if lesson is None:
         return Walk((), "the model declines hardly any of the prompts that give the direction.")
     try:
-        return Walk(tuple(_descend(session, folder, objective)))
+        return Walk(tuple(_descend(session, folder, lesson)))
     except UserError as error:
-        if objective.checkpoints:
+        if lesson.objective.checkpoints:
             return Walk((), error.what)
         log.info("blocks are computed twice: %s", error.what)
         try:
-            return Walk(tuple(_descend(session, folder, replace(objective, checkpoints=True))))
+            return Walk(tuple(_descend(session, folder, lesson.twice())))
         except UserError as again:
             return Walk((), again.what)
     except (RuntimeError, NotImplementedError) as error:
@@ -75,18 +76,66 @@ def _make(session: Session, folder: RunFolder) -> Walk:
         return Walk((), f"this model cannot be run backwards ({str(error).splitlines()[0]}).")
 
 
-def _descend(session: Session, folder: RunFolder, objective: Objective) -> list[Point]:
+@dataclass(frozen=True)
+class Lesson:
+    """What the walk learns from: the objective, the declined prompts in its order, and how passes over them keep what the
+    original's blocks receive."""
+
+    session: Session
+    objective: Objective
+    declined: Sequence[list[int]]
+    kept: Callable[[Taught], Taught]
+
+    def listen(self, ablation: Ablation) -> list[Heard]:
+        """What is still declined under an ablation, in other words than those known from the original."""
+        bench, known = self.session.bench, self.objective.harmful.texts
+        with self.session.applied(ablation):
+            refusals = _refusals(bench, self.declined)
+        found = zip(refusals.tokens, refusals.declined, strict=True)
+        words = [
+            (row, list(tokens[: len(known[row])]))
+            for row, (tokens, declined) in enumerate(found)
+            if declined and tokens
+        ]
+        return [(row, text) for row, text in words if text != known[row]]
+
+    def teach(self, heard: Sequence[Heard]) -> Objective:
+        """The objective with these refusals besides."""
+        known = self.objective.harmful
+        prompts = [*self.declined, *(self.declined[row] for row, _ in heard)]
+        return replace(self.objective, harmful=self.kept(Taught.of(prompts, [*known.texts, *(t for _, t in heard)])))
+
+    def descent(self, keep: Callable[[State], None]) -> Descent:
+        """The walk as the settings say; `keep` receives its state after every step."""
+        bench = self.session.bench
+        gradient, components = bench.settings.search.gradient, bench.language_model.anatomy.components
+        listen = self.listen if gradient.listen else None
+        watcher, stop = bench.batcher.watcher, bench.batcher.stop
+        return Descent(
+            self.objective, components, gradient, bench.settings.seed, watcher, stop, keep, listen, self.teach
+        )
+
+    def twice(self) -> Lesson:
+        """The same with blocks computed twice, from the first one on."""
+        known = self.objective
+        harmless, harmful = (replace(taught, entries=None) for taught in (known.harmless, known.harmful))
+        objective = replace(self.objective, harmless=harmless, harmful=harmful, checkpoints=True)
+        return replace(self, objective=objective, kept=lambda taught: taught)
+
+
+def _descend(session: Session, folder: RunFolder, lesson: Lesson) -> list[Point]:
     """From where an earlier session or try has come to."""
-    settings, batcher = session.bench.settings, session.bench.batcher
-    gradient, components = settings.search.gradient, session.bench.language_model.anatomy.components
-    state = folder.walk(batcher.watcher)
-    if state is None:
-        state = State.begin(len(components), session.workbench.directions, gradient.direction)
-    descent = Descent(objective, components, gradient, settings.seed, batcher.watcher, batcher.stop, folder.keep_walk)
-    return descent.run(state)
+    return lesson.descent(folder.keep_walk).run(folder.walk(session.bench.batcher.watcher) or begin(session))
 
 
-def prepare(session: Session) -> Objective | None:
+def begin(session: Session) -> State:
+    """Where the walk begins."""
+    bench = session.bench
+    kind = bench.settings.search.gradient.direction
+    return State.begin(len(bench.language_model.anatomy.components), session.workbench.directions, kind)
+
+
+def prepare(session: Session) -> Lesson | None:
     """What the walk minimises: prompts with the beginnings of the original's answers, and how to read an ablation off them.
 
     None where too few of the prompts are declined.
@@ -94,9 +143,7 @@ def prepare(session: Session) -> Objective | None:
     bench = session.bench
     gradient, model = bench.settings.search.gradient, bench.language_model
     asked, harmless = (bench.encoded[role][: gradient.prompts] for role in ("harmful_train", "harmless_train"))
-    refusals = count_refusals(
-        model, bench.chat, asked, bench.ladder.judge, bench.batcher, TRIED_TOKENS, fewest_tokens=gradient.refusal_tokens
-    )
+    refusals = _refusals(bench, asked)
     declined = [(p, list(t)) for p, t, d in zip(asked, refusals.tokens, refusals.declined, strict=True) if d and t]
     if len(declined) < FEWEST_REFUSALS:
         return None
@@ -113,7 +160,17 @@ def prepare(session: Session) -> Objective | None:
             replace(taught, entries=entries_of(model, taught.sequences, batcher, with_cache=False)) if later else taught
         )
 
-    return Objective(model, session.workbench, batcher, kept(answered), kept(harmful), original, checkpoints)
+    objective = Objective(model, session.workbench, batcher, kept(answered), kept(harmful), original, checkpoints)
+    return Lesson(session, objective, [p for p, _ in declined], kept)
+
+
+def _refusals(bench: Bench, asked: Sequence[list[int]]) -> RefusalCount:
+    """Which of the prompts the model as it is now declines, and the words with which it does."""
+    fewest = bench.settings.search.gradient.refusal_tokens
+    judge = bench.ladder.judge
+    return count_refusals(
+        bench.language_model, bench.chat, asked, judge, bench.batcher, TRIED_TOKENS, fewest_tokens=fewest
+    )
 
 
 def rows_with_gradients(model: LanguageModel, tokens: int) -> tuple[int, bool]:

@@ -37,9 +37,9 @@ class Trials:
         return settings.trials_per_batch or before or trials_that_pay(self.session.ladder)
 
     def measure(
-        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, int], bool]
+        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
     ) -> list[Measured | UserError]:
-        """Measure these trials in shared passes. `beaten(KL, refusals found so far)` ends one that cannot matter any more.
+        """Measure these trials in shared passes. `beaten(KL, refusals to expect at least)` ends one that cannot matter any more.
 
         Where they fail together each is measured alone, so that one's failure is not the others'.
         """
@@ -60,7 +60,7 @@ class Trials:
         return self.space.starts()
 
     def _together(
-        self, trials: Sequence[optuna.Trial], ablations: Sequence[Ablation], beaten: Callable[[float, int], bool]
+        self, trials: Sequence[optuna.Trial], ablations: Sequence[Ablation], beaten: Callable[[float, float], bool]
     ) -> Sequence[Measured]:
         session, log_probs = self.session, self.session.baseline.log_probs
         began = time.perf_counter()
@@ -86,4 +86,4 @@ class Trials:
             if rank() == 0:
                 self.folder.keep_answers(f"trial-{trial.number}", named)
 
-        return bench.ladder.score(self.session.baseline.log_probs, keep)
+        return self.session.ladder.score(self.session.baseline.log_probs, keep)

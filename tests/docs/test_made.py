@@ -12,3 +12,8 @@ def test_made_documents_are_up_to_date() -> None:
     made = runpy.run_path(str(ROOT / "scripts" / "make_docs.py"))["documents"]()
     for name, text in made.items():
         assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, "make it anew: python scripts/make_docs.py"
+
+
+def test_the_calculation_for_large_models_is_what_its_script_says() -> None:
+    made = runpy.run_path(str(ROOT / "benchmarks" / "scale.py"))["document"]()
+    assert (ROOT / "benchmarks/scale.md").read_text(encoding="utf-8") == made

@@ -64,10 +64,10 @@ def check(postgres: Server, name: str, trials: int) -> None:
     params = [tuple(sorted(t.params.items())) for t in complete]
     assert len(set(params)) == trials, "a trial was counted twice"
     measured = results(found)
-    points = [(r.scores.divergence.mean, r.scores.refusals) for r in measured]
+    points = [(r.scores.divergence.mean, r.scores.expected) for r in measured]
     best = {p for p in points if not any(o[0] <= p[0] and o[1] <= p[1] and o != p for o in points)}
     assert {r.point for r in front(measured)} == best
-    assert [round(r, 9) for _, _, r in rows(postgres, name)] == [float(r.scores.refusals) for r in measured]
+    assert [round(told, 9) for _, _, told in rows(postgres, name)] == [round(r.point[1], 9) for r in measured]
 
 
 def test_a_storm(postgres: Server, config: Path, amount: Amount, tally: Tally, tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from heretic.ablation.ablation import Ablation, Workbench
 from heretic.ablation.attach import attach
@@ -19,8 +22,10 @@ from heretic.model.loading import LanguageModel, load
 from heretic.savings import with_savings
 from heretic.scoring.divergence import first_token_log_probs
 from heretic.scoring.ladder import Beaten, Ladder, Scores
+from heretic.scoring.loss import Taught, log_probs_at
+from heretic.scoring.race import Standing
 from heretic.scoring.refusals import MarkerJudge
-from heretic.scoring.surrogate import MOST_TOKENS
+from heretic.scoring.surrogate import FIRST_TOKENS, MOST_TOKENS
 from tests.tiny import FAMILIES, HARMFUL, HARMLESS, WINDOWED, save_tiny
 
 ABLATIONS = [
@@ -89,6 +94,39 @@ def test_verdicts_and_kl_are_those_of_each_alone(family: str, size: int, tmp_pat
     if not windowed:
         assert len({e.declined for e in expected}) > 1, "the ablations should not all do the same"
         assert saving.harmful_entries is not None and saving.harmful_entries.hidden, "nothing was kept"
+
+
+def test_what_answers_lean_to_is_the_joint_probability_of_the_originals_first_words(llama: Path) -> None:
+    ladder, workbench, baseline = bench(llama, share=True)
+    saving = with_savings(ladder, refusal_texts(ladder))
+    ablation = ABLATIONS[0]
+    (found,) = together(saving, workbench, baseline, [ablation])
+    assert isinstance(found, Scores) and found.leaning is not None
+    by_hand = 0.0
+    with attach(workbench.writers, workbench.operators(ablation)):
+        for prompt, text, declined in zip(ladder.harmful, saving.tried, found.declined, strict=True):
+            if text and declined == "0":
+                first = text[:FIRST_TOKENS]
+                (log_probs,) = log_probs_at(ladder.language_model, Taught.of([prompt], [first]), Batcher(1))
+                by_hand += float(log_probs.gather(1, torch.tensor(first)[:, None]).sum().exp())
+        again = saving.score(baseline)
+    assert by_hand > 0 and found.leaning == pytest.approx(by_hand, rel=1e-3)
+    assert again.leaning == pytest.approx(by_hand, rel=1e-3) and again.expected == found.expected
+    assert Scores.from_dict(found.as_dict()) == found
+    assert ladder.score(baseline).leaning is None, "nothing was kept to try"
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=12), st.randoms())
+def test_what_is_to_be_expected_at_least_only_grows(requests: list[tuple[float, bool]], order: Random) -> None:
+    standing = Standing.unknown(len(requests))
+    standing.joint = [p for p, _ in requests]
+    seen = [standing.expected_at_least]
+    places = list(range(len(requests)))
+    order.shuffle(places)
+    for place in places:
+        standing.declined[place] = requests[place][1]
+        seen.append(standing.expected_at_least)
+    assert seen == sorted(seen)
 
 
 def test_rows_of_a_hybrid_model_are_tried_first_and_decoded_plainly(tmp_path: Path) -> None:

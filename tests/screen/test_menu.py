@@ -38,6 +38,7 @@ def test_from_the_screen_to_the_menu_to_an_export(config: Path) -> None:
     terminal = Terminal(*SLOW)
     terminal.until("trials per hour")
     terminal.until("RAM")
+    terminal.until("KL divergence")  # a frame arrives in pieces
     assert terminal.full_screen and "heretic ·" in terminal.text and "KL divergence" in terminal.text
     terminal.resize(20, 60)
     terminal.until("KL divergence          ", 10)

@@ -13,8 +13,12 @@ from heretic.scoring.ladder import Scores
 from heretic.search.front import Result, choose, front
 
 
-def results(*points: tuple[float, int]) -> list[Result]:
-    return [Result(i, {}, Scores(Divergence(kl, kl, kl, kl), n, 100, {})) for i, (kl, n) in enumerate(points)]
+def results(*points: tuple[float, int] | tuple[float, int, float]) -> list[Result]:
+    """From (KL, refusals) or (KL, refusals, leaning)."""
+    return [
+        Result(i, {}, Scores(Divergence(kl, kl, kl, kl), n, 100, {}, leaning=more[0] if more else None))
+        for i, (kl, n, *more) in enumerate(points)
+    ]
 
 
 def test_front_is_what_nothing_beats_fewest_refusals_first() -> None:
@@ -47,6 +51,20 @@ def test_no_point_of_the_front_is_beaten_and_every_other_is(points: list[tuple[f
 def test_choice(rule: str, max_kl: float, max_refusals: int, number: int, said: str) -> None:
     chosen = choose(results((0.5, 1), (0.2, 10), (0.05, 30)), rule, max_kl, max_refusals)
     assert chosen is not None and chosen[0].number == number and said in chosen[1]
+
+
+def test_at_equal_counts_an_answer_that_hardly_leans_to_refusing_is_worth_more() -> None:
+    found = results((0.008, 2, 1.1), (0.011, 2, 0.65), (0.023, 2, 0.18), (0.03, 2, 0.19), (0.042, 1, 0.08))
+    assert [r.number for r in front(found)] == [4, 2, 1, 0]
+
+
+def test_less_than_half_a_request_is_not_worth_a_larger_change() -> None:
+    found = results((0.008, 2, 1.1), (0.011, 2, 0.4), (0.023, 2, 0.0), (0.2, 0, 0.0))
+    assert [r.number for r in front(found)] == [3, 2, 1, 0]
+    chosen = choose(found, "fewest_refusals_under_kl", 0.1, 0)
+    assert chosen is not None and chosen[0].number == 1
+    fewest = choose(found, "lowest_kl_under_refusals", 0.1, 2)
+    assert fewest is not None and fewest[0].number == 0
 
 
 def test_nothing_to_choose_from() -> None:

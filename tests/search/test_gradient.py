@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from heretic.ablation.ablation import Ablation, Workbench
+from heretic.ablation.attach import attach
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import GEOMETRIES, facts_along, study_weight
 from heretic.errors import Interrupted
@@ -21,7 +23,8 @@ from heretic.model.loading import load
 from heretic.progress import SILENT
 from heretic.run_folder import RunFolder
 from heretic.scoring.loss import Objective, Taught, log_probs_at
-from heretic.search.gradient import Descent, State
+from heretic.search import gradient
+from heretic.search.gradient import Descent, Heard, State
 from heretic.settings import GradientSettings
 from heretic.stop import Stop
 from tests.tiny import FAMILIES, HARMFUL, HARMLESS, save_tiny
@@ -217,6 +220,64 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_walk(llama: Path, tmp_path:
     assert state is not None and state.steps == 6 and len(state.points) == 1
     assert descent(of, keep=cut).run(state) == whole
     assert RunFolder(tmp_path, "another").walk(SILENT) is None
+
+
+def listening(of: Objective, settings: GradientSettings = SETTINGS, **more: object) -> tuple[Descent, Heard]:
+    """A descent that hears one prompt declined in other words than the original's: the second most probable one."""
+    sequences = of.harmful.sequences
+    (log_probs, *_) = log_probs_at(of.language_model, Taught.of(sequences[:1], [[0]]), of.batcher)
+    other = (0, [int(log_probs[0].topk(2).indices[1])])
+
+    def teach(heard: Sequence[Heard]) -> Objective:
+        prompts = [*sequences, *(sequences[row] for row, _ in heard)]
+        return replace(of, harmful=Taught.of(prompts, [*of.harmful.texts, *(text for _, text in heard)]))
+
+    return descent(of, settings, listen=lambda _: [other], teach=teach, **more), other
+
+
+def test_words_that_are_heard_on_the_way_become_improbable_too(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient, "LISTEN_BELOW", 1.0)
+    of, settings = objective(llama), SETTINGS.model_copy(update={"weights": [0.5, 10.0], "steps": 10})
+    listens, (row, text) = listening(of, settings)
+
+    def probability(down: Descent, state: State) -> float:
+        down.run(state)
+        ablation = state.points[-1].ablation
+        with attach(of.workbench.writers, of.workbench.operators(ablation)):
+            (found,) = log_probs_at(of.language_model, Taught.of([of.harmful.sequences[row]], [text]), of.batcher)
+        return float(found[0, text[0]].exp())
+
+    state = begin(of)
+    deaf = probability(descent(of, settings), begin(of))
+    assert probability(listens, state) < 0.9 * deaf
+    assert state.heard == [(row, text)], "once is enough"
+    assert not state.just_heard or len(state.points) == 2
+
+
+def test_the_walk_listens_only_once_the_known_words_are_improbable(llama: Path) -> None:
+    of = objective(llama)
+    listens, _ = listening(of)
+    state = begin(of)
+    assert listens.run(state)[0].probability > gradient.LISTEN_BELOW / 10 or state.heard
+    assert bool(state.heard) == (state.points[0].probability <= gradient.LISTEN_BELOW)
+
+
+def test_what_was_heard_is_kept_with_the_walk(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient, "LISTEN_BELOW", 1.0)
+    of, folder = objective(llama), RunFolder(tmp_path, "stamp")
+    whole = listening(of)[0].run(begin(of))
+
+    def cut(state: State) -> None:
+        folder.keep_walk(state)
+        if state.steps in (4, 6):
+            raise Interrupted
+
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            listening(of, keep=cut)[0].run(folder.walk(SILENT) or begin(of))
+    state = folder.walk(SILENT)
+    assert state is not None and state.heard and state.just_heard
+    assert listening(of)[0].run(state) == whole
 
 
 def test_a_stop_ends_it_between_steps(llama: Path) -> None:

@@ -46,7 +46,7 @@ class Stub:
         return trial.suggest_float("x", 0.1, 1.0)
 
     def measure(
-        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, int], bool]
+        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
     ) -> list[Measured | UserError]:
         for trial in trials:
             self.before(trial)

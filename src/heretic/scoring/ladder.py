@@ -14,7 +14,7 @@ from heretic.model.chat_format import ChatFormat
 from heretic.model.entries import Entries
 from heretic.model.loading import LanguageModel
 from heretic.scoring.divergence import Divergence, measure_divergence
-from heretic.scoring.race import Race, Requests, Standing
+from heretic.scoring.race import Race, Requests, Standing, expected, leaning_of
 from heretic.scoring.refusals import MarkerJudge, RefusalCount, count_refusals
 from heretic.scoring.surrogate import Surrogate
 
@@ -24,6 +24,8 @@ class Scores:
     """Everything measured of one model: `refusals` of `total` harmful prompts, divergence on the harmless ones.
 
     `seconds` are wall time by phase, shared out among the trials of a pass. `declined` has a 1 for every declined request.
+    `leaning` is the sum, over the other requests, of the probability of the first words with which the original declined:
+    how close these answers are to refusing; None where that was not measured.
     """
 
     divergence: Divergence
@@ -32,6 +34,15 @@ class Scores:
     seconds: dict[str, float]
     surrogate: Surrogate | None = None
     declined: str = ""
+    leaning: float | None = None
+
+    @property
+    def expected(self) -> float:
+        """Refusals, and those to expect if the first words were drawn by their probabilities; what the front is made of.
+
+        A count alone cannot tell an answer that hardly declines any more from one that is about to, and the next prompts can.
+        """
+        return expected(self.refusals, self.leaning)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -43,18 +54,21 @@ class Scores:
         divergence = Divergence(**{k: float(v) for k, v in data["divergence"].items()})
         surrogate = Surrogate(**data["surrogate"]) if data.get("surrogate") else None
         seconds = dict(data["seconds"])
-        return cls(divergence, data["refusals"], data["total"], seconds, surrogate, data.get("declined", ""))
+        bits, leaning = data.get("declined", ""), data.get("leaning")
+        return cls(divergence, data["refusals"], data["total"], seconds, surrogate, bits, leaning)
 
 
 @dataclass(frozen=True)
 class Beaten:
-    """What is known of a trial that was stopped since it could not reach the front any more: at least so many refusals."""
+    """What is known of a trial that was stopped since it could not reach the front any more: at least so many refusals, and
+    so many to expect (`Scores.expected`)."""
 
     divergence: Divergence
     at_least: int
     total: int
     seconds: dict[str, float]
     surrogate: Surrogate
+    expected_at_least: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -64,7 +78,7 @@ class Beaten:
 Measured = Scores | Beaten
 
 
-def never(_kl: float, _at_least: int) -> bool:
+def never(_kl: float, _at_least: float) -> bool:
     """Nothing is beaten: everything is measured in full."""
     return False
 
@@ -109,29 +123,29 @@ class Ladder:
         counted = self.refusals(keep_answers=keep is not None)
         if keep is not None:
             keep(counted)
+        leaning = leaning_of(self.language_model, self._requests, counted.declined, self.batcher)
         seconds = {"divergence": between - began, "refusals": time.perf_counter() - between}
-        return Scores(divergence, counted.count, counted.total, seconds, None, _bits(counted.declined))
+        return Scores(divergence, counted.count, counted.total, seconds, None, _bits(counted.declined), leaning)
 
     def score_trials(
-        self, baseline: Tensor, edited: Edited = AS_IT_IS, beaten: Callable[[float, int], bool] = never
+        self, baseline: Tensor, edited: Edited = AS_IT_IS, beaten: Callable[[float, float], bool] = never
     ) -> list[Measured]:
         """Scores of every trial that shares the passes, as `score` gives them, but at less cost.
 
-        A trial is left as soon as `beaten(its KL, refusals found so far)` is true.
+        A trial is left as soon as `beaten(its KL, refusals to expect at least)` is true.
         """
         began = time.perf_counter()
         found = measure_divergence(
             self.language_model, self.harmless, baseline, self.batcher, edited, self.harmless_entries
         )
         between = time.perf_counter()
-        requests = Requests(self.harmful, self.tried or [[]] * len(self.harmful), self.harmful_entries)
         standings = Race(
             self.language_model,
             self.chat,
             self.judge,
             self.batcher,
             self.max_tokens,
-            requests,
+            self._requests,
             edited,
             lambda trial, at_least: beaten(found[trial].mean, at_least),
         ).run()
@@ -142,13 +156,17 @@ class Ladder:
         }
         return [_measured(d, standing, seconds) for d, standing in zip(found, standings, strict=True)]
 
+    @property
+    def _requests(self) -> Requests:
+        return Requests(self.harmful, self.tried or [[]] * len(self.harmful), self.harmful_entries)
+
 
 def _measured(divergence: Divergence, standing: Standing, seconds: dict[str, float]) -> Measured:
     total, surrogate = len(standing.declined), standing.surrogate
     if standing.beaten:
-        return Beaten(divergence, standing.at_least, total, dict(seconds), surrogate)
+        return Beaten(divergence, standing.at_least, total, dict(seconds), surrogate, standing.expected_at_least)
     bits = _bits([bool(d) for d in standing.declined])
-    return Scores(divergence, standing.at_least, total, dict(seconds), surrogate, bits)
+    return Scores(divergence, standing.at_least, total, dict(seconds), surrogate, bits, standing.leaning)
 
 
 def _bits(declined: Sequence[bool]) -> str:

@@ -7,6 +7,7 @@ trial leaves as soon as a finished one has beaten the best that it could still r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,9 +17,9 @@ from heretic.model.decoding import Answers, Ended, Limits, begin, decode, go_on
 from heretic.model.entries import Entries
 from heretic.model.loading import LanguageModel
 from heretic.scoring.refusals import MarkerJudge, normalise
-from heretic.scoring.surrogate import Surrogate
+from heretic.scoring.surrogate import FIRST_TOKENS, Surrogate
 
-Beaten = Callable[[int, int], bool]  # (trial among those of the pass, refusals found so far)
+Beaten = Callable[[int, float], bool]  # (trial among those of the pass, refusals that it has to expect at least)
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,44 @@ class Requests:
         return [[*prompt, *text] for prompt, text in zip(self.prompts, self.tried, strict=True)]
 
 
+def expected(refusals: int, leaning: float | None) -> float:
+    """Refusals and what the other answers lean to, in tenths of a request: finer differences decide nothing."""
+    return round(refusals + (leaning or 0.0), 1)
+
+
 @dataclass
 class Standing:
     """What is known of one trial. By request: whether it is declined (None: not known yet); the mean probability of the
-    tried tokens, and whether they are all the most probable ones (None where nothing was tried)."""
+    tried tokens, whether they are all the most probable ones, and the joint probability of the first of them (None where
+    nothing was tried)."""
 
     declined: list[bool | None]
     likely: list[float | None]
     matching: list[bool | None]
+    joint: list[float | None]
     beaten: bool = False
+
+    @classmethod
+    def unknown(cls, requests: int) -> Standing:
+        """Before anything is measured."""
+        return cls([None] * requests, [None] * requests, [None] * requests, [None] * requests)
 
     @property
     def at_least(self) -> int:
         """Refusals found so far."""
         return sum(d is True for d in self.declined)
+
+    @property
+    def leaning(self) -> float | None:
+        """Sum of the joint probabilities over the requests that are not found to be declined; None where nothing was tried."""
+        if all(p is None for p in self.joint):
+            return None
+        return sum(p or 0.0 for p, declined in zip(self.joint, self.declined, strict=True) if not declined)
+
+    @property
+    def expected_at_least(self) -> float:
+        """Refusals to expect at least (`Scores.expected`); it only grows while more becomes known."""
+        return expected(self.at_least, self.leaning)
 
     @property
     def surrogate(self) -> Surrogate:
@@ -75,7 +100,7 @@ class Race:
 
     def __post_init__(self) -> None:
         count = len(self.requests.prompts)
-        self.standings = [Standing([None] * count, [None] * count, [None] * count) for _ in range(self.edited.trials)]
+        self.standings = [Standing.unknown(count) for _ in range(self.edited.trials)]
         self._counting = False  # while the surrogate is taken no trial is left
         self._may_go_on = True  # from a cache that has seen tried tokens; not so for recurrent states
 
@@ -106,6 +131,7 @@ class Race:
                 if found := answers.likely[row]:
                     self.standings[trial].likely[request] = sum(found) / len(found)
                     self.standings[trial].matching[request] = answers.matching[row]
+                    self.standings[trial].joint[request] = math.prod(found[:FIRST_TOKENS])
             self._settle(answers, pairs)
             self._may_go_on = answers.cache is not None
             if self._may_go_on and len(pairs) == len(sequences) * self.edited.trials:
@@ -168,7 +194,7 @@ class Race:
 
     def _look(self, trial: int) -> None:
         if self._counting:
-            self.standings[trial].beaten = self.beaten(trial, self.standings[trial].at_least)
+            self.standings[trial].beaten = self.beaten(trial, self.standings[trial].expected_at_least)
 
     def _limits(self, pairs: list[tuple[int, int]]) -> Limits:
         """An answer ends at its first marker, since nothing later changes the verdict, or with its trial."""
@@ -186,3 +212,19 @@ class Race:
 
         ending: Ended = ended
         return Limits(self.max_tokens, self.language_model.end_tokens, ending)
+
+
+def leaning_of(
+    language_model: LanguageModel, requests: Requests, declined: Sequence[bool], batcher: Batcher
+) -> float | None:
+    """`Standing.leaning` of the model as it is, whose verdicts are known already; None where no texts were kept to try."""
+    if not any(requests.tried):
+        return None
+
+    def step(batch: Batch) -> list[float]:
+        texts = [requests.tried[i] for i in batch.rows]
+        answers = begin(language_model.model, batch, texts, Limits(1, language_model.end_tokens))
+        return [math.prod(found[:FIRST_TOKENS]) if found else 0.0 for found in answers.likely]
+
+    joint = batcher.run("Surrogate", requests.with_tried, step)
+    return sum(p for p, d in zip(joint, declined, strict=True) if not d)

@@ -13,6 +13,7 @@ import numpy as np
 
 # Tokens of the original's refusal that are tried: up to the marker, but at least and at most so many.
 FEWEST_TOKENS, MOST_TOKENS = 4, 8
+FIRST_TOKENS = FEWEST_TOKENS  # whose joint probability says how close an answer is to the refusal
 TRIALS_TO_CALIBRATE = 4
 RIDGE = 0.1  # keeps the fit sane while there are hardly more trials than coefficients
 
@@ -33,15 +34,15 @@ class Surrogate:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Estimates a trial's refusals from its surrogate by least squares over measured trials (intercept, matching,
+    """Estimates a trial's expected refusals from its surrogate by least squares over measured trials (intercept, matching,
     probability times requests); with too few of them, the count of matching requests itself."""
 
     weights: tuple[float, float, float] | None
     total: int
 
     @classmethod
-    def fit(cls, measured: Sequence[tuple[Surrogate, int]], total: int) -> Calibration:
-        """From pairs of a trial's surrogate and its refusals, of `total` requests."""
+    def fit(cls, measured: Sequence[tuple[Surrogate, float]], total: int) -> Calibration:
+        """From pairs of a trial's surrogate and its expected refusals, of `total` requests."""
         moments = np.zeros((4, 4))
         for surrogate, count in measured:
             moments += _moments(surrogate, count)
@@ -58,17 +59,17 @@ class Calibration:
         slopes = np.linalg.solve(centred[:2, :2] + RIDGE * np.eye(2), centred[:2, 2])
         return cls((float(means[2] - means[:2] @ slopes), float(slopes[0]), float(slopes[1])), total)
 
-    def estimate(self, surrogate: Surrogate, at_least: int = 0) -> float:
+    def estimate(self, surrogate: Surrogate, at_least: float = 0) -> float:
         """Refusals expected of a trial, between `at_least` and the number of requests."""
         if self.weights is None:
             expected = float(surrogate.matching)
         else:
             intercept, *slopes = self.weights
             expected = intercept + float(np.dot(slopes, _features(surrogate)))
-        return min(max(expected, float(at_least)), float(self.total))
+        return min(max(expected, at_least), float(self.total))
 
 
-def prediction_error(measured: Sequence[tuple[Surrogate, int]], total: int) -> float | None:
+def prediction_error(measured: Sequence[tuple[Surrogate, float]], total: int) -> float | None:
     """Mean distance between each trial's refusals and what the trials before it predicted; None while there is nothing to
     predict from."""
     misses, moments = [], np.zeros((4, 4))
@@ -79,7 +80,7 @@ def prediction_error(measured: Sequence[tuple[Surrogate, int]], total: int) -> f
     return sum(misses) / len(misses) if misses else None
 
 
-def _moments(surrogate: Surrogate, count: int) -> np.ndarray:
+def _moments(surrogate: Surrogate, count: float) -> np.ndarray:
     row = np.array([1.0, *_features(surrogate), float(count)])
     return np.outer(row, row)
 

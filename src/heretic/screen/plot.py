@@ -41,7 +41,7 @@ def draw(found: Sequence[Result], best: Result | None, width: int, height: int, 
         before = cells.get((row, column), "other")
         cells[row, column] = max(kind, before, key=list(MARKS).index)
     text = Text(no_wrap=True)
-    numbers = {0: most, rows - 1: least}
+    numbers = {0: f"{most:g}", rows - 1: f"{least:g}"}
     side, corner, floor = ("|", "+", "-") if ascii_only else ("│", "└", "─")
     for row in range(rows):
         text.append(f"{numbers.get(row, 'refusals' if row == 1 else '')!s:>{EDGE}}{side}", style="dim")

@@ -28,7 +28,7 @@ def front_table(found: list[Result], before: int | None, chosen: int | None = No
         return Text("No trial is finished yet.")
     total = best[0].scores.total
     table = Table(title=f"Front of {len(found)} trials measured in full", title_justify="left")
-    for heading in ("trial", "refusals", "KL mean", "median", "p95", "max", "from"):
+    for heading in ("trial", "refusals", "expected", "KL mean", "median", "p95", "max", "from"):
         table.add_column(heading, justify="left" if heading == "from" else "right")
     for r in best:
         d = r.scores.divergence
@@ -36,6 +36,7 @@ def front_table(found: list[Result], before: int | None, chosen: int | None = No
         row = [
             str(r.number),
             f"{r.scores.refusals}/{total}",
+            f"{r.scores.expected:.1f}",
             f"{d.mean:.4f}",
             f"{d.median:.4f}",
             f"{d.p95:.4f}",
@@ -43,7 +44,7 @@ def front_table(found: list[Result], before: int | None, chosen: int | None = No
         ]
         table.add_row(*row, describe(r.params) + mark, style="bold" if mark else "")
     if before is not None:
-        table.add_row("original", f"{before}/{total}", "0", "0", "0", "0", "", style="dim")
+        table.add_row("original", f"{before}/{total}", "", "0", "0", "0", "0", "", style="dim")
     return table
 
 

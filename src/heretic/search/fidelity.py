@@ -18,9 +18,10 @@ BEATEN = "beaten"  # user attribute of a trial that was left early: what was kno
 
 @dataclass(frozen=True)
 class Bar:
-    """The front of what is fully measured so far, as (KL, refusals); a trial that one of them beats in both is not on it."""
+    """The front of what is fully measured so far, as (KL, expected refusals); a trial that one of them beats in both is not on
+    it."""
 
-    points: Sequence[tuple[float, int]]
+    points: Sequence[tuple[float, float]]
 
     def beaten(self, kl: float, at_least: float) -> bool:
         """Whether a trial of this KL, with at least so many refusals, cannot be on the front whatever else it does.
@@ -53,9 +54,9 @@ class Progress:
         return Bar([r.point for r in front(self.found)])  # whatever one of the others beats, one of these beats too
 
     @property
-    def surrogates(self) -> list[tuple[Surrogate, int]]:
-        """Surrogate and count of the measured trials, in their order."""
-        return [(r.scores.surrogate, r.scores.refusals) for r in self.found if r.scores.surrogate]
+    def surrogates(self) -> list[tuple[Surrogate, float]]:
+        """Surrogate and expected refusals of the measured trials, in their order."""
+        return [(r.scores.surrogate, r.scores.expected) for r in self.found if r.scores.surrogate]
 
     @property
     def surrogate_error(self) -> float | None:
@@ -64,7 +65,7 @@ class Progress:
 
     def estimate(self, found: Beaten) -> float:
         """Refusals expected of a trial that was stopped."""
-        return Calibration.fit(self.surrogates, found.total).estimate(found.surrogate, found.at_least)
+        return Calibration.fit(self.surrogates, found.total).estimate(found.surrogate, found.expected_at_least)
 
     def unsettled(self) -> list[FrozenTrial]:
         """Stopped trials whose estimate would put them on the front: they have to be measured before the study ends."""
@@ -79,5 +80,5 @@ class Progress:
 
 def told(found: Scores | Beaten, progress: Progress, kl_floor: float, worst_kl: float) -> list[float]:
     """What the sampler is told of a trial: a KL within its bounds, and the refusals, estimated where it was stopped."""
-    refusals = float(found.refusals) if isinstance(found, Scores) else progress.estimate(found)
+    refusals = found.expected if isinstance(found, Scores) else progress.estimate(found)
     return [min(max(found.divergence.mean, kl_floor), worst_kl), refusals]

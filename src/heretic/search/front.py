@@ -1,4 +1,4 @@
-"""Finished trials, the Pareto front of KL and refusals, and the choice of one when nobody is asked."""
+"""Finished trials, the Pareto front of KL and expected refusals, and the choice of one when nobody is asked."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from heretic.scoring.ladder import Scores
 
+AS_GOOD = 0.5  # of a request: trials no further apart are told apart by their KL
 AGAIN = "again"  # user attribute of a trial that measures in full what an earlier one was told with an estimate
 
 
@@ -28,9 +29,9 @@ class Result:
     again: int | None = None
 
     @property
-    def point(self) -> tuple[float, int]:
-        """(KL, refusals), both to be small."""
-        return self.scores.divergence.mean, self.scores.refusals
+    def point(self) -> tuple[float, float]:
+        """(KL, expected refusals), both to be small."""
+        return self.scores.divergence.mean, self.scores.expected
 
 
 def results(study: optuna.Study) -> list[Result]:
@@ -63,9 +64,10 @@ def choose(found: Sequence[Result], rule: str, max_kl: float, max_refusals: int)
     if rule == "fewest_refusals_under_kl":
         within = [r for r in best if r.point[0] <= max_kl]
         if within:
-            return within[0], f"fewest refusals among the trials with a KL of at most {max_kl:g}"
+            as_good = [r for r in within if r.point[1] <= within[0].point[1] + AS_GOOD]
+            return as_good[-1], f"fewest refusals among the trials with a KL of at most {max_kl:g}"
         return best[-1], f"no trial stayed at or under a KL of {max_kl:g}, so the one with the lowest KL"
-    within = [r for r in best if r.point[1] <= max_refusals]
+    within = [r for r in best if r.scores.refusals <= max_refusals]
     if within:
         return within[-1], f"lowest KL among the trials with at most {max_refusals} refusals"
     return best[0], f"no trial came down to {max_refusals} refusals, so the one with the fewest"

@@ -25,6 +25,11 @@ from heretic.stop import Stop
 MIDDLE = (0.6, 0.85)  # the layers whose directions the mixture begins with, as shares of the depth
 STRONGEST = 2.5  # of a single writer; 1 removes the direction, 2 mirrors it
 SILENT_REFUSALS = 0.005  # mean probability of refusing at which nothing is left to push down
+LISTEN_BELOW = 0.1  # mean probability of refusing in the words known so far; above, others would hardly be heard
+
+Heard = tuple[
+    int, list[int]
+]  # a declined prompt by its place among the objective's, and the words with which it still is
 
 
 @dataclass
@@ -32,7 +37,8 @@ class State:
     """The descent so far: numbers that a step changes, the optimiser's own, and the points that are finished.
 
     `strengths` [components, layers]; `mixture` [layers] or `vector` [width] is the direction (neither: each layer's own).
-    `first_layer`: below it nothing is edited any more.
+    `first_layer`: below it nothing is edited any more. `heard`: other words than the original's that were made improbable too;
+    `just_heard`: whether some of them are from the last point.
     """
 
     strengths: Tensor
@@ -41,6 +47,8 @@ class State:
     steps: int = 0
     first_layer: int = 0
     points: list[Point] = field(default_factory=list)
+    heard: list[Heard] = field(default_factory=list)
+    just_heard: bool = False
     moments: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -57,7 +65,7 @@ class State:
     @property
     def silent(self) -> bool:
         """Whether hardly any refusing is left at the last point."""
-        return bool(self.points) and self.points[-1].probability < SILENT_REFUSALS
+        return bool(self.points) and self.points[-1].probability < SILENT_REFUSALS and not self.just_heard
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -69,7 +77,11 @@ class State:
 @dataclass
 class Descent:
     """Walks from gentle to strict; `keep` receives the state after every step, and a state that was kept goes on as if
-    it had not been interrupted."""
+    it had not been interrupted.
+
+    `listen` gives what is still declined under an ablation, and `teach` the objective with such words among its refusals: an
+    ablation can trade the original's words for others, which the objective would not see.
+    """
 
     objective: Objective
     components: Sequence[str]
@@ -78,8 +90,11 @@ class Descent:
     watcher: Watcher
     stop: Stop
     keep: Callable[[State], None] = lambda _: None
+    listen: Callable[[Ablation], Sequence[Heard]] | None = None
+    teach: Callable[[Sequence[Heard]], Objective] | None = None
 
     def __post_init__(self) -> None:
+        self._refusals = len(self.objective.harmful.sequences)
         both = (self.objective.harmless, self.objective.harmful)
         parts = [_split(len(taught.sequences), self.settings.held_back) for taught in both]
         self.train, self.held = [train for train, _ in parts], [held for _, held in parts]
@@ -87,6 +102,7 @@ class Descent:
     def run(self, state: State) -> list[Point]:
         """All points. Raises Interrupted after a stop, RuntimeError where a kernel of the model has no backward."""
         weights, steps = self.settings.weights, self.settings.steps
+        self._learn(state)
         with self.watcher.stage("Strengths by gradient", len(weights) * steps) as stage:
             stage.advance(state.steps)
             while state.steps < len(weights) * steps and not state.silent:
@@ -94,6 +110,8 @@ class Descent:
                 reading = self.step(state, weights[state.steps // steps])
                 if state.steps % steps == 0:
                     self._finish_point(state, weights[state.steps // steps - 1])
+                    if state.steps < len(weights) * steps:
+                        self._listen(state)
                 self.keep(state)
                 stage.advance(note=f"KL {reading.kl:.3f}, probability of refusing {reading.probability:.2f}")
         return state.points
@@ -101,7 +119,10 @@ class Descent:
     def step(self, state: State, weight: float) -> Reading:
         """One step of Adam on one minibatch, then back into the allowed range."""
         leaves = {name: t.detach().clone().requires_grad_() for name, t in state.tensors.items()}
-        batch = [self._minibatch(rows, state.steps) for rows in self.train]
+        harmless, harmful = (self._minibatch(rows, state.steps) for rows in self.train)
+        # The few words that were heard take part in every step, in the place of up to half of the others.
+        heard = self._heard_in(self.train[1], state)[-(self.settings.batch // 2) :]
+        batch = [harmless, [*heard, *harmful][: max(len(harmful), len(heard))]]
         ablation = self._ablation(leaves)
         reading = self.objective.read(ablation, state.first_layer, *batch, weight=weight, wanted=list(leaves.values()))
         gradients = dict(zip(leaves, reading.gradients, strict=True))
@@ -119,7 +140,26 @@ class Descent:
 
     def held_back(self, state: State) -> Reading:
         """The state on the prompts that no step sees."""
-        return self.objective.read(self._ablation(state.tensors), state.first_layer, *self.held)
+        harmful = [*self.held[1], *self._heard_in(self.held[1], state)]
+        return self.objective.read(self._ablation(state.tensors), state.first_layer, self.held[0], harmful)
+
+    def _listen(self, state: State) -> None:
+        """Learn the words with which prompts are still declined at the last point."""
+        if self.listen is None or state.points[-1].probability > LISTEN_BELOW:
+            return
+        new = [h for h in self.listen(state.points[-1].ablation) if h not in state.heard]
+        state.heard += new
+        state.just_heard = bool(new)
+        self._learn(state)
+
+    def _learn(self, state: State) -> None:
+        if state.heard and self.teach is not None:
+            self.objective = self.teach(state.heard)
+
+    def _heard_in(self, part: Sequence[int], state: State) -> list[int]:
+        """The objective's rows of what was heard from prompts of this part."""
+        rows = set(part)
+        return [self._refusals + i for i, (row, _) in enumerate(state.heard) if row in rows]
 
     def _ablation(self, tensors: Mapping[str, Tensor]) -> Ablation:
         strengths = dict(zip(self.components, tensors["strengths"], strict=True))

@@ -32,9 +32,9 @@ class Measurer(Drawer, Protocol):
         """Parameters of the trials to begin with, which are measured in full."""
 
     def measure(
-        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, int], bool]
+        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
     ) -> list[Measured | UserError]:
-        """What came out of each; `beaten(KL, refusals found so far)` says that one need not be measured any further."""
+        """What came out of each; `beaten(KL, refusals to expect at least)` says that one need not be measured any further."""
 
 
 def optimise(

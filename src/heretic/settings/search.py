@@ -61,6 +61,11 @@ class GradientSettings(Table):
     sparsity: float = setting(
         0.003, "Penalty on the sum of the strengths; it keeps writers that are not worth it at exactly 0.", ge=0
     )
+    listen: bool = setting(
+        True,
+        "Where the original's words of refusing have become improbable at a point, answer the prompts again, and make the words "
+        "with which some are still declined improbable too.",
+    )
     kl_tokens: int = setting(1, "Tokens of the harmless answers whose change counts.", ge=1)
     refusal_tokens: int = setting(4, "Tokens of a refusal that are made improbable.", ge=1)
 
