@@ -18,11 +18,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from common import cpu_name  # noqa: E402
 
 from heretic.errors import UserError  # noqa: E402
 from heretic.progress import SILENT  # noqa: E402
@@ -71,7 +74,7 @@ def work(url: str, name: str, trials: int, seconds: float, begin: float) -> None
 
 def measured(server: Any, workers: int, trials: int, seconds: float) -> dict[str, Any]:
     """One study with so many workers."""
-    name, begin = f"scale{workers}", time.time() + 15
+    name, begin = f"scale{workers}", time.time() + 5 + 2 * workers
     study = open_study(server.url, name, {"benchmark": 1})
     before = load(server)
     arguments = [sys.executable, __file__, "--work", name, str(trials), str(seconds), str(begin)]
@@ -116,7 +119,11 @@ def main() -> None:
         running.ask("create extension pg_stat_statements")
         rows = [measured(running, n, given.trials, given.seconds) for n in WORKERS]
         version = running.ask("show server_version")[0][0]
-    machine = {"date": date.today().isoformat(), "postgresql": version, "python": platform.python_version()}
+    versions = {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("optuna", "sqlalchemy", "psycopg")},
+    }
+    machine = {"date": date.today().isoformat(), "postgresql": version, "cpu": cpu_name(), "versions": versions}
     given.out.parent.mkdir(exist_ok=True)
     given.out.write_text(json.dumps({"simulated": True, **machine, "rows": rows}, indent=2) + "\n")
     print("| workers | trials per hour | of what so many could | statements per trial | server time per trial |")

@@ -91,7 +91,12 @@ class PatientStorage(optuna.storages.RDBStorage):
 def away(error: BaseException) -> bool:
     """Whether the error is of the connection or the server, not of what was asked."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    kinds = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.DisconnectionError)
+    kinds = (
+        sqlalchemy.exc.OperationalError,
+        sqlalchemy.exc.InterfaceError,
+        sqlalchemy.exc.DisconnectionError,
+        sqlalchemy.exc.PendingRollbackError,  # Optuna asks once more on a connection that was cut while it read
+    )
     return isinstance(cause, kinds) or bool(getattr(cause, "connection_invalidated", False))
 
 
