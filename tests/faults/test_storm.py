@@ -81,9 +81,32 @@ def test_a_storm(postgres: Server, config: Path, amount: Amount, tally: Tally, t
 
 
 def storm(postgres: Server, config: Path, folder: Path, chance: random.Random, trials: int) -> None:
-    name, shared = folder.name, f'artifacts="{folder / "shared"}"'
+    shared = f'artifacts="{folder / "shared"}"'
     places = [folder / f"machine-{i}" for i in range(WORKERS)]
-    begun = [begin(config, postgres, name, trials, place, shared) for place in places]
+    begun = [begin(config, postgres, folder.name, trials, place, shared) for place in places]
+    try:
+        weather(postgres, begun, places, folder.name, chance, trials)
+    finally:
+        for process in begun:
+            process.kill()  # those that are left where the test fails
+    check(postgres, folder.name, trials)
+    files = [f for f in folder.rglob("*") if f.suffix in (".log", ".toml") or f.name == "said"]
+    said = "".join(f.read_text() for f in files)
+    assert PASSWORD not in said and "Traceback" not in said
+    assert "comes from process" in said, "nothing was fetched"
+    made = [sha256(f) for f in folder.rglob("directions.safetensors")]
+    assert len(made) > 1 and len(set(made)) == 1
+
+
+def weather(
+    postgres: Server,
+    begun: list[subprocess.Popen[str]],
+    places: list[Path],
+    name: str,
+    chance: random.Random,
+    trials: int,
+) -> None:
+    """What happens to the workers, until those that were not killed have ended."""
 
     def reach(number: int) -> None:
         end = time.monotonic() + 240
@@ -103,13 +126,6 @@ def storm(postgres: Server, config: Path, folder: Path, chance: random.Random, t
     postgres.control("restart", "-m", chance.choice(["fast", "immediate"]))
     for process, place in list(zip(begun, places, strict=True))[2:]:
         assert process.wait(timeout=240) == 0, (place / "said").read_text()
-    check(postgres, name, trials)
-    files = [f for f in folder.rglob("*") if f.suffix in (".log", ".toml") or f.name == "said"]
-    said = "".join(f.read_text() for f in files)
-    assert PASSWORD not in said and "Traceback" not in said
-    assert "comes from process" in said, "nothing was fetched"
-    made = [sha256(f) for f in folder.rglob("directions.safetensors")]
-    assert len(made) > 1 and len(set(made)) == 1
 
 
 @only_full
