@@ -4,13 +4,14 @@
 
 Every method searches for the time that `--marks` ordinary trials take (a trial of the kernels' space, measured in full), the walk
 included. The study's own front is measured again on a third part of the prompts. Folders given with --models (of any tool) are
-loaded from disk and measured there too. For the point with the fewest refusals
-at a KL of at most 0.1, and for the folders, also whether the answers are still language. One direction set, one baseline: seeds
+loaded from disk and measured there too. For the point with the fewest refusals at a KL of at most 0.1, and for the folders, also
+whether the answers are still language. One baseline for all; directions are found once for each method that wants others. Seeds
 vary the search.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import tempfile
@@ -28,7 +29,7 @@ from rich.console import Console
 from versus_heretic import hypervolume
 from walk import measured
 
-from heretic.ablation.ablation import Ablation
+from heretic.ablation.ablation import Ablation, Workbench
 from heretic.errors import UserError
 from heretic.later import open_bench
 from heretic.prompts import load as load_prompts
@@ -40,19 +41,31 @@ from heretic.scoring.refusals import count_refusals
 from heretic.screen.console import Plain
 from heretic.search.front import Result, front, results
 from heretic.search.study import finished, optimise
-from heretic.session import Bench, Session, measure_baseline
+from heretic.session import Bench, Session, directions_of, measure_baseline, workbench_of
 from heretic.settings import PromptSource
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
 from heretic.strengths import find_walk
 from heretic.trials import Trials
 
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "kernels": {"search.start": "kernels"},
     "mixture": {"search.gradient.direction": "mixture"},
     "per_layer": {"search.gradient.direction": "per_layer"},
     "free": {"search.gradient.direction": "free"},
     "both": {"search.start": "both"},
+    # The default search from other directions.
+    "geometric_median": {"directions.method": "geometric_median"},
+    "contrastive_1": {"directions.method": "contrastive_components"},
+    "contrastive_2": {"directions.method": "contrastive_components", "directions.count": 2},
+    "contrastive_3": {"directions.method": "contrastive_components", "directions.count": 3},
+    "map_1": {"directions.method": "self_organising_map"},
+    "map_2": {"directions.method": "self_organising_map", "directions.count": 2},
+    "map_3": {"directions.method": "self_organising_map", "directions.count": 3},
+    "rounds_1": {"directions.iterative_rounds": 1},
+    "rounds_2": {"directions.iterative_rounds": 2},
+    "atoms_8": {"directions.harmless_atoms": 8},
+    "unprojected": {"directions.project_harmless": False},
 }
 MAX_KLS = (0.05, 0.1, 0.2)
 
@@ -66,6 +79,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="trials of a search, whatever time they take, instead of --marks")
     parser.add_argument("--trial", type=float, help="seconds of an ordinary trial; measured if left out")
     parser.add_argument("--models", type=Path, nargs="*", default=[], help="model folders to measure beside")
+    parser.add_argument("--brief", action="store_true", help="leave out how the models answer")
     parser.add_argument("--set", action="append", default=[], dest="extra")
     arguments = parser.parse_args()
     watcher = Plain(Console())
@@ -79,7 +93,8 @@ def main() -> None:
         report |= {"seconds_ordinary_trial": None if arguments.count else ordinary, "searches": [], "models": []}
         for method in arguments.methods:
             for seed in arguments.seeds:
-                searched = Search(session, held, common, method, seed, Path(scratch) / f"{method}-{seed}")
+                place = Path(scratch) / f"{method}-{seed}"
+                searched = Search(session, held, common, method, seed, place, brief=arguments.brief)
                 report["searches"].append(
                     searched.run([m * ordinary for m in marks], marks, arguments.count or math.inf)
                 )
@@ -108,10 +123,10 @@ class Held:
         self.session = replace(session, baseline=found, ladder=with_savings(self.ladder, found.refusal_texts))
         self.known: dict[tuple[str, int, int], Scores] = {}
 
-    def spoken(self, ablation: Ablation) -> dict[str, Any]:
+    def spoken(self, ablation: Ablation, workbench: Workbench) -> dict[str, Any]:
         """How an ablation answers."""
         bench = self.session.bench
-        with self.session.applied(ablation):
+        with replace(self.session, workbench=workbench).applied(ablation):
             said = [answers(bench, sequences) for sequences in (self.ladder.harmful, self.ladder.harmless)]
             over = self.over_refusals(bench)
         return self.described(said) | {"over_refusals": over}
@@ -133,17 +148,24 @@ class Search:
     """One method with one seed."""
 
     def __init__(
-        self, session: Session, held: Held, common: Sequence[str], method: str, seed: int, folder: Path
+        self,
+        session: Session,
+        held: Held,
+        common: Sequence[str],
+        method: str,
+        seed: int,
+        folder: Path,
+        *,
+        brief: bool = False,
     ) -> None:
-        chosen = [f"{key}={value}" for key, value in METHODS[method].items()]
-        given = session.bench.settings.model_dump()
-        settings = resolve(None, {}, [*chosen, f"seed={seed}"], {}).settings
-        search = session.bench.settings.search
-        walk = search.gradient.model_copy(update={"direction": settings.search.gradient.direction})
-        search = search.model_copy(update={"start": settings.search.start, "gradient": walk})
-        settings = session.bench.settings.model_copy(update={"seed": seed, "search": search})
-        assert given.keys() == settings.model_dump().keys()
-        self.session = replace(session, bench=replace(session.bench, settings=settings))
+        self.brief = brief
+        chosen = [f"{key}={json.dumps(value)}" for key, value in METHODS[method].items()]
+        settings = resolve(None, {}, [*common, *chosen, f"seed={seed}"], {}).settings
+        parts = {part: getattr(settings, part) for part in ("seed", "search", "directions")}
+        settings = session.bench.settings.model_copy(update=parts)
+        before, bench = session.bench.settings.directions, replace(session.bench, settings=settings)
+        workbench = session.workbench if settings.directions == before else workbench_of(bench, directions_of(bench))
+        self.session = replace(session, bench=bench, workbench=workbench)
         self.held, self.method, self.seed, self.folder = held, method, seed, RunFolder(folder, "quality")
         self.folder.create()
 
@@ -171,10 +193,14 @@ class Search:
             before = time.perf_counter()
             points = [self._again(space.from_params(r.params), r) for r in front(results(study))]
             kept = [p for p in points if p["study"]["kl"] < 0.5]
-            if picked := pick([Point(p["trial"], p["study"]["refusals"], p["study"]["kl"]) for p in kept]):
+            if not self.brief and (
+                picked := pick([Point(p["trial"], p["study"]["refusals"], p["study"]["kl"]) for p in kept])
+            ):
                 numbered = {r.number: r for r in results(study)}
                 ablation = space.from_params(numbered[picked.trial].params)
-                next(p for p in kept if p["trial"] == picked.trial)["answers"] = self.held.spoken(ablation)
+                next(p for p in kept if p["trial"] == picked.trial)["answers"] = self.held.spoken(
+                    ablation, self.session.workbench
+                )
             found["fronts"][str(mark)] = {
                 "seconds": round(before - began - paused, 1),
                 "trials": finished(study),
@@ -194,7 +220,8 @@ class Search:
     def _again(self, ablation: Any, result: Result) -> dict[str, Any]:
         key = (self.method, self.seed, result.number)
         if key not in self.held.known:
-            self.held.known[key] = measured(self.held.session, ablation)[0]
+            held = replace(self.held.session, workbench=self.session.workbench)
+            self.held.known[key] = measured(held, ablation)[0]
         d = result.scores.divergence
         return {"trial": result.number, "study": {"refusals": result.scores.refusals, "kl": d.mean}} | plain(
             self.held.known[key]

@@ -15,6 +15,7 @@ from heretic.errors import StudyMismatch, UserError
 from heretic.model.checkpoint import open_checkpoint
 from heretic.progress import SILENT
 from heretic.run import Outcome, run
+from heretic.run_folder import RunFolder
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
 
@@ -45,6 +46,18 @@ def test_a_run_studies_chooses_exports_and_proves(config: Path, llama: Path) -> 
     changed = [name for name in before.tensors if not torch.equal(before.read(name), after.read(name))]
     assert changed and all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in changed)
     assert not list(Path().glob(".out.partial*"))
+
+
+@pytest.mark.parametrize("geometry", ["plain", "norm_preserving"])
+def test_several_directions_of_a_layer_are_searched_exported_and_proven(config: Path, geometry: str) -> None:
+    wanted = ("directions.method=contrastive_components", "directions.count=2", "directions.iterative_rounds=1")
+    outcome = do(config, *wanted, f"ablation.geometry={geometry}", "n_trials=2", "save_to=out")
+    stored = RunFolder(outcome.folder.path, outcome.folder.stamp).directions(SILENT)
+    assert stored is not None and stored.count == 4
+    assert outcome.export is not None and outcome.export.verification.divergence < 1e-6
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert manifest["settings"]["directions"]["count"] == 2
+    assert do(config, f"ablation.geometry={geometry}").folder.name != outcome.folder.name, "another fingerprint"
 
 
 def test_a_finished_run_does_nothing_again_and_grows_when_asked(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

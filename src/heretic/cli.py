@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from heretic import __version__
-from heretic.commands import about, models, runs, trials  # noqa: F401  each adds its commands to the application
+from heretic.commands import about, exported, models, runs, trials  # noqa: F401  each adds its commands to the application
 from heretic.commands.app import app, err
 from heretic.errors import OF_THE_DISK, Interrupted, UserError, disk_error
 from heretic.screen.console import printable

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import optuna
 
 from heretic.errors import UserError
+from heretic.export.formats import FORMATS
 from heretic.files import write_text
 from heretic.model.batching import free_memory
 from heretic.parallel import Together, agree, opening, shared, size
@@ -128,6 +129,15 @@ class Desk:
         origins = {**self.resolved.origins, "n_trials": "asked for later"}
         self.resolved = Resolved(settings, self.resolved.file, origins)
         self.keep_settings()
+
+    def export_as(self, form: str) -> None:
+        """Let exports be in this format from now on, as long as the desk is open. Raises UserError for one that there is not."""
+        if form not in FORMATS:
+            raise UserError(f"There is no format {form!r}.", fix=f"one of: {', '.join(FORMATS)}")
+        settings = self.settings.model_copy(update={"export_format": form})
+        self.inputs = replace(self.inputs, settings=settings)
+        if self.loaded is not None:
+            self.loaded = replace(self.loaded, bench=replace(self.loaded.bench, settings=settings))
 
     def keep_settings(self) -> None:
         """Write them to the run's folder, and to the storage for those who do not have the folder."""

@@ -16,6 +16,7 @@ EXIT_STATUSES = {
     3: "another process holds a device or the run",
     4: "the stored study was made with other settings",
     5: "the exported model is not the model that was measured",
+    6: "the rebuilt model is not the one of the manifest",
     130: "stopped by Ctrl-C or a signal",
 }
 
@@ -76,6 +77,12 @@ class VerificationFailed(UserError):
     """The written model is not the model that was measured."""
 
     exit_status = 5
+
+
+class NotReproduced(UserError):
+    """A model made again from its manifest differs from the one that the manifest is of."""
+
+    exit_status = 6
 
 
 class Interrupted(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     with _no_space_left(path):
         kept = dict(metadata or {})
         save_file(tensors, beside, metadata={**kept, "sha256": _digest(tensors, kept)})
+        sort_metadata(beside)
         _settle(beside, path)
 
 
@@ -50,6 +52,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             fix="delete it; it is made anew",
         )
     return tensors, metadata
+
+
+def sort_metadata(path: Path) -> None:
+    """Give a safetensors file the same bytes every time: its library writes the metadata in an order of chance."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if len(header.get("__metadata__", {})) < 2:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # longer only where the two libraries write a character in different ways
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def sha256(path: Path) -> str:

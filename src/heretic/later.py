@@ -51,13 +51,17 @@ def opened(
     assignments: Sequence[str],
     *,
     destination: Path | None = None,
+    form: str | None = None,
     wait: bool,
     watcher: Watcher,
     stop: Stop,
 ) -> Iterator[Desk]:
-    """Hold a run's devices and folder while its trials are worked with. Raises UserError if there is no such run."""
+    """Hold a run's devices and folder while its trials are worked with; `form` is another format to export in.
+
+    Raises UserError if there is no such run.
+    """
     folder = find_run(name, runs_dir)
-    fixed = {"runs_dir": str(folder.path.parent), "run_name": folder.name, "save_to": ""}
+    fixed = {"runs_dir": str(folder.path.parent), "run_name": folder.name, "save_to": "", "export_format": form}
     resolved = stored(folder, os.environ, fixed, assignments)
     settings = resolved.settings
     if destination is not None:

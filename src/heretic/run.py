@@ -40,6 +40,7 @@ from heretic.search.storage import (
     unwritable,
 )
 from heretic.search.study import finished, optimise
+from heretic.search.warm_start import WARM_START, warm_start
 from heretic.session import LoadPlan, read_template
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved
@@ -159,7 +160,7 @@ def work(desk: Desk, workers: int = 1) -> Export | None:
         watcher.say(f"Resuming {folder.path}: {done} of {settings.n_trials} trials are done.")
     picked = desk.picked()
     wanted = Path(settings.save_to) if settings.save_to and not lender() else None
-    export = earlier_export(wanted, folder, picked[0].number) if wanted and picked else None
+    export = earlier_export(wanted, folder, picked[0].number, settings.export_format) if wanted and picked else None
     if done >= settings.n_trials and (export or not wanted):
         watcher.say("The study is complete; nothing is left to do.")
         return export
@@ -176,7 +177,11 @@ def go_on(desk: Desk) -> None:
     session = desk.session()
     desk.study.set_user_attr(REFUSALS_BEFORE, session.baseline.refusals)
     walk = parallel.agree(lambda: find_walk(desk.study, session, desk.folder, desk.shelf))
-    trials = Trials(session, desk.folder, session.space(walk))
+    space = session.space(walk)
+    width = session.bench.language_model.anatomy.width
+    with desk.shelf.thing("the trials to begin with", lambda: WARM_START in desk.study.user_attrs):
+        warm = warm_start(desk.study, space, desk.folder, width, desk.watcher)
+    trials = Trials(session, desk.folder, space, warm)
     measurer = parallel.Led(trials) if parallel.size() > 1 else trials
     optimise(desk.study, desk.settings, measurer, watcher=desk.watcher, stop=desk.stop, shared=desk.shared)
 

@@ -86,12 +86,11 @@ class RunFolder:
     def directions(self, watcher: Watcher) -> Directions | None:
         """The stored directions; None if there are none, or if the file is damaged, which is said."""
         tensors = self._tensors("directions.safetensors", watcher)
-        return Directions(tensors["directions"]) if tensors else None
+        return Directions(tensors["directions"], tensors.get("further")) if tensors else None
 
     def keep_directions(self, directions: Directions) -> None:
         """Store the directions."""
-        layout = {"layout": "row l: unit direction after block l", "fingerprint": self.stamp}
-        write_tensors(self.path / "directions.safetensors", {"directions": directions.vectors}, layout)
+        write_directions(self.path / "directions.safetensors", directions, self.stamp)
 
     def baseline(self, watcher: Watcher) -> Baseline | None:
         """The stored baseline; None if there is none or it is damaged, which is said."""
@@ -165,6 +164,14 @@ class RunFolder:
         return tensors if metadata.get("fingerprint") == self.stamp else None
 
 
+def write_directions(path: Path, directions: Directions, stamp: str) -> None:
+    """Write the layers' directions in float32 as a tensor `directions` [layers, width], and `further` [layers, count - 1, width]
+    where a layer has several; `stamp` is their run's fingerprint."""
+    layout = {"layout": "row l: unit direction after block l; further: the others of each", "fingerprint": stamp}
+    further = {} if directions.further is None else {"further": directions.further}
+    write_tensors(path, {"directions": directions.vectors, **further}, layout)
+
+
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """On a full disk lines are lost in silence: what is stopped by the disk says so itself, once."""
@@ -203,6 +210,32 @@ def known_run(name: str, runs_dir: str) -> RunFolder | None:
         return None
     found = (path for path in (Path(name), Path(runs_dir) / name) if (path / "config.toml").is_file())
     return next(map(RunFolder, found), None)
+
+
+def exported_folder(source: str, runs_dir: str, trial: int | None) -> Path:
+    """The exported model that is meant: a folder with a manifest, or what a run has exported into its own folder.
+
+    Raises UserError where there is none, or several and no trial is named.
+    """
+    folder = Path(source).expanduser()
+    if (folder / "manifest.json").is_file():
+        return folder
+    if folder.is_dir() and not (folder / "config.toml").is_file():
+        raise UserError("The folder holds no model that heretic has exported.", where=str(folder))
+    run = find_run(source, runs_dir)
+    wanted = "*" if trial is None else f"trial-{trial}"
+    found = sorted(p.parent for p in run.path.glob(f"models/{wanted}/manifest.json"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(
+            f"The run has exported {len(found)} trials.", where=str(run.path), fix=f"--trial N; such as {found[0].name}"
+        )
+    raise UserError(
+        "The run has no exported model in its own folder.",
+        where=str(run.path / "models"),
+        fix=f"name the folder of the exported model, or: heretic export {run.path} -o FOLDER --upload user/name",
+    )
 
 
 def stored(

@@ -16,11 +16,11 @@ from torch import Tensor
 from heretic.ablation.ablation import Ablation, Workbench
 from heretic.ablation.attach import attach
 from heretic.ablation.bake import Original, copies, from_checkpoint, rewrite
-from heretic.ablation.directions import Directions, mean_difference
+from heretic.ablation.directions import Directions
 from heretic.errors import UserError
+from heretic.finding import find_directions
 from heretic.model.anatomy import Writer
 from heretic.model.batching import AS_IT_IS, Batch, Batcher, Edited
-from heretic.model.capture import mean_residuals
 from heretic.model.chat_format import ChatFormat, check_length, common_prefix
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.decoding import decode, decoded_by_generate
@@ -220,14 +220,10 @@ def open_session(
     with shelf.file("directions.safetensors"):
         directions = agree(lambda: folder.directions(watcher))
         if directions is None:
-            directions = find_directions(bench)
+            directions = directions_of(bench)
             if rank() == 0:
                 folder.keep_directions(directions)
     writers = bench.language_model.anatomy.writers
-    edit = settings.ablation
-    workbench = Workbench.prepare(
-        directions, writers, edit.geometry, weight_reader(bench.language_model), watcher, norm_aware=edit.norm_aware
-    )
     original = None
     if settings.apply == "weights":
         original = (
@@ -235,7 +231,23 @@ def open_session(
             if settings.cache_weights
             else from_checkpoint(_with_tensors(checkpoint), writers, bench.language_model.model)
         )
+    workbench = workbench_of(bench, directions)
     return Session(bench, baseline, workbench, original, with_savings(bench.ladder, baseline.refusal_texts))
+
+
+def directions_of(bench: Bench) -> Directions:
+    """Directions as the settings want them, from the prompt sets for it. Raises UserError."""
+    harmful, harmless = (bench.encoded[role] for role in ("harmful_train", "harmless_train"))
+    return find_directions(bench.language_model, harmful, harmless, bench.batcher, bench.settings.directions)
+
+
+def workbench_of(bench: Bench, directions: Directions) -> Workbench:
+    """What gives the operators of the run's geometry for these directions."""
+    model, edit = bench.language_model, bench.settings.ablation
+    read, watcher = weight_reader(model), bench.batcher.watcher
+    return Workbench.prepare(
+        directions, model.anatomy.writers, edit.geometry, read, watcher, norm_aware=edit.norm_aware
+    )
 
 
 def measure_baseline(bench: Bench) -> Baseline:
@@ -247,16 +259,6 @@ def measure_baseline(bench: Bench) -> Baseline:
         for tokens, declined in zip(counted.tokens, counted.declined, strict=True)
     )
     return Baseline(log_probs, counted.declined, texts, bench.chat.response_prefix)
-
-
-def find_directions(bench: Bench) -> Directions:
-    """Capture residuals of the training prompts and take the difference of their means."""
-    means = []
-    winsorize = bench.settings.directions.winsorize
-    for role in ("harmful_train", "harmless_train"):
-        name = f"Residuals of {role}"
-        means.append(mean_residuals(bench.language_model, name, bench.encoded[role], bench.batcher, winsorize))
-    return mean_difference(*means, project_harmless=bench.settings.directions.project_harmless)
 
 
 def find_prefix(language_model: LanguageModel, encoded: Mapping[str, list[list[int]]], batcher: Batcher) -> str:

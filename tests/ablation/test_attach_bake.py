@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from heretic.ablation.ablation import Ablation, Workbench
 from heretic.ablation.attach import attach
 from heretic.ablation.bake import copies, rewrite
-from heretic.ablation.directions import Directions
+from heretic.ablation.directions import Directions, made_unit
 from heretic.ablation.kernel import Kernel
 from heretic.ablation.operator import GEOMETRIES
 from heretic.model.anatomy import dissect
+from heretic.model.forward import trial_of_row
 from tests.tiny import FAMILIES, tiny_model
 
 TOKENS = torch.tensor([[5, 9, 17, 33, 41], [7, 8, 11, 60, 3]])
@@ -32,6 +35,9 @@ ABLATIONS = {
     ),
     "a mixture of all layers": Ablation(
         {"attention": (0.0, 0.5, 1.5, 0.2), "mlp": (0.0, 0.0, 0.3, 1.0)}, (1, -0.5, 2, 0)
+    ),
+    "a direction for each component": Ablation.of_kernels(
+        {"attention": Kernel(0.7, 3.0, 0.2, 2.0), "mlp": Kernel(1.4, 1.0, 0.9, 2.5)}, 4, {"attention": None, "mlp": 1.6}
     ),
     "neighbours": Ablation({"attention": (0.0, 0.5, 1.5, 0.2)}, None, shift=-0.4),
 }
@@ -154,3 +160,77 @@ def test_norm_aware_edits_keep_row_norms_and_bake_like_any_other() -> None:
         if writer.name in operators:
             before = writer.weight().float()
             assert torch.allclose(operators[writer.name].on_weight(before).norm(dim=1), before.norm(dim=1), rtol=1e-4)
+
+
+def several(layers: int = 4, width: int = 32, count: int = 3) -> Directions:
+    torch.manual_seed(1)
+    return made_unit(torch.randn(layers, count, width))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@torch.no_grad()
+def test_several_directions_attached_and_baked_are_the_same_edit(family: str, geometry: str) -> None:
+    model = tiny_model(family)
+    anatomy = dissect(model)
+    workbench = Workbench.prepare(several(), anatomy.writers, geometry)
+    one = Workbench.prepare(Directions(several().vectors), anatomy.writers, geometry)
+    vector = torch.randn(2 * 32, generator=torch.Generator().manual_seed(2))
+    original = model(TOKENS).logits
+    for name, ablation in (ABLATIONS | {"of its own": replace(ABLATIONS["neighbours"], vector=vector)}).items():
+        operators = workbench.operators(ablation)
+        with attach(anatomy.writers, operators):
+            attached = model(TOKENS).logits
+        with rewrite(anatomy.writers, operators, copies(anatomy.writers)):
+            baked = model(TOKENS).logits
+        assert torch.allclose(attached, baked, atol=1e-4), f"{name}: {(attached - baked).abs().max()}"
+        assert (attached - original).abs().max() > 0.01, name
+        with attach(anatomy.writers, one.operators(ablation)):
+            assert name == "of its own" or (model(TOKENS).logits - attached).abs().max() > 1e-3, f"{name}: only one"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@torch.no_grad()
+def test_several_directions_are_operators_one_after_the_other(family: str, geometry: str) -> None:
+    """Nothing new is assumed of k directions: each alone, in any order, with the rows' norms given back at the end."""
+    anatomy = dissect(tiny_model(family))
+    directions = several()
+    ablation = Ablation.of_kernels({c: Kernel(1.2, 2.0, 0.4, 3.0) for c in ("attention", "mlp")}, 4)
+    operators = Workbench.prepare(directions, anatomy.writers, geometry).operators(ablation)
+    for writer in anatomy.writers:
+        strength = float(ablation.strength(writer))
+        if strength == 0:
+            continue
+        weight = writer.weight().double()
+        rows = directions.every[writer.layer].double()
+        if (scale := writer.scale()) is not None:
+            rows = torch.linalg.qr((rows * scale.double()).T).Q.T
+        norms = weight.norm(dim=1, keepdim=True) if geometry != "plain" else torch.ones(32, 1, dtype=torch.float64)
+        edited = weight / norms
+        for v in rows.flip(0):
+            edited = edited - strength * torch.outer(v, v @ edited)
+        edited = edited * norms
+        if geometry == "norm_preserving":
+            edited = edited * norms / edited.norm(dim=1, keepdim=True)
+        assert torch.allclose(operators[writer.name].on_weight(writer.weight()).double(), edited, atol=1e-4)
+
+
+@torch.no_grad()
+def test_trials_with_several_directions_and_with_one_share_a_pass() -> None:
+    model = tiny_model("llama")
+    anatomy = dissect(model)
+    workbench = Workbench.prepare(several(), anatomy.writers, "norm_preserving")
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(2))
+    each = [workbench.operators(a) for a in (ABLATIONS["per layer"], replace(ABLATIONS["neighbours"], vector=vector))]
+    alone = []
+    for operators in each:
+        with attach(anatomy.writers, operators):
+            alone.append(model(TOKENS).logits)
+    token = trial_of_row.set(torch.tensor([0, 1]))
+    try:
+        with attach(anatomy.writers, *each):
+            together = model(TOKENS).logits
+    finally:
+        trial_of_row.reset(token)
+    assert torch.allclose(together[0], alone[0][0], atol=1e-5) and torch.allclose(together[1], alone[1][1], atol=1e-5)

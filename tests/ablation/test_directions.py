@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from heretic.ablation.directions import between, mean_difference
+from heretic.ablation.directions import Directions, between, made_unit, orthonormal
+from heretic.ablation.harmless import without_atoms, without_mean
+from heretic.ablation.methods.mean_difference import mean_difference
 from heretic.errors import UserError
-from heretic.files import read_tensors
+from heretic.files import read_tensors, write_tensors
 from heretic.model.capture import ResidualMeans
 from heretic.progress import SILENT
 from heretic.run_folder import RunFolder
@@ -20,28 +22,38 @@ def means(seed: int) -> ResidualMeans:
     return ResidualMeans(torch.randn(6, 16, dtype=torch.float64), 10)
 
 
+def found(harmful: ResidualMeans, harmless: ResidualMeans, *, project: bool = False) -> Directions:
+    vectors = mean_difference(harmful, harmless, 1, "cpu")
+    return made_unit(without_mean(vectors, harmless) if project else vectors)
+
+
+def several(layers: int = 6, count: int = 3, width: int = 16) -> Directions:
+    torch.manual_seed(5)
+    return made_unit(torch.randn(layers, count, width))
+
+
 def test_unit_length_and_direction() -> None:
     harmful, harmless = means(1), means(2)
-    found = mean_difference(harmful, harmless, project_harmless=False).vectors
+    vectors = found(harmful, harmless).vectors
     expected = torch.nn.functional.normalize(harmful.mean - harmless.mean, dim=-1)
-    assert torch.allclose(found, expected.float())
+    assert torch.allclose(vectors, expected.float())
 
 
 def test_projection_makes_them_orthogonal_to_the_harmless_mean() -> None:
     harmful, harmless = means(1), means(2)
-    found = mean_difference(harmful, harmless, project_harmless=True).vectors.double()
-    assert (found * harmless.mean).sum(-1).abs().max() < 1e-6
-    assert torch.allclose(found.norm(dim=-1), torch.ones(6, dtype=torch.float64), atol=1e-6)
-    assert ((found * (harmful.mean - harmless.mean)).sum(-1) > 0).all()
+    vectors = found(harmful, harmless, project=True).vectors.double()
+    assert (vectors * harmless.mean).sum(-1).abs().max() < 1e-6
+    assert torch.allclose(vectors.norm(dim=-1), torch.ones(6, dtype=torch.float64), atol=1e-6)
+    assert ((vectors * (harmful.mean - harmless.mean)).sum(-1) > 0).all()
 
 
 def test_no_difference_is_an_error() -> None:
     with pytest.raises(UserError, match="layer 0"):
-        mean_difference(means(1), means(1), project_harmless=False)
+        found(means(1), means(1))
 
 
 def test_between_two_layers_the_mix_has_length_one() -> None:
-    directions = mean_difference(means(1), means(2), project_harmless=False)
+    directions = found(means(1), means(2))
     for index in (0.0, 2.0, 2.25, 4.9, 5.0):
         mixed = directions.unit(between(index, 6)) @ directions.vectors
         assert mixed.norm() == pytest.approx(1.0, abs=1e-5)
@@ -52,7 +64,7 @@ def test_between_two_layers_the_mix_has_length_one() -> None:
 
 
 def test_saved_and_loaded_and_damage_is_seen(tmp_path: Path) -> None:
-    directions = mean_difference(means(1), means(2), project_harmless=False)
+    directions = found(means(1), means(2))
     file = tmp_path / "directions.safetensors"
     folder = RunFolder(tmp_path, stamp="a")
     folder.keep_directions(directions)
@@ -69,3 +81,56 @@ def test_saved_and_loaded_and_damage_is_seen(tmp_path: Path) -> None:
     file.write_bytes(whole[:50])
     with pytest.raises(UserError, match="damaged"):
         read_tensors(file)
+
+
+def test_several_are_at_right_angles_and_the_first_stays() -> None:
+    torch.manual_seed(5)
+    given = torch.randn(6, 3, 16)
+    made = made_unit(given)
+    assert made.count == 3 and torch.allclose(made.every @ made.every.mT, torch.eye(3).expand(6, 3, 3), atol=1e-6)
+    assert torch.allclose(made.vectors, torch.nn.functional.normalize(given[:, 0], dim=-1), atol=1e-6)
+    third = torch.linalg.qr(given[2].T.double()).Q.T[2]  # up to its sign, what Householder's way gives
+    assert abs(float(third @ made.every[2, 2].double())) == pytest.approx(1, abs=1e-6)
+
+
+def test_those_of_a_later_round_come_behind_and_what_is_there_already_is_refused() -> None:
+    first = several(count=2)
+    both = made_unit(torch.randn(6, 1, 16), first)
+    assert torch.equal(both.every[:, :2], first.every) or torch.allclose(both.every[:, :2], first.every, atol=1e-6)
+    assert both.count == 3 and (both.every[:, 2:] @ first.every.mT).abs().max() < 1e-6
+    with pytest.raises(UserError, match="Layer 0 has only 2 different directions"):
+        made_unit(first.every.sum(dim=1, keepdim=True), first)
+
+
+def test_orthonormal_rows_are_what_the_matrix_makes_and_a_row_too_many_becomes_nothing() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(3, 16, dtype=torch.float64) * torch.tensor([[1.0], [100.0], [0.01]])
+    made, turn = orthonormal(rows)
+    assert torch.allclose(turn @ rows, made) and torch.allclose(made @ made.T, torch.eye(3).double(), atol=1e-9)
+    assert torch.autograd.gradcheck(lambda r: orthonormal(r)[0], (rows.requires_grad_(),))
+    double, _ = orthonormal(torch.stack([rows[0], 2 * rows[0], rows[1]]).detach())
+    assert double[1].norm() < 1e-6 and double[2].norm() == pytest.approx(1)
+
+
+def test_atoms_are_taken_out_by_their_share_of_the_spread() -> None:
+    torch.manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q[:2]
+    spread = torch.tensor([[3.0, 0], [-3.0, 0], [0, 1.0], [0, -1.0]], dtype=torch.float64) @ axes  # variances 9 : 1
+    points = (spread + 5).float().unsqueeze(1).expand(-1, 6, -1)
+    harmless = ResidualMeans(points.double().mean(dim=0), 4, points)
+    vectors = axes.sum(dim=0).expand(6, 1, 16)
+    left = without_atoms(vectors, harmless, 2, 0.1, "cpu") @ axes.T
+    assert torch.allclose(left[:, 0], torch.tensor([1 - 1 / 1.1, 1 - (1 / 9) / (1 / 9 + 0.1)]).double(), atol=1e-5)
+    assert torch.allclose(
+        without_atoms(vectors, harmless, 1, 0.0, "cpu") @ axes.T, torch.tensor([0.0, 1.0]).double(), atol=1e-5
+    )
+
+
+def test_several_are_stored_and_a_file_of_the_older_layout_is_read(tmp_path: Path) -> None:
+    folder, directions = RunFolder(tmp_path, stamp="a"), several()
+    folder.keep_directions(directions)
+    kept = folder.directions(SILENT)
+    assert kept is not None and torch.equal(kept.every, directions.every)
+    write_tensors(tmp_path / "directions.safetensors", {"directions": directions.vectors}, {"fingerprint": "a"})
+    older = folder.directions(SILENT)
+    assert older is not None and older.count == 1 and torch.equal(older.vectors, directions.vectors)

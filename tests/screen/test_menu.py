@@ -54,6 +54,7 @@ def test_from_the_screen_to_the_menu_to_an_export(config: Path) -> None:
     terminal.answer("What next?", "nonsense", "4")
     assert terminal.raw.count(b"\x1b[?1049h") == 2, "the study has its screen again"
     terminal.answer("Which trial? [", "0")
+    terminal.answer("In which format? [full]", "")
     terminal.answer("To which folder? [runs/mine/models/trial-0]", "")
     terminal.until("reloaded from disk")
     terminal.answer("What next?", "chat")

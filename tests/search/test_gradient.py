@@ -12,7 +12,7 @@ import torch
 
 from heretic.ablation.ablation import Ablation, Workbench
 from heretic.ablation.attach import attach
-from heretic.ablation.directions import Directions
+from heretic.ablation.directions import Directions, made_unit, orthonormal
 from heretic.ablation.operator import GEOMETRIES, facts_along, study_weight
 from heretic.errors import Interrupted
 from heretic.model.batching import Batcher
@@ -75,6 +75,49 @@ def test_gradients_of_every_geometry_are_true_in_float64(geometry: str) -> None:
             torch.tensor([0.3, 1.0, -0.2], dtype=torch.float64, requires_grad=True),
         )
         assert torch.autograd.gradcheck(edited, inputs)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_several_directions_have_true_gradients(geometry: str) -> None:
+    torch.manual_seed(0)
+    weight, y = torch.randn(12, 7, dtype=torch.float64), torch.randn(5, 12, dtype=torch.float64)
+    norms = weight.norm(dim=1)
+
+    def edited(strength: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        rows, _ = orthonormal(vectors.unflatten(0, (3, 12)))
+        return GEOMETRIES[geometry](rows, strength, facts_along(rows, weight, norms), torch.eye(3).double())(y)
+
+    vectors = torch.randn(36, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(edited, (torch.tensor(0.7, dtype=torch.float64, requires_grad=True), vectors))
+
+
+@pytest.mark.parametrize("kind", ["mixture", "per_layer", "free"])
+def test_a_walk_with_several_directions_goes_down_and_on_where_it_was_left(
+    llama: Path, kind: str, tmp_path: Path
+) -> None:
+    of = objective(llama)
+    torch.manual_seed(3)
+    writers = of.language_model.anatomy.writers
+    of = replace(of, workbench=Workbench.prepare(made_unit(torch.randn(4, 2, 32)), writers, "norm_preserving"))
+    whole = descent(of).run(begin(of, kind))
+    train = range(6), range(6)
+    before, after = (of.read(a, 0, *train) for a in (Ablation({}), whole[-1].ablation))
+    assert after.kl + 2.0 * after.refusing < before.kl + 2.0 * before.refusing
+    if kind == "free":
+        assert whole[-1].vector is not None and len(whole[-1].vector) == 2 * 32
+        pair = torch.tensor(whole[-1].vector).view(2, 32)
+        assert float(torch.nn.functional.normalize(pair, dim=1).prod(dim=0).sum().abs()) < 0.9
+    folder = RunFolder(tmp_path, "stamp")
+
+    def cut(state: State) -> None:
+        folder.keep_walk(state)
+        if state.steps == 5:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        descent(of, keep=cut).run(begin(of, kind))
+    state = folder.walk(SILENT)
+    assert state is not None and descent(of).run(state) == whole
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

@@ -7,7 +7,7 @@ import pytest
 
 from heretic.search.space import Space, describe
 from heretic.search.walk import Point, Walk, shifted
-from heretic.settings import Search
+from heretic.settings import KernelSpace, Search
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -86,3 +86,39 @@ def test_a_walk_comes_back_from_the_study_as_it_was() -> None:
     assert Walk.of(study) is None
     WALK.keep(study)
     assert Walk.of(study) == WALK and WALK.reach == (1, 3)
+
+
+def test_each_component_can_have_a_direction_of_its_own() -> None:
+    space = Space(Search(direction_per_component=True), 25, ["attention", "mlp"])
+    differ = 0
+    for trial in trials(60):
+        ablation = space.sample(trial)
+        assert (
+            ablation.mixture is None
+            and ablation.mixtures is not None
+            and set(ablation.mixtures) == {"attention", "mlp"}
+        )
+        for component, mixture in ablation.mixtures.items():
+            assert (mixture is None) == (trial.params[f"{component}.direction_scope"] == "per_layer")
+        differ += ablation.mixtures["attention"] != ablation.mixtures["mlp"]
+        assert space.from_params(trial.params) == ablation
+        assert describe(trial.params) == "per component"
+        assert set(ablation.as_dict()["mixtures"]) == {"attention", "mlp"}
+    assert differ > 40
+
+
+def test_parameters_of_another_study_are_moved_into_these_bounds() -> None:
+    wide = Space(Search(attention=KernelSpace(max_weight=[2.0, 3.0])), 25, ["attention", "mlp"])
+    (trial,) = trials(1)
+    wide.sample(trial)
+    params = trial.params
+    fitted = Space(Search(), 25, ["attention", "mlp"]).fitted(params)
+    assert fitted is not None and fitted["attention.max_weight"] == 1.5
+    assert {k: v for k, v in fitted.items() if k != "attention.max_weight"} == {
+        k: v for k, v in params.items() if k != "attention.max_weight"
+    }
+    assert Space(Search(start="both"), 25, ["attention", "mlp"]).fitted(params) == fitted | {"start": "kernels"}
+    assert Space(Search(), 25, ["attention", "mlp"]).fitted({"walk.point": 1.0}) is None
+    assert Space(Search(direction_per_component=True), 25, ["attention", "mlp"]).fitted(params) is None
+    only = Space(Search(direction_scope=["global"]), 25, ["attention", "mlp"])
+    assert only.fitted(params | {"direction_scope": "per_layer"}) is None

@@ -99,6 +99,7 @@ def test_wrong_types_name_file_line_and_key() -> None:
         ("search.mlp.max_weight=[1]", "search.mlp.max_weight"),
         ("refusal_markers=[]", "refusal_markers"),
         ("directions.winsorize=2", "winsorize"),
+        ("directions.count=3", "`mean_difference` gives one direction a layer"),
         ('dtypes=["fp8"]', "bfloat16"),
     ],
 )

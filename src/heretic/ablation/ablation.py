@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heretic.ablation.directions import Directions, between
+from heretic.ablation.directions import Directions, between, orthonormal
 from heretic.ablation.kernel import Kernel
 from heretic.ablation.operator import GEOMETRIES, NEEDS_FACTS, Operator, WriterFacts, facts_along, study_weight
 from heretic.model.anatomy import Writer
@@ -25,19 +25,30 @@ class Ablation:
     `strengths`: by component, one number a layer; exactly 0 leaves the writers there untouched. `mixture`: coefficients over
     the layers' directions [layers] of the one direction that is removed everywhere; None: each layer's own is, mixed with its
     neighbour's where `shift` is not 0 (in layers, to later ones). `vector`: a direction [width] of its own instead, for all
-    layers. Tensors may be given to have gradients.
+    layers, or several one behind the other [count x width]. `mixtures`: by component, what stands in place of `mixture`. Tensors
+    may be given to have gradients.
     """
 
     strengths: Mapping[str, Numbers]
     mixture: Numbers | None = None
     shift: float = 0.0
     vector: Numbers | None = None
+    mixtures: Mapping[str, Numbers | None] | None = None
 
     @classmethod
-    def of_kernels(cls, kernels: Mapping[str, Kernel], layers: int, direction_index: float | None = None) -> Ablation:
-        """Strengths by kernels, one a component; the direction at a layer index for all, or each layer's own (None)."""
+    def of_kernels(
+        cls, kernels: Mapping[str, Kernel], layers: int, index: float | Mapping[str, float | None] | None = None
+    ) -> Ablation:
+        """Strengths by kernels, one a component; the direction at a layer index for all, or each layer's own (None), or either by
+        component."""
         strengths = {c: tuple(kernel.strength(layer) for layer in range(layers)) for c, kernel in kernels.items()}
-        return cls(strengths, None if direction_index is None else between(direction_index, layers))
+
+        def mixture(at: float | None) -> tuple[float, ...] | None:
+            return None if at is None else between(at, layers)
+
+        if isinstance(index, Mapping):
+            return cls(strengths, mixtures={component: mixture(at) for component, at in index.items()})
+        return cls(strengths, mixture(index))
 
     def strength(self, writer: Writer) -> float | Tensor:
         """Strength at a writer."""
@@ -48,7 +59,10 @@ class Ablation:
         """As plain data, for manifests."""
         strengths = {component: [float(s) for s in profile] for component, profile in self.strengths.items()}
         mixture, vector = (None if part is None else [float(c) for c in part] for part in (self.mixture, self.vector))
-        return {"strengths": strengths, "mixture": mixture, "shift": self.shift, "vector": vector}
+        told = {"strengths": strengths, "mixture": mixture, "shift": self.shift, "vector": vector}
+        if self.mixtures is None:
+            return told
+        return told | {"mixtures": {c: None if m is None else [float(x) for x in m] for c, m in self.mixtures.items()}}
 
 
 @dataclass(frozen=True)
@@ -85,13 +99,13 @@ class Workbench:
         if geometry in NEEDS_FACTS:
             with watcher.stage("Studying the weights", len(writers)) as stage:
                 for writer in writers:
-                    seen = directions.vectors * scales.get(writer.name, 1)
+                    seen = directions.every.flatten(0, 1) * scales.get(writer.name, 1)
                     facts[writer.name] = study_weight(read(writer), seen).to("cpu")
                     stage.advance()
         return cls(directions, writers, geometry, facts, scales)
 
     def operators(self, ablation: Ablation, *, zeros_from: int | None = None) -> dict[str, Operator]:
-        """Operators by the writer's name; writers with strength 0 are not in it.
+        """Operators by the writer's name; writers with strength 0 are not in it. A strength holds for all directions of a layer.
 
         With `zeros_from` they are from that layer on, and nothing is below it: so that strengths can have gradients.
         """
@@ -101,24 +115,21 @@ class Workbench:
             if writer.layer < zeros_from if zeros_from is not None else float(strength) == 0.0:
                 continue
             facts = self.facts.get(writer.name)
+            scale = self.scales.get(writer.name, 1)
             if ablation.vector is not None:
-                vector = self._seen(writer, torch.as_tensor(ablation.vector))
-                mix = vector.new_ones(1)
-                facts = facts and facts_along(vector, writer.weights(), facts.norms)
+                raw = torch.as_tensor(ablation.vector).unflatten(0, (-1, self.directions.vectors.shape[-1]))
+                vectors, _ = orthonormal(raw * scale)
+                mix = torch.eye(len(vectors), dtype=vectors.dtype)
+                facts = facts and facts_along(vectors, writer.weights(), facts.norms)
             else:
-                mix = self._mix(ablation, writer)
-                raw = mix @ self.directions.vectors
-                vector = self._seen(writer, raw)
-                mix = mix / (raw * self.scales.get(writer.name, 1)).norm()
-            found[writer.name] = GEOMETRIES[self.geometry](vector, strength, facts, mix)
+                layers = self._mix(ablation, writer)
+                vectors, turned = orthonormal(self.directions.mixed(layers) * scale)
+                mix = torch.einsum("ij,l->ilj", turned, layers).flatten(1)
+            found[writer.name] = GEOMETRIES[self.geometry](vectors.squeeze(0), strength, facts, mix.squeeze(0))
         return found
 
     def _mix(self, ablation: Ablation, writer: Writer) -> Tensor:
-        mixture = ablation.mixture
+        mixture = ablation.mixture if ablation.mixtures is None else ablation.mixtures.get(writer.component)
         if mixture is None:
             mixture = between(writer.layer + ablation.shift, self.directions.num_layers)
         return torch.as_tensor(mixture, dtype=self.directions.vectors.dtype)
-
-    def _seen(self, writer: Writer, direction: Tensor) -> Tensor:
-        """The unit vector [width] in the writer's output that stands for a direction in the stream."""
-        return torch.nn.functional.normalize(direction * self.scales.get(writer.name, 1), dim=0)

@@ -1,4 +1,4 @@
-"""The refusal direction of every layer."""
+"""The refusal directions of every layer."""
 
 from __future__ import annotations
 
@@ -9,24 +9,65 @@ import torch
 from torch import Tensor
 
 from heretic.errors import UserError
-from heretic.model.capture import ResidualMeans
+
+# Added to the diagonal of a Gram matrix of unit vectors: what the ones before already hold comes out as 0, not as noise.
+JITTER = 1e-12
+# The share of a direction that must be left when the ones before are taken out of it; less is rounding.
+LEAST_NEW = 1e-4
 
 
 @dataclass(frozen=True)
 class Directions:
-    """Unit vectors [layers, width] in float32: row l is the direction in the residual stream after block l."""
+    """Unit vectors in float32: row l of `vectors` [layers, width] is the direction in the residual stream after block l.
+
+    Where a layer has several, `further` [layers, count - 1, width] are the others, all of a layer's at right angles.
+    """
 
     vectors: Tensor
+    further: Tensor | None = None
 
     @property
     def num_layers(self) -> int:
         """Number of layers."""
         return len(self.vectors)
 
+    @property
+    def count(self) -> int:
+        """Number of directions of a layer."""
+        return 1 if self.further is None else 1 + self.further.shape[1]
+
+    @property
+    def every(self) -> Tensor:
+        """All of them [layers, count, width]."""
+        first = self.vectors.unsqueeze(1)
+        return first if self.further is None else torch.cat([first, self.further], dim=1)
+
+    def mixed(self, coefficients: Sequence[float] | Tensor) -> Tensor:
+        """The layers' directions mixed, first with first, second with second [count, width]; neither of length 1 nor at right
+        angles."""
+        mix = torch.as_tensor(coefficients, dtype=self.vectors.dtype)
+        return torch.tensordot(mix, self.every, 1)
+
     def unit(self, coefficients: Sequence[float] | Tensor) -> Tensor:
         """Coefficients c [layers] scaled so that `c @ vectors` has norm 1."""
         mix = torch.as_tensor(coefficients, dtype=self.vectors.dtype)
         return mix / (mix @ self.vectors).norm()
+
+
+def orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [..., k, width] made orthonormal one after the other (Gram-Schmidt), and the matrix T [..., k, k] with
+    which `T @ rows` is that.
+
+    The first keeps its direction; one that lies in the span of those before becomes 0. By Cholesky's decomposition of the Gram
+    matrix in float64, so it is differentiable, and it is k x k arithmetic however wide the rows are.
+    """
+    full = rows.double()
+    lengths = full.norm(dim=-1).clamp_min(1e-30)
+    unit = full / lengths.unsqueeze(-1)
+    eye = torch.eye(rows.shape[-2], dtype=full.dtype, device=full.device)
+    lower = torch.linalg.cholesky(unit @ unit.mT + JITTER * eye)
+    turn = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    return (turn @ unit).to(rows.dtype), (turn / lengths.unsqueeze(-2)).to(rows.dtype)
 
 
 def between(index: float, layers: int) -> tuple[float, ...]:
@@ -40,21 +81,29 @@ def between(index: float, layers: int) -> tuple[float, ...]:
     return tuple(coefficients)
 
 
-def mean_difference(harmful: ResidualMeans, harmless: ResidualMeans, *, project_harmless: bool) -> Directions:
-    """Normalised difference of mean residuals, harmful minus harmless (Arditi et al. 2024, arXiv 2406.11717, section 2.3).
+def made_unit(found: Tensor, earlier: Directions | None = None) -> Directions:
+    """Directions of any length [layers, count, width] made orthonormal within a layer, behind those of `earlier` rounds.
 
-    With `project_harmless` its part along the harmless mean is removed first. Raises UserError if a layer has no difference.
+    Raises UserError if a layer has none, or fewer than asked for.
     """
-    difference = harmful.mean - harmless.mean
-    if project_harmless:
-        common = torch.nn.functional.normalize(harmless.mean, dim=-1)
-        difference = difference - (difference * common).sum(-1, keepdim=True) * common
-    norms = difference.norm(dim=-1, keepdim=True)
-    flat = [layer for layer, norm in enumerate(norms.flatten().tolist()) if not norm > 1e-9]
+    found = found.double()
+    flat = (found.norm(dim=-1) <= 1e-9).any(dim=1).nonzero().flatten().tolist()
     if flat:
         raise UserError(
             f"The harmful and harmless prompts give the same residuals in layer {flat[0]}: there is no direction to find.",
             where="prompts.harmful_train, prompts.harmless_train",
             fix="use prompt sets that differ in whether the model declines",
         )
-    return Directions((difference / norms).float())
+    given = found if earlier is None else torch.cat([earlier.every.to(found), found], dim=1)
+    rows, turned = orthonormal(given / given.norm(dim=-1, keepdim=True))
+    # The diagonal of T is 1 / (what is left of a direction when those before are taken out).
+    poor = (turned.diagonal(dim1=-2, dim2=-1) > 1 / LEAST_NEW).nonzero()
+    if len(poor):
+        layer, number = poor[0].tolist()
+        raise UserError(
+            f"Layer {layer} has only {number} different directions.",
+            where="directions",
+            fix="lower directions.count or directions.iterative_rounds, or give more prompts to harmful_train",
+        )
+    rows = torch.nn.functional.normalize(rows, dim=-1).float()
+    return Directions(rows[:, 0].contiguous(), rows[:, 1:].contiguous() if rows.shape[1] > 1 else None)

@@ -1,9 +1,13 @@
-"""The ablation of one writer, as an operator on its output: y' = n * (y - u (w . y)).
+"""The ablation of one writer, as an operator on its output: y' = n * (y - u (w . y)), or with the sum of several u (w . y).
 
 Every geometry is one function that gives u, w and n for a direction and a strength. What needs the writer's weight is
 computed once per study (`WriterFacts`), linear in the direction, so that preparing a trial is vector arithmetic.
 The formulas, and the check that attached and baked models agree, are in the design; `row_normalized` is the edit that
 `(I - s v vT)` makes on rows of norm 1, `norm_preserving` gives each row its old norm again.
+
+Several directions compose: operators one after the other. For orthonormal v_j the product of all (I - s v_j v_jT) is I - s VT V
+(V [k, width], their rows), so they are one operator with k rows in u and w, exactly; the rows of a weight get their old norm
+once, after the last.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ TINY = 1e-12
 
 @dataclass(frozen=True)
 class Operator:
-    """u, w and n of one writer, each [width] in float32; n is None where no scaling follows."""
+    """u, w and n of one writer, each [width] in float32; u and w [k, width] for k directions; n is None where no scaling
+    follows."""
 
     u: Tensor
     w: Tensor
@@ -31,14 +36,14 @@ class Operator:
     def __call__(self, y: Tensor) -> Tensor:
         """Apply to outputs [..., width]; computed in float32 or better, returned in the type of `y`."""
         full = y.to(torch.promote_types(y.dtype, torch.float32))
-        edited = full - (full @ self.w).unsqueeze(-1) * self.u
+        edited = full - (full @ torch.atleast_2d(self.w).mT) @ torch.atleast_2d(self.u)
         if self.n is not None:
             edited = edited * self.n
         return edited.to(y.dtype)
 
     def on_weight(self, weight: Tensor) -> Tensor:
         """The same edit written into a weight [width, inputs], in float32."""
-        edited = weight.float() - torch.outer(self.u, self.w @ weight.float())
+        edited = weight.float() - torch.atleast_2d(self.u).mT @ (torch.atleast_2d(self.w) @ weight.float())
         if self.n is not None:
             edited = edited * self.n.unsqueeze(-1)
         return edited
@@ -50,7 +55,8 @@ class Operator:
 
 @dataclass(frozen=True)
 class StackedOperators:
-    """The operators of several trials for one writer, u, w and n [trials, width] in float32; each row of a batch gets its own."""
+    """The operators of several trials for one writer, u and w [trials, k, width], n [trials, width] in float32; each row of a
+    batch gets its own."""
 
     u: Tensor
     w: Tensor
@@ -60,10 +66,17 @@ class StackedOperators:
     def of(cls, operators: Sequence[Operator | None]) -> StackedOperators:
         """Stack operators, at least one of them not None; None leaves its rows as they are."""
         some = next(o for o in operators if o is not None)
-        nothing, ones = torch.zeros_like(some.u), torch.ones_like(some.u)
+        most = max(len(torch.atleast_2d(o.u)) for o in operators if o is not None)
+        nothing, ones = some.u.new_zeros(most, some.u.shape[-1]), some.u.new_ones(some.u.shape[-1])
+
+        def rows(of: Tensor) -> Tensor:
+            """With rows of zeros for what others have more."""
+            given = torch.atleast_2d(of)
+            return torch.cat([given, nothing[len(given) :]])
+
         return cls(
-            torch.stack([nothing if o is None else o.u for o in operators]),
-            torch.stack([nothing if o is None else o.w for o in operators]),
+            torch.stack([nothing if o is None else rows(o.u) for o in operators]),
+            torch.stack([nothing if o is None else rows(o.w) for o in operators]),
             None
             if all(o is None or o.n is None for o in operators)
             else torch.stack([ones if o is None or o.n is None else o.n for o in operators]),
@@ -73,7 +86,7 @@ class StackedOperators:
         """Apply to outputs [rows, ..., width] (or [rows x tokens, width], as some models hand them through their MLPs)."""
         trial = trial_of_row.to(y.device)
         full = y.float().view(len(trial), -1, y.shape[-1])
-        edited = full - (full @ self.w[trial].unsqueeze(-1)) * self.u[trial].unsqueeze(1)
+        edited = full - (full @ self.w[trial].mT) @ self.u[trial]
         if self.n is not None:
             edited = edited * self.n[trial].unsqueeze(1)
         return edited.to(y.dtype).view(y.shape)
@@ -135,7 +148,7 @@ def _sum(tensors: Iterator[Tensor]) -> Tensor:
 
 
 class _Through(torch.autograd.Function):
-    """x -> W W^T x for vectors x [width]. Its own derivative, being symmetric, so that nothing of W is kept for it."""
+    """x -> W W^T x for vectors x [width] or [k, width]. Its own derivative, being symmetric, so nothing of W is kept for it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
@@ -149,15 +162,20 @@ class _Through(torch.autograd.Function):
 
 def _through(x: Tensor, matrix: Tensor, rows_at_once: int = 4096) -> Tensor:
     here = x.to(matrix.device)
-    a = _sum(here[rows] @ matrix[rows].to(x.dtype) for rows in _rows(matrix, rows_at_once))
-    return torch.cat([matrix[rows].to(x.dtype) @ a for rows in _rows(matrix, rows_at_once)]).to(x.device)
+    a = _sum(here[..., rows] @ matrix[rows].to(x.dtype) for rows in _rows(matrix, rows_at_once))
+    return torch.cat([a @ matrix[rows].to(x.dtype).mT for rows in _rows(matrix, rows_at_once)], dim=-1).to(x.device)
 
 
 def facts_along(v: Tensor, weight: Tensor | Sequence[Tensor], norms: Tensor) -> WriterFacts:
-    """Facts of a weight [width, inputs], or of several side by side, with these norms of its rows for one direction [width],
-    which may have a gradient."""
+    """Facts of a weight [width, inputs], or of several side by side, with these norms of its rows for directions [width] or
+    [k, width], which may have gradients."""
     g = _Through.apply(v / norms, [weight] if isinstance(weight, Tensor) else weight) / norms
-    return WriterFacts(norms, g[None], (v @ g)[None, None])
+    v, g = torch.atleast_2d(v), torch.atleast_2d(g)
+    return WriterFacts(norms, g, v @ g.mT)
+
+
+# In all of them v is [width], or [k, width] for k directions at right angles, and mix says what they are made of: [directions of
+# the facts], or [k, directions of the facts].
 
 
 def plain(v: Tensor, strength: float | Tensor, facts: WriterFacts | None, mix: Tensor) -> Operator:
@@ -172,11 +190,13 @@ def row_normalized(v: Tensor, strength: float | Tensor, facts: WriterFacts | Non
 
 
 def norm_preserving(v: Tensor, strength: float | Tensor, facts: WriterFacts | None, mix: Tensor) -> Operator:
-    """`row_normalized`, then every row scaled back to its old norm: N_i^2 = 1 - 2 s v_i g_i + s^2 v_i^2 |a|^2."""
+    """`row_normalized`, then every row scaled back to its old norm: N_i^2 = 1 - 2 s v_i . g_i + s^2 v_i A v_i, v_i and g_i being
+    the k directions' i-th components, and A = a aT [k, k]."""
     assert facts is not None
-    g = mix @ facts.g
-    a_squared = mix @ facts.gram @ mix
-    squared = 1 - 2 * strength * v * g + (strength * v) ** 2 * a_squared
+    rows, made_of = torch.atleast_2d(v), torch.atleast_2d(mix)
+    along = (rows * (made_of @ facts.g)).sum(dim=0)
+    across = (rows * ((made_of @ facts.gram @ made_of.mT) @ rows)).sum(dim=0)
+    squared = 1 - 2 * strength * along + strength**2 * across
     return Operator(strength * facts.norms * v, v / facts.norms, squared.clamp_min(TINY).rsqrt())
 
 

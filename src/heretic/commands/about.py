@@ -21,6 +21,9 @@ def config(
         bool, typer.Option("--defaults", help="The documented defaults, as a file to start from.")
     ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="The JSON schema of the settings.")] = False,
+    manifest: Annotated[
+        Path | None, typer.Option("--from-manifest", help="The settings of an exported model's study.")
+    ] = None,
     theirs: Annotated[
         Path | None, typer.Option("--from-heretic", help="A config.toml of heretic-llm, said in these settings.")
     ] = None,
@@ -32,6 +35,10 @@ def config(
 
     if schema:
         print(json.dumps(Settings.model_json_schema(), indent=2))
+    elif manifest is not None:
+        from heretic.export.manifest import settings_of
+
+        print(resolved_text(settings_of(manifest)), end="")
     elif theirs is not None:
         print(from_heretic(theirs), end="")
     elif defaults:

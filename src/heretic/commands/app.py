@@ -54,6 +54,8 @@ RunsOption = Annotated[
 ]
 WaitOption = Annotated[bool, typer.Option("--wait", help="Wait for devices that another process holds.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to standard error.")]
+PublicOption = Annotated[bool, typer.Option("--public", help="Let everyone see what is uploaded; else it is private.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Upload without being asked.")]
 PlainOption = Annotated[bool, typer.Option("--plain", help="Plain lines instead of bars and screens.")]
 
 out = Console(highlight=False)

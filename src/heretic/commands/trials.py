@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +12,15 @@ import typer
 from heretic.commands.app import (
     JsonOption,
     PlainOption,
+    PublicOption,
     RunArgument,
     RunsOption,
     SetOption,
     WaitOption,
+    YesOption,
     app,
     configured_runs,
+    err,
     out,
     run_names,
     watcher_for,
@@ -32,34 +36,77 @@ def export(
     name: Annotated[str, typer.Argument(help="Name or folder of a run.", autocompletion=run_names)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the model to.")],
     trial: TrialOption = None,
+    upload: Annotated[
+        str | None, typer.Option("--upload", help="Send it to the Hugging Face hub afterwards: user/name.")
+    ] = None,
+    public: PublicOption = False,
+    yes: YesOption = False,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="full; lora, an adapter; gguf, for llama.cpp; left out: as the settings say."),
+    ] = None,
     runs_dir: RunsOption = None,
     assignments: SetOption = None,
     wait: WaitOption = False,
     as_json: JsonOption = False,
     plain: PlainOption = False,
 ) -> None:
-    """Write the model of a chosen trial, and prove that it is the one that was measured."""
+    """Write the model of a chosen trial, or an adapter for it, and prove that it is the one that was measured."""
     from heretic.later import export_trial, opened
-    from heretic.screen.outcome import show_export
+    from heretic.screen.outcome import check_answerable, confirm_upload, show_export
+    from heretic.screen.tables import show_lines
 
     stop = Stop()
     watcher = watcher_for(as_json, plain)
+    if upload is not None:  # what would stop it is said before the hours that an export can take
+        from heretic.export.upload import check_upload, plan_upload
+        from heretic.export.upload import upload as send
+
+        check_upload(upload)
+        check_answerable(err if as_json else out, yes=yes)
     with stop.on_signals():
         held = opened(
             name,
             configured_runs(runs_dir),
             assignments or [],
             destination=output,
+            form=form,
             wait=wait,
             watcher=watcher,
             stop=stop,
         )
         with held as desk:
             outcome = export_trial(desk, trial, output)
+        if not as_json:
+            show_export(out, outcome)
+        found = outcome.as_dict()
+        if upload is not None:
+            planned = plan_upload(outcome.export.destination, upload, public=public, watcher=watcher, stop=stop)
+            confirm_upload(err if as_json else out, planned, yes=yes, stop=stop)
+            found["uploaded_to"] = send(planned, watcher, stop)
     if as_json:
-        print(json.dumps(outcome.as_dict(), indent=2))
-        return
-    show_export(out, outcome)
+        print(json.dumps(found, indent=2))
+    elif upload is not None:
+        show_lines(out, [("uploaded to", found["uploaded_to"])])
+
+
+@app.command()
+def directions(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new file.")],
+    name: RunArgument = None,
+    form: Annotated[
+        str, typer.Option("--format", help="safetensors; gguf for llama.cpp and repeng; left out: by the file's name.")
+    ] = "",
+    runs_dir: RunsOption = None,
+) -> None:
+    """Write the directions that a run has found to a file for other programs."""
+    from heretic.export.control_vector import export_directions
+    from heretic.run_folder import find_run, stored_settings
+    from heretic.screen.tables import show_lines
+
+    folder = find_run(name or "", configured_runs(runs_dir))
+    written = export_directions(folder, stored_settings(folder, os.environ), output, form)
+    show_lines(out, [("written to", str(written))])
 
 
 @app.command()

@@ -5,62 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
 
-from heretic.ablation.ablation import Ablation
-from heretic.ablation.operator import Operator
 from heretic.export.card import card
-from heretic.export.manifest import now, scores_text, versions
-from heretic.export.save import (
-    MANIFEST,
-    TensorEdit,
-    disk_error,
-    partial_folder,
-    plan_edits,
-    settle,
-    write_dequantised,
-    write_weights,
-)
+from heretic.export.formats import FORMATS
+from heretic.export.job import ExportJob, Written
+from heretic.export.manifest import DIRECTIONS, MANIFEST, computed_on, now, scores_text, versions
+from heretic.export.save import disk_error, keep_terms, partial_folder, settle
 from heretic.export.verify import Verification, verify
-from heretic.files import write_text
+from heretic.files import sha256, write_text
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint
-from heretic.model.loading import load
 from heretic.progress import Watcher
-from heretic.prompts import PromptSets
-from heretic.run_folder import Baseline, RunFolder
+from heretic.run_folder import RunFolder, write_directions
 from heretic.scoring.ladder import Scores
 from heretic.search.front import Result
 from heretic.search.space import Space
-from heretic.session import LoadPlan, Session, read_template
-from heretic.settings import Settings
+from heretic.session import LoadPlan, Session
 from heretic.stop import Stop
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ExportJob:
-    """Everything that writing and proving the model needs, none of it the model."""
-
-    settings: Settings
-    checkpoint: Checkpoint
-    prompts: PromptSets
-    plan: LoadPlan
-    folder: RunFolder
-    destination: Path
-    result: Result
-    ablation: Ablation
-    operators: Mapping[str, Operator]
-    edits: Mapping[str, TensorEdit]
-    baseline: Baseline
-    attached: Tensor
 
 
 @dataclass(frozen=True)
@@ -83,12 +51,14 @@ class Export:
 def plan_export(
     session: Session, plan: LoadPlan, space: Space, result: Result, folder: RunFolder, destination: Path
 ) -> ExportJob:
-    """Decide every edit, and keep the attached model's answers to prove the written one by. Raises UserError."""
+    """Decide all that is to be written, and keep the attached model's answers to prove it by. Raises UserError."""
     bench = session.bench
     model = bench.language_model
     ablation = space.from_params(result.params)
     operators = session.workbench.operators(ablation)
+    name = bench.settings.export_format
     return ExportJob(
+        format=name,
         settings=bench.settings,
         checkpoint=model.checkpoint,
         prompts=bench.prompts,
@@ -97,10 +67,13 @@ def plan_export(
         destination=destination.expanduser().resolve(),
         result=result,
         ablation=ablation,
+        directions=session.workbench.directions,
+        computed_on=computed_on(model.device),
         operators=operators,
-        edits=plan_edits(model.checkpoint, model.anatomy.writers, operators, model.model),
+        prepared=FORMATS[name].prepare(model, operators, bench.settings, bench.batcher.watcher),
         baseline=session.baseline,
         attached=session.log_probs(ablation),
+        ablated_by=result.scores.divergence.mean,
     )
 
 
@@ -120,47 +93,33 @@ def write_export(job: ExportJob, watcher: Watcher, stop: Stop) -> Export:
 
 
 def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Export:
-    from_gguf = job.checkpoint.gguf_file is not None
-    hashes = (
-        _dequantised(job, partial) if from_gguf else write_weights(job.checkpoint, job.edits, partial, watcher, stop)
-    )
+    form = FORMATS[job.format]
+    written = form.write(job, partial, watcher, stop)
     free_memory()
-    proof = verify(
-        str(partial),
-        job.settings,
-        job.prompts,
-        job.plan,
-        job.baseline.response_prefix,
-        job.baseline.log_probs,
-        job.attached,
-        job.result.scores.divergence.mean,
-        from_gguf,
-        watcher,
-        stop,
-    )
-    source_card = job.checkpoint.folder / "README.md"
-    write_text(partial / MANIFEST, json.dumps(_manifest(job, hashes, proof), indent=2, ensure_ascii=False) + "\n")
-    text = card(
-        base_model=job.settings.model,
-        source_card=source_card.read_text(encoding="utf-8", errors="replace") if source_card.is_file() else "",
-        ablation=job.ablation,
-        geometry=job.settings.ablation.geometry,
-        before=job.baseline.refusals,
-        scores=proof.scores,
-        run=job.folder.name,
-        trial=job.result.number,
-    )
-    write_text(partial / "README.md", text)
+    proof = verify(job, form.open(job, partial), written, watcher, stop)
+    keep_terms(job.checkpoint, partial)
+    (partial / DIRECTIONS.parent).mkdir()
+    write_directions(partial / DIRECTIONS, job.directions, job.folder.stamp)
+    manifest = _manifest(job, written, sha256(partial / DIRECTIONS), proof)
+    write_text(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    measured = "Of this model as written, reloaded from its files."
+    write_text(partial / "README.md", card(manifest, source_card(job.checkpoint), written, measured))
     settle(partial, job.destination)
     return Export(job.destination, proof)
 
 
-def earlier_export(destination: Path, folder: RunFolder, trial: int) -> Export | None:
-    """The export that the destination holds already, if it is of this trial of this run."""
+def source_card(checkpoint: Checkpoint) -> str:
+    """The base model's own card; empty without one."""
+    file = checkpoint.folder / "README.md"
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
+
+def earlier_export(destination: Path, folder: RunFolder, trial: int, form: str) -> Export | None:
+    """The export that the destination holds already, if it is of this trial of this run in this format."""
     try:
         manifest = json.loads((destination / MANIFEST).read_text(encoding="utf-8"))
-        made = (manifest["run"], manifest["fingerprint"], manifest["trial"])
-        if made != (folder.name, folder.stamp, trial):
+        made = (manifest["run"], manifest["fingerprint"], manifest["trial"], manifest["written"]["format"])
+        if made != (folder.name, folder.stamp, trial, form):
             return None
         scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}})
         return Export(destination, Verification(**manifest["verification"], scores=scores))
@@ -168,23 +127,21 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int) -> Export |
         return None
 
 
-def _dequantised(job: ExportJob, partial: Path) -> dict[str, dict[str, str]]:
-    model = load(job.checkpoint, job.plan.dtypes, job.plan.arguments, chat_template=read_template(job.settings))
-    return write_dequantised(job.checkpoint, model.anatomy.writers, job.operators, model, partial)
-
-
-def _manifest(job: ExportJob, hashes: dict[str, dict[str, str]], proof: Verification) -> dict[str, Any]:
+def _manifest(job: ExportJob, written: Written, directions: str, proof: Verification) -> dict[str, Any]:
     return {
         "made_with": "heretic",
         "made_at": now(),
         "run": job.folder.name,
         "fingerprint": job.folder.stamp,
         "trial": job.result.number,
-        "model": {"name": job.settings.model, "revision": job.checkpoint.commit, "sha256": hashes["source"]},
-        "written": {"sha256": hashes["written"]},
+        "model": {"name": job.settings.model, "revision": job.checkpoint.commit, "sha256": written.hashes["source"]},
+        "written": {"format": job.format, "sha256": written.hashes["written"], **written.facts},
+        "copied": {"sha256": written.hashes.get("copied", {})},
+        "directions": {"file": DIRECTIONS.as_posix(), "sha256": directions},
         "prompts": {s.role: {"source": s.source, "count": len(s), "sha256": s.sha256} for s in job.prompts.all},
         "settings": job.settings.results_part(),
         "dtype": job.plan.dtypes[0],
+        "computed_on": job.computed_on,
         "response_prefix": job.baseline.response_prefix,
         "ablation": job.ablation.as_dict(),
         "params": job.result.params,

@@ -1,16 +1,31 @@
-"""The manifest of an exported model: from what, with what and how it was made, and what it scored."""
+"""The manifest of an exported model: from what, with what and how it was made, and what it scored; written, and read back."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 from datetime import datetime, timezone
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from heretic import __version__
+from heretic.ablation.ablation import Ablation
+from heretic.errors import UserError
 from heretic.scoring.ladder import Scores
+from heretic.settings import Settings
+from heretic.settings.ablation import AblationSettings
+from heretic.settings.export import GgufType
+from heretic.settings.layers import Resolved
 
 PACKAGES = ("torch", "transformers", "accelerate", "optuna", "datasets", "safetensors", "tokenizers")
+MANIFEST = "manifest.json"
+# Beside the manifest, in a folder of their own: some programs read every .safetensors file of a model's folder as weights.
+DIRECTIONS = Path("heretic") / "directions.safetensors"
+LARGEST = 16 << 20  # bytes; a manifest has a few hundred kilobytes at most
 
 
 def versions() -> dict[str, str]:
@@ -19,6 +34,13 @@ def versions() -> dict[str, str]:
     for name in PACKAGES:
         found[name] = importlib.metadata.version(name)
     return found
+
+
+def computed_on(device: torch.device) -> str:
+    """What does the arithmetic, as far as the last bits of a sum depend on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
 
 
 def now() -> str:
@@ -31,3 +53,132 @@ def scores_text(scores: Scores) -> dict[str, Any]:
     data = scores.as_dict()
     data.pop("seconds")
     return data
+
+
+def _plain(name: str) -> str:
+    if Path(name).name != name or name in (".", "..") or "\\" in name:
+        raise ValueError("it should be the name of a file, not a path")
+    return name
+
+
+FileName = Annotated[str, StringConstraints(min_length=1, max_length=255), AfterValidator(_plain)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Files = dict[FileName, Sha256]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Numbers = tuple[Number, ...]
+
+
+class _Part(BaseModel):
+    """What is there and is not asked for is left alone: later versions may say more."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Base(_Part):
+    """The original: its name, the commit on the hub if it has one, and the hashes of its files of weights."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    revision: str | None = None
+    sha256: Files = Field(min_length=1)
+
+
+class Hashes(_Part):
+    """Hashes of files."""
+
+    sha256: Files
+
+
+class WrittenFiles(Hashes):
+    """What was written: in which format, and of which rank or type where the format has several."""
+
+    format: str = "full"
+    rank: Annotated[int, Field(ge=1)] | None = None
+    type: GgufType = "f16"
+
+
+class Edit(_Part):
+    """An ablation as `Ablation.as_dict` gives it."""
+
+    strengths: dict[str, Numbers]
+    mixture: Numbers | None = None
+    shift: Number = 0.0
+    vector: Numbers | None = None
+    mixtures: dict[str, Numbers | None] | None = None
+
+    @property
+    def ablation(self) -> Ablation:
+        """The ablation itself."""
+        return Ablation(self.strengths, self.mixture, self.shift, self.vector, self.mixtures)
+
+
+class Used(_Part):
+    """Of the settings what the edit needs."""
+
+    ablation: AblationSettings
+
+
+class DirectionsFile(_Part):
+    """The hash of the layers' directions that lie beside the manifest, in `heretic/directions.safetensors`."""
+
+    sha256: Sha256
+
+
+class Manifest(_Part):
+    """What is read of a manifest: all that the model's weights follow from, and what was measured of it."""
+
+    made_with: Literal["heretic"]
+    run: str
+    fingerprint: str
+    trial: int
+    model: Base
+    written: WrittenFiles
+    copied: Hashes = Hashes(sha256={})
+    directions: DirectionsFile | None = None
+    settings: Used
+    dtype: Literal["float16", "bfloat16", "float32"]
+    computed_on: str = ""
+    ablation: Edit
+    versions: dict[str, str]
+
+
+def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
+    """The manifest of an exported model, checked, and all that its file holds. `path` may be the model's folder.
+
+    Raises UserError for what is no manifest, whatever the file holds: it may come from anywhere.
+    """
+    file = path / MANIFEST if path.is_dir() else path
+    try:
+        if file.stat().st_size > LARGEST:
+            raise UserError(
+                f"The manifest is larger than {LARGEST >> 20} MiB, so it is none of heretic's.", where=str(file)
+            )
+        text = file.read_text(encoding="utf-8")
+        return Manifest.model_validate_json(text, strict=True), json.loads(text)
+    except FileNotFoundError:
+        raise UserError("There is no manifest.", where=str(file), fix="name the folder of an exported model") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])[:100]
+        raise UserError(
+            f"The manifest cannot be used: {key or 'it'}: {problem['msg'].removeprefix('Value error, ')[:200]}.",
+            where=str(file),
+            fix="take the manifest.json of a model that heretic export has written",
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"The manifest is not readable JSON: {str(error)[:200]}.", where=str(file)) from None
+
+
+def settings_of(path: Path) -> Resolved:
+    """The settings that decided the results of a manifest's study; what does not change results has its default.
+
+    Code that came with a model is not trusted because a manifest says so. Raises UserError, also for settings that this version
+    does not know.
+    """
+    manifest, data = read_manifest(path)
+    told = {**data["settings"], "trust_remote_code": []}
+    told |= {"model": manifest.model.name, "revision": manifest.model.revision or told.get("revision", "")}
+    try:
+        return Resolved(Settings.model_validate(told), None, dict.fromkeys(told, str(path)))
+    except ValidationError as error:
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])[:100]
+        raise UserError(f"The manifest's setting {key} is none that this version takes.", where=str(path)) from None

@@ -17,14 +17,15 @@ from safetensors.torch import save_file
 from heretic.ablation.bake import bake_bias, bake_weight, rewrite, sources
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
-from heretic.files import sha256
+from heretic.export.manifest import MANIFEST
+from heretic.files import sha256, sort_metadata
 from heretic.model.anatomy import Writer
 from heretic.model.checkpoint import PICKLED, Checkpoint
 from heretic.model.loading import LanguageModel
 from heretic.progress import Watcher
 from heretic.stop import Stop
 
-MANIFEST = "manifest.json"
+TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 LEFT_OUT = {"README.md", MANIFEST, ".gitattributes", "heretic_source.json"}
 
 
@@ -97,11 +98,12 @@ def partial_folder(destination: Path) -> Path:
 def write_weights(
     checkpoint: Checkpoint, edits: Mapping[str, TensorEdit], partial: Path, watcher: Watcher, stop: Stop
 ) -> dict[str, dict[str, str]]:
-    """Write all shards with the edits made, and every other file of the checkpoint; returns hashes of what was read and written.
+    """Write all shards with the edits made, and every other file of the checkpoint; returns hashes of what was read, written
+    and copied.
 
     One shard is in memory at a time. Raises OSError or SafetensorError when the disk is full, Interrupted between shards.
     """
-    hashes: dict[str, dict[str, str]] = {"source": {}, "written": {}}
+    hashes: dict[str, dict[str, str]] = {"source": {}, "written": {}, "copied": {}}
     remaining = set(edits)
     shards = checkpoint.shards()
     with watcher.stage("Writing the model", len(shards)) as stage:
@@ -115,11 +117,14 @@ def write_weights(
             remaining -= set(tensors)
             target = partial / shard.name
             save_file(tensors, target, metadata=metadata)
+            sort_metadata(target)
             readable(target)
             hashes["source"][shard.name] = sha256(shard)
             hashes["written"][shard.name] = sha256(target)
             stage.advance()
-    _copy_rest(checkpoint.folder, partial)
+    for name, file in copied_files(checkpoint.folder).items():
+        shutil.copyfile(file, partial / name)
+        hashes["copied"][name] = sha256(partial / name)
     assert not remaining, f"edits of tensors that no shard holds: {sorted(remaining)[:3]}"
     return hashes
 
@@ -152,7 +157,7 @@ def write_dequantised(
     for path in partial.glob("*.safetensors"):
         readable(path)
     written = {path.name: sha256(path) for path in sorted(partial.glob("*.safetensors"))}
-    return {"source": {source.name: sha256(source)}, "written": written}
+    return {"source": {source.name: sha256(source)}, "written": written, "copied": {}}
 
 
 def readable(path: Path) -> None:
@@ -182,10 +187,18 @@ def disk_error(error: Exception, partial: Path) -> UserError:
     )
 
 
-def _copy_rest(folder: Path, partial: Path) -> None:
-    """Config, tokenizer, templates, licence: every small file that is no weight in any format."""
-    for file in sorted(folder.iterdir()):
-        if not file.is_file() or file.name in LEFT_OUT or file.name.startswith("."):
-            continue
-        if file.suffix not in (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *PICKLED):
-            shutil.copyfile(file, partial / file.name)
+def keep_terms(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy the base model's licence and notices where the format has not: its terms go with what is made of it."""
+    for name, file in copied_files(checkpoint.folder).items():
+        if name.upper().startswith(TERMS) and not (folder / name).exists():
+            shutil.copyfile(file, folder / name)
+
+
+def copied_files(folder: Path) -> dict[str, Path]:
+    """Config, tokenizer, templates, licence, by name: every small file that is no weight in any format."""
+    weights = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *PICKLED)
+    return {
+        file.name: file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.name not in LEFT_OUT and not file.name.startswith(".") and file.suffix not in weights
+    }

@@ -5,21 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from heretic.errors import VerificationFailed
-from heretic.model.checkpoint import open_checkpoint
+from heretic.errors import UserError, VerificationFailed
+from heretic.export.job import ExportJob, Written
+from heretic.model.checkpoint import Checkpoint
 from heretic.progress import Watcher
-from heretic.prompts import PromptSets
 from heretic.scoring.divergence import divergences, first_token_log_probs
 from heretic.scoring.ladder import Scores
-from heretic.session import LoadPlan, open_bench
-from heretic.settings import Settings
+from heretic.session import open_bench
 from heretic.stop import Stop
 
 # A wrong or missing edit moves the answers by about what the ablation itself moves them, so the mean KL between the attached
 # and the written model may be this share of the ablation's KL, besides what rounding the edited weights does.
 TOLERATED_SHARE = 0.1
+TOLERATED_SHARE_OF_A_PART = 0.5  # where the format cannot hold all of the edit, and says so
 ROUNDING = {"float32": 1e-4}  # weights are stored in the checkpoint's format, mostly bfloat16
 ROUNDING_IN_HALF_PRECISION = 2e-3  # two passes in bfloat16 differ besides
 
@@ -34,39 +33,32 @@ class Verification:
     scores: Scores
 
 
-def verify(
-    folder: str,
-    settings: Settings,
-    prompts: PromptSets,
-    plan: LoadPlan,
-    response_prefix: str,
-    baseline: Tensor,
-    attached: Tensor,
-    ablated_by: float,
-    from_gguf: bool,
-    watcher: Watcher,
-    stop: Stop,
-) -> Verification:
-    """Load `folder`, compare with `attached` [prompts, vocabulary] and measure the scores again.
+def verify(job: ExportJob, checkpoint: Checkpoint, written: Written, watcher: Watcher, stop: Stop) -> Verification:
+    """Load what was written by its `checkpoint`, compare it with the attached model, and measure the scores again.
 
-    `ablated_by` is the mean KL between the original and the attached model; a model `from_gguf` was rounded
-    as a whole. Raises VerificationFailed.
+    Raises VerificationFailed, or UserError where a format that leaves something out leaves out too much.
     """
-    checkpoint = open_checkpoint(folder, trust_remote_code=[folder] if settings.trust_remote_code else [])
-    trusting = settings.model_copy(update={"trust_remote_code": [folder] if settings.trust_remote_code else []})
-    bench = open_bench(trusting, checkpoint, prompts, plan, watcher, stop, response_prefix)
-    written = first_token_log_probs(
+    trusted = [checkpoint.model] if job.checkpoint.model in job.settings.trust_remote_code else []
+    trusting = job.settings.model_copy(update={"trust_remote_code": trusted})
+    bench = open_bench(trusting, checkpoint, job.prompts, job.plan, watcher, stop, job.baseline.response_prefix)
+    found = first_token_log_probs(
         bench.language_model, bench.ladder.harmless, bench.batcher, "Verifying the written model"
     )
-    divergence = float(divergences(attached, written).mean())
-    likely = attached > torch.log(torch.tensor(1e-3))
-    largest = float((attached - written)[likely].abs().max())
-    rounding = ROUNDING.get("" if from_gguf else plan.dtypes[0], ROUNDING_IN_HALF_PRECISION)
-    tolerated = TOLERATED_SHARE * ablated_by + rounding
-    if not divergence <= tolerated:
-        raise VerificationFailed(
-            f"The written model does not answer as the measured one did: mean KL {divergence:.1e}, tolerated {tolerated:.1e}.",
-            where=folder,
-            fix="this is a defect of heretic or of the disk: please report it with run.log; the study is kept",
-        )
-    return Verification(divergence, largest, bench.ladder.score(baseline))
+    divergence = float(divergences(job.attached, found).mean())
+    likely = job.attached > torch.log(torch.tensor(1e-3))
+    largest = float((job.attached - found)[likely].abs().max())
+    from_gguf = job.checkpoint.gguf_file is not None  # and so rounded as a whole
+    rounding = ROUNDING.get("" if from_gguf else job.plan.dtypes[0], ROUNDING_IN_HALF_PRECISION)
+    rounding = max(rounding, written.rounding)
+    share = TOLERATED_SHARE if written.exact else TOLERATED_SHARE_OF_A_PART
+    tolerated = share * job.ablated_by + rounding
+    if divergence <= tolerated:
+        return Verification(divergence, largest, bench.ladder.score(job.baseline.log_probs))
+    what = f"The written model does not answer as the measured one did: mean KL {divergence:.1e}, tolerated {tolerated:.1e}."
+    if not written.exact:
+        raise UserError(what, where=f'export_format = "{job.format}"', fix="a higher lora_rank, or another format")
+    raise VerificationFailed(
+        what,
+        where=checkpoint.model,
+        fix="this is a defect of heretic or of the disk: please report it with run.log; the study is kept",
+    )

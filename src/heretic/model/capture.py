@@ -17,23 +17,41 @@ from heretic.model.loading import LanguageModel
 
 @dataclass(frozen=True)
 class ResidualMeans:
-    """Mean residual after every block [layers, width] in float64, over `count` prompts."""
+    """Mean residual after every block [layers, width] in float64, over `count` prompts.
+
+    `each` are those of every prompt [prompts, layers, width] in float32 on the CPU, where they were asked for.
+    """
 
     mean: Tensor
     count: int
+    each: Tensor | None = None
+
+    @property
+    def whole(self) -> Tensor:
+        """`each`, for whoever cannot do without."""
+        if self.each is None:
+            raise ValueError("the residuals of every prompt were not kept")
+        return self.each
 
 
 def mean_residuals(
-    language_model: LanguageModel, name: str, sequences: Sequence[list[int]], batcher: Batcher, winsorize: float = 1.0
+    language_model: LanguageModel,
+    name: str,
+    sequences: Sequence[list[int]],
+    batcher: Batcher,
+    winsorize: float = 1.0,
+    *,
+    keep_each: bool = False,
 ) -> ResidualMeans:
-    """Mean over prompts of the residual at the last token, for every block.
+    """Mean over prompts of the residual at the last token, for every block; with `keep_each` those of every prompt too.
 
     Hooks take one vector a row and block; the logits are never computed. With `winsorize` < 1 the components of each vector
     are clipped to that quantile of their magnitudes. Sums are kept in float64, one batch's residuals at a time, so that
-    memory does not grow with the number of prompts.
+    memory does not grow with the number of prompts, unless each prompt's are kept: `bytes_of_each`.
     """
     anatomy = language_model.anatomy
     total = torch.zeros(anatomy.num_layers, anatomy.width, dtype=torch.float64)
+    each = torch.empty(len(sequences), anatomy.num_layers, anatomy.width) if keep_each else None
 
     def step(batch: Batch) -> list[None]:
         residuals = last_token_residuals(language_model, batch)
@@ -41,10 +59,17 @@ def mean_residuals(
             limit = torch.quantile(residuals.abs(), winsorize, dim=-1, keepdim=True)
             residuals = residuals.clamp(-limit, limit)
         total.add_(residuals.double().sum(dim=0))
+        if each is not None:
+            each[batch.rows] = residuals
         return [None] * len(batch.rows)
 
     batcher.run(name, sequences, step)
-    return ResidualMeans(total / len(sequences), len(sequences))
+    return ResidualMeans(total / len(sequences), len(sequences), each)
+
+
+def bytes_of_each(language_model: LanguageModel, prompts: int) -> int:
+    """RAM that the residuals of so many prompts take, all layers in float32."""
+    return 4 * prompts * language_model.anatomy.num_layers * language_model.anatomy.width
 
 
 @torch.inference_mode()

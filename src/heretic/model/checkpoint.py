@@ -65,7 +65,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that has been looked at but not loaded."""
+    """A checkpoint that has been looked at but not loaded; `adapter` is a folder with a LoRA adapter to put on it."""
 
     model: str
     folder: Path
@@ -73,6 +73,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo] = field(repr=False)
     gguf_file: str | None = None
     commit: str | None = None
+    adapter: Path | None = None
 
     @property
     def nbytes(self) -> int:

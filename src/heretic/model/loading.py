@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -68,7 +69,7 @@ def load(
     arguments: dict[str, Any],
     *,
     trust_remote_code: list[str] | None = None,
-    chat_template: str = "",
+    chat_template: str | None = "",
     watcher: Watcher = SILENT,
 ) -> LanguageModel:
     """Load `checkpoint`; `arguments` are device_map and max_memory as from_pretrained takes them.
@@ -95,8 +96,10 @@ def load(
     )
 
 
-def load_tokenizer(checkpoint: Checkpoint, trusted: bool = False, chat_template: str = "") -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the left, with a chat template (the model's own unless one is given)."""
+def load_tokenizer(
+    checkpoint: Checkpoint, trusted: bool = False, chat_template: str | None = ""
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the left, with a chat template: the model's own unless one is given. None: it need not have any."""
     extra = {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusted, **extra)
@@ -105,7 +108,7 @@ def load_tokenizer(checkpoint: Checkpoint, trusted: bool = False, chat_template:
     tokenizer.padding_side = "left"
     if chat_template:
         tokenizer.chat_template = chat_template
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template and chat_template is not None:
         raise UserError(
             f"{checkpoint.model} has no chat template, so it is not known how to speak to it.",
             where=str(checkpoint.folder),
@@ -143,7 +146,19 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
             where=str(checkpoint.folder),
             fix="download the model again",
         )
+    if checkpoint.adapter is not None:
+        model = _adapted(model, checkpoint.adapter)
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
+
+
+def _adapted(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model with a LoRA adapter in its modules, as peft puts it there: beside the weights, not in them."""
+    from peft import PeftModel
+
+    try:
+        return cast(PreTrainedModel, PeftModel.from_pretrained(model, adapter).get_base_model())
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"The adapter cannot be put on the model: {first_line(error)}", where=str(adapter)) from error
 
 
 @torch.inference_mode()

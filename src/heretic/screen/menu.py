@@ -144,12 +144,37 @@ def benchmark(menu: Menu) -> None:
 
 def export(menu: Menu) -> None:
     """Write a trial's model to a folder."""
+    from heretic.export.formats import FORMATS
     from heretic.later import export_trial
     from heretic.screen.outcome import show_export
 
     trial = menu.desk.result(menu.ask_trial())[0].number
+    for name, form in FORMATS.items():
+        menu.console.print(f"  {name:<10}[dim]{form.description}[/dim]")
+    menu.desk.export_as(menu.ask("In which format?", menu.desk.settings.export_format))
     folder = menu.ask("To which folder?", str(menu.desk.folder.path / "models" / f"trial-{trial}"))
     show_export(menu.console, export_trial(menu.desk, trial, Path(folder).expanduser()))
+
+
+def upload(menu: Menu) -> None:
+    """Send a model that was written to the hub."""
+    from heretic.export.upload import check_upload, plan_upload
+    from heretic.export.upload import upload as send
+    from heretic.run_folder import exported_folder
+    from heretic.screen.outcome import confirm_upload
+
+    desk = menu.desk
+    written = sorted(p.parent for p in desk.folder.path.glob("models/*/manifest.json"))
+    folder = menu.ask("Which exported model, by its folder?", str(written[-1]) if written else "")
+    repository = menu.ask("To which repository, as user/name?")
+    if not folder or not repository:
+        raise _Back
+    check_upload(repository)
+    public = menu.ask("Private or public?", "private").lower() == "public"
+    source = exported_folder(folder, str(desk.folder.path.parent), None)
+    planned = plan_upload(source, repository, public=public, watcher=desk.watcher, stop=desk.stop)
+    confirm_upload(menu.console, planned, yes=False, stop=desk.stop)
+    show_lines(menu.console, [("uploaded to", send(planned, desk.watcher, desk.stop))])
 
 
 def more(menu: Menu) -> None:
@@ -171,6 +196,7 @@ ACTIONS: tuple[tuple[str, str, Action], ...] = (
     ("compare", "their answers to a prompt or a file of prompts", compare),
     ("benchmark", "lm-eval tasks, before and after", benchmark),
     ("export", "write a trial's model to a folder, and prove it", export),
+    ("upload", "send an exported model to the hub, private unless you say public", upload),
     ("more", "more trials", more),
 )
 

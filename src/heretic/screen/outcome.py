@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from heretic.screen.console import printable, spell
+from heretic.errors import UserError
+from heretic.machine.host import spell_bytes
+from heretic.screen.console import on_terminal, printable, spell
 from heretic.screen.tables import show_front, show_lines
 
 if TYPE_CHECKING:
     from heretic.demo.demo import DemoOutcome
     from heretic.export.export import Export
+    from heretic.export.upload import Upload
     from heretic.later import Exported
+    from heretic.reproduce import Reproduction
     from heretic.run import Outcome
+    from heretic.stop import Stop
 
 
 def show_outcome(console: Console, outcome: Outcome, *, seen: bool = False) -> None:
@@ -48,6 +54,42 @@ def _show_written(console: Console, export: Export, before: int | None) -> None:
             ("verified", f"reloaded from disk; KL from the measured model {proof.divergence:.1e}"),
         ],
     )
+
+
+def show_reproduction(console: Console, found: Reproduction) -> None:
+    """What a rebuilt model is to the first one, and what is not as it was then."""
+    rows = [("verdict", f"{found.words}; {found.why}")]
+    rows += [("hash", f"{name}: {'the same' if same else 'another'}") for name, same in found.files.items()]
+    rows += [("changed", change) for change in found.changed]
+    if found.destination is not None:
+        rows.append(("written to", str(found.destination)))
+    show_lines(console, rows)
+
+
+def confirm_upload(console: Console, planned: Upload, *, yes: bool, stop: Stop) -> None:
+    """Say what goes where, and ask. Raises UserError where nobody can answer, and where the answer is no."""
+    who = "everyone can see it" if planned.public else "private: only you and those you let in"
+    show_lines(
+        console,
+        [
+            ("model", str(planned.folder)),
+            ("files", f"{len(planned.files)}, {spell_bytes(planned.nbytes)}"),
+            ("goes to", f"{planned.repository} on the Hugging Face hub; {who}"),
+        ],
+    )
+    check_answerable(console, yes=yes)
+    if yes:
+        return
+    with stop.idle():
+        said = console.input("[bold]Upload it?[/bold] [dim]\\[y/N][/dim] ").strip().lower()
+    if said not in ("y", "yes"):
+        raise UserError("Nothing was uploaded.")
+
+
+def check_answerable(console: Console, *, yes: bool) -> None:
+    """Raise UserError where nobody said yes and nobody can be asked."""
+    if not yes and not (sys.stdin.isatty() and on_terminal(console)):
+        raise UserError("Nothing is uploaded without a yes, and there is no terminal to ask on.", fix="--yes")
 
 
 def show_demo(console: Console, demo: DemoOutcome) -> None:

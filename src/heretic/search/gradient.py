@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from heretic.ablation.ablation import Ablation
-from heretic.ablation.directions import Directions
+from heretic.ablation.directions import Directions, orthonormal
 from heretic.progress import Watcher
 from heretic.scoring.loss import Objective, Reading
 from heretic.search.walk import Point
@@ -36,7 +36,7 @@ Heard = tuple[
 class State:
     """The descent so far: numbers that a step changes, the optimiser's own, and the points that are finished.
 
-    `strengths` [components, layers]; `mixture` [layers] or `vector` [width] is the direction (neither: each layer's own).
+    `strengths` [components, layers]; `mixture` [layers] or `vector` [count x width] is the direction (neither: each layer's own).
     `first_layer`: below it nothing is edited any more. `heard`: other words than the original's that were made improbable too;
     `just_heard`: whether some of them are from the last point.
     """
@@ -60,7 +60,7 @@ class State:
         mixture[low : high + 1] = 1
         if kind == "mixture":
             return cls(strengths, mixture)
-        return cls(strengths, vector=directions.unit(mixture) @ directions.vectors if kind == "free" else None)
+        return cls(strengths, vector=orthonormal(directions.mixed(mixture))[0].flatten() if kind == "free" else None)
 
     @property
     def silent(self) -> bool:
@@ -166,10 +166,10 @@ class Descent:
         return Ablation(strengths, tensors.get("mixture"), vector=tensors.get("vector"))
 
     def _leaving(self, vector: Tensor) -> Tensor:
-        """Slope of the penalty on the share of a vector, squared, that is outside the span of the layers' directions."""
-        span = torch.linalg.qr(self.objective.workbench.directions.vectors.T).Q
-        unit = torch.nn.functional.normalize(vector, dim=0)
-        outside = (unit - span @ (span.T @ unit)).square().sum()
+        """Slope of the penalty on the share of each vector, squared, that is outside the span of the layers' directions."""
+        span = torch.linalg.qr(self.objective.workbench.directions.every.flatten(0, 1).T).Q
+        unit = torch.nn.functional.normalize(vector.unflatten(0, (-1, len(span))), dim=1)
+        outside = (unit - (unit @ span) @ span.T).square().sum()
         return self.settings.leaving * torch.autograd.grad(outside, vector)[0]
 
     def _minibatch(self, rows: Sequence[int], step: int) -> list[int]:
@@ -182,7 +182,8 @@ class Descent:
     def _adam(self, state: State, name: str, tensor: Tensor, gradient: Tensor) -> None:
         """torch.optim.Adam on one tensor, its moments where they can be kept."""
         # A vector of norm 1 is to move as far as a strength, not each of its components.
-        rate = self.settings.learning_rate / (len(tensor) ** 0.5 if name == "vector" else 1)
+        width = self.objective.workbench.directions.vectors.shape[-1]
+        rate = self.settings.learning_rate / (width**0.5 if name == "vector" else 1)
         optimiser = torch.optim.Adam([tensor], lr=rate)
         moments = [f"{name}.{which}" for which in ("exp_avg", "exp_avg_sq")]
         if all(m in state.moments for m in moments):

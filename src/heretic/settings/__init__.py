@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator
 
 from heretic.settings.ablation import AblationSettings, Directions, Geometry
+from heretic.settings.export import ExportFormat, GgufType
 from heretic.settings.field import PathText, Table, setting
 from heretic.settings.prompts import Prompts, PromptSource
 from heretic.settings.scoring import DEFAULT_MARKERS, not_blank
@@ -22,7 +23,9 @@ __all__ = [
     "DEFAULT_MARKERS",
     "AblationSettings",
     "Directions",
+    "ExportFormat",
     "Geometry",
+    "GgufType",
     "GradientSettings",
     "KernelSpace",
     "PromptSource",
@@ -40,6 +43,25 @@ class Settings(Table):
     revision: str = setting("", "A branch, tag or commit of the model on the hub; empty for the newest.")
     save_to: PathText = setting(
         "", "Folder for the resulting model; empty: nothing is exported at the end.", neutral=True
+    )
+    export_format: ExportFormat = setting(
+        "full",
+        "What is written: `full`, an ordinary model folder; `lora`, an adapter that peft puts on the base model; `gguf`, one file "
+        "for llama.cpp.",
+        neutral=True,
+    )
+    lora_rank: int = setting(
+        64,
+        "Rank of an adapter for edits that have none of their own (`norm_preserving`): the nearest of this rank is written, and "
+        "what it leaves out is reported. Those of `plain` and `row_normalized` are of rank 1, exactly.",
+        neutral=True,
+        ge=1,
+    )
+    gguf_type: GgufType = setting(
+        "f16",
+        "How a GGUF file stores matrices; `q8_0` takes a little over half the space of `f16` and rounds more. Vectors are "
+        "always `f32`.",
+        neutral=True,
     )
     n_trials: int = setting(
         200, "Trials in the finished study, counted over all sessions that worked on it.", neutral=True, ge=1

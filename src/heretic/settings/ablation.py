@@ -4,18 +4,56 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import ValidationInfo, field_validator
+
 from heretic.settings.field import Table, setting
 
+DirectionMethod = Literal["mean_difference", "geometric_median", "contrastive_components", "self_organising_map"]
+GIVE_ONE = {"mean_difference", "geometric_median"}
 Geometry = Literal["plain", "row_normalized", "norm_preserving"]
 
 
 class Directions(Table):
     """How the refusal direction of every layer is found."""
 
+    method: DirectionMethod = setting(
+        "mean_difference",
+        "`mean_difference`: mean residual of harmful minus harmless prompts. `geometric_median`: of their geometric medians, which "
+        "single prompts cannot pull away. `contrastive_components`: the axes along which harmful prompts spread and harmless "
+        "ones do not. `self_organising_map`: neurons of a map of the harmful prompts, minus the harmless mean. The last two give "
+        "several directions. All but the first keep every prompt's residuals in RAM (prompts x layers x width x 4 bytes).",
+    )
+    count: int = setting(
+        1,
+        "Directions of a layer, all removed with the same strength; more than one needs `contrastive_components` or "
+        "`self_organising_map`. What the geometries keep of a writer in RAM grows with it (layers x directions x width x 4 bytes; "
+        "`plain` keeps nothing).",
+        ge=1,
+        le=8,
+    )
+    iterative_rounds: int = setting(
+        0,
+        "How many times more directions are sought in what is left after those found so far are removed everywhere, each layer's "
+        "its own; every round adds `count` of them and costs one more pass over both sets.",
+        ge=0,
+        le=4,
+    )
     project_harmless: bool = setting(
         True,
         "Make every direction orthogonal to the mean residual of the harmless prompts, so that removing it "
         "leaves what ordinary requests have in common alone.",
+    )
+    harmless_atoms: int = setting(
+        0,
+        "Also take out of every direction its part along so many principal axes of the harmless residuals, by a ridge "
+        "regression: axes along which they spread most are taken out nearly whole, others partly. 0: none. Keeps every prompt's "
+        "residuals in RAM.",
+        ge=0,
+    )
+    harmless_ridge: float = setting(
+        0.1,
+        "The ridge of `harmless_atoms`: an axis with a share s of the largest axis's variance is taken out to s / (s + ridge).",
+        ge=0,
     )
     winsorize: float = setting(
         1.0,
@@ -24,6 +62,18 @@ class Directions(Table):
         gt=0.5,
         le=1.0,
     )
+
+    @property
+    def per_layer(self) -> int:
+        """Directions that a layer comes to, all rounds together."""
+        return self.count * (1 + self.iterative_rounds)
+
+    @field_validator("count")
+    @classmethod
+    def _gives_so_many(cls, count: int, found: ValidationInfo) -> int:
+        if count > 1 and (method := found.data.get("method")) in GIVE_ONE:
+            raise ValueError(f"`{method}` gives one direction a layer")
+        return count
 
 
 class AblationSettings(Table):

@@ -94,6 +94,21 @@ class Search(Table):
     direction_index: Range = setting(
         [0.4, 0.9], "Range of the layer that gives the global direction, as a share of the depth."
     )
+    direction_per_component: bool = setting(
+        False,
+        "Trials by kernels draw scope and layer of the direction for attention and for the MLPs, each for itself.",
+    )
+    widen_bounds: bool = setting(
+        False,
+        "Let the largest strength of a kernel go beyond its range where the front crowds it: after every 20 trials, if half of the "
+        "front is in the uppermost tenth, the upper bound rises by half of the range, three times at most.",
+    )
+    warm_start: bool = setting(
+        False,
+        "Begin with the front of earlier runs in `runs_dir` that were searched by kernels on a model with as many layers of this "
+        "width and the same components: at most ten of their trials are measured first. They are looked for once and kept with "
+        "the study. Not with `start` = `gradient`, which has its own beginning.",
+    )
     gradient: GradientSettings = setting(GradientSettings(), "The walk by gradient.")
     attention: KernelSpace = setting(KernelSpace(), "The kernel over attention output projections.")
     mlp: KernelSpace = setting(KernelSpace(max_weight=[-0.25, 1.5]), "The kernel over MLP down projections.")

@@ -1,0 +1,46 @@
+"""The format `full`: an ordinary model folder, in the checkpoint's own shards and number format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from heretic.ablation.operator import Operator
+from heretic.export.job import Format, Order, Written
+from heretic.export.save import TensorEdit, plan_edits, write_dequantised, write_weights
+from heretic.model.batching import free_memory
+from heretic.model.checkpoint import Checkpoint, open_checkpoint
+from heretic.model.loading import LanguageModel, load
+from heretic.progress import Watcher
+from heretic.session import read_template
+from heretic.settings import Settings
+from heretic.stop import Stop
+
+
+def prepare(
+    model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, watcher: Watcher
+) -> dict[str, TensorEdit]:
+    """The edit of every tensor of the checkpoint."""
+    return plan_edits(model.checkpoint, model.anatomy.writers, operators, model.model)
+
+
+def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
+    """The checkpoint's tensors, edited; of a GGUF file the dequantised ones."""
+    if order.checkpoint.gguf_file is None:
+        return Written(write_weights(order.checkpoint, order.prepared, folder, watcher, stop))
+    model = load(
+        order.checkpoint, order.plan.dtypes, order.plan.arguments, chat_template=read_template(order.settings) or None
+    )
+    hashes = write_dequantised(order.checkpoint, model.anatomy.writers, order.operators, model, folder)
+    del model
+    free_memory()
+    return Written(hashes)
+
+
+def open_written(order: Order, folder: Path) -> Checkpoint:
+    """As any model folder; its code, copied from a trusted model, is trusted."""
+    trusted = order.checkpoint.model in order.settings.trust_remote_code
+    return open_checkpoint(str(folder), trust_remote_code=[str(folder)] if trusted else [])
+
+
+FORMAT = Format("an ordinary model folder", prepare, write, open_written)

@@ -1,0 +1,208 @@
+"""The format `lora`: an adapter that makes of the base model, as it was measured, the ablated one.
+
+An edit without scaling changes a weight by -u (w^T W), a matrix of rank 1 for each direction, so the adapter is exact with as many
+ranks as there are directions: B = -u and A = w^T W. One that scales rows afterwards changes it by n * (W - u (w^T W)) - W, of
+full rank; the nearest matrix of a given rank is what its largest singular values make (Eckart and Young 1936), found by random
+projection (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1). What is left of the change is reported. Biases are changed
+exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heretic.ablation.bake import bake_bias
+from heretic.ablation.operator import Operator
+from heretic.errors import UserError
+from heretic.export.job import Format, Order, Written
+from heretic.files import sha256, write_tensors
+from heretic.model.checkpoint import Checkpoint
+from heretic.model.loading import LanguageModel
+from heretic.model.writer import Writer
+from heretic.progress import Watcher
+from heretic.session import weight_reader
+from heretic.settings import Settings
+from heretic.stop import Stop
+
+WEIGHTS = "adapter_model.safetensors"
+OVERSAMPLED, ITERATIONS = 8, 4
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter adds to a weight [width, inputs]: `b` [width, rank] times `a` [rank, inputs]; `bias` [width] to its bias.
+
+    `size` and `left` are the squared Frobenius norms of the edit's change and of what of it is not in b times a; all in float32.
+    """
+
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    size: float
+    left: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The changes by the name of the module, all of one rank; `transposed`: the modules store their weights [inputs, width]."""
+
+    rank: int
+    changes: Mapping[str, Change]
+    transposed: bool
+
+    @property
+    def exact(self) -> bool:
+        """Whether every change is of the adapter's rank by its nature."""
+        return all(change.left == 0 for change in self.changes.values())
+
+    @property
+    def error(self) -> float:
+        """The norm of what is left out, as a share of the whole change's norm."""
+        size = sum(change.size for change in self.changes.values())
+        return math.sqrt(sum(change.left for change in self.changes.values()) / size) if size else 0.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As peft stores them. Where one module has a bias to be changed, all are given one."""
+        biased = any(change.bias is not None for change in self.changes.values())
+        found = {}
+        for name, change in self.changes.items():
+            stem = f"base_model.model.{name}"
+            found[f"{stem}.lora_A.weight"] = change.a.clone()
+            found[f"{stem}.lora_B.weight"] = change.b.clone()
+            if biased:
+                nothing = torch.zeros(len(change.b))
+                found[f"{stem}.lora_B.bias"] = nothing if change.bias is None else change.bias.clone()
+        return found
+
+
+@torch.no_grad()
+def change_of(operator: Operator, weight: Tensor, rank: int) -> Change:
+    """The change that an operator makes to a weight [width, inputs], exact for one without scaling; on the CPU, without bias."""
+    operator = operator.to(weight.device)
+    if operator.n is None:
+        a, b = torch.atleast_2d(operator.w) @ weight.float(), -torch.atleast_2d(operator.u).mT
+        return Change(a.cpu(), b.cpu(), None, float(((b.mT @ b) * (a @ a.mT)).sum()), 0.0)
+    delta = operator.on_weight(weight) - weight.float()
+    rank = min(rank, *delta.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(delta, q=min(rank + OVERSAMPLED, *delta.shape), niter=ITERATIONS)
+    size, root = float(delta.square().sum()), s[:rank].sqrt()
+    a, b = (v[:, :rank] * root).T, u[:, :rank] * root
+    return Change(a.cpu(), b.cpu(), None, size, max(0.0, size - float(s[:rank].square().sum())))
+
+
+def prepare(model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, watcher: Watcher) -> Adapter:
+    """The adapter, from the weights as they are loaded. Raises UserError for a writer that no adapter can hold."""
+    names = {module: name for name, module in model.model.named_modules()}
+    edited = [writer for writer in model.anatomy.writers if writer.name in operators]
+    if held := next((writer for writer in edited if writer.mixture), None):
+        raise UserError(
+            f"{held.name} is a mixture of experts in one tensor, to which an adapter cannot be put.",
+            where='export_format = "lora"',
+            fix='export_format = "full"',
+        )
+    directions = max((len(torch.atleast_2d(o.u)) for o in operators.values()), default=1)
+    rank = settings.lora_rank if any(o.n is not None for o in operators.values()) else directions
+    read = weight_reader(model)
+    changes: dict[str, Change] = {}
+    with watcher.stage("Making the adapter", len(edited)) as stage:
+        for writer in edited:
+            operator = operators[writer.name]
+            (weight,) = read(writer)
+            change = replace(change_of(operator, weight, rank), bias=_bias(writer, operator))
+            changes.update({names[module]: change for module in writer.modules})
+            stage.advance()
+    return Adapter(rank, _of_one_rank(changes, rank), any(writer.transposed for writer in edited))
+
+
+def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
+    """The adapter's two files, as peft reads them."""
+    from peft import LoraConfig
+
+    adapter: Adapter = order.prepared
+    tensors = adapter.tensors()
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=order.settings.model,
+        revision=order.checkpoint.commit,
+        r=adapter.rank,
+        lora_alpha=adapter.rank,  # so that nothing is scaled
+        lora_dropout=0.0,
+        target_modules=sorted(adapter.changes),
+        fan_in_fan_out=adapter.transposed,
+        lora_bias=any(name.endswith(".bias") for name in tensors),
+        inference_mode=True,
+    )
+    config.target_modules = sorted(adapter.changes)  # peft makes a set of it, which has another order in every process
+    config.save_pretrained(str(folder))
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    checkpoint = order.checkpoint
+    sources = [checkpoint.folder / checkpoint.gguf_file] if checkpoint.gguf_file else checkpoint.shards()
+    hashes = {"source": _hashes(sources, stop), "written": _hashes([folder / WEIGHTS], stop)}
+    facts = {"rank": adapter.rank, "exact": adapter.exact, "relative_error": adapter.error}
+    return Written(hashes, adapter.exact, "peft", _about(order, adapter), facts)
+
+
+def open_written(order: Order, folder: Path) -> Checkpoint:
+    """The base model with the adapter put on it."""
+    return replace(order.checkpoint, adapter=folder)
+
+
+FORMAT = Format("a LoRA adapter for the base model", prepare, write, open_written)
+
+
+def _bias(writer: Writer, operator: Operator) -> Tensor | None:
+    for part in writer.parts:
+        if part.is_bias:
+            bias = part.tensor.detach().cpu().float()
+            return bake_bias(operator.to("cpu"), bias) - bias
+    return None
+
+
+def _of_one_rank(changes: Mapping[str, Change], rank: int) -> dict[str, Change]:
+    """Changes of a smaller rank filled up with zeros: a module's rank is not given to peft by itself."""
+    found = {}
+    for name, change in changes.items():
+        missing = rank - len(change.a)
+        a = torch.cat([change.a, change.a.new_zeros(missing, change.a.shape[1])])
+        b = torch.cat([change.b, change.b.new_zeros(len(change.b), missing)], dim=1)
+        found[name] = replace(change, a=a, b=b)
+    return found
+
+
+def _hashes(files: Sequence[Path], stop: Stop) -> dict[str, str]:
+    found = {}
+    for file in files:
+        stop.check()
+        found[file.name] = sha256(file)
+    return found
+
+
+def _about(order: Order, adapter: Adapter) -> str:
+    """For the card: what it is, how to load it, what it leaves out."""
+    model = order.settings.model
+    lines: list[Any] = [
+        f"This is a LoRA adapter of rank {adapter.rank}, not a whole model. With [peft](https://github.com/huggingface/peft):",
+        "",
+        "```python",
+        f"base = AutoModelForCausalLM.from_pretrained({model!r})",
+        "model = PeftModel.from_pretrained(base, FOLDER)",
+        "```",
+        "",
+    ]
+    if adapter.exact:
+        lines.append("Every edit is of this rank, so nothing is left out.")
+    else:
+        lines.append(
+            f"The edits are of a higher rank: {adapter.error:.1%} of their size (Frobenius norm) is left out. The scores below are "
+            "those of the base model with this adapter."
+        )
+    return "\n".join(lines)

@@ -1,0 +1,185 @@
+"""An exported model on the Hugging Face hub: by explicit command only, private unless said otherwise, and only what was proven."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+
+from heretic.errors import Interrupted, UserError, first_line
+from heretic.export.manifest import MANIFEST, Manifest, read_manifest
+from heretic.files import sha256
+from heretic.progress import Watcher
+from heretic.stop import Stop
+
+CARD = "README.md"
+UNCOUNTED = {".gitattributes", ".gitignore"}  # files of a repository that the hub makes itself
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What is to go where: a folder that heretic has written, whole, to a repository `owner/name`."""
+
+    folder: Path
+    repository: str
+    public: bool
+    manifest: Manifest
+    files: tuple[Path, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files, in bytes."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+def check_upload(repository: str) -> None:
+    """What can be known without a model. Raises UserError: no such name, no token, offline."""
+    if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", repository):
+        raise UserError(f"{repository!r} is no name of a repository.", fix="write it like user/model-name")
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE is set, so nothing can be uploaded.", fix="unset it and run the command again")
+    if not get_token():
+        raise UserError("There is no token for the Hugging Face hub.", fix="hf auth login, or set HF_TOKEN")
+
+
+def plan_upload(folder: Path, repository: str, *, public: bool, watcher: Watcher, stop: Stop) -> Upload:
+    """Look at everything that can be looked at here. Raises UserError: as `check_upload`; no export; not what was proven."""
+    check_upload(repository)
+    manifest, _ = read_manifest(folder)
+    if not (folder / CARD).is_file():
+        raise UserError(
+            "The model's card is missing, and without it nothing is uploaded.",
+            where=str(folder / CARD),
+            fix="export the trial again; the card says plainly what was done",
+        )
+    with watcher.stage("Checking what is uploaded", len(manifest.written.sha256)) as stage:
+        for name, proven in manifest.written.sha256.items():
+            stop.check()
+            if not (folder / name).is_file() or sha256(folder / name) != proven:
+                raise UserError(
+                    f"{name} is not the file that was proven: it is missing or was changed after the export.",
+                    where=str(folder),
+                    fix="export the trial again",
+                )
+            stage.advance()
+    files = (f for f in folder.rglob("*") if f.is_file() and not _hidden(f.relative_to(folder)))
+    return Upload(folder, repository, public, manifest, tuple(sorted(files)))
+
+
+def upload(planned: Upload, watcher: Watcher, stop: Stop) -> str:
+    """Create the repository, or go on with the one that an interrupted upload left, and send everything; its address.
+
+    Card and manifest go first: the weights are never there without them. Raises UserError and Interrupted.
+    """
+    api, repository = HfApi(), planned.repository
+    with _said(repository), _at_once(stop):
+        user = str(api.whoami()["name"])
+        exists = _look(api, planned)
+        if not exists:
+            api.create_repo(repository, private=not planned.public)
+        watcher.say(
+            f"Uploading to {repository} as {user}. After a stop the same command goes on where it was."
+            if not exists
+            else f"Going on with {repository} as {user}; what is there already is not sent again."
+        )
+        first = [CommitOperationAdd(name, planned.folder / name) for name in (CARD, MANIFEST)]
+        api.create_commit(repository, first, commit_message="Card and manifest")
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=planned.folder,
+            allow_patterns=[f.relative_to(planned.folder).as_posix() for f in planned.files],
+            commit_message=f"Trial {planned.manifest.trial} of {planned.manifest.run}",
+        )
+    return f"{api.endpoint}/{repository}"
+
+
+def _look(api: HfApi, planned: Upload) -> bool:
+    """Whether the repository is there. Raises UserError where it holds something else, or is open to more people than asked for."""
+    try:
+        found = api.model_info(planned.repository)
+    except RepositoryNotFoundError as error:
+        if error.response.status_code == 401:
+            raise
+        return False
+    if not found.private and not planned.public:
+        raise UserError(
+            f"{planned.repository} exists and is public.",
+            fix="--public if that is what you want; else name another repository",
+        )
+    names = {s.rfilename for s in found.siblings or []} - UNCOUNTED
+    if names and _run_of(api, planned.repository) != planned.manifest.run:
+        raise UserError(
+            f"{planned.repository} exists and does not hold this run's model, so it is left as it is.",
+            fix="name another repository, or delete that one on the hub",
+        )
+    return True
+
+
+def _run_of(api: HfApi, repository: str) -> str | None:
+    """The run whose model a repository holds; None for anything else."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return read_manifest(Path(api.hf_hub_download(repository, MANIFEST, local_dir=folder)))[0].run
+        except (EntryNotFoundError, UserError):
+            return None
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+@contextmanager
+def _at_once(stop: Stop) -> Iterator[None]:
+    """Ctrl-C ends an upload at once: what was sent stays sent."""
+    try:
+        with stop.idle():
+            yield
+    except KeyboardInterrupt:
+        raise Interrupted from None
+
+
+@contextmanager
+def _said(repository: str) -> Iterator[None]:
+    """What the hub and the network say, in words; never the token."""
+    try:
+        yield
+    except (UserError, Interrupted):
+        raise
+    except Exception as error:  # the hub's library and the network below it raise many kinds
+        refused = _answer_of(error)
+        if refused is None:
+            raise UserError(
+                f"The upload did not get through: {_clean(error)}",
+                where=repository,
+                fix="check the network, then run the same command again; what was sent is not sent again",
+            ) from None
+        status = refused.response.status_code
+        what, fix = {
+            401: ("The hub does not accept the token.", "hf auth login, or another HF_TOKEN"),
+            403: (
+                f"The token may not write to {repository}.",
+                "take a token with write permission, and a repository under your own name or organisation",
+            ),
+            404: (f"There is no place for {repository} on the hub.", "check the user or organisation in its name"),
+            429: ("The hub asks to wait: too many requests.", "run the same command again later"),
+        }.get(status, (f"The hub answered with an error: {_clean(refused)}", "run the same command again; it goes on"))
+        raise UserError(what, where=f"{repository}, HTTP status {status}", fix=fix) from None
+
+
+def _answer_of(error: BaseException | None) -> HfHubHTTPError | None:
+    """The hub's own answer, if an error comes from one, however far behind."""
+    while error is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return error
+
+
+def _clean(error: Exception) -> str:
+    text = first_line(error)[:200]
+    token = get_token()
+    return text.replace(token, "…") if token else text

@@ -1,0 +1,90 @@
+"""The directions of a model: residuals captured, directions found in them and cleaned, as many rounds as the settings say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from heretic.ablation.ablation import Ablation, Workbench
+from heretic.ablation.attach import attach
+from heretic.ablation.directions import Directions, made_unit
+from heretic.ablation.harmless import without_atoms, without_mean
+from heretic.ablation.methods import METHODS
+from heretic.ablation.operator import Operator
+from heretic.errors import UserError
+from heretic.machine.host import memory, spell_bytes
+from heretic.model.batching import Batcher
+from heretic.model.capture import ResidualMeans, bytes_of_each, mean_residuals
+from heretic.model.loading import LanguageModel
+from heretic.settings import Directions as Wanted
+
+SHARE_OF_FREE_RAM = 0.5  # for the residuals of every prompt
+
+
+def find_directions(
+    model: LanguageModel,
+    harmful: Sequence[list[int]],
+    harmless: Sequence[list[int]],
+    batcher: Batcher,
+    wanted: Wanted,
+) -> Directions:
+    """Directions from prompts of both kinds (token ids), one pass over them a round. Raises UserError.
+
+    Every round after the first runs the model with all directions found so far removed: at strength 1, by the `plain` geometry,
+    from every writer, each layer's own. A round lets go of its residuals before the next captures its own.
+    """
+    method = METHODS[wanted.method]
+    keep_each = method.needs_each or wanted.harmless_atoms > 0
+    if keep_each:
+        _check_room(model, len(harmful) + len(harmless), wanted)
+    found = None
+    for _ in range(1 + wanted.iterative_rounds):
+        with ExitStack() as stack:
+            if found is not None:
+                stack.enter_context(attach(model.anatomy.writers, _removing(model, found)))
+            bad, good = (
+                mean_residuals(model, f"Residuals of {name}", asked, batcher, wanted.winsorize, keep_each=keep_each)
+                for name, asked in (("harmful_train", harmful), ("harmless_train", harmless))
+            )
+        if not (bad.mean.isfinite().all() and good.mean.isfinite().all()):
+            raise UserError(
+                "The residuals are not all finite numbers.", where="dtypes", fix='dtypes = ["bfloat16", "float32"]'
+            )
+        vectors = method.find(bad, good, wanted.count, model.device)
+        if vectors.shape[1] < wanted.count:
+            raise UserError(
+                f"So few prompts give {vectors.shape[1]} directions at most.",
+                where="directions.count",
+                fix="lower it, or give more prompts to harmful_train and harmless_train",
+            )
+        found = made_unit(_cleaned(vectors, good, wanted, model.device), found)
+    assert found is not None
+    return found
+
+
+def _cleaned(vectors: Tensor, harmless: ResidualMeans, wanted: Wanted, device: torch.device | str) -> Tensor:
+    """Without what harmless prompts need, as far as the settings ask for it."""
+    if wanted.harmless_atoms:
+        vectors = without_atoms(vectors, harmless, wanted.harmless_atoms, wanted.harmless_ridge, device)
+    return without_mean(vectors, harmless) if wanted.project_harmless else vectors
+
+
+def _removing(model: LanguageModel, directions: Directions) -> dict[str, Operator]:
+    writers = model.anatomy.writers
+    strengths = dict.fromkeys(model.anatomy.components, (1.0,) * directions.num_layers)
+    return Workbench.prepare(directions, writers, "plain").operators(Ablation(strengths))
+
+
+def _check_room(model: LanguageModel, prompts: int, wanted: Wanted) -> None:
+    needed, free = bytes_of_each(model, prompts), memory()[1]
+    if needed > SHARE_OF_FREE_RAM * free:
+        why = "directions.method" if METHODS[wanted.method].needs_each else "directions.harmless_atoms"
+        raise UserError(
+            f"The residuals of all {prompts} prompts need {spell_bytes(needed)}; of RAM, {spell_bytes(free)} are free, and half "
+            "of that may be used.",
+            where=why,
+            fix='fewer prompts in prompts.harmful_train and harmless_train, or directions.method = "mean_difference"',
+        )

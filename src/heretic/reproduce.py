@@ -1,0 +1,381 @@
+"""A model made again from its base and its manifest, without a study, and compared with the one that the manifest is of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+
+from heretic import fingerprint
+from heretic.ablation.ablation import Workbench
+from heretic.ablation.directions import Directions
+from heretic.ablation.operator import Operator
+from heretic.errors import UserError
+from heretic.export.card import card
+from heretic.export.difference import Difference, difference
+from heretic.export.export import source_card
+from heretic.export.formats import FORMATS
+from heretic.export.job import Order, Written
+from heretic.export.manifest import DIRECTIONS, MANIFEST, Manifest, computed_on, now, read_manifest, versions
+from heretic.export.save import check_destination, copied_files, keep_terms, partial_folder, settle
+from heretic.files import read_tensors, sha256, write_text
+from heretic.machine.gpus import usable_gpus, visible_gpus
+from heretic.machine.host import devices
+from heretic.machine.memory_plan import make_plan
+from heretic.model.batching import free_memory
+from heretic.model.checkpoint import Checkpoint, open_checkpoint
+from heretic.model.loading import LanguageModel, load
+from heretic.progress import Watcher
+from heretic.run import device_lock, load_plan
+from heretic.session import LoadPlan, weight_reader
+from heretic.settings import Settings
+from heretic.stop import Stop
+
+Verdict = Literal["identical", "equal", "different"]
+WORDS: Mapping[Verdict, str] = {
+    "identical": "bit-identical",
+    "equal": "equal within tolerance",
+    "different": "different",
+}
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What the rebuilt weights are to those that the manifest was written for.
+
+    `files`: by name, whether a written file has the manifest's hash. `changed`: versions, device and files of the base that are not
+    what they were. `why`: what the verdict rests on, besides the hashes.
+    """
+
+    verdict: Verdict
+    files: Mapping[str, bool]
+    changed: tuple[str, ...]
+    why: str
+    difference: Difference | None
+    destination: Path | None
+
+    @property
+    def words(self) -> str:
+        """The verdict, for the screen."""
+        return WORDS[self.verdict]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json and for the new manifest."""
+        return {
+            "verdict": self.verdict,
+            "files": dict(self.files),
+            "changed": list(self.changed),
+            "why": self.why,
+            "difference": asdict(self.difference) if self.difference else None,
+            "written_to": str(self.destination) if self.destination else None,
+        }
+
+
+def reproduce(
+    path: Path,
+    destination: Path | None,
+    *,
+    base: str | None = None,
+    device_map: str = "planned",
+    trust: bool = False,
+    force: bool = False,
+    wait: bool = False,
+    watcher: Watcher,
+    stop: Stop,
+) -> Reproduction:
+    """Make the model of a manifest again, in `destination` or only to compare it.
+
+    `base` is where the base model is now; `trust` lets it run Python code of its own; `force` goes on where its files are not those
+    of the manifest. Raises UserError: a manifest that cannot be used, a base that is not to be had or not the same.
+    """
+    manifest, data = read_manifest(path)
+    home = path if path.is_dir() else path.parent
+    directions = _directions(manifest, home)
+    if destination is not None:
+        _check_place(destination, home, manifest.run)
+    source = base or manifest.model.name
+    settings = _settings(manifest, source, device_map)
+    checkpoint = _open(manifest, base, trust)
+    changed = _differs("base", *_base_files(manifest, checkpoint, watcher, stop))
+    if changed and not force:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(
+            f"The base model is not the one of the manifest: {'; '.join(changed[:3])}{more}.",
+            where=str(checkpoint.folder),
+            fix="name the right one with --base; --force goes on all the same, to see what it comes to",
+        )
+    with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
+        place = (destination or Path("reproduced")).expanduser().resolve()
+        partial = partial_folder(place)
+        try:
+            written, where = _rebuild(manifest, checkpoint, settings, directions, trust, partial, watcher, stop)
+            changed += _differs("versions", manifest.versions, versions())
+            changed += _differs("computed", {"on": manifest.computed_on}, {"on": where})
+            changed += _differs("base", manifest.copied.sha256, written.hashes.get("copied", {}))
+            changed = list(dict.fromkeys(changed))
+            found = _judge(manifest, home, partial, written, changed, destination, watcher, stop)
+            if destination is not None:
+                _describe(data, sha256(_file(path)), home, partial, checkpoint, written, found)
+                settle(partial, place)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"The model cannot be written: {error}",
+                where=str(partial.parent),
+                fix="make room, then run the same command again",
+            ) from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return found
+
+
+def _file(path: Path) -> Path:
+    return path / MANIFEST if path.is_dir() else path
+
+
+def _directions(manifest: Manifest, home: Path) -> Directions | None:
+    """The layers' directions that lie beside the manifest; None where the edit has a direction of its own and needs none."""
+    file = home / DIRECTIONS
+    if manifest.directions is None or not file.is_file():
+        if manifest.ablation.vector is not None:
+            return None
+        raise UserError(
+            "The directions that the edit is made from are not beside the manifest.",
+            where=str(file),
+            fix="put the file there that heretic export wrote with the manifest",
+        )
+    if sha256(file) != manifest.directions.sha256:
+        raise UserError("The directions are not those of the manifest: their hash differs.", where=str(file))
+    tensors = read_tensors(file)[0]
+    vectors, further = tensors.get("directions"), tensors.get("further")
+    if vectors is None or vectors.ndim != 2 or not bool(vectors.isfinite().all()):
+        raise UserError("The file does not hold directions [layers, width].", where=str(file))
+    if further is None:
+        return Directions(vectors.float())
+    if (
+        further.ndim != 3
+        or not further.shape[1]
+        or further[:, 0].shape != vectors.shape
+        or not bool(further.isfinite().all())
+    ):
+        raise UserError("The file does not hold further directions [layers, more, width].", where=str(file))
+    return Directions(vectors.float(), further.float())
+
+
+def _check_place(destination: Path, home: Path, run: str) -> None:
+    """Raise UserError if the destination holds anything but an earlier reproduction of this run."""
+    if destination.expanduser().resolve() == home.resolve():
+        raise UserError(
+            "The manifest's own folder is left as it is.", where=str(destination), fix="name another folder"
+        )
+    check_destination(destination, run)
+    held = destination / MANIFEST
+    if held.is_file() and '"reproduced": {' not in held.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(
+            "The destination holds the export itself, so it is left as it is.",
+            where=str(destination),
+            fix="name another folder",
+        )
+
+
+def _settings(manifest: Manifest, source: str, device_map: str) -> Settings:
+    """What of the manifest's settings writing depends on; never what code to trust or what files to read."""
+    name = manifest.written.format
+    if name not in FORMATS:
+        raise UserError(f"This version knows no format {name[:40]!r}.", fix=f"it knows: {', '.join(FORMATS)}")
+    return Settings.model_validate(
+        {
+            "model": source,
+            "device_map": device_map,
+            "dtypes": [manifest.dtype],
+            "export_format": name,
+            "lora_rank": manifest.written.rank or 1,
+            "gguf_type": manifest.written.type,
+        }
+    )
+
+
+def _open(manifest: Manifest, base: str | None, trust: bool) -> Checkpoint:
+    source = base or manifest.model.name
+    trusted = [source] if trust else []
+    try:
+        return open_checkpoint(source, "" if base else manifest.model.revision or "", trust_remote_code=trusted)
+    except UserError as error:
+        fix = error.fix if base else "name the place where the base model is now: --base FOLDER"
+        raise UserError(error.what, where=error.where or "the base model", fix=fix) from None
+
+
+def _base_files(
+    manifest: Manifest, checkpoint: Checkpoint, watcher: Watcher, stop: Stop
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Hashes by name of the base's files, in the manifest and now."""
+    weights = [checkpoint.folder / checkpoint.gguf_file] if checkpoint.gguf_file else checkpoint.shards()
+    then, small = {**manifest.model.sha256, **manifest.copied.sha256}, copied_files(checkpoint.folder)
+    files = {file.name: file for file in weights} | {n: f for n, f in small.items() if n in manifest.copied.sha256}
+    hashes = {}
+    with watcher.stage("Checking the base model", len(files)) as stage:
+        for name, file in files.items():
+            stop.check()
+            hashes[name] = sha256(file)
+            stage.advance()
+    if checkpoint.gguf_file and set(hashes.values()) == set(manifest.model.sha256.values()):
+        return {}, {}  # one file, which may have been renamed
+    return then, hashes
+
+
+def _plan(settings: Settings, checkpoint: Checkpoint) -> LoadPlan:
+    """Where the base model goes: nothing is decoded, so that it needs little more than its weights. Raises UserError."""
+    plan = make_plan(
+        checkpoint,
+        device_map=settings.device_map,
+        max_memory={},
+        dtypes=list(settings.dtypes),
+        batch_size=1,
+        prompt_tokens=8,
+        new_tokens=1,
+        devices=devices(usable_gpus(visible_gpus())),
+        copies=False,
+        gradients=False,
+    )
+    return load_plan(settings, plan)
+
+
+def _rebuild(
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    settings: Settings,
+    directions: Directions | None,
+    trust: bool,
+    partial: Path,
+    watcher: Watcher,
+    stop: Stop,
+) -> tuple[Written, str]:
+    """Write the edited model as the export did, and say on what the edit was computed."""
+    plan = _plan(settings, checkpoint)
+    model = load(
+        checkpoint,
+        plan.dtypes,
+        plan.arguments,
+        trust_remote_code=[checkpoint.model] if trust else [],
+        chat_template=None,
+        watcher=watcher,
+    )
+    where = computed_on(model.device)
+    operators = _operators(manifest, model, directions, watcher)
+    form = FORMATS[settings.export_format]
+    prepared = form.prepare(model, operators, settings, watcher)
+    order = Order(settings.export_format, settings, checkpoint, plan, operators, prepared)
+    del model
+    free_memory()
+    return form.write(order, partial, watcher, stop), where
+
+
+def _operators(
+    manifest: Manifest, model: LanguageModel, directions: Directions | None, watcher: Watcher
+) -> dict[str, Operator]:
+    """The edit made anew from strengths and directions. Raises UserError where they do not fit the model."""
+    layers, width = model.anatomy.num_layers, model.anatomy.width
+    edit = manifest.ablation
+    sizes = [(f"strengths.{component}", len(profile), layers) for component, profile in edit.strengths.items()]
+    sizes += [("mixture", len(edit.mixture), layers)] if edit.mixture is not None else []
+    if edit.vector is not None:  # several directions lie one behind the other
+        sizes += [("vector", len(edit.vector), width * max(1, len(edit.vector) // width))]
+    sizes += [(f"mixtures.{c}", len(m), layers) for c, m in (edit.mixtures or {}).items() if m is not None]
+    if directions is None:
+        directions = Directions(torch.zeros(1, width))  # nothing is taken from them
+    else:
+        sizes += [("directions", directions.num_layers, layers), ("each direction", directions.vectors.shape[1], width)]
+    for what, found, wanted in sizes:
+        if found != wanted:
+            raise UserError(
+                f"The manifest does not fit the model: {what[:60]} has {found} numbers where {wanted} belong.",
+                where=str(model.checkpoint.folder),
+            )
+    asked = manifest.settings.ablation
+    bench = Workbench.prepare(
+        directions,
+        model.anatomy.writers,
+        asked.geometry,
+        weight_reader(model),
+        watcher,
+        norm_aware=asked.norm_aware,
+    )
+    return bench.operators(edit.ablation)
+
+
+def _judge(
+    manifest: Manifest,
+    home: Path,
+    partial: Path,
+    made: Written,
+    changed: list[str],
+    destination: Path | None,
+    watcher: Watcher,
+    stop: Stop,
+) -> Reproduction:
+    """Compare what was written with the manifest's hashes, and with the weights beside it where these differ."""
+    then, written = manifest.written.sha256, made.hashes["written"]
+    files = {name: then.get(name) == written.get(name) for name in sorted({*then, *written})}
+    others = manifest.copied.sha256 == made.hashes.get("copied", {})
+
+    def verdict(said: Verdict, why: str, apart: Difference | None = None) -> Reproduction:
+        if said != "different" and not others:
+            said, why = "different", f"the weights are {WORDS[said]}, but other files of the base are not the same"
+        return Reproduction(said, files, tuple(changed), why, apart, destination)
+
+    if all(files.values()):
+        return verdict("identical", "every file of the weights has the hash that the manifest names")
+    if set(then) != set(written):
+        return verdict("different", "the weights lie in other files")
+    if not all(name.endswith(".safetensors") for name in written):
+        return verdict("different", "the hashes differ; by how much is only said of safetensors files")
+    with watcher.stage("Comparing with the exported weights", None):
+        apart = difference(partial, home, written, stop)
+        spoilt = [n for n in written if (home / n).is_file() and sha256(home / n) != then[n]]
+    if isinstance(apart, str):
+        return verdict("different", f"the hashes differ, and by how much cannot be said: {apart}")
+    if spoilt:
+        return verdict("different", f"{spoilt[0]} beside the manifest is not the file that the manifest names", apart)
+    if apart.differing == 0:
+        return verdict("identical", "every number is the same; only the files' headers are not", apart)
+    if apart.within:
+        return verdict("equal", f"no number is further away than rounding explains: {apart}", apart)
+    return verdict("different", str(apart), apart)
+
+
+def _describe(
+    data: dict[str, Any],
+    made_from: str,
+    home: Path,
+    partial: Path,
+    checkpoint: Checkpoint,
+    written: Written,
+    found: Reproduction,
+) -> None:
+    """Card and manifest of the rebuilt model: the old ones, and what the comparison came to."""
+    hashes = written.hashes
+    told = {**data, "written": {**data["written"], "sha256": hashes["written"], **written.facts}}
+    told["copied"] = {"sha256": hashes.get("copied", {})}
+    told["reproduced"] = {"made_at": now(), "from_sha256": made_from, "versions": versions(), **found.as_dict()}
+    keep_terms(checkpoint, partial)
+    if (home / DIRECTIONS).is_file():
+        (partial / DIRECTIONS.parent).mkdir()
+        shutil.copyfile(home / DIRECTIONS, partial / DIRECTIONS)
+    write_text(partial / MANIFEST, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    measured = f"Of the model that was exported first. This one was made again from its manifest: {found.verdict}."
+    try:
+        text = card(told, source_card(checkpoint), written, measured)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(
+            "The manifest lacks what a model card is made of: model, scores, settings.", where="the manifest"
+        ) from None
+    write_text(partial / "README.md", text)
+
+
+def _differs(what: str, then: Mapping[str, str], now_: Mapping[str, str]) -> list[str]:
+    return fingerprint.differences({what: dict(then)}, {what: dict(now_)})

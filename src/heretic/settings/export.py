@@ -1,0 +1,8 @@
+"""What is written of a chosen trial."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+ExportFormat = Literal["full", "lora", "gguf"]  # the names of `heretic.export.formats.FORMATS`
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]  # the names of `heretic.export.gguf_file.KINDS`

@@ -1,0 +1,101 @@
+"""Every method on residuals whose answer is known."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+from heretic.ablation.directions import made_unit
+from heretic.ablation.methods import METHODS
+from heretic.ablation.methods.contrastive_components import contrastive_components
+from heretic.ablation.methods.geometric_median import geometric_median, median
+from heretic.ablation.methods.self_organising_map import self_organising_map, trained
+from heretic.model.capture import ResidualMeans
+from heretic.settings.ablation import GIVE_ONE, DirectionMethod
+
+LAYERS, WIDTH = 3, 24
+
+
+def residuals(seed: int, prompts: int = 40, *, lean: float = 0.0) -> ResidualMeans:
+    torch.manual_seed(seed)
+    each = torch.randn(prompts, LAYERS, WIDTH) + 5
+    each[:, :, 0] += lean
+    return ResidualMeans(each.double().mean(dim=0), prompts, each)
+
+
+def test_the_table_and_the_settings_name_the_same() -> None:
+    assert set(METHODS) == set(get_args(DirectionMethod))
+    assert set(METHODS) > GIVE_ONE
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_points_from_harmless_to_harmful_and_repeats_itself(name: str) -> None:
+    count = 1 if name in GIVE_ONE else 3
+    bad, good = residuals(1, lean=6.0), residuals(2)
+    found = METHODS[name].find(bad, good, count, "cpu")
+    assert found.shape == (LAYERS, count, WIDTH) and found.dtype == torch.float64
+    assert torch.equal(found, METHODS[name].find(bad, good, count, "cpu"))
+    first = made_unit(found).vectors[:, 0]
+    assert (first > 0.75).all(), f"{name}: what the prompts differ in is its first direction"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_few_prompts_are_enough_for_as_many_directions(name: str) -> None:
+    count = 1 if name in GIVE_ONE else 2
+    found = METHODS[name].find(residuals(1, 3), residuals(2, 2), count, "cpu")
+    assert made_unit(found).count == count
+
+
+def test_methods_that_need_every_prompt_say_so() -> None:
+    bare = [ResidualMeans(r.mean, r.count) for r in (residuals(1), residuals(2))]
+    for method in METHODS.values():
+        if method.needs_each:
+            with pytest.raises(ValueError, match="not kept"):
+                method.find(*bare, 1, "cpu")
+        else:
+            method.find(*bare, 1, "cpu")
+
+
+def test_a_median_is_not_pulled_away_by_a_few_prompts() -> None:
+    calm, wild = residuals(1), residuals(1)
+    wild.whole[:4] += 1000
+    moved = (median(wild.whole, "cpu") - median(calm.whole, "cpu")).norm(dim=1)
+    assert (moved < 3).all() and ((wild.whole - calm.whole).mean(dim=0).norm(dim=1) > 400).all()
+    # The least sum of distances: no step away from it makes it smaller.
+    middle, points = median(calm.whole, "cpu")[0], calm.whole[:, 0].double()
+    least = (points - middle).norm(dim=1).sum()
+    for step in torch.randn(20, WIDTH, dtype=torch.float64) * 0.01:
+        assert (points - middle - step).norm(dim=1).sum() > least
+
+
+def test_a_median_of_equal_prompts_is_that_prompt() -> None:
+    each = torch.ones(5, LAYERS, WIDTH)
+    assert torch.allclose(median(each, "cpu"), torch.ones(LAYERS, WIDTH).double())
+    found = geometric_median(ResidualMeans(each.double()[0], 5, each), residuals(2), 1, "cpu")
+    assert torch.isfinite(found).all()
+
+
+def test_contrastive_components_are_eigenvectors_of_the_difference_of_the_spreads() -> None:
+    bad, good = residuals(1, lean=2.0), residuals(2, 30)
+    found = contrastive_components(bad, good, 4, "cpu")
+    for layer in range(LAYERS):
+        a, b = (r.whole[:, layer].double() - good.whole[:, layer].double().mean(dim=0) for r in (bad, good))
+        values, vectors = torch.linalg.eigh(a.T @ a / len(a) - b.T @ b / len(b))
+        for n in range(4):
+            assert abs(float(found[layer, n] @ vectors[:, -1 - n])) == pytest.approx(1, abs=1e-6)
+        assert values[-1] > values[-2]
+
+
+def test_a_map_finds_the_groups_that_there_are() -> None:
+    torch.manual_seed(0)
+    centres = 20 * torch.eye(WIDTH)[:4]
+    each = (centres.repeat_interleave(12, 0) + 0.1 * torch.randn(48, WIDTH)).unsqueeze(1)
+    neurons, prompts = trained(each[:, 0].double())
+    assert int(prompts.sum()) == 48
+    used = neurons[prompts > 0]
+    assert (torch.cdist(centres.double(), used).min(dim=1).values < 4).all()
+    harmless = ResidualMeans(torch.zeros(1, WIDTH, dtype=torch.float64), 2, torch.zeros(2, 1, WIDTH))
+    made = made_unit(self_organising_map(ResidualMeans(each.double().mean(0), 48, each), harmless, 4, "cpu"))
+    assert made.count == 4

@@ -1,0 +1,62 @@
+"""Directions for other programs, read back as those programs read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from heretic.progress import SILENT
+from heretic.run import run
+from heretic.settings.layers import resolve
+from heretic.stop import Stop
+from tests.command import heretic
+
+
+@pytest.fixture
+def found(config: Path) -> torch.Tensor:
+    """The directions of a run named "mine"."""
+    folder = run(resolve(config, {"n_trials": 1, "run_name": "mine"}), watcher=SILENT, stop=Stop()).folder
+    directions = folder.directions(SILENT)
+    assert directions is not None
+    return directions.vectors
+
+
+def test_safetensors(found: torch.Tensor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    said = heretic(capsys, monkeypatch, "directions", "-o", "here/d.safetensors")
+    assert said.status == 0 and "here/d.safetensors" in said.out
+    with safe_open("here/d.safetensors", framework="pt") as file:
+        assert torch.equal(file.get_tensor("directions"), found) and list(file.keys()) == ["directions"]
+        assert file.metadata()["layout"] == "row l: unit direction after block l"
+    again = heretic(capsys, monkeypatch, "directions", "mine", "-o", "here/d.safetensors")
+    assert again.status == 1 and "exists" in again.err
+
+
+def test_a_control_vector(
+    found: torch.Tensor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert heretic(capsys, monkeypatch, "directions", "mine", "-o", "d.bin", "--format", "gguf").status == 0
+    reader = gguf.GGUFReader("d.bin")
+    assert reader.fields["general.architecture"].contents() == "controlvector"
+    assert reader.fields["controlvector.model_hint"].contents() == "llama"
+    assert reader.fields["controlvector.layer_count"].contents() == len(found) - 1
+    layers = {int(t.name.removeprefix("direction.")): t for t in reader.tensors}
+    assert list(layers) == [1, 2, 3], "llama.cpp has no place for block 0"
+    for layer, tensor in layers.items():
+        assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
+        assert np.array_equal(tensor.data, found[layer].numpy())
+    assert not list(Path().glob(".d.bin*"))
+
+
+def test_what_is_not_there(
+    found: torch.Tensor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = heretic(capsys, monkeypatch, "directions", "mine", "-o", "d.txt")
+    assert said.status == 1 and "no format 'txt'" in said.err and "safetensors, gguf" in said.err
+    Path("runs/mine/directions.safetensors").unlink()
+    said = heretic(capsys, monkeypatch, "directions", "mine", "-o", "d.gguf")
+    assert said.status == 1 and "no directions yet" in said.err and not Path("d.gguf").exists()

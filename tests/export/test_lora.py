@@ -1,0 +1,115 @@
+"""Adapters: exact where the edit is of rank 1, the nearest of a rank elsewhere, and read by peft as anybody would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from heretic.ablation.operator import Operator, norm_preserving, study_weight
+from heretic.errors import UserError
+from heretic.export.lora import change_of
+from heretic.export.save import TensorEdit
+from heretic.progress import SILENT
+from heretic.run import Outcome, run
+from heretic.settings.layers import resolve
+from heretic.stop import Stop
+from tests.tiny import save_tiny
+
+STRONG = ("search.attention.max_weight=[1.4, 1.5]", "search.mlp.max_weight=[1.4, 1.5]")
+
+
+def do(config: Path, model: Path, save_to: str, *assignments: str) -> Outcome:
+    options = {"model": str(model), "save_to": save_to, "n_trials": 2}
+    return run(resolve(config, options, (*STRONG, *assignments)), watcher=SILENT, stop=Stop())
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[5, 20, 40, 33, 9]])).logits
+
+
+@pytest.mark.parametrize(("family", "geometry"), [("llama", "row_normalized"), ("gpt2", "plain"), ("gemma3", "plain")])
+def test_an_adapter_of_rank_1_is_the_full_model(config: Path, tmp_path: Path, family: str, geometry: str) -> None:
+    folder = save_tiny(tmp_path / "m", family)
+    chosen = f"ablation.geometry={geometry}"
+    adapter = do(config, folder, "adapter", chosen, "export_format=lora").export
+    assert adapter is not None and adapter.verification.divergence < 1e-6
+    full = do(config, folder, "full", chosen).export
+    assert full is not None and full.verification.scores.refusals == adapter.verification.scores.refusals
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    before = logits(base)
+    peft = PeftModel.from_pretrained(base, "adapter")
+    after = logits(AutoModelForCausalLM.from_pretrained("full"))
+    assert (logits(peft) - after).abs().max() < 1e-4 < 0.05 < (before - after).abs().max()
+    assert (logits(peft.merge_and_unload()) - after).abs().max() < 1e-4
+    manifest = json.loads(Path("adapter/manifest.json").read_text())
+    assert manifest["written"]["format"] == "lora" and manifest["written"]["rank"] == 1 and manifest["written"]["exact"]
+    card = Path("adapter/README.md").read_text()
+    assert "library_name: peft" in card and "LoRA adapter of rank 1" in card and "nothing is left out" in card
+    assert {p.name for p in Path("adapter").iterdir()} == {
+        "README.md", "manifest.json", "heretic", "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+
+
+def test_what_a_rank_leaves_out_is_reported_and_less_with_a_higher_one(config: Path, llama: Path) -> None:
+    errors = []
+    for rank in (4, 32):
+        export = do(config, llama, f"rank-{rank}", "export_format=lora", f"lora_rank={rank}").export
+        assert export is not None
+        written = json.loads(Path(f"rank-{rank}/manifest.json").read_text())["written"]
+        errors.append((written["relative_error"], export.verification.divergence))
+    assert errors[0][0] > 0.05 > errors[1][0] and errors[0][1] > errors[1][1]
+    assert errors[1][0] < 1e-3 and errors[1][1] < 1e-5, "of full rank it is exact"
+    assert f"{errors[0][0]:.1%} of their size" in Path("rank-4/README.md").read_text()
+
+
+def test_the_change_is_the_edit_and_its_error_is_what_is_left() -> None:
+    torch.manual_seed(1)
+    weight, v = torch.randn(40, 60), torch.nn.functional.normalize(torch.randn(40), dim=0)
+    operator = norm_preserving(v, 1.1, study_weight(weight, v[None]), torch.ones(1))
+    edited = TensorEdit(operator, is_bias=False, transposed=False)(weight)
+    for rank in (1, 7, 64):
+        change = change_of(operator, weight, rank)
+        left = edited - weight - change.b @ change.a
+        assert change.a.shape[0] == change.b.shape[1] == min(rank, 40)
+        assert float(left.square().sum()) == pytest.approx(change.left, abs=1e-4)
+        best = torch.linalg.svdvals(edited - weight)[rank:].square().sum()
+        assert float(left.square().sum()) <= 1.01 * float(best) + 1e-4, "no matrix of the rank is much nearer"
+    exact = change_of(Operator(operator.u, operator.w), weight, 64)
+    assert exact.a.shape[0] == 1 and exact.left == 0
+
+
+def test_several_directions_are_a_change_of_that_rank() -> None:
+    torch.manual_seed(1)
+    weight, operator = torch.randn(40, 60), Operator(torch.randn(3, 40), torch.randn(3, 40))
+    change = change_of(operator, weight, 1)
+    assert len(change.a) == 3 and change.left == 0
+    assert torch.allclose(weight + change.b @ change.a, operator.on_weight(weight), atol=1e-3)
+    assert change.size == pytest.approx(float((change.b @ change.a).square().sum()), rel=1e-3)
+
+
+def test_a_rank_that_leaves_out_too_much_is_refused_in_words(
+    config: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("heretic.export.verify.TOLERATED_SHARE_OF_A_PART", 0.001)
+    with pytest.raises(UserError, match="does not answer as the measured one") as error:
+        do(config, llama, "out", "export_format=lora", "lora_rank=1")
+    assert "lora_rank" in str(error.value.fix) and not Path("out").exists()
+
+
+def test_fused_experts_are_named(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"mlp.* is a mixture of experts in one tensor") as error:
+        do(config, save_tiny(tmp_path / "m", "mixtral"), "out", "export_format=lora")
+    assert error.value.fix == 'export_format = "full"' and not Path("out").exists()
+
+
+def test_another_format_is_another_export(config: Path, llama: Path) -> None:
+    do(config, llama, "out", "ablation.geometry=plain")
+    assert Path("out/model.safetensors").is_file()
+    do(config, llama, "out", "ablation.geometry=plain", "export_format=lora")
+    assert Path("out/adapter_model.safetensors").is_file() and not Path("out/model.safetensors").exists()

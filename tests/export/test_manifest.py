@@ -1,0 +1,78 @@
+"""What a manifest and a card say, and the study that a manifest's settings make again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from heretic.errors import UserError
+from heretic.export.card import share
+from heretic.export.manifest import settings_of
+from heretic.progress import SILENT
+from heretic.run import run
+from heretic.settings.layers import resolve
+from heretic.stop import Stop
+from tests.command import heretic
+
+CARD = """---
+license: other
+license_name: tiny-terms
+license_link: https://example.org/terms
+tags:
+- chat
+---
+"""
+
+
+def test_the_same_study_from_a_manifest(
+    config: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    (base / "README.md").write_text(CARD)
+    first = run(
+        resolve(config, {"model": str(base), "save_to": "out", "n_trials": 3}, ["seed=5"]), watcher=SILENT, stop=Stop()
+    )
+    card = Path("out/README.md").read_text()
+    assert "license: other\nlicense_name: tiny-terms\nlicense_link: https://example.org/terms\n" in card
+    assert "[tiny-terms](https://example.org/terms), holds for this model too" in card and "- chat" not in card
+    assert first.before is not None and first.export is not None
+    assert (
+        f"| requests declined | {share(first.before, 8)} | {share(first.export.verification.scores.refusals, 8)} |"
+        in card
+    )
+    assert "heretic reproduce manifest.json -o FOLDER" in card and str(tmp_path) not in card
+    config.unlink()
+    monkeypatch.setattr("sys.argv", ["heretic", "config", "--from-manifest", "out/manifest.json"])
+    with pytest.raises(SystemExit):
+        from heretic import cli
+
+        cli.main()
+    Path("again.toml").write_text(capsys.readouterr().out)
+    options = {"n_trials": 3, "run_name": "again", "batch_size": 4, "device_map": "cpu", "early_stopping": False}
+    second = run(resolve(Path("again.toml"), options), watcher=SILENT, stop=Stop())
+    assert [(r.params, r.point) for r in second.found] == [(r.params, r.point) for r in first.found]
+
+
+def test_settings_of_a_manifest_from_anywhere(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(resolve(config, {"save_to": "out", "n_trials": 1}), watcher=SILENT, stop=Stop())
+    file = Path("out/manifest.json")
+    manifest = json.loads(file.read_text())
+    manifest["settings"]["trust_remote_code"] = [manifest["model"]["name"]]
+    file.write_text(json.dumps(manifest))
+    assert settings_of(file).settings.trust_remote_code == []
+    manifest["settings"]["of_later"] = 1
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="setting of_later"):
+        settings_of(file)
+    said = heretic(capsys, monkeypatch, "config", "--from-manifest", "out/manifest.json")
+    assert said.status == 1 and "of_later" in said.err
+
+
+def test_shares_in_words() -> None:
+    assert share(7, 50) == "7 of 50 (14 %; 7 % to 26 %)"
+    assert share(0, 0) == "0 of 0"

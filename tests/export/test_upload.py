@@ -1,0 +1,199 @@
+"""Uploading to a hub on loopback, what is sent, what is refused, what is never shown."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pexpect
+import pytest
+from huggingface_hub import constants
+
+from heretic.progress import SILENT
+from heretic.run import run
+from heretic.settings.layers import resolve
+from heretic.stop import Stop
+from tests.command import Ran, heretic
+from tests.export.hub import TOKEN, Hub, Repository, running
+from tests.tiny import save_tiny
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A hub of this test's own, which the environment names."""
+    with running() as found:
+        for name, value in {
+            "HF_ENDPOINT": found.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the one export is kept that the tests upload copies of."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def out(config: Path, kept: Path) -> Path:
+    """An exported model in shards."""
+    if not (kept / "out").exists():
+        model = save_tiny(kept / "tiny", max_shard_size="40KB")
+        chosen = resolve(config, {"model": str(model), "save_to": str(kept / "out"), "n_trials": 1, "run_name": "mine"})
+        run(chosen, watcher=SILENT, stop=Stop())
+        shutil.copytree("runs", kept / "runs")
+    return Path(shutil.copytree(kept / "out", "out"))
+
+
+Upload = Callable[..., Ran]
+
+
+@pytest.fixture
+def upload(hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Upload:
+    """`heretic upload ARGUMENTS`, without a terminal, in this process: the library's constants are as the environment says."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+
+    def run_it(*arguments: str) -> Ran:
+        ran = heretic(capsys, monkeypatch, "upload", *arguments)
+        assert TOKEN not in ran.out + ran.err
+        return ran
+
+    return run_it
+
+
+def error_of(ran: Ran) -> str:
+    assert ran.status == 1 and ran.err.startswith("Error:") and len(ran.err) < 600
+    return ran.err
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_everything_is_sent_and_it_is_private(hub: Hub, out: Path) -> None:
+    (out / ".env").write_text("secret")
+    command = [sys.executable, "-m", "heretic", "upload", "out", "someone/tiny", "--yes"]
+    ran = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, check=False)
+    assert ran.returncode == 0 and f"uploaded to  {hub.url}/someone/tiny" in ran.stdout and "private" in ran.stdout
+    assert TOKEN not in ran.stdout + ran.stderr
+    repository = hub.repositories["someone/tiny"]
+    assert repository.private
+    assert repository.files == {name: data for name, data in contents(out).items() if name != ".env"}
+    assert repository.commits[0] == "Card and manifest", "weights are never there without them"
+    assert len(repository.commits) == 2 and "heretic/directions.safetensors" in repository.files
+    assert not list(out.glob(".cache/**/*")) or all(".cache" not in name for name in repository.files)
+
+
+def test_public_only_when_asked(hub: Hub, out: Path, upload: Upload) -> None:
+    assert upload("out", "someone/tiny", "--yes", "--public").status == 0
+    assert not hub.repositories["someone/tiny"].private
+    assert "exists and is public" in error_of(upload("out", "someone/tiny", "--yes"))
+
+
+def test_nothing_without_a_yes(hub: Hub, out: Path, upload: Upload) -> None:
+    assert "--yes" in error_of(upload("out", "someone/tiny"))
+    assert not hub.requests
+    child = pexpect.spawn(sys.executable, ["-m", "heretic", "upload", "out", "someone/tiny"], encoding="utf-8")
+    child.expect("Upload it\\?", timeout=60)
+    child.sendline("")
+    child.expect("Nothing was uploaded", timeout=60)
+    child.wait()
+    assert not hub.repositories
+    child = pexpect.spawn(sys.executable, ["-m", "heretic", "upload", "out", "someone/tiny"], encoding="utf-8")
+    child.expect("Upload it\\?", timeout=60)
+    child.sendline("y")
+    child.expect("uploaded to", timeout=60)
+    child.wait()
+    assert hub.repositories["someone/tiny"].private
+
+
+def test_it_goes_on_where_it_stopped(hub: Hub, out: Path, upload: Upload) -> None:
+    hub.fails["/commit/"] = [400]
+    hub.repositories["someone/tiny"] = Repository(True, {".gitattributes": b""})
+    assert "HTTP status 400" in error_of(upload("out", "someone/tiny", "--yes"))
+    shards = len(list(out.glob("*.safetensors"))) + 1  # and the directions
+    hub.fails["/commit/"] = []
+    hub.fails["/store/"] = [403]
+    assert "token may not write" in error_of(upload("out", "someone/tiny", "--yes"))
+    assert set(hub.repositories["someone/tiny"].files) == {".gitattributes", "README.md", "manifest.json"}
+    sent = len(hub.blobs)
+    assert upload("out", "someone/tiny", "--yes").status == 0
+    assert len(hub.blobs) == shards
+    assert hub.count("PUT", "/store/") <= shards + 1 + (shards - sent), "what was there was sent again"
+    before = hub.count("PUT", "/store/")
+    assert "Going on with" in upload("out", "someone/tiny", "--yes").out
+    assert hub.count("PUT", "/store/") == before
+
+
+def test_what_is_not_ours_is_left_alone(hub: Hub, out: Path, upload: Upload) -> None:
+    hub.repositories["someone/other"] = Repository(True, {"model.safetensors": b"precious"})
+    assert "does not hold this run's model" in error_of(upload("out", "someone/other", "--yes"))
+    manifest = json.loads((out / "manifest.json").read_text())
+    hub.repositories["someone/other"].files["manifest.json"] = json.dumps({**manifest, "run": "another"}).encode()
+    assert "does not hold this run's model" in error_of(upload("out", "someone/other", "--yes"))
+    assert hub.repositories["someone/other"].files["model.safetensors"] == b"precious"
+    assert not hub.repositories["someone/other"].commits
+
+
+def test_what_the_hub_refuses_is_said(hub: Hub, out: Path, upload: Upload, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "may not write to else/tiny" in error_of(upload("out", "else/tiny", "--yes"))
+    hub.fails["/api/repos/create"] = [404]
+    assert "no place for someone/tiny" in error_of(upload("out", "someone/tiny", "--yes"))
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_wrong")
+        said = error_of(upload("out", "someone/tiny", "--yes"))
+        assert "does not accept the token" in said and "hf_wrong" not in said
+    assert not hub.repositories
+
+
+def test_what_is_known_here_is_said_without_asking_the_hub(
+    hub: Hub, out: Path, upload: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert "HF_HUB_OFFLINE is set" in error_of(upload("out", "someone/tiny", "--yes"))
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_TOKEN", "")
+        assert "no token" in error_of(upload("out", "someone/tiny", "--yes"))
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        assert "did not get through" in error_of(upload("out", "someone/tiny", "--yes"))
+    assert "no name of a repository" in error_of(upload("out", "tiny", "--yes"))
+    Path("empty").mkdir()
+    assert "no model that heretic has exported" in error_of(upload("empty", "someone/tiny", "--yes"))
+    assert "There is no run 'nothing'" in error_of(upload("nothing", "someone/tiny", "--yes"))
+    (out / "README.md").unlink()
+    assert "card is missing" in error_of(upload("out", "someone/tiny", "--yes"))
+    (out / "README.md").write_text("x")
+    shard = next(out.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    assert "is not the file that was proven" in error_of(upload("out", "someone/tiny", "--yes"))
+    assert not hub.requests
+
+
+def test_the_model_of_a_run_and_export_with_upload(
+    hub: Hub, out: Path, kept: Path, upload: Upload, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(kept / "runs", "runs")
+    assert "no exported model in its own folder" in error_of(upload("mine", "someone/tiny", "--yes"))
+    export = ("export", "mine", "-o", "runs/mine/models/trial-0", "--upload", "someone/a")
+    assert "--yes" in error_of(heretic(capsys, monkeypatch, *export))
+    assert not Path("runs/mine/models").exists(), "it is refused before the work, not after it"
+    ran = heretic(capsys, monkeypatch, *export, "--yes", "--json")
+    assert ran.status == 0, ran.err
+    assert json.loads(ran.out)["uploaded_to"] == f"{hub.url}/someone/a" and hub.repositories["someone/a"].private
+    assert upload("mine", "someone/b", "--yes").status == 0
+    assert hub.repositories["someone/a"].files == hub.repositories["someone/b"].files
+    shutil.copytree("runs/mine/models/trial-0", "runs/mine/models/trial-1")
+    assert "has exported 2 trials" in error_of(upload("mine", "someone/c", "--yes"))
+    assert "no exported model" in error_of(upload("mine", "someone/c", "--yes", "--trial", "7"))
+    assert not any(TOKEN in p.read_text(errors="replace") for p in Path("runs").rglob("*.log"))
