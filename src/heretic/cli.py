@@ -11,7 +11,7 @@ from typing import Any
 from heretic import __version__
 from heretic.commands import about, exported, models, runs, trials  # noqa: F401  each adds its commands to the application
 from heretic.commands.app import app, err
-from heretic.errors import OF_THE_DISK, Interrupted, UserError, disk_error
+from heretic.errors import OF_THE_DISK, Interrupted, UserError, disk_error, memory_error
 from heretic.screen.console import printable
 from heretic.settings.layers import DEFAULT_FILE
 
@@ -44,6 +44,13 @@ def guarded(job: Callable[[], Any]) -> int:
         said = disk_error(error)
         err.print(f"[bold red]Error:[/bold red] {printable(str(said))}", soft_wrap=True)
         return said.exit_status
+    except (RuntimeError, MemoryError) as error:
+        from heretic.model.batching import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        err.print(f"[bold red]Error:[/bold red] {printable(str(memory_error(error)))}", soft_wrap=True)
+        return UserError.exit_status
     except Interrupted:
         err.print("Stopped. Everything finished is kept; the same command goes on from here.")
         return Interrupted.exit_status

@@ -19,7 +19,7 @@ from heretic.search.shelf import ALONE, SharedShelf, Shelf
 from heretic.search.space import Space
 from heretic.search.storage import REFUSALS_BEFORE, keep_settings, masked, on_server
 from heretic.search.walk import Walk
-from heretic.session import Session, open_session
+from heretic.session import Session, judged_anew, open_session
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved
 from heretic.settings.text import resolved_text
@@ -63,8 +63,8 @@ class Desk:
 
     def session(self) -> Session:
         """The model in memory, with what the run's folder holds."""
+        inputs = self.inputs
         if self.loaded is None:
-            inputs = self.inputs
             agree(lambda: inputs.plan)
             with opening():
                 self.loaded = open_session(
@@ -76,8 +76,14 @@ class Desk:
                     self.watcher,
                     Together(self.stop) if size() > 1 else self.stop,
                     self.shelf,
+                    given_up=any(r.scores.judge != inputs.settings.judge.kind for r in self.found),
                 )
+        self.loaded = judged_anew(self.loaded, inputs.folder)
         return self.loaded
+
+    def keep_before(self) -> None:
+        """Store with the study how often the original declines."""
+        self.study.set_user_attr(REFUSALS_BEFORE, self.session().baseline.refusals)
 
     @property
     def shared(self) -> bool:

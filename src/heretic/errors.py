@@ -57,6 +57,14 @@ def disk_error(error: OSError) -> UserError:
     )
 
 
+def memory_error(error: BaseException) -> UserError:
+    """Memory that ran out where no batch could be made smaller."""
+    return UserError(
+        f"Memory ran out: {first_line(error).rstrip('.')}.",
+        fix="make room (heretic preflight shows what is taken), then run the same command again; nothing finished is lost",
+    )
+
+
 class SettingsError(UserError):
     """A setting is unknown, of the wrong type, or out of range."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -77,6 +80,39 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def to_disk(path: Path) -> None:
+    """Have a file's content, or a folder's names, written through to the disk, so that they outlast a loss of power."""
+    if path.is_dir():
+        with contextlib.suppress(OSError):  # some systems and network disks do not do this for folders
+            _sync(path)
+    else:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Give each of two existing paths the other's name, in one step that is done or not done; False where that is not to be had.
+
+    renameat2 with RENAME_EXCHANGE of Linux (renameat2(2)), renamex_np with RENAME_SWAP of macOS (rename(2) there).
+    """
+    names = os.fsencode(one), os.fsencode(other)
+    try:
+        library = ctypes.CDLL(None)
+        if sys.platform == "darwin":
+            return bool(library.renamex_np(*names, 2) == 0)
+        here = -100  # AT_FDCWD: paths are as the process sees them
+        return bool(library.renameat2(here, names[0], here, names[1], 2) == 0)
+    except (OSError, AttributeError, TypeError):  # another system, or an old C library
+        return False
+
+
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     digest = hashlib.sha256(repr(sorted((k, v) for k, v in metadata.items() if k != "sha256")).encode())
     for name in sorted(tensors):
@@ -86,8 +122,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 def _settle(beside: Path, path: Path) -> None:
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
+    to_disk(beside)
     os.replace(beside, path)
 
 

@@ -102,6 +102,12 @@ def check(checkpoint: Checkpoint, settings: Settings) -> None:
             where=where,
             fix='apply = "operators", and no GGUF file; or run without torchrun',
         )
+    if settings.quantization != "none" or settings.judge.kind != "markers":
+        raise UserError(
+            "Tensor parallelism takes weights that are not quantised, and the judge by markers.",
+            where=where,
+            fix='quantization = "none" and judge.kind = "markers", or run without torchrun',
+        )
     config: Any = checkpoint.config.get_text_config(decoder=True)
     if not getattr(config, "base_model_tp_plan", None):
         raise UserError(
@@ -213,7 +219,12 @@ def _follow(settings: Settings) -> None:
     plan = agree(lambda: None)
     if plan is None:
         return
-    checkpoint = open_checkpoint(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
+    checkpoint = open_checkpoint(
+        settings.model,
+        settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        allow_pickle=settings.allow_pickle,
+    )
     stop, nowhere = Together(Stop()), RunFolder(Path(os.devnull))
     session = open_session(settings, checkpoint, load_all(settings.prompts), shared(plan), nowhere, SILENT, stop)
     trials = Trials(session, nowhere, session.space(agree(lambda: None)))

@@ -15,7 +15,7 @@ from heretic.machine import lock
 from heretic.run_folder import RunFolder, find_run, stored_settings
 from heretic.search.front import front
 from heretic.search.standing import Standing
-from heretic.search.storage import alive, connect, masked, settings_of, storage_url, study_name
+from heretic.search.storage import alive, check_seals, connect, masked, reading, settings_of, storage_url, study_name
 from heretic.search.walk import Walk
 from heretic.settings import Settings
 
@@ -61,17 +61,20 @@ class Status:
 def look_at(name: str, runs_dir: str, environment: Mapping[str, str], storage: str = "") -> Status:
     """The status of a run, by its folder; or by its name in a shared storage, which needs no folder. Raises UserError."""
     if storage:
-        return _in_storage(name, storage)
+        with reading(storage):
+            return _in_storage(name, storage)
     folder = find_run(name, runs_dir)
     settings = stored_settings(folder, environment)
     if not settings.storage and not (folder.path / "study.db").is_file():
         raise UserError("The run has no study yet.", where=str(folder.path), fix="wait until its first trial begins")
-    study = _load(storage_url(settings.storage, folder.path), study_name(settings.storage, folder.path))
-    stands = Standing.of(study, settings)
-    holder = lock.holder(folder.lock)
-    state = f"running, held by {holder}" if holder else _state(study, stands)
-    warnings = _warnings(folder.path / "run.log")
-    return Status(str(folder.path), settings.model, state, stands, _walk(study, folder, settings), warnings)
+    url = storage_url(settings.storage, folder.path)
+    with reading(url):
+        study = _load(url, study_name(settings.storage, folder.path))
+        stands = Standing.of(study, settings)
+        holder = lock.holder(folder.lock)
+        state = f"running, held by {holder}" if holder else _state(study, stands)
+        warnings = _warnings(folder.path / "run.log")
+        return Status(str(folder.path), settings.model, state, stands, _walk(study, folder, settings), warnings)
 
 
 def _in_storage(name: str, storage: str) -> Status:
@@ -92,9 +95,11 @@ def _in_storage(name: str, storage: str) -> Status:
 
 def _load(url: str, name: str) -> optuna.Study:
     try:
-        return optuna.load_study(study_name=name, storage=connect(url))
+        study = optuna.load_study(study_name=name, storage=connect(url))
     except KeyError:
         raise UserError(f"The storage holds no study '{name}'.", where=masked(url)) from None
+    check_seals(study, url)
+    return study
 
 
 def _state(study: optuna.Study, stands: Standing) -> str:

@@ -10,12 +10,14 @@ from typing import Any
 import optuna
 
 from heretic.ablation.ablation import Ablation
-from heretic.errors import UserError
+from heretic.errors import UserError, memory_error
+from heretic.model.batching import free_memory, out_of_memory
 from heretic.parallel import rank
 from heretic.run_folder import RunFolder
 from heretic.savings import trials_that_pay
 from heretic.scoring.ladder import Measured, Scores
 from heretic.scoring.refusals import RefusalCount
+from heretic.scoring.verdict import REFUSAL
 from heretic.search.bounds import widened
 from heretic.search.space import Space
 from heretic.session import Session
@@ -41,7 +43,8 @@ class Trials:
     def measure(
         self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
     ) -> list[Measured | UserError]:
-        """Measure these trials in shared passes. `beaten(KL, refusals to expect at least)` ends one that cannot matter any more.
+        """Measure these trials in shared passes. `beaten(KL, unanswered requests to expect at least)` ends one that cannot matter
+        any more.
 
         Where they fail together each is measured alone, so that one's failure is not the others'.
         """
@@ -51,6 +54,12 @@ class Trials:
         except UserError as error:
             if len(trials) == 1:
                 return [error]
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if len(trials) == 1:
+                return [memory_error(error)]
+            free_memory()
         return [found for trial in trials for found in self.measure([trial], beaten)]
 
     def draw(self, trial: optuna.Trial | optuna.trial.FixedTrial) -> Ablation:
@@ -85,8 +94,8 @@ class Trials:
         bench = self.session.bench
 
         def keep(counted: RefusalCount) -> None:
-            rows = zip(bench.prompts.harmful_eval.prompts, counted.answers or (), counted.declined, strict=True)
-            named = [{"prompt": p, "answer": a, "declined": d} for p, a, d in rows]
+            rows = zip(bench.prompts.harmful_eval.prompts, counted.answers or (), counted.verdicts, strict=True)
+            named = [{"prompt": p, "answer": a, "declined": v == REFUSAL, "verdict": v} for p, a, v in rows]
             if rank() == 0:
                 self.folder.keep_answers(f"trial-{trial.number}", named)
 

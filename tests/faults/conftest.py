@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
+from collections import defaultdict
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 
+from heretic.export.manifest import versions
+
 FULL = os.environ.get("FAULTS") == "full"
-ROWS: list[tuple[str, int, str]] = []
 Amount = Callable[[int, int], int]
 Tally = Callable[[str, int, str], None]
+Rows = dict[tuple[str, str], int]
+ROWS: dict[str, Rows] = defaultdict(dict)  # by test file
+SECONDS: dict[str, float] = defaultdict(float)
+FAILED: set[str] = set()
 
 
 only_full = pytest.mark.skipif(not FULL, reason="takes long: make test-faults")
@@ -24,15 +33,48 @@ def amount() -> Amount:
 
 
 @pytest.fixture
-def tally() -> Tally:
-    """Note what was done, how often, and what was lost: a line of the table in docs/reliability.md."""
-    return lambda done, times, lost: ROWS.append((done, times, lost))
+def tally(request: pytest.FixtureRequest) -> Tally:
+    """Note what was done, how often, and what was lost: a line of docs/reliability_table.md. What is done again adds up."""
+    rows = ROWS[request.path.name]
+
+    def note(done: str, times: int, lost: str) -> None:
+        if times:
+            rows[done, lost] = rows.get((done, lost), 0) + times
+
+    return note
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Time by test file, and which have failed."""
+    name = Path(report.location[0]).name
+    SECONDS[name] += report.duration
+    if report.failed:
+        FAILED.add(name)
 
 
 def pytest_sessionfinish() -> None:
-    """Write the table where FAULTS_TABLE says."""
+    """Put what was counted where FAULTS_TABLE says, a section for each test file; those of files that were not run stay."""
     out = os.environ.get("FAULTS_TABLE")
-    if out and ROWS:
-        lines = ["| what was done | how often | what was lost |", "|---|---|---|"]
-        lines += [f"| {done} | {times} | {lost} |" for done, times, lost in ROWS]
-        Path(out).write_text("\n".join(lines) + "\n")
+    if not out or not ROWS:
+        return
+    path = Path(out)
+    kept = re.split(r"\n(?=## )", path.read_text(encoding="utf-8"))[1:] if path.exists() else []
+    sections = {match[1]: text.rstrip() for text in kept if (match := re.match(r"## `([\w.]+)`", text))}
+    for name, rows in ROWS.items():
+        if name in FAILED:  # a table of what went well would be half the truth
+            continue
+        sections[name] = section(name, rows)
+    head = (
+        "# What was done to it\n\nMade by `make test-faults`; what it means is in [reliability.md](reliability.md).\n"
+    )
+    path.write_text("\n".join([head, *(sections[n] + "\n" for n in sorted(sections))]), encoding="utf-8")
+
+
+def section(name: str, rows: Rows) -> str:
+    """What the tests of a file have counted, when and with what."""
+    made = versions()
+    with_what = ", ".join(f"{package} {made[package]}" for package in ("python", "torch", "transformers", "optuna"))
+    much = "in full" if FULL else "a little, as in make test"
+    when = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {much}, {SECONDS[name]:.0f} s, {platform.machine()}, {with_what}"
+    lines = [f"## `{name}`", "", f"{when}.", "", "| what was done | how often | what was lost |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {done} | {times} | {lost} |" for (done, lost), times in rows.items()])

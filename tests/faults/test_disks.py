@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import shutil
 import sqlite3
@@ -16,7 +17,10 @@ from pathlib import Path
 import optuna
 import pytest
 
+from heretic.errors import UserError
 from heretic.files import read_tensors, sha256
+from heretic.search.front import results
+from heretic.search.storage import FACTS, open_study
 from tests.command import heretic, start
 from tests.faults.conftest import Amount, Tally
 
@@ -141,6 +145,39 @@ def test_a_damaged_study_is_refused(
     tally("study.db truncated", times, "nothing: refused, the file left as it is")
 
 
+def test_bits_that_flip_in_the_study_are_never_believed(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, amount: Amount, tally: Tally
+) -> None:
+    assert heretic(capsys, monkeypatch, "run", "--run-name", "mine").status == 0
+    database = Path("runs/mine/study.db")
+    kept, wanted = database.read_bytes(), measured(database)
+    chance, refused, times = random.Random(5), 0, amount(20, 500)
+    used = [i for i in range(len(kept)) if kept[i]]  # most of a new database is zeros that mean nothing
+    for _ in range(times):
+        content = bytearray(kept)
+        content[chance.choice(used)] ^= 1 << chance.randrange(8)
+        database.write_bytes(content)
+        ran = heretic(capsys, monkeypatch, "status", "mine")
+        assert ran.status in (0, 1) and len(ran.err) < 900, ran.err
+        try:
+            study = open_study(f"sqlite:///{database.resolve()}", "heretic", wanted[1])
+        except UserError as error:
+            refused += 1
+            assert len(str(error)) < 2000
+        else:
+            found = {r.number: (r.params, r.scores.as_dict()) for r in results(study)}
+            assert all(wanted[0][number] == one for number, one in found.items() if number in wanted[0])
+        database.with_name("study.db-journal").unlink(missing_ok=True)
+    tally(f"one bit flipped in study.db ({refused} times refused, else of no importance)", times, "nothing believed")
+
+
+def measured(database: Path) -> tuple[dict[int, object], dict[str, object]]:
+    """What is stored of each trial, and what the study rests on."""
+    study = optuna.load_study(study_name="heretic", storage=f"sqlite:///{database}")
+    found = {r.number: (r.params, r.scores.as_dict()) for r in results(study)}
+    return dict(found), json.loads(study.user_attrs[FACTS])
+
+
 def test_a_database_locked_by_another_process_is_waited_for(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, amount: Amount, tally: Tally
 ) -> None:
@@ -170,10 +207,25 @@ def test_a_database_locked_by_another_process_is_waited_for(
 def test_a_study_of_an_older_optuna_is_said(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tally: Tally
 ) -> None:
+    """A file that Optuna 2.10.1 made (`create_study` and three trials), and one that says it is from an older version."""
     assert heretic(capsys, monkeypatch, "run", "--run-name", "mine").status == 0
-    with sqlite3.connect("runs/mine/study.db") as database:
-        database.execute("update alembic_version set version_num = 'v0.9.0.a'")
-        database.execute("update version_info set schema_version = 11")
+    database = Path("runs/mine/study.db")
+    kept = database.read_bytes()
+    with sqlite3.connect(database) as stored:
+        stored.execute("update alembic_version set version_num = 'v0.9.0.a'")
+        stored.execute("update version_info set schema_version = 11")
+    stored.close()
     ran = heretic(capsys, monkeypatch, "run", "--run-name", "mine", "--trials", "5")
     assert ran.status != 0 and "storage" in ran.err and "upgrade" in ran.err, ran.err
-    tally("study.db from another version of Optuna", 1, "nothing: refused")
+    database.unlink()
+    with sqlite3.connect(database) as stored:
+        stored.executescript((Path(__file__).parent / "optuna_2_10_1.sql").read_text())
+    stored.close()
+    old = database.read_bytes()
+    for command in (("run", "--run-name", "mine", "--trials", "5"), ("status", "mine")):
+        ran = heretic(capsys, monkeypatch, *command)
+        assert ran.status == 1 and "upgrade" in ran.err and len(ran.err) < 900, ran.err
+        assert database.read_bytes() == old, "the file was changed"
+    database.write_bytes(kept)
+    assert heretic(capsys, monkeypatch, "run", "--run-name", "mine", "--trials", "5").status == 0
+    tally("study.db from other versions of Optuna (one made by 2.10.1)", 2, "nothing: refused, the file left as it is")

@@ -180,5 +180,101 @@ def test_names_with_odd_characters(
     assert not Path("executed").exists()
 
 
+SMALL_FILES = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+]
+CONTENTS = {
+    "empty": b"",
+    "no text": bytes(range(256)),
+    "a list": b"[]",
+    "a number": b"1",
+    "nested": b"[" * 200_000,
+    "nested and closed": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+    "out of its sandbox": b"{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "wrong kinds": json.dumps(
+        {key: {"a": []} for key in ("model_type", "vocab_size", "hidden_size", "model", "added_tokens", "eos_token_id")}
+    ).encode(),
+}
+
+
+@pytest.mark.parametrize("content", sorted(CONTENTS))
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_small_files_of_a_model(
+    name: str,
+    content: str,
+    folder: Path,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tally: Tally,
+) -> None:
+    (folder / name).write_bytes(CONTENTS[content])
+    ran = heretic(capsys, monkeypatch, "run", str(folder), "--trials", "1")
+    assert ran.status in (0, 1) and len(ran.err) < 2000, ran.err
+    assert ran.status == 0 or ran.err.count("Error:") == 1
+    tally("small files of a model that are broken", 1, "nothing: refused in a few lines, or of no importance")
+
+
+def test_giant_metadata(folder: Path, tally: Tally) -> None:
+    file = folder / "model.safetensors"
+    header(file, lambda told: told.update(__metadata__={str(i): "x" * 100 for i in range(20_000)}))
+    checkpoint = open_checkpoint(str(folder))  # two megabytes are large, not harmful
+    checkpoint.read(next(iter(checkpoint.tensors)))
+    with file.open("r+b") as opened:
+        opened.write(struct.pack("<Q", 1 << 30))
+        opened.truncate((1 << 30) + 16)  # takes no room on the disk
+    assert str(folder) in opened_text(folder)
+    tally("metadata of two megabytes and of a gigabyte in a checkpoint", 2, "nothing: the second is refused")
+
+
+opened_text = opened
+
+
+@pytest.mark.parametrize(
+    "text", ["a = " + "[" * 100_000, "[" + "a." * 50_000 + "b]", 'a = """' + "x" * 10_000_000 + '"""']
+)
+def test_settings_without_end(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "deep.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as refused:
+        resolve(path)
+    assert len(str(refused.value)) < 500_000
+
+
+@given(
+    content=st.one_of(
+        st.binary(max_size=100),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(
+                    st.sampled_from(["run", "fingerprint", "trial", "scores", "written", "verification"]), inner
+                )
+            ),
+            max_leaves=8,
+        ).map(lambda value: json.dumps(value).encode()),
+    )
+)
+@MANY
+def test_any_manifest_in_the_destination(content: bytes, tmp_path: Path) -> None:
+    from heretic.export.export import earlier_export
+    from heretic.export.save import check_destination
+    from heretic.run_folder import RunFolder
+
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out/manifest.json").write_bytes(content)
+    assert earlier_export(tmp_path / "out", RunFolder(tmp_path / "mine", "stamp"), 3) is None
+    with pytest.raises(UserError):
+        check_destination(tmp_path / "out", "mine")
+
+
 def test_counted(tally: Tally) -> None:
-    tally("random settings files, values of settings, prompt files, texts for the screen", 4 * TIMES, "nothing")
+    kinds = "random settings files, values of settings, prompt files, texts for the screen, manifests"
+    tally(kinds, 5 * TIMES, "nothing")
+    tally("names of models with characters of shells and paths", 8, "nothing: refused, nothing is executed")
+    tally("settings nested or long without end", 3, "nothing: refused")

@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 
 from heretic.files import read_tensors, sha256
+from heretic.search import storage
 from tests.command import start
 from tests.faults.conftest import Amount, Tally, only_full
 
@@ -148,6 +150,28 @@ def test_a_suspended_machine_goes_on(
     assert process.returncode == 0, output
     assert outcome() == wanted
     tally("process suspended and woken", 3, "nothing")
+
+
+def test_the_clock_jumps(tally: Tally, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A laptop that slept, or a clock that is set: the time at which this machine is said to have started moves along."""
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    before = storage.worker()
+    assert storage.alive(before)
+    jumps = (-86400, -3600, -5, 5, 3600, 86400)
+    for seconds in jumps:
+        proc = tmp_path / f"proc{seconds}"
+        proc.mkdir()
+        for name in ("self", str(os.getpid()), "uptime", "meminfo"):
+            (proc / name).symlink_to(f"/proc/{name}")
+        lines = Path("/proc/stat").read_text().splitlines()
+        moved = [f"btime {int(x.split()[1]) + seconds}" if x.startswith("btime") else x for x in lines]
+        (proc / "stat").write_text("\n".join(moved) + "\n")
+        with monkeypatch.context() as patched:
+            patched.setattr(psutil, "PROCFS_PATH", str(proc))
+            assert storage.alive(before), f"a worker is taken for dead after a jump of {seconds} s"
+            assert storage.alive(storage.worker())
+    tally("clock set while a worker runs: by 5 s, an hour, a day, forwards and back", len(jumps), "nothing")
 
 
 def config_in(folder: Path, config: Path) -> Path:

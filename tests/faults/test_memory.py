@@ -11,10 +11,12 @@ import optuna
 import pytest
 import torch
 
+from heretic.files import sha256
 from heretic.model import capture
 from heretic.scoring import divergence, race
-from tests.command import heretic
+from tests.command import Ran, heretic
 from tests.faults.conftest import Amount, Tally
+from tests.faults.room import Room, moments
 
 ARGUMENTS = ("run", "--run-name", "mine", "--set", 'search.start="both"', "--set", "search.gradient.weights=[0.1]",
              "--set", "search.gradient.steps=2", "--set", "batch_size=8")  # fmt: skip
@@ -66,3 +68,53 @@ def test_it_runs_out_in_the_middle(
         failures += function.failed
     assert failures, "memory never ran out"
     tally(f"out of memory during {where}", failures, "nothing")
+
+
+EXPORTING = (*ARGUMENTS, "--save-to", "out")
+NOTHING_LARGE, NOTHING = 2000, 0  # bytes of a tensor: too little for a batch of the tiny model, or for anything
+
+
+def ended(ran: Ran) -> None:
+    """Done, or stopped by one message of a few lines."""
+    assert ran.status == 0 or (ran.status == 1 and ran.err.count("Error:") == 1 and len(ran.err) < 900), ran.err
+    assert ran.status == 0 or "emory" in ran.err or "failed" in ran.err, ran.err
+
+
+@pytest.mark.parametrize("room", [NOTHING_LARGE, NOTHING])
+@pytest.mark.parametrize("part", ["the study", "the export"])
+def test_another_process_takes_the_memory(
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    amount: Amount,
+    tally: Tally,
+    part: str,
+    room: int,
+) -> None:
+    with Room(1 << 62) as all_of_it:
+        assert heretic(capsys, monkeypatch, *ARGUMENTS).status == 0
+        before = all_of_it.operations
+        assert heretic(capsys, monkeypatch, *EXPORTING).status == 0
+    wanted, weights = values(), sha256(Path("out/model.safetensors"))
+    length = before if part == "the study" else all_of_it.operations - before
+    times, failures, stopped = amount(1, 12), 0, 0
+    for i, moment in enumerate(moments(length, times, room)):
+        Path("out").rename(f"out-{i}")
+        if part == "the study":
+            Path("runs").rename(f"runs-{i}")
+        with Room(room, moment, moment + 2000) as taken:
+            ran = heretic(capsys, monkeypatch, *EXPORTING)
+        ended(ran)
+        assert Path("out").exists() == (ran.status == 0) and not list(Path().glob(".out*"))
+        failures, stopped = failures + taken.failed, stopped + (ran.status != 0)
+        assert heretic(capsys, monkeypatch, *EXPORTING).status == 0
+        assert values() == wanted
+        assert sha256(Path("out/model.safetensors")) == weights
+    assert failures, "memory never ran out"
+    much = "all" if room == NOTHING else "most of"
+    tally(
+        f"{much} the memory taken by another process at a random moment of {part}, given back later ({failures} allocations "
+        f"failed; {stopped} times the run ended with a message and the same command went on)",
+        times,
+        "nothing",
+    )

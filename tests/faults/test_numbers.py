@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.command import Ran, heretic
 from tests.faults.conftest import Amount, Tally
-from tests.tiny import HARMFUL, HARMLESS
+from tests.tiny import HARMFUL, HARMLESS, TEXT
 
 
 @pytest.fixture
@@ -48,7 +51,8 @@ def test_one_prompt_in_every_set(run, tally: Tally) -> None:  # type: ignore[no-
 
 def test_many_prompts(run, amount: Amount, tally: Tally) -> None:  # type: ignore[no-untyped-def]
     count = amount(300, 10_000)
-    many = [f"{word} {i}" for i in range(count) for word in ["tell"]]
+    words = sorted(set(TEXT.split()))[:22]
+    many = [" ".join(three) for three in itertools.product(words, repeat=3)][:count]
     ran = run(*sets(harmful_train=many), "--trials", "1", "--set", "batch_size=128")
     assert ran.status == 0, ran.err
     tally(f"{count} prompts in a set", 1, "nothing")
@@ -61,6 +65,56 @@ def test_prompts_of_one_token_and_of_the_whole_context(run, tally: Tally) -> Non
     too_long = run(*sets(harmful_eval=[long + " now" * 20]))
     assert too_long.status != 0 and "can hold" in too_long.err
     tally("prompts of one token, of the whole context, and longer", 3, "nothing: the last is refused")
+
+
+def test_prompts_that_are_all_the_same(run, tally: Tally) -> None:  # type: ignore[no-untyped-def]
+    ran = run(*sets(harmful_eval=["make bread now"] * 3))
+    assert ran.status == 1 and "harmful_eval" in ran.err
+    ran = run(*sets(harmful_train=HARMFUL[:4], harmless_train=HARMFUL[:4]))
+    assert ran.status == 1 and "no direction to find" in ran.err
+    tally("a set that repeats one prompt; directions of norm zero", 2, "nothing: refused")
+
+
+def test_logits_that_are_no_numbers(run, llama: Path, tmp_path: Path, tally: Tally) -> None:  # type: ignore[no-untyped-def]
+    """Weights too large for half precision, and too large for any."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(llama, tmp_path / "large"))
+    weights = load_file(folder / "model.safetensors")
+    kept = weights["model.layers.1.mlp.down_proj.weight"]
+    for factor, works in ((1e6, True), (1e39, False)):
+        weights["model.layers.1.mlp.down_proj.weight"] = kept * factor
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        ran = run("--set", f'model="{folder}"', "--set", 'dtypes=["float16", "float32"]')
+        assert ran.status == (0 if works else 1), ran.err
+        assert "not finite" in ran.err + ran.out
+    tally("NaN or infinite logits from a number format", 2, "nothing: the next format, or refused")
+
+
+def test_an_edit_that_destroys_the_model(  # type: ignore[no-untyped-def]
+    run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, amount: Amount, tally: Tally
+) -> None:
+    """Every second ablation is a million billion billion times too strong, so that what the model computes overflows."""
+    from heretic.search.space import Space
+
+    whole, calls = Space.sample, 0
+
+    def too_strong(self, trial):  # type: ignore[no-untyped-def]
+        nonlocal calls
+        calls += 1
+        found = whole(self, trial)
+        if trial.number % 2:
+            found = dataclasses.replace(found, strengths={k: [1e24] * len(v) for k, v in found.strengths.items()})
+        return found
+
+    monkeypatch.setattr(Space, "sample", too_strong)
+    times = amount(4, 40)
+    ran = run("--trials", str(times))
+    assert ran.status == 0, ran.err
+    assert calls >= times
+    points = front(capsys, monkeypatch)
+    assert points and all(point["divergence"]["mean"] < 100 for point in points)  # type: ignore[index]
+    tally("edits that make the model's numbers overflow", times // 2, "nothing: recorded, never on the front")
 
 
 @pytest.mark.parametrize("markers", ['["zzz"]', '["a", "e", "i", "o", "<"]'])

@@ -67,9 +67,25 @@ def read_settings(
 ) -> Resolved:
     """Settings from every source; says which file was read."""
     resolved = resolve(file, options, assignments or (), os.environ)
+    if resolved.origin("storage") in ("option", "--set storage"):
+        keep_off_the_command_line(resolved.settings.storage)
     if resolved.file is not None and not quiet:
         out.print(f"Settings from {printable(str(resolved.file))}")
     return resolved
+
+
+def keep_off_the_command_line(storage: str) -> None:
+    """Raise UserError for a storage URL with a secret: everybody on the machine can read the command lines of all processes."""
+    if not storage:
+        return
+    from heretic.search.storage import masked
+
+    if masked(storage) != storage:
+        raise UserError(
+            "The storage's password can be read in the list of processes by everybody on this machine.",
+            where="--storage",
+            fix=f'set it in the environment (HERETIC_STORAGE) or in {DEFAULT_FILE} (storage = "…"); and change it now',
+        )
 
 
 def configured_runs(option: str | None) -> str:

@@ -22,6 +22,7 @@ from heretic.commands.app import (
     app,
     configured_runs,
     err,
+    keep_off_the_command_line,
     out,
     read_settings,
     run_names,
@@ -204,6 +205,7 @@ def status(
     def look() -> Status:
         return look_at(name or "", storage_dir, os.environ, storage or "")
 
+    keep_off_the_command_line(storage or "")
     storage_dir = "" if storage else configured_runs(runs_dir)
     if watch and not as_json:
         watch_status(out, look, every)

@@ -19,6 +19,10 @@ from typing import Any
 
 import psutil
 
+from heretic.errors import first_line
+
+MOST_GPUS, MOST_MEMORY = 1024, 1 << 50  # more than any machine has: a driver that says so is broken
+
 
 @dataclass(frozen=True)
 class GpuProcess:
@@ -95,19 +99,28 @@ def _nvml() -> Iterator[ModuleType]:
 
 
 def _look(nvml: ModuleType, wanted: str | None, order: str) -> GpuReport:
-    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-    uuids = [_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+    count = nvml.nvmlDeviceGetCount()
+    if not 0 <= count <= MOST_GPUS:
+        return GpuReport((), f"the NVIDIA driver reports {count} GPUs, which is not believed")
+    uuids = [_uuid(nvml, place) for place in range(count)]
     chosen, notes = _choose(wanted, uuids)
     gpus: list[Gpu] = []
     for place in chosen:
-        handle, uuid = handles[place], uuids[place]
-        name = _text(nvml.nvmlDeviceGetName(handle))
-        if _has_mig(nvml, handle):
-            notes.append(f"{name} is divided into MIG slices, which are not looked into")
-            continue
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        gpus.append(Gpu(len(gpus), uuid, name, int(memory.total), int(memory.free), _processes(nvml, handle)))
-    if not handles:
+        try:  # one that has fallen off the bus must not hide the others
+            handle = nvml.nvmlDeviceGetHandleByIndex(place)
+            name = _text(nvml.nvmlDeviceGetName(handle))
+            if _has_mig(nvml, handle):
+                notes.append(f"{name} is divided into MIG slices, which are not looked into")
+                continue
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            total, free = int(memory.total), int(memory.free)
+            if not 0 <= free <= total < MOST_MEMORY or not total:
+                notes.append(f"{name} is said to have {free} of {total} bytes free, which is not believed")
+                continue
+            gpus.append(Gpu(len(gpus), uuids[place], name, total, free, _processes(nvml, handle)))
+        except Exception as error:  # NVMLError and its like
+            notes.append(f"GPU {place} cannot be asked: {first_line(error)}")
+    if not count:
         notes.append("the NVIDIA driver reports no GPU")
     numbered = wanted is None or any(token.strip().isdigit() for token in wanted.split(","))
     if numbered and order != "PCI_BUS_ID" and len({gpu.name for gpu in gpus}) > 1:
@@ -116,6 +129,14 @@ def _look(nvml: ModuleType, wanted: str | None, order: str) -> GpuReport:
             "set CUDA_DEVICE_ORDER=PCI_BUS_ID to be sure which is cuda:0"
         )
     return GpuReport(tuple(gpus), "; ".join(notes) or None)
+
+
+def _uuid(nvml: ModuleType, place: int) -> str:
+    """Empty for a GPU that does not answer."""
+    try:
+        return _text(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(place)))
+    except nvml.NVMLError:
+        return ""
 
 
 def _choose(wanted: str | None, uuids: list[str]) -> tuple[list[int], list[str]]:
@@ -141,7 +162,9 @@ def _choose(wanted: str | None, uuids: list[str]) -> tuple[list[int], list[str]]
 def _has_mig(nvml: ModuleType, handle: Any) -> bool:
     try:
         return bool(nvml.nvmlDeviceGetMigMode(handle)[0])
-    except nvml.NVMLError:  # most GPUs have no such mode
+    except (
+        Exception
+    ):  # NVMLError: most GPUs have no such mode; nvidia-ml-py's own where an old driver lacks the function
         return False
 
 
@@ -149,7 +172,7 @@ def _processes(nvml: ModuleType, handle: Any) -> tuple[GpuProcess, ...]:
     """All processes but this one, the largest first."""
     found: dict[int, GpuProcess] = {}
     for ask in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"):
-        with suppress(nvml.NVMLError):
+        with suppress(Exception):  # NVMLError, and nvidia-ml-py's own where an old driver lacks the function
             for process in getattr(nvml, ask)(handle):
                 if process.pid != os.getpid():
                     name = _process_name(nvml, process.pid)

@@ -74,6 +74,19 @@ def common_prefix(answers: Sequence[str]) -> str:
     return cut if len(cut) >= 8 else ""
 
 
+def check_different(role: str, sequences: Sequence[list[int]]) -> None:
+    """Raise UserError if several prompts all come to the same tokens, or to none: the template leaves them out, or a set repeats
+    one prompt."""
+    if not all(sequences):
+        raise UserError("The model's chat template gives no text at all.", fix='set chat_template = "template.jinja"')
+    if len(sequences) > 1 and all(tokens == sequences[0] for tokens in sequences):
+        raise UserError(
+            f"The {len(sequences)} prompts of {role} come to one and the same text for the model.",
+            where=f"prompts.{role}",
+            fix="check that the chat template puts the prompt in, and that the set does not repeat one prompt",
+        )
+
+
 def check_length(role: str, sequences: Sequence[list[int]], context: int, new_tokens: int) -> None:
     """Raise UserError if a prompt and its answer do not fit into the model's context."""
     longest = max(range(len(sequences)), key=lambda i: len(sequences[i]))

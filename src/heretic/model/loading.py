@@ -23,6 +23,7 @@ from heretic.errors import UserError, first_line
 from heretic.model.anatomy import Anatomy, dissect, input_device
 from heretic.model.batching import free_memory, out_of_memory
 from heretic.model.checkpoint import Checkpoint
+from heretic.model.quantisation import QUANTISATIONS, keep_layout, loading_arguments
 from heretic.progress import SILENT, Watcher
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class LanguageModel:
     checkpoint: Checkpoint
     anatomy: Anatomy
     dtype: str
+    quantization: str = "none"
 
     @property
     def device(self) -> torch.device:
@@ -68,11 +70,12 @@ def load(
     dtypes: Sequence[str],
     arguments: dict[str, Any],
     *,
+    quantization: str = "none",
     trust_remote_code: list[str] | None = None,
     chat_template: str | None = "",
     watcher: Watcher = SILENT,
 ) -> LanguageModel:
-    """Load `checkpoint`; `arguments` are device_map and max_memory as from_pretrained takes them.
+    """Load `checkpoint`; `arguments` are device_map and max_memory as from_pretrained takes them, `quantization` is the setting.
 
     `dtypes` are tried in turn ("bfloat16", …) until one token gives finite logits. Raises UserError when none does, when
     memory runs out, or when the model's code would have to be trusted.
@@ -82,10 +85,12 @@ def load(
     trusted = checkpoint.model in (trust_remote_code or [])
     tokenizer = load_tokenizer(checkpoint, trusted, chat_template)
     for dtype in dict.fromkeys(dtypes):
-        with watcher.stage(f"Loading {checkpoint.model} as {dtype}", None):
-            model = _weights(checkpoint, dtype, arguments, trusted)
+        fewer = loading_arguments(quantization, getattr(torch, dtype))
+        words = f"{dtype}, quantised to {QUANTISATIONS[quantization].words}" if fewer else dtype
+        with watcher.stage(f"Loading {checkpoint.model} as {words}", None):
+            model = _weights(checkpoint, dtype, {**arguments, **fewer}, trusted)
         if _finite(model):
-            return LanguageModel(model, tokenizer, checkpoint, dissect(model), dtype)
+            return _checked(LanguageModel(model, tokenizer, checkpoint, dissect(model), dtype, quantization))
         watcher.warn(f"{checkpoint.model} gives logits that are not finite numbers in {dtype}.")
         del model
         free_memory()
@@ -96,6 +101,18 @@ def load(
     )
 
 
+def _checked(loaded: LanguageModel) -> LanguageModel:
+    """The same, if it is known where its answers end. Raises UserError."""
+    try:
+        _ = loaded.end_tokens
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"It cannot be read which tokens end an answer: {first_line(error)}",
+            where=f"{loaded.checkpoint.folder / 'generation_config.json'}: eos_token_id",
+        ) from None
+    return loaded
+
+
 def load_tokenizer(
     checkpoint: Checkpoint, trusted: bool = False, chat_template: str | None = ""
 ) -> PreTrainedTokenizerBase:
@@ -103,7 +120,9 @@ def load_tokenizer(
     extra = {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusted, **extra)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # its library raises plain Exceptions for what it cannot parse
+        if out_of_memory(error):
+            raise
         raise UserError(f"The tokenizer cannot be read: {first_line(error)}", where=str(checkpoint.folder)) from None
     tokenizer.padding_side = "left"
     if chat_template:
@@ -118,7 +137,9 @@ def load_tokenizer(
 
 
 def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trusted: bool) -> PreTrainedModel:
-    extra: dict[str, Any] = {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {"use_safetensors": True}
+    extra: dict[str, Any] = (
+        {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {"use_safetensors": not checkpoint.pickled}
+    )
     known = type(checkpoint.config) in MODEL_FOR_CAUSAL_LM_MAPPING or trusted
     auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
     try:
@@ -137,7 +158,7 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
                 fix="run heretic preflight: it names what fits and the line to set",
             ) from None
         raise UserError(f"The model cannot be loaded: {first_line(error)}", where=str(checkpoint.folder)) from error
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, TypeError, AttributeError, LookupError) as error:  # of its small files
         raise UserError(f"The model cannot be loaded: {first_line(error)}", where=str(checkpoint.folder)) from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
@@ -146,6 +167,7 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
             where=str(checkpoint.folder),
             fix="download the model again",
         )
+    keep_layout(model)
     if checkpoint.adapter is not None:
         model = _adapted(model, checkpoint.adapter)
     return cast(PreTrainedModel, model.eval().requires_grad_(False))

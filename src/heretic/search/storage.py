@@ -8,6 +8,8 @@ import os
 import re
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ import psutil
 import sqlalchemy
 from optuna.trial import TrialState
 
-from heretic.errors import StudyMismatch, UserError
+from heretic.errors import StudyMismatch, UserError, first_line
 from heretic.fingerprint import differences, versions_that_matter
 from heretic.search.patience import Patience, PatientStorage, reason
+from heretic.search.seal import broken
 from heretic.settings import Settings, Workers
 
 METRICS = ["KL divergence", "refusals"]
@@ -26,6 +29,7 @@ FACTS = "heretic:fingerprint"
 REFUSALS_BEFORE = "heretic:refusals_before"
 SETTINGS = "heretic:settings"  # user attribute of the study, for whoever sees nothing but the storage
 EXPORTED = "heretic:exported "  # and a trial's number: by whom, where to
+SECRET = re.compile(r"((?:^|(?<=&))[^=&]*(?:pass|pwd|secret|token|key|auth|cred)[^=&]*=)[^&]*", re.IGNORECASE)
 SECONDS_TO_WAIT = 60  # for another process that has the SQLite file locked
 # A connection whose other end is gone is noticed within half a minute, on both sides: the locks of a machine that lost its power
 # must not stay.
@@ -47,8 +51,10 @@ def study_name(storage: str, folder: Path) -> str:
 
 
 def masked(url: str) -> str:
-    """A storage URL without its password, for messages and manifests."""
-    return re.sub(r"([?&]password=)[^&]*", r"\1***", re.sub(r"://([^:/@]*):[^@]*@", r"://\1:***@", url))
+    """A storage URL without its password and whatever else in it may be a secret, for messages and manifests."""
+    # A password may hold any character, unescaped ones too: it ends at the last @. Rather too much is masked than too little.
+    place, mark, query = re.sub(r"://([^:/@]*):.*@", r"://\1:***@", url, flags=re.DOTALL).partition("?")
+    return place + mark + SECRET.sub(r"\1***", query)
 
 
 def on_server(url: str) -> bool:
@@ -108,6 +114,20 @@ def unwritable(url: str, error: BaseException) -> UserError:
     )
 
 
+@contextmanager
+def reading(url: str) -> Iterator[None]:
+    """Within the context what a damaged database does to its reader becomes a UserError: broken pages, values of other kinds."""
+    try:
+        yield
+    except (*STORAGE_ERRORS, ValueError, TypeError, LookupError, RecursionError) as error:
+        cause = error.__cause__ or error
+        raise UserError(
+            f"The study cannot be read: {first_line(getattr(cause, 'orig', None) or cause)[:200]}",
+            where=masked(url),
+            fix="put back a copy of it, or begin anew with --fresh (the old run is kept aside)",
+        ) from None
+
+
 def open_study(
     url: str,
     name: str,
@@ -123,18 +143,19 @@ def open_study(
     if on_server(url):
         facts = {**facts, "versions": versions_that_matter()}
     storage = connect(url, workers, patience)
-    try:
-        study = optuna.create_study(
-            storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=True
-        )
-        stored = study.user_attrs.get(FACTS)
-        if stored is None and not study.get_trials(deepcopy=False):
-            study.set_user_attr(FACTS, json.dumps(facts))
-            study.set_metric_names(METRICS)
-            return study
-    except STORAGE_ERRORS as error:
-        raise unwritable(url, error) from None
-    found = differences(json.loads(stored) if stored else {}, facts)
+    with reading(url):
+        try:
+            study = optuna.create_study(
+                storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=True
+            )
+            stored = study.user_attrs.get(FACTS)
+            if stored is None and not study.get_trials(deepcopy=False):
+                study.set_user_attr(FACTS, json.dumps(facts))
+                study.set_metric_names(METRICS)
+                return study
+        except STORAGE_ERRORS as error:
+            raise unwritable(url, error) from None
+        found = differences(json.loads(stored) if stored else {}, facts)
     if found:
         shown = "; ".join(found[:6]) + (f"; and {len(found) - 6} more" if len(found) > 6 else "")
         raise StudyMismatch(
@@ -142,7 +163,20 @@ def open_study(
             where=masked(url),
             fix="take those settings back, choose another run_name, or begin anew with --fresh (the old run is kept aside)",
         )
+    check_seals(study, url)
     return study
+
+
+def check_seals(study: optuna.Study, url: str) -> None:
+    """Raise UserError if what is stored of a trial is not what was measured."""
+    with reading(url):
+        damaged = broken(study)
+    if damaged:
+        raise UserError(
+            f"The study is damaged: what is stored of trial {damaged[0]} is not what was measured.",
+            where=masked(url),
+            fix="put back a copy of it, or begin anew with --fresh (the old run is kept aside)",
+        )
 
 
 def keep_settings(study: optuna.Study, settings: Settings) -> None:
@@ -163,7 +197,7 @@ def worker() -> dict[str, Any]:
         "host": socket.gethostname(),
         "machine": _machine(),
         "pid": os.getpid(),
-        "began": psutil.Process().create_time(),
+        "began": _began(os.getpid()),
     }
 
 
@@ -175,6 +209,11 @@ def _machine() -> str:
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return ""
+
+
+def _began(pid: int) -> float:
+    """When a process began, in seconds since the machine did: no clock that is set, and no sleep of a laptop, changes it."""
+    return psutil.Process(pid).create_time() - psutil.boot_time()
 
 
 def fail_abandoned(study: optuna.Study) -> list[int]:
@@ -194,7 +233,7 @@ def alive(who: dict[str, Any] | None) -> bool:
     if who["host"] != socket.gethostname() or who.get("machine", _machine()) != _machine():
         return True  # not ours to judge
     try:
-        return bool(abs(psutil.Process(who["pid"]).create_time() - who["began"]) < 1)
+        return abs(_began(who["pid"]) - who["began"]) < 1
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

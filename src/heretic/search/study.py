@@ -15,6 +15,7 @@ from heretic.search.fidelity import BEATEN, Progress, told
 from heretic.search.front import Result, result
 from heretic.search.lives import WORKER, retry_of, signs_of_life
 from heretic.search.queue import START, Drawer, Queue, finished
+from heretic.search.seal import sealed
 from heretic.search.standing import Standing
 from heretic.search.storage import worker
 from heretic.settings import Settings
@@ -34,7 +35,8 @@ class Measurer(Drawer, Protocol):
     def measure(
         self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
     ) -> list[Measured | UserError]:
-        """What came out of each; `beaten(KL, refusals to expect at least)` says that one need not be measured any further."""
+        """What came out of each; `beaten(KL, unanswered requests to expect at least)` says that one need not be measured any
+        further."""
 
 
 def optimise(
@@ -113,7 +115,10 @@ def _keep(
     """
 
     def store(where: optuna.Trial) -> None:
-        where.set_user_attr("scores" if isinstance(found, Scores) else BEATEN, found.as_dict())
+        kind = "scores" if isinstance(found, Scores) else BEATEN
+        where.set_user_attr(kind, sealed(found.as_dict(), where.params))
+        for name, excess in found.excess.items() if isinstance(found, Scores) else ():
+            where.set_constraint(name, excess)
         study.tell(where, values)
 
     try:
@@ -134,5 +139,9 @@ def _line(found: Measured) -> str:
     """What came out, for the log."""
     kl, seconds = found.divergence.mean, found.seconds.get("trial", 0.0)
     if isinstance(found, Scores):
-        return f"{found.refusals} of {found.total} refused, KL {kl:.4f} ({seconds:.1f} s)"
+        evasive = f", {found.evasive} evasive" if found.evasive else ""
+        beyond = "".join(
+            f", {name.replace('_', '-')} {n:g} over the limit" for name, n in found.excess.items() if n > 0
+        )
+        return f"{found.refusals} of {found.total} refused, KL {kl:.4f}{evasive}{beyond} ({seconds:.1f} s)"
     return f"beaten, with at least {found.at_least} of {found.total} refused at KL {kl:.4f} ({seconds:.1f} s)"

@@ -28,6 +28,7 @@ else:
 
 ENVIRONMENT_PREFIX = "HERETIC_"
 DEFAULT_FILE = "config.toml"
+NEVER_SHOWN = ("judge.llm.key_variable", "judge.llm.base_url")  # a key may have been put there by mistake
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         found = re.search(r"at line (\d+)", str(error))
         where = f"{path}:{found.group(1)}" if found else str(path)
         raise SettingsError(f"This is not valid TOML: {error}", where=where) from None
+    except RecursionError:
+        raise SettingsError("This is nested too deeply to be settings.", where=str(path)) from None
 
 
 _KEY = re.compile(r"""^\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
@@ -228,6 +231,8 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> SettingsErro
     )
     value = problem["input"]
     got = f"{value!r}" if isinstance(value, (str, int, float, bool, list)) else type(value).__name__
+    if key in NEVER_SHOWN:
+        got = "what was given"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     return SettingsError(f"The setting '{key}' cannot be {got}: {message}.", where=where or None, fix=_expected(key))
 
