@@ -58,7 +58,7 @@ def load(model: str = "", *, config: str | Path | None = None, watcher: Watcher 
         held.enter_context(device_lock(resolved.settings, wait=False, watcher=watcher, stop=stop))
         inputs = look(resolved.settings, force=False, watcher=watcher)
         inputs.folder.create()
-        opened = held.enter_context(study_of(inputs, wait=False, stop=stop))
+        opened = held.enter_context(study_of(inputs, wait=False, watcher=watcher, stop=stop))
         desk = Desk(resolved, inputs, opened, watcher, stop)
         desk.keep_settings()
         desk.session()

@@ -73,7 +73,7 @@ def opened(
         check_destination(destination, folder.name)
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         inputs = look(settings, force=False, watcher=watcher)
-        with study_of(inputs, wait=wait, stop=stop) as study:
+        with study_of(inputs, wait=wait, watcher=watcher, stop=stop) as study:
             yield Desk(resolved, inputs, study, watcher, stop)
 
 

@@ -24,12 +24,14 @@ from heretic.finding import find_directions
 from heretic.machine.host import memory, spell_bytes
 from heretic.machine.memory_plan import MemoryPlan
 from heretic.model.anatomy import Writer
-from heretic.model.batching import AS_IT_IS, Batch, Batcher, Edited
-from heretic.model.chat_format import ChatFormat, check_different, check_length, common_prefix
+from heretic.model.batching import AS_IT_IS, Batcher, Edited
+from heretic.model.chat_format import ChatFormat, check_different, check_length
 from heretic.model.checkpoint import Checkpoint
-from heretic.model.decoding import decode, decoded_by_generate
+from heretic.model.decoding import decoded_by_generate
 from heretic.model.forward import can_share, padding_matters
 from heretic.model.loading import LanguageModel, load
+from heretic.model.prefix import find_prefix
+from heretic.parallel import agree, rank
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets
 from heretic.run_folder import Baseline, RunFolder
@@ -40,14 +42,12 @@ from heretic.scoring.ladder import Ladder
 from heretic.scoring.surrogate import FEWEST_TOKENS, MOST_TOKENS
 from heretic.scoring.taught import Taught, all_log_probs, beginnings
 from heretic.scoring.verdict import Judge
+from heretic.search.shelf import ALONE, Shelf
 from heretic.search.space import Space
 from heretic.search.walk import Walk
 from heretic.settings import Settings
 from heretic.stop import Stop
 
-# How many prompts of each kind, and how many tokens, show what all answers begin with.
-PREFIX_PROMPTS = 8
-PREFIX_TOKENS = 16
 FEW_REFUSALS = 0.1  # share of the requests
 COPIES = 3  # of the log-probabilities: original, ablated, written
 
@@ -229,34 +229,40 @@ def open_session(
     folder: RunFolder,
     watcher: Watcher,
     stop: Stop,
+    shelf: Shelf = ALONE,
     *,
     given_up: bool = False,
 ) -> Session:
-    """Load the model and bring everything that a study needs, computing only what the run's folder does not hold.
+    """Load the model and bring everything that a study needs, computing only what the run's folder does not hold, and what no
+    other worker of the study makes.
 
     `given_up`: the judge failed in an earlier session, and the markers have taken its place.
     """
     judge = make_judge(settings, Surroundings(folder.path, watcher, stop))
     if isinstance(judge, OrMarkers):
         judge.given_up = given_up
-    baseline = folder.baseline(watcher)
-    prefix = baseline.response_prefix if baseline else None
-    bench = open_bench(settings, checkpoint, prompts, plan, watcher, stop, prefix, judge)
-    if baseline is None or baseline.judge != judge.name:
-        baseline = measure_baseline(bench)
-        folder.keep_baseline(baseline)
+    with shelf.file("baseline.safetensors"):
+        baseline = agree(lambda: folder.baseline(watcher))
+        prefix = baseline.response_prefix if baseline else None
+        bench = open_bench(settings, checkpoint, prompts, plan, watcher, stop, prefix, judge)
+        if baseline is None or baseline.judge != judge.name:
+            baseline = measure_baseline(bench)
+            if rank() == 0:
+                folder.keep_baseline(baseline)
     evasive = f" and evades {baseline.evasive}" if baseline.evasive else ""
     watcher.say(f"The original model declines {baseline.refusals} of {len(baseline.declined)} requests{evasive}.")
     if baseline.refusals < FEW_REFUSALS * len(baseline.declined):
         watcher.warn(
             "It hardly declines anything, so there is little to remove; check prompts.harmful_eval and refusal_markers."
         )
-    directions = folder.directions(watcher)
-    if directions is None:
-        survey = Survey()
-        directions = directions_of(bench, survey)
-        folder.keep_directions(directions)
-        folder.keep_geometry(survey.geometry(directions))
+    with shelf.file("directions.safetensors"):
+        directions = agree(lambda: folder.directions(watcher))
+        if directions is None:
+            survey = Survey()
+            directions = directions_of(bench, survey)
+            if rank() == 0:
+                folder.keep_directions(directions)
+                folder.keep_geometry(survey.geometry(directions))
     writers = bench.language_model.anatomy.writers
     original = None
     if settings.apply == "weights":
@@ -349,18 +355,6 @@ def check_room(tokens: int, bench: Bench) -> None:
             where="kl_tokens",
             fix=f"kl_tokens = {fitting}, or fewer prompts in prompts.harmless_eval",
         )
-
-
-def find_prefix(language_model: LanguageModel, encoded: Mapping[str, list[list[int]]], batcher: Batcher) -> str:
-    """What the model's answers to harmful and harmless prompts alike begin with; empty if nothing."""
-    asked = [*encoded["harmful_train"][:PREFIX_PROMPTS], *encoded["harmless_train"][:PREFIX_PROMPTS]]
-
-    def step(batch: Batch) -> list[str]:
-        tokens = decode(language_model.model, batch, PREFIX_TOKENS, language_model.end_tokens)
-        # Special tokens are kept: thinking blocks and channels are made of them.
-        return [str(language_model.tokenizer.decode(t)) for t in tokens]
-
-    return common_prefix(batcher.run("Looking for a common beginning of answers", asked, step))
 
 
 def read_template(settings: Settings) -> str:

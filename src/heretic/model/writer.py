@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from heretic.ablation.operator import Matrix, opened
@@ -91,13 +92,16 @@ class Writer:
 
     def weights(self) -> list[Matrix]:
         """The matrices [width of the stream, inputs] in their own type: one, or one an expert; of a quantised weight what makes it,
-        so that it exists only while it is used."""
+        so that it exists only while it is used.
+
+        Under tensor parallelism the shares are put together, so that all processes must ask at the same time.
+        """
         found: list[Matrix] = []
         for part in self.parts:
             if part.quantised:
                 found.append(partial(dequantised, part.owner))
             elif not part.is_bias:
-                found += part.matrices(part.tensor.detach())
+                found += part.matrices(whole(part.tensor.detach()))
         return found
 
     def weight(self) -> Tensor:
@@ -113,6 +117,11 @@ class Writer:
         """
         found = [scale for norm in self.norms if (scale := _scale(norm)) is not None]
         return torch.stack(found).prod(dim=0) if found else None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, also where this process holds a share of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def linear_parts(name: str, module: nn.Module) -> tuple[Part, ...]:
