@@ -78,9 +78,10 @@ def test_one_signal_ends_the_run_cleanly(slow: list[str], number: int) -> None:
 
 
 def test_a_second_process_is_turned_away_and_a_queued_one_follows(slow: list[str]) -> None:
-    first = start(*slow)
+    long = [*slow, "--trials", "500"]  # it must not end while the second one starts
+    first = start(*long)
     wait_for(lambda: trials() >= 1, first)
-    second = start(*slow)
+    second = start(*long)
     output, _ = second.communicate(timeout=60)
     assert second.returncode == BusyError.exit_status
     assert str(first.pid) in output and "--wait" in output
