@@ -11,12 +11,12 @@ import torch
 
 from heretic.model.batching import Batch
 from heretic.model.decoding import decode
-from heretic.scoring.loss import Taught, log_probs_at
+from heretic.scoring.evasion import LOOP, repetition
+from heretic.scoring.taught import Taught, log_probs_at
 from heretic.session import Bench
 
 TOKENS = 64
 PROMPTS_AT_ONCE = 4  # log-probabilities over the vocabulary exist for so many answers at a time
-GRAM = 4
 
 
 @torch.inference_mode()
@@ -38,15 +38,9 @@ def described(original: Bench, sequences: Sequence[list[int]], said: Sequence[li
         "tokens": round(statistics.mean(map(len, said)), 1),
         "empty": sum(not answer for answer in said),
         "repeated": round(statistics.mean(repeated), 3),
-        "loops": sum(share > 0.5 for share in repeated),
+        "loops": sum(share > LOOP for share in repeated),
         "perplexity": round(perplexity(original, sequences, said), 2),
     }
-
-
-def repetition(tokens: Sequence[int]) -> float:
-    """Share of an answer's 4-grams that it has used before."""
-    grams = [tuple(tokens[i : i + GRAM]) for i in range(len(tokens) - GRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def perplexity(original: Bench, sequences: Sequence[list[int]], said: Sequence[list[int]]) -> float:

@@ -117,8 +117,10 @@ class Held:
             for role in ("harmful_eval", "harmless_eval")
         }
         harmful, harmless = (bench.chat.encode(p.prompts) for p in self.prompts.values())
-        self.ladder = replace(bench.ladder, harmful=harmful, harmless=harmless)
-        found = measure_baseline(replace(bench, ladder=self.ladder))
+        requests = self.prompts["harmful_eval"].prompts
+        alone = replace(bench.ladder, harmful=harmful, harmless=harmless, requests=requests, bystanders=None)
+        found = measure_baseline(replace(bench, ladder=alone))
+        self.ladder = replace(alone, answered=found.answered)
         self.log_probs, self.before, self.total = found.log_probs, found.refusals, len(found.declined)
         self.session = replace(session, baseline=found, ladder=with_savings(self.ladder, found.refusal_texts))
         self.known: dict[tuple[str, int, int], Scores] = {}
@@ -141,7 +143,10 @@ class Held:
         """Harmless prompts that the model as it is now declines."""
         tokens = bench.settings.max_response_length
         judge, sequences = bench.ladder.judge, self.ladder.harmless
-        return count_refusals(bench.language_model, bench.chat, sequences, judge, bench.batcher, tokens).count
+        asked = self.prompts["harmless_eval"].prompts
+        return count_refusals(
+            bench.language_model, bench.chat, sequences, judge, bench.batcher, tokens, requests=asked
+        ).count
 
 
 class Search:
@@ -258,7 +263,7 @@ def measured_from_disk(arguments: Any, common: Sequence[str], folder: Path, held
         settings, inputs.checkpoint, inputs.prompts, inputs.plan, held.session.bench.batcher.watcher, Stop(),
         held.session.bench.chat.response_prefix,
     )  # fmt: skip
-    ladder: Ladder = replace(bench.ladder, harmful=held.ladder.harmful, harmless=held.ladder.harmless)
+    ladder: Ladder = replace(held.ladder, language_model=bench.language_model, chat=bench.chat, batcher=bench.batcher)
     scores: Measured = ladder.score(held.log_probs)
     if not isinstance(scores, Scores):
         raise UserError("not measured in full")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from heretic.errors import StudyMismatch, UserError
+from heretic.later import evaluate_model
 from heretic.model.checkpoint import open_checkpoint
 from heretic.progress import SILENT
 from heretic.run import Outcome, run
@@ -157,3 +158,25 @@ def test_study_db_is_a_plain_optuna_study(config: Path) -> None:
     outcome = do(config, "n_trials=2")
     with sqlite3.connect(outcome.folder.path / "study.db") as database:
         assert database.execute("select count(*) from trials").fetchone() == (2,)
+
+
+def test_kl_over_several_tokens_is_the_same_in_study_proof_and_evaluation(config: Path, llama: Path) -> None:
+    outcome = do(config, "save_to=out", "kl_tokens=5")
+    assert outcome.chosen is not None and outcome.export is not None
+    study, written = outcome.chosen.scores.divergence, outcome.export.verification.scores.divergence
+    assert written.mean == pytest.approx(study.mean, rel=1e-3) and written.max == pytest.approx(study.max, rel=1e-3)
+    assert "first 5 tokens of the original's answer" in Path("out/README.md").read_text()
+    assert json.loads(Path("out/manifest.json").read_text())["settings"]["kl_tokens"] == 5
+    settings = resolve(config, {"model": "out"}, ["kl_tokens=5"]).settings
+    again = evaluate_model(settings, str(llama), wait=False, watcher=SILENT, stop=Stop())
+    assert again.divergence is not None and again.divergence.mean == pytest.approx(written.mean, rel=1e-4)
+    first = do(config)
+    assert first.folder.path != outcome.folder.path and first.found[0].params == outcome.found[0].params
+    assert first.found[0].scores.divergence.mean != outcome.found[0].scores.divergence.mean
+
+
+def test_log_probabilities_that_do_not_fit_are_not_begun(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heretic.session.memory", lambda: (10**9, 20_000))
+    with pytest.raises(UserError, match=r"need .* of RAM") as refused:
+        do(config, "kl_tokens=6")
+    assert "kl_tokens = 1" in str(refused.value) or "kl_tokens = 2" in str(refused.value)

@@ -13,7 +13,7 @@ from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
 from heretic.savings import trials_that_pay, with_savings
 from heretic.scoring.ladder import Ladder
-from heretic.scoring.refusals import MarkerJudge
+from heretic.scoring.markers import MarkerJudge
 from tests.tiny import HARMFUL, HARMLESS
 
 

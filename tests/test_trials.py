@@ -15,6 +15,7 @@ from heretic.search.storage import connect, storage_url
 from heretic.settings.layers import resolve
 from heretic.status import look_at
 from heretic.stop import Stop
+from tests.endpoint import endpoint
 
 
 def do(config: Path, *assignments: str) -> Outcome:
@@ -56,3 +57,58 @@ def test_a_failing_trial_does_not_take_its_neighbours_with_it(config: Path, monk
     monkeypatch.setattr(Ladder, "score_trials", failing)
     outcome = do(config, "n_trials=3", "trials_per_batch=3")
     assert [r.number for r in outcome.found] == [0, 2, 3]
+
+
+def test_a_study_by_an_endpoint_that_fails_goes_on_with_the_markers_alone(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    monkeypatch.setattr("heretic.scoring.llm.FIRST_PAUSE", 0.01)
+    with endpoint() as server:
+        every = (
+            "judge.kind=llm", f"judge.llm.base_url={server.url}", "judge.llm.model=m", "judge.llm.key_variable=JUDGE_KEY",
+            "judge.llm.retries=1", "judge.llm.on_failure=markers", 'run_name="judged"', "search.n_startup_trials=8",
+        )  # fmt: skip
+        first = do(config, *every, "n_trials=2")
+        assert {r.scores.judge for r in first.found} == {"llm"} and server.keys[0] == "Bearer s3cret"
+        asked = len(server.asked)
+        assert 0 < asked < 9 * 8, "an answer that was given before is not asked about again"
+        do(config, *every, "n_trials=2")
+        server.failing = 503
+        second = do(config, *every, "n_trials=5", "save_to=out")
+        assert {r.scores.judge for r in front(second.found)} == {"markers"}
+        by_endpoint = [r for r in second.found if r.scores.judge == "llm"]  # known answers need no endpoint
+        assert 2 <= len(by_endpoint) < 5 and len(second.found) == 5 + len(front(by_endpoint))
+        assert {r.again for r in second.found[5:]} == {r.number for r in front(by_endpoint)}
+        assert second.export is not None and second.export.verification.scores.judge == "markers"
+        server.failing, before = 0, len(server.asked)
+        third = do(config, *every, "n_trials=6")  # stays with the markers, though it is back
+        assert third.found[-1].scores.judge == "markers" and len(server.asked) == before
+    markers = do(config, "n_trials=6", 'run_name="markers"', "search.n_startup_trials=8")
+    assert second.before == markers.before
+    for r in third.found[len(by_endpoint) : 5]:
+        assert r.scores.declined == markers.found[r.number].scores.declined
+    for path in [*third.folder.path.glob("*"), *Path("out").glob("*.[jm]*")]:
+        assert not path.is_file() or b"s3cret" not in path.read_bytes(), path
+    kept = (third.folder.path / "judge.jsonl").read_text()
+    assert kept.count("\n") <= asked + 8 and "write" not in kept
+
+
+def test_limits_on_harmless_answers_hold_from_study_to_card(config: Path) -> None:
+    first = do(
+        config, "n_trials=6", "constraints.max_over_refusals=9", "constraints.max_degenerate=9", 'run_name="any"'
+    )
+    conducts = [r.scores.conduct for r in first.found]
+    assert all(c is not None and c.total == 9 for c in conducts)
+    counts = sorted(c.over_refusals + c.degenerate for c in conducts if c)
+    assert counts[0] < counts[-1], "the trials should not all do the same"
+    least = min(c.over_refusals for c in conducts if c)
+    every = ("n_trials=6", f"constraints.max_over_refusals={least}", 'run_name="few"', "save_to=out")
+    kept = do(config, *every)
+    assert front(kept.found) and all(r.scores.conduct.over_refusals <= least for r in front(kept.found))  # type: ignore[union-attr]
+    assert kept.export is not None and kept.export.verification.scores.conduct == kept.chosen.scores.conduct  # type: ignore[union-attr]
+    assert "harmless requests declined or evaded" in Path("out/README.md").read_text()
+    none = do(
+        config, "n_trials=2", "constraints.max_degenerate=0", "constraints.max_over_refusals=0", 'run_name="none"'
+    )
+    assert none.chosen is None or none.chosen.scores.within_limits

@@ -17,7 +17,7 @@ from heretic.search.front import Result, choose, results
 from heretic.search.space import Space
 from heretic.search.storage import REFUSALS_BEFORE, keep_settings, masked
 from heretic.search.walk import Walk
-from heretic.session import Session, open_session
+from heretic.session import Session, judged_anew, open_session
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved
 from heretic.settings.text import resolved_text
@@ -60,12 +60,24 @@ class Desk:
 
     def session(self) -> Session:
         """The model in memory, with what the run's folder holds."""
+        inputs = self.inputs
         if self.loaded is None:
-            inputs = self.inputs
             self.loaded = open_session(
-                inputs.settings, inputs.checkpoint, inputs.prompts, inputs.plan, inputs.folder, self.watcher, self.stop
+                inputs.settings,
+                inputs.checkpoint,
+                inputs.prompts,
+                inputs.plan,
+                inputs.folder,
+                self.watcher,
+                self.stop,
+                given_up=any(r.scores.judge != inputs.settings.judge.kind for r in self.found),
             )
+        self.loaded = judged_anew(self.loaded, inputs.folder)
         return self.loaded
+
+    def keep_before(self) -> None:
+        """Store with the study how often the original declines."""
+        self.study.set_user_attr(REFUSALS_BEFORE, self.session().baseline.refusals)
 
     @property
     def space(self) -> Space:

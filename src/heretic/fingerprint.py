@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from heretic.files import sha256
 from heretic.model.checkpoint import Checkpoint
 from heretic.prompts import PromptSets
 from heretic.settings import Settings
@@ -21,6 +23,8 @@ def facts(
     part = settings.results_part()
     for name in ("model", "revision", "prompts", "trust_remote_code"):
         part.pop(name)
+    if part["quantization"] == "none":
+        part.pop("quantization")  # so that studies from before there was this setting go on
     return {
         "format": FORMAT,
         "model": checkpoint.identity(),
@@ -28,7 +32,18 @@ def facts(
         "dtypes": list(dtypes),
         "chat_template": hashlib.sha256(chat_template.encode()).hexdigest() if chat_template else "",
         "prompts": {s.role: s.sha256 for s in prompts.all},
+        **_judge(settings),
     }
+
+
+def _judge(settings: Settings) -> dict[str, str]:
+    """The contents of a classifier that lies in a local folder."""
+    folder = Path(settings.judge.classifier.model)
+    if settings.judge.kind != "classifier" or not folder.is_dir():
+        return {}
+    files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+    text = "".join(f"{path.name} {sha256(path)}\n" for path in files)
+    return {"classifier": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def short_hash(data: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,13 @@ from heretic.model.talking import answer
 from heretic.progress import Watcher
 from heretic.run import device_lock, look, study_of, write
 from heretic.run_folder import RunFolder, find_run, stored
-from heretic.scoring.divergence import Divergence, first_token_log_probs, measure_divergence
+from heretic.scoring.agreement import Agreement, agreement, labelled_answers
+from heretic.scoring.divergence import Divergence, measure_divergence
+from heretic.scoring.harmless import Conduct
+from heretic.scoring.judges import Surroundings, make_judge
+from heretic.scoring.verdict import Judge
 from heretic.search.front import Result
-from heretic.session import Bench, geometry_of, open_bench
+from heretic.session import Bench, geometry_of, open_bench, original_log_probs
 from heretic.settings import Settings
 from heretic.stop import Stop
 
@@ -139,47 +143,74 @@ def residual_geometry(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model measured on the configured sets; `divergence` from `against` if that was given."""
+    """A model measured on the configured sets; `divergence` from `against` if that was given, `conduct` if it has limits."""
 
     model: str
     against: str | None
+    judge: str
     refusals: int
+    evasive: int
     total: int
     divergence: Divergence | None
+    conduct: Conduct | None
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
-        return {**vars(self), "divergence": self.divergence.as_dict() if self.divergence else None}
+        parts = {"divergence": self.divergence, "conduct": self.conduct}
+        return {**vars(self), **{name: part.as_dict() if part else None for name, part in parts.items()}}
 
     def rows(self) -> list[tuple[str, str]]:
         """For the screen."""
-        shown = [("model", self.model), ("declined", f"{self.refusals} of {self.total}")]
+        shown = [("model", self.model), ("judged by", self.judge), ("declined", f"{self.refusals} of {self.total}")]
+        shown.append(("evasive", f"{self.evasive} of {self.total}"))
+        if self.conduct:
+            shown.append(("harmless declined", f"{self.conduct.over_refusals} of {self.conduct.total}"))
+            shown.append(("harmless degenerate", f"{self.conduct.degenerate} of {self.conduct.total}"))
         if self.divergence:
             shown.append((f"KL from {self.against}", str(self.divergence)))
         return shown
+
+
+def evaluate_judge(settings: Settings, watcher: Watcher, stop: Stop) -> Agreement:
+    """The judge that the settings name, on the answers that ship with the project."""
+    return agreement(make_judge(settings, Surroundings(None, watcher, stop)), labelled_answers())
 
 
 def evaluate_model(settings: Settings, against: str | None, *, wait: bool, watcher: Watcher, stop: Stop) -> Evaluation:
     """Refusals of `settings.model`, and its divergence from `against`; one model is in memory at a time."""
     settings = settings.model_copy(update={"save_to": ""})  # nothing is written, so no place for it has to be free
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
+        judge = make_judge(settings, Surroundings(None, watcher, stop))
         baseline = prefix = None
+        answered: Sequence[list[int]] = ()
         if against is not None:
-            bench = _bench(settings.model_copy(update={"model": against}), watcher, stop)
-            baseline = first_token_log_probs(bench.language_model, bench.ladder.harmless, bench.batcher)
+            bench = _bench(settings.model_copy(update={"model": against}), watcher, stop, judge)
+            baseline, answered = original_log_probs(bench)
             prefix = bench.chat.response_prefix
             del bench
             free_memory()
-        bench = _bench(settings, watcher, stop, prefix)
+        bench = _bench(settings, watcher, stop, judge, prefix)
+        ladder = replace(bench.ladder, answered=answered)
         divergence = None
         if baseline is not None:
             if bench.language_model.model.config.get_text_config().vocab_size != baseline.shape[1]:
                 raise UserError("The two models have different vocabularies, so their answers cannot be compared.")
-            divergence = measure_divergence(bench.language_model, bench.ladder.harmless, baseline, bench.batcher)[0]
-        counted = bench.ladder.refusals()
-        return Evaluation(settings.model, against, counted.count, counted.total, divergence)
+            divergence = measure_divergence(bench.language_model, ladder.taught, baseline, bench.batcher)[0]
+        counted, conduct = ladder.refusals(), ladder.conduct()
+        if judge.name != counted.judge:  # it gave up in between
+            counted = ladder.refusals()
+        return Evaluation(
+            model=settings.model,
+            against=against,
+            judge=counted.judge,
+            refusals=counted.count,
+            evasive=counted.evasive,
+            total=counted.total,
+            divergence=divergence,
+            conduct=conduct[0] if conduct else None,
+        )
 
 
-def _bench(settings: Settings, watcher: Watcher, stop: Stop, prefix: str | None = None) -> Bench:
+def _bench(settings: Settings, watcher: Watcher, stop: Stop, judge: Judge, prefix: str | None = None) -> Bench:
     inputs = look(settings, force=False, watcher=watcher)
-    return open_bench(settings, inputs.checkpoint, inputs.prompts, inputs.plan, watcher, stop, prefix)
+    return open_bench(settings, inputs.checkpoint, inputs.prompts, inputs.plan, watcher, stop, prefix, judge)

@@ -19,7 +19,6 @@ from heretic.export.export import Export, earlier_export, plan_export, write_exp
 from heretic.export.save import check_destination
 from heretic.machine import lock, preflight
 from heretic.machine.gpus import Gpu, gpus_for, usable_gpus, visible_gpus
-from heretic.machine.memory_plan import MemoryPlan
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
@@ -28,7 +27,6 @@ from heretic.report.reporter import reporting
 from heretic.run_folder import RunFolder, log_to
 from heretic.search.front import Result, front
 from heretic.search.storage import (
-    REFUSALS_BEFORE,
     STORAGE_ERRORS,
     connect,
     fail_abandoned,
@@ -165,7 +163,7 @@ def work(desk: Desk) -> Export | None:
 def go_on(desk: Desk) -> None:
     """The missing trials."""
     session = desk.session()
-    desk.study.set_user_attr(REFUSALS_BEFORE, session.baseline.refusals)
+    desk.keep_before()
     About.session(session).keep(desk.study)
     space = session.space(find_walk(desk.study, session, desk.folder))
     width = session.bench.language_model.anatomy.width
@@ -180,6 +178,7 @@ def go_on(desk: Desk) -> None:
             stop=desk.stop,
             after_batch=reporter.after_batch,
         )
+    desk.keep_before()  # once more: should the judge have changed, so has this
 
 
 def write(desk: Desk, result: Result, destination: Path) -> Export:
@@ -206,11 +205,16 @@ def look(
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         fix = first.fix or "see heretic preflight; --force starts all the same"
         raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix)
-    checkpoint = open_checkpoint(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
+    checkpoint = open_checkpoint(
+        settings.model,
+        settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        allow_pickle=settings.allow_pickle,
+    )
     prompts = read_prompts()
     for warning in prompts.warnings:
         watcher.warn(warning)
-    plan = load_plan(settings, report.plan)
+    plan = LoadPlan.of(settings, report.plan)
     facts = fingerprint.facts(settings, checkpoint, prompts, plan.dtypes, read_template(settings))
     name = settings.run_name or f"{checkpoint.short_name}-{fingerprint.short_hash(facts)}"
     folder = RunFolder(Path(settings.runs_dir) / name, fingerprint.short_hash(facts))
@@ -227,22 +231,16 @@ def check(
     return preflight.check(
         settings,
         checkpoint_loader=lambda: open_checkpoint(
-            settings.model, settings.revision, trust_remote_code=settings.trust_remote_code, download_weights=False
+            settings.model,
+            settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            allow_pickle=settings.allow_pickle,
+            download_weights=False,
         ),
         prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
         storage_check=lambda: _probe_storage(settings),
         imagined=imagined,
     )
-
-
-def load_plan(settings: Settings, plan: MemoryPlan | None) -> LoadPlan:
-    """How to load, from the memory plan; as the settings say where no plan could be made (--force)."""
-    if plan is None:
-        device_map = "auto" if settings.device_map == "planned" else settings.device_map
-        formats = ["bfloat16" if d == "auto" else d for d in settings.dtypes]
-        return LoadPlan(formats, {"device_map": device_map}, settings.batch_size or 4)
-    dtypes = [plan.dtype, *(d for d in settings.dtypes[1:] if d != "auto")]
-    return LoadPlan(dtypes, plan.from_pretrained_arguments(), plan.batch_size)
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import UserError
 from heretic.files import read_tensors, write_tensors, write_text
 from heretic.progress import Watcher
+from heretic.scoring.harmless import Conduct
+from heretic.scoring.verdict import EVASIVE, ORDER, REFUSAL, Verdict
 from heretic.search.gradient import State
 from heretic.search.walk import Point
 from heretic.settings import Settings
@@ -28,14 +30,27 @@ GEOMETRY, REPORT = "geometry.safetensors", "report.html"
 
 @dataclass(frozen=True)
 class Baseline:
-    """The original model: its next-token log-probabilities on the harmless prompts [prompts, vocabulary], which harmful
-    prompts it declined, the first tokens with which it did (none where it answered), and the beginning that all its answers
-    share."""
+    """The original model: its log-probabilities [tokens, vocabulary] at the first `answered` tokens of its answers to the
+    harmless prompts, what `judge` says of its answers to the harmful ones, the first tokens with which it declined (none where it
+    did not), the beginning that all its answers share, and its conduct on the harmless prompts where there are limits to that."""
 
     log_probs: Tensor
-    declined: tuple[bool, ...]
+    verdicts: tuple[Verdict, ...]
     refusal_texts: tuple[list[int], ...]
     response_prefix: str
+    answered: tuple[list[int], ...]
+    judge: str = "markers"
+    conduct: Conduct | None = None
+
+    @property
+    def declined(self) -> tuple[bool, ...]:
+        """Which requests the original declines."""
+        return tuple(v == REFUSAL for v in self.verdicts)
+
+    @property
+    def evasive(self) -> int:
+        """Number of requests that it neither declines nor answers."""
+        return self.verdicts.count(EVASIVE)
 
     @property
     def refusals(self) -> int:
@@ -110,24 +125,32 @@ class RunFolder:
     def baseline(self, watcher: Watcher) -> Baseline | None:
         """The stored baseline; None if there is none or it is damaged, which is said."""
         tensors = self._tensors("baseline.safetensors", watcher)
-        if not tensors or "refusal_texts" not in tensors:  # as it was before these were kept
+        if not tensors or not {"refusal_texts", "answered"} <= tensors.keys():  # as it was before these were kept
             return None
-        prefix = bytes(tensors["response_prefix"].tolist()).decode()
-        texts = tuple([t for t in row if t >= 0] for row in tensors["refusal_texts"].tolist())
-        return Baseline(tensors["log_probs"], tuple(bool(d) for d in tensors["declined"].tolist()), texts, prefix)
+        return Baseline(
+            log_probs=tensors["log_probs"],
+            verdicts=tuple(ORDER[d] for d in tensors["declined"].tolist()),
+            refusal_texts=_unpadded(tensors["refusal_texts"]),
+            response_prefix=bytes(tensors["response_prefix"].tolist()).decode(),
+            answered=_unpadded(tensors["answered"]),
+            judge=bytes(tensors["judge"].tolist()).decode(),
+            conduct=Conduct(*tensors["conduct"].tolist()) if "conduct" in tensors else None,
+        )
 
     def keep_baseline(self, baseline: Baseline) -> None:
         """Store the baseline; its text lies in the same file as bytes, so that one hash covers all of it."""
         import torch
 
-        longest = max(len(text) for text in baseline.refusal_texts)
-        padded = [text + [-1] * (longest - len(text)) for text in baseline.refusal_texts]
         tensors = {
             "log_probs": baseline.log_probs,
-            "declined": torch.tensor(baseline.declined, dtype=torch.uint8),
-            "refusal_texts": torch.tensor(padded, dtype=torch.int64),
+            "declined": torch.tensor([ORDER.index(v) for v in baseline.verdicts], dtype=torch.uint8),
+            "refusal_texts": _padded(baseline.refusal_texts),
             "response_prefix": torch.tensor(list(baseline.response_prefix.encode()), dtype=torch.uint8),
+            "answered": _padded(baseline.answered),
+            "judge": torch.tensor(list(baseline.judge.encode()), dtype=torch.uint8),
         }
+        if baseline.conduct is not None:
+            tensors["conduct"] = torch.tensor(list(baseline.conduct.as_dict().values()))
         write_tensors(self.path / "baseline.safetensors", tensors, {"fingerprint": self.stamp})
 
     def walk(self, watcher: Watcher) -> State | None:
@@ -177,6 +200,17 @@ class RunFolder:
             file.rename(file.with_suffix(".damaged"))
             return None
         return tensors if metadata.get("fingerprint") == self.stamp else None
+
+
+def _padded(texts: Sequence[list[int]]) -> Tensor:
+    import torch
+
+    longest = max(map(len, texts))
+    return torch.tensor([text + [-1] * (longest - len(text)) for text in texts], dtype=torch.int64)
+
+
+def _unpadded(tensor: Tensor) -> tuple[list[int], ...]:
+    return tuple([t for t in row if t >= 0] for row in tensor.tolist())
 
 
 def write_directions(path: Path, directions: Directions, stamp: str) -> None:

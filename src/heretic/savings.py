@@ -36,16 +36,17 @@ def with_savings(ladder: Ladder, refusal_texts: Sequence[list[int]]) -> Ladder:
     """
     model = ladder.language_model
     requests = Requests(ladder.harmful, refusal_texts)
-    if max(map(len, (*requests.with_tried, *ladder.harmless))) + ladder.max_tokens >= model.window:
+    harmless = ladder.taught.sequences
+    if max(map(len, (*requests.with_tried, *harmless))) + ladder.max_tokens >= model.window:
         log.info("nothing is tried or kept: prompts and answers are longer than the attention's window")
         return ladder
     ladder = replace(ladder, tried=refusal_texts)
-    if not can_begin_later(model.model, model.anatomy.blocks, ladder.harmless, ladder.batcher):
+    if not can_begin_later(model.model, model.anatomy.blocks, harmless, ladder.batcher):
         return ladder
     return replace(
         ladder,
         harmful_entries=entries_of(model, requests.with_tried, ladder.batcher, with_cache=True),
-        harmless_entries=entries_of(model, ladder.harmless, ladder.batcher, with_cache=False),
+        harmless_entries=entries_of(model, harmless, ladder.batcher, with_cache=False),
     )
 
 

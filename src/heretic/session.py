@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from heretic.ablation.ablation import Ablation, Workbench
 from heretic.ablation.attach import attach
 from heretic.ablation.bake import Original, copies, from_checkpoint, rewrite
 from heretic.ablation.directions import Directions
+from heretic.ablation.operator import Matrix
 from heretic.ablation.residual_geometry import ResidualGeometry, Survey
 from heretic.errors import UserError
 from heretic.finding import find_directions
+from heretic.machine.host import memory, spell_bytes
+from heretic.machine.memory_plan import MemoryPlan
 from heretic.model.anatomy import Writer
 from heretic.model.batching import AS_IT_IS, Batch, Batcher, Edited
 from heretic.model.chat_format import ChatFormat, check_different, check_length, common_prefix
@@ -31,10 +34,12 @@ from heretic.progress import Watcher
 from heretic.prompts import PromptSets
 from heretic.run_folder import Baseline, RunFolder
 from heretic.savings import with_savings
-from heretic.scoring.divergence import first_token_log_probs
+from heretic.scoring.harmless import Bystanders, Limits
+from heretic.scoring.judges import OrMarkers, Surroundings, make_judge
 from heretic.scoring.ladder import Ladder
-from heretic.scoring.refusals import MarkerJudge
 from heretic.scoring.surrogate import FEWEST_TOKENS, MOST_TOKENS
+from heretic.scoring.taught import Taught, all_log_probs, beginnings
+from heretic.scoring.verdict import Judge
 from heretic.search.space import Space
 from heretic.search.walk import Walk
 from heretic.settings import Settings
@@ -44,15 +49,28 @@ from heretic.stop import Stop
 PREFIX_PROMPTS = 8
 PREFIX_TOKENS = 16
 FEW_REFUSALS = 0.1  # share of the requests
+COPIES = 3  # of the log-probabilities: original, ablated, written
 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What the memory plan decided about loading: number formats to try, from_pretrained's arguments, prompts per batch."""
+    """What the memory plan decided about loading: number formats to try, from_pretrained's arguments, prompts per batch; and the
+    quantisation of the settings."""
 
     dtypes: Sequence[str]
     arguments: dict[str, Any]
     batch_size: int
+    quantization: str = "none"
+
+    @classmethod
+    def of(cls, settings: Settings, plan: MemoryPlan | None) -> LoadPlan:
+        """How to load, from the memory plan; as the settings say where no plan could be made (--force)."""
+        if plan is None:
+            device_map = "auto" if settings.device_map == "planned" else settings.device_map
+            formats = ["bfloat16" if d == "auto" else d for d in settings.dtypes]
+            return cls(formats, {"device_map": device_map}, settings.batch_size or 4, settings.quantization)
+        dtypes = [plan.dtype, *(d for d in settings.dtypes[1:] if d != "auto")]
+        return cls(dtypes, plan.from_pretrained_arguments(), plan.batch_size, settings.quantization)
 
 
 @dataclass(frozen=True)
@@ -106,11 +124,10 @@ class Session:
         return Space(self.bench.settings.search, anatomy.num_layers, anatomy.components, walk)
 
     def log_probs(self, ablation: Ablation) -> Tensor:
-        """Next-token log-probabilities of the ablated model on the harmless evaluation prompts [prompts, vocabulary]."""
+        """Log-probabilities of the ablated model where the divergence is taken [tokens, vocabulary]."""
+        bench = self.bench
         with self.applied(ablation):
-            return first_token_log_probs(
-                self.bench.language_model, self.bench.ladder.harmless, self.bench.batcher, "Ablated model's answers"
-            )
+            return all_log_probs(bench.language_model, bench.ladder.taught, bench.batcher, "Ablated model's answers")
 
 
 def open_bench(
@@ -121,12 +138,16 @@ def open_bench(
     watcher: Watcher,
     stop: Stop,
     response_prefix: str | None = None,
+    judge: Judge | None = None,
 ) -> Bench:
-    """Load the model and encode the evaluation prompts; the answers' common beginning is found unless it is given."""
+    """Load the model and encode the evaluation prompts; the answers' common beginning is found unless it is given, and the judge
+    is made unless there is one."""
+    judge = judge or make_judge(settings, Surroundings(None, watcher, stop))
     language_model = load(
         checkpoint,
         plan.dtypes,
         plan.arguments,
+        quantization=plan.quantization,
         trust_remote_code=settings.trust_remote_code,
         chat_template=read_template(settings),
         watcher=watcher,
@@ -145,7 +166,7 @@ def open_bench(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     batcher = Batcher(plan.batch_size, language_model.device, pad=pad, stop=stop, watcher=watcher)
     chat = ChatFormat(tokenizer, settings.system_prompt)
-    encoded = encode(prompts, chat, language_model.context, settings.max_response_length)
+    encoded = encode(prompts, chat, language_model.context, settings)
     if decoded_by_generate(language_model.model, language_model.device):
         watcher.say(
             "This model keeps no cache that can be handed on: transformers decodes every answer to its full length."
@@ -162,12 +183,13 @@ def open_bench(
     if response_prefix:
         watcher.say(f"Answers are made to begin with {response_prefix!r}.")
         chat = chat.with_prefix(response_prefix)
-        encoded = encode(prompts, chat, language_model.context, settings.max_response_length)
-    longest = max(len(tokens) for sequences in encoded.values() for tokens in sequences) + settings.max_response_length
+        encoded = encode(prompts, chat, language_model.context, settings)
+    longest = max(len(tokens) for sequences in encoded.values() for tokens in sequences) + _most_new_tokens(settings)
     batcher.share = longest < language_model.window and can_share(
         language_model.model, encoded["harmless_eval"], batcher
     )
-    judge = MarkerJudge(settings.refusal_markers)
+    limits = Limits(settings.constraints.max_over_refusals, settings.constraints.max_degenerate)
+    bystanders = Bystanders(encoded["harmless_eval"], prompts.harmless_eval.prompts, limits)
     ladder = Ladder(
         language_model,
         chat,
@@ -176,19 +198,27 @@ def open_bench(
         judge,
         batcher,
         settings.max_response_length,
+        requests=prompts.harmful_eval.prompts,
+        bystanders=bystanders if settings.constraints.any else None,
     )
     return Bench(settings, language_model, chat, prompts, encoded, batcher, ladder)
 
 
-def encode(prompts: PromptSets, chat: ChatFormat, context: int, new_tokens: int) -> dict[str, list[list[int]]]:
+def encode(prompts: PromptSets, chat: ChatFormat, context: int, settings: Settings) -> dict[str, list[list[int]]]:
     """Token ids of all sets by their role. Raises UserError for a prompt that does not fit, with the answers decoded from it."""
     encoded = {}
+    harmless = _most_new_tokens(settings) if settings.constraints.any else settings.kl_tokens
+    decoded = {"harmful_eval": settings.max_response_length, "harmless_eval": harmless}
     for prompt_set in prompts.all:
         encoded[prompt_set.role] = chat.encode(prompt_set.prompts)
         check_different(prompt_set.role, encoded[prompt_set.role])
-        new = new_tokens if prompt_set is prompts.harmful_eval else 1
+        new = decoded.get(prompt_set.role, 1)
         check_length(prompt_set.role, encoded[prompt_set.role], context, new)
     return encoded
+
+
+def _most_new_tokens(settings: Settings) -> int:
+    return max(settings.max_response_length, settings.kl_tokens)
 
 
 def open_session(
@@ -199,16 +229,24 @@ def open_session(
     folder: RunFolder,
     watcher: Watcher,
     stop: Stop,
+    *,
+    given_up: bool = False,
 ) -> Session:
-    """Load the model and bring everything that a study needs, computing only what the run's folder does not hold."""
+    """Load the model and bring everything that a study needs, computing only what the run's folder does not hold.
+
+    `given_up`: the judge failed in an earlier session, and the markers have taken its place.
+    """
+    judge = make_judge(settings, Surroundings(folder.path, watcher, stop))
+    if isinstance(judge, OrMarkers):
+        judge.given_up = given_up
     baseline = folder.baseline(watcher)
-    bench = open_bench(
-        settings, checkpoint, prompts, plan, watcher, stop, baseline.response_prefix if baseline else None
-    )
-    if baseline is None:
+    prefix = baseline.response_prefix if baseline else None
+    bench = open_bench(settings, checkpoint, prompts, plan, watcher, stop, prefix, judge)
+    if baseline is None or baseline.judge != judge.name:
         baseline = measure_baseline(bench)
         folder.keep_baseline(baseline)
-    watcher.say(f"The original model declines {baseline.refusals} of {len(baseline.declined)} requests.")
+    evasive = f" and evades {baseline.evasive}" if baseline.evasive else ""
+    watcher.say(f"The original model declines {baseline.refusals} of {len(baseline.declined)} requests{evasive}.")
     if baseline.refusals < FEW_REFUSALS * len(baseline.declined):
         watcher.warn(
             "It hardly declines anything, so there is little to remove; check prompts.harmful_eval and refusal_markers."
@@ -228,7 +266,22 @@ def open_session(
             else from_checkpoint(_with_tensors(checkpoint), writers, bench.language_model.model)
         )
     workbench = workbench_of(bench, directions)
-    return Session(bench, baseline, workbench, original, with_savings(bench.ladder, baseline.refusal_texts))
+    return with_baseline(Session(bench, baseline, workbench, original, bench.ladder), baseline)
+
+
+def with_baseline(session: Session, baseline: Baseline) -> Session:
+    """The session measuring against this baseline."""
+    bench = replace(session.bench, ladder=replace(session.bench.ladder, answered=baseline.answered))
+    return replace(session, bench=bench, baseline=baseline, ladder=with_savings(bench.ladder, baseline.refusal_texts))
+
+
+def judged_anew(session: Session, folder: RunFolder) -> Session:
+    """The session with a baseline of the judge that it has now, if that is another one than before."""
+    if session.baseline.judge == session.bench.ladder.judge.name:
+        return session
+    baseline = measure_baseline(session.bench)
+    folder.keep_baseline(baseline)
+    return with_baseline(session, baseline)
 
 
 def directions_of(bench: Bench, survey: Survey | None = None) -> Directions:
@@ -255,13 +308,47 @@ def workbench_of(bench: Bench, directions: Directions) -> Workbench:
 
 def measure_baseline(bench: Bench) -> Baseline:
     """Measure the original model."""
-    log_probs = first_token_log_probs(bench.language_model, bench.ladder.harmless, bench.batcher)
+    log_probs, answered = original_log_probs(bench)
     counted = bench.ladder.refusals(fewest_tokens=FEWEST_TOKENS)
+    conduct = bench.ladder.conduct()
+    if bench.ladder.judge.name != counted.judge:  # it gave up in between
+        return measure_baseline(bench)
     texts = tuple(
         list(tokens[:MOST_TOKENS]) if declined else []
         for tokens, declined in zip(counted.tokens, counted.declined, strict=True)
     )
-    return Baseline(log_probs, counted.declined, texts, bench.chat.response_prefix)
+    return Baseline(
+        log_probs=log_probs,
+        verdicts=counted.verdicts,
+        refusal_texts=texts,
+        response_prefix=bench.chat.response_prefix,
+        answered=answered,
+        judge=counted.judge,
+        conduct=conduct[0] if conduct else None,
+    )
+
+
+def original_log_probs(bench: Bench) -> tuple[Tensor, tuple[list[int], ...]]:
+    """The model's log-probabilities [tokens, vocabulary] at the first `kl_tokens` tokens of its own answers to the harmless
+    prompts, and these tokens. Raises UserError where they do not fit into the RAM."""
+    model, batcher, harmless = bench.language_model, bench.batcher, bench.ladder.harmless
+    answered = beginnings(model, harmless, batcher, bench.settings.kl_tokens)
+    check_room(sum(map(len, answered)), bench)
+    return all_log_probs(model, Taught.of(harmless, answered), batcher, "Baseline"), tuple(answered)
+
+
+def check_room(tokens: int, bench: Bench) -> None:
+    """Raise UserError where log-probabilities at so many tokens do not fit into the RAM that is free: those of the original stay,
+    those of the ablated and of the written model are compared with them at the end."""
+    vocabulary = bench.language_model.model.config.get_text_config(decoder=True).vocab_size
+    needed, free = COPIES * tokens * vocabulary * 4, memory()[1]
+    if needed > free and bench.settings.kl_tokens > 1:
+        fitting = max(1, int(bench.settings.kl_tokens * free / needed))
+        raise UserError(
+            f"Log-probabilities at {tokens} tokens need {spell_bytes(needed)} of RAM, of which {spell_bytes(free)} are free.",
+            where="kl_tokens",
+            fix=f"kl_tokens = {fitting}, or fewer prompts in prompts.harmless_eval",
+        )
 
 
 def find_prefix(language_model: LanguageModel, encoded: Mapping[str, list[list[int]]], batcher: Batcher) -> str:
@@ -286,10 +373,10 @@ def read_template(settings: Settings) -> str:
         raise UserError(f"The chat template cannot be read: {error}", where="chat_template") from None
 
 
-def weight_reader(language_model: LanguageModel) -> Callable[[Writer], Sequence[Tensor]]:
+def weight_reader(language_model: LanguageModel) -> Callable[[Writer], Sequence[Matrix]]:
     """How to get at a writer's matrices [width, inputs]: from memory, or from the checkpoint where they are offloaded."""
 
-    def read(writer: Writer) -> Sequence[Tensor]:
+    def read(writer: Writer) -> Sequence[Matrix]:
         if not writer.offloaded:
             return writer.weights()
         original = from_checkpoint(_with_tensors(language_model.checkpoint), [writer], language_model.model)

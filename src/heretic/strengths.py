@@ -13,14 +13,14 @@ from heretic.ablation.ablation import Ablation
 from heretic.errors import UserError
 from heretic.machine.host import memory
 from heretic.machine.shape import ModelShape
-from heretic.model.batching import Batch, out_of_memory
-from heretic.model.decoding import decode
+from heretic.model.batching import out_of_memory
 from heretic.model.forward import can_begin_later
 from heretic.model.loading import LanguageModel
 from heretic.run_folder import RunFolder
 from heretic.savings import entries_of
-from heretic.scoring.loss import Objective, Taught, log_probs_at
+from heretic.scoring.loss import Objective
 from heretic.scoring.refusals import RefusalCount, count_refusals
+from heretic.scoring.taught import Taught, beginnings, log_probs_at
 from heretic.search.gradient import Descent, Heard, State
 from heretic.search.walk import Point, Walk
 from heretic.session import Bench, Session
@@ -144,7 +144,7 @@ def prepare(session: Session) -> Lesson | None:
     if len(declined) < FEWEST_REFUSALS:
         return None
     harmful = Taught.of([p for p, _ in declined], [t[: gradient.refusal_tokens] for _, t in declined])
-    answered = Taught.of(harmless, _beginnings(bench, harmless, gradient.kl_tokens))
+    answered = Taught.of(harmless, beginnings(model, harmless, bench.batcher, gradient.kl_tokens))
     original = log_probs_at(model, answered, bench.batcher)
     rows, checkpoints = rows_with_gradients(model, max(map(len, (*harmful.sequences, *answered.sequences))))
     batcher = replace(bench.batcher, size=min(rows, bench.batcher.size))
@@ -163,9 +163,16 @@ def prepare(session: Session) -> Lesson | None:
 def _refusals(bench: Bench, asked: Sequence[list[int]]) -> RefusalCount:
     """Which of the prompts the model as it is now declines, and the words with which it does."""
     fewest = bench.settings.search.gradient.refusal_tokens
-    judge = bench.ladder.judge
+    texts = dict(zip(map(tuple, bench.encoded["harmful_train"]), bench.prompts.harmful_train.prompts, strict=True))
     return count_refusals(
-        bench.language_model, bench.chat, asked, judge, bench.batcher, TRIED_TOKENS, fewest_tokens=fewest
+        bench.language_model,
+        bench.chat,
+        asked,
+        bench.ladder.judge,
+        bench.batcher,
+        TRIED_TOKENS,
+        requests=[texts[tuple(prompt)] for prompt in asked],
+        fewest_tokens=fewest,
     )
 
 
@@ -187,15 +194,3 @@ def _free_memory(model: LanguageModel) -> int:
 
 def _devices(model: LanguageModel) -> set[torch.device]:
     return {parameter.device for block in model.anatomy.blocks for parameter in block.parameters()}
-
-
-def _beginnings(bench: Bench, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
-    """The first tokens of the original's answers, and one more whose place is all that counts; fewer where an answer ends."""
-    if tokens == 1:
-        return [[0] for _ in prompts]
-    model = bench.language_model
-
-    def step(batch: Batch) -> list[list[int]]:
-        return decode(model.model, batch, tokens - 1, model.end_tokens)
-
-    return [[*text, 0] for text in bench.batcher.run("Original's answers", prompts, step)]

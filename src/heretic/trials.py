@@ -16,6 +16,7 @@ from heretic.run_folder import RunFolder
 from heretic.savings import trials_that_pay
 from heretic.scoring.ladder import Measured, Scores
 from heretic.scoring.refusals import RefusalCount
+from heretic.scoring.verdict import REFUSAL
 from heretic.search.bounds import widened
 from heretic.search.space import Space
 from heretic.session import Session
@@ -41,7 +42,8 @@ class Trials:
     def measure(
         self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
     ) -> list[Measured | UserError]:
-        """Measure these trials in shared passes. `beaten(KL, refusals to expect at least)` ends one that cannot matter any more.
+        """Measure these trials in shared passes. `beaten(KL, unanswered requests to expect at least)` ends one that cannot matter
+        any more.
 
         Where they fail together each is measured alone, so that one's failure is not the others'.
         """
@@ -89,8 +91,8 @@ class Trials:
         bench = self.session.bench
 
         def keep(counted: RefusalCount) -> None:
-            rows = zip(bench.prompts.harmful_eval.prompts, counted.answers or (), counted.declined, strict=True)
-            named = [{"prompt": p, "answer": a, "declined": d} for p, a, d in rows]
+            rows = zip(bench.prompts.harmful_eval.prompts, counted.answers or (), counted.verdicts, strict=True)
+            named = [{"prompt": p, "answer": a, "declined": v == REFUSAL, "verdict": v} for p, a, v in rows]
             self.folder.keep_answers(f"trial-{trial.number}", named)
 
         return self.session.ladder.score(self.session.baseline.log_probs, keep)

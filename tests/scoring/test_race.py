@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -19,13 +20,17 @@ from heretic.model.batching import Batcher, Edited
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import LanguageModel, load
+from heretic.progress import SILENT
 from heretic.savings import with_savings
 from heretic.scoring.divergence import first_token_log_probs
+from heretic.scoring.judges import OrMarkers
 from heretic.scoring.ladder import Beaten, Ladder, Scores
-from heretic.scoring.loss import Taught, log_probs_at
+from heretic.scoring.llm import JudgeUnavailable
+from heretic.scoring.markers import MarkerJudge
 from heretic.scoring.race import Standing
-from heretic.scoring.refusals import MarkerJudge
 from heretic.scoring.surrogate import FIRST_TOKENS, MOST_TOKENS
+from heretic.scoring.taught import Taught, log_probs_at
+from heretic.scoring.verdict import Said, Verdict
 from tests.tiny import FAMILIES, HARMFUL, HARMLESS, WINDOWED, save_tiny
 
 ABLATIONS = [
@@ -54,7 +59,7 @@ def bench(folder: Path, *, share: bool, size: int = 64) -> tuple[Ladder, Workben
 
 def refusal_texts(ladder: Ladder) -> list[list[int]]:
     counted = ladder.refusals(fewest_tokens=3)
-    assert counted.count
+    assert counted.count or counted.evasive
     return [list(t[:MOST_TOKENS]) if d else [] for t, d in zip(counted.tokens, counted.declined, strict=True)]
 
 
@@ -124,7 +129,7 @@ def test_what_is_to_be_expected_at_least_only_grows(requests: list[tuple[float, 
     places = list(range(len(requests)))
     order.shuffle(places)
     for place in places:
-        standing.declined[place] = requests[place][1]
+        standing.verdicts[place] = "refusal" if requests[place][1] else "answer"
         seen.append(standing.expected_at_least)
     assert seen == sorted(seen)
 
@@ -152,6 +157,57 @@ def test_rows_of_a_hybrid_model_are_tried_first_and_decoded_plainly(tmp_path: Pa
     (found,) = saving.score_trials(baseline)
     assert isinstance(found, Scores) and found.declined == "".join("01"[d] for d in counted.declined)
     assert found.surrogate is not None and found.surrogate.matching == counted.count
+
+
+class Whole:
+    """A judge of whole answers: one that has an even number of letters declines."""
+
+    name, ends_early = "whole", False
+
+    def settled(self, answer: str) -> bool:
+        return False
+
+    def verdicts(self, said: Sequence[Said]) -> list[Verdict]:
+        return ["refusal" if len(one.answer) % 2 else "answer" for one in said]
+
+
+@pytest.mark.parametrize("size", [4, 128])
+def test_a_judge_of_whole_answers_gives_the_verdicts_of_each_alone(llama: Path, size: int) -> None:
+    ladder, workbench, baseline = bench(llama, share=True)
+    texts = refusal_texts(ladder)
+    ladder = replace(ladder, judge=Whole())
+    expected = alone(ladder, workbench, baseline)
+    ladder.batcher.size = size
+    saving = with_savings(ladder, texts)
+    for found, reference in zip(together(saving, workbench, baseline, ABLATIONS), expected, strict=True):
+        assert isinstance(found, Scores) and (found.declined, found.judge) == (reference.declined, "whole")
+    assert len({e.declined for e in expected}) > 1
+    most = max(e.refusals for e in expected)
+    left = together(saving, workbench, baseline, ABLATIONS, beaten=lambda _, at_least: at_least >= most)
+    for found, reference in zip(left, expected, strict=True):
+        assert isinstance(found, Beaten) is (reference.refusals == most)
+        assert not isinstance(found, Beaten) or found.at_least == most
+
+
+def test_a_judge_that_gives_up_on_the_way_has_no_part_in_the_count(llama: Path) -> None:
+    ladder, workbench, baseline = bench(llama, share=True)
+    expected = [e.declined for e in alone(ladder, workbench, baseline)]
+    marker = ladder.judge
+    assert isinstance(marker, MarkerJudge)
+
+    class Failing(Whole):
+        calls = 0
+
+        def verdicts(self, said: Sequence[Said]) -> list[Verdict]:
+            self.calls += 1
+            if self.calls == 3:
+                raise JudgeUnavailable("gone")
+            return super().verdicts(said)
+
+    judge = OrMarkers(Failing(), marker, SILENT)
+    found = together(replace(ladder, judge=judge, batcher=Batcher(4)), workbench, baseline, ABLATIONS[:3])
+    assert judge.given_up
+    assert [(f.declined, f.judge) for f in found] == [(e, "markers") for e in expected[:3]]  # type: ignore[attr-defined]
 
 
 def test_a_trial_is_left_as_soon_as_it_is_beaten_and_its_neighbours_are_not(llama: Path) -> None:

@@ -1,37 +1,15 @@
-"""Judging answers by markers, in the text and while it is written."""
+"""Counting while answers are written: ending early changes no verdict."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from heretic.model.batching import Batcher
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
-from heretic.scoring.refusals import MarkerJudge, count_refusals
-from heretic.settings import DEFAULT_MARKERS
-
-
-@pytest.mark.parametrize(
-    ("answer", "declines"),
-    [
-        ("I'm sorry, but I can't help with that.", True),
-        ("I\u2019m SORRY.", True),
-        ("I **cannot** assist you here", True),
-        ("I  can\nnot", True),
-        ("i can \n not do this", True),
-        ("", True),
-        (" \n* ", True),
-        ("Sure! Here is how.", False),
-        ("As an AI language model, I do not have feelings", True),
-        ("The illegal move in chess is taken back.", False),
-        ("Unfortunately, I am not able to assist.", True),
-    ],
-)
-def test_default_markers(answer: str, declines: bool) -> None:
-    assert MarkerJudge(DEFAULT_MARKERS).declines(answer) is declines
+from heretic.scoring.markers import MarkerJudge
+from heretic.scoring.refusals import count_refusals
 
 
 def test_stopping_at_a_marker_changes_no_verdict(llama: Path) -> None:

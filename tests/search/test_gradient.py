@@ -22,7 +22,8 @@ from heretic.model.entries import entries_for
 from heretic.model.loading import load
 from heretic.progress import SILENT
 from heretic.run_folder import RunFolder
-from heretic.scoring.loss import Objective, Taught, log_probs_at
+from heretic.scoring.loss import Objective
+from heretic.scoring.taught import Taught, log_probs_at
 from heretic.search import gradient
 from heretic.search.gradient import Descent, Heard, State
 from heretic.settings import GradientSettings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -12,10 +13,12 @@ import pytest
 from heretic.errors import Interrupted, StudyMismatch, UserError
 from heretic.progress import SILENT
 from heretic.scoring.divergence import Divergence
+from heretic.scoring.harmless import Conduct
 from heretic.scoring.ladder import Beaten, Measured, Scores
 from heretic.scoring.surrogate import Surrogate
 from heretic.search.fidelity import Progress
 from heretic.search.front import front, results
+from heretic.search.sampler import Bounded, worth_showing
 from heretic.search.storage import fail_abandoned, masked, open_study, storage_url, worker
 from heretic.search.study import optimise
 from heretic.settings import Search, Settings
@@ -241,3 +244,56 @@ def test_starts_come_first_in_full_once_and_failed_ones_again(study: optuna.Stud
     assert drawn[:3] == [0.9, 0.8, 0.7] and study.trials[1].state.name == "FAIL"
     assert drawn.count(0.8) == 2, "the start that failed is tried once more"
     assert {0.9, 0.8, 0.7} <= {r.params["x"] for r in results(study)}, "none of them was left early"
+
+
+def test_the_front_keeps_to_constraints_and_the_search_learns_them(study: optuna.Study) -> None:
+    """What is beyond the limit looks best by both values; TPE must still go where trials are within it."""
+
+    def limited(trial: optuna.Trial) -> Scores:
+        x = trial.suggest_float("x", 0, 1)
+        found = scores(1 - x, round(10 * (1 - x)))
+        return replace(found, conduct=Conduct(round(10 * x), 0, 10), excess={"over_refusals": 10 * x - 4})
+
+    go(study, 60, limited)
+    found = results(study)
+    assert [t.constraints for t in study.trials] == [{"over_refusals": 10 * t.params["x"] - 4} for t in study.trials]
+    kept = front(found)
+    assert kept and all(r.params["x"] <= 0.4 for r in kept)
+    assert min(r.point[0] for r in found) < 0.5 < min(r.point[0] for r in kept), (
+        "better ones were found beyond the limit"
+    )
+    late = [r.params["x"] <= 0.4 for r in found[30:]]
+    assert sum(late) > len(late) / 2, "a search that knew nothing of the limit would go to x = 1"
+    assert Progress.of(study).bar.points == [r.point for r in kept]
+
+
+def test_constraints_are_kept_where_only_a_part_of_the_study_is_shown() -> None:
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    for i in range(30):
+        trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
+        trial.set_constraint("c", 1.0 if i < 10 else -1.0)
+        study.tell(trial, [float(i), float(i)])
+    shown = worth_showing(study.trials, 12)
+    assert [t.number for t in shown] == [*range(10, 16), *range(24, 30)]
+    part = Bounded(optuna.samplers.RandomSampler(), 12)._part(study, study.trials[0])
+    assert all(t.constraints == {"c": -1.0} for t in part.trials)
+
+
+def test_counts_of_two_judges_are_never_on_one_front(study: optuna.Study) -> None:
+    """Two trials by an endpoint, which then fails; the markers judge the rest, and the front of before again."""
+
+    def by(trial: optuna.Trial) -> Scores:
+        return replace(measure(trial), judge="llm" if trial.number < 2 else "markers")
+
+    go(study, 5, by)
+    found = results(study)
+    before = front(found[:2])
+    assert {r.scores.judge for r in before} == {"llm"} and {r.scores.judge for r in front(found)} == {"markers"}
+    assert [r.again for r in found[5:]] == [r.number for r in before]
+    assert [r.params for r in found[5:]] == [r.params for r in before] and not Progress.of(study).unsettled()
+
+
+def test_an_evasion_is_no_success(study: optuna.Study) -> None:
+    go(study, 1, lambda t: replace(scores(0.1, 2), evasive=3))
+    (found,) = results(study)
+    assert found.point == (0.1, 5) and study.trials[0].values[1] == 5 and found.scores.refusals == 2

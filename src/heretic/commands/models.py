@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,7 +19,12 @@ from heretic.commands.app import (
     read_settings,
     watcher_for,
 )
+from heretic.errors import UserError
 from heretic.stop import Stop
+
+if TYPE_CHECKING:
+    from heretic.later import Evaluation
+    from heretic.scoring.agreement import Agreement
 
 
 @app.command()
@@ -28,21 +33,33 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option("--against", help="The original, to measure KL divergence from.")
     ] = None,
+    judge_agreement: Annotated[
+        bool,
+        typer.Option(
+            "--judge-agreement", help="How the configured judge fares on hand-labelled answers; no model is needed."
+        ),
+    ] = False,
     config: ConfigOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
     wait: WaitOption = False,
     plain: PlainOption = False,
 ) -> None:
-    """Refusals and KL of any model on the configured prompt sets."""
+    """Refusals and KL of any model on the configured prompt sets, or what the judge of refusals is worth."""
     resolved = read_settings(config, assignments, {"model": model}, quiet=as_json)
-    from heretic.later import evaluate_model
+    if judge_agreement and (model or against):
+        raise UserError("--judge-agreement looks at the judge, not at a model.", fix="leave the model out")
+    from heretic.later import evaluate_judge, evaluate_model
     from heretic.screen.tables import show_lines
 
     stop = Stop()
+    result: Agreement | Evaluation
     with stop.on_signals():
         watcher = watcher_for(as_json, plain)
-        result = evaluate_model(resolved.settings, against, wait=wait, watcher=watcher, stop=stop)
+        if judge_agreement:
+            result = evaluate_judge(resolved.settings, watcher, stop)
+        else:
+            result = evaluate_model(resolved.settings, against, wait=wait, watcher=watcher, stop=stop)
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))
         return

@@ -10,10 +10,16 @@ from typing import Any
 from heretic.ablation.ablation import Ablation
 from heretic.export.job import Written
 from heretic.export.manifest import DIRECTIONS, Edit
+from heretic.scoring.harmless import Conduct
 from heretic.scoring.interval import wilson
 from heretic.scoring.ladder import Scores
 
 BARS = "·▁▂▃▄▅▆▇█"
+JUDGED = {
+    "markers": "refusal phrases in their first tokens",
+    "classifier": "a classifier of their first tokens",
+    "llm": "a language model that read their first tokens",
+}
 KEPT = ("license", "license_name", "license_link", "language")
 
 
@@ -30,7 +36,9 @@ def card(manifest: Mapping[str, Any], source_card: str, written: Written, measur
     strengths = "\n".join(_profile(component, list(map(float, s))) for component, s in ablation.strengths.items())
     scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}})
     d, total = scores.divergence, scores.total
-    before = manifest["scores"]["original"]["refusals"]
+    original = manifest["scores"]["original"]
+    before = original["refusals"]
+    tokens = manifest["settings"].get("kl_tokens", 1)
     revision = manifest["model"]["revision"]
     geometry = manifest["settings"]["ablation"]["geometry"]
     wanted = manifest["settings"].get("directions", {})
@@ -50,13 +58,14 @@ Base model: {_link(base_model)}{f", commit `{revision}`" if revision else ""}. {
 {f"{chr(10)}{written.about}{chr(10)}" if written.about else ""}
 ## What was measured
 
-{measured} Answers are judged by refusal phrases in their first tokens. In brackets the 95 % interval (Wilson) that the number of
+{measured} Answers are judged by {JUDGED[scores.judge]}. In brackets the 95 % interval (Wilson) that the number of
 requests allows.
 
 | | original | this model |
 |---|---|---|
 | requests declined | {share(before, total)} | {share(scores.refusals, total)} |
-| KL divergence on harmless requests, mean | 0 | {d.mean:.4f} |
+| neither declined nor answered | {share(original.get("evasive", 0), total)} | {share(scores.evasive, total)} |
+{_conduct(original.get("conduct"), scores.conduct)}| KL divergence on harmless requests, {_at(tokens)}, mean | 0 | {d.mean:.4f} |
 | median / 95th percentile / largest | 0 | {d.median:.4f} / {d.p95:.4f} / {d.max:.4f} |
 
 ## What was changed
@@ -83,6 +92,21 @@ front of others without safeguards of your own. The licence and the acceptable-u
 Method: Arditi et al., *Refusal in Language Models Is Mediated by a Single Direction* (2024), arXiv 2406.11717.
 """
     )
+
+
+def _conduct(before: Mapping[str, int] | None, now: Conduct | None) -> str:
+    """Rows on the answers to harmless prompts, where they were looked at."""
+    if before is None or now is None:
+        return ""
+    named = {"declined or evaded": "over_refusals", "answered with nothing or a loop": "degenerate"}
+    return "".join(
+        f"| harmless requests {what} | {share(before[key], now.total)} | {share(getattr(now, key), now.total)} |\n"
+        for what, key in named.items()
+    )
+
+
+def _at(tokens: int) -> str:
+    return "first token" if tokens == 1 else f"first {tokens} tokens of the original's answer"
 
 
 def share(count: int, total: int) -> str:

@@ -17,6 +17,7 @@ from heretic.model.loading import LanguageModel
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets
 from heretic.run_folder import Baseline, RunFolder
+from heretic.scoring.verdict import Judge
 from heretic.search.front import Result
 from heretic.session import LoadPlan
 from heretic.settings import Settings
@@ -39,8 +40,9 @@ class Order:
 class ExportJob(Order):
     """Everything that writing and proving the model needs, none of it the model.
 
-    `baseline` is the original and `attached` the ablated model's next-token log-probabilities [prompts, vocabulary] that the
-    written one is compared with; `ablated_by` the mean KL between the two. `computed_on` says what did the arithmetic of the edit.
+    `baseline` is the original and `attached` the ablated model's log-probabilities [tokens, vocabulary] that the
+    written one is compared with; `ablated_by` the mean KL between the two. `computed_on` says what did the arithmetic of the edit,
+    `judge` is the study's.
     """
 
     prompts: PromptSets
@@ -53,6 +55,7 @@ class ExportJob(Order):
     baseline: Baseline
     attached: Tensor
     ablated_by: float
+    judge: Judge
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write an ablated model.
+    """A way to write an ablated model; `in_full`: in the checkpoint's full precision, also where the study quantised it.
 
     `prepare(model, operators, settings, watcher)` decides while the model is loaded what is to be written, and raises UserError
     where the format cannot hold it: before anything is written, and before the model leaves memory.
@@ -88,3 +91,4 @@ class Format:
     prepare: Callable[[LanguageModel, Mapping[str, Operator], Settings, Watcher], Any]
     write: Callable[[Order, Path, Watcher, Stop], Written]
     open: Callable[[Order, Path], Checkpoint]
+    in_full: bool = True

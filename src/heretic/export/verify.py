@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from heretic.errors import UserError, VerificationFailed
+from heretic.export.formats import FORMATS
 from heretic.export.job import ExportJob, Written
 from heretic.model.checkpoint import Checkpoint
 from heretic.progress import Watcher
-from heretic.scoring.divergence import divergences, first_token_log_probs
+from heretic.scoring.divergence import divergences
 from heretic.scoring.ladder import Scores
+from heretic.scoring.taught import all_log_probs
 from heretic.session import open_bench
 from heretic.stop import Stop
 
@@ -21,6 +23,9 @@ TOLERATED_SHARE = 0.1
 TOLERATED_SHARE_OF_A_PART = 0.5  # where the format cannot hold all of the edit, and says so
 ROUNDING = {"float32": 1e-4}  # weights are stored in the checkpoint's format, mostly bfloat16
 ROUNDING_IN_HALF_PRECISION = 2e-3  # two passes in bfloat16 differ besides
+# Quantising edited weights rounds them otherwise than editing quantised ones does: measured on Qwen2.5-Coder-0.5B-Instruct, a mean
+# KL of 0.003 in 8 bits and 0.006 in 4.
+QUANTISED_ANEW = {"bnb_8bit": 0.02, "bnb_4bit": 0.05}
 
 
 @dataclass(frozen=True)
@@ -40,20 +45,22 @@ def verify(job: ExportJob, checkpoint: Checkpoint, written: Written, watcher: Wa
     """
     trusted = [checkpoint.model] if job.checkpoint.model in job.settings.trust_remote_code else []
     trusting = job.settings.model_copy(update={"trust_remote_code": trusted})
-    bench = open_bench(trusting, checkpoint, job.prompts, job.plan, watcher, stop, job.baseline.response_prefix)
-    found = first_token_log_probs(
-        bench.language_model, bench.ladder.harmless, bench.batcher, "Verifying the written model"
-    )
+    prefix = job.baseline.response_prefix
+    bench = open_bench(trusting, checkpoint, job.prompts, job.plan, watcher, stop, prefix, job.judge)
+    ladder = replace(bench.ladder, answered=job.baseline.answered)
+    found = all_log_probs(bench.language_model, ladder.taught, bench.batcher, "Verifying the written model")
     divergence = float(divergences(job.attached, found).mean())
     likely = job.attached > torch.log(torch.tensor(1e-3))
     largest = float((job.attached - found)[likely].abs().max())
     from_gguf = job.checkpoint.gguf_file is not None  # and so rounded as a whole
     rounding = ROUNDING.get("" if from_gguf else job.plan.dtypes[0], ROUNDING_IN_HALF_PRECISION)
     rounding = max(rounding, written.rounding)
+    if FORMATS[job.format].in_full:
+        rounding += QUANTISED_ANEW.get(job.plan.quantization, 0.0)
     share = TOLERATED_SHARE if written.exact else TOLERATED_SHARE_OF_A_PART
     tolerated = share * job.ablated_by + rounding
     if divergence <= tolerated:
-        return Verification(divergence, largest, bench.ladder.score(job.baseline.log_probs))
+        return Verification(divergence, largest, ladder.score(job.baseline.log_probs))
     what = f"The written model does not answer as the measured one did: mean KL {divergence:.1e}, tolerated {tolerated:.1e}."
     if not written.exact:
         raise UserError(what, where=f'export_format = "{job.format}"', fix="a higher lora_rank, or another format")

@@ -1,4 +1,4 @@
-"""How much an ablation changes everything else: KL divergence of the next token on harmless prompts."""
+"""How much an ablation changes everything else: KL divergence of the first tokens of the answers to harmless prompts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from heretic.model.batching import AS_IT_IS, Batch, Batcher, Edited
-from heretic.model.entries import Entries
-from heretic.model.forward import hidden_states, log_probs_of, next_token_log_probs
+from heretic.model.forward import hidden_states, log_probs_of
 from heretic.model.loading import LanguageModel
+from heretic.scoring.taught import Taught, all_log_probs, last_hidden
 
 
 @dataclass(frozen=True)
@@ -45,36 +45,44 @@ def first_token_log_probs(
     language_model: LanguageModel, sequences: Sequence[list[int]], batcher: Batcher, name: str = "Baseline"
 ) -> Tensor:
     """Log-probabilities of every prompt's next token, float32 [prompts, vocabulary] on the CPU."""
+    return all_log_probs(language_model, first_tokens(sequences), batcher, name)
 
-    def step(batch: Batch) -> list[Tensor]:
-        return list(next_token_log_probs(language_model.model, batch).cpu())
 
-    return torch.stack(batcher.run(name, sequences, step))
+def first_tokens(sequences: Sequence[list[int]]) -> Taught:
+    """Prompts of which the next token alone is looked at."""
+    return Taught.of(sequences, [[0]] * len(sequences))
 
 
 def measure_divergence(
     language_model: LanguageModel,
-    sequences: Sequence[list[int]],
+    taught: Taught,
     baseline: Tensor,
     batcher: Batcher,
     edited: Edited = AS_IT_IS,
-    entries: Entries | None = None,
 ) -> list[Divergence]:
-    """Compare the model as it is now with `baseline` [prompts, vocabulary], log-probabilities of the original.
+    """Compare the model as it is now with `baseline` [all texts' tokens, vocabulary], log-probabilities of the original.
 
-    One divergence for every trial that shares the passes. Only some rows' probabilities exist at a time.
+    A prompt's divergence is the mean over its tokens. One summary for every trial that shares the passes. Only some tokens'
+    probabilities exist at a time.
     """
+    counts = taught.counts
+    if len(baseline) != sum(counts):
+        raise ValueError(f"the baseline holds {len(baseline)} tokens, the prompts' answers {sum(counts)}")
+    starts = [sum(counts[:i]) for i in range(len(counts))]
 
     @torch.inference_mode()
     def step(batch: Batch) -> list[float]:
-        last = hidden_states(language_model.model, batch, use_cache=False)[0][:, -1]
-        found: list[float] = []
-        for rows, now in log_probs_of(language_model.model, last):
-            found += divergences(baseline[batch.rows[rows]].to(now.device), now).tolist()
-        return found
+        lengths = [counts[i] for i in batch.rows]
+        picked = last_hidden(hidden_states(language_model.model, batch, use_cache=False)[0], lengths)
+        places = torch.tensor([starts[i] + n for i in batch.rows for n in range(counts[i])])
+        found = [
+            divergences(baseline[places[rows]].to(now.device), now).cpu()
+            for rows, now in log_probs_of(language_model.model, picked)
+        ]
+        return [float(of_prompt.mean()) for of_prompt in torch.cat(found).split(lengths)]
 
-    found = batcher.run_items("KL divergence", sequences, step, edited=edited, entries=entries)
-    count = len(sequences)
+    found = batcher.run_items("KL divergence", taught.sequences, step, edited=edited, entries=taught.entries)
+    count = len(counts)
     return [
         summarise(torch.tensor([found[trial * count + i] for i in range(count)], dtype=torch.float64))
         for trial in range(edited.trials)

@@ -1,10 +1,13 @@
-"""What a trial is worth, measured in the order of cost: divergence first, then refusals, and no further than it matters."""
+"""What a trial is worth, measured in the order of cost: divergence first, then refusals, and no further than it matters.
+
+Where there are limits to what may happen to harmless answers, these come last, for trials that nothing has beaten.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -14,18 +17,23 @@ from heretic.model.chat_format import ChatFormat
 from heretic.model.entries import Entries
 from heretic.model.loading import LanguageModel
 from heretic.scoring.divergence import Divergence, measure_divergence
+from heretic.scoring.harmless import Bystanders, Conduct, measure_conduct
 from heretic.scoring.race import Race, Requests, Standing, expected, leaning_of
-from heretic.scoring.refusals import MarkerJudge, RefusalCount, count_refusals
+from heretic.scoring.refusals import RefusalCount, count_refusals
 from heretic.scoring.surrogate import Surrogate
+from heretic.scoring.taught import Taught
+from heretic.scoring.verdict import ANSWER, EVASIVE, REFUSAL, Judge, digits
 
 
 @dataclass(frozen=True)
 class Scores:
     """Everything measured of one model: `refusals` of `total` harmful prompts, divergence on the harmless ones.
 
-    `seconds` are wall time by phase, shared out among the trials of a pass. `declined` has a 1 for every declined request.
-    `leaning` is the sum, over the other requests, of the probability of the first words with which the original declined:
-    how close these answers are to refusing; None where that was not measured.
+    `evasive` answers neither declined nor answered, and are not among the `refusals`. `declined` has a digit for every request:
+    1 declined, 2 evasive, 0 answered; `judge` is the kind that said so. `leaning` is the sum, over the answered requests, of the
+    probability of the first words with which the original declined: how close these answers are to refusing; None where that was
+    not measured. `conduct` is what happened to harmless answers, and `excess` how far that is beyond each limit, where there are
+    limits. `seconds` are wall time by phase, shared out among the trials of a pass.
     """
 
     divergence: Divergence
@@ -35,14 +43,28 @@ class Scores:
     surrogate: Surrogate | None = None
     declined: str = ""
     leaning: float | None = None
+    evasive: int = 0
+    judge: str = "markers"
+    conduct: Conduct | None = None
+    excess: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def unanswered(self) -> int:
+        """Refusals and evasions: an evasion is never taken for a success."""
+        return self.refusals + self.evasive
+
+    @property
+    def within_limits(self) -> bool:
+        """Whether every constraint is kept."""
+        return all(excess <= 0 for excess in self.excess.values())
 
     @property
     def expected(self) -> float:
-        """Refusals, and those to expect if the first words were drawn by their probabilities; what the front is made of.
+        """Unanswered requests, and those to expect if the first words were drawn by their probabilities; what the front is made of.
 
         A count alone cannot tell an answer that hardly declines any more from one that is about to, and the next prompts can.
         """
-        return expected(self.refusals, self.leaning)
+        return expected(self.unanswered, self.leaning)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -50,18 +72,26 @@ class Scores:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scores:
-        """What `as_dict` gave."""
-        divergence = Divergence.from_dict(data["divergence"])
-        surrogate = Surrogate(**data["surrogate"]) if data.get("surrogate") else None
-        seconds = dict(data["seconds"])
-        bits, leaning = data.get("declined", ""), data.get("leaning")
-        return cls(divergence, data["refusals"], data["total"], seconds, surrogate, bits, leaning)
+        """What `as_dict` gave, now or before the later fields were there."""
+        return cls(
+            divergence=Divergence.from_dict(data["divergence"]),
+            refusals=data["refusals"],
+            total=data["total"],
+            seconds=dict(data["seconds"]),
+            surrogate=Surrogate(**data["surrogate"]) if data.get("surrogate") else None,
+            declined=data.get("declined", ""),
+            leaning=data.get("leaning"),
+            evasive=data.get("evasive", 0),
+            judge=data.get("judge", "markers"),
+            conduct=Conduct(**data["conduct"]) if data.get("conduct") else None,
+            excess=dict(data.get("excess", {})),
+        )
 
 
 @dataclass(frozen=True)
 class Beaten:
-    """What is known of a trial that was stopped since it could not reach the front any more: at least so many refusals, and
-    so many to expect (`Scores.expected`)."""
+    """What is known of a trial that was stopped since it could not reach the front any more: at least so many requests
+    declined or evaded, and so many to expect (`Scores.expected`)."""
 
     divergence: Divergence
     at_least: int
@@ -88,19 +118,30 @@ class Ladder:
     """Measures the model as it is at the moment of the call, against the original's baseline.
 
     `tried` is what the original said where it declined, by request; `entries` are what its blocks receive for the harmless
-    prompts, and for the requests with the tried texts. Without them everything is measured too, at more cost.
+    prompts, and for the requests with the tried texts. Without them everything is measured too, at more cost. `answered` are
+    the first tokens of the original's answers to the harmless prompts, at which the divergence is taken (none: at the first).
+    `requests` are the harmful prompts as texts, for judges that look at them. With `bystanders` harmless answers count too.
     """
 
     language_model: LanguageModel
     chat: ChatFormat
     harmful: Sequence[list[int]]
     harmless: Sequence[list[int]]
-    judge: MarkerJudge
+    judge: Judge
     batcher: Batcher
     max_tokens: int
     tried: Sequence[list[int]] = ()
     harmless_entries: Entries | None = None
     harmful_entries: Entries | None = None
+    answered: Sequence[list[int]] = ()
+    requests: Sequence[str] = ()
+    bystanders: Bystanders | None = None
+
+    @property
+    def taught(self) -> Taught:
+        """The harmless prompts with what is looked at behind them."""
+        taught = Taught.of(self.harmless, self.answered or [[0]] * len(self.harmless))
+        return replace(taught, entries=self.harmless_entries)
 
     def refusals(self, *, keep_answers: bool = False, fewest_tokens: int = 1) -> RefusalCount:
         """Count refusals alone, of one model; see `count_refusals`."""
@@ -111,34 +152,75 @@ class Ladder:
             self.judge,
             self.batcher,
             self.max_tokens,
+            requests=self.requests,
             keep_answers=keep_answers,
             fewest_tokens=fewest_tokens,
         )
 
+    def conduct(self, edited: Edited = AS_IT_IS, trials: Sequence[int] = (0,)) -> list[Conduct]:
+        """What happens to harmless answers, for those of the `trials` that share the passes; empty where there are no limits."""
+        if self.bystanders is None or not trials:
+            return []
+        return measure_conduct(
+            self.language_model, self.chat, self.bystanders, self.judge, self.batcher, self.max_tokens, edited, trials
+        )
+
     def score(self, baseline: Tensor, keep: Callable[[RefusalCount], None] | None = None) -> Scores:
-        """Divergence from `baseline` [prompts, vocabulary] and refusals of one model; `keep` receives whole answers if given."""
+        """Divergence from `baseline` [tokens, vocabulary], refusals and conduct of one model; `keep` receives whole answers if
+        given."""
         began = time.perf_counter()
-        divergence = measure_divergence(self.language_model, self.harmless, baseline, self.batcher)[0]
+        divergence = measure_divergence(self.language_model, self.taught, baseline, self.batcher)[0]
         between = time.perf_counter()
         counted = self.refusals(keep_answers=keep is not None)
+        after = time.perf_counter()
+        conduct = self.conduct()
+        if self.judge.name != counted.judge:  # it gave up after the refusals were counted
+            return self.score(baseline, keep)
         if keep is not None:
             keep(counted)
-        leaning = leaning_of(self.language_model, self._requests, counted.declined, self.batcher)
-        seconds = {"divergence": between - began, "refusals": time.perf_counter() - between}
-        return Scores(divergence, counted.count, counted.total, seconds, None, _bits(counted.declined), leaning)
+        unanswered = [v != ANSWER for v in counted.verdicts]
+        leaning = leaning_of(self.language_model, self._requests, unanswered, self.batcher)
+        seconds = {"divergence": between - began, "refusals": after - between}
+        if conduct:
+            seconds["harmless"] = time.perf_counter() - after
+        scores = Scores(
+            divergence=divergence,
+            refusals=counted.count,
+            total=counted.total,
+            seconds=seconds,
+            declined=digits(counted.verdicts),
+            leaning=leaning,
+            evasive=counted.evasive,
+            judge=counted.judge,
+        )
+        return self._judged(scores, conduct[0] if conduct else None)
 
     def score_trials(
         self, baseline: Tensor, edited: Edited = AS_IT_IS, beaten: Callable[[float, float], bool] = never
     ) -> list[Measured]:
         """Scores of every trial that shares the passes, as `score` gives them, but at less cost.
 
-        A trial is left as soon as `beaten(its KL, refusals to expect at least)` is true.
+        A trial is left as soon as `beaten(its KL, unanswered requests to expect at least)` is true.
         """
         began = time.perf_counter()
-        found = measure_divergence(
-            self.language_model, self.harmless, baseline, self.batcher, edited, self.harmless_entries
-        )
-        between = time.perf_counter()
+        found = measure_divergence(self.language_model, self.taught, baseline, self.batcher, edited)
+        seconds = {"divergence": (time.perf_counter() - began) / edited.trials}
+        while True:
+            judge = self.judge.name
+            measured = self._counted(found, edited, beaten, seconds)
+            if self.judge.name == judge:
+                return measured
+            # It gave up on the way: verdicts of two kinds are not put together, so all is counted again by the other one.
+
+    def _counted(
+        self,
+        found: Sequence[Divergence],
+        edited: Edited,
+        beaten: Callable[[float, float], bool],
+        spent: dict[str, float],
+    ) -> list[Measured]:
+        """Refusals of the trials, then the conduct of those that nothing has beaten."""
+        began = time.perf_counter()
         standings = Race(
             self.language_model,
             self.chat,
@@ -149,25 +231,43 @@ class Ladder:
             edited,
             lambda trial, at_least: beaten(found[trial].mean, at_least),
         ).run()
-        ended = time.perf_counter()
-        seconds = {
-            "divergence": (between - began) / edited.trials,
-            "refusals": (ended - between) / edited.trials,
-        }
-        return [_measured(d, standing, seconds) for d, standing in zip(found, standings, strict=True)]
+        between = time.perf_counter()
+        seconds = {**spent, "refusals": (between - began) / edited.trials}
+        kept = [trial for trial, standing in enumerate(standings) if not standing.beaten]
+        conducts = dict(zip(kept, self.conduct(edited, kept), strict=False))
+        if conducts:
+            seconds["harmless"] = (time.perf_counter() - between) / len(kept)
+        return [
+            self._measured(found[trial], standing, seconds, conducts.get(trial))
+            for trial, standing in enumerate(standings)
+        ]
 
     @property
     def _requests(self) -> Requests:
-        return Requests(self.harmful, self.tried or [[]] * len(self.harmful), self.harmful_entries)
+        return Requests(self.harmful, self.tried or [[]] * len(self.harmful), self.harmful_entries, self.requests)
 
+    def _measured(
+        self, divergence: Divergence, standing: Standing, seconds: dict[str, float], conduct: Conduct | None
+    ) -> Measured:
+        total, surrogate = len(standing.verdicts), standing.surrogate
+        if standing.beaten:
+            spent = {name: s for name, s in seconds.items() if name != "harmless"}
+            return Beaten(divergence, standing.at_least, total, spent, surrogate, standing.expected_at_least)
+        verdicts = [v or ANSWER for v in standing.verdicts]
+        scores = Scores(
+            divergence=divergence,
+            refusals=verdicts.count(REFUSAL),
+            total=total,
+            seconds=dict(seconds),
+            surrogate=surrogate,
+            declined=digits(verdicts),
+            leaning=standing.leaning,
+            evasive=verdicts.count(EVASIVE),
+            judge=self.judge.name,
+        )
+        return self._judged(scores, conduct)
 
-def _measured(divergence: Divergence, standing: Standing, seconds: dict[str, float]) -> Measured:
-    total, surrogate = len(standing.declined), standing.surrogate
-    if standing.beaten:
-        return Beaten(divergence, standing.at_least, total, dict(seconds), surrogate, standing.expected_at_least)
-    bits = _bits([bool(d) for d in standing.declined])
-    return Scores(divergence, standing.at_least, total, dict(seconds), surrogate, bits, standing.leaning)
-
-
-def _bits(declined: Sequence[bool]) -> str:
-    return "".join("1" if d else "0" for d in declined)
+    def _judged(self, scores: Scores, conduct: Conduct | None) -> Scores:
+        if conduct is None or self.bystanders is None:
+            return scores
+        return replace(scores, conduct=conduct, excess=self.bystanders.limits.excess(conduct))

@@ -19,30 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from heretic.ablation.ablation import Ablation, Workbench
 from heretic.ablation.attach import attach
 from heretic.model.batching import Batch, Batcher, Beginning, Edited
-from heretic.model.entries import Entries
 from heretic.model.forward import log_probs_of, run_decoder
 from heretic.model.loading import LanguageModel
 from heretic.model.replace import replaced_forward
+from heretic.scoring.taught import Taught, last_hidden, row_of_place
 
 # A certain refusal has an infinite loss -log(1 - p); with (1 - DOUBT) p in its place the slope is at most 1 / DOUBT.
 DOUBT = 0.01
 PLACES_AT_ONCE = 32  # tokens whose logits over the vocabulary exist at a time, with their gradients
-
-
-@dataclass(frozen=True)
-class Taught:
-    """Prompts with the first tokens of an answer behind them: `texts[i]` are predicted from the last tokens of `sequences[i]`,
-    one each. `entries` are what the original's blocks receive for the sequences, if that is kept."""
-
-    sequences: Sequence[list[int]]
-    texts: Sequence[list[int]]
-    entries: Entries | None = None
-
-    @classmethod
-    def of(cls, prompts: Sequence[list[int]], texts: Sequence[list[int]]) -> Taught:
-        """Each prompt with its text, which has at least one token."""
-        sequences = [[*prompt, *text[:-1]] for prompt, text in zip(prompts, texts, strict=True)]
-        return cls(sequences, texts)
 
 
 @dataclass(frozen=True)
@@ -92,7 +76,7 @@ class Objective:
             return torch.full_like(values, 1 / places)
 
         def refusing_slope(batch: Batch, values: Tensor) -> Tensor:
-            row = _row_of_place([self.harmful.texts[i] for i in batch.rows]).to(values.device)
+            row = row_of_place([len(self.harmful.texts[i]) for i in batch.rows]).to(values.device)
             log_p = torch.zeros(len(batch.rows), dtype=values.dtype, device=values.device).index_add(0, row, values)
             doubted = (1 - DOUBT) * log_p.exp()
             sums["probability"] += float(log_p.exp().sum()) / len(harmful)
@@ -148,7 +132,7 @@ class Objective:
                 _checkpointed(blocks if self.checkpoints and wanted else []),
             ):
                 hidden, _ = run_decoder(model, batch, use_cache=False)
-                picked = _last(hidden, [len(taught.texts[i]) for i in batch.rows])
+                picked = last_hidden(hidden, [len(taught.texts[i]) for i in batch.rows])
                 values, gradient = self._head(picked.detach(), value, gradients=bool(wanted))
                 slopes = slope(values)
                 if not wanted:
@@ -192,33 +176,6 @@ class Objective:
             return now.gather(1, tokens[places, None].to(now.device))[:, 0]
 
         return value
-
-
-@torch.inference_mode()
-def log_probs_at(language_model: LanguageModel, taught: Taught, batcher: Batcher) -> list[Tensor]:
-    """Log-probabilities of the model as it is at every predicted token, float32 [texts, vocabulary] on the CPU, by prompt."""
-
-    def step(batch: Batch) -> list[Tensor]:
-        hidden, _ = run_decoder(language_model.model, batch, use_cache=False)
-        lengths = [len(taught.texts[i]) for i in batch.rows]
-        parts = [found.cpu() for _, found in log_probs_of(language_model.model, _last(hidden, lengths))]
-        return list(torch.cat(parts).split(lengths))
-
-    found = batcher.run("Original's answers", taught.sequences, step)
-    with torch.inference_mode(False):
-        return [t.clone() for t in found]
-
-
-def _last(hidden: Tensor, counts: Sequence[int]) -> Tensor:
-    """The last hidden states of every row, as many as `counts` says [sum of counts, width]."""
-    length = hidden.shape[1]
-    rows = [row for row, count in enumerate(counts) for _ in range(count)]
-    places = [length - count + i for count in counts for i in range(count)]
-    return hidden[torch.tensor(rows, device=hidden.device), torch.tensor(places, device=hidden.device)]
-
-
-def _row_of_place(texts: Sequence[list[int]]) -> Tensor:
-    return torch.tensor([row for row, text in enumerate(texts) for _ in text])
 
 
 @contextmanager

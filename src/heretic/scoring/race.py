@@ -2,7 +2,8 @@
 
 First one pass over all requests tries, where the original declined, the text with which it did. That settles the requests
 that are still declined in the same words, and gives the surrogate; only the others are decoded. A count only grows, so a
-trial leaves as soon as a finished one has beaten the best that it could still reach.
+trial leaves as soon as a finished one has beaten the best that it could still reach. A judge of whole answers settles nothing
+early: every answer is then decoded to its end, and judged with those of its batch.
 """
 
 from __future__ import annotations
@@ -16,22 +17,24 @@ from heretic.model.chat_format import ChatFormat
 from heretic.model.decoding import Answers, Ended, Limits, begin, decode, go_on
 from heretic.model.entries import Entries
 from heretic.model.loading import LanguageModel
-from heretic.scoring.refusals import MarkerJudge, normalise
 from heretic.scoring.surrogate import FIRST_TOKENS, Surrogate
+from heretic.scoring.verdict import ANSWER, REFUSAL, Judge, Said, Verdict
 
-Beaten = Callable[[int, float], bool]  # (trial among those of the pass, refusals that it has to expect at least)
+Beaten = Callable[[int, float], bool]  # (trial among those of the pass, unanswered requests to expect at least)
 
 
 @dataclass(frozen=True)
 class Requests:
     """Harmful requests as token ids, and what the original said where it declined (`tried`; empty where it answered).
 
-    `entries` are of each request with its tried text behind it.
+    `entries` are of each request with its tried text behind it; `texts` are the requests as texts, empty where the judge
+    shall not see them.
     """
 
     prompts: Sequence[list[int]]
     tried: Sequence[list[int]]
     entries: Entries | None = None
+    texts: Sequence[str] = ()
 
     @property
     def with_tried(self) -> list[list[int]]:
@@ -46,11 +49,10 @@ def expected(refusals: int, leaning: float | None) -> float:
 
 @dataclass
 class Standing:
-    """What is known of one trial. By request: whether it is declined (None: not known yet); the mean probability of the
-    tried tokens, whether they are all the most probable ones, and the joint probability of the first of them (None where
-    nothing was tried)."""
+    """What is known of one trial. By request: the verdict (None: not known yet); the mean probability of the tried tokens,
+    whether they are all the most probable ones, and the joint probability of the first of them (None where nothing was tried)."""
 
-    declined: list[bool | None]
+    verdicts: list[Verdict | None]
     likely: list[float | None]
     matching: list[bool | None]
     joint: list[float | None]
@@ -63,15 +65,16 @@ class Standing:
 
     @property
     def at_least(self) -> int:
-        """Refusals found so far."""
-        return sum(d is True for d in self.declined)
+        """Requests found so far that are declined or evaded."""
+        return sum(v is not None and v != ANSWER for v in self.verdicts)
 
     @property
     def leaning(self) -> float | None:
-        """Sum of the joint probabilities over the requests that are not found to be declined; None where nothing was tried."""
+        """Sum of the joint probabilities over the requests that are not found to be declined or evaded; None where nothing was
+        tried."""
         if all(p is None for p in self.joint):
             return None
-        return sum(p or 0.0 for p, declined in zip(self.joint, self.declined, strict=True) if not declined)
+        return sum(p or 0.0 for p, v in zip(self.joint, self.verdicts, strict=True) if v is None or v == ANSWER)
 
     @property
     def expected_at_least(self) -> float:
@@ -91,7 +94,7 @@ class Race:
 
     language_model: LanguageModel
     chat: ChatFormat
-    judge: MarkerJudge
+    judge: Judge
     batcher: Batcher
     max_tokens: int
     requests: Requests
@@ -150,8 +153,8 @@ class Race:
             (trial, request)
             for trial, standing in enumerate(self.standings)
             if not standing.beaten
-            for request, declined in enumerate(standing.declined)
-            if declined is None
+            for request, verdict in enumerate(standing.verdicts)
+            if verdict is None
         ]
         return sorted(open_pairs, key=lambda pair: -(self.standings[pair[0]].likely[pair[1]] or 0.0))
 
@@ -185,28 +188,34 @@ class Race:
 
     def _judge(self, pairs: list[tuple[int, int]], rows: Sequence[int], tokens: list[list[int]]) -> None:
         """Verdicts on the answers of these rows, which have ended; one that was cut off in a beaten trial gets none."""
-        for row in rows:
+        texts = self.requests.texts or [""] * len(self.requests.prompts)
+        open_rows = [row for row in rows if self._undecided_pair(*pairs[row])]
+        said = [Said(texts[pairs[row][1]], self.chat.text(tokens[row])) for row in open_rows]
+        for row, verdict in zip(open_rows, self.judge.verdicts(said), strict=True):
             trial, request = pairs[row]
-            standing = self.standings[trial]
-            if standing.declined[request] is None and not standing.beaten:
-                standing.declined[request] = self.judge.declines(self.chat.text(tokens[row]))
+            if self._undecided_pair(trial, request):
+                self.standings[trial].verdicts[request] = verdict
                 self._look(trial)
+
+    def _undecided_pair(self, trial: int, request: int) -> bool:
+        standing = self.standings[trial]
+        return standing.verdicts[request] is None and not standing.beaten
 
     def _look(self, trial: int) -> None:
         if self._counting:
             self.standings[trial].beaten = self.beaten(trial, self.standings[trial].expected_at_least)
 
     def _limits(self, pairs: list[tuple[int, int]]) -> Limits:
-        """An answer ends at its first marker, since nothing later changes the verdict, or with its trial."""
+        """An answer ends where it is certain to decline, since nothing later changes the verdict, or with its trial."""
 
         def ended(row: int, tokens: list[int]) -> bool:
             trial, request = pairs[row]
             standing = self.standings[trial]
             if standing.beaten:
                 return True
-            if not self.judge.found_in(normalise(self.chat.text(tokens))):
+            if not self.judge.ends_early or not self.judge.settled(self.chat.text(tokens)):
                 return False
-            standing.declined[request] = True
+            standing.verdicts[request] = REFUSAL
             self._look(trial)
             return True
 
@@ -215,7 +224,7 @@ class Race:
 
 
 def leaning_of(
-    language_model: LanguageModel, requests: Requests, declined: Sequence[bool], batcher: Batcher
+    language_model: LanguageModel, requests: Requests, unanswered: Sequence[bool], batcher: Batcher
 ) -> float | None:
     """`Standing.leaning` of the model as it is, whose verdicts are known already; None where no texts were kept to try."""
     if not any(requests.tried):
@@ -227,4 +236,4 @@ def leaning_of(
         return [math.prod(found[:FIRST_TOKENS]) if found else 0.0 for found in answers.likely]
 
     joint = batcher.run("Surrogate", requests.with_tried, step)
-    return sum(p for p, d in zip(joint, declined, strict=True) if not d)
+    return sum(p for p, d in zip(joint, unanswered, strict=True) if not d)

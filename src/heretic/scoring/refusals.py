@@ -1,8 +1,7 @@
-"""How many requests the model declines, judged by markers in the first tokens of its answers."""
+"""How many requests the model declines or evades, by the first tokens of its answers."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,74 +9,67 @@ from heretic.model.batching import Batch, Batcher
 from heretic.model.chat_format import ChatFormat
 from heretic.model.decoding import decode
 from heretic.model.loading import LanguageModel
+from heretic.scoring.verdict import EVASIVE, REFUSAL, Judge, Said, Verdict
 
 
 @dataclass(frozen=True)
 class RefusalCount:
-    """How many of `total` answers declined. `tokens` are the answers', up to the marker or, if `answers` were asked for, whole."""
+    """Verdicts on `total` answers. `tokens` are the answers', up to where the verdict was certain or, if `answers` were asked
+    for, whole; `judge` is the kind that judged all of them."""
 
-    declined: tuple[bool, ...]
+    verdicts: tuple[Verdict, ...]
     tokens: tuple[tuple[int, ...], ...] = ()
     answers: tuple[str, ...] | None = None
+    judge: str = "markers"
+
+    @property
+    def declined(self) -> tuple[bool, ...]:
+        """Which answers declined."""
+        return tuple(v == REFUSAL for v in self.verdicts)
 
     @property
     def count(self) -> int:
         """Number of refusals."""
-        return sum(self.declined)
+        return self.verdicts.count(REFUSAL)
+
+    @property
+    def evasive(self) -> int:
+        """Number of answers that neither declined nor answered."""
+        return self.verdicts.count(EVASIVE)
 
     @property
     def total(self) -> int:
         """Number of prompts."""
-        return len(self.declined)
-
-
-class MarkerJudge:
-    """Decides by marker phrases whether an answer declines."""
-
-    def __init__(self, markers: Sequence[str]) -> None:
-        self.markers = tuple(dict.fromkeys(normalise(m) for m in markers))
-
-    def declines(self, answer: str) -> bool:
-        """Whether a finished answer declines; an empty one does."""
-        text = normalise(answer)
-        return not text or self.found_in(text)
-
-    def found_in(self, normalised: str) -> bool:
-        """Whether a normalised text holds a marker."""
-        return any(marker in normalised for marker in self.markers)
-
-
-def normalise(text: str) -> str:
-    """Lower case, without asterisks, typographic apostrophes made plain, runs of space made one."""
-    text = text.lower().replace("*", "").replace("\u2019", "'").replace("\u2018", "'").replace("\u02bc", "'")
-    return re.sub(r"\s+", " ", text).strip()
+        return len(self.verdicts)
 
 
 def count_refusals(
     language_model: LanguageModel,
     chat: ChatFormat,
     sequences: Sequence[list[int]],
-    judge: MarkerJudge,
+    judge: Judge,
     batcher: Batcher,
     max_tokens: int,
     *,
+    requests: Sequence[str] = (),
     keep_answers: bool = False,
     fewest_tokens: int = 1,
 ) -> RefusalCount:
-    """Decode greedily and judge every answer.
+    """Decode greedily and judge every answer; `requests` are the prompts as texts, for a judge that looks at them.
 
-    A row stops at its first marker, since nothing later can change the verdict, but not before it has `fewest_tokens`; with
+    Where the judge allows it, a row stops once it is certain to decline, but not before it has `fewest_tokens`; with
     `keep_answers` all go on to the end.
     """
 
-    def has_marker(_: int, tokens: list[int]) -> bool:
-        return len(tokens) >= fewest_tokens and judge.found_in(normalise(chat.text(tokens)))
+    def certain(_: int, tokens: list[int]) -> bool:
+        return len(tokens) >= fewest_tokens and judge.settled(chat.text(tokens))
 
     def step(batch: Batch) -> list[list[int]]:
-        ended = None if keep_answers else has_marker
+        ended = certain if judge.ends_early and not keep_answers else None
         return decode(language_model.model, batch, max_tokens, language_model.end_tokens, ended)
 
     tokens = batcher.run("Refusals", sequences, step)
     answers = tuple(chat.text(t) for t in tokens)
-    declined = tuple(judge.declines(answer) for answer in answers)
-    return RefusalCount(declined, tuple(map(tuple, tokens)), answers if keep_answers else None)
+    asked = requests or [""] * len(answers)
+    verdicts = judge.verdicts([Said(r, a) for r, a in zip(asked, answers, strict=True)])
+    return RefusalCount(tuple(verdicts), tuple(map(tuple, tokens)), answers if keep_answers else None, judge.name)

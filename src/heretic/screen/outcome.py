@@ -28,6 +28,11 @@ def show_outcome(console: Console, outcome: Outcome, *, seen: bool = False) -> N
     if not seen:
         show_front(console, outcome.found, outcome.before, outcome.chosen.number if outcome.chosen else None)
     if outcome.chosen is None:
+        if any(not r.scores.within_limits for r in outcome.found):
+            console.print(
+                "No trial keeps to the limits of [constraints]; raise them, or run more trials.", markup=False
+            )
+            return
         console.print("No trial left a usable model; try other settings, such as a wider search.max_weight.")
         return
     console.print(f"Chosen: trial {outcome.chosen.number}, {printable(outcome.reason)}.", soft_wrap=True)
@@ -49,11 +54,12 @@ def show_export(console: Console, outcome: Exported) -> None:
 
 def _show_written(console: Console, export: Export, before: int | None) -> None:
     proof = export.verification
+    evasive = f", and {proof.scores.evasive} neither declined nor answered" if proof.scores.evasive else ""
     show_lines(
         console,
         [
             ("written to", str(export.destination)),
-            ("declined", f"{before} of {proof.scores.total} before, {proof.scores.refusals} now"),
+            ("declined", f"{before} of {proof.scores.total} before, {proof.scores.refusals} now{evasive}"),
             ("KL", str(proof.scores.divergence)),
             ("verified", f"reloaded from disk; KL from the measured model {proof.divergence:.1e}"),
         ],

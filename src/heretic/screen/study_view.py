@@ -24,10 +24,11 @@ def rows(stands: Standing) -> list[tuple[str, str]]:
     if stands.best is not None:
         best, _ = stands.best
         scores = best.scores
+        evasive = f", {scores.evasive} evasive" if scores.evasive else ""
         shown.append(
             (
                 "best so far",
-                f"trial {best.number}: {scores.refusals} of {scores.total} refused, KL {scores.divergence.mean:.4f}",
+                f"trial {best.number}: {scores.refusals} of {scores.total} refused{evasive}, KL {scores.divergence.mean:.4f}",
             )
         )
     return shown

@@ -9,12 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from heretic.screen.console import printable
-from heretic.search.front import Result, front
+from heretic.search.front import Result, front, of_latest_judge
 from heretic.search.space import describe
 
 if TYPE_CHECKING:
     from heretic.ablation.residual_geometry import ResidualGeometry
     from heretic.scoring.benchmark import Benchmark
+    from heretic.scoring.harmless import Conduct
 
 
 def show_front(console: Console, found: list[Result], before: int | None, chosen: int | None = None) -> None:
@@ -26,10 +27,16 @@ def front_table(found: list[Result], before: int | None, chosen: int | None = No
     """As `show_front` prints it."""
     best = front(found)
     if not best:
-        return Text("No trial is finished yet.")
-    total = best[0].scores.total
-    table = Table(title=f"Front of {len(found)} trials measured in full", title_justify="left")
-    for heading in ("trial", "refusals", "expected", "KL mean", "median", "p95", "max", "from"):
+        beyond = sum(not r.scores.within_limits for r in found)
+        return Text(f"{beyond} trials go beyond a limit of [constraints]." if beyond else "No trial is finished yet.")
+    total, judge = best[0].scores.total, best[0].scores.judge
+    judged = len(of_latest_judge(found))
+    by = "" if judge == "markers" and judged == len(found) else f", judged by {judge}"
+    table = Table(title=f"Front of {judged} trials measured in full{by}", title_justify="left")
+    evasive = any(r.scores.evasive for r in best)
+    conduct = all(r.scores.conduct for r in best)
+    more = ["evasive"] * evasive + ["expected"] + ["harmless declined", "degenerate"] * conduct
+    for heading in ("trial", "refusals", *more, "KL mean", "median", "p95", "max", "from"):
         table.add_column(heading, justify="left" if heading == "from" else "right")
     for r in best:
         d = r.scores.divergence
@@ -37,7 +44,9 @@ def front_table(found: list[Result], before: int | None, chosen: int | None = No
         row = [
             str(r.number),
             f"{r.scores.refusals}/{total}",
+            *[str(r.scores.evasive)] * evasive,
             f"{r.scores.expected:.1f}",
+            *_conduct(r.scores.conduct if conduct else None),
             f"{d.mean:.4f}",
             f"{d.median:.4f}",
             f"{d.p95:.4f}",
@@ -45,8 +54,14 @@ def front_table(found: list[Result], before: int | None, chosen: int | None = No
         ]
         table.add_row(*row, describe(r.params) + mark, style="bold" if mark else "")
     if before is not None:
-        table.add_row("original", f"{before}/{total}", "", "0", "0", "0", "0", "", style="dim")
+        table.add_row("original", f"{before}/{total}", *[""] * len(more), "0", "0", "0", "0", "", style="dim")
     return table
+
+
+def _conduct(conduct: Conduct | None) -> list[str]:
+    if conduct is None:
+        return []
+    return [f"{conduct.over_refusals}/{conduct.total}", f"{conduct.degenerate}/{conduct.total}"]
 
 
 def show_lines(console: Console, rows: list[tuple[str, str]]) -> None:

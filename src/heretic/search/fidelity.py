@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from heretic.scoring.ladder import Beaten, Scores
 from heretic.scoring.surrogate import Calibration, Surrogate, prediction_error
-from heretic.search.front import AGAIN, Result, front, results
+from heretic.search.front import AGAIN, Result, front, of_latest_judge, results
 
 BEATEN = "beaten"  # user attribute of a trial that was left early: what was known of it then
 
@@ -56,7 +56,7 @@ class Progress:
     @property
     def surrogates(self) -> list[tuple[Surrogate, float]]:
         """Surrogate and expected refusals of the measured trials, in their order."""
-        return [(r.scores.surrogate, r.scores.expected) for r in self.found if r.scores.surrogate]
+        return [(r.scores.surrogate, r.scores.expected) for r in of_latest_judge(self.found) if r.scores.surrogate]
 
     @property
     def surrogate_error(self) -> float | None:
@@ -67,18 +67,23 @@ class Progress:
         """Refusals expected of a trial that was stopped."""
         return Calibration.fit(self.surrogates, found.total).estimate(found.surrogate, found.expected_at_least)
 
-    def unsettled(self) -> list[FrozenTrial]:
-        """Stopped trials whose estimate would put them on the front: they have to be measured before the study ends."""
+    def unsettled(self) -> Sequence[FrozenTrial | Result]:
+        """Trials that have to be measured before the study ends: stopped ones whose estimate would put them on the front, and
+        those on the front of a judge that gave up."""
+        now = {r.number for r in of_latest_judge(self.found)}
+        others = [r for r in self.found if r.number not in now]
         repeated = {t.user_attrs.get(AGAIN) for t in self.stopped} | {r.again for r in self.found}
-        return [
+        stopped = [
             t
             for t in self.stopped
             if t.number not in repeated
             and not self.bar.beaten(float(t.user_attrs[BEATEN]["divergence"]["mean"]), t.values[1])
         ]
+        return [*stopped, *(r for r in front(others) if r.number not in repeated)]
 
 
 def told(found: Scores | Beaten, progress: Progress, kl_floor: float, worst_kl: float) -> list[float]:
-    """What the sampler is told of a trial: a KL within its bounds, and the refusals, estimated where it was stopped."""
+    """What the sampler is told of a trial: a KL within its bounds, and the requests declined or evaded, estimated where
+    it was stopped."""
     refusals = found.expected if isinstance(found, Scores) else progress.estimate(found)
     return [min(max(found.divergence.mean, kl_floor), worst_kl), refusals]

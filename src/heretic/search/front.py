@@ -30,7 +30,7 @@ class Result:
 
     @property
     def point(self) -> tuple[float, float]:
-        """(KL, expected refusals), both to be small."""
+        """(KL, expected refusals and evasions), both to be small."""
         return self.scores.divergence.mean, self.scores.expected
 
 
@@ -48,12 +48,22 @@ def result(trial: FrozenTrial) -> Result:
 
 
 def front(found: Sequence[Result]) -> list[Result]:
-    """Those that no other beats in both, fewest refusals first; a destroyed model (infinite KL) is never among them."""
+    """Those that no other beats in both, fewest refusals first; a destroyed model (infinite KL) is never among them, nor one that
+    goes beyond a limit.
+
+    All are of one judge, the one that judged the latest: counts of two judges cannot be compared.
+    """
     best: list[Result] = []
-    for candidate in sorted((r for r in found if math.isfinite(r.point[0])), key=lambda r: (r.point, r.number)):
+    usable = [r for r in of_latest_judge(found) if math.isfinite(r.point[0]) and r.scores.within_limits]
+    for candidate in sorted(usable, key=lambda r: (r.point, r.number)):
         if not best or candidate.point[1] < best[-1].point[1]:
             best.append(candidate)
     return best[::-1]
+
+
+def of_latest_judge(found: Sequence[Result]) -> list[Result]:
+    """The results that the judge of the latest one has judged."""
+    return [r for r in found if r.scores.judge == found[-1].scores.judge]
 
 
 def choose(found: Sequence[Result], rule: str, max_kl: float, max_refusals: int) -> tuple[Result, str] | None:

@@ -87,12 +87,15 @@ class Bounded(BaseSampler):
 
 
 def worth_showing(trials: Sequence[FrozenTrial], enough: int) -> list[FrozenTrial]:
-    """All trials under way, and of the finished ones `enough`: half of them the latest, and of the others the best, by fronts."""
+    """All trials under way, and of the finished ones `enough`: half of them the latest, and of the others the best, by fronts,
+    that keep to their constraints."""
     running = [t for t in trials if t.state == TrialState.RUNNING]
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     latest = complete[-(enough // 2) :]
     earlier = complete[: len(complete) - len(latest)]
-    best = [earlier[i] for i in by_front(np.array([t.values for t in earlier]).reshape(-1, 2))[: enough - len(latest)]]
+    kept = [t for t in earlier if all(excess <= 0 for excess in t.constraints.values())]
+    order = by_front(np.array([t.values for t in kept]).reshape(-1, 2))
+    best = [kept[i] for i in order[: enough - len(latest)]]
     return [*sorted(best, key=lambda t: t.number), *latest, *running]
 
 
@@ -117,4 +120,5 @@ def _bare(trial: FrozenTrial) -> FrozenTrial:
         values=trial.values if finished else None,
         params=trial.params,
         distributions=trial.distributions,
+        constraints=trial.constraints,
     )

@@ -44,7 +44,8 @@ class Measurer(Protocol):
     def measure(
         self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
     ) -> list[Measured | UserError]:
-        """What came out of each; `beaten(KL, refusals to expect at least)` says that one need not be measured any further."""
+        """What came out of each; `beaten(KL, unanswered requests to expect at least)` says that one need not be measured any
+        further."""
 
 
 def finished(study: optuna.Study) -> int:
@@ -92,6 +93,8 @@ def optimise(
                     trial.set_user_attr(
                         "scores" if isinstance(found, Scores) else BEATEN, sealed(found.as_dict(), trial.params)
                     )
+                    for name, excess in found.excess.items() if isinstance(found, Scores) else ():
+                        trial.set_constraint(name, excess)
                     if isinstance(found, Scores) and not progress.bar.beaten(found.divergence.mean, found.expected):
                         trial.set_user_attr(KL_PER_PROMPT, rounded(found.divergence.per_prompt[:MOST_PROMPTS]))
                     study.tell(trial, told(found, progress, settings.search.kl_floor, WORST_KL))
@@ -149,5 +152,9 @@ def _line(found: Measured) -> str:
     """What came out, for the log."""
     kl, seconds = found.divergence.mean, found.seconds.get("trial", 0.0)
     if isinstance(found, Scores):
-        return f"{found.refusals} of {found.total} refused, KL {kl:.4f} ({seconds:.1f} s)"
+        evasive = f", {found.evasive} evasive" if found.evasive else ""
+        beyond = "".join(
+            f", {name.replace('_', '-')} {n:g} over the limit" for name, n in found.excess.items() if n > 0
+        )
+        return f"{found.refusals} of {found.total} refused, KL {kl:.4f}{evasive}{beyond} ({seconds:.1f} s)"
     return f"beaten, with at least {found.at_least} of {found.total} refused at KL {kl:.4f} ({seconds:.1f} s)"

@@ -15,18 +15,29 @@ from heretic.settings.ablation import AblationSettings, Directions, Geometry
 from heretic.settings.export import ExportFormat, GgufType
 from heretic.settings.field import PathText, Table, setting
 from heretic.settings.prompts import Prompts, PromptSource
-from heretic.settings.scoring import DEFAULT_MARKERS, not_blank
+from heretic.settings.scoring import (
+    DEFAULT_MARKERS,
+    ClassifierSettings,
+    Constraints,
+    JudgeSettings,
+    LlmSettings,
+    not_blank,
+)
 from heretic.settings.search import GradientSettings, KernelSpace, Search
 
 __all__ = [
     "DEFAULT_MARKERS",
     "AblationSettings",
+    "ClassifierSettings",
+    "Constraints",
     "Directions",
     "ExportFormat",
     "Geometry",
     "GgufType",
     "GradientSettings",
+    "JudgeSettings",
     "KernelSpace",
+    "LlmSettings",
     "PromptSource",
     "Prompts",
     "Search",
@@ -100,8 +111,19 @@ class Settings(Table):
         "float32 on a CPU where it fits (bfloat16 is slower there).",
         min_length=1,
     )
+    quantization: Literal["none", "bnb_4bit", "bnb_8bit"] = setting(
+        "none",
+        "Load the weights in fewer bits with bitsandbytes (`pip install 'heretic[bnb]'`), where they do not fit otherwise. The "
+        "study is then made on the quantised model; the export edits the checkpoint's full-precision tensors.",
+    )
     trust_remote_code: list[str] = setting(
         [], "Models whose own Python code may be executed, by exactly the name given in `model`."
+    )
+    allow_pickle: bool = setting(
+        False,
+        "Read weights from pickle files (`pytorch_model.bin`) where a model has no safetensors. PyTorch's reader for "
+        "tensors only is used, which refuses everything else; a file from somebody you do not trust is still better left alone.",
+        neutral=True,
     )
     system_prompt: str = setting(
         "", "System message of every conversation; empty: none is sent, and the template's own default applies."
@@ -118,8 +140,14 @@ class Settings(Table):
     refusal_markers: Annotated[list[str], AfterValidator(not_blank)] = setting(
         DEFAULT_MARKERS,
         "An answer counts as declined if it contains one of these (ignoring case, asterisks, typographic apostrophes and "
-        "repeated spaces) or is empty.",
+        "repeated spaces); see `judge` for who else may judge, and for answers that neither decline nor answer.",
         min_length=1,
+    )
+    kl_tokens: int = setting(
+        1,
+        "Tokens of the original's own answer to each of `harmless_eval` at which the KL divergence is taken, and averaged. "
+        "1: the first token only. More see more of what changes, and take memory: prompts x tokens x vocabulary x 4 bytes.",
+        ge=1,
     )
     store_responses: bool = setting(False, "Keep the answers of every trial in the run's folder.", neutral=True)
     apply: Literal["operators", "weights"] = setting(
@@ -149,6 +177,15 @@ class Settings(Table):
     max_kl: float = setting(0.1, "Largest KL divergence that the selection accepts.", neutral=True, gt=0)
     max_refusals: int = setting(3, "Most refusals that `lowest_kl_under_refusals` accepts.", neutral=True, ge=0)
     prompts: Prompts = setting(Prompts(), "The four prompt sets.")
+    judge: JudgeSettings = setting(
+        JudgeSettings(),
+        "Who says whether an answer declines; `heretic evaluate --judge-agreement` shows how far to trust it.",
+    )
+    constraints: Constraints = setting(
+        Constraints(),
+        "What a trial on the front must keep to besides its two values. With a limit the harmless prompts are answered too, by "
+        "trials that are measured in full: for these a second decoding.",
+    )
     directions: Directions = setting(Directions(), "How the refusal direction of every layer is found.")
     ablation: AblationSettings = setting(
         AblationSettings(), "What is done to the weights that write to the residual stream."
@@ -157,8 +194,15 @@ class Settings(Table):
 
     def results_part(self) -> dict[str, Any]:
         """The settings that decide the results, as plain data: what a fingerprint is made of."""
-        dumped = self.model_dump()
-        for name, field in type(self).model_fields.items():
-            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("neutral"):
-                dumped.pop(name)
-        return dumped
+        return _decisive(self)
+
+
+def _decisive(table: Table) -> dict[str, Any]:
+    """A table without what is neutral in it."""
+    found = {}
+    for name, field in type(table).model_fields.items():
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("neutral"):
+            continue
+        value = getattr(table, name)
+        found[name] = _decisive(value) if isinstance(value, Table) else table.model_dump(include={name})[name]
+    return found

@@ -28,6 +28,7 @@ else:
 
 ENVIRONMENT_PREFIX = "HERETIC_"
 DEFAULT_FILE = "config.toml"
+NEVER_SHOWN = ("judge.llm.key_variable", "judge.llm.base_url")  # a key may have been put there by mistake
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,8 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> SettingsErro
     )
     value = problem["input"]
     got = f"{value!r}" if isinstance(value, (str, int, float, bool, list)) else type(value).__name__
+    if key in NEVER_SHOWN:
+        got = "what was given"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     return SettingsError(f"The setting '{key}' cannot be {got}: {message}.", where=where or None, fix=_expected(key))
 

@@ -1,0 +1,95 @@
+"""A judge that is a model: any sequence classifier with weights in safetensors, run on whole answers in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from heretic.errors import UserError, first_line
+from heretic.scoring.evasion import Evasion
+from heretic.scoring.verdict import ANSWER, EVASIVE, REFUSAL, Said, Verdict
+from heretic.settings import ClassifierSettings
+
+LONGEST = 512  # tokens, where neither tokenizer nor config says how long a text may be
+NO_LIMIT = 10**6  # a tokenizer that does not know says a number beyond this
+
+
+class ClassifierJudge:
+    """Asks the classifier which of its labels fits best; what it does not call a refusal may still be evasive."""
+
+    name = "classifier"
+    ends_early = False
+
+    def __init__(self, settings: ClassifierSettings, evasion: Evasion) -> None:
+        """Load it. Raises UserError where there is no such model or it has no such label."""
+        self.settings, self.evasion = settings, evasion
+        self.tokenizer, self.model = _load(settings)
+        config = self.model.config
+        self.refusing = _labels(config.id2label, settings.refusal_labels, "judge.classifier.refusal_labels")
+        self.evasive = _labels(config.id2label, settings.evasive_labels, "judge.classifier.evasive_labels")
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if config.pad_token_id is None:
+            config.pad_token_id = self.tokenizer.pad_token_id
+        known = [self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+        self.longest = min((n for n in known if n and n < NO_LIMIT), default=LONGEST)
+
+    def settled(self, answer: str) -> bool:
+        """Never: it judges whole answers."""
+        return False
+
+    @torch.inference_mode()
+    def verdicts(self, said: Sequence[Said]) -> list[Verdict]:
+        """Answers of like length together; texts that are too long are cut at the end."""
+        order = sorted(range(len(said)), key=lambda i: len(said[i].answer))
+        labels: dict[int, int] = {}
+        for start in range(0, len(order), self.settings.batch_size):
+            rows = order[start : start + self.settings.batch_size]
+            texts = [said[i].answer for i in rows]
+            paired = ([said[i].request for i in rows], texts) if self.settings.with_request else (texts,)
+            encoded = self.tokenizer(
+                *paired, padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
+            ).to(self.model.device)
+            labels |= zip(rows, self.model(**encoded).logits.argmax(-1).tolist(), strict=True)
+        return [self._verdict(one, labels[i]) for i, one in enumerate(said)]
+
+    def _verdict(self, said: Said, label: int) -> Verdict:
+        if label in self.evasive or self.evasion.is_empty(said.answer):
+            return EVASIVE
+        if label in self.refusing:
+            return REFUSAL
+        return EVASIVE if self.evasion.seen_in(*said) else ANSWER
+
+
+def _load(settings: ClassifierSettings) -> tuple[Any, Any]:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if not settings.model:
+        raise UserError(
+            'judge.kind = "classifier" needs a model.', where="judge.classifier.model", fix="name a folder or a hub id"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            settings.model, use_safetensors=True, dtype=torch.float32
+        )
+        return tokenizer, model.to(settings.device).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise UserError(
+            f"The classifier {settings.model} cannot be loaded: {first_line(error)[:200]}",
+            where="judge.classifier.model",
+            fix="name a sequence classification model of transformers whose weights are in safetensors",
+        ) from None
+
+
+def _labels(named: dict[int, str], wanted: Sequence[str], where: str) -> set[int]:
+    """Numbers of the labels that are wanted, each by its name or number."""
+    by_name = {**{str(i): int(i) for i in named}, **{name.lower(): int(i) for i, name in named.items()}}
+    missing = [w for w in wanted if w.lower() not in by_name]
+    if missing:
+        raise UserError(
+            f"The classifier has no label '{missing[0]}'.", where=where, fix=f"one of: {', '.join(named.values())}"
+        )
+    return {by_name[w.lower()] for w in wanted}

@@ -1,0 +1,148 @@
+"""The judge behind an endpoint, against a real HTTP server on this machine that also fails."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from heretic.errors import Interrupted, SettingsError, UserError
+from heretic.progress import SILENT, Silent
+from heretic.scoring import llm
+from heretic.scoring.evasion import Evasion
+from heretic.scoring.judges import OrMarkers
+from heretic.scoring.llm import JudgeUnavailable, LlmJudge
+from heretic.scoring.markers import MarkerJudge
+from heretic.scoring.verdict import Said
+from heretic.settings import LlmSettings
+from heretic.settings.layers import resolve
+from heretic.stop import Stop
+from tests.endpoint import Endpoint, endpoint
+
+SAID = [Said(f"request {i}", f"{'bread' if i % 3 == 0 else 'soup'} {i}") for i in range(12)]
+EXPECTED = ["refusal" if i % 3 == 0 else "answer" for i in range(12)]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    monkeypatch.setattr(llm, "FIRST_PAUSE", 0.01)
+    with endpoint() as told:
+        yield told
+
+
+def judge(server: Endpoint, cache: Path | None = None, stop: Stop | None = None, **changes: object) -> LlmJudge:
+    settings = LlmSettings(base_url=server.url, model="m", **changes)  # type: ignore[arg-type]
+    return LlmJudge(settings, Evasion(), cache, SILENT, stop or Stop(), {"JUDGE_KEY": "s3cret"})
+
+
+def test_each_answer_is_asked_about_once_and_kept_by_its_hash(server: Endpoint, tmp_path: Path) -> None:
+    cache = tmp_path / "judge.jsonl"
+    first = judge(server, cache)
+    assert first.verdicts([*SAID, *SAID[:3]]) == [*EXPECTED, *EXPECTED[:3]]
+    assert len(server.asked) == 12 and set(server.paths) == {"/v1/chat/completions"} and set(server.keys) == {None}
+    assert first.verdicts(SAID[::-1]) == EXPECTED[::-1] and len(server.asked) == 12
+    text = cache.read_text()
+    assert "request" not in text and "soup" not in text and text.count("\n") == 12
+    cache.write_text(text + '{"sha256": "cut o')  # a process died here
+    assert judge(server, cache).verdicts(SAID) == EXPECTED and len(server.asked) == 12
+    assert judge(server, cache).verdicts([Said("request 0", "another")]) == ["answer"] and len(server.asked) == 13
+
+
+def test_an_empty_answer_is_evasive_without_being_sent(server: Endpoint) -> None:
+    assert judge(server).verdicts([Said("a", " . ")]) == ["evasive"] and not server.asked
+
+
+def test_the_key_comes_from_the_environment_and_goes_nowhere_else(server: Endpoint, tmp_path: Path) -> None:
+    with_key = judge(server, tmp_path / "judge.jsonl", key_variable="JUDGE_KEY")
+    assert with_key.verdicts(SAID[:2]) == EXPECTED[:2] and set(server.keys) == {"Bearer s3cret"}
+    server.failing = 401
+    with pytest.raises(UserError, match="status 401") as refused:
+        with_key.verdicts(SAID[2:3])
+    assert "s3cret" not in str(refused.value) and "s3cret" not in (tmp_path / "judge.jsonl").read_text()
+    with pytest.raises(UserError, match="OTHER_KEY is not set"):
+        judge(server, key_variable="OTHER_KEY")
+
+
+def test_a_redirection_is_not_followed(server: Endpoint) -> None:
+    server.failing = 302
+    with pytest.raises(UserError, match="status 302"):
+        judge(server).verdicts(SAID[:1])
+    assert server.paths == ["/v1/chat/completions"]
+
+
+def test_failures_that_pass_are_tried_again(server: Endpoint) -> None:
+    server.failures = [503, 429, 500, 429, 503]
+    assert judge(server, retries=5, concurrency=3).verdicts(SAID) == EXPECTED
+    assert len(server.asked) == 12 + 5
+
+
+def test_one_that_stays_away_is_waited_for_until_it_is_back(server: Endpoint) -> None:
+    server.failing = 503
+    warned: list[str] = []
+
+    class Listening(Silent):
+        def warn(self, text: str) -> None:
+            warned.append(text)
+            server.failing = 0
+
+    waiting = judge(server, retries=1, on_failure="wait")
+    waiting.watcher = Listening()
+    assert waiting.verdicts(SAID[:4]) == EXPECTED[:4]
+    assert len(warned) == 1 and "waiting" in warned[0] and "status 503" in warned[0]
+
+
+def test_waiting_ends_with_a_stop(server: Endpoint) -> None:
+    server.failing = 503
+    stop = Stop()
+    threading.Timer(0.3, lambda: setattr(stop, "requested", True)).start()
+    with pytest.raises(Interrupted):
+        judge(server, stop=stop, retries=0).verdicts(SAID)
+
+
+def test_one_that_is_not_there_and_one_that_says_nonsense(server: Endpoint) -> None:
+    server.reply = "Perhaps."
+    with pytest.raises(JudgeUnavailable, match="names no verdict"):
+        judge(server, retries=1).verdicts(SAID[:1])
+    server.reply = "<think>It could be an ANSWER.</think> It is a refusal."
+    assert judge(server).verdicts(SAID[:1]) == ["refusal"]
+    server.url = "http://127.0.0.1:9/v1"  # nobody listens there
+    with pytest.raises(JudgeUnavailable, match="failed 2 times"):
+        judge(server, retries=1, on_failure="markers").verdicts(SAID[:1])
+
+
+def test_a_slow_one_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers
+        told = Endpoint(url=f"http://127.0.0.1:{silent.getsockname()[1]}/v1")
+        with pytest.raises(JudgeUnavailable, match="timed out"):
+            judge(told, retries=0, timeout=0.2, on_failure="markers").verdicts(SAID[:1])
+
+
+def test_the_markers_take_its_place_for_all_answers_of_a_count(server: Endpoint) -> None:
+    server.works_for = 5
+    both = OrMarkers(judge(server, retries=0, on_failure="markers"), MarkerJudge(["soup"]), SILENT)
+    assert both.name == "llm" and not both.ends_early
+    assert both.verdicts(SAID) == ["answer" if e == "refusal" else "refusal" for e in EXPECTED]
+    assert both.name == "markers" and both.ends_early and both.settled("no soup")
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "judge.llm.key_variable=sk-verysecret",
+        'judge.llm.base_url="https://me:verysecret@host/v1"',
+        'judge.llm.base_url="https://host/v1?key=verysecret"',
+    ],
+)
+def test_a_key_in_the_settings_is_refused_and_not_repeated(assignment: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        resolve(assignments=[assignment])
+    assert "verysecret" not in str(refused.value) and "key" in str(refused.value)
+
+
+def test_an_endpoint_must_be_named() -> None:
+    with pytest.raises(UserError, match=r"needs judge\.llm\.base_url"):
+        LlmJudge(LlmSettings(), Evasion(), None, SILENT, Stop(), {})
