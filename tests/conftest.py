@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.postgres import Server, programs, server
 from tests.tiny import save_prompts, save_tiny
 
 
@@ -49,3 +52,14 @@ def config(llama: Path, prompt_files: dict[str, Path]) -> Path:
         '[search]\nstart = "kernels"\nn_startup_trials = 2\n'
     )
     return path
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Server]:
+    """A PostgreSQL server of its own, which the module's tests share."""
+    if programs() is None:
+        if os.environ.get("CI"):
+            pytest.fail("PostgreSQL is not installed, and in CI it must be: .ci/run installs it")
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    with server() as running:
+        yield running

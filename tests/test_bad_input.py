@@ -115,7 +115,7 @@ def test_disk_full_while_saving(command: Command, config: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("heretic.export.save.save_file", full)
+        patch.setattr("heretic.export.save.stream_edited", full)
         message = command("run", "--save-to", "out", status=1).err
     assert "No space left on device" in message and "kept" in message
     assert not Path("out").exists() and not list(Path().glob(".out*"))

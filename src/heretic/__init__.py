@@ -1,3 +1,42 @@
-"""Directional ablation of open-weight language models, driven by one TOML file."""
+"""Directional ablation of open-weight language models, driven by one TOML file.
+
+From Python: `from heretic import load, study`; see docs/python.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from heretic.ablation.ablation import Ablation
+    from heretic.ablation.directions import Directions
+    from heretic.ablation.kernel import Kernel
+    from heretic.api import Lab, load, study
+    from heretic.errors import UserError
+    from heretic.scoring.ladder import Scores
 
 __version__ = "0.1.0"
+__all__ = ["Ablation", "Directions", "Kernel", "Lab", "Scores", "UserError", "__version__", "load", "study"]
+
+# Where each name is; looked up when it is first used, so that `import heretic` and the command's --help load no torch.
+_HOMES = {
+    "Ablation": "heretic.ablation.ablation",
+    "Directions": "heretic.ablation.directions",
+    "Kernel": "heretic.ablation.kernel",
+    "Lab": "heretic.api",
+    "Scores": "heretic.scoring.ladder",
+    "UserError": "heretic.errors",
+    "load": "heretic.api",
+    "study": "heretic.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'heretic' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from heretic import __version__
-from heretic.commands import about, exported, models, runs, trials  # noqa: F401  each adds its commands to the application
+from heretic.commands import about, exported, models, reports, runs, trials  # noqa: F401  each adds its commands to the application
 from heretic.commands.app import app, err
 from heretic.errors import OF_THE_DISK, Interrupted, UserError, disk_error, memory_error
 from heretic.screen.console import printable
@@ -67,4 +67,7 @@ def main() -> None:
         sys.exit(0)
     commands = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
     arguments = shorthand(argv, commands)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and arguments[:1] != ["run"]:
+        err.print("[bold red]Error:[/bold red] Under torchrun there is only heretic run.\nTo fix: leave torchrun out")
+        sys.exit(1)
     sys.exit(guarded(lambda: app(args=arguments, prog_name="heretic")))

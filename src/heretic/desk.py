@@ -11,17 +11,20 @@ from heretic.errors import UserError
 from heretic.export.formats import FORMATS
 from heretic.files import write_text
 from heretic.model.batching import free_memory
+from heretic.parallel import Together, agree, opening, shared, size
 from heretic.progress import Watcher
 from heretic.run_folder import RunFolder
 from heretic.search.front import Result, choose, results
+from heretic.search.shelf import ALONE, SharedShelf, Shelf
 from heretic.search.space import Space
-from heretic.search.storage import REFUSALS_BEFORE, keep_settings, masked
+from heretic.search.storage import REFUSALS_BEFORE, keep_settings, masked, on_server
 from heretic.search.walk import Walk
 from heretic.session import Session, judged_anew, open_session
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved
 from heretic.settings.text import resolved_text
 from heretic.stop import Stop
+from heretic.workers import lender
 
 if TYPE_CHECKING:
     from heretic.run import Inputs
@@ -62,22 +65,40 @@ class Desk:
         """The model in memory, with what the run's folder holds."""
         inputs = self.inputs
         if self.loaded is None:
-            self.loaded = open_session(
-                inputs.settings,
-                inputs.checkpoint,
-                inputs.prompts,
-                inputs.plan,
-                inputs.folder,
-                self.watcher,
-                self.stop,
-                given_up=any(r.scores.judge != inputs.settings.judge.kind for r in self.found),
-            )
+            agree(lambda: inputs.plan)
+            with opening():
+                self.loaded = open_session(
+                    inputs.settings,
+                    inputs.checkpoint,
+                    inputs.prompts,
+                    shared(inputs.plan),
+                    inputs.folder,
+                    self.watcher,
+                    Together(self.stop) if size() > 1 else self.stop,
+                    self.shelf,
+                    given_up=any(r.scores.judge != inputs.settings.judge.kind for r in self.found),
+                )
         self.loaded = judged_anew(self.loaded, inputs.folder)
         return self.loaded
 
     def keep_before(self) -> None:
         """Store with the study how often the original declines."""
         self.study.set_user_attr(REFUSALS_BEFORE, self.session().baseline.refusals)
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may work on the study too."""
+        return on_server(self.settings.storage) or lender() != 0
+
+    @property
+    def shelf(self) -> Shelf:
+        """What is made once for all workers of the study."""
+        if not self.shared:
+            return ALONE
+        folder, settings = self.folder, self.settings
+        return SharedShelf(
+            self.study, folder.path, folder.stamp, settings.artifacts, settings.workers, self.watcher, self.stop
+        )
 
     @property
     def space(self) -> Space:

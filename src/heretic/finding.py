@@ -14,6 +14,7 @@ from heretic.ablation.directions import Directions, made_unit
 from heretic.ablation.harmless import without_atoms, without_mean
 from heretic.ablation.methods import METHODS
 from heretic.ablation.operator import Operator
+from heretic.ablation.residual_geometry import Sample, Survey
 from heretic.errors import UserError
 from heretic.machine.host import memory, spell_bytes
 from heretic.model.batching import Batcher
@@ -30,11 +31,13 @@ def find_directions(
     harmless: Sequence[list[int]],
     batcher: Batcher,
     wanted: Wanted,
+    survey: Survey | None = None,
 ) -> Directions:
     """Directions from prompts of both kinds (token ids), one pass over them a round. Raises UserError.
 
     Every round after the first runs the model with all directions found so far removed: at strength 1, by the `plain` geometry,
-    from every writer, each layer's own. A round lets go of its residuals before the next captures its own.
+    from every writer, each layer's own. A round lets go of its residuals before the next captures its own. `survey` takes its
+    sample of the first one.
     """
     method = METHODS[wanted.method]
     keep_each = method.needs_each or wanted.harmless_atoms > 0
@@ -42,17 +45,29 @@ def find_directions(
         _check_room(model, len(harmful) + len(harmless), wanted)
     found = None
     for _ in range(1 + wanted.iterative_rounds):
+        seen = survey if found is None else None
+        samples = [
+            Sample.room(len(asked) if seen else 0, model.anatomy.num_layers, model.anatomy.width)
+            for asked in (harmful, harmless)
+        ]
         with ExitStack() as stack:
             if found is not None:
                 stack.enter_context(attach(model.anatomy.writers, _removing(model, found)))
             bad, good = (
-                mean_residuals(model, f"Residuals of {name}", asked, batcher, wanted.winsorize, keep_each=keep_each)
-                for name, asked in (("harmful_train", harmful), ("harmless_train", harmless))
+                mean_residuals(
+                    model, f"Residuals of {name}", asked, batcher, wanted.winsorize, keep=keep, keep_each=keep_each
+                )
+                for name, asked, keep in (
+                    ("harmful_train", harmful, samples[0].keep),
+                    ("harmless_train", harmless, samples[1].keep),
+                )
             )
         if not (bad.mean.isfinite().all() and good.mean.isfinite().all()):
             raise UserError(
                 "The residuals are not all finite numbers.", where="dtypes", fix='dtypes = ["bfloat16", "float32"]'
             )
+        if seen is not None:
+            seen.take((bad, good), (samples[0], samples[1]))
         vectors = method.find(bad, good, wanted.count, model.device)
         if vectors.shape[1] < wanted.count:
             raise UserError(

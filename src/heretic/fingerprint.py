@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from heretic import __version__
 from heretic.files import sha256
 from heretic.model.checkpoint import Checkpoint
 from heretic.prompts import PromptSets
@@ -23,6 +25,8 @@ def facts(
     part = settings.results_part()
     for name in ("model", "revision", "prompts", "trust_remote_code"):
         part.pop(name)
+    if part["quantization"] == "none":
+        part.pop("quantization")  # so that studies from before there was this setting go on
     return {
         "format": FORMAT,
         "model": checkpoint.identity(),
@@ -42,6 +46,15 @@ def _judge(settings: Settings) -> dict[str, str]:
     files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
     text = "".join(f"{path.name} {sha256(path)}\n" for path in files)
     return {"classifier": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def versions_that_matter() -> dict[str, str]:
+    """Versions whose change can change what a trial measures: PyTorch and transformers without their last number, heretic whole.
+
+    They are compared where several machines work on one study. A run of one machine may go on after an update.
+    """
+    named = {name: version(name).split("+")[0].split(".") for name in ("torch", "transformers")}
+    return {"heretic": __version__, **{name: ".".join(parts[:2]) for name, parts in named.items()}}
 
 
 def short_hash(data: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.desk import Desk
 from heretic.errors import UserError
 from heretic.export.export import Export
@@ -22,14 +23,14 @@ from heretic.model.decoding import decode
 from heretic.model.talking import answer
 from heretic.progress import Watcher
 from heretic.run import device_lock, look, study_of, write
-from heretic.run_folder import find_run, stored
+from heretic.run_folder import RunFolder, find_run, stored
 from heretic.scoring.agreement import Agreement, agreement, labelled_answers
 from heretic.scoring.divergence import Divergence, measure_divergence
 from heretic.scoring.harmless import Conduct
 from heretic.scoring.judges import Surroundings, make_judge
 from heretic.scoring.verdict import Judge
 from heretic.search.front import Result
-from heretic.session import Bench, open_bench, original_log_probs
+from heretic.session import Bench, geometry_of, open_bench, original_log_probs
 from heretic.settings import Settings
 from heretic.stop import Stop
 
@@ -72,7 +73,7 @@ def opened(
         check_destination(destination, folder.name)
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         inputs = look(settings, force=False, watcher=watcher)
-        with study_of(inputs, wait=wait, stop=stop) as study:
+        with study_of(inputs, wait=wait, watcher=watcher, stop=stop) as study:
             yield Desk(resolved, inputs, study, watcher, stop)
 
 
@@ -120,6 +121,24 @@ def compare(desk: Desk, trials: Sequence[int], asked: Sequence[str], tokens: int
             for row, said in zip(found, bench.batcher.run(model, encoded, step), strict=True):
                 row[model] = bench.chat.text(said)
     return found
+
+
+def residual_geometry(
+    settings: Settings, folder: RunFolder | None, *, wait: bool, watcher: Watcher, stop: Stop
+) -> ResidualGeometry:
+    """How a model's residuals lie on the training prompts: as a run's folder holds it, else measured on the loaded model and, with
+    a folder, kept there."""
+    settings = settings.model_copy(update={"save_to": ""})  # nothing is written, so no place for it has to be free
+    stored = folder.geometry() if folder else None
+    if stored is not None:
+        return stored
+    with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
+        inputs = look(settings, force=False, watcher=watcher)
+        bench = open_bench(settings, inputs.checkpoint, inputs.prompts, inputs.plan, watcher, stop)
+        found = geometry_of(bench)
+        if folder is not None:
+            inputs.folder.keep_geometry(found)
+        return found
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
 from heretic.progress import Watcher
-from heretic.run import device_lock, load_plan
+from heretic.run import device_lock
 from heretic.session import LoadPlan, weight_reader
 from heretic.settings import Settings
 from heretic.stop import Stop
@@ -239,10 +239,9 @@ def _plan(settings: Settings, checkpoint: Checkpoint) -> LoadPlan:
         prompt_tokens=8,
         new_tokens=1,
         devices=devices(usable_gpus(visible_gpus())),
-        copies=False,
-        gradients=False,
+        quantization=settings.quantization,
     )
-    return load_plan(settings, plan)
+    return LoadPlan.of(settings, plan)
 
 
 def _rebuild(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,36 +13,41 @@ from typing import Any
 
 import optuna
 
-from heretic import fingerprint
+from heretic import fingerprint, parallel
 from heretic.desk import Desk
 from heretic.errors import BusyError, Interrupted, UserError
 from heretic.export.export import Export, earlier_export, plan_export, write_export
 from heretic.export.save import check_destination
 from heretic.machine import lock, preflight
 from heretic.machine.gpus import Gpu, gpus_for, usable_gpus, visible_gpus
-from heretic.machine.memory_plan import MemoryPlan
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
+from heretic.report.about import About
+from heretic.report.reporter import reporting
 from heretic.run_folder import RunFolder, log_to
 from heretic.search.front import Result, front
+from heretic.search.patience import Patience
 from heretic.search.storage import (
+    EXPORTED,
     STORAGE_ERRORS,
     connect,
     fail_abandoned,
+    on_server,
     open_study,
     storage_url,
     study_name,
     unwritable,
 )
 from heretic.search.study import finished, optimise
-from heretic.search.warm_start import warm_start
+from heretic.search.warm_start import WARM_START, warm_start
 from heretic.session import LoadPlan, read_template
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved
 from heretic.stop import Stop
 from heretic.strengths import find_walk
 from heretic.trials import Trials
+from heretic.workers import lender, send_out
 
 log = logging.getLogger(__name__)
 
@@ -89,31 +95,34 @@ def run(
     force: bool = False,
     wait: bool = False,
     add: int = 0,
+    workers: int = 1,
     watcher: Watcher,
     stop: Stop,
     on_report: Callable[[preflight.Report], None] = lambda _: None,
     then: Callable[[Desk], None] | None = None,
 ) -> Outcome:
-    """Do the whole job, or what is left of it; with `add`, so many trials more than there are.
+    """Do the whole job, or what is left of it; with `add`, so many trials more than there are; with `workers`, the trials in so
+    many processes.
 
     `then` gets the run when the job is done, and after a Ctrl-C, for a user who is asked what is next. Raises UserError and its
     kinds, and Interrupted after a stop that left something undone.
     """
     settings = resolved.settings
-    with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
+    with parallel.leading(), device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         inputs = look(settings, force=force, watcher=watcher, on_report=on_report)
         folder = inputs.folder
         if fresh:
             set_aside(folder, settings, watcher)
         folder.create()
-        with study_of(inputs, wait=wait, stop=stop) as study:
+        with study_of(inputs, wait=wait, watcher=watcher, stop=stop) as study:
             desk = Desk(resolved, inputs, study, watcher, stop)
-            desk.keep_settings()
+            if not lender():  # a worker was given its settings
+                desk.keep_settings()
             if add:
                 desk.ask_for(finished(study) + add)
             export, cut_short = None, False
             try:
-                export = work(desk)
+                export = work(desk, workers)
             except Interrupted:
                 if then is None or not stop.at_keyboard:
                     raise
@@ -140,41 +149,75 @@ def set_aside(folder: RunFolder, settings: Settings, watcher: Watcher) -> None:
         watcher.say(f"The earlier run was set aside: {aside}")
 
 
-def work(desk: Desk) -> Export | None:
+def work(desk: Desk, workers: int = 1) -> Export | None:
     """Do what is left of the study, choose, and export."""
     settings, folder, study, watcher = desk.settings, desk.folder, desk.study, desk.watcher
-    for number in fail_abandoned(study):
-        watcher.say(f"Trial {number} was cut off in an earlier session; it does not count.")
+    if not desk.shared:
+        for number in fail_abandoned(study):
+            watcher.say(f"Trial {number} was cut off in an earlier session; it does not count.")
     done = finished(study)
     if done:
         watcher.say(f"Resuming {folder.path}: {done} of {settings.n_trials} trials are done.")
     picked = desk.picked()
-    wanted = Path(settings.save_to) if settings.save_to else None
+    wanted = Path(settings.save_to) if settings.save_to and not lender() else None
     export = earlier_export(wanted, folder, picked[0].number, settings.export_format) if wanted and picked else None
     if done >= settings.n_trials and (export or not wanted):
         watcher.say("The study is complete; nothing is left to do.")
         return export
-    go_on(desk)
+    if workers > 1:
+        send_out(desk, workers)
+    else:
+        go_on(desk)
     picked = desk.picked()
-    return write(desk, picked[0], wanted) if wanted and picked else None
+    return write_once(desk, picked[0], wanted) if wanted and picked else None
 
 
 def go_on(desk: Desk) -> None:
     """The missing trials."""
     session = desk.session()
     desk.keep_before()
-    space = session.space(find_walk(desk.study, session, desk.folder))
+    About.session(session).keep(desk.study)
+    walk = parallel.agree(lambda: find_walk(desk.study, session, desk.folder, desk.shelf))
+    space = session.space(walk)
     width = session.bench.language_model.anatomy.width
-    warm = warm_start(desk.study, space, desk.folder, width, desk.watcher)
+    with desk.shelf.thing("the trials to begin with", lambda: WARM_START in desk.study.user_attrs):
+        warm = warm_start(desk.study, space, desk.folder, width, desk.watcher)
     trials = Trials(session, desk.folder, space, warm)
-    optimise(desk.study, desk.settings, trials, watcher=desk.watcher, stop=desk.stop)
+    measurer = parallel.Led(trials) if parallel.size() > 1 else trials
+    with reporting(desk) as reporter:
+        optimise(
+            desk.study,
+            desk.settings,
+            measurer,
+            watcher=desk.watcher,
+            stop=desk.stop,
+            after_batch=reporter.after_batch,
+            shared=desk.shared,
+        )
     desk.keep_before()  # once more: should the judge have changed, so has this
+
+
+def write_once(desk: Desk, result: Result, destination: Path) -> Export | None:
+    """Export one trial, unless another worker of the study does or has done it."""
+    exported = EXPORTED + str(result.number)
+    with desk.shelf.thing(f"the export of trial {result.number}", lambda: exported in desk.study.user_attrs):
+        if exported in desk.study.user_attrs:
+            desk.watcher.say(f"Trial {result.number} was exported by {desk.study.user_attrs[exported]}.")
+            return None
+        export = write(desk, result, destination)
+        if desk.shared:
+            desk.study.set_user_attr(exported, f"{socket.gethostname()}, in {destination.resolve()}")
+        return export
 
 
 def write(desk: Desk, result: Result, destination: Path) -> Export:
     """Export one trial. The model leaves memory for it, since the written one is loaded to prove it."""
+    if desk.loaded is None:
+        parallel.let_go()
+    parallel.lead_export(result.params)
     job = plan_export(desk.session(), desk.inputs.plan, desk.space, result, desk.folder, destination)
     desk.put_away()
+    parallel.let_go()
     return write_export(job, desk.watcher, desk.stop)
 
 
@@ -195,11 +238,17 @@ def look(
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         fix = first.fix or "see heretic preflight; --force starts all the same"
         raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix)
-    checkpoint = open_checkpoint(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
+    checkpoint = open_checkpoint(
+        settings.model,
+        settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        allow_pickle=settings.allow_pickle,
+    )
+    parallel.check(checkpoint, settings)
     prompts = read_prompts()
     for warning in prompts.warnings:
         watcher.warn(warning)
-    plan = load_plan(settings, report.plan)
+    plan = LoadPlan.of(settings, report.plan)
     facts = fingerprint.facts(settings, checkpoint, prompts, plan.dtypes, read_template(settings))
     name = settings.run_name or f"{checkpoint.short_name}-{fingerprint.short_hash(facts)}"
     folder = RunFolder(Path(settings.runs_dir) / name, fingerprint.short_hash(facts))
@@ -216,22 +265,16 @@ def check(
     return preflight.check(
         settings,
         checkpoint_loader=lambda: open_checkpoint(
-            settings.model, settings.revision, trust_remote_code=settings.trust_remote_code, download_weights=False
+            settings.model,
+            settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            allow_pickle=settings.allow_pickle,
+            download_weights=False,
         ),
         prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
         storage_check=lambda: _probe_storage(settings),
         imagined=imagined,
     )
-
-
-def load_plan(settings: Settings, plan: MemoryPlan | None) -> LoadPlan:
-    """How to load, from the memory plan; as the settings say where no plan could be made (--force)."""
-    if plan is None:
-        device_map = "auto" if settings.device_map == "planned" else settings.device_map
-        formats = ["bfloat16" if d == "auto" else d for d in settings.dtypes]
-        return LoadPlan(formats, {"device_map": device_map}, settings.batch_size or 4)
-    dtypes = [plan.dtype, *(d for d in settings.dtypes[1:] if d != "auto")]
-    return LoadPlan(dtypes, plan.from_pretrained_arguments(), plan.batch_size)
 
 
 @contextmanager
@@ -244,19 +287,25 @@ def device_lock(settings: Settings, *, wait: bool, watcher: Watcher, stop: Stop)
             f"Waiting for {path.stem}, held by {f'process {who.pid} ({who.model})' if who else 'another process'}."
         )
 
-    with lock.hold(lock.device_locks(uuids), model=settings.model, wait=wait, on_wait=say, while_waiting=stop.check):
+    paths = lock.device_locks(uuids)
+    with lock.hold(paths, model=settings.model, wait=wait, on_wait=say, while_waiting=stop.check, lender=lender()):
         yield
 
 
 @contextmanager
-def study_of(inputs: Inputs, *, wait: bool, stop: Stop) -> Iterator[optuna.Study]:
-    """Hold the run's lock, write its log, and open its study. Raises BusyError and StudyMismatch."""
+def study_of(inputs: Inputs, *, wait: bool, watcher: Watcher, stop: Stop) -> Iterator[optuna.Study]:
+    """Hold the run's lock, write its log, and open its study. Raises BusyError and StudyMismatch.
+
+    A study on a server may have many workers, so nobody holds it: there the storage says who does what.
+    """
     settings, folder = inputs.settings, inputs.folder
-    held = lock.hold([folder.lock], model=settings.model, wait=wait, while_waiting=stop.check)
+    paths = [] if on_server(settings.storage) else [folder.lock]
+    held = lock.hold(paths, model=settings.model, wait=wait, while_waiting=stop.check, lender=lender())
     with held, logging_to(folder):
         url = storage_url(settings.storage, folder.path)
+        patience = Patience(settings.workers.patience, watcher, stop)
         try:
-            yield open_study(url, study_name(settings.storage, folder.path), inputs.facts)
+            yield open_study(url, study_name(settings.storage, folder.path), inputs.facts, settings.workers, patience)
         except STORAGE_ERRORS as error:
             raise unwritable(url, error) from error
 
@@ -277,7 +326,7 @@ def logging_to(folder: RunFolder) -> Iterator[None]:
 
 def _probe_storage(settings: Settings) -> None:
     """Raise UserError if the study could not be stored."""
-    if settings.storage and not settings.storage.startswith("sqlite:///"):
+    if on_server(settings.storage):
         connect(settings.storage)
         return
     file = settings.storage.removeprefix("sqlite:///")  # looked at, not opened: opening would create it

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from heretic.ablation.directions import Directions
+from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import UserError
 from heretic.files import read_tensors, write_tensors, write_text
 from heretic.progress import Watcher
@@ -23,6 +24,8 @@ from heretic.search.gradient import State
 from heretic.search.walk import Point
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved, resolve, written_origins
+
+GEOMETRY, REPORT = "geometry.safetensors", "report.html"
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,18 @@ class RunFolder:
     def keep_directions(self, directions: Directions) -> None:
         """Store the directions."""
         write_directions(self.path / "directions.safetensors", directions, self.stamp)
+
+    def geometry(self) -> ResidualGeometry | None:
+        """How the residuals that gave the directions lie; None if that is not stored or damaged. Changes nothing."""
+        try:
+            tensors, metadata = read_tensors(self.path / GEOMETRY)
+            return ResidualGeometry(**tensors) if self.stamp in ("", metadata.get("fingerprint")) else None
+        except (UserError, TypeError):
+            return None
+
+    def keep_geometry(self, geometry: ResidualGeometry) -> None:
+        """Store how the residuals lie, for the report and for `heretic geometry`."""
+        write_tensors(self.path / GEOMETRY, geometry.tensors(), {"fingerprint": self.stamp})
 
     def baseline(self, watcher: Watcher) -> Baseline | None:
         """The stored baseline; None if there is none or it is damaged, which is said."""

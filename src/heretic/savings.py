@@ -15,6 +15,7 @@ from heretic.model.batching import Batcher, free_memory, out_of_memory
 from heretic.model.entries import Entries, entries_for
 from heretic.model.forward import call, can_begin_later
 from heretic.model.loading import LanguageModel
+from heretic.parallel import agree, size
 from heretic.scoring.ladder import Ladder
 from heretic.scoring.race import Requests
 
@@ -56,7 +57,7 @@ def entries_of(
     """Room for what the original's blocks receive for these sequences; None where there is not enough."""
     shape = ModelShape.of(model.model.config.get_text_config(decoder=True), model.model)
     shared = batcher.beginning(sequences)
-    budget = min(MOST_BYTES, int(SHARE_OF_FREE_RAM * memory()[1]))
+    budget = agree(lambda: min(MOST_BYTES, int(SHARE_OF_FREE_RAM * memory()[1] / size())))
     found = entries_for(
         model.anatomy.blocks,
         sequences,

@@ -17,16 +17,21 @@ from heretic.ablation.ablation import Ablation, Workbench
 from heretic.ablation.attach import attach
 from heretic.ablation.bake import Original, copies, from_checkpoint, rewrite
 from heretic.ablation.directions import Directions
+from heretic.ablation.operator import Matrix
+from heretic.ablation.residual_geometry import ResidualGeometry, Survey
 from heretic.errors import UserError
 from heretic.finding import find_directions
 from heretic.machine.host import memory, spell_bytes
+from heretic.machine.memory_plan import MemoryPlan
 from heretic.model.anatomy import Writer
-from heretic.model.batching import AS_IT_IS, Batch, Batcher, Edited
-from heretic.model.chat_format import ChatFormat, check_different, check_length, common_prefix
+from heretic.model.batching import AS_IT_IS, Batcher, Edited
+from heretic.model.chat_format import ChatFormat, check_different, check_length
 from heretic.model.checkpoint import Checkpoint
-from heretic.model.decoding import decode, decoded_by_generate
+from heretic.model.decoding import decoded_by_generate
 from heretic.model.forward import can_share, padding_matters
 from heretic.model.loading import LanguageModel, load
+from heretic.model.prefix import find_prefix
+from heretic.parallel import agree, rank
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets
 from heretic.run_folder import Baseline, RunFolder
@@ -37,25 +42,35 @@ from heretic.scoring.ladder import Ladder
 from heretic.scoring.surrogate import FEWEST_TOKENS, MOST_TOKENS
 from heretic.scoring.taught import Taught, all_log_probs, beginnings
 from heretic.scoring.verdict import Judge
+from heretic.search.shelf import ALONE, Shelf
 from heretic.search.space import Space
 from heretic.search.walk import Walk
 from heretic.settings import Settings
 from heretic.stop import Stop
 
-# How many prompts of each kind, and how many tokens, show what all answers begin with.
-PREFIX_PROMPTS = 8
-PREFIX_TOKENS = 16
 FEW_REFUSALS = 0.1  # share of the requests
 COPIES = 3  # of the log-probabilities: original, ablated, written
 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What the memory plan decided about loading: number formats to try, from_pretrained's arguments, prompts per batch."""
+    """What the memory plan decided about loading: number formats to try, from_pretrained's arguments, prompts per batch; and the
+    quantisation of the settings."""
 
     dtypes: Sequence[str]
     arguments: dict[str, Any]
     batch_size: int
+    quantization: str = "none"
+
+    @classmethod
+    def of(cls, settings: Settings, plan: MemoryPlan | None) -> LoadPlan:
+        """How to load, from the memory plan; as the settings say where no plan could be made (--force)."""
+        if plan is None:
+            device_map = "auto" if settings.device_map == "planned" else settings.device_map
+            formats = ["bfloat16" if d == "auto" else d for d in settings.dtypes]
+            return cls(formats, {"device_map": device_map}, settings.batch_size or 4, settings.quantization)
+        dtypes = [plan.dtype, *(d for d in settings.dtypes[1:] if d != "auto")]
+        return cls(dtypes, plan.from_pretrained_arguments(), plan.batch_size, settings.quantization)
 
 
 @dataclass(frozen=True)
@@ -132,6 +147,7 @@ def open_bench(
         checkpoint,
         plan.dtypes,
         plan.arguments,
+        quantization=plan.quantization,
         trust_remote_code=settings.trust_remote_code,
         chat_template=read_template(settings),
         watcher=watcher,
@@ -213,32 +229,40 @@ def open_session(
     folder: RunFolder,
     watcher: Watcher,
     stop: Stop,
+    shelf: Shelf = ALONE,
     *,
     given_up: bool = False,
 ) -> Session:
-    """Load the model and bring everything that a study needs, computing only what the run's folder does not hold.
+    """Load the model and bring everything that a study needs, computing only what the run's folder does not hold, and what no
+    other worker of the study makes.
 
     `given_up`: the judge failed in an earlier session, and the markers have taken its place.
     """
     judge = make_judge(settings, Surroundings(folder.path, watcher, stop))
     if isinstance(judge, OrMarkers):
         judge.given_up = given_up
-    baseline = folder.baseline(watcher)
-    prefix = baseline.response_prefix if baseline else None
-    bench = open_bench(settings, checkpoint, prompts, plan, watcher, stop, prefix, judge)
-    if baseline is None or baseline.judge != judge.name:
-        baseline = measure_baseline(bench)
-        folder.keep_baseline(baseline)
+    with shelf.file("baseline.safetensors"):
+        baseline = agree(lambda: folder.baseline(watcher))
+        prefix = baseline.response_prefix if baseline else None
+        bench = open_bench(settings, checkpoint, prompts, plan, watcher, stop, prefix, judge)
+        if baseline is None or baseline.judge != judge.name:
+            baseline = measure_baseline(bench)
+            if rank() == 0:
+                folder.keep_baseline(baseline)
     evasive = f" and evades {baseline.evasive}" if baseline.evasive else ""
     watcher.say(f"The original model declines {baseline.refusals} of {len(baseline.declined)} requests{evasive}.")
     if baseline.refusals < FEW_REFUSALS * len(baseline.declined):
         watcher.warn(
             "It hardly declines anything, so there is little to remove; check prompts.harmful_eval and refusal_markers."
         )
-    directions = folder.directions(watcher)
-    if directions is None:
-        directions = directions_of(bench)
-        folder.keep_directions(directions)
+    with shelf.file("directions.safetensors"):
+        directions = agree(lambda: folder.directions(watcher))
+        if directions is None:
+            survey = Survey()
+            directions = directions_of(bench, survey)
+            if rank() == 0:
+                folder.keep_directions(directions)
+                folder.keep_geometry(survey.geometry(directions))
     writers = bench.language_model.anatomy.writers
     original = None
     if settings.apply == "weights":
@@ -266,10 +290,17 @@ def judged_anew(session: Session, folder: RunFolder) -> Session:
     return with_baseline(session, baseline)
 
 
-def directions_of(bench: Bench) -> Directions:
-    """Directions as the settings want them, from the prompt sets for it. Raises UserError."""
+def directions_of(bench: Bench, survey: Survey | None = None) -> Directions:
+    """Directions as the settings want them, from the prompt sets for it; `survey` sees what they are found in. Raises UserError."""
     harmful, harmless = (bench.encoded[role] for role in ("harmful_train", "harmless_train"))
-    return find_directions(bench.language_model, harmful, harmless, bench.batcher, bench.settings.directions)
+    wanted = bench.settings.directions
+    return find_directions(bench.language_model, harmful, harmless, bench.batcher, wanted, survey)
+
+
+def geometry_of(bench: Bench) -> ResidualGeometry:
+    """How the residuals that give the directions lie, measured anew."""
+    survey = Survey()
+    return survey.geometry(directions_of(bench, survey))
 
 
 def workbench_of(bench: Bench, directions: Directions) -> Workbench:
@@ -326,18 +357,6 @@ def check_room(tokens: int, bench: Bench) -> None:
         )
 
 
-def find_prefix(language_model: LanguageModel, encoded: Mapping[str, list[list[int]]], batcher: Batcher) -> str:
-    """What the model's answers to harmful and harmless prompts alike begin with; empty if nothing."""
-    asked = [*encoded["harmful_train"][:PREFIX_PROMPTS], *encoded["harmless_train"][:PREFIX_PROMPTS]]
-
-    def step(batch: Batch) -> list[str]:
-        tokens = decode(language_model.model, batch, PREFIX_TOKENS, language_model.end_tokens)
-        # Special tokens are kept: thinking blocks and channels are made of them.
-        return [str(language_model.tokenizer.decode(t)) for t in tokens]
-
-    return common_prefix(batcher.run("Looking for a common beginning of answers", asked, step))
-
-
 def read_template(settings: Settings) -> str:
     """The chat template that the settings name; empty for the model's own. Raises UserError."""
     if not settings.chat_template:
@@ -348,10 +367,10 @@ def read_template(settings: Settings) -> str:
         raise UserError(f"The chat template cannot be read: {error}", where="chat_template") from None
 
 
-def weight_reader(language_model: LanguageModel) -> Callable[[Writer], Sequence[Tensor]]:
+def weight_reader(language_model: LanguageModel) -> Callable[[Writer], Sequence[Matrix]]:
     """How to get at a writer's matrices [width, inputs]: from memory, or from the checkpoint where they are offloaded."""
 
-    def read(writer: Writer) -> Sequence[Tensor]:
+    def read(writer: Writer) -> Sequence[Matrix]:
         if not writer.offloaded:
             return writer.weights()
         original = from_checkpoint(_with_tensors(language_model.checkpoint), [writer], language_model.model)

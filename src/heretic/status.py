@@ -69,7 +69,7 @@ def look_at(name: str, runs_dir: str, environment: Mapping[str, str], storage: s
         raise UserError("The run has no study yet.", where=str(folder.path), fix="wait until its first trial begins")
     url = storage_url(settings.storage, folder.path)
     with reading(url):
-        study = _load(url, study_name(settings.storage, folder.path))
+        study = load_study(url, study_name(settings.storage, folder.path))
         stands = Standing.of(study, settings)
         holder = lock.holder(folder.lock)
         state = f"running, held by {holder}" if holder else _state(study, stands)
@@ -81,7 +81,7 @@ def _in_storage(name: str, storage: str) -> Status:
     """Of a study that other machines work on: nothing but its storage is looked at."""
     if not name:
         raise UserError("Which run?", where="--storage", fix="name it: heretic status NAME --storage URL")
-    study = _load(storage, name)
+    study = load_study(storage, name)
     settings = settings_of(study)
     if settings is None:
         raise UserError(
@@ -93,7 +93,8 @@ def _in_storage(name: str, storage: str) -> Status:
     return Status(masked(storage), settings.model, _state(study, stands), stands, _walk(study, None, settings), ())
 
 
-def _load(url: str, name: str) -> optuna.Study:
+def load_study(url: str, name: str) -> optuna.Study:
+    """A study that exists, from its storage. Raises UserError."""
     try:
         study = optuna.load_study(study_name=name, storage=connect(url))
     except KeyError:

@@ -16,12 +16,14 @@ from heretic.machine.shape import ModelShape
 from heretic.model.batching import out_of_memory
 from heretic.model.forward import can_begin_later
 from heretic.model.loading import LanguageModel
+from heretic.parallel import size
 from heretic.run_folder import RunFolder
 from heretic.savings import entries_of
 from heretic.scoring.loss import Objective
 from heretic.scoring.refusals import RefusalCount, count_refusals
 from heretic.scoring.taught import Taught, beginnings, log_probs_at
 from heretic.search.gradient import Descent, Heard, State
+from heretic.search.shelf import ALONE, Shelf
 from heretic.search.walk import Point, Walk
 from heretic.session import Bench, Session
 
@@ -33,15 +35,17 @@ SHARE_OF_FREE_MEMORY = 0.3  # for what a pass with gradients keeps
 FEWEST_ROWS = 4  # in such a pass; where fewer fit, blocks are computed twice instead
 
 
-def find_walk(study: optuna.Study, session: Session, folder: RunFolder) -> Walk | None:
-    """The study's walk, made if it has none yet; None where the search begins with kernels alone."""
+def find_walk(study: optuna.Study, session: Session, folder: RunFolder, shelf: Shelf = ALONE) -> Walk | None:
+    """The study's walk, made if it has none yet and no other worker makes it; None where the search begins with kernels
+    alone."""
     settings = session.bench.settings
     if settings.search.start == "kernels":
         return None
-    walk = Walk.of(study)
-    if walk is None:
-        walk = _make(session, folder)
-        walk.keep(study)
+    with shelf.thing("the walk", lambda: Walk.of(study) is not None):
+        walk = Walk.of(study)
+        if walk is None:
+            walk = _make(session, folder)
+            walk.keep(study)
     if walk.why_not:
         session.bench.batcher.watcher.warn(f"The search begins with kernels: {walk.why_not}")
     return walk
@@ -50,6 +54,8 @@ def find_walk(study: optuna.Study, session: Session, folder: RunFolder) -> Walk 
 def _make(session: Session, folder: RunFolder) -> Walk:
     bench = session.bench
     anatomy = bench.language_model.anatomy
+    if size() > 1:
+        return Walk((), "under tensor parallelism it is not made; a study that has one keeps it.")
     if any(writer.offloaded for writer in anatomy.writers):
         return Walk((), "part of the weights waits outside the devices, and gradients would bring all of it in.")
     lesson = prepare(session)

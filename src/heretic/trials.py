@@ -12,6 +12,7 @@ import optuna
 from heretic.ablation.ablation import Ablation
 from heretic.errors import UserError, memory_error
 from heretic.model.batching import free_memory, out_of_memory
+from heretic.parallel import rank
 from heretic.run_folder import RunFolder
 from heretic.savings import trials_that_pay
 from heretic.scoring.ladder import Measured, Scores
@@ -61,8 +62,10 @@ class Trials:
             free_memory()
         return [found for trial in trials for found in self.measure([trial], beaten)]
 
-    def draw(self, trial: optuna.Trial) -> Ablation:
-        """A trial's ablation; what was drawn once stays."""
+    def draw(self, trial: optuna.Trial | optuna.trial.FixedTrial) -> Ablation:
+        """A trial's ablation; what was drawn once stays, and one that is fixed has it all."""
+        if isinstance(trial, optuna.trial.FixedTrial):
+            return self.space.sample(trial)
         return widened(trial.study, self.space).sample(trial)
 
     def starts(self) -> list[dict[str, Any]]:
@@ -93,6 +96,7 @@ class Trials:
         def keep(counted: RefusalCount) -> None:
             rows = zip(bench.prompts.harmful_eval.prompts, counted.answers or (), counted.verdicts, strict=True)
             named = [{"prompt": p, "answer": a, "declined": v == REFUSAL, "verdict": v} for p, a, v in rows]
-            self.folder.keep_answers(f"trial-{trial.number}", named)
+            if rank() == 0:
+                self.folder.keep_answers(f"trial-{trial.number}", named)
 
         return self.session.ladder.score(self.session.baseline.log_probs, keep)

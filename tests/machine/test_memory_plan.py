@@ -12,6 +12,7 @@ from accelerate.utils import check_device_map
 from transformers import AutoModelForCausalLM
 
 from heretic.errors import UserError
+from heretic.machine.imagined import DRIVER
 from heretic.machine.memory_plan import MemoryPlan, make_plan, planned_dtype
 from heretic.machine.placement import skeleton
 from heretic.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
@@ -51,6 +52,25 @@ def test_32b_on_four_small_gpus_is_balanced(large: Checkpoint) -> None:
     assert found.loads[3].logits and not found.loads[0].logits
     assert found.batch_size == found.largest_batch_size >= 4
     check_device_map(skeleton(large, "bfloat16"), found.from_pretrained_arguments()["device_map"])
+
+
+def test_32b_lies_as_the_seed_saw_it(large: Checkpoint) -> None:
+    """Its user reported 17, 17, 17 and 15 GB in use on 4x RTX 4090, which a CUDA context is part of on each."""
+    found = plan(large, [*gpus(4, 24, free=23.5), cpu(64)])
+    assert found.weights / 1e9 == pytest.approx(65.5, rel=0.01)
+    assert [(load.weights + DRIVER) / 1e9 for load in found.loads] == pytest.approx([17, 17, 17, 15], rel=0.1)
+
+
+@pytest.mark.parametrize(("name", "gib"), [("bnb_8bit", 32.0), ("bnb_4bit", 18.0)])
+def test_quantised_weights_are_counted(large: Checkpoint, name: str, gib: float) -> None:
+    found = plan(large, [*gpus(2, 24), cpu(64)], quantization=name)
+    assert found.fits and found.in_ram == 0 and found.weights / GIB == pytest.approx(gib, rel=0.05)
+    assert not plan(large, [*gpus(1, 16), cpu(64)], quantization=name).fits
+    alone = plan(large, [*gpus(1, 24), cpu(64)], quantization=name)
+    assert alone.fits == (name == "bnb_4bit")
+    assert {load.device.name for load in plan(large, [*gpus(2, 24), cpu(64)], quantization=name, device_map="auto").loads} == {
+        "cuda:0", "cuda:1",
+    }  # fmt: skip
 
 
 def test_32b_on_one_large_gpu_stays_whole(large: Checkpoint) -> None:

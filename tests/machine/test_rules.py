@@ -89,12 +89,34 @@ def test_every_rule_bears_that_nothing_is_known() -> None:
 def test_quantised_checkpoint() -> None:
     config = small()
     config.quantization_config = {"quant_method": "awq"}
-    found = only(facts(checkpoint=Checkpoint("owner/awq", Path("."), config, TENSORS)))
-    assert found.level == "failure" and "not supported yet" in found.text and str(found.fix).startswith("model = ")
-    assert not any(
-        "quantised" in f.text
-        for f in run(facts(checkpoint=Checkpoint("a.gguf", Path("."), config, TENSORS, gguf_file="a.gguf")))
-    )
+    awq = Checkpoint("owner/awq", Path("."), config, TENSORS)
+    assert run(facts(checkpoint=awq)) == []
+    assert run(facts(checkpoint=awq, settings={"save_to": "out", "export_format": "lora"})) == []
+    found = only(facts(checkpoint=awq, settings={"save_to": "out"}))
+    assert found.level == "failure" and "only quantised (awq)" in found.text and found.fix == 'export_format = "lora"'
+    again = run(facts(checkpoint=awq, settings={"quantization": "bnb_4bit"}))
+    assert again[0].fix == 'quantization = "none"'
+    gguf = Checkpoint("a.gguf", Path("."), config, TENSORS, gguf_file="a.gguf")
+    assert run(facts(checkpoint=gguf, settings={"save_to": "out"})) == []
+
+
+def test_quantised_weights_are_not_rewritten() -> None:
+    found = only(facts(settings={"quantization": "bnb_8bit", "apply": "weights"}))
+    assert found.level == "failure" and found.fix == 'apply = "operators"'
+
+
+def test_bitsandbytes_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(facts(settings={"quantization": "bnb_4bit"})) == []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = only(facts(settings={"quantization": "bnb_4bit"}))
+    assert found.level == "failure" and found.fix == "pip install 'heretic[bnb]'"
+
+
+def test_fewer_bits_are_proposed_where_the_model_fits_in_them() -> None:
+    short = plan(load(), offloaded=20, largest=0)
+    found = only(facts(plan=short, fitting_quantization="bnb_8bit"))
+    assert found.level == "failure" and str(found.fix).startswith('quantization = "bnb_8bit"')
+    assert "bnb" not in str(only(facts(plan=short)).fix)
 
 
 def test_gpus_without_cuda() -> None:

@@ -69,7 +69,28 @@ def test_weights_that_need_pickle_are_refused(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     assert "no .safetensors weights" in refused(copy)
     (copy / "pytorch_model.bin").touch()
-    assert "could run code" in refused(copy)
+    assert "could run code" in refused(copy) and "allow_pickle = true" in refused(copy)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path("ran"),)  # type: ignore[return-value]
+
+
+def test_pickle_files_are_read_only_when_allowed_and_only_for_their_tensors(copy: Path) -> None:
+    before = open_checkpoint(str(copy))
+    tensors = {name: before.read(name) for name in before.tensors}
+    (copy / "model.safetensors").unlink()
+    torch.save(tensors, copy / "pytorch_model.bin")
+    found = open_checkpoint(str(copy), allow_pickle=True)
+    assert found.pickled and {n: (t.shape, t.dtype) for n, t in found.tensors.items()} == {
+        n: (t.shape, t.dtype) for n, t in before.tensors.items()
+    }
+    assert all(torch.equal(found.read(name), tensor) for name, tensor in tensors.items())
+    torch.save({**tensors, "evil": Evil()}, copy / "pytorch_model.bin")
+    with pytest.raises(UserError, match="holds more than tensors"):
+        open_checkpoint(str(copy), allow_pickle=True)
+    assert not Path("ran").exists()
 
 
 def test_damaged_and_missing_shards_are_named(copy: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from heretic.ablation.directions import Directions, between, orthonormal
 from heretic.ablation.kernel import Kernel
-from heretic.ablation.operator import GEOMETRIES, NEEDS_FACTS, Operator, WriterFacts, facts_along, study_weight
+from heretic.ablation.operator import GEOMETRIES, NEEDS_FACTS, Matrix, Operator, WriterFacts, facts_along, study_weight
 from heretic.model.anatomy import Writer
 from heretic.progress import SILENT, Watcher
 
@@ -85,7 +85,7 @@ class Workbench:
         directions: Directions,
         writers: tuple[Writer, ...],
         geometry: str,
-        read: Callable[[Writer], Sequence[Tensor]] = Writer.weights,
+        read: Callable[[Writer], Sequence[Matrix]] = Writer.weights,
         watcher: Watcher = SILENT,
         *,
         norm_aware: bool = True,

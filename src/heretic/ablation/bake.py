@@ -60,7 +60,7 @@ def rewrite(writers: Sequence[Writer], operators: Mapping[str, Operator], origin
             operator = operators.get(writer.name)
             if operator is None:
                 continue
-            if writer.offloaded or not all(part.tensor.is_floating_point() for part in writer.parts):
+            if writer.offloaded or any(part.quantised for part in writer.parts):
                 raise UserError(
                     f"The weight of {writer.name} cannot be rewritten.",
                     fix='apply = "operators" works with every weight',
@@ -131,7 +131,7 @@ def loaded_names(model: Any, names: Iterable[str]) -> dict[str, str]:
 
 
 def _stored(checkpoint: Checkpoint, part: Part, names: Sequence[str]) -> Stored:
-    shape = tuple(part.tensor.shape)
+    shape = part.shape
     ordered = tuple(sorted(names, key=dot_natural_key))
     shapes = {checkpoint.tensors[name].shape for name in ordered}
     each = shape if len(ordered) == 1 else shape[1:]

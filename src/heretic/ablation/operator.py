@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# A weight, or what makes it: one that is dequantised or read from a file exists only while it is used.
+Matrix = Tensor | Callable[[], Tensor]
+
 # Rows of a weight that are this small count as zero: they write nothing, and D^-1 must not blow them up.
 TINY = 1e-12
 
@@ -116,16 +119,21 @@ class WriterFacts:
         return replace(self, norms=self.norms.to(device), g=self.g.to(device), gram=self.gram.to(device))
 
 
+def opened(matrix: Matrix) -> Tensor:
+    """The weight itself."""
+    return matrix if isinstance(matrix, Tensor) else matrix()
+
+
 @torch.no_grad()
-def study_weight(weight: Tensor | Sequence[Tensor], directions: Tensor, rows_at_once: int = 4096) -> WriterFacts:
+def study_weight(weight: Tensor | Sequence[Matrix], directions: Tensor, rows_at_once: int = 4096) -> WriterFacts:
     """Facts of a weight [width, inputs], or of several side by side, for directions [k, width]; only `rows_at_once` rows exist in
     float32 at a time."""
     matrices = [weight] if isinstance(weight, Tensor) else weight
-    squares = torch.stack([_squared_norms(m, rows_at_once).to(matrices[0].device) for m in matrices]).sum(dim=0)
-    norms = squares.sqrt().clamp_min(TINY)
+    squares = [_squared_norms(opened(m), rows_at_once) for m in matrices]
+    norms = _sum(s.to(squares[0].device) for s in squares).sqrt().clamp_min(TINY)
     g = torch.zeros(len(directions), len(norms), device=norms.device)
     gram = torch.zeros(len(directions), len(directions), device=norms.device)
-    for matrix in matrices:
+    for matrix in map(opened, matrices):
         d = norms.to(matrix.device)
         unit = directions.to(matrix.device) / d
         a = _sum(unit[:, rows] @ matrix[rows].float() for rows in _rows(matrix, rows_at_once))
@@ -151,13 +159,13 @@ class _Through(torch.autograd.Function):
     """x -> W W^T x for vectors x [width] or [k, width]. Its own derivative, being symmetric, so nothing of W is kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, matrices: Sequence[Matrix]) -> Tensor:
         ctx.matrices = matrices
-        return _sum(_through(x, m) for m in matrices)
+        return _sum(_through(x, opened(m)) for m in matrices)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _sum(_through(gradient, m) for m in ctx.matrices), None
+        return _sum(_through(gradient, opened(m)) for m in ctx.matrices), None
 
 
 def _through(x: Tensor, matrix: Tensor, rows_at_once: int = 4096) -> Tensor:
@@ -166,7 +174,7 @@ def _through(x: Tensor, matrix: Tensor, rows_at_once: int = 4096) -> Tensor:
     return torch.cat([a @ matrix[rows].to(x.dtype).mT for rows in _rows(matrix, rows_at_once)], dim=-1).to(x.device)
 
 
-def facts_along(v: Tensor, weight: Tensor | Sequence[Tensor], norms: Tensor) -> WriterFacts:
+def facts_along(v: Tensor, weight: Tensor | Sequence[Matrix], norms: Tensor) -> WriterFacts:
     """Facts of a weight [width, inputs], or of several side by side, with these norms of its rows for directions [width] or
     [k, width], which may have gradients."""
     g = _Through.apply(v / norms, [weight] if isinstance(weight, Tensor) else weight) / norms

@@ -29,6 +29,7 @@ from heretic.commands.app import (
     watcher_for,
 )
 from heretic.errors import UserError
+from heretic.progress import Watcher
 from heretic.screen.console import on_terminal
 from heretic.settings.layers import Resolved, resolve
 from heretic.stop import Stop
@@ -53,6 +54,12 @@ def run(
     save_to: Annotated[str | None, typer.Option("--save-to", help="save_to: folder for the resulting model.")] = None,
     run_name: Annotated[str | None, typer.Option("--run-name", help="run_name: name of the run's folder.")] = None,
     storage: Annotated[str | None, typer.Option("--storage", help="storage: Optuna storage URL.")] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            "--workers", help="Processes that share the trials: a number, or auto for one a GPU.", show_default=False
+        ),
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Begin anew; an earlier run is set aside, not deleted.")
     ] = False,
@@ -65,12 +72,19 @@ def run(
     """Find the direction, run the study, export the best trial; resumes an unfinished run. On a terminal a menu follows."""
     total, add = _trials(trials)
     options = {"model": model, "n_trials": total, "save_to": save_to, "run_name": run_name, "storage": storage}
-    resolved = _resolved(model, config, assignments, options, quiet=as_json)
+    resolved = _resolved(model, config, assignments, options, quiet=as_json or os.environ.get("RANK", "0") != "0")
     from heretic.desk import Desk
+    from heretic.parallel import follow, rank
     from heretic.run import run as run_job
     from heretic.screen.preflight_table import show
+    from heretic.workers import ends_with_its_lender
 
+    if rank():
+        follow(resolved.settings)
+        return
     stop = Stop()
+    watcher = watcher_for(as_json, plain, resolved.settings.model, stop)
+    number = _workers(workers, resolved, watcher)
     asks = not (no_menu or as_json) and on_terminal(out) and sys.stdin.isatty()
 
     def menu(desk: Desk) -> None:
@@ -78,14 +92,15 @@ def run(
 
         Menu(out, desk).run()
 
-    with stop.on_signals():
+    with stop.on_signals(), ends_with_its_lender(stop):
         outcome = run_job(
             resolved,
             fresh=fresh,
             force=force,
             wait=wait,
             add=add,
-            watcher=watcher_for(as_json, plain, resolved.settings.model, stop),
+            workers=number,
+            watcher=watcher,
             stop=stop,
             on_report=lambda report: show(report, err if as_json else out),
             then=menu if asks else None,
@@ -96,6 +111,22 @@ def run(
     from heretic.screen.outcome import show_outcome
 
     show_outcome(out, outcome, seen=asks)
+
+
+def _workers(wanted: str | None, resolved: Resolved, watcher: Watcher) -> int:
+    """--workers as a number, with a warning where it is hardly worth it."""
+    from heretic.search.storage import masked
+    from heretic.workers import how_many
+
+    storage, origin = resolved.settings.storage, resolved.origins.get("storage", "")
+    if masked(storage) != storage and (origin == "option" or origin.startswith("--set")):
+        watcher.warn("The storage's password is seen by everybody who lists processes: HERETIC_STORAGE hides it.")
+    if wanted is None:
+        return 1
+    number, warning = how_many(wanted, resolved.settings)
+    if warning:
+        watcher.warn(warning)
+    return number
 
 
 def _trials(text: str | None) -> tuple[int | None, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from safetensors import SafetensorError
 
 from heretic.export.card import card
 from heretic.export.formats import FORMATS
-from heretic.export.job import ExportJob, Written
+from heretic.export.job import ExportJob, Format, Written
 from heretic.export.manifest import DIRECTIONS, MANIFEST, computed_on, now, scores_text, versions
+from heretic.export.reference import in_full_precision
 from heretic.export.save import disk_error, keep_terms, partial_folder, settle
 from heretic.export.verify import Verification, verify
 from heretic.files import sha256, write_text
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint
+from heretic.model.quantisation import QUANTISATIONS
 from heretic.progress import Watcher
 from heretic.run_folder import RunFolder, write_directions
 from heretic.scoring.ladder import Scores
@@ -62,7 +64,7 @@ def plan_export(
         settings=bench.settings,
         checkpoint=model.checkpoint,
         prompts=bench.prompts,
-        plan=LoadPlan([model.dtype], plan.arguments, bench.batcher.size),
+        plan=replace(plan, dtypes=[model.dtype], batch_size=bench.batcher.size),
         folder=folder,
         destination=destination.expanduser().resolve(),
         result=result,
@@ -95,15 +97,20 @@ def write_export(job: ExportJob, watcher: Watcher, stop: Stop) -> Export:
 
 def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Export:
     form = FORMATS[job.format]
+    studied = job.plan.quantization
+    if studied != "none" and form.in_full:
+        job = in_full_precision(job, watcher, stop)
     written = form.write(job, partial, watcher, stop)
     free_memory()
     proof = verify(job, form.open(job, partial), written, watcher, stop)
     keep_terms(job.checkpoint, partial)
     (partial / DIRECTIONS.parent).mkdir()
     write_directions(partial / DIRECTIONS, job.directions, job.folder.stamp)
-    manifest = _manifest(job, written, sha256(partial / DIRECTIONS), proof)
+    manifest = _manifest(job, written, sha256(partial / DIRECTIONS), proof, studied)
     write_text(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    measured = "Of this model as written, reloaded from its files."
+    measured = (
+        "Of this model as written, reloaded from its files. " + _measured_so(form, studied, job.plan.quantization)
+    ).strip()
     write_text(partial / "README.md", card(manifest, source_card(job.checkpoint), written, measured))
     settle(partial, job.destination)
     return Export(job.destination, proof)
@@ -128,7 +135,18 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int, form: str) 
         return None
 
 
-def _manifest(job: ExportJob, written: Written, directions: str, proof: Verification) -> dict[str, Any]:
+def _measured_so(form: Format, studied: str, measured: str) -> str:
+    """For the card, where the study was made on a quantised model and the written one is not."""
+    if studied == "none" or not form.in_full:
+        return ""
+    how = "in full precision" if measured == "none" else "quantised in the same way, since it did not fit otherwise"
+    return (
+        f"The edit was found on the base model quantised to {QUANTISATIONS[studied].words}, and then made in its full-precision "
+        f"tensors. For the figures below both models were loaded {how}."
+    )
+
+
+def _manifest(job: ExportJob, written: Written, directions: str, proof: Verification, studied: str) -> dict[str, Any]:
     return {
         "made_with": "heretic",
         "made_at": now(),
@@ -142,6 +160,7 @@ def _manifest(job: ExportJob, written: Written, directions: str, proof: Verifica
         "prompts": {s.role: {"source": s.source, "count": len(s), "sha256": s.sha256} for s in job.prompts.all},
         "settings": job.settings.results_part(),
         "dtype": job.plan.dtypes[0],
+        "quantization": {"study": studied, "measured": job.plan.quantization},
         "computed_on": job.computed_on,
         "response_prefix": job.baseline.response_prefix,
         "ablation": job.ablation.as_dict(),

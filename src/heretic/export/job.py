@@ -78,7 +78,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write an ablated model.
+    """A way to write an ablated model; `in_full`: in the checkpoint's full precision, also where the study quantised it.
 
     `prepare(model, operators, settings, watcher)` decides while the model is loaded what is to be written, and raises UserError
     where the format cannot hold it: before anything is written, and before the model leaves memory.
@@ -91,3 +91,4 @@ class Format:
     prepare: Callable[[LanguageModel, Mapping[str, Operator], Settings, Watcher], Any]
     write: Callable[[Order, Path, Watcher, Stop], Written]
     open: Callable[[Order, Path], Checkpoint]
+    in_full: bool = True

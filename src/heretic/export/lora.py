@@ -13,18 +13,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from heretic.ablation.bake import bake_bias
-from heretic.ablation.operator import Operator
+from heretic.ablation.operator import Operator, opened
 from heretic.errors import UserError
 from heretic.export.job import Format, Order, Written
 from heretic.files import sha256, write_tensors
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel
+from heretic.model.quantisation import QUANTISATIONS
 from heretic.model.writer import Writer
 from heretic.progress import Watcher
 from heretic.session import weight_reader
@@ -117,7 +117,7 @@ def prepare(model: LanguageModel, operators: Mapping[str, Operator], settings: S
         for writer in edited:
             operator = operators[writer.name]
             (weight,) = read(writer)
-            change = replace(change_of(operator, weight, rank), bias=_bias(writer, operator))
+            change = replace(change_of(operator, opened(weight), rank), bias=_bias(writer, operator))
             changes.update({names[module]: change for module in writer.modules})
             stage.advance()
     return Adapter(rank, _of_one_rank(changes, rank), any(writer.transposed for writer in edited))
@@ -156,7 +156,7 @@ def open_written(order: Order, folder: Path) -> Checkpoint:
     return replace(order.checkpoint, adapter=folder)
 
 
-FORMAT = Format("a LoRA adapter for the base model", prepare, write, open_written)
+FORMAT = Format("a LoRA adapter for the base model", prepare, write, open_written, in_full=False)
 
 
 def _bias(writer: Writer, operator: Operator) -> Tensor | None:
@@ -189,7 +189,8 @@ def _hashes(files: Sequence[Path], stop: Stop) -> dict[str, str]:
 def _about(order: Order, adapter: Adapter) -> str:
     """For the card: what it is, how to load it, what it leaves out."""
     model = order.settings.model
-    lines: list[Any] = [
+    quantised = order.plan.quantization != "none"
+    lines: list[str] = [
         f"This is a LoRA adapter of rank {adapter.rank}, not a whole model. With [peft](https://github.com/huggingface/peft):",
         "",
         "```python",
@@ -198,6 +199,9 @@ def _about(order: Order, adapter: Adapter) -> str:
         "```",
         "",
     ]
+    if quantised:
+        words = QUANTISATIONS[order.plan.quantization].words
+        lines.append(f"It was made for the base model quantised to {words}, and measured so.")
     if adapter.exact:
         lines.append("Every edit is of this rank, so nothing is left out.")
     else:

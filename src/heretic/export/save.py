@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,15 +19,16 @@ from heretic.ablation.bake import bake_bias, bake_weight, rewrite, sources
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.export.manifest import MANIFEST
-from heretic.files import exchange, sha256, sort_metadata, to_disk
+from heretic.files import exchange, sha256, to_disk, write_text
 from heretic.model.anatomy import Writer
-from heretic.model.checkpoint import PICKLED, Checkpoint
+from heretic.model.checkpoint import PICKLED, Checkpoint, pickled_tensors
 from heretic.model.loading import LanguageModel
 from heretic.progress import Watcher
 from heretic.stop import Stop
 
 TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-LEFT_OUT = {"README.md", MANIFEST, ".gitattributes", "heretic_source.json"}
+LEFT_OUT = {"README.md", MANIFEST, ".gitattributes", "heretic_source.json", "pytorch_model.bin.index.json"}
+BLOCK = 1 << 24  # bytes copied at a time
 
 
 @dataclass(frozen=True)
@@ -106,32 +108,76 @@ def write_weights(
     """Write all shards with the edits made, and every other file of the checkpoint; returns hashes of what was read, written
     and copied.
 
-    One shard is in memory at a time. Raises OSError or SafetensorError when the disk is full, Interrupted between shards.
+    One tensor is in memory at a time, however large the shard (a pickle file's are those of a whole shard). Raises OSError or
+    SafetensorError when the disk is full, Interrupted between tensors.
     """
     hashes: dict[str, dict[str, str]] = {"source": {}, "written": {}, "copied": {}}
-    remaining = set(edits)
     shards = checkpoint.shards()
+    held = {t.name for t in checkpoint.tensors.values()}
+    assert edits.keys() <= held, f"edits of tensors that no shard holds: {sorted(edits.keys() - held)[:3]}"
     with watcher.stage("Writing the model", len(shards)) as stage:
         for shard in shards:
             stop.check()
-            with safe_open(shard, framework="pt") as file:
-                metadata = file.metadata() or {"format": "pt"}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            for name in remaining & set(tensors):
-                tensors[name] = edits[name](tensors[name])
-            remaining -= set(tensors)
-            target = partial / shard.name
-            save_file(tensors, target, metadata=metadata)
-            sort_metadata(target)
+            if shard.suffix in PICKLED:
+                target = partial / f"{shard.stem.replace('pytorch_model', 'model')}.safetensors"
+                save_file(_unpickled(shard, edits), target, metadata={"format": "pt"})
+            else:
+                target = partial / shard.name
+                stream_edited(shard, target, edits, stop)
             readable(target)
             hashes["source"][shard.name] = sha256(shard)
-            hashes["written"][shard.name] = sha256(target)
+            hashes["written"][target.name] = sha256(target)
             stage.advance()
     for name, file in copied_files(checkpoint.folder).items():
         shutil.copyfile(file, partial / name)
         hashes["copied"][name] = sha256(partial / name)
-    assert not remaining, f"edits of tensors that no shard holds: {sorted(remaining)[:3]}"
+    if checkpoint.pickled and len(shards) > 1:
+        _write_index(checkpoint, partial)
     return hashes
+
+
+def stream_edited(shard: Path, target: Path, edits: Mapping[str, TensorEdit], stop: Stop) -> None:
+    """A copy of a safetensors file with tensors edited. An edit changes no shape and no number format, so the header stays as it
+    is, and what is not edited is copied byte for byte."""
+    with shard.open("rb") as source, target.open("wb") as copy, safe_open(shard, framework="pt") as tensors:
+        length = source.read(8)
+        header = source.read(int.from_bytes(length, "little"))
+        copy.write(length + header)
+        places = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
+        for name, (start, end) in sorted(places.items(), key=lambda place: place[1]):
+            stop.check()
+            if name in edits:
+                edited = edits[name](tensors.get_tensor(name)).contiguous()
+                copy.write(edited.view(torch.uint8).numpy().data)
+                source.seek(end - start, os.SEEK_CUR)
+                continue
+            for rest in range(end - start, 0, -BLOCK):
+                copy.write(source.read(min(BLOCK, rest)))
+        copy.flush()
+        os.fsync(copy.fileno())
+
+
+def _unpickled(shard: Path, edits: Mapping[str, TensorEdit]) -> dict[str, torch.Tensor]:
+    """The tensors of a pickle file with edits made, none sharing memory with another, as safetensors wants them."""
+    found = {name: tensor.contiguous() for name, tensor in pickled_tensors(shard).items()}
+    places: set[int] = set()
+    for name, tensor in found.items():
+        found[name] = (
+            edits[name](tensor) if name in edits else tensor.clone() if tensor.data_ptr() in places else tensor
+        )
+        places.add(tensor.data_ptr())
+    return found
+
+
+def _write_index(checkpoint: Checkpoint, partial: Path) -> None:
+    """Which of several files holds which tensor, as transformers looks for it."""
+    files = {
+        name: f"{tensor.file.stem.replace('pytorch_model', 'model')}.safetensors"
+        for name, tensor in checkpoint.tensors.items()
+        if tensor.file is not None
+    }
+    index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": files}
+    write_text(partial / "model.safetensors.index.json", json.dumps(index, indent=2))
 
 
 def write_dequantised(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from heretic.errors import UserError, VerificationFailed
+from heretic.export.formats import FORMATS
 from heretic.export.job import ExportJob, Written
 from heretic.model.checkpoint import Checkpoint
 from heretic.progress import Watcher
@@ -22,6 +23,9 @@ TOLERATED_SHARE = 0.1
 TOLERATED_SHARE_OF_A_PART = 0.5  # where the format cannot hold all of the edit, and says so
 ROUNDING = {"float32": 1e-4}  # weights are stored in the checkpoint's format, mostly bfloat16
 ROUNDING_IN_HALF_PRECISION = 2e-3  # two passes in bfloat16 differ besides
+# Quantising edited weights rounds them otherwise than editing quantised ones does: measured on Qwen2.5-Coder-0.5B-Instruct, a mean
+# KL of 0.003 in 8 bits and 0.006 in 4.
+QUANTISED_ANEW = {"bnb_8bit": 0.02, "bnb_4bit": 0.05}
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ def verify(job: ExportJob, checkpoint: Checkpoint, written: Written, watcher: Wa
     from_gguf = job.checkpoint.gguf_file is not None  # and so rounded as a whole
     rounding = ROUNDING.get("" if from_gguf else job.plan.dtypes[0], ROUNDING_IN_HALF_PRECISION)
     rounding = max(rounding, written.rounding)
+    if FORMATS[job.format].in_full:
+        rounding += QUANTISED_ANEW.get(job.plan.quantization, 0.0)
     share = TOLERATED_SHARE if written.exact else TOLERATED_SHARE_OF_A_PART
     tolerated = share * job.ablated_by + rounding
     if divergence <= tolerated:

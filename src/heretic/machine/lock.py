@@ -108,8 +108,11 @@ def hold(
     wait: bool = False,
     on_wait: Callable[[Path, Holder | None], None] | None = None,
     while_waiting: Callable[[], None] = lambda: None,
+    lender: int = 0,
 ) -> Iterator[None]:
     """Hold all locks, each with a note saying who holds it, until the context ends.
+
+    What the process `lender` holds (0: none) is not taken but used with it: it has started this one as one of its workers.
 
     A taken lock raises BusyError naming its holder; with `wait` it is queued for, after `on_wait` was told the path and the
     holder (None if it is not known), once for each lock that is waited for; `while_waiting` is called again and again and ends
@@ -117,6 +120,8 @@ def hold(
     """
     with ExitStack() as held:
         for path in sorted(set(paths)):  # always in the same order, so that two processes never wait for each other
+            if lender and _lent(path, lender):
+                continue
             _take(path, wait, on_wait, while_waiting, held)
             note = _note(path)
             held.callback(note.unlink, missing_ok=True)  # runs before the lock is released
@@ -135,6 +140,11 @@ def holder(path: Path) -> Holder | None:
         return _read(_note(path)) or UNKNOWN
     except OSError:  # a folder that only others may write to, or nobody now: only the note can tell
         return _read(_note(path))
+
+
+def _lent(path: Path, lender: int) -> bool:
+    owner = holder(path)
+    return owner is not None and owner.pid == lender and owner.host == socket.gethostname()
 
 
 def _take(

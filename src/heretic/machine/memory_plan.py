@@ -30,6 +30,8 @@ from heretic.machine.placement import (
 )
 from heretic.machine.shape import ModelShape
 from heretic.model.checkpoint import Checkpoint
+from heretic.model.quantisation import stored_bytes
+from heretic.settings import Settings
 
 MIB, GIB = 2**20, 2**30
 FLOAT32 = 4
@@ -43,6 +45,8 @@ LARGEST_ON_CPU = 128  # beyond it a pass takes as long a prompt as before
 GOOD_BATCH = 8  # a device on which a smaller batch fits only is not preferred to several devices
 ROWS_WITH_GRADIENTS = 1  # that there is room for at least
 TIGHT = 0.95  # of the free memory
+CHARACTERS_PER_TOKEN = 3  # fewer than in English, so that the plan is on the safe side
+TEMPLATE_TOKENS = 40
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,36 @@ def planned_dtype(name: str, checkpoint: Checkpoint, on_cpu: bool, ram: int) -> 
     return NAMES[max(stored, key=lambda dtype: stored[dtype])] if stored else "bfloat16"
 
 
+def plan_for(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    longest: int,
+    devices: Sequence[Device],
+    *,
+    gradients: bool | None = None,
+) -> MemoryPlan:
+    """As `make_plan`, for settings; `longest` is the longest prompt in characters, `gradients` whether a walk is to be made."""
+    return make_plan(
+        checkpoint,
+        device_map=settings.device_map,
+        max_memory=settings.max_memory,
+        dtypes=list(settings.dtypes),
+        batch_size=settings.batch_size,
+        prompt_tokens=prompt_tokens(settings, longest),
+        new_tokens=settings.max_response_length,
+        devices=devices,
+        copies=settings.apply == "weights" and settings.cache_weights,
+        gradients=settings.search.start != "kernels" if gradients is None else gradients,
+        quantization=settings.quantization,
+    )
+
+
+def prompt_tokens(settings: Settings, longest: int) -> int:
+    """Upper estimate of the tokens of a prompt of `longest` characters with system prompt, prefix and chat template."""
+    characters = longest + len(settings.system_prompt) + len(settings.response_prefix)
+    return characters // CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
+
+
 def make_plan(
     checkpoint: Checkpoint,
     *,
@@ -166,6 +200,7 @@ def make_plan(
     devices: Sequence[Device],
     copies: bool = False,
     gradients: bool = False,
+    quantization: str = "none",
 ) -> MemoryPlan:
     """Place the model and count what a run takes.
 
@@ -173,7 +208,8 @@ def make_plan(
     to spare, at most 512 (on a CPU 128). Prompts have up to `prompt_tokens` tokens and answers `new_tokens`. With
     `copies` the edited weights are kept twice; with `gradients` there is room for one row of the walk, blocks computed
     twice, where trials would need less (what more it takes is decided from what is free then). `planned` never moves weights to
-    RAM; accelerate's modes do so where `devices` has the CPU beside GPUs.
+    RAM; accelerate's modes do so where `devices` has the CPU beside GPUs, but not with a `quantization`, whose weights stay where
+    they are.
 
     Raises UserError for a device that is not there, a malformed size, an incomplete table, or a model that cannot be built.
     """
@@ -182,11 +218,15 @@ def make_plan(
     devices = sorted(devices, key=lambda device: not device.is_gpu)
     limits = weight_limits(max_memory, devices)
     named = _named_devices(device_map, devices)
+    if quantization != "none" and any(device.is_gpu for device in named):
+        named = [device for device in named if device.is_gpu]
     ram = next((device for device in devices if not device.is_gpu), None)
     on_cpu = all(not device.is_gpu for device in named)
     dtype = planned_dtype(dtypes[0], checkpoint, on_cpu, ram.total if ram else 0)
     model = skeleton(checkpoint, dtype)
-    job = _Job(ModelShape.of(checkpoint.text_config, model), prompt_tokens, new_tokens, copies, gradients)
+    fewer = stored_bytes(model, quantization)
+    shape = ModelShape.of(checkpoint.text_config, model)
+    job = _Job(shape, prompt_tokens, new_tokens, copies, gradients, _opened_at_once(model, fewer))
     largest = LARGEST_ON_CPU if on_cpu else LARGEST_BATCH
 
     room = {device.name: _room(device, limits) for device in devices}
@@ -197,13 +237,13 @@ def make_plan(
     elif device_map not in MODES or on_cpu:
         table = everything_on(named[0])
     elif device_map == "planned":
-        table = _one_device(model, job, named, limits, batch_size or GOOD_BATCH)
+        table = _one_device(model, job, named, limits, batch_size or GOOD_BATCH, fewer)
     if table is None:
         asked_accelerate = True
         mode = "balanced" if device_map == "planned" else str(device_map)
-        table = spread(model, mode, {device.name: room[device.name] for device in named}, named)
+        table = spread(model, mode, {device.name: room[device.name] for device in named}, named, fewer)
 
-    placed = shares(model, table, job.shape.blocks)
+    placed = shares(model, table, job.shape.blocks, fewer)
     nowhere = placed.pop(NOWHERE, Share()).weights
     fitting = 0 if nowhere else job.largest_batch(placed, devices, largest)
     chosen = batch_size or fitting or 1
@@ -229,6 +269,7 @@ class _Job:
     new_tokens: int
     copies: bool
     gradients: bool
+    opened: int = 0  # bytes of the one quantised weight that exists in full while it is multiplied by
 
     def loads(self, placed: Mapping[int | str, Share], devices: Sequence[Device], batch: int) -> tuple[DeviceLoad, ...]:
         """The load of every device that holds a part of the model."""
@@ -266,7 +307,7 @@ class _Job:
             weights=holds.weights,
             cache=cache,
             logits=logits,
-            activations=(working if blocks else 0) + borrowed,
+            activations=(working + self.opened if blocks else 0) + borrowed,
             capture=blocks * shape.hidden * FLOAT32 * batch,
             # `norm_preserving` keeps, for the two writers of a block, one vector for the direction of every layer.
             operators=2 * blocks * shape.blocks * shape.hidden * FLOAT32,
@@ -288,15 +329,20 @@ def _named_devices(device_map: str | Mapping[str, int | str], devices: Sequence[
 
 
 def _one_device(
-    model: Any, job: _Job, gpus: Sequence[Device], limits: Mapping[str, int], batch: int
+    model: Any, job: _Job, gpus: Sequence[Device], limits: Mapping[str, int], batch: int, fewer: Mapping[str, float]
 ) -> dict[str, int | str] | None:
     """The table for the emptiest GPU, if everything fits there or there is no other."""
     best = max(gpus, key=lambda gpu: gpu.free)
     table = everything_on(best)
-    placed = shares(model, table, job.shape.blocks)
+    placed = shares(model, table, job.shape.blocks, fewer)
     allowed = placed[best.key].weights <= limits.get(best.name, best.free)
     fits = allowed and all(load.fits for load in job.loads(placed, [best], batch))
     return table if fits or (len(gpus) == 1 and not limits) else None
+
+
+def _opened_at_once(model: Any, fewer: Mapping[str, float]) -> int:
+    """Bytes of the largest weight that is stored in fewer, in the model's number format."""
+    return max((model.get_parameter(name).numel() * model.dtype.itemsize for name in fewer), default=0)
 
 
 def _room(device: Device, limits: Mapping[str, int]) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from heretic.errors import UserError, first_line
 from heretic.model.checkpoint import Checkpoint
@@ -109,22 +110,34 @@ def everything_on(device: Device) -> dict[str, int | str]:
 
 
 def spread(
-    model: PreTrainedModel, mode: str, room: Mapping[str, int], devices: Sequence[Device]
+    model: PreTrainedModel,
+    mode: str,
+    room: Mapping[str, int],
+    devices: Sequence[Device],
+    fewer: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, int | str]:
     """Accelerate's placement (`auto`, `balanced`, `balanced_low_0`, `sequential`) into `room` bytes per device.
 
-    Modules for which there is no room are put on "disk".
+    `fewer` are bytes an element of parameters that are stored quantised, by name. Modules for which there is no room are put on
+    "disk".
     """
+    import torch
     from accelerate import infer_auto_device_map
-    from accelerate.utils import get_balanced_memory
+    from accelerate.utils import CustomDtype, get_balanced_memory
 
     unsplit = list(getattr(model, "_no_split_modules", None) or [])
     limits: dict[int | str, int] = {device.key: room[device.name] for device in devices if device.name in room}
+    # Accelerate knows whole kinds of numbers only: what takes 4.1 bits counts there as 4, which the reserve bears.
+    kinds: Any = {name: CustomDtype.INT4 if size < 0.75 else torch.int8 for name, size in fewer.items()}
     if mode != "sequential":
         limits = get_balanced_memory(
-            model, max_memory=limits, no_split_module_classes=unsplit, low_zero=mode == "balanced_low_0"
+            model,
+            max_memory=limits,
+            no_split_module_classes=unsplit,
+            special_dtypes=kinds,
+            low_zero=mode == "balanced_low_0",
         )
-    table = dict(infer_auto_device_map(model, max_memory=limits, no_split_module_classes=unsplit))
+    table = dict(infer_auto_device_map(model, max_memory=limits, no_split_module_classes=unsplit, special_dtypes=kinds))
     head, embedding = _ends(model)
     if head != embedding and model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         table[head] = _lookup(table, embedding)  # accelerate may part tied weights, which would store them twice
@@ -142,8 +155,13 @@ def explicit(model: PreTrainedModel, table: Mapping[str, int | str], devices: Se
     return resolved
 
 
-def shares(model: PreTrainedModel, table: Mapping[str, int | str], blocks: int) -> dict[int | str, Share]:
-    """What each device of the table holds; tied weights count once. `blocks` is the number of decoder blocks."""
+def shares(
+    model: PreTrainedModel,
+    table: Mapping[str, int | str],
+    blocks: int,
+    fewer: Mapping[str, float] = MappingProxyType({}),
+) -> dict[int | str, Share]:
+    """What each device of the table holds; tied weights count once. `blocks` is the number of decoder blocks, `fewer` as above."""
     found: dict[int | str, Share] = {}
     head, embedding = _ends(model)
 
@@ -152,7 +170,7 @@ def shares(model: PreTrainedModel, table: Mapping[str, int | str], blocks: int) 
         return found.setdefault(NOWHERE if place is None else place, Share())
 
     for name, parameter in model.named_parameters():
-        share(name).weights += parameter.numel() * parameter.element_size()
+        share(name).weights += int(parameter.numel() * fewer.get(name, parameter.element_size()))
     for number, name in enumerate(_block_names(model, blocks)):
         share(name).blocks.append(number)
     share(embedding).embedding = True

@@ -12,13 +12,12 @@ from heretic.errors import UserError
 from heretic.machine import host
 from heretic.machine.gpus import Gpu, GpuReport, gpus_for, usable_gpus, visible_gpus
 from heretic.machine.lock import Holder, device_locks, holder
-from heretic.machine.memory_plan import MemoryPlan, make_plan
+from heretic.machine.memory_plan import MemoryPlan, plan_for
+from heretic.machine.placement import Device
 from heretic.machine.rules import RULES, Facts, Finding, Folder
 from heretic.model.checkpoint import Checkpoint
 from heretic.settings import Settings
 
-CHARACTERS_PER_TOKEN = 3  # fewer than in English, so that the plan is on the safe side
-TEMPLATE_TOKENS = 40
 USUAL_PROMPT = 600  # characters, where the prompts cannot be read
 
 T = TypeVar("T")
@@ -94,18 +93,7 @@ def check(
         opened = checkpoint
         plan = attempt(
             "memory",
-            lambda: make_plan(
-                opened,
-                device_map=settings.device_map,
-                max_memory=settings.max_memory,
-                dtypes=list(settings.dtypes),
-                batch_size=settings.batch_size,
-                prompt_tokens=prompt_tokens(settings, longest),
-                new_tokens=settings.max_response_length,
-                devices=devices,
-                copies=settings.apply == "weights" and settings.cache_weights,
-                gradients=settings.search.start != "kernels",
-            ),
+            lambda: plan_for(settings, opened, longest, devices),
         )
     facts = Facts(
         settings=settings,
@@ -119,15 +107,25 @@ def check(
         run_folder=_folder(Path(settings.runs_dir)),
         export_folder=_folder(Path(settings.save_to)) if settings.save_to else None,
         hub_cache=_folder(_hub_cache()),
+        fitting_quantization=_fitting(settings, checkpoint, plan, longest, devices),
     )
     found = [finding for rule in RULES for finding in rule(facts)]
     return Report(settings.model, report, plan, (*problems, *found))
 
 
-def prompt_tokens(settings: Settings, longest: int) -> int:
-    """Upper estimate of the tokens of a prompt of `longest` characters with system prompt, prefix and chat template."""
-    characters = longest + len(settings.system_prompt) + len(settings.response_prefix)
-    return characters // CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
+def _fitting(
+    settings: Settings, checkpoint: Checkpoint | None, plan: MemoryPlan | None, longest: int, devices: list[Device]
+) -> str | None:
+    """A quantisation with which the model fits, where it does not fit on GPUs as it is; the one with the most bits."""
+    if checkpoint is None or plan is None or (plan.fits and not plan.in_ram) or not devices[0].is_gpu:
+        return None
+    if settings.quantization != "none" or checkpoint.quantised_by or checkpoint.gguf_file:
+        return None
+    for name in ("bnb_8bit", "bnb_4bit"):
+        update = {"quantization": name, "device_map": "planned", "apply": "operators"}
+        if plan_for(settings.model_copy(update=update), checkpoint, longest, devices).fits:
+            return name
+    return None
 
 
 def _holders(settings: Settings, usable: tuple[Gpu, ...]) -> tuple[tuple[str, Holder], ...]:

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from heretic.errors import UserError
 from heretic.machine.gpus import Gpu, GpuReport
 from heretic.machine.host import spell_bytes
 from heretic.machine.lock import Holder
 from heretic.machine.memory_plan import FLOAT32, GIB, MIB, MemoryPlan
 from heretic.machine.placement import MODES
 from heretic.model.checkpoint import Checkpoint
+from heretic.model.quantisation import QUANTISATIONS, require_bitsandbytes
 from heretic.settings import Settings
 
 BUSY = 500 * MIB  # GPU memory that another process may hold without being worth a word
@@ -61,6 +63,7 @@ class Facts:
     run_folder: Folder
     export_folder: Folder | None
     hub_cache: Folder
+    fitting_quantization: str | None = None  # with which a model fits that does not fit as it is
 
     @property
     def used_gpus(self) -> tuple[Gpu, ...]:
@@ -93,12 +96,35 @@ def model(facts: Facts) -> Iterator[Finding]:
     checkpoint = facts.checkpoint
     if checkpoint is None:
         return
-    if getattr(checkpoint.config, "quantization_config", None) is not None and not checkpoint.gguf_file:
-        text = f"{checkpoint.model} is quantised, which is not supported yet."
-        yield Finding("failure", "model", text, 'model = "…": the full-precision model that this one was made from')
-        return
     size = f"{checkpoint.parameters / 1e9:.2f} billion parameters, {spell_bytes(checkpoint.nbytes)} on disk"
-    yield Finding("ok", "model", f"{checkpoint.model}: {size}")
+    method = checkpoint.quantised_by
+    if method is None:
+        yield Finding("ok", "model", f"{checkpoint.model}: {size}")
+    elif facts.settings.quantization != "none":
+        text = f"{checkpoint.model} comes quantised ({method}) and cannot be quantised once more."
+        yield Finding("failure", "quantization", text, 'quantization = "none"')
+    elif facts.settings.save_to and facts.settings.export_format == "full":
+        text = f"{checkpoint.model} exists only quantised ({method}): there are no full-precision weights to write an edit into."
+        yield Finding("failure", "export", text, 'export_format = "lora"')
+    else:
+        text = f"{checkpoint.model}: {spell_bytes(checkpoint.nbytes)} on disk, quantised ({method}); an export is an adapter."
+        yield Finding("ok", "model", text)
+
+
+def rewritten_while_quantised(facts: Facts) -> Iterator[Finding]:
+    """Trials that rewrite weights, where these are quantised."""
+    if facts.settings.apply == "weights" and facts.settings.quantization != "none":
+        text = "Quantised weights cannot be rewritten for a trial and put back."
+        yield Finding("failure", "apply", text, 'apply = "operators"')
+
+
+def missing_bitsandbytes(facts: Facts) -> Iterator[Finding]:
+    """Quantisation without the package that does it."""
+    if facts.settings.quantization != "none":
+        try:
+            require_bitsandbytes(facts.settings.quantization)
+        except UserError as error:
+            yield Finding("failure", "quantization", error.what, error.fix)
 
 
 def unseen_gpus(facts: Facts) -> Iterator[Finding]:
@@ -139,9 +165,9 @@ def weights_do_not_fit(facts: Facts) -> Iterator[Finding]:
     else:
         text = _shortage(plan)
     fix = "a smaller model, or a machine with more memory"
-    if plan.on_gpu and facts.settings.device_map == "planned":
+    if plan.on_gpu and facts.settings.device_map == "planned" and facts.settings.quantization == "none":
         fix = 'device_map = "auto" keeps the rest in RAM (every pass becomes many times slower); or a smaller model'
-    yield Finding("failure", "memory", text, _smaller_weights(facts) or fix)
+    yield Finding("failure", "memory", text, _smaller_weights(facts) or _fewer_bits(facts) or fix)
 
 
 def everything_on_one_gpu(facts: Facts) -> Iterator[Finding]:
@@ -169,7 +195,9 @@ def weights_in_ram(facts: Facts) -> Iterator[Finding]:
     plan = facts.plan
     if plan and plan.in_ram:
         text = f"{spell_bytes(plan.in_ram)} of weights wait in RAM; moving them to a GPU makes every pass many times slower."
-        yield Finding("warning", "memory", text, _smaller_weights(facts) or "a smaller model, or more GPUs")
+        yield Finding(
+            "warning", "memory", text, _smaller_weights(facts) or _fewer_bits(facts) or "a smaller model, or more GPUs"
+        )
 
 
 def batch_too_large(facts: Facts) -> Iterator[Finding]:
@@ -296,6 +324,8 @@ def prompts(facts: Facts) -> Iterator[Finding]:
 
 RULES: tuple[Rule, ...] = (
     model,
+    rewritten_while_quantised,
+    missing_bitsandbytes,
     download,
     gguf_in_ram,
     unseen_gpus,
@@ -325,6 +355,12 @@ def _smaller_weights(facts: Facts) -> str | None:
     if settings.max_memory:
         return "max_memory = {}"
     return 'apply = "operators"' if plan and any(load.copies for load in plan.loads) else None
+
+
+def _fewer_bits(facts: Facts) -> str | None:
+    """The quantisation with the most bits with which the model would fit, as it was planned too."""
+    name = facts.fitting_quantization
+    return f'quantization = "{name}": {QUANTISATIONS[name].words}' if name else None
 
 
 def _more_room(facts: Facts, plan: MemoryPlan) -> str:

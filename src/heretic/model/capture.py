@@ -42,12 +42,14 @@ def mean_residuals(
     winsorize: float = 1.0,
     *,
     keep_each: bool = False,
+    keep: Callable[[Batch, Tensor], None] = lambda _batch, _residuals: None,
 ) -> ResidualMeans:
     """Mean over prompts of the residual at the last token, for every block; with `keep_each` those of every prompt too.
 
     Hooks take one vector a row and block; the logits are never computed. With `winsorize` < 1 the components of each vector
     are clipped to that quantile of their magnitudes. Sums are kept in float64, one batch's residuals at a time, so that
-    memory does not grow with the number of prompts, unless each prompt's are kept: `bytes_of_each`.
+    memory does not grow with the number of prompts, unless each prompt's are kept: `bytes_of_each`. `keep` gets each batch with
+    its residuals [rows, layers, width].
     """
     anatomy = language_model.anatomy
     total = torch.zeros(anatomy.num_layers, anatomy.width, dtype=torch.float64)
@@ -58,6 +60,7 @@ def mean_residuals(
         if winsorize < 1.0:
             limit = torch.quantile(residuals.abs(), winsorize, dim=-1, keepdim=True)
             residuals = residuals.clamp(-limit, limit)
+        keep(batch, residuals)
         total.add_(residuals.double().sum(dim=0))
         if each is not None:
             each[batch.rows] = residuals

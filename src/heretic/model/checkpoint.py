@@ -1,6 +1,7 @@
 """A model on disk or on the hub: its config, and the names, shapes and places of its tensors, without loading weights.
 
-Only safetensors and GGUF files are read; a checkpoint that needs Python's pickle is refused.
+Only safetensors and GGUF files are read. One that needs Python's pickle is refused unless that is allowed, and then read by
+PyTorch's reader that makes nothing but tensors.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 BYTES_PER_ELEMENT = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I8": "int8",
+    "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 DOWNLOADED = [
@@ -111,12 +117,29 @@ class Checkpoint:
         """The safetensors files, in order of their names."""
         return sorted({t.file for t in self.tensors.values() if t.file is not None})
 
+    @property
+    def pickled(self) -> bool:
+        """Whether the weights are in pickle files."""
+        return any(file.suffix in PICKLED for file in self.shards())
+
+    @property
+    def quantised_by(self) -> str | None:
+        """The method by which the checkpoint's own tensors are quantised ("fp8", "bitsandbytes", ...); None where they are not."""
+        found = getattr(self.config, "quantization_config", None)
+        if found is None or self.gguf_file:
+            return None
+        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+        return str(getattr(method, "value", method) or "an unnamed method")
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor from its file, as stored."""
         from safetensors import safe_open
 
-        with safe_open(self.tensors[name].file, framework="pt") as file:
-            return file.get_tensor(name)
+        file = self.tensors[name].file
+        if file is not None and file.suffix in PICKLED:
+            return pickled_tensors(file)[name].clone()
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name)
 
     def identity(self) -> str:
         """A hash that changes when the weights or the config do: headers, sizes and samples of every file, not every byte."""
@@ -144,7 +167,12 @@ def _sample(path: Path, digest: Any, block: int = 1 << 16, blocks: int = 64) -> 
 
 
 def open_checkpoint(
-    model: str, revision: str = "", *, trust_remote_code: list[str] | None = None, download_weights: bool = True
+    model: str,
+    revision: str = "",
+    *,
+    trust_remote_code: list[str] | None = None,
+    allow_pickle: bool = False,
+    download_weights: bool = True,
 ) -> Checkpoint:
     """Find a model and read its config and tensor headers.
 
@@ -158,14 +186,14 @@ def open_checkpoint(
     if path.suffix == ".gguf":
         return _open_gguf(model, path)
     if path.is_dir():
-        return Checkpoint(model, path, _config(path, model, trusted), _local_tensors(path))
+        return Checkpoint(model, path, _config(path, model, trusted), _local_tensors(path, allow_pickle))
     if path.exists():
         raise UserError(
             f"{model} is a file, not a model.", fix="name the folder that holds config.json, or a .gguf file"
         )
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UserError(f"There is no model folder {model}.", fix="check the path, or name a hub model as owner/name")
-    folder, tensors = _from_hub(model, revision, download_weights, trusted)
+    folder, tensors = _from_hub(model, revision, download_weights, trusted, allow_pickle)
     return Checkpoint(model, folder, _config(folder, model, trusted), tensors, commit=folder.name)
 
 
@@ -202,30 +230,23 @@ def _require_decoder(config: PretrainedConfig, file: Path) -> None:
         )
 
 
-def _local_tensors(folder: Path) -> dict[str, TensorInfo]:
+def _local_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, TensorInfo]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"The index of the weights cannot be read: {first_line(error)[:200]}", where=str(index)
-            ) from None
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise UserError(f"The index names a file outside the model's folder: {name!r}", where=str(index))
-        files = [folder / name for name in names]
+        files = _indexed(index)
     else:
         files = sorted(folder.glob("*.safetensors"))
         if (folder / "model.safetensors").is_file():
             files = [folder / "model.safetensors"]
     if not files:
-        pickled = [p.name for p in folder.iterdir() if p.suffix in PICKLED]
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED)
+        if pickled and allow_pickle:
+            return _pickled(folder)
         raise UserError(
             f"{folder} has no .safetensors weights"
             + (f", only {pickled[0]}, which could run code when loaded." if pickled else "."),
             where=str(folder),
-            fix="convert the weights to safetensors"
+            fix="convert the weights to safetensors; or allow_pickle = true, which reads tensors and nothing else"
             if pickled
             else "download the model again; its weights are missing",
         )
@@ -233,6 +254,52 @@ def _local_tensors(folder: Path) -> dict[str, TensorInfo]:
     for file in files:
         tensors.update(_header(file))
     return tensors
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"The index of the weights cannot be read: {first_line(error)[:200]}", where=str(index)
+        ) from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"The index names a file outside the model's folder: {name!r}", where=str(index))
+    return [index.parent / name for name in names]
+
+
+def _pickled(folder: Path) -> dict[str, TensorInfo]:
+    """The tensors of the pickle files that transformers would read."""
+    index = folder / "pytorch_model.bin.index.json"
+    files = _indexed(index) if index.is_file() else [folder / "pytorch_model.bin"]
+    formats = {f"torch.{name}": short for short, name in TORCH_NAMES.items()}
+    return {
+        name: TensorInfo(name, tuple(tensor.shape), formats.get(str(tensor.dtype), "F32"), file)
+        for file in files
+        for name, tensor in pickled_tensors(file).items()
+    }
+
+
+def pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a pickle file, by PyTorch's reader that makes nothing but tensors; their bytes stay in the file until they are
+    used. Raises UserError for a file with anything else in it."""
+    import torch
+
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+    except FileNotFoundError:
+        raise UserError(
+            f"A file of the weights is missing: {file.name}", where=str(file.parent), fix="download the model again"
+        ) from None
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, AttributeError) as error:
+        raise UserError(
+            f"{file.name} holds more than tensors, or is damaged; it is not read: {first_line(error)[:120]}",
+            where=str(file),
+            fix="convert the weights to safetensors on a machine where running the file's code does no harm",
+        ) from None
 
 
 def _header(file: Path) -> dict[str, TensorInfo]:
@@ -277,7 +344,9 @@ def _open_gguf(model: str, path: Path) -> Checkpoint:
     return Checkpoint(model, path.parent, config, tensors, gguf_file=path.name)
 
 
-def _from_hub(model: str, revision: str, download_weights: bool, trusted: bool) -> tuple[Path, dict[str, TensorInfo]]:
+def _from_hub(
+    model: str, revision: str, download_weights: bool, trusted: bool, allow_pickle: bool
+) -> tuple[Path, dict[str, TensorInfo]]:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import NotASafetensorsRepoError
 
@@ -287,12 +356,19 @@ def _from_hub(model: str, revision: str, download_weights: bool, trusted: bool) 
             snapshot_download(model, revision=revision or None, allow_patterns=wanted, ignore_patterns=IGNORED)
         )
         if download_weights:
-            return folder, _local_tensors(folder)
+            with contextlib.suppress(UserError):  # it may have nothing else
+                return folder, _local_tensors(folder, allow_pickle)
+            if allow_pickle:
+                snapshot_download(model, revision=revision or None, allow_patterns=["pytorch_model*.bin"])
+            return folder, _local_tensors(folder, allow_pickle)
         with contextlib.suppress(UserError):  # not downloaded yet, or only in part
-            return folder, _local_tensors(folder)
+            return folder, _local_tensors(folder, allow_pickle)
         metadata = HfApi().get_safetensors_metadata(model, revision=revision or None)
     except NotASafetensorsRepoError:
-        raise UserError(f"{model} has no safetensors weights on the hub.", fix="choose a model that has them") from None
+        fix = "choose a model that has them; or allow_pickle = true, if it has pickle files and you trust who made them"
+        if allow_pickle:
+            fix = f"the sizes in pickle files are known only when they are here: hf download {model}"
+        raise UserError(f"{model} has no safetensors weights on the hub.", fix=fix) from None
     except UserError:
         raise
     except Exception as error:  # the hub's library and the network below it raise many kinds

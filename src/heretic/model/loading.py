@@ -23,6 +23,7 @@ from heretic.errors import UserError, first_line
 from heretic.model.anatomy import Anatomy, dissect, input_device
 from heretic.model.batching import free_memory, out_of_memory
 from heretic.model.checkpoint import Checkpoint
+from heretic.model.quantisation import QUANTISATIONS, keep_layout, loading_arguments
 from heretic.progress import SILENT, Watcher
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class LanguageModel:
     checkpoint: Checkpoint
     anatomy: Anatomy
     dtype: str
+    quantization: str = "none"
 
     @property
     def device(self) -> torch.device:
@@ -68,11 +70,12 @@ def load(
     dtypes: Sequence[str],
     arguments: dict[str, Any],
     *,
+    quantization: str = "none",
     trust_remote_code: list[str] | None = None,
     chat_template: str | None = "",
     watcher: Watcher = SILENT,
 ) -> LanguageModel:
-    """Load `checkpoint`; `arguments` are device_map and max_memory as from_pretrained takes them.
+    """Load `checkpoint`; `arguments` are device_map and max_memory as from_pretrained takes them, `quantization` is the setting.
 
     `dtypes` are tried in turn ("bfloat16", …) until one token gives finite logits. Raises UserError when none does, when
     memory runs out, or when the model's code would have to be trusted.
@@ -82,10 +85,12 @@ def load(
     trusted = checkpoint.model in (trust_remote_code or [])
     tokenizer = load_tokenizer(checkpoint, trusted, chat_template)
     for dtype in dict.fromkeys(dtypes):
-        with watcher.stage(f"Loading {checkpoint.model} as {dtype}", None):
-            model = _weights(checkpoint, dtype, arguments, trusted)
+        fewer = loading_arguments(quantization, getattr(torch, dtype))
+        words = f"{dtype}, quantised to {QUANTISATIONS[quantization].words}" if fewer else dtype
+        with watcher.stage(f"Loading {checkpoint.model} as {words}", None):
+            model = _weights(checkpoint, dtype, {**arguments, **fewer}, trusted)
         if _finite(model):
-            return _checked(LanguageModel(model, tokenizer, checkpoint, dissect(model), dtype))
+            return _checked(LanguageModel(model, tokenizer, checkpoint, dissect(model), dtype, quantization))
         watcher.warn(f"{checkpoint.model} gives logits that are not finite numbers in {dtype}.")
         del model
         free_memory()
@@ -132,7 +137,9 @@ def load_tokenizer(
 
 
 def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trusted: bool) -> PreTrainedModel:
-    extra: dict[str, Any] = {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {"use_safetensors": True}
+    extra: dict[str, Any] = (
+        {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {"use_safetensors": not checkpoint.pickled}
+    )
     known = type(checkpoint.config) in MODEL_FOR_CAUSAL_LM_MAPPING or trusted
     auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
     try:
@@ -160,6 +167,7 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
             where=str(checkpoint.folder),
             fix="download the model again",
         )
+    keep_layout(model)
     if checkpoint.adapter is not None:
         model = _adapted(model, checkpoint.adapter)
     return cast(PreTrainedModel, model.eval().requires_grad_(False))

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
+
+from heretic.ablation.operator import Matrix, opened
+from heretic.model.quantisation import dequantised, is_quantised
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,19 @@ class Part:
     def tensor(self) -> Tensor:
         """The parameter itself."""
         return cast(Tensor, getattr(self.owner, self.attribute))
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the parameter is the weight of a quantised linear map."""
+        return not self.is_bias and self.attribute == "weight" and is_quantised(self.owner)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape as a weight, which a packed one does not have itself."""
+        if self.quantised:
+            owner = cast(nn.Linear, self.owner)
+            return (owner.out_features, owner.in_features)
+        return tuple(self.tensor.shape)
 
     def matrices(self, tensor: Tensor) -> Iterator[Tensor]:
         """Every matrix [width, inputs] of a tensor that is laid out as this weight is."""
@@ -72,13 +90,23 @@ class Writer:
         """Whether accelerate keeps the weights elsewhere between passes, leaving empty ones in the module."""
         return any(part.tensor.device.type == "meta" for part in self.parts)
 
-    def weights(self) -> list[Tensor]:
-        """The matrices [width of the stream, inputs] in their own type: one, or one an expert."""
-        return [m for part in self.parts if not part.is_bias for m in part.matrices(part.tensor.detach())]
+    def weights(self) -> list[Matrix]:
+        """The matrices [width of the stream, inputs] in their own type: one, or one an expert; of a quantised weight what makes it,
+        so that it exists only while it is used.
+
+        Under tensor parallelism the shares are put together, so that all processes must ask at the same time.
+        """
+        found: list[Matrix] = []
+        for part in self.parts:
+            if part.quantised:
+                found.append(partial(dequantised, part.owner))
+            elif not part.is_bias:
+                found += part.matrices(whole(part.tensor.detach()))
+        return found
 
     def weight(self) -> Tensor:
         """The weight [width of the stream, inputs] in its own type; experts side by side."""
-        found = self.weights()
+        found = [opened(matrix) for matrix in self.weights()]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     @torch.no_grad()
@@ -89,6 +117,11 @@ class Writer:
         """
         found = [scale for norm in self.norms if (scale := _scale(norm)) is not None]
         return torch.stack(found).prod(dim=0) if found else None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, also where this process holds a share of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def linear_parts(name: str, module: nn.Module) -> tuple[Part, ...]:

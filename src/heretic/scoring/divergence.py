@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,20 +17,28 @@ from heretic.scoring.taught import Taught, all_log_probs, last_hidden
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(original || ablated) over prompts, in nats."""
+    """KL(original || ablated) over prompts, in nats. `per_prompt` has it for each, in order, where this was just measured."""
 
     mean: float
     median: float
     p95: float
     max: float
+    per_prompt: tuple[float, ...] = field(default=(), compare=False, repr=False)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Divergence:
+        """What `as_dict` gave."""
+        mean, median, p95, largest = (float(data[name]) for name in ("mean", "median", "p95", "max"))
+        return cls(mean, median, p95, largest)
 
     def __str__(self) -> str:
         """All four numbers in a line."""
         return f"mean {self.mean:.4f}, median {self.median:.4f}, p95 {self.p95:.4f}, max {self.max:.4f}"
 
     def as_dict(self) -> dict[str, float | str]:
-        """As plain data; infinity becomes a text, since JSON has no number for it."""
-        return {k: v if v < float("inf") else "inf" for k, v in asdict(self).items()}
+        """The four numbers as plain data; infinity becomes a text, since JSON has no number for it."""
+        numbers = {"mean": self.mean, "median": self.median, "p95": self.p95, "max": self.max}
+        return {k: v if v < float("inf") else "inf" for k, v in numbers.items()}
 
 
 def first_token_log_probs(
@@ -88,10 +97,12 @@ def divergences(original: Tensor, ablated: Tensor) -> Tensor:
 
 
 def summarise(per_prompt: Tensor) -> Divergence:
-    """Mean, median, 95th percentile and maximum of the divergences [prompts]."""
+    """Mean, median, 95th percentile and maximum of the divergences [prompts], and these."""
+    every = tuple(per_prompt.tolist())
     if not torch.isfinite(per_prompt).all():  # quantiles interpolate, and infinity minus infinity is no number
         ordered = per_prompt.sort().values
         places = (len(ordered) // 2, min(len(ordered) - 1, int(0.95 * len(ordered))), -1)
-        return Divergence(float("inf"), *(float(ordered[i]) for i in places))
+        median, p95, largest = (float(ordered[i]) for i in places)
+        return Divergence(float("inf"), median, p95, largest, every)
     median, p95 = torch.quantile(per_prompt, torch.tensor([0.5, 0.95], dtype=per_prompt.dtype)).tolist()
-    return Divergence(float(per_prompt.mean()), median, p95, float(per_prompt.max()))
+    return Divergence(float(per_prompt.mean()), median, p95, float(per_prompt.max()), every)

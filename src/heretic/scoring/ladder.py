@@ -73,9 +73,8 @@ class Scores:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scores:
         """What `as_dict` gave, now or before the later fields were there."""
-        divergence = Divergence(**{k: float(v) for k, v in data["divergence"].items()})
         return cls(
-            divergence=divergence,
+            divergence=Divergence.from_dict(data["divergence"]),
             refusals=data["refusals"],
             total=data["total"],
             seconds=dict(data["seconds"]),

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from heretic.errors import UserError
 from heretic.machine.host import spell_bytes
+from heretic.run_folder import REPORT
 from heretic.screen.console import on_terminal, printable, spell
 from heretic.screen.tables import show_front, show_lines
 
@@ -35,6 +36,9 @@ def show_outcome(console: Console, outcome: Outcome, *, seen: bool = False) -> N
         console.print("No trial left a usable model; try other settings, such as a wider search.max_weight.")
         return
     console.print(f"Chosen: trial {outcome.chosen.number}, {printable(outcome.reason)}.", soft_wrap=True)
+    report = outcome.folder.path / REPORT
+    if report.is_file():
+        console.print(f"Report: {printable(str(report))}", soft_wrap=True)
     if outcome.export is not None:
         _show_written(console, outcome.export, outcome.before)
     else:

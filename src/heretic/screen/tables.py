@@ -13,6 +13,7 @@ from heretic.search.front import Result, front, of_latest_judge
 from heretic.search.space import describe
 
 if TYPE_CHECKING:
+    from heretic.ablation.residual_geometry import ResidualGeometry
     from heretic.scoring.benchmark import Benchmark
     from heretic.scoring.harmless import Conduct
 
@@ -68,6 +69,27 @@ def show_lines(console: Console, rows: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         console.print(f"{printable(name):<{width}}  {printable(value)}", highlight=False, soft_wrap=True)
+
+
+def show_geometry(console: Console, found: ResidualGeometry) -> None:
+    """How residuals lie, a line a layer; the layer with the clearest clusters stands out."""
+    harmful = int(found.harmful.sum())
+    title = (
+        f"Residuals after each block; clusters of {harmful} harmful and {len(found.harmful) - harmful} harmless prompts"
+    )
+    table = Table(title=title, title_justify="left")
+    for heading in ("layer", "cosine", "harmful", "harmless", "difference", "silhouette", "separation"):
+        table.add_column(heading, justify="right")
+    clearest = int(found.silhouette.argmax())
+    for layer, cosine in enumerate(found.next_cosines):
+        row = [str(layer), "" if cosine is None else f"{cosine:.3f}"]
+        row += [f"{norm:.4g}" for norm in found.norms[layer].tolist()]
+        row += [f"{float(found.silhouette[layer]):.3f}", f"{float(found.separation[layer]):.2f}"]
+        table.add_row(*row, style="bold" if layer == clearest else "")
+    console.print(table)
+    console.print(
+        "cosine: of a layer's direction with the next one's; harmful, harmless, difference: norms of the means."
+    )
 
 
 def show_benchmark(console: Console, found: Benchmark) -> None:

@@ -1,7 +1,8 @@
-"""Where a study is kept: SQLite in the run's folder, or any storage URL that Optuna knows."""
+"""Where a study is kept: SQLite in the run's folder, or PostgreSQL for workers on several machines."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -18,16 +19,25 @@ import sqlalchemy
 from optuna.trial import TrialState
 
 from heretic.errors import StudyMismatch, UserError, first_line
-from heretic.fingerprint import differences
+from heretic.fingerprint import differences, versions_that_matter
+from heretic.search.patience import Patience, PatientStorage, reason
 from heretic.search.seal import broken
-from heretic.settings import Settings
+from heretic.settings import Settings, Workers
 
 METRICS = ["KL divergence", "refusals"]
 FACTS = "heretic:fingerprint"
 REFUSALS_BEFORE = "heretic:refusals_before"
 SETTINGS = "heretic:settings"  # user attribute of the study, for whoever sees nothing but the storage
+EXPORTED = "heretic:exported "  # and a trial's number: by whom, where to
 SECRET = re.compile(r"((?:^|(?<=&))[^=&]*(?:pass|pwd|secret|token|key|auth|cred)[^=&]*=)[^&]*", re.IGNORECASE)
 SECONDS_TO_WAIT = 60  # for another process that has the SQLite file locked
+# A connection whose other end is gone is noticed within half a minute, on both sides: the locks of a machine that lost its power
+# must not stay.
+SERVER_ARGUMENTS = {
+    "connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 25_000,
+    "application_name": "heretic",
+    "options": "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3 -c tcp_user_timeout=25000",
+}  # fmt: skip
 
 
 def storage_url(storage: str, folder: Path) -> str:
@@ -47,20 +57,49 @@ def masked(url: str) -> str:
     return place + mark + SECRET.sub(r"\1***", query)
 
 
-def connect(url: str) -> optuna.storages.RDBStorage:
+def on_server(url: str) -> bool:
+    """Whether a storage can have workers on several machines."""
+    return bool(url) and not url.startswith("sqlite")
+
+
+def connect(url: str, workers: Workers | None = None, patience: Patience | None = None) -> optuna.storages.RDBStorage:
     """Open a storage. Raises UserError where it cannot be reached or written."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    arguments = {"connect_args": {"timeout": SECONDS_TO_WAIT}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    warnings.filterwarnings("ignore", message="Heartbeat of storage")  # search/lives.py records them
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
+        if not on_server(url):
+            return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": SECONDS_TO_WAIT}})
+        workers = workers or Workers()
+        return PatientStorage(
+            _with_driver(url),
+            patience or Patience(),
+            engine_kwargs={"pool_pre_ping": True, "connect_args": SERVER_ARGUMENTS},
+            heartbeat_interval=workers.heartbeat,
+            grace_period=max(workers.grace_period, 2 * workers.heartbeat),
+        )
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
-        cause = str(getattr(error, "orig", None) or error).splitlines()[0]
+        lacks_driver = isinstance(error, ImportError)
+        cause = "its driver is not installed" if lacks_driver else reason(error)
         raise UserError(
             f"The study's storage cannot be opened: {cause}",
             where=masked(url),
-            fix="check that the place exists and can be written; a damaged study.db can be set aside with --fresh",
+            fix="pip install 'heretic[postgresql]'"
+            if lacks_driver
+            else "check that the place exists and can be written; a damaged study.db can be set aside with --fresh",
         ) from None
+
+
+def _with_driver(url: str) -> str:
+    """Raises UserError for a database that several workers could not take turns on."""
+    kind, _, rest = url.partition("://")
+    if kind.partition("+")[0] not in ("postgresql", "postgres"):
+        raise UserError(
+            f"A study cannot be kept in {kind or 'this'}.",
+            where="storage",
+            fix="postgresql://user@host/database, or sqlite:///file, or leave it empty for study.db in the run's folder",
+        )
+    return f"postgresql+psycopg://{rest}"
 
 
 STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
@@ -68,9 +107,8 @@ STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInter
 
 def unwritable(url: str, error: BaseException) -> UserError:
     """A storage that failed in the middle: a full disk, a server that is gone."""
-    cause = error.__cause__ or error
     return UserError(
-        f"The study cannot be written: {str(getattr(cause, 'orig', None) or cause).splitlines()[0]}.",
+        f"The study cannot be written: {reason(error)}.",
         where=masked(url),
         fix="make room or bring the storage back, then run the same command again; nothing finished is lost",
     )
@@ -90,12 +128,21 @@ def reading(url: str) -> Iterator[None]:
         ) from None
 
 
-def open_study(url: str, name: str, facts: dict[str, Any]) -> optuna.Study:
+def open_study(
+    url: str,
+    name: str,
+    facts: dict[str, Any],
+    workers: Workers | None = None,
+    patience: Patience | None = None,
+) -> optuna.Study:
     """Create the study or continue it; `facts` are what its results depend on.
 
-    Raises StudyMismatch, naming every difference, if the stored study was made with other facts.
+    Raises StudyMismatch, naming every difference, if the stored study was made with other facts; on a server, where several
+    machines work on it, also if it was made with other versions of what computes.
     """
-    storage = connect(url)
+    if on_server(url):
+        facts = {**facts, "versions": versions_that_matter()}
+    storage = connect(url, workers, patience)
     with reading(url):
         try:
             study = optuna.create_study(
@@ -146,7 +193,22 @@ def settings_of(study: optuna.Study) -> Settings | None:
 
 def worker() -> dict[str, Any]:
     """Who runs a trial: host, process and when that process began (a process number alone is used again)."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "began": _began(os.getpid()),
+    }
+
+
+@functools.cache
+def _machine() -> str:
+    """What tells this start of this machine, or this container, from others of its name."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
 
 
 def _began(pid: int) -> float:
@@ -159,7 +221,7 @@ def fail_abandoned(study: optuna.Study) -> list[int]:
     abandoned = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if not alive(trial.user_attrs.get("worker")):
-            study.tell(trial.number, state=TrialState.FAIL)
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             abandoned.append(trial.number)
     return abandoned
 
@@ -168,7 +230,7 @@ def alive(who: dict[str, Any] | None) -> bool:
     """Whether the worker that signed a trial may still be at it; one of another host is believed to be."""
     if who is None:  # killed between asking for the trial and signing it
         return False
-    if who["host"] != socket.gethostname():
+    if who["host"] != socket.gethostname() or who.get("machine", _machine()) != _machine():
         return True  # not ours to judge
     try:
         return abs(_began(who["pid"]) - who["began"]) < 1

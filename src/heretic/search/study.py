@@ -11,9 +11,9 @@ from optuna.trial import TrialState
 from heretic.errors import UserError
 from heretic.progress import Watcher
 from heretic.scoring.ladder import Measured, Scores, never
-from heretic.search.fidelity import BEATEN, Progress, told
-from heretic.search.front import AGAIN, Result, result
-from heretic.search.sampler import sampler
+from heretic.search.fidelity import BEATEN, Bar, Progress, told
+from heretic.search.lives import WORKER, retry_of, signs_of_life
+from heretic.search.queue import START, Drawer, Queue, finished
 from heretic.search.seal import sealed
 from heretic.search.standing import Standing
 from heretic.search.storage import worker
@@ -23,32 +23,21 @@ from heretic.stop import Stop
 # An ablation that destroys the model has an infinite KL; TPE needs a number, and any this large is as bad as another.
 WORST_KL = 100.0
 FAILURES_IN_A_ROW = 3
-TOGETHER = "heretic:trials_together"  # user attribute of the study
-START = "start"  # user attribute of a trial to begin with: its number among these
+KL_PER_PROMPT = "kl_per_prompt"  # user attribute of a trial that was on the front when it was told
+MOST_PROMPTS = 2000  # of which it is stored
 
 
-class Measurer(Protocol):
-    """What measures trials."""
-
-    def together(self, before: int | None) -> int:
-        """How many trials to hand over at a time; `before` is what this came to in an earlier session."""
+class Measurer(Drawer, Protocol):
+    """What draws and measures trials."""
 
     def starts(self) -> Sequence[dict[str, Any]]:
         """Parameters of the trials to begin with, which are measured in full."""
-
-    def draw(self, trial: optuna.Trial) -> object:
-        """Draw a trial's parameters; they are stored with it."""
 
     def measure(
         self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
     ) -> list[Measured | UserError]:
         """What came out of each; `beaten(KL, unanswered requests to expect at least)` says that one need not be measured any
         further."""
-
-
-def finished(study: optuna.Study) -> int:
-    """Number of trials that are told."""
-    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
 
 def optimise(
@@ -58,86 +47,100 @@ def optimise(
     *,
     watcher: Watcher,
     stop: Stop,
-    on_result: Callable[[Result], None] = lambda _: None,
+    after_batch: Callable[[], None] = lambda: None,
+    shared: bool = False,
 ) -> None:
     """Go on until the study holds `settings.n_trials` finished trials.
 
     Trials are asked for as many at a time as `trials` runs together, and all stored before the next are asked for. One that
     a finished trial has beaten is left early and told with an estimate; it counts, but is never a result. A trial that is
-    interrupted or fails is marked failed and does not count; three that fail one after the other end the study. Raises
-    Interrupted, or the last error.
+    interrupted or fails is marked failed and does not count; three that fail one after the other end the study. `after_batch`
+    is called when trials have been told. Raises Interrupted, or the last error.
+
+    `shared`: other workers do the same. What they have under way counts as if it were finished, so that there are exactly
+    `n_trials` in the end; and this one stays until the others are done too, in case that one dies.
     """
     failures = 0
-    _enqueue(study, trials.starts())
+    queue = Queue(study, settings, trials, watcher, stop, shared)
+    queue.begin(trials.starts())
     with watcher.stage("Trials", settings.n_trials) as stage:
-        stage.advance(finished(study))
+        seen = finished(study)
+        stage.advance(seen)
         watcher.stands(Standing.of(study, settings))
-        while asked := _ask(study, settings, trials, stop):
+        while asked := queue.next():
             try:
-                for trial in asked:
-                    trial.set_user_attr("worker", worker())
                 progress = Progress.of(study)
                 in_full = not settings.early_stopping or any(START in trial.user_attrs for trial in asked)
-                measured = trials.measure(asked, never if in_full else progress.bar.beaten)
-                for trial, found in zip(asked, measured, strict=True):
-                    if isinstance(found, UserError):
-                        study.tell(trial, state=TrialState.FAIL)
-                        failures += 1
-                        watcher.warn(f"Trial {trial.number} failed: {found.what}")
-                        if failures == FAILURES_IN_A_ROW:
-                            raise found
-                        continue
-                    failures = 0
-                    trial.set_user_attr(
-                        "scores" if isinstance(found, Scores) else BEATEN, sealed(found.as_dict(), trial.params)
-                    )
-                    for name, excess in found.excess.items() if isinstance(found, Scores) else ():
-                        trial.set_constraint(name, excess)
-                    study.tell(trial, told(found, progress, settings.search.kl_floor, WORST_KL))
-                    stage.advance()
-                    watcher.say(f"Trial {trial.number} ({finished(study)} of {settings.n_trials}): {_line(found)}")
-                    if isinstance(found, Scores):
-                        on_result(result(study.get_trials(deepcopy=False)[trial.number]))
+                with signs_of_life(study, asked):
+                    measured = trials.measure(asked, never if in_full else progress.bar.beaten)
+                    for trial, found in zip(asked, measured, strict=True):
+                        if isinstance(found, UserError):
+                            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                            failures += 1
+                            watcher.warn(f"Trial {trial.number} failed: {found.what}")
+                            if failures == FAILURES_IN_A_ROW:
+                                raise found
+                            continue
+                        failures = 0
+                        values = told(found, progress, settings.search.kl_floor, WORST_KL)
+                        kept = _keep(study, trials, trial, found, values, progress.bar)
+                        if kept is None:
+                            watcher.warn(
+                                f"Trial {trial.number} went to another worker: this one was silent for too long."
+                            )
+                            continue
+                        done = finished(study)
+                        stage.advance(done - seen)  # with those of other workers
+                        seen = done
+                        watcher.say(f"Trial {kept.number} ({done} of {settings.n_trials}): {_line(found)}")
             except BaseException:
                 for trial in asked:
                     study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                 raise
             watcher.stands(Standing.of(study, settings))
+            after_batch()
 
 
-def _enqueue(study: optuna.Study, starts: Sequence[dict[str, Any]]) -> None:
-    """Have the trials to begin with asked for next, those that are not yet in the study; a failed one is tried again."""
-    known = {t.user_attrs.get(START) for t in study.get_trials(deepcopy=False) if t.state != TrialState.FAIL}
-    for number, params in enumerate(starts):
-        if number not in known:
-            study.enqueue_trial(params, user_attrs={START: number})
+def _keep(
+    study: optuna.Study,
+    trials: Measurer,
+    trial: optuna.Trial,
+    found: Measured,
+    values: list[float],
+    bar: Bar,
+) -> optuna.Trial | None:
+    """Store what was measured; the trial that holds it, or None where it cannot count any more.
+
+    A worker that was not heard of for too long has lost its trial. What it measured is stored as the repetition of that trial
+    if nobody has begun with it; else it is let go, since the same parameters would count twice.
+    """
+
+    def store(where: optuna.Trial) -> None:
+        kind = "scores" if isinstance(found, Scores) else BEATEN
+        where.set_user_attr(kind, sealed(found.as_dict(), where.params))
+        for name, excess in found.excess.items() if isinstance(found, Scores) else ():
+            where.set_constraint(name, excess)
+        if isinstance(found, Scores) and not bar.beaten(found.divergence.mean, found.expected):
+            where.set_user_attr(KL_PER_PROMPT, rounded(found.divergence.per_prompt[:MOST_PROMPTS]))
+        study.tell(where, values)
+
+    try:
+        store(trial)
+        return trial
+    except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
+        if study.get_trials(deepcopy=False)[trial.number].state != TrialState.FAIL:
+            raise
+    again = retry_of(study, trial.number)
+    if again is not None:
+        again.set_user_attr(WORKER, worker())
+        trials.draw(again)
+        store(again)
+    return again
 
 
-def _ask(study: optuna.Study, settings: Settings, trials: Measurer, stop: Stop) -> list[optuna.Trial]:
-    """The next trials; once all are finished, one that was told with an estimate good enough for the front; then none."""
-    stop.check()
-    left = settings.n_trials - finished(study)
-    if left <= 0:
-        for unsettled in Progress.of(study).unsettled()[:1]:
-            study.enqueue_trial(unsettled.params, user_attrs={AGAIN: unsettled.number})
-            return [study.ask()]
-        return []
-    asked = []
-    for _ in range(min(_together(study, trials), left)):
-        number = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)))
-        study.sampler = sampler(settings, number)
-        asked.append(study.ask())
-        trials.draw(asked[-1])  # at once: what is drawn at random comes from the study's sampler of the moment
-    return asked
-
-
-def _together(study: optuna.Study, trials: Measurer) -> int:
-    """How many trials at a time: stored, since what is drawn depends on it, and a resumed study shall draw the same."""
-    before = study.user_attrs.get(TOGETHER)
-    now = trials.together(before)
-    if now != before:
-        study.set_user_attr(TOGETHER, now)
-    return now
+def rounded(numbers: Sequence[float]) -> list[float]:
+    """Four digits of each, which is all that a drawing shows."""
+    return [float(f"{number:.4g}") for number in numbers]
 
 
 def _line(found: Measured) -> str:

@@ -24,6 +24,7 @@ from heretic.settings.scoring import (
     not_blank,
 )
 from heretic.settings.search import GradientSettings, KernelSpace, Search
+from heretic.settings.workers import Workers
 
 __all__ = [
     "DEFAULT_MARKERS",
@@ -42,6 +43,7 @@ __all__ = [
     "Prompts",
     "Search",
     "Settings",
+    "Workers",
 ]
 
 
@@ -111,8 +113,19 @@ class Settings(Table):
         "float32 on a CPU where it fits (bfloat16 is slower there).",
         min_length=1,
     )
+    quantization: Literal["none", "bnb_4bit", "bnb_8bit"] = setting(
+        "none",
+        "Load the weights in fewer bits with bitsandbytes (`pip install 'heretic[bnb]'`), where they do not fit otherwise. The "
+        "study is then made on the quantised model; the export edits the checkpoint's full-precision tensors.",
+    )
     trust_remote_code: list[str] = setting(
         [], "Models whose own Python code may be executed, by exactly the name given in `model`."
+    )
+    allow_pickle: bool = setting(
+        False,
+        "Read weights from pickle files (`pytorch_model.bin`) where a model has no safetensors. PyTorch's reader for "
+        "tensors only is used, which refuses everything else; a file from somebody you do not trust is still better left alone.",
+        neutral=True,
     )
     system_prompt: str = setting(
         "", "System message of every conversation; empty: none is sent, and the template's own default applies."
@@ -156,7 +169,19 @@ class Settings(Table):
     run_name: str = setting(
         "", "Name of the run's folder; empty: the model's name and a fingerprint of the settings.", neutral=True
     )
-    storage: str = setting("", "Optuna storage URL; empty: `study.db` (SQLite) in the run's folder.", neutral=True)
+    storage: str = setting(
+        "",
+        "Where the study is kept: `postgresql://user@host/database` for workers on several machines, or empty for `study.db` "
+        "(SQLite) in the run's folder. A password belongs into the environment (`HERETIC_STORAGE`, `PGPASSWORD`) or into "
+        "`~/.pgpass`.",
+        neutral=True,
+    )
+    artifacts: PathText = setting(
+        "",
+        "Where workers on several machines share what is computed once, such as directions and baseline: a folder that all see, or "
+        "`s3://bucket/prefix`. Empty: each machine computes its own, and one whose results differ is turned away.",
+        neutral=True,
+    )
     select: Literal["fewest_refusals_under_kl", "lowest_kl_under_refusals"] = setting(
         "fewest_refusals_under_kl",
         "Which trial is exported when nobody is asked: the one with the fewest refusals among those with a KL of at most "
@@ -180,6 +205,7 @@ class Settings(Table):
         AblationSettings(), "What is done to the weights that write to the residual stream."
     )
     search: Search = setting(Search(), "What the study searches. Ranges are [lowest, highest].")
+    workers: Workers = setting(Workers(), "Several processes on one study (docs/workers.md).", neutral=True)
 
     def results_part(self) -> dict[str, Any]:
         """The settings that decide the results, as plain data: what a fingerprint is made of."""

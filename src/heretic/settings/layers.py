@@ -54,7 +54,8 @@ def resolve(
     assignments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Resolved:
-    """Lay the sources over each other; `assignments` are the `key=value` texts of --set.
+    """Lay the sources over each other; `assignments` are the `key=value` texts of --set, `options` values by dotted key or in
+    tables.
 
     Raises SettingsError naming the source, the key and, for a file, the line.
     """
@@ -77,7 +78,7 @@ def resolve(
         if not equals:
             raise SettingsError(f"--set {assignment}: there is no '='.", fix="write --set key=value")
         _put(data, origins, key, _parse(key, text.strip(), f"--set {key}"), f"--set {key}")
-    for key, value in (options or {}).items():
+    for key, value in _leaves(options or {}, Settings):
         if value is not None:
             _put(data, origins, key, value, "option")
     try:

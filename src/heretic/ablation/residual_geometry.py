@@ -1,0 +1,193 @@
+"""How the residuals of harmful and harmless prompts lie to each other, layer by layer: what can be said of a direction before
+any ablation.
+
+Everything but the means is taken from a sample of the prompts, whose residuals are kept whole in bounded memory; distances,
+components and silhouettes all follow from the products of a layer's residuals with each other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heretic.ablation.directions import Directions
+from heretic.model.batching import Batch
+from heretic.model.capture import ResidualMeans
+
+MOST_PROMPTS = 200  # of each kind, whose residuals are kept
+MOST_BYTES = 2**28  # for them, of both kinds
+
+
+@dataclass
+class Sample:
+    """Residuals of the first prompts of a set, float32 [prompts, layers, width], filled while they are captured."""
+
+    residuals: Tensor
+
+    @classmethod
+    def room(cls, prompts: int, layers: int, width: int) -> Sample:
+        """Empty, for as many of the prompts as fit into the budget, at least two."""
+        most = max(2, min(MOST_PROMPTS, MOST_BYTES // (2 * 4 * layers * width)))
+        return cls(torch.zeros(min(prompts, most), layers, width))
+
+    def keep(self, batch: Batch, residuals: Tensor) -> None:
+        """Take what belongs to the sample out of a batch's residuals [rows, layers, width]."""
+        for row, found in zip(batch.rows, residuals, strict=True):
+            if row < len(self.residuals):
+                self.residuals[row] = found
+
+
+@dataclass(frozen=True)
+class ResidualGeometry:
+    """Per layer, in the stream after the block.
+
+    `cosines` [layers, layers]: between the layers' directions. `norms` [layers, 3]: of the harmful mean, of the harmless mean, and
+    of their difference. `silhouette` [layers]: mean silhouette of the sample's two kinds, from -1 to 1 (Rousseeuw 1987).
+    `separation` [layers]: how far their means lie apart along the direction, in pooled standard deviations (Cohen's d).
+    `points` [layers, prompts, 2]: the first two principal components of the sample, `explained` [layers, 2] their shares of the
+    variance, and `harmful` [prompts] which of its prompts are harmful (1) or harmless (0).
+    """
+
+    cosines: Tensor
+    norms: Tensor
+    silhouette: Tensor
+    separation: Tensor
+    points: Tensor
+    explained: Tensor
+    harmful: Tensor
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.silhouette)
+
+    @property
+    def next_cosines(self) -> list[float | None]:
+        """Cosine of every layer's direction with that of the next layer; None for the last."""
+        return [*torch.diagonal(self.cosines, 1).tolist(), None]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json: a list of layers, and the cosines of all of them with each other; None for what is no number."""
+        columns = zip(
+            self.next_cosines, self.norms.tolist(), self.silhouette.tolist(), self.separation.tolist(), strict=True
+        )
+        layers = [
+            {
+                "layer": layer,
+                "cosine_with_next": cosine,
+                "norm_harmful": norms[0],
+                "norm_harmless": norms[1],
+                "norm_difference": norms[2],
+                "silhouette": silhouette,
+                "separation": separation if math.isfinite(separation) else None,
+            }
+            for layer, (cosine, norms, silhouette, separation) in enumerate(columns)
+        ]
+        return {"layers": layers, "cosines": self.cosines.tolist()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, as they are stored."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass
+class Survey:
+    """What a capture leaves behind for the geometry: means and samples of the harmful and of the harmless prompts."""
+
+    means: tuple[ResidualMeans, ResidualMeans] | None = None
+    samples: tuple[Sample, Sample] | None = None
+
+    def take(self, means: tuple[ResidualMeans, ResidualMeans], samples: tuple[Sample, Sample]) -> None:
+        """Keep these, but not the residuals of every prompt."""
+        self.means = (replace(means[0], each=None), replace(means[1], each=None))
+        self.samples = samples
+
+    def geometry(self, directions: Directions) -> ResidualGeometry:
+        """With the directions that were found in them."""
+        assert self.means is not None and self.samples is not None
+        return measure_geometry(directions, self.means, self.samples)
+
+
+def measure_geometry(
+    directions: Directions, means: tuple[ResidualMeans, ResidualMeans], samples: tuple[Sample, Sample]
+) -> ResidualGeometry:
+    """From the directions, and the means and samples of the harmful and the harmless prompts."""
+    harmful, harmless = (m.mean for m in means)
+    norms = torch.stack([t.norm(dim=-1) for t in (harmful, harmless, harmful - harmless)], dim=-1)
+    kinds = torch.cat([torch.full((len(s.residuals),), kind) for s, kind in zip(samples, (1, 0), strict=True)])
+    silhouette, separation, explained, points = [], [], [], []
+    before: Tensor | None = None
+    for layer, direction in enumerate(directions.vectors):
+        both = torch.cat([s.residuals[:, layer] for s in samples]).nan_to_num()
+        along = (both @ direction).double()
+        both = both - both.mean(dim=0)
+        products = (both @ both.T).double()
+        silhouette.append(mean_silhouette(distances(products), kinds == 1))
+        separation.append(cohens_d(along[kinds == 1], along[kinds == 0]))
+        before, shares = principal_components(products, kinds == 1, before)
+        points.append(before)
+        explained.append(shares)
+    return ResidualGeometry(
+        cosines=directions.vectors @ directions.vectors.T,
+        norms=norms.float(),
+        silhouette=torch.tensor(silhouette),
+        separation=torch.tensor(separation),
+        points=torch.stack(points).float(),
+        explained=torch.stack(explained).float(),
+        harmful=kinds.to(torch.uint8),
+    )
+
+
+def distances(products: Tensor) -> Tensor:
+    """Distances between vectors [n, n] from their products with each other [n, n]."""
+    squares = torch.diagonal(products)
+    return (squares[:, None] + squares[None, :] - 2 * products).clamp_min(0).sqrt()
+
+
+def mean_silhouette(apart: Tensor, first: Tensor) -> float:
+    """Mean silhouette of two clusters, from distances [n, n] and which vectors belong to the first one [n]; a vector that is
+    alone in its cluster counts as 0 (Rousseeuw 1987, section 2)."""
+    found = []
+    for own in (first, ~first):
+        count = int(own.sum())
+        if count < 2:
+            found.append(torch.zeros(count, dtype=apart.dtype))
+            continue
+        inside = apart[own][:, own].sum(dim=1) / (count - 1)
+        outside = apart[own][:, ~own].mean(dim=1)
+        larger = torch.maximum(inside, outside)
+        found.append(torch.where(larger > 0, (outside - inside) / larger, torch.zeros_like(larger)))
+    return float(torch.cat(found).mean())
+
+
+def cohens_d(a: Tensor, b: Tensor) -> float:
+    """Difference of means in pooled standard deviations; not a number where there is no deviation to speak of."""
+    degrees = len(a) + len(b) - 2
+    if degrees < 1:
+        return float("nan")
+    pooled = ((((a - a.mean()) ** 2).sum() + ((b - b.mean()) ** 2).sum()) / degrees).sqrt()
+    return float((a.mean() - b.mean()) / pooled) if pooled > 0 else float("nan")
+
+
+def principal_components(products: Tensor, harmful: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Coordinates [n, 2] along the first two principal components of centred vectors, from their products with each other
+    [n, n], and the components' shares of the variance [2].
+
+    A component's sign is free, so it is chosen: harmful prompts to the right, and the rest as in the layer `before`, so that
+    layers can be compared one after the other.
+    """
+    values, vectors = torch.linalg.eigh(products)
+    values, vectors = values.flip(0)[:2].clamp_min(0), vectors.flip(1)[:, :2]
+    if len(values) < 2:
+        values, vectors = torch.nn.functional.pad(values, (0, 1)), torch.nn.functional.pad(vectors, (0, 1))
+    points = vectors * values.sqrt()
+    if harmful.any() and not harmful.all() and points[harmful, 0].mean() < points[~harmful, 0].mean():
+        points[:, 0] *= -1
+    if before is not None and (points[:, 1] * before[:, 1]).sum() < 0:
+        points[:, 1] *= -1
+    total = torch.diagonal(products).sum()
+    return points, values / total if total > 0 else torch.zeros(2, dtype=values.dtype)

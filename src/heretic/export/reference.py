@@ -1,0 +1,66 @@
+"""What a written model is compared with, where the study was made on a quantised one: the original in full precision, if it fits.
+
+The scores in the card are those of the model that is written, so both sides of them, the original and the ablated model, are
+measured in its number format. Where the model has no room in full precision, what was written is loaded as the study loaded the
+original, and the manifest says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from heretic.ablation.attach import attach
+from heretic.errors import UserError
+from heretic.export.job import ExportJob
+from heretic.machine.gpus import usable_gpus, visible_gpus
+from heretic.machine.host import devices
+from heretic.machine.memory_plan import plan_for
+from heretic.model.batching import free_memory
+from heretic.progress import Watcher
+from heretic.scoring.divergence import divergences
+from heretic.scoring.taught import all_log_probs
+from heretic.session import LoadPlan, measure_baseline, open_bench
+from heretic.stop import Stop
+
+
+def full_precision_plan(job: ExportJob) -> LoadPlan | None:
+    """How to load the model unquantised on the devices that are here; None if it does not fit. RAM may help out."""
+    here = devices(usable_gpus(visible_gpus()))
+    longest = max(map(len, (prompt for prompts in job.prompts.all for prompt in prompts.prompts)))
+    for device_map in (job.settings.device_map, "auto"):
+        update = {"quantization": "none", "device_map": device_map, "apply": "operators", "batch_size": 0}
+        settings = job.settings.model_copy(update=update)
+        try:
+            plan = plan_for(settings, job.checkpoint, longest, here, gradients=False)
+        except UserError:
+            continue
+        if plan.fits:
+            return LoadPlan.of(settings, plan)
+    return None
+
+
+def in_full_precision(job: ExportJob, watcher: Watcher, stop: Stop) -> ExportJob:
+    """The job with the original in full precision to be compared with, measured anew; as it is where that does not fit."""
+    plan = full_precision_plan(job)
+    if plan is None:
+        watcher.warn(
+            "The model does not fit here in full precision: what is written is loaded quantised to be compared and measured."
+        )
+        return job
+    prefix = job.baseline.response_prefix
+    bench = open_bench(job.settings, job.checkpoint, job.prompts, plan, watcher, stop, prefix, job.judge)
+    model = bench.language_model
+    baseline = measure_baseline(bench)
+    taught = replace(bench.ladder, answered=baseline.answered).taught
+    with attach(model.anatomy.writers, job.operators):
+        attached = all_log_probs(model, taught, bench.batcher, "Ablated model's answers")
+    plan = replace(plan, dtypes=[model.dtype], batch_size=bench.batcher.size)
+    del bench, model
+    free_memory()
+    return replace(
+        job,
+        plan=plan,
+        baseline=baseline,
+        attached=attached,
+        ablated_by=float(divergences(baseline.log_probs, attached).mean()),
+    )

@@ -1,0 +1,56 @@
+"""What a report says of the model and of the machine, stored with the study for those who have neither at hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import optuna
+
+from heretic.doctor import examine
+from heretic.session import Session
+
+ABOUT = "heretic:about"  # user attribute of the study
+
+
+@dataclass(frozen=True)
+class About:
+    """The model's number of layers and components; a 1 for every request that the original declines; versions and devices of
+    the last session."""
+
+    layers: int
+    components: tuple[str, ...]
+    declined: str
+    environment: dict[str, str]
+
+    @classmethod
+    def session(cls, session: Session) -> About:
+        """Of a loaded model and this machine."""
+        model = session.bench.language_model
+        declined = "".join("1" if d else "0" for d in session.baseline.declined)
+        return cls(model.anatomy.num_layers, tuple(model.anatomy.components), declined, _environment(model.dtype))
+
+    def keep(self, study: optuna.Study) -> None:
+        """Store it with the study."""
+        study.set_user_attr(ABOUT, json.dumps(asdict(self)))
+
+    @classmethod
+    def of(cls, study: optuna.Study) -> About | None:
+        """The study's, None in one that was made before this was stored."""
+        stored = study.user_attrs.get(ABOUT)
+        if stored is None:
+            return None
+        data = json.loads(stored)
+        return cls(data["layers"], tuple(data["components"]), data["declined"], data["environment"])
+
+
+def _environment(dtype: str) -> dict[str, str]:
+    seen: dict[str, Any] = examine(None, "")
+    devices = {
+        "number format": dtype,
+        "cores": str(seen["cpu_cores"]),
+        "RAM": seen["ram"],
+        "GPU": ", ".join(seen["gpus"]),
+    }
+    return {**seen["versions"], **devices, **seen["environment"]}

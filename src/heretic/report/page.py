@@ -1,0 +1,129 @@
+"""One HTML page with figures that works offline: everything inlined, every text escaped, no network and no other script allowed."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from importlib import resources
+
+from heretic import __version__
+from heretic.report.figures import Figure
+
+
+@dataclass
+class Page:
+    """Built from top to bottom; what is put in is text, never markup.
+
+    A choice is a control (a slider or a list) that says which variant is shown of every figure and block of its group.
+    """
+
+    title: str
+    parts: list[str] = field(default_factory=list)
+    headings: list[str] = field(default_factory=list)
+    figures: dict[str, dict[str, object]] = field(default_factory=dict)
+    choices: dict[str, dict[str, object]] = field(default_factory=dict)
+
+    def section(self, heading: str, *paragraphs: str) -> None:
+        """Begin a section."""
+        self.parts.append(f'</section><section id="section-{len(self.headings)}"><h2>{escape(heading)}</h2>')
+        self.headings.append(heading)
+        self.text(*paragraphs)
+
+    def text(self, *paragraphs: str) -> None:
+        """Paragraphs."""
+        self.parts += [f"<p>{escape(text)}</p>" for text in paragraphs if text]
+
+    def facts(self, pairs: Iterable[tuple[str, object]]) -> None:
+        """Names and values."""
+        rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in pairs)
+        self.parts.append(f"<dl>{rows}</dl>")
+
+    def table(self, headings: Sequence[str], rows: Iterable[Sequence[object]], marked: int | None = None) -> None:
+        """A table; the row `marked` stands out."""
+        head = "".join(f"<th>{escape(h)}</th>" for h in headings)
+        body = "".join(
+            f"<tr{' class=marked' if i == marked else ''}>{''.join(f'<td>{escape(str(c))}</td>' for c in row)}</tr>"
+            for i, row in enumerate(rows)
+        )
+        self.parts.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+
+    def folded(self, summary: str, text: str) -> None:
+        """Text as it is, shown when asked for."""
+        self.parts.append(f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>")
+
+    def figure(self, name: str, variants: Sequence[Figure | None], choice: str = "", height: int = 380) -> None:
+        """A figure, or one of several by a choice; None says that there is nothing to draw."""
+        self.figures[name] = {"variants": list(variants), "choice": choice}
+        self.parts.append(f'<div class="figure" id="figure-{escape(name)}" style="height:{height}px"></div>')
+
+    def slider(self, choice: str, heading: str, labels: Sequence[str], selected: int) -> None:
+        """A choice by a slider."""
+        self.choices[choice] = {"labels": list(labels), "selected": selected}
+        self.parts.append(
+            f'<label class="choice">{escape(heading)} <input type="range" data-choice="{escape(choice)}" min="0" '
+            f'max="{len(labels) - 1}" value="{selected}"> <output data-label="{escape(choice)}"></output></label>'
+        )
+
+    def select(self, choice: str, heading: str, labels: Sequence[str], selected: int, numbers: Sequence[int]) -> None:
+        """A choice from a list; a point of the figure `front` that carries one of the numbers chooses it too."""
+        self.choices[choice] = {"labels": list(labels), "selected": selected, "numbers": list(numbers)}
+        options = "".join(
+            f"<option value={i}{' selected' if i == selected else ''}>{escape(label)}</option>"
+            for i, label in enumerate(labels)
+        )
+        self.parts.append(
+            f'<label class="choice">{escape(heading)} <select data-choice="{escape(choice)}">{options}</select></label>'
+        )
+
+    def block(self, choice: str, index: int, pairs: Iterable[tuple[str, object]]) -> None:
+        """Names and values that are shown while the choice stands at this index."""
+        self.parts.append(f'<div data-block="{escape(choice)}" data-index="{index}" hidden>')
+        self.facts(pairs)
+        self.parts.append("</div>")
+
+    def html(self) -> str:
+        """The whole file."""
+        content = {"figures": self.figures, "choices": self.choices}
+        data = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+        scripts = (_plotly(), _own("page.js"))
+        links = "".join(f'<a href="#section-{i}">{escape(h)}</a>' for i, h in enumerate(self.headings))
+        policy = (
+            f"default-src 'none'; script-src {' '.join(map(_source, scripts))}; style-src 'unsafe-inline'; "
+            "img-src data: blob:; base-uri 'none'; form-action 'none'"
+        )
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            '<meta name="referrer" content="no-referrer"><meta name="color-scheme" content="light dark">'
+            f"<title>{escape(self.title)}</title><style>{_own('page.css')}</style></head>\n"
+            f"<body><header><h1>{escape(self.title)}</h1><nav>{links}</nav></header><main><section>"
+            + "\n".join(self.parts)
+            + f"</section></main>\n<footer>Made by heretic {__version__}. This file needs no network and holds no "
+            "texts of prompts unless they were asked for.</footer>\n"
+            f'<script type="application/json" id="content">{data}</script>\n'
+            + "\n".join(f"<script>{script}</script>" for script in scripts)
+            + "</body></html>\n"
+        )
+
+
+def _source(script: str) -> str:
+    """How a content security policy names an inline script."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+@functools.cache
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs()).replace("\r\n", "\n")
+
+
+@functools.cache
+def _own(name: str) -> str:
+    return (resources.files("heretic") / "report" / name).read_text(encoding="utf-8")

@@ -1,0 +1,291 @@
+"""The report of a run, from its storage and its folder; nothing is loaded for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import optuna
+
+from heretic.ablation.residual_geometry import ResidualGeometry
+from heretic.errors import UserError
+from heretic.prompts import load
+from heretic.report import figures
+from heretic.report.about import About
+from heretic.report.geometry_figures import geometry_figures, projections
+from heretic.report.importance import FEWEST_TRIALS, importances
+from heretic.report.page import Page
+from heretic.run_folder import RunFolder, find_run, stored_settings
+from heretic.search.front import Result, front
+from heretic.search.hypervolume import growth
+from heretic.search.space import Space, describe
+from heretic.search.standing import Standing
+from heretic.search.storage import masked, reading, storage_url, study_name
+from heretic.search.study import KL_PER_PROMPT, MOST_PROMPTS
+from heretic.search.walk import Walk
+from heretic.settings import Settings
+from heretic.status import load_study
+
+REFERENCE_KL = 1.0  # nats; a trial above adds nothing to the hypervolume
+MOST_CHANGED = 5  # prompts that are named
+OF_EVERY_TRIAL = ("Trials", "KL divergence", "Surrogate", "Refusals")  # stages that trials time themselves
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a report is made from. `settings_text` is what the run's folder keeps; `texts` are the prompts by role, where they
+    shall be shown."""
+
+    study: optuna.Study
+    settings: Settings
+    folder: RunFolder
+    settings_text: str
+    texts: Mapping[str, Sequence[str]] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        study: optuna.Study,
+        settings: Settings,
+        folder: RunFolder,
+        texts: Mapping[str, Sequence[str]] | None = None,
+    ) -> Source:
+        """With the settings as the folder keeps them."""
+        file = folder.path / "config.toml"
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        return cls(study, settings, folder, "\n".join(map(masked, text.splitlines())), texts)
+
+
+def stored_source(name: str, runs_dir: str, environment: Mapping[str, str], *, with_texts: bool) -> Source:
+    """Of a run, from its folder and its storage; works while another process is at it. Raises UserError."""
+    folder = find_run(name, runs_dir)
+    settings = stored_settings(folder, environment)
+    if not settings.storage and not (folder.path / "study.db").is_file():
+        raise UserError("The run has no study yet.", where=str(folder.path), fix="wait until its first trial begins")
+    study = load_study(storage_url(settings.storage, folder.path), study_name(settings.storage, folder.path))
+    roles = ("harmful_eval", "harmless_eval") if with_texts else ()
+    texts = {role: load(role, getattr(settings.prompts, role)).prompts for role in roles}
+    return Source.of(study, settings, folder, texts)
+
+
+def geometry_page(geometry: ResidualGeometry, model: str) -> str:
+    """How residuals lie, as a page of its own."""
+    page = Page(f"Residuals of {model}")
+    add_geometry(page, geometry)
+    return page.html()
+
+
+def report(source: Source) -> str:
+    """The report as HTML."""
+    study, settings, folder = source.study, source.settings, source.folder
+    with reading(storage_url(settings.storage, folder.path)):
+        stands, about, geometry = Standing.of(study, settings), About.of(study), folder.geometry()
+    page = Page(f"{folder.name}: {settings.model}")
+    _overview(page, stands)
+    _front(page, stands)
+    _trials(page, study, settings, stands, about)
+    _requests(page, stands, about)
+    _importance(page, study)
+    if geometry is not None:
+        add_geometry(page, geometry)
+    _time(page, stands, folder)
+    _made_with(page, source, about)
+    return page.html()
+
+
+def _overview(page: Page, stands: Standing) -> None:
+    page.section("Overview")
+    counts = [f"{stands.done} of {stands.n_trials}"]
+    counts += [f"{n} {what}" for n, what in ((stands.stopped, "left early"), (stands.failed, "failed")) if n]
+    pairs = [("trials", ", ".join(counts))]
+    if stands.before is not None and stands.found:
+        pairs.append(("original", f"declines {stands.before} of {stands.found[0].scores.total} requests"))
+    if stands.best is not None:
+        best, reason = stands.best
+        pairs += [
+            ("chosen", f"trial {best.number}: {reason}"),
+            ("declines", f"{best.scores.refusals} of {best.scores.total} requests"),
+            ("KL divergence", str(best.scores.divergence)),
+        ]
+    if stands.progress.surrogate_error is not None:
+        pairs.append(("estimates", f"off by {stands.progress.surrogate_error:.1f} refusals on average"))
+    page.facts([*pairs, ("written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))])
+    page.text(
+        "Refusals are judged by phrases in the first tokens of an answer; the KL divergence is that of the first token's "
+        "probabilities on harmless requests, original against ablated."
+    )
+
+
+def _front(page: Page, stands: Standing) -> None:
+    page.section(
+        "Front",
+        "Fewer refusals and less change are both better, so the best trials are at the lower left. Expected refusals are those "
+        "that were counted, and how much the other answers lean to the original's refusals.",
+    )
+    if not stands.found:
+        page.text("No trial is finished yet.")
+        return
+    best = front(stands.found)
+    chosen = stands.best[0].number if stands.best else None
+    page.figure("front", [figures.of_front(stands.progress, chosen, stands.before)], height=460)
+    destroyed = sum(r.point[0] == float("inf") for r in stands.found)
+    page.text(
+        f"Filled: measured in full. Hollow: left early, since a finished trial had beaten it; its refusals are an estimate. "
+        f"{len(stands.found)} trials are measured in full, {stands.stopped} were left early."
+        + (f" {destroyed} destroyed the model (infinite KL) and cannot be drawn." if destroyed else "")
+    )
+    total = stands.found[0].scores.total
+    rows = [
+        [r.number, f"{r.scores.refusals}/{total}", f"{r.scores.expected:.1f}", *_four(r), describe(r.params)]
+        for r in best
+    ]
+    marked = next((i for i, r in enumerate(best) if r.number == chosen), None)
+    page.table(["trial", "refusals", "expected", "KL mean", "median", "p95", "max", "from"], rows, marked)
+    page.section(
+        "Progress",
+        f"The share of the rectangle up to {total} refusals and a KL of {REFERENCE_KL:g} that the front beats (hypervolume), "
+        "after every trial measured in full. When it stays flat, more trials hardly help.",
+    )
+    grown = growth([r.point for r in stands.found], (REFERENCE_KL, float(total)))
+    page.figure("progress", [figures.of_progress([r.number for r in stands.found], grown)], height=300)
+
+
+def _trials(page: Page, study: optuna.Study, settings: Settings, stands: Standing, about: About | None) -> None:
+    """Strengths and divergences of each trial on the front."""
+    best = front(stands.found)
+    if not best:
+        return
+    page.section(
+        "A trial",
+        "Strength 1 removes the direction whole, 0 leaves the layer alone. A click on the front chooses, too.",
+    )
+    space = Space(settings.search, about.layers, about.components, Walk.of(study)) if about else None
+    trials = {t.number: t for t in study.get_trials(deepcopy=False)}
+    strengths: list[figures.Figure | None] = []
+    changes: list[figures.Figure | None] = []
+    chosen = stands.best[0].number if stands.best else best[0].number
+    labels = [f"trial {r.number}: {r.scores.refusals} refusals, KL {r.point[0]:.4f}" for r in best]
+    selected = next(i for i, r in enumerate(best) if r.number == chosen)
+    page.select("trial", "Trial of the front", labels, selected, [r.number for r in best])
+    for index, r in enumerate(best):
+        d = r.scores.divergence
+        marks = {"mean": d.mean, "median": d.median, "95 % below": d.p95, "largest": d.max}
+        edit = space.from_params(r.params) if space else None
+        profiles = {c: [float(s) for s in profile] for c, profile in edit.strengths.items()} if edit else None
+        strengths.append(figures.of_strengths(profiles) if profiles else None)
+        stored = trials[r.number].user_attrs.get(KL_PER_PROMPT)
+        changes.append(figures.of_divergences(stored, marks) if stored else None)
+        facts = [("refusals", f"{r.scores.refusals} of {r.scores.total}"), ("KL divergence", str(d))]
+        if stored:
+            order = sorted(range(len(stored)), key=lambda i: -stored[i])[:MOST_CHANGED]
+            named = ", ".join(f"{i + 1} ({stored[i]:.3g})" for i in order)
+            facts.append(("changed most", f"harmless prompts {named}"))
+            if len(stored) == MOST_PROMPTS:
+                facts.append(("drawn", f"the first {MOST_PROMPTS} prompts"))
+        page.block("trial", index, facts)
+    page.figure("strengths", strengths, "trial", height=320)
+    page.figure("divergences", changes, "trial", height=320)
+
+
+def _requests(page: Page, stands: Standing, about: About | None) -> None:
+    best = [r for r in front(stands.found) if r.scores.declined]
+    if not best:
+        return
+    page.section(
+        "Requests",
+        "Which requests are still declined, by their number in the set; the texts are not in this file unless they were "
+        "asked for. Orange: declined, as by the original. Red: declined, although the original answers.",
+    )
+    before = about.declined if about else ""
+    rows = [(f"trial {r.number}", r.scores.declined) for r in best]
+    shown = [("original", before), *rows] if before else rows
+    page.figure(
+        "requests", [figures.of_requests(shown, before)], height=110 + len(shown) * min(26, max(8, 1200 // len(shown)))
+    )
+    if before:
+        counted = [[name, *_kinds(bits, before)] for name, bits in rows]
+        page.table(["", "still declined", "no longer", "newly declined", "numbers still declined"], counted)
+
+
+def _kinds(bits: str, before: str) -> list[object]:
+    pairs = list(zip(before, bits, strict=False))
+    still = [i + 1 for i, pair in enumerate(pairs) if pair == ("1", "1")]
+    named = ", ".join(map(str, still[:20])) + (" …" if len(still) > 20 else "")
+    return [len(still), pairs.count(("1", "0")), pairs.count(("0", "1")), named]
+
+
+def _importance(page: Page, study: optuna.Study) -> None:
+    page.section(
+        "Parameters",
+        "How much each parameter of the search decided, as shares of the whole (Optuna's PED-ANOVA, on the values that the "
+        "search was told).",
+    )
+    found = importances(study)
+    if not found:
+        page.text(f"Nothing can be said with fewer than {FEWEST_TRIALS} trials, or where all came out alike.")
+        return
+    height = 120 + 46 * len(next(iter(found.values())))
+    page.figure("importance", [figures.of_importances(found)], height=height)
+
+
+def add_geometry(page: Page, geometry: ResidualGeometry) -> None:
+    """The section about residuals, as `heretic geometry` shows it, too."""
+    drawn = geometry_figures(geometry)
+    count = int(geometry.harmful.sum()), int((1 - geometry.harmful).sum())
+    page.section(
+        "Residuals",
+        "What the stream holds at the last token of the prompts that gave the directions, after every block. The silhouette "
+        "says how clearly harmful and harmless prompts form two clusters (1: entirely, 0: not at all); the separation, how far "
+        "their means lie apart along the direction, in standard deviations. Clusters, separation and components are of "
+        f"{count[0]} harmful and {count[1]} harmless prompts.",
+    )
+    page.figure("separation", [drawn["separation"]], height=340)
+    shown = projections(geometry)
+    clearest = int(geometry.silhouette.argmax())
+    page.slider("layer", "Layer", [label for label, _ in shown], clearest)
+    page.figure("projection", [figure for _, figure in shown], "layer", height=460)
+    page.text("The two components that vary most, by layer; the slider begins at the layer with the clearest clusters.")
+    page.figure("norms", [drawn["norms"]], height=320)
+    page.text("Cosines between the directions of the layers: where they are close to 1, the layers share a direction.")
+    page.figure("cosines", [drawn["cosines"]], height=460)
+
+
+def _time(page: Page, stands: Standing, folder: RunFolder) -> None:
+    seconds = stages(folder.path / "run.log")
+    for r in stands.found:
+        for phase in ("prepare", "divergence", "refusals"):
+            name = f"trials: {phase}"
+            seconds[name] = seconds.get(name, 0.0) + r.scores.seconds.get(phase, 0.0)
+    seconds = {name: s for name, s in seconds.items() if s >= 0.05}
+    if seconds:
+        page.section("Time", "Seconds by phase, over all sessions; those of trials are of the ones measured in full.")
+        page.figure("time", [figures.of_phases(seconds)], height=100 + 28 * len(seconds))
+
+
+def stages(log: Path) -> dict[str, float]:
+    """Seconds of the stages that a run's log tells of, summed over sessions, but for those that trials time themselves."""
+    found: dict[str, float] = {}
+    if log.is_file():
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            match = re.fullmatch(r"[\d-]+ [\d:,]+ INFO (.+): (\d+\.\d) s", line)
+            if match and match[1] not in OF_EVERY_TRIAL:
+                found[match[1]] = found.get(match[1], 0.0) + float(match[2])
+    return found
+
+
+def _made_with(page: Page, source: Source, about: About | None) -> None:
+    page.section("Settings and environment")
+    if about:
+        page.facts(about.environment.items())
+    page.folded("Settings", source.settings_text)
+    for role, texts in (source.texts or {}).items():
+        numbered = "\n".join(f"{i} {text}" for i, text in enumerate(texts, start=1))
+        page.folded(f"Texts of {role}", numbered)
+
+
+def _four(r: Result) -> list[str]:
+    d = r.scores.divergence
+    return [f"{d.mean:.4f}", f"{d.median:.4f}", f"{d.p95:.4f}", f"{d.max:.4f}"]

@@ -1,0 +1,67 @@
+"""Keeping a run's report up to date while its study goes on, at hardly any cost."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from heretic.desk import Desk
+from heretic.errors import Interrupted, UserError, first_line
+from heretic.files import write_text
+from heretic.report.report import Source, report
+from heretic.run_folder import REPORT
+
+log = logging.getLogger(__name__)
+
+SHORTEST_PAUSE = 10.0  # seconds between two reports
+MOST_TIME = 0.02  # share of a study's time that reports may take
+
+
+@dataclass
+class Reporter:
+    """Writes the report after a batch of trials, but not more often than it may take time."""
+
+    desk: Desk
+    next: float = 0.0
+    failed: bool = False
+
+    def after_batch(self) -> None:
+        """Write it, if it is time."""
+        if time.monotonic() >= self.next:
+            self.write()
+
+    def write(self) -> None:
+        """Write it. What fails is said once and ends nothing: a study of days is worth more than its report."""
+        began = time.monotonic()
+        try:
+            source = Source.of(self.desk.study, self.desk.settings, self.desk.folder)
+            write_report(source, self.desk.folder.path / REPORT)
+        except Exception as error:  # whatever it is, the study goes on
+            log.info("no report", exc_info=True)
+            if not self.failed:
+                said = error.what if isinstance(error, UserError) else first_line(error)
+                self.desk.watcher.warn(f"The report cannot be written: {said}")
+            self.failed = True
+        took = time.monotonic() - began
+        self.next = time.monotonic() + max(SHORTEST_PAUSE, took / MOST_TIME)
+
+
+@contextmanager
+def reporting(desk: Desk) -> Iterator[Reporter]:
+    """Within the context the study runs; at its end, and after an orderly stop, the report is written in any case."""
+    reporter = Reporter(desk)
+    try:
+        yield reporter
+    except (Interrupted, UserError):
+        reporter.write()
+        raise
+    reporter.write()
+
+
+def write_report(source: Source, file: Path) -> None:
+    """Write the report, whole or not at all. Raises UserError."""
+    write_text(file, report(source))

@@ -1,0 +1,141 @@
+"""Which trials are next, decided by one worker of a study at a time, so that there are neither too many nor too few."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from heretic.progress import Watcher
+from heretic.search.fidelity import Progress
+from heretic.search.front import AGAIN
+from heretic.search.lives import WORKER, free_the_dead, taken
+from heretic.search.sampler import sampler
+from heretic.search.standing import Standing
+from heretic.search.storage import worker
+from heretic.search.turns import TurnLost, database, turn
+from heretic.settings import Settings
+from heretic.stop import Stop
+
+TOGETHER = "heretic:trials_together"  # user attribute of the study
+START = "start"  # user attribute of a trial to begin with: its number among these
+LOOK_AGAIN = 1.0  # seconds, while other workers measure the last trials
+
+
+class Drawer(Protocol):
+    """What says how many trials fit together, and draws them."""
+
+    def together(self, before: int | None) -> int:
+        """How many trials to hand over at a time; `before` is what this came to in an earlier session."""
+
+    def draw(self, trial: optuna.Trial) -> object:
+        """Draw a trial's parameters; they are stored with it."""
+
+
+def finished(study: optuna.Study) -> int:
+    """Number of trials that are told."""
+    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
+
+@dataclass
+class Queue:
+    """The trials of a study that are still to be measured, by this worker or, if it is `shared`, by others beside it."""
+
+    study: optuna.Study
+    settings: Settings
+    trials: Drawer
+    watcher: Watcher
+    stop: Stop
+    shared: bool = False
+
+    def begin(self, starts: Sequence[dict[str, Any]]) -> None:
+        """Have the trials to begin with asked for next, those that are not yet in the study; a failed one is tried again."""
+        while True:
+            try:
+                with turn(self.study):
+                    trials = self.study.get_trials(deepcopy=False)
+                    known = {t.user_attrs.get(START) for t in trials if t.state != TrialState.FAIL}
+                    for number, params in enumerate(starts):
+                        if number not in known:
+                            self.study.enqueue_trial(params, user_attrs={START: number})
+                return
+            except TurnLost:  # what was queued stays, and is seen the next time
+                continue
+
+    def next(self) -> list[optuna.Trial]:
+        """The next trials, signed and drawn; once all are finished, one that was told with an estimate good enough for the
+        front; then none. Raises Interrupted."""
+        together = self._together()
+        while True:
+            self.stop.check()
+            asked: list[optuna.Trial] = []
+            try:
+                with turn(self.study):
+                    others = self._decide(together, asked)
+            except (
+                TurnLost,
+                optuna.exceptions.UpdateFinishedTrialError,
+            ):  # the connection was cut: others have decided too
+                self._give_back(asked)
+                continue
+            except BaseException:
+                self._give_back(asked)
+                raise
+            if asked or not others:
+                return asked
+            self.watcher.stands(Standing.of(self.study, self.settings))
+            time.sleep(LOOK_AGAIN)
+
+    def _decide(self, together: int, asked: list[optuna.Trial]) -> int:
+        """Within a turn: ask for what there is to do; how many trials others have under way."""
+        running = self._running() if self.shared else []
+        left = self.settings.n_trials - finished(self.study) - sum(AGAIN not in t.user_attrs for t in running)
+        if left > 0:
+            for _ in range(min(together, left)):
+                self.study.sampler = sampler(self.settings, self._drawn())
+                self._sign(self.study.ask(), asked)
+                # At once: what is drawn at random comes from the study's sampler of the moment.
+                self.trials.draw(asked[-1])
+        elif all(AGAIN in t.user_attrs for t in running):
+            under_way = {t.user_attrs[AGAIN] for t in running}
+            for unsettled in Progress.of(self.study).unsettled():
+                if unsettled.number not in under_way:
+                    self.study.enqueue_trial(unsettled.params, user_attrs={AGAIN: unsettled.number})
+                    again = taken(self.study, self.study.get_trials(deepcopy=False)[-1])
+                    if again is not None:
+                        self._sign(again, asked)
+                    break
+        return len(running)
+
+    def _running(self) -> list[FrozenTrial]:
+        for dead in free_the_dead(self.study, self.settings.workers):
+            self.watcher.warn(f"The worker of trial {dead.number} is gone; its parameters are tried again.")
+        return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+    def _drawn(self) -> int:
+        """What the next trial's sampler is seeded by. Beside others it must be a number that never comes twice."""
+        states = None if self.shared else (TrialState.COMPLETE, TrialState.RUNNING)
+        return len(self.study.get_trials(deepcopy=False, states=states))
+
+    def _sign(self, trial: optuna.Trial, asked: list[optuna.Trial]) -> None:
+        asked.append(trial)
+        trial.set_user_attr(WORKER, worker())
+        storage = database(self.study)
+        if storage is not None and storage.get_heartbeat_interval():
+            storage.record_heartbeat(trial._trial_id)
+
+    def _give_back(self, asked: Sequence[optuna.Trial]) -> None:
+        for trial in asked:
+            self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def _together(self) -> int:
+        """How many trials at a time: stored, since what is drawn depends on it, and a resumed study shall draw the same."""
+        before = self.study.user_attrs.get(TOGETHER)
+        now = self.trials.together(before)
+        if now != before:
+            self.study.set_user_attr(TOGETHER, now)
+        return now

@@ -1,0 +1,25 @@
+"""Several processes on one study: how they hear of each other, and how long they wait."""
+
+from __future__ import annotations
+
+from heretic.settings.field import Table, setting
+
+
+class Workers(Table):
+    """Several processes on one study, on one machine or many."""
+
+    heartbeat: int = setting(
+        15, "Seconds between two signs of life of a worker with a trial under way, in a storage on a server.", ge=1
+    )
+    grace_period: int = setting(
+        60,
+        "Seconds without a sign of life after which a worker counts as dead and another one tries its trial again. At least "
+        "twice `heartbeat`.",
+        ge=2,
+    )
+    patience: int = setting(
+        600, "Seconds for which a worker goes on trying to reach a storage that is away before it gives up.", ge=0
+    )
+    retries: int = setting(
+        2, "How often the parameters of a trial are tried again whose worker died; then others are drawn.", ge=0
+    )

@@ -1,0 +1,184 @@
+"""Several processes on one study on this machine: one a GPU, started and watched by the one that the user started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from heretic.errors import Interrupted, UserError
+from heretic.machine.gpus import Gpu, usable_gpus, visible_gpus
+from heretic.settings import Settings
+from heretic.stop import Stop
+
+if TYPE_CHECKING:
+    from heretic.desk import Desk
+
+LENDER = "_HERETIC_WORKER_OF"  # environment of a worker: the process that started it and holds the locks for it
+LOOK_AGAIN = 0.5
+LAST_LINES = 3  # of what a worker said before it died
+
+
+def lender() -> int:
+    """The process that started this one as a worker; 0 if it is none."""
+    given = os.environ.get(LENDER, "")
+    return int(given) if given.isdigit() else 0
+
+
+@contextmanager
+def ends_with_its_lender(stop: Stop) -> Iterator[None]:
+    """Within the context of a worker a stop is asked for once the process that started it is gone, and its locks with it."""
+    if not lender():
+        yield
+        return
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(LOOK_AGAIN):
+            if os.getppid() != lender():
+                stop.requested = True
+                return
+
+    threading.Thread(target=watch, daemon=True, name="lender").start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def how_many(wanted: str, settings: Settings) -> tuple[int, str]:
+    """The number of workers that `auto` or a number stands for, and what there is to say about it. Raises UserError."""
+    gpus = () if settings.device_map == "cpu" else usable_gpus(visible_gpus())
+    if wanted != "auto" and not (wanted.isdigit() and int(wanted) > 0):
+        raise UserError(f"{wanted!r} is no number of workers.", where="--workers", fix="auto, or a number such as 4")
+    number = max(1, len(gpus)) if wanted == "auto" else int(wanted)
+    if gpus and number > len(gpus):
+        raise UserError(
+            f"{number} workers need as many GPUs, and {len(gpus)} can be used.", where="--workers", fix="--workers auto"
+        )
+    if number > 1 and gpus and settings.device_map not in ("planned", "auto", "balanced"):
+        raise UserError(
+            "Every worker has one GPU of its own.", where="device_map", fix='device_map = "planned", or no --workers'
+        )
+    if wanted == "auto" and not gpus:
+        return 1, "No GPU can be used, so there is one worker."
+    cores = os.cpu_count() or 1
+    if number > 1 and not gpus:
+        return number, f"{number} workers share {cores} cores and the memory: they are hardly faster than one."
+    return number, ""
+
+
+@dataclass
+class Worker:
+    """A started process, and the file that holds what it says."""
+
+    process: subprocess.Popen[bytes]
+    said: Path
+
+    @property
+    def last_words(self) -> str:
+        """The last lines that it wrote."""
+        lines = [line.strip() for line in self.said.read_text(encoding="utf-8", errors="replace").splitlines()]
+        return " ".join([line for line in lines if line][-LAST_LINES:])
+
+
+def send_out(desk: Desk, number: int) -> None:
+    """Have the missing trials measured by so many processes, and show how they get on.
+
+    Each has one GPU of ours, or a share of the cores. What stops this process stops them. One that dies is not started again:
+    the others go on. Raises Interrupted, and UserError if the study is not complete when the last one has ended.
+    """
+    from heretic.search.queue import finished
+    from heretic.search.standing import Standing
+
+    study, settings, watcher = desk.study, desk.settings, desk.watcher
+    gpus = () if settings.device_map == "cpu" else usable_gpus(visible_gpus())
+    workers = [_start(desk, i, number, gpus[i] if gpus else None) for i in range(number)]
+    watcher.say(f"{number} workers: processes {', '.join(str(w.process.pid) for w in workers)}.")
+    try:
+        with watcher.stage("Trials", settings.n_trials) as stage:
+            done = 0
+            gone: set[int] = set()
+            while len(gone) < number:
+                time.sleep(LOOK_AGAIN)
+                if desk.stop.requested:
+                    break
+                now = finished(study)
+                if now > done:
+                    stage.advance(now - done)
+                    done = now
+                    watcher.stands(Standing.of(study, settings))
+                for i, worker in enumerate(workers):
+                    if i not in gone and worker.process.poll() is not None:
+                        gone.add(i)
+                        if worker.process.returncode != 0:
+                            watcher.warn(
+                                f"Worker {i} ended with status {worker.process.returncode}: {worker.last_words}"
+                            )
+    finally:
+        _end(workers)
+    desk.stop.check()
+    if finished(study) < settings.n_trials:
+        statuses = {w.process.returncode for w in workers}
+        if statuses == {Interrupted.exit_status}:
+            raise Interrupted
+        raise UserError(
+            f"All {number} workers ended before the study was complete.",
+            where=str(workers[-1].said),
+            fix="run the same command again once the cause is put right; nothing finished is lost",
+        )
+
+
+def _start(desk: Desk, index: int, of: int, gpu: Gpu | None) -> Worker:
+    """One worker: the same run, told by environment what must not be seen among processes."""
+    folder, settings = desk.folder.path, desk.settings
+    environment = {**os.environ, LENDER: str(os.getpid())}
+    if settings.storage:
+        environment["HERETIC_STORAGE"] = settings.storage
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu.uuid if gpu.uuid.startswith("GPU-") else _visible(gpu.index)
+    else:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // of))
+    said = folder / f"worker-{index}.log"
+    arguments = ["run", str(folder), "--plain", "--no-menu", "--trials", str(settings.n_trials)]
+    with said.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "heretic", *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C reaches it through us, once
+        )
+    return Worker(process, said)
+
+
+def _visible(index: int) -> str:
+    """What CUDA_VISIBLE_DEVICES calls the GPU that is number `index` to us."""
+    given = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+    return given[index] if index < len(given) else str(index)
+
+
+def _end(workers: Sequence[Worker]) -> None:
+    """Ask those that still run to stop, and wait for it; who asks a second time is passed on too."""
+    running = [w.process for w in workers if w.process.poll() is None]
+    for process in running:
+        process.send_signal(signal.SIGINT)
+    try:
+        for process in running:
+            process.wait()
+    except KeyboardInterrupt:
+        for process in running:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+        for process in running:
+            process.wait()
+        raise

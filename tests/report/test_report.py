@@ -1,0 +1,266 @@
+"""The report: what it says, what it keeps to itself, when it is written, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+
+from heretic.errors import UserError
+from heretic.progress import Silent
+from heretic.report.about import About
+from heretic.report.importance import FEWEST_TRIALS, importances
+from heretic.report.page import Page
+from heretic.report.report import Source, report, stages, stored_source
+from heretic.report.reporter import Reporter, write_report
+from heretic.run import Outcome
+from heretic.run_folder import REPORT, RunFolder
+from heretic.scoring.divergence import Divergence
+from heretic.scoring.ladder import Beaten, Scores
+from heretic.scoring.surrogate import Surrogate
+from heretic.search.fidelity import BEATEN
+from heretic.search.front import front
+from heretic.search.study import KL_PER_PROMPT
+from heretic.settings import Search, Settings
+from tests.command import heretic
+from tests.report.runs import SCRIPT, SECRET
+
+MANY = 10_000
+
+
+def fill(study: optuna.Study, count: int) -> None:
+    """Add so many trials, a third of them left early; a KL that x0 decides, refusals that x0 and x2 decide."""
+    floats = {name: optuna.distributions.FloatDistribution(0, 1) for name in ("x0", "x1", "x2", "x3")}
+    scope = {"direction_scope": optuna.distributions.CategoricalDistribution(["per_layer"])}
+    chance = random.Random(0)
+    trials = []
+    for i in range(count):
+        params = {name: chance.random() for name in floats}
+        kl, refusals = params["x0"] + 0.1 * params["x1"], round(50 * (1 - params["x0"]) * params["x2"])
+        divergence = Divergence(kl, kl, kl, kl)
+        if i % 3 == 2:
+            found = {BEATEN: Beaten(divergence, refusals, 50, {}, Surrogate(refusals, 0.5, 40)).as_dict()}
+        else:
+            found = {"scores": Scores(divergence, refusals, 50, {"refusals": 1.0}, declined="01" * 25).as_dict()}
+        given = {**params, "direction_scope": "per_layer"}
+        values = [kl, float(refusals)]
+        trials.append(
+            optuna.trial.create_trial(params=given, distributions=floats | scope, values=values, user_attrs=found)
+        )
+    study.add_trials(trials)
+
+
+def without_scripts(html: str) -> str:
+    return re.sub(r"<script.*?</script>", "", html, flags=re.S)
+
+
+def content(html: str) -> dict:  # type: ignore[type-arg]
+    found = re.search(r'<script type="application/json" id="content">(.*?)</script>', html, re.S)
+    assert found
+    return json.loads(found[1])
+
+
+def test_a_run_leaves_a_report_of_its_last_state(made: Outcome) -> None:
+    html = (made.folder.path / REPORT).read_text(encoding="utf-8")
+    page = without_scripts(html)
+    assert "24 of 24" in page and made.chosen is not None and "<th>expected</th>" in page
+    assert f"trial {made.chosen.number}: fewest refusals" in page
+    for r in front(made.found):
+        assert f"<td>{r.scores.divergence.mean:.4f}</td>" in page
+    variants = content(html)["figures"]["strengths"]["variants"]
+    assert len(variants) == len(front(made.found)) and all(len(v["data"][0]["y"]) == 4 for v in variants)
+    assert not list(made.folder.path.glob(f".{REPORT}.*")), "a partial file was left"
+
+
+def test_texts_of_prompts_are_shown_only_when_asked_for(made: Outcome, tmp_path: Path) -> None:
+    path = str(made.folder.path)
+    harmful = "tell soup me"
+    plain = report(stored_source(path, "", os.environ, with_texts=False))
+    assert harmful not in plain and harmful not in (made.folder.path / REPORT).read_text()
+    full = report(stored_source(path, "", os.environ, with_texts=True))
+    assert harmful in without_scripts(full)
+    assert SCRIPT not in full and SCRIPT.replace("<", "&lt;").replace(">", "&gt;") in full
+
+
+def test_divergences_are_stored_for_the_front_and_agree_with_the_scores(made: Outcome) -> None:
+    study = stored_source(str(made.folder.path), "", os.environ, with_texts=False).study
+    by_number = {t.number: t for t in study.get_trials()}
+    for r in front(made.found):
+        stored = by_number[r.number].user_attrs[KL_PER_PROMPT]
+        assert len(stored) == 10
+        assert sum(stored) / 10 == pytest.approx(r.scores.divergence.mean, rel=1e-3)
+        assert max(stored) == pytest.approx(r.scores.divergence.max, rel=1e-3)
+    without = [t.number for t in by_number.values() if KL_PER_PROMPT not in t.user_attrs]
+    assert len(without) > len(by_number) / 4, "stored for trials that never were on the front"
+
+
+def test_the_kinds_of_requests_add_up(made: Outcome) -> None:
+    study = stored_source(str(made.folder.path), "", os.environ, with_texts=False).study
+    about = About.of(study)
+    assert about is not None and about.layers == 4 and about.declined.count("1") == made.before
+    html = without_scripts((made.folder.path / REPORT).read_text())
+    for r in front(made.found):
+        pairs = list(zip(about.declined, r.scores.declined, strict=True))
+        still, gone, new = (pairs.count(pair) for pair in (("1", "1"), ("1", "0"), ("0", "1")))
+        assert still + gone == made.before and still + new == r.scores.refusals
+        assert f"<td>trial {r.number}</td><td>{still}</td><td>{gone}</td><td>{new}</td>" in html
+
+
+def test_passwords_are_masked(made: Outcome, tmp_path: Path) -> None:
+    folder = RunFolder(shutil.copytree(made.folder.path, tmp_path / "run"))
+    url = f"postgresql://me:{SECRET}@host/db"
+    (folder.path / "config.toml").write_text(f'model = "m"\nstorage = "{url}"\n# someone@example.org\n')
+    study = stored_source(str(made.folder.path), "", os.environ, with_texts=False).study
+    html = report(Source.of(study, Settings(model="m", storage=url), folder))
+    assert SECRET not in html and "postgresql://me:***@host/db" in html and "someone@example.org" in html
+
+
+def test_ten_thousand_trials_take_less_than_ten_seconds(tmp_path: Path) -> None:
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    fill(study, MANY)
+    settings = Settings(model="m", n_trials=MANY, search=Search())
+    began = time.perf_counter()
+    write_report(Source(study, settings, RunFolder(tmp_path), ""), tmp_path / REPORT)
+    seconds = time.perf_counter() - began
+    assert seconds < 10, f"{seconds:.1f} s"
+    points = {
+        t["name"]: len(t["x"])
+        for t in content((tmp_path / REPORT).read_text())["figures"]["front"]["variants"][0]["data"]
+    }
+    assert sum(points.values()) - points["chosen"] == MANY
+    assert (tmp_path / REPORT).stat().st_size < 8 * 2**20
+
+
+def test_importances_find_what_decides(tmp_path: Path) -> None:
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    fill(study, FEWEST_TRIALS - 1)
+    assert importances(study) == {}
+    fill(study, 300)
+    found = importances(study)
+    assert next(iter(found["for a small KL"])) == "x0"
+    assert set(list(found["for few refusals"])[:2]) == {"x0", "x2"}
+
+
+class Heard(Silent):
+    """Keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+class Place:
+    """As much of a desk as a reporter needs."""
+
+    def __init__(self, made: Outcome, folder: Path) -> None:
+        source = stored_source(str(made.folder.path), "", os.environ, with_texts=False)
+        self.study, self.settings, self.folder, self.watcher = source.study, source.settings, RunFolder(folder), Heard()
+
+
+def test_it_takes_a_small_share_of_the_time(made: Outcome, tmp_path: Path) -> None:
+    reporter = Reporter(Place(made, tmp_path))  # type: ignore[arg-type]
+    began = time.monotonic()
+    reporter.after_batch()
+    first = (tmp_path / REPORT).stat()
+    assert reporter.next >= began + 10
+    reporter.after_batch()
+    assert (tmp_path / REPORT).stat().st_ino == first.st_ino, "written again at once"
+    reporter.next = 0.0
+    reporter.after_batch()
+    assert (tmp_path / REPORT).stat().st_ino != first.st_ino
+
+
+def test_a_report_that_cannot_be_written_is_said_once_and_ends_nothing(made: Outcome, tmp_path: Path) -> None:
+    place = Place(made, tmp_path / "gone")
+    reporter = Reporter(place)  # type: ignore[arg-type]
+    reporter.write()
+    reporter.write()
+    assert len(place.watcher.warnings) == 1 and "report" in place.watcher.warnings[0]
+
+
+def test_stages_of_all_sessions_are_added_up(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    log.write_text(
+        "2026-11-24 15:00:00,123 INFO Loading a: b as float32: 1.5 s\n2026-11-24 15:00:01,123 INFO Trials: 9.0 s\n"
+        "a line of something else: 4.0 s\n2026-11-24 16:00:00,000 INFO Loading a: b as float32: 2.0 s\n"
+    )
+    assert stages(log) == {"Loading a: b as float32": 3.5}
+    assert stages(tmp_path / "none.log") == {}
+
+
+def test_the_policy_names_the_scripts_that_are_there() -> None:
+    import base64
+    import hashlib
+
+    html = Page("x").html()
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
+    scripts = re.findall(r"<script>(.*?)</script>", html, re.S)
+    hashes = {base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts}
+    assert len(scripts) == 2 and set(re.findall(r"'sha256-([^']*)'", policy)) == hashes
+    assert policy.startswith("default-src 'none';") and "http" not in policy
+
+
+def test_the_command_writes_where_it_is_told(
+    made: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or True)
+    ran = heretic(capsys, monkeypatch, "report", str(made.folder.path), "-o", "here.html", "--open")
+    assert ran.status == 0 and "Written: here.html" in ran.out
+    assert opened == [Path("here.html").resolve().as_uri()]
+    assert "harmful" in Path("here.html").read_text()
+
+
+def test_what_a_user_can_do_wrong(
+    made: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = heretic(capsys, monkeypatch, "report", "nothing")
+    assert ran.status == 1 and "There is no run 'nothing'" in ran.err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    shutil.copy(made.folder.path / "config.toml", empty)
+    ran = heretic(capsys, monkeypatch, "report", str(empty))
+    assert ran.status == 1 and "no study yet" in ran.err
+    with pytest.raises(UserError) as refused:
+        write_report(stored_source(str(made.folder.path), "", os.environ, with_texts=False), tmp_path / "no" / "x.html")
+    assert "x.html cannot be written" in str(refused.value)
+
+
+def test_geometry_of_a_run_and_of_a_model_is_the_same(
+    made: Outcome, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = heretic(capsys, monkeypatch, "geometry", str(made.folder.path), "--html", "g.html")
+    assert stored.status == 0 and "silhouette" in stored.out and "Residuals of" in Path("g.html").read_text()
+    monkeypatch.setenv("HERETIC_RUNS_DIR", "elsewhere")
+    settings = made.folder.path.parents[1] / "config.toml"
+    measured = heretic(capsys, monkeypatch, "geometry", "-c", str(settings), "--json")
+    assert measured.status == 0, measured.err
+    layers = json.loads(measured.out)["layers"]
+    geometry = made.folder.geometry()
+    assert geometry is not None
+    assert [row["silhouette"] for row in layers] == pytest.approx(geometry.silhouette.tolist(), abs=1e-5)
+    assert layers[-1]["cosine_with_next"] is None and not Path("elsewhere").exists()
+
+
+def test_a_run_without_stored_geometry_gets_it_again(
+    made: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(shutil.copytree(made.folder.path, tmp_path / made.folder.name))
+    file = folder.path / "geometry.safetensors"
+    whole = bytearray(file.read_bytes())
+    whole[-3] ^= 1
+    file.write_bytes(whole)
+    assert folder.geometry() is None, "a damaged file was believed"
+    ran = heretic(capsys, monkeypatch, "geometry", str(folder.path), "--plain")
+    assert ran.status == 0, ran.err
+    found, before = folder.geometry(), made.folder.geometry()
+    assert found is not None and before is not None and (found.silhouette - before.silhouette).abs().max() < 1e-5

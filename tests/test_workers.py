@@ -1,0 +1,104 @@
+"""heretic run --workers: real processes on one study, in the run's own file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+
+from heretic.errors import BusyError, Interrupted, UserError
+from heretic.machine import lock
+from heretic.machine.gpus import Gpu, GpuReport
+from heretic.settings import Settings
+from heretic.workers import how_many
+from tests.command import start
+from tests.test_kill import trials, wait_for
+
+RUN = ("run", "--run-name", "mine", "--workers", "2", "--trials", "12", "--set", "max_response_length=100", "--set",
+       'refusal_markers=["zzz"]')  # fmt: skip
+
+
+def children(pid: int) -> list[psutil.Process]:
+    return [p for p in psutil.Process(pid).children() if "heretic" in " ".join(p.cmdline())]
+
+
+def test_two_workers_share_a_study_and_one_that_dies_is_not_missed(config: Path) -> None:
+    process = start(*RUN, "--save-to", "out")
+    wait_for(lambda: trials() >= 3, process)
+    first, second = children(process.pid)
+    assert not any("postgres" in word or "=" in word for p in (first, second) for word in p.cmdline())
+    first.send_signal(signal.SIGKILL)
+    other = start("run", "--run-name", "mine")
+    assert other.wait(timeout=60) == BusyError.exit_status, "another run may not use what the workers use"
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "Worker 0 ended with status -9" in output or "Worker 1 ended with status -9" in output
+    study = optuna.load_study(study_name="heretic", storage="sqlite:///runs/mine/study.db")
+    complete = [t for t in study.trials if t.state.name == "COMPLETE"]
+    assert len(complete) == 12 and {t.state.name for t in study.trials} <= {"COMPLETE", "FAIL"}
+    assert len({t.user_attrs["worker"]["pid"] for t in complete}) == 2
+    assert Path("out/manifest.json").exists(), "the one that was started exports"
+    assert 'save_to = "out"' in Path("runs/mine/config.toml").read_text()
+
+
+def test_what_ends_the_first_process_ends_its_workers(config: Path) -> None:
+    process = start(*RUN)
+    wait_for(lambda: trials() >= 1, process)
+    workers = children(process.pid)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == Interrupted.exit_status, output
+    assert len(workers) == 2 and not any(w.is_running() for w in workers)
+    assert trials("RUNNING") == 0
+    process = start(*RUN)
+    wait_for(lambda: len(children(process.pid)) == 2, process)
+    workers = children(process.pid)
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 60
+    while any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers):
+        assert time.monotonic() < end, "orphans without locks"
+        time.sleep(0.1)
+
+
+def test_all_workers_dead_is_an_error(config: Path) -> None:
+    process = start(*RUN)
+    wait_for(lambda: len(children(process.pid)) == 2, process)
+    for worker in children(process.pid):
+        worker.kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "All 2 workers ended" in output, output
+
+
+def test_a_lent_lock_is_used_with_its_holder_and_by_nobody_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    with lock.hold([path], model="m"):
+        with lock.hold([path], model="m", lender=os.getpid()):
+            assert lock.holder(path) is not None
+        assert lock.holder(path) is not None, "the borrower let go of what is not its own"
+        with pytest.raises(BusyError), lock.hold([path], model="m", lender=os.getpid() + 1):
+            pass
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    found = tuple(Gpu(i, f"GPU-{i}", "A GPU", 24 << 30, 24 << 30) for i in range(number))
+    monkeypatch.setattr("heretic.workers.usable_gpus", lambda _: found)
+    monkeypatch.setattr("heretic.workers.visible_gpus", lambda: GpuReport(found))
+
+
+def test_how_many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert how_many("auto", Settings())[0] == 1 and "hardly faster" in how_many("3", Settings())[1]
+    gpus(monkeypatch, 4)
+    assert how_many("auto", Settings()) == (4, "") and how_many("2", Settings()) == (2, "")
+    with pytest.raises(UserError, match="5 workers need as many GPUs"):
+        how_many("5", Settings())
+    with pytest.raises(UserError, match="one GPU of its own"):
+        how_many("2", Settings(device_map="cuda:1"))
+    for wrong in ("0", "-1", "many"):
+        with pytest.raises(UserError, match="no number of workers"):
+            how_many(wrong, Settings())
