@@ -36,8 +36,9 @@ lock:
 demo: $(VENV)/.demo
 	$(BIN)/heretic demo
 
+# Two at a time: a file's tests stay together, and each test has its own folders and locks.
 test: $(VENV)/.demo
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # All of tests/faults in full, and docs/reliability_table.md made anew.
 test-faults: $(VENV)/.demo

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from heretic.demo.demo import run_demo
 from heretic.progress import SILENT
@@ -13,8 +12,8 @@ from heretic.stop import Stop
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a whole demo, beside another test on the other core
 def test_the_guard_declines_and_an_ablation_opens_it(tmp_path: Path) -> None:
-    torch.set_num_threads(2)
     demo = run_demo(tmp_path / "demo", trials=2, watcher=SILENT, stop=Stop(), on_report=lambda report: None)
     outcome = demo.outcome
     assert outcome.before is not None and outcome.before >= 0.8 * 60

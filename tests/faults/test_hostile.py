@@ -268,7 +268,7 @@ def test_any_manifest_in_the_destination(content: bytes, tmp_path: Path) -> None
 
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out/manifest.json").write_bytes(content)
-    assert earlier_export(tmp_path / "out", RunFolder(tmp_path / "mine", "stamp"), 3) is None
+    assert earlier_export(tmp_path / "out", RunFolder(tmp_path / "mine", "stamp"), 3, "full") is None
     with pytest.raises(UserError):
         check_destination(tmp_path / "out", "mine")
 
