@@ -35,6 +35,7 @@ from study import point
 from turns import Job, take_turns
 
 from heretic.search.front import front
+from heretic.search.hypervolume import growth
 from heretic.status import look_at
 
 SYSTEM_PROMPT = "You are a helpful assistant."  # heretic-llm's default; both get it
@@ -295,12 +296,8 @@ def hypervolume(points: Sequence[tuple[float, int]], before: int) -> float | Non
     """The share of the rectangle (KL up to 0.5, refusals up to the original's) that (KL, refusals) points dominate."""
     if not before:
         return None
-    area, best = 0.0, before
-    for kl, refusals in sorted(points):
-        if kl < MAX_KL and refusals < best:
-            area += (MAX_KL - kl) * (best - refusals)
-            best = refusals
-    return round(area / (MAX_KL * before), 4)
+    shares = growth(points, (MAX_KL, before))
+    return round(shares[-1], 4) if shares else 0.0
 
 
 def show(report: Mapping[str, Any]) -> None:
