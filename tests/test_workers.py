@@ -19,7 +19,7 @@ from heretic.workers import how_many
 from tests.command import start
 from tests.test_kill import trials, wait_for
 
-RUN = ("run", "--run-name", "mine", "--workers", "2", "--trials", "12", "--set", "max_response_length=100", "--set",
+RUN = ("run", "--run-name", "mine", "--workers", "2", "--trials", "24", "--set", "max_response_length=100", "--set",
        'refusal_markers=["zzz"]')  # fmt: skip
 
 
@@ -30,17 +30,17 @@ def children(pid: int) -> list[psutil.Process]:
 def test_two_workers_share_a_study_and_one_that_dies_is_not_missed(config: Path) -> None:
     process = start(*RUN, "--save-to", "out")
     wait_for(lambda: trials() >= 3, process)
+    other = start("run", "--run-name", "mine")  # at once: it takes seconds to come as far as the lock
     first, second = children(process.pid)
     assert not any("postgres" in word or "=" in word for p in (first, second) for word in p.cmdline())
     first.send_signal(signal.SIGKILL)
-    other = start("run", "--run-name", "mine")
     assert other.wait(timeout=60) == BusyError.exit_status, "another run may not use what the workers use"
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert "Worker 0 ended with status -9" in output or "Worker 1 ended with status -9" in output
     study = optuna.load_study(study_name="heretic", storage="sqlite:///runs/mine/study.db")
     complete = [t for t in study.trials if t.state.name == "COMPLETE"]
-    assert len(complete) == 12 and {t.state.name for t in study.trials} <= {"COMPLETE", "FAIL"}
+    assert len(complete) == 24 and {t.state.name for t in study.trials} <= {"COMPLETE", "FAIL"}
     assert len({t.user_attrs["worker"]["pid"] for t in complete}) == 2
     assert Path("out/manifest.json").exists(), "the one that was started exports"
     assert 'save_to = "out"' in Path("runs/mine/config.toml").read_text()

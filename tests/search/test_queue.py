@@ -8,12 +8,15 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from heretic.progress import SILENT
 from heretic.search.queue import START, finished
 from heretic.search.storage import storage_url
 from heretic.search.study import optimise
+from heretic.search.turns import TurnLost, turn
 from heretic.stop import Stop
 from tests.postgres import Server
 from tests.search.workers import Stub, opened, settings
@@ -57,6 +60,37 @@ def test_eight_workers_make_exactly_as_many_trials_as_wanted(kind: str, request:
     assert sorted(measured) == list(range(trials))
     assert sorted(t.user_attrs[START] for t in study.trials if START in t.user_attrs) == [0, 1]
     assert len({t.params["x"] for t in study.trials}) == trials, "two workers drew the same"
+
+
+@pytest.mark.parametrize("error", [None, UpdateFinishedTrialError("another worker has told it")])
+def test_a_turn_whose_connection_is_cut_says_what_happened_in_it(postgres: Server, error: Exception | None) -> None:
+    study = opened(postgres.url)
+    of_the_turn = "query like '%pg_advisory_xact_lock%' and pid <> pg_backend_pid()"
+    cut = f"select pg_terminate_backend(pid) from pg_stat_activity where {of_the_turn}"
+    with pytest.raises(type(error) if error else TurnLost), turn(study):
+        assert postgres.ask(cut)
+        if error:
+            raise error
+    with turn(study):
+        assert finished(study) >= 0, "the next turn has a connection that works"
+
+
+def test_a_connection_cut_when_a_trial_is_signed_costs_nothing(
+    postgres: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = opened(postgres.url)
+    done, beats = finished(study), []
+    beat = optuna.storages.RDBStorage.record_heartbeat
+
+    def cut_once(self: optuna.storages.RDBStorage, trial_id: int) -> None:
+        beats.append(trial_id)
+        if len(beats) == 1:
+            raise sqlalchemy.exc.OperationalError("insert", {}, Exception("server closed the connection unexpectedly"))
+        beat(self, trial_id)
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "record_heartbeat", cut_once)
+    optimise(opened(postgres.url), settings(done + 1), Stub(), watcher=SILENT, stop=Stop(), shared=True)
+    assert finished(study) == done + 1 and beats.count(beats[0]) >= 2
 
 
 def test_a_worker_waits_for_the_others_and_takes_over_from_one_that_dies(postgres: Server) -> None:

@@ -14,6 +14,7 @@ from heretic.progress import Watcher
 from heretic.search.fidelity import Progress
 from heretic.search.front import AGAIN
 from heretic.search.lives import WORKER, free_the_dead, taken
+from heretic.search.patience import PatientStorage
 from heretic.search.sampler import sampler
 from heretic.search.standing import Standing
 from heretic.search.storage import worker
@@ -125,8 +126,8 @@ class Queue:
         asked.append(trial)
         trial.set_user_attr(WORKER, worker())
         storage = database(self.study)
-        if storage is not None and storage.get_heartbeat_interval():
-            storage.record_heartbeat(trial._trial_id)
+        if isinstance(storage, PatientStorage) and storage.get_heartbeat_interval():
+            storage.patiently(storage.record_heartbeat, trial._trial_id)
 
     def _give_back(self, asked: Sequence[optuna.Trial]) -> None:
         for trial in asked:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,13 @@ def turn(study: optuna.Study) -> Iterator[None]:
             except sqlalchemy.exc.SQLAlchemyError as error:
                 raise TurnLost from error
         finally:
-            connection.close()
+            _close(connection)
+
+
+def _close(connection: sqlalchemy.Connection) -> None:
+    """Give a connection back. One that was cut cannot be rolled back; its turn went with it, and that hides no other error."""
+    with suppress(sqlalchemy.exc.SQLAlchemyError):
+        connection.close()
 
 
 def _taken(storage: PatientStorage, name: str) -> sqlalchemy.Connection | None:
@@ -73,7 +79,7 @@ def _taken(storage: PatientStorage, name: str) -> sqlalchemy.Connection | None:
         connection.exec_driver_sql(limits)
         connection.exec_driver_sql(f"select pg_advisory_xact_lock({key})")
     except BaseException as error:
-        connection.close()
+        _close(connection)
         if getattr(getattr(error, "orig", None), "sqlstate", None) == LOCK_NOT_AVAILABLE:
             return None
         raise
