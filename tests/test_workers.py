@@ -27,9 +27,18 @@ def children(pid: int) -> list[psutil.Process]:
     return [p for p in psutil.Process(pid).children() if "heretic" in " ".join(p.cmdline())]
 
 
+def stored() -> optuna.Study:
+    return optuna.load_study(study_name="heretic", storage="sqlite:///runs/mine/study.db")
+
+
+def finishers() -> set[int]:
+    """Processes that have finished trials."""
+    return {t.user_attrs["worker"]["pid"] for t in stored().trials if t.state.name == "COMPLETE"}
+
+
 def test_two_workers_share_a_study_and_one_that_dies_is_not_missed(config: Path) -> None:
     process = start(*RUN, "--save-to", "out")
-    wait_for(lambda: trials() >= 3, process)
+    wait_for(lambda: trials() >= 3 and len(finishers()) == 2, process)
     other = start("run", "--run-name", "mine")  # at once: it takes seconds to come as far as the lock
     first, second = children(process.pid)
     assert not any("postgres" in word or "=" in word for p in (first, second) for word in p.cmdline())
@@ -38,10 +47,9 @@ def test_two_workers_share_a_study_and_one_that_dies_is_not_missed(config: Path)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert "Worker 0 ended with status -9" in output or "Worker 1 ended with status -9" in output
-    study = optuna.load_study(study_name="heretic", storage="sqlite:///runs/mine/study.db")
-    complete = [t for t in study.trials if t.state.name == "COMPLETE"]
-    assert len(complete) == 24 and {t.state.name for t in study.trials} <= {"COMPLETE", "FAIL"}
-    assert len({t.user_attrs["worker"]["pid"] for t in complete}) == 2
+    study = stored()
+    assert trials() == 24 and {t.state.name for t in study.trials} <= {"COMPLETE", "FAIL"}
+    assert len(finishers()) == 2
     assert Path("out/manifest.json").exists(), "the one that was started exports"
     assert 'save_to = "out"' in Path("runs/mine/config.toml").read_text()
 
