@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common import head, options, prompt_settings, write
+from memory import Sampler
 
 from heretic.search.front import Result, choose, front
 from heretic.status import look_at
@@ -45,6 +46,7 @@ def main() -> None:
         "seconds_total",
         "seconds_per_trial",
         "peak_gb",
+        "memory",
         "chosen",
         "written",
     ):
@@ -76,7 +78,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ):
         command += ["--set", assignment]
     began = time.monotonic()
-    subprocess.run(command, cwd=folder, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    process = subprocess.Popen(command, cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    memory = Sampler(process.pid)
+    if process.wait():
+        sys.exit(process.returncode)
     total = time.monotonic() - began
     seen = look_at("", str(folder / "runs"), {}).standing
     trials = [r.scores.seconds for r in seen.found]
@@ -91,6 +96,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "seconds_total": round(total, 1),
         "seconds_per_trial": {k: round(statistics.median(t[k] for t in trials), 4) for k in sorted(trials[0])},
         "peak_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2),
+        "memory": memory.profile(),
+        "memory_curve": memory.curve(),
         "chosen": point(chosen[0]) if chosen else None,
         "written": manifest["scores"]["written"],
         "verification": manifest["verification"],
