@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--evaluation", type=int, default=50, help="prompts of each kind that the study sees")
     parser.add_argument("--points", type=int, default=6, help="models of the front to keep, of each seed")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "peer")
     arguments = parser.parse_args()
@@ -36,7 +37,7 @@ def main() -> None:
         folder = work / str(seed)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_prompts(arguments.assets / "prompts", folder / "prompts", 100, 50)
+        write_prompts(arguments.assets / "prompts", folder / "prompts", 100, arguments.evaluation)
         text = peer.configuration(
             model=(arguments.assets / arguments.model).resolve(),
             prompts=folder / "prompts",

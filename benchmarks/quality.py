@@ -79,14 +79,20 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="trials of a search, whatever time they take, instead of --marks")
     parser.add_argument("--trial", type=float, help="seconds of an ordinary trial; measured if left out")
     parser.add_argument("--models", type=Path, nargs="*", default=[], help="model folders to measure beside")
+    parser.add_argument(
+        "--evaluation", type=int, default=50, help="prompts of each kind that the study sees; as many are held out"
+    )
     parser.add_argument("--brief", action="store_true", help="leave out how the models answer")
     parser.add_argument("--set", action="append", default=[], dest="extra")
     arguments = parser.parse_args()
     watcher = Plain(Console())
-    common = ["max_response_length=32", "search.n_startup_trials=10", *arguments.extra]
+    common = ["max_response_length=32", "search.n_startup_trials=10"]
+    for role in ("harmful_eval", "harmless_eval"):
+        common.append(f"prompts.{role}.split=train[:{arguments.evaluation}]")
+    common += arguments.extra
     with tempfile.TemporaryDirectory() as scratch:
         session, _ = opened(arguments.assets, arguments.model, common, Path(scratch), watcher)
-        held = Held(session, arguments.assets)
+        held = Held(session, arguments.assets, arguments.evaluation)
         report: dict[str, Any] = head(arguments) | {"declined_before": held.before, "of": held.total}
         ordinary = math.inf if arguments.count else arguments.trial or ordinary_trial(session)
         marks = [arguments.count] if arguments.count else arguments.marks
@@ -108,12 +114,11 @@ def main() -> None:
 class Held:
     """The third part of the prompts, and the original on it."""
 
-    def __init__(self, session: Session, assets: Path) -> None:
+    def __init__(self, session: Session, assets: Path, count: int) -> None:
         bench = session.bench
+        split = f"train[{count}:{2 * count}]"
         self.prompts = {
-            role: load_prompts(
-                role, PromptSource(source=str(assets / "prompts" / f"{role}.txt"), split="train[50:100]")
-            )
+            role: load_prompts(role, PromptSource(source=str(assets / "prompts" / f"{role}.txt"), split=split))
             for role in ("harmful_eval", "harmless_eval")
         }
         harmful, harmless = (bench.chat.encode(p.prompts) for p in self.prompts.values())
