@@ -58,15 +58,13 @@ class Sampler:
     def _watch(self) -> None:
         while True:
             try:
-                text = self._file.read_text()
-            except OSError:
+                self.samples.append(Sample(time.monotonic() - self._began, *looked_at(self._file)))
+            except (OSError, KeyError):  # it is gone, or going
                 return
-            fields = {line.split(":")[0]: line.split()[1] for line in text.splitlines()[1:]}
-            self.samples.append(
-                Sample(
-                    time.monotonic() - self._began,
-                    int(fields["Rss"]) * 1024 / 1e9,
-                    int(fields["Anonymous"]) * 1024 / 1e9,
-                )
-            )
             time.sleep(0.5)
+
+
+def looked_at(file: Path) -> tuple[float, float]:
+    """Resident and own memory as a smaps_rollup file says it, GB. Raises OSError, and KeyError of a process that is ending."""
+    fields = {line.split(":")[0]: line.split()[1] for line in file.read_text().splitlines()[1:]}
+    return int(fields["Rss"]) * 1024 / 1e9, int(fields["Anonymous"]) * 1024 / 1e9
