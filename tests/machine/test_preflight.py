@@ -13,8 +13,8 @@ import pytest
 from heretic.errors import UserError
 from heretic.machine import lock, preflight
 from heretic.machine.gpus import Gpu, GpuReport
-from heretic.machine.memory_plan import prompt_tokens
 from heretic.machine.preflight import Report, check
+from heretic.machine.workload import prompt_tokens
 from heretic.model.checkpoint import Checkpoint
 from heretic.settings import Settings
 from tests.machine.shapes import GIB, checkpoint_of, qwen_32b, small

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from heretic.machine import rules
+from heretic.machine.demand import DeviceLoad
 from heretic.machine.gpus import Gpu, GpuProcess, GpuReport
 from heretic.machine.lock import Holder
-from heretic.machine.memory_plan import DeviceLoad, MemoryPlan
+from heretic.machine.memory_plan import MemoryPlan
 from heretic.machine.placement import Device
 from heretic.machine.rules import RULES, Facts, Finding, Folder
 from heretic.model.checkpoint import Checkpoint, TensorInfo
@@ -28,13 +29,13 @@ def gpu(index: int = 0, free: float = 24, *processes: GpuProcess) -> Gpu:
 
 def load(name: str = "cuda:0", weights: float = 10, free: float = 24, copies: float = 0) -> DeviceLoad:
     device = Device(name, int(free * GIB), int(free * GIB))
-    return DeviceLoad(device, "blocks 0-9", int(weights * GIB), 0, 0, 0, 0, 0, 0, int(copies * GIB), 0)
+    return DeviceLoad(device, "blocks 0-9", weights=int(weights * GIB), copies=int(copies * GIB))
 
 
 def plan(
     *loads: DeviceLoad, batch: int = 8, largest: int = 8, offloaded: float = 0, dtype: str = "bfloat16"
 ) -> MemoryPlan:
-    return MemoryPlan({"": 0}, None, dtype, batch, largest, 100, 100, loads or (load(),), int(offloaded * GIB))
+    return MemoryPlan({"": 0}, None, dtype, batch, largest, 100, 100, 1, loads or (load(),), int(offloaded * GIB))
 
 
 def facts(*gpus: Gpu, **changes: Any) -> Facts:

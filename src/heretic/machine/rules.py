@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from heretic.errors import UserError
+from heretic.machine.demand import FLOAT32, GIB, MIB
 from heretic.machine.gpus import Gpu, GpuReport
 from heretic.machine.host import spell_bytes
 from heretic.machine.lock import Holder
-from heretic.machine.memory_plan import FLOAT32, GIB, MIB, MemoryPlan
+from heretic.machine.memory_plan import MemoryPlan
 from heretic.machine.placement import MODES
+from heretic.machine.reading import Reading
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.quantisation import QUANTISATIONS, require_bitsandbytes
 from heretic.settings import Settings
@@ -64,6 +66,7 @@ class Facts:
     export_folder: Folder | None
     hub_cache: Folder
     fitting_quantization: str | None = None  # with which a model fits that does not fit as it is
+    reading: Reading | None = None
 
     @property
     def used_gpus(self) -> tuple[Gpu, ...]:
@@ -247,6 +250,13 @@ def gguf_in_ram(facts: Facts) -> Iterator[Finding]:
         yield Finding("warning", "model", text, 'model = "…": the safetensors version, which is read piece by piece')
 
 
+def loading_time(facts: Facts) -> Iterator[Finding]:
+    """How long the model's files take to be read."""
+    if reading := facts.reading:
+        seconds = f"{reading.seconds:.0f} s" if reading.seconds >= 1 else "under 1 s"
+        yield Finding("ok", "loading", f"Reading {spell_bytes(reading.nbytes)} takes {seconds} ({reading.how}).")
+
+
 def busy_gpus(facts: Facts) -> Iterator[Finding]:
     """Other processes on the GPUs that are to be used."""
     for gpu in facts.used_gpus:
@@ -328,6 +338,7 @@ RULES: tuple[Rule, ...] = (
     missing_bitsandbytes,
     download,
     gguf_in_ram,
+    loading_time,
     unseen_gpus,
     unusable_gpus,
     idle_gpus,
