@@ -35,10 +35,10 @@ WALK_LOGIT_ROWS = 32  # the same for a pass with gradients
 LARGEST_BATCH_TOKENS = 16384
 TIGHT = 0.95  # of the free memory
 ROWS_STUDIED = 4096  # of a weight, that exist in float32 at a time
-SHARE_KEPT = (
-    0.05  # of the free RAM, that what is kept of the original's passes may take, of each of the two prompt sets,
-)
-MOST_KEPT = 2 * GIB  # and no more than this
+SHARE_FOR_RESIDUALS = 0.5  # of the free RAM, that the residuals of every prompt may take
+# Of the free RAM, that what is kept of the original's passes of each of the two prompt sets may take; and at most `MOST_KEPT`.
+SHARE_KEPT = 0.05
+MOST_KEPT = 2 * GIB
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class DeviceLoad:
     """What one device has to hold, in bytes; `layers` says in words which part of the model it holds.
 
     At all times: `weights`, the CUDA `context` or the program itself, what is `kept` of the original, `copies` of edited weights.
-    `cache` (keys and values), `operators`, `activations` and `logits` are a trial's, `capture` that of residuals, `gradients` the
-    walk's with its logits, `studying` what looking at one weight takes. `headroom` is for fragmentation, on the CPU for all else.
+    A trial's are `cache` (keys and values), `operators`, what iterative `rounds` add, `activations` and `logits`. `capture`
+    is that of residuals, `gradients` the walk's with its logits, `studying` what looking at one weight takes. `headroom` is for
+    fragmentation, on the CPU for all else.
     """
 
     device: Device
@@ -58,6 +59,7 @@ class DeviceLoad:
     copies: int = 0
     cache: int = 0
     operators: int = 0
+    rounds: int = 0
     activations: int = 0
     logits: int = 0
     capture: int = 0
@@ -68,8 +70,8 @@ class DeviceLoad:
     @property
     def run(self) -> int:
         """The most that any phase takes beside what stays, in bytes. The logits follow when the blocks are done."""
-        trial = self.cache + self.operators + max(self.activations, self.logits)
-        return max(trial, self.activations + self.capture, self.gradients, self.studying)
+        trial = self.cache + self.operators + self.rounds + max(self.activations, self.logits)
+        return max(trial, self.activations + self.capture + self.rounds, self.gradients, self.studying)
 
     @property
     def peak(self) -> int:
@@ -138,7 +140,7 @@ class Demand:
         shape, work, blocks = self.shape, self.work, len(runs.blocks)
         rows, trials = work.trial_rows(batch), work.together(batch)
         length = work.prompt_tokens + work.tried_tokens + work.new_tokens
-        vectors = 2 * work.directions + 1  # u and w for every direction, and n
+        vectors = 2 * blocks * trials * shape.hidden * FLOAT32  # one of every writer's, for every trial
         rows_of_logits = max(LOGIT_COPIES * FLOAT32 * min(rows, LOGIT_ROWS), shape.element * rows)
         return DeviceLoad(
             device=device,
@@ -148,7 +150,8 @@ class Demand:
             kept=0 if device.is_gpu else self._kept(max(0, device.free - holds.weights)),
             copies=len(holds.blocks) * shape.edited * shape.element if self.copies else 0,
             cache=blocks * shape.cache_per_token * shape.element * rows * length,
-            operators=2 * blocks * trials * vectors * shape.hidden * FLOAT32,
+            operators=vectors * (2 * work.directions + 1),  # u and w for every direction, and n
+            rounds=vectors * 2 * work.directions * work.rounds,
             activations=(self._working(work.most_rows(batch)) + self.opened if blocks else 0) + borrowed,
             logits=shape.vocabulary * rows_of_logits if runs.head else 0,
             capture=blocks * shape.hidden * FLOAT32 * min(batch, work.training),
@@ -173,7 +176,11 @@ class Demand:
         most = min(MOST_KEPT, int(SHARE_KEPT * free))
         hidden, cache = (shape.blocks * shape.element * size for size in (shape.hidden, shape.cache_per_token))
         entries = min(most, work.tokens_kept(0) * (hidden + cache)) + min(most, work.tokens_kept(1) * hidden)
-        facts = 2 * shape.blocks * shape.blocks * work.directions * shape.hidden * FLOAT32 if work.studied else 0
+        facts = (
+            2 * shape.blocks * shape.blocks * work.directions * (1 + work.rounds) * shape.hidden * FLOAT32
+            if work.studied
+            else 0
+        )
         return places * shape.vocabulary * FLOAT32 + entries + facts
 
     def _walk_rows(self, free: int, batch: int) -> tuple[int, bool]:

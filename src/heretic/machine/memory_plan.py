@@ -45,7 +45,7 @@ class MemoryPlan:
     `device_map` is the resolved table for loading, `max_memory` the room for weights (bytes by device) that accelerate was
     given, None where it was not asked. `batch_size` is the one asked for or chosen, `largest_batch_size` the one that would
     be chosen (0: not even one prompt fits), `trials_per_batch` the most trials that share a pass. `offloaded` counts the bytes of
-    weights for which there is no device.
+    weights for which there is no device, `residuals` those of the residuals of every prompt that are kept in RAM for a while.
     """
 
     device_map: dict[str, int | str]
@@ -58,6 +58,7 @@ class MemoryPlan:
     trials_per_batch: int
     loads: tuple[DeviceLoad, ...]
     offloaded: int
+    residuals: int = 0
 
     @property
     def fits(self) -> bool:
@@ -197,6 +198,7 @@ def make_plan(
         trials_per_batch=work.together(chosen),
         loads=demand.loads(placed, devices, chosen),
         offloaded=nowhere,
+        residuals=work.every * shape.blocks * shape.hidden * FLOAT32,
     )
 
 

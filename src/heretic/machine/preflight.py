@@ -10,12 +10,13 @@ from typing import Any, Literal, TypeVar
 
 from heretic.errors import UserError
 from heretic.machine import host
+from heretic.machine.facts import Facts, Finding, Folder
 from heretic.machine.gpus import Gpu, GpuReport, gpus_for, usable_gpus, visible_gpus
 from heretic.machine.lock import Holder, device_locks, holder
 from heretic.machine.memory_plan import MemoryPlan, plan_for
 from heretic.machine.placement import Device
 from heretic.machine.reading import Reading, reading_of
-from heretic.machine.rules import RULES, Facts, Finding, Folder
+from heretic.machine.rules import RULES
 from heretic.machine.workload import Workload
 from heretic.model.checkpoint import Checkpoint
 from heretic.settings import Settings

@@ -6,89 +6,19 @@ A rule is a function of `Facts` and one line in `RULES`. It reads nothing else, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 from heretic.errors import UserError
-from heretic.machine.demand import FLOAT32, GIB, MIB
-from heretic.machine.gpus import Gpu, GpuReport
+from heretic.machine.demand import FLOAT32, GIB, MIB, SHARE_FOR_RESIDUALS
+from heretic.machine.facts import Facts, Finding, Level
 from heretic.machine.host import spell_bytes
-from heretic.machine.lock import Holder
 from heretic.machine.memory_plan import MemoryPlan
 from heretic.machine.placement import MODES
-from heretic.machine.reading import Reading
-from heretic.model.checkpoint import Checkpoint
 from heretic.model.quantisation import QUANTISATIONS, require_bitsandbytes
-from heretic.settings import Settings
 
 BUSY = 500 * MIB  # GPU memory that another process may hold without being worth a word
 UNSEEN_USE = 2 * GIB  # used memory that belongs to no visible process; the driver keeps up to about 1 GiB for itself
 RUN_FOLDER = GIB
 SPARE_DISK = 1.05
-
-
-Level = Literal["ok", "warning", "failure"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One result of the preflight; `fix` is a line for the config where one helps, else what to do."""
-
-    level: Level
-    subject: str
-    text: str
-    fix: str | None = None
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A place on disk that the run writes to: `free` in bytes; `occupied` by files that are not an earlier export."""
-
-    path: str
-    free: int
-    writable: bool = True
-    occupied: bool = False
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Everything that rules look at; None where it could not be found out."""
-
-    settings: Settings
-    report: GpuReport
-    usable: tuple[Gpu, ...]
-    ram: int
-    checkpoint: Checkpoint | None
-    plan: MemoryPlan | None
-    prompt_warnings: tuple[str, ...]
-    holders: tuple[tuple[str, Holder], ...]
-    run_folder: Folder
-    export_folder: Folder | None
-    hub_cache: Folder
-    fitting_quantization: str | None = None  # with which a model fits that does not fit as it is
-    reading: Reading | None = None
-
-    @property
-    def used_gpus(self) -> tuple[Gpu, ...]:
-        """The GPUs that the plan puts weights on."""
-        names = {load.device.name for load in self.plan.loads} if self.plan else set()
-        return tuple(gpu for gpu in self.usable if f"cuda:{gpu.index}" in names)
-
-    @property
-    def fits_without_copies(self) -> bool:
-        """Whether the plan does not fit only because of the copies that `cache_weights` keeps."""
-        plan = self.plan
-        if plan is None or plan.fits or plan.offloaded or not any(load.copies for load in plan.loads):
-            return False
-        return all(load.total - load.copies <= load.device.free for load in plan.loads)
-
-    @property
-    def all_on_one_of_several(self) -> bool:
-        """Whether one GPU has to hold everything, too much for it, beside others that hold nothing."""
-        plan = self.plan
-        if plan is None or self.settings.device_map == "planned" or len(self.usable) < 2:
-            return False
-        return len(self.used_gpus) == 1 and (not plan.fits or plan.tight)
 
 
 Rule = Callable[[Facts], Iterator[Finding]]
@@ -159,7 +89,7 @@ def idle_gpus(facts: Facts) -> Iterator[Finding]:
 def weights_do_not_fit(facts: Facts) -> Iterator[Finding]:
     """Not even one prompt at a time fits."""
     plan = facts.plan
-    if plan is None or plan.largest_batch_size or facts.fits_without_copies or facts.all_on_one_of_several:
+    if plan is None or plan.largest_batch_size or facts.said_already:
         return
     if plan.offloaded:
         text = (
@@ -193,6 +123,33 @@ def cached_weights(facts: Facts) -> Iterator[Finding]:
         yield Finding(level, "cache_weights", text, fix)
 
 
+def iterative_rounds(facts: Facts) -> Iterator[Finding]:
+    """Rounds of finding directions that run out of memory.
+
+    They follow each other, each with the memory of one pass. What they leave behind are directions, which every operator of a trial
+    then holds; what is kept of every prompt stays for as long as a round lasts.
+    """
+    rounds, plan = facts.settings.directions.iterative_rounds, facts.plan
+    if plan is None:
+        return
+    if facts.fits_without_rounds:
+        added = sum(load.rounds for load in plan.loads)
+        text = f"What {rounds} iterative rounds add to the operators ({spell_bytes(added)}) does not fit. {_shortage(plan)}"
+        fix = "directions.iterative_rounds = 0, or trials_per_batch = 1"
+        yield Finding("warning" if plan.largest_batch_size else "failure", "iterative rounds", text, fix)
+    if plan.residuals > SHARE_FOR_RESIDUALS * facts.ram:
+        text = (
+            f"The residuals of every prompt take {spell_bytes(plan.residuals)} in each of {1 + rounds} rounds; of RAM, "
+            f"{spell_bytes(facts.ram)} are free, and half of that may be used."
+        )
+        fix = 'directions.method = "mean_difference" and directions.harmless_atoms = 0; or fewer prompts to train on'
+        yield Finding("failure", "directions", text, fix)
+    elif rounds and plan.fits:
+        yield Finding(
+            "ok", "iterative rounds", f"{rounds} more, one after the other: each needs the memory of one pass."
+        )
+
+
 def weights_in_ram(facts: Facts) -> Iterator[Finding]:
     """Weights that are moved to a GPU in every pass."""
     plan = facts.plan
@@ -207,8 +164,8 @@ def batch_too_large(facts: Facts) -> Iterator[Finding]:
     """The batch asked for does not fit, a smaller one does."""
     plan = facts.plan
     if plan and facts.settings.batch_size and not plan.fits and plan.largest_batch_size:
-        if facts.fits_without_copies or facts.all_on_one_of_several:
-            return  # said already, with the better remedy
+        if facts.said_already:
+            return
         text = f"A batch of {plan.batch_size} does not fit. {_shortage(plan)}"
         yield Finding("warning", "batch size", text, f"batch_size = {plan.largest_batch_size}")
 
@@ -346,6 +303,7 @@ RULES: tuple[Rule, ...] = (
     weights_do_not_fit,
     everything_on_one_gpu,
     cached_weights,
+    iterative_rounds,
     weights_in_ram,
     ignored_limits,
     batch_too_large,

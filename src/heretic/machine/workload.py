@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 CHARACTERS_PER_TOKEN = 3  # fewer than in English, so that the plan is on the safe side
 TEMPLATE_TOKENS = 40
 TRIED_TOKENS = 8  # of the original's refusals, that are tried in one pass before anything is decoded
+USUAL_TRAINING = 400  # prompts of each kind
 MOST_TRIALS = 16  # that a run tries in one pass of its own accord: each is drawn without knowing how the others end
 
 
@@ -35,7 +36,8 @@ class Workload:
 
     `prompt_tokens` are those of the longest prompt, `shared_tokens` begin all of them and are run once. `beyond` are, for the
     `requests` (harmful) and the `harmless` prompts of the evaluation, the tokens of all of them behind these; None where they were
-    not counted. `training` prompts of each kind give the directions, `directions` of a layer. `trials` share a pass; 0: as many as
+    not counted. `training` prompts of each kind give the directions, `directions` of a layer in each of 1 + `rounds` rounds;
+    `every`: of so many prompts the residuals are kept in RAM, each. `trials` share a pass; 0: as many as
     pay. `studied`: the geometry looks at the weights.
     """
 
@@ -44,10 +46,12 @@ class Workload:
     shared_tokens: int = 0
     requests: int = 100
     harmless: int = 100
-    training: int = 400
+    training: int = USUAL_TRAINING
     beyond: tuple[int, int] | None = None
     kl_tokens: int = 1
     directions: int = 1
+    rounds: int = 0
+    every: int = 0
     trials: int = 0
     studied: bool = True
     walk: Walk | None = None
@@ -61,7 +65,9 @@ class Workload:
             prompt_tokens=prompt_tokens(settings, longest),
             new_tokens=settings.max_response_length,
             kl_tokens=settings.kl_tokens,
-            directions=settings.directions.per_layer,
+            directions=settings.directions.count,
+            rounds=settings.directions.iterative_rounds,
+            every=2 * USUAL_TRAINING if settings.directions.keeps_each else 0,
             trials=1 if settings.apply == "weights" or settings.store_responses else settings.trials_per_batch,
             studied=settings.ablation.geometry != "plain",
             walk=None if settings.search.start == "kernels" else walk,
@@ -69,18 +75,20 @@ class Workload:
 
     def counted(self, settings: Settings, checkpoint: Checkpoint, prompts: PromptSets) -> Workload:
         """The same with the prompts' real numbers, and with their real lengths where the model's tokenizer is at hand."""
+        training = [len(prompts.harmful_train), len(prompts.harmless_train)]
         there = replace(
             self,
             requests=len(prompts.harmful_eval),
             harmless=len(prompts.harmless_eval),
-            training=max(len(prompts.harmful_train), len(prompts.harmless_train)),
+            training=max(training),
+            every=sum(training) if self.every else 0,
         )
         try:
-            harmful, harmless, *training = _encoded(settings, checkpoint, prompts)
+            harmful, harmless, *others = _encoded(settings, checkpoint, prompts)
         except UserError:  # loading says it better
             return there
-        shared = len(_beginning([*harmful, *harmless, *training[0], *training[1]])) if len(harmful) > 1 else 0
-        lengths = [len(tokens) for role in (harmful, harmless, *training) for tokens in role]
+        shared = len(_beginning([*harmful, *harmless, *others[0], *others[1]])) if len(harmful) > 1 else 0
+        lengths = [len(tokens) for role in (harmful, harmless, *others) for tokens in role]
         return replace(
             there,
             prompt_tokens=max(lengths),

@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.table import Table
 
 from heretic.machine.demand import GIB, DeviceLoad
+from heretic.machine.facts import Finding
 from heretic.machine.memory_plan import MemoryPlan
 from heretic.machine.preflight import Report
-from heretic.machine.rules import Finding
 from heretic.screen.console import printable
 
 MARKS = {"failure": "[red]failure[/red]", "warning": "[yellow]warning[/yellow]", "ok": "[green]ok[/green]"}
