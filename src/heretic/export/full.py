@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.export.job import Format, Order, Written
 from heretic.export.save import TensorEdit, plan_edits, write_dequantised, write_weights
+from heretic.export.spot_check import Columns, Rewritten, as_columns, rounding_of
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
@@ -50,4 +53,17 @@ def open_written(order: Order, folder: Path) -> Checkpoint:
     return open_checkpoint(str(folder), trust_remote_code=[str(folder)] if trusted else [])
 
 
-FORMAT = Format("an ordinary model folder", prepare, write, open_written)
+def rewritten(order: Order, folder: Path) -> Rewritten | None:
+    """The written tensors, which have the names of the checkpoint's; those of a GGUF file are other ones."""
+    if order.checkpoint.gguf_file:
+        return None
+    written = open_written(order, folder)
+
+    def columns(name: str, where: Columns | None, expected: Tensor) -> tuple[Tensor, Tensor]:
+        found = as_columns(written.read(name)) if where is None else where.of(written.slice_of(name))
+        return found, rounding_of(expected, found.dtype)
+
+    return Rewritten(order.prepared, columns, None if order.checkpoint.pickled else written.slice_of)
+
+
+FORMAT = Format("an ordinary model folder", prepare, write, open_written, rewritten=rewritten)

@@ -141,6 +141,16 @@ class Checkpoint:
         with safe_open(file, framework="pt") as opened:
             return opened.get_tensor(name)
 
+    def slice_of(self, name: str) -> Any:
+        """One tensor to be indexed: of a safetensors file only what is asked for is read."""
+        from safetensors import safe_open
+
+        file = self.tensors[name].file
+        if file is not None and file.suffix in PICKLED:
+            return pickled_tensors(file)[name]
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_slice(name)
+
     def identity(self) -> str:
         """A hash that changes when the weights or the config do: headers, sizes and samples of every file, not every byte."""
         digest = hashlib.sha256()
