@@ -382,9 +382,9 @@ def weight_reader(language_model: LanguageModel) -> Callable[[Writer], Sequence[
 
 
 def _with_tensors(checkpoint: Checkpoint) -> Checkpoint:
-    if checkpoint.gguf_file:
+    if checkpoint.gguf_file or checkpoint.quantised_by:
         raise UserError(
-            "A GGUF file holds quantised tensors, from which weights cannot be put back exactly.",
+            "The checkpoint holds quantised tensors, from which weights cannot be put back exactly.",
             where="cache_weights",
             fix='cache_weights = true, apply = "operators", or the model as safetensors',
         )

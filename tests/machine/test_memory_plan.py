@@ -18,7 +18,8 @@ from heretic.machine.memory_plan import MemoryPlan, make_plan, planned_dtype
 from heretic.machine.placement import skeleton
 from heretic.machine.shape import ModelShape
 from heretic.machine.workload import TRIED_TOKENS, Walk, Workload
-from heretic.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from heretic.model.checkpoint import Checkpoint, open_checkpoint
+from heretic.model.tensor_info import TensorInfo
 from heretic.scoring.surrogate import MOST_TOKENS
 from tests.machine.shapes import GIB, checkpoint_of, cpu, gpus, qwen_32b, small
 

@@ -16,7 +16,8 @@ from heretic.machine.lock import Holder
 from heretic.machine.memory_plan import MemoryPlan
 from heretic.machine.placement import Device
 from heretic.machine.rules import RULES
-from heretic.model.checkpoint import Checkpoint, TensorInfo
+from heretic.model.checkpoint import Checkpoint
+from heretic.model.tensor_info import TensorInfo
 from heretic.settings import Settings
 from tests.machine.shapes import GIB, small
 
@@ -94,16 +95,32 @@ def test_every_rule_bears_that_nothing_is_known() -> None:
 
 def test_quantised_checkpoint() -> None:
     config = small()
-    config.quantization_config = {"quant_method": "awq"}
-    awq = Checkpoint("owner/awq", Path("."), config, TENSORS)
-    assert run(facts(checkpoint=awq)) == []
-    assert run(facts(checkpoint=awq, settings={"save_to": "out", "export_format": "lora"})) == []
-    found = only(facts(checkpoint=awq, settings={"save_to": "out"}))
-    assert found.level == "failure" and "only quantised (awq)" in found.text and found.fix == 'export_format = "lora"'
-    again = run(facts(checkpoint=awq, settings={"quantization": "bnb_4bit"}))
+    config.quantization_config = {"quant_method": "fp8"}
+    fp8 = Checkpoint("owner/fp8", Path("."), config, TENSORS)
+    assert run(facts(checkpoint=fp8)) == []
+    assert run(facts(checkpoint=fp8, settings={"save_to": "out", "export_format": "lora"})) == []
+    found = only(facts(checkpoint=fp8, settings={"save_to": "out"}))
+    assert found.level == "failure" and "only quantised (fp8)" in found.text and found.fix == 'export_format = "lora"'
+    again = run(facts(checkpoint=fp8, settings={"quantization": "bnb_4bit"}))
     assert again[0].fix == 'quantization = "none"'
     gguf = Checkpoint("a.gguf", Path("."), config, TENSORS, gguf_file="a.gguf")
     assert run(facts(checkpoint=gguf, settings={"save_to": "out"})) == []
+
+
+def test_a_package_that_a_quantised_checkpoint_needs() -> None:
+    config = small()
+    config.quantization_config = {"quant_method": "awq"}
+    found = only(facts(checkpoint=Checkpoint("owner/awq", Path("."), config, TENSORS)))
+    assert found.level == "failure" and "gptqmodel" in found.text and "full precision" in str(found.fix)
+
+
+def test_weights_opened_from_a_quantised_checkpoint_are_put_back_from_copies_only() -> None:
+    config = small()
+    config.quantization_config = {"quant_method": "fp8"}
+    fp8 = Checkpoint("owner/fp8", Path("."), config, TENSORS)
+    assert run(facts(checkpoint=fp8, settings={"apply": "weights"})) == []
+    found = only(facts(checkpoint=fp8, settings={"apply": "weights", "cache_weights": False}))
+    assert found.fix == 'apply = "operators"'
 
 
 def test_quantised_weights_are_not_rewritten() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import Tensor
 
 from heretic.ablation.operator import Operator
-from heretic.errors import UserError
 from heretic.export.job import Format, Order, Written
 from heretic.export.save import TensorEdit, plan_edits, write_dequantised, write_weights
 from heretic.export.spot_check import Columns, Rewritten, as_columns, rounding_of
@@ -25,12 +24,6 @@ def prepare(
     model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, watcher: Watcher
 ) -> dict[str, TensorEdit]:
     """The edit of every tensor of the checkpoint. Raises UserError where it has no full-precision tensors."""
-    if method := model.checkpoint.quantised_by:
-        raise UserError(
-            f"{model.checkpoint.model} exists only quantised ({method}), so there are no weights to write an edit into.",
-            where='export_format = "full"',
-            fix='export_format = "lora", an adapter for it; or run the study on the full-precision model that it was made from',
-        )
     return plan_edits(model.checkpoint, model.anatomy.writers, operators, model.model)
 
 

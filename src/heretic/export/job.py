@@ -84,8 +84,8 @@ class Format:
     `prepare(model, operators, settings, watcher)` decides while the model is loaded what is to be written, and raises UserError
     where the format cannot hold it: before anything is written, and before the model leaves memory.
     `write(order, folder, watcher, stop)` writes to an empty folder without the model. `open(order, folder)` gives the checkpoint by
-    which what was written is loaded, to be compared and measured. `rewritten(order, folder)` reads single tensors of it, where these
-    are edited ones (None: not those of the checkpoint). Card, manifest and the folder's final name are the same for all
+    which what was written is loaded, to be compared and measured. `rewritten(order, folder)` reads single tensors of it, where
+    these are edited ones (None: not those of the checkpoint). Card, manifest and the folder's final name are the same for all
     and none of their business.
     """
 

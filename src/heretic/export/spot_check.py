@@ -44,7 +44,7 @@ class Rewritten:
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns `start` to `end` of a matrix [width, inputs], of one expert where there are several in a tensor; `turned`: it is stored
+    """Columns `start` to `end` of a matrix [width, inputs], of one expert where there are several in a tensor; `turned`: stored
     the other way round."""
 
     start: int

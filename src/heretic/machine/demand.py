@@ -47,8 +47,8 @@ class DeviceLoad:
 
     At all times: `weights`, the CUDA `context` or the program itself, what is `kept` of the original, `copies` of edited weights.
     A trial's are `cache` (keys and values), `operators`, what iterative `rounds` add, `activations` and `logits`. `capture`
-    is that of residuals, `gradients` the walk's with its logits, `studying` what looking at one weight takes. `headroom` is for
-    fragmentation, on the CPU for all else.
+    is that of residuals, `gradients` the walk's with its logits, `studying` what looking at one weight takes, `loading`
+    what opening the largest quantised one takes. `headroom` is for fragmentation, on the CPU for all else.
     """
 
     device: Device
@@ -65,13 +65,14 @@ class DeviceLoad:
     capture: int = 0
     gradients: int = 0
     studying: int = 0
+    loading: int = 0
     headroom: int = 0
 
     @property
     def run(self) -> int:
         """The most that any phase takes beside what stays, in bytes. The logits follow when the blocks are done."""
         trial = self.cache + self.operators + self.rounds + max(self.activations, self.logits)
-        return max(trial, self.activations + self.capture + self.rounds, self.gradients, self.studying)
+        return max(trial, self.activations + self.capture + self.rounds, self.gradients, self.studying, self.loading)
 
     @property
     def peak(self) -> int:
@@ -97,12 +98,13 @@ class DeviceLoad:
 @dataclass(frozen=True)
 class Demand:
     """What is to be run: a model of this shape on this work. `opened`: bytes of the one quantised weight that exists in full while
-    it is multiplied by."""
+    it is multiplied by; `opening`: elements of the largest weight that is dequantised while it is loaded."""
 
     shape: ModelShape
     work: Workload
     copies: bool = False
     opened: int = 0
+    opening: int = 0
 
     def loads(self, placed: Mapping[int | str, Share], devices: Sequence[Device], batch: int) -> tuple[DeviceLoad, ...]:
         """The load of every device that holds a part of the model."""
@@ -155,6 +157,9 @@ class Demand:
             activations=(self._working(work.most_rows(batch)) + self.opened if blocks else 0) + borrowed,
             logits=shape.vocabulary * rows_of_logits if runs.head else 0,
             capture=blocks * shape.hidden * FLOAT32 * min(batch, work.training),
+            loading=self.opening * (2 * FLOAT32 + shape.element)
+            if holds.blocks
+            else 0,  # the numbers, scaled, and rounded
             studying=self._studying() if work.studied and blocks else 0,
             headroom=headroom(device, holds.weights),
         )

@@ -27,7 +27,8 @@ from heretic.machine.placement import (
 from heretic.machine.shape import ModelShape
 from heretic.machine.workload import Workload
 from heretic.model.checkpoint import Checkpoint
-from heretic.model.quantisation import stored_bytes
+from heretic.model.quantisation import KEPT, OPENED, kept_bytes, stored_bytes
+from heretic.model.tensor_info import SCALES
 from heretic.settings import Settings
 
 NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
@@ -98,21 +99,22 @@ class MemoryPlan:
         return asdict(self) | {"loads": loads, "fits": self.fits, "tight": self.tight, "weights": self.weights}
 
 
-def planned_dtype(name: str, checkpoint: Checkpoint, on_cpu: bool, ram: int) -> str:
-    """The number format that `name` stands for, as PyTorch spells it; `ram` is all of the RAM in bytes, free or not.
+def planned_dtype(wanted: str, checkpoint: Checkpoint, on_cpu: bool, ram: int) -> str:
+    """The number format that `wanted` stands for, as PyTorch spells it; `ram` is all of the RAM in bytes, free or not.
 
     All of it, because the choice must not change with what else runs: a study would begin anew.
 
     `auto` is the one most of the checkpoint's bytes are in. On a CPU it is float32 if the weights then take at most 70 % of the
     RAM, because CPUs without native support are about 3 times slower in bfloat16.
     """
-    if name != "auto":
-        return name
-    if on_cpu and checkpoint.parameters * FLOAT32 <= FLOAT32_SHARE * ram:
+    if wanted != "auto":
+        return wanted
+    keeps = checkpoint.quantised_by == KEPT  # with the numbers around the quantised ones as they were then
+    if on_cpu and not keeps and checkpoint.parameters * FLOAT32 <= FLOAT32_SHARE * ram:
         return "float32"
     stored: dict[str, int] = {}
-    for tensor in checkpoint.tensors.values():
-        if tensor.dtype in NAMES:
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.dtype in NAMES and not (checkpoint.quantised_by and name.endswith(SCALES)):
             stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.nbytes
     return NAMES[max(stored, key=lambda dtype: stored[dtype])] if stored else "bfloat16"
 
@@ -164,9 +166,10 @@ def make_plan(
     on_cpu = all(not device.is_gpu for device in named)
     dtype = planned_dtype(dtypes[0], checkpoint, on_cpu, ram.total if ram else 0)
     model = skeleton(checkpoint, dtype)
-    fewer = stored_bytes(model, quantization)
+    fewer = kept_bytes(model, checkpoint) or stored_bytes(model, quantization)
     shape = ModelShape.of(checkpoint.text_config, model)
-    demand = Demand(shape, work, copies, _opened_at_once(model, fewer))
+    opening = _largest(model) if checkpoint.quantised_by in OPENED else 0
+    demand = Demand(shape, work, copies, _opened_at_once(model, fewer), opening)
     largest = LARGEST_ON_CPU if on_cpu else LARGEST_BATCH
 
     room = {device.name: _room(device, limits) for device in devices}
@@ -233,6 +236,13 @@ def _one_device(
 def _opened_at_once(model: Any, fewer: Mapping[str, float]) -> int:
     """Bytes of the largest weight that is stored in fewer, in the model's number format."""
     return max((model.get_parameter(name).numel() * model.dtype.itemsize for name in fewer), default=0)
+
+
+def _largest(model: Any) -> int:
+    """Elements of the largest weight but the embedding's and the head's."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    kept = {id(end.weight) for end in ends if end is not None}
+    return max((p.numel() for p in model.parameters() if id(p) not in kept), default=0)
 
 
 def _room(device: Device, limits: Mapping[str, int]) -> int:

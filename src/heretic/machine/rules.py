@@ -13,7 +13,7 @@ from heretic.machine.facts import Facts, Finding, Level
 from heretic.machine.host import spell_bytes
 from heretic.machine.memory_plan import MemoryPlan
 from heretic.machine.placement import MODES
-from heretic.model.quantisation import QUANTISATIONS, require_bitsandbytes
+from heretic.model.quantisation import OPENED, QUANTISATIONS, require_bitsandbytes, require_package
 
 BUSY = 500 * MIB  # GPU memory that another process may hold without being worth a word
 UNSEEN_USE = 2 * GIB  # used memory that belongs to no visible process; the driver keeps up to about 1 GiB for itself
@@ -36,24 +36,33 @@ def model(facts: Facts) -> Iterator[Finding]:
     elif facts.settings.quantization != "none":
         text = f"{checkpoint.model} comes quantised ({method}) and cannot be quantised once more."
         yield Finding("failure", "quantization", text, 'quantization = "none"')
-    elif facts.settings.save_to and facts.settings.export_format == "full":
+    elif facts.settings.save_to and facts.settings.export_format != "lora":
         text = f"{checkpoint.model} exists only quantised ({method}): there are no full-precision weights to write an edit into."
         yield Finding("failure", "export", text, 'export_format = "lora"')
     else:
-        text = f"{checkpoint.model}: {spell_bytes(checkpoint.nbytes)} on disk, quantised ({method}); an export is an adapter."
-        yield Finding("ok", "model", text)
+        opened = ", opened while it is loaded" if method in OPENED else ""
+        yield Finding(
+            "ok", "model", f"{checkpoint.model}: {size}, quantised ({method}{opened}); an export is an adapter."
+        )
 
 
 def rewritten_while_quantised(facts: Facts) -> Iterator[Finding]:
     """Trials that rewrite weights, where these are quantised."""
-    if facts.settings.apply == "weights" and facts.settings.quantization != "none":
+    settings, method = facts.settings, facts.checkpoint.quantised_by if facts.checkpoint else None
+    quantised = settings.quantization != "none" or (method and method not in OPENED)
+    if settings.apply == "weights" and (quantised or (method and not settings.cache_weights)):
         text = "Quantised weights cannot be rewritten for a trial and put back."
         yield Finding("failure", "apply", text, 'apply = "operators"')
 
 
-def missing_bitsandbytes(facts: Facts) -> Iterator[Finding]:
+def missing_package(facts: Facts) -> Iterator[Finding]:
     """Quantisation without the package that does it."""
-    if facts.settings.quantization != "none":
+    if facts.checkpoint and facts.checkpoint.quantised_by:
+        try:
+            require_package(facts.checkpoint)
+        except UserError as error:
+            yield Finding("failure", "model", error.what, error.fix)
+    elif facts.settings.quantization != "none":
         try:
             require_bitsandbytes(facts.settings.quantization)
         except UserError as error:
@@ -292,7 +301,7 @@ def prompts(facts: Facts) -> Iterator[Finding]:
 RULES: tuple[Rule, ...] = (
     model,
     rewritten_while_quantised,
-    missing_bitsandbytes,
+    missing_package,
     download,
     gguf_in_ram,
     loading_time,
