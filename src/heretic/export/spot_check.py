@@ -3,7 +3,8 @@
 The answers of the whole model cannot show that one writer of many was left out, least of all where the written model can only be
 loaded quantised and is compared with tolerance for that. So what was written is held against the definition of the edit,
 y' = n * (y - sum of u (w . y)), in float64, from the original's file and the trial's operators: element by element, within what the
-number format rounds. The tensors that no edit is for must be the original's, bit for bit.
+number format rounds. Of the tensors that no edit is for the first row must be
+the original's, bit for bit.
 """
 
 from __future__ import annotations
