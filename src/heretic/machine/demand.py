@@ -118,7 +118,7 @@ class Demand:
             borrowed = waiting.weights // max(1, len(waiting.blocks))
         # As `strengths` decides it when the weights are there: by the fullest of the devices that run blocks.
         room = [d.free - placed[d.key].weights - _context(d) for d in used if runs[d.key].blocks]
-        rows, twice = self._walk_rows(max(0, min(room, default=0)), batch)
+        rows, twice = self._walk_rows(max(0, min(room, default=0)), batch, on_cpu=not used[0].is_gpu)
         found = []
         for device in used:
             more = borrowed if device is used[0] else 0
@@ -188,13 +188,13 @@ class Demand:
         )
         return places * shape.vocabulary * FLOAT32 + entries + facts
 
-    def _walk_rows(self, free: int, batch: int) -> tuple[int, bool]:
+    def _walk_rows(self, free: int, batch: int, *, on_cpu: bool) -> tuple[int, bool]:
         """Rows of a pass with gradients, and whether blocks are computed twice for it."""
         walk = self.work.walk
         if walk is None:
             return 0, False
         length = self.work.prompt_tokens + max(walk.refusal_tokens, walk.kl_tokens) - 1
-        rows, twice = self.shape.rows_with_gradients(int(SHARE_FOR_GRADIENTS * free), length)
+        rows, twice = self.shape.rows_with_gradients(int(SHARE_FOR_GRADIENTS * free), length, on_cpu=on_cpu)
         return min(rows, batch, walk.batch), twice
 
     def _gradients(self, runs: Share, rows: int, borrowed: int, *, twice: bool) -> int:
