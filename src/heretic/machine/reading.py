@@ -45,13 +45,14 @@ def reading_of(files: Sequence[Path], nbytes: int) -> Reading:
     try:
         sizes = [file.stat().st_size for file in files]
         whole, began = sum(sizes), time.perf_counter()
-        for i in range(SAMPLES):
+        pieces = min(SAMPLES, -(-whole // SAMPLE))
+        for i in range(pieces):
             if time.perf_counter() - began > MOST_SECONDS:
                 break
-            place = i * max(0, whole - SAMPLE) // (SAMPLES - 1)
+            place = i * max(0, whole - SAMPLE) // max(1, pieces - 1)
             for file, size in zip(files, sizes, strict=True):
                 if place < size:
-                    _read(file, place, fast, slow)
+                    _read(file, place, min(SAMPLE, size - place), fast, slow)
                     break
                 place -= size
     except OSError:
@@ -63,9 +64,9 @@ def reading_of(files: Sequence[Path], nbytes: int) -> Reading:
     return Reading(nbytes, seconds, measured=True, cached=fast[0] / looked if KEPT_IN_RAM is not None else None)
 
 
-def _read(file: Path, place: int, fast: list[float], slow: list[float]) -> None:
+def _read(file: Path, place: int, size: int, fast: list[float], slow: list[float]) -> None:
     """Read one piece; its bytes and seconds go to what was in the page cache, or to what was not."""
-    buffer = bytearray(SAMPLE)
+    buffer = bytearray(size)
     with file.open("rb", buffering=0) as opened:
         number = opened.fileno()
         done = 0
@@ -79,6 +80,6 @@ def _read(file: Path, place: int, fast: list[float], slow: list[float]) -> None:
                 fast[0] += done
                 fast[1] += time.perf_counter() - began
         began = time.perf_counter()
-        if done < SAMPLE and (more := os.pread(number, SAMPLE - done, place + done)):
+        if done < size and (more := os.pread(number, size - done, place + done)):
             slow[0] += len(more)
             slow[1] += time.perf_counter() - began
