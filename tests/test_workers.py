@@ -14,9 +14,12 @@ import pytest
 from heretic.errors import BusyError, Interrupted, UserError
 from heretic.machine import lock
 from heretic.machine.gpus import Gpu, GpuReport
+from heretic.search.fallback import FALLEN
+from heretic.search.front import front, results
 from heretic.settings import Settings
 from heretic.workers import how_many
 from tests.command import start
+from tests.endpoint import endpoint
 from tests.test_kill import trials, wait_for
 
 RUN = ("run", "--run-name", "mine", "--workers", "2", "--trials", "24", "--set", "max_response_length=100", "--set",
@@ -52,6 +55,32 @@ def test_two_workers_share_a_study_and_one_that_dies_is_not_missed(config: Path)
     assert len(finishers()) == 2
     assert Path("out/manifest.json").exists(), "the one that was started exports"
     assert 'save_to = "out"' in Path("runs/mine/config.toml").read_text()
+
+
+def test_a_judge_that_fails_on_one_worker_has_failed_for_all(config: Path) -> None:
+    """The endpoint fails once and is back at once: only the worker whose reply it was gives up by itself."""
+    with endpoint() as server:
+        settings = ("judge.kind=llm", f"judge.llm.base_url={server.url}", "judge.llm.model=m", "judge.llm.retries=0",
+                    "judge.llm.on_failure=markers", "judge.llm.concurrency=1")  # fmt: skip
+        words = [word for setting in settings for word in ("--set", setting)]
+        process = start(*RUN[:-2], *words)
+        wait_for(lambda: trials() >= 4 and len(finishers()) == 2, process)
+        with server.lock:
+            server.failures = [503]
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        assert not server.failures and not server.failing
+    study = stored()
+    assert FALLEN in study.user_attrs
+    found = results(study)
+    judges = [r.scores.judge for r in found]
+    assert "llm" in judges and "markers" in judges
+    assert {r.scores.judge for r in front(found)} == {"markers"}
+    markers = {
+        t.user_attrs["worker"]["pid"] for t in study.trials if t.user_attrs.get("scores", {}).get("judge") == "markers"
+    }
+    assert len(markers) == 2, "both workers went over"
+    assert {r.scores.judge for r in found if r.again is not None} == {"markers"}
 
 
 def test_what_ends_the_first_process_ends_its_workers(config: Path) -> None:

@@ -14,6 +14,7 @@ from heretic.model.batching import free_memory
 from heretic.parallel import Together, agree, opening, shared, size
 from heretic.progress import Watcher
 from heretic.run_folder import RunFolder
+from heretic.search.fallback import StudyFallback
 from heretic.search.front import Result, choose, results
 from heretic.search.shelf import ALONE, SharedShelf, Shelf
 from heretic.search.space import Space
@@ -76,9 +77,9 @@ class Desk:
                     self.watcher,
                     Together(self.stop) if size() > 1 else self.stop,
                     self.shelf,
-                    given_up=any(r.scores.judge != inputs.settings.judge.kind for r in self.found),
+                    StudyFallback(self.study, inputs.settings.judge.kind),
                 )
-        self.loaded = judged_anew(self.loaded, inputs.folder)
+        self.loaded = judged_anew(self.loaded, inputs.folder, self.shelf)
         return self.loaded
 
     def keep_before(self) -> None:

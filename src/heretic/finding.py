@@ -16,13 +16,12 @@ from heretic.ablation.methods import METHODS
 from heretic.ablation.operator import Operator
 from heretic.ablation.residual_geometry import Sample, Survey
 from heretic.errors import UserError
+from heretic.machine.demand import SHARE_FOR_RESIDUALS
 from heretic.machine.host import memory, spell_bytes
 from heretic.model.batching import Batcher
 from heretic.model.capture import ResidualMeans, bytes_of_each, mean_residuals
 from heretic.model.loading import LanguageModel
 from heretic.settings import Directions as Wanted
-
-SHARE_OF_FREE_RAM = 0.5  # for the residuals of every prompt
 
 
 def find_directions(
@@ -40,7 +39,7 @@ def find_directions(
     sample of the first one.
     """
     method = METHODS[wanted.method]
-    keep_each = method.needs_each or wanted.harmless_atoms > 0
+    keep_each = wanted.keeps_each
     if keep_each:
         _check_room(model, len(harmful) + len(harmless), wanted)
     found = None
@@ -95,7 +94,7 @@ def _removing(model: LanguageModel, directions: Directions) -> dict[str, Operato
 
 def _check_room(model: LanguageModel, prompts: int, wanted: Wanted) -> None:
     needed, free = bytes_of_each(model, prompts), memory()[1]
-    if needed > SHARE_OF_FREE_RAM * free:
+    if needed > SHARE_FOR_RESIDUALS * free:
         why = "directions.method" if METHODS[wanted.method].needs_each else "directions.harmless_atoms"
         raise UserError(
             f"The residuals of all {prompts} prompts need {spell_bytes(needed)}; of RAM, {spell_bytes(free)} are free, and half "

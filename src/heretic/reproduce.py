@@ -28,6 +28,7 @@ from heretic.files import read_tensors, sha256, write_text
 from heretic.machine.gpus import usable_gpus, visible_gpus
 from heretic.machine.host import devices
 from heretic.machine.memory_plan import make_plan
+from heretic.machine.workload import Workload
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
@@ -232,12 +233,11 @@ def _plan(settings: Settings, checkpoint: Checkpoint) -> LoadPlan:
     """Where the base model goes: nothing is decoded, so that it needs little more than its weights. Raises UserError."""
     plan = make_plan(
         checkpoint,
+        Workload(prompt_tokens=8, new_tokens=1, studied=False),
         device_map=settings.device_map,
         max_memory={},
         dtypes=list(settings.dtypes),
         batch_size=1,
-        prompt_tokens=8,
-        new_tokens=1,
         devices=devices(usable_gpus(visible_gpus())),
         quantization=settings.quantization,
     )

@@ -273,6 +273,7 @@ def check(
         ),
         prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
         storage_check=lambda: _probe_storage(settings),
+        work_counter=lambda work, checkpoint, prompts: work.counted(settings, checkpoint, prompts),
         imagined=imagined,
     )
 

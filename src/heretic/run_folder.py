@@ -58,6 +58,11 @@ class Baseline:
         return sum(self.declined)
 
 
+def baseline_file(*, given_up: bool) -> str:
+    """The name of the baseline's file. After a judge has failed there is another one: what workers share under one name stays."""
+    return "baseline-markers.safetensors" if given_up else "baseline.safetensors"
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths and contents of `runs/<name>`.
@@ -122,9 +127,10 @@ class RunFolder:
         """Store how the residuals lie, for the report and for `heretic geometry`."""
         write_tensors(self.path / GEOMETRY, geometry.tensors(), {"fingerprint": self.stamp})
 
-    def baseline(self, watcher: Watcher) -> Baseline | None:
-        """The stored baseline; None if there is none or it is damaged, which is said."""
-        tensors = self._tensors("baseline.safetensors", watcher)
+    def baseline(self, watcher: Watcher, *, given_up: bool = False) -> Baseline | None:
+        """The stored baseline; None if there is none or it is damaged, which is said. `given_up`: the one by the markers, after the
+        study's judge has failed."""
+        tensors = self._tensors(baseline_file(given_up=given_up), watcher)
         if not tensors or not {"refusal_texts", "answered"} <= tensors.keys():  # as it was before these were kept
             return None
         return Baseline(
@@ -137,7 +143,7 @@ class RunFolder:
             conduct=Conduct(*tensors["conduct"].tolist()) if "conduct" in tensors else None,
         )
 
-    def keep_baseline(self, baseline: Baseline) -> None:
+    def keep_baseline(self, baseline: Baseline, *, given_up: bool = False) -> None:
         """Store the baseline; its text lies in the same file as bytes, so that one hash covers all of it."""
         import torch
 
@@ -151,7 +157,7 @@ class RunFolder:
         }
         if baseline.conduct is not None:
             tensors["conduct"] = torch.tensor(list(baseline.conduct.as_dict().values()))
-        write_tensors(self.path / "baseline.safetensors", tensors, {"fingerprint": self.stamp})
+        write_tensors(self.path / baseline_file(given_up=given_up), tensors, {"fingerprint": self.stamp})
 
     def walk(self, watcher: Watcher) -> State | None:
         """The stored state of a descent under way; None if there is none or it is damaged, which is said."""

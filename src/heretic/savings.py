@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import torch
 
+from heretic.machine.demand import MOST_KEPT, SHARE_KEPT
 from heretic.machine.host import memory, spell_bytes
 from heretic.machine.shape import ModelShape
+from heretic.machine.workload import MOST_TRIALS
 from heretic.model.batching import Batcher, free_memory, out_of_memory
 from heretic.model.entries import Entries, entries_for
 from heretic.model.forward import call, can_begin_later
@@ -21,11 +23,6 @@ from heretic.scoring.race import Requests
 
 log = logging.getLogger(__name__)
 
-# For what is kept of the original's passes, of each of the two prompt sets.
-SHARE_OF_FREE_RAM = 0.05
-MOST_BYTES = 2 * 2**30
-
-MOST_TRIALS = 16  # in one pass; every trial of a pass is drawn without knowing how the others end
 WORTH_DOUBLING = 1.2  # more trials in a pass must decode so many times faster
 PROBED_STEPS = 3
 
@@ -57,7 +54,7 @@ def entries_of(
     """Room for what the original's blocks receive for these sequences; None where there is not enough."""
     shape = ModelShape.of(model.model.config.get_text_config(decoder=True), model.model)
     shared = batcher.beginning(sequences)
-    budget = agree(lambda: min(MOST_BYTES, int(SHARE_OF_FREE_RAM * memory()[1] / size())))
+    budget = agree(lambda: min(MOST_KEPT, int(SHARE_KEPT * memory()[1] / size())))
     found = entries_for(
         model.anatomy.blocks,
         sequences,

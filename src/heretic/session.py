@@ -34,10 +34,10 @@ from heretic.model.prefix import find_prefix
 from heretic.parallel import agree, rank
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets
-from heretic.run_folder import Baseline, RunFolder
+from heretic.run_folder import Baseline, RunFolder, baseline_file
 from heretic.savings import with_savings
 from heretic.scoring.harmless import Bystanders, Limits
-from heretic.scoring.judges import OrMarkers, Surroundings, make_judge
+from heretic.scoring.judges import Fallback, OrMarkers, Surroundings, make_judge
 from heretic.scoring.ladder import Ladder
 from heretic.scoring.surrogate import FEWEST_TOKENS, MOST_TOKENS
 from heretic.scoring.taught import Taught, all_log_probs, beginnings
@@ -230,25 +230,24 @@ def open_session(
     watcher: Watcher,
     stop: Stop,
     shelf: Shelf = ALONE,
-    *,
-    given_up: bool = False,
+    fallback: Fallback | None = None,
 ) -> Session:
     """Load the model and bring everything that a study needs, computing only what the run's folder does not hold, and what no
     other worker of the study makes.
 
-    `given_up`: the judge failed in an earlier session, and the markers have taken its place.
+    `fallback` knows whether the judge failed, in an earlier session or on another worker, and the markers have taken its place.
     """
-    judge = make_judge(settings, Surroundings(folder.path, watcher, stop))
-    if isinstance(judge, OrMarkers):
-        judge.given_up = given_up
-    with shelf.file("baseline.safetensors"):
-        baseline = agree(lambda: folder.baseline(watcher))
-        prefix = baseline.response_prefix if baseline else None
+    judge = make_judge(settings, Surroundings(folder.path, watcher, stop, fallback))
+    given_up = isinstance(judge, OrMarkers) and judge.given_up
+    with shelf.file(baseline_file(given_up=given_up)):
+        baseline = agree(lambda: folder.baseline(watcher, given_up=given_up))
+        known = baseline or (agree(lambda: folder.baseline(watcher)) if given_up else None)
+        prefix = known.response_prefix if known else None
         bench = open_bench(settings, checkpoint, prompts, plan, watcher, stop, prefix, judge)
         if baseline is None or baseline.judge != judge.name:
             baseline = measure_baseline(bench)
             if rank() == 0:
-                folder.keep_baseline(baseline)
+                folder.keep_baseline(baseline, given_up=given_up)
     evasive = f" and evades {baseline.evasive}" if baseline.evasive else ""
     watcher.say(f"The original model declines {baseline.refusals} of {len(baseline.declined)} requests{evasive}.")
     if baseline.refusals < FEW_REFUSALS * len(baseline.declined):
@@ -281,12 +280,15 @@ def with_baseline(session: Session, baseline: Baseline) -> Session:
     return replace(session, bench=bench, baseline=baseline, ladder=with_savings(bench.ladder, baseline.refusal_texts))
 
 
-def judged_anew(session: Session, folder: RunFolder) -> Session:
-    """The session with a baseline of the judge that it has now, if that is another one than before."""
+def judged_anew(session: Session, folder: RunFolder, shelf: Shelf = ALONE) -> Session:
+    """The session with a baseline of the judge that it has now, if that is another one than before: the markers."""
     if session.baseline.judge == session.bench.ladder.judge.name:
         return session
-    baseline = measure_baseline(session.bench)
-    folder.keep_baseline(baseline)
+    with shelf.file(baseline_file(given_up=True)):
+        baseline = folder.baseline(session.bench.batcher.watcher, given_up=True)
+        if baseline is None:
+            baseline = measure_baseline(session.bench)
+            folder.keep_baseline(baseline, given_up=True)
     return with_baseline(session, baseline)
 
 
@@ -380,9 +382,9 @@ def weight_reader(language_model: LanguageModel) -> Callable[[Writer], Sequence[
 
 
 def _with_tensors(checkpoint: Checkpoint) -> Checkpoint:
-    if checkpoint.gguf_file:
+    if checkpoint.gguf_file or checkpoint.quantised_by:
         raise UserError(
-            "A GGUF file holds quantised tensors, from which weights cannot be put back exactly.",
+            "The checkpoint holds quantised tensors, from which weights cannot be put back exactly.",
             where="cache_weights",
             fix='cache_weights = true, apply = "operators", or the model as safetensors',
         )

@@ -12,7 +12,7 @@ import torch
 from heretic.ablation.ablation import Ablation
 from heretic.errors import UserError
 from heretic.machine.host import memory
-from heretic.machine.shape import ModelShape
+from heretic.machine.shape import SHARE_FOR_GRADIENTS, ModelShape
 from heretic.model.batching import free_memory, out_of_memory
 from heretic.model.forward import can_begin_later
 from heretic.model.loading import LanguageModel
@@ -31,10 +31,6 @@ log = logging.getLogger(__name__)
 
 TRIED_TOKENS = 16  # in which an answer to a training prompt must have declined
 FEWEST_REFUSALS = 4  # of the training prompts
-SHARE_OF_FREE_MEMORY = 0.3  # for what a pass with gradients keeps
-FEWEST_ROWS = 4  # in such a pass; where fewer fit, blocks are computed twice instead
-# A CPU gains nothing from longer passes, and what they keep grows with them (Qwen2.5-Coder-0.5B: 1.5 GB for 32 prompts at once).
-CPU_TOKENS_WITH_GRADIENTS = 512
 
 
 def find_walk(study: optuna.Study, session: Session, folder: RunFolder, shelf: Shelf = ALONE) -> Walk | None:
@@ -188,12 +184,8 @@ def _refusals(bench: Bench, asked: Sequence[list[int]]) -> RefusalCount:
 def rows_with_gradients(model: LanguageModel, tokens: int) -> tuple[int, bool]:
     """How many rows of so many tokens a pass with gradients takes, and whether blocks have to be computed twice for it."""
     shape = ModelShape.of(model.model.config.get_text_config(decoder=True), model.model)
-    budget = int(SHARE_OF_FREE_MEMORY * _free_memory(model))
-    whole = budget // shape.gradient_bytes(1, tokens, shape.blocks, twice=False)
-    if whole >= FEWEST_ROWS:
-        enough = max(FEWEST_ROWS, CPU_TOKENS_WITH_GRADIENTS // tokens) if _on_cpu(model) else whole
-        return min(whole, enough), False
-    return max(1, budget // shape.gradient_bytes(1, tokens, shape.blocks)), True
+    budget = int(SHARE_FOR_GRADIENTS * _free_memory(model))
+    return shape.rows_with_gradients(budget, tokens, on_cpu=_on_cpu(model))
 
 
 def _free_memory(model: LanguageModel) -> int:

@@ -15,6 +15,7 @@ from heretic.model.batching import free_memory, out_of_memory
 from heretic.parallel import rank
 from heretic.run_folder import RunFolder
 from heretic.savings import trials_that_pay
+from heretic.scoring.judges import OrMarkers
 from heretic.scoring.ladder import Measured, Scores
 from heretic.scoring.refusals import RefusalCount
 from heretic.scoring.verdict import REFUSAL
@@ -46,11 +47,16 @@ class Trials:
         """Measure these trials in shared passes. `beaten(KL, unanswered requests to expect at least)` ends one that cannot matter
         any more.
 
-        Where they fail together each is measured alone, so that one's failure is not the others'.
+        Where they fail together each is measured alone, so that one's failure is not the others'. Where the judge fails on another
+        worker meanwhile, they are measured again by the one that takes its place.
         """
         ablations = [self.draw(trial) for trial in trials]
         try:
-            return [*self._together(trials, ablations, beaten)]
+            while True:
+                judge = self._judge()
+                found = self._together(trials, ablations, beaten)
+                if self._judge() == judge or self._by(found) == self._judge():
+                    return [*found]
         except UserError as error:
             if len(trials) == 1:
                 return [error]
@@ -61,6 +67,18 @@ class Trials:
                 return [memory_error(error)]
             free_memory()
         return [found for trial in trials for found in self.measure([trial], beaten)]
+
+    def _judge(self) -> str:
+        """Who judges now, all workers of the study considered."""
+        judge = self.session.ladder.judge
+        if isinstance(judge, OrMarkers):
+            judge.follow()
+        return judge.name
+
+    @staticmethod
+    def _by(found: Sequence[Measured]) -> str:
+        """Who has judged all of these; of those that were left early it is not known."""
+        return next((one.judge for one in found if isinstance(one, Scores)), "")
 
     def draw(self, trial: optuna.Trial | optuna.trial.FixedTrial) -> Ablation:
         """A trial's ablation; what was drawn once stays, and one that is fixed has it all."""

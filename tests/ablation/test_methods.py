@@ -13,7 +13,7 @@ from heretic.ablation.methods.contrastive_components import contrastive_componen
 from heretic.ablation.methods.geometric_median import geometric_median, median
 from heretic.ablation.methods.self_organising_map import self_organising_map, trained
 from heretic.model.capture import ResidualMeans
-from heretic.settings.ablation import GIVE_ONE, DirectionMethod
+from heretic.settings.ablation import GIVE_ONE, DirectionMethod, Directions
 
 LAYERS, WIDTH = 3, 24
 
@@ -50,7 +50,8 @@ def test_few_prompts_are_enough_for_as_many_directions(name: str) -> None:
 
 def test_methods_that_need_every_prompt_say_so() -> None:
     bare = [ResidualMeans(r.mean, r.count) for r in (residuals(1), residuals(2))]
-    for method in METHODS.values():
+    for name, method in METHODS.items():
+        assert Directions.model_validate({"method": name}).keeps_each == method.needs_each, "as the settings say"
         if method.needs_each:
             with pytest.raises(ValueError, match="not kept"):
                 method.find(*bare, 1, "cpu")

@@ -60,9 +60,15 @@ def test_manifest_says_from_what_it_was_made(config: Path, llama: Path) -> None:
     assert manifest["scores"]["original"]["refusals"] == outcome.before
 
 
-def test_a_wrong_edit_is_caught_and_nothing_is_left(config: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("looked_at", [True, False], ids=["tensors", "answers"])
+def test_a_wrong_edit_is_caught_and_nothing_is_left(
+    config: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, looked_at: bool
+) -> None:
     monkeypatch.setattr(save.TensorEdit, "__call__", lambda self, tensor: tensor)
-    with pytest.raises(VerificationFailed, match="does not answer as the measured one"):
+    if not looked_at:
+        monkeypatch.setattr("heretic.export.export.check_edits", lambda *_: 0)
+    words = "not the original with its edits" if looked_at else "does not answer as the measured one"
+    with pytest.raises(VerificationFailed, match=words):
         do(config, llama, "search.attention.max_weight=[1.4, 1.5]", "search.mlp.max_weight=[1.4, 1.5]")
     assert not Path("out").exists() and not list(Path().glob(".out*"))
 

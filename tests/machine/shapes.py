@@ -10,7 +10,8 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from heretic.machine.placement import Device
-from heretic.model.checkpoint import Checkpoint, TensorInfo
+from heretic.model.checkpoint import Checkpoint
+from heretic.model.tensor_info import TensorInfo
 
 GIB = 2**30
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}

@@ -13,8 +13,8 @@ import pytest
 from heretic.errors import UserError
 from heretic.machine import lock, preflight
 from heretic.machine.gpus import Gpu, GpuReport
-from heretic.machine.memory_plan import prompt_tokens
 from heretic.machine.preflight import Report, check
+from heretic.machine.workload import prompt_tokens
 from heretic.model.checkpoint import Checkpoint
 from heretic.settings import Settings
 from tests.machine.shapes import GIB, checkpoint_of, qwen_32b, small
@@ -95,6 +95,11 @@ def test_the_painful_run_is_spread_over_four_gpus(machine: Callable[..., None]) 
     on_one = run(large, device_map="cuda:0")
     assert on_one.exit_status == 1 and 'device_map = "balanced"' in texts(on_one)
     cached = run(large, apply="weights", batch_size=4, search={"start": "kernels"})
+    assert cached.exit_status == 1 and "cache_weights = false" in texts(cached), (
+        "there is no room to look at the weights"
+    )
+    unseen = {"search": {"start": "kernels"}, "ablation": {"geometry": "plain"}}
+    cached = run(large, apply="weights", batch_size=4, **unseen)
     assert cached.exit_status == 2 and "cache_weights = false" in texts(cached)
     assert run(large, apply="weights", batch_size=4, cache_weights=False).verdict == "ready"
     machine(2, 24)

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 
 from heretic.machine import rules
+from heretic.machine.demand import DeviceLoad
+from heretic.machine.facts import Facts, Finding, Folder
 from heretic.machine.gpus import Gpu, GpuProcess, GpuReport
 from heretic.machine.lock import Holder
-from heretic.machine.memory_plan import DeviceLoad, MemoryPlan
+from heretic.machine.memory_plan import MemoryPlan
 from heretic.machine.placement import Device
-from heretic.machine.rules import RULES, Facts, Finding, Folder
-from heretic.model.checkpoint import Checkpoint, TensorInfo
+from heretic.machine.rules import RULES
+from heretic.model.checkpoint import Checkpoint
+from heretic.model.tensor_info import TensorInfo
 from heretic.settings import Settings
 from tests.machine.shapes import GIB, small
 
@@ -26,15 +29,19 @@ def gpu(index: int = 0, free: float = 24, *processes: GpuProcess) -> Gpu:
     return Gpu(index, f"GPU-{index}", "RTX 4090", 24 * GIB, int(free * GIB), processes)
 
 
-def load(name: str = "cuda:0", weights: float = 10, free: float = 24, copies: float = 0) -> DeviceLoad:
+def load(
+    name: str = "cuda:0", weights: float = 10, free: float = 24, copies: float = 0, rounds: float = 0
+) -> DeviceLoad:
     device = Device(name, int(free * GIB), int(free * GIB))
-    return DeviceLoad(device, "blocks 0-9", int(weights * GIB), 0, 0, 0, 0, 0, 0, int(copies * GIB), 0)
+    return DeviceLoad(
+        device, "blocks 0-9", weights=int(weights * GIB), copies=int(copies * GIB), rounds=int(rounds * GIB)
+    )
 
 
 def plan(
     *loads: DeviceLoad, batch: int = 8, largest: int = 8, offloaded: float = 0, dtype: str = "bfloat16"
 ) -> MemoryPlan:
-    return MemoryPlan({"": 0}, None, dtype, batch, largest, 100, 100, loads or (load(),), int(offloaded * GIB))
+    return MemoryPlan({"": 0}, None, dtype, batch, largest, 100, 100, 1, loads or (load(),), int(offloaded * GIB))
 
 
 def facts(*gpus: Gpu, **changes: Any) -> Facts:
@@ -88,16 +95,32 @@ def test_every_rule_bears_that_nothing_is_known() -> None:
 
 def test_quantised_checkpoint() -> None:
     config = small()
-    config.quantization_config = {"quant_method": "awq"}
-    awq = Checkpoint("owner/awq", Path("."), config, TENSORS)
-    assert run(facts(checkpoint=awq)) == []
-    assert run(facts(checkpoint=awq, settings={"save_to": "out", "export_format": "lora"})) == []
-    found = only(facts(checkpoint=awq, settings={"save_to": "out"}))
-    assert found.level == "failure" and "only quantised (awq)" in found.text and found.fix == 'export_format = "lora"'
-    again = run(facts(checkpoint=awq, settings={"quantization": "bnb_4bit"}))
+    config.quantization_config = {"quant_method": "fp8"}
+    fp8 = Checkpoint("owner/fp8", Path("."), config, TENSORS)
+    assert run(facts(checkpoint=fp8)) == []
+    assert run(facts(checkpoint=fp8, settings={"save_to": "out", "export_format": "lora"})) == []
+    found = only(facts(checkpoint=fp8, settings={"save_to": "out"}))
+    assert found.level == "failure" and "only quantised (fp8)" in found.text and found.fix == 'export_format = "lora"'
+    again = run(facts(checkpoint=fp8, settings={"quantization": "bnb_4bit"}))
     assert again[0].fix == 'quantization = "none"'
     gguf = Checkpoint("a.gguf", Path("."), config, TENSORS, gguf_file="a.gguf")
     assert run(facts(checkpoint=gguf, settings={"save_to": "out"})) == []
+
+
+def test_a_package_that_a_quantised_checkpoint_needs() -> None:
+    config = small()
+    config.quantization_config = {"quant_method": "awq"}
+    found = only(facts(checkpoint=Checkpoint("owner/awq", Path("."), config, TENSORS)))
+    assert found.level == "failure" and "gptqmodel" in found.text and "full precision" in str(found.fix)
+
+
+def test_weights_opened_from_a_quantised_checkpoint_are_put_back_from_copies_only() -> None:
+    config = small()
+    config.quantization_config = {"quant_method": "fp8"}
+    fp8 = Checkpoint("owner/fp8", Path("."), config, TENSORS)
+    assert run(facts(checkpoint=fp8, settings={"apply": "weights"})) == []
+    found = only(facts(checkpoint=fp8, settings={"apply": "weights", "cache_weights": False}))
+    assert found.fix == 'apply = "operators"'
 
 
 def test_quantised_weights_are_not_rewritten() -> None:
@@ -168,6 +191,31 @@ def test_cached_weights_that_do_not_fit_on_sharded_model() -> None:
     assert only(facts(gpu(0), gpu(1), plan=smaller, settings={"apply": "weights", "batch_size": 8})).level == "warning"
     fitting = plan(load("cuda:0", 10, copies=8), load("cuda:1", 10, copies=8))
     assert run(facts(gpu(0), gpu(1), plan=fitting, settings={"apply": "weights"})) == []
+
+
+def test_iterative_rounds() -> None:
+    rounds = {"directions": {"iterative_rounds": 2}}
+    assert run(facts(settings=rounds)) == []
+    told = [f.text for rule in RULES for f in rule(facts(settings=rounds)) if f.subject == "iterative rounds"]
+    assert told == ["2 more, one after the other: each needs the memory of one pass."]
+    short = facts(plan=plan(load(weights=22, rounds=3), largest=4), settings=rounds)
+    found = only(short)
+    assert found.level == "warning" and str(found.fix).startswith("directions.iterative_rounds = 0")
+    assert "3.0 GiB" in found.text and "cuda:0 would need 25.0 GiB" in found.text
+    assert only(replace(short, plan=plan(load(weights=22, rounds=3), largest=0))).level == "failure"
+    assert only(replace(short, plan=plan(load(weights=26, rounds=3), largest=0))).subject == "memory", "not their fault"
+
+
+def test_residuals_of_every_prompt_that_do_not_fit() -> None:
+    settings = {"directions": {"iterative_rounds": 1, "method": "geometric_median"}}
+    given = facts(plan=replace(plan(), residuals=33 * GIB), settings=settings)
+    found = only(given)
+    assert (
+        found.level == "failure"
+        and "33.0 GiB in each of 2 rounds" in found.text
+        and "mean_difference" in str(found.fix)
+    )
+    assert run(replace(given, plan=replace(plan(), residuals=31 * GIB))) == []
 
 
 def test_weights_in_ram() -> None:

@@ -16,8 +16,8 @@ from heretic.ablation.attach import attach
 from heretic.ablation.bake import rewrite
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Operator
-from heretic.errors import UserError
-from heretic.export import reference
+from heretic.errors import UserError, VerificationFailed
+from heretic.export import reference, save
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import LanguageModel, load
 from heretic.model.quantisation import dequantised, stored_bytes
@@ -146,6 +146,30 @@ def test_the_plan_counts_what_is_loaded(folder: Path, name: str) -> None:
 def do(config: Path, model: Path, save_to: str, *assignments: str) -> Outcome:
     options = {"model": str(model), "save_to": save_to, "n_trials": 2}
     return run(resolve(config, options, assignments), watcher=SILENT, stop=Stop())
+
+
+def test_one_missing_edit_is_seen_where_answers_could_not_show_it(
+    config: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The written model is compared quantised, with tolerance for that; a single writer's edit is left out."""
+    monkeypatch.setattr(reference, "full_precision_plan", lambda job: None)
+    edited = save.TensorEdit.__call__
+    left_out: list[object] = []
+
+    def but_one(self: save.TensorEdit, tensor: torch.Tensor) -> torch.Tensor:
+        left_out.append(self)
+        return tensor if self is left_out[0] else edited(self, tensor)
+
+    monkeypatch.setattr(save.TensorEdit, "__call__", but_one)
+    weak = ("search.attention.max_weight=[0.2, 0.3]", "search.mlp.max_weight=[0.2, 0.3]", 'quantization="bnb_4bit"')
+    monkeypatch.setattr("heretic.export.export.check_edits", lambda *_: 0)
+    assert do(config, folder, "unseen", *weak).export is not None, "by its answers alone it would pass"
+    monkeypatch.undo()
+    left_out.clear()
+    monkeypatch.setattr(reference, "full_precision_plan", lambda job: None)
+    monkeypatch.setattr(save.TensorEdit, "__call__", but_one)
+    with pytest.raises(VerificationFailed, match="not the original with its edits"):
+        do(config, folder, "seen", *weak, "run_name=seen")
 
 
 def test_a_study_in_4_bits_is_exported_in_full_precision(

@@ -7,11 +7,12 @@ import io
 import pytest
 from rich.console import Console
 
+from heretic.machine.demand import GIB, DeviceLoad
+from heretic.machine.facts import Finding
 from heretic.machine.gpus import Gpu, GpuReport
-from heretic.machine.memory_plan import GIB, DeviceLoad, MemoryPlan
+from heretic.machine.memory_plan import MemoryPlan
 from heretic.machine.placement import Device
 from heretic.machine.preflight import Report
-from heretic.machine.rules import Finding
 from heretic.screen.preflight_table import show
 
 
@@ -24,14 +25,14 @@ def printed(report: Report) -> str:
 
 def load(name: str, weights: int) -> DeviceLoad:
     device = Device(name, 24 * GIB, 23 * GIB)
-    return DeviceLoad(device, "embedding, blocks 0-13", weights * GIB, GIB, 0, GIB, 0, 0, 0, 0, 2 * GIB)
+    return DeviceLoad(device, "embedding, blocks 0-13", weights * GIB, cache=GIB, activations=GIB, headroom=2 * GIB)
 
 
 def report(*findings: Finding, with_plan: bool = True) -> Report:
     gpus = GpuReport(tuple(Gpu(i, f"GPU-{i}", "NVIDIA GeForce RTX 4090", 24 * GIB, 23 * GIB) for i in range(2)))
     loads = (load("cuda:0", 14), load("cpu", 30))
-    plan = MemoryPlan({"": 0}, None, "bfloat16", 8, 8, 100, 50, loads, 0)
-    return Report("owner/model", gpus, plan if with_plan else None, findings)
+    plan = MemoryPlan({"": 0}, None, "bfloat16", 8, 8, 100, 50, 2, loads, 0)
+    return Report("owner/model", gpus, plan if with_plan else None, None, findings)
 
 
 def test_devices_and_their_loads_fit_80_columns() -> None:

@@ -17,6 +17,7 @@ from heretic.export.job import ExportJob, Format, Written
 from heretic.export.manifest import DIRECTIONS, MANIFEST, computed_on, now, scores_text, versions
 from heretic.export.reference import in_full_precision
 from heretic.export.save import disk_error, keep_terms, partial_folder, settle
+from heretic.export.spot_check import check_edits
 from heretic.export.verify import Verification, verify
 from heretic.files import sha256, write_text
 from heretic.model.batching import free_memory
@@ -102,7 +103,9 @@ def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Expor
         job = in_full_precision(job, watcher, stop)
     written = form.write(job, partial, watcher, stop)
     free_memory()
-    proof = verify(job, form.open(job, partial), written, watcher, stop)
+    read = form.rewritten(job, partial) if form.rewritten else None
+    checked = check_edits(job.checkpoint, job.operators, read, watcher, stop) if read else 0
+    proof = replace(verify(job, form.open(job, partial), written, watcher, stop), tensors_checked=checked)
     keep_terms(job.checkpoint, partial)
     (partial / DIRECTIONS.parent).mkdir()
     write_directions(partial / DIRECTIONS, job.directions, job.folder.stamp)

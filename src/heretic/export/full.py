@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from heretic.ablation.operator import Operator
-from heretic.errors import UserError
 from heretic.export.job import Format, Order, Written
 from heretic.export.save import TensorEdit, plan_edits, write_dequantised, write_weights
+from heretic.export.spot_check import Columns, Rewritten, as_columns, rounding_of
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
@@ -22,12 +24,6 @@ def prepare(
     model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, watcher: Watcher
 ) -> dict[str, TensorEdit]:
     """The edit of every tensor of the checkpoint. Raises UserError where it has no full-precision tensors."""
-    if method := model.checkpoint.quantised_by:
-        raise UserError(
-            f"{model.checkpoint.model} exists only quantised ({method}), so there are no weights to write an edit into.",
-            where='export_format = "full"',
-            fix='export_format = "lora", an adapter for it; or run the study on the full-precision model that it was made from',
-        )
     return plan_edits(model.checkpoint, model.anatomy.writers, operators, model.model)
 
 
@@ -50,4 +46,17 @@ def open_written(order: Order, folder: Path) -> Checkpoint:
     return open_checkpoint(str(folder), trust_remote_code=[str(folder)] if trusted else [])
 
 
-FORMAT = Format("an ordinary model folder", prepare, write, open_written)
+def rewritten(order: Order, folder: Path) -> Rewritten | None:
+    """The written tensors, which have the names of the checkpoint's; those of a GGUF file are other ones."""
+    if order.checkpoint.gguf_file:
+        return None
+    written = open_written(order, folder)
+
+    def columns(name: str, where: Columns | None, expected: Tensor) -> tuple[Tensor, Tensor]:
+        found = as_columns(written.read(name)) if where is None else where.of(written.slice_of(name))
+        return found, rounding_of(expected, found.dtype)
+
+    return Rewritten(order.prepared, columns, None if order.checkpoint.pickled else written.slice_of)
+
+
+FORMAT = Format("an ordinary model folder", prepare, write, open_written, rewritten=rewritten)

@@ -7,6 +7,7 @@ Names of tensors are the gguf package's; what else a file holds is in https://gi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from heretic.errors import UserError
 from heretic.export.gguf_tokenizer import Vocabulary, check_same, vocabulary
 from heretic.export.job import Format, Order, Written
 from heretic.export.save import TensorEdit, plan_edits
+from heretic.export.spot_check import Columns, Rewritten, as_columns, rounding_of
 from heretic.files import sha256
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel
@@ -36,6 +38,7 @@ KINDS: dict[str, tuple[Kind, gguf.LlamaFileType, float]] = {
     "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16, 2e-3),
     "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0, 1e-2),
 }
+FLOATS = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 FROM_ELSEWHERE = "export the full model, then: python convert_hf_to_gguf.py FOLDER (it comes with llama.cpp)"
 
 
@@ -144,7 +147,29 @@ def open_written(order: Order, folder: Path) -> Checkpoint:
     return open_checkpoint(str(next(folder.glob("*.gguf"))))
 
 
-FORMAT = Format("one GGUF file for llama.cpp", prepare, write, open_written)
+def rewritten(order: Order, folder: Path) -> Rewritten:
+    """The written tensors, dequantised, by the checkpoint's names."""
+    plan: Plan = order.prepared
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(next(folder.glob("*.gguf"))).tensors}
+
+    @functools.lru_cache(maxsize=1)
+    def whole(name: str) -> torch.Tensor:
+        tensor = stored[plan.names[name]]
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        return torch.from_numpy(values).reshape(order.checkpoint.tensors[name].shape)
+
+    def columns(name: str, where: Columns | None, expected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kind = stored[plan.names[name]].tensor_type
+        found = as_columns(whole(name)) if where is None else where.of(whole(name))
+        if kind in FLOATS:
+            return found, rounding_of(expected, FLOATS[kind])
+        step = expected.abs().amax(dim=1, keepdim=True) / 127  # of a block's scale, which is itself rounded to float16
+        return found, (0.5 + 127 * 2**-11) * step.expand_as(expected)
+
+    return Rewritten(plan.edits, columns)
+
+
+FORMAT = Format("one GGUF file for llama.cpp", prepare, write, open_written, rewritten=rewritten)
 
 
 def _kind(shape: tuple[int, ...], wanted: Kind) -> Kind:

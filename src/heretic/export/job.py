@@ -12,6 +12,7 @@ from torch import Tensor
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Operator
+from heretic.export.spot_check import Rewritten
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel
 from heretic.progress import Watcher
@@ -83,7 +84,8 @@ class Format:
     `prepare(model, operators, settings, watcher)` decides while the model is loaded what is to be written, and raises UserError
     where the format cannot hold it: before anything is written, and before the model leaves memory.
     `write(order, folder, watcher, stop)` writes to an empty folder without the model. `open(order, folder)` gives the checkpoint by
-    which what was written is loaded, to be compared and measured. Card, manifest and the folder's final name are the same for all
+    which what was written is loaded, to be compared and measured. `rewritten(order, folder)` reads single tensors of it, where
+    these are edited ones (None: not those of the checkpoint). Card, manifest and the folder's final name are the same for all
     and none of their business.
     """
 
@@ -92,3 +94,4 @@ class Format:
     write: Callable[[Order, Path, Watcher, Stop], Written]
     open: Callable[[Order, Path], Checkpoint]
     in_full: bool = True
+    rewritten: Callable[[Order, Path], Rewritten | None] | None = None

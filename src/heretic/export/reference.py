@@ -15,6 +15,7 @@ from heretic.export.job import ExportJob
 from heretic.machine.gpus import usable_gpus, visible_gpus
 from heretic.machine.host import devices
 from heretic.machine.memory_plan import plan_for
+from heretic.machine.workload import Workload
 from heretic.model.batching import free_memory
 from heretic.progress import Watcher
 from heretic.scoring.divergence import divergences
@@ -26,12 +27,12 @@ from heretic.stop import Stop
 def full_precision_plan(job: ExportJob) -> LoadPlan | None:
     """How to load the model unquantised on the devices that are here; None if it does not fit. RAM may help out."""
     here = devices(usable_gpus(visible_gpus()))
-    longest = max(map(len, (prompt for prompts in job.prompts.all for prompt in prompts.prompts)))
+    work = Workload.of(job.settings, job.prompts.longest).counted(job.settings, job.checkpoint, job.prompts)
     for device_map in (job.settings.device_map, "auto"):
         update = {"quantization": "none", "device_map": device_map, "apply": "operators", "batch_size": 0}
         settings = job.settings.model_copy(update=update)
         try:
-            plan = plan_for(settings, job.checkpoint, longest, here, gradients=False)
+            plan = plan_for(settings, job.checkpoint, replace(work, walk=None), here)
         except UserError:
             continue
         if plan.fits:

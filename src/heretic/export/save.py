@@ -51,10 +51,16 @@ def plan_edits(
 ) -> dict[str, TensorEdit]:
     """Edits by the name of the checkpoint's tensor; empty for a GGUF file, whose tensors have other names.
 
-    Raises UserError if a writer's tensor cannot be found in the checkpoint.
+    Raises UserError if a writer's tensor cannot be found in the checkpoint, or if it has no full-precision tensors.
     """
     if checkpoint.gguf_file:
         return {}
+    if method := checkpoint.quantised_by:
+        raise UserError(
+            f"{checkpoint.model} exists only quantised ({method}), so there are no weights to write an edit into.",
+            where="export_format",
+            fix='export_format = "lora", an adapter for it; or run the study on the full-precision model that it was made from',
+        )
     edited = [w for w in writers if w.name in operators]
     edits = {}
     found = sources(checkpoint, edited, model)

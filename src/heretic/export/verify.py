@@ -31,11 +31,12 @@ QUANTISED_ANEW = {"bnb_8bit": 0.02, "bnb_4bit": 0.05}
 @dataclass(frozen=True)
 class Verification:
     """How far the written model is from the attached one (mean KL in nats, largest difference of log-probabilities among
-    tokens of at least 0.1 % probability), and its scores, measured anew."""
+    tokens of at least 0.1 % probability), its scores, measured anew, and how many edited tensors were checked one by one."""
 
     divergence: float
     largest_difference: float
     scores: Scores
+    tensors_checked: int = 0
 
 
 def verify(job: ExportJob, checkpoint: Checkpoint, written: Written, watcher: Watcher, stop: Stop) -> Verification:

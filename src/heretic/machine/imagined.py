@@ -7,7 +7,9 @@ import re
 from heretic.errors import UserError
 from heretic.machine.gpus import Gpu
 
-DRIVER = 512 * 2**20  # that a driver and a CUDA context keep of a GPU with nothing on it
+# What a driver keeps for itself of a GPU with nothing on it: an assumption on the safe side. PyTorch's messages give an RTX 4090 of
+# 24 GiB a capacity of 23.6 GiB (pytorch/pytorch's issues). A CUDA context is not part of it: `machine.demand.CONTEXT` is.
+DRIVER = 512 * 2**20
 MOST = 64
 
 

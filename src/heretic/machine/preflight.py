@@ -10,11 +10,14 @@ from typing import Any, Literal, TypeVar
 
 from heretic.errors import UserError
 from heretic.machine import host
+from heretic.machine.facts import Facts, Finding, Folder
 from heretic.machine.gpus import Gpu, GpuReport, gpus_for, usable_gpus, visible_gpus
 from heretic.machine.lock import Holder, device_locks, holder
 from heretic.machine.memory_plan import MemoryPlan, plan_for
 from heretic.machine.placement import Device
-from heretic.machine.rules import RULES, Facts, Finding, Folder
+from heretic.machine.reading import Reading, reading_of
+from heretic.machine.rules import RULES
+from heretic.machine.workload import Workload
 from heretic.model.checkpoint import Checkpoint
 from heretic.settings import Settings
 
@@ -25,11 +28,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Report:
-    """What the preflight found; `plan` is None where the model could not be looked at or placed."""
+    """What the preflight found; `plan` is None where the model could not be looked at or placed, `reading` (how long loading it
+    from its files takes) where it could not be looked at."""
 
     model: str
     gpus: GpuReport
     plan: MemoryPlan | None
+    reading: Reading | None
     findings: tuple[Finding, ...]
 
     @property
@@ -50,6 +55,7 @@ class Report:
             "verdict": self.verdict,
             "gpus": asdict(self.gpus),
             "plan": self.plan.as_dict() if self.plan else None,
+            "reading": asdict(self.reading) if self.reading else None,
             "findings": [asdict(finding) for finding in self.findings],
         }
 
@@ -60,14 +66,15 @@ def check(
     checkpoint_loader: Callable[[], Checkpoint],
     prompt_loader: Callable[[], Any],
     storage_check: Callable[[], None],
+    work_counter: Callable[[Workload, Checkpoint, Any], Workload] = lambda work, _checkpoint, _prompts: work,
     environment: Mapping[str, str] = os.environ,
     imagined: tuple[Gpu, ...] = (),
 ) -> Report:
     """Find out what there is and apply all rules.
 
-    `prompt_loader` returns an object with `warnings` and `longest` (characters of the longest prompt). A UserError of any of
-    the three callables becomes a failure with its own remedy; other exceptions are defects and pass through. With `imagined` GPUs
-    the plan is for these, and nobody holds them.
+    `prompt_loader` returns an object with `warnings` and `longest` (characters of the longest prompt), of
+    which `work_counter` knows more. A UserError of any of the first three callables becomes a failure with its own remedy; other
+    exceptions are defects and pass through. With `imagined` GPUs the plan is for these, and nobody holds them.
     """
     problems: list[Finding] = []
 
@@ -87,14 +94,14 @@ def check(
     checkpoint = attempt("model", checkpoint_loader)
     prompts = attempt("prompts", prompt_loader)
     attempt("storage", storage_check)
-    longest = prompts.longest if prompts else USUAL_PROMPT
-    plan = None
+    work = Workload.of(settings, prompts.longest if prompts else USUAL_PROMPT)
+    plan, reading = None, None
     if checkpoint is not None:
         opened = checkpoint
-        plan = attempt(
-            "memory",
-            lambda: plan_for(settings, opened, longest, devices),
-        )
+        if prompts is not None:
+            work = work_counter(work, checkpoint, prompts)
+        plan = attempt("memory", lambda: plan_for(settings, opened, work, devices))
+        reading = _reading(checkpoint, imagined)
     facts = Facts(
         settings=settings,
         report=report,
@@ -107,14 +114,15 @@ def check(
         run_folder=_folder(Path(settings.runs_dir)),
         export_folder=_folder(Path(settings.save_to)) if settings.save_to else None,
         hub_cache=_folder(_hub_cache()),
-        fitting_quantization=_fitting(settings, checkpoint, plan, longest, devices),
+        fitting_quantization=_fitting(settings, checkpoint, plan, work, devices),
+        reading=reading,
     )
     found = [finding for rule in RULES for finding in rule(facts)]
-    return Report(settings.model, report, plan, (*problems, *found))
+    return Report(settings.model, report, plan, reading, (*problems, *found))
 
 
 def _fitting(
-    settings: Settings, checkpoint: Checkpoint | None, plan: MemoryPlan | None, longest: int, devices: list[Device]
+    settings: Settings, checkpoint: Checkpoint | None, plan: MemoryPlan | None, work: Workload, devices: list[Device]
 ) -> str | None:
     """A quantisation with which the model fits, where it does not fit on GPUs as it is; the one with the most bits."""
     if checkpoint is None or plan is None or (plan.fits and not plan.in_ram) or not devices[0].is_gpu:
@@ -123,9 +131,19 @@ def _fitting(
         return None
     for name in ("bnb_8bit", "bnb_4bit"):
         update = {"quantization": name, "device_map": "planned", "apply": "operators"}
-        if plan_for(settings.model_copy(update=update), checkpoint, longest, devices).fits:
+        if plan_for(settings.model_copy(update=update), checkpoint, work, devices).fits:
             return name
     return None
+
+
+def _reading(checkpoint: Checkpoint, imagined: tuple[Gpu, ...]) -> Reading:
+    """Measured where the files are here and the machine is this one."""
+    gguf = checkpoint.gguf_file
+    files = [checkpoint.folder / gguf] if gguf else checkpoint.shards()
+    here = gguf or all(tensor.file for tensor in checkpoint.tensors.values())
+    if imagined or not here or not all(file.is_file() for file in files):
+        return Reading.assumed(checkpoint.nbytes)
+    return reading_of(files, sum(file.stat().st_size for file in files))
 
 
 def _holders(settings: Settings, usable: tuple[Gpu, ...]) -> tuple[tuple[str, Holder], ...]:

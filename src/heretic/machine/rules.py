@@ -6,86 +6,19 @@ A rule is a function of `Facts` and one line in `RULES`. It reads nothing else, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 from heretic.errors import UserError
-from heretic.machine.gpus import Gpu, GpuReport
+from heretic.machine.demand import FLOAT32, GIB, MIB, SHARE_FOR_RESIDUALS
+from heretic.machine.facts import Facts, Finding, Level
 from heretic.machine.host import spell_bytes
-from heretic.machine.lock import Holder
-from heretic.machine.memory_plan import FLOAT32, GIB, MIB, MemoryPlan
+from heretic.machine.memory_plan import MemoryPlan
 from heretic.machine.placement import MODES
-from heretic.model.checkpoint import Checkpoint
-from heretic.model.quantisation import QUANTISATIONS, require_bitsandbytes
-from heretic.settings import Settings
+from heretic.model.quantisation import OPENED, QUANTISATIONS, require_bitsandbytes, require_package
 
 BUSY = 500 * MIB  # GPU memory that another process may hold without being worth a word
 UNSEEN_USE = 2 * GIB  # used memory that belongs to no visible process; the driver keeps up to about 1 GiB for itself
 RUN_FOLDER = GIB
 SPARE_DISK = 1.05
-
-
-Level = Literal["ok", "warning", "failure"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One result of the preflight; `fix` is a line for the config where one helps, else what to do."""
-
-    level: Level
-    subject: str
-    text: str
-    fix: str | None = None
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A place on disk that the run writes to: `free` in bytes; `occupied` by files that are not an earlier export."""
-
-    path: str
-    free: int
-    writable: bool = True
-    occupied: bool = False
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Everything that rules look at; None where it could not be found out."""
-
-    settings: Settings
-    report: GpuReport
-    usable: tuple[Gpu, ...]
-    ram: int
-    checkpoint: Checkpoint | None
-    plan: MemoryPlan | None
-    prompt_warnings: tuple[str, ...]
-    holders: tuple[tuple[str, Holder], ...]
-    run_folder: Folder
-    export_folder: Folder | None
-    hub_cache: Folder
-    fitting_quantization: str | None = None  # with which a model fits that does not fit as it is
-
-    @property
-    def used_gpus(self) -> tuple[Gpu, ...]:
-        """The GPUs that the plan puts weights on."""
-        names = {load.device.name for load in self.plan.loads} if self.plan else set()
-        return tuple(gpu for gpu in self.usable if f"cuda:{gpu.index}" in names)
-
-    @property
-    def fits_without_copies(self) -> bool:
-        """Whether the plan does not fit only because of the copies that `cache_weights` keeps."""
-        plan = self.plan
-        if plan is None or plan.fits or plan.offloaded or not any(load.copies for load in plan.loads):
-            return False
-        return all(load.total - load.copies <= load.device.free for load in plan.loads)
-
-    @property
-    def all_on_one_of_several(self) -> bool:
-        """Whether one GPU has to hold everything, too much for it, beside others that hold nothing."""
-        plan = self.plan
-        if plan is None or self.settings.device_map == "planned" or len(self.usable) < 2:
-            return False
-        return len(self.used_gpus) == 1 and (not plan.fits or plan.tight)
 
 
 Rule = Callable[[Facts], Iterator[Finding]]
@@ -103,24 +36,33 @@ def model(facts: Facts) -> Iterator[Finding]:
     elif facts.settings.quantization != "none":
         text = f"{checkpoint.model} comes quantised ({method}) and cannot be quantised once more."
         yield Finding("failure", "quantization", text, 'quantization = "none"')
-    elif facts.settings.save_to and facts.settings.export_format == "full":
+    elif facts.settings.save_to and facts.settings.export_format != "lora":
         text = f"{checkpoint.model} exists only quantised ({method}): there are no full-precision weights to write an edit into."
         yield Finding("failure", "export", text, 'export_format = "lora"')
     else:
-        text = f"{checkpoint.model}: {spell_bytes(checkpoint.nbytes)} on disk, quantised ({method}); an export is an adapter."
-        yield Finding("ok", "model", text)
+        opened = ", opened while it is loaded" if method in OPENED else ""
+        yield Finding(
+            "ok", "model", f"{checkpoint.model}: {size}, quantised ({method}{opened}); an export is an adapter."
+        )
 
 
 def rewritten_while_quantised(facts: Facts) -> Iterator[Finding]:
     """Trials that rewrite weights, where these are quantised."""
-    if facts.settings.apply == "weights" and facts.settings.quantization != "none":
+    settings, method = facts.settings, facts.checkpoint.quantised_by if facts.checkpoint else None
+    quantised = settings.quantization != "none" or (method and method not in OPENED)
+    if settings.apply == "weights" and (quantised or (method and not settings.cache_weights)):
         text = "Quantised weights cannot be rewritten for a trial and put back."
         yield Finding("failure", "apply", text, 'apply = "operators"')
 
 
-def missing_bitsandbytes(facts: Facts) -> Iterator[Finding]:
+def missing_package(facts: Facts) -> Iterator[Finding]:
     """Quantisation without the package that does it."""
-    if facts.settings.quantization != "none":
+    if facts.checkpoint and facts.checkpoint.quantised_by:
+        try:
+            require_package(facts.checkpoint)
+        except UserError as error:
+            yield Finding("failure", "model", error.what, error.fix)
+    elif facts.settings.quantization != "none":
         try:
             require_bitsandbytes(facts.settings.quantization)
         except UserError as error:
@@ -156,7 +98,7 @@ def idle_gpus(facts: Facts) -> Iterator[Finding]:
 def weights_do_not_fit(facts: Facts) -> Iterator[Finding]:
     """Not even one prompt at a time fits."""
     plan = facts.plan
-    if plan is None or plan.largest_batch_size or facts.fits_without_copies or facts.all_on_one_of_several:
+    if plan is None or plan.largest_batch_size or facts.said_already:
         return
     if plan.offloaded:
         text = (
@@ -190,6 +132,33 @@ def cached_weights(facts: Facts) -> Iterator[Finding]:
         yield Finding(level, "cache_weights", text, fix)
 
 
+def iterative_rounds(facts: Facts) -> Iterator[Finding]:
+    """Rounds of finding directions that run out of memory.
+
+    They follow each other, each with the memory of one pass. What they leave behind are directions, which every operator of a trial
+    then holds; what is kept of every prompt stays for as long as a round lasts.
+    """
+    rounds, plan = facts.settings.directions.iterative_rounds, facts.plan
+    if plan is None:
+        return
+    if facts.fits_without_rounds:
+        added = sum(load.rounds for load in plan.loads)
+        text = f"What {rounds} iterative rounds add to the operators ({spell_bytes(added)}) does not fit. {_shortage(plan)}"
+        fix = "directions.iterative_rounds = 0, or trials_per_batch = 1"
+        yield Finding("warning" if plan.largest_batch_size else "failure", "iterative rounds", text, fix)
+    if plan.residuals > SHARE_FOR_RESIDUALS * facts.ram:
+        text = (
+            f"The residuals of every prompt take {spell_bytes(plan.residuals)} in each of {1 + rounds} rounds; of RAM, "
+            f"{spell_bytes(facts.ram)} are free, and half of that may be used."
+        )
+        fix = 'directions.method = "mean_difference" and directions.harmless_atoms = 0; or fewer prompts to train on'
+        yield Finding("failure", "directions", text, fix)
+    elif rounds and plan.fits:
+        yield Finding(
+            "ok", "iterative rounds", f"{rounds} more, one after the other: each needs the memory of one pass."
+        )
+
+
 def weights_in_ram(facts: Facts) -> Iterator[Finding]:
     """Weights that are moved to a GPU in every pass."""
     plan = facts.plan
@@ -204,8 +173,8 @@ def batch_too_large(facts: Facts) -> Iterator[Finding]:
     """The batch asked for does not fit, a smaller one does."""
     plan = facts.plan
     if plan and facts.settings.batch_size and not plan.fits and plan.largest_batch_size:
-        if facts.fits_without_copies or facts.all_on_one_of_several:
-            return  # said already, with the better remedy
+        if facts.said_already:
+            return
         text = f"A batch of {plan.batch_size} does not fit. {_shortage(plan)}"
         yield Finding("warning", "batch size", text, f"batch_size = {plan.largest_batch_size}")
 
@@ -245,6 +214,13 @@ def gguf_in_ram(facts: Facts) -> Iterator[Finding]:
     if checkpoint and checkpoint.gguf_file and (needed := checkpoint.parameters * FLOAT32) > facts.ram:
         text = f"Reading the GGUF file takes {spell_bytes(needed)} of RAM; {spell_bytes(facts.ram)} are free."
         yield Finding("warning", "model", text, 'model = "…": the safetensors version, which is read piece by piece')
+
+
+def loading_time(facts: Facts) -> Iterator[Finding]:
+    """How long the model's files take to be read."""
+    if reading := facts.reading:
+        seconds = f"{reading.seconds:.0f} s" if reading.seconds >= 1 else "under 1 s"
+        yield Finding("ok", "loading", f"Reading {spell_bytes(reading.nbytes)} takes {seconds} ({reading.how}).")
 
 
 def busy_gpus(facts: Facts) -> Iterator[Finding]:
@@ -325,9 +301,10 @@ def prompts(facts: Facts) -> Iterator[Finding]:
 RULES: tuple[Rule, ...] = (
     model,
     rewritten_while_quantised,
-    missing_bitsandbytes,
+    missing_package,
     download,
     gguf_in_ram,
+    loading_time,
     unseen_gpus,
     unusable_gpus,
     idle_gpus,
@@ -335,6 +312,7 @@ RULES: tuple[Rule, ...] = (
     weights_do_not_fit,
     everything_on_one_gpu,
     cached_weights,
+    iterative_rounds,
     weights_in_ram,
     ignored_limits,
     batch_too_large,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import pickle
 from dataclasses import dataclass, field
@@ -17,15 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heretic.errors import UserError, first_line
+from heretic.model.tensor_info import PACKED_BY, SCALES, TensorInfo
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-BYTES_PER_ELEMENT = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
 TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I8": "int8",
     "U8": "uint8", "BOOL": "bool",
@@ -50,26 +46,6 @@ DECISIVE = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "g
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a checkpoint; `file` is None while its shard has not been downloaded."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path | None
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in the checkpoint, in bytes."""
-        return self.elements * BYTES_PER_ELEMENT.get(self.dtype, 2)
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that has been looked at but not loaded; `adapter` is a folder with a LoRA adapter to put on it."""
 
@@ -88,8 +64,10 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Number of elements of all tensors."""
-        return sum(t.elements for t in self.tensors.values())
+        """Number of elements of all tensors; of quantised ones those that are packed in them, without their scales."""
+        packed = self.quantised_by in PACKED_BY
+        numbers = (t for name, t in self.tensors.items() if not self.quantised_by or not name.endswith(SCALES))
+        return sum(t.elements * (2 if packed and t.dtype == "U8" else 1) for t in numbers)
 
     @property
     def text_config(self) -> PretrainedConfig:
@@ -140,6 +118,16 @@ class Checkpoint:
             return pickled_tensors(file)[name].clone()
         with safe_open(file, framework="pt") as opened:
             return opened.get_tensor(name)
+
+    def slice_of(self, name: str) -> Any:
+        """One tensor to be indexed: of a safetensors file only what is asked for is read."""
+        from safetensors import safe_open
+
+        file = self.tensors[name].file
+        if file is not None and file.suffix in PICKLED:
+            return pickled_tensors(file)[name]
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_slice(name)
 
     def identity(self) -> str:
         """A hash that changes when the weights or the config do: headers, sizes and samples of every file, not every byte."""

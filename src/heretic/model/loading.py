@@ -23,7 +23,7 @@ from heretic.errors import UserError, first_line
 from heretic.model.anatomy import Anatomy, dissect, input_device
 from heretic.model.batching import free_memory, out_of_memory
 from heretic.model.checkpoint import Checkpoint
-from heretic.model.quantisation import QUANTISATIONS, keep_layout, loading_arguments
+from heretic.model.quantisation import KEPT, OPENED, QUANTISATIONS, keep_layout, loading_arguments, made_even
 from heretic.progress import SILENT, Watcher
 
 log = logging.getLogger(__name__)
@@ -85,12 +85,16 @@ def load(
     trusted = checkpoint.model in (trust_remote_code or [])
     tokenizer = load_tokenizer(checkpoint, trusted, chat_template)
     for dtype in dict.fromkeys(dtypes):
-        fewer = loading_arguments(quantization, getattr(torch, dtype))
-        words = f"{dtype}, quantised to {QUANTISATIONS[quantization].words}" if fewer else dtype
+        fewer = loading_arguments(quantization, getattr(torch, dtype), checkpoint)
+        words = dtype if quantization == "none" else f"{dtype}, quantised to {QUANTISATIONS[quantization].words}"
+        if checkpoint.quantised_by in OPENED:
+            words = f"{dtype}, opened from {OPENED[checkpoint.quantised_by]}"
         with watcher.stage(f"Loading {checkpoint.model} as {words}", None):
             model = _weights(checkpoint, dtype, {**arguments, **fewer}, trusted)
         if _finite(model):
-            return _checked(LanguageModel(model, tokenizer, checkpoint, dissect(model), dtype, quantization))
+            # Numbers that were quantised to bfloat16 stay so.
+            given = str(model.dtype).removeprefix("torch.") if checkpoint.quantised_by == KEPT else dtype
+            return _checked(LanguageModel(model, tokenizer, checkpoint, dissect(model), given, quantization))
         watcher.warn(f"{checkpoint.model} gives logits that are not finite numbers in {dtype}.")
         del model
         free_memory()
@@ -168,6 +172,8 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
             fix="download the model again",
         )
     keep_layout(model)
+    if checkpoint.quantised_by in OPENED:
+        made_even(model, getattr(torch, dtype))
     if checkpoint.adapter is not None:
         model = _adapted(model, checkpoint.adapter)
     return cast(PreTrainedModel, model.eval().requires_grad_(False))

@@ -1,4 +1,4 @@
-"""Weights in fewer bits: loading them with bitsandbytes, and what a quantised linear map multiplies by.
+"""Weights in fewer bits: loading them with bitsandbytes, checkpoints that come so, and what a quantised linear map multiplies by.
 
 Operators act on outputs, so a study needs nothing of it but the norms of rows and W W^T v, for which one weight at a time is
 dequantised. Nothing here writes weights: an export edits the checkpoint's own tensors.
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from heretic.errors import UserError
+from heretic.model.checkpoint import Checkpoint
+from heretic.model.tensor_info import SCALES
 
 ROWS_AT_ONCE = 1024  # of the identity, where a weight is read off what its module gives
 
@@ -36,8 +38,27 @@ QUANTISATIONS = {
 }
 
 
-def loading_arguments(name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """from_pretrained's arguments for a quantisation of `QUANTISATIONS`, or `none`. Raises UserError without bitsandbytes."""
+# Checkpoints that come quantised, by transformers' name of the method. These are opened while they are loaded, on every device:
+# their kernels are for some GPUs only, have no backward, and the weights of the writers are wanted.
+OPENED = {"fp8": "FP8", "mxfp4": "MXFP4"}
+KEPT = "bitsandbytes"  # stays as it is
+# Those that need packages of their own, which we have not tried: a module to look for, and what to install.
+PACKAGES = {
+    "gptq": ("gptqmodel", "gptqmodel optimum"),
+    "awq": ("gptqmodel", "gptqmodel optimum"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
+    "hqq": ("hqq", "hqq"),
+    "torchao": ("torchao", "torchao"),
+    "quanto": ("optimum.quanto", "optimum-quanto"),
+    "aqlm": ("aqlm", "aqlm[cpu]"),
+}
+
+
+def loading_arguments(name: str, dtype: torch.dtype, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
+    """from_pretrained's arguments for a quantisation of `QUANTISATIONS`, or `none`, and for a checkpoint that comes quantised.
+    Raises UserError where a package that this needs is missing."""
+    if checkpoint is not None and checkpoint.quantised_by:
+        return _for_quantised(checkpoint)
     if name == "none":
         return {}
     require_bitsandbytes(name)
@@ -55,6 +76,48 @@ def loading_arguments(name: str, dtype: torch.dtype) -> dict[str, Any]:
     return {"quantization_config": four}
 
 
+def _for_quantised(checkpoint: Checkpoint) -> dict[str, Any]:
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+
+    require_package(checkpoint)
+    quiet()
+    method = checkpoint.quantised_by
+    if method not in OPENED:
+        return {}
+    told: Any = checkpoint.config.quantization_config
+    skipped = told.get("modules_to_not_convert") if isinstance(told, dict) else told.modules_to_not_convert
+    kinds: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+    return {"quantization_config": kinds[str(method)](modules_to_not_convert=skipped, dequantize=True)}
+
+
+def require_package(checkpoint: Checkpoint) -> None:
+    """Raises UserError where the package is missing that a quantised checkpoint needs to be loaded, and for one of a method that
+    transformers does not know: it would take the packed numbers for weights."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = str(checkpoint.quantised_by)
+    if method != KEPT and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise UserError(
+            f"{checkpoint.model} comes quantised by {method}, which the installed transformers does not know.",
+            where=str(checkpoint.folder / "config.json"),
+            fix="take the model in full precision or as FP8, MXFP4 or bitsandbytes; or update transformers",
+        )
+    module, install = ("bitsandbytes", "'heretic[bnb]'") if method == KEPT else PACKAGES.get(method, ("", ""))
+    if module and not _there(module):
+        raise UserError(
+            f"{checkpoint.model} comes quantised by {method}, which needs the package {module}; it is not installed.",
+            where=str(checkpoint.folder / "config.json"),
+            fix=f"take the model in full precision or as FP8, MXFP4 or bitsandbytes; or, untried: pip install {install}",
+        )
+
+
+def _there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a part of a package that is not there
+        return False
+
+
 def require_bitsandbytes(name: str) -> None:
     """Raises UserError where it is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -68,6 +131,15 @@ def require_bitsandbytes(name: str) -> None:
 def quiet() -> None:
     """Keep bitsandbytes from saying in every pass in which number format it multiplies."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@torch.no_grad()
+def made_even(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give what was not quantised in a checkpoint that was opened the number format of the rest, which transformers leaves as it is
+    stored. What a model keeps in float32 beside half precision stays so."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype in (torch.bfloat16, torch.float16) and tensor.dtype != dtype and not tensor.is_meta:
+            tensor.data = tensor.data.to(dtype)
 
 
 def keep_layout(model: nn.Module) -> None:
@@ -116,6 +188,20 @@ def _read_off(module: Any, device: torch.device) -> Tensor:
         given = module(unit).float()
         rows.append(given if bias is None else given - bias.float())
     return torch.cat(rows).T
+
+
+def kept_bytes(model: Any, checkpoint: Checkpoint) -> dict[str, float]:
+    """Bytes an element, by the name of a parameter, of those that stay as a checkpoint of bitsandbytes holds them."""
+    if checkpoint.quantised_by != KEPT:
+        return {}
+    found = {}
+    for path, module in model.named_modules():
+        stored = checkpoint.tensors.get(f"{path}.weight")
+        if isinstance(module, nn.Linear) and stored is not None and stored.dtype in ("U8", "I8"):
+            scales = (f"{path}.{end}" for end in ("SCB", *(f"weight{s}" for s in SCALES)))
+            tensors = (stored, *(checkpoint.tensors[name] for name in scales if name in checkpoint.tensors))
+            found[f"{path}.weight"] = sum(t.nbytes for t in tensors) / module.weight.numel()
+    return found
 
 
 def stored_bytes(model: Any, name: str) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from heretic.progress import SILENT, Watcher
 from heretic.scoring.classifier import ClassifierJudge
@@ -18,26 +19,46 @@ from heretic.stop import Stop
 CACHE = "judge.jsonl"  # in a run's folder
 
 
+class Fallback(Protocol):
+    """Whether a study's judge has failed for good, on any of its workers."""
+
+    def happened(self) -> bool:
+        """Whether it has."""
+
+    def happen(self, why: str) -> None:
+        """Tell all workers."""
+
+
 @dataclass(frozen=True)
 class Surroundings:
-    """What a judge may use besides the settings: a run's folder for what it keeps, who is told, and what stops it."""
+    """What a judge may use besides the settings: a run's folder for what it keeps, who is told, what stops it, and where it is
+    known that it failed."""
 
     folder: Path | None = None
     watcher: Watcher = SILENT
     stop: Stop | None = None
+    fallback: Fallback | None = None
 
 
 @dataclass
 class OrMarkers:
     """A judge until it fails for good; from then on the markers, so that a study can go on.
 
-    Whoever counts with it looks at `name` before and after: verdicts of the two are never put together in one count.
+    Whoever counts with it looks at `name` before and after: verdicts of the two are never put together in one count. With a
+    `fallback` it tells the study's other workers, and `follow` does as they do.
     """
 
     first: Judge
     markers: MarkerJudge
     watcher: Watcher
+    fallback: Fallback | None = None
     given_up: bool = False
+
+    def follow(self) -> None:
+        """Give up too, if it failed on another worker."""
+        if not self.given_up and self.fallback is not None and self.fallback.happened():
+            self.watcher.warn("The judge failed on another worker of this study: from here on the markers judge.")
+            self.given_up = True
 
     @property
     def judge(self) -> Judge:
@@ -67,6 +88,8 @@ class OrMarkers:
                 f"{error.what} From here on the markers judge, and the front holds only what they judged."
             )
             self.given_up = True
+            if self.fallback is not None:
+                self.fallback.happen(error.what)
             return self.markers.verdicts(said)
 
 
@@ -82,7 +105,11 @@ def _llm(settings: Settings, around: Surroundings) -> Judge:
     llm = settings.judge.llm
     cache = around.folder / CACHE if around.folder else None
     first = LlmJudge(llm, _evasion(settings), cache, around.watcher, around.stop or Stop())
-    return OrMarkers(first, _markers(settings, around), around.watcher) if llm.on_failure == "markers" else first
+    if llm.on_failure != "markers":
+        return first
+    judge = OrMarkers(first, _markers(settings, around), around.watcher, around.fallback)
+    judge.follow()
+    return judge
 
 
 JUDGES: dict[str, Callable[[Settings, Surroundings], Judge]] = {

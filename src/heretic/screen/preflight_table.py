@@ -5,9 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from heretic.machine.memory_plan import GIB, DeviceLoad, MemoryPlan
+from heretic.machine.demand import GIB, DeviceLoad
+from heretic.machine.facts import Finding
+from heretic.machine.memory_plan import MemoryPlan
 from heretic.machine.preflight import Report
-from heretic.machine.rules import Finding
 from heretic.screen.console import printable
 
 MARKS = {"failure": "[red]failure[/red]", "warning": "[yellow]warning[/yellow]", "ok": "[green]ok[/green]"}
@@ -55,7 +56,7 @@ def _title(plan: MemoryPlan | None) -> str:
 
 
 def _numbers(load: DeviceLoad) -> list[str]:
-    """What is free, the weights, all that the run itself needs, the reserve, the sum, and what part of the model it is."""
+    """What is free, the weights, all that the run needs besides, the reserve, the sum, and what part of the model it is."""
     run = load.total - load.weights - load.headroom
     needed = _gib(load.total) if load.fits else f"[red]{_gib(load.total)}[/red]"
     return [_gib(load.device.free), _gib(load.weights), _gib(run), _gib(load.headroom), needed, load.layers]

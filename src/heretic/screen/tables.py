@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from heretic.screen.console import printable
-from heretic.search.front import Result, front, of_latest_judge
+from heretic.search.front import Result, front, of_standing_judge
 from heretic.search.space import describe
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def front_table(found: list[Result], before: int | None, chosen: int | None = No
         beyond = sum(not r.scores.within_limits for r in found)
         return Text(f"{beyond} trials go beyond a limit of [constraints]." if beyond else "No trial is finished yet.")
     total, judge = best[0].scores.total, best[0].scores.judge
-    judged = len(of_latest_judge(found))
+    judged = len(of_standing_judge(found))
     by = "" if judge == "markers" and judged == len(found) else f", judged by {judge}"
     table = Table(title=f"Front of {judged} trials measured in full{by}", title_justify="left")
     evasive = any(r.scores.evasive for r in best)

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from heretic.scoring.ladder import Beaten, Scores
 from heretic.scoring.surrogate import Calibration, Surrogate, prediction_error
-from heretic.search.front import AGAIN, Result, front, of_latest_judge, results
+from heretic.search.front import AGAIN, Result, front, of_standing_judge, results
 
 BEATEN = "beaten"  # user attribute of a trial that was left early: what was known of it then
 
@@ -56,7 +56,7 @@ class Progress:
     @property
     def surrogates(self) -> list[tuple[Surrogate, float]]:
         """Surrogate and expected refusals of the measured trials, in their order."""
-        return [(r.scores.surrogate, r.scores.expected) for r in of_latest_judge(self.found) if r.scores.surrogate]
+        return [(r.scores.surrogate, r.scores.expected) for r in of_standing_judge(self.found) if r.scores.surrogate]
 
     @property
     def surrogate_error(self) -> float | None:
@@ -70,7 +70,7 @@ class Progress:
     def unsettled(self) -> Sequence[FrozenTrial | Result]:
         """Trials that have to be measured before the study ends: stopped ones whose estimate would put them on the front, and
         those on the front of a judge that gave up."""
-        now = {r.number for r in of_latest_judge(self.found)}
+        now = {r.number for r in of_standing_judge(self.found)}
         others = [r for r in self.found if r.number not in now]
         repeated = {t.user_attrs.get(AGAIN) for t in self.stopped} | {r.again for r in self.found}
         stopped = [

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from heretic.scoring.ladder import Scores
 
 AS_GOOD = 0.5  # of a request: trials no further apart are told apart by their KL
+FALLBACK = "markers"  # who judges where another judge has failed
 AGAIN = "again"  # user attribute of a trial that measures in full what an earlier one was told with an estimate
 
 
@@ -51,19 +52,22 @@ def front(found: Sequence[Result]) -> list[Result]:
     """Those that no other beats in both, fewest refusals first; a destroyed model (infinite KL) is never among them, nor one that
     goes beyond a limit.
 
-    All are of one judge, the one that judged the latest: counts of two judges cannot be compared.
+    All are of one judge, the one that stands: counts of two judges cannot be compared.
     """
     best: list[Result] = []
-    usable = [r for r in of_latest_judge(found) if math.isfinite(r.point[0]) and r.scores.within_limits]
+    usable = [r for r in of_standing_judge(found) if math.isfinite(r.point[0]) and r.scores.within_limits]
     for candidate in sorted(usable, key=lambda r: (r.point, r.number)):
         if not best or candidate.point[1] < best[-1].point[1]:
             best.append(candidate)
     return best[::-1]
 
 
-def of_latest_judge(found: Sequence[Result]) -> list[Result]:
-    """The results that the judge of the latest one has judged."""
-    return [r for r in found if r.scores.judge == found[-1].scores.judge]
+def of_standing_judge(found: Sequence[Result]) -> list[Result]:
+    """The results of the study's judge; of the markers once these have judged any, for they take the place of a judge that failed,
+    for good, whatever another worker still had under way then."""
+    judges = {r.scores.judge for r in found}
+    standing = FALLBACK if FALLBACK in judges else found[-1].scores.judge if found else ""
+    return [r for r in found if r.scores.judge == standing]
 
 
 def choose(found: Sequence[Result], rule: str, max_kl: float, max_refusals: int) -> tuple[Result, str] | None:

@@ -64,6 +64,11 @@ class Directions(Table):
     )
 
     @property
+    def keeps_each(self) -> bool:
+        """Whether the residuals of every prompt are kept in RAM, for the method or for `harmless_atoms`."""
+        return self.method != "mean_difference" or self.harmless_atoms > 0
+
+    @property
     def per_layer(self) -> int:
         """Directions that a layer comes to, all rounds together."""
         return self.count * (1 + self.iterative_rounds)

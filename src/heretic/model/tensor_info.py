@@ -1,0 +1,37 @@
+"""One tensor of a checkpoint, as the header of its file describes it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+BYTES_PER_ELEMENT = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+PACKED_BY = ("mxfp4", "bitsandbytes")  # two numbers of 4 bits in a byte
+SCALES = (
+    "_scales", ".weight_scale_inv", ".weight_scale", ".activation_scale", ".SCB", ".weight_format", ".absmax", ".quant_map",
+    ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint; `file` is None while its shard has not been downloaded."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path | None
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the checkpoint, in bytes."""
+        return self.elements * BYTES_PER_ELEMENT.get(self.dtype, 2)
