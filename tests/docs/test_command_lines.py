@@ -17,7 +17,18 @@ else:
 
 from heretic.errors import SettingsError
 from heretic.settings.layers import all_keys, resolve
-from tests.docs.pages import NOW, OF_ANOTHER_TOOL, PAGES, ROOT, arguments_of, blocks, commands, lines_of_code, named, quoted
+from tests.docs.pages import (
+    NOW,
+    OF_ANOTHER_TOOL,
+    PAGES,
+    ROOT,
+    arguments_of,
+    blocks,
+    commands,
+    lines_of_code,
+    named,
+    quoted,
+)
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=named)
 every_page_of_today = pytest.mark.parametrize("page", NOW, ids=named)
@@ -42,7 +53,9 @@ def test_the_program_takes_its_command_lines(page: Path) -> None:
             kind, message = type(error).__name__, str(getattr(error, "message", error))
             lacking = kind == "MissingParameter" or message.endswith("requires an argument.")
             shown = kind == "Exit" and {"--help", "-h"} & set(words)
-            assert shown or (lacking and line not in in_blocks), f"{line!r}: {message}"  # a sentence may leave arguments out
+            assert shown or (lacking and line not in in_blocks), (
+                f"{line!r}: {message}"
+            )  # a sentence may leave arguments out
             continue
         check_settings(list(context.params.get("assignments") or []))
 

@@ -151,4 +151,3 @@ def test_messages_that_are_explained_are_messages() -> None:
     said = re.findall(r'"([^"]+)"', " ".join(r.split(" | ")[0] for r in table.splitlines() if r.startswith("| ")))
     assert len(said) > 10
     assert not [message for message in said if message not in code]
-
