@@ -82,8 +82,8 @@ def test_make_and_scripts_take_theirs(page: Path) -> None:
             takes = script.read_text(encoding="utf-8") + common
             for option in re.findall(r"(?<!\S)--[\w-]+", run[2] or ""):
                 assert f'"{option}"' in takes, f"{line!r}: no option {option}"
-            values = [w for before, w in zip(shlex.split(line), shlex.split(line)[1:]) if before == "--set"]
-            check_settings(values)
+            words = shlex.split(line)
+            check_settings([words[i + 1] for i, word in enumerate(words) if word == "--set"])
 
 
 @every_page

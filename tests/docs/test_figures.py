@@ -1,58 +1,29 @@
 """Figures that a benchmark's JSON holds stand in the documents as they are there.
 
-A line of `TOLD` is a page, a file of benchmarks/results, and what the page has to say, with `str.format` fields of the JSON. After a new
-measurement it is the page that is wrong, or its wording has changed and the line here with it.
+What a page has to say of which result is in figures.toml. After a new measurement it is the page that is wrong, or its wording has
+changed, and figures.toml with it.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 from tests.docs.pages import ROOT, prose
 
-README, BENCHMARKS, LESSONS = "README.md", "benchmarks/README.md", "LESSONS_LEARNED.md"
+README, BENCHMARKS = "README.md", "benchmarks/README.md"
 RESULTS = ROOT / "benchmarks/results"
-
-TOLD = [
-    (README, "study.json", "| a trial measured in full | {seconds_per_trial[trial]:.0f} s,"),
-    (README, "study.json", "30 trials ({left_early} left early), export, verification | {minutes} |"),
-    (README, "study.json", "| peak memory | {peak_gb:.1f} GB |"),
-    (README, "study.json", "{declined_before} of 50 before, {chosen[refusals]} after, at KL {chosen[kl]:.3f};"),
-    (README, "versus_heretic.json", "| a fully measured trial | {ours[seconds_trial_measured_median]:.0f} s | {theirs[seconds_trial_median]:.0f} s |"),
-    (README, "versus_heretic.json", "| to the end of the study | {ours[seconds_study]:.0f} s | {theirs[seconds_study]:.0f} s |"),
-    (README, "versus_heretic.json", "by our phrases ({again[original][our_markers][refusals]} before)"),
-    (README, "versus_heretic.json", "| the same by theirs ({again[original][their_markers][refusals]} before)"),
-    (BENCHMARKS, "study.json", "| {seconds_per_trial[trial]:.1f} s: {seconds_per_trial[divergence]:.1f} s KL, {seconds_per_trial[refusals]:.1f} s refusals |"),
-    (BENCHMARKS, "study.json", "30 trials, export, verification | {seconds_total:.0f} s |"),
-    (BENCHMARKS, "study.json", "| trials left early | {left_early} |"),
-    (BENCHMARKS, "study.json", "| peak memory of the process | {peak_gb:.1f} GB |"),
-    (BENCHMARKS, "study_measured_in_full.json", "{seconds_per_trial[trial]:.1f} s: {seconds_per_trial[divergence]:.1f} s KL"),
-    (BENCHMARKS, "study_measured_in_full.json", "s | {seconds_total:.0f} s |"),
-    (BENCHMARKS, "passes.json", "| every prompt whole | 16 | {passes[0][prefill_s]:.1f} | {passes[0][decode_s]:.1f} |"),
-    (BENCHMARKS, "passes.json", "| beginning once | 64 | {passes[3][prefill_s]:.1f} | {passes[3][decode_s]:.1f} |"),
-    (BENCHMARKS, "trial.json", "every saving on | {ways[one trial in a pass][seconds_per_trial]:.1f} |"),
-    (BENCHMARKS, "trial.json", "| four trials in a pass | {ways[four trials in a pass][seconds_per_trial]:.1f} |"),
-    (BENCHMARKS, "trial.json", "none of the savings | {ways[one, none of it][seconds_per_trial]:.1f} |"),
-    (BENCHMARKS, "residuals.json", "| a bare forward pass over the same batches | {prompts_per_second[bare forward pass]:.2f} | 1 |"),
-    (BENCHMARKS, "residuals.json", "(what a study does) | {prompts_per_second[residuals, beginning run once]:.2f} |"),
-    (BENCHMARKS, "versus_heretic.json", "| a fully measured trial, median | {ours[seconds_trial_measured_median]:.1f} s | {theirs[seconds_trial_median]:.1f} s:"),
-    (BENCHMARKS, "versus_heretic.json", "hypervolume {comparison[our_markers][hypervolume][ours]:.3f} / {comparison[their_markers][hypervolume][ours]:.3f} |"),
-    (BENCHMARKS, "walk.json", "| free direction | {points_by_gentleness} |"),
-    ("benchmarks/scale_out.md", "scale_out.json", "| 8 | {rows[3][trials_per_hour]:.0f} | {rows[3][efficiency]:.0%} |"),
-    (LESSONS, "scale_out.json", "| {rows[3][efficiency]:.0%} of what eight could do, with simulated trials; four {rows[2][efficiency]:.0%} |"),
-    (LESSONS, "trial.json", "| {ways[four trials in a pass][seconds_per_trial]:.2f} s a trial instead of {ways[two trials in a pass][seconds_per_trial]:.2f}:"),
-    (LESSONS, "residuals.json", "| {prompts_per_second[residuals, beginning run once]:.0f} prompts a second |"),
-    (LESSONS, "quality_free_per_layer.json", "hypervolume {hypervolumes[per_layer]:.4f}, against {hypervolumes[free]:.4f} with a free one"),
-    (LESSONS, "quality_mixture_kernels.json", "{hypervolumes[kernels]:.4f}, against {hypervolumes[mixture]:.4f} with a walk"),
-    (LESSONS, "quality_directions.json", "{hypervolumes[geometric_median]:.4f}, against {hypervolumes[free]:.4f}: nothing"),
-    (LESSONS, "quality_directions.json", "| three contrastive components a layer | {hypervolumes[contrastive_3]:.4f} |"),
-    (LESSONS, "quality_directions.json", "| {hypervolumes[map_3]:.4f}; better at the gentle point"),
-    (LESSONS, "quality_directions.json", "| {hypervolumes[rounds_1]:.4f}, which hangs on one request"),
-    ("docs/architectures.md", "families.json", "{families} were tried; {passing} pass everything"),
-]  # fmt: skip
+TABLE = tomllib.loads((Path(__file__).parent / "figures.toml").read_text(encoding="utf-8"))
+TOLD = [(page, result, told) for page, of in TABLE.items() for result, texts in of.items() for told in texts]
 QUALITY = sorted(p.name for p in RESULTS.glob("quality_*.json") if p.name != "quality_directions.json")
 
 
@@ -114,4 +85,4 @@ def test_points_beside_the_peer_are_measured_ones(row: str, markers: str) -> Non
 
 def test_every_result_is_told() -> None:
     told = {result for _, result, _ in TOLD} | set(QUALITY)
-    assert told == {p.name for p in RESULTS.glob("*.json")}, "a line in TOLD says where each is told"
+    assert told == {p.name for p in RESULTS.glob("*.json")}, "figures.toml says where each is told"
