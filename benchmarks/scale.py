@@ -147,7 +147,8 @@ def document() -> str:
 
 The shape of {shape.name}: {shape.blocks} layers, hidden {shape.hidden}, intermediate {shape.intermediate},
 {shape.heads} heads, {shape.key_heads} key-value heads, vocabulary {shape.vocabulary}.
-That is {blocks / 1e9:.2f} billion weights in the blocks and {head / 1e9:.2f} in the head: {read:.1f} GB to read in every pass in bfloat16, and {each:.0f} billion operations a token.
+That is {blocks / 1e9:.2f} billion weights in the blocks and {head / 1e9:.2f} in the head:
+{read:.1f} GB to read in every pass in bfloat16, and {each:.0f} billion operations a token.
 
 Default settings: {EVALUATION} + {EVALUATION} prompts to evaluate, 2 x {DIRECTION} for the direction, {TOKENS} tokens an answer,
 {TRIALS} trials. Prompts have {PROMPT} tokens, of which {SHARED} are the template's and run once; {TRIED} tokens of a refusal are
