@@ -117,3 +117,4 @@ def test_sizes_are_told_as_they_were_calculated(name: str) -> None:
                 assert fit[size][machine].startswith(bits), f"{size} on {machine}"
         told = re.findall(r"[\d.]+ to [\d.]+ h", times)
         assert told and set(told) <= set(hours[size].values()), size
+    assert hours["32B"]["4 x 24 GiB"] in (ROOT / "config.32b.toml").read_text(encoding="utf-8")
