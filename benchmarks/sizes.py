@@ -59,7 +59,7 @@ def planned(checkpoint: Checkpoint, machine: str) -> tuple[str, MemoryPlan] | No
     """The quantisation with the most bits with which it fits, and the plan; None if it fits with none."""
     devices = [Device(f"cuda:{gpu.index}", gpu.total, gpu.free) for gpu in imagined_gpus(machine)]
     for name in QUANTISATIONS:
-        plan = plan_for(Settings(model=checkpoint.model, quantization=name), checkpoint, USUAL_PROMPT, devices)
+        plan = plan_for(Settings.model_validate({"quantization": name}), checkpoint, USUAL_PROMPT, devices)
         if plan.fits:
             return name, plan
     return None

@@ -151,3 +151,15 @@ def test_messages_that_are_explained_are_messages() -> None:
     said = re.findall(r'"([^"]+)"', " ".join(r.split(" | ")[0] for r in table.splitlines() if r.startswith("| ")))
     assert len(said) > 10
     assert not [message for message in said if message not in code]
+
+
+def test_the_session_that_is_shown_says_what_a_run_says() -> None:
+    session = (ROOT / "README.md").read_text(encoding="utf-8").split("## A session")[1].split("\n## ")[0]
+    code = " ".join(p.read_text(encoding="utf-8") for p in (ROOT / "src").rglob("*.py"))
+    for said in (
+        "The original model declines", "probability of refusing", "on prompts held back; ", "Strengths by gradient",
+        " refused, KL ", "beaten, with at least", "Chosen: trial ", "fewest refusals among the trials with a KL of at most",
+        "written to", "verified",
+        "reloaded from disk; KL from the measured model",
+    ):  # fmt: skip
+        assert said in session and said in code, said

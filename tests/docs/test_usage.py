@@ -10,6 +10,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from huggingface_hub import constants
 from safetensors import safe_open
 
 from heretic.search.storage import storage_url
@@ -60,12 +61,13 @@ def test_the_usage_is_as_it_says(
     config: Path, llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     top, prompts = config.read_text().partition("[search]")[0].split("[prompts.", 1)
-    top = re.sub(r"^(?:refusal_markers|n_trials) .*\n", "", top, flags=re.M)
+    top = re.sub(r"^(?:refusal_markers|n_trials|device_map) .*\n", "", top, flags=re.M)
     config.write_text(f"{top}{KEYS}[prompts.{prompts}{TABLES}")
     stands_for = {
         "MODEL": str(llama), "BASE": str(llama), "RUN": "usage", "N": "0", "DIR": "out", "DIR2": "out2", "FILE": "config.toml",
         "FILE.gguf": "directions.gguf", "config.32b.toml": "config.toml", "+50": "+1", "50": "2", "3,7": "0,1",
     }  # fmt: skip
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # read from the environment when it was imported
     monkeypatch.setattr(webbrowser, "open", lambda url: True)
     lines = usage()
     assert len(lines) >= 20 and {*ELSEWHERE, *NOT_DONE} <= set(lines)
