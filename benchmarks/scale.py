@@ -11,10 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# The shape of Qwen2.5-Coder-32B (its config.json), and what a study with default settings asks of it.
-BLOCKS, HIDDEN, INTERMEDIATE, HEADS, KEY_HEADS, VOCABULARY = 64, 5120, 27648, 40, 8, 152064
-HEAD = HIDDEN // HEADS
 ELEMENT = 2  # bytes, bfloat16
+# What a study with default settings asks for.
 EVALUATION, DIRECTION, TOKENS, TRIALS = 100, 400, 100, 200  # prompts of each kind twice; tokens of an answer; trials
 PROMPT, SHARED, TRIED = (
     40,
@@ -24,6 +22,24 @@ PROMPT, SHARED, TRIED = (
 WALK_STEPS, WALK_BATCH = 30, 16  # the walk's default: 5 weights x 6 steps, 16 prompts of each kind
 BACKWARD = 3  # a pass with gradients in forward passes: forward, forward again, backward for the inputs only
 DISK = 2e9  # bytes a second of a good NVMe disk: an assumption
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder with gated MLPs, as its config.json has them."""
+
+    name: str
+    blocks: int
+    hidden: int
+    intermediate: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+
+    @property
+    def head(self) -> int:
+        """Width of an attention head."""
+        return self.hidden // self.heads
 
 
 @dataclass(frozen=True)
@@ -40,49 +56,63 @@ DEVICES = (
     Device("4x RTX 4090 24 GB", 165.2e12, 1.008e12, "NVIDIA Ada GPU architecture, appendix A: 165.2 TFLOPS, 1008 GB/s"),
     Device("A100 80 GB SXM", 312e12, 2.039e12, "NVIDIA A100 data sheet: 312 TFLOPS, 2039 GB/s"),
 )
+LARGE = Shape("Qwen2.5-Coder-32B", 64, 5120, 27648, 40, 8, 152064)
 
 
-def weights() -> tuple[int, int]:
+def weights(shape: Shape) -> tuple[int, int]:
     """Weights in the blocks, and in the head (the embedding is only looked up)."""
-    attention = HIDDEN * (HEADS * HEAD * 2 + KEY_HEADS * HEAD * 2)
-    return BLOCKS * (attention + 3 * HIDDEN * INTERMEDIATE), HIDDEN * VOCABULARY
+    attention = shape.hidden * shape.head * 2 * (shape.heads + shape.key_heads)
+    return shape.blocks * (attention + 3 * shape.hidden * shape.intermediate), shape.hidden * shape.vocabulary
 
 
-def one_pass(device: Device, rows: int, new: int, before: int, heads: int = 1) -> float:
+def one_pass(shape: Shape, device: Device, rows: int, new: int, before: int, heads: int = 1) -> float:
     """Seconds at the floor: `rows` rows of `new` tokens each, with `before` in the cache; logits of `heads` tokens a row."""
-    blocks, head = weights()
-    attention = 4 * BLOCKS * HEADS * HEAD * rows * new * (before + new)
+    blocks, head = weights(shape)
+    attention = 4 * shape.blocks * shape.heads * shape.head * rows * new * (before + new)
     operations = 2 * blocks * rows * new + 2 * head * rows * heads + attention
-    cache = BLOCKS * 2 * KEY_HEADS * HEAD * ELEMENT * rows * (before + new)
+    cache = shape.blocks * 2 * shape.key_heads * shape.head * ELEMENT * rows * (before + new)
     moved = ELEMENT * (blocks + head) + cache
     return max(operations / device.operations, moved / device.bandwidth)
 
 
-def trial(device: Device, together: int) -> dict[str, float]:
+def passes(shape: Shape, device: Device, batch: int, rows: int, new: int, before: int, heads: int = 1) -> float:
+    """As `one_pass`, in batches of so many rows at most."""
+    full, rest = divmod(rows, batch)
+    found = full * one_pass(shape, device, batch, new, before, heads)
+    return found + (one_pass(shape, device, rest, new, before, heads) if rest else 0.0)
+
+
+def trial(shape: Shape, device: Device, together: int, batch: int = 512) -> dict[str, float]:
     """Seconds of one of `together` trials that share their passes; the dearest case: every layer edited, no answer ends early."""
     rows, rest = together * EVALUATION, PROMPT - SHARED
-    kl = one_pass(device, together, SHARED, 0, 0) + one_pass(device, rows, rest, SHARED)
-    tried = one_pass(device, together, SHARED, 0, 0) + one_pass(device, rows, rest + TRIED, SHARED, TRIED)
-    decoding = sum(one_pass(device, rows, 1, PROMPT + i) for i in range(TOKENS))
+    beginning = one_pass(shape, device, together, SHARED, 0, 0)
+    kl = beginning + passes(shape, device, batch, rows, rest, SHARED)
+    tried = beginning + passes(shape, device, batch, rows, rest + TRIED, SHARED, TRIED)
+    decoding = sum(passes(shape, device, batch, rows, 1, PROMPT + i) for i in range(TOKENS))
     return {"KL": kl / together, "refusals tried": tried / together, "decoding": decoding / together}
 
 
-def study(device: Device) -> dict[str, float]:
+def study(shape: Shape, device: Device, batch: int = 512) -> dict[str, float]:
     """Seconds of the parts of a study."""
-    blocks, head = weights()
-    walk = WALK_STEPS * 2 * BACKWARD * one_pass(device, WALK_BATCH, PROMPT, 0)
+    blocks, head = weights(shape)
+    walk = WALK_STEPS * 2 * BACKWARD * one_pass(shape, device, WALK_BATCH, PROMPT, 0)
     return {
         "loading": ELEMENT * (blocks + 2 * head) / DISK,
-        "baseline": sum(trial(device, 1).values()),
-        "residuals": 2 * one_pass(device, DIRECTION, PROMPT - SHARED, SHARED, 0),
+        "baseline": sum(trial(shape, device, 1, batch).values()),
+        "residuals": 2 * passes(shape, device, batch, DIRECTION, PROMPT - SHARED, SHARED, 0),
         "walk": walk,
     }
 
 
-def of_device(device: Device) -> str:
+def seconds(shape: Shape, device: Device, batch: int = 512) -> float:
+    """Of a whole study at the floor, one trial in a pass."""
+    return sum(study(shape, device, batch).values()) + TRIALS * sum(trial(shape, device, 1, batch).values())
+
+
+def of_device(shape: Shape, device: Device) -> str:
     """What a study costs there."""
-    blocks, head = weights()
-    step = one_pass(device, EVALUATION, 1, PROMPT + TOKENS)
+    blocks, head = weights(shape)
+    step = one_pass(shape, device, EVALUATION, 1, PROMPT + TOKENS)
     reading = ELEMENT * (blocks + head) / device.bandwidth
     operations = 2 * (blocks + head) * EVALUATION / device.operations
     lines = [
@@ -91,32 +121,34 @@ def of_device(device: Device) -> str:
         f"operations {operations * 1e3:.0f} ms.",
     ]
     for together in (1, 4):
-        parts = trial(device, together)
+        parts = trial(shape, device, together)
         total = sum(parts.values())
-        shown = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items())
+        shown = ", ".join(f"{name} {each:.1f} s" for name, each in parts.items())
         lines.append(
             f"- A trial, {together} in a pass: {shown}; in all {total:.1f} s at the floor, {2 * total:.0f} s at half of it."
         )
         lines.append(f"  {TRIALS} trials: {TRIALS * total / 60:.0f} to {TRIALS * 2 * total / 60:.0f} minutes.")
-    found = study(device)
-    shown = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found.items())
+    found = study(shape, device)
+    shown = ", ".join(f"{name} {each:.0f} s" for name, each in found.items())
     lines.append(f"- Before the first trial, at the floor: {shown} (loading at {DISK / 1e9:.0f} GB/s, an assumption).")
-    whole = 2 * (sum(found.values()) + TRIALS * sum(trial(device, 1).values()))
+    whole = 2 * seconds(shape, device)
     lines.append(f"- The whole study at half of the floor, one trial in a pass: {whole / 3600:.1f} hours.")
     return "\n".join(lines)
 
 
 def document() -> str:
     """The whole page."""
-    blocks, head = weights()
+    shape = LARGE
+    blocks, head = weights(shape)
     read, each = ELEMENT * (blocks + head) / 1e9, 2 * blocks / 1e9
     return f"""# What a 32B study would cost
 
 **A calculation, not a measurement**: nobody here had such a device. Made by `python benchmarks/scale.py > benchmarks/scale.md`.
 
-The shape of Qwen2.5-Coder-32B: {BLOCKS} layers, hidden {HIDDEN}, intermediate {INTERMEDIATE}, {HEADS} heads, {KEY_HEADS}
-key-value heads, vocabulary {VOCABULARY}. That is {blocks / 1e9:.2f} billion weights in the blocks and {head / 1e9:.2f} in the
-head: {read:.1f} GB to read in every pass in bfloat16, and {each:.0f} billion operations a token.
+The shape of {shape.name}: {shape.blocks} layers, hidden {shape.hidden}, intermediate {shape.intermediate},
+{shape.heads} heads, {shape.key_heads} key-value heads, vocabulary {shape.vocabulary}.
+That is {blocks / 1e9:.2f} billion weights in the blocks and {head / 1e9:.2f} in the head:
+{read:.1f} GB to read in every pass in bfloat16, and {each:.0f} billion operations a token.
 
 Default settings: {EVALUATION} + {EVALUATION} prompts to evaluate, 2 x {DIRECTION} for the direction, {TOKENS} tokens an answer,
 {TRIALS} trials. Prompts have {PROMPT} tokens, of which {SHARED} are the template's and run once; {TRIED} tokens of a refusal are
@@ -124,9 +156,10 @@ tried in one pass before anything is decoded.
 
 A pass takes the longer of operations / speed and bytes / bandwidth, both from the data sheet: the floor. `balanced` keeps one
 of four cards busy at a time, so four count as one. Worst case: the first layer is edited, no answer ends early, no trial is
-left early.
+left early. Best case: all rows are in one batch. Where only smaller ones fit, each reads the weights again: that, and other sizes
+of model, are in [sizes.md](sizes.md).
 
-{chr(10).join(of_device(device) + chr(10) for device in DEVICES)}
+{chr(10).join(of_device(shape, device) + chr(10) for device in DEVICES)}
 ## Beside what was reported
 
 The seed's user reported 30 to 35 hours on 4x RTX 4090 with another tool: 9 minutes a trial, 30 s of it reading the model

@@ -5,6 +5,8 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -17,3 +19,11 @@ def test_made_documents_are_up_to_date() -> None:
 def test_the_calculation_for_large_models_is_what_its_script_says() -> None:
     made = runpy.run_path(str(ROOT / "benchmarks" / "scale.py"))["document"]()
     assert (ROOT / "benchmarks/scale.md").read_text(encoding="utf-8") == made
+
+
+def test_the_table_of_sizes_is_what_the_planner_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    made = runpy.run_path(str(ROOT / "benchmarks" / "sizes.py"))["document"]()
+    assert (ROOT / "benchmarks/sizes.md").read_text(encoding="utf-8") == made, (
+        "make it anew: python benchmarks/sizes.py > benchmarks/sizes.md"
+    )

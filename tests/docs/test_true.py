@@ -1,30 +1,23 @@
-"""What the documents name exists: files, links, anchors, commands, options and settings."""
+"""What the documents name exists: files, links, anchors, tests, settings, identifiers."""
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-from heretic.cli import shorthand
-from heretic.commands.app import app
+from heretic.machine.rules import RULES
 from heretic.settings.layers import all_keys
+from tests.docs.pages import HISTORY, NOW, OF_ANOTHER_TOOL, PAGES, ROOT, named, quoted
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
-HISTORY = ("CHANGELOG.md",)  # tells of what was, too
-ids = [str(page.relative_to(ROOT)) for page in PAGES]
+every_page = pytest.mark.parametrize("page", PAGES, ids=named)
+every_page_of_today = pytest.mark.parametrize("page", NOW, ids=named)
+CODE = ("src", "tests", "benchmarks", "scripts")
+# Of other programs, and of the text that this project grew from.
+FOREIGN = {"state_dict", "torch_dtype", "convert_hf_to_gguf.py"}
+FILE = re.compile(r"\.(?:py|md|toml|jsonl?|txt|safetensors|db|log|html)$")
 
 
 def anchors(page: Path) -> set[str]:
@@ -37,15 +30,16 @@ def anchors(page: Path) -> set[str]:
     return found
 
 
-def blocks(text: str) -> list[tuple[str, str]]:
-    """Language and content of the fenced blocks; indented ones have no language."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
-    without = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-    indented = re.findall(r"(?:^    \S.*\n?)+", without, re.M)
-    return [*fenced, *(("", "\n".join(line[4:] for line in block.splitlines())) for block in indented)]
+@pytest.fixture(scope="module")
+def words() -> set[str]:
+    """Every word of the code, of the settings files, and of what is beside them."""
+    files = [p for folder in CODE for p in (ROOT / folder).rglob("*.py") if p.name != "test_true.py"]
+    files += [*ROOT.glob("*.toml"), ROOT / "Makefile", *(ROOT / "src").rglob("*.toml")]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    return {word for text in texts for pattern in (r"[\w.-]*\w", r"\w+") for word in re.findall(pattern, text)}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=ids)
+@every_page
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", text)):
@@ -58,87 +52,65 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(other), f"{other.name} has no heading for #{anchor}"
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in HISTORY], ids=lambda p: p.name)
-def test_files_that_are_named_exist(page: Path) -> None:
-    roots = (ROOT, ROOT / "src/heretic", page.parent, ROOT / "benchmarks", ROOT / "tests")
-    for name in re.findall(r"`([\w./-]+/[\w./-]+\.(?:py|md|toml|json))`", page.read_text(encoding="utf-8")):
-        assert any((root / name).exists() for root in roots), f"{name} does not exist"
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached, open_ends = set(), [ROOT / "README.md"]
+    while open_ends:
+        page = open_ends.pop()
+        reached.add(page)
+        targets = re.findall(r"\]\(([^)#\s]+\.md)", page.read_text(encoding="utf-8"))
+        linked = {(page.parent / t).resolve() for t in targets if not re.match(r"\w+:", t)}
+        open_ends += sorted((linked & set(PAGES)) - reached)
+    assert reached >= {p for p in PAGES if p.name not in HISTORY}
 
 
-def commands() -> dict[str, Any]:
-    group: Any = typer.main.get_command(app)
-    return {name: command for name, command in group.commands.items()}
+@every_page_of_today
+def test_files_that_are_named_exist(page: Path, words: set[str]) -> None:
+    """Here, or as what a run makes: then the code names it."""
+    roots = (ROOT, ROOT / "src/heretic", page.parent, ROOT / "benchmarks", ROOT / "tests", ROOT / "docs")
+    anywhere = {p.name for folder in CODE for p in (ROOT / folder).rglob("*.*")}
+    for name in quoted(page):
+        if re.fullmatch(r"[\w./-]+", name) and FILE.search(name):
+            bare = "/" not in name and name in anywhere
+            last = name.split("/")[-1]
+            made = not name.endswith((".py", ".md")) and {last, last.strip(".").partition(".")[0]} & (words | FOREIGN)
+            numbered = re.fullmatch(r"(?:trial-N|worker-0|worker-1)\.\w+", name)
+            known = bare or made or numbered or name in FOREIGN or any((root / name).exists() for root in roots)
+            assert known, f"{name} does not exist"
 
 
-def options(command: Any) -> set[str]:
-    return {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)} | {
-        "--help",
-        "-h",
-    }
+@every_page_of_today
+def test_tests_that_are_named_exist(page: Path, words: set[str]) -> None:
+    for name in quoted(page):
+        if re.fullmatch(r"test_\w+", name):
+            assert name in words, f"there is no test {name}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_commands_and_options_that_are_named_exist(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    lines = [line.strip() for _, block in blocks(text) for line in block.splitlines()]
-    lines += re.findall(r"`(heretic [^`\n]+)`", text)
-    known = commands()
-    for line in lines:
-        found = re.match(r"(?:\$ )?(?:\S*/)?heretic(?: ([^#|>&;]*))?", line)
-        if not found or not re.match(r"(?:\$ )?(?:\.venv/bin/)?heretic( |$)", line):
-            continue
-        try:
-            words = shlex.split(
-                (found[1] or "").replace("…", " ").replace("...", " ").replace("[", " ").replace("]", " ")
-            )
-        except ValueError:
-            continue
-        if words[:1] in (["--version"], ["-V"], ["--install-completion"], ["--show-completion"], ["--help"]):
-            continue
-        words = shorthand(words, list(known))
-        if not words or words[0].startswith("-") or words[0] == "COMMAND":
-            continue
-        assert words[0] in known, f"{line!r}: there is no command {words[0]}"
-        for word in words[1:]:
-            if word.startswith("--"):
-                assert word.partition("=")[0] in options(known[words[0]]), f"{line!r}: no option {word}"
-
-
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in HISTORY], ids=lambda p: p.name)
-def test_settings_that_are_named_exist(page: Path) -> None:
-    known = set(all_keys())
-    tables = {key.rpartition(".")[0] for key in known} | {"prompts"}
-    text = page.read_text(encoding="utf-8")
-    for language, block in blocks(text):
-        if language != "toml":
-            continue
-        flat: list[str] = []
-
-        def walk(values: dict[str, Any], prefix: str, flat: list[str] = flat) -> None:
-            for name, value in values.items():
-                if isinstance(value, dict) and prefix + name in tables:
-                    walk(value, f"{prefix}{name}.")
-                else:
-                    flat.append(prefix + name)
-
-        walk(tomllib.loads(block), "")
-        assert set(flat) <= known, f"no such settings: {set(flat) - known}"
-    if page.name == "migrating.md":  # names those of another tool
+@every_page_of_today
+def test_settings_and_identifiers_that_are_named_exist(page: Path, words: set[str]) -> None:
+    """A setting by its full name; anything else that looks like a name of the code is somewhere in the code."""
+    if page.name in (*OF_ANOTHER_TOOL, "architectures.md"):  # the second names modules of other people's models
         return
-    for name in re.findall(r"`((?:search|directions|ablation|prompts)\.[\w.]+)`", text):
-        stem = name.rstrip(".")
-        if stem.endswith((".py", ".safetensors", ".toml", ".json")):
-            continue
-        assert any(k == stem or k.startswith(stem + ".") for k in known), f"no setting {name}"
-    for name in re.findall(r"--set ([a-z_.]+)=", text):
-        assert name in known, f"no setting {name}"
+    known = set(all_keys())
+    tables = {key.split(".")[0] for key in known if "." in key}
+    for name in quoted(page):
+        first = name.split(".")[0]
+        if re.fullmatch(r"[a-z_]+(?:\.[a-z_]+)+", name) and first in tables and not FILE.search(name):
+            assert any(k == name or k.startswith(name + ".") for k in known), f"there is no setting {name}"
+        elif re.fullmatch(r"[A-Za-z]+(?:_[A-Za-z0-9]{2,})+", name):
+            assert name in words | FOREIGN or f"{name}." in " ".join(known), f"nothing is called {name}"
+
+
+@every_page_of_today
+def test_variables_of_the_environment_are_settings(page: Path) -> None:
+    for name in re.findall(r"\bHERETIC_([A-Z_]+)\b", page.read_text(encoding="utf-8")):
+        assert name.lower().replace("__", ".") in all_keys(), f"HERETIC_{name} sets nothing"
 
 
 def test_results_that_are_named_are_there() -> None:
     text = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`results/([\w.]+\.json)`", text))
+    known = set(re.findall(r"`results/([\w.]+\.json)`", text))
     there = {p.name for p in (ROOT / "benchmarks/results").glob("*.json")}
-    assert named == there
+    assert known == there
     for name in there:
         report = json.loads((ROOT / "benchmarks/results" / name).read_text())
         if name != "families.json":  # a table of families
@@ -158,3 +130,36 @@ def test_the_map_names_every_module() -> None:
         if f"`{name}`" not in text:
             missing.append(name)
     assert not missing, f"CLAUDE.md does not name: {', '.join(missing)}"
+
+
+def test_the_plan_says_how_many_rules_there_are_and_names_a_test_for_every_task() -> None:
+    text = (ROOT / "IMPLEMENTATION_PLAN.md").read_text(encoding="utf-8")
+    assert f"{len(RULES)} preflight rules" in text
+    tasks = text.split("## The tasks that the project began with")[1].split("\n## ")[0]
+    rows = [row for row in tasks.splitlines() if row.startswith("| ")][1:]
+    assert len(rows) == 8
+    for row in rows:
+        task, where, test = (cell.strip() for cell in row.strip("|").split(" | "))
+        if not where.startswith("not yet"):
+            assert re.search(r"`[\w/]+\.py`", where) and re.search(r"`tests/[\w/]+\.py`", test), task
+
+
+def test_messages_that_are_explained_are_messages() -> None:
+    """The beginnings of errors in CLAUDE.md stand in the code, whatever is put into them."""
+    table = (ROOT / "CLAUDE.md").read_text(encoding="utf-8").split("### Common errors")[1].split("\n### ")[0]
+    code = " ".join(p.read_text(encoding="utf-8") for p in (ROOT / "src").rglob("*.py"))
+    said = re.findall(r'"([^"]+)"', " ".join(r.split(" | ")[0] for r in table.splitlines() if r.startswith("| ")))
+    assert len(said) > 10
+    assert not [message for message in said if message not in code]
+
+
+def test_the_session_that_is_shown_says_what_a_run_says() -> None:
+    session = (ROOT / "README.md").read_text(encoding="utf-8").split("## A session")[1].split("\n## ")[0]
+    code = " ".join(p.read_text(encoding="utf-8") for p in (ROOT / "src").rglob("*.py"))
+    for said in (
+        "The original model declines", "probability of refusing", "on prompts held back; ", "Strengths by gradient",
+        " refused, KL ", "beaten, with at least", "Chosen: trial ", "fewest refusals among the trials with a KL of at most",
+        "written to", "verified",
+        "reloaded from disk; KL from the measured model",
+    ):  # fmt: skip
+        assert said in session and said in code, said

@@ -61,7 +61,7 @@ TABLE: dict[str, Theirs] = {
     "seed": Theirs("seed"),
     "study_checkpoint_dir": Theirs("runs_dir", note="the studies in it are of another kind and cannot be gone on with"),
     "benchmarks": Theirs(note="heretic benchmark RUN --tasks ..."),
-    "export_strategy": Theirs(note="heretic export RUN --format adapter for a LoRA adapter"),
+    "export_strategy": Theirs(note="heretic export RUN --format lora for a LoRA adapter"),
     "max_shard_size": Theirs(note="the files of the base model are kept as they are divided"),
     "refusal_markers": Theirs("refusal_markers"),
     "system_prompt": Theirs("system_prompt"),
