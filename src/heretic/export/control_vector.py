@@ -30,11 +30,12 @@ def export_directions(folder: RunFolder, settings: Settings, path: Path, form: s
 
     An empty `form` is taken from the file's name. Returns what was written. Raises UserError.
     """
+    known = ", ".join(FORMS)
     form = form or path.suffix.removeprefix(".")
+    if not form:
+        raise UserError("The file's name names no format.", where=f"--output {path}", fix=f"--format, one of: {known}")
     if form not in FORMS:
-        raise UserError(
-            f"There is no format {form!r} for directions.", where="--format", fix=f"one of: {', '.join(FORMS)}"
-        )
+        raise UserError(f"There is no format {form!r} for directions.", where="--format", fix=f"one of: {known}")
     source = folder.path / "directions.safetensors"
     if not source.is_file():
         raise UserError(
