@@ -84,7 +84,11 @@ def test_places_that_can_be_no_file(
 ) -> None:
     Path("folder.gguf").mkdir()
     Path("file").touch()
-    for place, why in {"folder.gguf": "is a folder", "file/d.gguf": "cannot be made", "file": "names no format"}.items():
+    for place, why in {
+        "folder.gguf": "is a folder",
+        "file/d.gguf": "cannot be made",
+        "file": "names no format",
+    }.items():
         said = heretic(capsys, monkeypatch, "directions", "mine", "-o", place)
         assert said.status == 1 and why in said.err, said.err
     said = heretic(capsys, monkeypatch, "directions", "mine", "-o", "", "--format", "gguf")

@@ -135,7 +135,9 @@ def _trials(text: str | None) -> tuple[int | None, int]:
         return None, 0
     number = text.removeprefix("+")
     if not re.fullmatch("[0-9]{1,9}", number) or (text.startswith("+") and int(number) == 0):
-        raise UserError(f"{text[:40]!r} is no number of trials.", where="--trials", fix="write it like 200, or +50 for more")
+        raise UserError(
+            f"{text[:40]!r} is no number of trials.", where="--trials", fix="write it like 200, or +50 for more"
+        )
     return (None, int(number)) if text.startswith("+") else (int(number), 0)
 
 
