@@ -173,6 +173,7 @@ def test_numbers_names_and_options(arguments: list[str], wanted: str, made: Path
 def test_words_that_are_nearly_commands(made: Path) -> None:
     commands = ["run", "status", "report"]
     assert mistyped("reprot", commands) and not mistyped("owner/model", commands) and not mistyped("report", commands)
+    assert mistyped("--config", ["config"]) is None
     made.rename("runs/reports")
     assert mistyped("reports", commands) is None, "a run may be called so"
     assert shorthand(["reports"], commands) == ["run", "reports"]

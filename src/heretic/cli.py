@@ -33,7 +33,7 @@ def shorthand(argv: list[str], commands: list[str]) -> list[str]:
 def mistyped(name: str, commands: list[str]) -> UserError | None:
     """What to say of a word that is no command, but nearly one, and nothing on this disk; None for anything else."""
     near = difflib.get_close_matches(name, commands, n=1, cutoff=0.75)
-    if not near or name in commands or Path(name).exists() or name in run_names(name):
+    if not near or name.startswith("-") or name in commands or Path(name).exists() or name in run_names(name):
         return None
     return UserError(
         f"There is no command '{name}'.", fix=f"did you mean: heretic {near[0]}? A run: heretic run {name}"
