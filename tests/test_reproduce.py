@@ -217,6 +217,22 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     "not finite": lambda m: m["ablation"]["strengths"].update(attention=[float("nan")] * 4),
     "too many layers": lambda m: m["ablation"]["strengths"].update(attention=[1.0] * 5000),
     "wrong width": lambda m: m["ablation"].update(vector=[1.0] * 7),
+    "no vector": lambda m: m["ablation"].update(vector=[]),
+    "two vectors where the settings say one": lambda m: m["ablation"].update(vector=[1.0] * 64),
+    "one vector where the settings say two": lambda m: (
+        m["settings"]["directions"].update(count=2),
+        m["ablation"].update(vector=[1.0] * 32),
+        m.pop("directions"),
+    ),
+    "more directions than the file has": lambda m: m["settings"]["directions"].update(iterative_rounds=1),
+    "no number of directions": lambda m: m["settings"]["directions"].update(count=0),
+    "too few in a mixture": lambda m: m["ablation"].update(mixture=[1.0]),
+    "a component that the model has not": lambda m: m["ablation"]["strengths"].update(other=[1.0] * 4),
+    "not finite in a vector": lambda m: m["ablation"].update(vector=[float("inf")] * 32),
+    "beyond all measure": lambda m: m["ablation"]["strengths"].update(attention=[1e300] * 4),
+    "a rank of nothing": lambda m: m["written"].update(rank=0),
+    "text for a trial": lambda m: m.update(trial="3"),
+    "a table for a text": lambda m: m["model"].update(name={}),
     "geometry": lambda m: m["settings"]["ablation"].update(geometry="exec"),
     "list for a table": lambda m: m.update(model=[]),
     "nothing": lambda m: m.clear(),
@@ -224,6 +240,58 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     "no format": lambda m: m["written"].update(format="../x"),
     "type of numbers": lambda m: m.update(dtype="float8"),
 }
+
+
+NEEDED = [
+    ("made_with",), ("run",), ("fingerprint",), ("trial",), ("model",), ("model", "name"), ("model", "sha256"), ("written",),
+    ("written", "sha256"), ("settings",), ("settings", "ablation"), ("dtype",), ("ablation",), ("ablation", "strengths"),
+    ("versions",),
+]  # fmt: skip
+FITTING = [(("run",), "text"), (("fingerprint",), "text"), (("model", "name"), "text"), (("trial",), 7)]
+FOR_THE_CARD = [
+    ("scores",), ("scores", "original"), ("scores", "original", "refusals"), ("scores", "written"),
+    ("scores", "written", "divergence"),
+]  # fmt: skip
+
+
+def without(key: tuple[str, ...], instead: Any = None) -> Callable[[dict[str, Any]], None]:
+    """An edit that takes a key out, or puts something else there."""
+
+    def edit(manifest: dict[str, Any]) -> None:
+        *tables, last = key
+        for table in tables:
+            manifest = manifest[table]
+        if instead is None:
+            del manifest[last]
+        else:
+            manifest[last] = instead
+
+    return edit
+
+
+@pytest.mark.parametrize("instead", [None, 7, "text", [], {"a": 1}, float("nan")], ids=repr)
+def test_every_key_that_is_needed_gone_or_of_another_type(out: Path, instead: Any) -> None:
+    kept = (out / "manifest.json").read_text()
+    for key in NEEDED:
+        if (key, instead) in FITTING:
+            continue
+        (out / "manifest.json").write_text(kept)
+        change(out / "manifest.json", without(key, instead))
+        with pytest.raises(UserError, match="manifest") as refused:
+            again(out)
+        assert str(refused.value).count("\n") <= 2 and len(str(refused.value)) < 800, key
+        assert not Path("again").exists()
+
+
+@pytest.mark.parametrize("instead", [None, "text", float("inf")], ids=repr)
+def test_what_only_the_card_is_made_of(out: Path, instead: Any) -> None:
+    kept = (out / "manifest.json").read_text()
+    for key in FOR_THE_CARD:
+        (out / "manifest.json").write_text(kept)
+        change(out / "manifest.json", without(key, instead))
+        with pytest.raises(UserError, match="lacks what a model card is made of"):
+            again(out)
+        assert not Path("again").exists()
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -247,6 +315,13 @@ def test_hostile_bytes(tmp_path: Path) -> None:
         sparse.truncate(1 << 34)
     with pytest.raises(UserError, match="larger than 16 MiB"):
         again(file)
+
+
+def test_a_device_map_that_is_none(
+    out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = heretic(capsys, monkeypatch, "reproduce", "out", "--device-map", "moon")
+    assert said.status == 1 and "moon" in said.err
 
 
 def test_remote_code_is_not_trusted_because_a_manifest_says_so(out: Path, llama: Path, tmp_path: Path) -> None:

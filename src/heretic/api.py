@@ -27,6 +27,7 @@ from heretic.desk import Desk
 from heretic.errors import UserError
 from heretic.export.export import Export, plan_export, write_export
 from heretic.export.save import check_destination
+from heretic.files import expanded
 from heretic.model.batching import Batch
 from heretic.model.chat_format import check_length
 from heretic.model.decoding import decode
@@ -189,7 +190,7 @@ class Lab:
 
     def export(self, ablation: Ablation, destination: str | Path) -> Export:
         """`heretic export` of this ablation: write the model, load it again, prove it. Raises UserError and VerificationFailed."""
-        place, folder = Path(destination).expanduser(), self.desk.folder
+        place, folder = expanded(destination), self.desk.folder
         check_destination(place, folder.name)
         given = Result(BY_HAND, ablation.as_dict(), self.score(ablation))
         space = _ByHand(self.settings.search, self.num_layers, self.components)

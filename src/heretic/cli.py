@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from typing import Any
 
 from heretic import __version__
 from heretic.commands import about, exported, models, reports, runs, trials  # noqa: F401  each adds its commands to the application
-from heretic.commands.app import app, err
+from heretic.commands.app import app, err, run_names
 from heretic.errors import OF_THE_DISK, Interrupted, UserError, disk_error, memory_error
 from heretic.screen.console import printable
 from heretic.settings.layers import DEFAULT_FILE
@@ -28,10 +30,22 @@ def shorthand(argv: list[str], commands: list[str]) -> list[str]:
     return argv if argv[0] in commands or argv[0] in own else ["run", *argv]
 
 
+def mistyped(name: str, commands: list[str]) -> UserError | None:
+    """What to say of a word that is no command, but nearly one, and nothing on this disk; None for anything else."""
+    near = difflib.get_close_matches(name, commands, n=1, cutoff=0.75)
+    if not near or name.startswith("-") or name in commands or Path(name).exists() or name in run_names(name):
+        return None
+    return UserError(
+        f"There is no command '{name}'.", fix=f"did you mean: heretic {near[0]}? A run: heretic run {name}"
+    )
+
+
 def guarded(job: Callable[[], Any]) -> int:
     """Run a command; what a user can cause becomes one to three lines and an exit status."""
     try:
         job()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk is to be noticed here, not when the interpreter ends
     except UserError as error:
         err.print(f"[bold red]Error:[/bold red] {printable(str(error))}", soft_wrap=True)
         return error.exit_status
@@ -62,6 +76,9 @@ def guarded(job: Callable[[], Any]) -> int:
 def main() -> None:
     """The command `heretic`."""
     argv = sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a character that the terminal does not know ends nothing
     if _version(argv):
         print(f"heretic {__version__}")
         sys.exit(0)
@@ -70,4 +87,10 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and arguments[:1] != ["run"]:
         err.print("[bold red]Error:[/bold red] Under torchrun there is only heretic run.\nTo fix: leave torchrun out")
         sys.exit(1)
-    sys.exit(guarded(lambda: app(args=arguments, prog_name="heretic")))
+
+    def job() -> None:
+        if argv and (problem := mistyped(argv[0], commands)):
+            raise problem
+        app(args=arguments, prog_name="heretic")
+
+    sys.exit(guarded(job))

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import errno
 
-# What a disk or a path does to a program, wherever in it: full, over quota, read-only, not allowed, failing, a name too long.
-_NAMES = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ENAMETOOLONG")
+# What a disk or a path does to a program, wherever in it: full, over quota, read-only, not allowed, failing, a name too long,
+# a file where a folder should be and the other way round, links in a circle, a network disk that is gone, a file too large.
+_NAMES = (
+    "ENOSPC",
+    "EDQUOT",
+    "EROFS",
+    "EACCES",
+    "EPERM",
+    "EIO",
+    "ENAMETOOLONG",
+    "ENOTDIR",
+    "EISDIR",
+    "ELOOP",
+    "ESTALE",
+    "EFBIG",
+)
 OF_THE_DISK = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, name))
 
 # Every exit status of every command; `heretic preflight` has its own: 0 ready, 1 will fail, 2 risky.

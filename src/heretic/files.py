@@ -16,6 +16,8 @@ from torch import Tensor
 
 from heretic.errors import UserError, first_line
 
+SEAL, AFTER_SEAL = "# sha256 of the lines above: ", "; delete this line after a change by hand"
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old content or the new, never a part."""
@@ -55,6 +57,49 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             fix="delete it; it is made anew",
         )
     return tensors, metadata
+
+
+def sealed(text: str) -> str:
+    """A text file's lines and, as its last one, a comment with their hash."""
+    return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}{AFTER_SEAL}\n"
+
+
+def check_seal(path: Path) -> None:
+    """Raise UserError if a text file that was sealed is not what was written; one without a seal is believed."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return  # who reads it next says so
+    text, seal, given = content.rpartition(SEAL.encode())
+    if seal and given != f"{hashlib.sha256(text).hexdigest()}{AFTER_SEAL}\n".encode():
+        raise UserError(
+            f"{path.name} is not what heretic wrote: it is damaged, or was changed by hand.",
+            where=str(path),
+            fix="put back a copy of it; if it is as you want it, delete its last line, which holds the hash of the others",
+        )
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with ~ for the home folder put in; one of a user who is not known stays as it is, where pathlib raises."""
+    return Path(os.path.expanduser(path))
+
+
+def file_place(path: Path) -> Path:
+    """The path of a file that is to be written, with its folder made. Raises UserError for what can be no file."""
+    path = expanded(path)
+    if path.is_dir():
+        raise UserError(
+            "This is a folder, and a file is to be written.", where=str(path), fix="name a file, in it or elsewhere"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The folder for the file cannot be made: {error.strerror or error}.",
+            where=str(path.parent),
+            fix="name a file in a folder that can be written",
+        ) from None
+    return path
 
 
 def sort_metadata(path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heretic.errors import UserError
+from heretic.files import expanded
 from heretic.settings import Prompts, PromptSource
 
 BUNDLED = "bundled:"
@@ -79,7 +80,7 @@ def load(role: str, source: PromptSource) -> PromptSet:
         )
     if source.source.startswith(BUNDLED):
         rows = _bundled(source.source[len(BUNDLED) :], key)
-    elif (path := Path(source.source).expanduser()).suffix in (".txt", *FILE_KINDS):
+    elif (path := expanded(source.source)).suffix in (".txt", *FILE_KINDS):
         rows = _text_lines(path, key) if path.suffix == ".txt" else _table(source, path, key)
     else:
         rows = _table(source, None, key)
@@ -93,9 +94,17 @@ def load(role: str, source: PromptSource) -> PromptSet:
 
 def from_text_or_file(said: str) -> tuple[str, ...]:
     """The prompts of a file or bundled set; anything else is a prompt itself. Raises UserError for a file without any."""
-    path = Path(said).expanduser()
-    if path.is_file() or said.startswith(BUNDLED) or path.suffix in (".txt", *FILE_KINDS):
-        return load("prompts", PromptSource(source=str(path) if path.is_file() else said)).prompts
+    path = expanded(said)
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError:  # longer than a file's name can be
+        return (said,)
+    if is_folder:
+        raise UserError("This is a folder, not a prompt or a file of prompts.", where=said, fix="name a file in it")
+    if is_file or said.startswith(BUNDLED) or (path.suffix in (".txt", *FILE_KINDS) and not set(said) & set(" \n")):
+        return load("prompts", PromptSource(source=str(path) if is_file else said)).prompts
+    if not said.strip():
+        raise UserError("The prompt is empty.", fix="write one, or name a file of prompts")
     return (said,)
 
 

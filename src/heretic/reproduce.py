@@ -24,7 +24,7 @@ from heretic.export.formats import FORMATS
 from heretic.export.job import Order, Written
 from heretic.export.manifest import DIRECTIONS, MANIFEST, Manifest, computed_on, now, read_manifest, versions
 from heretic.export.save import check_destination, copied_files, keep_terms, partial_folder, settle
-from heretic.files import read_tensors, sha256, write_text
+from heretic.files import expanded, read_tensors, sha256, write_text
 from heretic.machine.gpus import usable_gpus, visible_gpus
 from heretic.machine.host import devices
 from heretic.machine.memory_plan import make_plan
@@ -112,7 +112,7 @@ def reproduce(
             fix="name the right one with --base; --force goes on all the same, to see what it comes to",
         )
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
-        place = (destination or Path("reproduced")).expanduser().resolve()
+        place = expanded(destination or Path("reproduced")).resolve()
         partial = partial_folder(place)
         try:
             written, where = _rebuild(manifest, checkpoint, settings, directions, trust, partial, watcher, stop)
@@ -170,7 +170,7 @@ def _directions(manifest: Manifest, home: Path) -> Directions | None:
 
 def _check_place(destination: Path, home: Path, run: str) -> None:
     """Raise UserError if the destination holds anything but an earlier reproduction of this run."""
-    if destination.expanduser().resolve() == home.resolve():
+    if expanded(destination).resolve() == home.resolve():
         raise UserError(
             "The manifest's own folder is left as it is.", where=str(destination), fix="name another folder"
         )
@@ -278,23 +278,10 @@ def _operators(
     manifest: Manifest, model: LanguageModel, directions: Directions | None, watcher: Watcher
 ) -> dict[str, Operator]:
     """The edit made anew from strengths and directions. Raises UserError where they do not fit the model."""
-    layers, width = model.anatomy.num_layers, model.anatomy.width
     edit = manifest.ablation
-    sizes = [(f"strengths.{component}", len(profile), layers) for component, profile in edit.strengths.items()]
-    sizes += [("mixture", len(edit.mixture), layers)] if edit.mixture is not None else []
-    if edit.vector is not None:  # several directions lie one behind the other
-        sizes += [("vector", len(edit.vector), width * max(1, len(edit.vector) // width))]
-    sizes += [(f"mixtures.{c}", len(m), layers) for c, m in (edit.mixtures or {}).items() if m is not None]
+    _check_fit(manifest, model, directions)
     if directions is None:
-        directions = Directions(torch.zeros(1, width))  # nothing is taken from them
-    else:
-        sizes += [("directions", directions.num_layers, layers), ("each direction", directions.vectors.shape[1], width)]
-    for what, found, wanted in sizes:
-        if found != wanted:
-            raise UserError(
-                f"The manifest does not fit the model: {what[:60]} has {found} numbers where {wanted} belong.",
-                where=str(model.checkpoint.folder),
-            )
+        directions = Directions(torch.zeros(1, model.anatomy.width))  # nothing is taken from them
     asked = manifest.settings.ablation
     bench = Workbench.prepare(
         directions,
@@ -305,6 +292,33 @@ def _operators(
         norm_aware=asked.norm_aware,
     )
     return bench.operators(edit.ablation)
+
+
+def _check_fit(manifest: Manifest, model: LanguageModel, directions: Directions | None) -> None:
+    """Raise UserError where the edit names what the model does not have, or has other sizes than the model and the settings."""
+    layers, width, edit = model.anatomy.num_layers, model.anatomy.width, manifest.ablation
+    each = manifest.settings.directions.per_layer  # several lie one behind the other
+    sizes = [(f"strengths.{component}", len(profile), layers) for component, profile in edit.strengths.items()]
+    sizes += [("mixture", len(edit.mixture), layers)] if edit.mixture is not None else []
+    sizes += [("vector", len(edit.vector), each * width)] if edit.vector is not None else []
+    sizes += [(f"mixtures.{c}", len(m), layers) for c, m in (edit.mixtures or {}).items() if m is not None]
+    if directions is not None:
+        sizes += [("directions", directions.num_layers, layers), ("each direction", directions.vectors.shape[1], width)]
+        sizes += [("each layer", directions.count * width, each * width)]
+    problems = [
+        f"there is no component {name[:60]!r}; it has {', '.join(model.anatomy.components)}"
+        for name in {**edit.strengths, **(edit.mixtures or {})}
+        if name not in model.anatomy.components
+    ]
+    problems += [
+        f"{what[:60]} has {found} numbers where {wanted} belong" for what, found, wanted in sizes if found != wanted
+    ]
+    if problems:
+        raise UserError(
+            f"The manifest does not fit the model: {problems[0]}.",
+            where=str(model.checkpoint.folder),
+            fix="take manifest.json and heretic/directions.safetensors as heretic export wrote them",
+        )
 
 
 def _judge(
@@ -369,7 +383,7 @@ def _describe(
     measured = f"Of the model that was exported first. This one was made again from its manifest: {found.verdict}."
     try:
         text = card(told, source_card(checkpoint), written, measured)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise UserError(
             "The manifest lacks what a model card is made of: model, scores, settings.", where="the manifest"
         ) from None

@@ -20,7 +20,7 @@ from heretic.export.export import Export, earlier_export, plan_export, write_exp
 from heretic.export.save import check_destination
 from heretic.machine import lock, preflight
 from heretic.machine.gpus import Gpu, gpus_for, usable_gpus, visible_gpus
-from heretic.model.checkpoint import Checkpoint, open_checkpoint
+from heretic.model.checkpoint import Checkpoint, open_checkpoint, require_name
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
 from heretic.report.about import About
@@ -262,6 +262,7 @@ def check(
 ) -> preflight.Report:
     """The preflight of these settings; `read_prompts` for a caller that goes on to use what was read, `imagined` GPUs for a
     machine that is not this one."""
+    require_name(settings.model)  # before prompts are fetched from the hub
     return preflight.check(
         settings,
         checkpoint_loader=lambda: open_checkpoint(

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from heretic.ablation.directions import Directions
 from heretic.ablation.residual_geometry import ResidualGeometry
-from heretic.errors import UserError
-from heretic.files import read_tensors, write_tensors, write_text
+from heretic.errors import SettingsError, UserError
+from heretic.files import check_seal, expanded, read_tensors, write_tensors, write_text
 from heretic.progress import Watcher
 from heretic.scoring.harmless import Conduct
 from heretic.scoring.verdict import EVASIVE, ORDER, REFUSAL, Verdict
@@ -219,12 +219,12 @@ def _unpadded(tensor: Tensor) -> tuple[list[int], ...]:
     return tuple([t for t in row if t >= 0] for row in tensor.tolist())
 
 
-def write_directions(path: Path, directions: Directions, stamp: str) -> None:
+def write_directions(path: Path, directions: Directions, stamp: str, more: Mapping[str, str] | None = None) -> None:
     """Write the layers' directions in float32 as a tensor `directions` [layers, width], and `further` [layers, count - 1, width]
-    where a layer has several; `stamp` is their run's fingerprint."""
+    where a layer has several; `stamp` is their run's fingerprint, `more` goes into the metadata too."""
     layout = {"layout": "row l: unit direction after block l; further: the others of each", "fingerprint": stamp}
     further = {} if directions.further is None else {"further": directions.further}
-    write_tensors(path, {"directions": directions.vectors, **further}, layout)
+    write_tensors(path, {"directions": directions.vectors, **further}, {**layout, **(more or {})})
 
 
 class _LogFile(logging.FileHandler):
@@ -248,7 +248,7 @@ def find_run(name: str, runs_dir: str) -> RunFolder:
     if name:
         for path in (Path(name), root / name):
             if (path / "config.toml").is_file():
-                return RunFolder(path)
+                return RunFolder(path if path.name not in ("", "..") else path.resolve())
         known = ", ".join(p.name for p in _runs(root)[-5:])
         raise UserError(
             f"There is no run '{name}'.", where=str(root.resolve()), fix=f"one of: {known}" if known else None
@@ -263,8 +263,8 @@ def known_run(name: str, runs_dir: str) -> RunFolder | None:
     """The run of this name or folder; None if it means something else, such as a model."""
     if not name or (Path(name) / "config.json").is_file():
         return None
-    found = (path for path in (Path(name), Path(runs_dir) / name) if (path / "config.toml").is_file())
-    return next(map(RunFolder, found), None)
+    places = (Path(name), Path(runs_dir) / name)
+    return find_run(name, runs_dir) if any((path / "config.toml").is_file() for path in places) else None
 
 
 def exported_folder(source: str, runs_dir: str, trial: int | None) -> Path:
@@ -272,7 +272,7 @@ def exported_folder(source: str, runs_dir: str, trial: int | None) -> Path:
 
     Raises UserError where there is none, or several and no trial is named.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if (folder / "manifest.json").is_file():
         return folder
     if folder.is_dir() and not (folder / "config.toml").is_file():
@@ -299,10 +299,21 @@ def stored(
     options: Mapping[str, Any] | None = None,
     assignments: Sequence[str] = (),
 ) -> Resolved:
-    """The settings that a run was made with; of the environment only the storage counts, whose password is not stored."""
+    """The settings that a run was made with; of the environment only the storage counts, whose password is not stored.
+
+    Raises UserError, also where the file is not what was written.
+    """
     file = folder.path / "config.toml"
+    check_seal(file)
     storage = {k: v for k, v in environment.items() if k == "HERETIC_STORAGE"}
-    resolved = resolve(file, options, assignments, storage)
+    try:
+        resolved = resolve(file, options, assignments, storage)
+    except SettingsError as error:
+        if not (error.where or "").startswith(str(file)):
+            raise
+        raise SettingsError(
+            error.what, where=error.where, fix="the run was made by another version of heretic, or the file was changed"
+        ) from None
     before = written_origins(file)
     origins = {k: before.get(k, o) if o.startswith(f"{file}:") else o for k, o in resolved.origins.items()}
     return Resolved(resolved.settings, file, origins)

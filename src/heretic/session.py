@@ -364,9 +364,12 @@ def read_template(settings: Settings) -> str:
     if not settings.chat_template:
         return ""
     try:
-        return Path(settings.chat_template).read_text(encoding="utf-8")
+        text = Path(settings.chat_template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The chat template cannot be read: {error}", where="chat_template") from None
+    if not text.strip():
+        raise UserError(f"The chat template {settings.chat_template} is empty.", where="chat_template")
+    return text
 
 
 def weight_reader(language_model: LanguageModel) -> Callable[[Writer], Sequence[Matrix]]:

@@ -95,6 +95,9 @@ def _in_storage(name: str, storage: str) -> Status:
 
 def load_study(url: str, name: str) -> optuna.Study:
     """A study that exists, from its storage. Raises UserError."""
+    file = url.removeprefix("sqlite:///")
+    if file != url and not (Path(file).is_file() and Path(file).stat().st_size):  # who only looks makes no database
+        raise UserError("There is no such file, or nothing is in it.", where=masked(url), fix="check the path")
     try:
         study = optuna.load_study(study_name=name, storage=connect(url))
     except KeyError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def ends_with_its_lender(stop: Stop) -> Iterator[None]:
 def how_many(wanted: str, settings: Settings) -> tuple[int, str]:
     """The number of workers that `auto` or a number stands for, and what there is to say about it. Raises UserError."""
     gpus = () if settings.device_map == "cpu" else usable_gpus(visible_gpus())
-    if wanted != "auto" and not (wanted.isdigit() and int(wanted) > 0):
+    if wanted != "auto" and not re.fullmatch("0*[1-9][0-9]{0,3}", wanted):
         raise UserError(f"{wanted!r} is no number of workers.", where="--workers", fix="auto, or a number such as 4")
     number = max(1, len(gpus)) if wanted == "auto" else int(wanted)
     if gpus and number > len(gpus):

@@ -31,7 +31,7 @@ def test_safetensors(found: torch.Tensor, capsys: pytest.CaptureFixture[str], mo
     assert said.status == 0 and "here/d.safetensors" in said.out
     with safe_open("here/d.safetensors", framework="pt") as file:
         assert torch.equal(file.get_tensor("directions"), found) and list(file.keys()) == ["directions"]
-        assert file.metadata()["layout"] == "row l: unit direction after block l"
+        assert file.metadata()["layout"].startswith("row l: unit direction after block l") and file.metadata()["model"]
     again = heretic(capsys, monkeypatch, "directions", "mine", "-o", "here/d.safetensors")
     assert again.status == 1 and "exists" in again.err
 
@@ -50,6 +50,49 @@ def test_a_control_vector(
         assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
         assert np.array_equal(tensor.data, found[layer].numpy())
     assert not list(Path().glob(".d.bin*"))
+
+
+def test_several_directions_a_layer_are_all_written(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = ("directions.method=contrastive_components", "directions.count=2", "directions.iterative_rounds=1")
+    folder = run(resolve(config, {"n_trials": 1, "run_name": "mine"}, wanted), watcher=SILENT, stop=Stop()).folder
+    directions = folder.directions(SILENT)
+    assert directions is not None and directions.further is not None and directions.count == 4
+    said = heretic(capsys, monkeypatch, "directions", "mine", "-o", "d.safetensors")
+    assert said.status == 0 and "d.safetensors" in said.out
+    with safe_open("d.safetensors", framework="pt") as file:
+        assert torch.equal(file.get_tensor("directions"), directions.vectors)
+        assert torch.equal(file.get_tensor("further"), directions.further)
+        assert "further: the others of each" in file.metadata()["layout"]
+    said = heretic(capsys, monkeypatch, "directions", "mine", "-o", "d.gguf")
+    assert (
+        said.status == 0 and "has 4 directions" in said.out and "d-4.gguf" in said.out and not Path("d.gguf").exists()
+    )
+    for number in range(4):
+        tensors = {t.name: t.data for t in gguf.GGUFReader(f"d-{number + 1}.gguf").tensors}
+        assert list(tensors) == ["direction.1", "direction.2", "direction.3"]
+        for layer in (1, 2, 3):
+            assert np.array_equal(tensors[f"direction.{layer}"], directions.every[layer, number].numpy())
+    Path("d-1.gguf").unlink()
+    said = heretic(capsys, monkeypatch, "directions", "mine", "-o", "d.gguf")
+    assert said.status == 1 and "d-2.gguf" in said.err and not Path("d-1.gguf").exists(), "all of them or none"
+
+
+def test_places_that_can_be_no_file(
+    found: torch.Tensor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("folder.gguf").mkdir()
+    Path("file").touch()
+    for place, why in {
+        "folder.gguf": "is a folder",
+        "file/d.gguf": "cannot be made",
+        "file": "names no format",
+    }.items():
+        said = heretic(capsys, monkeypatch, "directions", "mine", "-o", place)
+        assert said.status == 1 and why in said.err, said.err
+    said = heretic(capsys, monkeypatch, "directions", "mine", "-o", "", "--format", "gguf")
+    assert said.status == 1 and "is a folder" in said.err
 
 
 def test_what_is_not_there(

@@ -10,12 +10,17 @@ import time
 from pathlib import Path
 
 import optuna
+from plotly.offline import get_plotlyjs
 
+from heretic.report.report import Source
+from heretic.report.reporter import write_report
+from heretic.run_folder import RunFolder
 from heretic.scoring.divergence import Divergence
 from heretic.scoring.ladder import Scores
 from heretic.search.fidelity import Progress
 from heretic.search.sampler import sampler
 from heretic.search.storage import open_study, storage_url
+from heretic.search.study import KL_PER_PROMPT
 from heretic.settings import Search, Settings
 from heretic.status import look_at
 from tests.faults.conftest import FULL, Amount, Tally, only_full
@@ -24,8 +29,8 @@ from tests.test_run import do
 MANY = 10_000
 
 
-def fill(study: optuna.Study, count: int) -> None:
-    """Add so many trials with made-up scores."""
+def fill(study: optuna.Study, count: int, more: dict[str, object] | None = None) -> None:
+    """Add so many trials with made-up scores; `more` is stored with each of them."""
     floats = {f"x{i}": optuna.distributions.FloatDistribution(0, 1) for i in range(9)}
     chance = random.Random(0)
     trials = []
@@ -35,7 +40,10 @@ def fill(study: optuna.Study, count: int) -> None:
         scores = Scores(Divergence(kl, kl, kl, kl), refusals, 50, {"trial": 1.0})
         trials.append(
             optuna.trial.create_trial(
-                params=params, distributions=floats, values=[kl, refusals], user_attrs={"scores": scores.as_dict()}
+                params=params,
+                distributions=floats,
+                values=[kl, refusals],
+                user_attrs={"scores": scores.as_dict(), **(more or {})},
             )
         )
     study.add_trials(trials)
@@ -67,6 +75,25 @@ def test_a_study_of_ten_thousand_trials_stays_responsive(tally: Tally, tmp_path:
     tally(
         f"a study of {MANY} trials: opened in {opened:.1f} s, a trial drawn in {asked * 1000:.0f} ms, read in {read:.1f} s",
         5,
+        "nothing",
+    )
+
+
+def test_a_report_of_ten_thousand_trials(tally: Tally, tmp_path: Path) -> None:
+    url = storage_url("", tmp_path) if FULL else "sqlite://"
+    study = open_study(url, "heretic", {"a": 1}) if FULL else optuna.create_study(directions=["minimize", "minimize"])
+    fill(study, MANY, {KL_PER_PROMPT: [i / 1000 for i in range(200)]})
+    source = Source(study, Settings(n_trials=MANY), RunFolder(tmp_path), "")
+    began = time.perf_counter()
+    write_report(source, tmp_path / "report.html")
+    seconds = time.perf_counter() - began
+    size = (tmp_path / "report.html").stat().st_size
+    library = len(get_plotlyjs().encode())
+    assert seconds < 10 and size - library < 4e6, f"{seconds:.1f} s, {size / 1e6:.1f} MB"
+    tally(
+        f"the report of a study of {MANY} trials: {seconds:.1f} s, {size / 1e6:.1f} MB, of which {library / 1e6:.1f} MB are "
+        "the library that draws",
+        1,
         "nothing",
     )
 

@@ -47,6 +47,30 @@ def test_a_value_that_is_no_good_is_said() -> None:
         from_heretic(Path("theirs.toml"))
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("bad_prompts = 3", "should be a table"), ("[[bad_prompts]]\nx = 1", "should be a table"),
+        ("n_trials = 1979-05-27", "'n_trials'"), ("[model]\na = 1", "'model'"), ("row_normalization = []", "geometry"),
+    ],
+)  # fmt: skip
+def test_kinds_of_values_that_nobody_would_write(text: str, wanted: str) -> None:
+    Path("theirs.toml").write_text(text)
+    with pytest.raises(SettingsError, match=wanted):
+        from_heretic(Path("theirs.toml"))
+
+
+def test_beside_a_file_of_their_name_and_with_names_that_would_be_lines() -> None:
+    Path("config.toml").write_text('model = "a/b"\nprint_responses = true\n"x\\nmodel = 3 \\u001b" = 1\n')
+    text = from_heretic(Path("config.toml"))  # theirs has the name that ours has
+    assert (
+        'model = "a/b"' in text
+        and "store_responses = true" in text
+        and "\x1b" not in text
+        and "\nmodel = 3" not in text
+    )
+
+
 def test_every_name_of_ours_exists() -> None:
     known = set(all_keys())
     assert {t.ours for t in TABLE.values() if t.ours} <= known

@@ -8,8 +8,8 @@ import pytest
 
 from heretic.errors import SettingsError
 from heretic.settings import Settings
-from heretic.settings.layers import all_keys, line_numbers, resolve
-from heretic.settings.text import defaults_text, resolved_text
+from heretic.settings.layers import all_keys, line_numbers, resolve, tomllib
+from heretic.settings.text import defaults_text, resolved_text, toml_value
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +56,22 @@ def test_option_beats_environment_beats_file_beats_default() -> None:
         "option",
         "default",
     ]
+
+
+def test_what_is_no_text_and_what_is_too_long_to_show() -> None:
+    with pytest.raises(SettingsError, match="UTF-8"):
+        resolve(None, {}, ["model=\udcff"])
+    with pytest.raises(SettingsError) as refused:
+        resolve(None, {}, ["seed=" + "[" * 50_000])
+    assert len(str(refused.value)) < 400
+    with pytest.raises(SettingsError, match="a table"):
+        resolve(None, {}, ["prompts=3"])
+
+
+def test_texts_that_would_steer_a_terminal_are_escaped() -> None:
+    text = "a\x9bb\x7f\u202e★ü\x1b\x00\n"
+    written = toml_value(text)
+    assert all(c.isprintable() for c in written) and tomllib.loads(f"v = {written}")["v"] == text
 
 
 def test_resolved_text_reads_back_as_the_same_settings() -> None:

@@ -42,12 +42,13 @@ def report(
     runs_dir: RunsOption = None,
 ) -> None:
     """Write the report of a run anew: one HTML file that works offline; also while the run goes on."""
+    from heretic.files import file_place
     from heretic.report.report import stored_source
     from heretic.report.reporter import write_report
     from heretic.run_folder import REPORT
 
     source = stored_source(name or "", configured_runs(runs_dir), os.environ, with_texts=texts)
-    file = output or source.folder.path / REPORT
+    file = file_place(output) if output else source.folder.path / REPORT
     write_report(source, file)
     out.print(f"Written: {printable(str(file))}", soft_wrap=True)
     if show:
@@ -75,7 +76,7 @@ def geometry(
     plain: PlainOption = False,
 ) -> None:
     """How the residuals of harmful and harmless prompts lie to each other, layer by layer; needs no study."""
-    from heretic.files import write_text
+    from heretic.files import file_place, write_text
     from heretic.later import residual_geometry
     from heretic.report.report import geometry_page
     from heretic.run_folder import known_run, stored_settings
@@ -90,6 +91,8 @@ def geometry(
         settings = stored_settings(folder, os.environ).model_copy(update=fixed)
     else:
         settings = read_settings(config, assignments, {"model": name}, quiet=as_json).settings
+    if html is not None:  # what would stop it is said before the work
+        html = file_place(html)
     stop = Stop()
     with stop.on_signals():
         found = residual_geometry(settings, folder, wait=wait, watcher=watcher_for(as_json, plain), stop=stop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ from heretic.commands.app import (
 )
 from heretic.errors import UserError
 from heretic.progress import Watcher
-from heretic.screen.console import on_terminal
+from heretic.screen.console import asked_here, on_terminal
 from heretic.settings.layers import Resolved, resolve
 from heretic.stop import Stop
 
@@ -85,7 +85,7 @@ def run(
     stop = Stop()
     watcher = watcher_for(as_json, plain, resolved.settings.model, stop)
     number = _workers(workers, resolved, watcher)
-    asks = not (no_menu or as_json) and on_terminal(out) and sys.stdin.isatty()
+    asks = not (no_menu or as_json) and on_terminal(out) and asked_here()
 
     def menu(desk: Desk) -> None:
         from heretic.screen.menu import Menu
@@ -134,8 +134,10 @@ def _trials(text: str | None) -> tuple[int | None, int]:
     if text is None:
         return None, 0
     number = text.removeprefix("+")
-    if not number.isdigit() or (text.startswith("+") and int(number) == 0):
-        raise UserError(f"{text!r} is no number of trials.", where="--trials", fix="write it like 200, or +50 for more")
+    if not re.fullmatch("[0-9]{1,9}", number) or (text.startswith("+") and int(number) == 0):
+        raise UserError(
+            f"{text[:40]!r} is no number of trials.", where="--trials", fix="write it like 200, or +50 for more"
+        )
     return (None, int(number)) if text.startswith("+") else (int(number), 0)
 
 
@@ -177,7 +179,7 @@ def preflight(
     from heretic.run import check
     from heretic.screen.preflight_table import show
 
-    report = check(resolved.settings, imagined=imagined_gpus(devices) if devices else ())
+    report = check(resolved.settings, imagined=imagined_gpus(devices) if devices is not None else ())
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
     else:
@@ -195,7 +197,9 @@ def status(
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Look again and again, until the study is complete.")
     ] = False,
-    every: Annotated[float, typer.Option("--every", min=0.1, help="Seconds between two looks of --watch.")] = 5.0,
+    every: Annotated[
+        float, typer.Option("--every", min=0.1, max=86400, help="Seconds between two looks of --watch.")
+    ] = 5.0,
     as_json: JsonOption = False,
 ) -> None:
     """Progress and front of a study, also while it runs, here or on another machine."""
@@ -206,6 +210,8 @@ def status(
         return look_at(name or "", storage_dir, os.environ, storage or "")
 
     keep_off_the_command_line(storage or "")
+    if every != every:  # what is no number is in no range
+        raise UserError("This is no number of seconds.", where="--every", fix="write it like 5")
     storage_dir = "" if storage else configured_runs(runs_dir)
     if watch and not as_json:
         watch_status(out, look, every)

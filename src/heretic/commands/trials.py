@@ -92,7 +92,10 @@ def export(
 
 @app.command()
 def directions(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The new file.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The new file; gguf: one for each of a layer's directions, FILE-1.gguf."),
+    ],
     name: RunArgument = None,
     form: Annotated[
         str, typer.Option("--format", help="safetensors; gguf for llama.cpp and repeng; left out: by the file's name.")
@@ -106,7 +109,11 @@ def directions(
 
     folder = find_run(name or "", configured_runs(runs_dir))
     written = export_directions(folder, stored_settings(folder, os.environ), output, form)
-    show_lines(out, [("written to", str(written))])
+    show_lines(out, [("written to", str(path)) for path in written])
+    if len(written) > 1:
+        out.print(
+            f"A layer has {len(written)} directions and a control vector holds one, so each file holds one of every layer."
+        )
 
 
 @app.command()

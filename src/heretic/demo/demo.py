@@ -49,13 +49,14 @@ def run_demo(
 ) -> DemoOutcome:
     """Build the guarded model, run the study, export, and compare with the unguarded model. Resumes like any run."""
     began = time.monotonic()
-    with watcher.stage("Unpacking SmolLM2-135M-Instruct and merging the guard", None):
-        base = build_base(folder / "base-model")
-        guarded = build_guarded(base, folder / "guarded-model")
     written = folder / "ablated-model"
+    guarded = folder / "guarded-model"
     places = {"model": str(guarded), "save_to": str(written), "runs_dir": str(folder / "runs"), "n_trials": trials}
     with resources.as_file(resources.files("heretic") / "demo" / "demo.toml") as file:
-        resolved = resolve(file, places)
+        resolved = resolve(file, places)  # what is wrong with them is said before the work
+    with watcher.stage("Unpacking SmolLM2-135M-Instruct and merging the guard", None):
+        base = build_base(folder / "base-model")
+        build_guarded(base, guarded)
     outcome = run(resolved, watcher=watcher, stop=stop, on_report=on_report)
     with watcher.stage("Comparing with the model before the guard", 3) as stage:
         measured = []

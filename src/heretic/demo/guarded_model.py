@@ -66,11 +66,18 @@ def _build(target: Path, source: str, write: Callable[[Path], None]) -> Path:
     """Have `write` fill a temporary sibling folder and rename it to `target`, so that a kill leaves no half model."""
     if _source_of(target) == source:
         return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The demo's folder cannot be made: {error.strerror or error}.",
+            where=str(target.parent),
+            fix="name one in a place that can be written: --folder FOLDER",
+        ) from None
     if target.exists() and any(target.iterdir()) and _source_of(target) is None:
         raise UserError(
             "The folder for the demo model holds something else.", where=str(target), fix="Remove it or name another."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         with _quiet():

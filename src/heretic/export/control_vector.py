@@ -1,38 +1,41 @@
-"""The layers' directions as a file for other programs: safetensors, or a control vector in GGUF.
+"""The layers' directions as files for other programs: safetensors, or control vectors in GGUF.
 
 A control vector holds `direction.N` [width] for the output of block N, in float32. llama.cpp adds it there, from block 1 on: it has
-no place for block 0 (`llama-adapter.cpp`). repeng reads the same file (`ControlVector.import_gguf`) and asks for the model's type
-besides. The directions point towards refusing, so that a negative strength makes the model decline less.
+no place for block 0 (`llama-adapter.cpp`), nor for a second direction of a block, so several make as many files. repeng reads the
+same file (`ControlVector.import_gguf`) and asks for the model's type besides. The directions point towards refusing, so that a
+negative strength makes the model decline less.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gguf
 from torch import Tensor
 
+from heretic.ablation.directions import Directions
 from heretic.errors import UserError
-from heretic.files import read_tensors, write_tensors
+from heretic.files import file_place, read_tensors
 from heretic.model.checkpoint import open_checkpoint
-from heretic.run_folder import RunFolder
+from heretic.run_folder import RunFolder, write_directions
 from heretic.settings import Settings
 
 ARCHITECTURE = "controlvector"
 
 
-def export_directions(folder: RunFolder, settings: Settings, path: Path, form: str) -> Path:
-    """Write a run's directions to a new file; an empty `form` is taken from the file's name. Raises UserError."""
+def export_directions(folder: RunFolder, settings: Settings, path: Path, form: str) -> tuple[Path, ...]:
+    """Write all of a run's directions to a new file, or to one for each direction of a layer where the format holds one a layer.
+
+    An empty `form` is taken from the file's name. Returns what was written. Raises UserError.
+    """
+    known = ", ".join(FORMS)
     form = form or path.suffix.removeprefix(".")
+    if not form:
+        raise UserError("The file's name names no format.", where=f"--output {path}", fix=f"--format, one of: {known}")
     if form not in FORMS:
-        raise UserError(
-            f"There is no format {form!r} for directions.", where="--format", fix=f"one of: {', '.join(FORMS)}"
-        )
-    path = path.expanduser()
-    if path.exists():
-        raise UserError("The file exists, so it is left as it is.", where=str(path), fix="name another file")
+        raise UserError(f"There is no format {form!r} for directions.", where="--format", fix=f"one of: {known}")
     source = folder.path / "directions.safetensors"
     if not source.is_file():
         raise UserError(
@@ -41,26 +44,41 @@ def export_directions(folder: RunFolder, settings: Settings, path: Path, form: s
             fix=f"go on with it: heretic run {folder.path}",
         )
     tensors, metadata = read_tensors(source)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FORMS[form](path, tensors["directions"], settings, metadata.get("fingerprint", ""))
-    return path
+    directions = Directions(tensors["directions"], tensors.get("further"))
+    places = _places(path, directions.count if form in ONE_A_LAYER else 1)
+    FORMS[form](places, directions, settings, metadata.get("fingerprint", ""))
+    return places
 
 
-def _safetensors(path: Path, directions: Tensor, settings: Settings, stamp: str) -> None:
-    told = {"layout": "row l: unit direction after block l", "model": settings.model, "fingerprint": stamp}
-    write_tensors(path, {"directions": directions}, told)
+def _places(path: Path, count: int) -> tuple[Path, ...]:
+    """FILE.gguf, or FILE-1.gguf, FILE-2.gguf and so on; none of them exists."""
+    path = file_place(path)
+    names = [path.name] if count == 1 else [f"{path.stem}-{n}{path.suffix}" for n in range(1, count + 1)]
+    for place in (path.with_name(name) for name in names):
+        if place.exists():
+            raise UserError("The file exists, so it is left as it is.", where=str(place), fix="name another file")
+    return tuple(path.with_name(name) for name in names)
 
 
-def _control_vector(path: Path, directions: Tensor, settings: Settings, _stamp: str) -> None:
+def _safetensors(places: Sequence[Path], directions: Directions, settings: Settings, stamp: str) -> None:
+    write_directions(places[0], directions, stamp, {"model": settings.model})
+
+
+def _control_vectors(places: Sequence[Path], directions: Directions, settings: Settings, _stamp: str) -> None:
     checkpoint = open_checkpoint(
         settings.model, settings.revision, trust_remote_code=settings.trust_remote_code, download_weights=False
     )
+    for number, path in enumerate(places):
+        _control_vector(path, directions.every[:, number], checkpoint.text_config.model_type)
+
+
+def _control_vector(path: Path, directions: Tensor, model_type: str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     writer = gguf.GGUFWriter(beside, ARCHITECTURE)
     try:
-        writer.add_string(f"{ARCHITECTURE}.model_hint", checkpoint.text_config.model_type)
+        writer.add_string(f"{ARCHITECTURE}.model_hint", model_type)
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(directions) - 1)
-        for layer, direction in enumerate(directions.float().numpy()[1:], start=1):
+        for layer, direction in enumerate(directions.float().contiguous().numpy()[1:], start=1):
             writer.add_tensor(f"direction.{layer}", direction)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -71,7 +89,8 @@ def _control_vector(path: Path, directions: Tensor, settings: Settings, _stamp: 
         beside.unlink(missing_ok=True)
 
 
-FORMS: dict[str, Callable[[Path, Tensor, Settings, str], None]] = {
+FORMS: dict[str, Callable[[Sequence[Path], Directions, Settings, str], None]] = {
     "safetensors": _safetensors,
-    "gguf": _control_vector,
+    "gguf": _control_vectors,
 }
+ONE_A_LAYER = {"gguf"}  # a file for each of a layer's directions

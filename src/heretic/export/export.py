@@ -19,7 +19,7 @@ from heretic.export.reference import in_full_precision
 from heretic.export.save import disk_error, keep_terms, partial_folder, settle
 from heretic.export.spot_check import check_edits
 from heretic.export.verify import Verification, verify
-from heretic.files import sha256, write_text
+from heretic.files import expanded, sha256, write_text
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.quantisation import QUANTISATIONS
@@ -67,7 +67,7 @@ def plan_export(
         prompts=bench.prompts,
         plan=replace(plan, dtypes=[model.dtype], batch_size=bench.batcher.size),
         folder=folder,
-        destination=destination.expanduser().resolve(),
+        destination=expanded(destination).resolve(),
         result=result,
         ablation=ablation,
         directions=session.workbench.directions,

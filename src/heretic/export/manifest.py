@@ -26,6 +26,9 @@ MANIFEST = "manifest.json"
 # Beside the manifest, in a folder of their own: some programs read every .safetensors file of a model's folder as weights.
 DIRECTIONS = Path("heretic") / "directions.safetensors"
 LARGEST = 16 << 20  # bytes; a manifest has a few hundred kilobytes at most
+FARTHEST = (
+    1e6  # of a number of an edit; what is measured is below ten, and the arithmetic in float32 has to stay finite
+)
 
 
 def versions() -> dict[str, str]:
@@ -64,7 +67,7 @@ def _plain(name: str) -> str:
 FileName = Annotated[str, StringConstraints(min_length=1, max_length=255), AfterValidator(_plain)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Files = dict[FileName, Sha256]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-FARTHEST, le=FARTHEST)]
 Numbers = tuple[Number, ...]
 
 
@@ -111,10 +114,23 @@ class Edit(_Part):
         return Ablation(self.strengths, self.mixture, self.shift, self.vector, self.mixtures)
 
 
+class Sought(_Part):
+    """How many directions a layer has."""
+
+    count: Annotated[int, Field(ge=1)] = 1
+    iterative_rounds: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def per_layer(self) -> int:
+        """All rounds together."""
+        return self.count * (1 + self.iterative_rounds)
+
+
 class Used(_Part):
     """Of the settings what the edit needs."""
 
     ablation: AblationSettings
+    directions: Sought = Sought()
 
 
 class DirectionsFile(_Part):

@@ -19,7 +19,7 @@ from heretic.ablation.bake import bake_bias, bake_weight, rewrite, sources
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.export.manifest import MANIFEST
-from heretic.files import exchange, sha256, to_disk, write_text
+from heretic.files import exchange, expanded, sha256, to_disk, write_text
 from heretic.model.anatomy import Writer
 from heretic.model.checkpoint import PICKLED, Checkpoint, pickled_tensors
 from heretic.model.loading import LanguageModel
@@ -74,7 +74,8 @@ def plan_edits(
 
 def check_destination(destination: Path, owner: str) -> None:
     """Raise UserError if the destination holds something that is not an earlier export of the run `owner`."""
-    if not destination.expanduser().resolve().name:
+    destination = expanded(destination)
+    if not destination.resolve().name:
         raise UserError("The destination is not a folder of its own.", where=str(destination))
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from heretic.files import expanded
 from heretic.machine.gpus import Gpu
 from heretic.machine.placement import CPU, Device
 
@@ -30,7 +31,7 @@ def memory(root: Path = Path("/")) -> tuple[int, int]:
 
 def existing_parent(path: Path) -> Path:
     """The path itself or the nearest folder above it that exists."""
-    path = path.expanduser().absolute()
+    path = expanded(path).absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
     return path

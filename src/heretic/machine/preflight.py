@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from heretic.errors import UserError
+from heretic.files import expanded
 from heretic.machine import host
 from heretic.machine.facts import Facts, Finding, Folder
 from heretic.machine.gpus import Gpu, GpuReport, gpus_for, usable_gpus, visible_gpus
@@ -155,7 +156,7 @@ def _holders(settings: Settings, usable: tuple[Gpu, ...]) -> tuple[tuple[str, Ho
 
 
 def _folder(path: Path) -> Folder:
-    path = path.expanduser()
+    path = expanded(path)
     filled = path.exists() and not path.is_dir()
     if path.is_dir() and os.access(path, os.R_OK):
         filled = any(path.iterdir()) and not (path / "manifest.json").is_file()

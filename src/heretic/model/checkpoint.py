@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heretic.errors import UserError, first_line
+from heretic.files import expanded
 from heretic.model.tensor_info import PACKED_BY, SCALES, TensorInfo
 
 if TYPE_CHECKING:
@@ -154,6 +155,12 @@ def _sample(path: Path, digest: Any, block: int = 1 << 16, blocks: int = 64) -> 
             digest.update(file.read(block))
 
 
+def require_name(model: str) -> None:
+    """Raise UserError where no model is named."""
+    if not model:
+        raise UserError("No model was named.", fix='heretic MODEL, or model = "..." in config.toml')
+
+
 def open_checkpoint(
     model: str,
     revision: str = "",
@@ -167,9 +174,8 @@ def open_checkpoint(
     A local folder or .gguf file wins over a hub id of the same name. With `download_weights` a hub model is brought to the
     local cache in full; without, only its small files and the headers of its weights are fetched. Raises UserError.
     """
-    if not model:
-        raise UserError("No model was named.", fix='heretic MODEL, or model = "..." in config.toml')
-    path = Path(model).expanduser()
+    require_name(model)
+    path = expanded(model)
     trusted = model in (trust_remote_code or [])
     if path.suffix == ".gguf":
         return _open_gguf(model, path)

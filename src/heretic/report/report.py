@@ -18,7 +18,7 @@ from heretic.report.about import About
 from heretic.report.geometry_figures import geometry_figures, projections
 from heretic.report.importance import FEWEST_TRIALS, importances
 from heretic.report.page import Page
-from heretic.run_folder import RunFolder, find_run, stored_settings
+from heretic.run_folder import GEOMETRY, RunFolder, find_run, stored_settings
 from heretic.search.front import Result, front
 from heretic.search.hypervolume import growth
 from heretic.search.space import Space, describe
@@ -91,6 +91,9 @@ def report(source: Source) -> str:
     _importance(page, study)
     if geometry is not None:
         add_geometry(page, geometry)
+    elif (folder.path / GEOMETRY).exists():
+        page.section("Residuals")
+        page.text(f"What is stored of them is damaged. It is measured anew with: heretic geometry {folder.name}")
     _time(page, stands, folder)
     _made_with(page, source, about)
     return page.html()

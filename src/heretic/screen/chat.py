@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from heretic.errors import first_line
+from heretic.errors import UserError, first_line
+from heretic.files import expanded
 from heretic.screen.console import printable
 
 Message = dict[str, str]
@@ -76,6 +78,10 @@ class Chat:
             try:
                 said = self.answer(self.messages, ablated, self._piece)
                 self.console.print()
+            except UserError as error:  # longer than the model can hold: as if it had not been said
+                self._note(str(error))
+                del self.messages[-1], self.shown[-1]
+                return
             except KeyboardInterrupt:
                 said = "".join(self.pieces).strip()
                 self.check()
@@ -88,10 +94,10 @@ class Chat:
         self.console.print(printable(text), end="", highlight=False, soft_wrap=True)
 
     def _save(self, name: str) -> None:
-        file = Path(name).expanduser() if name else self.folder / "chat.json"
+        file = expanded(name) if name else self.folder / "chat.json"
         try:
             file.write_text(json.dumps(self.shown, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._note(f"not saved: {first_line(error)}")
             return
         self._note(f"saved to {file}")
@@ -102,7 +108,7 @@ class Chat:
 
 def typed(console: Console) -> Iterable[str]:
     """Lines that a user types, or that come through a pipe; the end of either ends them."""
-    while True:
+    while sys.stdin is not None:
         try:
             yield console.input("[bold]> [/bold]" if console.is_terminal else "")
         except EOFError:

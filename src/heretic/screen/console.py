@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,11 @@ def printable(text: str) -> str:
 def on_terminal(console: Console) -> bool:
     """Whether somebody sees this as a screen: FORCE_COLOR alone makes no terminal of a file."""
     return console.is_interactive and not console.is_dumb_terminal and console.file.isatty()
+
+
+def asked_here() -> bool:
+    """Whether somebody can type an answer; a process may have no standard input at all."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def make_watcher(console: Console, *, plain: bool = False, title: str = "", stop: Stop | None = None) -> Watcher:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from heretic.desk import Desk
 from heretic.errors import Interrupted, UserError
+from heretic.files import expanded
 from heretic.screen.chat import Chat, typed
 from heretic.screen.console import printable
 from heretic.screen.tables import show_benchmark, show_front, show_lines
@@ -153,7 +154,7 @@ def export(menu: Menu) -> None:
         menu.console.print(f"  {name:<10}[dim]{form.description}[/dim]")
     menu.desk.export_as(menu.ask("In which format?", menu.desk.settings.export_format))
     folder = menu.ask("To which folder?", str(menu.desk.folder.path / "models" / f"trial-{trial}"))
-    show_export(menu.console, export_trial(menu.desk, trial, Path(folder).expanduser()))
+    show_export(menu.console, export_trial(menu.desk, trial, expanded(folder)))
 
 
 def upload(menu: Menu) -> None:

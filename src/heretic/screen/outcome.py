@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -10,7 +9,7 @@ from rich.console import Console
 from heretic.errors import UserError
 from heretic.machine.host import spell_bytes
 from heretic.run_folder import REPORT
-from heretic.screen.console import on_terminal, printable, spell
+from heretic.screen.console import asked_here, on_terminal, printable, spell
 from heretic.screen.tables import show_front, show_lines
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def confirm_upload(console: Console, planned: Upload, *, yes: bool, stop: Stop) 
 
 def check_answerable(console: Console, *, yes: bool) -> None:
     """Raise UserError where nobody said yes and nobody can be asked."""
-    if not yes and not (sys.stdin.isatty() and on_terminal(console)):
+    if not yes and not (asked_here() and on_terminal(console)):
         raise UserError("Nothing is uploaded without a yes, and there is no terminal to ask on.", fix="--yes")
 
 

@@ -155,7 +155,15 @@ def open_study(
                 return study
         except STORAGE_ERRORS as error:
             raise unwritable(url, error) from None
-        found = differences(json.loads(stored) if stored else {}, facts)
+        before = json.loads(stored) if stored else {}
+        found = differences(before, facts)
+    if found and before.get("format") != facts.get("format"):
+        raise StudyMismatch(
+            f"The study '{name}' was made by another version of heretic: it has format {before.get('format')}, this version "
+            f"makes {facts.get('format')}.",
+            where=masked(url),
+            fix="take that version, choose another run_name, or begin anew with --fresh (the old run is kept aside)",
+        )
     if found:
         shown = "; ".join(found[:6]) + (f"; and {len(found) - 6} more" if len(found) > 6 else "")
         raise StudyMismatch(

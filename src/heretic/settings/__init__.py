@@ -13,7 +13,7 @@ from pydantic import AfterValidator
 
 from heretic.settings.ablation import AblationSettings, Directions, Geometry
 from heretic.settings.export import ExportFormat, GgufType
-from heretic.settings.field import PathText, Table, setting
+from heretic.settings.field import PathText, Table, one_name, setting
 from heretic.settings.prompts import Prompts, PromptSource
 from heretic.settings.scoring import (
     DEFAULT_MARKERS,
@@ -166,7 +166,7 @@ class Settings(Table):
     )
     seed: int = setting(0, "Seed of the search.", ge=0)
     runs_dir: PathText = setting("runs", "Folder that holds one folder per run.", neutral=True)
-    run_name: str = setting(
+    run_name: Annotated[str, AfterValidator(one_name)] = setting(
         "", "Name of the run's folder; empty: the model's name and a fingerprint of the settings.", neutral=True
     )
     storage: str = setting(

@@ -38,6 +38,13 @@ def _home(path: str) -> str:
     return os.path.expanduser(path)
 
 
+def one_name(name: str) -> str:
+    """The name of a folder in another: no path, which could lead to where other runs or other things are."""
+    if name in (".", "..") or "/" in name or "\\" in name:
+        raise ValueError("it should be a name, not a path; runs_dir says where the run's folder is")
+    return name
+
+
 PathText = Annotated[str, AfterValidator(_home)]
 
 

@@ -28,6 +28,7 @@ else:
 
 ENVIRONMENT_PREFIX = "HERETIC_"
 DEFAULT_FILE = "config.toml"
+LONGEST_SHOWN = 100  # characters of a value that is no good
 NEVER_SHOWN = ("judge.llm.key_variable", "judge.llm.base_url")  # a key may have been put there by mistake
 
 
@@ -81,11 +82,23 @@ def resolve(
     for key, value in _leaves(options or {}, Settings):
         if value is not None:
             _put(data, origins, key, value, "option")
+    return Resolved(_validated(data, origins), file, origins)
+
+
+def check(values: Mapping[str, Any], origin: str) -> None:
+    """Raise SettingsError for values by dotted key that are no settings; no file and nothing else is looked at."""
+    data: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for key, value in values.items():
+        _put(data, origins, key, value, origin)
+    _validated(data, origins)
+
+
+def _validated(data: dict[str, Any], origins: Mapping[str, str]) -> Settings:
     try:
-        settings = Settings.model_validate(data)
+        return Settings.model_validate(data)
     except ValidationError as error:
         raise _explain(error, origins) from None
-    return Resolved(settings, file, origins)
 
 
 def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -190,6 +203,8 @@ def _put(data: dict[str, Any], origins: dict[str, str], key: str, value: Any, or
             where=origin,
             fix=f"did you mean '{near[0]}'?" if near else "see: heretic config --defaults",
         )
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):  # bytes of a file name, say
+        raise SettingsError(f"The setting '{key}' is not valid text in UTF-8.", where=origin)
     origins[key] = origin
     *parents, name = key.split(".")
     for parent in parents:
@@ -205,8 +220,10 @@ def _parse(key: str, text: str, origin: str) -> Any:
     annotation: Any = found[0].model_fields[found[1]].annotation
     adapter: TypeAdapter[Any] = TypeAdapter(annotation)
     candidates: list[Any] = [text]
-    with contextlib.suppress(tomllib.TOMLDecodeError):
-        candidates.insert(0, tomllib.loads(f"value = {text}")["value"])
+    with contextlib.suppress(tomllib.TOMLDecodeError, RecursionError):
+        read = tomllib.loads(f"value = {text}")
+        if read.keys() == {"value"}:  # more lines would be more settings
+            candidates.insert(0, read["value"])
     for candidate in candidates:
         try:
             adapter.validate_python(candidate, strict=True)
@@ -232,6 +249,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> SettingsErro
     )
     value = problem["input"]
     got = f"{value!r}" if isinstance(value, (str, int, float, bool, list)) else type(value).__name__
+    got = got if len(got) <= LONGEST_SHOWN else f"{got[:LONGEST_SHOWN]}…"
     if key in NEVER_SHOWN:
         got = "what was given"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
@@ -256,6 +274,8 @@ def describe_type(annotation: Any) -> str:
         return f"a list, each {describe_type(arguments[0])}"
     if origin is dict:
         return f"a table of {describe_type(arguments[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, Table):
+        return "a table"
     if hasattr(annotation, "__metadata__"):
         return describe_type(arguments[0])
     return {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}.get(

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heretic.settings.layers import read_toml, resolve
-from heretic.settings.text import toml_value
+from heretic.errors import SettingsError
+from heretic.settings.layers import check, read_toml
+from heretic.settings.text import plain, toml_value
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ TABLE: dict[str, Theirs] = {
     "collect_reproducibles": Theirs(note="every export holds a manifest"),
     "reproduce": Theirs(note="heretic reproduce MANIFEST"),
     "dtypes": Theirs("dtypes"),
-    "quantization": Theirs(),
+    "quantization": Theirs("quantization"),
     "device_map": Theirs("device_map", note='"auto" is best left out: "planned" is the default here'),
     "max_memory": Theirs("max_memory"),
     "offload_outputs_to_cpu": Theirs(note="nothing that large is kept on a device"),
@@ -47,7 +48,7 @@ TABLE: dict[str, Theirs] = {
     "print_responses": Theirs("store_responses", note="answers go to a file in the run's folder, not to the screen"),
     "print_residual_geometry": Theirs(note="heretic geometry, and the report of every run"),
     "plot_residuals": Theirs(note="heretic geometry, and the report of every run"),
-    "residual_plot_path": Theirs(note="heretic geometry --output FILE"),
+    "residual_plot_path": Theirs(note="heretic geometry --html FILE"),
     "residual_plot_title": Theirs(),
     "residual_plot_style": Theirs(),
     "kl_divergence_scale": Theirs(note="the two objectives are searched as they are, without a scale"),
@@ -86,38 +87,45 @@ def from_heretic(file: Path) -> str:
         if known is None or not known.ours:
             notes.append(f"{name}: {(known.note if known else '') or 'no such setting here'}")
             continue
-        ours[known.ours] = _converted(name, known, value)
+        ours[known.ours] = _converted(known, value)
         if known.note:
             notes.append(f"{name}: {known.note}")
     text = _text(ours, [f"Made from {file.name}, a file of heretic-llm.", *notes])
-    resolve(
-        None, assignments=[f"{key}={toml_value(value)}" for key, value in ours.items()]
-    )  # raises where it is no good
+    check(ours, str(file))
     return text
 
 
-def _converted(name: str, known: Theirs, value: Any) -> Any:
+def _converted(known: Theirs, value: Any) -> Any:
     try:
         return known.value(value)
-    except KeyError:
+    except (KeyError, TypeError):
         return value  # what is wrong with it is said when the whole is looked at
 
 
 def _prompt_set(name: str, value: Mapping[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Put a prompt set under our name; returns what could not be."""
+    """Put a prompt set under our name; returns what could not be. Raises SettingsError for what is no table."""
+    if not isinstance(value, Mapping):
+        raise SettingsError(f"'{name}' should be a table with a prompt set, not {type(value).__name__}.")
     for key, mine in PROMPT_KEYS.items():
         if key in value:
             ours[f"prompts.{PROMPT_SETS[name]}.{mine}"] = value[key]
     return [f"{name}.{key}: not taken over" for key in value if key not in PROMPT_KEYS]
 
 
+def _toml(key: str, value: Any) -> str:
+    try:
+        return toml_value(value)
+    except TypeError:  # dates and times
+        raise SettingsError(f"The setting '{key}' cannot be {value}.", where="the file of heretic-llm") from None
+
+
 def _text(ours: Mapping[str, Any], notes: list[str]) -> str:
     """As TOML: keys without a table first, then the tables."""
-    lines = [f"# {note}" for note in notes]
+    lines = [f"# {plain(note)}" for note in notes]
     tables: dict[str, list[str]] = {}
     for key, value in ours.items():
         table, _, name = key.rpartition(".")
-        tables.setdefault(table, []).append(f"{name} = {toml_value(value)}")
+        tables.setdefault(table, []).append(f"{name} = {_toml(key, value)}")
     for table in sorted(tables):
         lines += ["", f"[{table}]"] if table else [""]
         lines += tables[table]

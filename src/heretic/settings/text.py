@@ -12,11 +12,12 @@ from heretic.settings.layers import Resolved, describe_type
 
 
 def toml_value(value: Any) -> str:
-    """A value as TOML; texts are written as JSON texts, which TOML reads the same (DEL escaped besides)."""
+    """A value as TOML; texts are written as JSON texts, which TOML reads the same, with all that cannot be printed escaped."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        text = json.dumps(value, ensure_ascii=False)
+        return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
     if isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, (list, tuple)):
@@ -25,6 +26,11 @@ def toml_value(value: Any) -> str:
         inside = ", ".join(f"{toml_value(str(k))} = {toml_value(v)}" for k, v in value.items())
         return f"{{ {inside} }}" if inside else "{}"
     raise TypeError(f"no TOML for {type(value)}")
+
+
+def plain(text: str) -> str:
+    """Text for a comment: on one line, and without what steers a terminal."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def defaults_text() -> str:
@@ -60,7 +66,7 @@ def _document(values: Table, table: type[Table], prefix: str, origin: Callable[[
             lines.append(f"# Takes {describe_type(field.annotation)}.")
             lines += _assignment(name, value)
         else:
-            lines.append(f"{name} = {toml_value(value)}  # {came_from}")
+            lines.append(f"{name} = {toml_value(value)}  # {plain(came_from)}")
     for name, description, value in tables:
         lines += ["", *textwrap.wrap(description, 118, initial_indent="# ", subsequent_indent="# ")]
         lines.append(f"[{prefix}{name}]")
