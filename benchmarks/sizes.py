@@ -18,6 +18,7 @@ from heretic.machine.imagined import imagined_gpus
 from heretic.machine.memory_plan import MemoryPlan, plan_for
 from heretic.machine.placement import Device
 from heretic.machine.preflight import USUAL_PROMPT
+from heretic.machine.workload import Workload
 from heretic.model.checkpoint import Checkpoint, TensorInfo
 from heretic.settings import Settings
 
@@ -59,7 +60,8 @@ def planned(checkpoint: Checkpoint, machine: str) -> tuple[str, MemoryPlan] | No
     """The quantisation with the most bits with which it fits, and the plan; None if it fits with none."""
     devices = [Device(f"cuda:{gpu.index}", gpu.total, gpu.free) for gpu in imagined_gpus(machine)]
     for name in QUANTISATIONS:
-        plan = plan_for(Settings.model_validate({"quantization": name}), checkpoint, USUAL_PROMPT, devices)
+        settings = Settings.model_validate({"quantization": name})
+        plan = plan_for(settings, checkpoint, Workload.of(settings, USUAL_PROMPT), devices)
         if plan.fits:
             return name, plan
     return None
