@@ -19,7 +19,8 @@ from heretic.machine.memory_plan import MemoryPlan, plan_for
 from heretic.machine.placement import Device
 from heretic.machine.preflight import USUAL_PROMPT
 from heretic.machine.workload import Workload
-from heretic.model.checkpoint import Checkpoint, TensorInfo
+from heretic.model.checkpoint import Checkpoint
+from heretic.model.tensor_info import TensorInfo
 from heretic.settings import Settings
 
 SHAPES = {

@@ -12,6 +12,7 @@ import pytest
 
 from heretic.machine.memory_plan import plan_for
 from heretic.machine.preflight import USUAL_PROMPT
+from heretic.machine.workload import Workload
 from heretic.settings.layers import resolve
 from tests.command import heretic
 from tests.docs.pages import ROOT
@@ -81,9 +82,10 @@ def test_a_working_configuration_fits(
     file.write_text(block)
     settings = resolve(file, environment={}).settings
     checkpoint, devices = sizes["checkpoint_of"](sizes["SHAPES"][size]), gpus(int(number), int(gib) - 0.5)
-    plan = plan_for(settings, checkpoint, USUAL_PROMPT, devices)
+    work = Workload.of(settings, USUAL_PROMPT)
+    plan = plan_for(settings, checkpoint, work, devices)
     assert plan.fits and plan.batch_size >= 8
-    without = plan_for(settings.model_copy(update={"quantization": "none"}), checkpoint, USUAL_PROMPT, devices)
+    without = plan_for(settings.model_copy(update={"quantization": "none"}), checkpoint, work, devices)
     assert without.fits == (settings.quantization == "none"), "quantised where it need not be"
 
 
