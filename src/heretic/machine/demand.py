@@ -129,6 +129,11 @@ class Demand:
             found.append(replace(load, gradients=gradients))
         return tuple(found)
 
+    @property
+    def least(self) -> int:
+        """Bytes that a device needs for the run whatever part of the model it holds, with one row: placing leaves them free."""
+        return max(self._studying() if self.work.studied else 0, self._working(1) + self.opened)
+
     def largest_batch(self, placed: Mapping[int | str, Share], devices: Sequence[Device], largest: int) -> int:
         """The largest power of two that fits with something to spare, else the largest that just fits, else 0."""
         sizes = [2**n for n in reversed(range(largest.bit_length()))]
