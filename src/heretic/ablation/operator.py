@@ -25,6 +25,7 @@ Matrix = Tensor | Callable[[], Tensor]
 
 # Rows of a weight that are this small count as zero: they write nothing, and D^-1 must not blow them up.
 TINY = 1e-12
+ELEMENTS_AT_ONCE = 2**24  # of a weight, in float32: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,9 @@ def opened(matrix: Matrix) -> Tensor:
 
 
 @torch.no_grad()
-def study_weight(weight: Tensor | Sequence[Matrix], directions: Tensor, rows_at_once: int = 4096) -> WriterFacts:
+def study_weight(weight: Tensor | Sequence[Matrix], directions: Tensor, rows_at_once: int = 0) -> WriterFacts:
     """Facts of a weight [width, inputs], or of several side by side, for directions [k, width]; only `rows_at_once` rows exist in
-    float32 at a time."""
+    float32 at a time (0: as many as are `ELEMENTS_AT_ONCE`)."""
     matrices = [weight] if isinstance(weight, Tensor) else weight
     squares = [_squared_norms(opened(m), rows_at_once) for m in matrices]
     norms = _sum(s.to(squares[0].device) for s in squares).sqrt().clamp_min(TINY)
@@ -148,7 +149,8 @@ def _squared_norms(matrix: Tensor, rows_at_once: int) -> Tensor:
 
 
 def _rows(matrix: Tensor, rows_at_once: int) -> list[slice]:
-    return [slice(start, start + rows_at_once) for start in range(0, len(matrix), rows_at_once)]
+    count = rows_at_once or max(1, ELEMENTS_AT_ONCE // matrix.shape[1])
+    return [slice(start, start + count) for start in range(0, len(matrix), count)]
 
 
 def _sum(tensors: Iterator[Tensor]) -> Tensor:
@@ -168,7 +170,7 @@ class _Through(torch.autograd.Function):
         return _sum(_through(gradient, opened(m)) for m in ctx.matrices), None
 
 
-def _through(x: Tensor, matrix: Tensor, rows_at_once: int = 4096) -> Tensor:
+def _through(x: Tensor, matrix: Tensor, rows_at_once: int = 0) -> Tensor:
     here = x.to(matrix.device)
     a = _sum(here[..., rows] @ matrix[rows].to(x.dtype) for rows in _rows(matrix, rows_at_once))
     return torch.cat([a @ matrix[rows].to(x.dtype).mT for rows in _rows(matrix, rows_at_once)], dim=-1).to(x.device)

@@ -34,7 +34,7 @@ LOGIT_COPIES = (
 WALK_LOGIT_ROWS = 32  # the same for a pass with gradients
 LARGEST_BATCH_TOKENS = 16384
 TIGHT = 0.95  # of the free memory
-ROWS_STUDIED = 4096  # of a weight, that exist in float32 at a time
+ELEMENTS_STUDIED = 2**24  # of a weight, that exist in float32 at a time
 SHARE_FOR_RESIDUALS = 0.5  # of the free RAM, that the residuals of every prompt may take
 # Of the free RAM, that what is kept of the original's passes of each of the two prompt sets may take; and at most `MOST_KEPT`.
 SHARE_KEPT = 0.05
@@ -129,6 +129,11 @@ class Demand:
             found.append(replace(load, gradients=gradients))
         return tuple(found)
 
+    @property
+    def least(self) -> int:
+        """Bytes that a device needs for the run whatever part of the model it holds, with one row: placing leaves them free."""
+        return max(self._studying() if self.work.studied else 0, self._working(1) + self.opened)
+
     def largest_batch(self, placed: Mapping[int | str, Share], devices: Sequence[Device], largest: int) -> int:
         """The largest power of two that fits with something to spare, else the largest that just fits, else 0."""
         sizes = [2**n for n in reversed(range(largest.bit_length()))]
@@ -171,7 +176,7 @@ class Demand:
     def _studying(self) -> int:
         """Rows of a weight in float32, and their squares."""
         copies = 1 if self.shape.element == FLOAT32 else 2
-        return copies * min(ROWS_STUDIED, self.shape.hidden) * self.shape.widest * FLOAT32 + self.opened
+        return copies * min(ELEMENTS_STUDIED, self.shape.hidden * self.shape.widest) * FLOAT32 + self.opened
 
     def _kept(self, free: int) -> int:
         """In RAM: log-probabilities of the original, what its blocks receive and their keys and values, facts of the weights."""

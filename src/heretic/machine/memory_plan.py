@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from heretic.errors import UserError
-from heretic.machine.demand import FLOAT32, MIB, Demand, DeviceLoad, headroom
+from heretic.machine.demand import CONTEXT, FLOAT32, MIB, Demand, DeviceLoad, headroom
 from heretic.machine.placement import (
     MODES,
     NOWHERE,
@@ -172,7 +172,7 @@ def make_plan(
     demand = Demand(shape, work, copies, _opened_at_once(model, fewer), opening)
     largest = LARGEST_ON_CPU if on_cpu else LARGEST_BATCH
 
-    room = {device.name: _room(device, limits) for device in devices}
+    room = {device.name: _room(device, limits, demand.least) for device in devices}
     table: dict[str, int | str] | None = None
     asked_accelerate = False
     if not isinstance(device_map, str):
@@ -245,7 +245,9 @@ def _largest(model: Any) -> int:
     return max((p.numel() for p in model.parameters() if id(p) not in kept), default=0)
 
 
-def _room(device: Device, limits: Mapping[str, int]) -> int:
-    """Bytes that weights may take on a device: what is free without the headroom, and no more than `max_memory` says."""
-    free = device.free - headroom(device, 0) if device.is_gpu else int((device.free - 512 * MIB) / 1.05)
+def _room(device: Device, limits: Mapping[str, int], least: int) -> int:
+    """Bytes that weights may take on a device: what is free without what any run needs, and no more than `max_memory` says."""
+    free = int((device.free - 512 * MIB) / 1.05)
+    if device.is_gpu:
+        free = device.free - CONTEXT - least - headroom(device, 0)
     return max(0, min(free, limits.get(device.name, free)))
