@@ -69,3 +69,15 @@ def test_spell_bytes() -> None:
         "512 MiB",
         "0 MiB",
     )
+
+
+@pytest.mark.parametrize("mode, most", [("0", 30 * 1024), ("1", None), ("2", 12 * 1024)])
+def test_how_large_a_mapped_file_may_be(tmp_path: Path, mode: str, most: int | None) -> None:
+    for name, text in {
+        "sys/vm/overcommit_memory": f"{mode}\n",
+        "meminfo": "MemTotal: 20 kB\nSwapTotal: 10 kB\nCommitLimit: 12 kB\n",
+    }.items():
+        (tmp_path / "proc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "proc" / name).write_text(text)
+    assert host.mappable(tmp_path) == most
+    assert host.mappable(tmp_path / "elsewhere") is None

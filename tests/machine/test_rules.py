@@ -298,3 +298,9 @@ def test_download() -> None:
     found = only(facts(checkpoint=checkpoint, hub_cache=Folder("/cache", GIB)))
     assert found.level == "failure" and "HF_HUB_CACHE" in str(found.fix)
     assert run(facts(checkpoint=replace(checkpoint, tensors=TENSORS), hub_cache=Folder("/cache", GIB))) == []
+
+
+def test_one_file_that_is_too_large_to_be_mapped() -> None:
+    found = only(facts(largest_file=61 * GIB, mappable=22 * GIB))
+    assert found.level == "failure" and "61.0 GiB" in found.text and "overcommit_memory=1" in str(found.fix)
+    assert run(facts(largest_file=61 * GIB)) == run(facts(largest_file=5 * GIB, mappable=22 * GIB)) == []

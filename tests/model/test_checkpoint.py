@@ -134,3 +134,13 @@ def test_a_hub_model_is_taken_from_the_cache_and_a_partial_one_is_said_to_be(
     assert checkpoint.identity() == open_checkpoint(str(llama)).identity()
     (stored / "snapshots" / commit / "model.safetensors").unlink()
     assert "download the model again" in refused("owner/tiny")
+
+
+def test_the_header_of_a_file_larger_than_memory_is_read(copy: Path) -> None:
+    size = 2**41  # most of it a hole: no disk holds it
+    header = json.dumps({"a.weight": {"dtype": "BF16", "shape": [2, size // 4], "data_offsets": [0, size]}}).encode()
+    with (copy / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    found = open_checkpoint(str(copy)).tensors["a.weight"]
+    assert (found.shape, found.dtype) == ((2, size // 4), "BF16")

@@ -52,6 +52,8 @@ class Facts:
     hub_cache: Folder
     fitting_quantization: str | None = None  # with which a model fits that does not fit as it is
     reading: Reading | None = None
+    largest_file: int = 0  # of the weights, in bytes
+    mappable: int | None = None  # bytes that it may have; None: any
 
     @property
     def used_gpus(self) -> tuple[Gpu, ...]:

@@ -29,6 +29,20 @@ def memory(root: Path = Path("/")) -> tuple[int, int]:
     return total, available
 
 
+def mappable(root: Path = Path("/")) -> int | None:
+    """Bytes that one file of weights may have, to be mapped by safetensors; None where nothing limits it.
+
+    PyTorch maps a file so that it might write to its own copy, and Linux refuses such a mapping if it could never be backed.
+    """
+    try:
+        mode = (root / "proc/sys/vm/overcommit_memory").read_text().strip()
+        fields = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+        names = {"0": ("MemTotal", "SwapTotal"), "2": ("CommitLimit",)}.get(mode, ())
+        return sum(int(fields[name].split()[0]) * 1024 for name in names) or None
+    except (OSError, KeyError, ValueError):
+        return None  # not Linux
+
+
 def existing_parent(path: Path) -> Path:
     """The path itself or the nearest folder above it that exists."""
     path = expanded(path).absolute()

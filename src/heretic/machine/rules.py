@@ -216,6 +216,17 @@ def gguf_in_ram(facts: Facts) -> Iterator[Finding]:
         yield Finding("warning", "model", text, 'model = "…": the safetensors version, which is read piece by piece')
 
 
+def one_huge_file(facts: Facts) -> Iterator[Finding]:
+    """Weights in a file that the kernel does not let safetensors map."""
+    if facts.mappable is not None and facts.largest_file > facts.mappable:
+        text = (
+            f"One file of the weights has {spell_bytes(facts.largest_file)}; this machine maps at most "
+            f"{spell_bytes(facts.mappable)} (RAM and swap) at once."
+        )
+        fix = 'sudo sysctl vm.overcommit_memory=1, or save the model in shards (save_pretrained(..., max_shard_size="4GB"))'
+        yield Finding("failure", "memory", text, fix)
+
+
 def loading_time(facts: Facts) -> Iterator[Finding]:
     """How long the model's files take to be read."""
     if reading := facts.reading:
@@ -304,6 +315,7 @@ RULES: tuple[Rule, ...] = (
     missing_package,
     download,
     gguf_in_ram,
+    one_huge_file,
     loading_time,
     unseen_gpus,
     unusable_gpus,

@@ -300,8 +300,8 @@ def _header(file: Path) -> dict[str, TensorInfo]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt") as opened:
-            found = {}
+        with safe_open(file, framework="numpy") as opened:
+            found = {}  # nothing but the header is read; PyTorch would map the file as if it were to write to it
             for name in opened.keys():  # noqa: SIM118  (the handle is not a mapping)
                 piece = opened.get_slice(name)
                 found[name] = TensorInfo(name, tuple(piece.get_shape()), str(piece.get_dtype()), file)
