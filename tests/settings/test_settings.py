@@ -140,3 +140,10 @@ def test_numbers_that_are_texts_stay_texts() -> None:
 def test_line_numbers_survive_multi_line_strings_and_quoted_keys() -> None:
     text = 'a = """\nb = 1\n"""\n[t."x y"]\nc.d = 1 # e = 2\n"f" = 2\n'
     assert line_numbers(text) == {"a": 1, "t.x y": 4, "t.x y.c.d": 5, "t.x y.f": 6}
+
+
+def test_another_part_of_the_default_prompt_set_needs_no_source() -> None:
+    found = Settings.model_validate({"prompts": {"harmful_train": {"split": "train[:10]"}}}).prompts.harmful_train
+    assert (found.source, found.split) == (Settings().prompts.harmful_train.source, "train[:10]")
+    other = Settings.model_validate({"prompts": {"harmful_train": {"source": "mine.txt"}}}).prompts.harmful_train
+    assert (other.source, other.split) == ("mine.txt", "train")

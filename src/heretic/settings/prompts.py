@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from pydantic import model_validator
+
 from heretic.settings.field import Table, setting
 
 
@@ -38,3 +42,18 @@ class Prompts(Table):
         PromptSource(source="mlabonne/harmless_alpaca", split="test[:100]"),
         "Requests on which the change (KL divergence) is measured; keep them apart from `harmless_train`.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_part_of_the_same(cls, given: Any) -> Any:
+        """A set without a `source` of its own is the default one, with what is said of it."""
+        if not isinstance(given, dict):
+            return given
+        laid = dict(given)
+        for role, said in given.items():
+            if role in cls.model_fields and isinstance(said, dict) and not said.get("source"):
+                laid[role] = {
+                    **cls.model_fields[role].get_default(call_default_factory=True).model_dump(),
+                    **{k: v for k, v in said.items() if v != ""},
+                }
+        return laid
