@@ -155,7 +155,7 @@ def rewritten(order: Order, folder: Path) -> Rewritten:
     @functools.lru_cache(maxsize=1)
     def whole(name: str) -> torch.Tensor:
         tensor = stored[plan.names[name]]
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()  # what is mapped cannot be written to
         return torch.from_numpy(values).reshape(order.checkpoint.tensors[name].shape)
 
     def columns(name: str, where: Columns | None, expected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
