@@ -231,7 +231,11 @@ def loading_time(facts: Facts) -> Iterator[Finding]:
     """How long the model's files take to be read."""
     if reading := facts.reading:
         seconds = f"{reading.seconds:.0f} s" if reading.seconds >= 1 else "under 1 s"
-        yield Finding("ok", "loading", f"Reading {spell_bytes(reading.nbytes)} takes {seconds} ({reading.how}).")
+        yield Finding(
+            "ok",
+            "loading",
+            f"Reading {spell_bytes(reading.nbytes)} takes {seconds} ({reading.how}); loading some more.",
+        )
 
 
 def busy_gpus(facts: Facts) -> Iterator[Finding]:
