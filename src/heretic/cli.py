@@ -17,6 +17,13 @@ from heretic.errors import OF_THE_DISK, Interrupted, UserError, disk_error, memo
 from heretic.screen.console import printable
 from heretic.settings.layers import DEFAULT_FILE
 
+# As --help lists the commands: what comes first in the life of a run comes first.
+ORDER = (
+    "run", "preflight", "status", "demo", "chat", "compare", "benchmark", "export", "upload", "reproduce", "directions", "report",
+    "geometry", "evaluate", "config", "doctor",
+)  # fmt: skip
+app.registered_commands.sort(key=lambda c: ORDER.index(c.name or c.callback.__name__ if c.callback else ""))
+
 
 def _version(argv: list[str]) -> bool:
     return argv[:1] in (["--version"], ["-V"])

@@ -97,14 +97,13 @@ def talk(desk: Desk, trial: int | None, tokens: int) -> tuple[Result, Said]:
 
     def say(messages: Sequence[dict[str, str]], ablated: bool, on_text: Callable[[str], None]) -> str:
         encoded = bench.chat.tokenizer(bench.chat.conversation(messages), add_special_tokens=False)["input_ids"]
-        held = bench.language_model.context
-        if len(encoded) + tokens > held:
+        room = bench.language_model.context - len(encoded)
+        if room < 1:
             raise UserError(
-                f"The conversation has {len(encoded)} tokens, and with {tokens} for the answer the model holds {held}.",
-                fix="/new forgets it; --tokens makes answers shorter",
+                f"The conversation has {len(encoded)} tokens, more than the model can hold.", fix="/new forgets it"
             )
         with session.applied(*[ablation] * ablated):
-            return answer(bench.language_model, encoded, tokens, on_text)
+            return answer(bench.language_model, encoded, min(tokens, room), on_text)
 
     return result, say
 

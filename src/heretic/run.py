@@ -229,6 +229,7 @@ def look(
     on_report: Callable[[preflight.Report], None] = lambda _: None,
 ) -> Inputs:
     """Preflight, and the inputs that it looked at. Raises UserError if the run would fail, unless forced."""
+    require_name(settings.model)  # before prompts are fetched from the hub
     read_prompts = functools.cache(lambda: load_all(settings.prompts))
     report = check(settings, read_prompts)
     on_report(report)
@@ -262,7 +263,6 @@ def check(
 ) -> preflight.Report:
     """The preflight of these settings; `read_prompts` for a caller that goes on to use what was read, `imagined` GPUs for a
     machine that is not this one."""
-    require_name(settings.model)  # before prompts are fetched from the hub
     return preflight.check(
         settings,
         checkpoint_loader=lambda: open_checkpoint(

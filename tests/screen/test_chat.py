@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from heretic.errors import UserError
 from heretic.screen.chat import Chat
 from tests.command import heretic
 
@@ -89,3 +90,17 @@ def test_a_real_run_is_talked_to_and_compared(
     for wrong, said in (("x", "no list of trials"), ("77", "no finished trial 77")):
         ran = heretic(capsys, monkeypatch, *asked, "--trials", wrong)
         assert ran.status == 1 and said in ran.err
+
+
+def test_a_conversation_that_is_too_long_is_said_and_goes_on() -> None:
+    console = Console(file=io.StringIO(), width=100)
+
+    def small(messages: Sequence[dict[str, str]], _a: bool, on_text: Callable[[str], None]) -> str:
+        if len(messages[-1]["content"]) > 20:
+            raise UserError("too long", fix="/new")
+        return "yes"
+
+    chat = Chat(console, small)
+    chat.run(["x" * 30, "short", f"/save {'y' * 300}", "/save"])
+    assert "too long" in console.file.getvalue() and "not saved" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert [m["content"] for m in json.loads(Path("chat.json").read_text())] == ["short", "yes"]

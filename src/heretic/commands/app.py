@@ -42,11 +42,16 @@ ConfigOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Any setting, as key=value; may be given often.")
 ]
-ModelArgument = Annotated[str | None, typer.Argument(help="Hub id, local folder, or .gguf file.", show_default=False)]
+ModelArgument = Annotated[
+    str | None, typer.Argument(help="Hub id, local folder, or .gguf file.", metavar="MODEL", show_default=False)
+]
 RunArgument = Annotated[
     str | None,
     typer.Argument(
-        help="Name or folder of a run; the newest if left out.", show_default=False, autocompletion=run_names
+        help="Name or folder of a run; the newest if left out.",
+        metavar="RUN",
+        show_default=False,
+        autocompletion=run_names,
     ),
 ]
 RunsOption = Annotated[

@@ -28,7 +28,9 @@ from heretic.stop import Stop
 
 @app.command()
 def reproduce(
-    manifest: Annotated[Path, typer.Argument(help="manifest.json of an exported model, or the model's folder.")],
+    manifest: Annotated[
+        Path, typer.Argument(help="manifest.json of an exported model, or the model's folder.", metavar="MANIFEST")
+    ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the rebuilt model; left out: only compared.")
     ] = None,
@@ -80,10 +82,11 @@ def upload(
         str,
         typer.Argument(
             help="Folder of an exported model; or name or folder of a run, which has exported one.",
+            metavar="FOLDER",
             autocompletion=run_names,
         ),
     ],
-    repository: Annotated[str, typer.Argument(help="Where it goes on the hub: user/name.")],
+    repository: Annotated[str, typer.Argument(help="Where it goes on the hub.", metavar="USER/NAME")],
     public: PublicOption = False,
     yes: YesOption = False,
     trial: Annotated[

@@ -61,6 +61,7 @@ def geometry(
         str | None,
         typer.Argument(
             help="Hub id, local folder or .gguf file; or the name or folder of a run.",
+            metavar="MODEL or RUN",
             show_default=False,
             autocompletion=run_names,
         ),

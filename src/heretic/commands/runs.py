@@ -41,6 +41,7 @@ def run(
         str | None,
         typer.Argument(
             help="Hub id, local folder or .gguf file; or the name or folder of a run, to go on with it.",
+            metavar="MODEL or RUN",
             show_default=False,
             autocompletion=run_names,
         ),
@@ -225,6 +226,7 @@ def status(
 def demo(
     folder: Annotated[Path, typer.Option("--folder", help="Where the demo's models and run go.")] = Path("demo"),
     trials: Annotated[int | None, typer.Option("--trials", help="Trials of the demo's study.")] = None,
+    wait: WaitOption = False,
     plain: PlainOption = False,
 ) -> None:
     """The whole job on a small bundled model that declines to talk about cooking."""
@@ -236,6 +238,6 @@ def demo(
     watcher = watcher_for(False, plain, "demo", stop)
     with stop.on_signals():
         outcome = run_demo(
-            folder, trials=trials, watcher=watcher, stop=stop, on_report=lambda report: show(report, out)
+            folder, trials=trials, wait=wait, watcher=watcher, stop=stop, on_report=lambda report: show(report, out)
         )
     show_demo(out, outcome)

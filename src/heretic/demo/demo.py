@@ -43,6 +43,7 @@ def run_demo(
     folder: Path,
     *,
     trials: int | None,
+    wait: bool = False,
     watcher: Watcher,
     stop: Stop,
     on_report: Callable[[preflight.Report], None],
@@ -57,7 +58,7 @@ def run_demo(
     with watcher.stage("Unpacking SmolLM2-135M-Instruct and merging the guard", None):
         base = build_base(folder / "base-model")
         build_guarded(base, guarded)
-    outcome = run(resolved, watcher=watcher, stop=stop, on_report=on_report)
+    outcome = run(resolved, wait=wait, watcher=watcher, stop=stop, on_report=on_report)
     with watcher.stage("Comparing with the model before the guard", 3) as stage:
         measured = []
         for model in (base, guarded, written if outcome.export else None):

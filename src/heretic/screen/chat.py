@@ -19,9 +19,9 @@ Message = dict[str, str]
 # (messages, with the edit, what to do with every piece of text) -> the whole answer
 Answer = Callable[[Sequence[Message], bool, Callable[[str], None]], str]
 
-HELP = """/ablated  the trial answers (at the start)     /original  the original answers
-/both     both answer, one after the other     /new       forget the conversation
-/save F   write the conversation to a file     /quit      leave (or end of input)"""
+HELP = """/ablated  the trial answers (at the start)  /original  the original answers
+/both     both answer, one after another    /new       forget all that was said
+/save F   write the conversation to a file  /quit      leave (or end of input)"""
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from heretic.ablation.residual_geometry import ResidualGeometry
     from heretic.scoring.benchmark import Benchmark
     from heretic.scoring.harmless import Conduct
+
+
+FITTING: dict[str, Any] = {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}  # into 80 columns
 
 
 def show_front(console: Console, found: list[Result], before: int | None, chosen: int | None = None) -> None:
@@ -32,7 +36,7 @@ def front_table(found: list[Result], before: int | None, chosen: int | None = No
     total, judge = best[0].scores.total, best[0].scores.judge
     judged = len(of_standing_judge(found))
     by = "" if judge == "markers" and judged == len(found) else f", judged by {judge}"
-    table = Table(title=f"Front of {judged} trials measured in full{by}", title_justify="left")
+    table = Table(title=f"Front of {judged} trials measured in full{by}", title_justify="left", **FITTING)
     evasive = any(r.scores.evasive for r in best)
     conduct = all(r.scores.conduct for r in best)
     more = ["evasive"] * evasive + ["expected"] + ["harmless declined", "degenerate"] * conduct
