@@ -273,9 +273,10 @@ def test_a_terminal_that_can_do_little(made: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's shell and devices")
-@pytest.mark.parametrize(("what", "status"), [("| head -1", 0), (">&-", 0), ("<&-", 0), ("--json > /dev/full", 1)])
-def test_standard_streams_that_are_closed_or_full(made: Path, what: str, status: int) -> None:
-    line = f"'{sys.executable}' -m heretic status mine {what}"
+@pytest.mark.parametrize("arguments", ["config", "--help"])
+@pytest.mark.parametrize(("what", "status"), [("| head -1", 0), (">&-", 0), ("<&-", 0), ("> /dev/full", 1)])
+def test_standard_streams_that_are_closed_or_full(arguments: str, what: str, status: int) -> None:
+    line = f"'{sys.executable}' -m heretic {arguments} {what}"  # one prints, one goes through rich
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
     assert done.returncode == status and "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
     assert not status or "No space left" in done.stderr
