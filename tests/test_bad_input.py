@@ -96,6 +96,12 @@ def test_runs_folder_that_cannot_be_written(command: Command, config: Path) -> N
     assert "cannot be written" in command("run", status=1).err
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everywhere")
+def test_runs_folder_that_cannot_be_read(command: Command) -> None:
+    Path("runs").mkdir(mode=0o300)
+    assert "cannot be read" in command("status", status=1).err
+
+
 def test_storage_that_cannot_be_opened(command: Command, config: Path) -> None:
     assert "storage" in command("run", "--storage", "sqlite:////proc/nowhere/study.db", status=1).err
     Path("file").touch()

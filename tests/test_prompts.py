@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from heretic.errors import UserError
-from heretic.prompts import bundled_names, load, load_all
+from heretic.prompts import bundled_names, from_text_or_file, load, load_all
 from heretic.settings import Prompts, PromptSource
 
 
@@ -81,3 +81,14 @@ def test_the_hash_is_of_the_prompts_not_of_the_file() -> None:
 def test_bundled_sets_are_there() -> None:
     assert bundled_names() == ["cooking_eval", "cooking_train", "other_eval", "other_train"]
     assert len(prompts(source="bundled:cooking_train")) >= 100
+
+
+def test_a_file_whose_name_does_not_say_what_it_is_is_not_looked_for_on_the_hub() -> None:
+    Path("notes.md").write_text("a prompt\n")
+    with pytest.raises(UserError, match="cannot be told from its name"):
+        load("harmful_eval", PromptSource(source="notes.md"))
+    with pytest.raises(UserError, match="cannot be told from its name"):
+        from_text_or_file("notes.md")
+    assert from_text_or_file("notes.md is a file") == ("notes.md is a file",)
+    with pytest.raises(UserError, match="is empty"):
+        from_text_or_file(" ")

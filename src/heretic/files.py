@@ -183,7 +183,8 @@ class _no_space_left:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if error is None:
             return
-        self.path.with_name(f".{self.path.name}.{os.getpid()}").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a read-only disk even this fails
+            self.path.with_name(f".{self.path.name}.{os.getpid()}").unlink(missing_ok=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise UserError(
                 f"{self.path.name} cannot be written: {error}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -82,6 +83,12 @@ def load(role: str, source: PromptSource) -> PromptSet:
         rows = _bundled(source.source[len(BUNDLED) :], key)
     elif (path := expanded(source.source)).suffix in (".txt", *FILE_KINDS):
         rows = _text_lines(path, key) if path.suffix == ".txt" else _table(source, path, key)
+    elif os.path.isfile(path):  # before the hub is asked for a data set of this name
+        raise UserError(
+            f"What kind of file {source.source} is cannot be told from its name.",
+            where=f"{key}.source",
+            fix=f"let it end in one of: {', '.join(('.txt', *FILE_KINDS))}",
+        )
     else:
         rows = _table(source, None, key)
     if not rows:
@@ -94,6 +101,8 @@ def load(role: str, source: PromptSource) -> PromptSet:
 
 def from_text_or_file(said: str) -> tuple[str, ...]:
     """The prompts of a file or bundled set; anything else is a prompt itself. Raises UserError for a file without any."""
+    if not said.strip():
+        raise UserError("The prompt is empty.", fix="write one, or name a file of prompts")
     path = expanded(said)
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
@@ -103,8 +112,6 @@ def from_text_or_file(said: str) -> tuple[str, ...]:
         raise UserError("This is a folder, not a prompt or a file of prompts.", where=said, fix="name a file in it")
     if is_file or said.startswith(BUNDLED) or (path.suffix in (".txt", *FILE_KINDS) and not set(said) & set(" \n")):
         return load("prompts", PromptSource(source=str(path) if is_file else said)).prompts
-    if not said.strip():
-        raise UserError("The prompt is empty.", fix="write one, or name a file of prompts")
     return (said,)
 
 

@@ -245,6 +245,8 @@ def log_to(path: Path) -> logging.Handler:
 def find_run(name: str, runs_dir: str) -> RunFolder:
     """The run of this name or path; the one worked on last if no name is given. Raises UserError."""
     root = Path(runs_dir)
+    if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
+        raise UserError("The folder of runs cannot be read.", where=str(root.resolve()), fix="check its permissions")
     if name:
         for path in (Path(name), root / name):
             if (path / "config.toml").is_file():

@@ -98,7 +98,17 @@ def test_a_folder_that_cannot_be_written(
     output, _ = (process := start(*RUN)).communicate(timeout=120)
     assert process.returncode == 0, output
     remount(disk, "ro")  # what is there can still be looked at
-    assert heretic(capsys, monkeypatch, "status", "mine", "--runs-dir", "disk/runs").status == 0
+    for looking in (
+        ["status"],
+        ["report", "-o", "r.html"],
+        ["directions", "-o", "d.gguf"],
+        ["geometry", "disk/runs/mine"],
+    ):
+        where = [] if looking[0] == "geometry" else ["mine", "--runs-dir", "disk/runs"]
+        ran = heretic(capsys, monkeypatch, *looking, *where)
+        assert ran.status == 0, ran.err
+    ran = heretic(capsys, monkeypatch, "report", "mine", "--runs-dir", "disk/runs")
+    assert ran.status == 1 and "report.html cannot be written" in ran.err
     tally("folder read-only", 2, "nothing")
 
 
