@@ -15,7 +15,17 @@ from heretic.machine import lock
 from heretic.run_folder import RunFolder, find_run, stored_settings
 from heretic.search.front import front
 from heretic.search.standing import Standing
-from heretic.search.storage import alive, check_seals, connect, masked, reading, settings_of, storage_url, study_name
+from heretic.search.storage import (
+    alive,
+    check_seals,
+    connect,
+    masked,
+    reading,
+    settings_of,
+    sqlite_file,
+    storage_url,
+    study_name,
+)
 from heretic.search.walk import Walk
 from heretic.settings import Settings
 
@@ -95,8 +105,8 @@ def _in_storage(name: str, storage: str) -> Status:
 
 def load_study(url: str, name: str) -> optuna.Study:
     """A study that exists, from its storage. Raises UserError."""
-    file = url.removeprefix("sqlite:///")
-    if file != url and not (Path(file).is_file() and Path(file).stat().st_size):  # who only looks makes no database
+    file = sqlite_file(url)
+    if file and not (file.is_file() and file.stat().st_size):  # who only looks makes no database
         raise UserError("There is no such file, or nothing is in it.", where=masked(url), fix="check the path")
     try:
         study = optuna.load_study(study_name=name, storage=connect(url))

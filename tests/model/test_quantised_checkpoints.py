@@ -159,7 +159,12 @@ def test_a_missing_package_is_named_before_anything_is_loaded(method: str, tmp_p
     with pytest.raises(UserError, match=rf"comes quantised by {method}, which needs the package") as caught:
         loaded(folder)
     assert "pip install" in str(caught.value) and len(str(caught.value).splitlines()) <= 3
-    report = check(Settings(model=str(folder), runs_dir=str(tmp_path)))
+    prompts = {
+        f"{kind}_{part}": {"source": f"bundled:{name}_{part}"}
+        for kind, name in (("harmful", "cooking"), ("harmless", "other"))
+        for part in ("train", "eval")
+    }  # the default ones would be looked for on the hub
+    report = check(Settings.model_validate({"model": str(folder), "runs_dir": str(tmp_path), "prompts": prompts}))
     assert any(f.level == "failure" and f.subject == "model" and method in f.text for f in report.findings)
 
 

@@ -62,6 +62,18 @@ def on_server(url: str) -> bool:
     return bool(url) and not url.startswith("sqlite")
 
 
+def sqlite_file(url: str) -> Path | None:
+    """The file of a storage in SQLite, which a URL may also name as a URI of its own (`sqlite:///file:PATH?uri=true`); None for
+    any other storage."""
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except sqlalchemy.exc.ArgumentError:
+        return None
+    if parsed.get_backend_name() != "sqlite" or not parsed.database:
+        return None
+    return Path(parsed.database.removeprefix("file:"))
+
+
 def connect(url: str, workers: Workers | None = None, patience: Patience | None = None) -> optuna.storages.RDBStorage:
     """Open a storage. Raises UserError where it cannot be reached or written."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
