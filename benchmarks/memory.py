@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +65,16 @@ class Sampler:
             except (OSError, KeyError):  # it is gone, or going
                 return
             time.sleep(0.5)
+
+
+def watched(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> tuple[float, Sampler]:
+    """Run a command in a folder; its seconds and what it took of memory. Ends this program where it fails."""
+    began = time.monotonic()
+    process = subprocess.Popen(command, cwd=folder, env=environment)
+    memory = Sampler(process.pid)
+    if process.wait():
+        sys.exit(process.returncode)
+    return time.monotonic() - began, memory
 
 
 def looked_at(file: Path) -> tuple[float, float]:

@@ -16,13 +16,12 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common import head, options, prompt_settings, write
-from memory import Sampler
+from memory import watched
 
 TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
@@ -58,12 +57,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         subprocess.run(preflight, cwd=folder, env=environment, capture_output=True, text=True, check=False).stdout
     )
     command = [sys.executable, "-m", "heretic", "run", *given, "--trials", str(arguments.trials), "--save-to", "model"]
-    began = time.monotonic()
-    process = subprocess.Popen(command, cwd=folder, env=environment)
-    memory = Sampler(process.pid)
-    if process.wait():
-        sys.exit(process.returncode)
-    seconds = time.monotonic() - began
+    seconds, memory = watched(command, folder, environment)
     (load,) = planned["plan"]["loads"]
     measured = memory.profile()
     peak = load["peak"] / 1e9

@@ -13,15 +13,13 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from common import head, options, prompt_settings, write
-from memory import Sampler
+from memory import watched
 
 from heretic.search.front import Result, choose, front
 from heretic.status import look_at
@@ -77,12 +75,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         *arguments.extra,
     ):
         command += ["--set", assignment]
-    began = time.monotonic()
-    process = subprocess.Popen(command, cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    memory = Sampler(process.pid)
-    if process.wait():
-        sys.exit(process.returncode)
-    total = time.monotonic() - began
+    total, memory = watched(command, folder, {**os.environ, "HF_HUB_OFFLINE": "1"})
     seen = look_at("", str(folder / "runs"), {}).standing
     trials = [r.scores.seconds for r in seen.found]
     manifest = json.loads((folder / "model" / "manifest.json").read_text())

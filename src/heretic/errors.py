@@ -56,6 +56,11 @@ class UserError(Exception):
         return "\n".join(lines)
 
 
+def plain_line(text: str) -> str:
+    """Text on one line and without what steers a terminal: such characters are shown, not sent."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text; its kind where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

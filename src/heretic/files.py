@@ -91,15 +91,16 @@ def file_place(path: Path) -> Path:
         raise UserError(
             "This is a folder, and a file is to be written.", where=str(path), fix="name a file, in it or elsewhere"
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"The folder for the file cannot be made: {error.strerror or error}.",
-            where=str(path.parent),
-            fix="name a file in a folder that can be written",
-        ) from None
+    make_folder(path.parent, "The folder for the file", fix="name a file in a folder that can be written")
     return path
+
+
+def make_folder(path: Path, what: str, *, fix: str) -> None:
+    """Make a folder and those above it. Raises UserError, with `what` it was to be and how to `fix` it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{what} cannot be made: {error.strerror or error}.", where=str(path), fix=fix) from None
 
 
 def sort_metadata(path: Path) -> None:

@@ -54,6 +54,9 @@ RunArgument = Annotated[
         autocompletion=run_names,
     ),
 ]
+NamedRunArgument = Annotated[
+    str, typer.Argument(help="Name or folder of a run.", metavar="RUN", autocompletion=run_names)
+]
 RunsOption = Annotated[
     str | None, typer.Option("--runs-dir", help="Folder that holds the runs; left out: as configured.")
 ]

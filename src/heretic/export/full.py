@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,9 +52,10 @@ def rewritten(order: Order, folder: Path) -> Rewritten | None:
     if order.checkpoint.gguf_file:
         return None
     written = open_written(order, folder)
+    slice_of = functools.lru_cache(maxsize=1)(written.slice_of)  # asked for several times, one tensor after the other
 
     def columns(name: str, where: Columns | None, expected: Tensor) -> tuple[Tensor, Tensor]:
-        found = as_columns(written.read(name)) if where is None else where.of(written.slice_of(name))
+        found = as_columns(written.read(name)) if where is None else where.of(slice_of(name))
         return found, rounding_of(expected, found.dtype)
 
     return Rewritten(order.prepared, columns, None if order.checkpoint.pickled else written.slice_of)

@@ -85,8 +85,9 @@ def check_edits(
             elif edit.is_bias:
                 _check(name, edit.operator, as_columns(checkpoint.read(name)), written, None)
             else:
+                before = checkpoint.slice_of(name)
                 for columns in _sample(name, info.shape, turned=edit.transposed):
-                    _check(name, edit.operator, columns.of(checkpoint.slice_of(name)), written, columns)
+                    _check(name, edit.operator, columns.of(before), written, columns)
             stage.advance()
     return len(written.edits)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from heretic.machine.demand import DeviceLoad
 from heretic.machine.gpus import Gpu, GpuReport
 from heretic.machine.lock import Holder
 from heretic.machine.memory_plan import MemoryPlan
@@ -64,18 +66,12 @@ class Facts:
     @property
     def fits_without_copies(self) -> bool:
         """Whether the plan does not fit only because of the copies that `cache_weights` keeps."""
-        plan = self.plan
-        if plan is None or plan.fits or plan.offloaded or not any(load.copies for load in plan.loads):
-            return False
-        return all(load.total - load.copies <= load.device.free for load in plan.loads)
+        return self._fits_without(lambda load: load.copies)
 
     @property
     def fits_without_rounds(self) -> bool:
         """Whether the plan does not fit only because of what iterative rounds add."""
-        plan = self.plan
-        if plan is None or plan.fits or plan.offloaded or not any(load.rounds for load in plan.loads):
-            return False
-        return all(load.total - load.rounds <= load.device.free for load in plan.loads)
+        return self._fits_without(lambda load: load.rounds)
 
     @property
     def all_on_one_of_several(self) -> bool:
@@ -89,3 +85,9 @@ class Facts:
     def said_already(self) -> bool:
         """Whether another rule says why it does not fit, with the better remedy."""
         return self.fits_without_copies or self.fits_without_rounds or self.all_on_one_of_several
+
+    def _fits_without(self, part: Callable[[DeviceLoad], int]) -> bool:
+        plan = self.plan
+        if plan is None or plan.fits or plan.offloaded or not any(part(load) for load in plan.loads):
+            return False
+        return all(load.total - part(load) <= load.device.free for load in plan.loads)

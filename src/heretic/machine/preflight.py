@@ -117,9 +117,7 @@ def check(
         hub_cache=_folder(_hub_cache()),
         fitting_quantization=_fitting(settings, checkpoint, plan, work, devices),
         reading=reading,
-        largest_file=max((file.stat().st_size for file in checkpoint.shards() if file.is_file()), default=0)
-        if checkpoint
-        else 0,
+        largest_file=checkpoint.largest_file if checkpoint else 0,
         mappable=None if imagined else host.mappable(),
     )
     found = [finding for rule in RULES for finding in rule(facts)]

@@ -97,6 +97,11 @@ class Checkpoint:
         return sorted({t.file for t in self.tensors.values() if t.file is not None})
 
     @property
+    def largest_file(self) -> int:
+        """Bytes of the largest of the shards that are here."""
+        return max((file.stat().st_size for file in self.shards() if file.is_file()), default=0)
+
+    @property
     def pickled(self) -> bool:
         """Whether the weights are in pickle files."""
         return any(file.suffix in PICKLED for file in self.shards())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from heretic.errors import plain_line
 from heretic.progress import Stage, Watcher
 from heretic.stop import Stop
 
@@ -25,7 +26,7 @@ SECONDS_BETWEEN_LINES = 15
 
 def printable(text: str) -> str:
     """Text that cannot steer the terminal: control characters are shown, not sent; markup is taken literally."""
-    return escape("".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text))
+    return escape("\n".join(map(plain_line, text.split("\n"))))
 
 
 def on_terminal(console: Console) -> bool:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heretic.errors import SettingsError
+from heretic.errors import SettingsError, plain_line
 from heretic.settings.layers import check, read_toml
-from heretic.settings.text import plain, toml_value
+from heretic.settings.text import toml_value
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _toml(key: str, value: Any) -> str:
 
 def _text(ours: Mapping[str, Any], notes: list[str]) -> str:
     """As TOML: keys without a table first, then the tables."""
-    lines = [f"# {plain(note)}" for note in notes]
+    lines = [f"# {plain_line(note)}" for note in notes]
     tables: dict[str, list[str]] = {}
     for key, value in ours.items():
         table, _, name = key.rpartition(".")

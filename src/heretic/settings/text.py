@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
+from heretic.errors import plain_line
 from heretic.settings import Settings, Table
 from heretic.settings.layers import Resolved, describe_type
 
@@ -26,11 +27,6 @@ def toml_value(value: Any) -> str:
         inside = ", ".join(f"{toml_value(str(k))} = {toml_value(v)}" for k, v in value.items())
         return f"{{ {inside} }}" if inside else "{}"
     raise TypeError(f"no TOML for {type(value)}")
-
-
-def plain(text: str) -> str:
-    """Text for a comment: on one line, and without what steers a terminal."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def defaults_text() -> str:
@@ -66,7 +62,7 @@ def _document(values: Table, table: type[Table], prefix: str, origin: Callable[[
             lines.append(f"# Takes {describe_type(field.annotation)}.")
             lines += _assignment(name, value)
         else:
-            lines.append(f"{name} = {toml_value(value)}  # {plain(came_from)}")
+            lines.append(f"{name} = {toml_value(value)}  # {plain_line(came_from)}")
     for name, description, value in tables:
         lines += ["", *textwrap.wrap(description, 118, initial_indent="# ", subsequent_indent="# ")]
         lines.append(f"[{prefix}{name}]")
