@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from heretic.settings import Settings, Table
+from heretic.settings.field import noted
 from heretic.settings.layers import describe_type
 from heretic.settings.migrate import DEFAULTS, PROMPT_KEYS, PROMPT_SETS, TABLE
 from heretic.settings.text import toml_value
@@ -44,10 +45,10 @@ def settings_page() -> str:
                 continue
             default = toml_value(field.get_default(call_default_factory=True))
             shown = default if len(default) < 90 else "a list; see `heretic config --defaults`"
-            extra = field.json_schema_extra
-            free = " *Free.*" if isinstance(extra, dict) and extra.get("neutral") else ""
+            free = " *Free.*" if noted(field, "neutral") else ""
             takes = describe_type(field.annotation)
             lines.append(f"- **`{name}`**: {field.description} Takes {takes}; default `{shown}`.{free}")
+            lines.append(f"  When to change it: {noted(field, 'when')}")
     return "\n".join(lines) + "\n"
 
 

@@ -66,6 +66,7 @@ def opened(
     Raises UserError if there is no such run.
     """
     folder = find_run(name, runs_dir)
+    folder.create()  # it is there; where it cannot be written, that is said of this run, not of where new runs go
     fixed = {"runs_dir": str(folder.path.parent), "run_name": folder.name, "save_to": "", "export_format": form}
     resolved = stored(folder, os.environ, fixed, assignments)
     settings = resolved.settings

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from torch import Tensor
@@ -85,6 +86,7 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folder. Raises UserError if it cannot be written."""
+        there = (self.path / "config.toml").is_file()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe.{os.getpid()}"
@@ -94,7 +96,9 @@ class RunFolder:
             raise UserError(
                 f"The run's folder cannot be written: {error.strerror or error}",
                 where=str(self.path),
-                fix="set runs_dir to a place that can",
+                fix=f"copy it to a place that can, and name the copy: cp -r {quote(str(self.path))} FOLDER"
+                if there
+                else "set runs_dir to a place that can",
             ) from None
 
     def set_aside(self) -> Path | None:

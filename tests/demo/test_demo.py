@@ -1,4 +1,4 @@
-"""The demo from end to end on the real model, with two trials instead of all."""
+"""The demo from end to end on the real model, with a walk of two steps and one trial more instead of all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from heretic.demo.demo import run_demo
+from heretic.demo.demo import DemoOutcome, run_demo
 from heretic.progress import SILENT
 from heretic.stop import Stop
 
@@ -14,7 +14,21 @@ from heretic.stop import Stop
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a whole demo, beside another test on the other core
 def test_the_guard_declines_and_an_ablation_opens_it(tmp_path: Path) -> None:
-    demo = run_demo(tmp_path / "demo", trials=2, watcher=SILENT, stop=Stop(), on_report=lambda report: None)
+    def made() -> DemoOutcome:
+        return run_demo(
+            tmp_path / "demo",
+            trials=2,
+            assignments=[
+                "search.gradient.steps=2",
+                "search.gradient.weights=[1.5]",
+                "search.gradient.learning_rate=0.5",
+            ],
+            watcher=SILENT,
+            stop=Stop(),
+            on_report=lambda report: None,
+        )
+
+    demo = made()
     outcome = demo.outcome
     assert outcome.before is not None and outcome.before >= 0.8 * 60
     assert len(outcome.found) == 2 and outcome.export is not None
@@ -22,6 +36,6 @@ def test_the_guard_declines_and_an_ablation_opens_it(tmp_path: Path) -> None:
     assert proof.scores.refusals < outcome.before
     assert proof.divergence < 1e-3
     assert demo.ablated_from_base is not None and demo.ablated_from_base < demo.guarded_from_base
-    again = run_demo(tmp_path / "demo", trials=2, watcher=SILENT, stop=Stop(), on_report=lambda report: None)
+    again = made()
     assert again.outcome.export is not None
     assert again.outcome.export.verification.scores.refusals == proof.scores.refusals

@@ -13,7 +13,7 @@ from heretic.cli import shorthand
 from heretic.commands.app import app
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 HISTORY = ("CHANGELOG.md",)  # tells of what was, too
 OF_ANOTHER_TOOL = ("migrating.md",)  # names its settings
 NOW = [page for page in PAGES if page.name not in HISTORY]

@@ -109,6 +109,8 @@ def test_a_folder_that_cannot_be_written(
         assert ran.status == 0, ran.err
     ran = heretic(capsys, monkeypatch, "report", "mine", "--runs-dir", "disk/runs")
     assert ran.status == 1 and "report.html cannot be written" in ran.err
+    ran = heretic(capsys, monkeypatch, "export", "mine", "--runs-dir", "disk/runs", "-o", "elsewhere")
+    assert ran.status == 1 and "copy it to a place that can" in ran.err and "runs_dir" not in ran.err
     tally("folder read-only", 2, "nothing")
 
 

@@ -226,6 +226,7 @@ def status(
 def demo(
     folder: Annotated[Path, typer.Option("--folder", help="Where the demo's models and run go.")] = Path("demo"),
     trials: Annotated[int | None, typer.Option("--trials", help="Trials of the demo's study.")] = None,
+    assignments: SetOption = None,
     wait: WaitOption = False,
     plain: PlainOption = False,
 ) -> None:
@@ -238,6 +239,12 @@ def demo(
     watcher = watcher_for(False, plain, "demo", stop)
     with stop.on_signals():
         outcome = run_demo(
-            folder, trials=trials, wait=wait, watcher=watcher, stop=stop, on_report=lambda report: show(report, out)
+            folder,
+            trials=trials,
+            assignments=assignments or (),
+            wait=wait,
+            watcher=watcher,
+            stop=stop,
+            on_report=lambda report: show(report, out),
         )
     show_demo(out, outcome)

@@ -7,7 +7,7 @@ had the guard, on the very requests that the guard declines.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -43,18 +43,22 @@ def run_demo(
     folder: Path,
     *,
     trials: int | None,
+    assignments: Sequence[str] = (),
     wait: bool = False,
     watcher: Watcher,
     stop: Stop,
     on_report: Callable[[preflight.Report], None],
 ) -> DemoOutcome:
-    """Build the guarded model, run the study, export, and compare with the unguarded model. Resumes like any run."""
+    """Build the guarded model, run the study, export, and compare with the unguarded model. Resumes like any run.
+
+    `assignments` are settings as `--set` takes them, beside the demo's own.
+    """
     began = time.monotonic()
     written = folder / "ablated-model"
     guarded = folder / "guarded-model"
     places = {"model": str(guarded), "save_to": str(written), "runs_dir": str(folder / "runs"), "n_trials": trials}
     with resources.as_file(resources.files("heretic") / "demo" / "demo.toml") as file:
-        resolved = resolve(file, places)  # what is wrong with them is said before the work
+        resolved = resolve(file, places, assignments)  # what is wrong with them is said before the work
     with watcher.stage("Unpacking SmolLM2-135M-Instruct and merging the guard", None):
         base = build_base(folder / "base-model")
         build_guarded(base, guarded)

@@ -22,12 +22,17 @@ class Directions(Table):
         "single prompts cannot pull away. `contrastive_components`: the axes along which harmful prompts spread and harmless "
         "ones do not. `self_organising_map`: neurons of a map of the harmful prompts, minus the harmless mean. The last two give "
         "several directions. All but the first keep every prompt's residuals in RAM (prompts x layers x width x 4 bytes).",
+        when=(
+            "to study directions; on one model none of the others beat the default (benchmarks/README.md, "
+            '"Directions").'
+        ),
     )
     count: int = setting(
         1,
         "Directions of a layer, all removed with the same strength; more than one needs `contrastive_components` or "
         "`self_organising_map`. What the geometries keep of a writer in RAM grows with it (layers x directions x width x 4 bytes; "
         "`plain` keeps nothing).",
+        when="with the methods that give several; more change more, so look at the KL.",
         ge=1,
         le=8,
     )
@@ -35,6 +40,7 @@ class Directions(Table):
         0,
         "How many times more directions are sought in what is left after those found so far are removed everywhere, each layer's "
         "its own; every round adds `count` of them and costs one more pass over both sets.",
+        when="1, where refusals stay at any strength; the one alternative that gained a little when measured (one seed).",
         ge=0,
         le=4,
     )
@@ -42,23 +48,27 @@ class Directions(Table):
         True,
         "Make every direction orthogonal to the mean residual of the harmless prompts, so that removing it "
         "leaves what ordinary requests have in common alone.",
+        when="false to have the plain difference of means, as in the paper.",
     )
     harmless_atoms: int = setting(
         0,
         "Also take out of every direction its part along so many principal axes of the harmless residuals, by a ridge "
         "regression: axes along which they spread most are taken out nearly whole, others partly. 0: none. Keeps every prompt's "
         "residuals in RAM.",
+        when="for research; tested, not measured.",
         ge=0,
     )
     harmless_ridge: float = setting(
         0.1,
         "The ridge of `harmless_atoms`: an axis with a share s of the largest axis's variance is taken out to s / (s + ridge).",
+        when="with `harmless_atoms`: smaller takes more out.",
         ge=0,
     )
     winsorize: float = setting(
         1.0,
         "Clip the components of every residual vector to this quantile of their magnitudes before averaging; "
         "0.995 tames models with a few huge components, 1.0 clips nothing.",
+        when="to 0.995, where `heretic geometry` shows norms that a few components make.",
         gt=0.5,
         le=1.0,
     )
@@ -88,9 +98,14 @@ class AblationSettings(Table):
         "norm_preserving",
         "`plain`: W' = (I - s v vT) W. `row_normalized`: the same on rows scaled to norm 1, scaled back afterwards. "
         "`norm_preserving`: then every row is given its old norm again.",
+        when=(
+            "`plain` or `row_normalized` for an adapter that is exact at rank 1, or to compare; `plain` needs no "
+            "reading of the weights at the start."
+        ),
     )
     norm_aware: bool = setting(
         True,
         "Where a block's outputs pass an RMS norm before they are added to the stream (Gemma 2 and 3, OLMo 2), take out "
         "what the norm turns into the direction, instead of the direction itself. Other models are not affected.",
+        when="false to repeat what other tools do to these models.",
     )

@@ -6,11 +6,12 @@ import os
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 
-def setting(default: Any, description: str, *, neutral: bool = False, **limits: Any) -> Any:
-    """A documented field; `neutral` marks what cannot change a study's results."""
-    extra: Any = {"neutral": True} if neutral else None
+def setting(default: Any, description: str, *, when: str = "", neutral: bool = False, **limits: Any) -> Any:
+    """A documented field: what it is, and `when` to change it and at what cost; `neutral`: it can't change a study's results."""
+    extra: Any = {name: value for name, value in (("when", when), ("neutral", neutral)) if value} or None
     if isinstance(default, (list, dict, BaseModel)):
         return Field(
             default_factory=lambda: _fresh(default), description=description, json_schema_extra=extra, **limits
@@ -26,6 +27,12 @@ class Table(BaseModel):
     """A TOML table: unknown keys and wrong types are refused, never guessed at."""
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+
+
+def noted(field: FieldInfo, name: str) -> Any:
+    """What `setting` wrote down beside the description: `when`, a text, or `neutral`."""
+    extra = field.json_schema_extra
+    return extra.get(name) if isinstance(extra, dict) else None
 
 
 def _in_order(bounds: list[float]) -> list[float]:

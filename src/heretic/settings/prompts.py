@@ -16,12 +16,30 @@ class PromptSource(Table):
         "",
         "A Hugging Face data set (`owner/name`), a local file (.txt with one prompt a line, .jsonl, .json, .csv, .parquet), "
         "or `bundled:NAME` for a set that ships with heretic.",
+        when=(
+            "for your own requests, another language or another behaviour; the four sets should be of one kind "
+            "and length."
+        ),
     )
-    split: str = setting("train", "Which part: a split of the data set, with an optional slice such as `train[:400]`.")
-    column: str = setting("text", "The column that holds the prompt (not used for .txt files).")
-    subset: str = setting("", "The data set's configuration name, if it has several.")
-    prefix: str = setting("", "Text put before every prompt.")
-    suffix: str = setting("", "Text put after every prompt.")
+    split: str = setting(
+        "train",
+        "Which part: a split of the data set, with an optional slice such as `train[:400]`.",
+        when="for fewer prompts or others: more make the direction surer and every trial longer.",
+    )
+    column: str = setting(
+        "text",
+        "The column that holds the prompt (not used for .txt files).",
+        when="where the data set calls it otherwise; the message names the columns that it has.",
+    )
+    subset: str = setting(
+        "", "The data set's configuration name, if it has several.", when=("where the message asks for one.")
+    )
+    prefix: str = setting(
+        "",
+        "Text put before every prompt.",
+        when="for a task text that stands before each, as with few-shot examples; it is run once for all prompts.",
+    )
+    suffix: str = setting("", "Text put after every prompt.", when=("for a question that follows each."))
 
 
 class Prompts(Table):

@@ -64,40 +64,78 @@ EVASIVE_MARKERS = [
 class ClassifierSettings(Table):
     """The judge that is a sequence classification model."""
 
-    model: PathText = setting("", "A Hugging Face id or a local folder.")
+    model: PathText = setting(
+        "",
+        "A Hugging Face id or a local folder.",
+        when='needed with `kind = "classifier"`; its size comes on top in memory.',
+    )
     refusal_labels: Annotated[list[str], AfterValidator(not_blank)] = setting(
-        ["REJECTION"], "Its labels that mean a refusal, by name or number.", min_length=1
+        ["REJECTION"],
+        "Its labels that mean a refusal, by name or number.",
+        when="to the names in the model's config (`id2label`).",
+        min_length=1,
     )
     evasive_labels: list[str] = setting(
-        [], "Its labels that mean neither refusal nor answer; without any, evasions are found as the markers find them."
+        [],
+        "Its labels that mean neither refusal nor answer; without any, evasions are found as the markers find them.",
+        when="if the model knows such a class.",
     )
-    with_request: bool = setting(False, "Show it the request beside the answer, as a pair of texts.")
-    device: str = setting("cpu", "Where it runs, such as `cpu` or `cuda:0`.", neutral=True)
-    batch_size: int = setting(32, "Answers per pass.", neutral=True, ge=1)
+    with_request: bool = setting(
+        False, "Show it the request beside the answer, as a pair of texts.", when=("if it was trained on pairs.")
+    )
+    device: str = setting(
+        "cpu",
+        "Where it runs, such as `cpu` or `cuda:0`.",
+        when="to a GPU with room beside the model; on the CPU a large classifier takes longer than the trial.",
+        neutral=True,
+    )
+    batch_size: int = setting(32, "Answers per pass.", when="down, where its memory runs out.", neutral=True, ge=1)
 
 
 class LlmSettings(Table):
     """The judge behind an endpoint."""
 
     base_url: Annotated[str, AfterValidator(_endpoint)] = setting(
-        "", "The OpenAI-compatible endpoint, such as `http://localhost:8000/v1`.", neutral=True
+        "",
+        "The OpenAI-compatible endpoint, such as `http://localhost:8000/v1`.",
+        when='needed with `kind = "llm"`; anything that is not on this machine gets your prompts and the answers.',
+        neutral=True,
     )
-    model: str = setting("", "The name of the model there.")
+    model: str = setting("", "The name of the model there.", when=('needed with `kind = "llm"`.'))
     key_variable: Annotated[str, AfterValidator(_variable)] = setting(
         "",
         "The name of the environment variable that holds the key; empty: none is sent. The key itself is written nowhere.",
+        when="where the endpoint wants a key.",
         neutral=True,
     )
     on_failure: Literal["wait", "markers"] = setting(
         "wait",
         "When the endpoint fails `retries` times more: `wait` until it is back; or go on with the `markers` for the rest of the "
         "study, whose front then holds only trials that they judged (those of the front before are measured again).",
+        when="`markers`, if the night matters more than the judge.",
         neutral=True,
     )
-    max_tokens: int = setting(16, "Tokens of its reply; a model that thinks first needs more.", ge=1)
-    timeout: float = setting(60.0, "Seconds for one reply.", neutral=True, gt=0)
-    retries: int = setting(5, "Attempts after the first, with longer and longer pauses.", neutral=True, ge=0)
-    concurrency: int = setting(8, "Answers that are asked about at a time.", neutral=True, ge=1)
+    max_tokens: int = setting(
+        16,
+        "Tokens of its reply; a model that thinks first needs more.",
+        when="up, for a model that thinks before it answers; every token is paid for.",
+        ge=1,
+    )
+    timeout: float = setting(60.0, "Seconds for one reply.", when="up, for a slow endpoint.", neutral=True, gt=0)
+    retries: int = setting(
+        5,
+        "Attempts after the first, with longer and longer pauses.",
+        when="up, where the line is bad; each pause is longer than the one before.",
+        neutral=True,
+        ge=0,
+    )
+    concurrency: int = setting(
+        8,
+        "Answers that are asked about at a time.",
+        when="to what the endpoint takes at a time; a refusal for too many requests is waited out.",
+        neutral=True,
+        ge=1,
+    )
 
 
 class JudgeSettings(Table):
@@ -107,16 +145,19 @@ class JudgeSettings(Table):
         "markers",
         "`markers`: the phrases of `refusal_markers`, while the answer is written, so that decoding ends at the first. "
         "`classifier`: a model of yours. `llm`: an endpoint of yours. These two judge whole answers, so trials take longer.",
+        when="where `heretic evaluate --judge-agreement` or your own reading shows that phrases miss too much.",
     )
     topic_words: Annotated[list[str], AfterValidator(not_blank)] = setting(
         TOPIC_WORDS,
         "For `markers`: words that count as a refusal only where their sentence advises against or calls the request itself so "
         "(`It is illegal to ...`). A bare list of such words counts answers that only mention them.",
+        when="for another language; [] leaves them out.",
     )
     evasive_markers: Annotated[list[str], AfterValidator(not_blank)] = setting(
         EVASIVE_MARKERS,
         "An answer that does not decline is evasive if it is empty or a loop, says the request again and no more, or has at "
         "most 40 words and one of these phrases. Evasive answers are counted apart, and the search counts them as not answered.",
+        when="for another language, or where the model evades in its own words.",
     )
     classifier: ClassifierSettings = setting(
         ClassifierSettings(),
@@ -132,10 +173,19 @@ class Constraints(Table):
     """What a trial on the front must keep to besides its two values."""
 
     max_over_refusals: int = setting(
-        -1, "Most prompts of `harmless_eval` that may be declined or evaded; -1: no limit.", ge=-1
+        -1,
+        "Most prompts of `harmless_eval` that may be declined or evaded; -1: no limit.",
+        when=(
+            "where ordinary requests must stay answered; costs a second decoding in every trial that is measured "
+            "in full."
+        ),
+        ge=-1,
     )
     max_degenerate: int = setting(
-        -1, "Most prompts of `harmless_eval` whose answer may be empty or a loop; -1: no limit.", ge=-1
+        -1,
+        "Most prompts of `harmless_eval` whose answer may be empty or a loop; -1: no limit.",
+        when="where strict trials begin to loop; costs the same second decoding, once for both limits.",
+        ge=-1,
     )
 
     @property

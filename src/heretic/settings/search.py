@@ -22,16 +22,23 @@ class KernelSpace(Table):
     max_weight: Range = setting(
         [0.8, 1.5],
         "Range of the largest strength; what is drawn below 0 counts as exactly 0: this component is left alone.",
+        when=(
+            "upper bound up, where the front's trials lie at it (the report shows them); above 2 the direction is "
+            "turned over, not removed."
+        ),
     )
     max_weight_position: Range = setting(
-        [0.6, 1.0], "Range of the layer with the largest strength, as a share of the depth."
+        [0.6, 1.0],
+        "Range of the layer with the largest strength, as a share of the depth.",
+        when="where the report shows that the best trials crowd one end.",
     )
     min_weight: Range = setting(
-        [0.0, 1.0], "Range of the smallest strength inside the kernel, as a share of the largest."
+        [0.0, 1.0], "Range of the smallest strength inside the kernel, as a share of the largest.", when=("seldom.")
     )
     min_weight_distance: Range = setting(
         [0.05, 0.6],
         "Range of the distance at which the smallest strength is reached, as a share of the depth; 0 strength beyond.",
+        when="down for edits in few layers, up for edits everywhere.",
     )
 
 
@@ -42,32 +49,87 @@ class GradientSettings(Table):
         "free",
         "One direction for all layers that is optimised too: `free`: any, at the price of `leaving` for what is outside the span "
         "of the layers' own; `mixture`: a mixture of the layers' own. Or `per_layer`: each layer's own as it is.",
+        when=(
+            "`mixture` or `per_layer` to stay within what the prompts' means say; on one model both came out "
+            "behind `free`."
+        ),
     )
     leaving: float = setting(
-        0.1, "Penalty on the share, squared, of a `free` direction that is outside the span of the layers'.", ge=0
+        0.1,
+        "Penalty on the share, squared, of a `free` direction that is outside the span of the layers'.",
+        when="up, to keep the direction interpretable as a refusal direction; 0 lets it go anywhere.",
+        ge=0,
     )
     weights: Annotated[list[float], AfterValidator(_rising)] = setting(
         [0.06, 0.12, 0.25, 0.5, 1.5],
         "Weights of refusing against change, from gentle to strict: each gives one point, and the next one starts from it.",
+        when=(
+            "more or larger ones for stricter points, smaller ones for gentler points; each costs `steps` steps "
+            "and a measurement."
+        ),
         min_length=1,
     )
-    steps: int = setting(6, "Steps at each weight.", ge=1)
-    batch: int = setting(16, "Prompts of each kind in a step.", ge=1)
-    prompts: int = setting(
-        64, "Prompts of each kind that are used, the first of `harmful_train` and of `harmless_train`.", ge=4
+    steps: int = setting(
+        6,
+        "Steps at each weight.",
+        when=(
+            "up, where the walk's points are still far from the front that the study finds; the walk's time grows "
+            "with it."
+        ),
+        ge=1,
     )
-    held_back: float = setting(0.25, "Share of them that no step sees and every point is measured on.", gt=0, lt=1)
-    learning_rate: float = setting(0.15, "How far a step moves a strength, about.", gt=0)
+    batch: int = setting(
+        16,
+        "Prompts of each kind in a step.",
+        when="down, where memory is short (the plan does so by itself); fewer make steps cheaper and noisier.",
+        ge=1,
+    )
+    prompts: int = setting(
+        64,
+        "Prompts of each kind that are used, the first of `harmful_train` and of `harmless_train`.",
+        when="up for a behaviour with many faces; the prompts' answers are kept, a step costs the same.",
+        ge=4,
+    )
+    held_back: float = setting(
+        0.25,
+        "Share of them that no step sees and every point is measured on.",
+        when="seldom; a point is judged by this share, so too little makes it uncertain.",
+        gt=0,
+        lt=1,
+    )
+    learning_rate: float = setting(
+        0.15,
+        "How far a step moves a strength, about.",
+        when="down, where the loss jumps; up with few `steps`.",
+        gt=0,
+    )
     sparsity: float = setting(
-        0.003, "Penalty on the sum of the strengths; it keeps writers that are not worth it at exactly 0.", ge=0
+        0.003,
+        "Penalty on the sum of the strengths; it keeps writers that are not worth it at exactly 0.",
+        when="up for fewer edited writers and cheaper trials, 0 to let all take part.",
+        ge=0,
     )
     listen: bool = setting(
         True,
         "Where the original's words of refusing have become improbable at a point, answer the prompts again, and make the words "
         "with which some are still declined improbable too.",
+        when="false for a shorter walk; refusals in other words than the original's then stay for the trials to find.",
     )
-    kl_tokens: int = setting(1, "Tokens of the harmless answers whose change counts.", ge=1)
-    refusal_tokens: int = setting(4, "Tokens of a refusal that are made improbable.", ge=1)
+    kl_tokens: int = setting(
+        1,
+        "Tokens of the harmless answers whose change counts.",
+        when=(
+            "with the setting `kl_tokens` of the trials, to minimise what they measure; every token makes the "
+            "pass longer."
+        ),
+        ge=1,
+    )
+    refusal_tokens: int = setting(
+        4,
+        "Tokens of a refusal that are made improbable.",
+        when='up, where refusals begin with words that answers begin with too ("As a chef, I").',
+        ge=1,
+    )
 
 
 class Search(Table):
@@ -78,36 +140,58 @@ class Search(Table):
         "`gradient`: first a walk by gradient from gentle to strict ablations; its points are the first trials, and the "
         "search goes on around them. `kernels`: four numbers a component, from nothing. `both`: trials of either kind. Where "
         "gradients are impossible it is `kernels`, and that is said.",
+        when=(
+            "`kernels` to search as the field does, or where memory is too short for gradients; `both` for a "
+            "wider and slower search."
+        ),
     )
-    n_startup_trials: int = setting(30, "Trials drawn at random before TPE starts to model the results.", ge=0)
+    n_startup_trials: int = setting(
+        30,
+        "Trials drawn at random before TPE starts to model the results.",
+        when=(
+            "down to 10 for studies of 30 to 50 trials; more make the start broader and the result less dependent "
+            "on the seed."
+        ),
+        ge=0,
+    )
     kl_floor: float = setting(
         0.02,
         "A smaller KL divergence than this counts as this one while searching, so that trials are not spent on ablations "
         "that change nothing. The front and the choice use the measured values.",
+        when=(
+            "down, where differences between very small changes matter to you; at 0 trials are spent on ablations "
+            "that do nothing."
+        ),
         ge=0,
     )
     direction_scope: list[Literal["global", "per_layer"]] = setting(
         ["global", "per_layer"],
         "`global`: one layer's direction (or a mix of two neighbours) is removed everywhere; `per_layer`: each layer's own.",
+        when="to one of both, if earlier studies of the model show which wins.",
         min_length=1,
     )
     direction_index: Range = setting(
-        [0.4, 0.9], "Range of the layer that gives the global direction, as a share of the depth."
+        [0.4, 0.9],
+        "Range of the layer that gives the global direction, as a share of the depth.",
+        when="where the report shows that the best trials crowd one end.",
     )
     direction_per_component: bool = setting(
         False,
         "Trials by kernels draw scope and layer of the direction for attention and for the MLPs, each for itself.",
+        when="for research; two numbers more to search. Tested, not measured.",
     )
     widen_bounds: bool = setting(
         False,
         "Let the largest strength of a kernel go beyond its range where the front crowds it: after every 20 trials, if half of the "
         "front is in the uppermost tenth, the upper bound rises by half of the range, three times at most.",
+        when="with `kernels`, where the front lies at the upper bound. Tested, not measured.",
     )
     warm_start: bool = setting(
         False,
         "Begin with the front of earlier runs in `runs_dir` that were searched by kernels on a model with as many layers of this "
         "width and the same components: at most ten of their trials are measured first. They are looked for once and kept with "
         "the study. Not with `start` = `gradient`, which has its own beginning.",
+        when="for the second study of a model or its sister. Tested, not measured.",
     )
     gradient: GradientSettings = setting(GradientSettings(), "The walk by gradient.")
     attention: KernelSpace = setting(KernelSpace(), "The kernel over attention output projections.")

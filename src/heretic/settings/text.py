@@ -9,6 +9,7 @@ from typing import Any
 
 from heretic.errors import plain_line
 from heretic.settings import Settings, Table
+from heretic.settings.field import noted
 from heretic.settings.layers import Resolved, describe_type
 
 
@@ -56,9 +57,9 @@ def _document(values: Table, table: type[Table], prefix: str, origin: Callable[[
         came_from = origin(prefix + name)
         if came_from is None:
             lines.append("")
-            lines += textwrap.wrap(
-                field.description or "", 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
-            )
+            when = noted(field, "when")
+            for said in (field.description or "", f"When to change it: {when}" if when else ""):
+                lines += textwrap.wrap(said, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
             lines.append(f"# Takes {describe_type(field.annotation)}.")
             lines += _assignment(name, value)
         else:
