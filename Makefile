@@ -41,9 +41,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# All of tests/faults in full, and docs/reliability_table.md made anew.
+# All of tests/faults in full, two at a time, and docs/reliability_table.md made anew.
 test-faults: $(VENV)/.demo
-	FAULTS=full FAULTS_TABLE=docs/reliability_table.md $(BIN)/python -m pytest tests/faults --timeout 1800
+	OMP_NUM_THREADS=1 FAULTS=full FAULTS_TABLE=docs/reliability_table.md $(BIN)/python -m pytest tests/faults \
+		-n 2 --dist loadfile --no-loadscope-reorder --timeout 1800
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check src tests scripts benchmarks

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from heretic.export.manifest import versions
 
@@ -44,6 +45,12 @@ def tally(request: pytest.FixtureRequest) -> Tally:
     return note
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In full the longest file comes first: last, it would keep one core busy alone."""
+    if FULL:
+        items.sort(key=lambda item: item.path.name != "test_killed.py")
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Time by test file, and which have failed."""
     name = Path(report.location[0]).name
@@ -53,11 +60,18 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Put what was counted where FAULTS_TABLE says, a section for each test file; those of files that were not run stay."""
+    """Put what was counted where FAULTS_TABLE says, a section for each test file; those of files that were not run stay.
+
+    Every worker of pytest-xdist does so for its own files, one after the other.
+    """
     out = os.environ.get("FAULTS_TABLE")
-    if not out or not ROWS:
-        return
-    path = Path(out)
+    if out and ROWS:
+        with FileLock(f"{out}.lock"):
+            _add_to(Path(out))
+        Path(f"{out}.lock").unlink(missing_ok=True)
+
+
+def _add_to(path: Path) -> None:
     kept = re.split(r"\n(?=## )", path.read_text(encoding="utf-8"))[1:] if path.exists() else []
     sections = {match[1]: text.rstrip() for text in kept if (match := re.match(r"## `([\w.]+)`", text))}
     for name, rows in ROWS.items():
