@@ -4,9 +4,9 @@
 
 Every method searches for the time that `--marks` ordinary trials take (a trial of the kernels' space, measured in full), the walk
 included. The study's own front is measured again on a third part of the prompts. Folders given with --models (of any tool) are
-loaded from disk and measured there too. For the point with the fewest refusals at a KL of at most 0.1, and for the folders, also
-whether the answers are still language. One baseline for all; directions are found once for each method that wants others. Seeds
-vary the search.
+loaded from disk and measured there too; those of one parent folder count as one front. For the point with the fewest refusals at
+a KL of at most 0.1, and for the folders, also whether the answers are still language. One baseline for all; directions are found
+once for each method that wants others. Seeds vary the search.
 """
 
 from __future__ import annotations
@@ -105,9 +105,13 @@ def main() -> None:
                     searched.run([m * ordinary for m in marks], marks, arguments.count or math.inf)
                 )
                 write(report, arguments.out)
+    groups: dict[str, list[dict[str, Any]]] = {}
     for folder in arguments.models:
-        report["models"].append({"folder": folder.name, **measured_from_disk(arguments, common, folder, held)})
-        print(report["models"][-1], flush=True)
+        found = measured_from_disk(arguments, common, folder, held)
+        groups.setdefault(folder.resolve().parent.name, []).append(found)
+        report["models"].append({"group": folder.resolve().parent.name, "folder": folder.name, **found})
+        report["groups"] = {name: summary(points, held.before) for name, points in groups.items()}
+        print(report["models"][-1], report["groups"], flush=True)
         write(report, arguments.out)
 
 
