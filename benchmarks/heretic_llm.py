@@ -137,11 +137,13 @@ def configuration(
 
 
 class Menus:
-    """Answers its menus: saves the models of points spread over the front that it offers, the picked one first."""
+    """Answers its menus: goes on with a study that is there, runs `more` trials, and then saves the models of points spread over
+    the front that it offers, the picked one first."""
 
-    def __init__(self, folder: Path, count: int) -> None:
+    def __init__(self, folder: Path, count: int, more: int = 0) -> None:
         self.folder = folder
         self.count = count
+        self.more = more
         self.front: list[Point] = []
         self.saved: dict[int, Path] = {}
         self._menu = ""
@@ -165,6 +167,12 @@ class Menus:
 
     def _answer(self, leave: str) -> str:
         """Called with a menu complete; `leave` is its way out."""
+        for known in ("Show the results from the previous run", "Continue the previous run"):
+            if known in self._options:
+                return f"{self._options[known]}\n"
+        if self.more and "Run additional trials" in self._options:
+            more, self.more = self.more, 0
+            return f"{self._options['Run additional trials']}\n{more}\n"
         if self._menu.startswith("Which trial"):
             offered = {_offered(title): number for title, number in self._options.items()}
             if self._left is None:

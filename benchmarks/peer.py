@@ -1,9 +1,10 @@
 """heretic-llm 1.4.0 (PyPI) alone, with as many trials and seeds as asked for: models of its front, for quality.py --models.
 
-    python benchmarks/peer.py ASSETS --trials 100 [--seeds 0] [--points 6] [--work DIR]
+    python benchmarks/peer.py ASSETS --trials 100 [--seeds 0] [--points 6] [--work DIR] [--after DIR]
 
 The same settings as in versus_heretic.py, but for the batch size, which is given and not searched for. Its models are kept as
-DIR/<seed>/trial-N; other work on the machine changes its seconds but not what it finds. To look on: tail -f DIR/*/output.txt.
+DIR/<seed>/trial-N; other work on the machine changes its seconds but not what it finds. --after goes on with a finished study of
+its own that holds --done trials, such as the one of versus_heretic.py (run-theirs). To look on: tail -f DIR/*/output.txt.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--evaluation", type=int, default=50, help="prompts of each kind that the study sees")
     parser.add_argument("--points", type=int, default=6, help="models of the front to keep, of each seed")
+    parser.add_argument("--after", type=Path, help="a folder with a study of its own to add trials to")
+    parser.add_argument("--done", type=int, default=0, help="trials that the study of --after holds")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "peer")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
@@ -48,7 +51,9 @@ def main() -> None:
             system_prompt=SYSTEM_PROMPT,
         )
         (folder / "config.toml").write_text(f"batch_size = {arguments.batch}\n{text}")
-        menus = peer.Menus(folder, arguments.points)
+        if arguments.after:
+            shutil.copytree(arguments.after / "checkpoints", folder / "checkpoints")
+        menus = peer.Menus(folder, arguments.points, arguments.trials - arguments.done if arguments.after else 0)
         job = Job([str(python.with_name("heretic"))], folder, peer.environment(os.environ), menus)
         take_turns([job], float("inf"))
         report["studies"].append(
