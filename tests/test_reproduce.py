@@ -22,6 +22,7 @@ from heretic.stop import Stop
 from tests.command import heretic
 from tests.export.tiny_gguf import save_tiny_gguf
 from tests.tiny import save_tiny
+from tests.tiny_quantised import save_fp8, save_mxfp4
 
 
 def export(config: Path, model: Path, *assignments: str) -> Path:
@@ -196,6 +197,11 @@ def test_from_a_gguf_file(config: Path, tmp_path: Path) -> None:
     out = export(config, save_tiny_gguf(tmp_path / "tiny.gguf"))
     (tmp_path / "tiny.gguf").rename(tmp_path / "renamed.gguf")
     assert again(out, base=str(tmp_path / "renamed.gguf")).verdict == "identical"
+
+
+@pytest.mark.parametrize("save", [save_fp8, save_mxfp4])
+def test_from_a_quantised_checkpoint(config: Path, tmp_path: Path, save: Callable[[Path], Path]) -> None:
+    assert again(export(config, save(tmp_path / "packed"))).verdict == "identical"
 
 
 @pytest.mark.parametrize("geometry", ["plain", "norm_preserving"])

@@ -16,7 +16,7 @@ from heretic.machine.memory_plan import make_plan
 from heretic.machine.workload import Workload
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
-from heretic.model.quantisation import OPENED
+from heretic.model.tensor_info import OPENED
 from heretic.progress import SILENT
 from heretic.run import Outcome, check, run
 from heretic.settings import Settings
@@ -127,21 +127,37 @@ def do(config: Path, model: Path, *assignments: str, **options: object) -> Outco
 
 @pytest.mark.parametrize("method", ["fp8", "bitsandbytes"])
 def test_a_study_on_it_is_exported_as_an_adapter(config: Path, folders: dict[str, Path], method: str) -> None:
-    with pytest.raises(UserError, match=rf"exists only quantised \({method}\)") as caught:
-        do(config, folders[method], save_to="out")
-    assert 'export_format = "lora"' in str(caught.value)
     export = do(config, folders[method], "export_format=lora", "lora_rank=128", save_to="out").export
     assert export is not None and export.verification.divergence < 2e-3
     manifest = json.loads(Path("out/manifest.json").read_text())
     assert manifest["written"]["format"] == "lora" and manifest["dtype"] in ("float32", "bfloat16")
 
 
-def test_of_a_quantised_mixture_neither_can_be_written_and_that_is_said(config: Path, folders: dict[str, Path]) -> None:
-    outcome = do(config, folders["mxfp4"])
-    assert len(outcome.found) == 2 and outcome.export is None
-    with pytest.raises(UserError, match=r"no full model can be written either") as caught:
+def test_one_that_stays_packed_has_no_weights_to_edit(config: Path, folders: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"exists only quantised \(bitsandbytes\)") as caught:
+        do(config, folders["bitsandbytes"], save_to="out")
+    assert 'export_format = "lora"' in str(caught.value)
+
+
+@pytest.mark.parametrize("method", sorted(OPENED))
+def test_an_opened_one_is_exported_as_a_folder_in_bfloat16(config: Path, folders: dict[str, Path], method: str) -> None:
+    export = do(config, folders[method], "max_kl=50", "search.mlp.max_weight=[0.9,1.5]", save_to="out").export
+    assert export is not None and export.verification.divergence < 5e-3
+    written, before = open_checkpoint("out"), loaded(folders[method], "bfloat16").model
+    assert written.quantised_by is None and not written.opened
+    assert {t.dtype for t in written.tensors.values()} <= {"BF16", "F32"}
+    after = load(written, ["bfloat16"], {"device_map": {"": "cpu"}}).model
+    changed = {n for n, p in after.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    down = "mlp.experts.down_proj" if method == "mxfp4" else "mlp.down_proj.weight"
+    assert changed and all(n.endswith(("o_proj.weight", "o_proj.bias", down, f"{down}_bias")) for n in changed)
+    assert any(n.endswith(down) for n in changed)
+    assert f"stored as {method.upper()}" in Path("out/README.md").read_text()
+
+
+def test_experts_in_one_tensor_take_no_adapter_and_that_is_said(config: Path, folders: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"to which an adapter cannot be put") as caught:
         do(config, folders["mxfp4"], "export_format=lora", save_to="out")
-    assert "full-precision model" in str(caught.value) and not Path("out").exists()
+    assert 'export_format = "full"' in str(caught.value) and not Path("out").exists()
 
 
 def test_8_bits_of_bitsandbytes_too(tmp_path: Path) -> None:

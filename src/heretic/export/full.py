@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heretic.ablation.operator import Operator
 from heretic.export.job import Format, Order, Written
-from heretic.export.save import TensorEdit, plan_edits, write_dequantised, write_weights
+from heretic.export.save import TensorEdit, plan_edits, write_opened, write_weights
 from heretic.export.spot_check import Columns, Rewritten, as_columns, rounding_of
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
@@ -20,25 +20,30 @@ from heretic.session import read_template
 from heretic.settings import Settings
 from heretic.stop import Stop
 
+ROUNDED_AS_A_WHOLE = 2e-3  # nats: every tensor of an opened model is rounded to bfloat16, not the edited ones only
+
 
 def prepare(
     model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, watcher: Watcher
 ) -> dict[str, TensorEdit]:
-    """The edit of every tensor of the checkpoint. Raises UserError where it has no full-precision tensors."""
+    """The edit of every tensor of the checkpoint; none where the opened model is written. Raises UserError for packed tensors."""
+    if model.checkpoint.opened:
+        return {}
     return plan_edits(model.checkpoint, model.anatomy.writers, operators, model.model)
 
 
 def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
-    """The checkpoint's tensors, edited; of a GGUF file the dequantised ones."""
-    if order.checkpoint.gguf_file is None:
+    """The checkpoint's tensors, edited; of a GGUF file or a quantised checkpoint the model's, as it was opened."""
+    if not order.checkpoint.opened:
         return Written(write_weights(order.checkpoint, order.prepared, folder, watcher, stop))
     model = load(
         order.checkpoint, order.plan.dtypes, order.plan.arguments, chat_template=read_template(order.settings) or None
     )
-    hashes = write_dequantised(order.checkpoint, model.anatomy.writers, order.operators, model, folder)
+    hashes = write_opened(order.checkpoint, model.anatomy.writers, order.operators, model, folder)
     del model
     free_memory()
-    return Written(hashes)
+    about = f"The base model is stored as {order.checkpoint.opened}; this one holds its numbers in bfloat16, with the edits made."
+    return Written(hashes, about=about, rounding=ROUNDED_AS_A_WHOLE)
 
 
 def open_written(order: Order, folder: Path) -> Checkpoint:
@@ -48,8 +53,8 @@ def open_written(order: Order, folder: Path) -> Checkpoint:
 
 
 def rewritten(order: Order, folder: Path) -> Rewritten | None:
-    """The written tensors, which have the names of the checkpoint's; those of a GGUF file are other ones."""
-    if order.checkpoint.gguf_file:
+    """The written tensors, which have the names of the checkpoint's; those of an opened model are other ones."""
+    if order.checkpoint.opened:
         return None
     written = open_written(order, folder)
     slice_of = functools.lru_cache(maxsize=1)(written.slice_of)  # asked for several times, one tensor after the other

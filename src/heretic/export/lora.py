@@ -104,18 +104,12 @@ def prepare(model: LanguageModel, operators: Mapping[str, Operator], settings: S
     names = {module: name for name, module in model.model.named_modules()}
     edited = [writer for writer in model.anatomy.writers if writer.name in operators]
     if held := next((writer for writer in edited if writer.mixture), None):
-        method = model.checkpoint.quantised_by
-        only = (
-            f", and the checkpoint exists only quantised ({method}), so no full model can be written either"
-            if method
-            else ""
-        )
         raise UserError(
-            f"{held.name} is a mixture of experts in one tensor, to which an adapter cannot be put{only}.",
+            f"{held.name} is a mixture of experts in one tensor, to which an adapter cannot be put.",
             where='export_format = "lora"',
-            fix="run the study on the full-precision model that it was made from"
-            if method
-            else 'export_format = "full"',
+            fix='export_format = "full"'
+            if model.checkpoint.opened or not model.checkpoint.quantised_by
+            else f"run the study on the model that it was quantised from ({model.checkpoint.quantised_by})",
         )
     directions = max((len(torch.atleast_2d(o.u)) for o in operators.values()), default=1)
     rank = settings.lora_rank if any(o.n is not None for o in operators.values()) else directions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -49,17 +50,16 @@ class TensorEdit:
 def plan_edits(
     checkpoint: Checkpoint, writers: tuple[Writer, ...], operators: Mapping[str, Operator], model: Any
 ) -> dict[str, TensorEdit]:
-    """Edits by the name of the checkpoint's tensor; empty for a GGUF file, whose tensors have other names.
+    """Edits by the name of the checkpoint's tensor.
 
     Raises UserError if a writer's tensor cannot be found in the checkpoint, or if it has no full-precision tensors.
     """
-    if checkpoint.gguf_file:
-        return {}
     if method := checkpoint.quantised_by:
+        full = ' or "full", in bfloat16' if checkpoint.opened else ""
         raise UserError(
             f"{checkpoint.model} exists only quantised ({method}), so there are no weights to write an edit into.",
             where="export_format",
-            fix='export_format = "lora", an adapter for it; or run the study on the full-precision model that it was made from',
+            fix=f'export_format = "lora", an adapter for it{full}; or run the study on the model that it was made from',
         )
     edited = [w for w in writers if w.name in operators]
     edits = {}
@@ -187,35 +187,53 @@ def _write_index(checkpoint: Checkpoint, partial: Path) -> None:
     write_text(partial / "model.safetensors.index.json", json.dumps(index, indent=2))
 
 
-def write_dequantised(
+def write_opened(
     checkpoint: Checkpoint,
     writers: tuple[Writer, ...],
     operators: Mapping[str, Operator],
     language_model: LanguageModel,
     partial: Path,
 ) -> dict[str, dict[str, str]]:
-    """Write a model that was read from a GGUF file as an ordinary bfloat16 folder: its dequantised weights are all there is."""
-    from huggingface_hub import save_torch_state_dict
-
+    """Write a model that was opened from a GGUF file or from a quantised checkpoint as an ordinary bfloat16 folder: what was opened
+    is all there is. A tensor that the checkpoint itself keeps in float32 stays so."""
     model: Any = language_model.model
-    # No originals are needed: the model is given up after this.
-    with rewrite(writers, operators, original=lambda name: dict(model.named_parameters())[name]):
-        state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    save_torch_state_dict(state, partial, shared_tensors_to_discard=list(model._tied_weights_keys or []))
-    config = model.config
+    config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = torch.bfloat16
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(partial)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(partial)
-    language_model.tokenizer.save_pretrained(partial)
-    source = checkpoint.folder / str(checkpoint.gguf_file)
+    # No originals are needed: the model is given up after this.
+    with rewrite(writers, operators, original=lambda name: dict(model.named_parameters())[name]):
+        state = {name: tensor.to(_written_in(checkpoint, name)) for name, tensor in model.state_dict().items()}
+    # A model that was read from GGUF refuses to be saved, and an opened one would be saved under the names of packed tensors.
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    copied = {}
+    if checkpoint.gguf_file:
+        source = [checkpoint.folder / checkpoint.gguf_file]
+        language_model.tokenizer.save_pretrained(partial)
+    else:
+        source = checkpoint.shards()
+        made = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+        copied = {n: file for n, file in copied_files(checkpoint.folder).items() if n not in made}
+        for name, file in copied.items():
+            shutil.copyfile(file, partial / name)
+    plain.save_pretrained(partial, max_shard_size="5GB")
     for path in partial.glob("*.safetensors"):
         readable(path)
     written = {path.name: sha256(path) for path in sorted(partial.glob("*.safetensors"))}
-    return {"source": {source.name: sha256(source)}, "written": written, "copied": {}}
+    return {
+        "source": {file.name: sha256(file) for file in source},
+        "written": written,
+        "copied": {name: sha256(partial / name) for name in copied},
+    }
+
+
+def _written_in(checkpoint: Checkpoint, name: str) -> torch.dtype:
+    stored = checkpoint.tensors.get(name)
+    return torch.float32 if stored is not None and stored.dtype == "F32" else torch.bfloat16
 
 
 def readable(path: Path) -> None:

@@ -53,9 +53,7 @@ def verify(job: ExportJob, checkpoint: Checkpoint, written: Written, watcher: Wa
     divergence = float(divergences(job.attached, found).mean())
     likely = job.attached > torch.log(torch.tensor(1e-3))
     largest = float((job.attached - found)[likely].abs().max())
-    from_gguf = job.checkpoint.gguf_file is not None  # and so rounded as a whole
-    rounding = ROUNDING.get("" if from_gguf else job.plan.dtypes[0], ROUNDING_IN_HALF_PRECISION)
-    rounding = max(rounding, written.rounding)
+    rounding = max(ROUNDING.get(job.plan.dtypes[0], ROUNDING_IN_HALF_PRECISION), written.rounding)
     if FORMATS[job.format].in_full:
         rounding += QUANTISED_ANEW.get(job.plan.quantization, 0.0)
     share = TOLERATED_SHARE if written.exact else TOLERATED_SHARE_OF_A_PART

@@ -13,7 +13,7 @@ from heretic.machine.facts import Facts, Finding, Level
 from heretic.machine.host import spell_bytes
 from heretic.machine.memory_plan import MemoryPlan
 from heretic.machine.placement import MODES
-from heretic.model.quantisation import OPENED, QUANTISATIONS, require_bitsandbytes, require_package
+from heretic.model.quantisation import QUANTISATIONS, require_bitsandbytes, require_package
 
 BUSY = 500 * MIB  # GPU memory that another process may hold without being worth a word
 UNSEEN_USE = 2 * GIB  # used memory that belongs to no visible process; the driver keeps up to about 1 GiB for itself
@@ -36,20 +36,22 @@ def model(facts: Facts) -> Iterator[Finding]:
     elif facts.settings.quantization != "none":
         text = f"{checkpoint.model} comes quantised ({method}) and cannot be quantised once more."
         yield Finding("failure", "quantization", text, 'quantization = "none"')
-    elif facts.settings.save_to and facts.settings.export_format != "lora":
+    elif facts.settings.save_to and facts.settings.export_format not in (
+        "lora",
+        "full" if checkpoint.opened else "lora",
+    ):
         text = f"{checkpoint.model} exists only quantised ({method}): there are no full-precision weights to write an edit into."
         yield Finding("failure", "export", text, 'export_format = "lora"')
     else:
-        opened = ", opened while it is loaded" if method in OPENED else ""
-        yield Finding(
-            "ok", "model", f"{checkpoint.model}: {size}, quantised ({method}{opened}); an export is an adapter."
-        )
+        opened = ", opened while it is loaded" if checkpoint.opened else ""
+        form = "a folder in bfloat16 or an adapter" if checkpoint.opened else "an adapter"
+        yield Finding("ok", "model", f"{checkpoint.model}: {size}, quantised ({method}{opened}); an export is {form}.")
 
 
 def rewritten_while_quantised(facts: Facts) -> Iterator[Finding]:
     """Trials that rewrite weights, where these are quantised."""
     settings, method = facts.settings, facts.checkpoint.quantised_by if facts.checkpoint else None
-    quantised = settings.quantization != "none" or (method and method not in OPENED)
+    quantised = settings.quantization != "none" or (method and not (facts.checkpoint and facts.checkpoint.opened))
     if settings.apply == "weights" and (quantised or (method and not settings.cache_weights)):
         text = "Quantised weights cannot be rewritten for a trial and put back."
         yield Finding("failure", "apply", text, 'apply = "operators"')
@@ -282,7 +284,9 @@ def export_folder(facts: Facts) -> Iterator[Finding]:
     if not folder.writable:
         yield Finding("failure", "export", f"{folder.path} cannot be written.", 'save_to = "…": a folder of yours')
     elif facts.checkpoint:
-        needed = int(SPARE_DISK * facts.checkpoint.nbytes)  # written in the checkpoint's own format
+        checkpoint, full = facts.checkpoint, facts.settings.export_format == "full"
+        # In the checkpoint's own format, or in bfloat16.
+        needed = int(SPARE_DISK * (2 * checkpoint.parameters if full and checkpoint.opened else checkpoint.nbytes))
         if folder.free < needed:
             text = f"The export takes {spell_bytes(needed)}, but only {spell_bytes(folder.free)} are free for {folder.path}."
             yield Finding("failure", "export", text, 'save_to = "…": a folder on a larger disk')

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from heretic.errors import UserError, first_line
 from heretic.files import expanded
-from heretic.model.tensor_info import PACKED_BY, SCALES, TensorInfo
+from heretic.model.tensor_info import OPENED, PACKED_BY, SCALES, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +114,12 @@ class Checkpoint:
             return None
         method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
         return str(getattr(method, "value", method) or "an unnamed method")
+
+    @property
+    def opened(self) -> str | None:
+        """What the weights are unpacked from while they are loaded, in words; None where they are stored as they are computed with,
+        or stay packed."""
+        return "GGUF" if self.gguf_file else OPENED.get(self.quantised_by or "")
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor from its file, as stored."""

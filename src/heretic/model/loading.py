@@ -23,7 +23,7 @@ from heretic.errors import UserError, first_line
 from heretic.model.anatomy import Anatomy, dissect, input_device
 from heretic.model.batching import free_memory, out_of_memory
 from heretic.model.checkpoint import Checkpoint
-from heretic.model.quantisation import KEPT, OPENED, QUANTISATIONS, keep_layout, loading_arguments, made_even
+from heretic.model.quantisation import KEPT, QUANTISATIONS, keep_layout, loading_arguments, made_even
 from heretic.progress import SILENT, Watcher
 
 log = logging.getLogger(__name__)
@@ -87,8 +87,8 @@ def load(
     for dtype in dict.fromkeys(dtypes):
         fewer = loading_arguments(quantization, getattr(torch, dtype), checkpoint)
         words = dtype if quantization == "none" else f"{dtype}, quantised to {QUANTISATIONS[quantization].words}"
-        if checkpoint.quantised_by in OPENED:
-            words = f"{dtype}, opened from {OPENED[checkpoint.quantised_by]}"
+        if checkpoint.opened:
+            words = f"{dtype}, opened from {checkpoint.opened}"
         with watcher.stage(f"Loading {checkpoint.model} as {words}", None):
             model = _weights(checkpoint, dtype, {**arguments, **fewer}, trusted)
         if _finite(model):
@@ -172,7 +172,7 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
             fix="download the model again",
         )
     keep_layout(model)
-    if checkpoint.quantised_by in OPENED:
+    if checkpoint.quantised_by and checkpoint.opened:
         made_even(model, getattr(torch, dtype))
     if checkpoint.adapter is not None:
         model = _adapted(model, checkpoint.adapter)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from heretic.errors import UserError
 from heretic.model.checkpoint import Checkpoint
-from heretic.model.tensor_info import SCALES
+from heretic.model.tensor_info import OPENED, SCALES
 
 ROWS_AT_ONCE = 1024  # of the identity, where a weight is read off what its module gives
 
@@ -38,9 +38,6 @@ QUANTISATIONS = {
 }
 
 
-# Checkpoints that come quantised, by transformers' name of the method. These are opened while they are loaded, on every device:
-# their kernels are for some GPUs only, have no backward, and the weights of the writers are wanted.
-OPENED = {"fp8": "FP8", "mxfp4": "MXFP4"}
 KEPT = "bitsandbytes"  # stays as it is
 # Those that need packages of their own, which we have not tried: a module to look for, and what to install.
 PACKAGES = {

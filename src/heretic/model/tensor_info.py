@@ -10,6 +10,9 @@ BYTES_PER_ELEMENT = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+# Checkpoints that come quantised, by transformers' name of the method. These are opened while they are loaded, on every device:
+# their kernels are for some GPUs only, have no backward, and the weights of the writers are wanted.
+OPENED = {"fp8": "FP8", "mxfp4": "MXFP4"}
 PACKED_BY = ("mxfp4", "bitsandbytes")  # two numbers of 4 bits in a byte
 SCALES = (
     "_scales", ".weight_scale_inv", ".weight_scale", ".activation_scale", ".SCB", ".weight_format", ".absmax", ".quant_map",
