@@ -16,8 +16,9 @@ from heretic.machine import lock
 from heretic.machine.gpus import Gpu, GpuReport
 from heretic.search.fallback import FALLEN
 from heretic.search.front import front, results
+from heretic.session import LoadPlan
 from heretic.settings import Settings
-from heretic.workers import how_many
+from heretic.workers import how_many, require_one_gpu
 from tests.command import start
 from tests.endpoint import endpoint
 from tests.test_kill import trials, wait_for
@@ -139,3 +140,11 @@ def test_how_many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("0", "-1", "many"):
         with pytest.raises(UserError, match="no number of workers"):
             how_many(wrong, Settings())
+
+
+def test_a_model_for_several_gpus_has_no_workers() -> None:
+    spread, alone = ({"model.layers.0": 0, "model.layers.1": last} for last in (1, 0))
+    with pytest.raises(UserError, match="takes 2 GPUs, and every worker has one"):
+        require_one_gpu(Settings(), LoadPlan(["bfloat16"], {"device_map": spread}, 8))
+    require_one_gpu(Settings(), LoadPlan(["bfloat16"], {"device_map": alone}, 8))
+    require_one_gpu(Settings(device_map="balanced"), LoadPlan(["bfloat16"], {"device_map": spread}, 8))

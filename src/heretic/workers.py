@@ -22,6 +22,7 @@ from heretic.stop import Stop
 
 if TYPE_CHECKING:
     from heretic.desk import Desk
+    from heretic.session import LoadPlan
 
 LENDER = "_HERETIC_WORKER_OF"  # environment of a worker: the process that started it and holds the locks for it
 LOOK_AGAIN = 0.5
@@ -77,6 +78,19 @@ def how_many(wanted: str, settings: Settings) -> tuple[int, str]:
     return number, ""
 
 
+def require_one_gpu(settings: Settings, plan: LoadPlan) -> None:
+    """Raises UserError for a model that was planned for several GPUs because one is too small: every worker has one."""
+    table = plan.arguments.get("device_map")
+    used = set(table.values()) if isinstance(table, dict) else set()
+    if settings.device_map == "planned" and len(used) > 1:
+        raise UserError(
+            f"The model takes {len(used)} GPUs, and every worker has one of its own.",
+            where="--workers",
+            fix=f"leave it out (one GPU computes at a time); or torchrun --nproc-per-node {len(used)} -m heretic run … (all "
+            'compute, without the walk); or quantization = "bnb_4bit", if preflight says that it then fits on one',
+        )
+
+
 @dataclass
 class Worker:
     """A started process, and the file that holds what it says."""
@@ -101,6 +115,7 @@ def send_out(desk: Desk, number: int) -> None:
     from heretic.search.standing import Standing
 
     study, settings, watcher = desk.study, desk.settings, desk.watcher
+    require_one_gpu(settings, desk.inputs.plan)
     gpus = () if settings.device_map == "cpu" else usable_gpus(visible_gpus())
     workers = [_start(desk, i, number, gpus[i] if gpus else None) for i in range(number)]
     watcher.say(f"{number} workers: processes {', '.join(str(w.process.pid) for w in workers)}.")

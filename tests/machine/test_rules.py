@@ -98,11 +98,17 @@ def test_quantised_checkpoint() -> None:
     config.quantization_config = {"quant_method": "fp8"}
     fp8 = Checkpoint("owner/fp8", Path("."), config, TENSORS)
     assert run(facts(checkpoint=fp8)) == []
-    assert run(facts(checkpoint=fp8, settings={"save_to": "out", "export_format": "lora"})) == []
-    found = only(facts(checkpoint=fp8, settings={"save_to": "out"}))
+    for form in ("lora", "full"):
+        assert run(facts(checkpoint=fp8, settings={"save_to": "out", "export_format": form})) == []
+    found = only(facts(checkpoint=fp8, settings={"save_to": "out", "export_format": "gguf"}))
     assert found.level == "failure" and "only quantised (fp8)" in found.text and found.fix == 'export_format = "lora"'
     again = run(facts(checkpoint=fp8, settings={"quantization": "bnb_4bit"}))
     assert again[0].fix == 'quantization = "none"'
+    packed = small()
+    packed.quantization_config = {"quant_method": "hqq"}
+    kept = Checkpoint("owner/hqq", Path("."), packed, TENSORS)
+    found, _ = run(facts(checkpoint=kept, settings={"save_to": "out"}))  # the other one is about the package
+    assert found.level == "failure" and found.fix == 'export_format = "lora"'
     gguf = Checkpoint("a.gguf", Path("."), config, TENSORS, gguf_file="a.gguf")
     assert run(facts(checkpoint=gguf, settings={"save_to": "out"})) == []
 

@@ -26,15 +26,14 @@ def test_the_shipped_default_file_is_what_the_schema_says() -> None:
 
 
 def test_every_key_is_documented() -> None:
-    """What it is, and when to change it and at what cost; a table only what it is."""
+    """What it is, and when to change it and at what cost."""
     text = defaults_text()
     for key in all_keys():
         assert f"\n{key.rpartition('.')[2]} = " in text
     schema = Settings.model_json_schema()
     for table in [schema, *schema["$defs"].values()]:
         for name, entry in table["properties"].items():
-            assert entry.get("description"), name
-            assert entry.get("when") or "$ref" in entry, name
+            assert "$ref" in entry or (entry.get("description") and entry.get("when")), name
 
 
 @pytest.mark.parametrize("name", ["config.32b.toml", "src/heretic/demo/demo.toml"])

@@ -116,14 +116,18 @@ class Settings(Table):
         "Trials that share every pass over the weights, each row of a batch carrying its own trial's edit; 0: as many as "
         "a measurement at the start shows to pay (one, where decoding is bound by arithmetic). They are drawn without knowing how "
         "the others end, so more than a few make the search a little less sure.",
-        when="1 for a search that is as sure as possible; a fixed number where two machines are to draw the same trials.",
+        when=(
+            "1 for a search that is as sure as possible; a fixed number where two machines are to draw the same "
+            "trials. Always 1 with `store_responses` or `apply` = `weights`; by itself more only where a batch "
+            "holds the requests of two trials."
+        ),
         neutral=True,
         ge=0,
     )
     early_stopping: bool = setting(
         True,
-        "Leave a trial as soon as a finished one has beaten the best that it could still reach. The front is the same as "
-        "without; the search is told an estimate for such a trial.",
+        "Leave a trial as soon as a finished one has beaten the best that it could still reach. The front of "
+        "the trials that are drawn is the same as without; the search is told an estimate for such a trial.",
         when="false only to have every trial's full count, as for statistics over all trials; a study takes longer then.",
         neutral=True,
     )
@@ -140,8 +144,11 @@ class Settings(Table):
     )
     max_memory: dict[str, str] = setting(
         {},
-        'Most memory to use per device for weights, such as { 0 = "20GiB", cpu = "60GiB" }.',
-        when="where another program needs part of a device; the plan takes what is free otherwise.",
+        'Most memory per device for weights, such as { 0 = "20GiB", cpu = "60GiB" }.',
+        when=(
+            "to put fewer weights on a device; keys, values and working memory come on top, so set `batch_size` "
+            "as well where another program needs the rest."
+        ),
         neutral=True,
     )
     dtypes: list[Literal["auto", "float16", "bfloat16", "float32"]] = setting(
@@ -190,8 +197,8 @@ class Settings(Table):
         "Text that every answer is made to begin with. `auto`: what the model's answers have in common is found by asking "
         "it, and a thinking block is opened and closed at once.",
         when=(
-            'to an own text where `auto` finds nothing and all answers begin alike; to "" to have none. `auto` '
-            "costs a short decoding once."
+            "to a text of your own where `auto` misses a beginning (longer than 16 tokens, shorter than 8 "
+            'letters, or not the same in all answers); to "" to have none. `auto` costs a short decoding once.'
         ),
     )
     max_response_length: int = setting(
@@ -217,13 +224,18 @@ class Settings(Table):
         1,
         "Tokens of the original's own answer to each of `harmless_eval` at which the KL divergence is taken, and averaged. "
         "1: the first token only. More see more of what changes, and take memory: prompts x tokens x vocabulary x 4 bytes.",
-        when="up, where the beginning of answers stays and the rest is what matters; measured with 1.",
+        when=(
+            "up, where the beginning of answers stays and the rest is what matters; our figures were measured with 1."
+        ),
         ge=1,
     )
     store_responses: bool = setting(
         False,
         "Keep the answers of every trial in the run's folder.",
-        when="to read them later; they may be harmful texts, on your disk in the clear.",
+        when=(
+            "to read them later. It costs time: one trial a pass, whole answers, no early end. The answers may be "
+            "harmful texts, on your disk in the clear."
+        ),
         neutral=True,
     )
     apply: Literal["operators", "weights"] = setting(
@@ -231,8 +243,8 @@ class Settings(Table):
         "How a trial edits the model: `operators` act on the outputs of the writers and leave the weights untouched; `weights` "
         "rewrites them and puts them back. The scores are the same up to rounding.",
         when=(
-            "`weights` only to check `operators`, or for a module with a form that hooks cannot change; a trial "
-            "takes longer."
+            "`weights` only to check `operators`: one trial a pass, not with quantised or offloaded weights or "
+            "torchrun; the walk uses operators in any case."
         ),
         neutral=True,
     )
@@ -246,7 +258,10 @@ class Settings(Table):
     seed: int = setting(
         0,
         "Seed of the search.",
-        when="for a second, independent search; the same seed gives the same search on the same machine.",
+        when=(
+            "for a second, independent search. The same seed gives the same search on the same machine, if "
+            "`trials_per_batch` is fixed (0 measures what pays)."
+        ),
         ge=0,
     )
     runs_dir: PathText = setting(
@@ -292,14 +307,20 @@ class Settings(Table):
     max_kl: float = setting(
         0.1,
         "Largest KL divergence that the selection accepts.",
-        when="down for a gentler model, up where no trial is found; the study itself stays the same.",
+        when=(
+            "down for a gentler model. Where no trial is within it, the one with the lowest KL is taken all the "
+            "same, and that is said; the study itself stays the same."
+        ),
         neutral=True,
         gt=0,
     )
     max_refusals: int = setting(
         3,
         "Most refusals that `lowest_kl_under_refusals` accepts.",
-        when="with `lowest_kl_under_refusals`: as many as you can live with.",
+        when=(
+            "with `lowest_kl_under_refusals`: as many as you can live with. Where no trial has so few, the one "
+            "with the fewest is taken, and that is said."
+        ),
         neutral=True,
         ge=0,
     )

@@ -32,7 +32,7 @@ class Directions(Table):
         "Directions of a layer, all removed with the same strength; more than one needs `contrastive_components` or "
         "`self_organising_map`. What the geometries keep of a writer in RAM grows with it (layers x directions x width x 4 bytes; "
         "`plain` keeps nothing).",
-        when="with the methods that give several; more change more, so look at the KL.",
+        when="with the methods that give several; more directions change the model more, so look at the KL.",
         ge=1,
         le=8,
     )
@@ -68,7 +68,9 @@ class Directions(Table):
         1.0,
         "Clip the components of every residual vector to this quantile of their magnitudes before averaging; "
         "0.995 tames models with a few huge components, 1.0 clips nothing.",
-        when="to 0.995, where `heretic geometry` shows norms that a few components make.",
+        when=(
+            "to 0.995 for a model that is known to have a few huge components (`heretic geometry` does not show them)."
+        ),
         gt=0.5,
         le=1.0,
     )

@@ -24,7 +24,10 @@ class PromptSource(Table):
     split: str = setting(
         "train",
         "Which part: a split of the data set, with an optional slice such as `train[:400]`.",
-        when="for fewer prompts or others: more make the direction surer and every trial longer.",
+        when=(
+            "to other or fewer prompts. More training prompts make the direction surer and cost time once; more "
+            "evaluation prompts make the scores surer and every trial longer."
+        ),
     )
     column: str = setting(
         "text",
@@ -37,7 +40,10 @@ class PromptSource(Table):
     prefix: str = setting(
         "",
         "Text put before every prompt.",
-        when="for a task text that stands before each, as with few-shot examples; it is run once for all prompts.",
+        when=(
+            "for a task text that stands before each, as with few-shot examples; what all prompts begin with is "
+            "run once in a pass, where the model allows it."
+        ),
     )
     suffix: str = setting("", "Text put after every prompt.", when=("for a question that follows each."))
 

@@ -112,7 +112,7 @@ class LlmSettings(Table):
         "wait",
         "When the endpoint fails `retries` times more: `wait` until it is back; or go on with the `markers` for the rest of the "
         "study, whose front then holds only trials that they judged (those of the front before are measured again).",
-        when="`markers`, if the night matters more than the judge.",
+        when="`markers`, if the run must not stand still overnight.",
         neutral=True,
     )
     max_tokens: int = setting(
@@ -176,8 +176,8 @@ class Constraints(Table):
         -1,
         "Most prompts of `harmless_eval` that may be declined or evaded; -1: no limit.",
         when=(
-            "where ordinary requests must stay answered; costs a second decoding in every trial that is measured "
-            "in full."
+            "where ordinary requests must stay answered: a count, in which those that the original declines "
+            "already are included. It costs a second decoding in every trial that is measured in full."
         ),
         ge=-1,
     )

@@ -23,8 +23,8 @@ class KernelSpace(Table):
         [0.8, 1.5],
         "Range of the largest strength; what is drawn below 0 counts as exactly 0: this component is left alone.",
         when=(
-            "upper bound up, where the front's trials lie at it (the report shows them); above 2 the direction is "
-            "turned over, not removed."
+            "upper bound up, where the front's trials lie at it. 1 removes a direction; beyond, what is left of "
+            "it points the other way, as long as before at 2."
         ),
     )
     max_weight_position: Range = setting(
@@ -65,7 +65,7 @@ class GradientSettings(Table):
         "Weights of refusing against change, from gentle to strict: each gives one point, and the next one starts from it.",
         when=(
             "more or larger ones for stricter points, smaller ones for gentler points; each costs `steps` steps "
-            "and a measurement."
+            "and a measurement. The walk ends early where hardly any refusing is left (probability below 0.005)."
         ),
         min_length=1,
     )
@@ -81,7 +81,10 @@ class GradientSettings(Table):
     batch: int = setting(
         16,
         "Prompts of each kind in a step.",
-        when="down, where memory is short (the plan does so by itself); fewer make steps cheaper and noisier.",
+        when=(
+            "down for cheaper and noisier steps; not for memory: a step that does not fit into one pass is run in "
+            "several."
+        ),
         ge=1,
     )
     prompts: int = setting(
@@ -93,7 +96,10 @@ class GradientSettings(Table):
     held_back: float = setting(
         0.25,
         "Share of them that no step sees and every point is measured on.",
-        when="seldom; a point is judged by this share, so too little makes it uncertain.",
+        when=(
+            "seldom. This share decides when the walk listens and when it ends; the trials are measured on the "
+            "evaluation prompts."
+        ),
         gt=0,
         lt=1,
     )
@@ -141,16 +147,16 @@ class Search(Table):
         "search goes on around them. `kernels`: four numbers a component, from nothing. `both`: trials of either kind. Where "
         "gradients are impossible it is `kernels`, and that is said.",
         when=(
-            "`kernels` to search as the field does, or where memory is too short for gradients; `both` for a "
+            "`kernels` to search as other tools do, or where memory is too short for gradients; `both` for a "
             "wider and slower search."
         ),
     )
     n_startup_trials: int = setting(
         30,
-        "Trials drawn at random before TPE starts to model the results.",
+        "Until so many trials are finished, others are drawn at random; then TPE models the results.",
         when=(
-            "down to 10 for studies of 30 to 50 trials; more make the start broader and the result less dependent "
-            "on the seed."
+            "down to 10 for studies of 30 to 50 trials: the walk's points and warm starts count among them, and "
+            "with as many as `n_trials` TPE is never asked."
         ),
         ge=0,
     )
@@ -167,13 +173,13 @@ class Search(Table):
     direction_scope: list[Literal["global", "per_layer"]] = setting(
         ["global", "per_layer"],
         "`global`: one layer's direction (or a mix of two neighbours) is removed everywhere; `per_layer`: each layer's own.",
-        when="to one of both, if earlier studies of the model show which wins.",
+        when="to only one of the two, if earlier studies of the model show which wins. Only for trials by kernels.",
         min_length=1,
     )
     direction_index: Range = setting(
         [0.4, 0.9],
         "Range of the layer that gives the global direction, as a share of the depth.",
-        when="where the report shows that the best trials crowd one end.",
+        when="where the report shows that the best trials crowd one end. Only for trials by kernels.",
     )
     direction_per_component: bool = setting(
         False,
@@ -194,5 +200,10 @@ class Search(Table):
         when="for the second study of a model or its sister. Tested, not measured.",
     )
     gradient: GradientSettings = setting(GradientSettings(), "The walk by gradient.")
-    attention: KernelSpace = setting(KernelSpace(), "The kernel over attention output projections.")
-    mlp: KernelSpace = setting(KernelSpace(max_weight=[-0.25, 1.5]), "The kernel over MLP down projections.")
+    attention: KernelSpace = setting(
+        KernelSpace(),
+        "The kernel over attention output projections: for trials by kernels (`start` = `kernels` or `both`, or no walk).",
+    )
+    mlp: KernelSpace = setting(
+        KernelSpace(max_weight=[-0.25, 1.5]), "The kernel over MLP down projections: as for attention."
+    )

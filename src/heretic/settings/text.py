@@ -34,7 +34,8 @@ def defaults_text() -> str:
     """Every key with its documentation and its default: the content of config.default.toml."""
     head = (
         "# All settings of heretic with their defaults, made by: heretic config --defaults\n"
-        "# Copy what you want to change into a config.toml; what is left out keeps its default.\n"
+        "# Copy what you want to change into a config.toml; what is left out keeps its default (but a prompt set with a\n"
+        "# `source` of its own begins with all of `train`).\n"
         "# The same keys work as an option (--set ablation.geometry=plain) and in the environment\n"
         "# (HERETIC_ABLATION__GEOMETRY=plain). An option beats the environment, the environment beats the file.\n"
     )
