@@ -139,9 +139,12 @@ def test_one_that_stays_packed_has_no_weights_to_edit(config: Path, folders: dic
     assert 'export_format = "lora"' in str(caught.value)
 
 
-@pytest.mark.parametrize("method", sorted(OPENED))
-def test_an_opened_one_is_exported_as_a_folder_in_bfloat16(config: Path, folders: dict[str, Path], method: str) -> None:
-    export = do(config, folders[method], "max_kl=50", "search.mlp.max_weight=[0.9,1.5]", save_to="out").export
+@pytest.mark.parametrize(("method", "dtype"), [("fp8", "auto"), ("fp8", "bfloat16"), ("mxfp4", "bfloat16")])
+def test_an_opened_one_is_exported_as_a_folder_in_bfloat16(
+    config: Path, folders: dict[str, Path], method: str, dtype: str
+) -> None:
+    chosen = ("max_kl=50", "search.mlp.max_weight=[0.9,1.5]", f'dtypes=["{dtype}"]')
+    export = do(config, folders[method], *chosen, save_to="out").export
     assert export is not None and export.verification.divergence < 5e-3
     written, before = open_checkpoint("out"), loaded(folders[method], "bfloat16").model
     assert written.quantised_by is None and not written.opened
