@@ -7,7 +7,9 @@ so the plan that was shown is the placement that happens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -129,19 +131,34 @@ def spread(
     limits: dict[int | str, int] = {device.key: room[device.name] for device in devices if device.name in room}
     # Accelerate knows whole kinds of numbers only: what takes 4.1 bits counts there as 4, which the reserve bears.
     kinds: Any = {name: CustomDtype.INT4 if size < 0.75 else torch.int8 for name, size in fewer.items()}
-    if mode != "sequential":
-        limits = get_balanced_memory(
-            model,
-            max_memory=limits,
-            no_split_module_classes=unsplit,
-            special_dtypes=kinds,
-            low_zero=mode == "balanced_low_0",
+    with _not_said():
+        if mode != "sequential":
+            limits = get_balanced_memory(
+                model,
+                max_memory=limits,
+                no_split_module_classes=unsplit,
+                special_dtypes=kinds,
+                low_zero=mode == "balanced_low_0",
+            )
+        table = dict(
+            infer_auto_device_map(model, max_memory=limits, no_split_module_classes=unsplit, special_dtypes=kinds)
         )
-    table = dict(infer_auto_device_map(model, max_memory=limits, no_split_module_classes=unsplit, special_dtypes=kinds))
     head, embedding = _ends(model)
     if head != embedding and model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         table[head] = _lookup(table, embedding)  # accelerate may part tied weights, which would store them twice
     return {"": next(iter(table.values()))} if len(set(table.values())) == 1 else table
+
+
+@contextmanager
+def _not_said() -> Iterator[None]:
+    """Keep accelerate from warning that devices are not here: those of `heretic preflight --devices` need not be."""
+    log = logging.getLogger("accelerate.utils.modeling")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def explicit(model: PreTrainedModel, table: Mapping[str, int | str], devices: Sequence[Device]) -> dict[str, int | str]:
