@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from heretic.errors import VerificationFailed
 from heretic.export import save
 from heretic.model.checkpoint import open_checkpoint
+from heretic.model.loading import LanguageModel, load
 from heretic.progress import SILENT
 from heretic.run import Outcome, run
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
 from tests.export.tiny_gguf import save_tiny_gguf
-from tests.tiny import save_tiny
+from tests.tiny import MIXED, save_tiny
 
 
 def do(config: Path, model: Path, *assignments: str) -> Outcome:
@@ -78,3 +79,18 @@ def test_gguf_in_and_an_ordinary_folder_out(config: Path, tmp_path: Path) -> Non
     assert outcome.export is not None and outcome.export.verification.divergence < 0.01
     assert open_checkpoint("out").config.architectures == ["LlamaForCausalLM"]
     assert AutoModelForCausalLM.from_pretrained("out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", [*MIXED, "gemma3"])
+def test_an_opened_model_is_written_under_the_names_that_files_have(tmp_path: Path, family: str) -> None:
+    """Of a mixture whose experts lie in one tensor in memory and in many in files, too."""
+
+    def loaded(folder: Path) -> LanguageModel:
+        return load(open_checkpoint(str(folder)), ["bfloat16"], {"device_map": {"": "cpu"}})
+
+    model = loaded(save_tiny(tmp_path / "model", family))
+    (tmp_path / "written").mkdir()
+    save.write_opened(model.checkpoint, (), {}, model, tmp_path / "written")
+    tokens = torch.tensor([[5, 20, 40, 33, 9]])
+    before, after = (m.model(input_ids=tokens).logits for m in (model, loaded(tmp_path / "written")))
+    assert torch.equal(before, after)
