@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "peer")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
+    if arguments.after and (arguments.after.resolve() == work / str(arguments.seeds[0]) or len(arguments.seeds) > 1):
+        parser.error("--after goes on with one study, in another folder than it lies in")
     python = peer.install(work / "heretic-llm-env")
     report = head(arguments) | {"theirs": peer.installed(python), "system_prompt": SYSTEM_PROMPT, "studies": []}
     for seed in arguments.seeds:

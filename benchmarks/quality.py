@@ -108,8 +108,9 @@ def main() -> None:
     groups: dict[str, list[dict[str, Any]]] = {}
     for folder in arguments.models:
         found = measured_from_disk(arguments, common, folder, held)
-        groups.setdefault(folder.resolve().parent.name, []).append(found)
-        report["models"].append({"group": folder.resolve().parent.name, "folder": folder.name, **found})
+        group = str(folder.resolve().parent)
+        groups.setdefault(group, []).append(found)
+        report["models"].append({"group": group, "folder": folder.name, **found})
         report["groups"] = {name: summary(points, held.before) for name, points in groups.items()}
         print(report["models"][-1], report["groups"], flush=True)
         write(report, arguments.out)

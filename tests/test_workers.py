@@ -14,13 +14,14 @@ import pytest
 from heretic.errors import BusyError, Interrupted, UserError
 from heretic.machine import lock
 from heretic.machine.gpus import Gpu, GpuReport
+from heretic.machine.imagined import imagined_gpus
 from heretic.search.fallback import FALLEN
 from heretic.search.front import front, results
-from heretic.session import LoadPlan
 from heretic.settings import Settings
 from heretic.workers import how_many, require_one_gpu
 from tests.command import start
 from tests.endpoint import endpoint
+from tests.machine.shapes import checkpoint_of, qwen_32b
 from tests.test_kill import trials, wait_for
 
 RUN = ("run", "--run-name", "mine", "--workers", "2", "--trials", "24", "--set", "max_response_length=100", "--set",
@@ -143,8 +144,9 @@ def test_how_many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_for_several_gpus_has_no_workers() -> None:
-    spread, alone = ({"model.layers.0": 0, "model.layers.1": last} for last in (1, 0))
-    with pytest.raises(UserError, match="takes 2 GPUs, and every worker has one"):
-        require_one_gpu(Settings(), LoadPlan(["bfloat16"], {"device_map": spread}, 8))
-    require_one_gpu(Settings(), LoadPlan(["bfloat16"], {"device_map": alone}, 8))
-    require_one_gpu(Settings(device_map="balanced"), LoadPlan(["bfloat16"], {"device_map": spread}, 8))
+    large, cards = checkpoint_of(qwen_32b()), imagined_gpus("4x24GiB")
+    with pytest.raises(UserError, match="does not fit on one GPU, and every worker has one"):
+        require_one_gpu(Settings(), large, 600, cards)
+    require_one_gpu(Settings(quantization="bnb_4bit"), large, 600, cards)
+    require_one_gpu(Settings(), large, 600, imagined_gpus("2x80GiB"))
+    require_one_gpu(Settings(), large, 600, ())

@@ -217,7 +217,7 @@ def _base_files(
     """Hashes by name of the base's files, in the manifest and now."""
     weights = [checkpoint.folder / checkpoint.gguf_file] if checkpoint.gguf_file else checkpoint.shards()
     then, small = {**manifest.model.sha256, **manifest.copied.sha256}, copied_files(checkpoint.folder)
-    files = {file.name: file for file in weights} | {n: f for n, f in small.items() if n in manifest.copied.sha256}
+    files = {file.name: file for file in weights} | {n: f for n, f in small.items() if n in then}
     hashes = {}
     with watcher.stage("Checking the base model", len(files)) as stage:
         for name, file in files.items():

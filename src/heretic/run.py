@@ -164,7 +164,7 @@ def work(desk: Desk, workers: int = 1) -> Export | None:
     if done >= settings.n_trials and (export or not wanted):
         watcher.say("The study is complete; nothing is left to do.")
         return export
-    if workers > 1:
+    if workers > 1 and done < settings.n_trials:
         send_out(desk, workers)
     else:
         go_on(desk)

@@ -86,7 +86,7 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folder. Raises UserError if it cannot be written."""
-        there = (self.path / "config.toml").is_file()
+        there = (self.path / "run.log").is_file()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe.{os.getpid()}"

@@ -22,7 +22,7 @@ from heretic.stop import Stop
 
 if TYPE_CHECKING:
     from heretic.desk import Desk
-    from heretic.session import LoadPlan
+    from heretic.model.checkpoint import Checkpoint
 
 LENDER = "_HERETIC_WORKER_OF"  # environment of a worker: the process that started it and holds the locks for it
 LOOK_AGAIN = 0.5
@@ -78,15 +78,22 @@ def how_many(wanted: str, settings: Settings) -> tuple[int, str]:
     return number, ""
 
 
-def require_one_gpu(settings: Settings, plan: LoadPlan) -> None:
-    """Raises UserError for a model that was planned for several GPUs because one is too small: every worker has one."""
-    table = plan.arguments.get("device_map")
-    used = set(table.values()) if isinstance(table, dict) else set()
-    if settings.device_map == "planned" and len(used) > 1:
+def require_one_gpu(settings: Settings, checkpoint: Checkpoint, longest: int, gpus: Sequence[Gpu]) -> None:
+    """Raises UserError for a model that does not fit on one of these GPUs, of which every worker has one of its own; `longest` is
+    the longest prompt in characters."""
+    from heretic.machine import host
+    from heretic.machine.memory_plan import plan_for
+    from heretic.machine.workload import Workload
+
+    if not gpus or not isinstance(settings.device_map, str):
+        return
+    emptiest = max(gpus, key=lambda gpu: gpu.free)
+    alone = plan_for(settings, checkpoint, Workload.of(settings, longest), host.devices((emptiest,)))
+    if not alone.largest_batch_size:
         raise UserError(
-            f"The model takes {len(used)} GPUs, and every worker has one of its own.",
+            "The model does not fit on one GPU, and every worker has one of its own.",
             where="--workers",
-            fix=f"leave it out (one GPU computes at a time); or torchrun --nproc-per-node {len(used)} -m heretic run … (all "
+            fix=f"leave it out (one GPU computes at a time); or torchrun --nproc-per-node {len(gpus)} -m heretic run … (all "
             'compute, without the walk); or quantization = "bnb_4bit", if preflight says that it then fits on one',
         )
 
@@ -115,8 +122,8 @@ def send_out(desk: Desk, number: int) -> None:
     from heretic.search.standing import Standing
 
     study, settings, watcher = desk.study, desk.settings, desk.watcher
-    require_one_gpu(settings, desk.inputs.plan)
     gpus = () if settings.device_map == "cpu" else usable_gpus(visible_gpus())
+    require_one_gpu(settings, desk.inputs.checkpoint, desk.inputs.prompts.longest, gpus)
     workers = [_start(desk, i, number, gpus[i] if gpus else None) for i in range(number)]
     watcher.say(f"{number} workers: processes {', '.join(str(w.process.pid) for w in workers)}.")
     try:

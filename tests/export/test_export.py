@@ -90,7 +90,7 @@ def test_an_opened_model_is_written_under_the_names_that_files_have(tmp_path: Pa
 
     model = loaded(save_tiny(tmp_path / "model", family))
     (tmp_path / "written").mkdir()
-    save.write_opened(model.checkpoint, (), {}, model, tmp_path / "written")
+    save.write_opened(model.checkpoint, (), {}, model, tmp_path / "written", SILENT, Stop())
     tokens = torch.tensor([[5, 20, 40, 33, 9]])
     before, after = (m.model(input_ids=tokens).logits for m in (model, loaded(tmp_path / "written")))
     assert torch.equal(before, after)

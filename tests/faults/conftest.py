@@ -68,7 +68,6 @@ def pytest_sessionfinish() -> None:
     if out and ROWS:
         with FileLock(f"{out}.lock"):
             _add_to(Path(out))
-        Path(f"{out}.lock").unlink(missing_ok=True)
 
 
 def _add_to(path: Path) -> None:

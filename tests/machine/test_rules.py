@@ -101,7 +101,7 @@ def test_quantised_checkpoint() -> None:
     for form in ("lora", "full"):
         assert run(facts(checkpoint=fp8, settings={"save_to": "out", "export_format": form})) == []
     found = only(facts(checkpoint=fp8, settings={"save_to": "out", "export_format": "gguf"}))
-    assert found.level == "failure" and "only quantised (fp8)" in found.text and found.fix == 'export_format = "lora"'
+    assert found.level == "failure" and "only quantised (fp8)" in found.text and found.fix == 'export_format = "full"'
     again = run(facts(checkpoint=fp8, settings={"quantization": "bnb_4bit"}))
     assert again[0].fix == 'quantization = "none"'
     packed = small()

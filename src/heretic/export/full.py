@@ -36,10 +36,17 @@ def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
     """The checkpoint's tensors, edited; of a GGUF file or a quantised checkpoint the model's, as it was opened."""
     if not order.checkpoint.opened:
         return Written(write_weights(order.checkpoint, order.prepared, folder, watcher, stop))
+    # On the CPU in bfloat16: as it is to be written, with every tensor at hand, wherever the study had it.
+    trusted = type(order.checkpoint.config).__module__.startswith("transformers_modules")
     model = load(
-        order.checkpoint, order.plan.dtypes, order.plan.arguments, chat_template=read_template(order.settings) or None
+        order.checkpoint,
+        ["bfloat16"],
+        {"device_map": {"": "cpu"}},
+        trust_remote_code=[order.checkpoint.model] if trusted else [],
+        chat_template=read_template(order.settings) or None,
+        watcher=watcher,
     )
-    hashes = write_opened(order.checkpoint, model.anatomy.writers, order.operators, model, folder)
+    hashes = write_opened(order.checkpoint, model.anatomy.writers, order.operators, model, folder, watcher, stop)
     del model
     free_memory()
     about = f"The base model is stored as {order.checkpoint.opened}; this one holds its numbers in bfloat16, with the edits made."

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,47 +193,55 @@ def write_opened(
     operators: Mapping[str, Operator],
     language_model: LanguageModel,
     partial: Path,
+    watcher: Watcher,
+    stop: Stop,
 ) -> dict[str, dict[str, str]]:
-    """Write a model that was opened from a GGUF file or from a quantised checkpoint as an ordinary bfloat16 folder: what was opened
-    is all there is. A tensor that the checkpoint itself keeps in float32 stays so."""
+    """Write a model that was opened from a GGUF file or from a quantised checkpoint as an ordinary folder, in the number formats in
+    which it is loaded: what was opened is all there is. Its weights have to be in RAM, all of them. Returns hashes like
+    `write_weights`. Raises Interrupted."""
     model: Any = language_model.model
     config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = torch.bfloat16
-    # No originals are needed: the model is given up after this.
-    with rewrite(writers, operators, original=lambda name: dict(model.named_parameters())[name]):
-        state = {name: tensor.to(_written_in(checkpoint, name)) for name, tensor in model.state_dict().items()}
-    # A model that was read from GGUF refuses to be saved, and an opened one would be saved under the names of packed tensors.
-    with torch.device("meta"):
-        plain = type(model)(config)
-    plain.load_state_dict(state, assign=True)
-    plain.tie_weights()
-    plain.generation_config = model.generation_config
-    copied = {}
-    if checkpoint.gguf_file:
-        source = [checkpoint.folder / checkpoint.gguf_file]
-        language_model.tokenizer.save_pretrained(partial)
-    else:
-        source = checkpoint.shards()
-        made = {"config.json", "generation_config.json", "model.safetensors.index.json"}
-        copied = {n: file for n, file in copied_files(checkpoint.folder).items() if n not in made}
-        for name, file in copied.items():
-            shutil.copyfile(file, partial / name)
-    plain.save_pretrained(partial, max_shard_size="5GB")
-    for path in partial.glob("*.safetensors"):
-        readable(path)
-    written = {path.name: sha256(path) for path in sorted(partial.glob("*.safetensors"))}
-    return {
-        "source": {file.name: sha256(file) for file in source},
-        "written": written,
-        "copied": {name: sha256(partial / name) for name in copied},
-    }
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    config.dtype = model.dtype
+    with watcher.stage("Writing the model", None):
+        # No originals are needed: the model is given up after this.
+        with rewrite(writers, operators, original=lambda name: dict(model.named_parameters())[name]):
+            state = dict(model.state_dict())
+        # A model that was read from GGUF refuses to be saved, and an opened one would be saved under the names of packed tensors.
+        with torch.device("meta"):
+            plain = type(model)(config)
+        plain.load_state_dict(state, assign=True)
+        plain.tie_weights(missing_keys=set())  # a head of its own stays one, whatever the config says
+        plain.generation_config = model.generation_config
+        stop.check()
+        copied = {}
+        if checkpoint.gguf_file:
+            source = [checkpoint.folder / checkpoint.gguf_file]
+            language_model.tokenizer.save_pretrained(partial)
+        else:
+            made = ("config.json", "generation_config.json", "model.safetensors.index.json")
+            source = [*checkpoint.shards(), *(p for name in made[:2] if (p := checkpoint.folder / name).is_file())]
+            copied = {name: file for name, file in copied_files(checkpoint.folder).items() if name not in made}
+            for name, file in copied.items():
+                shutil.copyfile(file, partial / name)
+        plain.save_pretrained(partial, max_shard_size="5GB")
+        for path in partial.glob("*.safetensors"):
+            readable(path)
+        return {
+            "source": _hashed(source, stop),
+            "written": _hashed(sorted(partial.glob("*.safetensors")), stop),
+            "copied": _hashed([partial / name for name in copied], stop),
+        }
 
 
-def _written_in(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    stored = checkpoint.tensors.get(name)
-    return torch.float32 if stored is not None and stored.dtype == "F32" else torch.bfloat16
+def _hashed(files: Sequence[Path], stop: Stop) -> dict[str, str]:
+    found = {}
+    for file in files:
+        stop.check()
+        found[file.name] = sha256(file)
+    return found
 
 
 def readable(path: Path) -> None:

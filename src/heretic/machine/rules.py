@@ -13,12 +13,15 @@ from heretic.machine.facts import Facts, Finding, Level
 from heretic.machine.host import spell_bytes
 from heretic.machine.memory_plan import MemoryPlan
 from heretic.machine.placement import MODES
+from heretic.model.checkpoint import Checkpoint
 from heretic.model.quantisation import QUANTISATIONS, require_bitsandbytes, require_package
+from heretic.settings import Settings
 
 BUSY = 500 * MIB  # GPU memory that another process may hold without being worth a word
 UNSEEN_USE = 2 * GIB  # used memory that belongs to no visible process; the driver keeps up to about 1 GiB for itself
 RUN_FOLDER = GIB
 SPARE_DISK = 1.05
+GGUF_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32}
 
 
 Rule = Callable[[Facts], Iterator[Finding]]
@@ -41,7 +44,7 @@ def model(facts: Facts) -> Iterator[Finding]:
         "full" if checkpoint.opened else "lora",
     ):
         text = f"{checkpoint.model} exists only quantised ({method}): there are no full-precision weights to write an edit into."
-        yield Finding("failure", "export", text, 'export_format = "lora"')
+        yield Finding("failure", "export", text, f'export_format = "{"full" if checkpoint.opened else "lora"}"')
     else:
         opened = ", opened while it is loaded" if checkpoint.opened else ""
         form = "a folder in bfloat16 or an adapter" if checkpoint.opened else "an adapter"
@@ -210,12 +213,19 @@ def ignored_limits(facts: Facts) -> Iterator[Finding]:
         yield Finding("warning", "max_memory", text, 'device_map = "planned"')
 
 
-def gguf_in_ram(facts: Facts) -> Iterator[Finding]:
-    """GGUF files are dequantised in RAM, in float32, before anything is placed."""
-    checkpoint = facts.checkpoint
-    if checkpoint and checkpoint.gguf_file and (needed := checkpoint.parameters * FLOAT32) > facts.ram:
+def opened_in_ram(facts: Facts) -> Iterator[Finding]:
+    """GGUF files are dequantised in RAM, in float32, before anything is placed; what was opened is written from RAM in bfloat16."""
+    checkpoint, settings = facts.checkpoint, facts.settings
+    if checkpoint is None or not checkpoint.opened:
+        return
+    if checkpoint.gguf_file and (needed := checkpoint.parameters * FLOAT32) > facts.ram:
         text = f"Reading the GGUF file takes {spell_bytes(needed)} of RAM; {spell_bytes(facts.ram)} are free."
         yield Finding("warning", "model", text, 'model = "…": the safetensors version, which is read piece by piece')
+    elif settings.save_to and settings.export_format == "full" and (needed := 2 * checkpoint.parameters) > facts.ram:
+        text = (
+            f"Writing the opened model takes at least {spell_bytes(needed)} of RAM; {spell_bytes(facts.ram)} are free."
+        )
+        yield Finding("warning", "export", text, 'export_format = "lora", or the model in full precision')
 
 
 def one_huge_file(facts: Facts) -> Iterator[Finding]:
@@ -284,9 +294,7 @@ def export_folder(facts: Facts) -> Iterator[Finding]:
     if not folder.writable:
         yield Finding("failure", "export", f"{folder.path} cannot be written.", 'save_to = "…": a folder of yours')
     elif facts.checkpoint:
-        checkpoint, full = facts.checkpoint, facts.settings.export_format == "full"
-        # In the checkpoint's own format, or in bfloat16.
-        needed = int(SPARE_DISK * (2 * checkpoint.parameters if full and checkpoint.opened else checkpoint.nbytes))
+        needed = int(SPARE_DISK * _export_size(facts.checkpoint, facts.settings))
         if folder.free < needed:
             text = f"The export takes {spell_bytes(needed)}, but only {spell_bytes(folder.free)} are free for {folder.path}."
             yield Finding("failure", "export", text, 'save_to = "…": a folder on a larger disk')
@@ -294,6 +302,15 @@ def export_folder(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 "ok", "export", f"{spell_bytes(needed)} of {spell_bytes(folder.free)} free for {folder.path}."
             )
+
+
+def _export_size(checkpoint: Checkpoint, settings: Settings) -> float:
+    """Bytes of what is to be written; of an adapter, which is some megabytes, a gigabyte."""
+    if settings.export_format == "gguf":
+        return GGUF_BYTES[settings.gguf_type] * checkpoint.parameters
+    if settings.export_format == "lora":
+        return GIB
+    return 2 * checkpoint.parameters if checkpoint.opened else checkpoint.nbytes
 
 
 def download(facts: Facts) -> Iterator[Finding]:
@@ -322,7 +339,7 @@ RULES: tuple[Rule, ...] = (
     rewritten_while_quantised,
     missing_package,
     download,
-    gguf_in_ram,
+    opened_in_ram,
     one_huge_file,
     loading_time,
     unseen_gpus,
