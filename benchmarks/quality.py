@@ -277,6 +277,8 @@ def measured_from_disk(arguments: Any, common: Sequence[str], folder: Path, held
     scores: Measured = ladder.score(held.log_probs)
     if not isinstance(scores, Scores):
         raise UserError("not measured in full")
+    if arguments.brief:
+        return plain(scores)
     said = [answers(bench, sequences) for sequences in (held.ladder.harmful, held.ladder.harmless)]
     return plain(scores) | {"answers": held.described(said) | {"over_refusals": held.over_refusals(bench)}}
 
