@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -66,7 +67,7 @@ def pytest_sessionfinish() -> None:
     """
     out = os.environ.get("FAULTS_TABLE")
     if out and ROWS:
-        with FileLock(f"{out}.lock"):
+        with FileLock(Path(tempfile.gettempdir()) / "heretic-faults-table.lock"):
             _add_to(Path(out))
 
 
