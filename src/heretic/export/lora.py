@@ -10,7 +10,7 @@ exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from heretic.ablation.bake import bake_bias
 from heretic.ablation.operator import Operator, opened
 from heretic.errors import UserError
 from heretic.export.job import Format, Order, Written
-from heretic.files import sha256, write_tensors
+from heretic.export.save import hashed
+from heretic.files import write_tensors
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel
 from heretic.model.quantisation import QUANTISATIONS
@@ -148,7 +149,7 @@ def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     checkpoint = order.checkpoint
     sources = [checkpoint.folder / checkpoint.gguf_file] if checkpoint.gguf_file else checkpoint.shards()
-    hashes = {"source": _hashes(sources, stop), "written": _hashes([folder / WEIGHTS], stop)}
+    hashes = {"source": hashed(sources, stop), "written": hashed([folder / WEIGHTS], stop)}
     facts = {"rank": adapter.rank, "exact": adapter.exact, "relative_error": adapter.error}
     return Written(hashes, adapter.exact, "peft", _about(order, adapter), facts)
 
@@ -177,14 +178,6 @@ def _of_one_rank(changes: Mapping[str, Change], rank: int) -> dict[str, Change]:
         a = torch.cat([change.a, change.a.new_zeros(missing, change.a.shape[1])])
         b = torch.cat([change.b, change.b.new_zeros(len(change.b), missing)], dim=1)
         found[name] = replace(change, a=a, b=b)
-    return found
-
-
-def _hashes(files: Sequence[Path], stop: Stop) -> dict[str, str]:
-    found = {}
-    for file in files:
-        stop.check()
-        found[file.name] = sha256(file)
     return found
 
 

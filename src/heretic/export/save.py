@@ -230,13 +230,14 @@ def write_opened(
         for path in partial.glob("*.safetensors"):
             readable(path)
         return {
-            "source": _hashed(source, stop),
-            "written": _hashed(sorted(partial.glob("*.safetensors")), stop),
-            "copied": _hashed([partial / name for name in copied], stop),
+            "source": hashed(source, stop),
+            "written": hashed(sorted(partial.glob("*.safetensors")), stop),
+            "copied": hashed([partial / name for name in copied], stop),
         }
 
 
-def _hashed(files: Sequence[Path], stop: Stop) -> dict[str, str]:
+def hashed(files: Sequence[Path], stop: Stop) -> dict[str, str]:
+    """SHA-256 by file name. Raises Interrupted between files."""
     found = {}
     for file in files:
         stop.check()
