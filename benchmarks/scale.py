@@ -156,8 +156,8 @@ tried in one pass before anything is decoded.
 
 A pass takes the longer of operations / speed and bytes / bandwidth, both from the data sheet: the floor. `balanced` keeps one
 of four cards busy at a time, so four count as one. Worst case: the first layer is edited, no answer ends early, no trial is
-left early. Best case: all rows are in one batch. Where only smaller ones fit, each reads the weights again: that, and other sizes
-of model, are in [sizes.md](sizes.md).
+left early. **Best case: all rows are in one batch.** Where only smaller ones fit, each reads the weights again: that, and other
+sizes of model, are in [sizes.md](sizes.md).
 
 {chr(10).join(of_device(shape, device) + chr(10) for device in DEVICES)}
 ## Beside what was reported

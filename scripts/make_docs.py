@@ -68,6 +68,12 @@ def migrating_page() -> str:
         "`heretic config --from-heretic FILE` writes a `config.toml` of heretic-llm as one of ours, with a comment for what has no",
         "place here. The names are those of heretic-llm 1.4.0 (PyPI). Made by `python scripts/make_docs.py`.",
         "",
+        "1. Use an environment of its own: the two tools share the command's name.",
+        "2. Rename the old file, `mv config.toml old.toml`: a `config.toml` in the current folder is read by itself, and a shell",
+        "   empties the file that it writes to before anything is read from it.",
+        "3. `heretic config --from-heretic old.toml > config.toml`",
+        "4. `heretic preflight`, then `heretic`.",
+        "",
         "| heretic-llm | here | to know |",
         "|---|---|---|",
     ]
