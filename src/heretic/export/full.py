@@ -37,12 +37,11 @@ def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
     if not order.checkpoint.opened:
         return Written(write_weights(order.checkpoint, order.prepared, folder, watcher, stop))
     # On the CPU in bfloat16: as it is to be written, with every tensor at hand, wherever the study had it.
-    trusted = type(order.checkpoint.config).__module__.startswith("transformers_modules")
     model = load(
         order.checkpoint,
         ["bfloat16"],
         {"device_map": {"": "cpu"}},
-        trust_remote_code=[order.checkpoint.model] if trusted else [],
+        trust_remote_code=[order.checkpoint.model] if order.checkpoint.own_code else [],
         chat_template=read_template(order.settings) or None,
         watcher=watcher,
     )

@@ -207,7 +207,8 @@ def write_opened(
     config.dtype = model.dtype
     with watcher.stage("Writing the model", None):
         # No originals are needed: the model is given up after this.
-        with rewrite(writers, operators, original=lambda name: dict(model.named_parameters())[name]):
+        parameters = dict(model.named_parameters())
+        with rewrite(writers, operators, original=parameters.__getitem__):
             state = dict(model.state_dict())
         # A model that was read from GGUF refuses to be saved, and an opened one would be saved under the names of packed tensors.
         with torch.device("meta"):

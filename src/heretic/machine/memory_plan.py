@@ -28,7 +28,7 @@ from heretic.machine.shape import ModelShape
 from heretic.machine.workload import Workload
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.quantisation import KEPT, kept_bytes, stored_bytes
-from heretic.model.tensor_info import SCALES
+from heretic.model.tensor_info import OPENED, SCALES
 from heretic.settings import Settings
 
 NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
@@ -168,7 +168,7 @@ def make_plan(
     model = skeleton(checkpoint, dtype)
     fewer = kept_bytes(model, checkpoint) or stored_bytes(model, quantization)
     shape = ModelShape.of(checkpoint.text_config, model)
-    opening = _largest(model) if checkpoint.quantised_by and checkpoint.opened else 0
+    opening = _largest(model) if checkpoint.quantised_by in OPENED else 0
     demand = Demand(shape, work, copies, _opened_at_once(model, fewer), opening)
     largest = LARGEST_ON_CPU if on_cpu else LARGEST_BATCH
 

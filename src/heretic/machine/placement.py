@@ -63,8 +63,7 @@ def skeleton(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = copy.deepcopy(checkpoint.config)
-    # A config class of the model's own exists only where the user has trusted the model's code.
-    trusted = type(config).__module__.startswith("transformers_modules")
+    trusted = checkpoint.own_code
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trusted
     auto = AutoModelForCausalLM if known else AutoModelForImageTextToText  # as `model.loading` chooses
     try:

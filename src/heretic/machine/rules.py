@@ -34,17 +34,15 @@ def model(facts: Facts) -> Iterator[Finding]:
         return
     size = f"{checkpoint.parameters / 1e9:.2f} billion parameters, {spell_bytes(checkpoint.nbytes)} on disk"
     method = checkpoint.quantised_by
+    forms = ("full", "lora") if checkpoint.opened else ("lora",)  # in which an export of it can be
     if method is None:
         yield Finding("ok", "model", f"{checkpoint.model}: {size}")
     elif facts.settings.quantization != "none":
         text = f"{checkpoint.model} comes quantised ({method}) and cannot be quantised once more."
         yield Finding("failure", "quantization", text, 'quantization = "none"')
-    elif facts.settings.save_to and facts.settings.export_format not in (
-        "lora",
-        "full" if checkpoint.opened else "lora",
-    ):
+    elif facts.settings.save_to and facts.settings.export_format not in forms:
         text = f"{checkpoint.model} exists only quantised ({method}): there are no full-precision weights to write an edit into."
-        yield Finding("failure", "export", text, f'export_format = "{"full" if checkpoint.opened else "lora"}"')
+        yield Finding("failure", "export", text, f'export_format = "{forms[0]}"')
     else:
         opened = ", opened while it is loaded" if checkpoint.opened else ""
         form = "a folder in bfloat16 or an adapter" if checkpoint.opened else "an adapter"

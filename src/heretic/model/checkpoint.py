@@ -121,6 +121,11 @@ class Checkpoint:
         or stay packed."""
         return "GGUF" if self.gguf_file else OPENED.get(self.quantised_by or "")
 
+    @property
+    def own_code(self) -> bool:
+        """Whether its config class is of its own Python code: it exists only where the user has trusted that."""
+        return type(self.config).__module__.startswith("transformers_modules")
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor from its file, as stored."""
         from safetensors import safe_open

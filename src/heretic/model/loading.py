@@ -24,6 +24,7 @@ from heretic.model.anatomy import Anatomy, dissect, input_device
 from heretic.model.batching import free_memory, out_of_memory
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.quantisation import KEPT, QUANTISATIONS, keep_layout, loading_arguments, made_even
+from heretic.model.tensor_info import OPENED
 from heretic.progress import SILENT, Watcher
 
 log = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
             fix="download the model again",
         )
     keep_layout(model)
-    if checkpoint.quantised_by and checkpoint.opened:
+    if checkpoint.quantised_by in OPENED:
         made_even(model, getattr(torch, dtype))
     if checkpoint.adapter is not None:
         model = _adapted(model, checkpoint.adapter)
