@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -35,9 +36,15 @@ def begin(config: Path, postgres: Server, name: str, trials: int, place: Path, *
     )  # fmt: skip
 
 
+@functools.cache
+def storage(url: str) -> optuna.storages.RDBStorage:
+    """Opened once: a new one for every look would use up the server's connections."""
+    return connect(url)
+
+
 def study(postgres: Server, name: str) -> optuna.Study | None:
     try:
-        return optuna.load_study(study_name=name, storage=connect(postgres.url))
+        return optuna.load_study(study_name=name, storage=storage(postgres.url))
     except KeyError:
         return None
 
