@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from heretic.search.storage import sqlite_file
+from heretic.search.storage import connect, sqlite_file
+from tests.postgres import Server
 
 
 @pytest.mark.parametrize(
@@ -22,3 +24,9 @@ from heretic.search.storage import sqlite_file
 )
 def test_the_file_of_a_storage(url: str, file: str | None) -> None:
     assert sqlite_file(url) == (Path(file) if file else None)
+
+
+def test_several_open_a_new_database_at_once(postgres: Server) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        storages = list(pool.map(lambda _: connect(postgres.url), range(8)))
+    assert [storage.get_all_studies() for storage in storages] == [[]] * 8

@@ -31,6 +31,7 @@ SETTINGS = "heretic:settings"  # user attribute of the study, for whoever sees n
 EXPORTED = "heretic:exported "  # and a trial's number: by whom, where to
 SECRET = re.compile(r"((?:^|(?<=&))[^=&]*(?:pass|pwd|secret|token|key|auth|cred)[^=&]*=)[^&]*", re.IGNORECASE)
 SECONDS_TO_WAIT = 60  # for another process that has the SQLite file locked
+OPENING = int.from_bytes(b"heretic", "big")  # PostgreSQL's lock on making the tables
 # A connection whose other end is gone is noticed within half a minute, on both sides: the locks of a machine that lost its power
 # must not stay.
 SERVER_ARGUMENTS = {
@@ -83,13 +84,14 @@ def connect(url: str, workers: Workers | None = None, patience: Patience | None 
         if not on_server(url):
             return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": SECONDS_TO_WAIT}})
         workers = workers or Workers()
-        return PatientStorage(
-            _with_driver(url),
-            patience or Patience(),
-            engine_kwargs={"pool_pre_ping": True, "connect_args": SERVER_ARGUMENTS},
-            heartbeat_interval=workers.heartbeat,
-            grace_period=max(workers.grace_period, 2 * workers.heartbeat),
-        )
+        with _only_one_opens(_with_driver(url)):
+            return PatientStorage(
+                _with_driver(url),
+                patience or Patience(),
+                engine_kwargs={"pool_pre_ping": True, "connect_args": SERVER_ARGUMENTS},
+                heartbeat_interval=workers.heartbeat,
+                grace_period=max(workers.grace_period, 2 * workers.heartbeat),
+            )
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
         lacks_driver = isinstance(error, ImportError)
         cause = "its driver is not installed" if lacks_driver else reason(error)
@@ -100,6 +102,16 @@ def connect(url: str, workers: Workers | None = None, patience: Patience | None 
             if lacks_driver
             else "check that the place exists and can be written; a damaged study.db can be set aside with --fresh",
         ) from None
+
+
+@contextmanager
+def _only_one_opens(url: str) -> Iterator[None]:
+    """Within the context no other worker opens this database: of several that make Optuna's tables at the same moment, in a new
+    database, all but one would fail."""
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=SERVER_ARGUMENTS)
+    with engine.begin() as connection:  # the lock belongs to the transaction, and goes with the connection of who dies
+        connection.exec_driver_sql(f"select pg_advisory_xact_lock({OPENING})")
+        yield
 
 
 def _with_driver(url: str) -> str:
