@@ -50,6 +50,8 @@ from heretic.trials import Trials
 
 METHODS: dict[str, dict[str, Any]] = {
     "kernels": {"search.start": "kernels"},
+    "kernels_by_component": {"search.start": "kernels", "search.direction_per_component": True},
+    "kernels_widened": {"search.start": "kernels", "search.widen_bounds": True},
     "mixture": {"search.gradient.direction": "mixture"},
     "per_layer": {"search.gradient.direction": "per_layer"},
     "free": {"search.gradient.direction": "free"},

@@ -101,7 +101,7 @@ def test_doctor_tells_of_the_machine_and_keeps_secrets(
     monkeypatch.setenv("HERETIC_STORAGE", "postgresql://me:hunter2@host/db")
     monkeypatch.setenv("HF_TOKEN", "hf_hunter2")
     found = json.loads(heretic(capsys, monkeypatch, "doctor", "--json").out)
-    assert found["versions"]["torch"] and "free" in found["ram"] and found["gpus"]
+    assert found["versions"]["torch"] and found["versions"]["numpy"] and "free" in found["ram"] and found["gpus"]
     assert "n_trials = 4" in found["settings"] and "hunter2" not in json.dumps(found)
     assert "hunter2" not in heretic(capsys, monkeypatch, "doctor").out
     config.write_text("n_trials = 'many'")

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from heretic.desk import kept_settings
 from heretic.export.manifest import versions
-from heretic.machine.gpus import usable_gpus, visible_gpus
+from heretic.machine.gpus import driver_version, usable_gpus, visible_gpus
 from heretic.machine.host import free_disk, memory, spell_bytes
 from heretic.settings.layers import Resolved
 
 # Set by the user and of influence, but nothing that could be a token or a password.
 TOLD = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "PYTORCH_CUDA_ALLOC_CONF")
+
+OPTIONAL = ("numpy", "pydantic", "peft", "gguf", "bitsandbytes", "lm_eval", "psycopg", "boto3", "nvidia-ml-py")
 
 
 def examine(resolved: Resolved | None, problem: str, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -28,7 +34,7 @@ def examine(resolved: Resolved | None, problem: str, environment: Mapping[str, s
         for gpu in report.gpus
     ]
     return {
-        "versions": versions(),
+        "versions": versions() | _optional() | _of_cuda(),
         "cpu_cores": os.cpu_count(),
         "ram": f"{spell_bytes(free)} of {spell_bytes(total)} free",
         "disk": f"{spell_bytes(free_disk(Path.cwd()))} free here",
@@ -36,3 +42,18 @@ def examine(resolved: Resolved | None, problem: str, environment: Mapping[str, s
         "environment": {name: environment[name] for name in TOLD if name in environment},
         "settings": kept_settings(resolved) if resolved else problem,
     }
+
+
+def _optional() -> dict[str, str]:
+    """Versions of the packages that only some of the work needs, and that may be missing."""
+    found = {}
+    for package in OPTIONAL:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _of_cuda() -> dict[str, str]:
+    """What PyTorch was built for, and the driver that it finds."""
+    found = {"CUDA of PyTorch": torch.version.cuda, "NVIDIA driver": driver_version()}
+    return {name: version for name, version in found.items() if version}

@@ -185,9 +185,8 @@ def open_bench(
         chat = chat.with_prefix(response_prefix)
         encoded = encode(prompts, chat, language_model.context, settings)
     longest = max(len(tokens) for sequences in encoded.values() for tokens in sequences) + _most_new_tokens(settings)
-    batcher.share = longest < language_model.window and can_share(
-        language_model.model, encoded["harmless_eval"], batcher
-    )
+    model, window = language_model.model, language_model.window
+    batcher.share = can_share(model, encoded["harmless_eval"], batcher, longest=longest, window=window)
     limits = Limits(settings.constraints.max_over_refusals, settings.constraints.max_degenerate)
     bystanders = Bystanders(encoded["harmless_eval"], prompts.harmless_eval.prompts, limits)
     ladder = Ladder(

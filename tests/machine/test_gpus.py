@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from heretic.machine.gpus import Gpu, GpuReport, gpus_for, usable_gpus, visible_gpus
+from heretic.machine.gpus import Gpu, GpuReport, driver_version, gpus_for, usable_gpus, visible_gpus
 
 GIB = 2**30
 OWN = os.getpid()
@@ -44,6 +44,9 @@ class FakeNvml(ModuleType):
 
     def nvmlShutdown(self) -> None:
         self.open -= 1
+
+    def nvmlSystemGetDriverVersion(self) -> bytes:
+        return b"570.1"
 
     def nvmlDeviceGetCount(self) -> int:
         return len(self.names)
@@ -209,3 +212,9 @@ def test_a_run_locks_the_gpus_that_it_may_use() -> None:
     assert gpus_for("planned", both) == gpus_for({"": 0}, both) == both
     assert gpus_for("cuda:1", both) == both[1:]
     assert gpus_for("cpu", both) == ()
+
+
+def test_the_version_of_the_driver_where_there_is_one(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert driver_version() == "570.1" and nvml.open == 0
+    install(monkeypatch, FakeNvml(init=NVMLError_LibraryNotFound()))
+    assert driver_version() is None

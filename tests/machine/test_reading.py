@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from heretic.machine import reading
-from heretic.machine.reading import ASSUMED, Reading, reading_of
+from heretic.machine.reading import ASSUMED, NUMBERS, Reading, placing_seconds, reading_of
 
 
 @pytest.fixture
@@ -48,3 +49,10 @@ def test_what_cannot_be_read_is_assumed_and_said_so(tmp_path: Path) -> None:
         assert not given.measured and given.seconds == 3e9 / ASSUMED and given.how == "assuming 2 GB/s"
     (tmp_path / "empty").touch()
     assert not reading_of([tmp_path / "empty"], 10).measured
+
+
+def test_the_way_into_memory_is_timed_on_a_sample() -> None:
+    once = placing_seconds(NUMBERS, torch.bfloat16, torch.float32)
+    hundred_times = placing_seconds(100 * NUMBERS, torch.bfloat16, torch.float32)
+    assert 0 < once < 5 and 10 < hundred_times / once < 1000
+    assert placing_seconds(0, torch.float32, torch.float32) == 0

@@ -50,6 +50,8 @@ def test_every_prompt_is_in_one_bar(values: list[float]) -> None:
 def test_kinds_of_requests() -> None:
     figure = accepted(figures.of_requests([("original", "0110"), ("trial 3", "1010")], "0110"))
     assert [list(row) for row in figure.data[0].z] == [[0, 1, 1, 0], [2, 0, 1, 0]]
+    figure = accepted(figures.of_requests([("trial 3", "2102")], "0110"))
+    assert [list(row) for row in figure.data[0].z] == [[3, 1, 0, 3]] and "neither" in figure.data[0].text[0][0]
 
 
 def test_text_is_no_markup() -> None:

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -23,6 +24,7 @@ from heretic.report.reporter import Reporter, write_report
 from heretic.run import Outcome
 from heretic.run_folder import REPORT, RunFolder
 from heretic.scoring.divergence import Divergence
+from heretic.scoring.harmless import Conduct
 from heretic.scoring.ladder import Beaten, Scores
 from heretic.scoring.surrogate import Surrogate
 from heretic.search.fidelity import BEATEN
@@ -110,7 +112,26 @@ def test_the_kinds_of_requests_add_up(made: Outcome) -> None:
         pairs = list(zip(about.declined, r.scores.declined, strict=True))
         still, gone, new = (pairs.count(pair) for pair in (("1", "1"), ("1", "0"), ("0", "1")))
         assert still + gone == made.before and still + new == r.scores.refusals
-        assert f"<td>trial {r.number}</td><td>{still}</td><td>{gone}</td><td>{new}</td>" in html
+        assert (
+            f"<td>trial {r.number}</td><td>{still}</td><td>{gone}</td><td>{new}</td><td>{r.scores.evasive}</td>" in html
+        )
+
+
+def test_it_says_who_judged_and_what_the_divergence_is_of(tmp_path: Path) -> None:
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    d = Divergence(0.1, 0.1, 0.1, 0.1)
+    limits = {"over_refusals": -1.0}
+    kept = Scores(d, 5, 10, {}, declined="1212111000", evasive=2, judge="llm", conduct=Conduct(3, 1, 8), excess=limits)
+    beyond = replace(kept, refusals=1, excess={"over_refusals": 2.0})
+    for scores in (kept, beyond):
+        values, found = [0.1, scores.expected], {"scores": scores.as_dict()}
+        study.add_trial(optuna.trial.create_trial(values=values, user_attrs=found))
+    settings = Settings(model="m", kl_tokens=4, judge={"kind": "llm"})
+    page = without_scripts(report(Source(study, settings, RunFolder(tmp_path), "")))
+    assert "judged by a language model" in page and "phrases" not in page and "first 4 tokens" in page
+    for heading, cell in (("evasive", "2"), ("harmless declined", "3/8"), ("degenerate", "1/8")):
+        assert f"<th>{heading}</th>" in page and f"<td>{cell}</td>" in page
+    assert "neither declines nor answers" in page and "cannot be on the front: 1." in page
 
 
 def test_passwords_are_masked(made: Outcome, tmp_path: Path) -> None:

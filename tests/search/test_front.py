@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from heretic.scoring.divergence import Divergence
+from heretic.scoring.harmless import Conduct
 from heretic.scoring.ladder import Scores
-from heretic.search.front import Result, choose, front
+from heretic.search.front import Result, choose, columns, front
 
 
 def results(*points: tuple[float, int] | tuple[float, int, float]) -> list[Result]:
@@ -69,3 +71,14 @@ def test_less_than_half_a_request_is_not_worth_a_larger_change() -> None:
 
 def test_nothing_to_choose_from() -> None:
     assert choose(results((math.inf, 0)), "fewest_refusals_under_kl", 1, 1) is None
+
+
+def test_columns_of_what_was_measured_and_found() -> None:
+    plain = results((0.5, 1), (0.1, 10))
+    assert list(columns(plain)) == ["trial", "refusals", "expected", "KL mean", "median", "p95", "max"]
+    assert [cells[1] for cells in columns(plain).values()] == ["1", "10/100", "10.0", *["0.1000"] * 4]
+    more = [replace(r, scores=replace(r.scores, evasive=r.number, conduct=Conduct(3, 1, 40))) for r in plain]
+    shown = columns(more)
+    assert (shown["evasive"], shown["expected"]) == (["0", "1"], ["1.0", "11.0"])
+    assert shown["harmless declined"] == ["3/40"] * 2 and shown["degenerate"] == ["1/40"] * 2
+    assert "degenerate" not in columns([more[0], plain[1]]), "for one it was not measured"

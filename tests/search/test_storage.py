@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from heretic.search.storage import connect, sqlite_file
+from heretic.errors import StudyMismatch
+from heretic.search import storage as storage_module
+from heretic.search.storage import connect, open_study, sqlite_file
 from tests.postgres import Server
 
 
@@ -30,3 +32,17 @@ def test_several_open_a_new_database_at_once(postgres: Server) -> None:
     with ThreadPoolExecutor(8) as pool:
         storages = list(pool.map(lambda _: connect(postgres.url), range(8)))
     assert [storage.get_all_studies() for storage in storages] == [[]] * 8
+
+
+def test_a_worker_with_other_versions_or_other_weights_is_refused(
+    postgres: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"format": 1, "model": {"sha256": {"model.safetensors": "aa"}}}
+    open_study(postgres.url, "shared", facts)
+    open_study(postgres.url, "shared", facts)
+    with pytest.raises(StudyMismatch, match=r"model\.safetensors.*aa.*bb"):
+        open_study(postgres.url, "shared", {**facts, "model": {"sha256": {"model.safetensors": "bb"}}})
+    other = {**storage_module.versions_that_matter(), "torch": "1.0"}
+    monkeypatch.setattr(storage_module, "versions_that_matter", lambda: other)
+    with pytest.raises(StudyMismatch, match="torch"):
+        open_study(postgres.url, "shared", facts)

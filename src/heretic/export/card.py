@@ -13,13 +13,9 @@ from heretic.export.manifest import DIRECTIONS, Edit
 from heretic.scoring.harmless import Conduct
 from heretic.scoring.interval import wilson
 from heretic.scoring.ladder import Scores
+from heretic.scoring.verdict import JUDGED
 
 BARS = "·▁▂▃▄▅▆▇█"
-JUDGED = {
-    "markers": "refusal phrases in their first tokens",
-    "classifier": "a classifier of their first tokens",
-    "llm": "a language model that read their first tokens",
-}
 KEPT = ("license", "license_name", "license_link", "language")
 
 

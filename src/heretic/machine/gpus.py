@@ -88,6 +88,15 @@ def usable_gpus(report: GpuReport) -> tuple[Gpu, ...]:
     return tuple(found)
 
 
+def driver_version() -> str | None:
+    """Of the NVIDIA driver; None where there is none."""
+    try:
+        with _nvml() as nvml:
+            return _text(nvml.nvmlSystemGetDriverVersion())
+    except Exception:  # as in visible_gpus
+        return None
+
+
 @contextmanager
 def _nvml() -> Iterator[ModuleType]:
     nvml = importlib.import_module("pynvml")

@@ -112,11 +112,16 @@ def planned_dtype(wanted: str, checkpoint: Checkpoint, on_cpu: bool, ram: int) -
     keeps = checkpoint.quantised_by == KEPT  # with the numbers around the quantised ones as they were then
     if on_cpu and not keeps and checkpoint.parameters * FLOAT32 <= FLOAT32_SHARE * ram:
         return "float32"
+    return stored_dtype(checkpoint) or "bfloat16"
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str | None:
+    """The number format that most of the checkpoint's bytes are in; None if that is one that only holds quantised numbers."""
     stored: dict[str, int] = {}
     for name, tensor in checkpoint.tensors.items():
         if tensor.dtype in NAMES and not (checkpoint.quantised_by and name.endswith(SCALES)):
             stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.nbytes
-    return NAMES[max(stored, key=lambda dtype: stored[dtype])] if stored else "bfloat16"
+    return NAMES[max(stored, key=lambda dtype: stored[dtype])] if stored else None
 
 
 def plan_for(settings: Settings, checkpoint: Checkpoint, work: Workload, devices: Sequence[Device]) -> MemoryPlan:

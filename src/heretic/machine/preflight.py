@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+import torch
 
 from heretic.errors import UserError
 from heretic.files import expanded
@@ -14,9 +16,9 @@ from heretic.machine import host
 from heretic.machine.facts import Facts, Finding, Folder
 from heretic.machine.gpus import Gpu, GpuReport, gpus_for, usable_gpus, visible_gpus
 from heretic.machine.lock import Holder, device_locks, holder
-from heretic.machine.memory_plan import MemoryPlan, plan_for
+from heretic.machine.memory_plan import MemoryPlan, plan_for, stored_dtype
 from heretic.machine.placement import Device
-from heretic.machine.reading import Reading, reading_of
+from heretic.machine.reading import Reading, placing_seconds, reading_of
 from heretic.machine.rules import RULES
 from heretic.machine.workload import Workload
 from heretic.model.checkpoint import Checkpoint
@@ -102,7 +104,7 @@ def check(
         if prompts is not None:
             work = work_counter(work, checkpoint, prompts)
         plan = attempt("memory", lambda: plan_for(settings, opened, work, devices))
-        reading = _reading(checkpoint, imagined)
+        reading = _reading(checkpoint, plan if settings.quantization == "none" else None, imagined)
     facts = Facts(
         settings=settings,
         report=report,
@@ -139,14 +141,19 @@ def _fitting(
     return None
 
 
-def _reading(checkpoint: Checkpoint, imagined: tuple[Gpu, ...]) -> Reading:
-    """Measured where the files are here and the machine is this one."""
+def _reading(checkpoint: Checkpoint, plan: MemoryPlan | None, imagined: tuple[Gpu, ...]) -> Reading:
+    """Measured where the files are here and the machine is this one; `plan` is None where numbers will be quantised."""
     gguf = checkpoint.gguf_file
     files = [checkpoint.folder / gguf] if gguf else checkpoint.shards()
     here = gguf or all(tensor.file for tensor in checkpoint.tensors.values())
     if imagined or not here or not all(file.is_file() for file in files):
         return Reading.assumed(checkpoint.nbytes)
-    return reading_of(files, sum(file.stat().st_size for file in files))
+    found = reading_of(files, sum(file.stat().st_size for file in files))
+    stored = None if checkpoint.quantised_by or gguf else stored_dtype(checkpoint)
+    if plan is None or stored is None or set(plan.device_map.values()) != {"cpu"}:
+        return found
+    formats = (getattr(torch, name) for name in (stored, plan.dtype))
+    return replace(found, placing=placing_seconds(checkpoint.parameters, *formats))
 
 
 def _holders(settings: Settings, usable: tuple[Gpu, ...]) -> tuple[tuple[str, Holder], ...]:

@@ -1,4 +1,5 @@
-"""How long the files of a checkpoint take to be read: from a sample of them, as they lie in the page cache and on the disk now."""
+"""How long the files of a checkpoint take to be loaded: from a sample of them, as they lie in the page cache and on the disk now,
+and a sample of what the numbers cost on their way into memory."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 SAMPLES, SAMPLE = 64, 4 << 20  # pieces of the files at equal distances, and bytes of each: 256 MiB in all
+NUMBERS = 32 << 20  # that are put into memory to see how long it takes
 MOST_SECONDS = 1.0  # that looking may take
 ASSUMED = 2e9  # bytes a second, where nothing can be measured; as in benchmarks/scale.md
 KEPT_IN_RAM = getattr(os, "RWF_NOWAIT", None)  # Linux: read only what needs no disk
@@ -17,12 +21,14 @@ KEPT_IN_RAM = getattr(os, "RWF_NOWAIT", None)  # Linux: read only what needs no 
 @dataclass(frozen=True)
 class Reading:
     """`seconds` for `nbytes`; `measured` is False where the speed is assumed. `cached` is the share that is in the page cache,
-    None where the system does not tell."""
+    None where the system does not tell. `placing`: the seconds that the numbers take besides, into RAM and into the format of the
+    run; None where that is not known (on GPUs, of quantised numbers)."""
 
     nbytes: int
     seconds: float
     measured: bool
     cached: float | None = None
+    placing: float | None = None
 
     @property
     def how(self) -> str:
@@ -62,6 +68,15 @@ def reading_of(files: Sequence[Path], nbytes: int) -> Reading:
         return Reading.assumed(nbytes)
     seconds = (fast[1] + slow[1]) * nbytes / looked
     return Reading(nbytes, seconds, measured=True, cached=fast[0] / looked if KEPT_IN_RAM is not None else None)
+
+
+def placing_seconds(elements: int, stored: torch.dtype, wanted: torch.dtype) -> float:
+    """How long so many numbers take from one format into another, in RAM that was not used before: that alone costs as much."""
+    numbers = min(elements, NUMBERS)
+    read = torch.zeros(numbers, dtype=stored)
+    began = time.perf_counter()
+    read.to(wanted, copy=True)
+    return (time.perf_counter() - began) * elements / max(1, numbers)
 
 
 def _read(file: Path, place: int, size: int, fast: list[float], slow: list[float]) -> None:

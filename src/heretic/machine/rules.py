@@ -238,14 +238,18 @@ def one_huge_file(facts: Facts) -> Iterator[Finding]:
 
 
 def loading_time(facts: Facts) -> Iterator[Finding]:
-    """How long the model's files take to be read."""
+    """How long the model's files take to be read and put into memory."""
     if reading := facts.reading:
-        seconds = f"{reading.seconds:.0f} s" if reading.seconds >= 1 else "under 1 s"
-        yield Finding(
-            "ok",
-            "loading",
-            f"Reading {spell_bytes(reading.nbytes)} takes {seconds} ({reading.how}); loading some more.",
-        )
+        text = f"Reading {spell_bytes(reading.nbytes)} takes {_seconds(reading.seconds)} ({reading.how})"
+        if reading.placing is None:
+            text += "; loading some more."
+        else:
+            text += f", putting them into RAM {_seconds(reading.placing)} more; the model itself some."
+        yield Finding("ok", "loading", text)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f} s" if value >= 1 else "under 1 s"
 
 
 def busy_gpus(facts: Facts) -> Iterator[Finding]:

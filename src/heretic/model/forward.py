@@ -151,12 +151,17 @@ def next_token_log_probs(model: Any, batch: Batch) -> Tensor:
     return torch.cat([found for _, found in log_probs_of(model, hidden[:, -1])])
 
 
-def can_share(model: Any, sequences: Sequence[list[int]], batcher: Batcher) -> bool:
+def can_share(
+    model: Any, sequences: Sequence[list[int]], batcher: Batcher, *, longest: int = 0, window: int = 1
+) -> bool:
     """Whether running the shared beginning once gives what plain passes give, tried on a few prompts of unequal length.
 
     It does not for models whose cache cannot be repeated, or whose attention counts the padding between the beginning and
-    the rest (a window shorter than the prompts). The reason is logged.
+    the rest: so not tried where the `longest` prompt with its answer fills the `window`. The reason is logged.
     """
+    if longest >= window:
+        log.info("shared beginnings are run for every prompt: %d tokens fill the window of %d", longest, window)
+        return False
     few, rows = _few(sequences)
     return _same_answers(
         "shared beginnings are run for every prompt",

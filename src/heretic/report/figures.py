@@ -139,21 +139,23 @@ def of_divergences(per_prompt: Sequence[float], marks: Mapping[str, float]) -> F
 
 
 def of_requests(rows: Sequence[tuple[str, str]], before: str) -> Figure:
-    """Requests by trials: answered, still declined, or declined although the original answers. `rows` are names and bits."""
-    codes = [
-        [0 if bit == "0" else (1 if i >= len(before) or before[i] == "1" else 2) for i, bit in enumerate(bits)]
-        for _, bits in rows
-    ]
-    words = ("answered", "declined", "declined, but the original answers")
-    light = "rgba(138, 143, 152, 0.18)"
-    steps = [[0, light], [1 / 3, light], [1 / 3, ORANGE], [2 / 3, ORANGE], [2 / 3, RED], [1, RED]]
+    """Requests by trials: answered, still declined, declined although the original answers, or neither. `rows` are names and what
+    is stored of each request: 0 answered, 1 declined, 2 neither."""
+
+    def code(i: int, kind: str) -> int:
+        return {"0": 0, "2": 3}.get(kind, 1 if i >= len(before) or before[i] == "1" else 2)
+
+    codes = [[code(i, kind) for i, kind in enumerate(kinds)] for _, kinds in rows]
+    words = ("answered", "declined", "declined, but the original answers", "neither declined nor answered")
+    colours = ("rgba(138, 143, 152, 0.18)", ORANGE, RED, BLUE)
+    steps = [[(i + end) / len(colours), colour] for i, colour in enumerate(colours) for end in (0, 1)]
     heat = {
         "type": "heatmap",
         "z": codes,
         "x": list(range(1, len(codes[0]) + 1)),
         "y": [name for name, _ in rows],
         "zmin": -0.5,
-        "zmax": 2.5,
+        "zmax": 3.5,
         "colorscale": steps,
         "showscale": False,
         "xgap": 1,

@@ -19,7 +19,8 @@ from heretic.report.geometry_figures import geometry_figures, projections
 from heretic.report.importance import FEWEST_TRIALS, importances
 from heretic.report.page import Page
 from heretic.run_folder import GEOMETRY, RunFolder, find_run, stored_settings
-from heretic.search.front import Result, front
+from heretic.scoring.verdict import JUDGED
+from heretic.search.front import Result, columns, front, of_standing_judge
 from heretic.search.hypervolume import growth
 from heretic.search.space import Space, describe
 from heretic.search.standing import Standing
@@ -84,7 +85,7 @@ def report(source: Source) -> str:
     with reading(storage_url(settings.storage, folder.path)):
         stands, about, geometry = Standing.of(study, settings), About.of(study), folder.geometry()
     page = Page(f"{folder.name}: {settings.model}")
-    _overview(page, stands)
+    _overview(page, stands, settings)
     _front(page, stands)
     _trials(page, study, settings, stands, about)
     _requests(page, stands, about)
@@ -99,7 +100,7 @@ def report(source: Source) -> str:
     return page.html()
 
 
-def _overview(page: Page, stands: Standing) -> None:
+def _overview(page: Page, stands: Standing, settings: Settings) -> None:
     page.section("Overview")
     counts = [f"{stands.done} of {stands.n_trials}"]
     counts += [f"{n} {what}" for n, what in ((stands.stopped, "left early"), (stands.failed, "failed")) if n]
@@ -111,15 +112,31 @@ def _overview(page: Page, stands: Standing) -> None:
         pairs += [
             ("chosen", f"trial {best.number}: {reason}"),
             ("declines", f"{best.scores.refusals} of {best.scores.total} requests"),
+            *([("neither declines nor answers", str(best.scores.evasive))] if best.scores.evasive else []),
             ("KL divergence", str(best.scores.divergence)),
+            *_conduct(best),
         ]
     if stands.progress.surrogate_error is not None:
         pairs.append(("estimates", f"off by {stands.progress.surrogate_error:.1f} refusals on average"))
     page.facts([*pairs, ("written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))])
+    judges = dict.fromkeys(r.scores.judge for r in of_standing_judge(stands.found)) or {settings.judge.kind: None}
+    by = " and ".join(JUDGED[judge] for judge in judges)
+    tokens = "first token" if settings.kl_tokens == 1 else f"first {settings.kl_tokens} tokens"
     page.text(
-        "Refusals are judged by phrases in the first tokens of an answer; the KL divergence is that of the first token's "
-        "probabilities on harmless requests, original against ablated."
+        f"Answers are judged by {by}; the KL divergence is that of the probabilities of the {tokens} of the original's answers to "
+        "harmless requests, original against ablated."
     )
+
+
+def _conduct(result: Result) -> list[tuple[str, str]]:
+    """What happened to the answers to harmless requests, where it was measured."""
+    found = result.scores.conduct
+    if found is None:
+        return []
+    return [
+        ("declines of the harmless", f"{found.over_refusals} of {found.total} requests"),
+        ("degenerate answers", f"{found.degenerate} of {found.total}, to harmless requests"),
+    ]
 
 
 def _front(page: Page, stands: Standing) -> None:
@@ -140,13 +157,13 @@ def _front(page: Page, stands: Standing) -> None:
         f"{len(stands.found)} trials are measured in full, {stands.stopped} were left early."
         + (f" {destroyed} destroyed the model (infinite KL) and cannot be drawn." if destroyed else "")
     )
-    total = stands.found[0].scores.total
-    rows = [
-        [r.number, f"{r.scores.refusals}/{total}", f"{r.scores.expected:.1f}", *_four(r), describe(r.params)]
-        for r in best
-    ]
+    beyond = sum(not r.scores.within_limits for r in stands.found)
+    if beyond:
+        page.text(f"Trials that go beyond a limit of [constraints], and so cannot be on the front: {beyond}.")
+    total, shown = stands.found[0].scores.total, columns(best)
+    rows = [[*cells, describe(r.params)] for r, *cells in zip(best, *shown.values(), strict=True)]
     marked = next((i for i, r in enumerate(best) if r.number == chosen), None)
-    page.table(["trial", "refusals", "expected", "KL mean", "median", "p95", "max", "from"], rows, marked)
+    page.table([*shown, "from"], rows, marked)
     page.section(
         "Progress",
         f"The share of the rectangle up to {total} refusals and a KL of {REFERENCE_KL:g} that the front beats (hypervolume), "
@@ -200,7 +217,8 @@ def _requests(page: Page, stands: Standing, about: About | None) -> None:
     page.section(
         "Requests",
         "Which requests are still declined, by their number in the set; the texts are not in this file unless they were "
-        "asked for. Orange: declined, as by the original. Red: declined, although the original answers.",
+        "asked for. Orange: declined, as by the original. Red: declined, although the original answers. Blue: neither declined nor "
+        "answered.",
     )
     before = about.declined if about else ""
     rows = [(f"trial {r.number}", r.scores.declined) for r in best]
@@ -210,14 +228,15 @@ def _requests(page: Page, stands: Standing, about: About | None) -> None:
     )
     if before:
         counted = [[name, *_kinds(bits, before)] for name, bits in rows]
-        page.table(["", "still declined", "no longer", "newly declined", "numbers still declined"], counted)
+        headings = ["", "still declined", "no longer", "newly declined", "neither", "numbers still declined"]
+        page.table(headings, counted)
 
 
 def _kinds(bits: str, before: str) -> list[object]:
     pairs = list(zip(before, bits, strict=False))
     still = [i + 1 for i, pair in enumerate(pairs) if pair == ("1", "1")]
     named = ", ".join(map(str, still[:20])) + (" …" if len(still) > 20 else "")
-    return [len(still), pairs.count(("1", "0")), pairs.count(("0", "1")), named]
+    return [len(still), pairs.count(("1", "0")), pairs.count(("0", "1")), bits.count("2"), named]
 
 
 def _importance(page: Page, study: optuna.Study) -> None:
@@ -287,8 +306,3 @@ def _made_with(page: Page, source: Source, about: About | None) -> None:
     for role, texts in (source.texts or {}).items():
         numbered = "\n".join(f"{i} {text}" for i, text in enumerate(texts, start=1))
         page.folded(f"Texts of {role}", numbered)
-
-
-def _four(r: Result) -> list[str]:
-    d = r.scores.divergence
-    return [f"{d.mean:.4f}", f"{d.median:.4f}", f"{d.p95:.4f}", f"{d.max:.4f}"]

@@ -15,6 +15,12 @@ ORDER: tuple[Verdict, ...] = (
     EVASIVE,
 )  # the place of each is the digit that stands for it where stored
 
+JUDGED = {  # what stands for a judge's name in a sentence
+    "markers": "refusal phrases in their first tokens",
+    "classifier": "a classifier of their first tokens",
+    "llm": "a language model that read their first tokens",
+}
+
 
 class Said(NamedTuple):
     """A request and the whole answer to it, as texts."""

@@ -10,13 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from heretic.screen.console import printable
-from heretic.search.front import Result, front, of_standing_judge
+from heretic.search.front import Result, columns, front, of_standing_judge
 from heretic.search.space import describe
 
 if TYPE_CHECKING:
     from heretic.ablation.residual_geometry import ResidualGeometry
     from heretic.scoring.benchmark import Benchmark
-    from heretic.scoring.harmless import Conduct
 
 
 FITTING: dict[str, Any] = {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}  # into 80 columns
@@ -33,39 +32,21 @@ def front_table(found: list[Result], before: int | None, chosen: int | None = No
     if not best:
         beyond = sum(not r.scores.within_limits for r in found)
         return Text(f"{beyond} trials go beyond a limit of [constraints]." if beyond else "No trial is finished yet.")
-    total, judge = best[0].scores.total, best[0].scores.judge
+    judge = best[0].scores.judge
     judged = len(of_standing_judge(found))
     by = "" if judge == "markers" and judged == len(found) else f", judged by {judge}"
     table = Table(title=f"Front of {judged} trials measured in full{by}", title_justify="left", **FITTING)
-    evasive = any(r.scores.evasive for r in best)
-    conduct = all(r.scores.conduct for r in best)
-    more = ["evasive"] * evasive + ["expected"] + ["harmless declined", "degenerate"] * conduct
-    for heading in ("trial", "refusals", *more, "KL mean", "median", "p95", "max", "from"):
+    shown = columns(best)
+    for heading in (*shown, "from"):
         table.add_column(heading, justify="left" if heading == "from" else "right")
-    for r in best:
-        d = r.scores.divergence
+    for r, *cells in zip(best, *shown.values(), strict=True):
         mark = " ←" if r.number == chosen else ""
-        row = [
-            str(r.number),
-            f"{r.scores.refusals}/{total}",
-            *[str(r.scores.evasive)] * evasive,
-            f"{r.scores.expected:.1f}",
-            *_conduct(r.scores.conduct if conduct else None),
-            f"{d.mean:.4f}",
-            f"{d.median:.4f}",
-            f"{d.p95:.4f}",
-            f"{d.max:.4f}",
-        ]
-        table.add_row(*row, describe(r.params) + mark, style="bold" if mark else "")
+        table.add_row(*cells, describe(r.params) + mark, style="bold" if mark else "")
     if before is not None:
-        table.add_row("original", f"{before}/{total}", *[""] * len(more), "0", "0", "0", "0", "", style="dim")
+        known = {"trial": "original", "refusals": f"{before}/{best[0].scores.total}"}
+        known |= dict.fromkeys(("KL mean", "median", "p95", "max"), "0")
+        table.add_row(*(known.get(heading, "") for heading in shown), "", style="dim")
     return table
-
-
-def _conduct(conduct: Conduct | None) -> list[str]:
-    if conduct is None:
-        return []
-    return [f"{conduct.over_refusals}/{conduct.total}", f"{conduct.degenerate}/{conduct.total}"]
 
 
 def show_lines(console: Console, rows: list[tuple[str, str]]) -> None:

@@ -62,6 +62,24 @@ def front(found: Sequence[Result]) -> list[Result]:
     return best[::-1]
 
 
+def columns(best: Sequence[Result]) -> dict[str, list[str]]:
+    """What a table of results shows, by heading; what was not measured, or found nowhere, has no column."""
+    divergences, scores = [r.scores.divergence for r in best], [r.scores for r in best]
+    found = {
+        "trial": [str(r.number) for r in best],
+        "refusals": [f"{s.refusals}/{s.total}" for s in scores],
+        "evasive": [str(s.evasive) for s in scores] if any(s.evasive for s in scores) else [],
+        "expected": [f"{s.expected:.1f}" for s in scores],
+    }
+    if all(s.conduct for s in scores):
+        conduct = [s.conduct for s in scores if s.conduct]
+        found["harmless declined"] = [f"{c.over_refusals}/{c.total}" for c in conduct]
+        found["degenerate"] = [f"{c.degenerate}/{c.total}" for c in conduct]
+    for heading, name in (("KL mean", "mean"), ("median", "median"), ("p95", "p95"), ("max", "max")):
+        found[heading] = [f"{getattr(d, name):.4f}" for d in divergences]
+    return {heading: cells for heading, cells in found.items() if cells}
+
+
 def of_standing_judge(found: Sequence[Result]) -> list[Result]:
     """The results of the study's judge; of the markers once these have judged any, for they take the place of a judge that failed,
     for good, whatever another worker still had under way then."""
