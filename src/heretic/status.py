@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from optuna.trial import TrialState
 
 from heretic.errors import UserError
 from heretic.machine import lock
+from heretic.machine.use import memory_in_use
 from heretic.run_folder import RunFolder, find_run, stored_settings
 from heretic.search.front import front
+from heretic.search.lives import WORKER
 from heretic.search.standing import Standing
 from heretic.search.storage import (
     alive,
@@ -35,14 +38,17 @@ WARNINGS = 3  # the last ones of the run's log
 @dataclass(frozen=True)
 class Status:
     """A run at a moment. `place` is its folder, or the storage where only that is at hand; `walk` says how far the walk by
-    gradient has come; `warnings` are the last ones of the run's log."""
+    gradient has come; `memory` is that of the machines at work, by device; `latest` and `warnings` are the last lines of the run's
+    log."""
 
     place: str
     model: str
     state: str
     standing: Standing
     walk: str
-    warnings: tuple[str, ...]
+    memory: dict[str, str] = field(default_factory=dict)
+    latest: str = ""
+    warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -62,6 +68,8 @@ class Status:
             "seconds_left": stands.seconds_left,
             "surrogate_error": stands.progress.surrogate_error,
             "walk": self.walk,
+            "memory": self.memory,
+            "latest": self.latest,
             "warnings": list(self.warnings),
             "best": stands.best[0].number if stands.best else None,
             "front": [{"trial": r.number, "params": r.params, **r.scores.as_dict()} for r in front(stands.found)],
@@ -76,15 +84,23 @@ def look_at(name: str, runs_dir: str, environment: Mapping[str, str], storage: s
     folder = find_run(name, runs_dir)
     settings = stored_settings(folder, environment)
     if not settings.storage and not (folder.path / "study.db").is_file():
-        raise UserError("The run has no study yet.", where=str(folder.path), fix="wait until its first trial begins")
+        facts = _lines(folder.path / "run.log", "INFO")
+        ends = f"; its log ends: {facts[-1]}" if facts else ""
+        raise UserError(
+            "The run has no study yet.", where=str(folder.path), fix=f"wait until its first trial begins{ends}"
+        )
     url = storage_url(settings.storage, folder.path)
     with reading(url):
         study = load_study(url, study_name(settings.storage, folder.path))
         stands = Standing.of(study, settings)
         holder = lock.holder(folder.lock)
         state = f"running, held by {holder}" if holder else _state(study, stands)
-        warnings = _warnings(folder.path / "run.log")
-        return Status(str(folder.path), settings.model, state, stands, _walk(study, folder, settings), warnings)
+        facts, warnings = (_lines(folder.path / "run.log", level) for level in ("INFO", "WARNING"))
+        memory = _memory(study)
+        if holder and holder.host == socket.gethostname():
+            memory = {use.device: str(use) for use in memory_in_use(holder.pid)}
+        walk, latest = _walk(study, folder, settings), facts[-1] if facts and state.startswith("running") else ""
+        return Status(str(folder.path), settings.model, state, stands, walk, memory, latest, warnings[-WARNINGS:])
 
 
 def _in_storage(name: str, storage: str) -> Status:
@@ -100,7 +116,8 @@ def _in_storage(name: str, storage: str) -> Status:
             fix="go on with it once, or give its run's folder instead",
         )
     stands = Standing.of(study, settings)
-    return Status(masked(storage), settings.model, _state(study, stands), stands, _walk(study, None, settings), ())
+    walk = _walk(study, None, settings)
+    return Status(masked(storage), settings.model, _state(study, stands), stands, walk, _memory(study))
 
 
 def load_study(url: str, name: str) -> optuna.Study:
@@ -118,12 +135,24 @@ def load_study(url: str, name: str) -> optuna.Study:
 
 def _state(study: optuna.Study, stands: Standing) -> str:
     """From the trials alone: who has one under way, else whether all are done."""
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    signed = [t.user_attrs["worker"] for t in running if "worker" in t.user_attrs]
-    workers = sorted({f"process {w['pid']} on {w['host']}" for w in signed if alive(w)})
+    workers = sorted({f"process {w['pid']} on {w['host']}" for w in _workers(study)})
     if workers:
         return f"running: {', '.join(workers)}"
     return "complete" if stands.done >= stands.n_trials else "stopped"
+
+
+def _workers(study: optuna.Study) -> list[dict[str, Any]]:
+    """The signatures of those that have a trial under way."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    signed = [t.user_attrs[WORKER] for t in running if WORKER in t.user_attrs]
+    return [who for who in signed if alive(who)]
+
+
+def _memory(study: optuna.Study) -> dict[str, str]:
+    """How full the workers' devices were when their trials began."""
+    return {
+        f"{device} of {who['host']}": used for who in _workers(study) for device, used in who.get("memory", {}).items()
+    }
 
 
 def _walk(study: optuna.Study, folder: RunFolder | None, settings: Settings) -> str:
@@ -135,10 +164,10 @@ def _walk(study: optuna.Study, folder: RunFolder | None, settings: Settings) -> 
     return f"step {steps} of {len(gradient.weights) * gradient.steps}" if steps else ""
 
 
-def _warnings(log: Path) -> tuple[str, ...]:
-    """The last ones, each with its time, as the log has them: 'date time WARNING text'."""
+def _lines(log: Path, level: str) -> tuple[str, ...]:
+    """Those of a level, each with its time, as the log has them: 'date time LEVEL text'."""
     if not log.is_file():
         return ()
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = [line.split(" WARNING ", 1) for line in lines if " WARNING " in line]
-    return tuple(f"{when.partition(',')[0]} {text}" for when, text in found[-WARNINGS:])
+    found = [line.split(f" {level} ", 1) for line in lines if f" {level} " in line]
+    return tuple(f"{when.partition(',')[0]} {text}" for when, text in found)

@@ -58,6 +58,17 @@ def test_the_terminal_is_not_steered_by_what_is_said() -> None:
     assert "\x1b" not in text and "\\x1b[2J[bold]x[/bold]" in text
 
 
+def test_on_a_wide_terminal_both_answer_side_by_side() -> None:
+    for width, beside in ((100, True), (60, False)):
+        console, model = Console(file=io.StringIO(), width=width, force_terminal=True, no_color=True), Model()
+        chat = Chat(console, model)
+        chat.run(["/both", "hello", "long"])
+        lines = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+        assert (["no", "1", "yes", "1"] in lines) is beside
+        assert [m["content"] for m in chat.shown if m["role"] == "assistant"] == ["no 1", "yes 1", "no 3", "yes 3"]
+        assert chat.messages[-1]["content"] == "yes 3"
+
+
 def test_an_answer_cut_short_stays_in_the_conversation() -> None:
     text, model, _ = talk("long", "go on")
     assert "(cut short)" in text and model.asked[1][0][1]["content"] == "yes 1"

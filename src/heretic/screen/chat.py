@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from heretic.errors import UserError, first_line
 from heretic.files import expanded
@@ -18,9 +22,11 @@ from heretic.screen.console import printable
 Message = dict[str, str]
 # (messages, with the edit, what to do with every piece of text) -> the whole answer
 Answer = Callable[[Sequence[Message], bool, Callable[[str], None]], str]
+STYLES = {"original": "bold", "ablated": "bold green"}
+BESIDE = 70  # columns of a terminal in which two answers have room beside each other
 
 HELP = """/ablated  the trial answers (at the start)  /original  the original answers
-/both     both answer, one after another    /new       forget all that was said
+/both     both answer, side by side         /new       forget all that was said
 /save F   write the conversation to a file  /quit      leave (or end of input)"""
 
 
@@ -33,7 +39,6 @@ class Chat:
     messages: list[Message] = field(default_factory=list)
     sides: tuple[bool, ...] = (True,)
     shown: list[Message] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
     folder: Path = Path()  # where a conversation goes that is saved without a name
     check: Callable[[], None] = lambda: None  # raises where the program is to end
 
@@ -69,29 +74,45 @@ class Chat:
     def _turn(self, text: str) -> None:
         self.messages.append({"role": "user", "content": text})
         self.shown.append(self.messages[-1])
-        said = ""
-        for ablated in self.sides:
-            self.console.print(
-                "ablated: " if ablated else "original: ", style="bold green" if ablated else "bold", end=""
-            )
-            self.pieces.clear()
-            try:
-                said = self.answer(self.messages, ablated, self._piece)
-                self.console.print()
-            except UserError as error:  # longer than the model can hold: as if it had not been said
-                self._note(str(error))
-                del self.messages[-1], self.shown[-1]
-                return
-            except KeyboardInterrupt:
-                said = "".join(self.pieces).strip()
-                self.check()
-                self._note("cut short")
-            self.shown.append({"role": "assistant", "model": "ablated" if ablated else "original", "content": said})
-        self.messages.append({"role": "assistant", "content": said})
+        said: dict[str, str] = {}
+        beside = len(self.sides) > 1 and self.console.is_terminal and self.console.width >= BESIDE
+        columns = partial(_beside, said)
+        try:
+            with self._growing(columns) if beside else nullcontext():
+                for ablated in self.sides:
+                    self._one(said, "ablated" if ablated else "original", quiet=beside)
+        except UserError as error:  # longer than the model can hold: as if it had not been said
+            self._note(str(error))
+            del self.messages[-1], self.shown[-1]
+            return
+        if beside:
+            self.console.print(columns())
+        self.shown += [{"role": "assistant", "model": name, "content": text} for name, text in said.items()]
+        self.messages.append({"role": "assistant", "content": list(said.values())[-1]})
 
-    def _piece(self, text: str) -> None:
-        self.pieces.append(text)
-        self.console.print(printable(text), end="", highlight=False, soft_wrap=True)
+    def _one(self, said: dict[str, str], name: str, *, quiet: bool) -> None:
+        """One side's answer, which grows in `said` and, unless quiet, on the screen."""
+        said[name] = ""
+
+        def piece(text: str) -> None:
+            said[name] += text
+            if not quiet:
+                self.console.print(printable(text), end="", highlight=False, soft_wrap=True)
+
+        if not quiet:
+            self.console.print(f"{name}: ", style=STYLES[name], end="")
+        try:
+            said[name] = self.answer(self.messages, name == "ablated", piece)
+            if not quiet:
+                self.console.print()
+        except KeyboardInterrupt:
+            said[name] = said[name].strip()
+            self.check()
+            self._note("cut short")
+
+    def _growing(self, columns: Callable[[], Table]) -> AbstractContextManager[object]:
+        """Within the context both answers are shown as far as they have come."""
+        return Live(get_renderable=columns, console=self.console, transient=True, refresh_per_second=8)
 
     def _save(self, name: str) -> None:
         file = expanded(name) if name else self.folder / "chat.json"
@@ -104,6 +125,15 @@ class Chat:
 
     def _note(self, text: str) -> None:
         self.console.print(printable(f"({text})"), style="dim", highlight=False)
+
+
+def _beside(said: dict[str, str]) -> Table:
+    table = Table.grid(expand=True, padding=(0, 2))
+    for _ in STYLES:
+        table.add_column(ratio=1)
+    table.add_row(*(Text(name, style) for name, style in STYLES.items()))
+    table.add_row(*(Text(printable(said.get(name, ""))) for name in STYLES))
+    return table
 
 
 def typed(console: Console) -> Iterable[str]:

@@ -27,7 +27,6 @@ from rich.progress import (
 from rich.rule import Rule
 from rich.text import Text
 
-from heretic.machine.host import spell_bytes
 from heretic.machine.use import Use, memory_in_use
 from heretic.progress import Stage
 from heretic.screen.console import Lines, printable
@@ -168,11 +167,7 @@ class Dashboard(Lines):
         now = time.monotonic()
         if not self.use or now - self.looked > SECONDS_BETWEEN_LOOKS:
             self.use, self.looked = self.look(), now
-        found = []
-        for use in self.use:
-            own = f", {spell_bytes(use.own)} by this run" if use.own is not None else ""
-            found.append((use.device, f"{spell_bytes(use.used)} of {spell_bytes(use.total)} used{own}"))
-        return found
+        return [(use.device, str(use)) for use in self.use]
 
     def _last_lines(self) -> Text:
         """The last warnings and facts, a line each."""

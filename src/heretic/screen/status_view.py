@@ -63,6 +63,9 @@ def _view(console: Console, seen: Status) -> Group:
     facts = [("run", seen.place), ("model", seen.model), ("state", seen.state), *rows(stands)]
     if seen.walk:
         facts.append(("walk", seen.walk))
+    facts += list(seen.memory.items())
+    if seen.latest:
+        facts.append(("latest", seen.latest))
     error = stands.progress.surrogate_error
     if error is not None:
         facts.append(("estimates", f"off by {error:.1f} refusals on average"))

@@ -25,8 +25,7 @@ from heretic.stop import Stop
 MIDDLE = (0.6, 0.85)  # the layers whose directions the mixture begins with, as shares of the depth
 STRONGEST = 2.5  # of a single writer; 1 removes the direction, 2 mirrors it
 SILENT_REFUSALS = 0.005  # mean probability of refusing at which nothing is left to push down
-TOO_GENTLE = 5e-4  # KL after some steps at the first weights below which refusing is worth no change at that weight
-STEPS_TO_TELL = 3  # the first step is from nothing, and reads no change
+STEPS_TO_TELL = 2  # steps from nothing after which a weight that raised no strength is taken to raise none
 LISTEN_BELOW = 0.1  # mean probability of refusing in the words known so far; above, others would hardly be heard
 
 Heard = tuple[
@@ -111,7 +110,7 @@ class Descent:
                 self.stop.check()
                 done, weight = state.steps, weights[state.steps // steps]
                 reading = self.step(state, weight)
-                if self._too_gentle(state, reading):
+                if self._too_gentle(state):
                     state.steps += -state.steps % steps
                     self.watcher.say(f"Weight {weight:g} is too gentle to change anything; on to the next.")
                 elif state.steps % steps == 0:
@@ -119,17 +118,17 @@ class Descent:
                     if state.steps < len(weights) * steps:
                         self._listen(state)
                 self.keep(state)
-                stage.advance(
-                    state.steps - done, note=f"KL {reading.kl:.3f}, probability of refusing {reading.probability:.2f}"
-                )
+                loss = reading.kl + weight * reading.refusing
+                note = f"loss {loss:.3f}, KL {reading.kl:.3f}, probability of refusing {reading.probability:.2f}"
+                stage.advance(state.steps - done, note=note)
         return state.points
 
-    def _too_gentle(self, state: State, reading: Reading) -> bool:
-        """Whether the rest of a weight's steps can be spared: no point yet, and nothing changes at this weight. Never the last."""
+    def _too_gentle(self, state: State) -> bool:
+        """Whether the rest of a weight's steps can be spared: refusing is not worth any strength's penalty. Never of the last."""
         steps = self.settings.steps
         at_last = state.steps > (len(self.settings.weights) - 1) * steps
         told = steps > STEPS_TO_TELL and state.steps % steps == STEPS_TO_TELL
-        return told and not state.points and not at_last and reading.kl < TOO_GENTLE
+        return told and not at_last and not state.strengths.any()
 
     def step(self, state: State, weight: float) -> Reading:
         """One step of Adam on one minibatch, then back into the allowed range."""

@@ -15,15 +15,21 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from heretic.machine.use import memory_in_use
 from heretic.search.front import AGAIN
 from heretic.search.patience import PatientStorage
-from heretic.search.storage import STORAGE_ERRORS, alive
+from heretic.search.storage import STORAGE_ERRORS, alive, worker
 from heretic.search.turns import database
 from heretic.settings import Workers
 
 RETRY = "retry"  # user attribute of a trial that repeats one whose worker died: that one's number
 RETRIES = "retries"  # and how often these parameters have been given up
 WORKER = "worker"
+
+
+def signature() -> dict[str, Any]:
+    """Who works on a trial, and how full that machine's memory is meanwhile: all that others can learn of it."""
+    return {**worker(), "memory": {use.device: str(use) for use in memory_in_use()}}
 
 
 @contextmanager

@@ -13,11 +13,10 @@ from optuna.trial import FrozenTrial, TrialState
 from heretic.progress import Watcher
 from heretic.search.fidelity import Progress
 from heretic.search.front import AGAIN
-from heretic.search.lives import WORKER, free_the_dead, taken
+from heretic.search.lives import WORKER, free_the_dead, signature, taken
 from heretic.search.patience import PatientStorage
 from heretic.search.sampler import sampler
 from heretic.search.standing import Standing
-from heretic.search.storage import worker
 from heretic.search.turns import TurnLost, database, turn
 from heretic.settings import Settings
 from heretic.stop import Stop
@@ -124,7 +123,7 @@ class Queue:
 
     def _sign(self, trial: optuna.Trial, asked: list[optuna.Trial]) -> None:
         asked.append(trial)
-        trial.set_user_attr(WORKER, worker())
+        trial.set_user_attr(WORKER, signature())
         storage = database(self.study)
         if isinstance(storage, PatientStorage) and storage.get_heartbeat_interval():
             storage.patiently(storage.record_heartbeat, trial._trial_id)

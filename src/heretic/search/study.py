@@ -12,11 +12,10 @@ from heretic.errors import UserError
 from heretic.progress import Watcher
 from heretic.scoring.ladder import Measured, Scores, never
 from heretic.search.fidelity import BEATEN, Bar, Progress, told
-from heretic.search.lives import WORKER, retry_of, signs_of_life
+from heretic.search.lives import WORKER, retry_of, signature, signs_of_life
 from heretic.search.queue import START, Drawer, Queue, finished
 from heretic.search.seal import sealed
 from heretic.search.standing import Standing
-from heretic.search.storage import worker
 from heretic.settings import Settings
 from heretic.stop import Stop
 
@@ -132,7 +131,7 @@ def _keep(
             raise
     again = retry_of(study, trial.number)
     if again is not None:
-        again.set_user_attr(WORKER, worker())
+        again.set_user_attr(WORKER, signature())
         trials.draw(again)
         store(again)
     return again

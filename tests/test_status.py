@@ -1,0 +1,62 @@
+"""What `heretic status` shows of a run that is under way."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from heretic.errors import UserError
+from heretic.progress import SILENT
+from heretic.run import run
+from heretic.search.lives import WORKER, signature
+from heretic.search.storage import storage_url
+from heretic.settings.layers import resolve
+from heretic.status import load_study, look_at
+from heretic.stop import Stop
+
+HOLD = """
+import sys
+from pathlib import Path
+from heretic.machine.lock import hold
+with hold([Path(sys.argv[1])], model="m"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_stage_and_memory_of_a_run_under_way(config: Path) -> None:
+    folder = run(resolve(config, assignments=["run_name=mine"]), watcher=SILENT, stop=Stop()).folder
+    (folder.path / "run.log").write_text("2026-11-25 20:49:41,801 INFO Baseline: 4.0 s\n")
+    idle = look_at("mine", "runs", {})
+    assert idle.state == "complete" and not idle.memory and not idle.latest
+    command = [sys.executable, "-c", HOLD, str(folder.lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        seen = look_at("mine", "runs", {})
+        process.communicate("")
+    assert seen.state.startswith("running") and "by this run" in seen.memory["RAM"]
+    assert seen.latest == "2026-11-25 20:49:41 Baseline: 4.0 s"
+    assert seen.as_dict()["memory"] == seen.memory
+
+
+def test_memory_of_other_machines_from_the_storage_alone(config: Path) -> None:
+    folder = run(resolve(config, assignments=["run_name=mine"]), watcher=SILENT, stop=Stop()).folder
+    url = storage_url("", folder.path)
+    study = load_study(url, "heretic")
+    study.ask().set_user_attr(WORKER, signature() | {"host": "elsewhere"})
+    seen = look_at("heretic", "runs", {}, storage=url)
+    assert "on elsewhere" in seen.state and "used" in seen.memory["RAM of elsewhere"]
+    assert socket.gethostname() not in seen.state
+
+
+def test_before_the_first_trial_it_says_what_is_being_done(config: Path) -> None:
+    folder = run(resolve(config, assignments=["run_name=mine"]), watcher=SILENT, stop=Stop()).folder
+    (folder.path / "study.db").unlink()
+    (folder.path / "run.log").write_text("2026-11-25 20:49:41,801 INFO Baseline: 4.0 s\n")
+    with pytest.raises(UserError, match="no study yet") as raised:
+        look_at("mine", "runs", {})
+    assert "its log ends: 2026-11-25 20:49:41 Baseline: 4.0 s" in raised.value.fix
