@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,26 @@ def checkpoint_of(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16,
         n: TensorInfo(n, tuple(p.shape), NAMES[p.dtype], Path("a.safetensors")) for n, p in model.named_parameters()
     }
     return Checkpoint("owner/model", Path("/nowhere"), config, tensors, **more)
+
+
+def packed_of(checkpoint: Checkpoint, method: str, group: int = 128) -> Checkpoint:
+    """The same in 4 bits, as GPTQ and AWQ store it: eight numbers in one of 32 bits, scales and zero points by group."""
+    tensors = {}
+    for name, tensor in checkpoint.tensors.items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = tensor
+            continue
+        (rows, columns), path = tensor.shape, name.removesuffix(".weight")
+        groups = columns // group
+        parts = {
+            "qweight": ((columns // 8, rows), "I32"),
+            "qzeros": ((groups, rows // 8), "I32"),
+            "scales": ((groups, rows), "F16"),
+        }
+        tensors |= {f"{path}.{part}": TensorInfo(f"{path}.{part}", *said, tensor.file) for part, said in parts.items()}
+    config = copy.deepcopy(checkpoint.config)
+    config.quantization_config = {"quant_method": method, "bits": 4, "group_size": group}
+    return replace(checkpoint, config=config, tensors=tensors)
 
 
 def qwen_32b() -> Qwen2Config:

@@ -21,7 +21,7 @@ from heretic.machine.workload import TRIED_TOKENS, Walk, Workload
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.tensor_info import TensorInfo
 from heretic.scoring.surrogate import MOST_TOKENS
-from tests.machine.shapes import GIB, checkpoint_of, cpu, gpus, qwen_32b, small
+from tests.machine.shapes import GIB, checkpoint_of, cpu, gpus, packed_of, qwen_32b, small
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,15 @@ def test_quantised_weights_are_counted(large: Checkpoint, name: str, gib: float)
     assert {load.device.name for load in plan(large, [*gpus(2, 24), cpu(64)], quantization=name, device_map="auto").loads} == {
         "cuda:0", "cuda:1",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_packed_weights_are_counted_as_they_are_stored(large: Checkpoint, method: str) -> None:
+    packed = packed_of(large, method)
+    assert packed.parameters == large.parameters
+    found = plan(packed, [*gpus(1, 24), cpu(64)])
+    assert found.weights == pytest.approx(packed.nbytes, rel=0.01) and found.fits and not found.in_ram
+    assert packed.nbytes / 1e9 == pytest.approx(19.3, rel=0.02), "4.16 bits a number, embedding and head in 16"
 
 
 def test_32b_on_one_large_gpu_stays_whole(large: Checkpoint) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from heretic.errors import UserError, first_line
 from heretic.files import expanded
-from heretic.model.tensor_info import OPENED, PACKED_BY, SCALES, TensorInfo
+from heretic.model.tensor_info import OPENED, PACKED_BY, SCALES, TensorInfo, packed_bits
 
 if TYPE_CHECKING:
     import torch
@@ -66,9 +66,9 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """Number of elements of all tensors; of quantised ones those that are packed in them, without their scales."""
-        packed = self.quantised_by in PACKED_BY
+        packed, bits = PACKED_BY.get(self.quantised_by or ""), packed_bits(self.config)
         numbers = (t for name, t in self.tensors.items() if not self.quantised_by or not name.endswith(SCALES))
-        return sum(t.elements * (2 if packed and t.dtype == "U8" else 1) for t in numbers)
+        return sum(t.elements if t.dtype != packed else 8 * t.nbytes // bits for t in numbers)
 
     @property
     def text_config(self) -> PretrainedConfig:

@@ -39,6 +39,7 @@ QUANTISATIONS = {
 
 
 KEPT = "bitsandbytes"  # stays as it is
+STAY_PACKED = ("gptq", "awq")  # so do these, in their own packages' modules
 # Those that need packages of their own, which we have not tried: a module to look for, and what to install.
 PACKAGES = {
     "gptq": ("gptqmodel", "gptqmodel optimum"),
@@ -188,7 +189,9 @@ def _read_off(module: Any, device: torch.device) -> Tensor:
 
 
 def kept_bytes(model: Any, checkpoint: Checkpoint) -> dict[str, float]:
-    """Bytes an element, by the name of a parameter, of those that stay as a checkpoint of bitsandbytes holds them."""
+    """Bytes an element, by the name of a parameter, of those that stay as the checkpoint holds them."""
+    if checkpoint.quantised_by in STAY_PACKED:
+        return _packed_bytes(model, checkpoint)
     if checkpoint.quantised_by != KEPT:
         return {}
     found = {}
@@ -198,6 +201,16 @@ def kept_bytes(model: Any, checkpoint: Checkpoint) -> dict[str, float]:
             scales = (f"{path}.{end}" for end in ("SCB", *(f"weight{s}" for s in SCALES)))
             tensors = (stored, *(checkpoint.tensors[name] for name in scales if name in checkpoint.tensors))
             found[f"{path}.weight"] = sum(t.nbytes for t in tensors) / module.weight.numel()
+    return found
+
+
+def _packed_bytes(model: Any, checkpoint: Checkpoint) -> dict[str, float]:
+    """As `kept_bytes`, of methods that put several tensors in the place of a linear map's weight."""
+    found = {}
+    for path, module in model.named_modules():
+        parts = [checkpoint.tensors.get(f"{path}.{name}") for name in ("qweight", "qzeros", "scales", "g_idx")]
+        if isinstance(module, nn.Linear) and parts[0] is not None:
+            found[f"{path}.weight"] = sum(t.nbytes for t in parts if t is not None) / module.weight.numel()
     return found
 
 
