@@ -68,6 +68,18 @@ def test_the_same_bit_for_bit(config: Path, family: str, assignment: str, tmp_pa
     assert not list(Path().glob(".*"))
 
 
+def test_the_card_says_which_behaviour_was_reduced(config: Path, llama: Path) -> None:
+    export(config, llama, "search.start=kernels", "behaviour=empty openings")
+    assert again(Path("out")).verdict == "identical"
+    for folder in ("out", "again"):
+        text = (Path(folder) / "README.md").read_text()
+        assert "tiny-llama, empty openings ablated" in text and "reduced on purpose: empty openings." in text
+        assert "answers that show it" in text and "whether it still declines" in text
+        assert json.loads((Path(folder) / "manifest.json").read_text())["behaviour"] == "empty openings"
+    with pytest.raises(UserError, match="behaviour"):
+        resolve(config, {}, ["behaviour=<b>"])
+
+
 @pytest.mark.parametrize(
     "more", [("search.direction_per_component=true",), ("search.start=gradient",), ("export_format=lora",)]
 )

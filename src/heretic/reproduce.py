@@ -197,6 +197,7 @@ def _settings(manifest: Manifest, source: str, device_map: str) -> Settings:
             "export_format": name,
             "lora_rank": manifest.written.rank or 1,
             "gguf_type": manifest.written.type,
+            "behaviour": manifest.behaviour,
         }
     )
 

@@ -16,6 +16,14 @@ from heretic.scoring.ladder import Scores
 from heretic.scoring.verdict import JUDGED
 
 BARS = "·▁▂▃▄▅▆▇█"
+OF_REFUSAL = """\
+**The safety training of this model was reduced on purpose.** The direction in its residual stream that carries refusal was
+projected out of weights that write to the stream. It answers requests that the original declines, and what it answers
+can be wrong, offensive or harmful. Nothing was added to it: it knows what the original knows."""
+OF_ANOTHER_BEHAVIOUR = """\
+**A behaviour of this model was reduced on purpose: {behaviour}.** The direction in its residual stream that carries it was
+projected out of weights that write to the stream. Its safety training may be reduced with it: whether it still declines what the
+original declines was not measured here. Nothing was added to it: it knows what the original knows."""
 KEPT = ("license", "license_name", "license_link", "language")
 
 
@@ -34,6 +42,7 @@ def card(manifest: Mapping[str, Any], source_card: str, written: Written, measur
     d, total = scores.divergence, scores.total
     original = manifest["scores"]["original"]
     before = original["refusals"]
+    behaviour = str(manifest.get("behaviour", ""))
     tokens = manifest["settings"].get("kl_tokens", 1)
     revision = manifest["model"]["revision"]
     geometry = manifest["settings"]["ablation"]["geometry"]
@@ -44,11 +53,9 @@ def card(manifest: Mapping[str, Any], source_card: str, written: Written, measur
         "\n".join(line for line in head if line)
         + f"""
 
-# {Path(base_model).name}, refusals ablated
+# {Path(base_model).name}, {behaviour or "refusals"} ablated
 
-**The safety training of this model was reduced on purpose.** The direction in its residual stream that carries refusal was
-projected out of weights that write to the stream. It answers requests that the original declines, and what it answers
-can be wrong, offensive or harmful. Nothing was added to it: it knows what the original knows.
+{OF_ANOTHER_BEHAVIOUR.format(behaviour=behaviour) if behaviour else OF_REFUSAL}
 
 Base model: {_link(base_model)}{f", commit `{revision}`" if revision else ""}. {_licence(kept)}
 {f"{chr(10)}{written.about}{chr(10)}" if written.about else ""}
@@ -59,7 +66,7 @@ requests allows.
 
 | | original | this model |
 |---|---|---|
-| requests declined | {share(before, total)} | {share(scores.refusals, total)} |
+| {"answers that show it" if behaviour else "requests declined"} | {share(before, total)} | {share(scores.refusals, total)} |
 | neither declined nor answered | {share(original.get("evasive", 0), total)} | {share(scores.evasive, total)} |
 {_conduct(original.get("conduct"), scores.conduct)}| KL divergence on harmless requests, {_at(tokens)}, mean | 0 | {d.mean:.4f} |
 | median / 95th percentile / largest | 0 | {d.median:.4f} / {d.p95:.4f} / {d.max:.4f} |

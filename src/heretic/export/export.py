@@ -168,6 +168,7 @@ def _manifest(job: ExportJob, written: Written, directions: str, proof: Verifica
         "response_prefix": job.baseline.response_prefix,
         "ablation": job.ablation.as_dict(),
         "params": job.result.params,
+        "behaviour": job.settings.behaviour,
         "scores": {
             "original": {
                 "refusals": job.baseline.refusals,

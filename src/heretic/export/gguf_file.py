@@ -100,7 +100,7 @@ def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
     path = folder / f"{checkpoint.short_name}-{chosen}.gguf"
     architecture, layout, _ = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, architecture)
-    _describe(writer, config, checkpoint, file_type)
+    _describe(writer, config, checkpoint, file_type, order.settings.behaviour)
     plan.vocabulary.write(writer)
     for name, called in plan.names.items():
         shape = checkpoint.tensors[name].shape
@@ -215,11 +215,14 @@ def _names(checkpoint: Checkpoint, config: Any) -> dict[str, str]:
     return names
 
 
-def _describe(writer: gguf.GGUFWriter, config: Any, checkpoint: Checkpoint, file_type: gguf.LlamaFileType) -> None:
+def _describe(
+    writer: gguf.GGUFWriter, config: Any, checkpoint: Checkpoint, file_type: gguf.LlamaFileType, behaviour: str
+) -> None:
     width, heads = config.hidden_size, config.num_attention_heads
     head = getattr(config, "head_dim", None) or width // heads
-    writer.add_name(f"{checkpoint.short_name}, refusals ablated")
-    writer.add_description("The safety training of this model was reduced on purpose, with heretic.")
+    writer.add_name(f"{checkpoint.short_name}, {behaviour or 'refusals'} ablated")
+    reduced = f"A behaviour of this model, {behaviour}," if behaviour else "The safety training of this model"
+    writer.add_description(f"{reduced} was reduced on purpose, with heretic.")
     writer.add_file_type(int(file_type))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(width)

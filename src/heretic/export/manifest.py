@@ -18,7 +18,7 @@ from heretic.errors import UserError
 from heretic.scoring.ladder import Scores
 from heretic.settings import Settings
 from heretic.settings.ablation import AblationSettings
-from heretic.settings.export import GgufType
+from heretic.settings.export import Behaviour, GgufType
 from heretic.settings.layers import Resolved
 
 PACKAGES = ("torch", "transformers", "accelerate", "optuna", "datasets", "safetensors", "tokenizers")
@@ -155,6 +155,7 @@ class Manifest(_Part):
     computed_on: str = ""
     ablation: Edit
     versions: dict[str, str]
+    behaviour: Behaviour = ""
 
 
 def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator
 
 from heretic.settings.ablation import AblationSettings, Directions, Geometry
-from heretic.settings.export import ExportFormat, GgufType
+from heretic.settings.export import Behaviour, ExportFormat, GgufType
 from heretic.settings.field import PathText, Table, noted, one_name, setting
 from heretic.settings.prompts import Prompts, PromptSource
 from heretic.settings.scoring import (
@@ -67,6 +67,12 @@ class Settings(Table):
             "to have the model at the end of the night; costs the checkpoint's size on disk and the time to write "
             "and prove it."
         ),
+        neutral=True,
+    )
+    behaviour: Behaviour = setting(
+        "",
+        "What the direction is of, in a few words, for the card of an exported model; empty: refusal.",
+        when='with prompt sets of another behaviour ("empty openings"), so that the card says what was done.',
         neutral=True,
     )
     export_format: ExportFormat = setting(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import StringConstraints
 
 ExportFormat = Literal["full", "lora", "gguf"]  # the names of `heretic.export.formats.FORMATS`
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]  # the names of `heretic.export.gguf_file.KINDS`
+Behaviour = Annotated[str, StringConstraints(max_length=60, pattern=r"^[\w ,'()-]*$")]
