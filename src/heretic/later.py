@@ -149,7 +149,7 @@ def residual_geometry(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model measured on the configured sets; `divergence` from `against` if that was given, `conduct` if it has limits."""
+    """A model measured on the configured sets; `divergence` from `against` if that was given."""
 
     model: str
     against: str | None

@@ -33,7 +33,8 @@ GEOMETRY, REPORT = "geometry.safetensors", "report.html"
 class Baseline:
     """The original model: its log-probabilities [tokens, vocabulary] at the first `answered` tokens of its answers to the
     harmless prompts, what `judge` says of its answers to the harmful ones, the first tokens with which it declined (none where it
-    did not), the beginning that all its answers share, and its conduct on the harmless prompts where there are limits to that."""
+    did not), the beginning that all its answers share, and its conduct on the harmless prompts (None in a file of an
+    earlier version)."""
 
     log_probs: Tensor
     verdicts: tuple[Verdict, ...]

@@ -198,7 +198,7 @@ def open_bench(
         batcher,
         settings.max_response_length,
         requests=prompts.harmful_eval.prompts,
-        bystanders=bystanders if settings.constraints.any else None,
+        bystanders=bystanders,
     )
     return Bench(settings, language_model, chat, prompts, encoded, batcher, ladder)
 
@@ -206,8 +206,7 @@ def open_bench(
 def encode(prompts: PromptSets, chat: ChatFormat, context: int, settings: Settings) -> dict[str, list[list[int]]]:
     """Token ids of all sets by their role. Raises UserError for a prompt that does not fit, with the answers decoded from it."""
     encoded = {}
-    harmless = _most_new_tokens(settings) if settings.constraints.any else settings.kl_tokens
-    decoded = {"harmful_eval": settings.max_response_length, "harmless_eval": harmless}
+    decoded = {"harmful_eval": settings.max_response_length, "harmless_eval": _most_new_tokens(settings)}
     for prompt_set in prompts.all:
         encoded[prompt_set.role] = chat.encode(prompt_set.prompts)
         check_different(prompt_set.role, encoded[prompt_set.role])

@@ -33,6 +33,11 @@ class Limits:
     over_refusals: int = -1
     degenerate: int = -1
 
+    @property
+    def any(self) -> bool:
+        """Whether anything is limited, so that every trial has to be looked at."""
+        return self.over_refusals >= 0 or self.degenerate >= 0
+
     def excess(self, conduct: Conduct) -> dict[str, float]:
         """By constraint, how far beyond the limit it is: 0 or less is within, as Optuna's `Trial.set_constraint` has it."""
         pairs = {

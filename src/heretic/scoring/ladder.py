@@ -120,7 +120,8 @@ class Ladder:
     `tried` is what the original said where it declined, by request; `entries` are what its blocks receive for the harmless
     prompts, and for the requests with the tried texts. Without them everything is measured too, at more cost. `answered` are
     the first tokens of the original's answers to the harmless prompts, at which the divergence is taken (none: at the first).
-    `requests` are the harmful prompts as texts, for judges that look at them. With `bystanders` harmless answers count too.
+    `requests` are the harmful prompts as texts, for judges that look at them. The answers to `bystanders` are looked at too: those
+    of one model always, those of trials where there are limits.
     """
 
     language_model: LanguageModel
@@ -234,7 +235,8 @@ class Ladder:
         between = time.perf_counter()
         seconds = {**spent, "refusals": (between - began) / edited.trials}
         kept = [trial for trial, standing in enumerate(standings) if not standing.beaten]
-        conducts = dict(zip(kept, self.conduct(edited, kept), strict=False))
+        limited = self.bystanders is not None and self.bystanders.limits.any
+        conducts = dict(zip(kept, self.conduct(edited, kept), strict=True)) if limited else {}
         if conducts:
             seconds["harmless"] = (time.perf_counter() - between) / len(kept)
         return [

@@ -54,11 +54,16 @@ def show_export(console: Console, outcome: Exported) -> None:
 def _show_written(console: Console, export: Export, before: int | None) -> None:
     proof = export.verification
     evasive = f", and {proof.scores.evasive} neither declined nor answered" if proof.scores.evasive else ""
+    conduct = proof.scores.conduct
+    harmless = (
+        [("of harmless", f"{conduct.over_refusals} of {conduct.total} declined or evaded now")] if conduct else []
+    )
     show_lines(
         console,
         [
             ("written to", str(export.destination)),
             ("declined", f"{before} of {proof.scores.total} before, {proof.scores.refusals} now{evasive}"),
+            *harmless,
             ("KL", str(proof.scores.divergence)),
             ("verified", f"reloaded from disk; KL from the measured model {proof.divergence:.1e}"),
         ],

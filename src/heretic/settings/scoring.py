@@ -187,8 +187,3 @@ class Constraints(Table):
         when="where strict trials begin to loop; costs the same second decoding, once for both limits.",
         ge=-1,
     )
-
-    @property
-    def any(self) -> bool:
-        """Whether there is a limit at all."""
-        return self.max_over_refusals >= 0 or self.max_degenerate >= 0
