@@ -92,7 +92,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             "prompts": len(texts),
             "prompts with the same token ids": same_ids,
             "answers that are the same, token for token": same_answers,
-            "chats through the file's template with the same answer": same_chats,
+            "chats with the same answer": same_chats,
             "tokens compared": agreed,
             "largest difference of a log-probability": round(worst, 6),
         },
