@@ -68,6 +68,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "rounds_2": {"directions.iterative_rounds": 2},
     "atoms_8": {"directions.harmless_atoms": 8},
     "unprojected": {"directions.project_harmless": False},
+    # And with one part of it changed.
+    "plain": {"ablation.geometry": "plain"},
+    "row_normalized": {"ablation.geometry": "row_normalized"},
+    "deaf": {"search.gradient.listen": False},
 }
 MAX_KLS = (0.05, 0.1, 0.2)
 
@@ -178,10 +182,11 @@ class Search:
         self.brief = brief
         chosen = [f"{key}={json.dumps(value)}" for key, value in METHODS[method].items()]
         settings = resolve(None, {}, [*common, *chosen, f"seed={seed}"], {}).settings
-        parts = {part: getattr(settings, part) for part in ("seed", "search", "directions")}
+        parts = {part: getattr(settings, part) for part in ("seed", "search", "directions", "ablation")}
         settings = session.bench.settings.model_copy(update=parts)
-        before, bench = session.bench.settings.directions, replace(session.bench, settings=settings)
-        workbench = session.workbench if settings.directions == before else workbench_of(bench, directions_of(bench))
+        before, bench, workbench = session.bench.settings, replace(session.bench, settings=settings), session.workbench
+        if (settings.directions, settings.ablation) != (before.directions, before.ablation):
+            workbench = workbench_of(bench, directions_of(bench))
         self.session = replace(session, bench=bench, workbench=workbench)
         self.held, self.method, self.seed, self.folder = held, method, seed, RunFolder(folder, "quality")
         self.folder.create()
