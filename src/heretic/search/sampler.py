@@ -94,22 +94,22 @@ def worth_showing(trials: Sequence[FrozenTrial], enough: int) -> list[FrozenTria
     latest = complete[-(enough // 2) :]
     earlier = complete[: len(complete) - len(latest)]
     kept = [t for t in earlier if all(excess <= 0 for excess in t.constraints.values())]
-    order = by_front(np.array([t.values for t in kept]).reshape(-1, 2))
-    best = [kept[i] for i in order[: enough - len(latest)]]
+    order = by_front(np.array([t.values for t in kept]).reshape(-1, 2), enough - len(latest))
+    best = [kept[i] for i in order]
     return [*sorted(best, key=lambda t: t.number), *latest, *running]
 
 
-def by_front(values: np.ndarray) -> list[int]:
-    """Indices of the rows (two values, both to be small): those of the Pareto front, then of the front without these, ..."""
+def by_front(values: np.ndarray, enough: int) -> list[int]:
+    """So many indices of the rows (two values, both to be small): the Pareto front's, then those of the front without these, ..."""
     left = np.lexsort((values[:, 1], values[:, 0]))
     found: list[int] = []
-    while len(left):
+    while len(left) and len(found) < enough:
         second = values[left, 1]
         before = np.minimum.accumulate(np.concatenate(([np.inf], second[:-1])))
         on_front = second < before
         found += left[on_front].tolist()
         left = left[~on_front]
-    return found
+    return found[:enough]
 
 
 def _bare(trial: FrozenTrial) -> FrozenTrial:
