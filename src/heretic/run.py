@@ -169,7 +169,12 @@ def work(desk: Desk, workers: int = 1) -> Export | None:
     else:
         go_on(desk)
     picked = desk.picked()
-    return write_once(desk, picked[0], wanted) if wanted and picked else None
+    if not wanted or not picked:
+        return None
+    if export := earlier_export(wanted, folder, picked[0].number, settings.export_format):
+        watcher.say(f"Trial {picked[0].number} is still the chosen one, and lies in {wanted} already.")
+        return export
+    return write_once(desk, picked[0], wanted)
 
 
 def go_on(desk: Desk) -> None:

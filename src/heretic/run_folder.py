@@ -174,7 +174,7 @@ class RunFolder:
         points = [Point.from_dict(p) for p in told["points"]]
         heard = [(int(row), list(words)) for row, words in told["heard"]]
         state = State(tensors.pop("strengths"), mixture, vector, told["steps"], told["first_layer"], points, heard)
-        return replace(state, just_heard=told["just_heard"], moments=tensors)
+        return replace(state, just_heard=told["just_heard"], further=told.get("further", 0), moments=tensors)
 
     def steps_walked(self) -> int:
         """How far the stored descent has come; 0 if there is none that can be read. Changes nothing."""
@@ -189,7 +189,7 @@ class RunFolder:
         import torch
 
         told = {"steps": state.steps, "first_layer": state.first_layer, "points": [asdict(p) for p in state.points]}
-        told |= {"heard": state.heard, "just_heard": state.just_heard}
+        told |= {"heard": state.heard, "just_heard": state.just_heard, "further": state.further}
         text = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
         tensors = {**state.tensors, **state.moments, "told": text}
         write_tensors(self.path / "walk.safetensors", tensors, {"fingerprint": self.stamp})

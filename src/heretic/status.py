@@ -161,7 +161,8 @@ def _walk(study: optuna.Study, folder: RunFolder | None, settings: Settings) -> 
     if walk is not None:
         return walk.why_not or f"{len(walk.points)} points, edited layers {walk.reach[0]} to {walk.reach[1]}"
     gradient, steps = settings.search.gradient, folder.steps_walked() if folder else 0
-    return f"step {steps} of {len(gradient.weights) * gradient.steps}" if steps else ""
+    planned = len(gradient.weights) * gradient.steps
+    return f"step {steps} of {planned}{' and more' * (steps > planned)}" if steps else ""
 
 
 def _lines(log: Path, level: str) -> tuple[str, ...]:

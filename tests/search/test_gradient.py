@@ -336,6 +336,40 @@ def test_weights_too_gentle_to_change_anything_are_left_early(llama: Path, tmp_p
     assert [p.weight for p in descent(of, few).run(begin(of))] == [1e-8], "the last weight gives a point in any case"
 
 
+def test_it_goes_on_to_stricter_weights_while_prompts_are_declined(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradient, "LISTEN_BELOW", 1.0)
+    of = objective(llama)
+    many: list[list[Heard]] = [
+        [],
+        [(0, [5])] * 3,
+        [(1, [6])],
+    ]  # of 8 prompts: none at the first point, three at the second
+    left = list(many)
+    down = descent(of, listen=lambda _: left.pop(0) if left else [])
+    assert [p.weight for p in down.run(begin(of))] == [0.5, 2.0, 6.0, 18.0], "one of 8 is more than a tenth"
+
+    always = descent(of, listen=lambda _: [(0, [5])])
+    assert [p.weight for p in always.run(begin(of))] == [0.5, 2.0, 6.0, 18.0, 54.0, 162.0], "not for ever"
+
+    folder, said = RunFolder(tmp_path, "stamp"), list(many)
+
+    def cut(state: State) -> None:
+        folder.keep_walk(state)
+        if state.steps == 9:
+            raise Interrupted
+
+    def first(_: object) -> list[Heard]:
+        return said.pop(0) if said else []
+
+    with pytest.raises(Interrupted):
+        descent(of, listen=first, keep=cut).run(begin(of))
+    state = folder.walk(SILENT)
+    assert state is not None and state.further == 1
+    assert [p.weight for p in descent(of, listen=first).run(state)] == [0.5, 2.0, 6.0, 18.0]
+
+
 def test_a_stop_ends_it_between_steps(llama: Path) -> None:
     of = objective(llama)
     down = descent(of)

@@ -26,6 +26,10 @@ MIDDLE = (0.6, 0.85)  # the layers whose directions the mixture begins with, as 
 STRONGEST = 2.5  # of a single writer; 1 removes the direction, 2 mirrors it
 SILENT_REFUSALS = 0.005  # mean probability of refusing at which nothing is left to push down
 STEPS_TO_TELL = 2  # steps from nothing after which a weight that raised no strength is taken to raise none
+STILL_DECLINED = (
+    0.1  # share of the prompts, declined in whatever words, above which the walk goes on to stricter weights
+)
+FURTHER, MOST_FURTHER = 3.0, 4  # each that many times the one before, and at most so many
 LISTEN_BELOW = 0.1  # mean probability of refusing in the words known so far; above, others would hardly be heard
 
 Heard = tuple[
@@ -39,7 +43,7 @@ class State:
 
     `strengths` [components, layers]; `mixture` [layers] or `vector` [count x width] is the direction (neither: each layer's own).
     `first_layer`: below it nothing is edited any more. `heard`: other words than the original's that were made improbable too;
-    `just_heard`: whether some of them are from the last point.
+    `just_heard`: whether some of them are from the last point. `further`: how many weights beyond those of the settings.
     """
 
     strengths: Tensor
@@ -50,6 +54,7 @@ class State:
     points: list[Point] = field(default_factory=list)
     heard: list[Heard] = field(default_factory=list)
     just_heard: bool = False
+    further: int = 0
     moments: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -102,26 +107,36 @@ class Descent:
 
     def run(self, state: State) -> list[Point]:
         """All points. Raises Interrupted after a stop, RuntimeError where a kernel of the model has no backward."""
-        weights, steps = self.settings.weights, self.settings.steps
+        steps = self.settings.steps
         self._learn(state)
-        with self.watcher.stage("Strengths by gradient", len(weights) * steps) as stage:
+        with self.watcher.stage("Strengths by gradient", len(self.settings.weights) * steps) as stage:
             stage.advance(state.steps)
-            while state.steps < len(weights) * steps and not state.silent:
+            while state.steps < self._end(state) and not state.silent:
                 self.stop.check()
-                done, weight = state.steps, weights[state.steps // steps]
+                done, weight = state.steps, self._weight(state.steps // steps)
                 reading = self.step(state, weight)
                 if self._too_gentle(state):
                     state.steps += -state.steps % steps
                     self.watcher.say(f"Weight {weight:g} is too gentle to change anything; on to the next.")
                 elif state.steps % steps == 0:
                     self._finish_point(state, weight)
-                    if state.steps < len(weights) * steps:
-                        self._listen(state)
+                    declined = self._listen(state)
+                    if state.steps == self._end(state) and declined > STILL_DECLINED and state.further < MOST_FURTHER:
+                        state.further += 1
                 self.keep(state)
                 loss = reading.kl + weight * reading.refusing
                 note = f"loss {loss:.3f}, KL {reading.kl:.3f}, probability of refusing {reading.probability:.2f}"
                 stage.advance(state.steps - done, note=note)
         return state.points
+
+    def _end(self, state: State) -> int:
+        return (len(self.settings.weights) + state.further) * self.settings.steps
+
+    def _weight(self, number: int) -> float:
+        """The settings' weights, and beyond them stricter ones."""
+        weights = self.settings.weights
+        beyond = number - len(weights) + 1
+        return weights[number] if beyond <= 0 else weights[-1] * FURTHER**beyond
 
     def _too_gentle(self, state: State) -> bool:
         """Whether the rest of a weight's steps can be spared: refusing is not worth any strength's penalty. Never of the last."""
@@ -134,9 +149,9 @@ class Descent:
         """One step of Adam on one minibatch, then back into the allowed range."""
         leaves = {name: t.detach().clone().requires_grad_() for name, t in state.tensors.items()}
         harmless, harmful = (self._minibatch(rows, state.steps) for rows in self.train)
-        # The few words that were heard take part in every step, in the place of up to half of the others.
-        heard = self._heard_in(self.train[1], state)[-(self.settings.batch // 2) :]
-        batch = [harmless, [*heard, *harmful][: max(len(harmful), len(heard))]]
+        # Of the words that were heard some take part in every step, in the place of up to half of the others.
+        heard = self._minibatch(self._heard_in(self.train[1], state), state.steps, most=len(harmful) // 2)
+        batch = [harmless, [*heard, *harmful][: len(harmful)]]
         ablation = self._ablation(leaves)
         reading = self.objective.read(ablation, state.first_layer, *batch, weight=weight, wanted=list(leaves.values()))
         gradients = dict(zip(leaves, reading.gradients, strict=True))
@@ -157,14 +172,16 @@ class Descent:
         harmful = [*self.held[1], *self._heard_in(self.held[1], state)]
         return self.objective.read(self._ablation(state.tensors), state.first_layer, self.held[0], harmful)
 
-    def _listen(self, state: State) -> None:
-        """Learn the words with which prompts are still declined at the last point."""
+    def _listen(self, state: State) -> float:
+        """Learn the words with which prompts are still declined at the last point; the share of the prompts that are."""
         if self.listen is None or state.points[-1].probability > LISTEN_BELOW:
-            return
-        new = [h for h in self.listen(state.points[-1].ablation) if h not in state.heard]
+            return 1.0 if self.listen else 0.0
+        found = self.listen(state.points[-1].ablation)
+        new = [h for h in found if h not in state.heard]
         state.heard += new
         state.just_heard = bool(new)
         self._learn(state)
+        return len(found) / self._refusals
 
     def _learn(self, state: State) -> None:
         if state.heard and self.teach is not None:
@@ -186,9 +203,11 @@ class Descent:
         outside = (unit - (unit @ span) @ span.T).square().sum()
         return self.settings.leaving * torch.autograd.grad(outside, vector)[0]
 
-    def _minibatch(self, rows: Sequence[int], step: int) -> list[int]:
-        """The rows in an order that changes with every round through them, as many as a step takes."""
-        size = min(self.settings.batch, len(rows))
+    def _minibatch(self, rows: Sequence[int], step: int, most: int | None = None) -> list[int]:
+        """The rows in an order that changes with every round through them, as many as a step takes, or at most so many."""
+        size = min(self.settings.batch if most is None else most, len(rows))
+        if not size:
+            return []
         rounds, place = divmod(step, max(1, len(rows) // size))
         order = np.random.default_rng((self.seed, rounds)).permutation(len(rows))
         return [rows[i] for i in order[place * size : (place + 1) * size]]
@@ -199,12 +218,9 @@ class Descent:
         width = self.objective.workbench.directions.vectors.shape[-1]
         rate = self.settings.learning_rate / (width**0.5 if name == "vector" else 1)
         optimiser = torch.optim.Adam([tensor], lr=rate)
-        moments = [f"{name}.{which}" for which in ("exp_avg", "exp_avg_sq")]
+        moments = [f"{name}.{which}" for which in ("step", "exp_avg", "exp_avg_sq")]
         if all(m in state.moments for m in moments):
-            optimiser.state[tensor] = {
-                "step": torch.tensor(float(state.steps)),
-                **{m.rpartition(".")[2]: state.moments[m] for m in moments},
-            }
+            optimiser.state[tensor] = {m.rpartition(".")[2]: state.moments[m] for m in moments}
         tensor.grad = gradient
         optimiser.step()
         tensor.grad = None

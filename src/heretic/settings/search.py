@@ -65,7 +65,8 @@ class GradientSettings(Table):
         "Weights of refusing against change, from gentle to strict: each gives one point, and the next one starts from it.",
         when=(
             "more or larger ones for stricter points, smaller ones for gentler points; each costs `steps` steps "
-            "and a measurement. The walk ends early where hardly any refusing is left (probability below 0.005)."
+            "and a measurement. The walk ends early where hardly any refusing is left (probability below 0.005), and goes "
+            "on to stricter ones by itself where more than a tenth of the prompts are still declined after the last."
         ),
         min_length=1,
     )
