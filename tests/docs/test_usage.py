@@ -104,7 +104,7 @@ def check_folder(folder: Path) -> None:
         with safe_open(file, "pt") as opened:
             assert {"fingerprint", "sha256"} <= set(opened.metadata())
             for name in opened.keys():  # noqa: SIM118
-                told = re.sub(r".*\.(exp_avg\w*)", r"*.\1", name)
+                told = re.sub(r".*\.(exp_avg\w*|step)", r"*.\1", name)
                 assert f"`{told}`" in tables, f"docs/run_folder.md does not name the tensor {name} of {file.name}"
     assert {f.name for f in folder.glob("*.safetensors")} == {
         "directions.safetensors", "baseline.safetensors", "walk.safetensors", "geometry.safetensors",

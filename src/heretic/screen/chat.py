@@ -137,9 +137,12 @@ def _beside(said: dict[str, str]) -> Table:
 
 
 def typed(console: Console) -> Iterable[str]:
-    """Lines that a user types, or that come through a pipe; the end of either ends them."""
+    """Lines that a user types, or that come through a pipe, which are shown; the end of either ends them."""
     while sys.stdin is not None:
         try:
-            yield console.input("[bold]> [/bold]" if console.is_terminal else "")
+            line = console.input("[bold]> [/bold]" if console.is_terminal else "")
         except EOFError:
             return
+        if not sys.stdin.isatty():
+            console.print(printable(f"> {line}"), style="bold", highlight=False, soft_wrap=True)
+        yield line

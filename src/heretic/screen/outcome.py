@@ -113,5 +113,8 @@ def show_demo(console: Console, demo: DemoOutcome) -> None:
     if demo.ablated_from_base is not None:
         rows.append(("", f"{demo.ablated_from_base:.2f} after the ablation"))
     rows.append(("time", spell(demo.seconds)))
-    rows.append(("look again", f"heretic status {demo.outcome.folder.path}"))
+    folder, settings = demo.outcome.folder.path, demo.outcome.folder.path / "config.toml"
+    rows.append(("look again", f"heretic status {folder}"))
+    rows.append(("talk to it", f"heretic chat {folder}"))
+    rows.append(("measure it", f"heretic evaluate MODEL --config {settings}"))
     show_lines(console, rows)
