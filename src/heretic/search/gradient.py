@@ -123,6 +123,9 @@ class Descent:
                     declined = self._listen(state)
                     if state.steps == self._end(state) and declined > STILL_DECLINED and state.further < MOST_FURTHER:
                         state.further += 1
+                        self.watcher.say(
+                            "More than a tenth of the prompts are still declined; on to a stricter weight."
+                        )
                 self.keep(state)
                 loss = reading.kl + weight * reading.refusing
                 note = f"loss {loss:.3f}, KL {reading.kl:.3f}, probability of refusing {reading.probability:.2f}"
