@@ -84,7 +84,7 @@ def look_at(name: str, runs_dir: str, environment: Mapping[str, str], storage: s
     folder = find_run(name, runs_dir)
     settings = stored_settings(folder, environment)
     if not settings.storage and not (folder.path / "study.db").is_file():
-        facts = _lines(folder.path / "run.log", "INFO")
+        facts, _ = _log(folder.path / "run.log")
         ends = f"; its log ends: {facts[-1]}" if facts else ""
         raise UserError(
             "The run has no study yet.", where=str(folder.path), fix=f"wait until its first trial begins{ends}"
@@ -94,11 +94,13 @@ def look_at(name: str, runs_dir: str, environment: Mapping[str, str], storage: s
         study = load_study(url, study_name(settings.storage, folder.path))
         stands = Standing.of(study, settings)
         holder = lock.holder(folder.lock)
-        state = f"running, held by {holder}" if holder else _state(study, stands)
-        facts, warnings = (_lines(folder.path / "run.log", level) for level in ("INFO", "WARNING"))
-        memory = _memory(study)
+        workers = _workers(study)
+        state = f"running, held by {holder}" if holder else _state(workers, stands)
+        facts, warnings = _log(folder.path / "run.log")
         if holder and holder.host == socket.gethostname():
             memory = {use.device: str(use) for use in memory_in_use(holder.pid)}
+        else:
+            memory = _memory(workers)
         walk, latest = _walk(study, folder, settings), facts[-1] if facts and state.startswith("running") else ""
         return Status(str(folder.path), settings.model, state, stands, walk, memory, latest, warnings[-WARNINGS:])
 
@@ -116,8 +118,8 @@ def _in_storage(name: str, storage: str) -> Status:
             fix="go on with it once, or give its run's folder instead",
         )
     stands = Standing.of(study, settings)
-    walk = _walk(study, None, settings)
-    return Status(masked(storage), settings.model, _state(study, stands), stands, walk, _memory(study))
+    walk, workers = _walk(study, None, settings), _workers(study)
+    return Status(masked(storage), settings.model, _state(workers, stands), stands, walk, _memory(workers))
 
 
 def load_study(url: str, name: str) -> optuna.Study:
@@ -133,11 +135,10 @@ def load_study(url: str, name: str) -> optuna.Study:
     return study
 
 
-def _state(study: optuna.Study, stands: Standing) -> str:
+def _state(workers: list[dict[str, Any]], stands: Standing) -> str:
     """From the trials alone: who has one under way, else whether all are done."""
-    workers = sorted({f"process {w['pid']} on {w['host']}" for w in _workers(study)})
-    if workers:
-        return f"running: {', '.join(workers)}"
+    if named := sorted({f"process {w['pid']} on {w['host']}" for w in workers}):
+        return f"running: {', '.join(named)}"
     return "complete" if stands.done >= stands.n_trials else "stopped"
 
 
@@ -148,11 +149,9 @@ def _workers(study: optuna.Study) -> list[dict[str, Any]]:
     return [who for who in signed if alive(who)]
 
 
-def _memory(study: optuna.Study) -> dict[str, str]:
+def _memory(workers: list[dict[str, Any]]) -> dict[str, str]:
     """How full the workers' devices were when their trials began."""
-    return {
-        f"{device} of {who['host']}": used for who in _workers(study) for device, used in who.get("memory", {}).items()
-    }
+    return {f"{device} of {who['host']}": used for who in workers for device, used in who.get("memory", {}).items()}
 
 
 def _walk(study: optuna.Study, folder: RunFolder | None, settings: Settings) -> str:
@@ -165,10 +164,14 @@ def _walk(study: optuna.Study, folder: RunFolder | None, settings: Settings) -> 
     return f"step {steps} of {planned}{' and more' * (steps > planned)}" if steps else ""
 
 
-def _lines(log: Path, level: str) -> tuple[str, ...]:
-    """Those of a level, each with its time, as the log has them: 'date time LEVEL text'."""
+def _log(log: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """A run's facts and its warnings, each with its time, as the log has them: 'date time LEVEL text'."""
     if not log.is_file():
-        return ()
+        return (), ()
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = [line.split(f" {level} ", 1) for line in lines if f" {level} " in line]
-    return tuple(f"{when.partition(',')[0]} {text}" for when, text in found)
+
+    def of(level: str) -> tuple[str, ...]:
+        found = [line.split(f" {level} ", 1) for line in lines if f" {level} " in line]
+        return tuple(f"{when.partition(',')[0]} {text}" for when, text in found)
+
+    return of("INFO"), of("WARNING")

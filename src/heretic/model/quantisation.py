@@ -39,7 +39,12 @@ QUANTISATIONS = {
 
 
 KEPT = "bitsandbytes"  # stays as it is
-STAY_PACKED = ("gptq", "awq")  # so do these, in their own packages' modules
+# By method, what a linear map's weight lies in where it stays as it is, the packed numbers first. GPTQ's and AWQ's packages have
+# modules of their own for it.
+STAY_PACKED = {
+    KEPT: ("weight", "SCB", *(f"weight{scale}" for scale in SCALES)),
+    **dict.fromkeys(("gptq", "awq"), ("qweight", "qzeros", "scales", "g_idx")),
+}
 # Those that need packages of their own, which we have not tried: a module to look for, and what to install.
 PACKAGES = {
     "gptq": ("gptqmodel", "gptqmodel optimum"),
@@ -190,27 +195,12 @@ def _read_off(module: Any, device: torch.device) -> Tensor:
 
 def kept_bytes(model: Any, checkpoint: Checkpoint) -> dict[str, float]:
     """Bytes an element, by the name of a parameter, of those that stay as the checkpoint holds them."""
-    if checkpoint.quantised_by in STAY_PACKED:
-        return _packed_bytes(model, checkpoint)
-    if checkpoint.quantised_by != KEPT:
-        return {}
     found = {}
-    for path, module in model.named_modules():
-        stored = checkpoint.tensors.get(f"{path}.weight")
-        if isinstance(module, nn.Linear) and stored is not None and stored.dtype in ("U8", "I8"):
-            scales = (f"{path}.{end}" for end in ("SCB", *(f"weight{s}" for s in SCALES)))
-            tensors = (stored, *(checkpoint.tensors[name] for name in scales if name in checkpoint.tensors))
-            found[f"{path}.weight"] = sum(t.nbytes for t in tensors) / module.weight.numel()
-    return found
-
-
-def _packed_bytes(model: Any, checkpoint: Checkpoint) -> dict[str, float]:
-    """As `kept_bytes`, of methods that put several tensors in the place of a linear map's weight."""
-    found = {}
-    for path, module in model.named_modules():
-        parts = [checkpoint.tensors.get(f"{path}.{name}") for name in ("qweight", "qzeros", "scales", "g_idx")]
-        if isinstance(module, nn.Linear) and parts[0] is not None:
-            found[f"{path}.weight"] = sum(t.nbytes for t in parts if t is not None) / module.weight.numel()
+    names = STAY_PACKED.get(checkpoint.quantised_by or "", ())
+    for path, module in model.named_modules() if names else ():
+        parts = [checkpoint.tensors.get(f"{path}.{name}") for name in names]
+        if isinstance(module, nn.Linear) and parts[0] is not None and parts[0].dtype in ("U8", "I8", "I32"):
+            found[f"{path}.weight"] = sum(part.nbytes for part in parts if part is not None) / module.weight.numel()
     return found
 
 

@@ -26,9 +26,7 @@ MIDDLE = (0.6, 0.85)  # the layers whose directions the mixture begins with, as 
 STRONGEST = 2.5  # of a single writer; 1 removes the direction, 2 mirrors it
 SILENT_REFUSALS = 0.005  # mean probability of refusing at which nothing is left to push down
 STEPS_TO_TELL = 2  # steps from nothing after which a weight that raised no strength is taken to raise none
-STILL_DECLINED = (
-    0.1  # share of the prompts, declined in whatever words, above which the walk goes on to stricter weights
-)
+STILL_DECLINED = 0.1  # share of the prompts, in whatever words, above which the walk goes on to stricter weights
 FURTHER, MOST_FURTHER = 3.0, 4  # each that many times the one before, and at most so many
 LISTEN_BELOW = 0.1  # mean probability of refusing in the words known so far; above, others would hardly be heard
 
@@ -120,17 +118,21 @@ class Descent:
                     self.watcher.say(f"Weight {weight:g} is too gentle to change anything; on to the next.")
                 elif state.steps % steps == 0:
                     self._finish_point(state, weight)
-                    declined = self._listen(state)
-                    if state.steps == self._end(state) and declined > STILL_DECLINED and state.further < MOST_FURTHER:
-                        state.further += 1
-                        self.watcher.say(
-                            "More than a tenth of the prompts are still declined; on to a stricter weight."
-                        )
+                    self._look_ahead(state)
                 self.keep(state)
                 loss = reading.kl + weight * reading.refusing
                 note = f"loss {loss:.3f}, KL {reading.kl:.3f}, probability of refusing {reading.probability:.2f}"
                 stage.advance(state.steps - done, note=note)
         return state.points
+
+    def _look_ahead(self, state: State) -> None:
+        """After a point: learn from it for the next one, which is one more where the last has left too much."""
+        at_end = state.steps == self._end(state)
+        if at_end and state.further == MOST_FURTHER:
+            return
+        if self._listen(state) > STILL_DECLINED and at_end:
+            state.further += 1
+            self.watcher.say("More than a tenth of the prompts are still declined; on to a stricter weight.")
 
     def _end(self, state: State) -> int:
         return (len(self.settings.weights) + state.further) * self.settings.steps

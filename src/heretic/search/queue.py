@@ -70,12 +70,13 @@ class Queue:
         """The next trials, signed and drawn; once all are finished, one that was told with an estimate good enough for the
         front; then none. Raises Interrupted."""
         together = self._together()
+        signed = signature()  # before the turn, which others wait for: the drivers are asked for it
         while True:
             self.stop.check()
             asked: list[optuna.Trial] = []
             try:
                 with turn(self.study):
-                    others = self._decide(together, asked)
+                    others = self._decide(together, asked, signed)
             except (
                 TurnLost,
                 optuna.exceptions.UpdateFinishedTrialError,
@@ -90,14 +91,14 @@ class Queue:
             self.watcher.stands(Standing.of(self.study, self.settings))
             time.sleep(LOOK_AGAIN)
 
-    def _decide(self, together: int, asked: list[optuna.Trial]) -> int:
+    def _decide(self, together: int, asked: list[optuna.Trial], signed: dict[str, Any]) -> int:
         """Within a turn: ask for what there is to do; how many trials others have under way."""
         running = self._running() if self.shared else []
         left = self.settings.n_trials - finished(self.study) - sum(AGAIN not in t.user_attrs for t in running)
         if left > 0:
             for _ in range(min(together, left)):
                 self.study.sampler = sampler(self.settings, self._drawn())
-                self._sign(self.study.ask(), asked)
+                self._sign(self.study.ask(), asked, signed)
                 # At once: what is drawn at random comes from the study's sampler of the moment.
                 self.trials.draw(asked[-1])
         elif all(AGAIN in t.user_attrs for t in running):
@@ -107,7 +108,7 @@ class Queue:
                     self.study.enqueue_trial(unsettled.params, user_attrs={AGAIN: unsettled.number})
                     again = taken(self.study, self.study.get_trials(deepcopy=False)[-1])
                     if again is not None:
-                        self._sign(again, asked)
+                        self._sign(again, asked, signed)
                     break
         return len(running)
 
@@ -121,9 +122,9 @@ class Queue:
         states = None if self.shared else (TrialState.COMPLETE, TrialState.RUNNING)
         return len(self.study.get_trials(deepcopy=False, states=states))
 
-    def _sign(self, trial: optuna.Trial, asked: list[optuna.Trial]) -> None:
+    def _sign(self, trial: optuna.Trial, asked: list[optuna.Trial], signed: dict[str, Any]) -> None:
         asked.append(trial)
-        trial.set_user_attr(WORKER, signature())
+        trial.set_user_attr(WORKER, signed)
         storage = database(self.study)
         if isinstance(storage, PatientStorage) and storage.get_heartbeat_interval():
             storage.patiently(storage.record_heartbeat, trial._trial_id)

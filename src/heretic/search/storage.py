@@ -84,9 +84,10 @@ def connect(url: str, workers: Workers | None = None, patience: Patience | None 
         if not on_server(url):
             return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": SECONDS_TO_WAIT}})
         workers = workers or Workers()
-        with _only_one_opens(_with_driver(url)):
+        driven = _with_driver(url)
+        with _only_one_opens(driven):
             return PatientStorage(
-                _with_driver(url),
+                driven,
                 patience or Patience(),
                 engine_kwargs={"pool_pre_ping": True, "connect_args": SERVER_ARGUMENTS},
                 heartbeat_interval=workers.heartbeat,
