@@ -32,16 +32,28 @@ from walk import measured
 from heretic.ablation.ablation import Ablation, Workbench
 from heretic.errors import UserError
 from heretic.later import open_bench
+from heretic.model.batching import AS_IT_IS, Batcher, Edited
+from heretic.model.loading import LanguageModel
 from heretic.prompts import load as load_prompts
 from heretic.run import look
 from heretic.run_folder import RunFolder
 from heretic.savings import with_savings
+from heretic.scoring.divergence import measure_divergence
 from heretic.scoring.ladder import Ladder, Measured, Scores
 from heretic.scoring.refusals import count_refusals
+from heretic.scoring.taught import Taught
 from heretic.screen.console import Plain
 from heretic.search.front import Result, front, results
 from heretic.search.study import finished, optimise
-from heretic.session import Bench, Session, directions_of, measure_baseline, workbench_of
+from heretic.session import (
+    Bench,
+    Session,
+    directions_of,
+    measure_baseline,
+    original_log_probs,
+    with_baseline,
+    workbench_of,
+)
 from heretic.settings import PromptSource
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
@@ -71,9 +83,12 @@ METHODS: dict[str, dict[str, Any]] = {
     # And with one part of it changed.
     "plain": {"ablation.geometry": "plain"},
     "row_normalized": {"ablation.geometry": "row_normalized"},
+    "winsorized": {"directions.winsorize": 0.995},
+    "kl_tokens_4": {"kl_tokens": 4, "search.gradient.kl_tokens": 4},
     "deaf": {"search.gradient.listen": False},
 }
 MAX_KLS = (0.05, 0.1, 0.2)
+FURTHER = 8  # tokens of the original's answers over which the KL is measured besides
 
 
 def main() -> None:
@@ -82,11 +97,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["mixture", "kernels"], choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--marks", type=int, nargs="+", default=[10], help="ordinary trials whose time a search gets")
-    parser.add_argument("--count", type=int, help="trials of a search, whatever time they take, instead of --marks")
+    parser.add_argument("--count", type=int, nargs="+", help="trials of a search, whatever time they take, not --marks")
     parser.add_argument("--trial", type=float, help="seconds of an ordinary trial; measured if left out")
     parser.add_argument("--models", type=Path, nargs="*", default=[], help="model folders to measure beside")
     parser.add_argument(
         "--evaluation", type=int, default=50, help="prompts of each kind that the study sees; as many are held out"
+    )
+    parser.add_argument(
+        "--unseen",
+        type=int,
+        default=0,
+        help="of harmful_train, so many behind those that give the directions are held out too",
     )
     parser.add_argument("--brief", action="store_true", help="leave out how the models answer")
     parser.add_argument("--set", action="append", default=[], dest="extra")
@@ -98,18 +119,16 @@ def main() -> None:
     common += arguments.extra
     with tempfile.TemporaryDirectory() as scratch:
         session, _ = opened(arguments.assets, arguments.model, common, Path(scratch), watcher)
-        held = Held(session, arguments.assets, arguments.evaluation)
+        held = Held(session, arguments.assets, arguments.evaluation, arguments.unseen)
         report: dict[str, Any] = head(arguments) | {"declined_before": held.before, "of": held.total}
         ordinary = math.inf if arguments.count else arguments.trial or ordinary_trial(session)
-        marks = [arguments.count] if arguments.count else arguments.marks
+        marks = arguments.count or arguments.marks
         report |= {"seconds_ordinary_trial": None if arguments.count else ordinary, "searches": [], "models": []}
         for method in arguments.methods:
             for seed in arguments.seeds:
                 place = Path(scratch) / f"{method}-{seed}"
                 searched = Search(session, held, common, method, seed, place, brief=arguments.brief)
-                report["searches"].append(
-                    searched.run([m * ordinary for m in marks], marks, arguments.count or math.inf)
-                )
+                report["searches"].append(searched.run([m * ordinary for m in marks], marks, arguments.count))
                 write(report, arguments.out)
     groups: dict[str, list[dict[str, Any]]] = {}
     for folder in arguments.models:
@@ -125,21 +144,33 @@ def main() -> None:
 class Held:
     """The third part of the prompts, and the original on it."""
 
-    def __init__(self, session: Session, assets: Path, count: int) -> None:
+    def __init__(self, session: Session, assets: Path, count: int, unseen: int) -> None:
         bench = session.bench
-        split = f"train[{count}:{2 * count}]"
-        self.prompts = {
-            role: load_prompts(role, PromptSource(source=str(assets / "prompts" / f"{role}.txt"), split=split))
-            for role in ("harmful_eval", "harmless_eval")
-        }
-        harmful, harmless = (bench.chat.encode(p.prompts) for p in self.prompts.values())
-        requests = self.prompts["harmful_eval"].prompts
-        alone = replace(bench.ladder, harmful=harmful, harmless=harmless, requests=requests, bystanders=None)
+
+        def held_out(role: str, start: int, end: int) -> tuple[str, ...]:
+            source = PromptSource(source=str(assets / "prompts" / f"{role}.txt"), split=f"train[{start}:{end}]")
+            return load_prompts(role, source).prompts
+
+        trained = len(bench.prompts.harmful_train.prompts)
+        self.requests = held_out("harmful_eval", count, 2 * count)
+        if unseen:
+            self.requests += held_out("harmful_train", trained, trained + unseen)
+        self.harmless = held_out("harmless_eval", count, 2 * count)
+        harmful, harmless = (bench.chat.encode(prompts) for prompts in (self.requests, self.harmless))
+        alone = replace(bench.ladder, harmful=harmful, harmless=harmless, requests=self.requests, bystanders=None)
         found = measure_baseline(replace(bench, ladder=alone))
         self.ladder = replace(alone, answered=found.answered)
         self.log_probs, self.before, self.total = found.log_probs, found.refusals, len(found.declined)
         self.session = replace(session, baseline=found, ladder=with_savings(self.ladder, found.refusal_texts))
-        self.known: dict[tuple[str, int, int], Scores] = {}
+        self.known: dict[tuple[str, int, int], dict[str, Any]] = {}
+        settings = bench.settings.model_copy(update={"kl_tokens": FURTHER})
+        self._log_probs_further, answered = original_log_probs(replace(bench, ladder=alone, settings=settings))
+        self._taught_further = Taught.of(harmless, answered)
+
+    def further(self, model: LanguageModel, batcher: Batcher, edited: Edited = AS_IT_IS) -> dict[str, float]:
+        """The divergence over more tokens of the original's answers, of the model as it is now."""
+        found = measure_divergence(model, self._taught_further, self._log_probs_further, batcher, edited)[0]
+        return {f"kl_over_{FURTHER}": found.mean}
 
     def spoken(self, ablation: Ablation, workbench: Workbench) -> dict[str, Any]:
         """How an ablation answers."""
@@ -159,9 +190,8 @@ class Held:
         """Harmless prompts that the model as it is now declines."""
         tokens = bench.settings.max_response_length
         judge, sequences = bench.ladder.judge, self.ladder.harmless
-        asked = self.prompts["harmless_eval"].prompts
         return count_refusals(
-            bench.language_model, bench.chat, sequences, judge, bench.batcher, tokens, requests=asked
+            bench.language_model, bench.chat, sequences, judge, bench.batcher, tokens, requests=self.harmless
         ).count
 
 
@@ -182,17 +212,19 @@ class Search:
         self.brief = brief
         chosen = [f"{key}={json.dumps(value)}" for key, value in METHODS[method].items()]
         settings = resolve(None, {}, [*common, *chosen, f"seed={seed}"], {}).settings
-        parts = {part: getattr(settings, part) for part in ("seed", "search", "directions", "ablation")}
+        parts = {part: getattr(settings, part) for part in ("seed", "kl_tokens", "search", "directions", "ablation")}
         settings = session.bench.settings.model_copy(update=parts)
         before, bench, workbench = session.bench.settings, replace(session.bench, settings=settings), session.workbench
         if (settings.directions, settings.ablation) != (before.directions, before.ablation):
             workbench = workbench_of(bench, directions_of(bench))
         self.session = replace(session, bench=bench, workbench=workbench)
+        if settings.kl_tokens != before.kl_tokens:
+            self.session = with_baseline(self.session, measure_baseline(bench))
         self.held, self.method, self.seed, self.folder = held, method, seed, RunFolder(folder, "quality")
         self.folder.create()
 
-    def run(self, budgets: Sequence[float], marks: Sequence[int], most: float = math.inf) -> dict[str, Any]:
-        """Search for so many seconds; at each mark the front, measured on the held-out prompts."""
+    def run(self, budgets: Sequence[float], marks: Sequence[int], counts: Sequence[int] | None) -> dict[str, Any]:
+        """Search for so many seconds or trials; at each mark the front, measured on the held-out prompts."""
         study = optuna.create_study(directions=["minimize", "minimize"])
         settings, watcher = self.session.bench.settings, self.session.bench.batcher.watcher
         began = time.perf_counter()
@@ -208,9 +240,10 @@ class Search:
             "seconds_walk": round(walked, 1),
             "fronts": {},
         }
-        for mark, budget in zip(marks, budgets, strict=True):
+        limits: Sequence[float] = counts or [math.inf] * len(marks)
+        for mark, budget, most in zip(marks, budgets, limits, strict=True):
             while time.perf_counter() - began - paused < budget and finished(study) < most:
-                wanted = finished(study) + together
+                wanted = int(min(finished(study) + together, most))
                 optimise(study, settings.model_copy(update={"n_trials": wanted}), trials, watcher=watcher, stop=Stop())
             before = time.perf_counter()
             points = [self._again(space.from_params(r.params), r) for r in front(results(study))]
@@ -243,11 +276,13 @@ class Search:
         key = (self.method, self.seed, result.number)
         if key not in self.held.known:
             held = replace(self.held.session, workbench=self.session.workbench)
-            self.held.known[key] = measured(held, ablation)[0]
+            scores = measured(held, ablation)[0]
+            with held.applied(ablation) as edited:
+                further = self.held.further(held.bench.language_model, held.bench.batcher, edited)
+            self.held.known[key] = plain(scores) | further
         d = result.scores.divergence
-        return {"trial": result.number, "study": {"refusals": result.scores.refusals, "kl": d.mean}} | plain(
-            self.held.known[key]
-        )
+        study = {"refusals": result.scores.refusals, "kl": d.mean}
+        return {"trial": result.number, "study": study} | self.held.known[key]
 
 
 def ordinary_trial(session: Session, count: int = 3) -> float:
@@ -260,7 +295,15 @@ def ordinary_trial(session: Session, count: int = 3) -> float:
 def plain(scores: Scores) -> dict[str, Any]:
     """Scores as numbers for a report."""
     d = scores.divergence
-    return {"refusals": scores.refusals, "kl": d.mean, "kl_median": d.median, "kl_p95": d.p95, "kl_max": d.max}
+    expected = round(scores.expected, 2)
+    return {
+        "refusals": scores.refusals,
+        "expected": expected,
+        "kl": d.mean,
+        "kl_median": d.median,
+        "kl_p95": d.p95,
+        "kl_max": d.max,
+    }
 
 
 def summary(points: Sequence[dict[str, Any]], before: int) -> dict[str, Any]:
@@ -284,10 +327,11 @@ def measured_from_disk(arguments: Any, common: Sequence[str], folder: Path, held
     scores: Measured = ladder.score(held.log_probs)
     if not isinstance(scores, Scores):
         raise UserError("not measured in full")
+    found = plain(scores) | held.further(bench.language_model, bench.batcher)
     if arguments.brief:
-        return plain(scores)
+        return found
     said = [answers(bench, sequences) for sequences in (held.ladder.harmful, held.ladder.harmless)]
-    return plain(scores) | {"answers": held.described(said) | {"over_refusals": held.over_refusals(bench)}}
+    return found | {"answers": held.described(said) | {"over_refusals": held.over_refusals(bench)}}
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ REFUSALS_BEFORE = "heretic:refusals_before"
 SETTINGS = "heretic:settings"  # user attribute of the study, for whoever sees nothing but the storage
 EXPORTED = "heretic:exported "  # and a trial's number: by whom, where to
 SECRET = re.compile(r"((?:^|(?<=&))[^=&]*(?:pass|pwd|secret|token|key|auth|cred)[^=&]*=)[^&]*", re.IGNORECASE)
-SECONDS_TO_WAIT = 60  # for another process that has the SQLite file locked
+SECONDS_TO_WAIT = 60  # for another process that has the SQLite file locked, or is making the tables on a server
 OPENING = int.from_bytes(b"heretic", "big")  # PostgreSQL's lock on making the tables
 # A connection whose other end is gone is noticed within half a minute, on both sides: the locks of a machine that lost its power
 # must not stay.
@@ -107,10 +107,20 @@ def connect(url: str, workers: Workers | None = None, patience: Patience | None 
 
 @contextmanager
 def _only_one_opens(url: str) -> Iterator[None]:
-    """Within the context no other worker opens this database: of several that make Optuna's tables at the same moment, in a new
-    database, all but one would fail."""
+    """Within the context no other worker makes Optuna's tables in this database: of several that do so at the same moment all but
+    one would fail. Where they are made nobody waits."""
     engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=SERVER_ARGUMENTS)
+    with engine.connect() as connection:
+        # The last thing that Optuna writes while it makes them.
+        made = (
+            sqlalchemy.inspect(connection).has_table("alembic_version")
+            and connection.exec_driver_sql("select 1 from alembic_version").first()
+        )
+    if made:
+        yield
+        return
     with engine.begin() as connection:  # the lock belongs to the transaction, and goes with the connection of who dies
+        connection.exec_driver_sql(f"set local lock_timeout = '{SECONDS_TO_WAIT}s'")
         connection.exec_driver_sql(f"select pg_advisory_xact_lock({OPENING})")
         yield
 
