@@ -38,12 +38,12 @@ def settings_page() -> str:
         "A setting marked *free* may change between the sessions of one run. Any other one belongs to the run's fingerprint:",
         "another value begins another run.",
     ]
-    for prefix, table, description in tables(Settings, "", "Settings of a run."):
+    for prefix, table, description in tables(Settings(), "", "Settings of a run."):
         lines += ["", f"## `[{prefix}]`" if prefix else "## Without a table", "", description, ""]
-        for name, field in table.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Table):
+        for name, field in type(table).model_fields.items():
+            if isinstance(getattr(table, name), Table):
                 continue
-            default = toml_value(field.get_default(call_default_factory=True))
+            default = toml_value(getattr(table, name))
             shown = default if len(default) < 90 else "a list; see `heretic config --defaults`"
             free = " *Free.*" if noted(field, "neutral") else ""
             takes = describe_type(field.annotation)
@@ -52,12 +52,12 @@ def settings_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def tables(table: type[Table], prefix: str, description: str) -> Iterator[tuple[str, type[Table], str]]:
-    """Every table with its dotted name, itself first."""
+def tables(table: Table, prefix: str, description: str) -> Iterator[tuple[str, Table, str]]:
+    """Every table of the defaults with its dotted name, itself first."""
     yield prefix, table, description
-    for name, field in table.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Table):
-            yield from tables(field.annotation, f"{prefix}.{name}".lstrip("."), field.description or "")
+    for name, field in type(table).model_fields.items():
+        if isinstance(inner := getattr(table, name), Table):
+            yield from tables(inner, f"{prefix}.{name}".lstrip("."), field.description or "")
 
 
 def migrating_page() -> str:

@@ -26,7 +26,9 @@ def facts(
     for name in ("model", "revision", "prompts", "trust_remote_code"):
         part.pop(name)
     if part["quantization"] == "none":
-        part.pop("quantization")  # so that studies from before there was this setting go on
+        part.pop("quantization")  # so that studies from before there was this setting go on; likewise below
+    if not part["judge"]["llm"]["instruction"]:
+        part["judge"]["llm"].pop("instruction")
     return {
         "format": FORMAT,
         "model": checkpoint.identity(),

@@ -28,7 +28,7 @@ from heretic.scoring.agreement import Agreement, agreement, labelled_answers
 from heretic.scoring.divergence import Divergence, measure_divergence
 from heretic.scoring.harmless import Conduct
 from heretic.scoring.judges import Surroundings, make_judge
-from heretic.scoring.verdict import Judge
+from heretic.scoring.verdict import Judge, digits
 from heretic.search.front import Result
 from heretic.session import Bench, geometry_of, open_bench, original_log_probs
 from heretic.settings import Settings
@@ -149,7 +149,8 @@ def residual_geometry(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model measured on the configured sets; `divergence` from `against` if that was given."""
+    """A model measured on the configured sets; `divergence` from `against` if that was given. `declined` has a digit for every
+    request, as in `Scores`."""
 
     model: str
     against: str | None
@@ -157,6 +158,7 @@ class Evaluation:
     refusals: int
     evasive: int
     total: int
+    declined: str
     divergence: Divergence | None
     conduct: Conduct | None
 
@@ -212,6 +214,7 @@ def evaluate_model(settings: Settings, against: str | None, *, wait: bool, watch
             refusals=counted.count,
             evasive=counted.evasive,
             total=counted.total,
+            declined=digits(counted.verdicts),
             divergence=divergence,
             conduct=conduct[0] if conduct else None,
         )

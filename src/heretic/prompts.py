@@ -21,11 +21,12 @@ FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "par
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one role, in order, and what they came from."""
+    """The prompts of one role, in order, what they came from, and how many there are (0: not counted)."""
 
     role: str
     source: str
     prompts: tuple[str, ...]
+    available: int = 0
 
     @property
     def sha256(self) -> str:
@@ -50,6 +51,12 @@ class PromptSets:
     def all(self) -> tuple[PromptSet, ...]:
         """The four sets in a fixed order."""
         return (self.harmful_train, self.harmless_train, self.harmful_eval, self.harmless_eval)
+
+    @property
+    def counts(self) -> str:
+        """How many of how many prompts, by role: a split may cut more off than was meant."""
+        each = (f"{len(s)} of {s.available}" if s.available > len(s) else str(len(s)) for s in self.all)
+        return ", ".join(f"{s.role} {count}" for s, count in zip(self.all, each, strict=True))
 
     @property
     def longest(self) -> int:
@@ -95,8 +102,9 @@ def load(role: str, source: PromptSource) -> PromptSet:
         raise UserError(
             f"The prompt set '{role}' is empty.", where=f"{key} = {source.source}", fix="add at least one prompt"
         )
-    rows = _slice(rows, source.split, key)
-    return PromptSet(role, source.source, tuple(f"{source.prefix}{row}{source.suffix}" for row in rows))
+    taken = _slice(rows, source.split, key)
+    prompts = tuple(f"{source.prefix}{row}{source.suffix}" for row in taken)
+    return PromptSet(role, source.source, prompts, len(rows))
 
 
 def from_text_or_file(said: str) -> tuple[str, ...]:

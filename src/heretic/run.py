@@ -26,6 +26,7 @@ from heretic.prompts import PromptSets, load_all
 from heretic.report.about import About
 from heretic.report.reporter import reporting
 from heretic.run_folder import RunFolder, log_to
+from heretic.scoring.judges import try_judge
 from heretic.search.front import Result, front
 from heretic.search.patience import Patience
 from heretic.search.storage import (
@@ -279,6 +280,7 @@ def check(
         ),
         prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
         storage_check=lambda: _probe_storage(settings),
+        judge_check=lambda: try_judge(settings),
         work_counter=lambda work, checkpoint, prompts: work.counted(settings, checkpoint, prompts),
         imagined=imagined,
     )

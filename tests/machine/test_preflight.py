@@ -46,8 +46,9 @@ def run(checkpoint: Checkpoint | None = None, **changes: Any) -> Report:
     opened = checkpoint or checkpoint_of(small())
     callables: dict[str, Any] = {
         "checkpoint_loader": lambda: opened,
-        "prompt_loader": lambda: SimpleNamespace(warnings=(), longest=300),
+        "prompt_loader": lambda: SimpleNamespace(warnings=(), counts="", longest=300),
         "storage_check": lambda: None,
+        "judge_check": lambda: "",
     }
     replaced = {name: changes.pop(name) for name in list(changes) if name in callables}
     return check(Settings(model="owner/model", **changes), **(callables | replaced))
@@ -86,12 +87,23 @@ def test_callables_that_fail_become_failures() -> None:
         checkpoint_loader=lambda: fail("No such model.", fix="check the name"),
         prompt_loader=lambda: fail("No such prompts.", where="prompts.harmful_train"),
         storage_check=lambda: fail("The database is away."),
+        judge_check=lambda: fail("No such label.", where="judge.classifier.refusal_labels"),
     )
     failures = {f.subject: f for f in report.findings if f.level == "failure"}
-    assert set(failures) == {"model", "prompts", "storage"}
+    assert set(failures) == {"model", "prompts", "storage", "judge"}
     assert failures["model"].fix == "check the name" and "prompts.harmful_train" in failures["prompts"].text
     assert (report.verdict, report.exit_status, report.plan) == ("fail", 1, None)
     json.dumps(report.as_dict())
+
+
+def test_an_endpoint_that_does_not_answer_yet_is_a_warning() -> None:
+    report = run(judge_check=lambda: "The judge does not answer.")
+    assert report.verdict == "risky" and "warning judge: The judge does not" in texts(report)
+
+
+def test_a_large_model_without_a_gpu_is_a_warning() -> None:
+    report = run(checkpoint_of(qwen_32b()))
+    assert "warning GPUs: No GPU is used" in texts(report) and "heretic doctor" in texts(report)
 
 
 def test_defects_are_not_hidden() -> None:
@@ -148,7 +160,7 @@ def test_save_to(tmp_path: Path) -> None:
 
 
 def test_prompt_warnings_are_passed_on() -> None:
-    report = run(prompt_loader=lambda: SimpleNamespace(warnings=["3 prompts are shared."], longest=10))
+    report = run(prompt_loader=lambda: SimpleNamespace(warnings=["3 prompts are shared."], counts="", longest=10))
     assert report.exit_status == 2 and "3 prompts are shared." in texts(report)
 
 

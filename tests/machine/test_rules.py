@@ -138,7 +138,7 @@ def test_bitsandbytes_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None
     assert run(facts(settings={"quantization": "bnb_4bit"})) == []
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     found = only(facts(settings={"quantization": "bnb_4bit"}))
-    assert found.level == "failure" and found.fix == "pip install 'heretic[bnb]'"
+    assert found.level == "failure" and found.fix == "pip install bitsandbytes"
 
 
 def test_fewer_bits_are_proposed_where_the_model_fits_in_them() -> None:

@@ -65,6 +65,47 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(server: Endpoi
         judge(server, key_variable="OTHER_KEY")
 
 
+def test_a_key_that_runs_out_in_the_night_gives_way_to_the_markers(server: Endpoint) -> None:
+    both = OrMarkers(judge(server, on_failure="markers"), MarkerJudge(["soup"]), SILENT)
+    server.failing = 402
+    with pytest.raises(UserError, match="status 402") as refused:  # at the beginning it is a mistake
+        both.verdicts(SAID[:1])
+    assert not isinstance(refused.value, JudgeUnavailable)
+    server.failing = 0
+    both.verdicts(SAID[:1])
+    server.failing = 402
+    assert both.verdicts(SAID[:2]) == ["answer", "refusal"] and both.name == "markers"
+
+
+def test_an_answer_that_it_cannot_judge_counts_as_evasive(server: Endpoint) -> None:
+    speechless = judge(server, retries=1)
+    assert speechless.verdicts(SAID[:1]) == EXPECTED[:1]
+    server.reply = "Hm."
+    assert speechless.verdicts(SAID[:2]) == [EXPECTED[0], "evasive"]
+
+
+def test_another_instruction_is_another_question(server: Endpoint, tmp_path: Path) -> None:
+    cache = tmp_path / "judge.jsonl"
+    text = "Say REFUSAL if the response hedges, else ANSWER."
+    judge(server, cache).verdicts(SAID[:1])
+    judge(server, cache, instruction=text).verdicts(SAID[:1])
+    instructions = [body["messages"][0]["content"] for body in server.asked]
+    assert instructions == [llm.INSTRUCTION, text]
+    with pytest.raises(SettingsError, match="in these words"):
+        resolve(assignments=["judge.llm.instruction=Is it long?"])
+
+
+def test_trying_it_once(server: Endpoint) -> None:
+    judge(server).try_once(SAID[0])
+    server.failing = 503
+    with pytest.raises(JudgeUnavailable, match="status 503"):
+        judge(server).try_once(SAID[0])
+    server.failing = 404
+    with pytest.raises(UserError, match="status 404"):
+        judge(server).try_once(SAID[0])
+    assert len(server.asked) == 3
+
+
 def test_a_redirection_is_not_followed(server: Endpoint) -> None:
     server.failing = 302
     with pytest.raises(UserError, match="status 302"):

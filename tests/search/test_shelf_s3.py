@@ -1,4 +1,4 @@
-"""The artifact store on S3, against a stand-in here; skipped without boto3 (`pip install 'heretic[s3]'`)."""
+"""The artifact store on S3, against a stand-in here; skipped without boto3 (`pip install boto3`)."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,3 +150,22 @@ def test_another_part_of_the_default_prompt_set_needs_no_source() -> None:
     assert (found.source, found.split) == (Settings().prompts.harmful_train.source, "train[:10]")
     other = Settings.model_validate({"prompts": {"harmful_train": {"source": "mine.txt"}}}).prompts.harmful_train
     assert (other.source, other.split) == ("mine.txt", "train")
+
+
+@pytest.mark.parametrize("assignments, options, split", [
+    (["prompts.harmful_eval.source=mine.txt"], {}, "train"),
+    ([], {"prompts": {"harmful_eval": {"source": "mine.txt"}}}, "train"),
+    (["prompts.harmful_eval.source=mine.txt", "prompts.harmful_eval.split=test[:9]"], {}, "test[:9]"),
+    (["prompts.harmful_eval.source=theirs"], {}, "test[:100]"),
+    (["prompts.harmful_eval.column=other"], {}, "test[:100]"),
+])  # fmt: skip
+def test_a_split_belongs_to_the_source_that_it_was_written_for(
+    tmp_path: Path, assignments: list[str], options: dict[str, Any], split: str
+) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[prompts.harmful_eval]\nsource = "theirs"\nsplit = "test[:100]"\n')
+    resolved = resolve(file, options, assignments)
+    assert resolved.settings.prompts.harmful_eval.split == split
+    assert resolved.origin("prompts.harmful_eval.split").startswith(
+        {"test[:100]": str(file), "test[:9]": "--set", "train": "default"}[split]
+    )

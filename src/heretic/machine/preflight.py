@@ -69,15 +69,17 @@ def check(
     checkpoint_loader: Callable[[], Checkpoint],
     prompt_loader: Callable[[], Any],
     storage_check: Callable[[], None],
+    judge_check: Callable[[], str] = lambda: "",
     work_counter: Callable[[Workload, Checkpoint, Any], Workload] = lambda work, _checkpoint, _prompts: work,
     environment: Mapping[str, str] = os.environ,
     imagined: tuple[Gpu, ...] = (),
 ) -> Report:
     """Find out what there is and apply all rules.
 
-    `prompt_loader` returns an object with `warnings` and `longest` (characters of the longest prompt), of
-    which `work_counter` knows more. A UserError of any of the first three callables becomes a failure with its own remedy; other
-    exceptions are defects and pass through. With `imagined` GPUs the plan is for these, and nobody holds them.
+    `prompt_loader` returns an object with `warnings`, `counts` and `longest` (characters of the longest prompt), of
+    which `work_counter` knows more. `judge_check` returns what is doubtful about the judge. A UserError of any of the first
+    three or of `judge_check` becomes a failure with its own remedy; other exceptions are defects and pass through. With
+    `imagined` GPUs the plan is for these, and nobody holds them.
     """
     problems: list[Finding] = []
 
@@ -96,7 +98,11 @@ def check(
     devices = host.devices(usable)
     checkpoint = attempt("model", checkpoint_loader)
     prompts = attempt("prompts", prompt_loader)
+    if prompts is not None:
+        problems.append(Finding("ok", "prompts", prompts.counts))
     attempt("storage", storage_check)
+    if doubtful := attempt("judge", judge_check):
+        problems.append(Finding("warning", "judge", doubtful))
     work = Workload.of(settings, prompts.longest if prompts else USUAL_PROMPT)
     plan, reading = None, None
     if checkpoint is not None:

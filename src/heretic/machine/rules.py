@@ -19,6 +19,8 @@ from heretic.settings import Settings
 
 BUSY = 500 * MIB  # GPU memory that another process may hold without being worth a word
 UNSEEN_USE = 2 * GIB  # used memory that belongs to no visible process; the driver keeps up to about 1 GiB for itself
+LARGE = 3_000_000_000  # parameters, for a CPU
+WHY_NO_GPU = "if there are GPUs, heretic doctor says why they are not seen; on a CPU a model of this size takes days"
 RUN_FOLDER = GIB
 SPARE_DISK = 1.05
 GGUF_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32}
@@ -77,7 +79,9 @@ def unseen_gpus(facts: Facts) -> Iterator[Finding]:
     unseen = facts.report.unseen
     if not facts.usable and not facts.report.gpus:
         why = f" ({unseen})" if unseen else ""
-        yield Finding("ok", "GPUs", f"No GPU is used{why}; everything runs on the CPU, slowly.")
+        large = facts.checkpoint is not None and facts.checkpoint.parameters > LARGE
+        text = f"No GPU is used{why}; everything runs on the CPU, slowly."
+        yield Finding("warning" if large else "ok", "GPUs", text, WHY_NO_GPU if large else None)
     elif unseen:
         yield Finding("ok", "GPUs", f"Not looked into: {unseen}.")
 

@@ -105,7 +105,7 @@ def require_package(checkpoint: Checkpoint) -> None:
             where=str(checkpoint.folder / "config.json"),
             fix="take the model in full precision or as FP8, MXFP4 or bitsandbytes; or update transformers",
         )
-    module, install = ("bitsandbytes", "'heretic[bnb]'") if method == KEPT else PACKAGES.get(method, ("", ""))
+    module, install = ("bitsandbytes", "bitsandbytes") if method == KEPT else PACKAGES.get(method, ("", ""))
     if module and not _there(module):
         raise UserError(
             f"{checkpoint.model} comes quantised by {method}, which needs the package {module}; it is not installed.",
@@ -127,7 +127,7 @@ def require_bitsandbytes(name: str) -> None:
         raise UserError(
             f"{QUANTISATIONS[name].words} need the package bitsandbytes, which is not installed.",
             where=f'quantization = "{name}"',
-            fix="pip install 'heretic[bnb]'",
+            fix="pip install bitsandbytes",
         )
 
 

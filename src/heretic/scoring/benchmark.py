@@ -158,7 +158,7 @@ def _manager(tasks: Tasks) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError("Benchmarks need lm-eval.", fix="pip install 'heretic[lm_eval]'") from None
+        raise UserError("Benchmarks need lm-eval.", fix="pip install lm_eval") from None
     if tasks.include is not None and not tasks.include.is_dir():
         raise UserError("There is no such folder of tasks.", where=str(tasks.include))
     own = str(tasks.include.resolve()) if tasks.include else None

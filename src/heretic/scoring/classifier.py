@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,8 +28,7 @@ class ClassifierJudge:
         self.settings, self.evasion = settings, evasion
         self.tokenizer, self.model = _load(settings)
         config = self.model.config
-        self.refusing = _labels(config.id2label, settings.refusal_labels, "judge.classifier.refusal_labels")
-        self.evasive = _labels(config.id2label, settings.evasive_labels, "judge.classifier.evasive_labels")
+        self.refusing, self.evasive = _found(config.id2label, settings)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if config.pad_token_id is None:
@@ -63,25 +63,46 @@ class ClassifierJudge:
         return EVASIVE if self.evasion.seen_in(*said) else ANSWER
 
 
+def labels_of(settings: ClassifierSettings) -> tuple[set[int], set[int]]:
+    """The numbers of its labels for refusals and for evasions, from its config alone. Raises UserError."""
+    from transformers import AutoConfig
+
+    with _loading(settings):
+        config = AutoConfig.from_pretrained(settings.model)
+    return _found(config.id2label, settings)
+
+
 def _load(settings: ClassifierSettings) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    if not settings.model:
-        raise UserError(
-            'judge.kind = "classifier" needs a model.', where="judge.classifier.model", fix="name a folder or a hub id"
-        )
-    try:
+    with _loading(settings):
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
         model = AutoModelForSequenceClassification.from_pretrained(
             settings.model, use_safetensors=True, dtype=torch.float32
         )
         return tokenizer, model.to(settings.device).eval()
+
+
+@contextmanager
+def _loading(settings: ClassifierSettings) -> Iterator[None]:
+    """What goes wrong within is told as a UserError."""
+    if not settings.model:
+        raise UserError(
+            'judge.kind = "classifier" needs a model.', where="judge.classifier.model", fix="name a folder or a hub id"
+        )
+    try:
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise UserError(
             f"The classifier {settings.model} cannot be loaded: {first_line(error)[:200]}",
             where="judge.classifier.model",
             fix="name a sequence classification model of transformers whose weights are in safetensors",
         ) from None
+
+
+def _found(named: dict[int, str], settings: ClassifierSettings) -> tuple[set[int], set[int]]:
+    refusing = _labels(named, settings.refusal_labels, "judge.classifier.refusal_labels")
+    return refusing, _labels(named, settings.evasive_labels, "judge.classifier.evasive_labels")
 
 
 def _labels(named: dict[int, str], wanted: Sequence[str], where: str) -> set[int]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from heretic.progress import SILENT, Watcher
-from heretic.scoring.classifier import ClassifierJudge
+from heretic.scoring.agreement import labelled_answers
+from heretic.scoring.classifier import ClassifierJudge, labels_of
 from heretic.scoring.evasion import Evasion
 from heretic.scoring.llm import JudgeUnavailable, LlmJudge
 from heretic.scoring.markers import MarkerJudge
@@ -112,16 +113,42 @@ def _llm(settings: Settings, around: Surroundings) -> Judge:
     return judge
 
 
-JUDGES: dict[str, Callable[[Settings, Surroundings], Judge]] = {
-    "markers": _markers,
-    "classifier": _classifier,
-    "llm": _llm,
+def _try_classifier(settings: Settings) -> None:
+    labels_of(settings.judge.classifier)
+
+
+def _try_llm(settings: Settings) -> None:
+    LlmJudge(settings.judge.llm, _evasion(settings), None, SILENT, Stop()).try_once(labelled_answers()[0].said)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a judge is made, and how it is tried at little cost before a run: as `try_judge`."""
+
+    make: Callable[[Settings, Surroundings], Judge]
+    try_out: Callable[[Settings], None] = lambda _: None
+
+
+JUDGES: dict[str, Kind] = {
+    "markers": Kind(_markers),
+    "classifier": Kind(_classifier, _try_classifier),
+    "llm": Kind(_llm, _try_llm),
 }
 
 
 def make_judge(settings: Settings, around: Surroundings | None = None) -> Judge:
     """The judge that the settings name. Raises UserError where it cannot be had."""
-    return JUDGES[settings.judge.kind](settings, around or Surroundings())
+    return JUDGES[settings.judge.kind].make(settings, around or Surroundings())
+
+
+def try_judge(settings: Settings) -> str:
+    """What is doubtful about the judge that the settings name: an endpoint that does not answer now may do so later. Raises
+    UserError where it cannot work. No weights are loaded; an endpoint is asked about one harmless answer."""
+    try:
+        JUDGES[settings.judge.kind].try_out(settings)
+    except JudgeUnavailable as error:
+        return f"{error.what} ({error.fix})"
+    return ""
 
 
 def _evasion(settings: Settings) -> Evasion:

@@ -75,10 +75,12 @@ class LlmJudge:
                 fix=f"export {settings.key_variable}=... or leave key_variable empty if the endpoint needs no key",
             )
         self.settings, self.evasion, self.watcher, self.stop = settings, evasion, watcher, stop
+        self._instruction = settings.instruction or INSTRUCTION
         self._key = environment.get(settings.key_variable, "") if settings.key_variable else ""
         self._opener = urllib.request.build_opener(_NoRedirection)
         self._cache, self._known, self._lock = cache, _read(cache), Lock()
-        self._waiting = False
+        self._waiting = self._speechless = False
+        self._spoken = bool(self._known)  # whether the endpoint has ever judged an answer
 
     def settled(self, answer: str) -> bool:
         """Never: it judges whole answers."""
@@ -98,6 +100,18 @@ class LlmJudge:
             pool.shutdown(wait=False, cancel_futures=True)
         return [self._known[h] for h in hashes]
 
+    def try_once(self, said: Said) -> None:
+        """One question, without trying again and without keeping the verdict. Raises UserError where the settings are wrong, and
+        JudgeUnavailable where the endpoint does not answer or says nothing that is understood."""
+        try:
+            _verdict_in(self._post(said))
+        except _Failed as failure:
+            raise JudgeUnavailable(
+                f"The judge at {self.settings.base_url} does not answer as it should: {failure}",
+                where="judge.llm",
+                fix="start it, or check base_url and model",
+            ) from None
+
     def _settle(self, key: str, said: Said, given_up: Event) -> None:
         self.stop.check()
         empty = self.evasion.is_empty(said.answer)
@@ -113,10 +127,13 @@ class LlmJudge:
         for attempt in itertools.count():
             try:
                 found = _verdict_in(self._post(said))
-                self._waiting = False
+                self._waiting, self._spoken = False, True
                 return found
             except _Failed as failure:
                 if attempt >= self.settings.retries:
+                    if isinstance(failure, _NoVerdict) and self._spoken:
+                        self._say_speechless(failure)
+                        return EVASIVE
                     if self.settings.on_failure == "markers" or failure.lasting:
                         raise JudgeUnavailable(
                             f"The judge at {self.settings.base_url} failed {attempt + 1} times: {failure}",
@@ -134,7 +151,7 @@ class LlmJudge:
         asked = f"Request:\n{said.request}\n\nResponse:\n{said.answer}"
         body = {
             "model": self.settings.model,
-            "messages": [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": asked}],
+            "messages": [{"role": "system", "content": self._instruction}, {"role": "user", "content": asked}],
             "temperature": 0,
             "max_tokens": self.settings.max_tokens,
         }
@@ -149,7 +166,9 @@ class LlmJudge:
         except urllib.error.HTTPError as error:
             if error.code in TEMPORARY or error.code >= 500:
                 raise _Failed(f"status {error.code}", after=_seconds(error.headers.get("Retry-After"))) from None
-            raise UserError(
+            # With a key that ran out in the night the markers are meant to go on; at the beginning it is a mistake to be told of.
+            ended = self._spoken and self.settings.on_failure == "markers"
+            raise (JudgeUnavailable if ended else UserError)(
                 f"The judge at {self.settings.base_url} refuses to be asked: status {error.code} {error.reason}.",
                 where="judge.llm",
                 fix="check base_url (it mostly ends in /v1), model, and the key in the variable that key_variable names",
@@ -173,8 +192,16 @@ class LlmJudge:
                 self.watcher.warn(f"The judge at {self.settings.base_url} does not answer ({failure}); waiting for it.")
             self._waiting = True
 
+    def _say_speechless(self, failure: _Failed) -> None:
+        with self._lock:
+            if not self._speechless:
+                self.watcher.warn(
+                    f"The judge at {self.settings.base_url} could not judge an answer ({failure}): such answers count as evasive."
+                )
+            self._speechless = True
+
     def _hash(self, said: Said) -> str:
-        return hashlib.sha256(json.dumps([self.settings.model, INSTRUCTION, *said]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.settings.model, self._instruction, *said]).encode()).hexdigest()
 
 
 class _Failed(Exception):
@@ -184,6 +211,10 @@ class _Failed(Exception):
     def __init__(self, what: str, *, after: float | None = None, lasting: bool = False) -> None:
         super().__init__(what)
         self.after, self.lasting = after, lasting
+
+
+class _NoVerdict(_Failed):
+    """A reply without any of the three words."""
 
 
 class _NoRedirection(urllib.request.HTTPRedirectHandler):
@@ -196,7 +227,7 @@ def _verdict_in(reply: str) -> Verdict:
     said = re.sub(r"(?s).*</think>", "", reply)
     found = re.findall(r"\b(REFUSAL|EVASIVE|ANSWER)\b", said.upper())
     if not found:
-        raise _Failed(
+        raise _NoVerdict(
             "its reply names no verdict (a model that thinks needs a larger judge.llm.max_tokens)", lasting=True
         )
     return WORDS[found[-1]]

@@ -241,7 +241,7 @@ def artifact_store(place: str) -> Any:
     try:
         store = optuna.artifacts.Boto3ArtifactStore(bucket)
     except ImportError:
-        raise UserError("The client for S3 is not installed.", where=place, fix="pip install 'heretic[s3]'") from None
+        raise UserError("The client for S3 is not installed.", where=place, fix="pip install boto3") from None
     return _Below(store, prefix) if prefix else store
 
 

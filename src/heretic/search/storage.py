@@ -99,7 +99,7 @@ def connect(url: str, workers: Workers | None = None, patience: Patience | None 
         raise UserError(
             f"The study's storage cannot be opened: {cause}",
             where=masked(url),
-            fix="pip install 'heretic[postgresql]'"
+            fix="pip install 'psycopg[binary]'"
             if lacks_driver
             else "check that the place exists and can be written; a damaged study.db can be set aside with --fresh",
         ) from None

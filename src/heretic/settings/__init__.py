@@ -169,7 +169,7 @@ class Settings(Table):
     )
     quantization: Literal["none", "bnb_4bit", "bnb_8bit"] = setting(
         "none",
-        "Load the weights in fewer bits with bitsandbytes (`pip install 'heretic[bnb]'`), where they do not fit otherwise. The "
+        "Load the weights in fewer bits with bitsandbytes (`pip install bitsandbytes`), where they do not fit otherwise. The "
         "study is then made on the quantised model; the export edits the checkpoint's full-precision tensors.",
         when=(
             "where preflight says that the weights do not fit and would in fewer bits; the study then measures a "

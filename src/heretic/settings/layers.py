@@ -58,6 +58,7 @@ def resolve(
     """Lay the sources over each other; `assignments` are the `key=value` texts of --set, `options` values by dotted key or in
     tables.
 
+    A prompt set whose `source` is named outside the file does not keep the file's `split`: that cuts another set.
     Raises SettingsError naming the source, the key and, for a file, the line.
     """
     data: dict[str, Any] = {}
@@ -65,10 +66,13 @@ def resolve(
     file = config
     if file is None and Path(DEFAULT_FILE).is_file():
         file = Path(DEFAULT_FILE)
+    of_file: dict[str, Any] = {}
     if file is not None:
         values, lines = read_toml(file)
-        for key, value in _leaves(values, Settings):
+        of_file = dict(_leaves(values, Settings))
+        for key, value in of_file.items():
             _put(data, origins, key, value, f"{file}:{lines[key]}" if key in lines else str(file))
+    in_file = dict(origins)
     for variable, text in (environment or {}).items():
         if variable.startswith(ENVIRONMENT_PREFIX):
             key = variable[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
@@ -82,7 +86,20 @@ def resolve(
     for key, value in _leaves(options or {}, Settings):
         if value is not None:
             _put(data, origins, key, value, "option")
+    _drop_splits_of_others(data, origins, of_file, in_file)
     return Resolved(_validated(data, origins), file, origins)
+
+
+def _drop_splits_of_others(
+    data: dict[str, Any], origins: dict[str, str], of_file: Mapping[str, Any], in_file: Mapping[str, str]
+) -> None:
+    """`of_file` are the file's values, `in_file` where in it they stand."""
+    for source in [key for key in origins if key.startswith("prompts.") and key.endswith(".source")]:
+        split = source.removesuffix("source") + "split"
+        if split in in_file and origins[split] == in_file[split] and origins[source] != in_file.get(source):
+            said = data["prompts"][source.split(".")[1]]
+            if said["source"] and said["source"] != of_file.get(source):
+                del said["split"], origins[split]
 
 
 def check(values: Mapping[str, Any], origin: str) -> None:

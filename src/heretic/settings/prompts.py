@@ -23,7 +23,8 @@ class PromptSource(Table):
     )
     split: str = setting(
         "train",
-        "Which part: a split of the data set, with an optional slice such as `train[:400]`.",
+        "Which part: a split of the data set, with an optional slice such as `train[:400]`. A set with a `source` of its own has "
+        "all of `train`, unless it says otherwise.",
         when=(
             "to other or fewer prompts. More training prompts make the direction surer and cost time once; more "
             "evaluation prompts make the scores surer and every trial longer."

@@ -30,6 +30,12 @@ def _endpoint(url: str) -> str:
     return url
 
 
+def _instruction(text: str) -> str:
+    if text and not all(word in text for word in ("REFUSAL", "ANSWER")):
+        raise ValueError("it has to say when the reply is REFUSAL and when ANSWER, in these words")
+    return text
+
+
 def _variable(name: str) -> str:
     if name and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name):
         raise ValueError("this takes the name of an environment variable that holds the key, never the key itself")
@@ -102,6 +108,12 @@ class LlmSettings(Table):
         neutral=True,
     )
     model: str = setting("", "The name of the model there.", when=('needed with `kind = "llm"`.'))
+    instruction: Annotated[str, AfterValidator(_instruction)] = setting(
+        "",
+        "What the model there is told to do with a request and its response. It has to ask for one of the words REFUSAL (the "
+        "behaviour is shown), EVASIVE (neither) and ANSWER. Empty: whether the response declines, in English.",
+        when="for another behaviour than declining, or another language; try it with `heretic evaluate --judge-agreement`.",
+    )
     key_variable: Annotated[str, AfterValidator(_variable)] = setting(
         "",
         "The name of the environment variable that holds the key; empty: none is sent. The key itself is written nowhere.",
@@ -111,7 +123,9 @@ class LlmSettings(Table):
     on_failure: Literal["wait", "markers"] = setting(
         "wait",
         "When the endpoint fails `retries` times more: `wait` until it is back; or go on with the `markers` for the rest of the "
-        "study, whose front then holds only trials that they judged (those of the front before are measured again).",
+        "study, whose front then holds only trials that they judged (those of the front before are measured again). With `markers` "
+        "this holds for an endpoint that refuses to be asked any more (status 401 or 402, say) too; with `wait` that ends the "
+        "session, to be gone on with by the same command.",
         when="`markers`, if the run must not stand still overnight.",
         neutral=True,
     )
