@@ -41,5 +41,13 @@ def test_offloaded_weights_are_read_from_the_checkpoint(llama: Path) -> None:
     operators = Workbench.prepare(directions, writers, "norm_preserving", weight_reader(loaded)).operators(ABLATION)
     with attach(writers, operators):
         assert torch.allclose(away(TOKENS).logits, expected, atol=1e-5)
+    free = Ablation(ABLATION.strengths, vector=tuple(directions.vectors[2].tolist()))  # a walk's, made where all fitted
+    of_walk = Workbench.prepare(directions, writers, "norm_preserving", weight_reader(loaded)).operators(free)
+    with attach(
+        here.anatomy.writers, Workbench.prepare(directions, here.anatomy.writers, "norm_preserving").operators(free)
+    ):
+        expected = here.model(TOKENS).logits
+    with attach(writers, of_walk):
+        assert torch.allclose(away(TOKENS).logits, expected, atol=1e-5)
     with pytest.raises(UserError, match="cannot be rewritten"), rewrite(writers, operators, copies(writers)):
         pass

@@ -10,12 +10,13 @@ import torch
 from safetensors import safe_open
 
 from heretic import strengths
-from heretic.errors import Interrupted
+from heretic.errors import Interrupted, UserError
 from heretic.later import export_trial, opened
 from heretic.progress import SILENT, Silent
 from heretic.run import Outcome, run
 from heretic.run_folder import RunFolder
 from heretic.scoring import loss
+from heretic.search import gradient
 from heretic.search.gradient import State
 from heretic.search.storage import connect, storage_url
 from heretic.search.walk import WALK
@@ -27,6 +28,12 @@ WALKING = (
     'search.start="gradient"', "search.gradient.weights=[0.5, 2.0]", "search.gradient.steps=3", "search.gradient.batch=4",
     "search.gradient.refusal_tokens=1", 'refusal_markers=["e"]', 'run_name="run"',
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These models "decline" with the letter e, whatever is taken out: without this the walk would go on to the last weight."""
+    monkeypatch.setattr(gradient, "MOST_FURTHER", 0)
 
 
 class Listener(Silent):
@@ -114,6 +121,25 @@ def test_a_model_that_hardly_declines_is_searched_with_kernels(config: Path, mon
     outcome = do(config, watcher=listener)
     assert any("declines hardly any of the prompts that give the direction" in s for s in listener.said)
     assert len(outcome.found) == 4
+
+
+def test_what_ends_the_walk_is_not_taken_for_a_reason_to_give_it_up(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, a judge that refuses: the same command goes on with the walk."""
+    whole = do(config, 'run_name="whole"')
+    keep = RunFolder.keep_walk
+
+    def full(folder: RunFolder, state: State) -> None:
+        if state.steps == 4:
+            raise UserError("No space left on device.")
+        keep(folder, state)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        patch.setattr(RunFolder, "keep_walk", full)
+        do(config)
+    again = do(config)
+    assert [(r.params, r.scores.declined) for r in again.found] == [(r.params, r.scores.declined) for r in whole.found]
 
 
 def test_both_kinds_of_trials_in_one_study(config: Path) -> None:

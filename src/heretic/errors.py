@@ -76,9 +76,13 @@ def disk_error(error: OSError) -> UserError:
     )
 
 
-def memory_error(error: BaseException) -> UserError:
+class OutOfMemory(UserError):
+    """Memory ran out where no batch could be made smaller."""
+
+
+def memory_error(error: BaseException) -> OutOfMemory:
     """Memory that ran out where no batch could be made smaller."""
-    return UserError(
+    return OutOfMemory(
         f"Memory ran out: {first_line(error).rstrip('.')}.",
         fix="make room (heretic preflight shows what is taken), then run the same command again; nothing finished is lost",
     )

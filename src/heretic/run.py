@@ -27,6 +27,7 @@ from heretic.report.about import About
 from heretic.report.reporter import reporting
 from heretic.run_folder import RunFolder, log_to
 from heretic.scoring.judges import try_judge
+from heretic.search.fidelity import Progress
 from heretic.search.front import Result, front
 from heretic.search.patience import Patience
 from heretic.search.storage import (
@@ -162,7 +163,7 @@ def work(desk: Desk, workers: int = 1) -> Export | None:
     picked = desk.picked()
     wanted = Path(settings.save_to) if settings.save_to and not lender() else None
     export = earlier_export(wanted, folder, picked[0].number, settings.export_format) if wanted and picked else None
-    if done >= settings.n_trials and (export or not wanted):
+    if done >= settings.n_trials and (export or not wanted) and not Progress.of(study).unsettled():
         watcher.say("The study is complete; nothing is left to do.")
         return export
     if workers > 1 and done < settings.n_trials:

@@ -174,7 +174,10 @@ class RunFolder:
         points = [Point.from_dict(p) for p in told["points"]]
         heard = [(int(row), list(words)) for row, words in told["heard"]]
         state = State(tensors.pop("strengths"), mixture, vector, told["steps"], told["first_layer"], points, heard)
-        return replace(state, just_heard=told["just_heard"], further=told.get("further", 0), moments=tensors)
+        places = list(map(int, told.get("places", [])))
+        return replace(
+            state, just_heard=told["just_heard"], further=told.get("further", 0), places=places, moments=tensors
+        )
 
     def steps_walked(self) -> int:
         """How far the stored descent has come; 0 if there is none that can be read. Changes nothing."""
@@ -189,7 +192,7 @@ class RunFolder:
         import torch
 
         told = {"steps": state.steps, "first_layer": state.first_layer, "points": [asdict(p) for p in state.points]}
-        told |= {"heard": state.heard, "just_heard": state.just_heard, "further": state.further}
+        told |= {"heard": state.heard, "just_heard": state.just_heard, "further": state.further, "places": state.places}
         text = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
         tensors = {**state.tensors, **state.moments, "told": text}
         write_tensors(self.path / "walk.safetensors", tensors, {"fingerprint": self.stamp})

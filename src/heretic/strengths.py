@@ -10,7 +10,7 @@ import optuna
 import torch
 
 from heretic.ablation.ablation import Ablation
-from heretic.errors import UserError
+from heretic.errors import OutOfMemory
 from heretic.machine.host import memory
 from heretic.machine.shape import SHARE_FOR_GRADIENTS, ModelShape
 from heretic.model.batching import free_memory, out_of_memory
@@ -62,13 +62,13 @@ def _make(session: Session, folder: RunFolder) -> Walk:
         return Walk((), "the model declines hardly any of the prompts that give the direction.")
     try:
         return Walk(tuple(_descend(session, folder, lesson)))
-    except UserError as error:
+    except OutOfMemory as error:
         if lesson.objective.checkpoints:
             return Walk((), error.what)
         log.info("blocks are computed twice: %s", error.what)
         try:
             return Walk(tuple(_descend(session, folder, lesson.twice())))
-        except UserError as again:
+        except OutOfMemory as again:
             return Walk((), again.what)
     except (RuntimeError, NotImplementedError) as error:
         if out_of_memory(error):  # that passes, and a walk that was given up is given up for good
@@ -79,16 +79,18 @@ def _make(session: Session, folder: RunFolder) -> Walk:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the walk learns from: the objective, the declined prompts in its order, and how passes over them keep what the
-    original's blocks receive."""
+    """What the walk learns from: the objective, the declined prompts in its order, their places in `harmful_train`, and how
+    passes over them keep what the original's blocks receive."""
 
     session: Session
     objective: Objective
     declined: Sequence[list[int]]
+    places: Sequence[int]
     kept: Callable[[Taught], Taught]
 
-    def listen(self, ablation: Ablation) -> list[Heard]:
-        """What is still declined under an ablation, in other words than those known from the original."""
+    def listen(self, ablation: Ablation) -> tuple[list[Heard], int]:
+        """What is still declined under an ablation in other words than those known from the original, and how many prompts are in
+        whatever words."""
         bench, known = self.session.bench, self.objective.harmful.texts
         with self.session.applied(ablation):
             refusals = _refusals(bench, self.declined)
@@ -98,7 +100,7 @@ class Lesson:
             for row, (tokens, declined) in enumerate(found)
             if declined and tokens
         ]
-        return [(row, text) for row, text in words if text != known[row]]
+        return [(row, text) for row, text in words if text != known[row]], refusals.count
 
     def teach(self, heard: Sequence[Heard]) -> Objective:
         """The objective with these refusals besides."""
@@ -126,7 +128,9 @@ class Lesson:
 
 def _descend(session: Session, folder: RunFolder, lesson: Lesson) -> list[Point]:
     """From where an earlier session or try has come to."""
-    return lesson.descent(folder.keep_walk).run(folder.walk(session.bench.batcher.watcher) or begin(session))
+    state = folder.walk(session.bench.batcher.watcher) or begin(session)
+    state.counted_by(lesson.places)
+    return lesson.descent(folder.keep_walk).run(state)
 
 
 def begin(session: Session) -> State:
@@ -145,10 +149,11 @@ def prepare(session: Session) -> Lesson | None:
     gradient, model = bench.settings.search.gradient, bench.language_model
     asked, harmless = (bench.encoded[role][: gradient.prompts] for role in ("harmful_train", "harmless_train"))
     refusals = _refusals(bench, asked)
-    declined = [(p, list(t)) for p, t, d in zip(asked, refusals.tokens, refusals.declined, strict=True) if d and t]
-    if len(declined) < FEWEST_REFUSALS:
+    places = [i for i, (d, t) in enumerate(zip(refusals.declined, refusals.tokens, strict=True)) if d and t]
+    if len(places) < FEWEST_REFUSALS:
         return None
-    harmful = Taught.of([p for p, _ in declined], [t[: gradient.refusal_tokens] for _, t in declined])
+    declined = [asked[i] for i in places]
+    harmful = Taught.of(declined, [list(refusals.tokens[i][: gradient.refusal_tokens]) for i in places])
     answered = Taught.of(harmless, beginnings(model, harmless, bench.batcher, gradient.kl_tokens))
     original = log_probs_at(model, answered, bench.batcher)
     rows, checkpoints = rows_with_gradients(model, max(map(len, (*harmful.sequences, *answered.sequences))))
@@ -162,7 +167,7 @@ def prepare(session: Session) -> Lesson | None:
         )
 
     objective = Objective(model, session.workbench, batcher, kept(answered), kept(harmful), original, checkpoints)
-    return Lesson(session, objective, [p for p, _ in declined], kept)
+    return Lesson(session, objective, declined, places, kept)
 
 
 def _refusals(bench: Bench, asked: Sequence[list[int]]) -> RefusalCount:

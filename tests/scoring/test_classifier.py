@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, Qwen2Config, Qwen2ForSequenceClassification
 
 from heretic.errors import UserError
 from heretic.scoring.classifier import ClassifierJudge
@@ -40,6 +40,17 @@ WORDS = TEXT.split()
 SAID = [
     Said("make bread", " ".join(WORDS[i : i + 1 + i % 9])) for i in range(0, 40)
 ]  # of unequal length, some longer than another
+
+
+def test_an_answer_that_is_empty_is_not_shown_to_the_model(tmp_path: Path) -> None:
+    """A decoder without a token to begin with cannot run on no token at all."""
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=24, num_labels=2, id2label={0: "HELP", 1: "REJECTION"}, pad_token_id=0,
+    )  # fmt: skip
+    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert judge(tmp_path).verdicts([Said("make bread", ""), Said("make bread", " ")]) == ["evasive", "evasive"]
 
 
 def judge(folder: Path, **changes: object) -> ClassifierJudge:

@@ -19,9 +19,11 @@ from heretic.ablation.kernel import Kernel
 from heretic.model.batching import Batcher, Edited
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
+from heretic.model.decoding import Answers, Limits, go_on
 from heretic.model.loading import LanguageModel, load
 from heretic.progress import SILENT
 from heretic.savings import with_savings
+from heretic.scoring import race
 from heretic.scoring.divergence import first_token_log_probs
 from heretic.scoring.judges import OrMarkers
 from heretic.scoring.ladder import Beaten, Ladder, Scores
@@ -230,3 +232,24 @@ def test_a_trial_is_left_as_soon_as_it_is_beaten_and_its_neighbours_are_not(llam
             assert isinstance(one, Beaten) and one.at_least == limit
         else:
             assert isinstance(one, Scores) and one.declined == expected[i].declined
+
+
+def test_memory_that_runs_out_while_decoding_goes_on_halves_the_batch(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of the first pass grows with every token, and is dropped where it grows too large."""
+    ladder, workbench, baseline = bench(llama, share=True)
+    saving = with_savings(ladder, refusal_texts(ladder))
+    (expected,) = together(saving, workbench, baseline, ABLATIONS[:1])
+    sizes: list[int] = []
+
+    def short(model: object, answers: Answers, limits: Limits) -> None:
+        sizes.append(len(answers.tokens))
+        if len(answers.tokens) > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        go_on(model, answers, limits)
+
+    monkeypatch.setattr(race, "go_on", short)
+    (found,) = together(saving, workbench, baseline, ABLATIONS[:1])
+    assert isinstance(found, Scores) and isinstance(expected, Scores) and found.declined == expected.declined
+    assert sizes[:2] == [14, 7] and max(sizes[2:]) <= 4 and ladder.batcher.size <= 4

@@ -7,13 +7,14 @@ from pathlib import Path
 import optuna
 import pytest
 
-from heretic.scoring.judges import OrMarkers
+from heretic.scoring.judges import OrMarkers, Surroundings, make_judge
 from heretic.scoring.llm import JudgeUnavailable
 from heretic.scoring.markers import MarkerJudge
 from heretic.scoring.verdict import Said, Verdict
 from heretic.search.fallback import FALLEN, StudyFallback
 from heretic.search.front import front, of_standing_judge, results
 from heretic.search.seal import sealed
+from heretic.settings.layers import resolve
 from tests.search.test_study import scores
 
 SAID = [Said("a request", "no soup"), Said("another", "here it is")]
@@ -75,6 +76,16 @@ def test_what_one_worker_saw_all_do(url: str) -> None:
     assert late.given_up
     kept = optuna.load_study(study_name="s", storage=url).user_attrs[FALLEN]
     assert "The endpoint failed." in kept and "process" in kept
+
+
+def test_the_markers_keep_its_place_whatever_the_settings_say_since(url: str) -> None:
+    fallback = StudyFallback(optuna.load_study(study_name="s", storage=url), "llm")
+    llm = {"judge.llm.base_url": "http://127.0.0.1:9/v1", "judge.llm.model": "m", "judge.kind": "llm"}
+    settings = resolve(options=llm).settings
+    around = Surroundings(fallback=fallback)
+    assert make_judge(settings, around).name == "llm"
+    fallback.happen("The endpoint failed.")
+    assert make_judge(settings, around).name == "markers"
 
 
 def test_the_front_is_of_the_markers_whatever_came_last(url: str) -> None:

@@ -55,6 +55,13 @@ def test_choice(rule: str, max_kl: float, max_refusals: int, number: int, said: 
     assert chosen is not None and chosen[0].number == number and said in chosen[1]
 
 
+def test_an_evasion_is_no_success_for_the_choice_either() -> None:
+    evading, answering = results((0.01, 2), (0.05, 3))
+    evading = replace(evading, scores=replace(evading.scores, evasive=46))
+    chosen = choose([evading, answering], "lowest_kl_under_refusals", 0.1, 3)
+    assert chosen is not None and chosen[0] is answering
+
+
 def test_at_equal_counts_an_answer_that_hardly_leans_to_refusing_is_worth_more() -> None:
     found = results((0.008, 2, 1.1), (0.011, 2, 0.65), (0.023, 2, 0.18), (0.03, 2, 0.19), (0.042, 1, 0.08))
     assert [r.number for r in front(found)] == [4, 2, 1, 0]

@@ -276,7 +276,7 @@ def listening(of: Objective, settings: GradientSettings = SETTINGS, **more: obje
         prompts = [*sequences, *(sequences[row] for row, _ in heard)]
         return replace(of, harmful=Taught.of(prompts, [*of.harmful.texts, *(text for _, text in heard)]))
 
-    return descent(of, settings, listen=lambda _: [other], teach=teach, **more), other
+    return descent(of, settings, listen=lambda _: ([other], 1), teach=teach, **more), other
 
 
 def test_words_that_are_heard_on_the_way_become_improbable_too(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +324,19 @@ def test_what_was_heard_is_kept_with_the_walk(llama: Path, tmp_path: Path, monke
     assert listening(of)[0].run(state) == whole
 
 
+def test_what_was_heard_stays_with_its_prompt_where_others_are_declined(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, state = RunFolder(tmp_path, "stamp"), begin(objective(llama))
+    state.counted_by([2, 5, 7])
+    state.heard = [(0, [3]), (2, [4]), (1, [9])]
+    folder.keep_walk(state)
+    again = folder.walk(SILENT)
+    assert again is not None
+    again.counted_by([1, 2, 7])  # 5 is answered now, and 1 is declined
+    assert again.heard == [(1, [3]), (2, [4])] and again.places == [1, 2, 7]
+
+
 def test_weights_too_gentle_to_change_anything_are_left_early(llama: Path, tmp_path: Path) -> None:
     of = objective(llama)
     update = {"weights": [1e-9, 1e-8, 0.5, 2.0], "steps": 5, "sparsity": 1e-5}
@@ -347,10 +360,14 @@ def test_it_goes_on_to_stricter_weights_while_prompts_are_declined(
         [(1, [6])],
     ]  # of 8 prompts: none at the first point, three at the second
     left = list(many)
-    down = descent(of, listen=lambda _: left.pop(0) if left else [])
+
+    def told(found: list[Heard]) -> tuple[list[Heard], int]:
+        return found, len(found)
+
+    down = descent(of, listen=lambda _: told(left.pop(0) if left else []))
     assert [p.weight for p in down.run(begin(of))] == [0.5, 2.0, 6.0, 18.0], "one of 8 is more than a tenth"
 
-    always = descent(of, listen=lambda _: [(0, [5])])
+    always = descent(of, listen=lambda _: ([], 1))  # in the original's words
     assert [p.weight for p in always.run(begin(of))] == [0.5, 2.0, 6.0, 18.0, 54.0, 162.0], "not for ever"
 
     folder, said = RunFolder(tmp_path, "stamp"), list(many)
@@ -360,8 +377,8 @@ def test_it_goes_on_to_stricter_weights_while_prompts_are_declined(
         if state.steps == 9:
             raise Interrupted
 
-    def first(_: object) -> list[Heard]:
-        return said.pop(0) if said else []
+    def first(_: object) -> tuple[list[Heard], int]:
+        return told(said.pop(0) if said else [])
 
     with pytest.raises(Interrupted):
         descent(of, listen=first, keep=cut).run(begin(of))

@@ -119,6 +119,7 @@ def test_a_destroyed_model_is_recorded_and_never_on_the_front(study: optuna.Stud
     go(study, 12, sometimes)
     found = results(study)
     assert len(found) == 12 and sum(math.isinf(r.point[0]) for r in found) == 6
+    assert {t.values[1] for t in study.trials[1::2]} == {10}, "that it declines nothing is no merit"
     assert all(math.isfinite(r.point[0]) for r in front(found))
 
 
@@ -145,6 +146,33 @@ def test_failed_trials_do_not_count_and_three_in_a_row_end_it(study: optuna.Stud
         "FAIL",
         "FAIL",
     ]
+
+
+def test_a_trial_that_fails_by_itself_is_not_drawn_again(study: optuna.Study) -> None:
+    def failing(trial: optuna.Trial) -> Scores:
+        found = measure(trial)
+        if trial.number in (4, 5, 6):
+            raise UserError("the endpoint refuses this answer")
+        return found
+
+    with pytest.raises(UserError):
+        go(study, 10, failing)
+    go(study, 10, failing)
+    drawn = [t.params["x"] for t in study.trials]
+    assert len(set(drawn)) == len(drawn) == 13
+
+
+def test_a_model_that_gives_no_numbers_is_told_as_the_worst(study: optuna.Study) -> None:
+    def destroyed(trial: optuna.Trial) -> Measured:
+        full = measure(trial)
+        if trial.number < 5:
+            return full
+        nan = Surrogate(0, math.nan, 10)
+        return Beaten(replace(full.divergence, mean=math.inf), 0, 10, {}, nan, math.nan)
+
+    go(study, 8, destroyed)
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 8
+    assert all(t.values[1] == 10 for t in study.trials[5:])
 
 
 @pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt, ZeroDivisionError])

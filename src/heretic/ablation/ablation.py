@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,7 +70,8 @@ class Workbench:
     """Everything from which the operators of any ablation follow by vector arithmetic.
 
     `scales` holds, by writer, the weight S [width] of an RMS norm that its output passes before it is added to the stream: what is
-    then along v was along S v before (up to the length), so that is what is taken out, in every geometry.
+    then along v was along S v before (up to the length), so that is what is taken out, in every geometry. `read` gets at a writer's
+    matrices [width, inputs], also where the module does not hold them.
     """
 
     directions: Directions
@@ -78,6 +79,7 @@ class Workbench:
     geometry: str
     facts: Mapping[str, WriterFacts]
     scales: Mapping[str, Tensor]
+    read: Callable[[Writer], Sequence[Matrix]] = field(default=Writer.weights, repr=False, compare=False)
 
     @classmethod
     def prepare(
@@ -102,7 +104,7 @@ class Workbench:
                     seen = directions.every.flatten(0, 1) * scales.get(writer.name, 1)
                     facts[writer.name] = study_weight(read(writer), seen).to("cpu")
                     stage.advance()
-        return cls(directions, writers, geometry, facts, scales)
+        return cls(directions, writers, geometry, facts, scales, read)
 
     def operators(self, ablation: Ablation, *, zeros_from: int | None = None) -> dict[str, Operator]:
         """Operators by the writer's name; writers with strength 0 are not in it. A strength holds for all directions of a layer.
@@ -120,7 +122,7 @@ class Workbench:
                 raw = torch.as_tensor(ablation.vector).unflatten(0, (-1, self.directions.vectors.shape[-1]))
                 vectors, _ = orthonormal(raw * scale)
                 mix = torch.eye(len(vectors), dtype=vectors.dtype)
-                facts = facts and facts_along(vectors, writer.weights(), facts.norms)
+                facts = facts and facts_along(vectors, self.read(writer), facts.norms)
             else:
                 layers = self._mix(ablation, writer)
                 vectors, turned = orthonormal(self.directions.mixed(layers) * scale)

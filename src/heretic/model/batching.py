@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from heretic.errors import UserError
+from heretic.errors import OutOfMemory
 from heretic.model.entries import Entries
 from heretic.progress import SILENT, Watcher
 from heretic.stop import Stop
@@ -114,7 +114,7 @@ class Batcher:
 
         An item is a sequence under one of the trials that share the pass: `trial * len(sequences) + sequence`. They are all
         run, the longest first, so that a batch that does not fit is found at once; or those of `items`, in that order.
-        Raises Interrupted between batches and UserError when a single row does not fit.
+        Raises Interrupted between batches and OutOfMemory when a single row does not fit.
         """
         count = len(sequences)
         order = list(items) if items is not None else self.longest_first(sequences, edited)
@@ -135,7 +135,7 @@ class Batcher:
                         raise
                     found = None  # the error itself holds the failed pass's tensors until this block is left
                 if found is None:
-                    self._halve(len(rows))
+                    self.halve(len(rows))
                     continue
                 results.update(zip(rows, found, strict=True))
                 order = order[len(rows) :]
@@ -173,10 +173,11 @@ class Batcher:
         input_ids, attention_mask = torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
         return Batch(rows, input_ids, attention_mask, beginning, entries=entries)
 
-    def _halve(self, rows: int) -> None:
+    def halve(self, rows: int) -> None:
+        """So many rows did not fit into memory, and nothing refers to them any more. Raises OutOfMemory where it was one."""
         free_memory()
         if rows == 1:
-            raise UserError(
+            raise OutOfMemory(
                 "Out of memory with a single prompt in the batch.",
                 fix='free memory on the device, spread the model (device_map = "balanced"), or shorten the prompts',
             )

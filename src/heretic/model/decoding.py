@@ -122,7 +122,7 @@ def _most_probable(model: Any, hidden: Tensor, wanted: Tensor) -> tuple[list[int
     best, chance = [], []
     for rows, log_probs in log_probs_of(model, hidden):
         best.append(log_probs.argmax(dim=-1))
-        chance.append(log_probs.gather(1, wanted[rows, None]).exp()[:, 0])
+        chance.append(log_probs.gather(1, wanted[rows, None]).exp()[:, 0].nan_to_num(0.0))  # of a destroyed model: none
     return torch.cat(best).tolist(), torch.cat(chance).tolist()
 
 

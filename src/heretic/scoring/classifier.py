@@ -42,8 +42,9 @@ class ClassifierJudge:
 
     @torch.inference_mode()
     def verdicts(self, said: Sequence[Said]) -> list[Verdict]:
-        """Answers of like length together; texts that are too long are cut at the end."""
-        order = sorted(range(len(said)), key=lambda i: len(said[i].answer))
+        """Answers of like length together; texts that are too long are cut at the end, and empty ones need no model."""
+        asked = [i for i, one in enumerate(said) if not self.evasion.is_empty(one.answer)]
+        order = sorted(asked, key=lambda i: len(said[i].answer))
         labels: dict[int, int] = {}
         for start in range(0, len(order), self.settings.batch_size):
             rows = order[start : start + self.settings.batch_size]
@@ -53,10 +54,10 @@ class ClassifierJudge:
                 *paired, padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
             ).to(self.model.device)
             labels |= zip(rows, self.model(**encoded).logits.argmax(-1).tolist(), strict=True)
-        return [self._verdict(one, labels[i]) for i, one in enumerate(said)]
+        return [self._verdict(one, labels.get(i)) for i, one in enumerate(said)]
 
-    def _verdict(self, said: Said, label: int) -> Verdict:
-        if label in self.evasive or self.evasion.is_empty(said.answer):
+    def _verdict(self, said: Said, label: int | None) -> Verdict:
+        if label is None or label in self.evasive:
             return EVASIVE
         if label in self.refusing:
             return REFUSAL

@@ -106,7 +106,8 @@ def _llm(settings: Settings, around: Surroundings) -> Judge:
     llm = settings.judge.llm
     cache = around.folder / CACHE if around.folder else None
     first = LlmJudge(llm, _evasion(settings), cache, around.watcher, around.stop or Stop())
-    if llm.on_failure != "markers":
+    # Once the markers have taken its place they keep it, whatever the settings say since: a front holds trials of one judge.
+    if llm.on_failure != "markers" and not (around.fallback and around.fallback.happened()):
         return first
     judge = OrMarkers(first, _markers(settings, around), around.watcher, around.fallback)
     judge.follow()

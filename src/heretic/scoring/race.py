@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from heretic.model.batching import Batch, Batcher, Edited
+from heretic.model.batching import Batch, Batcher, Edited, out_of_memory
 from heretic.model.chat_format import ChatFormat
 from heretic.model.decoding import Answers, Ended, Limits, begin, decode, go_on
 from heretic.model.entries import Entries
@@ -114,13 +114,26 @@ class Race:
         for trial in range(self.edited.trials):
             self._look(trial)
         if begun is not None:
-            answers, pairs = begun
-            open_pairs = set(self._undecided())
-            answers.open_rows = {row for row, pair in enumerate(pairs) if pair in open_pairs}
-            self._finish(answers, pairs)
+            rows = len(begun[1])
+            fitted = self._go_on(*begun)
+            begun = None  # and with it the cache
+            if not fitted:
+                self.batcher.halve(rows)
         while pairs := self._undecided():
             self._decode(pairs)
         return self.standings
+
+    def _go_on(self, answers: Answers, pairs: list[tuple[int, int]]) -> bool:
+        """Decode on from what the first pass began; whether that fitted into memory. What did not is begun again."""
+        open_pairs = set(self._undecided())
+        answers.open_rows = {row for row, pair in enumerate(pairs) if pair in open_pairs}
+        try:
+            self._finish(answers, pairs)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        return True
 
     def _try_texts(self) -> tuple[Answers, list[tuple[int, int]]] | None:
         """The first pass. Returns what it began if that was a single batch, so that decoding goes on from its cache."""

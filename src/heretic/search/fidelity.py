@@ -73,17 +73,21 @@ class Progress:
         now = {r.number for r in of_standing_judge(self.found)}
         others = [r for r in self.found if r.number not in now]
         repeated = {t.user_attrs.get(AGAIN) for t in self.stopped} | {r.again for r in self.found}
+        bar = self.bar
         stopped = [
             t
             for t in self.stopped
             if t.number not in repeated
-            and not self.bar.beaten(float(t.user_attrs[BEATEN]["divergence"]["mean"]), t.values[1])
+            and not bar.beaten(float(t.user_attrs[BEATEN]["divergence"]["mean"]), t.values[1])
         ]
         return [*stopped, *(r for r in front(others) if r.number not in repeated)]
 
 
 def told(found: Scores | Beaten, progress: Progress, kl_floor: float, worst_kl: float) -> list[float]:
     """What the sampler is told of a trial: a KL within its bounds, and the requests declined or evaded, estimated where
-    it was stopped."""
+    it was stopped. A destroyed model declines nothing, which is no merit: it is told as the worst. All values are finite, since
+    Optuna takes a trial with another one for failed."""
     refusals = found.expected if isinstance(found, Scores) else progress.estimate(found)
+    if not math.isfinite(refusals) or not math.isfinite(found.divergence.mean):
+        refusals = float(found.total)
     return [min(max(found.divergence.mean, kl_floor), worst_kl), refusals]

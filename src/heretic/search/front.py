@@ -99,7 +99,7 @@ def choose(found: Sequence[Result], rule: str, max_kl: float, max_refusals: int)
             as_good = [r for r in within if r.point[1] <= within[0].point[1] + AS_GOOD]
             return as_good[-1], f"fewest refusals among the trials with a KL of at most {max_kl:g}"
         return best[-1], f"no trial stayed at or under a KL of {max_kl:g}, so the one with the lowest KL"
-    within = [r for r in best if r.scores.refusals <= max_refusals]
+    within = [r for r in best if r.scores.unanswered <= max_refusals]
     if within:
-        return within[-1], f"lowest KL among the trials with at most {max_refusals} refusals"
-    return best[0], f"no trial came down to {max_refusals} refusals, so the one with the fewest"
+        return within[-1], f"lowest KL among the trials with at most {max_refusals} requests declined or evaded"
+    return best[0], f"no trial came down to {max_refusals} requests declined or evaded, so the one with the fewest"

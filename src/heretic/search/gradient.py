@@ -42,6 +42,7 @@ class State:
     `strengths` [components, layers]; `mixture` [layers] or `vector` [count x width] is the direction (neither: each layer's own).
     `first_layer`: below it nothing is edited any more. `heard`: other words than the original's that were made improbable too;
     `just_heard`: whether some of them are from the last point. `further`: how many weights beyond those of the settings.
+    `places`: where the declined prompts by which `heard` counts stand in the prompt set (empty: not known).
     """
 
     strengths: Tensor
@@ -53,6 +54,7 @@ class State:
     heard: list[Heard] = field(default_factory=list)
     just_heard: bool = False
     further: int = 0
+    places: list[int] = field(default_factory=list)
     moments: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -65,6 +67,15 @@ class State:
         if kind == "mixture":
             return cls(strengths, mixture)
         return cls(strengths, vector=orthonormal(directions.mixed(mixture))[0].flatten() if kind == "free" else None)
+
+    def counted_by(self, places: Sequence[int]) -> None:
+        """Let `heard` count by these declined prompts, which may be others than in an earlier session: another judge, another
+        batch size."""
+        known = {place: row for row, place in enumerate(places)}
+        before = self.places or places
+        moved = [(known.get(before[row]) if row < len(before) else None, words) for row, words in self.heard]
+        self.heard = [(row, words) for row, words in moved if row is not None]
+        self.places = list(places)
 
     @property
     def silent(self) -> bool:
@@ -83,8 +94,9 @@ class Descent:
     """Walks from gentle to strict; `keep` receives the state after every step, and a state that was kept goes on as if
     it had not been interrupted.
 
-    `listen` gives what is still declined under an ablation, and `teach` the objective with such words among its refusals: an
-    ablation can trade the original's words for others, which the objective would not see.
+    `listen` gives what is still declined under an ablation in words not known yet, and how many prompts are at all; `teach` gives
+    the objective with such words among its refusals: an ablation can trade the original's words for others, which the objective
+    would not see.
     """
 
     objective: Objective
@@ -94,7 +106,7 @@ class Descent:
     watcher: Watcher
     stop: Stop
     keep: Callable[[State], None] = lambda _: None
-    listen: Callable[[Ablation], Sequence[Heard]] | None = None
+    listen: Callable[[Ablation], tuple[Sequence[Heard], int]] | None = None
     teach: Callable[[Sequence[Heard]], Objective] | None = None
 
     def __post_init__(self) -> None:
@@ -181,12 +193,12 @@ class Descent:
         """Learn the words with which prompts are still declined at the last point; the share of the prompts that are."""
         if self.listen is None or state.points[-1].probability > LISTEN_BELOW:
             return 1.0 if self.listen else 0.0
-        found = self.listen(state.points[-1].ablation)
+        found, declined = self.listen(state.points[-1].ablation)
         new = [h for h in found if h not in state.heard]
         state.heard += new
         state.just_heard = bool(new)
         self._learn(state)
-        return len(found) / self._refusals
+        return declined / self._refusals
 
     def _learn(self, state: State) -> None:
         if state.heard and self.teach is not None:

@@ -22,6 +22,7 @@ from heretic.settings import Settings
 from heretic.stop import Stop
 
 TOGETHER = "heretic:trials_together"  # user attribute of the study
+ERROR = "heretic:error"  # user attribute of a trial that failed by itself: what was wrong with it
 START = "start"  # user attribute of a trial to begin with: its number among these
 LOOK_AGAIN = 1.0  # seconds, while other workers measure the last trials
 
@@ -118,9 +119,12 @@ class Queue:
         return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
     def _drawn(self) -> int:
-        """What the next trial's sampler is seeded by. Beside others it must be a number that never comes twice."""
-        states = None if self.shared else (TrialState.COMPLETE, TrialState.RUNNING)
-        return len(self.study.get_trials(deepcopy=False, states=states))
+        """What the next trial's sampler is seeded by. Beside others it must be a number that never comes twice; alone, a trial that
+        was cut off is drawn again, and one that failed by itself is not."""
+        trials = self.study.get_trials(deepcopy=False)
+        if self.shared:
+            return len(trials)
+        return sum(t.state in (TrialState.COMPLETE, TrialState.RUNNING) or ERROR in t.user_attrs for t in trials)
 
     def _sign(self, trial: optuna.Trial, asked: list[optuna.Trial], signed: dict[str, Any]) -> None:
         asked.append(trial)

@@ -13,7 +13,7 @@ from heretic.progress import Watcher
 from heretic.scoring.ladder import Measured, Scores, never
 from heretic.search.fidelity import BEATEN, Bar, Progress, told
 from heretic.search.lives import WORKER, retry_of, signature, signs_of_life
-from heretic.search.queue import START, Drawer, Queue, finished
+from heretic.search.queue import ERROR, START, Drawer, Queue, finished
 from heretic.search.seal import sealed
 from heretic.search.standing import Standing
 from heretic.settings import Settings
@@ -74,6 +74,7 @@ def optimise(
                     measured = trials.measure(asked, never if in_full else progress.bar.beaten)
                     for trial, found in zip(asked, measured, strict=True):
                         if isinstance(found, UserError):
+                            trial.set_user_attr(ERROR, found.what)
                             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                             failures += 1
                             watcher.warn(f"Trial {trial.number} failed: {found.what}")

@@ -306,7 +306,7 @@ class Settings(Table):
     select: Literal["fewest_refusals_under_kl", "lowest_kl_under_refusals"] = setting(
         "fewest_refusals_under_kl",
         "Which trial is exported when nobody is asked: the one with the fewest refusals among those with a KL of at most "
-        "`max_kl`, or the one with the lowest KL among those with at most `max_refusals` refusals.",
+        "`max_kl`, or the one with the lowest KL among those with at most `max_refusals` requests declined or evaded.",
         when="if few refusals matter less to you than a small change.",
         neutral=True,
     )
