@@ -195,6 +195,17 @@ def test_directions_are_checked(out: Path) -> None:
         again(out)
 
 
+def test_a_base_in_pickle_files_is_read_only_if_asked_for(config: Path, llama: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(llama, tmp_path / "pickled"))
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    out = export(config, base, "search.start=kernels", "allow_pickle=true")
+    with pytest.raises(UserError) as refused:
+        again(out)
+    assert "--allow-pickle" in str(refused.value)
+    assert again(out, allow_pickle=True).verdict == "identical"
+
+
 def test_places_that_are_not_free(out: Path) -> None:
     with pytest.raises(UserError, match="own folder"):
         again(out, "out")

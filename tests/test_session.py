@@ -19,6 +19,7 @@ from heretic.model.anatomy import dissect
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
 from heretic.session import weight_reader
+from tests.tiny import save_tiny
 
 TOKENS = torch.tensor([[5, 9, 17, 33, 41]])
 ABLATION = Ablation.of_kernels({c: Kernel(1.2, 2.0, 0.4, 3.0) for c in ("attention", "mlp")}, 4)
@@ -51,3 +52,16 @@ def test_offloaded_weights_are_read_from_the_checkpoint(llama: Path) -> None:
         assert torch.allclose(away(TOKENS).logits, expected, atol=1e-5)
     with pytest.raises(UserError, match="cannot be rewritten"), rewrite(writers, operators, copies(writers)):
         pass
+
+
+@torch.no_grad()
+def test_offloaded_norms_are_asked_too(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(save_tiny(tmp_path / "m", "gemma2")))
+    directions = Directions(torch.nn.functional.normalize(torch.randn(4, 32), dim=-1))
+    here, loaded = load(checkpoint, ["float32"], {}), load(checkpoint, ["float32"], {})
+    expected = Workbench.prepare(directions, here.anatomy.writers, "plain").scales
+    away: Any = loaded.model
+    accelerate.cpu_offload(away, execution_device=torch.device("cpu"))
+    found = Workbench.prepare(directions, dissect(away).writers, "plain", weight_reader(loaded)).scales
+    assert expected and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], scale) for name, scale in expected.items())

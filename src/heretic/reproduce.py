@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +22,24 @@ from heretic.export.difference import Difference, difference
 from heretic.export.export import source_card
 from heretic.export.formats import FORMATS
 from heretic.export.job import Order, Written
-from heretic.export.manifest import DIRECTIONS, MANIFEST, Manifest, computed_on, now, read_manifest, versions
+from heretic.export.manifest import (
+    DIRECTIONS,
+    MANIFEST,
+    Manifest,
+    computed_on,
+    now,
+    read_directions,
+    read_manifest,
+    versions,
+)
 from heretic.export.save import check_destination, copied_files, keep_terms, partial_folder, settle
-from heretic.files import expanded, read_tensors, sha256, write_text
+from heretic.files import expanded, sha256, write_text
 from heretic.machine.gpus import usable_gpus, visible_gpus
 from heretic.machine.host import devices
 from heretic.machine.memory_plan import make_plan
 from heretic.machine.workload import Workload
 from heretic.model.batching import free_memory
-from heretic.model.checkpoint import Checkpoint, open_checkpoint
+from heretic.model.checkpoint import PICKLED, Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
 from heretic.progress import Watcher
 from heretic.run import device_lock
@@ -85,6 +94,7 @@ def reproduce(
     base: str | None = None,
     device_map: str = "planned",
     trust: bool = False,
+    allow_pickle: bool = False,
     force: bool = False,
     wait: bool = False,
     watcher: Watcher,
@@ -92,17 +102,19 @@ def reproduce(
 ) -> Reproduction:
     """Make the model of a manifest again, in `destination` or only to compare it.
 
-    `base` is where the base model is now; `trust` lets it run Python code of its own; `force` goes on where its files are not those
-    of the manifest. Raises UserError: a manifest that cannot be used, a base that is not to be had or not the same.
+    `base` is where the base model is now; `trust` lets it run Python code of its own, `allow_pickle` be read from pickle files;
+    `force` goes on where its files are not those of the manifest. Raises UserError: a manifest that cannot be used, a base that is
+    not to be had or not the same.
     """
     manifest, data = read_manifest(path)
     home = path if path.is_dir() else path.parent
-    directions = _directions(manifest, home)
+    destination = None if destination is None else expanded(destination)
+    directions = read_directions(manifest, home)
     if destination is not None:
         _check_place(destination, home, manifest.run)
     source = base or manifest.model.name
     settings = _settings(manifest, source, device_map)
-    checkpoint = _open(manifest, base, trust)
+    checkpoint = _open(manifest, base, trust, allow_pickle)
     changed = _differs("base", *_base_files(manifest, checkpoint, watcher, stop))
     if changed and not force:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -112,7 +124,7 @@ def reproduce(
             fix="name the right one with --base; --force goes on all the same, to see what it comes to",
         )
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
-        place = expanded(destination or Path("reproduced")).resolve()
+        place = (destination or Path("reproduced")).resolve()
         partial = partial_folder(place)
         try:
             written, where = _rebuild(manifest, checkpoint, settings, directions, trust, partial, watcher, stop)
@@ -139,38 +151,9 @@ def _file(path: Path) -> Path:
     return path / MANIFEST if path.is_dir() else path
 
 
-def _directions(manifest: Manifest, home: Path) -> Directions | None:
-    """The layers' directions that lie beside the manifest; None where the edit has a direction of its own and needs none."""
-    file = home / DIRECTIONS
-    if manifest.directions is None or not file.is_file():
-        if manifest.ablation.vector is not None:
-            return None
-        raise UserError(
-            "The directions that the edit is made from are not beside the manifest.",
-            where=str(file),
-            fix="put the file there that heretic export wrote with the manifest",
-        )
-    if sha256(file) != manifest.directions.sha256:
-        raise UserError("The directions are not those of the manifest: their hash differs.", where=str(file))
-    tensors = read_tensors(file)[0]
-    vectors, further = tensors.get("directions"), tensors.get("further")
-    if vectors is None or vectors.ndim != 2 or not bool(vectors.isfinite().all()):
-        raise UserError("The file does not hold directions [layers, width].", where=str(file))
-    if further is None:
-        return Directions(vectors.float())
-    if (
-        further.ndim != 3
-        or not further.shape[1]
-        or further[:, 0].shape != vectors.shape
-        or not bool(further.isfinite().all())
-    ):
-        raise UserError("The file does not hold further directions [layers, more, width].", where=str(file))
-    return Directions(vectors.float(), further.float())
-
-
 def _check_place(destination: Path, home: Path, run: str) -> None:
     """Raise UserError if the destination holds anything but an earlier reproduction of this run."""
-    if expanded(destination).resolve() == home.resolve():
+    if destination.resolve() == home.resolve():
         raise UserError(
             "The manifest's own folder is left as it is.", where=str(destination), fix="name another folder"
         )
@@ -198,17 +181,26 @@ def _settings(manifest: Manifest, source: str, device_map: str) -> Settings:
             "lora_rank": manifest.written.rank or 1,
             "gguf_type": manifest.written.type,
             "behaviour": manifest.behaviour,
+            "quantization": manifest.quantization.study,
         }
     )
 
 
-def _open(manifest: Manifest, base: str | None, trust: bool) -> Checkpoint:
+def _open(manifest: Manifest, base: str | None, trust: bool, allow_pickle: bool) -> Checkpoint:
     source = base or manifest.model.name
     trusted = [source] if trust else []
     try:
-        return open_checkpoint(source, "" if base else manifest.model.revision or "", trust_remote_code=trusted)
+        return open_checkpoint(
+            source,
+            "" if base else manifest.model.revision or "",
+            trust_remote_code=trusted,
+            allow_pickle=allow_pickle,
+        )
     except UserError as error:
+        pickled = not allow_pickle and any(Path(name).suffix in PICKLED for name in manifest.model.sha256)
         fix = error.fix if base else "name the place where the base model is now: --base FOLDER"
+        if pickled:
+            fix = "--allow-pickle, which reads tensors and nothing else, if you trust who made the base model"
         raise UserError(error.what, where=error.where or "the base model", fix=fix) from None
 
 
@@ -261,6 +253,7 @@ def _rebuild(
         checkpoint,
         plan.dtypes,
         plan.arguments,
+        quantization=plan.quantization,
         trust_remote_code=[checkpoint.model] if trust else [],
         chat_template=None,
         watcher=watcher,
@@ -269,7 +262,12 @@ def _rebuild(
     operators = _operators(manifest, model, directions, watcher)
     form = FORMATS[settings.export_format]
     prepared = form.prepare(model, operators, settings, watcher)
-    order = Order(settings.export_format, settings, checkpoint, plan, operators, prepared)
+    # A GGUF file is named after the base, and names it within.
+    (named, *_) = manifest.written.sha256 or ("",)
+    called = replace(checkpoint, called=named.removesuffix(f"-{manifest.written.type}.gguf"))
+    order = Order(
+        settings.export_format, settings, called if named.endswith(".gguf") else checkpoint, plan, operators, prepared
+    )
     del model
     free_memory()
     return form.write(order, partial, watcher, stop), where

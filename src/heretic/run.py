@@ -162,7 +162,7 @@ def work(desk: Desk, workers: int = 1) -> Export | None:
         watcher.say(f"Resuming {folder.path}: {done} of {settings.n_trials} trials are done.")
     picked = desk.picked()
     wanted = Path(settings.save_to) if settings.save_to and not lender() else None
-    export = earlier_export(wanted, folder, picked[0].number, settings.export_format) if wanted and picked else None
+    export = earlier_export(wanted, folder, picked[0].number, settings) if wanted and picked else None
     if done >= settings.n_trials and (export or not wanted) and not Progress.of(study).unsettled():
         watcher.say("The study is complete; nothing is left to do.")
         return export
@@ -173,7 +173,7 @@ def work(desk: Desk, workers: int = 1) -> Export | None:
     picked = desk.picked()
     if not wanted or not picked:
         return None
-    if export := earlier_export(wanted, folder, picked[0].number, settings.export_format):
+    if export := earlier_export(wanted, folder, picked[0].number, settings):
         watcher.say(f"Trial {picked[0].number} is still the chosen one, and lies in {wanted} already.")
         return export
     return write_once(desk, picked[0], wanted)
@@ -206,7 +206,9 @@ def go_on(desk: Desk) -> None:
 
 def write_once(desk: Desk, result: Result, destination: Path) -> Export | None:
     """Export one trial, unless another worker of the study does or has done it."""
-    exported = EXPORTED + str(result.number)
+    settings = desk.settings
+    kind = {"gguf": f"gguf {settings.gguf_type}", "lora": f"lora {settings.lora_rank}"}.get(settings.export_format, "")
+    exported = f"{EXPORTED}{result.number} {kind}".strip()
     with desk.shelf.thing(f"the export of trial {result.number}", lambda: exported in desk.study.user_attrs):
         if exported in desk.study.user_attrs:
             desk.watcher.say(f"Trial {result.number} was exported by {desk.study.user_attrs[exported]}.")

@@ -109,6 +109,11 @@ def running() -> Iterator[Hub]:
                 return self.answer(
                     200, {"transfer": "basic", "objects": [_object(o) for o in json.loads(body)["objects"]]}
                 )
+            if "/tree/" in path:
+                files = [
+                    {"type": "file", "oid": "0" * 40, "size": len(d), "path": n} for n, d in repository.files.items()
+                ]
+                return self.answer(200, files)
             if "/commit/" in path:
                 return self.commit(repository, name, body)
             if "/resolve/" in path:
@@ -127,6 +132,8 @@ def running() -> Iterator[Hub]:
                     repository.commits.append(value["summary"])
                 elif line["key"] == "file":
                     repository.files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "deletedFile":
+                    del repository.files[value["path"]]
                 elif line["key"] == "lfsFile":
                     repository.files[value["path"]] = hub.blobs[value["oid"]]
             url = f"{hub.url}/{name}/commit/{'c' * 40}"

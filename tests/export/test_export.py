@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from heretic.errors import VerificationFailed
+from heretic.errors import UserError, VerificationFailed
 from heretic.export import save
+from heretic.export.export import plan_export
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import LanguageModel, load
 from heretic.progress import SILENT
 from heretic.run import Outcome, run
+from heretic.run_folder import RunFolder
+from heretic.scoring.divergence import Divergence
+from heretic.scoring.ladder import Scores
+from heretic.search.front import Result
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
 from tests.export.tiny_gguf import save_tiny_gguf
@@ -94,3 +101,36 @@ def test_an_opened_model_is_written_under_the_names_that_files_have(tmp_path: Pa
     tokens = torch.tensor([[5, 20, 40, 33, 9]])
     before, after = (m.model(input_ids=tokens).logits for m in (model, loaded(tmp_path / "written")))
     assert torch.equal(before, after)
+
+
+def test_the_same_export_is_not_made_again_and_another_one_is(config: Path, llama: Path) -> None:
+    def made(*assignments: str) -> float:
+        export = do(config, llama, *assignments).export
+        assert export is not None
+        return Path("out/manifest.json").stat().st_mtime_ns
+
+    first = made()
+    assert made() == first
+    (weights,) = Path("out").glob("*.safetensors")
+    weights.unlink()
+    again = made()
+    assert again != first and weights.is_file(), "without its weights it is none"
+    named = made("behaviour=empty openings")
+    assert named != again and made("behaviour=empty openings") == named
+    small = made("export_format=lora", "lora_rank=2", "ablation.geometry=norm_preserving")
+    assert made("export_format=lora", "lora_rank=3", "ablation.geometry=norm_preserving") != small
+
+
+def test_leftovers_of_a_process_with_our_number_are_removed(tmp_path: Path) -> None:
+    """In a container every process that is started has the same one."""
+    left = tmp_path / f".out.partial-{os.getpid()}"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    assert save.partial_folder(tmp_path / "out") == left and not list(left.iterdir())
+
+
+def test_a_destroyed_model_is_not_exported(tmp_path: Path) -> None:
+    d = Divergence(math.inf, 0.1, 0.1, math.inf)
+    result = Result(3, {}, Scores(d, 0, 10, {}))
+    with pytest.raises(UserError, match="Trial 3 destroyed the model"):
+        plan_export(None, None, None, result, RunFolder(tmp_path), tmp_path / "out")  # type: ignore[arg-type]

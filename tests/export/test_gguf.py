@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from heretic.errors import UserError
 from heretic.export.export import Export
-from heretic.export.gguf_file import KINDS
+from heretic.export.gguf_file import KINDS, rounding_of_blocks
 from heretic.export.gguf_tokenizer import PROBES
 from heretic.progress import SILENT
 from heretic.reproduce import reproduce
@@ -141,7 +141,21 @@ def test_types_round_as_much_as_they_say(
     assert Path("out/LICENSE").read_text() == "terms"
     card = Path("out/README.md").read_text()
     assert "library_name: gguf" in card and f"`{kind}`" in card
-    assert reproduce(Path("out"), None, watcher=SILENT, stop=Stop()).verdict == "identical"
+    elsewhere = shutil.copytree(base, tmp_path / "renamed")
+    again = reproduce(Path("out"), None, base=str(elsewhere), watcher=SILENT, stop=Stop())
+    assert again.verdict == "identical", "also from a base under another name"
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e-2, 1e-3, 1e-4, 1e-6, 1e-9, 0.0])
+def test_blocks_of_small_numbers_are_within_their_rounding(largest: float) -> None:
+    torch.manual_seed(0)
+    blocks = (torch.rand(4096, 32) * 2 - 1) * largest
+    packed = gguf.quants.quantize(blocks.numpy(), gguf.GGMLQuantizationType.Q8_0)
+    read = torch.from_numpy(gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0).copy())
+    apart, most = (read - blocks).abs(), rounding_of_blocks(blocks)
+    assert (apart <= most * 1.0001 + 1e-30).all()
+    if largest > 1e-2:
+        assert (apart > most / 4).any(), "the bound says something"
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,15 @@ def test_it_goes_on_where_it_stopped(hub: Hub, out: Path, upload: Upload) -> Non
     assert hub.count("PUT", "/store/") == before
 
 
+def test_weights_of_another_trial_do_not_stay_beside_the_card(hub: Hub, out: Path, upload: Upload) -> None:
+    assert upload("out", "someone/tiny", "--yes").status == 0
+    files = hub.repositories["someone/tiny"].files
+    whole = set(files)
+    files |= {"tiny-f16.gguf": b"of another trial", "model-00099.safetensors": b"too", ".gitattributes": b""}
+    assert upload("out", "someone/tiny", "--yes").status == 0
+    assert set(files) == {*whole, ".gitattributes"}
+
+
 def test_what_is_not_ours_is_left_alone(hub: Hub, out: Path, upload: Upload) -> None:
     hub.repositories["someone/other"] = Repository(True, {"model.safetensors": b"precious"})
     assert "does not hold this run's model" in error_of(upload("out", "someone/other", "--yes"))

@@ -265,10 +265,11 @@ def test_any_manifest_in_the_destination(content: bytes, tmp_path: Path) -> None
     from heretic.export.export import earlier_export
     from heretic.export.save import check_destination
     from heretic.run_folder import RunFolder
+    from heretic.settings import Settings
 
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out/manifest.json").write_bytes(content)
-    assert earlier_export(tmp_path / "out", RunFolder(tmp_path / "mine", "stamp"), 3, "full") is None
+    assert earlier_export(tmp_path / "out", RunFolder(tmp_path / "mine", "stamp"), 3, Settings()) is None
     with pytest.raises(UserError):
         check_destination(tmp_path / "out", "mine")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from heretic.model.batching import Batch, Batcher, Beginning, Edited, shared_tokens
 from heretic.model.entries import Entries, entries_for
@@ -82,3 +83,17 @@ def test_it_is_switched_off_where_blocks_hand_on_something_else() -> None:
         assert not can_begin_later(model, model.model.layers, PROMPTS, Batcher(8))
     handle.remove()
     assert "forward" not in model.model.layers[2].__dict__
+
+
+def test_keys_of_a_skipped_block_lie_where_the_block_runs() -> None:
+    """Not where the last block does: they may be on two GPUs, of which the meta device stands for one here."""
+    model = tiny_model("qwen2")
+    entries = kept(model)
+    ask(model, entries, 2, [0, 1])
+    assert entries.devices == {0: torch.device("cpu"), 1: torch.device("cpu")}
+    cache = DynamicCache(config=model.config)
+    away = torch.zeros(2, 2, 4, 8, device="meta")
+    for layer in (2, 3):
+        cache.update(away, away, layer)
+    entries.extend(cache, [0, 1], 2, 2)
+    assert [layer.keys.device.type for layer in cache.layers] == ["cpu", "cpu", "meta", "meta"]

@@ -22,6 +22,7 @@ from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import LanguageModel, load
 from heretic.model.quantisation import dequantised, stored_bytes
 from heretic.progress import SILENT
+from heretic.reproduce import reproduce
 from heretic.run import Outcome, run
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
@@ -186,6 +187,8 @@ def test_a_study_in_4_bits_is_exported_in_full_precision(
     assert manifest["quantization"] == {"study": "bnb_4bit", "measured": "none"}
     card = " ".join(Path("full/README.md").read_text().split())
     assert "quantised to 4 bits" in card and "loaded in full precision" in card
+
+    assert reproduce(Path("full"), None, watcher=SILENT, stop=Stop()).verdict == "identical"
 
     export = do(config, folder, "adapter", four, "export_format=lora", "lora_rank=128").export
     assert export is not None and export.verification.divergence < 1e-4, "of the quantised model it is exact"

@@ -43,6 +43,9 @@ def reproduce(
     trust: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the base model run Python code that came with it.")
     ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read a base model whose weights are in pickle files.")
+    ] = False,
     device_map: Annotated[str, typer.Option("--device-map", help="As the setting device_map.")] = "planned",
     wait: WaitOption = False,
     as_json: JsonOption = False,
@@ -60,6 +63,7 @@ def reproduce(
             base=base,
             device_map=device_map,
             trust=trust,
+            allow_pickle=allow_pickle,
             force=force,
             wait=wait,
             watcher=watcher_for(as_json, plain),

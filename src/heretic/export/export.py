@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from heretic.errors import UserError
 from heretic.export.card import card
 from heretic.export.formats import FORMATS
 from heretic.export.job import ExportJob, Format, Written
@@ -29,6 +31,7 @@ from heretic.scoring.ladder import Scores
 from heretic.search.front import Result
 from heretic.search.space import Space
 from heretic.session import LoadPlan, Session
+from heretic.settings import Settings
 from heretic.stop import Stop
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,12 @@ def plan_export(
     session: Session, plan: LoadPlan, space: Space, result: Result, folder: RunFolder, destination: Path
 ) -> ExportJob:
     """Decide all that is to be written, and keep the attached model's answers to prove it by. Raises UserError."""
+    if not math.isfinite(result.scores.divergence.mean):
+        raise UserError(
+            f"Trial {result.number} destroyed the model: it gives no numbers on some prompts.",
+            where=f"trial {result.number}",
+            fix="choose another trial: heretic status shows the front",
+        )
     bench = session.bench
     model = bench.language_model
     ablation = space.from_params(result.params)
@@ -125,12 +134,21 @@ def source_card(checkpoint: Checkpoint) -> str:
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
-def earlier_export(destination: Path, folder: RunFolder, trial: int, form: str) -> Export | None:
-    """The export that the destination holds already, if it is of this trial of this run in this format."""
+def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: Settings) -> Export | None:
+    """The export that the destination holds already, if it is whole and of this trial of this run in the settings' format."""
     try:
         manifest = json.loads((destination / MANIFEST).read_text(encoding="utf-8"))
-        made = (manifest["run"], manifest["fingerprint"], manifest["trial"], manifest["written"]["format"])
-        if made != (folder.name, folder.stamp, trial, form):
+        written = manifest["written"]
+        made = (manifest["run"], manifest["fingerprint"], manifest["trial"], written["format"])
+        if made != (folder.name, folder.stamp, trial, settings.export_format):
+            return None
+        if written.get("type", settings.gguf_type) != settings.gguf_type:
+            return None
+        if not written.get("exact", True) and written["rank"] != settings.lora_rank:
+            return None
+        if manifest.get("behaviour", "") != settings.behaviour:
+            return None
+        if not all((destination / name).is_file() for name in written["sha256"]):
             return None
         scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}})
         return Export(destination, Verification(**manifest["verification"], scores=scores))

@@ -163,10 +163,16 @@ def rewritten(order: Order, folder: Path) -> Rewritten:
         found = as_columns(whole(name)) if where is None else where.of(whole(name))
         if kind in FLOATS:
             return found, rounding_of(expected, FLOATS[kind])
-        step = expected.abs().amax(dim=1, keepdim=True) / 127  # of a block's scale, which is itself rounded to float16
-        return found, (0.5 + 127 * 2**-11) * step.expand_as(expected)
+        return found, rounding_of_blocks(expected)
 
     return Rewritten(plan.edits, columns)
+
+
+def rounding_of_blocks(expected: torch.Tensor) -> torch.Tensor:
+    """How far q8_0 may be from numbers [blocks, numbers of a block]: half a step, and what is lost of the block's scale, which is
+    rounded to float16, whose smallest numbers are 2^-24 apart."""
+    step = expected.abs().amax(dim=1, keepdim=True) / 127
+    return (0.5 * step + 127 * (step * 2**-11).clamp_min(2**-25)).expand_as(expected)
 
 
 FORMAT = Format("one GGUF file for llama.cpp", prepare, write, open_written, rewritten=rewritten)

@@ -14,7 +14,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from heretic import __version__
 from heretic.ablation.ablation import Ablation
+from heretic.ablation.directions import Directions
 from heretic.errors import UserError
+from heretic.files import read_tensors, sha256
 from heretic.scoring.ladder import Scores
 from heretic.settings import Settings
 from heretic.settings.ablation import AblationSettings
@@ -139,6 +141,12 @@ class DirectionsFile(_Part):
     sha256: Sha256
 
 
+class Quantised(_Part):
+    """How the model was quantised that the edit was computed on."""
+
+    study: Literal["none", "bnb_4bit", "bnb_8bit"] = "none"
+
+
 class Manifest(_Part):
     """What is read of a manifest: all that the model's weights follow from, and what was measured of it."""
 
@@ -152,6 +160,7 @@ class Manifest(_Part):
     directions: DirectionsFile | None = None
     settings: Used
     dtype: Literal["float16", "bfloat16", "float32"]
+    quantization: Quantised = Quantised()
     computed_on: str = ""
     ablation: Edit
     versions: dict[str, str]
@@ -199,3 +208,33 @@ def settings_of(path: Path) -> Resolved:
     except ValidationError as error:
         key = ".".join(str(part) for part in error.errors()[0]["loc"])[:100]
         raise UserError(f"The manifest's setting {key} is none that this version takes.", where=str(path)) from None
+
+
+def read_directions(manifest: Manifest, home: Path) -> Directions | None:
+    """The layers' directions that lie beside the manifest; None where the edit has a direction of its own and needs none. Raises
+    UserError."""
+    file = home / DIRECTIONS
+    if manifest.directions is None or not file.is_file():
+        if manifest.ablation.vector is not None:
+            return None
+        raise UserError(
+            "The directions that the edit is made from are not beside the manifest.",
+            where=str(file),
+            fix="put the file there that heretic export wrote with the manifest",
+        )
+    if sha256(file) != manifest.directions.sha256:
+        raise UserError("The directions are not those of the manifest: their hash differs.", where=str(file))
+    tensors = read_tensors(file)[0]
+    vectors, further = tensors.get("directions"), tensors.get("further")
+    if vectors is None or vectors.ndim != 2 or not bool(vectors.isfinite().all()):
+        raise UserError("The file does not hold directions [layers, width].", where=str(file))
+    if further is None:
+        return Directions(vectors.float())
+    if (
+        further.ndim != 3
+        or not further.shape[1]
+        or further[:, 0].shape != vectors.shape
+        or not bool(further.isfinite().all())
+    ):
+        raise UserError("The file does not hold further directions [layers, more, width].", where=str(file))
+    return Directions(vectors.float(), further.float())

@@ -93,7 +93,8 @@ def partial_folder(destination: Path) -> Path:
     had moved away and not yet replaced: that one gets its name again."""
     for left in sorted(destination.parent.glob(f".{destination.name}.partial-*")):
         process = left.name.rpartition("-")[2]
-        if process.isdigit() and psutil.pid_exists(int(process)):
+        # Of this process nothing is under way yet: in a container the next one often has the number of the one that was killed.
+        if process.isdigit() and int(process) != os.getpid() and psutil.pid_exists(int(process)):
             continue
         if left.name.startswith(f".{destination.name}.partial-old-") and not destination.exists():
             left.rename(destination)

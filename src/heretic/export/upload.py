@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import tempfile
 from collections.abc import Iterator
@@ -80,33 +81,37 @@ def upload(planned: Upload, watcher: Watcher, stop: Stop) -> str:
     api, repository = HfApi(), planned.repository
     with _said(repository), _at_once(stop):
         user = str(api.whoami()["name"])
-        exists = _look(api, planned)
-        if not exists:
+        there = _look(api, planned)
+        if there is None:
             api.create_repo(repository, private=not planned.public)
         watcher.say(
             f"Uploading to {repository} as {user}. After a stop the same command goes on where it was."
-            if not exists
+            if there is None
             else f"Going on with {repository} as {user}; what is there already is not sent again."
         )
+        sent = [f.relative_to(planned.folder).as_posix() for f in planned.files]
         first = [CommitOperationAdd(name, planned.folder / name) for name in (CARD, MANIFEST)]
         api.create_commit(repository, first, commit_message="Card and manifest")
         api.upload_folder(
             repo_id=repository,
             folder_path=planned.folder,
-            allow_patterns=[f.relative_to(planned.folder).as_posix() for f in planned.files],
+            allow_patterns=sent,
+            # Weights of another trial or format would otherwise stand beside this one's card.
+            delete_patterns=[glob.escape(name) for name in sorted((there or set()) - {*sent})] or None,
             commit_message=f"Trial {planned.manifest.trial} of {planned.manifest.run}",
         )
     return f"{api.endpoint}/{repository}"
 
 
-def _look(api: HfApi, planned: Upload) -> bool:
-    """Whether the repository is there. Raises UserError where it holds something else, or is open to more people than asked for."""
+def _look(api: HfApi, planned: Upload) -> set[str] | None:
+    """The files of the repository; None if there is none. Raises UserError where it holds something else, or is open to more
+    people than asked for."""
     try:
         found = api.model_info(planned.repository)
     except RepositoryNotFoundError as error:
         if error.response.status_code == 401:
             raise
-        return False
+        return None
     if not found.private and not planned.public:
         raise UserError(
             f"{planned.repository} exists and is public.",
@@ -118,7 +123,7 @@ def _look(api: HfApi, planned: Upload) -> bool:
             f"{planned.repository} exists and does not hold this run's model, so it is left as it is.",
             fix="name another repository, or delete that one on the hub",
         )
-    return True
+    return names
 
 
 def _run_of(api: HfApi, repository: str) -> str | None:

@@ -36,7 +36,9 @@ DOWNLOADED = [
     "*.jinja",
     "*.tiktoken",
     "LICENSE*",
+    "LICENCE*",
     "NOTICE*",
+    "USE_POLICY*",
     "README.md",
 ]
 
@@ -48,7 +50,8 @@ DECISIVE = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "g
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that has been looked at but not loaded; `adapter` is a folder with a LoRA adapter to put on it."""
+    """A checkpoint that has been looked at but not loaded; `adapter` is a folder with a LoRA adapter to put on it, `called` a
+    name to use in place of the one that follows from the model's."""
 
     model: str
     folder: Path
@@ -57,6 +60,7 @@ class Checkpoint:
     gguf_file: str | None = None
     commit: str | None = None
     adapter: Path | None = None
+    called: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +82,7 @@ class Checkpoint:
     @property
     def short_name(self) -> str:
         """Last part of the model's name, usable in a file name."""
-        name = (
+        name = self.called or (
             Path(self.gguf_file).stem
             if self.gguf_file
             else Path(self.model).resolve().name

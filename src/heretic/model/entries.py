@@ -47,6 +47,7 @@ class Entries:
         self.depth = torch.zeros(len(sequences), dtype=torch.long)  # blocks below this one are known, by sequence
         self.hidden: dict[int, Tensor] = {}  # by block: [tokens, width]
         self.cache: dict[int, tuple[Tensor, Tensor]] = {}  # by block: keys and values [tokens, heads, width of a head]
+        self.devices: dict[int, torch.device] = {}  # by block: where its cache lies, which is where the block runs
         self.also_returned: int | None = None  # of blocks that return a tuple: how much more than the hidden states
 
     def entry(self, rows: Sequence[int], first_edited: int) -> int:
@@ -79,12 +80,12 @@ class Entries:
         ends = min(first_edited, len(self.blocks) - 1)
         if self.with_cache and cache is not None:
             for layer in range(begins):
-                device = cache.layers[-1].keys.device if not cache.layers[layer].is_initialized else None
                 keys, values = (self._gather(t, places).transpose(1, 2) for t in self.cache[layer])
-                target = device or cache.layers[layer].keys.device
+                target = self.devices[layer]
                 cache.update(keys.to(target, non_blocking=True), values.to(target, non_blocking=True), layer)
             for layer in range(begins, ends):
                 if layer not in self.cache:
+                    self.devices[layer] = cache.layers[layer].keys.device
                     self.cache[layer] = tuple(  # type: ignore[assignment]
                         self._empty(t.shape[1::2], t.dtype)
                         for t in (cache.layers[layer].keys, cache.layers[layer].values)

@@ -183,22 +183,26 @@ def padding_matters(model: Any, sequences: Sequence[list[int]], batcher: Batcher
 def can_begin_later(model: Any, blocks: Any, sequences: Sequence[list[int]], batcher: Batcher) -> bool:
     """Whether a pass may begin at a later block, from what the original's blocks gave before; tried like `can_share`."""
     few, rows = _few(sequences)
-    half = Edited(first_layer=len(blocks) // 2)
     shared = shared_tokens(sequences) if batcher.share else []
-    beginning = Entries(blocks, [shared], with_cache=True) if shared else None
-    entries = Entries(blocks, few, start=len(shared), with_cache=True, beginning=beginning)
 
-    def batch() -> Batch:
-        return replace(batcher.batch(rows, few, Beginning(shared) if shared else None, entries), edited=half)
+    def begins_at(first_edited: int) -> bool:
+        beginning = Entries(blocks, [shared], with_cache=True) if shared else None
+        entries = Entries(blocks, few, start=len(shared), with_cache=True, beginning=beginning)
 
-    def kept_first() -> Batch:
-        hidden_states(model, batch(), use_cache=True)
-        return batch()
+        def batch() -> Batch:
+            whole = batcher.batch(rows, few, Beginning(shared) if shared else None, entries)
+            return replace(whole, edited=Edited(first_layer=first_edited))
 
-    reason = "every pass begins with the first block"
-    if not _same_answers(reason, model, lambda: batcher.batch(rows, few), kept_first):
-        return False
-    return bool(entries.entry(rows, half.first_layer) > 0)
+        def kept_first() -> Batch:
+            hidden_states(model, batch(), use_cache=True)
+            return batch()
+
+        reason = "every pass begins with the first block"
+        same = _same_answers(reason, model, lambda: batcher.batch(rows, few), kept_first)
+        return same and entries.entry(rows, first_edited) > 0
+
+    # Late too: a late block may use the keys and values of one in the middle (Gemma 3n and 4).
+    return begins_at(len(blocks) // 2) and begins_at(len(blocks) - 1)
 
 
 def _few(sequences: Sequence[list[int]]) -> tuple[list[list[int]], list[int]]:

@@ -136,7 +136,9 @@ def _scale(norm: nn.Module) -> Tensor | None:
     stored = next(norm.parameters(), None)
     if stored is None:
         return None
-    ones = torch.ones(1, 1, len(stored), dtype=stored.dtype, device=stored.device)
+    away = stored.device.type == "meta"  # offloaded; accelerate brings it to where the norm runs
+    device = cast(Any, norm)._hf_hook.execution_device if away else stored.device
+    ones = torch.ones(1, 1, len(stored), dtype=stored.dtype, device=device)
     return cast(Tensor, norm(ones)[0, 0].float())
 
 
