@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 
 from heretic.errors import UserError
@@ -51,6 +52,22 @@ def test_memory_of_other_machines_from_the_storage_alone(config: Path) -> None:
     seen = look_at("heretic", "runs", {}, storage=url)
     assert "on elsewhere" in seen.state and "used" in seen.memory["RAM of elsewhere"]
     assert socket.gethostname() not in seen.state
+
+
+def test_a_trial_of_an_earlier_start_of_the_machine_does_not_run(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The power went while it was measured, or the container is another one now."""
+    folder = run(resolve(config, assignments=["run_name=mine"]), watcher=SILENT, stop=Stop()).folder
+    study = load_study(storage_url("", folder.path), "heretic")
+    study.ask().set_user_attr(WORKER, signature() | {"machine": "an earlier start"})
+    assert look_at("mine", "runs", {}).state == "complete"
+    again = run(resolve(config, assignments=["run_name=mine", "n_trials=5"]), watcher=SILENT, stop=Stop())
+    assert len(again.found) == 5 and not study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+
+
+def test_a_storage_in_the_environment_is_not_that_of_a_run_with_its_own(config: Path) -> None:
+    run(resolve(config, assignments=["run_name=mine"]), watcher=SILENT, stop=Stop())
+    elsewhere = {"HERETIC_STORAGE": "postgresql://me@127.0.0.1:9/studies"}
+    assert look_at("mine", "runs", elsewhere).state == "complete"
 
 
 def test_before_the_first_trial_it_says_what_is_being_done(config: Path) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import optuna
 import psutil
@@ -13,15 +16,16 @@ import pytest
 
 from heretic.errors import BusyError, Interrupted, UserError
 from heretic.machine import lock
+from heretic.machine.demand import GIB
 from heretic.machine.gpus import Gpu, GpuReport
 from heretic.machine.imagined import imagined_gpus
 from heretic.search.fallback import FALLEN
 from heretic.search.front import front, results
 from heretic.settings import Settings
-from heretic.workers import how_many, require_one_gpu
+from heretic.workers import how_many, require_room
 from tests.command import start
 from tests.endpoint import endpoint
-from tests.machine.shapes import checkpoint_of, qwen_32b
+from tests.machine.shapes import checkpoint_of, qwen_32b, small
 from tests.test_kill import trials, wait_for
 
 RUN = ("run", "--run-name", "mine", "--workers", "2", "--trials", "24", "--set", "max_response_length=100", "--set",
@@ -145,8 +149,27 @@ def test_how_many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_for_several_gpus_has_no_workers() -> None:
     large, cards = checkpoint_of(qwen_32b()), imagined_gpus("4x24GiB")
+    inputs: Any = SimpleNamespace(
+        checkpoint=large, prompts=SimpleNamespace(longest=600), plan=SimpleNamespace(dtypes=["bfloat16"])
+    )
     with pytest.raises(UserError, match="does not fit on one GPU, and every worker has one"):
-        require_one_gpu(Settings(), large, 600, cards)
-    require_one_gpu(Settings(quantization="bnb_4bit"), large, 600, cards)
-    require_one_gpu(Settings(), large, 600, imagined_gpus("2x80GiB"))
-    require_one_gpu(Settings(), large, 600, ())
+        require_room(Settings(), inputs, cards, 4)
+    require_room(Settings(quantization="bnb_4bit"), inputs, cards, 4)
+    require_room(Settings(), inputs, imagined_gpus("2x80GiB"), 2)
+    full = replace(cards[0], free=GIB)
+    with pytest.raises(UserError, match="does not fit on one GPU"):
+        require_room(Settings(quantization="bnb_4bit"), inputs, (*cards, full), 5)
+    with pytest.raises(UserError, match="which it knows as number 0"):
+        require_room(Settings(max_memory={"0": "10GiB"}), inputs, imagined_gpus("2x80GiB"), 2)
+
+
+def test_workers_without_gpus_share_the_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs: Any = SimpleNamespace(
+        checkpoint=checkpoint_of(small()),
+        prompts=SimpleNamespace(longest=600),
+        plan=SimpleNamespace(dtypes=["float32"]),
+    )
+    monkeypatch.setattr("heretic.machine.host.memory", lambda: (8 * GIB, 8 * GIB))
+    require_room(Settings(), inputs, (), 2)
+    with pytest.raises(UserError, match="does not fit 8 times into the RAM"):
+        require_room(Settings(), inputs, (), 8)

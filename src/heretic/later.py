@@ -184,15 +184,25 @@ def evaluate_judge(settings: Settings, watcher: Watcher, stop: Stop) -> Agreemen
     return agreement(make_judge(settings, Surroundings(None, watcher, stop)), labelled_answers())
 
 
-def evaluate_model(settings: Settings, against: str | None, *, wait: bool, watcher: Watcher, stop: Stop) -> Evaluation:
-    """Refusals of `settings.model`, and its divergence from `against`; one model is in memory at a time."""
-    settings = settings.model_copy(update={"save_to": ""})  # nothing is written, so no place for it has to be free
+def evaluate_model(
+    settings: Settings,
+    against: str | None,
+    *,
+    revisions: tuple[str, str] = ("", ""),
+    wait: bool,
+    watcher: Watcher,
+    stop: Stop,
+) -> Evaluation:
+    """Refusals of `settings.model`, and its divergence from `against`; one model is in memory at a time. `revisions` are those of
+    the two."""
+    settings = settings.model_copy(update={"save_to": "", "revision": revisions[0]})  # nothing is written
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         judge = make_judge(settings, Surroundings(None, watcher, stop))
         baseline = prefix = None
         answered: Sequence[list[int]] = ()
         if against is not None:
-            bench = _bench(settings.model_copy(update={"model": against}), watcher, stop, judge)
+            original = settings.model_copy(update={"model": against, "revision": revisions[1]})
+            bench = _bench(original, watcher, stop, judge)
             baseline, answered = original_log_probs(bench)
             prefix = bench.chat.response_prefix
             del bench

@@ -131,7 +131,7 @@ def run(
                 cut_short = True  # the exception itself is let go: it would keep the model in memory
             if then is not None:
                 then(desk)
-            if cut_short and finished(study) < desk.settings.n_trials:
+            if cut_short and (finished(study) < desk.settings.n_trials or desk.settings.save_to):
                 raise Interrupted
             picked = desk.picked()
             return Outcome(

@@ -24,7 +24,7 @@ from heretic.scoring.verdict import EVASIVE, ORDER, REFUSAL, Verdict
 from heretic.search.gradient import State
 from heretic.search.walk import Point
 from heretic.settings import Settings
-from heretic.settings.layers import Resolved, resolve, written_origins
+from heretic.settings.layers import Resolved, read_toml, resolve, written_origins
 
 GEOMETRY, REPORT = "geometry.safetensors", "report.html"
 
@@ -315,7 +315,9 @@ def stored(
     """
     file = folder.path / "config.toml"
     check_seal(file)
-    storage = {k: v for k, v in environment.items() if k == "HERETIC_STORAGE"}
+    # For the password, which the file lacks: a run whose study lies in its own folder stays there.
+    shared = bool(read_toml(file)[0].get("storage"))
+    storage = {k: v for k, v in environment.items() if k == "HERETIC_STORAGE" and shared}
     try:
         resolved = resolve(file, options, assignments, storage)
     except SettingsError as error:

@@ -22,13 +22,16 @@ from heretic.search.storage import (
     alive,
     check_seals,
     connect,
+    here,
     masked,
+    on_server,
     reading,
     settings_of,
     sqlite_file,
     storage_url,
     study_name,
 )
+from heretic.search.turns import database
 from heretic.search.walk import Walk
 from heretic.settings import Settings
 
@@ -94,7 +97,7 @@ def look_at(name: str, runs_dir: str, environment: Mapping[str, str], storage: s
         study = load_study(url, study_name(settings.storage, folder.path))
         stands = Standing.of(study, settings)
         holder = lock.holder(folder.lock)
-        workers = _workers(study)
+        workers = _workers(study, anywhere=on_server(url))
         state = f"running, held by {holder}" if holder else _state(workers, stands)
         facts, warnings = _log(folder.path / "run.log")
         if holder and holder.host == socket.gethostname():
@@ -118,7 +121,7 @@ def _in_storage(name: str, storage: str) -> Status:
             fix="go on with it once, or give its run's folder instead",
         )
     stands = Standing.of(study, settings)
-    walk, workers = _walk(study, None, settings), _workers(study)
+    walk, workers = _walk(study, None, settings), _workers(study, anywhere=True)
     return Status(masked(storage), settings.model, _state(workers, stands), stands, walk, _memory(workers))
 
 
@@ -142,11 +145,15 @@ def _state(workers: list[dict[str, Any]], stands: Standing) -> str:
     return "complete" if stands.done >= stands.n_trials else "stopped"
 
 
-def _workers(study: optuna.Study) -> list[dict[str, Any]]:
-    """The signatures of those that have a trial under way."""
+def _workers(study: optuna.Study, *, anywhere: bool) -> list[dict[str, Any]]:
+    """The signatures of those that have a trial under way. `anywhere`: they may be of other machines, which are believed as long as
+    the server has heard of them; those of a file are of this one."""
+    storage, silent = database(study), set()
+    if anywhere and storage is not None and storage.get_heartbeat_interval():
+        silent = {*storage._get_stale_trial_ids(study._study_id)}
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    signed = [t.user_attrs[WORKER] for t in running if WORKER in t.user_attrs]
-    return [who for who in signed if alive(who)]
+    signed = [t.user_attrs[WORKER] for t in running if WORKER in t.user_attrs and t._trial_id not in silent]
+    return [who for who in signed if alive(who) and (anywhere or here(who))]
 
 
 def _memory(workers: list[dict[str, Any]]) -> dict[str, str]:

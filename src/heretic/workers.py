@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from heretic.stop import Stop
 
 if TYPE_CHECKING:
     from heretic.desk import Desk
-    from heretic.model.checkpoint import Checkpoint
+    from heretic.run import Inputs
 
 LENDER = "_HERETIC_WORKER_OF"  # environment of a worker: the process that started it and holds the locks for it
 LOOK_AGAIN = 0.5
@@ -78,24 +78,36 @@ def how_many(wanted: str, settings: Settings) -> tuple[int, str]:
     return number, ""
 
 
-def require_one_gpu(settings: Settings, checkpoint: Checkpoint, longest: int, gpus: Sequence[Gpu]) -> None:
-    """Raises UserError for a model that does not fit on one of these GPUs, of which every worker has one of its own; `longest` is
-    the longest prompt in characters."""
+def require_room(settings: Settings, inputs: Inputs, gpus: Sequence[Gpu], number: int) -> None:
+    """Raises UserError for a model that does not fit on every one of these GPUs, of which each worker has one of its own; or,
+    without GPUs, not so many times into the RAM."""
     from heretic.machine import host
     from heretic.machine.memory_plan import plan_for
     from heretic.machine.workload import Workload
 
-    if not gpus or not isinstance(settings.device_map, str):
+    if not isinstance(settings.device_map, str):
         return
-    emptiest = max(gpus, key=lambda gpu: gpu.free)
-    alone = plan_for(settings, checkpoint, Workload.of(settings, longest), host.devices((emptiest,)))
-    if not alone.largest_batch_size:
+    if gpus and settings.max_memory:
         raise UserError(
-            "The model does not fit on one GPU, and every worker has one of its own.",
-            where="--workers",
-            fix=f"leave it out (one GPU computes at a time); or torchrun --nproc-per-node {len(gpus)} -m heretic run … (all "
-            'compute, without the walk); or quantization = "bnb_4bit", if preflight says that it then fits on one',
+            "Every worker has one GPU of its own, which it knows as number 0.",
+            where="max_memory",
+            fix="leave it out with --workers",
         )
+    work = Workload.of(settings, inputs.prompts.longest)
+    if gpus:
+        devices = host.devices((min(gpus, key=lambda gpu: gpu.free),))
+        what = "The model does not fit on one GPU, and every worker has one of its own."
+        fix = (
+            f"leave it out (one GPU computes at a time); or torchrun --nproc-per-node {len(gpus)} -m heretic run … (all "
+            'compute, without the walk); or quantization = "bnb_4bit", if preflight says that it then fits on one'
+        )
+    else:
+        devices = [replace(device, free=device.free // number) for device in host.devices(())]
+        settings = settings.model_copy(update={"dtypes": [inputs.plan.dtypes[0]]})
+        what = f"The model does not fit {number} times into the RAM, and every worker has one of its own."
+        fix = "fewer workers, or leave it out"
+    if not plan_for(settings, inputs.checkpoint, work, devices).largest_batch_size:
+        raise UserError(what, where="--workers", fix=fix)
 
 
 @dataclass
@@ -123,7 +135,8 @@ def send_out(desk: Desk, number: int) -> None:
 
     study, settings, watcher = desk.study, desk.settings, desk.watcher
     gpus = () if settings.device_map == "cpu" else usable_gpus(visible_gpus())
-    require_one_gpu(settings, desk.inputs.checkpoint, desk.inputs.prompts.longest, gpus)
+    gpus = tuple(sorted(gpus, key=lambda gpu: -gpu.free)[:number])  # the emptiest
+    require_room(settings, desk.inputs, gpus, number)
     workers = [_start(desk, i, number, gpus[i] if gpus else None) for i in range(number)]
     watcher.say(f"{number} workers: processes {', '.join(str(w.process.pid) for w in workers)}.")
     try:

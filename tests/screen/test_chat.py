@@ -16,14 +16,15 @@ from tests.command import heretic
 
 
 class Model:
-    """Answers with how many messages it was given and whether it is edited."""
+    """Answers with how many messages it was given and whether it is edited, or with what it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, says: str = "") -> None:
+        self.says = says
         self.asked: list[tuple[list[dict[str, str]], bool]] = []
 
     def __call__(self, messages: Sequence[dict[str, str]], ablated: bool, on_text: Callable[[str], None]) -> str:
         self.asked.append(([dict(m) for m in messages], ablated))
-        said = f"{'yes' if ablated else 'no'} {len(messages)}"
+        said = self.says or f"{'yes' if ablated else 'no'} {len(messages)}"
         for word in said.split():
             on_text(word + " ")
         if messages[-1]["content"] == "long":
@@ -67,6 +68,16 @@ def test_on_a_wide_terminal_both_answer_side_by_side() -> None:
         assert (["no", "1", "yes", "1"] in lines) is beside
         assert [m["content"] for m in chat.shown if m["role"] == "assistant"] == ["no 1", "yes 1", "no 3", "yes 3"]
         assert chat.messages[-1]["content"] == "yes 3"
+
+
+def test_brackets_in_an_answer_stay_as_they_are_side_by_side() -> None:
+    console, model = (
+        Console(file=io.StringIO(), width=100, force_terminal=True, no_color=True),
+        Model("list[int] [bold]"),
+    )
+    Chat(console, model).run(["/both", "hello"])
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "list[int] [bold]" in text and "\\[" not in text
 
 
 def test_an_answer_cut_short_stays_in_the_conversation() -> None:

@@ -94,6 +94,18 @@ def test_the_log_gets_the_same_lines_either_way(caplog: pytest.LogCaptureFixture
     assert logged[0] == logged[1] == [("INFO", "said"), ("WARNING", "warned"), ("INFO", "Trials")]
 
 
+def test_what_an_earlier_session_did_says_nothing_of_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    console, clock = Console(file=io.StringIO(), width=100), [0.0]
+    monkeypatch.setattr("heretic.screen.console.time.monotonic", lambda: clock[0])
+    with Plain(console).stage("Trials", 200) as stage:
+        stage.advance(150)
+        for _ in range(2):
+            clock[0] += 60
+            stage.advance()
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "151 of 200, about 49 min 0 s left" in text and "152 of 200, about 48 min 0 s left" in text
+
+
 def test_a_file_is_no_terminal_even_with_colours_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert isinstance(make_watcher(Console(file=io.StringIO())), Plain)

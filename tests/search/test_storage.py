@@ -10,7 +10,7 @@ import pytest
 
 from heretic.errors import StudyMismatch, UserError
 from heretic.search import storage as storage_module
-from heretic.search.storage import connect, open_study, sqlite_file
+from heretic.search.storage import connect, open_study, sqlite_file, storage_url
 from tests.postgres import Server
 
 
@@ -27,6 +27,12 @@ from tests.postgres import Server
 )
 def test_the_file_of_a_storage(url: str, file: str | None) -> None:
     assert sqlite_file(url) == (Path(file) if file else None)
+
+
+def test_a_folder_that_a_url_cannot_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'\\?' in its path"):
+        storage_url("", tmp_path / "try?1")
+    assert storage_url("postgresql://h/d?a=b", tmp_path / "try?1") == "postgresql://h/d?a=b"
 
 
 def test_several_open_a_new_database_at_once(postgres: Server) -> None:

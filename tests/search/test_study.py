@@ -190,7 +190,7 @@ def test_trials_of_living_processes_are_left_alone(study: optuna.Study) -> None:
     mine.set_user_attr("worker", worker())
     gone.set_user_attr("worker", {**worker(), "began": 1.0})
     elsewhere.set_user_attr("worker", {**worker(), "host": "another", "pid": 1})
-    assert fail_abandoned(study) == [gone.number, unsigned.number]
+    assert fail_abandoned(study) == [gone.number, unsigned.number, elsewhere.number], "no other machine works on a file"
 
 
 def test_another_study_under_the_name_is_refused_in_detail(study: optuna.Study) -> None:

@@ -59,7 +59,13 @@ def evaluate(
         if judge_agreement:
             result = evaluate_judge(resolved.settings, watcher, stop)
         else:
-            result = evaluate_model(resolved.settings, against, wait=wait, watcher=watcher, stop=stop)
+            settings = resolved.settings
+            # A file that names the original names its revision too, and not that of the model on the command line.
+            named = read_settings(config, assignments, {}, quiet=True).settings.model if model else settings.model
+            of_original = against == named
+            own = "" if of_original and settings.model != named else settings.revision
+            revisions = (own, settings.revision if of_original else "")
+            result = evaluate_model(settings, against, revisions=revisions, wait=wait, watcher=watcher, stop=stop)
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))
         return

@@ -25,6 +25,7 @@ from heretic.commands.app import (
     run_names,
     watcher_for,
 )
+from heretic.errors import UserError
 from heretic.screen.console import printable
 from heretic.stop import Stop
 
@@ -88,6 +89,13 @@ def geometry(
         name or "", resolve(config, assignments=assignments or (), environment=os.environ).settings.runs_dir
     )
     if folder is not None:
+        ignored = [a for a in assignments or [] if a.partition("=")[0].strip() != "runs_dir"]
+        if ignored or config is not None:
+            raise UserError(
+                f"{folder.name} is a run and has its own settings.",
+                where="--config" if config is not None else f"--set {ignored[0]}",
+                fix="leave this out, or name the model instead of the run",
+            )
         fixed = {"runs_dir": str(folder.path.parent), "run_name": folder.name}
         settings = stored_settings(folder, os.environ).model_copy(update=fixed)
     else:

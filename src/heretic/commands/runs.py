@@ -75,7 +75,7 @@ def run(
     options = {"model": model, "n_trials": total, "save_to": save_to, "run_name": run_name, "storage": storage}
     resolved = _resolved(model, config, assignments, options, quiet=as_json or os.environ.get("RANK", "0") != "0")
     from heretic.desk import Desk
-    from heretic.parallel import follow, rank
+    from heretic.parallel import follow, rank, size
     from heretic.run import run as run_job
     from heretic.screen.preflight_table import show
     from heretic.workers import ends_with_its_lender
@@ -86,7 +86,8 @@ def run(
     stop = Stop()
     watcher = watcher_for(as_json, plain, resolved.settings.model, stop)
     number = _workers(workers, resolved, watcher)
-    asks = not (no_menu or as_json) and on_terminal(out) and asked_here()
+    # Under torchrun the others wait for trials, and know nothing of what a menu does.
+    asks = not (no_menu or as_json) and on_terminal(out) and asked_here() and size() == 1
 
     def menu(desk: Desk) -> None:
         from heretic.screen.menu import Menu

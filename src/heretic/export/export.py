@@ -43,12 +43,14 @@ class Export:
 
     destination: Path
     verification: Verification
+    trial: int
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
         proof = self.verification
         return {
             "written_to": str(self.destination),
+            "of_trial": self.trial,
             "scores": scores_text(proof.scores),
             "verification": {k: v for k, v in asdict(proof).items() if k != "scores"},
         }
@@ -125,7 +127,7 @@ def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Expor
     ).strip()
     write_text(partial / "README.md", card(manifest, source_card(job.checkpoint), written, measured))
     settle(partial, job.destination)
-    return Export(job.destination, proof)
+    return Export(job.destination, proof, job.result.number)
 
 
 def source_card(checkpoint: Checkpoint) -> str:
@@ -151,7 +153,7 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: S
         if not all((destination / name).is_file() for name in written["sha256"]):
             return None
         scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}})
-        return Export(destination, Verification(**manifest["verification"], scores=scores))
+        return Export(destination, Verification(**manifest["verification"], scores=scores), trial)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 

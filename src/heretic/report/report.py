@@ -66,7 +66,9 @@ def stored_source(name: str, runs_dir: str, environment: Mapping[str, str], *, w
     settings = stored_settings(folder, environment)
     if not settings.storage and not (folder.path / "study.db").is_file():
         raise UserError("The run has no study yet.", where=str(folder.path), fix="wait until its first trial begins")
-    study = load_study(storage_url(settings.storage, folder.path), study_name(settings.storage, folder.path))
+    url = storage_url(settings.storage, folder.path)
+    with reading(url):
+        study = load_study(url, study_name(settings.storage, folder.path))
     roles = ("harmful_eval", "harmless_eval") if with_texts else ()
     texts = {role: load(role, getattr(settings.prompts, role)).prompts for role in roles}
     return Source.of(study, settings, folder, texts)

@@ -132,7 +132,7 @@ def _beside(said: dict[str, str]) -> Table:
     for _ in STYLES:
         table.add_column(ratio=1)
     table.add_row(*(Text(name, style) for name, style in STYLES.items()))
-    table.add_row(*(Text(printable(said.get(name, ""))) for name in STYLES))
+    table.add_row(*(Text.from_markup(printable(said.get(name, ""))) for name in STYLES))
     return table
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = 0.5  # seconds in which what was done before is told
 SECONDS_BETWEEN_LINES = 15
 
 
@@ -84,14 +85,17 @@ class Plain(Lines):
 
         class Counter:
             done = 0
+            before = 0  # of an earlier session: told at once, and says nothing of the pace
             last = began
 
             def advance(self, steps: int = 1, note: str = "") -> None:
-                self.done += steps
                 now = time.monotonic()
+                if not self.done and now - began < AT_ONCE:
+                    self.before = steps
+                self.done += steps
                 if outermost and total and self.done < total and now - self.last > SECONDS_BETWEEN_LINES:
                     self.last = now
-                    left = (now - began) / max(1, self.done) * (total - self.done)
+                    left = (now - began) / max(1, self.done - self.before) * (total - self.done)
                     lines.console.print(
                         f"{printable(name)}: {self.done} of {total}{', ' if note else ''}{printable(note)}, "
                         f"about {spell(left)} left",

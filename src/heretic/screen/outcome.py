@@ -40,7 +40,11 @@ def show_outcome(console: Console, outcome: Outcome, *, seen: bool = False) -> N
         console.print(f"Report: {printable(str(report))}", soft_wrap=True)
     if outcome.export is not None:
         _show_written(console, outcome.export, outcome.before)
-    else:
+    if outcome.export is not None and outcome.export.trial != outcome.chosen.number:
+        console.print(
+            f"What is written there is trial {outcome.export.trial}, which was chosen before.", soft_wrap=True
+        )
+    if outcome.export is None or outcome.export.trial != outcome.chosen.number:
         name = outcome.folder.path
         console.print(f"To write it: heretic export {printable(str(name))} -o FOLDER", soft_wrap=True)
 

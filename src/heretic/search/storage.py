@@ -42,8 +42,17 @@ SERVER_ARGUMENTS = {
 
 
 def storage_url(storage: str, folder: Path) -> str:
-    """The URL of the study's storage."""
-    return storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+    """The URL of the study's storage. Raises UserError for a folder that a URL cannot name."""
+    if storage:
+        return storage
+    file = (folder / "study.db").resolve()
+    if "?" in str(file):  # what follows it would be taken for options
+        raise UserError(
+            "A run cannot lie in a folder with a '?' in its path.",
+            where=str(folder),
+            fix="another run_name or runs_dir",
+        )
+    return f"sqlite:///{file}"
 
 
 def study_name(storage: str, folder: Path) -> str:
@@ -260,20 +269,27 @@ def _began(pid: int) -> float:
 
 
 def fail_abandoned(study: optuna.Study) -> list[int]:
-    """Mark the running trials of dead processes of this host as failed; returns their numbers."""
+    """Mark the running trials of processes that are gone as failed; returns their numbers. For one who holds the lock of a run in
+    SQLite: there are no workers elsewhere, so a trial of another host or start of the machine was cut off."""
     abandoned = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not alive(trial.user_attrs.get("worker")):
+        who = trial.user_attrs.get("worker")
+        if not (here(who) and alive(who)):
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             abandoned.append(trial.number)
     return abandoned
+
+
+def here(who: dict[str, Any] | None) -> bool:
+    """Whether a signature is of this start of this machine."""
+    return who is not None and who["host"] == socket.gethostname() and who.get("machine", _machine()) == _machine()
 
 
 def alive(who: dict[str, Any] | None) -> bool:
     """Whether the worker that signed a trial may still be at it; one of another host is believed to be."""
     if who is None:  # killed between asking for the trial and signing it
         return False
-    if who["host"] != socket.gethostname() or who.get("machine", _machine()) != _machine():
+    if not here(who):
         return True  # not ours to judge
     try:
         return abs(_began(who["pid"]) - who["began"]) < 1
