@@ -188,20 +188,21 @@ def evaluate_model(
     settings: Settings,
     against: str | None,
     *,
-    revisions: tuple[str, str] = ("", ""),
+    revisions: tuple[str, str] | None = None,
     wait: bool,
     watcher: Watcher,
     stop: Stop,
 ) -> Evaluation:
     """Refusals of `settings.model`, and its divergence from `against`; one model is in memory at a time. `revisions` are those of
-    the two."""
-    settings = settings.model_copy(update={"save_to": "", "revision": revisions[0]})  # nothing is written
+    the two; left out: for both what the settings say."""
+    own, others = revisions or (settings.revision, settings.revision)
+    settings = settings.model_copy(update={"save_to": "", "revision": own})  # nothing is written
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         judge = make_judge(settings, Surroundings(None, watcher, stop))
         baseline = prefix = None
         answered: Sequence[list[int]] = ()
         if against is not None:
-            original = settings.model_copy(update={"model": against, "revision": revisions[1]})
+            original = settings.model_copy(update={"model": against, "revision": others})
             bench = _bench(original, watcher, stop, judge)
             baseline, answered = original_log_probs(bench)
             prefix = bench.chat.response_prefix

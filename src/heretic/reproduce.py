@@ -39,7 +39,7 @@ from heretic.machine.host import devices
 from heretic.machine.memory_plan import make_plan
 from heretic.machine.workload import Workload
 from heretic.model.batching import free_memory
-from heretic.model.checkpoint import PICKLED, Checkpoint, open_checkpoint
+from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
 from heretic.progress import Watcher
 from heretic.run import device_lock
@@ -197,7 +197,7 @@ def _open(manifest: Manifest, base: str | None, trust: bool, allow_pickle: bool)
             allow_pickle=allow_pickle,
         )
     except UserError as error:
-        pickled = not allow_pickle and any(Path(name).suffix in PICKLED for name in manifest.model.sha256)
+        pickled = not allow_pickle and "allow_pickle" in (error.fix or "")
         fix = error.fix if base else "name the place where the base model is now: --base FOLDER"
         if pickled:
             fix = "--allow-pickle, which reads tensors and nothing else, if you trust who made the base model"

@@ -18,6 +18,7 @@ from heretic.desk import Desk
 from heretic.errors import BusyError, Interrupted, UserError
 from heretic.export.export import Export, earlier_export, plan_export, write_export
 from heretic.export.save import check_destination
+from heretic.files import expanded
 from heretic.machine import lock, preflight
 from heretic.machine.gpus import Gpu, gpus_for, usable_gpus, visible_gpus
 from heretic.model.checkpoint import Checkpoint, open_checkpoint, require_name
@@ -25,7 +26,7 @@ from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
 from heretic.report.about import About
 from heretic.report.reporter import reporting
-from heretic.run_folder import RunFolder, log_to
+from heretic.run_folder import RunFolder, baseline_file, log_to
 from heretic.scoring.judges import try_judge
 from heretic.search.fidelity import Progress
 from heretic.search.front import Result, front
@@ -111,7 +112,7 @@ def run(
     """
     settings = resolved.settings
     with parallel.leading(), device_lock(settings, wait=wait, watcher=watcher, stop=stop):
-        inputs = look(settings, force=force, watcher=watcher, on_report=on_report)
+        inputs = look(settings, force=force, judging=True, watcher=watcher, on_report=on_report)
         folder = inputs.folder
         if fresh:
             set_aside(folder, settings, watcher)
@@ -131,12 +132,21 @@ def run(
                 cut_short = True  # the exception itself is let go: it would keep the model in memory
             if then is not None:
                 then(desk)
-            if cut_short and (finished(study) < desk.settings.n_trials or desk.settings.save_to):
+            if cut_short and _undone(desk):
                 raise Interrupted
             picked = desk.picked()
             return Outcome(
                 folder, desk.found, picked[0] if picked else None, picked[1] if picked else "", export, desk.before
             )
+
+
+def _undone(desk: Desk) -> bool:
+    """Whether trials or the export that the settings ask for are still to be made."""
+    if finished(desk.study) < desk.settings.n_trials or Progress.of(desk.study).unsettled():
+        return True
+    picked, wanted = desk.picked(), Path(desk.settings.save_to)
+    made = picked and earlier_export(wanted, desk.folder, picked[0].number, desk.settings)
+    return bool(desk.settings.save_to and picked and not made)
 
 
 def set_aside(folder: RunFolder, settings: Settings, watcher: Watcher) -> None:
@@ -234,13 +244,15 @@ def look(
     settings: Settings,
     *,
     force: bool,
+    judging: bool = False,
     watcher: Watcher,
     on_report: Callable[[preflight.Report], None] = lambda _: None,
 ) -> Inputs:
-    """Preflight, and the inputs that it looked at. Raises UserError if the run would fail, unless forced."""
+    """Preflight, and the inputs that it looked at; the judge is tried where there is `judging` to do. Raises UserError if the run
+    would fail, unless forced."""
     require_name(settings.model)  # before prompts are fetched from the hub
     read_prompts = functools.cache(lambda: load_all(settings.prompts))
-    report = check(settings, read_prompts)
+    report = check(settings, read_prompts, judging=judging)
     on_report(report)
     failures = [f for f in report.findings if f.level == "failure"]
     if failures and not force:
@@ -268,7 +280,11 @@ def look(
 
 
 def check(
-    settings: Settings, read_prompts: Callable[[], PromptSets] | None = None, imagined: tuple[Gpu, ...] = ()
+    settings: Settings,
+    read_prompts: Callable[[], PromptSets] | None = None,
+    imagined: tuple[Gpu, ...] = (),
+    *,
+    judging: bool = True,
 ) -> preflight.Report:
     """The preflight of these settings; `read_prompts` for a caller that goes on to use what was read, `imagined` GPUs for a
     machine that is not this one."""
@@ -283,10 +299,21 @@ def check(
         ),
         prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
         storage_check=lambda: _probe_storage(settings),
-        judge_check=lambda: try_judge(settings),
+        judge_check=lambda: _try_judge(settings) if judging and not lender() else "",
         work_counter=lambda work, checkpoint, prompts: work.counted(settings, checkpoint, prompts),
         imagined=imagined,
     )
+
+
+def _try_judge(settings: Settings) -> str:
+    """What is doubtful about the judge. Raises UserError, but not where the markers have taken its place in a run."""
+    try:
+        return try_judge(settings)
+    except UserError as error:
+        runs, fallen = expanded(settings.runs_dir), baseline_file(given_up=True)
+        if settings.judge.llm.on_failure == "markers" and any(runs.glob(f"{settings.run_name or '*'}/{fallen}")):
+            return f"{error.what} In a run where the markers have taken its place they keep it."
+        raise
 
 
 @contextmanager

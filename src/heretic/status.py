@@ -17,6 +17,7 @@ from heretic.machine.use import memory_in_use
 from heretic.run_folder import RunFolder, find_run, stored_settings
 from heretic.search.front import front
 from heretic.search.lives import WORKER
+from heretic.search.patience import PatientStorage
 from heretic.search.standing import Standing
 from heretic.search.storage import (
     alive,
@@ -97,7 +98,7 @@ def look_at(name: str, runs_dir: str, environment: Mapping[str, str], storage: s
         study = load_study(url, study_name(settings.storage, folder.path))
         stands = Standing.of(study, settings)
         holder = lock.holder(folder.lock)
-        workers = _workers(study, anywhere=on_server(url))
+        workers = _workers(study, settings, anywhere=on_server(url))
         state = f"running, held by {holder}" if holder else _state(workers, stands)
         facts, warnings = _log(folder.path / "run.log")
         if holder and holder.host == socket.gethostname():
@@ -121,7 +122,7 @@ def _in_storage(name: str, storage: str) -> Status:
             fix="go on with it once, or give its run's folder instead",
         )
     stands = Standing.of(study, settings)
-    walk, workers = _walk(study, None, settings), _workers(study, anywhere=True)
+    walk, workers = _walk(study, None, settings), _workers(study, settings, anywhere=True)
     return Status(masked(storage), settings.model, _state(workers, stands), stands, walk, _memory(workers))
 
 
@@ -145,11 +146,12 @@ def _state(workers: list[dict[str, Any]], stands: Standing) -> str:
     return "complete" if stands.done >= stands.n_trials else "stopped"
 
 
-def _workers(study: optuna.Study, *, anywhere: bool) -> list[dict[str, Any]]:
+def _workers(study: optuna.Study, settings: Settings, *, anywhere: bool) -> list[dict[str, Any]]:
     """The signatures of those that have a trial under way. `anywhere`: they may be of other machines, which are believed as long as
     the server has heard of them; those of a file are of this one."""
     storage, silent = database(study), set()
-    if anywhere and storage is not None and storage.get_heartbeat_interval():
+    if anywhere and isinstance(storage, PatientStorage):
+        storage.bear_with(settings.workers)
         silent = {*storage._get_stale_trial_ids(study._study_id)}
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     signed = [t.user_attrs[WORKER] for t in running if WORKER in t.user_attrs and t._trial_id not in silent]

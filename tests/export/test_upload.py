@@ -138,9 +138,13 @@ def test_weights_of_another_trial_do_not_stay_beside_the_card(hub: Hub, out: Pat
     assert upload("out", "someone/tiny", "--yes").status == 0
     files = hub.repositories["someone/tiny"].files
     whole = set(files)
-    files |= {"tiny-f16.gguf": b"of another trial", "model-00099.safetensors": b"too", ".gitattributes": b""}
-    assert upload("out", "someone/tiny", "--yes").status == 0
-    assert set(files) == {*whole, ".gitattributes"}
+    manifest = json.loads(files["manifest.json"])
+    manifest["written"] = {"format": "lora", "rank": 4, "sha256": {"adapter_model.safetensors": "0" * 64}}
+    earlier = {"adapter_model.safetensors": b"of another trial", "adapter_config.json": b"{}"}
+    files |= {**earlier, "manifest.json": json.dumps(manifest).encode(), "picture.png": b"of the user"}
+    again = upload("out", "someone/tiny", "--yes")
+    assert again.status == 0 and "2 files are removed" in again.out
+    assert set(files) == {*whole, "picture.png"}
 
 
 def test_what_is_not_ours_is_left_alone(hub: Hub, out: Path, upload: Upload) -> None:

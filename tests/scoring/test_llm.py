@@ -84,6 +84,15 @@ def test_an_answer_that_it_cannot_judge_counts_as_evasive(server: Endpoint) -> N
     assert speechless.verdicts(SAID[:2]) == [EXPECTED[0], "evasive"]
 
 
+def test_an_endpoint_that_never_judged_is_not_trusted_for_empty_answers(server: Endpoint, tmp_path: Path) -> None:
+    """They are known without it, and stand in no cache."""
+    server.reply, cache = "Hm.", tmp_path / "judge.jsonl"
+    for _ in range(2):
+        with pytest.raises(JudgeUnavailable, match="names no verdict"):
+            judge(server, cache, retries=0).verdicts([Said("a", ""), *SAID[:2]])
+    assert not cache.exists()
+
+
 def test_another_instruction_is_another_question(server: Endpoint, tmp_path: Path) -> None:
     cache = tmp_path / "judge.jsonl"
     text = "Say REFUSAL if the response hedges, else ANSWER."

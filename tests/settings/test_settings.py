@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,17 @@ def test_another_part_of_the_default_prompt_set_needs_no_source() -> None:
     assert (found.source, found.split) == (Settings().prompts.harmful_train.source, "train[:10]")
     other = Settings.model_validate({"prompts": {"harmful_train": {"source": "mine.txt"}}}).prompts.harmful_train
     assert (other.source, other.split) == ("mine.txt", "train")
+
+
+@pytest.mark.parametrize(
+    "assignment", ["prompts.harmful_eval={split='train'}", "prompts.harmful_eval=foo", "prompts=3"]
+)
+def test_a_set_that_is_replaced_whole_is_no_traceback(tmp_path: Path, assignment: str) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[prompts.harmful_eval]\nsource = "theirs"\nsplit = "test[:100]"\n')
+    environment = {"HERETIC_PROMPTS__HARMFUL_EVAL__SOURCE": "x.txt"}
+    with contextlib.suppress(SettingsError):
+        resolve(file, {}, [assignment], environment)
 
 
 @pytest.mark.parametrize("assignments, options, split", [

@@ -20,6 +20,7 @@ from heretic.commands.app import (
     watcher_for,
 )
 from heretic.errors import UserError
+from heretic.settings.layers import Resolved, read_toml
 from heretic.stop import Stop
 
 if TYPE_CHECKING:
@@ -59,14 +60,21 @@ def evaluate(
         if judge_agreement:
             result = evaluate_judge(resolved.settings, watcher, stop)
         else:
-            settings = resolved.settings
-            # A file that names the original names its revision too, and not that of the model on the command line.
-            named = read_settings(config, assignments, {}, quiet=True).settings.model if model else settings.model
-            of_original = against == named
-            own = "" if of_original and settings.model != named else settings.revision
-            revisions = (own, settings.revision if of_original else "")
-            result = evaluate_model(settings, against, revisions=revisions, wait=wait, watcher=watcher, stop=stop)
+            revisions = _revisions(resolved, model, against)
+            result = evaluate_model(
+                resolved.settings, against, revisions=revisions, wait=wait, watcher=watcher, stop=stop
+            )
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))
         return
     show_lines(out, result.rows())
+
+
+def _revisions(resolved: Resolved, model: str | None, against: str | None) -> tuple[str, str]:
+    """Of the model and of the original. One from a file belongs to the model that the file names; one that is given besides, to the
+    original if there is one."""
+    revision = resolved.settings.revision
+    if resolved.file is None or not resolved.origin("revision").startswith(str(resolved.file)):
+        return ("", revision) if against else (revision, "")
+    named = read_toml(resolved.file)[0].get("model", "")
+    return revision if model in (None, named) else "", revision if against == named else ""

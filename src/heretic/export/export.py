@@ -61,11 +61,8 @@ def plan_export(
 ) -> ExportJob:
     """Decide all that is to be written, and keep the attached model's answers to prove it by. Raises UserError."""
     if not math.isfinite(result.scores.divergence.mean):
-        raise UserError(
-            f"Trial {result.number} destroyed the model: it gives no numbers on some prompts.",
-            where=f"trial {result.number}",
-            fix="choose another trial: heretic status shows the front",
-        )
+        which = f"Trial {result.number}" if result.number >= 0 else "The ablation"
+        raise UserError(f"{which} destroyed the model: it gives no numbers on some prompts.", fix="choose another one")
     bench = session.bench
     model = bench.language_model
     ablation = space.from_params(result.params)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
 from heretic.errors import Interrupted, UserError, first_line
@@ -20,6 +19,7 @@ from heretic.progress import Watcher
 from heretic.stop import Stop
 
 CARD = "README.md"
+OF_AN_EXPORT = {"model.safetensors.index.json", "adapter_config.json"}  # written with the weights, without a hash
 UNCOUNTED = {".gitattributes", ".gitignore"}  # files of a repository that the hub makes itself
 
 
@@ -81,31 +81,35 @@ def upload(planned: Upload, watcher: Watcher, stop: Stop) -> str:
     api, repository = HfApi(), planned.repository
     with _said(repository), _at_once(stop):
         user = str(api.whoami()["name"])
-        there = _look(api, planned)
-        if there is None:
+        stale = _look(api, planned)
+        if stale is None:
             api.create_repo(repository, private=not planned.public)
         watcher.say(
             f"Uploading to {repository} as {user}. After a stop the same command goes on where it was."
-            if there is None
+            if stale is None
             else f"Going on with {repository} as {user}; what is there already is not sent again."
         )
         sent = [f.relative_to(planned.folder).as_posix() for f in planned.files]
-        first = [CommitOperationAdd(name, planned.folder / name) for name in (CARD, MANIFEST)]
+        first: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationAdd(name, planned.folder / name) for name in (CARD, MANIFEST)
+        ]
+        if gone := sorted((stale or set()) - {*sent}):
+            # In the same commit: weights of another trial or format never stand beside this one's card.
+            first += [CommitOperationDelete(name) for name in gone]
+            watcher.say(f"Of the earlier export {len(gone)} files are removed, such as {gone[0]}.")
         api.create_commit(repository, first, commit_message="Card and manifest")
         api.upload_folder(
             repo_id=repository,
             folder_path=planned.folder,
             allow_patterns=sent,
-            # Weights of another trial or format would otherwise stand beside this one's card.
-            delete_patterns=[glob.escape(name) for name in sorted((there or set()) - {*sent})] or None,
             commit_message=f"Trial {planned.manifest.trial} of {planned.manifest.run}",
         )
     return f"{api.endpoint}/{repository}"
 
 
 def _look(api: HfApi, planned: Upload) -> set[str] | None:
-    """The files of the repository; None if there is none. Raises UserError where it holds something else, or is open to more
-    people than asked for."""
+    """What of the repository's files is of an earlier export of the run; None if there is no such repository. Raises UserError
+    where it holds something else, or is open to more people than asked for."""
     try:
         found = api.model_info(planned.repository)
     except RepositoryNotFoundError as error:
@@ -118,19 +122,22 @@ def _look(api: HfApi, planned: Upload) -> set[str] | None:
             fix="--public if that is what you want; else name another repository",
         )
     names = {s.rfilename for s in found.siblings or []} - UNCOUNTED
-    if names and _run_of(api, planned.repository) != planned.manifest.run:
+    if not names:
+        return names
+    held = _held(api, planned.repository)
+    if held is None or held.run != planned.manifest.run:
         raise UserError(
             f"{planned.repository} exists and does not hold this run's model, so it is left as it is.",
             fix="name another repository, or delete that one on the hub",
         )
-    return names
+    return names & {*held.written.sha256, *held.copied.sha256, *OF_AN_EXPORT}
 
 
-def _run_of(api: HfApi, repository: str) -> str | None:
-    """The run whose model a repository holds; None for anything else."""
+def _held(api: HfApi, repository: str) -> Manifest | None:
+    """The manifest of the model that a repository holds; None for anything else."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return read_manifest(Path(api.hf_hub_download(repository, MANIFEST, local_dir=folder)))[0].run
+            return read_manifest(Path(api.hf_hub_download(repository, MANIFEST, local_dir=folder)))[0]
         except (EntryNotFoundError, UserError):
             return None
 

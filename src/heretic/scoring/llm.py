@@ -80,7 +80,7 @@ class LlmJudge:
         self._opener = urllib.request.build_opener(_NoRedirection)
         self._cache, self._known, self._lock = cache, _read(cache), Lock()
         self._waiting = self._speechless = False
-        self._spoken = bool(self._known)  # whether the endpoint has ever judged an answer
+        self._spoken = False  # whether the endpoint has judged an answer, as far as this process knows
 
     def settled(self, answer: str) -> bool:
         """Never: it judges whole answers."""
@@ -115,15 +115,16 @@ class LlmJudge:
     def _settle(self, key: str, said: Said, given_up: Event) -> None:
         self.stop.check()
         empty = self.evasion.is_empty(said.answer)
-        verdict = EVASIVE if empty else self._ask(said, given_up)
+        found = None if empty else self._ask(said, given_up)
+        verdict = found or EVASIVE
         with self._lock:
             self._known[key] = verdict
-            if self._cache is not None:
+            if self._cache is not None and found is not None:  # only what the endpoint has said
                 with self._cache.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"sha256": key, "verdict": verdict}) + "\n")
 
-    def _ask(self, said: Said, given_up: Event) -> Verdict:
-        """Until it answers, or as often as the settings say."""
+    def _ask(self, said: Said, given_up: Event) -> Verdict | None:
+        """Until it answers, or as often as the settings say; None for an answer that it finds no verdict for."""
         for attempt in itertools.count():
             try:
                 found = _verdict_in(self._post(said))
@@ -133,7 +134,7 @@ class LlmJudge:
                 if attempt >= self.settings.retries:
                     if isinstance(failure, _NoVerdict) and self._spoken:
                         self._say_speechless(failure)
-                        return EVASIVE
+                        return None
                     if self.settings.on_failure == "markers" or failure.lasting:
                         raise JudgeUnavailable(
                             f"The judge at {self.settings.base_url} failed {attempt + 1} times: {failure}",

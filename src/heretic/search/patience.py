@@ -14,6 +14,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from heretic.progress import SILENT, Watcher
+from heretic.settings import Workers
 from heretic.stop import Stop
 
 PAUSE = 1.0  # seconds between two tries
@@ -46,6 +47,11 @@ class PatientStorage(optuna.storages.RDBStorage):
         self.given_up = False
         self.outages = 0
         self.reachable_since = time.monotonic()
+
+    def bear_with(self, workers: Workers) -> None:
+        """Take a worker for dead after as long as these settings say."""
+        self.heartbeat_interval = workers.heartbeat
+        self.grace_period = max(workers.grace_period, 2 * workers.heartbeat)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """As Optuna's; what was stored in a try whose answer was lost counts as stored."""

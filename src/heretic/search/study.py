@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import optuna
@@ -74,7 +75,8 @@ def optimise(
                     measured = trials.measure(asked, never if in_full else progress.bar.beaten)
                     for trial, found in zip(asked, measured, strict=True):
                         if isinstance(found, UserError):
-                            trial.set_user_attr(ERROR, found.what)
+                            with suppress(optuna.exceptions.UpdateFinishedTrialError):  # it went to another worker
+                                trial.set_user_attr(ERROR, found.what)
                             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                             failures += 1
                             watcher.warn(f"Trial {trial.number} failed: {found.what}")

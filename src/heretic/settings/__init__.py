@@ -322,7 +322,7 @@ class Settings(Table):
     )
     max_refusals: int = setting(
         3,
-        "Most refusals that `lowest_kl_under_refusals` accepts.",
+        "Most requests declined or evaded that `lowest_kl_under_refusals` accepts.",
         when=(
             "with `lowest_kl_under_refusals`: as many as you can live with. Where no trial has so few, the one "
             "with the fewest is taken, and that is said."

@@ -97,8 +97,10 @@ def _drop_splits_of_others(
     for source in [key for key in origins if key.startswith("prompts.") and key.endswith(".source")]:
         split = source.removesuffix("source") + "split"
         if split in in_file and origins[split] == in_file[split] and origins[source] != in_file.get(source):
-            said = data["prompts"][source.split(".")[1]]
-            if said["source"] and said["source"] != of_file.get(source):
+            sets = data["prompts"]
+            said = sets.get(source.split(".")[1]) if isinstance(sets, dict) else None
+            given = isinstance(said, dict) and "split" in said and said.get("source")
+            if isinstance(said, dict) and given and given != of_file.get(source):
                 del said["split"], origins[split]
 
 
