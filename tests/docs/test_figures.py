@@ -24,7 +24,7 @@ README, BENCHMARKS = "README.md", "benchmarks/README.md"
 RESULTS = ROOT / "benchmarks/results"
 TABLE = tomllib.loads((Path(__file__).parent / "figures.toml").read_text(encoding="utf-8"))
 TOLD = [(page, result, told) for page, of in TABLE.items() for result, texts in of.items() for told in texts]
-QUALITY = sorted(p.name for p in RESULTS.glob("quality_*.json") if p.name != "quality_directions.json")
+QUALITY = {p.name for p in RESULTS.glob("quality_*.json")}  # told in benchmarks/quality.md, which is made of them
 
 
 def read(name: str) -> dict[str, Any]:
@@ -53,24 +53,6 @@ def test_a_figure_is_the_measured_one(page: str, result: str, told: str) -> None
     assert said in text, f"{page} does not say {said!r}, as {result} has it"
 
 
-@pytest.mark.parametrize("name", QUALITY)
-def test_the_table_of_methods_is_the_measured_one(name: str) -> None:
-    """A row for every search: what it took, and its front on the held-out prompts."""
-    text = prose(ROOT / BENCHMARKS)
-    for search in read(name)["searches"]:
-        found = next(iter(search["fronts"].values()))
-        front = [p for p in found["points"] if not any(beats(q, p) for q in found["points"])]
-        points = ", ".join(f"{p['refusals']} at {p['kl']:.3f}" for p in sorted(front, key=lambda p: -p["kl"]))
-        row = f"| {search['method']} | {search['seed']} | {found['seconds']:.0f} s | {found['trials']} | {points} |"
-        assert f"{row} {found['hypervolume']:.4f} |" in text, row
-
-
-def beats(one: dict[str, float], other: dict[str, float]) -> bool:
-    """In both values, and in one of them truly."""
-    a, b = (one["refusals"], one["kl"]), (other["refusals"], other["kl"])
-    return a != b and a[0] <= b[0] and a[1] <= b[1]
-
-
 @pytest.mark.parametrize(
     "row, markers", [("refusals of 50 at KL, by our phrases", "our_markers"), ("the same by theirs", "their_markers")]
 )
@@ -84,5 +66,5 @@ def test_points_beside_the_peer_are_measured_ones(row: str, markers: str) -> Non
 
 
 def test_every_result_is_told() -> None:
-    told = {result for _, result, _ in TOLD} | set(QUALITY)
+    told = {result for _, result, _ in TOLD} | QUALITY
     assert told == {p.name for p in RESULTS.glob("*.json")}, "figures.toml says where each is told"

@@ -27,3 +27,11 @@ def test_the_table_of_sizes_is_what_the_planner_says(monkeypatch: pytest.MonkeyP
     assert (ROOT / "benchmarks/sizes.md").read_text(encoding="utf-8") == made, (
         "make it anew: python benchmarks/sizes.py > benchmarks/sizes.md"
     )
+
+
+def test_the_tables_of_quality_are_of_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    made = runpy.run_path(str(ROOT / "benchmarks" / "quality_page.py"))["document"]()
+    assert (ROOT / "benchmarks/quality.md").read_text(encoding="utf-8") == made, (
+        "make it anew: python benchmarks/quality_page.py > benchmarks/quality.md"
+    )

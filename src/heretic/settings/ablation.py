@@ -23,8 +23,8 @@ class Directions(Table):
         "ones do not. `self_organising_map`: neurons of a map of the harmful prompts, minus the harmless mean. The last two give "
         "several directions. All but the first keep every prompt's residuals in RAM (prompts x layers x width x 4 bytes).",
         when=(
-            "to study directions; on one model none of the others beat the default (benchmarks/README.md, "
-            '"Directions").'
+            "to study directions; on two small models none of the others beat the default by more than seeds differ "
+            '(benchmarks/README.md, "What each part brings").'
         ),
     )
     count: int = setting(
