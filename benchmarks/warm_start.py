@@ -48,7 +48,7 @@ def main() -> None:
                 study_seed = seed if name == "first" else 100 + seed
                 study(arguments, runs, name, trials, study_seed, warm=warm)
                 found = look_at(name, str(runs), {}).standing
-                curve = {str(n): front_until(found.found, n, found.before) for n in range(5, trials + 1, 5)}
+                curve = {str(n): front_until(found.found, n, found.before or 0) for n in range(5, trials + 1, 5)}
                 report["studies"].append({"seed": seed, "name": name, "declined": found.before, "hypervolume": curve})
                 print(seed, name, curve, flush=True)
                 write(report, arguments.out)
