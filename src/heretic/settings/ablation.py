@@ -55,7 +55,7 @@ class Directions(Table):
         "Also take out of every direction its part along so many principal axes of the harmless residuals, by a ridge "
         "regression: axes along which they spread most are taken out nearly whole, others partly. 0: none. Keeps every prompt's "
         "residuals in RAM.",
-        when="for research; tested, not measured.",
+        when="for research; on two small models it gained a little on one and lost on the other (benchmarks/README.md).",
         ge=0,
     )
     harmless_ridge: float = setting(

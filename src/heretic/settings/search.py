@@ -185,20 +185,20 @@ class Search(Table):
     direction_per_component: bool = setting(
         False,
         "Trials by kernels draw scope and layer of the direction for attention and for the MLPs, each for itself.",
-        when="for research; two numbers more to search. Tested, not measured.",
+        when="for research; two numbers more to search, and nothing gained in 30 trials on a small model (benchmarks/README.md).",
     )
     widen_bounds: bool = setting(
         False,
         "Let the largest strength of a kernel go beyond its range where the front crowds it: after every 20 trials, if half of the "
         "front is in the uppermost tenth, the upper bound rises by half of the range, three times at most.",
-        when="with `kernels`, where the front lies at the upper bound. Tested, not measured.",
+        when="with `kernels` and many trials, where the front lies at the upper bound; in 30 trials on a small model it never did.",
     )
     warm_start: bool = setting(
         False,
         "Begin with the front of earlier runs in `runs_dir` that were searched by kernels on a model with as many layers of this "
         "width and the same components: at most ten of their trials are measured first. They are looked for once and kept with "
         "the study. Not with `start` = `gradient`, which has its own beginning.",
-        when="for the second study of a model or its sister. Tested, not measured.",
+        when="for the second study of a model or its sister; on a small model it gained a little (benchmarks/README.md).",
     )
     gradient: GradientSettings = setting(GradientSettings(), "The walk by gradient.")
     attention: KernelSpace = setting(
