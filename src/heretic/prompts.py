@@ -21,12 +21,12 @@ FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "par
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one role, in order, what they came from, and how many there are (0: not counted)."""
+    """The prompts of one role, in order, what they came from, and how many are `available` there."""
 
     role: str
     source: str
     prompts: tuple[str, ...]
-    available: int = 0
+    available: int
 
     @property
     def sha256(self) -> str:

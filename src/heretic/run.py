@@ -142,11 +142,20 @@ def run(
 
 def _undone(desk: Desk) -> bool:
     """Whether trials or the export that the settings ask for are still to be made."""
-    if finished(desk.study) < desk.settings.n_trials or Progress.of(desk.study).unsettled():
-        return True
-    picked, wanted = desk.picked(), Path(desk.settings.save_to)
-    made = picked and earlier_export(wanted, desk.folder, picked[0].number, desk.settings)
-    return bool(desk.settings.save_to and picked and not made)
+    return _trials_left(desk) or bool(desk.settings.save_to and desk.picked() and not _written(desk))
+
+
+def _trials_left(desk: Desk) -> bool:
+    """Whether trials are still to be measured, the last ones for the front among them."""
+    return finished(desk.study) < desk.settings.n_trials or bool(Progress.of(desk.study).unsettled())
+
+
+def _written(desk: Desk) -> Export | None:
+    """The export of the chosen trial, if it lies already where the settings want it."""
+    picked, settings = desk.picked(), desk.settings
+    if not picked or not settings.save_to:
+        return None
+    return earlier_export(Path(settings.save_to), desk.folder, picked[0].number, settings)
 
 
 def set_aside(folder: RunFolder, settings: Settings, watcher: Watcher) -> None:
@@ -170,10 +179,9 @@ def work(desk: Desk, workers: int = 1) -> Export | None:
     done = finished(study)
     if done:
         watcher.say(f"Resuming {folder.path}: {done} of {settings.n_trials} trials are done.")
-    picked = desk.picked()
     wanted = Path(settings.save_to) if settings.save_to and not lender() else None
-    export = earlier_export(wanted, folder, picked[0].number, settings) if wanted and picked else None
-    if done >= settings.n_trials and (export or not wanted) and not Progress.of(study).unsettled():
+    export = _written(desk) if wanted else None
+    if (export or not wanted) and not _trials_left(desk):
         watcher.say("The study is complete; nothing is left to do.")
         return export
     if workers > 1 and done < settings.n_trials:
@@ -183,7 +191,7 @@ def work(desk: Desk, workers: int = 1) -> Export | None:
     picked = desk.picked()
     if not wanted or not picked:
         return None
-    if export := earlier_export(wanted, folder, picked[0].number, settings):
+    if export := _written(desk):
         watcher.say(f"Trial {picked[0].number} is still the chosen one, and lies in {wanted} already.")
         return export
     return write_once(desk, picked[0], wanted)

@@ -82,6 +82,15 @@ def read_settings(
     return resolved
 
 
+def settings_of_its_own(run: str, what: str, where: str) -> UserError:
+    """For who names a run together with what the run has already."""
+    return UserError(
+        f"{run} is a run and has its own {what}.",
+        where=where,
+        fix="leave this out, or name the model instead of the run",
+    )
+
+
 def keep_off_the_command_line(storage: str) -> None:
     """Raise UserError for a storage URL with a secret: everybody on the machine can read the command lines of all processes."""
     if not storage:

@@ -23,9 +23,9 @@ from heretic.commands.app import (
     out,
     read_settings,
     run_names,
+    settings_of_its_own,
     watcher_for,
 )
-from heretic.errors import UserError
 from heretic.screen.console import printable
 from heretic.stop import Stop
 
@@ -91,11 +91,8 @@ def geometry(
     if folder is not None:
         ignored = [a for a in assignments or [] if a.partition("=")[0].strip() != "runs_dir"]
         if ignored or config is not None:
-            raise UserError(
-                f"{folder.name} is a run and has its own settings.",
-                where="--config" if config is not None else f"--set {ignored[0]}",
-                fix="leave this out, or name the model instead of the run",
-            )
+            where = "--config" if config is not None else f"--set {ignored[0]}"
+            raise settings_of_its_own(folder.name, "settings", where)
         fixed = {"runs_dir": str(folder.path.parent), "run_name": folder.name}
         settings = stored_settings(folder, os.environ).model_copy(update=fixed)
     else:

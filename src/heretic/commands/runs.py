@@ -26,6 +26,7 @@ from heretic.commands.app import (
     out,
     read_settings,
     run_names,
+    settings_of_its_own,
     watcher_for,
 )
 from heretic.errors import UserError
@@ -156,11 +157,7 @@ def _resolved(
     if folder is None:
         return read_settings(config, assignments, options, quiet=quiet)
     if config is not None or options["run_name"]:
-        raise UserError(
-            f"{model} is a run and has its own settings and name.",
-            where="--config" if config is not None else "--run-name",
-            fix="leave this out, or name the model instead of the run",
-        )
+        raise settings_of_its_own(str(model), "settings and name", "--config" if config is not None else "--run-name")
     fixed = {"model": None, "runs_dir": str(folder.path.parent), "run_name": folder.name}
     return stored(folder, os.environ, options | fixed, assignments or [])
 

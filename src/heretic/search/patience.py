@@ -38,6 +38,11 @@ class Patience:
     stop: Stop | None = None
 
 
+def borne(workers: Workers) -> int:
+    """Seconds without a sign of life after which a worker is taken for dead."""
+    return max(workers.grace_period, 2 * workers.heartbeat)
+
+
 class PatientStorage(optuna.storages.RDBStorage):
     """Optuna's storage in a database, for a server that restarts or a connection that is cut."""
 
@@ -50,8 +55,7 @@ class PatientStorage(optuna.storages.RDBStorage):
 
     def bear_with(self, workers: Workers) -> None:
         """Take a worker for dead after as long as these settings say."""
-        self.heartbeat_interval = workers.heartbeat
-        self.grace_period = max(workers.grace_period, 2 * workers.heartbeat)
+        self.heartbeat_interval, self.grace_period = workers.heartbeat, borne(workers)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """As Optuna's; what was stored in a try whose answer was lost counts as stored."""

@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 
 from heretic.errors import StudyMismatch, UserError, first_line
 from heretic.fingerprint import differences, versions_that_matter
-from heretic.search.patience import Patience, PatientStorage, reason
+from heretic.search.patience import Patience, PatientStorage, borne, reason
 from heretic.search.seal import broken
 from heretic.settings import Settings, Workers
 
@@ -100,7 +100,7 @@ def connect(url: str, workers: Workers | None = None, patience: Patience | None 
                 patience or Patience(),
                 engine_kwargs={"pool_pre_ping": True, "connect_args": SERVER_ARGUMENTS},
                 heartbeat_interval=workers.heartbeat,
-                grace_period=max(workers.grace_period, 2 * workers.heartbeat),
+                grace_period=borne(workers),
             )
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
         lacks_driver = isinstance(error, ImportError)

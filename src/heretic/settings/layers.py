@@ -99,8 +99,7 @@ def _drop_splits_of_others(
         if split in in_file and origins[split] == in_file[split] and origins[source] != in_file.get(source):
             sets = data["prompts"]
             said = sets.get(source.split(".")[1]) if isinstance(sets, dict) else None
-            given = isinstance(said, dict) and "split" in said and said.get("source")
-            if isinstance(said, dict) and given and given != of_file.get(source):
+            if isinstance(said, dict) and "split" in said and said.get("source") not in (None, "", of_file.get(source)):
                 del said["split"], origins[split]
 
 
