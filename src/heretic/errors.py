@@ -36,19 +36,24 @@ EXIT_STATUSES = {
 
 
 class UserError(Exception):
-    """Something the user can put right; the command prints it without a traceback and exits with `exit_status`."""
+    """Something the user can fix; the command prints it without a traceback and exits with `exit_status`.
+
+    `code` names the kind of error in kebab-case. It is stable: scripts and tests compare it, never the text.
+    """
 
     exit_status = 1
+    code = "user-error"
 
-    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+    def __init__(self, what: str, *, code: str | None = None, where: str | None = None, fix: str | None = None) -> None:
         super().__init__(what)
         self.what = what
+        self.code = code or type(self).code
         self.where = where
         self.fix = fix
 
     def __str__(self) -> str:
-        """One to three lines: what, where, what to do."""
-        lines = [self.what]
+        """One to three lines: what and the code, where, what to do."""
+        lines = [self.what if self.code == UserError.code else f"{self.what} [{self.code}]"]
         if self.where:
             lines.append(f"Where: {self.where}")
         if self.fix:
@@ -71,6 +76,7 @@ def disk_error(error: OSError) -> UserError:
     name = str(error.filename or "")
     return UserError(
         f"{error.strerror or error}.",
+        code="disk",
         where=name if len(name) < 300 else f"{name[:300]}…",
         fix="make room, check the permissions or the name, then run the same command again; nothing finished is lost",
     )
@@ -78,6 +84,8 @@ def disk_error(error: OSError) -> UserError:
 
 class OutOfMemory(UserError):
     """Memory ran out where no batch could be made smaller."""
+
+    code = "out-of-memory"
 
 
 def memory_error(error: BaseException) -> OutOfMemory:
@@ -91,29 +99,35 @@ def memory_error(error: BaseException) -> OutOfMemory:
 class SettingsError(UserError):
     """A setting is unknown, of the wrong type, or out of range."""
 
+    code = "invalid-setting"
+
 
 class BusyError(UserError):
     """Another process holds a device or a run."""
 
     exit_status = 3
+    code = "busy"
 
 
 class StudyMismatch(UserError):
     """A stored study was made with settings that give other results."""
 
     exit_status = 4
+    code = "study-mismatch"
 
 
 class VerificationFailed(UserError):
     """The written model is not the model that was measured."""
 
     exit_status = 5
+    code = "verification-failed"
 
 
 class NotReproduced(UserError):
     """A model made again from its manifest differs from the one that the manifest is of."""
 
     exit_status = 6
+    code = "not-reproduced"
 
 
 class Interrupted(Exception):
