@@ -10,6 +10,8 @@ from tiny_families import LAYERS
 
 COLUMNS = ("attached = baked", "removed", "trials in a pass", "padding", "residuals", "decoding", "export")
 STREAMS = "several streams"
+# Families of which this project has run a whole study on real weights, and on which model.
+REAL = {"llama": "SmolLM2-135M-Instruct", "qwen2": "Qwen2.5-Coder-0.5B-Instruct"}
 
 
 def page(found: dict[str, dict[str, Any]]) -> str:
@@ -30,8 +32,8 @@ def page(found: dict[str, dict[str, Any]]) -> str:
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
     """A row a family; what is not "yes" is spelled out in the last column."""
     rows = [
-        f"| family | writers | {' | '.join(COLUMNS)} | what to know |",
-        f"|---|---|{'---|' * len(COLUMNS)}---|",
+        f"| family | real weights | writers | {' | '.join(COLUMNS)} | what to know |",
+        f"|---|---|---|{'---|' * len(COLUMNS)}---|",
     ]
     for family, results in found.items():
         marks = [_mark(results.get(c, "")) for c in COLUMNS]
@@ -39,7 +41,7 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
         said += [f"{k}: {results[k]}" for k in ("not built", "refused", "failed") if k in results]
         said += [results["notes"]] if results.get("notes") else []
         text = "; ".join(said).replace("|", "\\|").replace("\n", " ")
-        rows.append(f"| {family} | {results.get('writers', '')} | {' | '.join(marks)} | {text} |")
+        rows.append(f"| {family} | {REAL.get(family, 'no')} | {results.get('writers', '')} | {' | '.join(marks)} | {text} |")
     return rows
 
 
@@ -56,6 +58,8 @@ models take to ablation. A model that is not in the table is dissected like the 
 
 The columns:
 
+- real weights: the model with which a whole study was run, from the directions to the verified export; "no" where only tiny random
+  models were tried.
 - writers: modules found whose output is added to the residual stream, over all layers. `experts: NAME` is a mixture with all its
   experts.
 - attached = baked: logits with hooks and with rewritten weights differ, in every geometry, by less than 0.2 % of what the edit
