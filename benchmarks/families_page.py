@@ -41,7 +41,9 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
         said += [f"{k}: {results[k]}" for k in ("not built", "refused", "failed") if k in results]
         said += [results["notes"]] if results.get("notes") else []
         text = "; ".join(said).replace("|", "\\|").replace("\n", " ")
-        rows.append(f"| {family} | {REAL.get(family, 'no')} | {results.get('writers', '')} | {' | '.join(marks)} | {text} |")
+        rows.append(
+            f"| {family} | {REAL.get(family, 'no')} | {results.get('writers', '')} | {' | '.join(marks)} | {text} |"
+        )
     return rows
 
 

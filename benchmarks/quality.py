@@ -62,23 +62,16 @@ from heretic.trials import Trials
 
 METHODS: dict[str, dict[str, Any]] = {
     "kernels": {"search.start": "kernels"},
-    "kernels_by_component": {"search.start": "kernels", "search.direction_per_component": True},
-    "kernels_widened": {"search.start": "kernels", "search.widen_bounds": True},
     "mixture": {"search.gradient.direction": "mixture"},
     "per_layer": {"search.gradient.direction": "per_layer"},
     "free": {"search.gradient.direction": "free"},
-    "both": {"search.start": "both"},
     # The default search from other directions.
     "geometric_median": {"directions.method": "geometric_median"},
-    "contrastive_1": {"directions.method": "contrastive_components"},
-    "contrastive_2": {"directions.method": "contrastive_components", "directions.count": 2},
-    "contrastive_3": {"directions.method": "contrastive_components", "directions.count": 3},
     "map_1": {"directions.method": "self_organising_map"},
     "map_2": {"directions.method": "self_organising_map", "directions.count": 2},
     "map_3": {"directions.method": "self_organising_map", "directions.count": 3},
     "rounds_1": {"directions.iterative_rounds": 1},
     "rounds_2": {"directions.iterative_rounds": 2},
-    "atoms_8": {"directions.harmless_atoms": 8},
     "unprojected": {"directions.project_harmless": False},
     # And with one part of it changed.
     "plain": {"ablation.geometry": "plain"},

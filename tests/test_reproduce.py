@@ -80,13 +80,9 @@ def test_the_card_says_which_behaviour_was_reduced(config: Path, llama: Path) ->
         resolve(config, {}, ["behaviour=<b>"])
 
 
-@pytest.mark.parametrize(
-    "more", [("search.direction_per_component=true",), ("search.start=gradient",), ("export_format=lora",)]
-)
-def test_several_directions_and_one_a_component_are_made_again(
-    config: Path, llama: Path, more: tuple[str, ...]
-) -> None:
-    wanted = ("directions.method=contrastive_components", "directions.count=2", "ablation.geometry=plain")
+@pytest.mark.parametrize("more", [("search.start=gradient",), ("export_format=lora",)])
+def test_several_directions_are_made_again(config: Path, llama: Path, more: tuple[str, ...]) -> None:
+    wanted = ("directions.method=self_organising_map", "directions.count=2", "ablation.geometry=plain")
     words = "refusal_markers=['sorry', 'bread', 'a', 'e', 'o']"
     export(config, llama, *wanted, "search.gradient.steps=3", words, *more)
     assert again(Path("out/manifest.json")).verdict == "identical"

@@ -51,7 +51,7 @@ def test_a_run_studies_chooses_exports_and_proves(config: Path, llama: Path) -> 
 
 @pytest.mark.parametrize("geometry", ["plain", "norm_preserving"])
 def test_several_directions_of_a_layer_are_searched_exported_and_proven(config: Path, geometry: str) -> None:
-    wanted = ("directions.method=contrastive_components", "directions.count=2", "directions.iterative_rounds=1")
+    wanted = ("directions.method=self_organising_map", "directions.count=2", "directions.iterative_rounds=1")
     outcome = do(config, *wanted, f"ablation.geometry={geometry}", "n_trials=2", "save_to=out")
     stored = RunFolder(outcome.folder.path, outcome.folder.stamp).directions(SILENT)
     assert stored is not None and stored.count == 4

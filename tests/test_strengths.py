@@ -142,12 +142,6 @@ def test_what_ends_the_walk_is_not_taken_for_a_reason_to_give_it_up(
     assert [(r.params, r.scores.declined) for r in again.found] == [(r.params, r.scores.declined) for r in whole.found]
 
 
-def test_both_kinds_of_trials_in_one_study(config: Path) -> None:
-    outcome = do(config, 'search.start="both"', "n_trials=10", "search.n_startup_trials=8")
-    kinds = {r.params["start"] for r in outcome.found}
-    assert kinds == {"gradient", "kernels"}
-
-
 def test_where_memory_is_short_blocks_are_computed_twice_and_then_it_is_kernels(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

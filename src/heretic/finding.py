@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-import torch
-from torch import Tensor
-
 from heretic.ablation.ablation import Ablation, Workbench
 from heretic.ablation.attach import attach
 from heretic.ablation.directions import Directions, made_unit
-from heretic.ablation.harmless import without_atoms, without_mean
+from heretic.ablation.harmless import without_mean
 from heretic.ablation.methods import METHODS
 from heretic.ablation.operator import Operator
 from heretic.ablation.residual_geometry import Sample, Survey
@@ -19,7 +16,7 @@ from heretic.errors import UserError
 from heretic.machine.demand import SHARE_FOR_RESIDUALS
 from heretic.machine.host import memory, spell_bytes
 from heretic.model.batching import Batcher
-from heretic.model.capture import ResidualMeans, bytes_of_each, mean_residuals
+from heretic.model.capture import bytes_of_each, mean_residuals
 from heretic.model.loading import LanguageModel
 from heretic.settings import Directions as Wanted
 
@@ -68,22 +65,9 @@ def find_directions(
         if seen is not None:
             seen.take((bad, good), (samples[0], samples[1]))
         vectors = method.find(bad, good, wanted.count, model.device)
-        if vectors.shape[1] < wanted.count:
-            raise UserError(
-                f"So few prompts give {vectors.shape[1]} directions at most.",
-                where="directions.count",
-                fix="lower it, or give more prompts to harmful_train and harmless_train",
-            )
-        found = made_unit(_cleaned(vectors, good, wanted, model.device), found)
+        found = made_unit(without_mean(vectors, good) if wanted.project_harmless else vectors, found)
     assert found is not None
     return found
-
-
-def _cleaned(vectors: Tensor, harmless: ResidualMeans, wanted: Wanted, device: torch.device | str) -> Tensor:
-    """Without what harmless prompts need, as far as the settings ask for it."""
-    if wanted.harmless_atoms:
-        vectors = without_atoms(vectors, harmless, wanted.harmless_atoms, wanted.harmless_ridge, device)
-    return without_mean(vectors, harmless) if wanted.project_harmless else vectors
 
 
 def _removing(model: LanguageModel, directions: Directions) -> dict[str, Operator]:
@@ -95,10 +79,9 @@ def _removing(model: LanguageModel, directions: Directions) -> dict[str, Operato
 def _check_room(model: LanguageModel, prompts: int, wanted: Wanted) -> None:
     needed, free = bytes_of_each(model, prompts), memory()[1]
     if needed > SHARE_FOR_RESIDUALS * free:
-        why = "directions.method" if METHODS[wanted.method].needs_each else "directions.harmless_atoms"
         raise UserError(
             f"The residuals of all {prompts} prompts need {spell_bytes(needed)}; of RAM, {spell_bytes(free)} are free, and half "
             "of that may be used.",
-            where=why,
+            where="directions.method",
             fix='fewer prompts in prompts.harmful_train and harmless_train, or directions.method = "mean_difference"',
         )

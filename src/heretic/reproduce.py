@@ -300,13 +300,12 @@ def _check_fit(manifest: Manifest, model: LanguageModel, directions: Directions 
     sizes = [(f"strengths.{component}", len(profile), layers) for component, profile in edit.strengths.items()]
     sizes += [("mixture", len(edit.mixture), layers)] if edit.mixture is not None else []
     sizes += [("vector", len(edit.vector), each * width)] if edit.vector is not None else []
-    sizes += [(f"mixtures.{c}", len(m), layers) for c, m in (edit.mixtures or {}).items() if m is not None]
     if directions is not None:
         sizes += [("directions", directions.num_layers, layers), ("each direction", directions.vectors.shape[1], width)]
         sizes += [("each layer", directions.count * width, each * width)]
     problems = [
         f"there is no component {name[:60]!r}; it has {', '.join(model.anatomy.components)}"
-        for name in {**edit.strengths, **(edit.mixtures or {})}
+        for name in edit.strengths
         if name not in model.anatomy.components
     ]
     problems += [

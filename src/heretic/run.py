@@ -43,7 +43,6 @@ from heretic.search.storage import (
     unwritable,
 )
 from heretic.search.study import finished, optimise
-from heretic.search.warm_start import WARM_START, warm_start
 from heretic.session import LoadPlan, read_template
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved
@@ -204,10 +203,7 @@ def go_on(desk: Desk) -> None:
     About.session(session).keep(desk.study)
     walk = parallel.agree(lambda: find_walk(desk.study, session, desk.folder, desk.shelf))
     space = session.space(walk)
-    width = session.bench.language_model.anatomy.width
-    with desk.shelf.thing("the trials to begin with", lambda: WARM_START in desk.study.user_attrs):
-        warm = warm_start(desk.study, space, desk.folder, width, desk.watcher)
-    trials = Trials(session, desk.folder, space, warm)
+    trials = Trials(session, desk.folder, space)
     measurer = parallel.Led(trials) if parallel.size() > 1 else trials
     with reporting(desk) as reporter:
         optimise(

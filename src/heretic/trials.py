@@ -19,19 +19,17 @@ from heretic.scoring.judges import OrMarkers
 from heretic.scoring.ladder import Measured, Scores
 from heretic.scoring.refusals import RefusalCount
 from heretic.scoring.verdict import REFUSAL
-from heretic.search.bounds import widened
 from heretic.search.space import Space
 from heretic.session import Session
 
 
 @dataclass(frozen=True)
 class Trials:
-    """Measures trials on a session; `warm` are parameters from earlier runs to begin with."""
+    """Measures trials on a session."""
 
     session: Session
     folder: RunFolder
     space: Space
-    warm: Sequence[dict[str, Any]] = ()
 
     def together(self, before: int | None) -> int:
         """How many to run at once: as the settings say; with `trials_per_batch = 0` what an earlier session measured to pay,
@@ -82,13 +80,11 @@ class Trials:
 
     def draw(self, trial: optuna.Trial | optuna.trial.FixedTrial) -> Ablation:
         """A trial's ablation; what was drawn once stays, and one that is fixed has it all."""
-        if isinstance(trial, optuna.trial.FixedTrial):
-            return self.space.sample(trial)
-        return widened(trial.study, self.space).sample(trial)
+        return self.space.sample(trial)
 
     def starts(self) -> list[dict[str, Any]]:
         """Parameters of the trials to begin with."""
-        return [*self.space.starts(), *self.warm]
+        return self.space.starts()
 
     def _together(
         self, trials: Sequence[optuna.Trial], ablations: Sequence[Ablation], beaten: Callable[[float, float], bool]

@@ -36,9 +36,6 @@ ABLATIONS = {
     "a mixture of all layers": Ablation(
         {"attention": (0.0, 0.5, 1.5, 0.2), "mlp": (0.0, 0.0, 0.3, 1.0)}, (1, -0.5, 2, 0)
     ),
-    "a direction for each component": Ablation.of_kernels(
-        {"attention": Kernel(0.7, 3.0, 0.2, 2.0), "mlp": Kernel(1.4, 1.0, 0.9, 2.5)}, 4, {"attention": None, "mlp": 1.6}
-    ),
     "neighbours": Ablation({"attention": (0.0, 0.5, 1.5, 0.2)}, None, shift=-0.4),
 }
 

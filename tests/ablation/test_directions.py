@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from heretic.ablation.directions import Directions, between, made_unit, orthonormal
-from heretic.ablation.harmless import without_atoms, without_mean
+from heretic.ablation.harmless import without_mean
 from heretic.ablation.methods.mean_difference import mean_difference
 from heretic.errors import UserError
 from heretic.files import read_tensors, write_tensors
@@ -110,20 +110,6 @@ def test_orthonormal_rows_are_what_the_matrix_makes_and_a_row_too_many_becomes_n
     assert torch.autograd.gradcheck(lambda r: orthonormal(r)[0], (rows.requires_grad_(),))
     double, _ = orthonormal(torch.stack([rows[0], 2 * rows[0], rows[1]]).detach())
     assert double[1].norm() < 1e-6 and double[2].norm() == pytest.approx(1)
-
-
-def test_atoms_are_taken_out_by_their_share_of_the_spread() -> None:
-    torch.manual_seed(0)
-    axes = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q[:2]
-    spread = torch.tensor([[3.0, 0], [-3.0, 0], [0, 1.0], [0, -1.0]], dtype=torch.float64) @ axes  # variances 9 : 1
-    points = (spread + 5).float().unsqueeze(1).expand(-1, 6, -1)
-    harmless = ResidualMeans(points.double().mean(dim=0), 4, points)
-    vectors = axes.sum(dim=0).expand(6, 1, 16)
-    left = without_atoms(vectors, harmless, 2, 0.1, "cpu") @ axes.T
-    assert torch.allclose(left[:, 0], torch.tensor([1 - 1 / 1.1, 1 - (1 / 9) / (1 / 9 + 0.1)]).double(), atol=1e-5)
-    assert torch.allclose(
-        without_atoms(vectors, harmless, 1, 0.0, "cpu") @ axes.T, torch.tensor([0.0, 1.0]).double(), atol=1e-5
-    )
 
 
 def test_several_are_stored_and_a_file_of_the_older_layout_is_read(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import torch
 
 from heretic.ablation.directions import made_unit
 from heretic.ablation.methods import METHODS
-from heretic.ablation.methods.contrastive_components import contrastive_components
 from heretic.ablation.methods.geometric_median import geometric_median, median
 from heretic.ablation.methods.self_organising_map import self_organising_map, trained
 from heretic.model.capture import ResidualMeans
@@ -76,17 +75,6 @@ def test_a_median_of_equal_prompts_is_that_prompt() -> None:
     assert torch.allclose(median(each, "cpu"), torch.ones(LAYERS, WIDTH).double())
     found = geometric_median(ResidualMeans(each.double()[0], 5, each), residuals(2), 1, "cpu")
     assert torch.isfinite(found).all()
-
-
-def test_contrastive_components_are_eigenvectors_of_the_difference_of_the_spreads() -> None:
-    bad, good = residuals(1, lean=2.0), residuals(2, 30)
-    found = contrastive_components(bad, good, 4, "cpu")
-    for layer in range(LAYERS):
-        a, b = (r.whole[:, layer].double() - good.whole[:, layer].double().mean(dim=0) for r in (bad, good))
-        values, vectors = torch.linalg.eigh(a.T @ a / len(a) - b.T @ b / len(b))
-        for n in range(4):
-            assert abs(float(found[layer, n] @ vectors[:, -1 - n])) == pytest.approx(1, abs=1e-6)
-        assert values[-1] > values[-2]
 
 
 def test_a_map_finds_the_groups_that_there_are() -> None:

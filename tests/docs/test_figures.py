@@ -39,8 +39,6 @@ def read(name: str) -> dict[str, Any]:
     if "searches" in found:
         fronts = {search["method"]: next(iter(search["fronts"].values())) for search in found["searches"]}
         found["hypervolumes"] = {method: front["hypervolume"] for method, front in fronts.items()}
-    if name == "warm_start.json":
-        found["last"] = [list(study["hypervolume"].values())[-1] for study in found["studies"]]
     if name == "families.json":
         checks = ("attached = baked", "removed", "trials in a pass", "padding", "residuals", "decoding", "export")
         passing = sum(all(row.get(check) in ("yes", "-") for check in checks) for row in found.values())

@@ -55,7 +55,7 @@ def test_a_control_vector(
 def test_several_directions_a_layer_are_all_written(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = ("directions.method=contrastive_components", "directions.count=2", "directions.iterative_rounds=1")
+    wanted = ("directions.method=self_organising_map", "directions.count=2", "directions.iterative_rounds=1")
     folder = run(resolve(config, {"n_trials": 1, "run_name": "mine"}, wanted), watcher=SILENT, stop=Stop()).folder
     directions = folder.directions(SILENT)
     assert directions is not None and directions.further is not None and directions.count == 4

@@ -20,7 +20,7 @@ from heretic.search import storage
 from tests.command import start
 from tests.faults.conftest import Amount, Tally, only_full
 
-RUN = ("run", "--run-name", "mine", "--save-to", "out", "--set", 'search.start="both"', "--set",
+RUN = ("run", "--run-name", "mine", "--save-to", "out", "--set", 'search.start="gradient"', "--set",
        "search.gradient.weights=[0.1,0.5]", "--set", "search.gradient.steps=2", "--trials", "4")  # fmt: skip
 
 

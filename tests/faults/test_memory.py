@@ -18,7 +18,7 @@ from tests.command import Ran, heretic
 from tests.faults.conftest import Amount, Tally
 from tests.faults.room import Room, moments
 
-ARGUMENTS = ("run", "--run-name", "mine", "--set", 'search.start="both"', "--set", "search.gradient.weights=[0.1]",
+ARGUMENTS = ("run", "--run-name", "mine", "--set", 'search.start="gradient"', "--set", "search.gradient.weights=[0.1]",
              "--set", "search.gradient.steps=2", "--set", "batch_size=8")  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from heretic.files import read_tensors, sha256
 from tests.command import start
 from tests.faults.conftest import Amount, Tally
 
-RUN = ("run", "--run-name", "mine", "--set", 'search.start="both"', "--set", "search.gradient.weights=[0.1]",
+RUN = ("run", "--run-name", "mine", "--set", 'search.start="gradient"', "--set", "search.gradient.weights=[0.1]",
        "--set", "search.gradient.steps=2")  # fmt: skip
 
 

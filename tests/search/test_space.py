@@ -7,7 +7,7 @@ import pytest
 
 from heretic.search.space import Space, describe
 from heretic.search.walk import Point, Walk, shifted
-from heretic.settings import KernelSpace, Search
+from heretic.settings import Search
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -43,9 +43,8 @@ def test_a_fixed_range_is_a_fixed_value() -> None:
     assert ablation.mixture is not None and list(ablation.mixture).index(1.0) == 10
 
 
-@pytest.mark.parametrize("start", ["gradient", "both"])
-def test_a_walks_points_are_the_starts_the_strict_one_first(start: str) -> None:
-    space = Space(Search(start=start), 4, ["attention", "mlp"], WALK)  # type: ignore[arg-type]
+def test_a_walks_points_are_the_starts_the_strict_one_first() -> None:
+    space = Space(Search(), 4, ["attention", "mlp"], WALK)
     found = [space.from_params(params) for params in space.starts()]
     assert found == [STRICT.ablation, GENTLE.ablation]
     assert describe(space.starts()[0]) == "walk 1.00"
@@ -60,13 +59,8 @@ def test_draws_around_a_walk_rebuild_and_leave_what_it_left_alone() -> None:
         assert sum(ablation.mixture or ()) == pytest.approx(1.0)
 
 
-def test_both_halves_are_drawn_and_a_walk_that_failed_leaves_kernels() -> None:
-    space = Space(Search(start="both"), 4, ["attention", "mlp"], WALK)
-    drawn = trials(40)
-    for trial in drawn:
-        space.sample(trial)
-    assert 10 < sum("walk.point" in t.params for t in drawn) < 30
-    without = Space(Search(start="both"), 4, ["attention", "mlp"], Walk((), "no backward"))
+def test_a_walk_that_failed_leaves_kernels() -> None:
+    without = Space(Search(), 4, ["attention", "mlp"], Walk((), "no backward"))
     (trial,) = trials(1)
     without.sample(trial)
     assert "direction_scope" in trial.params and without.starts() == []
@@ -86,39 +80,3 @@ def test_a_walk_comes_back_from_the_study_as_it_was() -> None:
     assert Walk.of(study) is None
     WALK.keep(study)
     assert Walk.of(study) == WALK and WALK.reach == (1, 3)
-
-
-def test_each_component_can_have_a_direction_of_its_own() -> None:
-    space = Space(Search(direction_per_component=True), 25, ["attention", "mlp"])
-    differ = 0
-    for trial in trials(60):
-        ablation = space.sample(trial)
-        assert (
-            ablation.mixture is None
-            and ablation.mixtures is not None
-            and set(ablation.mixtures) == {"attention", "mlp"}
-        )
-        for component, mixture in ablation.mixtures.items():
-            assert (mixture is None) == (trial.params[f"{component}.direction_scope"] == "per_layer")
-        differ += ablation.mixtures["attention"] != ablation.mixtures["mlp"]
-        assert space.from_params(trial.params) == ablation
-        assert describe(trial.params) == "per component"
-        assert set(ablation.as_dict()["mixtures"]) == {"attention", "mlp"}
-    assert differ > 40
-
-
-def test_parameters_of_another_study_are_moved_into_these_bounds() -> None:
-    wide = Space(Search(attention=KernelSpace(max_weight=[2.0, 3.0])), 25, ["attention", "mlp"])
-    (trial,) = trials(1)
-    wide.sample(trial)
-    params = trial.params
-    fitted = Space(Search(), 25, ["attention", "mlp"]).fitted(params)
-    assert fitted is not None and fitted["attention.max_weight"] == 1.5
-    assert {k: v for k, v in fitted.items() if k != "attention.max_weight"} == {
-        k: v for k, v in params.items() if k != "attention.max_weight"
-    }
-    assert Space(Search(start="both"), 25, ["attention", "mlp"]).fitted(params) == fitted | {"start": "kernels"}
-    assert Space(Search(), 25, ["attention", "mlp"]).fitted({"walk.point": 1.0}) is None
-    assert Space(Search(direction_per_component=True), 25, ["attention", "mlp"]).fitted(params) is None
-    only = Space(Search(direction_scope=["global"]), 25, ["attention", "mlp"])
-    assert only.fitted(params | {"direction_scope": "per_layer"}) is None

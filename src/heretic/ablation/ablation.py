@@ -25,30 +25,19 @@ class Ablation:
     `strengths`: by component, one number a layer; exactly 0 leaves the writers there untouched. `mixture`: coefficients over
     the layers' directions [layers] of the one direction that is removed everywhere; None: each layer's own is, mixed with its
     neighbour's where `shift` is not 0 (in layers, to later ones). `vector`: a direction [width] of its own instead, for all
-    layers, or several one behind the other [count x width]. `mixtures`: by component, what stands in place of `mixture`. Tensors
-    may be given to have gradients.
+    layers, or several one behind the other [count x width]. Tensors may be given to have gradients.
     """
 
     strengths: Mapping[str, Numbers]
     mixture: Numbers | None = None
     shift: float = 0.0
     vector: Numbers | None = None
-    mixtures: Mapping[str, Numbers | None] | None = None
 
     @classmethod
-    def of_kernels(
-        cls, kernels: Mapping[str, Kernel], layers: int, index: float | Mapping[str, float | None] | None = None
-    ) -> Ablation:
-        """Strengths by kernels, one a component; the direction at a layer index for all, or each layer's own (None), or either by
-        component."""
+    def of_kernels(cls, kernels: Mapping[str, Kernel], layers: int, index: float | None = None) -> Ablation:
+        """Strengths by kernels, one a component; the direction at a layer index for all, or each layer's own (None)."""
         strengths = {c: tuple(kernel.strength(layer) for layer in range(layers)) for c, kernel in kernels.items()}
-
-        def mixture(at: float | None) -> tuple[float, ...] | None:
-            return None if at is None else between(at, layers)
-
-        if isinstance(index, Mapping):
-            return cls(strengths, mixtures={component: mixture(at) for component, at in index.items()})
-        return cls(strengths, mixture(index))
+        return cls(strengths, None if index is None else between(index, layers))
 
     def strength(self, writer: Writer) -> float | Tensor:
         """Strength at a writer."""
@@ -59,10 +48,7 @@ class Ablation:
         """As plain data, for manifests."""
         strengths = {component: [float(s) for s in profile] for component, profile in self.strengths.items()}
         mixture, vector = (None if part is None else [float(c) for c in part] for part in (self.mixture, self.vector))
-        told = {"strengths": strengths, "mixture": mixture, "shift": self.shift, "vector": vector}
-        if self.mixtures is None:
-            return told
-        return told | {"mixtures": {c: None if m is None else [float(x) for x in m] for c, m in self.mixtures.items()}}
+        return {"strengths": strengths, "mixture": mixture, "shift": self.shift, "vector": vector}
 
 
 @dataclass(frozen=True)
@@ -131,7 +117,7 @@ class Workbench:
         return found
 
     def _mix(self, ablation: Ablation, writer: Writer) -> Tensor:
-        mixture = ablation.mixture if ablation.mixtures is None else ablation.mixtures.get(writer.component)
+        mixture = ablation.mixture
         if mixture is None:
             mixture = between(writer.layer + ablation.shift, self.directions.num_layers)
         return torch.as_tensor(mixture, dtype=self.directions.vectors.dtype)

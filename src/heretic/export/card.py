@@ -136,8 +136,6 @@ def _direction(ablation: Ablation, directions: int) -> str:
         return f"{directions} at right angles, of each {_direction(ablation, 1)}"
     if ablation.vector is not None:
         return "one for all layers, found by gradient (in the manifest)"
-    if ablation.mixtures is not None:
-        return "one for each component (in the manifest)"
     if ablation.mixture is None:
         return "each layer's own"
     parts = [abs(float(c)) for c in ablation.mixture]

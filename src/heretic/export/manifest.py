@@ -108,12 +108,11 @@ class Edit(_Part):
     mixture: Numbers | None = None
     shift: Number = 0.0
     vector: Numbers | None = None
-    mixtures: dict[str, Numbers | None] | None = None
 
     @property
     def ablation(self) -> Ablation:
         """The ablation itself."""
-        return Ablation(self.strengths, self.mixture, self.shift, self.vector, self.mixtures)
+        return Ablation(self.strengths, self.mixture, self.shift, self.vector)
 
 
 class Sought(_Part):

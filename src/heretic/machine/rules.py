@@ -158,7 +158,7 @@ def iterative_rounds(facts: Facts) -> Iterator[Finding]:
             f"The residuals of every prompt take {spell_bytes(plan.residuals)} in each of {1 + rounds} rounds; of RAM, "
             f"{spell_bytes(facts.ram)} are free, and half of that may be used."
         )
-        fix = 'directions.method = "mean_difference" and directions.harmless_atoms = 0; or fewer prompts to train on'
+        fix = 'directions.method = "mean_difference", or fewer prompts to train on'
         yield Finding("failure", "directions", text, fix)
     elif rounds and plan.fits:
         yield Finding(

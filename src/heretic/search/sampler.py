@@ -31,7 +31,6 @@ def sampler(settings: Settings, number: int) -> BaseSampler:
             seed=(settings.seed * 1_000_003 + number) % 2**32,
             n_startup_trials=settings.search.n_startup_trials,
             multivariate=True,
-            group=settings.search.start == "both",  # trials of the two kinds have other parameters
             constant_liar=True,  # what is under way, here or elsewhere, counts as bad: others are drawn apart from it
         )
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ SHIFT = 1.0  # layers
 
 @dataclass(frozen=True)
 class Space:
-    """The ablations of a model with so many layers and these components: kernels, or what lies around a walk, or both."""
+    """The ablations of a model with so many layers and these components: kernels, or what lies around a walk."""
 
     search: Search
     num_layers: int
@@ -32,15 +31,11 @@ class Space:
         walk = self.walk
         if walk is None or not walk.points or self.search.start == "kernels":
             return self._around_kernels(trial)
-        if self.search.start == "both" and trial.suggest_categorical("start", ["gradient", "kernels"]) == "kernels":
-            return self._around_kernels(trial)
         return self._around_walk(trial, walk)
 
     def from_params(self, params: Mapping[str, Any]) -> Ablation:
         """The ablation that a stored trial's parameters stand for."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # bounds may have been wider when it was drawn
-            return self.sample(optuna.trial.FixedTrial(dict(params)))
+        return self.sample(optuna.trial.FixedTrial(dict(params)))
 
     def starts(self) -> list[dict[str, Any]]:
         """Parameters of the walk's own points, which are tried first, the strict ones before the gentle ones."""
@@ -49,19 +44,7 @@ class Space:
         middle: dict[str, Any] = {name: 1.0 for name in self._gains}
         if self.walk.has_neighbours:
             middle["walk.shift"] = 0.0
-        if self.search.start == "both":
-            middle["start"] = "gradient"
         return [middle | {"walk.point": float(i)} for i in reversed(range(len(self.walk.points)))]
-
-    def fitted(self, params: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Parameters of a trial by kernels in another study as this space has them, moved to the nearest bound where they are
-        outside; None if they are of another kind."""
-        fitting = _Fitting(dict(params))
-        try:
-            self._around_kernels(fitting)
-        except KeyError:
-            return None
-        return fitting.fitted | ({"start": "kernels"} if self.search.start == "both" else {})
 
     @property
     def _gains(self) -> list[str]:
@@ -81,42 +64,16 @@ class Space:
         """All parameters are drawn for every trial, so that TPE sees one space without branches."""
         search, depth = self.search, self.num_layers - 1
 
-        def index(prefix: str) -> float | None:
-            scope = trial.suggest_categorical(f"{prefix}direction_scope", search.direction_scope)
-            at = trial.suggest_float(f"{prefix}direction_index", *(share * depth for share in search.direction_index))
-            return at if scope == "global" else None
-
-        where = {c: index(f"{c}.") for c in self.components} if search.direction_per_component else index("")
+        scope = trial.suggest_categorical("direction_scope", search.direction_scope)
+        at = trial.suggest_float("direction_index", *(share * depth for share in search.direction_index))
         kernels = {c: _kernel(trial, c, getattr(search, c), depth) for c in self.components}
-        return Ablation.of_kernels(kernels, self.num_layers, where)
-
-
-class _Fitting(optuna.trial.FixedTrial):
-    """Parameters given elsewhere, within the bounds that are asked for here. Raises KeyError for one that is not among them."""
-
-    def __init__(self, given: dict[str, Any]) -> None:
-        super().__init__(given)
-        self.given, self.fitted = given, dict[str, Any]()
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
-    ) -> float:
-        self.fitted[name] = min(max(float(self.given[name]), low), high)
-        return float(self.fitted[name])
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        if self.given[name] not in choices:
-            raise KeyError(name)
-        self.fitted[name] = self.given[name]
-        return self.fitted[name]
+        return Ablation.of_kernels(kernels, self.num_layers, at if scope == "global" else None)
 
 
 def describe(params: Mapping[str, Any]) -> str:
     """In two words, where a trial's ablation comes from."""
     if "walk.point" in params:
         return f"walk {params['walk.point']:.2f}"
-    if "direction_scope" not in params:
-        return "per component"
     return "per layer" if params["direction_scope"] == "per_layer" else f"layer {params['direction_index']:.1f}"
 
 

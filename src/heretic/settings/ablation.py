@@ -8,7 +8,7 @@ from pydantic import ValidationInfo, field_validator
 
 from heretic.settings.field import Table, setting
 
-DirectionMethod = Literal["mean_difference", "geometric_median", "contrastive_components", "self_organising_map"]
+DirectionMethod = Literal["mean_difference", "geometric_median", "self_organising_map"]
 GIVE_ONE = {"mean_difference", "geometric_median"}
 Geometry = Literal["plain", "row_normalized", "norm_preserving"]
 
@@ -19,9 +19,8 @@ class Directions(Table):
     method: DirectionMethod = setting(
         "mean_difference",
         "`mean_difference`: mean residual of harmful minus harmless prompts. `geometric_median`: of their geometric medians, which "
-        "single prompts cannot pull away. `contrastive_components`: the axes along which harmful prompts spread and harmless "
-        "ones do not. `self_organising_map`: neurons of a map of the harmful prompts, minus the harmless mean. The last two give "
-        "several directions. All but the first keep every prompt's residuals in RAM (prompts x layers x width x 4 bytes).",
+        "single prompts cannot pull away. `self_organising_map`: neurons of a map of the harmful prompts, minus the harmless mean; "
+        "it can give several. All but the first keep every prompt's residuals in RAM, prompts x layers x width x 4 bytes.",
         when=(
             "to study directions; on two small models none of the others beat the default by more than seeds differ "
             '(benchmarks/README.md, "What each part brings").'
@@ -29,10 +28,10 @@ class Directions(Table):
     )
     count: int = setting(
         1,
-        "Directions of a layer, all removed with the same strength; more than one needs `contrastive_components` or "
-        "`self_organising_map`. What the geometries keep of a writer in RAM grows with it (layers x directions x width x 4 bytes; "
+        "Directions of a layer, all removed with the same strength; more than one needs `self_organising_map`. What "
+        " the geometries keep of a writer in RAM grows with it (layers x directions x width x 4 bytes; "
         "`plain` keeps nothing).",
-        when="with the methods that give several; more directions change the model more, so look at the KL.",
+        when="with `self_organising_map`; more directions change the model more, so look at the KL.",
         ge=1,
         le=8,
     )
@@ -50,20 +49,6 @@ class Directions(Table):
         "leaves what ordinary requests have in common alone.",
         when="false to have the plain difference of means, as in the paper.",
     )
-    harmless_atoms: int = setting(
-        0,
-        "Also take out of every direction its part along so many principal axes of the harmless residuals, by a ridge "
-        "regression: axes along which they spread most are taken out nearly whole, others partly. 0: none. Keeps every prompt's "
-        "residuals in RAM.",
-        when="for research; on two small models it gained a little on one and lost on the other (benchmarks/README.md).",
-        ge=0,
-    )
-    harmless_ridge: float = setting(
-        0.1,
-        "The ridge of `harmless_atoms`: an axis with a share s of the largest axis's variance is taken out to s / (s + ridge).",
-        when="with `harmless_atoms`: smaller takes more out.",
-        ge=0,
-    )
     winsorize: float = setting(
         1.0,
         "Clip the components of every residual vector to this quantile of their magnitudes before averaging; "
@@ -77,8 +62,8 @@ class Directions(Table):
 
     @property
     def keeps_each(self) -> bool:
-        """Whether the residuals of every prompt are kept in RAM, for the method or for `harmless_atoms`."""
-        return self.method != "mean_difference" or self.harmless_atoms > 0
+        """Whether the residuals of every prompt are kept in RAM."""
+        return self.method != "mean_difference"
 
     @property
     def per_layer(self) -> int:

@@ -142,22 +142,19 @@ class GradientSettings(Table):
 class Search(Table):
     """What the study searches, and how."""
 
-    start: Literal["gradient", "kernels", "both"] = setting(
+    start: Literal["gradient", "kernels"] = setting(
         "gradient",
         "`gradient`: first a walk by gradient from gentle to strict ablations; its points are the first trials, and the "
-        "search goes on around them. `kernels`: four numbers a component, from nothing. `both`: trials of either kind. Where "
-        "gradients are impossible it is `kernels`, and that is said.",
-        when=(
-            "`kernels` to search as other tools do, or where memory is too short for gradients; `both` for a "
-            "wider and slower search."
-        ),
+        "search goes on around them. `kernels`: four numbers a component, from nothing. Where gradients are impossible it is "
+        "`kernels`, and heretic says so.",
+        when="`kernels` to search as other tools do, or where memory is too short for gradients.",
     )
     n_startup_trials: int = setting(
         30,
         "Until so many trials are finished, others are drawn at random; then TPE models the results.",
         when=(
-            "down to 10 for studies of 30 to 50 trials: the walk's points and warm starts count among them, and "
-            "with as many as `n_trials` TPE is never asked."
+            "down to 10 for studies of 30 to 50 trials: the walk's points count among them, and with as many as "
+            "`n_trials` TPE is never asked."
         ),
         ge=0,
     )
@@ -182,28 +179,10 @@ class Search(Table):
         "Range of the layer that gives the global direction, as a share of the depth.",
         when="where the report shows that the best trials crowd one end. Only for trials by kernels.",
     )
-    direction_per_component: bool = setting(
-        False,
-        "Trials by kernels draw scope and layer of the direction for attention and for the MLPs, each for itself.",
-        when="for research; two numbers more to search, and nothing gained in 30 trials on a small model (benchmarks/README.md).",
-    )
-    widen_bounds: bool = setting(
-        False,
-        "Let the largest strength of a kernel go beyond its range where the front crowds it: after every 20 trials, if half of the "
-        "front is in the uppermost tenth, the upper bound rises by half of the range, three times at most.",
-        when="with `kernels` and many trials, where the front lies at the upper bound; in 30 trials on a small model it never did.",
-    )
-    warm_start: bool = setting(
-        False,
-        "Begin with the front of earlier runs in `runs_dir` that were searched by kernels on a model with as many layers of this "
-        "width and the same components: at most ten of their trials are measured first. They are looked for once and kept with "
-        "the study. Not with `start` = `gradient`, which has its own beginning.",
-        when="for the second study of a model or its sister; on a small model it gained a little (benchmarks/README.md).",
-    )
     gradient: GradientSettings = setting(GradientSettings(), "The walk by gradient.")
     attention: KernelSpace = setting(
         KernelSpace(),
-        "The kernel over attention output projections: for trials by kernels (`start` = `kernels` or `both`, or no walk).",
+        "The kernel over attention output projections: for trials by kernels (`start` = `kernels`, or no walk).",
     )
     mlp: KernelSpace = setting(
         KernelSpace(max_weight=[-0.25, 1.5]), "The kernel over MLP down projections: as for attention."

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heretic.ablation.methods.contrastive_components import contrastive_components
 from heretic.ablation.methods.geometric_median import geometric_median
 from heretic.ablation.methods.mean_difference import mean_difference
 from heretic.ablation.methods.self_organising_map import self_organising_map
@@ -34,6 +33,5 @@ class Method:
 METHODS = {
     "mean_difference": Method(mean_difference, needs_each=False),
     "geometric_median": Method(geometric_median),
-    "contrastive_components": Method(contrastive_components),
     "self_organising_map": Method(self_organising_map),
 }
