@@ -162,8 +162,7 @@ is attached scores what the written model scores is tested, and every export is 
 - Every search has `max_response_length = 32` (default 100), `search.n_startup_trials = 10` (default 30), float32, 100 + 100 prompts
   for the directions, and what its command sets; all other settings are the defaults.
 - The folders of heretic-llm 1.4.0 were made with float32, 32 tokens (default 100), 10 random trials at the start (default 60),
-  and the
-  number of trials of their file (default 200); all other settings are its defaults.
+  and the number of trials of their file (default 200); all other settings are its defaults.
 - "Search": its time, the walk included, measurements on these prompts left out. It compares only within a file.
 - The methods are those of `METHODS` in quality.py: `free` is the default, `mixture` and `per_layer` other directions of the walk,
   `kernels` the search without a walk.
