@@ -21,7 +21,7 @@ from heretic.settings.layers import resolve
 from heretic.stop import Stop
 from tests.command import heretic
 from tests.export.tiny_gguf import save_tiny_gguf
-from tests.tiny import save_tiny
+from tests.tiny import TEMPLATE, save_tiny
 from tests.tiny_quantised import save_fp8, save_mxfp4
 
 
@@ -62,7 +62,7 @@ def test_the_same_bit_for_bit(config: Path, family: str, assignment: str, tmp_pa
     assert {p.name for p in Path("again").iterdir()} == {p.name for p in out.iterdir()}
     told = json.loads(Path("again/manifest.json").read_text())
     assert told["reproduced"]["verdict"] == "identical"
-    assert "made again from its manifest: identical" in Path("again/README.md").read_text()
+    assert told["files"].keys() >= {"README.md", "heretic/directions.safetensors", *found.files}
     shutil.rmtree(out)
     assert again(Path("again"), "third").verdict == "identical", "what was made again is as good as the first"
     assert not list(Path().glob(".*"))
@@ -358,3 +358,54 @@ def test_remote_code_is_not_trusted_because_a_manifest_says_so(out: Path, llama:
     change(out / "manifest.json", lambda m: m["model"].update(name=str(base)))
     with pytest.raises(UserError, match="only be loaded by running Python code"):
         again(out)
+
+
+def test_scores_of_a_manifest_are_not_called_measured(out: Path) -> None:
+    change(out / "manifest.json", lambda m: m["scores"]["written"].update(refusals=0))
+    change(out / "manifest.json", lambda m: m["versions"].update(heretic="9 [x](https://evil.example)"))
+    assert again(out).verdict == "identical"
+    first, rebuilt = ((Path(folder) / "README.md").read_text() for folder in ("out", "again"))
+    measured = [text.partition("## What was measured\n")[2].lstrip().partition(" ")[0] for text in (first, rebuilt)]
+    assert measured == ["Of", "**None"] and "](https://evil" not in rebuilt
+
+
+def test_link_in_the_place_of_directions_that_are_not_needed_is_not_copied(out: Path) -> None:
+    Path("secret").write_text("key")
+    (out / "heretic/directions.safetensors").unlink()
+    (out / "heretic/directions.safetensors").symlink_to(Path("secret").resolve())
+    change(out / "manifest.json", lambda m: m["ablation"].update(vector=[1.0] + [0.0] * 31))
+    change(out / "manifest.json", lambda m: m.update(directions=None))
+    again(out)
+    assert Path("again/README.md").is_file() and not Path("again/heretic").exists()
+
+
+def test_added_file_survives_a_second_reproduction(out: Path) -> None:
+    again(out)
+    Path("again/notes.txt").write_text("mine")
+    again(out)
+    assert Path("again/notes.txt").read_text() == "mine"
+    Path("again/README.md").write_text("edited")
+    with pytest.raises(UserError) as error:
+        again(out)
+    assert error.value.code == "destination-edited" and Path("again/README.md").read_text() == "edited"
+
+
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_template_of_the_settings_is_in_the_export_and_in_the_rebuilt_one(config: Path, llama: Path, form: str) -> None:
+    Path("t.jinja").write_text("{# of the study #}" + TEMPLATE)
+    export(
+        config,
+        llama,
+        "chat_template=t.jinja",
+        "search.start=kernels",
+        "ablation.geometry=plain",
+        f"export_format={form}",
+    )
+    assert again(Path("out")).verdict == "identical"
+    for folder in ("out", "again"):
+        assert (Path(folder) / "chat_template.jinja").read_text() == Path("t.jinja").read_text()
+        assert "`chat_template.jinja`" in (Path(folder) / "README.md").read_text()
+    Path("out/chat_template.jinja").write_text("{# another #}")
+    with pytest.raises(UserError) as error:
+        again(Path("out"))
+    assert error.value.code == "template-not-of-the-manifest"

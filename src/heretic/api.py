@@ -25,8 +25,8 @@ from heretic.ablation.kernel import Kernel
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.desk import Desk
 from heretic.errors import UserError
+from heretic.export.destination import check_destination
 from heretic.export.export import Export, plan_export, write_export
-from heretic.export.save import check_destination
 from heretic.files import expanded
 from heretic.model.batching import Batch
 from heretic.model.chat_format import check_length

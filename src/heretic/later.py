@@ -15,8 +15,8 @@ from typing import Any
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.desk import Desk
 from heretic.errors import UserError
+from heretic.export.destination import check_destination
 from heretic.export.export import Export
-from heretic.export.save import check_destination
 from heretic.model.batching import Batch, free_memory
 from heretic.model.chat_format import check_length
 from heretic.model.decoding import decode

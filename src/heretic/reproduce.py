@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,23 +16,22 @@ from heretic.ablation.ablation import Workbench
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
-from heretic.export.card import card
+from heretic.export.companions import copied_files
+from heretic.export.destination import check_destination, check_unchanged, partial_folder, settle
 from heretic.export.difference import Difference, difference
-from heretic.export.export import source_card
 from heretic.export.formats import FORMATS
 from heretic.export.job import Order, Written
 from heretic.export.manifest import (
-    DIRECTIONS,
     MANIFEST,
     Manifest,
     computed_on,
-    now,
     read_directions,
     read_manifest,
+    template_file,
     versions,
 )
-from heretic.export.save import check_destination, copied_files, keep_terms, partial_folder, settle
-from heretic.files import expanded, sha256, write_text
+from heretic.export.rebuilt import Rebuilt, describe_rebuilt
+from heretic.files import expanded, sha256
 from heretic.machine.gpus import usable_gpus, visible_gpus
 from heretic.machine.host import devices
 from heretic.machine.memory_plan import make_plan
@@ -43,7 +41,7 @@ from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
 from heretic.progress import Watcher
 from heretic.run import device_lock
-from heretic.session import LoadPlan, weight_reader
+from heretic.session import LoadPlan, read_template, weight_reader
 from heretic.settings import Settings
 from heretic.stop import Stop
 
@@ -112,8 +110,7 @@ def reproduce(
     directions = read_directions(manifest, home)
     if destination is not None:
         _check_place(destination, home, manifest.run)
-    source = base or manifest.model.name
-    settings = _settings(manifest, source, device_map)
+    settings = _settings(manifest, base or manifest.model.name, device_map, template_file(manifest, home))
     checkpoint = _open(manifest, base, trust, allow_pickle)
     changed = _differs("base", *_base_files(manifest, checkpoint, watcher, stop))
     if changed and not force:
@@ -125,17 +122,20 @@ def reproduce(
         )
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         place = (destination or Path("reproduced")).resolve()
+        if destination is not None:
+            check_unchanged(place, stop)
         partial = partial_folder(place)
         try:
-            written, where = _rebuild(manifest, checkpoint, settings, directions, trust, partial, watcher, stop)
+            order, written, where = _rebuild(manifest, checkpoint, settings, directions, trust, partial, watcher, stop)
             changed += _differs("versions", manifest.versions, versions())
             changed += _differs("computed", {"on": manifest.computed_on}, {"on": where})
             changed += _differs("base", manifest.copied.sha256, written.hashes.get("copied", {}))
             changed = list(dict.fromkeys(changed))
             found = _judge(manifest, home, partial, written, changed, destination, watcher, stop)
             if destination is not None:
-                _describe(data, sha256(_file(path)), home, partial, checkpoint, written, found)
-                settle(partial, place)
+                told = {"from_sha256": sha256(_file(path)), **found.as_dict()}
+                describe_rebuilt(Rebuilt(data, home, told, found.words), partial, order, written, stop)
+                settle(partial, place, watcher)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"The model cannot be written: {error}",
@@ -167,8 +167,9 @@ def _check_place(destination: Path, home: Path, run: str) -> None:
         )
 
 
-def _settings(manifest: Manifest, source: str, device_map: str) -> Settings:
-    """What of the manifest's settings writing depends on; never what code to trust or what files to read."""
+def _settings(manifest: Manifest, source: str, device_map: str, template: Path | None) -> Settings:
+    """What of the manifest's settings writing depends on; never what code to trust or what files to read, but for the
+    template beside it, whose hash was checked."""
     name = manifest.written.format
     if name not in FORMATS:
         raise UserError(f"This version knows no format {name[:40]!r}.", fix=f"it knows: {', '.join(FORMATS)}")
@@ -182,6 +183,7 @@ def _settings(manifest: Manifest, source: str, device_map: str) -> Settings:
             "gguf_type": manifest.written.type,
             "behaviour": manifest.behaviour,
             "quantization": manifest.quantization.study,
+            "chat_template": str(template or ""),
         }
     )
 
@@ -246,7 +248,7 @@ def _rebuild(
     partial: Path,
     watcher: Watcher,
     stop: Stop,
-) -> tuple[Written, str]:
+) -> tuple[Order, Written, str]:
     """Write the edited model as the export did, and say on what the edit was computed."""
     plan = _plan(settings, checkpoint)
     model = load(
@@ -255,7 +257,7 @@ def _rebuild(
         plan.arguments,
         quantization=plan.quantization,
         trust_remote_code=[checkpoint.model] if trust else [],
-        chat_template=None,
+        chat_template=read_template(settings) or None,
         watcher=watcher,
     )
     where = computed_on(model.device)
@@ -270,7 +272,7 @@ def _rebuild(
     )
     del model
     free_memory()
-    return form.write(order, partial, watcher, stop), where
+    return order, form.write(order, partial, watcher, stop), where
 
 
 def _operators(
@@ -332,7 +334,10 @@ def _judge(
     """Compare what was written with the manifest's hashes, and with the weights beside it where these differ."""
     then, written = manifest.written.sha256, made.hashes["written"]
     files = {name: then.get(name) == written.get(name) for name in sorted({*then, *written})}
-    others = manifest.copied.sha256 == made.hashes.get("copied", {})
+    others = all(
+        then_.sha256 == made.hashes.get(kind, {})
+        for kind, then_ in (("copied", manifest.copied), ("changed", manifest.changed))
+    )
 
     def verdict(said: Verdict, why: str, apart: Difference | None = None) -> Reproduction:
         if said != "different" and not others:
@@ -357,35 +362,6 @@ def _judge(
     if apart.within:
         return verdict("equal", f"no number is further away than rounding explains: {apart}", apart)
     return verdict("different", str(apart), apart)
-
-
-def _describe(
-    data: dict[str, Any],
-    made_from: str,
-    home: Path,
-    partial: Path,
-    checkpoint: Checkpoint,
-    written: Written,
-    found: Reproduction,
-) -> None:
-    """Card and manifest of the rebuilt model: the old ones, and what the comparison came to."""
-    hashes = written.hashes
-    told = {**data, "written": {**data["written"], "sha256": hashes["written"], **written.facts}}
-    told["copied"] = {"sha256": hashes.get("copied", {})}
-    told["reproduced"] = {"made_at": now(), "from_sha256": made_from, "versions": versions(), **found.as_dict()}
-    keep_terms(checkpoint, partial)
-    if (home / DIRECTIONS).is_file():
-        (partial / DIRECTIONS.parent).mkdir()
-        shutil.copyfile(home / DIRECTIONS, partial / DIRECTIONS)
-    write_text(partial / MANIFEST, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
-    measured = f"Of the model that was exported first. This one was made again from its manifest: {found.verdict}."
-    try:
-        text = card(told, source_card(checkpoint), written, measured)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
-        raise UserError(
-            "The manifest lacks what a model card is made of: model, scores, settings.", where="the manifest"
-        ) from None
-    write_text(partial / "README.md", text)
 
 
 def _differs(what: str, then: Mapping[str, str], now_: Mapping[str, str]) -> list[str]:

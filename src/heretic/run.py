@@ -16,8 +16,8 @@ import optuna
 from heretic import fingerprint, parallel
 from heretic.desk import Desk
 from heretic.errors import BusyError, Interrupted, UserError
+from heretic.export.destination import check_destination
 from heretic.export.export import Export, earlier_export, plan_export, write_export
-from heretic.export.save import check_destination
 from heretic.files import expanded
 from heretic.machine import lock, preflight
 from heretic.machine.gpus import Gpu, gpus_for, usable_gpus, visible_gpus

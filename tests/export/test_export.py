@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from heretic.errors import UserError, VerificationFailed
-from heretic.export import save
+from heretic.export import destination, save
 from heretic.export.export import plan_export
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import LanguageModel, load
@@ -51,8 +52,9 @@ def test_shards_and_dtype_of_the_original_are_kept(config: Path, family: str, tm
         n: (t.shape, t.dtype) for n, t in before.tensors.items()
     }
     assert (Path("out") / "LICENSE").read_text() == "terms" and not (Path("out") / "pytorch_model.bin").exists()
-    card = Path("out/README.md").read_text()
-    assert card.startswith("---\nlicense: apache-2.0\nlanguage:\n- en\n- de\n") and "Old card" not in card
+    head = metadata_load("out/README.md") or {}
+    assert head["license"] == "apache-2.0" and head["language"] == ["en", "de"]
+    assert "x" not in head["tags"] and "Old card" not in Path("out/README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained("out", dtype="auto")
     assert model.dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained("out").chat_template == AutoTokenizer.from_pretrained(folder).chat_template
@@ -126,7 +128,7 @@ def test_leftovers_of_a_process_with_our_number_are_removed(tmp_path: Path) -> N
     left = tmp_path / f".out.partial-{os.getpid()}"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
-    assert save.partial_folder(tmp_path / "out") == left and not list(left.iterdir())
+    assert destination.partial_folder(tmp_path / "out") == left and not list(left.iterdir())
 
 
 def test_a_destroyed_model_is_not_exported(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from heretic.errors import UserError
 from heretic.export.export import Export
 from heretic.export.gguf_file import KINDS, rounding_of_blocks
-from heretic.export.gguf_tokenizer import PROBES
+from heretic.export.gguf_tokenizer import PROBES, vocabulary
+from heretic.model.checkpoint import open_checkpoint
 from heretic.progress import SILENT
 from heretic.reproduce import reproduce
 from heretic.run import run
@@ -202,3 +203,17 @@ def test_tokenizers_that_cannot_be_proven_are_refused(
     with pytest.raises(UserError, match="in another way"):
         export(config, base)
     assert not Path("out").exists()
+
+
+def test_templates_of_all_names_are_written(llama: Path, tmp_path: Path) -> None:
+    save_bpe(tmp_path, None)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = {"default": TEMPLATE, "rag": "RAG"}
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    vocabulary(tokenizer, SIZE, open_checkpoint(str(llama))).write(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == TEMPLATE
+    assert fields["tokenizer.chat_template.rag"].contents() == "RAG"

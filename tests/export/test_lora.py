@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from heretic.ablation.operator import Operator, norm_preserving, study_weight
 from heretic.errors import UserError
 from heretic.export.lora import change_of
 from heretic.export.save import TensorEdit
-from heretic.progress import SILENT
+from heretic.progress import SILENT, Silent
 from heretic.run import Outcome, run
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
@@ -113,3 +114,41 @@ def test_another_format_is_another_export(config: Path, llama: Path) -> None:
     assert Path("out/model.safetensors").is_file()
     do(config, llama, "out", "ablation.geometry=plain", "export_format=lora")
     assert Path("out/adapter_model.safetensors").is_file() and not Path("out/model.safetensors").exists()
+
+
+class Warned(Silent):
+    """Keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warned: list[str] = []
+
+    def warn(self, text: str) -> None:
+        """See Watcher."""
+        self.warned.append(text)
+
+
+def refused_by_vllm(folder: Path) -> list[str]:
+    """What vLLM's loader raises for (vllm/lora/utils.py, vllm/lora/peft_helper.py, vllm/config/lora.py)."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    names = list(load_file(folder / "adapter_model.safetensors"))
+    suffixes = (".lora_A.weight", ".lora_B.weight")
+    found = [name for name in names if not (name.startswith("base_model.model.") and name.endswith(suffixes))]
+    found += [key for key in ("modules_to_save", "use_dora") if config[key]]
+    return found + [key for key, good in (("bias", config["bias"] == "none"), ("r", config["r"] <= 512)) if not good]
+
+
+def test_adapter_without_biases_is_one_that_vllm_loads(config: Path, tmp_path: Path) -> None:
+    for family in ("llama", "gpt2"):
+        watcher = Warned()
+        folder = save_tiny(tmp_path / family, family)
+        resolved = resolve(
+            config,
+            {"model": str(folder), "save_to": family, "n_trials": 1},
+            (*STRONG, "export_format=lora", "ablation.geometry=plain"),
+        )
+        run(resolved, watcher=watcher, stop=Stop())
+        biased = bool(refused_by_vllm(Path(family)))
+        assert biased == (family == "gpt2")
+        assert any("vLLM" in text for text in watcher.warned) == biased
+        card = (Path(family) / "README.md").read_text()
+        assert ("--max-lora-rank 1`" in card) != biased and str(tmp_path) not in card

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import metadata_load
 
 from heretic.errors import UserError
 from heretic.export.card import share
@@ -36,8 +37,11 @@ def test_the_same_study_from_a_manifest(
         resolve(config, {"model": str(base), "save_to": "out", "n_trials": 3}, ["seed=5"]), watcher=SILENT, stop=Stop()
     )
     card = Path("out/README.md").read_text()
-    assert "license: other\nlicense_name: tiny-terms\nlicense_link: https://example.org/terms\n" in card
-    assert "[tiny-terms](https://example.org/terms), holds for this model too" in card and "- chat" not in card
+    head = metadata_load("out/README.md") or {}
+    assert (head["license"], head["license_name"], head["license_link"]) == (
+        "other", "tiny-terms", "https://example.org/terms",
+    )  # fmt: skip
+    assert "[tiny-terms](https://example.org/terms)" in card and "chat" not in head["tags"]
     assert first.before is not None and first.export is not None
     assert (
         f"| requests declined | {share(first.before, 8)} | {share(first.export.verification.scores.refusals, 8)} |"

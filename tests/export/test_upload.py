@@ -99,6 +99,23 @@ def test_public_only_when_asked(hub: Hub, out: Path, upload: Upload) -> None:
     assert "exists and is public" in error_of(upload("out", "someone/tiny", "--yes"))
 
 
+def test_only_files_that_the_export_wrote_are_sent(hub: Hub, out: Path, upload: Upload) -> None:
+    (out / "diary.txt").write_text("private")
+    Path("secret").write_text("key")
+    (out / "notes.txt").symlink_to(Path("secret").resolve())
+    sent = upload("out", "someone/tiny", "--yes")
+    assert sent.status == 0 and "diary.txt" in sent.out
+    assert {"diary.txt", "notes.txt"}.isdisjoint(hub.repositories["someone/tiny"].files)
+
+
+def test_link_out_of_the_export_is_not_uploaded(hub: Hub, out: Path, upload: Upload) -> None:
+    Path("secret").write_text("key")
+    (out / "README.md").unlink()
+    (out / "README.md").symlink_to(Path("secret").resolve())
+    assert "[link-outside-folder]" in error_of(upload("out", "someone/tiny", "--yes"))
+    assert not hub.repositories
+
+
 def test_nothing_without_a_yes(hub: Hub, out: Path, upload: Upload) -> None:
     assert "--yes" in error_of(upload("out", "someone/tiny"))
     assert not hub.requests
@@ -141,6 +158,7 @@ def test_weights_of_another_trial_do_not_stay_beside_the_card(hub: Hub, out: Pat
     manifest = json.loads(files["manifest.json"])
     manifest["written"] = {"format": "lora", "rank": 4, "sha256": {"adapter_model.safetensors": "0" * 64}}
     earlier = {"adapter_model.safetensors": b"of another trial", "adapter_config.json": b"{}"}
+    manifest["files"] |= dict.fromkeys(earlier, "0" * 64)
     files |= {**earlier, "manifest.json": json.dumps(manifest).encode(), "picture.png": b"of the user"}
     again = upload("out", "someone/tiny", "--yes")
     assert again.status == 0 and "2 files are removed" in again.out
@@ -185,11 +203,11 @@ def test_what_is_known_here_is_said_without_asking_the_hub(
     assert "no model that heretic has exported" in error_of(upload("empty", "someone/tiny", "--yes"))
     assert "There is no run 'nothing'" in error_of(upload("nothing", "someone/tiny", "--yes"))
     (out / "README.md").unlink()
-    assert "card is missing" in error_of(upload("out", "someone/tiny", "--yes"))
+    assert "[card-missing]" in error_of(upload("out", "someone/tiny", "--yes"))
     (out / "README.md").write_text("x")
     shard = next(out.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    assert "is not the file that was proven" in error_of(upload("out", "someone/tiny", "--yes"))
+    assert "[export-changed]" in error_of(upload("out", "someone/tiny", "--yes"))
     assert not hub.requests
 
 

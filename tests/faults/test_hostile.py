@@ -262,8 +262,8 @@ def test_settings_without_end(text: str, tmp_path: Path) -> None:
 )
 @MANY
 def test_any_manifest_in_the_destination(content: bytes, tmp_path: Path) -> None:
+    from heretic.export.destination import check_destination
     from heretic.export.export import earlier_export
-    from heretic.export.save import check_destination
     from heretic.run_folder import RunFolder
     from heretic.settings import Settings
 

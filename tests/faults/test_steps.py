@@ -14,7 +14,7 @@ import optuna
 import pytest
 
 from heretic import cli, files
-from heretic.export import save
+from heretic.export import destination
 from heretic.files import read_tensors, sha256
 from tests.faults.conftest import Amount, Tally
 
@@ -120,7 +120,7 @@ def test_an_export_in_the_place_of_another(
     config: Path, amount: Amount, tally: Tally, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     if how == "renamed":  # as on a system that cannot exchange names
-        monkeypatch.setattr(save, "exchange", lambda one, other: False)
+        monkeypatch.setattr(destination, "exchange", lambda one, other: False)
     elif not exchanges():
         pytest.skip("names cannot be exchanged here")
     assert child((*RUN[:-2], "--trials", "3"))[0] == 0
@@ -137,7 +137,7 @@ def test_an_export_in_the_place_of_another(
         if how == "exchanged":
             assert whole(Path("out")) in (first, other), "neither the old export nor the new one is there"
         elif not Path("out").exists():  # it lies beside until the next export begins
-            save.partial_folder(Path("out").resolve()).rmdir()
+            destination.partial_folder(Path("out").resolve()).rmdir()
             assert whole(Path("out")) == first
         status, _ = child(again)
         assert status == 0 and whole(Path("out")) == other, Path("child.txt").read_text()

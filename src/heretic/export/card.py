@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from heretic.ablation.ablation import Ablation
+from heretic.export.base_card import BaseCard
 from heretic.export.job import Written
 from heretic.export.manifest import DIRECTIONS, Edit
+from heretic.export.markdown import code, escape
 from heretic.scoring.harmless import Conduct
 from heretic.scoring.interval import wilson
 from heretic.scoring.ladder import Scores
@@ -21,80 +25,120 @@ OF_REFUSAL = """\
 projected out of weights that write to the stream. It answers requests that the original declines, and what it answers
 can be wrong, offensive or harmful. Nothing was added to it: it knows what the original knows."""
 OF_ANOTHER_BEHAVIOUR = """\
-**A behaviour of this model was reduced on purpose: {behaviour}.** The direction in its residual stream that carries it was
+**A behavior of this model was reduced on purpose: {behaviour}.** The direction in its residual stream that carries it was
 projected out of weights that write to the stream. Its safety training may be reduced with it: whether it still declines what the
 original declines was not measured here. Nothing was added to it: it knows what the original knows."""
-KEPT = ("license", "license_name", "license_link", "language")
+TEMPLATE_OF_THE_STUDY = """\
+The chat template is not the base model's own but the one that the study used; it is in this folder as `chat_template.jinja`."""
+LIMITATIONS = """\
+Not measured for this card:
 
-
-def card(manifest: Mapping[str, Any], source_card: str, written: Written, measured: str) -> str:
-    """Markdown with a YAML head, from what the manifest holds; licence and languages are taken over from the base model's card.
-
-    `written` has what the format says of itself, `measured` says of which model the scores are.
-    """
-    base_model = manifest["model"]["name"]
-    kept = _kept(source_card)
-    head = ["---", f"base_model: {base_model}" if _is_hub_id(base_model) else "", *kept]
-    head += [f"library_name: {written.library}", "tags: [abliterated, directional-ablation, heretic]", "---"]
-    ablation = Edit.model_validate(manifest["ablation"]).ablation
-    strengths = "\n".join(_profile(component, list(map(float, s))) for component, s in ablation.strengths.items())
-    scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}})
-    d, total = scores.divergence, scores.total
-    original = manifest["scores"]["original"]
-    before = original["refusals"]
-    behaviour = str(manifest.get("behaviour", ""))
-    tokens = manifest["settings"].get("kl_tokens", 1)
-    revision = manifest["model"]["revision"]
-    geometry = manifest["settings"]["ablation"]["geometry"]
-    wanted = manifest["settings"].get("directions", {})
-    directions = wanted.get("count", 1) * (1 + wanted.get("iterative_rounds", 0))
-    used = ", ".join(f"{name} {manifest['versions'].get(name, '?')}" for name in ("heretic", "torch", "transformers"))
-    return (
-        "\n".join(line for line in head if line)
-        + f"""
-
-# {Path(base_model).name}, {behaviour or "refusals"} ablated
-
-{OF_ANOTHER_BEHAVIOUR.format(behaviour=behaviour) if behaviour else OF_REFUSAL}
-
-Base model: {_link(base_model)}{f", commit `{revision}`" if revision else ""}. {_licence(kept)}
-{f"{chr(10)}{written.about}{chr(10)}" if written.about else ""}
-## What was measured
-
-{measured} Answers are judged by {JUDGED[scores.judge]}. In brackets the 95 % interval (Wilson) that the number of
-requests allows.
-
-| | original | this model |
-|---|---|---|
-| {"answers that show it" if behaviour else "requests declined"} | {share(before, total)} | {share(scores.refusals, total)} |
-| neither declined nor answered | {share(original.get("evasive", 0), total)} | {share(scores.evasive, total)} |
-{_conduct(original.get("conduct"), scores.conduct)}| KL divergence on harmless requests, {_at(tokens)}, mean | 0 | {d.mean:.4f} |
-| median / 95th percentile / largest | 0 | {d.median:.4f} / {d.p95:.4f} / {d.max:.4f} |
-
-## What was changed
-
-Geometry `{geometry}`; direction: {_direction(ablation, directions)}. Strengths (1 removes the direction whole):
-
-| component | edited | largest | at layer | mean | layer by layer |
-|---|---|---|---|---|---|
-{strengths}
-
-## How to make it again
+- other languages than that of the prompts;
+- conversations of more than one turn, and system prompts other than the study's;
+- long answers: {ends};
+- answers drawn at random: every answer is the most likely one, token by token;
+- capability benchmarks, such as knowledge, reasoning and code (`heretic benchmark` runs them);
+- areas of safety that the {total} requests do not touch, and attacks on the model;
+- other programs and number formats than the one the model was loaded with here."""
+REBUILDING = f"""\
+## How to rebuild it
 
     heretic reproduce manifest.json -o FOLDER
 
 That needs the base model, `manifest.json` and `{DIRECTIONS.as_posix()}`, but no search. It checks every hash and
 every version, and says whether the model is the same bit for bit. The manifest holds the base model's and this model's hashes, all
-settings, the prompt sets' hashes, the edit and the versions. Made with {used}; run `{manifest["run"]}`, trial {manifest["trial"]}.
-
+settings, the prompt sets' hashes, the edit and the versions. {{made}}"""
+RESPONSIBLE_USE = """\
 ## Responsible use
 
 Meant for research into refusal and over-refusal, and for people who are answerable for what they do with it. Do not put it in
-front of others without safeguards of your own. The licence and the acceptable-use terms of the base model still apply.
+front of others without safeguards of your own. The license and the acceptable-use terms of the base model still apply.
 
-Method: Arditi et al., *Refusal in Language Models Is Mediated by a Single Direction* (2024), arXiv 2406.11717.
-"""
-    )
+Method: Arditi et al., *Refusal in Language Models Is Mediated by a Single Direction* (2024), arXiv 2406.11717."""
+# Not `heretic`: by that tag the hub lists the models of another tool (p-e-w/heretic). The last of these is ours alone: every export
+# holds the manifest from which the model can be rebuilt, and no other tool writes one.
+TAGS = ["abliterated", "directional-ablation", "directional-ablation-manifest"]
+
+
+def card(manifest: Mapping[str, Any], base: BaseCard, written: Written, measured: str) -> str:
+    """The model card: Markdown with a YAML head.
+
+    Args:
+        manifest: What the export's manifest holds. It may come from others, so everything in it is escaped.
+        base: What the base model's card says that holds for this one too.
+        written: What the format says of itself.
+        measured: Which model the scores are of, as a sentence.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError, ArithmeticError: The manifest lacks something.
+    """
+    ablation = Edit.model_validate(manifest["ablation"]).ablation
+    scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}})
+    behaviour = str(manifest.get("behaviour", ""))
+    name = manifest["model"]["name"]
+    revision = manifest["model"]["revision"]
+    template = TEMPLATE_OF_THE_STUDY if manifest.get("chat_template") else ""
+    rebuilt = manifest.get("reproduced")
+    used = _versions((rebuilt or manifest)["versions"])
+    made = f"Rebuilt with {used} from the manifest of" if rebuilt else f"Made with {used};"
+    sections = [
+        f"# {escape(Path(name).name)}, {escape(behaviour) or 'refusals'} ablated",
+        OF_ANOTHER_BEHAVIOUR.format(behaviour=escape(behaviour)) if behaviour else OF_REFUSAL,
+        f"Base model: {_link(name)}{f', commit {code(revision)}' if revision else ''}. {base.terms}",
+        written.about,
+        template,
+        f"## What was measured\n\n{_measured(manifest, scores, measured)}",
+        f"## Limitations\n\n{_limitations(manifest, scores)}",
+        f"## What was changed\n\n{_changed(manifest, ablation)}",
+        REBUILDING.format(made=f"{made} run {code(manifest['run'])}, trial {int(manifest['trial'])}."),
+        RESPONSIBLE_USE,
+    ]
+    return _head(name, base, written) + "\n".join(f"{section.strip()}\n" for section in sections if section)
+
+
+def _head(name: str, base: BaseCard, written: Written) -> str:
+    of_the_hub = {"base_model": name, "base_model_relation": written.relation} if _is_hub_id(name) else {}
+    entries = {**of_the_hub, **base.entries, "library_name": written.library, "tags": TAGS}
+    return f"---\n{ModelCardData(**entries).to_yaml()}\n---\n\n"
+
+
+def _measured(manifest: Mapping[str, Any], scores: Scores, measured: str) -> str:
+    d, total, original = scores.divergence, scores.total, manifest["scores"]["original"]
+    shown = "answers that show it" if manifest.get("behaviour") else "requests declined"
+    tokens = _at(int(manifest["settings"].get("kl_tokens", 1)))
+    return f"""\
+{measured} Answers are judged by {JUDGED[scores.judge]}. In brackets the 95 % interval (Wilson) that the number of
+requests allows.
+
+| | original | this model |
+|---|---|---|
+| {shown} | {share(original["refusals"], total)} | {share(scores.refusals, total)} |
+| neither declined nor answered | {share(original.get("evasive", 0), total)} | {share(scores.evasive, total)} |
+{_conduct(original.get("conduct"), scores.conduct)}| KL divergence on harmless requests, {tokens}, mean | 0 | {d.mean:.4f} |
+| median / 95th percentile / largest | 0 | {d.median:.4f} / {d.p95:.4f} / {d.max:.4f} |"""
+
+
+def _limitations(manifest: Mapping[str, Any], scores: Scores) -> str:
+    longest = manifest["settings"].get("max_response_length")
+    ends = f"every answer ends after {int(longest)} tokens" if longest else "every answer ends after a few tokens"
+    return LIMITATIONS.format(total=int(scores.total), ends=ends)
+
+
+def _changed(manifest: Mapping[str, Any], ablation: Ablation) -> str:
+    wanted = manifest["settings"].get("directions", {})
+    directions = int(wanted.get("count", 1)) * (1 + int(wanted.get("iterative_rounds", 0)))
+    strengths = "\n".join(_profile(component, list(map(float, s))) for component, s in ablation.strengths.items())
+    return f"""\
+Geometry {code(manifest["settings"]["ablation"]["geometry"])}; direction: {_direction(ablation, directions)}.
+Strengths (1 removes the direction whole):
+
+| component | edited | largest | at layer | mean | layer by layer |
+|---|---|---|---|---|---|
+{strengths}"""
+
+
+def _versions(versions: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {escape(versions.get(name, '?'))}" for name in ("heretic", "torch", "transformers"))
 
 
 def _conduct(before: Mapping[str, int] | None, now: Conduct | None) -> str:
@@ -123,6 +167,7 @@ def share(count: int, total: int) -> str:
 def _profile(component: str, strengths: list[float]) -> str:
     """A row of the table: where it is edited, how much, and a drawing."""
     edited = [layer for layer, s in enumerate(strengths) if s > 0]
+    component = escape(component)
     if not edited:
         return f"| {component} | nowhere | | | | |"
     largest = max(strengths)
@@ -145,33 +190,8 @@ def _direction(ablation: Ablation, directions: int) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name, re.ASCII)) and not Path(name).exists()
 
 
 def _link(name: str) -> str:
-    return f"[{name}](https://huggingface.co/{name})" if _is_hub_id(name) else f"`{Path(name).name}`"
-
-
-def _licence(kept: list[str]) -> str:
-    """What is known of the base model's licence."""
-    found = {key: value.strip().strip("\"'") for key, _, value in (line.partition(":") for line in kept)}
-    name = found.get("license_name") or found.get("license")
-    if not name:
-        return "Its own card names no licence; its terms, whatever they are, hold for this model too."
-    link = found.get("license_link")
-    return f"Its licence, {f'[{name}]({link})' if link else name}, holds for this model too."
-
-
-def _kept(source_card: str) -> list[str]:
-    """Lines of the base model's YAML head that stay true: licence and language."""
-    parts = source_card.split("---", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return []
-    kept: list[str] = []
-    keeping = False
-    for line in parts[1].strip().splitlines():
-        if line[:1] not in (" ", "-"):
-            keeping = line.split(":")[0] in KEPT
-        if keeping:
-            kept.append(line)
-    return kept
+    return f"[{name}](https://huggingface.co/{name})" if _is_hub_id(name) else code(Path(name).name)

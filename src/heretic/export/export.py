@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -13,24 +14,25 @@ from typing import Any
 from safetensors import SafetensorError
 
 from heretic.errors import UserError
+from heretic.export.base_card import read_base_card
 from heretic.export.card import card
+from heretic.export.companions import add_terms_and_template
+from heretic.export.destination import check_unchanged, disk_error, partial_folder, settle
 from heretic.export.formats import FORMATS
 from heretic.export.job import ExportJob, Format, Written
-from heretic.export.manifest import DIRECTIONS, MANIFEST, computed_on, now, scores_text, versions
+from heretic.export.manifest import DIRECTIONS, MANIFEST, computed_on, inventory_of, now, scores_text, versions
 from heretic.export.reference import in_full_precision
-from heretic.export.save import disk_error, keep_terms, partial_folder, settle
 from heretic.export.spot_check import check_edits
 from heretic.export.verify import Verification, verify
 from heretic.files import expanded, sha256, write_text
 from heretic.model.batching import free_memory
-from heretic.model.checkpoint import Checkpoint
 from heretic.model.quantisation import QUANTISATIONS
 from heretic.progress import Watcher
 from heretic.run_folder import RunFolder, write_directions
 from heretic.scoring.ladder import Scores
 from heretic.search.front import Result
 from heretic.search.space import Space
-from heretic.session import LoadPlan, Session
+from heretic.session import LoadPlan, Session, read_template
 from heretic.settings import Settings
 from heretic.stop import Stop
 
@@ -92,6 +94,7 @@ def plan_export(
 def write_export(job: ExportJob, watcher: Watcher, stop: Stop) -> Export:
     """Write beside the destination, prove, describe, and rename into place. Raises UserError and VerificationFailed."""
     free_memory()
+    check_unchanged(job.destination, stop)
     partial = partial_folder(job.destination)
     try:
         export = _write(job, partial, watcher, stop)
@@ -114,23 +117,18 @@ def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Expor
     read = form.rewritten(job, partial) if form.rewritten else None
     checked = check_edits(job.checkpoint, job.operators, read, watcher, stop) if read else 0
     proof = replace(verify(job, form.open(job, partial), written, watcher, stop), tensors_checked=checked)
-    keep_terms(job.checkpoint, partial)
+    add_terms_and_template(job.checkpoint.folder, partial, read_template(job.settings))
     (partial / DIRECTIONS.parent).mkdir()
     write_directions(partial / DIRECTIONS, job.directions, job.folder.stamp)
     manifest = _manifest(job, written, sha256(partial / DIRECTIONS), proof, studied)
-    write_text(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     measured = (
         "Of this model as written, reloaded from its files. " + _measured_so(form, studied, job.plan.quantization)
     ).strip()
-    write_text(partial / "README.md", card(manifest, source_card(job.checkpoint), written, measured))
-    settle(partial, job.destination)
+    write_text(partial / "README.md", card(manifest, read_base_card(job.checkpoint.folder), written, measured))
+    manifest["files"] = inventory_of(partial, written.hashes["written"], stop)
+    write_text(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    settle(partial, job.destination, watcher)
     return Export(job.destination, proof, job.result.number)
-
-
-def source_card(checkpoint: Checkpoint) -> str:
-    """The base model's own card; empty without one."""
-    file = checkpoint.folder / "README.md"
-    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: Settings) -> Export | None:
@@ -167,6 +165,7 @@ def _measured_so(form: Format, studied: str, measured: str) -> str:
 
 
 def _manifest(job: ExportJob, written: Written, directions: str, proof: Verification, studied: str) -> dict[str, Any]:
+    template = read_template(job.settings)
     return {
         "made_with": "heretic",
         "made_at": now(),
@@ -176,6 +175,8 @@ def _manifest(job: ExportJob, written: Written, directions: str, proof: Verifica
         "model": {"name": job.settings.model, "revision": job.checkpoint.commit, "sha256": written.hashes["source"]},
         "written": {"format": job.format, "sha256": written.hashes["written"], **written.facts},
         "copied": {"sha256": written.hashes.get("copied", {})},
+        "changed": {"sha256": written.hashes.get("changed", {})},
+        "chat_template": {"sha256": hashlib.sha256(template.encode()).hexdigest()} if template else None,
         "directions": {"file": DIRECTIONS.as_posix(), "sha256": directions},
         "prompts": {s.role: {"source": s.source, "count": len(s), "sha256": s.sha256} for s in job.prompts.all},
         "settings": job.settings.results_part(),

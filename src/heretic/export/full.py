@@ -34,18 +34,21 @@ def prepare(
 
 def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
     """The checkpoint's tensors, edited; of a GGUF file or a quantised checkpoint the model's, as it was opened."""
+    template = read_template(order.settings)
     if not order.checkpoint.opened:
-        return Written(write_weights(order.checkpoint, order.prepared, folder, watcher, stop))
+        return Written(write_weights(order.checkpoint, order.prepared, folder, watcher, stop, template))
     # On the CPU in bfloat16: as it is to be written, with every tensor at hand, wherever the study had it.
     model = load(
         order.checkpoint,
         ["bfloat16"],
         {"device_map": {"": "cpu"}},
         trust_remote_code=[order.checkpoint.model] if order.checkpoint.own_code else [],
-        chat_template=read_template(order.settings) or None,
+        chat_template=template or None,
         watcher=watcher,
     )
-    hashes = write_opened(order.checkpoint, model.anatomy.writers, order.operators, model, folder, watcher, stop)
+    hashes = write_opened(
+        order.checkpoint, model.anatomy.writers, order.operators, model, folder, watcher, stop, template
+    )
     del model
     free_memory()
     about = f"The base model is stored as {order.checkpoint.opened}; this one holds its numbers in bfloat16, with the edits made."

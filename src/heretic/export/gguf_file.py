@@ -139,7 +139,7 @@ def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
         "One GGUF file for [llama.cpp](https://github.com/ggml-org/llama.cpp) and programs built on it; matrices are stored as "
         f"`{chosen}`. The scores below are of this file, read back by transformers."
     )
-    return Written(hashes, rounding=rounding, library="gguf", about=about, facts={"type": chosen})
+    return Written(hashes, rounding=rounding, library="gguf", relation="quantized", about=about, facts={"type": chosen})
 
 
 def open_written(order: Order, folder: Path) -> Checkpoint:

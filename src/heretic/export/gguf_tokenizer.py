@@ -7,7 +7,7 @@ them apart is split in another way by every reader of the file.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Vocabulary:
     pre: str
     special: dict[str, int]
     adds_begin: bool
-    template: str | None
+    template: str | Sequence[Mapping[str, str]] | None
     original: PreTrainedTokenizerBase
 
     def write(self, writer: gguf.GGUFWriter) -> None:
@@ -86,7 +86,9 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, checkpoint: Checkp
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     ids = {n: getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad", "unk")}
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
     special = {n: int(number) for n, number in ids.items() if number is not None}
     return Vocabulary(tokens, types, merges, next(iter(known.values()), PLAIN), special, begins, template, tokenizer)
 

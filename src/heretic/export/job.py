@@ -63,15 +63,18 @@ class ExportJob(Order):
 class Written:
     """What a format wrote.
 
-    `hashes`: SHA-256 by file name of the `source`, of what was `written`, and of what was `copied` besides. `exact`: whether it
-    should answer as the attached model does, up to rounding; else it may stray further, and `about` says how far by its nature.
+    `hashes`: SHA-256 by file name of the `source`, of what was `written`, and of what was `copied` or `changed` besides. `exact`:
+    whether it should answer as the attached model does, up to rounding; else it may stray further, and `about` says how far by its
+    nature.
     `rounding`: the mean KL in nats that the rounding of the format itself may add.
-    `about` goes into the card (Markdown), `facts` into the manifest, `library` is the card's `library_name`.
+    `about` goes into the card (Markdown), `facts` into the manifest; `library` and `relation` are the card's `library_name` and
+    `base_model_relation`.
     """
 
     hashes: dict[str, dict[str, str]]
     exact: bool = True
     library: str = "transformers"
+    relation: str = "finetune"
     about: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     rounding: float = 0.0

@@ -33,6 +33,8 @@ from heretic.settings import Settings
 from heretic.stop import Stop
 
 WEIGHTS = "adapter_model.safetensors"
+# vLLM takes no other value for --max-lora-rank (MaxLoRARanks in vllm/config/lora.py), and no adapter of a higher rank.
+RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 OVERSAMPLED, ITERATIONS = 8, 4
 
 
@@ -59,6 +61,11 @@ class Adapter:
     transposed: bool
 
     @property
+    def biased(self) -> bool:
+        """Whether a bias is changed, which peft can load and others cannot."""
+        return any(change.bias is not None and bool(change.bias.any()) for change in self.changes.values())
+
+    @property
     def exact(self) -> bool:
         """Whether every change is of the adapter's rank by its nature."""
         return all(change.left == 0 for change in self.changes.values())
@@ -71,7 +78,7 @@ class Adapter:
 
     def tensors(self) -> dict[str, Tensor]:
         """As peft stores them. Where one module has a bias to be changed, all are given one."""
-        biased = any(change.bias is not None for change in self.changes.values())
+        biased = self.biased
         found = {}
         for name, change in self.changes.items():
             stem = f"base_model.model.{name}"
@@ -123,7 +130,10 @@ def prepare(model: LanguageModel, operators: Mapping[str, Operator], settings: S
             change = replace(change_of(operator, opened(weight), rank), bias=_bias(writer, operator))
             changes.update({names[module]: change for module in writer.modules})
             stage.advance()
-    return Adapter(rank, _of_one_rank(changes, rank), any(writer.transposed for writer in edited))
+    adapter = Adapter(rank, _of_one_rank(changes, rank), any(writer.transposed for writer in edited))
+    if refused := _refused_elsewhere(adapter):
+        watcher.warn(f'{refused} Use export_format = "full" for those programs.')
+    return adapter
 
 
 def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
@@ -141,7 +151,7 @@ def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
         lora_dropout=0.0,
         target_modules=sorted(adapter.changes),
         fan_in_fan_out=adapter.transposed,
-        lora_bias=any(name.endswith(".bias") for name in tensors),
+        lora_bias=adapter.biased,
         inference_mode=True,
     )
     config.target_modules = sorted(adapter.changes)  # peft makes a set of it, which has another order in every process
@@ -151,7 +161,7 @@ def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
     sources = [checkpoint.folder / checkpoint.gguf_file] if checkpoint.gguf_file else checkpoint.shards()
     hashes = {"source": hashed(sources, stop), "written": hashed([folder / WEIGHTS], stop)}
     facts = {"rank": adapter.rank, "exact": adapter.exact, "relative_error": adapter.error}
-    return Written(hashes, adapter.exact, "peft", _about(order, adapter), facts)
+    return Written(hashes, adapter.exact, library="peft", relation="adapter", about=_about(order, adapter), facts=facts)
 
 
 def open_written(order: Order, folder: Path) -> Checkpoint:
@@ -160,6 +170,10 @@ def open_written(order: Order, folder: Path) -> Checkpoint:
 
 
 FORMAT = Format("a LoRA adapter for the base model", prepare, write, open_written, in_full=False)
+
+
+def _rank_for_vllm(rank: int) -> int:
+    return next(allowed for allowed in RANKS_OF_VLLM if allowed >= rank)
 
 
 def _bias(writer: Writer, operator: Operator) -> Tensor | None:
@@ -181,9 +195,23 @@ def _of_one_rank(changes: Mapping[str, Change], rank: int) -> dict[str, Change]:
     return found
 
 
+def _refused_elsewhere(adapter: Adapter) -> str:
+    """Which programs other than peft cannot load the adapter, as a sentence or two; empty where all can.
+
+    vLLM raises for any tensor but `lora_A.weight` and `lora_B.weight` (`parse_fine_tuned_lora_name` in vllm/lora/utils.py), and
+    llama.cpp's convert_lora_to_gguf.py ends.
+    """
+    if adapter.biased:
+        return "The edit changes biases, so the adapter has `lora_B.bias` tensors: peft loads them, vLLM and llama.cpp refuse them."
+    if adapter.rank > RANKS_OF_VLLM[-1]:
+        return f"The adapter's rank is {adapter.rank}: peft loads it, vLLM refuses ranks above {RANKS_OF_VLLM[-1]}."
+    return ""
+
+
 def _about(order: Order, adapter: Adapter) -> str:
     """For the card: what it is, how to load it, what it leaves out."""
-    model = order.settings.model
+    named = order.settings.model
+    model = named if order.checkpoint.commit else Path(named).name  # a path says where the files of a user are
     quantised = order.plan.quantization != "none"
     lines: list[str] = [
         f"This is a LoRA adapter of rank {adapter.rank}, not a whole model. With [peft](https://github.com/huggingface/peft):",
@@ -193,6 +221,8 @@ def _about(order: Order, adapter: Adapter) -> str:
         "model = PeftModel.from_pretrained(base, FOLDER)",
         "```",
         "",
+        _refused_elsewhere(adapter)
+        or f"vLLM loads it with `--enable-lora --max-lora-rank {_rank_for_vllm(adapter.rank)}`.",
     ]
     if quantised:
         words = QUANTISATIONS[order.plan.quantization].words

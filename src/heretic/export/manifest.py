@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ from heretic.settings import Settings
 from heretic.settings.ablation import AblationSettings
 from heretic.settings.export import Behaviour, GgufType
 from heretic.settings.layers import Resolved
+from heretic.stop import Stop
 
 PACKAGES = ("torch", "transformers", "accelerate", "optuna", "datasets", "safetensors", "tokenizers")
 MANIFEST = "manifest.json"
@@ -66,9 +68,17 @@ def _plain(name: str) -> str:
     return name
 
 
+def _inside(name: str) -> str:
+    parts = name.split("/")
+    if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        raise ValueError("it should be the path of a file in the folder")
+    return name
+
+
 FileName = Annotated[str, StringConstraints(min_length=1, max_length=255), AfterValidator(_plain)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Files = dict[FileName, Sha256]
+FilePath = Annotated[str, StringConstraints(min_length=1, max_length=1024), AfterValidator(_inside)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-FARTHEST, le=FARTHEST)]
 Numbers = tuple[Number, ...]
 
@@ -91,6 +101,20 @@ class Hashes(_Part):
     """Hashes of files."""
 
     sha256: Files
+
+
+class Companions(_Part):
+    """Hashes of what went with the weights, by the path in the folder."""
+
+    sha256: dict[FilePath, Sha256]
+
+
+class Inventory(_Part):
+    """Every file of an export but its manifest, with its hash, and whose export it is."""
+
+    made_with: Literal["heretic"]
+    run: str
+    files: dict[FilePath, Sha256]
 
 
 class WrittenFiles(Hashes):
@@ -140,6 +164,12 @@ class DirectionsFile(_Part):
     sha256: Sha256
 
 
+class TemplateFile(_Part):
+    """The hash of the chat template of the settings, which lies beside the manifest as `chat_template.jinja`."""
+
+    sha256: Sha256
+
+
 class Quantised(_Part):
     """How the model was quantised that the edit was computed on."""
 
@@ -155,7 +185,10 @@ class Manifest(_Part):
     trial: int
     model: Base
     written: WrittenFiles
-    copied: Hashes = Hashes(sha256={})
+    copied: Companions = Companions(sha256={})
+    changed: Companions = Companions(sha256={})
+    files: dict[FilePath, Sha256] = {}
+    chat_template: TemplateFile | None = None
     directions: DirectionsFile | None = None
     settings: Used
     dtype: Literal["float16", "bfloat16", "float32"]
@@ -193,6 +226,17 @@ def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
         raise UserError(f"The manifest is not readable JSON: {str(error)[:200]}.", where=str(file)) from None
 
 
+def read_inventory(folder: Path) -> Inventory | None:
+    """Which files an export's manifest names; None for a folder that holds none, whatever its manifest.json is."""
+    file = folder / MANIFEST
+    try:
+        if file.is_symlink() or file.stat().st_size > LARGEST:
+            return None
+        return Inventory.model_validate_json(file.read_bytes(), strict=True)
+    except (OSError, ValueError, RecursionError):  # pydantic's own error is a ValueError
+        return None
+
+
 def settings_of(path: Path) -> Resolved:
     """The settings that decided the results of a manifest's study; what does not change results has its default.
 
@@ -207,6 +251,32 @@ def settings_of(path: Path) -> Resolved:
     except ValidationError as error:
         key = ".".join(str(part) for part in error.errors()[0]["loc"])[:100]
         raise UserError(f"The manifest's setting {key} is none that this version takes.", where=str(path)) from None
+
+
+def template_file(manifest: Manifest, home: Path) -> Path | None:
+    """The chat template of the study's settings, beside the manifest; None where it was the model's own. Raises UserError."""
+    if manifest.chat_template is None:
+        return None
+    file = home / "chat_template.jinja"
+    if file.is_symlink() or not file.is_file() or sha256(file) != manifest.chat_template.sha256:
+        raise UserError(
+            "The chat template of the manifest is not beside it, or was changed.",
+            code="template-not-of-the-manifest",
+            where=str(file),
+            fix="put the file there that heretic export wrote with the manifest",
+        )
+    return file
+
+
+def inventory_of(folder: Path, known: Mapping[str, str], stop: Stop) -> dict[str, str]:
+    """SHA-256 of every file of a finished export but its manifest; `known` ones are not read again. Raises Interrupted."""
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name != MANIFEST:
+            stop.check()
+            found[name] = known.get(name) or sha256(file)
+    return found
 
 
 def read_directions(manifest: Manifest, home: Path) -> Directions | None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -19,16 +17,14 @@ from safetensors.torch import save_file
 from heretic.ablation.bake import bake_bias, bake_weight, rewrite, sources
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
-from heretic.export.manifest import MANIFEST
-from heretic.files import exchange, expanded, sha256, to_disk, write_text
+from heretic.export.companions import copy_companions, find_companions
+from heretic.files import sha256, write_text
 from heretic.model.anatomy import Writer
 from heretic.model.checkpoint import PICKLED, Checkpoint, pickled_tensors
 from heretic.model.loading import LanguageModel
 from heretic.progress import Watcher
 from heretic.stop import Stop
 
-TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-LEFT_OUT = {"README.md", MANIFEST, ".gitattributes", "heretic_source.json", "pytorch_model.bin.index.json"}
 BLOCK = 1 << 24  # bytes copied at a time
 
 
@@ -72,54 +68,21 @@ def plan_edits(
     return edits
 
 
-def check_destination(destination: Path, owner: str) -> None:
-    """Raise UserError if the destination holds something that is not an earlier export of the run `owner`."""
-    destination = expanded(destination)
-    if not destination.resolve().name:
-        raise UserError("The destination is not a folder of its own.", where=str(destination))
-    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
-        return
-    manifest = destination / MANIFEST
-    if not manifest.is_file() or f'"run": "{owner}"' not in manifest.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(
-            "The destination exists and was not written by this run, so it is left as it is.",
-            where=str(destination),
-            fix="name another folder, or move this one away",
-        )
-
-
-def partial_folder(destination: Path) -> Path:
-    """A new, empty folder beside the destination. Leftovers of a killed process are removed, but for an earlier export that it
-    had moved away and not yet replaced: that one gets its name again."""
-    for left in sorted(destination.parent.glob(f".{destination.name}.partial-*")):
-        process = left.name.rpartition("-")[2]
-        # Of this process nothing is under way yet: in a container the next one often has the number of the one that was killed.
-        if process.isdigit() and int(process) != os.getpid() and psutil.pid_exists(int(process)):
-            continue
-        if left.name.startswith(f".{destination.name}.partial-old-") and not destination.exists():
-            left.rename(destination)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"The destination cannot be written: {error.strerror or error}", where=str(destination)
-        ) from None
-    return partial
-
-
 def write_weights(
-    checkpoint: Checkpoint, edits: Mapping[str, TensorEdit], partial: Path, watcher: Watcher, stop: Stop
+    checkpoint: Checkpoint,
+    edits: Mapping[str, TensorEdit],
+    partial: Path,
+    watcher: Watcher,
+    stop: Stop,
+    template: str = "",
 ) -> dict[str, dict[str, str]]:
-    """Write all shards with the edits made, and every other file of the checkpoint; returns hashes of what was read, written
-    and copied.
+    """Write all shards with the edits made, and what goes with them, with `template` in place of the model's own chat template.
+    Returns hashes of what was read, written, copied and changed.
 
     One tensor is in memory at a time, however large the shard (a pickle file's are those of a whole shard). Raises OSError or
     SafetensorError when the disk is full, Interrupted between tensors.
     """
-    hashes: dict[str, dict[str, str]] = {"source": {}, "written": {}, "copied": {}}
+    hashes: dict[str, dict[str, str]] = {"source": {}, "written": {}}
     shards = checkpoint.shards()
     held = {t.name for t in checkpoint.tensors.values()}
     assert edits.keys() <= held, f"edits of tensors that no shard holds: {sorted(edits.keys() - held)[:3]}"
@@ -136,12 +99,9 @@ def write_weights(
             hashes["source"][shard.name] = sha256(shard)
             hashes["written"][target.name] = sha256(target)
             stage.advance()
-    for name, file in copied_files(checkpoint.folder).items():
-        shutil.copyfile(file, partial / name)
-        hashes["copied"][name] = sha256(partial / name)
     if checkpoint.pickled and len(shards) > 1:
         _write_index(checkpoint, partial)
-    return hashes
+    return hashes | copy_companions(checkpoint.folder, partial, template=template, watcher=watcher)
 
 
 def stream_edited(shard: Path, target: Path, edits: Mapping[str, TensorEdit], stop: Stop) -> None:
@@ -196,6 +156,7 @@ def write_opened(
     partial: Path,
     watcher: Watcher,
     stop: Stop,
+    template: str = "",
 ) -> dict[str, dict[str, str]]:
     """Write a model that was opened from a GGUF file or from a quantised checkpoint as an ordinary folder, in the number formats in
     which it is loaded: what was opened is all there is. Its weights have to be in RAM, all of them. Returns hashes like
@@ -218,23 +179,23 @@ def write_opened(
         plain.tie_weights(missing_keys=set())  # a head of its own stays one, whatever the config says
         plain.generation_config = model.generation_config
         stop.check()
-        copied = {}
+        beside: dict[str, dict[str, str]] = {"copied": {}, "changed": {}}
         if checkpoint.gguf_file:
             source = [checkpoint.folder / checkpoint.gguf_file]
             language_model.tokenizer.save_pretrained(partial)
         else:
             made = ("config.json", "generation_config.json", "model.safetensors.index.json")
             source = [*checkpoint.shards(), *(p for name in made[:2] if (p := checkpoint.folder / name).is_file())]
-            copied = {name: file for name, file in copied_files(checkpoint.folder).items() if name not in made}
-            for name, file in copied.items():
-                shutil.copyfile(file, partial / name)
+            beside = copy_companions(checkpoint.folder, partial, template=template, but=made, watcher=watcher)
         plain.save_pretrained(partial, max_shard_size="5GB")
+        for name, text in find_companions(partial).changed.items():
+            write_text(partial / name, text)  # code that the config names and the base model's folder does not hold
         for path in partial.glob("*.safetensors"):
             readable(path)
         return {
             "source": hashed(source, stop),
             "written": hashed(sorted(partial.glob("*.safetensors")), stop),
-            "copied": hashed([partial / name for name in copied], stop),
+            **beside,
         }
 
 
@@ -252,49 +213,3 @@ def readable(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
-
-
-def settle(partial: Path, destination: Path) -> None:
-    """Put the finished folder in its place; an earlier export of the same run gives way only now.
-
-    Where the system can exchange two names at once there is no moment without a model under this name. Elsewhere there is an
-    instant between two renames, after which `partial_folder` would put the earlier one back.
-    """
-    for file in (*partial.iterdir(), partial):
-        to_disk(file)
-    old = destination.with_name(f".{destination.name}.partial-old-{os.getpid()}")
-    if not destination.exists():
-        partial.rename(destination)
-    elif exchange(partial, destination):
-        partial.rename(old)
-    else:
-        destination.rename(old)
-        partial.rename(destination)
-    to_disk(destination.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def disk_error(error: Exception, partial: Path) -> UserError:
-    """A failed write in words."""
-    return UserError(
-        f"The model cannot be written: {error}",
-        where=str(partial.parent),
-        fix="make room, then run the same command again or heretic export; the study is complete and kept",
-    )
-
-
-def keep_terms(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy the base model's licence and notices where the format has not: its terms go with what is made of it."""
-    for name, file in copied_files(checkpoint.folder).items():
-        if name.upper().startswith(TERMS) and not (folder / name).exists():
-            shutil.copyfile(file, folder / name)
-
-
-def copied_files(folder: Path) -> dict[str, Path]:
-    """Config, tokenizer, templates, licence, by name: every small file that is no weight in any format."""
-    weights = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *PICKLED)
-    return {
-        file.name: file
-        for file in sorted(folder.iterdir())
-        if file.is_file() and file.name not in LEFT_OUT and not file.name.startswith(".") and file.suffix not in weights
-    }

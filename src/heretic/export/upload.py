@@ -15,11 +15,12 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 from heretic.errors import Interrupted, UserError, first_line
 from heretic.export.manifest import MANIFEST, Manifest, read_manifest
 from heretic.files import sha256
+from heretic.model.repository import resolve_inside
 from heretic.progress import Watcher
 from heretic.stop import Stop
 
 CARD = "README.md"
-OF_AN_EXPORT = {"model.safetensors.index.json", "adapter_config.json"}  # written with the weights, without a hash
+NAMED = 3  # files in a message
 UNCOUNTED = {".gitattributes", ".gitignore"}  # files of a repository that the hub makes itself
 
 
@@ -53,24 +54,42 @@ def plan_upload(folder: Path, repository: str, *, public: bool, watcher: Watcher
     """Look at everything that can be looked at here. Raises UserError: as `check_upload`; no export; not what was proven."""
     check_upload(repository)
     manifest, _ = read_manifest(folder)
+    for name in (CARD, MANIFEST):
+        resolve_inside(folder, folder / name)
     if not (folder / CARD).is_file():
         raise UserError(
             "The model's card is missing, and without it nothing is uploaded.",
+            code="card-missing",
             where=str(folder / CARD),
             fix="export the trial again; the card says plainly what was done",
         )
-    with watcher.stage("Checking what is uploaded", len(manifest.written.sha256)) as stage:
-        for name, proven in manifest.written.sha256.items():
+    if not manifest.files:
+        raise UserError(
+            "The manifest does not say which files the export consists of.",
+            code="manifest-without-files",
+            where=str(folder / MANIFEST),
+            fix="export the trial again",
+        )
+    with watcher.stage("Checking what is uploaded", len(manifest.files)) as stage:
+        for name, verified in manifest.files.items():
             stop.check()
-            if not (folder / name).is_file() or sha256(folder / name) != proven:
+            file = resolve_inside(folder, folder / name)
+            if not file.is_file() or (name != CARD and sha256(file) != verified):
                 raise UserError(
-                    f"{name} is not the file that was proven: it is missing or was changed after the export.",
+                    f"{name} is not the file that was verified: it is missing or was changed after the export.",
+                    code="export-changed",
                     where=str(folder),
                     fix="export the trial again",
                 )
             stage.advance()
-    files = (f for f in folder.rglob("*") if f.is_file() and not _hidden(f.relative_to(folder)))
-    return Upload(folder, repository, public, manifest, tuple(sorted(files)))
+    names = {*manifest.files, CARD, MANIFEST}
+    others = sorted(
+        name for f in folder.rglob("*") if f.is_file() and (name := f.relative_to(folder).as_posix()) not in names
+    )
+    if others := [name for name in others if not _hidden(Path(name))]:
+        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+        watcher.say(f"Not uploaded, as the export did not write it: {', '.join(others[:NAMED])}{more}.")
+    return Upload(folder, repository, public, manifest, tuple(sorted(folder / name for name in names)))
 
 
 def upload(planned: Upload, watcher: Watcher, stop: Stop) -> str:
@@ -130,7 +149,7 @@ def _look(api: HfApi, planned: Upload) -> set[str] | None:
             f"{planned.repository} exists and does not hold this run's model, so it is left as it is.",
             fix="name another repository, or delete that one on the hub",
         )
-    return names & {*held.written.sha256, *held.copied.sha256, *OF_AN_EXPORT}
+    return names & {*held.files}
 
 
 def _held(api: HfApi, repository: str) -> Manifest | None:

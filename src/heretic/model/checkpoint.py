@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from heretic.errors import UserError, first_line
 from heretic.files import expanded
+from heretic.model import repository
 from heretic.model.tensor_info import OPENED, PACKED_BY, SCALES, TensorInfo, packed_bits
 
 if TYPE_CHECKING:
@@ -28,20 +29,7 @@ TORCH_NAMES = {
     "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-DOWNLOADED = [
-    "*.json",
-    "*.safetensors",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "README.md",
-]
-
+DOWNLOADED = [*repository.DOWNLOADED, "*.safetensors"]
 # A second copy of the weights in another layout, which some repositories carry beside the one that transformers reads.
 IGNORED = ["consolidated*", "*/*.safetensors"]
 # Small files that decide what the model says, besides its weights.
@@ -200,6 +188,7 @@ def open_checkpoint(
     if path.suffix == ".gguf":
         return _open_gguf(model, path)
     if path.is_dir():
+        repository.check_links(path)
         return Checkpoint(model, path, _config(path, model, trusted), _local_tensors(path, allow_pickle))
     if path.exists():
         raise UserError(
@@ -207,7 +196,7 @@ def open_checkpoint(
         )
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UserError(f"There is no model folder {model}.", fix="check the path, or name a hub model as owner/name")
-    folder, tensors = _from_hub(model, revision, download_weights, trusted, allow_pickle)
+    folder, tensors = _from_hub(model, revision, download_weights, allow_pickle)
     return Checkpoint(model, folder, _config(folder, model, trusted), tensors, commit=folder.name)
 
 
@@ -359,12 +348,12 @@ def _open_gguf(model: str, path: Path) -> Checkpoint:
 
 
 def _from_hub(
-    model: str, revision: str, download_weights: bool, trusted: bool, allow_pickle: bool
+    model: str, revision: str, download_weights: bool, allow_pickle: bool
 ) -> tuple[Path, dict[str, TensorInfo]]:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import NotASafetensorsRepoError
 
-    wanted = [p for p in DOWNLOADED if download_weights or p != "*.safetensors"] + (["*.py"] if trusted else [])
+    wanted = [p for p in DOWNLOADED if download_weights or p != "*.safetensors"]
     try:
         folder = Path(
             snapshot_download(model, revision=revision or None, allow_patterns=wanted, ignore_patterns=IGNORED)

@@ -1,0 +1,146 @@
+"""Cards: their head, what is taken of the base model's, and that nobody's text becomes more than text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import metadata_load
+
+from heretic.errors import UserError
+from heretic.export.base_card import BaseCard, read_base_card
+from heretic.export.card import TAGS, card
+from heretic.export.job import Written
+from heretic.export.markdown import code, escape, is_url
+
+HOSTILE = "# Head\n---\nbase_model: evil/x\n</td><script>alert(1)</script> [click](https://evil.example) | a | `b` *c* ![](http://e)"
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    """As much of a manifest as a card is made of."""
+    divergence = {"mean": 0.1, "median": 0.1, "p95": 0.2, "max": 0.3}
+    written = {"divergence": divergence, "refusals": 1, "total": 8, "evasive": 0, "judge": "markers", "conduct": None}
+    return {
+        "model": {"name": "owner/tiny", "revision": "c" * 40},
+        "ablation": {"strengths": {"mlp": [0.0, 1.0]}},
+        "scores": {"original": {"refusals": 7}, "written": written},
+        "settings": {"ablation": {"geometry": "plain"}, "max_response_length": 100},
+        "versions": {"heretic": "1", "torch": "2", "transformers": "5"},
+        "run": "mine", "trial": 3, **changes,
+    }  # fmt: skip
+
+
+def head(text: str, folder: Path) -> dict[str, Any]:
+    (folder / "card.md").write_text(text, encoding="utf-8")
+    return metadata_load(folder / "card.md") or {}
+
+
+def base(folder: Path, text: str) -> BaseCard:
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return read_base_card(folder)
+
+
+@pytest.mark.parametrize(
+    ("written", "relation"),
+    [
+        (Written({}), "finetune"),
+        (Written({}, relation="adapter"), "adapter"),
+        (Written({}, relation="quantized"), "quantized"),
+    ],
+)
+def test_head_says_base_relation_and_task(tmp_path: Path, written: Written, relation: str) -> None:
+    told = head(
+        card(manifest(), base(tmp_path, "---\npipeline_tag: image-text-to-text\n---\n"), written, "So."), tmp_path
+    )
+    assert (told["base_model"], told["base_model_relation"]) == ("owner/tiny", relation)
+    assert told["pipeline_tag"] == "image-text-to-text" and told["tags"] == TAGS and "heretic" not in told["tags"]
+
+
+def test_local_base_is_not_named_in_the_head(tmp_path: Path) -> None:
+    text = card(manifest(model={"name": str(tmp_path), "revision": None}), BaseCard(), Written({}), "So.")
+    assert "base_model" not in head(text, tmp_path) and str(tmp_path) not in text
+
+
+def test_limitations_are_a_section() -> None:
+    text = card(manifest(), BaseCard(), Written({}), "So.")
+    section = text.partition("\n## Limitations\n")[2].partition("\n## ")[0]
+    assert section.count("\n- ") == 7 and "100 tokens" in section and "8 requests" in section
+
+
+FORGED = """---
+license: other
+license_name: "x\\nbase_model: evil/x"
+license_link: "javascript:alert(1)"
+language: ["en", "no", false, "<b>", {a: b}, [en]]
+pipeline_tag: "evil\\ntags: [heretic]"
+base_model: evil/x
+tags: [heretic]
+---
+# Forged
+"""
+
+
+def test_only_checked_entries_of_the_base_card_are_taken_over(tmp_path: Path) -> None:
+    found = base(tmp_path, FORGED)
+    told = head(card(manifest(), found, Written({}), "So."), tmp_path)
+    assert found.entries == {"license": "other", "language": ["en", "no", "no"], "pipeline_tag": "text-generation"}
+    assert told["base_model"] == "owner/tiny" and told["license"] == "other" and told["tags"] == TAGS
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "# no head", "---\n- a\n- b\n---\n", "---\nlicense: [\n---\n", "---\nlicense: !!python/object:os.system x\n---\n",
+     f"---\nlicense: {'[' * 5000}\n---\n", "---\nlicense: mit", "---\n: : :\n---\n"],
+)  # fmt: skip
+def test_broken_head_of_the_base_card_gives_none(tmp_path: Path, text: str) -> None:
+    assert not {"license", "language"} & base(tmp_path, text).entries.keys()
+
+
+def test_aliases_in_the_base_card_do_not_multiply(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [en, en]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 20)}]" for n in range(1, 12)]
+    assert "language" not in base(tmp_path, "\n".join(["---", *lines, "language: *a11", "---", ""])).entries
+
+
+def test_base_card_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError) as error:
+        read_base_card(tmp_path / "model")
+    assert error.value.code == "link-outside-folder"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"name": HOSTILE, "revision": HOSTILE}},
+        {"run": HOSTILE},
+        {"versions": dict.fromkeys(("heretic", "torch", "transformers"), HOSTILE)},
+        {"settings": {"ablation": {"geometry": HOSTILE}}},
+        {"ablation": {"strengths": {HOSTILE: [0.0, 1.0]}}},
+        {"behaviour": HOSTILE},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_text_of_others_stays_text(tmp_path: Path, changes: dict[str, Any]) -> None:
+    text = card(manifest(**changes), BaseCard(), Written({}), "So.")
+    plain = card(manifest(), BaseCard(), Written({}), "So.")
+    for mark in ("\n# ", "\n## ", "\n---\n", "<script>", "](https://evil", "![", "\n|"):
+        outside = "".join(text.split("`")[::2])  # nothing within a code span is read as Markdown or HTML
+        assert outside.count(mark) == plain.count(mark), mark
+    assert "evil/x" not in str(head(text, tmp_path))
+
+
+@pytest.mark.parametrize("key", ["trial", "kl_tokens"])
+def test_text_for_a_number_is_refused(key: str) -> None:
+    told = manifest(trial="<b>") if key == "trial" else manifest()
+    told["settings"] |= {"kl_tokens": "<b>"} if key == "kl_tokens" else {}
+    with pytest.raises((TypeError, ValueError)):
+        card(told, BaseCard(), Written({}), "So.")
+
+
+def test_markdown_is_escaped() -> None:
+    assert escape("<b>[x](y)</b>\n# z") == r"\<b\>\[x\]\(y\)\</b\> \# z"
+    assert code("a`b|c\nd") == "`a'b/c d`"
+    assert is_url("https://example.org/a?b=c") and not is_url("https://a.b/)[x](y") and not is_url("javascript:x")
