@@ -14,7 +14,8 @@ def wait_passively(environment: MutableMapping[str, str]) -> None:
     """Let OpenMP threads sleep while they wait, unless the user has set how they wait.
 
     Args:
-        environment: the process's, before PyTorch is imported: the runtimes read it when they are loaded. Child processes inherit it.
+        environment: the process's, before PyTorch is imported: the runtimes read it when they are loaded, and child processes
+            inherit it.
     """
     if not {*PASSIVE_WAITING, "GOMP_SPINCOUNT"} & environment.keys():
         environment.update(PASSIVE_WAITING)
