@@ -1,14 +1,17 @@
-"""Files that are either whole or not there: written beside and renamed into place, hashed, and checked when read."""
+"""Read text files, whatever they hold; write files so that they are either whole or not there, with hashes."""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import ctypes
 import hashlib
 import json
 import os
+import stat
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,6 +20,133 @@ from torch import Tensor
 from heretic.errors import UserError, first_line
 
 SEAL, AFTER_SEAL = "# sha256 of the lines above: ", "; delete this line after a change by hand"
+LARGEST_TEXT = 256 << 20  # bytes of a text file that is read as a whole
+# Windows alone has O_BINARY and lacks the others. O_NONBLOCK: opening a pipe that nobody writes to must not wait.
+_READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK"))
+_SPECIAL = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "a device"),
+)
+
+
+def open_regular(
+    path: Path, what: str = "The file", *, where: str | None = None, error: type[UserError] = UserError
+) -> BinaryIO:
+    """Open a regular file for reading; a pipe, a device or a folder is never opened.
+
+    Args:
+        path: the file; links are followed.
+        what: what the file is, for messages, such as "The settings file".
+        where: the setting that names the file; default: the path.
+        error: the kind of error to raise, with code file-missing, file-unreadable or not-a-regular-file.
+    """
+    where = where or str(path)
+    try:
+        _refuse_special(os.stat(path).st_mode, path, what, where, error)
+        handle = os.open(path, _READ)
+    except FileNotFoundError:
+        raise error(f"{what} {path} does not exist.", code="file-missing", where=where, fix="check the path") from None
+    except (OSError, ValueError) as problem:  # ValueError: a NUL byte in the path
+        cause = getattr(problem, "strerror", None) or problem
+        raise error(
+            f"{what} {path} cannot be read: {cause}.",
+            code="file-unreadable",
+            where=where,
+            fix="check the path and its permissions",
+        ) from None
+    try:
+        _refuse_special(os.fstat(handle).st_mode, path, what, where, error)  # it may have been replaced in between
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_text(
+    path: Path,
+    what: str = "The file",
+    *,
+    where: str | None = None,
+    error: type[UserError] = UserError,
+    largest: int = LARGEST_TEXT,
+) -> str:
+    """Read a text file as UTF-8, with or without a byte order mark, whatever the locale. Every line end becomes `\n`.
+
+    Args: as `open_regular`; `largest`: most bytes that are read.
+
+    Raises:
+        UserError: as `open_regular`, and with code file-too-large or file-encoding; the latter names the line.
+    """
+    with open_regular(path, what, where=where, error=error) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > largest else file.read(largest + 1)  # a file of /proc says that it has no bytes
+    if max(size, len(content)) > largest:
+        raise error(
+            f"{what} {path} is larger than {largest >> 20} MiB.",
+            code="file-too-large",
+            where=where or str(path),
+            fix="name a smaller file",
+        )
+    text, problem, offset = _decode(content)
+    if problem:
+        line = lines_before(content[:offset].decode("utf-8", errors="replace")) + 1
+        place = f"{path}:{line}"
+        raise error(
+            f"{what} {path} is not UTF-8: {problem}.",
+            code="file-encoding",
+            where=f"{where}, {place}" if where else place,
+            fix="save it as UTF-8",
+        )
+    return text
+
+
+def _decode(content: bytes) -> tuple[str, str, int]:
+    """The text, or what is wrong with it and at which byte."""
+    for mark, name in (
+        (codecs.BOM_UTF32_LE, "UTF-32"),
+        (codecs.BOM_UTF16_LE, "UTF-16"),
+        (codecs.BOM_UTF16_BE, "UTF-16"),
+        (codecs.BOM_UTF32_BE, "UTF-32"),
+    ):
+        if content.startswith(mark):
+            return "", f"it begins with the byte order mark of {name}", 0
+    mark_length = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
+    try:
+        text = content[mark_length:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        offset = error.start + mark_length
+        return "", f"byte 0x{content[offset]:02x} at offset {offset}", offset
+    if (nul := content.find(b"\0")) >= 0:
+        return "", f"byte 0x00 at offset {nul} (UTF-16 without a byte order mark, or not a text file)", nul
+    return text.replace("\r\n", "\n").replace("\r", "\n"), "", 0
+
+
+def lines_before(text: str) -> int:
+    """Count the line ends `\n`, `\r\n` and `\r` in a text."""
+    return text.count("\n") + text.count("\r") - text.count("\r\n")
+
+
+def split_lines(text: str) -> list[str]:
+    """Split a text at `\n`, `\r\n` and `\r` only.
+
+    `str.splitlines` splits at U+2028, U+0085, form feed and others too, which are part of a line in a text file.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def _refuse_special(mode: int, path: Path, what: str, where: str, error: type[UserError]) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kind = next((name for test, name in _SPECIAL if test(mode)), "no file")
+    raise error(
+        f"{what} {path} is {kind}, not a regular file.",
+        code="not-a-regular-file",
+        where=where,
+        fix="name a regular file",
+    )
 
 
 def write_text(path: Path, text: str) -> None:
