@@ -22,8 +22,9 @@ from heretic.errors import UserError
 from heretic.export.manifest import MANIFEST
 from heretic.files import exchange, expanded, sha256, to_disk, write_text
 from heretic.model.anatomy import Writer
-from heretic.model.checkpoint import PICKLED, Checkpoint, pickled_tensors
+from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel
+from heretic.model.tensor_info import PICKLED, pickled_tensors
 from heretic.progress import Watcher
 from heretic.stop import Stop
 
@@ -137,6 +138,11 @@ def write_weights(
             hashes["written"][target.name] = sha256(target)
             stage.advance()
     for name, file in copied_files(checkpoint.folder).items():
+        if name in checkpoint.unused:
+            continue
+        if name == "config.json" and (text := checkpoint.config_text()) is not None:
+            write_text(partial / name, text)
+            continue
         shutil.copyfile(file, partial / name)
         hashes["copied"][name] = sha256(partial / name)
     if checkpoint.pickled and len(shards) > 1:
@@ -225,7 +231,8 @@ def write_opened(
         else:
             made = ("config.json", "generation_config.json", "model.safetensors.index.json")
             source = [*checkpoint.shards(), *(p for name in made[:2] if (p := checkpoint.folder / name).is_file())]
-            copied = {name: file for name, file in copied_files(checkpoint.folder).items() if name not in made}
+            left = {*made, *checkpoint.unused}
+            copied = {name: file for name, file in copied_files(checkpoint.folder).items() if name not in left}
             for name, file in copied.items():
                 shutil.copyfile(file, partial / name)
         plain.save_pretrained(partial, max_shard_size="5GB")
