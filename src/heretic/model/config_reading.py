@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ OTHER_SIZES = (
 )  # fmt: skip
 LARGEST_FOR_SMALL = 1 << 16  # a size that a config may always have, whatever the tensors' sizes
 PACKING = 16  # numbers in one element of a packed tensor, at most twice over
+MOST_ENTRIES = 300  # that are left out in turn to find the one that is refused
 DEEPEST = 4  # configs within configs
 ATTENTION = (None, "eager", "sdpa")  # in PyTorch itself; the others need a package or kernels from the hub
 EXPERTS = (None, "eager")
@@ -132,6 +134,7 @@ def _refused(error: Exception, raw: Mapping[str, Any], file: Path, model: str) -
     keys = [key for key in raw if re.search(rf"\b{re.escape(str(key))}\b", text)]
     if isinstance(error, ZeroDivisionError):
         keys = [key for key, value in raw.items() if value == 0 and not isinstance(value, bool)]
+    keys = keys or _culprits(raw)
     values = ", ".join(f"{plain_line(str(key))[:60]} = {_short(raw[key])}" for key in keys[:3])
     return UserError(
         f"The model's config cannot be read: {reason}",
@@ -139,6 +142,20 @@ def _refused(error: Exception, raw: Mapping[str, Any], file: Path, model: str) -
         where=f"{file}: {values}" if values else str(file),
         fix="correct the entry, or take config.json from the repository that the weights are from",
     )
+
+
+def _culprits(raw: Mapping[str, Any]) -> list[str]:
+    """The entry without which transformers reads a config that it refuses without naming one."""
+    from transformers import CONFIG_MAPPING
+
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return []
+    for key in list(raw)[:MOST_ENTRIES]:
+        with contextlib.suppress(Exception):  # as any of the others does not help
+            CONFIG_MAPPING[kind].from_dict({k: v for k, v in raw.items() if k != key})
+            return [key]
+    return []
 
 
 def _short(value: Any) -> str:
