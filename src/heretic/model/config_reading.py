@@ -16,6 +16,7 @@ from heretic.model.weight_files import LARGEST_CONFIG, read_json
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+CONTEXTS = ("max_position_embeddings", "n_positions")
 BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head", "n_heads")
 OTHER_SIZES = (
@@ -58,14 +59,15 @@ def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], fi
     widest = max((d for t in tensors.values() for d in t.shape), default=0)
     packed = any(t.is_packed for t in tensors.values())
     most = max(LARGEST_FOR_SMALL, widest * (PACKING if packed else 4))
-    limits = {
+    limits: dict[str, tuple[float, float]] = {
         **dict.fromkeys(BLOCKS, (1, len(tensors))),
         **dict.fromkeys(WIDTHS, (1, most)),
         **dict.fromkeys(OTHER_SIZES, (0, most)),
+        **dict.fromkeys(CONTEXTS, (1, math.inf)),
     }
     for path, key, value in _sizes(config):
-        low, high = limits.get(key, (None, None))
-        if low is None or high is None or low <= value <= high:
+        low, high = limits.get(key, (-math.inf, math.inf))
+        if low <= value <= high:
             continue
         what = f"must be at least {low}" if value < low else f"does not match the weights, which allow at most {high}"
         raise UserError(

@@ -106,7 +106,7 @@ def _checked(loaded: LanguageModel) -> LanguageModel:
     """The same, if it is known where its answers end. Raises UserError."""
     try:
         _ = loaded.end_tokens
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"It cannot be read which tokens end an answer: {first_line(error)}",
             code="invalid-eos-token",
@@ -141,6 +141,7 @@ def load_tokenizer(
     if not tokenizer.chat_template and chat_template is not None:
         raise UserError(
             f"{checkpoint.model} has no chat template, so it is not known how to speak to it.",
+            code="no-chat-template",
             where=str(checkpoint.folder),
             fix='name a Jinja file: chat_template = "template.jinja"; or take the "instruct" version of the model',
         )
