@@ -47,6 +47,8 @@ def refusal(folder: Path, **options: Any) -> UserError:
         ("head_dim", 10**9),
         ("intermediate_size", -1),
         ("num_key_value_heads", 10**9),
+        ("num_labels", 10**12),
+        ("max_position_embeddings", 0),
         ("hidden_size", 64),
         ("vocab_size", 97),
         ("intermediate_size", 49),

@@ -15,6 +15,7 @@ import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 from heretic.ablation.bake import bake_bias, bake_weight, rewrite, sources
 from heretic.ablation.operator import Operator
@@ -222,7 +223,9 @@ def write_opened(
             plain = type(model)(config)
         plain.load_state_dict(state, assign=True)
         plain.tie_weights(missing_keys=set())  # a head of its own stays one, whatever the config says
-        plain.generation_config = model.generation_config
+        stored = checkpoint.folder / "generation_config.json"
+        # transformers refuses to save some that it has read: the model's own file is copied.
+        plain.generation_config = GenerationConfig() if _is_beside(stored, checkpoint) else model.generation_config
         stop.check()
         copied = {}
         if checkpoint.gguf_file:
@@ -236,6 +239,8 @@ def write_opened(
             for name, file in copied.items():
                 shutil.copyfile(file, partial / name)
         plain.save_pretrained(partial, max_shard_size="5GB")
+        if _is_beside(stored, checkpoint):
+            shutil.copyfile(stored, partial / stored.name)
         for path in partial.glob("*.safetensors"):
             readable(path)
         return {
@@ -243,6 +248,10 @@ def write_opened(
             "written": hashed(sorted(partial.glob("*.safetensors")), stop),
             "copied": hashed([partial / name for name in copied], stop),
         }
+
+
+def _is_beside(file: Path, checkpoint: Checkpoint) -> bool:
+    return file.is_file() and not checkpoint.gguf_file
 
 
 def hashed(files: Sequence[Path], stop: Stop) -> dict[str, str]:

@@ -24,6 +24,7 @@ OTHER_SIZES = (
     "num_key_value_heads", "num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
     "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "mamba_n_heads", "mamba_d_head",
     "mamba_d_state", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+    "num_labels",
 )  # fmt: skip
 LARGEST_FOR_SMALL = 1 << 16  # a size that a config may always have, whatever the tensors' sizes
 PACKING = 16  # numbers in one element of a packed tensor, at most twice over
@@ -169,11 +170,19 @@ def auto_class(config: Any, trusted: bool) -> Any:
     """The class of transformers that makes a language model for a config, AutoModelForCausalLM if it can; None if none does."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    own = getattr(config, "auto_map", None) if trusted else None
+    own = _own_classes(config, trusted)
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if type(config) in auto._model_mapping or (isinstance(own, dict) and auto.__name__ in own):
+        if type(config) in auto._model_mapping or auto.__name__ in own:
             return auto
     return None
+
+
+def _own_classes(config: Any, trusted: bool) -> dict[str, str]:
+    """Names of the classes of a model's own code by those of transformers' automatic classes, if that code is trusted."""
+    table = getattr(config, "auto_map", None) if trusted else None
+    if not isinstance(table, dict):
+        return {}
+    return {auto: name.rpartition(".")[2] for auto, name in table.items() if isinstance(name, str)}
 
 
 def check_decoder(config: Any, file: Path, trusted: bool) -> None:
@@ -187,7 +196,8 @@ def check_decoder(config: Any, file: Path, trusted: bool) -> None:
             where=f"{file}: architectures",
             fix="take config.json from the repository that the weights are from",
         )
-    other = bool(names) and all(_is_another_kind(name) for name in names)
+    own = _own_classes(config, trusted).get("AutoModelForCausalLM")
+    other = bool(names) and all(name != own and _is_another_kind(name) for name in names)
     if getattr(config, "is_encoder_decoder", False) or other or auto_class(config, trusted) is None:
         raise UserError(
             f"{plain_line(names[0])[:100] if names else config.model_type} is not a decoder-only language model.",
