@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from heretic.errors import UserError, first_line
+from heretic.errors import UserError, first_line, plain_line
 from heretic.model.checkpoint import Checkpoint
+from heretic.model.config_reading import auto_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,22 +60,43 @@ def skeleton(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
     """The model with all its modules and shapes but no memory. Raises UserError if transformers cannot build it."""
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = copy.deepcopy(checkpoint.config)
     trusted = checkpoint.own_code
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trusted
-    auto = AutoModelForCausalLM if known else AutoModelForImageTextToText  # as `model.loading` chooses
+    auto = auto_class(config, trusted)
+    file = str(checkpoint.folder / "config.json")
     try:
-        with init_empty_weights(include_buffers=True):
-            return auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trusted)
+        # Buffers too are made without memory: a mask may be as large as the square of the context.
+        with torch.device("meta"), init_empty_weights(include_buffers=True):
+            model: PreTrainedModel = auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trusted)
     except Exception as error:  # any model's code runs here, so anything may come out of it
         raise UserError(
-            f"The installed transformers cannot build {checkpoint.model}: {first_line(error)}",
-            where=str(checkpoint.folder / "config.json"),
-            fix="update transformers, or choose a model that it supports",
+            f"transformers cannot build {checkpoint.model} from its config: {plain_line(first_line(error))[:250]}",
+            code="model-not-buildable",
+            where=file,
+            fix="take config.json from the repository that the weights are from, or choose a model that transformers supports",
         ) from error
+    _check_shapes(model, checkpoint, file)
+    return model
+
+
+def _check_shapes(model: PreTrainedModel, checkpoint: Checkpoint, file: str) -> None:
+    """Compare the shapes that the config gives with those of the tensors of the same names. Raises UserError.
+
+    Some families store experts with the last two axes the other way round.
+    """
+    for name, parameter in model.state_dict().items():
+        held = checkpoint.tensors.get(name)
+        if held is None or held.is_packed or checkpoint.gguf_file or checkpoint.quantised_by:
+            continue
+        if sorted(held.shape) != sorted(parameter.shape):
+            raise UserError(
+                f"{plain_line(name)[:100]} is {list(held.shape)} in {held.file.name if held.file else 'the weights'}, "
+                f"and {list(parameter.shape)} by config.json.",
+                code="config-size-mismatch",
+                where=file,
+                fix="take config.json from the repository that the weights are from",
+            )
 
 
 def device_named(value: int | str, devices: Sequence[Device], setting: str) -> Device:
