@@ -21,6 +21,7 @@ from heretic.export.save import check_destination
 from heretic.files import expanded
 from heretic.machine import lock, preflight
 from heretic.machine.gpus import Gpu, gpus_for, usable_gpus, visible_gpus
+from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_checkpoint, require_name
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
@@ -117,8 +118,10 @@ def run(
         if fresh:
             set_aside(folder, settings, watcher)
         folder.create()
-        with study_of(inputs, wait=wait, watcher=watcher, stop=stop) as study:
-            desk = Desk(resolved, inputs, study, watcher, stop)
+        with (
+            study_of(inputs, wait=wait, watcher=watcher, stop=stop) as study,
+            Desk(resolved, inputs, study, watcher, stop) as desk,
+        ):
             if not lender():  # a worker was given its settings
                 desk.keep_settings()
             if add:
@@ -258,6 +261,7 @@ def look(
 ) -> Inputs:
     """Preflight, and the inputs that it looked at; the judge is tried where there is `judging` to do. Raises UserError if the run
     would fail, unless forced."""
+    free_memory()  # reference cycles of an earlier model would count as memory that is taken
     require_name(settings.model)  # before prompts are fetched from the hub
     read_prompts = functools.cache(lambda: load_all(settings.prompts))
     report = check(settings, read_prompts, judging=judging)

@@ -23,8 +23,10 @@ from heretic.errors import UserError, first_line
 from heretic.model.anatomy import Anatomy, dissect, input_device
 from heretic.model.batching import free_memory, out_of_memory
 from heretic.model.checkpoint import Checkpoint
+from heretic.model.device_errors import device_error, is_device_error
 from heretic.model.quantisation import KEPT, QUANTISATIONS, keep_layout, loading_arguments, made_even
 from heretic.model.tensor_info import OPENED
+from heretic.model.unloading import unload
 from heretic.progress import SILENT, Watcher
 
 log = logging.getLogger(__name__)
@@ -81,6 +83,7 @@ def load(
     `dtypes` are tried in turn ("bfloat16", …) until one token gives finite logits. Raises UserError when none does, when
     memory runs out, or when the model's code would have to be trusted.
     """
+    free_memory()  # of an earlier model that failed between loading and its first use
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     trusted = checkpoint.model in (trust_remote_code or [])
@@ -97,8 +100,7 @@ def load(
             given = str(model.dtype).removeprefix("torch.") if checkpoint.quantised_by == KEPT else dtype
             return _checked(LanguageModel(model, tokenizer, checkpoint, dissect(model), given, quantization))
         watcher.warn(f"{checkpoint.model} gives logits that are not finite numbers in {dtype}.")
-        del model
-        free_memory()
+        unload(model)
     raise UserError(
         f"{checkpoint.model} gives logits that are not finite (NaN or infinite) in {', '.join(dict.fromkeys(dtypes))}.",
         where=str(checkpoint.folder),
@@ -162,6 +164,8 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
                 "Out of memory while loading the model.",
                 fix="run heretic preflight: it names what fits and the line to set",
             ) from None
+        if is_device_error(error):
+            raise device_error(error) from error
         raise UserError(f"The model cannot be loaded: {first_line(error)}", where=str(checkpoint.folder)) from error
     except (OSError, ValueError, ImportError, TypeError, AttributeError, LookupError) as error:  # of its small files
         raise UserError(f"The model cannot be loaded: {first_line(error)}", where=str(checkpoint.folder)) from error
@@ -187,6 +191,8 @@ def _adapted(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     try:
         return cast(PreTrainedModel, PeftModel.from_pretrained(model, adapter).get_base_model())
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if is_device_error(error):
+            raise
         raise UserError(f"The adapter cannot be put on the model: {first_line(error)}", where=str(adapter)) from error
 
 
@@ -198,6 +204,8 @@ def _finite(model: PreTrainedModel) -> bool:
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:  # of the model's code
         if out_of_memory(error):
             raise
+        if is_device_error(error):
+            raise device_error(error) from error
         raise UserError(
             f"{type(model).__name__} cannot be run on text alone: {first_line(error)}",
             fix="see docs/architectures.md for the architectures that work",
