@@ -271,7 +271,7 @@ def look(
         first = failures[0]
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         fix = first.fix or "see heretic preflight; --force starts all the same"
-        raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix)
+        raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix, code=first.code)
     checkpoint = open_checkpoint(
         settings.model,
         settings.revision,
