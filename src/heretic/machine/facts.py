@@ -26,7 +26,7 @@ class Finding:
     subject: str
     text: str
     fix: str | None = None
-    code: str = ""
+    code: str | None = None  # of the error that it was, if any
 
 
 @dataclass(frozen=True)

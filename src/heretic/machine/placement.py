@@ -108,7 +108,10 @@ def device_named(value: int | str, devices: Sequence[Device], setting: str) -> D
             return device
     there = ", ".join(device.name for device in devices)
     raise UserError(
-        f"The setting '{setting}' names the device {value!r}, which is not there.", fix=f"there is: {there}"
+        f"The setting '{setting}' names the device {value!r}, which is not there.",
+        code="device-not-there",
+        where=setting,
+        fix=f"there is: {there}",
     )
 
 
@@ -122,7 +125,10 @@ def weight_limits(max_memory: Mapping[str, str], devices: Sequence[Device]) -> d
             limits[device_named(name, devices, "max_memory").name] = convert_file_size_to_int(size)
         except ValueError:
             raise UserError(
-                f"The setting 'max_memory' gives {size!r} for {name}, which is no size.", fix='write it like "20GiB"'
+                f"The setting 'max_memory' gives {size!r} for {name}, which is no size.",
+                code="invalid-size",
+                where=f"max_memory.{name}",
+                fix='write it like "20GiB"',
             ) from None
     return limits
 
@@ -166,7 +172,7 @@ def spread(
         )
     head, embedding = _ends(model)
     if head != embedding and model.get_output_embeddings().weight is model.get_input_embeddings().weight:
-        table[head] = _lookup(table, embedding)  # accelerate may part tied weights, which would store them twice
+        table[head] = lookup(table, embedding)  # accelerate may part tied weights, which would store them twice
     return {"": next(iter(table.values()))} if len(set(table.values())) == 1 else table
 
 
@@ -182,17 +188,6 @@ def _not_said() -> Iterator[None]:
         log.setLevel(level)
 
 
-def explicit(model: PreTrainedModel, table: Mapping[str, int | str], devices: Sequence[Device]) -> dict[str, int | str]:
-    """The user's own table with its devices checked. Raises UserError if one is not there or a tensor has no place."""
-    resolved = {name: device_named(value, devices, "device_map").key for name, value in table.items()}
-    for name in model.state_dict():
-        if _lookup(resolved, name) is None:
-            raise UserError(
-                f"The table 'device_map' has no place for {name}.", fix='add it, or "" = DEVICE for all the rest'
-            )
-    return resolved
-
-
 def shares(
     model: PreTrainedModel,
     table: Mapping[str, int | str],
@@ -204,13 +199,15 @@ def shares(
     head, embedding = _ends(model)
 
     def share(name: str) -> Share:
-        place = _lookup(table, name)
+        place = lookup(table, name)
         return found.setdefault(NOWHERE if place is None else place, Share())
 
     for name, parameter in model.named_parameters():
         share(name).weights += int(parameter.numel() * fewer.get(name, parameter.element_size()))
-    for number, name in enumerate(_block_names(model, blocks)):
-        share(name).blocks.append(number)
+    for number, name in enumerate(
+        block_names(model, blocks)
+    ):  # a block that was split counts where its first tensor is
+        share(_first_tensor(model, name)).blocks.append(number)
     share(embedding).embedding = True
     share(head).head = True
     return found
@@ -223,8 +220,8 @@ def _ends(model: PreTrainedModel) -> tuple[str, str]:
     return names.get(id(model.get_output_embeddings()), embedding), embedding
 
 
-def _block_names(model: nn.Module, blocks: int) -> list[str]:
-    """Names of one tensor in every decoder block: those of the largest list of modules that has the right length."""
+def block_names(model: nn.Module, blocks: int) -> list[str]:
+    """Names of the decoder blocks: those of the largest list of modules that has the right length."""
     from torch import nn
 
     def size(module: nn.Module) -> int:
@@ -237,15 +234,16 @@ def _block_names(model: nn.Module, blocks: int) -> list[str]:
     ]
     if not lists:
         return []
-    _, prefix, largest = max(lists, key=lambda found: found[0])
-    # A block that was split counts where its first tensor is.
-    return [
-        prefix + next((f"{i}.{name}" for name, _ in block.named_parameters()), str(i))
-        for i, block in enumerate(largest)
-    ]
+    _, prefix, _ = max(lists, key=lambda found: found[0])
+    return [f"{prefix}{i}" for i in range(blocks)]
 
 
-def _lookup(table: Mapping[str, int | str], name: str) -> int | str | None:
+def _first_tensor(model: nn.Module, name: str) -> str:
+    """The name of a module's first tensor; that of the module where it has none."""
+    return next((f"{name}.{tensor}" for tensor, _ in model.get_submodule(name).named_parameters()), name)
+
+
+def lookup(table: Mapping[str, int | str], name: str) -> int | str | None:
     """The place of a tensor or module: that of the longest name in the table that leads to it."""
     while name not in table:
         if not name:

@@ -18,8 +18,10 @@ from heretic.model.anatomy import Anatomy, dissect, input_device
 from heretic.model.batching import free_memory, out_of_memory
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.config_reading import auto_class
+from heretic.model.device_errors import device_error, is_device_error
 from heretic.model.quantisation import KEPT, QUANTISATIONS, keep_layout, loading_arguments, made_even
 from heretic.model.tensor_info import OPENED
+from heretic.model.unloading import unload
 from heretic.progress import SILENT, Watcher
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ def load(
     `dtypes` are tried in turn ("bfloat16", …) until one token gives finite logits. Raises UserError when none does, when
     memory runs out, or when the model's code would have to be trusted.
     """
+    free_memory()  # of an earlier model that failed between loading and its first use
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     trusted = checkpoint.model in (trust_remote_code or [])
@@ -92,8 +95,7 @@ def load(
             given = str(model.dtype).removeprefix("torch.") if checkpoint.quantised_by == KEPT else dtype
             return _checked(LanguageModel(model, tokenizer, checkpoint, dissect(model), given, quantization))
         watcher.warn(f"{checkpoint.model} gives logits that are not finite numbers in {dtype}.")
-        del model
-        free_memory()
+        unload(model)
     raise UserError(
         f"{checkpoint.model} gives logits that are not finite (NaN or infinite) in {', '.join(dict.fromkeys(dtypes))}.",
         code="logits-not-finite",
@@ -172,6 +174,8 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
                 code="out-of-memory",
                 fix="run heretic preflight: it names what fits and the line to set",
             ) from None
+        if is_device_error(error):
+            raise device_error(error) from error
         raise UserError(
             f"The model cannot be loaded: {plain_line(first_line(error))[:300]}",
             code="model-not-loadable",
@@ -209,6 +213,8 @@ def _adapted(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     try:
         return cast(PreTrainedModel, PeftModel.from_pretrained(model, adapter).get_base_model())
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if is_device_error(error):
+            raise
         raise UserError(
             f"The adapter cannot be put on the model: {first_line(error)}",
             code="adapter-not-loadable",
@@ -225,6 +231,8 @@ def _finite(model: PreTrainedModel) -> bool:
     except Exception as error:  # any model's code runs here
         if out_of_memory(error):
             raise
+        if is_device_error(error):
+            raise device_error(error) from error
         raise UserError(
             f"{type(model).__name__} cannot be run on text alone: {first_line(error)}",
             code="model-cannot-run",
