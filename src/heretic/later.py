@@ -20,6 +20,7 @@ from heretic.export.save import check_destination
 from heretic.model.batching import Batch, free_memory
 from heretic.model.chat_format import check_length
 from heretic.model.decoding import decode
+from heretic.model.prefix import AnswerStart
 from heretic.model.talking import answer
 from heretic.progress import Watcher
 from heretic.run import device_lock, look, study_of, write
@@ -97,7 +98,7 @@ def talk(desk: Desk, trial: int | None, tokens: int) -> tuple[Result, Said]:
     bench, ablation = session.bench, desk.space.from_params(result.params)
 
     def say(messages: Sequence[dict[str, str]], ablated: bool, on_text: Callable[[str], None]) -> str:
-        encoded = bench.chat.tokenizer(bench.chat.conversation(messages), add_special_tokens=False)["input_ids"]
+        encoded = bench.chat.tokens(bench.chat.conversation(messages))
         room = bench.language_model.context - len(encoded)
         if room < 1:
             raise UserError(
@@ -199,16 +200,16 @@ def evaluate_model(
     settings = settings.model_copy(update={"save_to": "", "revision": own})  # nothing is written
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         judge = make_judge(settings, Surroundings(None, watcher, stop))
-        baseline = prefix = None
+        baseline = start = None
         answered: Sequence[list[int]] = ()
         if against is not None:
             original = settings.model_copy(update={"model": against, "revision": others})
             bench = _bench(original, watcher, stop, judge)
             baseline, answered = original_log_probs(bench)
-            prefix = bench.chat.response_prefix
+            start = bench.start
             del bench
             free_memory()
-        bench = _bench(settings, watcher, stop, judge, prefix)
+        bench = _bench(settings, watcher, stop, judge, start)
         ladder = replace(bench.ladder, answered=answered)
         divergence = None
         if baseline is not None:
@@ -231,6 +232,6 @@ def evaluate_model(
         )
 
 
-def _bench(settings: Settings, watcher: Watcher, stop: Stop, judge: Judge, prefix: str | None = None) -> Bench:
+def _bench(settings: Settings, watcher: Watcher, stop: Stop, judge: Judge, start: AnswerStart | None = None) -> Bench:
     inputs = look(settings, force=False, watcher=watcher)
-    return open_bench(settings, inputs.checkpoint, inputs.prompts, inputs.plan, watcher, stop, prefix, judge)
+    return open_bench(settings, inputs.checkpoint, inputs.prompts, inputs.plan, watcher, stop, start, judge)

@@ -15,8 +15,8 @@ from heretic.export.spot_check import Columns, Rewritten, as_columns, rounding_o
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
+from heretic.model.template import read_template
 from heretic.progress import Watcher
-from heretic.session import read_template
 from heretic.settings import Settings
 from heretic.stop import Stop
 

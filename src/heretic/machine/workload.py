@@ -140,7 +140,7 @@ def _encoded(settings: Settings, checkpoint: Checkpoint, prompts: PromptSets) ->
     """Token ids of harmful_eval, harmless_eval, harmful_train, harmless_train. Raises UserError where there is no tokenizer."""
     from heretic.model.chat_format import ChatFormat
     from heretic.model.loading import load_tokenizer
-    from heretic.session import read_template
+    from heretic.model.template import read_template
 
     trusted = checkpoint.model in settings.trust_remote_code
     tokenizer = load_tokenizer(checkpoint, trusted, read_template(settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from heretic.errors import UserError, first_line
+from heretic.errors import UserError, first_line, plain_line
 from heretic.model.anatomy import Anatomy, dissect, input_device
 from heretic.model.batching import free_memory, out_of_memory
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.quantisation import KEPT, QUANTISATIONS, keep_layout, loading_arguments, made_even
+from heretic.model.template import PROCESS, template_of
 from heretic.model.tensor_info import OPENED
 from heretic.progress import SILENT, Watcher
 
@@ -59,11 +61,37 @@ class LanguageModel:
         return int(width) if width else 1 << 30
 
     @property
+    def rows(self) -> int:
+        """Rows of the embedding: the token ids that the model knows are below it."""
+        embedding: Any = self.model.get_input_embeddings()
+        return int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
+
+    @property
     def end_tokens(self) -> set[int]:
-        """Token ids that end an answer."""
-        ends = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        listed = ends if isinstance(ends, list) else [ends]
-        return {int(t) for t in (*listed, self.tokenizer.eos_token_id) if t is not None}
+        """Token ids that end an answer; those that the model cannot say are left out."""
+        config = self.model.generation_config
+        return {
+            i
+            for i in (*ids_of(config.eos_token_id if config else None), *ids_of(self.tokenizer.eos_token_id))
+            if 0 <= i < self.rows
+        }
+
+    @property
+    def pad(self) -> int:
+        """A token id that the model knows, for padding, which is masked: the tokenizer's own if it will do."""
+        for given in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            with contextlib.suppress(TypeError, ValueError):
+                if known := [i for i in ids_of(given) if 0 <= i < self.rows]:
+                    return known[0]
+        return 0
+
+
+def ids_of(given: Any) -> list[int]:
+    """Token ids as configurations hold them: one, several, none, also as text. Raises TypeError and ValueError for what is none."""
+    listed = given if isinstance(given, (list, tuple, set)) else [given]
+    if any(isinstance(i, bool) or (isinstance(i, float) and i != int(i)) for i in listed):
+        raise ValueError(f"{given!r} is no token id")
+    return [int(i) for i in listed if i is not None]
 
 
 def load(
@@ -110,10 +138,12 @@ def _checked(loaded: LanguageModel) -> LanguageModel:
     """The same, if it is known where its answers end. Raises UserError."""
     try:
         _ = loaded.end_tokens
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"It cannot be read which tokens end an answer: {first_line(error)}",
+            code="end-tokens",
             where=f"{loaded.checkpoint.folder / 'generation_config.json'}: eos_token_id",
+            fix="write a token id there, or a list of them",
         ) from None
     return loaded
 
@@ -128,16 +158,25 @@ def load_tokenizer(
     except Exception as error:  # its library raises plain Exceptions for what it cannot parse
         if out_of_memory(error):
             raise
-        raise UserError(f"The tokenizer cannot be read: {first_line(error)}", where=str(checkpoint.folder)) from None
+        raise UserError(
+            f"The tokenizer cannot be read: {plain_line(first_line(error))[:300]}",
+            code="tokenizer-file",
+            where=str(checkpoint.folder),
+            fix="download its files again",
+        ) from None
     tokenizer.padding_side = "left"
     if chat_template:
         tokenizer.chat_template = chat_template
-    if not tokenizer.chat_template and chat_template is not None:
+    if chat_template is None:
+        return tokenizer
+    if not template_of(tokenizer).strip():
         raise UserError(
-            f"{checkpoint.model} has no chat template, so it is not known how to speak to it.",
+            f"{checkpoint.model} has no chat template.",
+            code="no-chat-template",
             where=str(checkpoint.folder),
             fix='name a Jinja file: chat_template = "template.jinja"; or take the "instruct" version of the model',
         )
+    PROCESS.start()  # it becomes ready while the weights are loaded
     return tokenizer
 
 

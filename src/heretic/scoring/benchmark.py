@@ -19,8 +19,9 @@ from heretic.export.manifest import versions
 from heretic.files import write_text
 from heretic.model.batching import out_of_memory
 from heretic.model.loading import load_tokenizer
+from heretic.model.template import read_template
 from heretic.progress import Stage
-from heretic.session import Session, read_template
+from heretic.session import Session
 
 MOST_ROWS = 16  # questions are longer than prompts
 LONGEST_NAME = 80  # characters of a file's name that tell the tasks
