@@ -71,7 +71,7 @@ def test_a_template_that_takes_memory_without_end_is_stopped(template: str) -> N
 def test_a_template_that_computes_without_end_is_stopped_in_any_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         template_module, "ANSWERED_WITHIN", 0.5
-    )  # the clock's limit, in place of five seconds' computing
+    )  # the clock's limit, in place of the limit on computing
     errors: list[BaseException] = []
 
     def work() -> None:

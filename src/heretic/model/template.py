@@ -32,7 +32,7 @@ LARGEST_FILE = 1 << 20  # bytes of a template
 OWN_FILE = 'set chat_template = "template.jinja"'
 LIMITS = {
     "time": f"The chat template takes more than {CPU_SECONDS:.0f} seconds for one conversation.",
-    "memory": f"The chat template needs more than {MEMORY >> 30} GiB of memory for one conversation.",
+    "memory": f"The chat template needs more than {MEMORY >> 20} MiB of memory for one conversation.",
     "length": f"The chat template adds more than {EXTRA_CHARACTERS:,} characters to a conversation.",
 }
 

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-CPU_SECONDS = 5.0  # for one conversation; an ordinary template takes less than a millisecond
-MEMORY = 1 << 30  # bytes beyond what the process has when it begins
+CPU_SECONDS = 2.0  # for one conversation; an ordinary template takes less than a millisecond
+MEMORY = 256 << 20  # bytes beyond what the process has when it begins
 EXTRA_CHARACTERS = 200_000  # that a template may write beside the conversation itself
 
 Render = Callable[[str, list[dict[str, str]], dict[str, Any]], str]
