@@ -82,3 +82,15 @@ def test_a_token_that_the_model_does_not_know_is_one_error_that_names_it(
     refused = heretic(capsys, monkeypatch, "run", "./model", "--trials", "1", *source)
     assert refused.status == 1 and "[token-outside-embedding]" in refused.err
     assert all(part in refused.err for part in ("w59", str(VOCABULARY), "prompts.harmful_eval, prompt 3"))
+
+
+def test_preflight_tells_of_a_chat_template_that_fails_or_is_missing(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(Path("model"))
+    template = Path("model/chat_template.jinja")
+    for content in ("{{ raise_exception('x') }}", ""):
+        template.write_text(content)
+        told = heretic(capsys, monkeypatch, "preflight", "./model", "--json")
+        assert told.status == 1
+        assert "chat template" in {f["subject"] for f in json.loads(told.out)["findings"] if f["level"] == "failure"}

@@ -197,7 +197,7 @@ def _evaluate(session: Session, desk: Desk, manager: Any, tasks: Tasks, stage: S
     trusted = model.checkpoint.model in settings.trust_remote_code
     tokenizer = load_tokenizer(model.checkpoint, trusted, read_template(settings))  # its own: it is changed
 
-    class Asked(HFLM):  # type: ignore[misc]
+    class Asked(HFLM):
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             if add_generation_prompt:
                 return question(bench.chat, chat_history)
