@@ -65,3 +65,11 @@ def test_padding_outside_the_embedding_gives_way_to_a_token_that_is_known(folder
     assert model.tokenizer.pad_token_id >= VOCABULARY and model.pad == 2, "the end's token will do"
     model.tokenizer.pad_token = model.tokenizer.eos_token = None
     assert model.pad == 0 and model.end_tokens == {2}
+
+
+def test_a_folder_without_a_tokenizer_is_an_error_not_an_empty_tokenizer(folder: Path) -> None:
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(UserError) as error:
+        loaded(folder)
+    assert error.value.code == "tokenizer-file"

@@ -29,6 +29,9 @@ from heretic.model.template import PROCESS, template_of
 from heretic.model.tensor_info import OPENED
 from heretic.progress import SILENT, Watcher
 
+# What tokenizers are read from, in all families.
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece*", "*.model", "*.tiktoken", "tekken.json", "*.spm")
+
 log = logging.getLogger(__name__)
 
 
@@ -153,6 +156,14 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the left, with a chat template: the model's own unless one is given. None: it need not have any."""
     extra = {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}
+    if not extra and not trusted and not any(path for name in TOKENIZER_FILES for path in checkpoint.folder.glob(name)):
+        # Of some families transformers makes a tokenizer without words then, which encodes everything to nothing.
+        raise UserError(
+            f"{checkpoint.model} has no tokenizer.",
+            code="tokenizer-file",
+            where=str(checkpoint.folder),
+            fix="put the model's tokenizer files there, such as tokenizer.json and tokenizer_config.json",
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusted, **extra)
     except Exception as error:  # its library raises plain Exceptions for what it cannot parse
