@@ -314,7 +314,7 @@ def measured_from_disk(arguments: Any, common: Sequence[str], folder: Path, held
     inputs = look(settings, force=False, watcher=held.session.bench.batcher.watcher)
     bench = open_bench(
         settings, inputs.checkpoint, inputs.prompts, inputs.plan, held.session.bench.batcher.watcher, Stop(),
-        held.session.bench.chat.response_prefix,
+        held.session.bench.start,
     )  # fmt: skip
     ladder: Ladder = replace(held.ladder, language_model=bench.language_model, chat=bench.chat, batcher=bench.batcher)
     scores: Measured = ladder.score(held.log_probs)

@@ -22,6 +22,9 @@ def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("COLUMNS", "120")
+    for name in ("CI", "JPY_PARENT_PID", "JPY_SESSION_NAME"):  # where nobody is asked anything
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)

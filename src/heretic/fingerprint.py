@@ -15,7 +15,7 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.prompts import PromptSets
 from heretic.settings import Settings
 
-FORMAT = 2  # raised when a change of the program makes old studies incomparable
+FORMAT = 3  # raised when a change of the program makes old studies incomparable
 
 
 def facts(

@@ -22,6 +22,7 @@ from heretic.export.export import Export
 from heretic.model.batching import Batch
 from heretic.model.chat_format import check_length
 from heretic.model.decoding import decode
+from heretic.model.prefix import AnswerStart
 from heretic.model.talking import answer
 from heretic.model.unloading import unloaded_after
 from heretic.progress import Watcher
@@ -103,7 +104,7 @@ def talk(desk: Desk, trial: int | None, tokens: int) -> tuple[Result, Said]:
     bench, ablation = session.bench, desk.space.from_params(result.params)
 
     def say(messages: Sequence[dict[str, str]], ablated: bool, on_text: Callable[[str], None]) -> str:
-        encoded = bench.chat.tokenizer(bench.chat.conversation(messages), add_special_tokens=False)["input_ids"]
+        encoded = bench.chat.tokens(bench.chat.conversation(messages))
         room = bench.language_model.context - len(encoded)
         if room < 1:
             raise UserError(
@@ -206,15 +207,15 @@ def evaluate_model(
     settings = settings.model_copy(update={"save_to": "", "revision": own})  # nothing is written
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         judge = make_judge(settings, Surroundings(None, watcher, stop))
-        baseline = prefix = None
+        baseline = start = None
         answered: Sequence[list[int]] = ()
         if against is not None:
             original = settings.model_copy(update={"model": against, "revision": others})
             bench = _bench(original, watcher, stop, judge)
             with unloaded_after(bench.language_model.model):
                 baseline, answered = original_log_probs(bench)
-            prefix = bench.chat.response_prefix
-        bench = _bench(settings, watcher, stop, judge, prefix)
+            start = bench.start
+        bench = _bench(settings, watcher, stop, judge, start)
         with unloaded_after(bench.language_model.model):
             return _evaluate(bench, against, baseline, answered)
 
@@ -242,6 +243,6 @@ def _evaluate(bench: Bench, against: str | None, baseline: Tensor | None, answer
     )
 
 
-def _bench(settings: Settings, watcher: Watcher, stop: Stop, judge: Judge, prefix: str | None = None) -> Bench:
+def _bench(settings: Settings, watcher: Watcher, stop: Stop, judge: Judge, start: AnswerStart | None = None) -> Bench:
     inputs = look(settings, force=False, watcher=watcher)
-    return open_bench(settings, inputs.checkpoint, inputs.prompts, inputs.plan, watcher, stop, prefix, judge)
+    return open_bench(settings, inputs.checkpoint, inputs.prompts, inputs.plan, watcher, stop, start, judge)

@@ -23,6 +23,7 @@ from heretic.machine import lock, preflight
 from heretic.machine.gpus import Gpu, gpus_for, usable_gpus, visible_gpus
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_checkpoint, require_name
+from heretic.model.template import read_template
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
 from heretic.report.about import About
@@ -44,7 +45,7 @@ from heretic.search.storage import (
     unwritable,
 )
 from heretic.search.study import finished, optimise
-from heretic.session import LoadPlan, read_template
+from heretic.session import LoadPlan
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved
 from heretic.stop import Stop

@@ -19,6 +19,7 @@ from heretic.ablation.directions import Directions
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import SettingsError, UserError
 from heretic.files import check_seal, expanded, open_private, read_tensors, write_tensors, write_text
+from heretic.model.prefix import AnswerStart
 from heretic.progress import Watcher
 from heretic.scoring.harmless import Conduct
 from heretic.scoring.verdict import EVASIVE, ORDER, REFUSAL, Verdict
@@ -34,13 +35,13 @@ GEOMETRY, REPORT = "geometry.safetensors", "report.html"
 class Baseline:
     """The original model: its log-probabilities [tokens, vocabulary] at the first `answered` tokens of its answers to the
     harmless prompts, what `judge` says of its answers to the harmful ones, the first tokens with which it declined (none where it
-    did not), the beginning that all its answers share, and its conduct on the harmless prompts (None in a file of an
+    did not), how all its answers begin, and its conduct on the harmless prompts (None in a file of an
     earlier version)."""
 
     log_probs: Tensor
     verdicts: tuple[Verdict, ...]
     refusal_texts: tuple[list[int], ...]
-    response_prefix: str
+    start: AnswerStart
     answered: tuple[list[int], ...]
     judge: str = "markers"
     conduct: Conduct | None = None
@@ -153,13 +154,18 @@ class RunFolder:
         """The stored baseline; None if there is none or it is damaged, which is said. `given_up`: the one by the markers, after the
         study's judge has failed."""
         tensors = self._tensors(baseline_file(given_up=given_up), watcher)
-        if not tensors or not {"refusal_texts", "answered"} <= tensors.keys():  # as it was before these were kept
+        if (
+            not tensors or not {"refusal_texts", "answered", "template_variables"} <= tensors.keys()
+        ):  # as it was before these were kept
             return None
         return Baseline(
             log_probs=tensors["log_probs"],
             verdicts=tuple(ORDER[d] for d in tensors["declined"].tolist()),
             refusal_texts=_unpadded(tensors["refusal_texts"]),
-            response_prefix=bytes(tensors["response_prefix"].tolist()).decode(),
+            start=AnswerStart(
+                bytes(tensors["response_prefix"].tolist()).decode(),
+                json.loads(bytes(tensors["template_variables"].tolist()).decode()),
+            ),
             answered=_unpadded(tensors["answered"]),
             judge=bytes(tensors["judge"].tolist()).decode(),
             conduct=Conduct(*tensors["conduct"].tolist()) if "conduct" in tensors else None,
@@ -169,11 +175,13 @@ class RunFolder:
         """Store the baseline; its text lies in the same file as bytes, so that one hash covers all of it."""
         import torch
 
+        prefix, variables = baseline.start.prefix, json.dumps(dict(baseline.start.variables))
         tensors = {
             "log_probs": baseline.log_probs,
             "declined": torch.tensor([ORDER.index(v) for v in baseline.verdicts], dtype=torch.uint8),
             "refusal_texts": _padded(baseline.refusal_texts),
-            "response_prefix": torch.tensor(list(baseline.response_prefix.encode()), dtype=torch.uint8),
+            "response_prefix": torch.tensor(list(prefix.encode()), dtype=torch.uint8),
+            "template_variables": torch.tensor(list(variables.encode()), dtype=torch.uint8),
             "answered": _padded(baseline.answered),
             "judge": torch.tensor(list(baseline.judge.encode()), dtype=torch.uint8),
         }

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,18 +18,20 @@ from heretic.ablation.bake import Original, copies, from_checkpoint, rewrite
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Matrix
 from heretic.ablation.residual_geometry import ResidualGeometry, Survey
+from heretic.encoding import encode, most_new_tokens, start_answers
 from heretic.errors import UserError
 from heretic.finding import find_directions
 from heretic.machine.host import memory, spell_bytes
 from heretic.machine.memory_plan import MemoryPlan
 from heretic.model.anatomy import Writer
 from heretic.model.batching import AS_IT_IS, Batcher, Edited
-from heretic.model.chat_format import ChatFormat, check_different, check_length
+from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.decoding import decoded_by_generate
 from heretic.model.forward import can_share, padding_matters
 from heretic.model.loading import LanguageModel, load
-from heretic.model.prefix import find_prefix
+from heretic.model.prefix import AnswerStart
+from heretic.model.template import read_template
 from heretic.parallel import agree, rank
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets
@@ -85,6 +86,11 @@ class Bench:
     batcher: Batcher
     ladder: Ladder
 
+    @property
+    def start(self) -> AnswerStart:
+        """How every answer begins."""
+        return AnswerStart(self.chat.response_prefix, self.chat.variables)
+
 
 @dataclass(frozen=True)
 class Session:
@@ -137,7 +143,7 @@ def open_bench(
     plan: LoadPlan,
     watcher: Watcher,
     stop: Stop,
-    response_prefix: str | None = None,
+    start: AnswerStart | None = None,
     judge: Judge | None = None,
 ) -> Bench:
     """Load the model and encode the evaluation prompts; the answers' common beginning is found unless it is given, and the judge
@@ -162,10 +168,8 @@ def open_bench(
             f"{len(names)} blocks do more than add their writers' outputs to one residual stream, such as {names[0]}: "
             "the edit may not reach all of it (docs/architectures.md)."
         )
-    tokenizer = language_model.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    batcher = Batcher(plan.batch_size, language_model.device, pad=pad, stop=stop, watcher=watcher)
-    chat = ChatFormat(tokenizer, settings.system_prompt)
+    batcher = Batcher(plan.batch_size, language_model.device, pad=language_model.pad, stop=stop, watcher=watcher)
+    chat = ChatFormat(language_model.tokenizer, settings.system_prompt, rows=language_model.rows)
     encoded = encode(prompts, chat, language_model.context, settings)
     if decoded_by_generate(language_model.model, language_model.device):
         watcher.say(
@@ -176,15 +180,8 @@ def open_bench(
         watcher.warn(
             "Padding changes what this model answers, so only prompts of one length share a batch: this is slower."
         )
-    if response_prefix is None:
-        response_prefix = settings.response_prefix
-        if response_prefix == "auto":
-            response_prefix = find_prefix(language_model, encoded, batcher)
-    if response_prefix:
-        watcher.say(f"Answers are made to begin with {response_prefix!r}.")
-        chat = chat.with_prefix(response_prefix)
-        encoded = encode(prompts, chat, language_model.context, settings)
-    longest = max(len(tokens) for sequences in encoded.values() for tokens in sequences) + _most_new_tokens(settings)
+    chat, encoded = start_answers(chat, encoded, start, prompts, language_model, settings, batcher)
+    longest = max(len(tokens) for sequences in encoded.values() for tokens in sequences) + most_new_tokens(settings)
     model, window = language_model.model, language_model.window
     batcher.share = can_share(model, encoded["harmless_eval"], batcher, longest=longest, window=window)
     limits = Limits(settings.constraints.max_over_refusals, settings.constraints.max_degenerate)
@@ -201,22 +198,6 @@ def open_bench(
         bystanders=bystanders,
     )
     return Bench(settings, language_model, chat, prompts, encoded, batcher, ladder)
-
-
-def encode(prompts: PromptSets, chat: ChatFormat, context: int, settings: Settings) -> dict[str, list[list[int]]]:
-    """Token ids of all sets by their role. Raises UserError for a prompt that does not fit, with the answers decoded from it."""
-    encoded = {}
-    decoded = {"harmful_eval": settings.max_response_length, "harmless_eval": _most_new_tokens(settings)}
-    for prompt_set in prompts.all:
-        encoded[prompt_set.role] = chat.encode(prompt_set.prompts)
-        check_different(prompt_set.role, encoded[prompt_set.role])
-        new = decoded.get(prompt_set.role, 1)
-        check_length(prompt_set.role, encoded[prompt_set.role], context, new)
-    return encoded
-
-
-def _most_new_tokens(settings: Settings) -> int:
-    return max(settings.max_response_length, settings.kl_tokens)
 
 
 def open_session(
@@ -240,8 +221,8 @@ def open_session(
     with shelf.file(baseline_file(given_up=given_up)):
         baseline = agree(lambda: folder.baseline(watcher, given_up=given_up))
         known = baseline or (agree(lambda: folder.baseline(watcher)) if given_up else None)
-        prefix = known.response_prefix if known else None
-        bench = open_bench(settings, checkpoint, prompts, plan, watcher, stop, prefix, judge)
+        start = known.start if known else None
+        bench = open_bench(settings, checkpoint, prompts, plan, watcher, stop, start, judge)
         if baseline is None or baseline.judge != judge.name:
             baseline = measure_baseline(bench)
             if rank() == 0:
@@ -327,7 +308,7 @@ def measure_baseline(bench: Bench) -> Baseline:
         log_probs=log_probs,
         verdicts=counted.verdicts,
         refusal_texts=texts,
-        response_prefix=bench.chat.response_prefix,
+        start=bench.start,
         answered=answered,
         judge=counted.judge,
         conduct=conduct[0] if conduct else None,
@@ -355,19 +336,6 @@ def check_room(tokens: int, bench: Bench) -> None:
             where="kl_tokens",
             fix=f"kl_tokens = {fitting}, or fewer prompts in prompts.harmless_eval",
         )
-
-
-def read_template(settings: Settings) -> str:
-    """The chat template that the settings name; empty for the model's own. Raises UserError."""
-    if not settings.chat_template:
-        return ""
-    try:
-        text = Path(settings.chat_template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The chat template cannot be read: {error}", where="chat_template") from None
-    if not text.strip():
-        raise UserError(f"The chat template {settings.chat_template} is empty.", where="chat_template")
-    return text
 
 
 def weight_reader(language_model: LanguageModel) -> Callable[[Writer], Sequence[Matrix]]:

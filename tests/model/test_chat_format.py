@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from heretic.errors import UserError
-from heretic.model.chat_format import ChatFormat, check_length, common_prefix
+from heretic.model.chat_format import ChatFormat, check_different, check_length, common_prefix
 from tests.tiny import tiny_tokenizer
 
 
@@ -34,13 +34,50 @@ def test_common_prefix(answers: list[str], expected: str) -> None:
 
 def test_a_prompt_that_does_not_fit_is_named() -> None:
     check_length("harmful_eval", [[1] * 10, [1] * 20], 30, 10)
-    with pytest.raises(UserError, match=r"Prompt 2 of harmful_eval has 21 tokens") as error:
+    with pytest.raises(UserError) as error:
         check_length("harmful_eval", [[1] * 10, [1] * 21], 30, 10)
-    assert "max_response_length" in str(error.value)
+    assert error.value.code == "prompt-too-long" and "21" in str(error.value)
 
 
-def test_a_template_that_refuses_is_an_error_in_words() -> None:
+def test_a_token_without_a_row_in_the_embedding_is_named() -> None:
+    tokenizer = tiny_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["newword"])
+    chat = ChatFormat(tokenizer, rows=rows)
+    assert chat.encode(["tell me"], "harmful_eval")
+    with pytest.raises(UserError) as error:
+        chat.encode(["tell me", "tell newword me"], "harmful_eval")
+    assert error.value.code == "token-outside-embedding"
+    assert all(part in str(error.value) for part in ("newword", str(rows), "prompts.harmful_eval, prompt 2"))
+
+
+@pytest.mark.parametrize(
+    "raised", [RuntimeError("no\x1b[2J"), OverflowError("int too big"), KeyError("x"), TypeError()]
+)
+def test_a_tokenizer_that_raises_is_an_error(raised: Exception) -> None:
+    tokenizer = tiny_tokenizer()
+
+    class Own(type(tokenizer)):  # type: ignore[misc]
+        def __call__(self, *_: object, **__: object) -> dict[str, list[int]]:
+            raise raised
+
+    tokenizer.__class__ = Own
+    with pytest.raises(UserError) as error:
+        ChatFormat(tokenizer).encode(["tell me"], "harmful_eval")
+    assert error.value.code == "tokenizer" and "\x1b" not in str(error.value)
+
+
+def test_prompts_without_tokens_or_with_the_same_are_refused() -> None:
+    for sequences, code in (([[1], []], "prompt-without-tokens"), ([[1, 2], [1, 2]], "prompts-alike")):
+        with pytest.raises(UserError) as error:
+            check_different("harmful_eval", sequences)
+        assert error.value.code == code
+    check_different("harmful_eval", [[1, 2], [1, 3]])
+
+
+def test_a_template_that_refuses_a_system_prompt_says_what_to_leave_out() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(UserError, match="no system role"):
+    with pytest.raises(UserError) as error:
         ChatFormat(tokenizer, "x").render("y")
+    assert error.value.code == "chat-template" and "system_prompt" in (error.value.fix or "")

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from heretic.scoring.benchmark import compared, difference_error
+from heretic.model.chat_format import ChatFormat
+from heretic.scoring.benchmark import compared, difference_error, question
 from tests.command import heretic
+from tests.tiny import TEMPLATE, tiny_tokenizer
 
 TASK = """
 task: {name}
@@ -48,6 +50,19 @@ def test_what_is_no_mean_of_questions_gets_the_error_of_two_independent_numbers(
     (row,) = compared(found(10.0, 3.0), found(11.0, 4.0))
     assert (row.difference, row.difference_error, row.higher_is_better) == (1.0, 5.0, False)
     assert compared(found(10.0, "N/A"), found(11.0, 4.0))[0].difference_error is None
+
+
+def test_a_question_closes_the_thinking_block_as_the_study_did() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace(
+        "<|assistant|> ", "<|assistant|><think>{% if think is false %}</think>{% endif %}"
+    )
+    chat, asked = ChatFormat(tokenizer, "be good"), [{"role": "user", "content": "what is it"}]
+    end = "<|end|><|assistant|><think>"
+    assert question(chat.answering("\n</think>\n\nFinal answer:"), asked).endswith(f"{end}\n</think>\n\n")
+    assert question(chat.answering("", {"think": False}), asked).endswith(f"{end}</think>")
+    assert question(chat.answering("sure"), asked).endswith(end), "where the user has left it open, it stays so"
+    assert "be good" not in question(chat, asked)
 
 
 @pytest.fixture

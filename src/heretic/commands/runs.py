@@ -31,7 +31,7 @@ from heretic.commands.app import (
 )
 from heretic.errors import UserError
 from heretic.progress import Watcher
-from heretic.screen.console import asked_here, on_terminal
+from heretic.screen.console import asked_here, on_terminal, why_not_asked
 from heretic.settings.layers import Resolved, resolve
 from heretic.stop import Stop
 
@@ -88,7 +88,8 @@ def run(
     watcher = watcher_for(as_json, plain, resolved.settings.model, stop)
     number = _workers(workers, resolved, watcher)
     # Under torchrun the others wait for trials, and know nothing of what a menu does.
-    asks = not (no_menu or as_json) and on_terminal(out) and asked_here() and size() == 1
+    may_ask = not (no_menu or as_json) and on_terminal(out) and size() == 1
+    asks = may_ask and asked_here()
 
     def menu(desk: Desk) -> None:
         from heretic.screen.menu import Menu
@@ -114,6 +115,8 @@ def run(
     from heretic.screen.outcome import show_outcome
 
     show_outcome(out, outcome, seen=asks)
+    if may_ask and not asks:
+        out.print(f"No menu, since {why_not_asked()}; heretic --help lists its actions as commands.", soft_wrap=True)
 
 
 def _workers(wanted: str | None, resolved: Resolved, watcher: Watcher) -> int:

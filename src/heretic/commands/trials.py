@@ -127,8 +127,9 @@ def chat(
 ) -> None:
     """Talk to a trial's model and to the original, on the same loaded weights."""
     from heretic.later import opened, talk
-    from heretic.screen.chat import Chat, typed
+    from heretic.screen.chat import Chat, check_typed, typed
 
+    check_typed()
     stop = Stop()
     watcher = watcher_for(False, plain)
     with stop.on_signals():

@@ -14,9 +14,9 @@ from heretic.export.save import TensorEdit, plan_edits, write_opened, write_weig
 from heretic.export.spot_check import Columns, Rewritten, as_columns, rounding_of
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
+from heretic.model.template import read_template
 from heretic.model.unloading import unloaded_after
 from heretic.progress import Watcher
-from heretic.session import read_template
 from heretic.settings import Settings
 from heretic.stop import Stop
 

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from heretic.errors import UserError
 from heretic.model.checkpoint import Checkpoint
+from heretic.model.template import render
 
 # What splits text before merging, by a piece that only this pattern has: the name that llama.cpp knows the pattern by.
 SPLITS = (
@@ -98,9 +99,7 @@ def check_same(written: Vocabulary, checkpoint: Checkpoint, path: Path) -> None:
     read = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     texts = [*PROBES, "".join(t for t, kind in zip(written.tokens, written.types, strict=True) if kind == 3)[:2000]]
     if written.template:
-        texts.append(
-            str(written.original.apply_chat_template([{"role": "user", "content": PROBES[0]}], tokenize=False))
-        )
+        texts.append(render(written.original, [{"role": "user", "content": PROBES[0]}], {}))
     for text in texts:
         ours, theirs = (t(text, add_special_tokens=False)["input_ids"] for t in (written.original, read))
         if ours != theirs:

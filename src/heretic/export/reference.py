@@ -48,8 +48,7 @@ def in_full_precision(job: ExportJob, watcher: Watcher, stop: Stop) -> ExportJob
             "The model does not fit here in full precision: what is written is loaded quantised to be compared and measured."
         )
         return job
-    prefix = job.baseline.response_prefix
-    bench = open_bench(job.settings, job.checkpoint, job.prompts, plan, watcher, stop, prefix, job.judge)
+    bench = open_bench(job.settings, job.checkpoint, job.prompts, plan, watcher, stop, job.baseline.start, job.judge)
     model = bench.language_model
     with unloaded_after(model.model):
         baseline = measure_baseline(bench)

@@ -47,8 +47,7 @@ def verify(job: ExportJob, checkpoint: Checkpoint, written: Written, watcher: Wa
     """
     trusted = [checkpoint.model] if job.checkpoint.model in job.settings.trust_remote_code else []
     trusting = job.settings.model_copy(update={"trust_remote_code": trusted})
-    prefix = job.baseline.response_prefix
-    bench = open_bench(trusting, checkpoint, job.prompts, job.plan, watcher, stop, prefix, job.judge)
+    bench = open_bench(trusting, checkpoint, job.prompts, job.plan, watcher, stop, job.baseline.start, job.judge)
     with unloaded_after(bench.language_model.model):
         return _compare(job, bench, checkpoint, written)
 

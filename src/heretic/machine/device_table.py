@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from heretic.errors import UserError
 from heretic.machine.placement import CPU, Device, block_names, device_named, lookup
@@ -56,7 +56,7 @@ def _check_complete(model: nn.Module, table: Table) -> None:
             )
 
 
-def _check_ties(model: nn.Module, table: Table) -> None:
+def _check_ties(model: Any, table: Table) -> None:
     """A tied weight exists once, so all modules that use it must be where it is."""
     from accelerate.utils import find_tied_parameters
 

@@ -78,8 +78,8 @@ def check(
 
     `prompt_loader` returns an object with `warnings`, `counts` and `longest` (characters of the longest prompt), of
     which `work_counter` knows more. `judge_check` returns what is doubtful about the judge. A UserError of any of the first
-    three or of `judge_check` becomes a failure with its own remedy; other exceptions are defects and pass through. With
-    `imagined` GPUs the plan is for these, and nobody holds them.
+    three, of `work_counter` or of `judge_check` becomes a failure with its own remedy; other exceptions are defects and pass
+    through. With `imagined` GPUs the plan is for these, and nobody holds them.
     """
     problems: list[Finding] = []
 
@@ -106,9 +106,9 @@ def check(
     work = Workload.of(settings, prompts.longest if prompts else USUAL_PROMPT)
     plan, reading = None, None
     if checkpoint is not None:
-        opened = checkpoint
+        opened, estimated = checkpoint, work
         if prompts is not None:
-            work = work_counter(work, checkpoint, prompts)
+            work = attempt("chat template", lambda: work_counter(estimated, opened, prompts)) or work
         plan = attempt("memory", lambda: plan_for(settings, opened, work, devices))
         reading = _reading(checkpoint, plan if settings.quantization == "none" else None, imagined)
     facts = Facts(

@@ -74,7 +74,10 @@ class Workload:
         )
 
     def counted(self, settings: Settings, checkpoint: Checkpoint, prompts: PromptSets) -> Workload:
-        """The same with the prompts' real numbers, and with their real lengths where the model's tokenizer is at hand."""
+        """The same with the prompts' real numbers, and with their real lengths where the model's tokenizer is at hand.
+
+        Raises UserError for a chat template that is missing or fails.
+        """
         training = [len(prompts.harmful_train), len(prompts.harmless_train)]
         there = replace(
             self,
@@ -85,8 +88,10 @@ class Workload:
         )
         try:
             harmful, harmless, *others = _encoded(settings, checkpoint, prompts)
-        except UserError:  # loading says it better
-            return there
+        except UserError as error:
+            if error.code not in ("no-tokenizer", "damaged-tokenizer"):
+                raise
+            return there  # it may not be downloaded yet; loading says it better
         shared = len(_beginning([*harmful, *harmless, *others[0], *others[1]])) if len(harmful) > 1 else 0
         lengths = [len(tokens) for role in (harmful, harmless, *others) for tokens in role]
         return replace(
@@ -140,7 +145,7 @@ def _encoded(settings: Settings, checkpoint: Checkpoint, prompts: PromptSets) ->
     """Token ids of harmful_eval, harmless_eval, harmful_train, harmless_train. Raises UserError where there is no tokenizer."""
     from heretic.model.chat_format import ChatFormat
     from heretic.model.loading import load_tokenizer
-    from heretic.session import read_template
+    from heretic.model.template import read_template
 
     trusted = checkpoint.model in settings.trust_remote_code
     tokenizer = load_tokenizer(checkpoint, trusted, read_template(settings))

@@ -109,6 +109,7 @@ def open_config(folder: Path, raw: Mapping[str, Any], model: str, trusted: bool)
     check_decoder(config, file, trusted)
     for part in (config, config.get_text_config(decoder=True)):
         _forget_implementations(part)
+        _forget_padding(part)
     return config
 
 
@@ -228,6 +229,13 @@ def _forget_implementations(config: Any) -> None:
         config._attn_implementation = None
     if not _one_of(getattr(config, "_experts_implementation", None), EXPERTS):
         config._experts_implementation = None
+
+
+def _forget_padding(config: Any) -> None:
+    """Drop a padding id without a row in the embedding, which PyTorch refuses to build: padding is masked, so any id will do."""
+    pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(rows, int) and not 0 <= pad < rows:
+        config.pad_token_id = None
 
 
 def _one_of(value: Any, allowed: tuple[str | None, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Sequence
@@ -20,9 +21,13 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.model.config_reading import auto_class
 from heretic.model.device_errors import device_error, is_device_error
 from heretic.model.quantisation import KEPT, QUANTISATIONS, keep_layout, loading_arguments, made_even
+from heretic.model.template import PROCESS, template_of
 from heretic.model.tensor_info import OPENED
 from heretic.model.unloading import unload
 from heretic.progress import SILENT, Watcher
+
+# What tokenizers are read from, in all families.
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece*", "*.model", "*.tiktoken", "tekken.json", "*.spm")
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +61,37 @@ class LanguageModel:
         return int(width) if width else 1 << 30
 
     @property
+    def rows(self) -> int:
+        """Rows of the embedding: the token ids that the model knows are below it."""
+        embedding: Any = self.model.get_input_embeddings()
+        return int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
+
+    @property
     def end_tokens(self) -> set[int]:
-        """Token ids that end an answer."""
-        ends = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        listed = ends if isinstance(ends, list) else [ends]
-        return {int(t) for t in (*listed, self.tokenizer.eos_token_id) if t is not None}
+        """Token ids that end an answer; those that the model cannot say are left out."""
+        config = self.model.generation_config
+        return {
+            i
+            for i in (*ids_of(config.eos_token_id if config else None), *ids_of(self.tokenizer.eos_token_id))
+            if 0 <= i < self.rows
+        }
+
+    @property
+    def pad(self) -> int:
+        """A token id that the model knows, for padding, which is masked: the tokenizer's own if it will do."""
+        for given in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            with contextlib.suppress(TypeError, ValueError):
+                if known := [i for i in ids_of(given) if 0 <= i < self.rows]:
+                    return known[0]
+        return 0
+
+
+def ids_of(given: Any) -> list[int]:
+    """Token ids as configurations hold them: one, several, none, also as text. Raises TypeError and ValueError for what is none."""
+    listed = given if isinstance(given, (list, tuple, set)) else [given]
+    if any(isinstance(i, bool) or (isinstance(i, float) and i != int(i)) for i in listed):
+        raise ValueError(f"{given!r} is no token id")
+    return [int(i) for i in listed if i is not None]
 
 
 def load(
@@ -123,6 +154,14 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the left, with a chat template: the model's own unless one is given. None: it need not have any."""
     extra = {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}
+    if not extra and not trusted and not any(path for name in TOKENIZER_FILES for path in checkpoint.folder.glob(name)):
+        # Of some families transformers makes a tokenizer without words then, which encodes everything to nothing.
+        raise UserError(
+            f"{checkpoint.model} has no tokenizer.",
+            code="no-tokenizer",
+            where=str(checkpoint.folder),
+            fix="put the model's tokenizer files there, such as tokenizer.json and tokenizer_config.json",
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusted, **extra)
     except BaseException as error:  # its library raises plain Exceptions for what it cannot parse, and panics of Rust
@@ -140,13 +179,16 @@ def load_tokenizer(
     tokenizer.padding_side = "left"
     if chat_template:
         tokenizer.chat_template = chat_template
-    if not tokenizer.chat_template and chat_template is not None:
+    if chat_template is None:
+        return tokenizer
+    if not template_of(tokenizer).strip():
         raise UserError(
-            f"{checkpoint.model} has no chat template, so it is not known how to speak to it.",
+            f"{checkpoint.model} has no chat template.",
             code="no-chat-template",
             where=str(checkpoint.folder),
             fix='name a Jinja file: chat_template = "template.jinja"; or take the "instruct" version of the model',
         )
+    PROCESS.start()  # it becomes ready while the weights are loaded
     return tokenizer
 
 

@@ -40,6 +40,6 @@ def answer(
         max_new_tokens=max_tokens,
         streamer=pieces,
         eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0,
+        pad_token_id=language_model.pad,
     )
     return "".join(pieces.parts).strip()

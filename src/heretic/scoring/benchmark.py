@@ -9,7 +9,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from heretic.errors import Interrupted, UserError, first_line
 from heretic.export.manifest import versions
 from heretic.files import write_text
 from heretic.model.batching import out_of_memory
+from heretic.model.chat_format import ChatFormat
 from heretic.model.loading import load_tokenizer
+from heretic.model.template import read_template
+from heretic.model.thinking import MARKERS, open_block
 from heretic.progress import Stage
-from heretic.session import Session, read_template
+from heretic.session import Session
 
 MOST_ROWS = 16  # questions are longer than prompts
 LONGEST_NAME = 80  # characters of a file's name that tell the tasks
@@ -175,6 +178,15 @@ def _manager(tasks: Tasks) -> Any:
     return manager
 
 
+def question(chat: ChatFormat, messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation of a task, rendered as in the study: a thinking block that the template opens is closed. The study's own
+    beginning of answers and its system prompt are left out, since tasks have theirs."""
+    text = replace(chat, system_prompt="", response_prefix="").conversation(messages)
+    opened = open_block(text, messages[-1]["content"])
+    closed = opened and MARKERS[opened].strip() in chat.response_prefix
+    return text + MARKERS[opened] if closed else text
+
+
 def _evaluate(session: Session, desk: Desk, manager: Any, tasks: Tasks, stage: Stage) -> Any:
     """lm-eval's results of the model as it is at the moment. What it prints is left out; Ctrl-C is heeded at every pass."""
     from lm_eval import simple_evaluate
@@ -184,6 +196,12 @@ def _evaluate(session: Session, desk: Desk, manager: Any, tasks: Tasks, stage: S
     model, settings = bench.language_model, bench.settings
     trusted = model.checkpoint.model in settings.trust_remote_code
     tokenizer = load_tokenizer(model.checkpoint, trusted, read_template(settings))  # its own: it is changed
+
+    class Asked(HFLM):
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            if add_generation_prompt:
+                return question(bench.chat, chat_history)
+            return str(super().apply_chat_template(chat_history, add_generation_prompt))
 
     def heed(*_: object) -> None:
         desk.stop.check()
@@ -195,7 +213,7 @@ def _evaluate(session: Session, desk: Desk, manager: Any, tasks: Tasks, stage: S
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             rows = tasks.batch_size or min(MOST_ROWS, bench.batcher.size)
             return simple_evaluate(
-                model=HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=rows),
+                model=Asked(pretrained=model.model, tokenizer=tokenizer, batch_size=rows),
                 tasks=list(tasks.names),
                 task_manager=manager,
                 limit=tasks.limit,
@@ -205,7 +223,7 @@ def _evaluate(session: Session, desk: Desk, manager: Any, tasks: Tasks, stage: S
                 torch_random_seed=settings.seed,
                 fewshot_random_seed=settings.seed,
             )
-    except (Interrupted, KeyboardInterrupt):
+    except (Interrupted, KeyboardInterrupt, UserError):
         raise
     except Exception as error:  # whatever a task, its data set or its code raises: lm-eval has no errors of its own
         if out_of_memory(error):

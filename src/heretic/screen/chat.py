@@ -17,7 +17,7 @@ from rich.text import Text
 
 from heretic.errors import UserError, first_line
 from heretic.files import expanded
-from heretic.screen.console import printable
+from heretic.screen.console import printable, why_not_asked
 
 Message = dict[str, str]
 # (messages, with the edit, what to do with every piece of text) -> the whole answer
@@ -136,9 +136,20 @@ def _beside(said: dict[str, str]) -> Table:
     return table
 
 
+def check_typed() -> None:
+    """Raise UserError at a terminal where nobody can type; a pipe or a file is another matter, and ends by itself."""
+    if sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty() and (why := why_not_asked()):
+        raise UserError(
+            f"Nobody can type here: {why}.",
+            code="nobody-to-ask",
+            where="heretic chat",
+            fix="pipe the lines (echo 'hello' | heretic chat RUN), or: heretic compare RUN --trials N --prompts 'hello'",
+        )
+
+
 def typed(console: Console) -> Iterable[str]:
     """Lines that a user types, or that come through a pipe, which are shown; the end of either ends them."""
-    while sys.stdin is not None:
+    while sys.stdin is not None and not sys.stdin.closed:
         try:
             line = console.input("[bold]> [/bold]" if console.is_terminal else "")
         except EOFError:

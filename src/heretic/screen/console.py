@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,15 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = 0.5  # seconds in which what was done before is told
 SECONDS_BETWEEN_LINES = 15
+# Variables, by how they begin, that the kernels of notebooks have, and what has them.
+NOTEBOOKS = {
+    "JPY_PARENT_PID": "a notebook",
+    "JPY_SESSION_NAME": "a notebook",
+    "COLAB_": "a notebook on Colab",
+    "KAGGLE_KERNEL_": "a notebook on Kaggle",
+    "KAGGLE_URL_BASE": "a notebook on Kaggle",
+    "KAGGLE_CONTAINER_NAME": "a notebook on Kaggle",
+}
 
 
 def printable(text: str) -> str:
@@ -36,13 +46,47 @@ def on_terminal(console: Console) -> bool:
 
 
 def asked_here() -> bool:
-    """Whether somebody can type an answer; a process may have no standard input at all."""
-    return sys.stdin is not None and sys.stdin.isatty()
+    """Whether somebody can type an answer."""
+    return not why_not_asked()
+
+
+def why_not_asked() -> str:
+    """Why nobody can type an answer, in a few words; empty where somebody can.
+
+    A pseudo-terminal alone says little: notebooks and CI give one to commands that nobody can type to.
+    """
+    try:
+        if sys.stdin is None or not sys.stdin.isatty():
+            return "standard input is no terminal"
+    except ValueError:
+        return "standard input is closed"
+    if where := notebook():
+        return f"this is {where}"
+    if os.environ.get("CI", "").lower() not in ("", "0", "false"):
+        return "this is a CI job (CI is set)"
+    # A kernel of Jupyter gives its commands the terminal xterm-color, which no terminal of today calls itself.
+    if (terminal := os.environ.get("TERM", "")) in ("dumb", "unknown", "xterm-color"):
+        return f"the terminal is {terminal}"
+    return "the command runs in the background" if _in_background() else ""
+
+
+def notebook() -> str:
+    """The kind of notebook that this is a command of, told by its variables; empty if it is of none."""
+    given = [name for name, value in os.environ.items() if value]
+    return next((where for name, where in NOTEBOOKS.items() if any(g.startswith(name) for g in given)), "")
+
+
+def _in_background() -> bool:
+    """Whether the terminal listens to another group of processes: reading from it would stop this one."""
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp()
+    except (AttributeError, OSError, ValueError):  # not on this system, or no terminal of this session
+        return False
 
 
 def make_watcher(console: Console, *, plain: bool = False, title: str = "", stop: Stop | None = None) -> Watcher:
     """The watcher that suits the console; `title` says what is worked on, `stop` whether a stop is awaited."""
-    if plain or not on_terminal(console):
+    if plain or not on_terminal(console) or notebook():  # a cell shows what a terminal would obey
         return Plain(console)
     from heretic.screen.dashboard import Dashboard
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from heretic.errors import UserError
 from heretic.machine.host import spell_bytes
 from heretic.run_folder import REPORT
-from heretic.screen.console import asked_here, on_terminal, printable, spell
+from heretic.screen.console import asked_here, on_terminal, printable, spell, why_not_asked
 from heretic.screen.tables import show_front, show_lines
 
 if TYPE_CHECKING:
@@ -101,13 +101,16 @@ def confirm_upload(console: Console, planned: Upload, *, yes: bool, stop: Stop) 
     with stop.idle():
         said = console.input("[bold]Upload it?[/bold] [dim]\\[y/N][/dim] ").strip().lower()
     if said not in ("y", "yes"):
-        raise UserError("Nothing was uploaded.")
+        raise UserError("Nothing was uploaded.", code="not-uploaded", fix="answer y, or --yes")
 
 
 def check_answerable(console: Console, *, yes: bool) -> None:
     """Raise UserError where nobody said yes and nobody can be asked."""
     if not yes and not (asked_here() and on_terminal(console)):
-        raise UserError("Nothing is uploaded without a yes, and there is no terminal to ask on.", fix="--yes")
+        why = why_not_asked() or "the output is no terminal"
+        raise UserError(
+            f"Nothing is uploaded without a yes, and nobody can say it here: {why}.", code="nobody-to-ask", fix="--yes"
+        )
 
 
 def show_demo(console: Console, demo: DemoOutcome) -> None:

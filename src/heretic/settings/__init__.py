@@ -201,7 +201,8 @@ class Settings(Table):
     response_prefix: str = setting(
         "auto",
         "Text that every answer is made to begin with. `auto`: what the model's answers have in common is found by asking "
-        "it, and a thinking block is opened and closed at once.",
+        "it; a thinking block that the chat template or the model opens is switched off or closed at once. A text of your own "
+        "wins over that, and a warning says where it leaves the block open.",
         when=(
             "to a text of your own where `auto` misses a beginning (longer than 16 tokens, shorter than 8 "
             'letters, or not the same in all answers); to "" to have none. `auto` costs a short decoding once.'

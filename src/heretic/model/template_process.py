@@ -1,0 +1,96 @@
+"""The process in which chat templates are rendered: they are programs from outside, and here their time and memory have limits.
+
+It reads a JSON request a line and writes a JSON answer a line, until its input ends. It imports neither torch nor a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+CPU_SECONDS = 2.0  # for one conversation; an ordinary template takes less than a millisecond
+MEMORY = 256 << 20  # bytes beyond what the process has when it begins
+EXTRA_CHARACTERS = 200_000  # that a template may write beside the conversation itself
+
+Render = Callable[[str, list[dict[str, str]], dict[str, Any]], str]
+
+
+def limit_memory() -> None:
+    """Let allocations beyond the limit fail with a MemoryError, where the system can do that."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[0])
+        most = pages * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def limit_time(seconds: float) -> None:
+    """End this process by SIGPROF after so many seconds of computing; 0 lifts the limit."""
+    if hasattr(signal, "setitimer"):  # elsewhere the parent's clock ends it
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def render_function() -> Render:
+    """How transformers renders a template."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def render(template: str, messages: list[dict[str, str]], variables: dict[str, Any]) -> str:
+        rendered: Any = render_jinja_template(
+            conversations=[messages], chat_template=template, add_generation_prompt=True, **variables
+        )
+        return str(rendered[0][0])
+
+    return render
+
+
+def template_line(error: BaseException) -> int | None:
+    """The line of the template in which an error arose; None if it is not known."""
+    line = getattr(error, "lineno", None)
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename in ("<template>", "<unknown>"):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line if isinstance(line, int) else None
+
+
+def answer(request: dict[str, Any], render: Render) -> dict[str, Any]:
+    """What comes of one request: `text`, or the `error` with its `line`, or the `limit` that was reached."""
+    messages = request["messages"]
+    most = EXTRA_CHARACTERS + sum(len(m["content"]) for m in messages)
+    limit_time(CPU_SECONDS)
+    try:
+        text = render(request["template"], messages, request["variables"])
+        if len(text) > most:
+            return {"limit": "length"}
+        text.encode("utf-8")  # half a character cannot be given to a tokenizer
+        return {"text": text}
+    except MemoryError:
+        return {"limit": "memory"}
+    except Exception as error:  # a template raises what its author thought of
+        return {"error": f"{error}"[:1000] or type(error).__name__, "line": template_line(error)}
+    finally:
+        limit_time(0)
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    replies = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what else is printed is no answer
+    render = render_function()
+    # What is imported at the first rendering is imported before the memory is limited.
+    render("{{ messages[0].content }}", [{"role": "user", "content": ""}], {})
+    limit_memory()
+    replies.write("ready\n")
+    replies.flush()
+    for line in sys.stdin.buffer:
+        replies.write(json.dumps(answer(json.loads(line), render)) + "\n")
+        replies.flush()

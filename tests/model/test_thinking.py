@@ -1,0 +1,45 @@
+"""Thinking blocks in rendered prompts: open, closed, and markers that open nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from heretic.model.thinking import MARKERS, closed_at_once, open_block, switches_in
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+@pytest.mark.parametrize("space", ["", " ", "\n", "\n\n"])
+def test_every_marker_opens_and_its_closing_closes_whatever_the_whitespace(marker: str, space: str) -> None:
+    text = f"<user>tell me<assistant>{marker}{space}"
+    assert open_block(text, "tell me") == marker
+    assert open_block(text + MARKERS[marker], "tell me") == ""
+    assert open_block(text + MARKERS[marker].strip(), "tell me") == ""
+    assert open_block(closed_at_once(marker)) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<system>reason within <think> first<user>tell me<assistant>", "tell me"),
+        ("<user>what does <think> mean?<assistant>", "what does <think> mean?"),
+        ("<user>a<assistant>", "a"),
+        ("<assistant>", ""),
+    ],
+)
+def test_markers_before_the_answer_open_nothing(text: str, said: str) -> None:
+    assert open_block(text, said) == ""
+
+
+def test_text_behind_the_marker_leaves_the_block_open() -> None:
+    assert open_block("<user>tell me<assistant><think>\nOkay, ", "tell me") == "<think>"
+    assert open_block("<user>think<assistant><think>\n", "think") == "<think>", "the message stands in the marker too"
+
+
+def test_the_last_of_several_blocks_decides() -> None:
+    assert open_block("<user>x y<assistant><think></think><think>\n", "x y") == "<think>"
+    assert open_block("<user>x y<assistant><think><think></think>\n", "x y") == ""
+
+
+def test_only_switches_that_the_template_names_are_tried() -> None:
+    assert list(switches_in("{% if enable_thinking %}{% endif %}")) == [{"enable_thinking": False}]
+    assert list(switches_in("{{ messages }}")) == []
