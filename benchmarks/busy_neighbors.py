@@ -55,7 +55,7 @@ def main() -> None:
         {"gradient": gradient, "product": product, "neighbor": neighbor}[arguments.work](arguments.steps)
         return
     steps, repeats = (2, 1) if arguments.quick else (arguments.steps, arguments.repeats)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for work in ("gradient", "product"):
         for count in NEIGHBORS:
             seconds: dict[str, list[float]] = {way: [] for way in WAITING}
@@ -67,8 +67,8 @@ def main() -> None:
                 rows.append({"work": work, "neighbors": count, "waiting": way, "seconds": found})
     print(f"{'work':10}{'neighbors':>10}{'waiting':>10}{'median s':>10}{'least':>10}{'most':>10}")
     for row in rows:
-        found = row["seconds"]
-        told = "".join(f"{number:10.3f}" for number in (statistics.median(found), min(found), max(found)))
+        measured: list[float] = row["seconds"]
+        told = "".join(f"{number:10.3f}" for number in (statistics.median(measured), min(measured), max(measured)))
         print(f"{row['work']:10}{row['neighbors']:>10}{row['waiting']:>10}{told}")
     write(
         {**head(arguments), "shape": SHAPE, "rows": ROWS, "tokens": TOKENS, "product": PRODUCT, "results": rows},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from heretic.errors import UserError
-from heretic.files import read_text, split_lines
+from heretic.files import open_private, read_text, split_lines
 
 FILE = Path("text.txt")
 
@@ -71,3 +71,20 @@ def test_the_locale_does_not_matter() -> None:
     environment["PYTHONPATH"] = str(Path(__file__).parents[1] / "src")
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     assert ran.stdout == "'\\xe4'\n"
+
+
+def test_a_private_file_is_not_written_through_a_link() -> None:
+    mine = Path("mine")
+    mine.write_text("kept")
+    Path("run.log").symlink_to(mine)
+    for mode in ("a", "w"):
+        with pytest.raises(UserError) as refused:
+            open_private(Path("run.log"), mode)
+        assert refused.value.code == "link-in-run-folder"
+    assert mine.read_text() == "kept"
+    before = os.umask(0)
+    try:
+        os.close(open_private(Path("fresh"), "a"))
+    finally:
+        os.umask(before)
+    assert Path("fresh").stat().st_mode & 0o777 == 0o600

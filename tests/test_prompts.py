@@ -42,7 +42,7 @@ def test_slices_prefix_and_suffix() -> None:
         ({"source": "empty.txt"}, "is empty"),
         ({"source": "latin.txt"}, "not UTF-8"),
         ({"source": "p.jsonl", "column": "prompt"}, "no column 'prompt'"),
-        ({"source": "broken.jsonl"}, "cannot be read"),
+        ({"source": "broken.jsonl"}, "bad-data-file"),
         ({"source": "bundled:nothing"}, "cooking_train"),
         ({"source": ""}, "no source"),
     ],

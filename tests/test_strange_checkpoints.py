@@ -19,6 +19,7 @@ from heretic.run import Outcome, run
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
 from tests.tiny import COMMON, TEMPLATE, save_tiny
+from tests.tiny_quantised import save_fp8
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -141,3 +142,57 @@ def test_one_shard_is_copied_byte_for_byte_but_for_the_edits(config: Path, tmp_p
             if not torch.equal(a.get_tensor(name), b.get_tensor(name)):
                 differing.add(name.split(".")[-2])
     assert differing <= {"o_proj", "down_proj"} and differing
+
+
+def test_model_file_beside_another_models_index_is_measured_and_exported(config: Path, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", seed=1, max_shard_size="30KB")
+    shutil.copy(save_tiny(tmp_path / "newer") / "model.safetensors", folder)
+    export = do(config, folder).export
+    assert export is not None and export.verification.divergence < 1e-3
+    assert [p.name for p in Path("out").iterdir() if "safetensors" in p.name] == ["model.safetensors"]
+
+
+def test_quantization_config_without_packed_tensors_is_left_out_of_the_export(config: Path, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", dtype=torch.bfloat16)
+    entry = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    changed(folder / "config.json", quantization_config=entry)
+    export = do(config, folder).export
+    assert export is not None and export.verification.divergence < 1e-3
+    assert "quantization_config" not in json.loads(Path("out/config.json").read_text())
+    assert AutoModelForCausalLM.from_pretrained("out", dtype="auto").dtype == torch.bfloat16
+
+
+def test_class_not_called_causal_is_exported(config: Path, folder: Path) -> None:
+    (folder / "glm.py").write_text(
+        CODE.replace("Odd", "Glm").replace("odd", "glm_like").replace("GlmForCausalLM", "GlmModel")
+    )
+    names = {"AutoConfig": "glm.GlmConfig", "AutoModelForCausalLM": "glm.GlmModel"}
+    changed(folder / "config.json", model_type="glm_like", architectures=["GlmModel"], auto_map=names)
+    export = do(config, folder, f'trust_remote_code=["{folder}"]').export
+    assert export is not None and export.verification.divergence < 1e-3
+
+
+LEFT_IN_GENERATION = {"do_sample": False, "temperature": 0.6, "top_p": 0.9}  # transformers refuses to save this
+
+
+def test_what_a_training_tool_left_behind_does_not_hinder(config: Path, folder: Path) -> None:
+    left = {
+        "_attn_implementation": "flash_attention_2", "use_cache": False, "_name_or_path": "/home/x", "unsloth_version": "1",
+        "transformers_version": "99.0.0", "pad_token_id": None, "torch_dtype": "float16", "architectures": None,
+    }  # fmt: skip
+    changed(folder / "config.json", **left)
+    changed(folder / "generation_config.json", **LEFT_IN_GENERATION)
+    export = do(config, folder).export
+    assert export is not None and export.verification.divergence < 1e-3
+    assert json.loads(Path("out/generation_config.json").read_text())["temperature"] == 0.6
+
+
+def test_generation_config_that_transformers_refuses_to_save_goes_with_an_opened_model(
+    config: Path, tmp_path: Path
+) -> None:
+    folder = save_fp8(tmp_path / "m")
+    content = {"eos_token_id": 2, **LEFT_IN_GENERATION}
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    export = do(config, folder).export
+    assert export is not None
+    assert json.loads(Path("out/generation_config.json").read_text()) == content

@@ -56,10 +56,11 @@ def save_bnb(folder: Path, bits: int = 4) -> Path:
 
 
 def save_named(folder: Path, method: str) -> Path:
-    """A Llama that says that it is quantised in some way."""
+    """A Llama that says that it is quantised in some way, with one tensor that bears it out."""
     model = model_of("LlamaConfig", WIDE)
     told = {"quant_method": method, "bits": 4, "group_size": 128}
-    return save(folder, model, dict(model.state_dict()), told)
+    packed = {"model.layers.0.mlp.down_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)}
+    return save(folder, model, {**model.state_dict(), **packed}, told)
 
 
 SAVED: dict[str, Callable[[Path], Path]] = {"fp8": save_fp8, "mxfp4": save_mxfp4, "bitsandbytes": save_bnb}

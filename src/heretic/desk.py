@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import optuna
@@ -11,6 +12,7 @@ from heretic.errors import UserError
 from heretic.export.formats import FORMATS
 from heretic.files import sealed, write_text
 from heretic.model.batching import free_memory
+from heretic.model.unloading import unload
 from heretic.parallel import Together, agree, opening, shared, size
 from heretic.progress import Watcher
 from heretic.run_folder import RunFolder
@@ -108,8 +110,18 @@ class Desk:
 
     def put_away(self) -> None:
         """Give back the model's memory."""
+        if self.loaded is not None:
+            unload(self.loaded.bench.language_model.model)
         self.loaded = None
         free_memory()
+
+    def __enter__(self) -> Desk:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.put_away()
 
     def picked(self) -> tuple[Result, str] | None:
         """The trial that the settings prefer, and why."""

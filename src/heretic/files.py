@@ -150,6 +150,29 @@ def _refuse_special(mode: int, path: Path, what: str, where: str, error: type[Us
     )
 
 
+def open_private(path: Path, mode: str) -> int:
+    """A file descriptor to write a file that nobody else may read; a link in its place is not followed.
+
+    Args:
+        path: the file; made if it is not there.
+        mode: "a" to append, "w" to begin anew.
+
+    Raises:
+        UserError: `link-in-run-folder` for a link.
+        OSError: for all else.
+    """
+    how = os.O_APPEND if mode == "a" else os.O_TRUNC
+    flags = os.O_WRONLY | os.O_CREAT | how | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    if path.is_symlink():
+        raise UserError(
+            f"{path.name} is a link, which heretic does not write through.",
+            code="link-in-run-folder",
+            where=str(path),
+            fix="remove the link, or put the file itself in its place",
+        )
+    return os.open(path, flags, 0o600)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old content or the new, never a part."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -12,15 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.desk import Desk
 from heretic.errors import UserError
 from heretic.export.destination import check_destination
 from heretic.export.export import Export
-from heretic.model.batching import Batch, free_memory
+from heretic.model.batching import Batch
 from heretic.model.chat_format import check_length
 from heretic.model.decoding import decode
 from heretic.model.talking import answer
+from heretic.model.unloading import unloaded_after
 from heretic.progress import Watcher
 from heretic.run import device_lock, look, study_of, write
 from heretic.run_folder import RunFolder, find_run, stored
@@ -74,8 +77,11 @@ def opened(
         check_destination(destination, folder.name)
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         inputs = look(settings, force=False, watcher=watcher)
-        with study_of(inputs, wait=wait, watcher=watcher, stop=stop) as study:
-            yield Desk(resolved, inputs, study, watcher, stop)
+        with (
+            study_of(inputs, wait=wait, watcher=watcher, stop=stop) as study,
+            Desk(resolved, inputs, study, watcher, stop) as desk,
+        ):
+            yield desk
 
 
 def export_trial(desk: Desk, trial: int | None, destination: Path) -> Exported:
@@ -141,7 +147,8 @@ def residual_geometry(
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         inputs = look(settings, force=False, watcher=watcher)
         bench = open_bench(settings, inputs.checkpoint, inputs.prompts, inputs.plan, watcher, stop)
-        found = geometry_of(bench)
+        with unloaded_after(bench.language_model.model):
+            found = geometry_of(bench)
         if folder is not None:
             inputs.folder.keep_geometry(found)
         return found
@@ -204,31 +211,35 @@ def evaluate_model(
         if against is not None:
             original = settings.model_copy(update={"model": against, "revision": others})
             bench = _bench(original, watcher, stop, judge)
-            baseline, answered = original_log_probs(bench)
+            with unloaded_after(bench.language_model.model):
+                baseline, answered = original_log_probs(bench)
             prefix = bench.chat.response_prefix
-            del bench
-            free_memory()
         bench = _bench(settings, watcher, stop, judge, prefix)
-        ladder = replace(bench.ladder, answered=answered)
-        divergence = None
-        if baseline is not None:
-            if bench.language_model.model.config.get_text_config().vocab_size != baseline.shape[1]:
-                raise UserError("The two models have different vocabularies, so their answers cannot be compared.")
-            divergence = measure_divergence(bench.language_model, ladder.taught, baseline, bench.batcher)[0]
-        counted, conduct = ladder.refusals(), ladder.conduct()
-        if judge.name != counted.judge:  # it gave up in between
-            counted = ladder.refusals()
-        return Evaluation(
-            model=settings.model,
-            against=against,
-            judge=counted.judge,
-            refusals=counted.count,
-            evasive=counted.evasive,
-            total=counted.total,
-            declined=digits(counted.verdicts),
-            divergence=divergence,
-            conduct=conduct[0] if conduct else None,
-        )
+        with unloaded_after(bench.language_model.model):
+            return _evaluate(bench, against, baseline, answered)
+
+
+def _evaluate(bench: Bench, against: str | None, baseline: Tensor | None, answered: Sequence[list[int]]) -> Evaluation:
+    ladder = replace(bench.ladder, answered=answered)
+    divergence = None
+    if baseline is not None:
+        if bench.language_model.model.config.get_text_config().vocab_size != baseline.shape[1]:
+            raise UserError("The two models have different vocabularies, so their answers cannot be compared.")
+        divergence = measure_divergence(bench.language_model, ladder.taught, baseline, bench.batcher)[0]
+    counted, conduct = ladder.refusals(), ladder.conduct()
+    if ladder.judge.name != counted.judge:  # it gave up in between
+        counted = ladder.refusals()
+    return Evaluation(
+        model=bench.settings.model,
+        against=against,
+        judge=counted.judge,
+        refusals=counted.count,
+        evasive=counted.evasive,
+        total=counted.total,
+        declined=digits(counted.verdicts),
+        divergence=divergence,
+        conduct=conduct[0] if conduct else None,
+    )
 
 
 def _bench(settings: Settings, watcher: Watcher, stop: Stop, judge: Judge, prefix: str | None = None) -> Bench:

@@ -6,17 +6,19 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from heretic.errors import UserError
-from heretic.files import expanded
+from heretic.errors import UserError, first_line
+from heretic.files import expanded, read_text, split_lines
+from heretic.prompt_rows import WHAT, prompt_in, rows_of
 from heretic.settings import Prompts, PromptSource
 
 BUNDLED = "bundled:"
-FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+TABLES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -88,16 +90,16 @@ def load(role: str, source: PromptSource) -> PromptSet:
         )
     if source.source.startswith(BUNDLED):
         rows = _bundled(source.source[len(BUNDLED) :], key)
-    elif (path := expanded(source.source)).suffix in (".txt", *FILE_KINDS):
-        rows = _text_lines(path, key) if path.suffix == ".txt" else _table(source, path, key)
+    elif (path := expanded(source.source)).suffix in (".txt", *TABLES):
+        rows = _text_lines(path, key) if path.suffix == ".txt" else _file_prompts(source, path, key)
     elif os.path.isfile(path):  # before the hub is asked for a data set of this name
         raise UserError(
             f"What kind of file {source.source} is cannot be told from its name.",
             where=f"{key}.source",
-            fix=f"let it end in one of: {', '.join(('.txt', *FILE_KINDS))}",
+            fix=f"let it end in one of: {', '.join(('.txt', *TABLES))}",
         )
     else:
-        rows = _table(source, None, key)
+        rows = _dataset_prompts(source, key)
     if not rows:
         raise UserError(
             f"The prompt set '{role}' is empty.", where=f"{key} = {source.source}", fix="add at least one prompt"
@@ -118,7 +120,7 @@ def from_text_or_file(said: str) -> tuple[str, ...]:
         return (said,)
     if is_folder:
         raise UserError("This is a folder, not a prompt or a file of prompts.", where=said, fix="name a file in it")
-    if is_file or said.startswith(BUNDLED) or (path.suffix in (".txt", *FILE_KINDS) and not set(said) & set(" \n")):
+    if is_file or said.startswith(BUNDLED) or (path.suffix in (".txt", *TABLES) and not set(said) & set(" \n")):
         return load("prompts", PromptSource(source=str(path) if is_file else said)).prompts
     return (said,)
 
@@ -137,55 +139,65 @@ def _bundled(name: str, key: str) -> list[str]:
             fix="one of: " + ", ".join(bundled_names()),
         )
     text = (resources.files("heretic") / "demo" / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return _lines(text)
 
 
 def _text_lines(path: Path, key: str) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"The prompt file {path} does not exist.", where=f"{key}.source") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"The prompt file {path} is not UTF-8: {error}", where=f"{key}.source", fix="save it as UTF-8"
-        ) from None
-    except OSError as error:
-        raise UserError(f"The prompt file {path} cannot be read: {error}", where=f"{key}.source") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return _lines(read_text(path, WHAT, where=f"{key}.source"))
 
 
-def _table(source: PromptSource, path: Path | None, key: str) -> list[str]:
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in split_lines(text) if line.strip()]
+
+
+def _file_prompts(source: PromptSource, path: Path, key: str) -> list[str]:
+    """The column of a local table. A row that lacks the column, where others have it, counts as empty."""
+    rows = rows_of(path, key)
+    if rows and not any(source.column in row for _, row in rows):
+        raise _no_column(source, list(rows[0][1]), key)
+    unit = "line" if path.suffix in (".jsonl", ".csv") else "row"
+    cells = ((f"{path}, {unit} {number}, column '{source.column}'", row.get(source.column)) for number, row in rows)
+    return [prompt for place, cell in cells if (prompt := prompt_in(cell, place, key)) is not None]
+
+
+def _dataset_prompts(source: PromptSource, key: str) -> list[str]:
+    """The column of a data set, by the datasets library."""
     import datasets
 
-    if path is not None and not path.is_file():
-        raise UserError(f"The prompt file {path} does not exist.", where=f"{key}.source")
-    split = _split_name(source.split)
     try:
         with_progress = datasets.is_progress_bar_enabled()
         datasets.disable_progress_bars()
         try:
-            if path is not None:
-                table: Any = datasets.load_dataset(FILE_KINDS[path.suffix], data_files={split: str(path)}, split=split)
-            else:
-                table = datasets.load_dataset(source.source, source.subset or None, split=split)
+            table: Any = datasets.load_dataset(source.source, source.subset or None, split=_split_name(source.split))
         finally:
             if with_progress:
                 datasets.enable_progress_bars()
     except Exception as error:  # the library raises dozens of kinds, all of them about this source
-        first = (str(error).splitlines() or [repr(error)])[0]
+        local = Path(source.source).exists()
         raise UserError(
-            f"The prompt set {source.source} cannot be read: {first[:200]}",
+            f"The prompt set {source.source} cannot be read: {first_line(error)[:200]}",
+            code="dataset-unreadable",
             where=f"{key}.source",
-            fix="check the name, the split and the network, or name a local file",
+            fix="check the files in it, or name one file"
+            if local
+            else "check the name, the split and the network, or name a local file",
         ) from None
     if source.column not in table.column_names:
-        raise UserError(
-            f"The prompt set {source.source} has no column '{source.column}'.",
-            where=f"{key}.column",
-            fix="one of: " + ", ".join(table.column_names),
-        )
-    values = table[source.column]
-    return [str(value).strip() for value in values if value is not None and str(value).strip()]
+        raise _no_column(source, table.column_names, key)
+    cells = (
+        (f"{source.source}, row {number}, column '{source.column}'", cell)
+        for number, cell in enumerate(table[source.column], start=1)
+    )
+    return [prompt for place, cell in cells if (prompt := prompt_in(cell, place, key)) is not None]
+
+
+def _no_column(source: PromptSource, names: Sequence[str], key: str) -> UserError:
+    return UserError(
+        f"The prompt set {source.source} has no column '{source.column}'.",
+        code="no-such-column",
+        where=f"{key}.column",
+        fix="one of: " + ", ".join(map(str, names)),
+    )
 
 
 _SPLIT = re.compile(r"^\s*([\w.-]*)\s*(?:\[\s*(\d*)\s*:\s*(\d*)\s*\])?\s*$")

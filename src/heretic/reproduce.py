@@ -36,9 +36,9 @@ from heretic.machine.gpus import usable_gpus, visible_gpus
 from heretic.machine.host import devices
 from heretic.machine.memory_plan import make_plan
 from heretic.machine.workload import Workload
-from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
+from heretic.model.unloading import unloaded_after
 from heretic.progress import Watcher
 from heretic.run import device_lock
 from heretic.session import LoadPlan, read_template, weight_reader
@@ -260,18 +260,17 @@ def _rebuild(
         chat_template=read_template(settings) or None,
         watcher=watcher,
     )
-    where = computed_on(model.device)
-    operators = _operators(manifest, model, directions, watcher)
     form = FORMATS[settings.export_format]
-    prepared = form.prepare(model, operators, settings, watcher)
+    with unloaded_after(model.model):
+        where = computed_on(model.device)
+        operators = _operators(manifest, model, directions, watcher)
+        prepared = form.prepare(model, operators, settings, watcher)
     # A GGUF file is named after the base, and names it within.
     (named, *_) = manifest.written.sha256 or ("",)
     called = replace(checkpoint, called=named.removesuffix(f"-{manifest.written.type}.gguf"))
     order = Order(
         settings.export_format, settings, called if named.endswith(".gguf") else checkpoint, plan, operators, prepared
     )
-    del model
-    free_memory()
     return order, form.write(order, partial, watcher, stop), where
 
 

@@ -21,6 +21,7 @@ from heretic.export.export import Export, earlier_export, plan_export, write_exp
 from heretic.files import expanded
 from heretic.machine import lock, preflight
 from heretic.machine.gpus import Gpu, gpus_for, usable_gpus, visible_gpus
+from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_checkpoint, require_name
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
@@ -116,8 +117,10 @@ def run(
         if fresh:
             set_aside(folder, settings, watcher)
         folder.create()
-        with study_of(inputs, wait=wait, watcher=watcher, stop=stop) as study:
-            desk = Desk(resolved, inputs, study, watcher, stop)
+        with (
+            study_of(inputs, wait=wait, watcher=watcher, stop=stop) as study,
+            Desk(resolved, inputs, study, watcher, stop) as desk,
+        ):
             if not lender():  # a worker was given its settings
                 desk.keep_settings()
             if add:
@@ -254,6 +257,7 @@ def look(
 ) -> Inputs:
     """Preflight, and the inputs that it looked at; the judge is tried where there is `judging` to do. Raises UserError if the run
     would fail, unless forced."""
+    free_memory()  # reference cycles of an earlier model would count as memory that is taken
     require_name(settings.model)  # before prompts are fetched from the hub
     read_prompts = functools.cache(lambda: load_all(settings.prompts))
     report = check(settings, read_prompts, judging=judging)
@@ -263,7 +267,7 @@ def look(
         first = failures[0]
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         fix = first.fix or "see heretic preflight; --force starts all the same"
-        raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix)
+        raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix, code=first.code)
     checkpoint = open_checkpoint(
         settings.model,
         settings.revision,

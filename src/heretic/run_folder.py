@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from torch import Tensor
 from heretic.ablation.directions import Directions
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import SettingsError, UserError
-from heretic.files import check_seal, expanded, read_tensors, write_tensors, write_text
+from heretic.files import check_seal, expanded, open_private, read_tensors, write_tensors, write_text
 from heretic.progress import Watcher
 from heretic.scoring.harmless import Conduct
 from heretic.scoring.verdict import EVASIVE, ORDER, REFUSAL, Verdict
@@ -86,10 +87,23 @@ class RunFolder:
         return self.path / ".lock"
 
     def create(self) -> None:
-        """Make the folder. Raises UserError if it cannot be written."""
+        """Make the folder, readable by its owner only: prompts, answers and logs lie in it.
+
+        Raises:
+            UserError: if it cannot be written, or if a file in it is a link (`link-in-run-folder`).
+        """
         there = (self.path / "run.log").is_file()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            for entry in self.path.iterdir():
+                if entry.is_symlink() and not entry.is_dir():
+                    raise UserError(
+                        f"{entry.name} is a link, which heretic does not write through.",
+                        code="link-in-run-folder",
+                        where=str(entry),
+                        fix="remove the link, or put the file itself in its place",
+                    )
             probe = self.path / f".probe.{os.getpid()}"
             probe.touch()
             probe.unlink()
@@ -107,7 +121,10 @@ class RunFolder:
         if not self.path.exists():
             return None
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        aside = self.path.with_name(f"{self.path.name}.{stamp}")
+        for number in itertools.count(1):  # a second one within the same second gets a number
+            aside = self.path.with_name(f"{self.path.name}.{stamp}" + (f"-{number}" if number > 1 else ""))
+            if not aside.exists():
+                break
         self.path.rename(aside)
         return aside
 
@@ -200,7 +217,7 @@ class RunFolder:
     def keep_answers(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Store answers as JSON lines under `answers/`."""
         folder = self.path / "answers"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def _tensors(self, name: str, watcher: Watcher) -> dict[str, Tensor] | None:
@@ -236,6 +253,9 @@ def write_directions(path: Path, directions: Directions, stamp: str, more: Mappi
 
 
 class _LogFile(logging.FileHandler):
+    def _open(self) -> Any:
+        return os.fdopen(open_private(Path(self.baseFilename), "a"), "a", encoding="utf-8")
+
     def handleError(self, record: logging.LogRecord) -> None:
         """On a full disk lines are lost in silence: what is stopped by the disk says so itself, once."""
 

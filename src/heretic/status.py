@@ -12,6 +12,7 @@ import optuna
 from optuna.trial import TrialState
 
 from heretic.errors import UserError
+from heretic.files import split_lines
 from heretic.machine import lock
 from heretic.machine.use import memory_in_use
 from heretic.run_folder import RunFolder, find_run, stored_settings
@@ -177,7 +178,7 @@ def _log(log: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """A run's facts and its warnings, each with its time, as the log has them: 'date time LEVEL text'."""
     if not log.is_file():
         return (), ()
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = split_lines(log.read_text(encoding="utf-8", errors="replace"))
 
     def of(level: str) -> tuple[str, ...]:
         found = [line.split(f" {level} ", 1) for line in lines if f" {level} " in line]

@@ -13,7 +13,8 @@ from heretic.ablation.ablation import Ablation
 from heretic.errors import OutOfMemory
 from heretic.machine.host import memory
 from heretic.machine.shape import SHARE_FOR_GRADIENTS, ModelShape
-from heretic.model.batching import free_memory, out_of_memory
+from heretic.model.batching import free_memory
+from heretic.model.device_errors import is_device_error
 from heretic.model.forward import can_begin_later
 from heretic.model.loading import LanguageModel
 from heretic.parallel import size
@@ -71,7 +72,7 @@ def _make(session: Session, folder: RunFolder) -> Walk:
         except OutOfMemory as again:
             return Walk((), again.what)
     except (RuntimeError, NotImplementedError) as error:
-        if out_of_memory(error):  # that passes, and a walk that was given up is given up for good
+        if is_device_error(error):  # that passes, and a walk that was given up is given up for good
             raise
         log.info("no walk", exc_info=True)
         return Walk((), f"this model cannot be run backwards ({str(error).splitlines()[0]}).")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heretic.errors import Interrupted, UserError
+from heretic.files import open_private, split_lines
 from heretic.machine.gpus import Gpu, usable_gpus, visible_gpus
 from heretic.settings import Settings
 from heretic.stop import Stop
@@ -120,7 +121,7 @@ class Worker:
     @property
     def last_words(self) -> str:
         """The last lines that it wrote."""
-        lines = [line.strip() for line in self.said.read_text(encoding="utf-8", errors="replace").splitlines()]
+        lines = [line.strip() for line in split_lines(self.said.read_text(encoding="utf-8", errors="replace"))]
         return " ".join([line for line in lines if line][-LAST_LINES:])
 
 
@@ -185,7 +186,7 @@ def _start(desk: Desk, index: int, of: int, gpu: Gpu | None) -> Worker:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // of))
     said = folder / f"worker-{index}.log"
     arguments = ["run", str(folder), "--plain", "--no-menu", "--trials", str(settings.n_trials)]
-    with said.open("wb") as out:
+    with os.fdopen(open_private(said, "w"), "wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "heretic", *arguments],
             env=environment,

@@ -156,15 +156,16 @@ def test_pickles_and_remote_code_are_not_executed(folder: Path, tally: Tally) ->
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return (Path.touch, (Path("executed"),))  # type: ignore[return-value]
 
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").rename(folder.parent / "kept")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bad()))
-    assert "safetensors" in opened(folder)
+    assert "[pickled-weights]" in opened(folder)
+    (folder.parent / "kept").rename(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
     config["model_type"] = "own"
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text("open('executed', 'w')\n")
-    assert "trust_remote_code" in opened(folder)
+    assert "[needs-remote-code]" in opened(folder)
     assert not Path("executed").exists()
     tally("pickled weights, and a model's own code", 2, "nothing: neither is executed")
 

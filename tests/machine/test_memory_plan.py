@@ -200,6 +200,8 @@ def test_the_walk_takes_what_the_program_would_give_it(little: Checkpoint, large
     logits = 6 * 32 * 32000 * 4
     assert found.gradients == shape.gradient_bytes(16, 203, 6, twice=False) + logits, "all 16 rows, every block kept"
     shared = plan(little, [*gpus(1, 24), cpu(64)], work=replace(work, shared_tokens=150), batch_size=64).loads[0]
+    prefix = shape.prefix_bytes(16, 150, 6)
+    assert prefix > 0 and shared.gradients == shape.gradient_bytes(1, 16 * 53 + 150, 6, twice=False) + prefix + logits
     assert shared.gradients < found.gradients / 2
     assert plan(little, [*gpus(1, 24), cpu(64)], batch_size=64).loads[0].gradients == 0
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import PretrainedConfig
 
 from heretic.errors import UserError
-from heretic.machine.placement import device_named, explicit, shares, skeleton, spread, weight_limits
+from heretic.machine.placement import device_named, shares, skeleton, spread, weight_limits
 from tests.machine.shapes import GIB, checkpoint_of, cpu, gpus, small
 
 DEVICES = [*gpus(2, 24), cpu(64)]
@@ -69,15 +69,3 @@ def test_what_does_not_fit_goes_nowhere() -> None:
     model = skeleton(checkpoint_of(small()), "bfloat16")
     placed = shares(model, spread(model, "balanced", {"cuda:0": 50 * 2**20}, gpus(1, 24)), 6)
     assert placed["disk"].weights > 0
-
-
-def test_explicit_table() -> None:
-    model = skeleton(checkpoint_of(small()), "bfloat16")
-    table = explicit(model, {"model": "cuda:1", "lm_head": "cpu", "model.layers.0": 0}, DEVICES)
-    assert table == {"model": 1, "lm_head": "cpu", "model.layers.0": 0}
-    placed = shares(model, table, 6)
-    assert placed[0].blocks == [0] and placed[1].blocks == [1, 2, 3, 4, 5]
-    with pytest.raises(UserError, match=r"no place for model\.norm"):
-        explicit(model, {"model.layers": 0, "model.embed_tokens": 0, "lm_head": 0}, DEVICES)
-    with pytest.raises(UserError, match="cuda:9"):
-        explicit(model, {"": "cuda:9"}, DEVICES)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from heretic.demo.guarded_model import build_base, build_guarded
 from heretic.machine import preflight
-from heretic.model.batching import Batcher, free_memory
+from heretic.model.batching import Batcher
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
+from heretic.model.unloading import unloaded_after
 from heretic.progress import Watcher
 from heretic.prompts import load_all
 from heretic.run import Outcome, run
@@ -83,7 +84,5 @@ def _log_probs(folder: Path, settings: Settings, stop: Stop) -> Tensor:
     model = load(open_checkpoint(str(folder)), ["float32"], {"device_map": {"": "cpu"}})
     chat = ChatFormat(model.tokenizer, settings.system_prompt)
     sequences = chat.encode(load_all(settings.prompts).harmful_eval.prompts)
-    found = first_token_log_probs(model, sequences, Batcher(32, stop=stop))
-    del model
-    free_memory()
-    return found
+    with unloaded_after(model.model):
+        return first_token_log_probs(model, sequences, Batcher(32, stop=stop))

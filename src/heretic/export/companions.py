@@ -38,12 +38,13 @@ def copied_files(folder: Path) -> dict[str, Path]:
     return find_companions(folder).copied
 
 
-def find_companions(folder: Path, template: str = "") -> Companions:
+def find_companions(folder: Path, template: str = "", texts: Mapping[str, str] | None = None) -> Companions:
     """Decide by name and reference what is copied of a model's folder.
 
     Args:
         folder: The base model's.
         template: A chat template that takes the place of the model's own.
+        texts: New texts of files, by name, in place of those in the folder.
 
     Raises:
         UserError: A link that leads out of the folder.
@@ -58,6 +59,7 @@ def find_companions(folder: Path, template: str = "") -> Companions:
             code.add(name)
         elif kind == "other" and not name.startswith(".") and name not in OF_THE_EXPORT:
             found.left.append(f"{name}/" if (folder / name).is_dir() else name)
+    found.changed |= texts or {}
     _add_code(folder, code, found)
     if template:
         _put_template(found, template)
@@ -70,13 +72,14 @@ def copy_companions(
     *,
     template: str = "",
     but: Collection[str] = (),
+    texts: Mapping[str, str] | None = None,
     watcher: Watcher = SILENT,
 ) -> dict[str, dict[str, str]]:
     """Copy what goes with the weights into an export, but for the files named in `but`.
 
     Returns SHA-256 by name: "copied" for files as they were, "changed" for those of which something had to be dropped or replaced.
     """
-    found = find_companions(folder, template)
+    found = find_companions(folder, template, texts)
     for name in [n for n in found.copied if n not in found.changed and n not in but]:
         (to / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(found.copied[name], to / name)
@@ -105,7 +108,7 @@ def _add_code(folder: Path, code: Collection[str], found: Companions) -> None:
     """Add the Python files that configs name in `auto_map` and all that these import; drop entries whose file there is not."""
     needed: set[str] = set()
     for name in [n for n in found.copied if n.endswith("config.json")]:
-        data = _read_config(found.copied[name])
+        data = json.loads(found.changed[name]) if name in found.changed else _read_config(found.copied[name])
         if not isinstance(data, dict) or "auto_map" not in data:
             continue
         references = [r for r in _leaves(data["auto_map"]) if isinstance(r, str)]

@@ -12,9 +12,9 @@ from heretic.ablation.operator import Operator
 from heretic.export.job import Format, Order, Written
 from heretic.export.save import TensorEdit, plan_edits, write_opened, write_weights
 from heretic.export.spot_check import Columns, Rewritten, as_columns, rounding_of
-from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
+from heretic.model.unloading import unloaded_after
 from heretic.progress import Watcher
 from heretic.session import read_template
 from heretic.settings import Settings
@@ -46,11 +46,10 @@ def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
         chat_template=template or None,
         watcher=watcher,
     )
-    hashes = write_opened(
-        order.checkpoint, model.anatomy.writers, order.operators, model, folder, watcher, stop, template
-    )
-    del model
-    free_memory()
+    with unloaded_after(model.model):
+        hashes = write_opened(
+            order.checkpoint, model.anatomy.writers, order.operators, model, folder, watcher, stop, template
+        )
     about = f"The base model is stored as {order.checkpoint.opened}; this one holds its numbers in bfloat16, with the edits made."
     return Written(hashes, about=about, rounding=ROUNDED_AS_A_WHOLE)
 

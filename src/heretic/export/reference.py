@@ -16,7 +16,7 @@ from heretic.machine.gpus import usable_gpus, visible_gpus
 from heretic.machine.host import devices
 from heretic.machine.memory_plan import plan_for
 from heretic.machine.workload import Workload
-from heretic.model.batching import free_memory
+from heretic.model.unloading import unloaded_after
 from heretic.progress import Watcher
 from heretic.scoring.divergence import divergences
 from heretic.scoring.taught import all_log_probs
@@ -51,13 +51,12 @@ def in_full_precision(job: ExportJob, watcher: Watcher, stop: Stop) -> ExportJob
     prefix = job.baseline.response_prefix
     bench = open_bench(job.settings, job.checkpoint, job.prompts, plan, watcher, stop, prefix, job.judge)
     model = bench.language_model
-    baseline = measure_baseline(bench)
-    taught = replace(bench.ladder, answered=baseline.answered).taught
-    with attach(model.anatomy.writers, job.operators):
-        attached = all_log_probs(model, taught, bench.batcher, "Ablated model's answers")
+    with unloaded_after(model.model):
+        baseline = measure_baseline(bench)
+        taught = replace(bench.ladder, answered=baseline.answered).taught
+        with attach(model.anatomy.writers, job.operators):
+            attached = all_log_probs(model, taught, bench.batcher, "Ablated model's answers")
     plan = replace(plan, dtypes=[model.dtype], batch_size=bench.batcher.size)
-    del bench, model
-    free_memory()
     return replace(
         job,
         plan=plan,

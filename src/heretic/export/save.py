@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 from heretic.ablation.bake import bake_bias, bake_weight, rewrite, sources
 from heretic.ablation.operator import Operator
@@ -20,8 +22,9 @@ from heretic.errors import UserError
 from heretic.export.companions import copy_companions, find_companions
 from heretic.files import sha256, write_text
 from heretic.model.anatomy import Writer
-from heretic.model.checkpoint import PICKLED, Checkpoint, pickled_tensors
+from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel
+from heretic.model.tensor_info import PICKLED, pickled_tensors
 from heretic.progress import Watcher
 from heretic.stop import Stop
 
@@ -101,7 +104,20 @@ def write_weights(
             stage.advance()
     if checkpoint.pickled and len(shards) > 1:
         _write_index(checkpoint, partial)
-    return hashes | copy_companions(checkpoint.folder, partial, template=template, watcher=watcher)
+    text = checkpoint.config_text()
+    beside = copy_companions(
+        checkpoint.folder,
+        partial,
+        template=template,
+        but=checkpoint.unused,
+        texts={} if text is None else {"config.json": text},
+        watcher=watcher,
+    )
+    index = checkpoint.weights_name
+    if index.endswith(".index.json") and not checkpoint.pickled and not (partial / index).exists():
+        shutil.copyfile(checkpoint.folder / index, partial / index)  # one of another name, which config.json gives
+        beside["copied"][index] = sha256(partial / index)
+    return hashes | beside
 
 
 def stream_edited(shard: Path, target: Path, edits: Mapping[str, TensorEdit], stop: Stop) -> None:
@@ -177,7 +193,9 @@ def write_opened(
             plain = type(model)(config)
         plain.load_state_dict(state, assign=True)
         plain.tie_weights(missing_keys=set())  # a head of its own stays one, whatever the config says
-        plain.generation_config = model.generation_config
+        stored = checkpoint.folder / "generation_config.json"
+        # transformers refuses to save some that it has read: the model's own file is copied.
+        plain.generation_config = GenerationConfig() if _is_beside(stored, checkpoint) else model.generation_config
         stop.check()
         beside: dict[str, dict[str, str]] = {"copied": {}, "changed": {}}
         if checkpoint.gguf_file:
@@ -186,10 +204,14 @@ def write_opened(
         else:
             made = ("config.json", "generation_config.json", "model.safetensors.index.json")
             source = [*checkpoint.shards(), *(p for name in made[:2] if (p := checkpoint.folder / name).is_file())]
-            beside = copy_companions(checkpoint.folder, partial, template=template, but=made, watcher=watcher)
+            beside = copy_companions(
+                checkpoint.folder, partial, template=template, but=(*made, *checkpoint.unused), watcher=watcher
+            )
         plain.save_pretrained(partial, max_shard_size="5GB")
         for name, text in find_companions(partial).changed.items():
             write_text(partial / name, text)  # code that the config names and the base model's folder does not hold
+        if _is_beside(stored, checkpoint):
+            shutil.copyfile(stored, partial / stored.name)
         for path in partial.glob("*.safetensors"):
             readable(path)
         return {
@@ -197,6 +219,10 @@ def write_opened(
             "written": hashed(sorted(partial.glob("*.safetensors")), stop),
             **beside,
         }
+
+
+def _is_beside(file: Path, checkpoint: Checkpoint) -> bool:
+    return file.is_file() and not checkpoint.gguf_file
 
 
 def hashed(files: Sequence[Path], stop: Stop) -> dict[str, str]:

@@ -10,11 +10,12 @@ from heretic.errors import UserError, VerificationFailed
 from heretic.export.formats import FORMATS
 from heretic.export.job import ExportJob, Written
 from heretic.model.checkpoint import Checkpoint
+from heretic.model.unloading import unloaded_after
 from heretic.progress import Watcher
 from heretic.scoring.divergence import divergences
 from heretic.scoring.ladder import Scores
 from heretic.scoring.taught import all_log_probs
-from heretic.session import open_bench
+from heretic.session import Bench, open_bench
 from heretic.stop import Stop
 
 # A wrong or missing edit moves the answers by about what the ablation itself moves them, so the mean KL between the attached
@@ -48,6 +49,11 @@ def verify(job: ExportJob, checkpoint: Checkpoint, written: Written, watcher: Wa
     trusting = job.settings.model_copy(update={"trust_remote_code": trusted})
     prefix = job.baseline.response_prefix
     bench = open_bench(trusting, checkpoint, job.prompts, job.plan, watcher, stop, prefix, job.judge)
+    with unloaded_after(bench.language_model.model):
+        return _compare(job, bench, checkpoint, written)
+
+
+def _compare(job: ExportJob, bench: Bench, checkpoint: Checkpoint, written: Written) -> Verification:
     ladder = replace(bench.ladder, answered=job.baseline.answered)
     found = all_log_probs(bench.language_model, ladder.taught, bench.batcher, "Verifying the written model")
     divergence = float(divergences(job.attached, found).mean())

@@ -208,11 +208,12 @@ class Demand:
             return 0
         more = max(walk.refusal_tokens, walk.kl_tokens) - 1
         # What all prompts begin with is run once a pass, but for a pass whose blocks are computed twice.
-        tokens = rows * (self.work.prompt_tokens + more)
+        tokens, prefix = rows * (self.work.prompt_tokens + more), 0
         if not twice:
             tokens = rows * (self.work.tail + more) + self.work.shared_tokens
+            prefix = shape.prefix_bytes(rows, self.work.shared_tokens, blocks)
         logits = LOGIT_COPIES * min(WALK_LOGIT_ROWS, rows * (more + 1)) * shape.vocabulary * FLOAT32 if runs.head else 0
-        return shape.gradient_bytes(1, tokens, blocks, twice=twice) + logits + self.opened + borrowed
+        return shape.gradient_bytes(1, tokens, blocks, twice=twice) + prefix + logits + self.opened + borrowed
 
 
 def headroom(device: Device, weights: int) -> int:

@@ -19,12 +19,14 @@ Level = Literal["ok", "warning", "failure"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One result of the preflight; `fix` is a line for the config where one helps, else what to do."""
+    """One result of the preflight; `fix` is a line for the config where one helps, else what to do. `code` is that of the
+    UserError that it stands for; empty without one."""
 
     level: Level
     subject: str
     text: str
     fix: str | None = None
+    code: str | None = None  # of the error that it was, if any
 
 
 @dataclass(frozen=True)

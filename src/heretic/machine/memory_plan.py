@@ -11,6 +11,7 @@ from typing import Any
 
 from heretic.errors import UserError
 from heretic.machine.demand import CONTEXT, FLOAT32, MIB, Demand, DeviceLoad, headroom
+from heretic.machine.device_table import explicit
 from heretic.machine.placement import (
     MODES,
     NOWHERE,
@@ -18,7 +19,6 @@ from heretic.machine.placement import (
     Share,
     device_named,
     everything_on,
-    explicit,
     shares,
     skeleton,
     spread,
@@ -181,7 +181,7 @@ def make_plan(
     table: dict[str, int | str] | None = None
     asked_accelerate = False
     if not isinstance(device_map, str):
-        table = explicit(model, device_map, devices)
+        table = explicit(model, device_map, devices, shape.blocks)
     elif device_map not in MODES or on_cpu:
         table = everything_on(named[0])
     elif device_map == "planned":

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from heretic.errors import UserError, first_line
+from heretic.errors import UserError, first_line, plain_line
 from heretic.model.checkpoint import Checkpoint
+from heretic.model.config_reading import auto_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,22 +60,43 @@ def skeleton(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
     """The model with all its modules and shapes but no memory. Raises UserError if transformers cannot build it."""
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = copy.deepcopy(checkpoint.config)
     trusted = checkpoint.own_code
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trusted
-    auto = AutoModelForCausalLM if known else AutoModelForImageTextToText  # as `model.loading` chooses
+    auto = auto_class(config, trusted)
+    file = str(checkpoint.folder / "config.json")
     try:
-        with init_empty_weights(include_buffers=True):
-            return auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trusted)
+        # Buffers too are made without memory: a mask may be as large as the square of the context.
+        with torch.device("meta"), init_empty_weights(include_buffers=True):
+            model: PreTrainedModel = auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trusted)
     except Exception as error:  # any model's code runs here, so anything may come out of it
         raise UserError(
-            f"The installed transformers cannot build {checkpoint.model}: {first_line(error)}",
-            where=str(checkpoint.folder / "config.json"),
-            fix="update transformers, or choose a model that it supports",
+            f"transformers cannot build {checkpoint.model} from its config: {plain_line(first_line(error))[:250]}",
+            code="model-not-buildable",
+            where=file,
+            fix="take config.json from the repository that the weights are from, or choose a model that transformers supports",
         ) from error
+    _check_shapes(model, checkpoint, file)
+    return model
+
+
+def _check_shapes(model: PreTrainedModel, checkpoint: Checkpoint, file: str) -> None:
+    """Compare the shapes that the config gives with those of the tensors of the same names. Raises UserError.
+
+    Some families store experts with the last two axes the other way round.
+    """
+    for name, parameter in model.state_dict().items():
+        held = checkpoint.tensors.get(name)
+        if held is None or held.is_packed or checkpoint.gguf_file or checkpoint.quantised_by:
+            continue
+        if sorted(held.shape) != sorted(parameter.shape):
+            raise UserError(
+                f"{plain_line(name)[:100]} is {list(held.shape)} in {held.file.name if held.file else 'the weights'}, "
+                f"and {list(parameter.shape)} by config.json.",
+                code="config-size-mismatch",
+                where=file,
+                fix="take config.json from the repository that the weights are from",
+            )
 
 
 def device_named(value: int | str, devices: Sequence[Device], setting: str) -> Device:
@@ -86,7 +108,10 @@ def device_named(value: int | str, devices: Sequence[Device], setting: str) -> D
             return device
     there = ", ".join(device.name for device in devices)
     raise UserError(
-        f"The setting '{setting}' names the device {value!r}, which is not there.", fix=f"there is: {there}"
+        f"The setting '{setting}' names the device {value!r}, which is not there.",
+        code="device-not-there",
+        where=setting,
+        fix=f"there is: {there}",
     )
 
 
@@ -100,7 +125,10 @@ def weight_limits(max_memory: Mapping[str, str], devices: Sequence[Device]) -> d
             limits[device_named(name, devices, "max_memory").name] = convert_file_size_to_int(size)
         except ValueError:
             raise UserError(
-                f"The setting 'max_memory' gives {size!r} for {name}, which is no size.", fix='write it like "20GiB"'
+                f"The setting 'max_memory' gives {size!r} for {name}, which is no size.",
+                code="invalid-size",
+                where=f"max_memory.{name}",
+                fix='write it like "20GiB"',
             ) from None
     return limits
 
@@ -144,7 +172,7 @@ def spread(
         )
     head, embedding = _ends(model)
     if head != embedding and model.get_output_embeddings().weight is model.get_input_embeddings().weight:
-        table[head] = _lookup(table, embedding)  # accelerate may part tied weights, which would store them twice
+        table[head] = lookup(table, embedding)  # accelerate may part tied weights, which would store them twice
     return {"": next(iter(table.values()))} if len(set(table.values())) == 1 else table
 
 
@@ -160,17 +188,6 @@ def _not_said() -> Iterator[None]:
         log.setLevel(level)
 
 
-def explicit(model: PreTrainedModel, table: Mapping[str, int | str], devices: Sequence[Device]) -> dict[str, int | str]:
-    """The user's own table with its devices checked. Raises UserError if one is not there or a tensor has no place."""
-    resolved = {name: device_named(value, devices, "device_map").key for name, value in table.items()}
-    for name in model.state_dict():
-        if _lookup(resolved, name) is None:
-            raise UserError(
-                f"The table 'device_map' has no place for {name}.", fix='add it, or "" = DEVICE for all the rest'
-            )
-    return resolved
-
-
 def shares(
     model: PreTrainedModel,
     table: Mapping[str, int | str],
@@ -182,13 +199,15 @@ def shares(
     head, embedding = _ends(model)
 
     def share(name: str) -> Share:
-        place = _lookup(table, name)
+        place = lookup(table, name)
         return found.setdefault(NOWHERE if place is None else place, Share())
 
     for name, parameter in model.named_parameters():
         share(name).weights += int(parameter.numel() * fewer.get(name, parameter.element_size()))
-    for number, name in enumerate(_block_names(model, blocks)):
-        share(name).blocks.append(number)
+    for number, name in enumerate(
+        block_names(model, blocks)
+    ):  # a block that was split counts where its first tensor is
+        share(_first_tensor(model, name)).blocks.append(number)
     share(embedding).embedding = True
     share(head).head = True
     return found
@@ -201,8 +220,8 @@ def _ends(model: PreTrainedModel) -> tuple[str, str]:
     return names.get(id(model.get_output_embeddings()), embedding), embedding
 
 
-def _block_names(model: nn.Module, blocks: int) -> list[str]:
-    """Names of one tensor in every decoder block: those of the largest list of modules that has the right length."""
+def block_names(model: nn.Module, blocks: int) -> list[str]:
+    """Names of the decoder blocks: those of the largest list of modules that has the right length."""
     from torch import nn
 
     def size(module: nn.Module) -> int:
@@ -215,15 +234,16 @@ def _block_names(model: nn.Module, blocks: int) -> list[str]:
     ]
     if not lists:
         return []
-    _, prefix, largest = max(lists, key=lambda found: found[0])
-    # A block that was split counts where its first tensor is.
-    return [
-        prefix + next((f"{i}.{name}" for name, _ in block.named_parameters()), str(i))
-        for i, block in enumerate(largest)
-    ]
+    _, prefix, _ = max(lists, key=lambda found: found[0])
+    return [f"{prefix}{i}" for i in range(blocks)]
 
 
-def _lookup(table: Mapping[str, int | str], name: str) -> int | str | None:
+def _first_tensor(model: nn.Module, name: str) -> str:
+    """The name of a module's first tensor; that of the module where it has none."""
+    return next((f"{name}.{tensor}" for tensor, _ in model.get_submodule(name).named_parameters()), name)
+
+
+def lookup(table: Mapping[str, int | str], name: str) -> int | str | None:
     """The place of a tensor or module: that of the longest name in the table that leads to it."""
     while name not in table:
         if not name:

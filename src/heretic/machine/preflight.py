@@ -88,7 +88,7 @@ def check(
             return ask()
         except UserError as error:
             where = f" ({error.where})" if error.where else ""
-            problems.append(Finding("failure", subject, error.what + where, error.fix))
+            problems.append(Finding("failure", subject, error.what + where, error.fix, error.code))
             return None
 
     report = GpuReport(imagined) if imagined else visible_gpus(environment)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from heretic.errors import UserError
 from heretic.machine.demand import FLOAT32, GIB, MIB, SHARE_FOR_RESIDUALS
 from heretic.machine.facts import Facts, Finding, Level
 from heretic.machine.host import spell_bytes
 from heretic.machine.memory_plan import MemoryPlan
+from heretic.machine.model_rules import download, missing_package, model, other_weights, rewritten_while_quantised
 from heretic.machine.placement import MODES
 from heretic.model.checkpoint import Checkpoint
-from heretic.model.quantisation import QUANTISATIONS, require_bitsandbytes, require_package
+from heretic.model.quantisation import QUANTISATIONS
 from heretic.settings import Settings
 
 BUSY = 500 * MIB  # GPU memory that another process may hold without being worth a word
@@ -27,51 +27,6 @@ GGUF_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32}
 
 
 Rule = Callable[[Facts], Iterator[Finding]]
-
-
-def model(facts: Facts) -> Iterator[Finding]:
-    """What the model is, and whether it can be edited at all."""
-    checkpoint = facts.checkpoint
-    if checkpoint is None:
-        return
-    size = f"{checkpoint.parameters / 1e9:.2f} billion parameters, {spell_bytes(checkpoint.nbytes)} on disk"
-    method = checkpoint.quantised_by
-    forms = ("full", "lora") if checkpoint.opened else ("lora",)  # in which an export of it can be
-    if method is None:
-        yield Finding("ok", "model", f"{checkpoint.model}: {size}")
-    elif facts.settings.quantization != "none":
-        text = f"{checkpoint.model} comes quantised ({method}) and cannot be quantised once more."
-        yield Finding("failure", "quantization", text, 'quantization = "none"')
-    elif facts.settings.save_to and facts.settings.export_format not in forms:
-        text = f"{checkpoint.model} exists only quantised ({method}): there are no full-precision weights to write an edit into."
-        yield Finding("failure", "export", text, f'export_format = "{forms[0]}"')
-    else:
-        opened = ", opened while it is loaded" if checkpoint.opened else ""
-        form = "a folder in bfloat16 or an adapter" if checkpoint.opened else "an adapter"
-        yield Finding("ok", "model", f"{checkpoint.model}: {size}, quantised ({method}{opened}); an export is {form}.")
-
-
-def rewritten_while_quantised(facts: Facts) -> Iterator[Finding]:
-    """Trials that rewrite weights, where these are quantised."""
-    settings, method = facts.settings, facts.checkpoint.quantised_by if facts.checkpoint else None
-    quantised = settings.quantization != "none" or (method and not (facts.checkpoint and facts.checkpoint.opened))
-    if settings.apply == "weights" and (quantised or (method and not settings.cache_weights)):
-        text = "Quantised weights cannot be rewritten for a trial and put back."
-        yield Finding("failure", "apply", text, 'apply = "operators"')
-
-
-def missing_package(facts: Facts) -> Iterator[Finding]:
-    """Quantisation without the package that does it."""
-    if facts.checkpoint and facts.checkpoint.quantised_by:
-        try:
-            require_package(facts.checkpoint)
-        except UserError as error:
-            yield Finding("failure", "model", error.what, error.fix)
-    elif facts.settings.quantization != "none":
-        try:
-            require_bitsandbytes(facts.settings.quantization)
-        except UserError as error:
-            yield Finding("failure", "quantization", error.what, error.fix)
 
 
 def unseen_gpus(facts: Facts) -> Iterator[Finding]:
@@ -319,21 +274,6 @@ def _export_size(checkpoint: Checkpoint, settings: Settings) -> float:
     return 2 * checkpoint.parameters if checkpoint.opened else checkpoint.nbytes
 
 
-def download(facts: Facts) -> Iterator[Finding]:
-    """Room for weights that are still on the hub."""
-    checkpoint = facts.checkpoint
-    if checkpoint is None or checkpoint.is_local or any(tensor.file for tensor in checkpoint.tensors.values()):
-        return
-    cache, needed = facts.hub_cache, checkpoint.nbytes
-    if cache.free < needed:
-        text = (
-            f"{spell_bytes(needed)} are to be downloaded, but only {spell_bytes(cache.free)} are free for {cache.path}."
-        )
-        yield Finding("failure", "model", text, "set HF_HUB_CACHE to a folder on a larger disk")
-    else:
-        yield Finding("ok", "model", f"{spell_bytes(needed)} are to be downloaded to {cache.path}.")
-
-
 def prompts(facts: Facts) -> Iterator[Finding]:
     """What is doubtful about the prompt sets."""
     for warning in facts.prompt_warnings:
@@ -342,6 +282,7 @@ def prompts(facts: Facts) -> Iterator[Finding]:
 
 RULES: tuple[Rule, ...] = (
     model,
+    other_weights,
     rewritten_while_quantised,
     missing_package,
     download,

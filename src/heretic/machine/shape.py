@@ -23,6 +23,9 @@ class ModelShape:
     vocabulary: int
     widest: int  # elements per token of the widest tensor inside a block
     cache_per_token: int  # elements of keys and values per token and block
+    repeated_cache: (
+        int  # the same with keys and values repeated for every query head, as attention with a mask reads them
+    )
     edited: int  # elements of the weights of one block that an ablation edits
     element: int  # bytes
 
@@ -40,6 +43,11 @@ class ModelShape:
         if twice:
             return rows * tokens * (blocks * self.hidden * self.element + self.kept_for_gradients)
         return rows * tokens * blocks * self.kept_for_gradients
+
+    def prefix_bytes(self, rows: int, tokens: int, blocks: int) -> int:
+        """Bytes of the keys and values of a shared prefix of so many tokens in a pass with gradients: every row's cache holds them,
+        and attention keeps what it has read for the backward pass."""
+        return rows * tokens * blocks * (self.cache_per_token + self.repeated_cache) * self.element
 
     def rows_with_gradients(self, budget: int, tokens: int, *, on_cpu: bool) -> tuple[int, bool]:
         """How many rows of so many tokens a pass with gradients takes within `budget` bytes, at least one, and whether blocks have
@@ -70,6 +78,7 @@ class ModelShape:
             vocabulary=_size(config, "vocab_size"),
             widest=max(intermediate, active, 3 * hidden),
             cache_per_token=key_heads * (key + value),
+            repeated_cache=heads * (key + value),
             edited=hidden * (heads * value + (expert * experts or intermediate)),
             element=model.dtype.itemsize,
         )

@@ -6,32 +6,34 @@ PyTorch's reader that makes nothing but tensors.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heretic.errors import UserError, first_line
 from heretic.files import expanded
-from heretic.model import repository
-from heretic.model.tensor_info import OPENED, PACKED_BY, SCALES, TensorInfo, packed_bits
+from heretic.model.config_reading import check_sizes, forget_left_over_quantization, open_config, read_small_files
+from heretic.model.hub_model import fetch_headers, fetch_small_files, fetch_weights
+from heretic.model.repository import check_links
+from heretic.model.tensor_info import (
+    OPENED,
+    PACKED_BY,
+    PICKLED,
+    SCALES,
+    TensorInfo,
+    packed_bits,
+    pickled_tensors,
+    quantization_method,
+    read_headers,
+)
+from heretic.model.weight_files import check_index, local_weights
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I8": "int8",
-    "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-DOWNLOADED = [*repository.DOWNLOADED, "*.safetensors"]
-# A second copy of the weights in another layout, which some repositories carry beside the one that transformers reads.
-IGNORED = ["consolidated*", "*/*.safetensors"]
 # Small files that decide what the model says, besides its weights.
 DECISIVE = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -39,7 +41,14 @@ DECISIVE = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "g
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that has been looked at but not loaded; `adapter` is a folder with a LoRA adapter to put on it, `called` a
-    name to use in place of the one that follows from the model's."""
+    name to use in place of the one that follows from the model's.
+
+    Attributes:
+        weights_name: The file that transformers is told to open: one file of weights, or an index. Empty for GGUF.
+        unused: Names of files of weights and indexes in the folder that are no part of the model; no export holds them.
+        rival: Of these the index that stands for other weights than the model's; empty without one.
+        left_over: The quantization method of a `quantization_config` that the tensors do not bear out; no export holds that entry.
+    """
 
     model: str
     folder: Path
@@ -49,6 +58,10 @@ class Checkpoint:
     commit: str | None = None
     adapter: Path | None = None
     called: str = ""
+    weights_name: str = ""
+    unused: tuple[str, ...] = ()
+    rival: str = ""
+    left_over: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -101,11 +114,7 @@ class Checkpoint:
     @property
     def quantised_by(self) -> str | None:
         """The method by which the checkpoint's own tensors are quantised ("fp8", "bitsandbytes", ...); None where they are not."""
-        found = getattr(self.config, "quantization_config", None)
-        if found is None or self.gguf_file:
-            return None
-        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-        return str(getattr(method, "value", method) or "an unnamed method")
+        return None if self.gguf_file else quantization_method(self.config)
 
     @property
     def opened(self) -> str | None:
@@ -117,6 +126,13 @@ class Checkpoint:
     def own_code(self) -> bool:
         """Whether its config class is of its own Python code: it exists only where the user has trusted that."""
         return type(self.config).__module__.startswith("transformers_modules")
+
+    def config_text(self) -> str | None:
+        """config.json as an export holds it, without the entry that the tensors do not bear out; None where it stays as it is."""
+        if not self.left_over:
+            return None
+        raw = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return json.dumps(_without(raw, "quantization_config"), indent=2, ensure_ascii=False) + "\n"
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor from its file, as stored."""
@@ -146,11 +162,16 @@ class Checkpoint:
             _sample(path, digest)
         config = self.folder / "config.json"
         if config.is_file() and not self.gguf_file:
-            digest.update(json.dumps(json.loads(config.read_text()), sort_keys=True).encode())
+            digest.update(json.dumps(json.loads(config.read_text(encoding="utf-8")), sort_keys=True).encode())
         for name in DECISIVE:
             if (self.folder / name).is_file():
                 digest.update((self.folder / name).read_bytes())
         return digest.hexdigest()
+
+
+def _without(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """A config and those within it without an entry."""
+    return {k: _without(v, key) if isinstance(v, dict) else v for k, v in config.items() if k != key}
 
 
 def _sample(path: Path, digest: Any, block: int = 1 << 16, blocks: int = 64) -> None:
@@ -166,7 +187,7 @@ def _sample(path: Path, digest: Any, block: int = 1 << 16, blocks: int = 64) -> 
 def require_name(model: str) -> None:
     """Raise UserError where no model is named."""
     if not model:
-        raise UserError("No model was named.", fix='heretic MODEL, or model = "..." in config.toml')
+        raise UserError("No model was named.", code="no-model", fix='heretic MODEL, or model = "..." in config.toml')
 
 
 def open_checkpoint(
@@ -188,150 +209,68 @@ def open_checkpoint(
     if path.suffix == ".gguf":
         return _open_gguf(model, path)
     if path.is_dir():
-        repository.check_links(path)
-        return Checkpoint(model, path, _config(path, model, trusted), _local_tensors(path, allow_pickle))
+        check_links(path)
+        return _open_folder(model, path, read_small_files(path), trusted, allow_pickle)
     if path.exists():
         raise UserError(
-            f"{model} is a file, not a model.", fix="name the folder that holds config.json, or a .gguf file"
+            f"{model} is a file, not a model.",
+            code="not-a-model",
+            fix="name the folder that holds config.json, or a .gguf file",
         )
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UserError(f"There is no model folder {model}.", fix="check the path, or name a hub model as owner/name")
-    folder, tensors = _from_hub(model, revision, download_weights, allow_pickle)
-    return Checkpoint(model, folder, _config(folder, model, trusted), tensors, commit=folder.name)
-
-
-def _config(folder: Path, model: str, trusted: bool) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"{folder} has no config.json, so it is no model folder.", where=str(folder))
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        text = str(error)
-        if "trust_remote_code" in text:
-            raise UserError(
-                f"{model} can only be loaded by running Python code that came with it.",
-                where=str(file),
-                fix=f'read that code, then: trust_remote_code = ["{model}"]',
-            ) from None
-        raise UserError(f"The model's config cannot be read: {first_line(error)}", where=str(file)) from None
-    _require_decoder(config, file)
-    return config
-
-
-def _require_decoder(config: PretrainedConfig, file: Path) -> None:
-    """Refuse what is not a decoder-only language model, before gigabytes are loaded."""
-    names = config.architectures or []
-    generates = [n for n in names if n.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))]
-    if getattr(config, "is_encoder_decoder", False) or (names and not generates):
         raise UserError(
-            f"{names[0] if names else config.model_type} is not a decoder-only language model.",
-            where=str(file),
-            fix="name a chat model whose architecture ends in ForCausalLM",
+            f"There is no model folder {model}.",
+            code="no-model-folder",
+            fix="check the path, or name a hub model as owner/name",
         )
-
-
-def _local_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, TensorInfo]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = _indexed(index)
+    folder = fetch_small_files(model, revision)
+    check_links(folder)
+    raw = read_small_files(folder)
+    if download_weights:
+        fetch_weights(model, folder, raw, allow_pickle)
     else:
-        files = sorted(folder.glob("*.safetensors"))
-        if (folder / "model.safetensors").is_file():
-            files = [folder / "model.safetensors"]
-    if not files:
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED)
-        if pickled and allow_pickle:
-            return _pickled(folder)
-        raise UserError(
-            f"{folder} has no .safetensors weights"
-            + (f", only {pickled[0]}, which could run code when loaded." if pickled else "."),
-            where=str(folder),
-            fix="convert the weights to safetensors; or allow_pickle = true, which reads tensors and nothing else"
-            if pickled
-            else "download the model again; its weights are missing",
-        )
-    tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        tensors.update(_header(file))
-    return tensors
+        tensors = fetch_headers(model, folder, raw, allow_pickle)
+        if tensors is not None:
+            config, left_over = _checked_config(model, folder, raw, tensors, trusted)
+            return Checkpoint(model, folder, config, tensors, commit=folder.name, left_over=left_over)
+    return _open_folder(model, folder, raw, trusted, allow_pickle, commit=folder.name)
 
 
-def _indexed(index: Path) -> list[Path]:
-    """The files that an index names."""
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"The index of the weights cannot be read: {first_line(error)[:200]}", where=str(index)
-        ) from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"The index names a file outside the model's folder: {name!r}", where=str(index))
-    return [index.parent / name for name in names]
+def _open_folder(
+    model: str, folder: Path, raw: dict[str, Any], trusted: bool, allow_pickle: bool, commit: str | None = None
+) -> Checkpoint:
+    weights = local_weights(folder, raw, allow_pickle)
+    tensors = read_headers(weights.files)
+    if weights.name.endswith(".index.json"):
+        check_index(folder / weights.name, tensors)
+    config, left_over = _checked_config(model, folder, raw, tensors, trusted)
+    return Checkpoint(
+        model,
+        folder,
+        config,
+        tensors,
+        commit=commit,
+        weights_name=weights.name,
+        unused=weights.unused,
+        rival=weights.rival,
+        left_over=left_over,
+    )
 
 
-def _pickled(folder: Path) -> dict[str, TensorInfo]:
-    """The tensors of the pickle files that transformers would read."""
-    index = folder / "pytorch_model.bin.index.json"
-    files = _indexed(index) if index.is_file() else [folder / "pytorch_model.bin"]
-    formats = {f"torch.{name}": short for short, name in TORCH_NAMES.items()}
-    return {
-        name: TensorInfo(name, tuple(tensor.shape), formats.get(str(tensor.dtype), "F32"), file)
-        for file in files
-        for name, tensor in pickled_tensors(file).items()
-    }
-
-
-def pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a pickle file, by PyTorch's reader that makes nothing but tensors; their bytes stay in the file until they are
-    used. Raises UserError for a file with anything else in it."""
-    import torch
-
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
-    except FileNotFoundError:
-        raise UserError(
-            f"A file of the weights is missing: {file.name}", where=str(file.parent), fix="download the model again"
-        ) from None
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, AttributeError) as error:
-        raise UserError(
-            f"{file.name} holds more than tensors, or is damaged; it is not read: {first_line(error)[:120]}",
-            where=str(file),
-            fix="convert the weights to safetensors on a machine where running the file's code does no harm",
-        ) from None
-
-
-def _header(file: Path) -> dict[str, TensorInfo]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            found = {}  # nothing but the header is read; PyTorch would map the file as if it were to write to it
-            for name in opened.keys():  # noqa: SIM118  (the handle is not a mapping)
-                piece = opened.get_slice(name)
-                found[name] = TensorInfo(name, tuple(piece.get_shape()), str(piece.get_dtype()), file)
-            return found
-    except FileNotFoundError:
-        raise UserError(
-            f"A file of the weights is missing: {file.name}", where=str(file.parent), fix="download the model again"
-        ) from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"A file of the weights is damaged: {first_line(error)}",
-            where=str(file),
-            fix="download the model again",
-        ) from None
+def _checked_config(
+    model: str, folder: Path, raw: dict[str, Any], tensors: dict[str, TensorInfo], trusted: bool
+) -> tuple[PretrainedConfig, str]:
+    file = folder / "config.json"
+    check_sizes(raw, tensors, file)
+    config = open_config(folder, raw, model, trusted)
+    return config, forget_left_over_quantization(config, tensors, file)
 
 
 def _open_gguf(model: str, path: Path) -> Checkpoint:
     from transformers import AutoConfig
 
     if not path.is_file():
-        raise UserError(f"There is no file {path}.", fix="check the path of the GGUF file")
+        raise UserError(f"There is no file {path}.", code="no-gguf-file", fix="check the path of the GGUF file")
     try:
         from gguf import GGUFReader
 
@@ -342,47 +281,13 @@ def _open_gguf(model: str, path: Path) -> Checkpoint:
             for t in reader.tensors
         }
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, OSError, KeyError, IndexError) as error:
-        raise UserError(f"The GGUF file cannot be read: {first_line(error)}", where=str(path)) from None
-    return Checkpoint(model, path.parent, config, tensors, gguf_file=path.name)
-
-
-def _from_hub(
-    model: str, revision: str, download_weights: bool, allow_pickle: bool
-) -> tuple[Path, dict[str, TensorInfo]]:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import NotASafetensorsRepoError
-
-    wanted = [p for p in DOWNLOADED if download_weights or p != "*.safetensors"]
-    try:
-        folder = Path(
-            snapshot_download(model, revision=revision or None, allow_patterns=wanted, ignore_patterns=IGNORED)
-        )
-        if download_weights:
-            with contextlib.suppress(UserError):  # it may have nothing else
-                return folder, _local_tensors(folder, allow_pickle)
-            if allow_pickle:
-                snapshot_download(model, revision=revision or None, allow_patterns=["pytorch_model*.bin"])
-            return folder, _local_tensors(folder, allow_pickle)
-        with contextlib.suppress(UserError):  # not downloaded yet, or only in part
-            return folder, _local_tensors(folder, allow_pickle)
-        metadata = HfApi().get_safetensors_metadata(model, revision=revision or None)
-    except NotASafetensorsRepoError:
-        fix = "choose a model that has them; or allow_pickle = true, if it has pickle files and you trust who made them"
-        if allow_pickle:
-            fix = f"the sizes in pickle files are known only when they are here: hf download {model}"
-        raise UserError(f"{model} has no safetensors weights on the hub.", fix=fix) from None
-    except UserError:
+    except MemoryError:
         raise
-    except Exception as error:  # the hub's library and the network below it raise many kinds
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        reason = first_line(error)[:200]
+    except Exception as error:  # the readers of both packages believe the file, and raise what follows from it
         raise UserError(
-            f"{model} is neither a local folder nor to be had from the Hugging Face hub{offline}: {reason}",
-            fix="check the name and the network; for gated models: hf auth login",
+            f"The GGUF file cannot be read: {first_line(error)[:200]}",
+            code="damaged-gguf",
+            where=str(path),
+            fix="download the file again, or take the model as safetensors",
         ) from None
-    return folder, {
-        name: TensorInfo(name, tuple(info.shape), info.dtype, None)
-        for file in metadata.files_metadata.values()
-        for name, info in file.tensors.items()
-    }
+    return Checkpoint(model, path.parent, config, tensors, gguf_file=path.name)

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from heretic.errors import UserError, first_line
-from heretic.model.batching import Batch, out_of_memory
+from heretic.model.batching import Batch
+from heretic.model.device_errors import is_device_error
 from heretic.model.forward import accepted, call, can_be_cut, hidden_states, log_probs_of, rows_of_trials
 
 # Cache rows are copied when rows leave; worth it once a quarter of them has.
@@ -215,7 +216,7 @@ def _generate(model: Any, batch: Batch, max_tokens: int, end_tokens: set[int]) -
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
             )
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:  # of the model's own code
-        if out_of_memory(error):
+        if is_device_error(error):
             raise
         raise UserError(
             f"Transformers cannot generate with {type(model).__name__}: {first_line(error)}",

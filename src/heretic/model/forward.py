@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from heretic.model.batching import Batch, Batcher, Beginning, Edited, shared_tokens
+from heretic.model.device_errors import is_device_error
 from heretic.model.entries import Entries
 from heretic.model.replace import replaced_forward
 
@@ -216,6 +217,8 @@ def _same_answers(otherwise: str, model: Any, plainly: Any, cheaply: Any) -> boo
         plain = next_token_log_probs(model, plainly())
         cheap = next_token_log_probs(model, cheaply())
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError, NotImplementedError) as error:
+        if is_device_error(error):
+            raise
         log.info("%s: %r", otherwise, error)
         return False
     apart = _apart(plain, cheap)

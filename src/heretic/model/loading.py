@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,21 +11,17 @@ from typing import Any, cast
 
 import torch
 import transformers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from heretic.errors import UserError, first_line
+from heretic.errors import UserError, first_line, plain_line
 from heretic.model.anatomy import Anatomy, dissect, input_device
 from heretic.model.batching import free_memory, out_of_memory
 from heretic.model.checkpoint import Checkpoint
+from heretic.model.config_reading import auto_class
+from heretic.model.device_errors import device_error, is_device_error
 from heretic.model.quantisation import KEPT, QUANTISATIONS, keep_layout, loading_arguments, made_even
 from heretic.model.tensor_info import OPENED
+from heretic.model.unloading import unload
 from heretic.progress import SILENT, Watcher
 
 log = logging.getLogger(__name__)
@@ -81,6 +78,7 @@ def load(
     `dtypes` are tried in turn ("bfloat16", …) until one token gives finite logits. Raises UserError when none does, when
     memory runs out, or when the model's code would have to be trusted.
     """
+    free_memory()  # of an earlier model that failed between loading and its first use
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     trusted = checkpoint.model in (trust_remote_code or [])
@@ -97,10 +95,10 @@ def load(
             given = str(model.dtype).removeprefix("torch.") if checkpoint.quantised_by == KEPT else dtype
             return _checked(LanguageModel(model, tokenizer, checkpoint, dissect(model), given, quantization))
         watcher.warn(f"{checkpoint.model} gives logits that are not finite numbers in {dtype}.")
-        del model
-        free_memory()
+        unload(model)
     raise UserError(
         f"{checkpoint.model} gives logits that are not finite (NaN or infinite) in {', '.join(dict.fromkeys(dtypes))}.",
+        code="logits-not-finite",
         where=str(checkpoint.folder),
         fix='the weights may be damaged; else try dtypes = ["float32"]',
     )
@@ -110,10 +108,12 @@ def _checked(loaded: LanguageModel) -> LanguageModel:
     """The same, if it is known where its answers end. Raises UserError."""
     try:
         _ = loaded.end_tokens
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"It cannot be read which tokens end an answer: {first_line(error)}",
+            code="invalid-eos-token",
             where=f"{loaded.checkpoint.folder / 'generation_config.json'}: eos_token_id",
+            fix="correct the entry: a token id, or a list of them",
         ) from None
     return loaded
 
@@ -125,16 +125,25 @@ def load_tokenizer(
     extra = {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusted, **extra)
-    except Exception as error:  # its library raises plain Exceptions for what it cannot parse
+    except BaseException as error:  # its library raises plain Exceptions for what it cannot parse, and panics of Rust
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if out_of_memory(error):
             raise
-        raise UserError(f"The tokenizer cannot be read: {first_line(error)}", where=str(checkpoint.folder)) from None
+        file = checkpoint.folder / "tokenizer.json"
+        raise UserError(
+            f"The tokenizer cannot be read: {plain_line(first_line(error))[:200]}",
+            code="damaged-tokenizer",
+            where=str(file if file.is_file() and not checkpoint.gguf_file else checkpoint.folder),
+            fix="download the tokenizer's files again",
+        ) from None
     tokenizer.padding_side = "left"
     if chat_template:
         tokenizer.chat_template = chat_template
     if not tokenizer.chat_template and chat_template is not None:
         raise UserError(
             f"{checkpoint.model} has no chat template, so it is not known how to speak to it.",
+            code="no-chat-template",
             where=str(checkpoint.folder),
             fix='name a Jinja file: chat_template = "template.jinja"; or take the "instruct" version of the model',
         )
@@ -143,10 +152,12 @@ def load_tokenizer(
 
 def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trusted: bool) -> PreTrainedModel:
     extra: dict[str, Any] = (
-        {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {"use_safetensors": not checkpoint.pickled}
+        {"gguf_file": checkpoint.gguf_file}
+        if checkpoint.gguf_file
+        else {"use_safetensors": not checkpoint.pickled, "config": _told_its_file(checkpoint)}
     )
-    known = type(checkpoint.config) in MODEL_FOR_CAUSAL_LM_MAPPING or trusted
-    auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    auto = auto_class(checkpoint.config, trusted)
+    where = str(checkpoint.folder)
     try:
         loaded: Any = auto.from_pretrained(
             checkpoint.folder,
@@ -156,20 +167,27 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
             **arguments,
             **extra,
         )
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:  # any model's code runs here, so anything may come out of it
         if out_of_memory(error):
             raise UserError(
                 "Out of memory while loading the model.",
+                code="out-of-memory",
                 fix="run heretic preflight: it names what fits and the line to set",
             ) from None
-        raise UserError(f"The model cannot be loaded: {first_line(error)}", where=str(checkpoint.folder)) from error
-    except (OSError, ValueError, ImportError, TypeError, AttributeError, LookupError) as error:  # of its small files
-        raise UserError(f"The model cannot be loaded: {first_line(error)}", where=str(checkpoint.folder)) from error
+        if is_device_error(error):
+            raise device_error(error) from error
+        raise UserError(
+            f"The model cannot be loaded: {plain_line(first_line(error))[:300]}",
+            code="model-not-loadable",
+            where=where,
+            fix="compare config.json with that of the repository that the weights are from",
+        ) from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"The checkpoint lacks {len(missing)} of the model's tensors, such as {missing[0]}.",
-            where=str(checkpoint.folder),
+            code="missing-tensors",
+            where=where,
             fix="download the model again",
         )
     keep_layout(model)
@@ -180,6 +198,14 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
 
 
+def _told_its_file(checkpoint: Checkpoint) -> Any:
+    """The config with the file of weights that was chosen; pickle files cannot be named, and are found in the same order."""
+    config = copy.deepcopy(checkpoint.config)
+    if checkpoint.weights_name and not checkpoint.pickled:
+        config.transformers_weights = checkpoint.weights_name
+    return config
+
+
 def _adapted(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """The model with a LoRA adapter in its modules, as peft puts it there: beside the weights, not in them."""
     from peft import PeftModel
@@ -187,7 +213,14 @@ def _adapted(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     try:
         return cast(PreTrainedModel, PeftModel.from_pretrained(model, adapter).get_base_model())
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"The adapter cannot be put on the model: {first_line(error)}", where=str(adapter)) from error
+        if is_device_error(error):
+            raise
+        raise UserError(
+            f"The adapter cannot be put on the model: {first_line(error)}",
+            code="adapter-not-loadable",
+            where=str(adapter),
+            fix="name the model that the adapter was made for",
+        ) from error
 
 
 @torch.inference_mode()
@@ -195,10 +228,13 @@ def _finite(model: PreTrainedModel) -> bool:
     token = torch.tensor([[1]], device=input_device(model))
     try:
         return bool(torch.isfinite(model(input_ids=token, use_cache=False).logits).all())
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:  # of the model's code
+    except Exception as error:  # any model's code runs here
         if out_of_memory(error):
             raise
+        if is_device_error(error):
+            raise device_error(error) from error
         raise UserError(
             f"{type(model).__name__} cannot be run on text alone: {first_line(error)}",
+            code="model-cannot-run",
             fix="see docs/architectures.md for the architectures that work",
         ) from error

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from heretic.errors import UserError
 from heretic.model.checkpoint import Checkpoint
-from heretic.model.tensor_info import OPENED, SCALES
+from heretic.model.tensor_info import OPENED, SCALES, quantization_entry
 
 ROWS_AT_ONCE = 1024  # of the identity, where a weight is read off what its module gives
 
@@ -87,7 +87,7 @@ def _for_quantised(checkpoint: Checkpoint) -> dict[str, Any]:
     method = checkpoint.quantised_by
     if method not in OPENED:
         return {}
-    told: Any = checkpoint.config.quantization_config
+    told: Any = quantization_entry(checkpoint.config)
     skipped = told.get("modules_to_not_convert") if isinstance(told, dict) else told.modules_to_not_convert
     kinds: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
     return {"quantization_config": kinds[str(method)](modules_to_not_convert=skipped, dequantize=True)}
@@ -102,6 +102,7 @@ def require_package(checkpoint: Checkpoint) -> None:
     if method != KEPT and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise UserError(
             f"{checkpoint.model} comes quantised by {method}, which the installed transformers does not know.",
+            code="unknown-quantization",
             where=str(checkpoint.folder / "config.json"),
             fix="take the model in full precision or as FP8, MXFP4 or bitsandbytes; or update transformers",
         )
@@ -109,6 +110,7 @@ def require_package(checkpoint: Checkpoint) -> None:
     if module and not _there(module):
         raise UserError(
             f"{checkpoint.model} comes quantised by {method}, which needs the package {module}; it is not installed.",
+            code="missing-package",
             where=str(checkpoint.folder / "config.json"),
             fix=f"take the model in full precision or as FP8, MXFP4 or bitsandbytes; or, untried: pip install {install}",
         )
@@ -126,6 +128,7 @@ def require_bitsandbytes(name: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"{QUANTISATIONS[name].words} need the package bitsandbytes, which is not installed.",
+            code="missing-package",
             where=f'quantization = "{name}"',
             fix="pip install bitsandbytes",
         )

@@ -12,6 +12,7 @@ import optuna
 
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import UserError
+from heretic.files import split_lines
 from heretic.prompts import load
 from heretic.report import figures
 from heretic.report.about import About
@@ -57,7 +58,7 @@ class Source:
         """With the settings as the folder keeps them."""
         file = folder.path / "config.toml"
         text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-        return cls(study, settings, folder, "\n".join(map(masked, text.splitlines())), texts)
+        return cls(study, settings, folder, "\n".join(map(masked, split_lines(text))), texts)
 
 
 def stored_source(name: str, runs_dir: str, environment: Mapping[str, str], *, with_texts: bool) -> Source:
@@ -293,7 +294,7 @@ def stages(log: Path) -> dict[str, float]:
     """Seconds of the stages that a run's log tells of, summed over sessions, but for those that trials time themselves."""
     found: dict[str, float] = {}
     if log.is_file():
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in split_lines(log.read_text(encoding="utf-8", errors="replace")):
             match = re.fullmatch(r"[\d-]+ [\d:,]+ INFO (.+): (\d+\.\d) s", line)
             if match and match[1] not in OF_EVERY_TRIAL:
                 found[match[1]] = found.get(match[1], 0.0) + float(match[2])

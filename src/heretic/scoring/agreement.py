@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from heretic.files import split_lines
 from heretic.scoring.interval import wilson
 from heretic.scoring.verdict import ORDER, REFUSAL, Judge, Said, Verdict
 
@@ -100,7 +101,7 @@ class Agreement:
 def labelled_answers() -> list[Labelled]:
     """The set that ships with the project."""
     file = resources.files("heretic") / "scoring" / "labelled_answers.jsonl"
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in split_lines(file.read_text(encoding="utf-8"))]
     return [Labelled(Said(r["request"], r["answer"]), r["label"]) for r in rows]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from heretic.errors import UserError, first_line
+from heretic.model.batching import out_of_memory
 from heretic.scoring.evasion import Evasion
 from heretic.scoring.verdict import ANSWER, EVASIVE, REFUSAL, Said, Verdict
 from heretic.settings import ClassifierSettings
@@ -81,7 +82,17 @@ def _load(settings: ClassifierSettings) -> tuple[Any, Any]:
         model = AutoModelForSequenceClassification.from_pretrained(
             settings.model, use_safetensors=True, dtype=torch.float32
         )
+    try:
         return tokenizer, model.to(settings.device).eval()
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA raises AssertionErrors
+        if out_of_memory(error):
+            raise
+        raise UserError(
+            f"The classifier cannot be put on the device {settings.device!r}: {first_line(error)[:200]}",
+            code="device-not-there",
+            where="judge.classifier.device",
+            fix='judge.classifier.device = "cpu"',
+        ) from None
 
 
 @contextmanager
@@ -94,6 +105,8 @@ def _loading(settings: ClassifierSettings) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(
             f"The classifier {settings.model} cannot be loaded: {first_line(error)[:200]}",
             where="judge.classifier.model",

@@ -23,6 +23,7 @@ from threading import Event, Lock
 from typing import Any
 
 from heretic.errors import UserError
+from heretic.files import open_private, split_lines
 from heretic.progress import Watcher
 from heretic.scoring.evasion import Evasion
 from heretic.scoring.verdict import ANSWER, EVASIVE, ORDER, REFUSAL, Said, Verdict
@@ -120,7 +121,7 @@ class LlmJudge:
         with self._lock:
             self._known[key] = verdict
             if self._cache is not None and found is not None:  # only what the endpoint has said
-                with self._cache.open("a", encoding="utf-8") as file:
+                with os.fdopen(open_private(self._cache, "a"), "a", encoding="utf-8") as file:
                     file.write(json.dumps({"sha256": key, "verdict": verdict}) + "\n")
 
     def _ask(self, said: Said, given_up: Event) -> Verdict | None:
@@ -246,7 +247,7 @@ def _read(cache: Path | None) -> dict[str, Verdict]:
     found: dict[str, Verdict] = {}
     if cache is None or not cache.is_file():
         return found
-    for line in cache.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in split_lines(cache.read_text(encoding="utf-8", errors="replace")):
         try:
             row = json.loads(line)
             if row["verdict"] in ORDER:

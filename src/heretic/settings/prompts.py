@@ -32,7 +32,8 @@ class PromptSource(Table):
     )
     column: str = setting(
         "text",
-        "The column that holds the prompt (not used for .txt files).",
+        "The column that holds the prompt (not used for .txt files): texts; or conversations, of which the last user turn is taken "
+        "(lists of messages with `role` and `content`, or with `from` and `value`).",
         when="where the data set calls it otherwise; the message names the columns that it has.",
     )
     subset: str = setting(
