@@ -11,13 +11,14 @@ import os
 import stat
 import sys
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from heretic.errors import UserError, first_line
+
+if TYPE_CHECKING:  # PyTorch takes seconds to import, and settings are read without it
+    from torch import Tensor
 
 SEAL, AFTER_SEAL = "# sha256 of the lines above: ", "; delete this line after a change by hand"
 LARGEST_TEXT = 256 << 20  # bytes of a text file that is read as a whole
@@ -182,6 +183,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file in the same way; its metadata holds a hash of the tensors' bytes."""
+    from safetensors.torch import save_file
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with _no_space_left(path):
@@ -194,6 +197,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata that `write_tensors` wrote. Raises UserError when the content is not what was written."""
     from safetensors import safe_open
+    from safetensors.torch import load_file
 
     try:
         tensors = load_file(path)
@@ -220,8 +224,9 @@ def sealed(text: str) -> str:
 def check_seal(path: Path) -> None:
     """Raise UserError if a text file that was sealed is not what was written; one without a seal is believed."""
     try:
-        content = path.read_bytes()
-    except OSError:
+        with open_regular(path) as file:
+            content = file.read()
+    except (UserError, OSError):
         return  # who reads it next says so
     text, seal, given = content.rpartition(SEAL.encode())
     if seal and given != f"{hashlib.sha256(text).hexdigest()}{AFTER_SEAL}\n".encode():
@@ -233,8 +238,17 @@ def check_seal(path: Path) -> None:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with ~ for the home folder put in; one of a user who is not known stays as it is, where pathlib raises."""
-    return Path(os.path.expanduser(path))
+    """Replace a leading `~` or `~user` by the home folder. Raises UserError (unknown-home) if that folder is not known."""
+    text = os.path.expanduser(path)
+    if str(text).startswith("~"):
+        user = str(text).split("/")[0]
+        raise UserError(
+            f"The home folder that '{user}' stands for is not known.",
+            code="unknown-home",
+            where=str(path),
+            fix="write the whole path, set HOME, or put ./ before a name that begins with ~",
+        )
+    return Path(text)
 
 
 def file_place(path: Path) -> Path:

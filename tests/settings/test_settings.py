@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,86 @@ def test_a_split_belongs_to_the_source_that_it_was_written_for(
     assert resolved.origin("prompts.harmful_eval.split").startswith(
         {"test[:100]": str(file), "test[:9]": "--set", "train": "default"}[split]
     )
+
+
+def code_of(text: bytes | str, key: str = "") -> tuple[str, str | None]:
+    """The error's code and place for a settings file, or for the value of `key` in a file, the environment and --set alike."""
+    if key:
+        assert isinstance(text, str)
+        for assignments, environment in (([f"{key}={text}"], {}), ([], {f"HERETIC_{key.upper()}": text})):
+            with pytest.raises(SettingsError):
+                resolve(None, {}, assignments, environment)
+        text = f"{key} = {text}\n"
+    Path("c.toml").write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(SettingsError) as error:
+        resolve(Path("c.toml"))
+    assert len(str(error.value)) < 1000
+    return error.value.code, error.value.where
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_settings_are_read_with_a_byte_order_mark(end: bytes) -> None:
+    Path("c.toml").write_bytes(b"\xef\xbb\xbf" + end.join([b"seed = 3", b'model = "\xc3\xa4"', b""]))
+    settings = resolve(Path("c.toml")).settings
+    assert (settings.seed, settings.model) == (3, "ä")
+
+
+def test_settings_in_another_encoding_name_the_line() -> None:
+    assert code_of("seed = 3\n".encode("utf-16")) == ("file-encoding", "c.toml:1")
+    assert code_of(b'seed = 3\nmodel = "\xe4"\n') == ("file-encoding", "c.toml:2")
+
+
+def test_line_separators_in_values_do_not_move_the_lines() -> None:
+    assert code_of('model = "a\u2028b\x85"\nseed = "x"\n') == ("invalid-setting", "c.toml:2")
+
+
+@pytest.mark.parametrize("value", [
+    "1" + "0" * 4999, "0x" + "f" * 5000, "9223372036854775808", "nan", "inf", "1e999", "1979-05-27", "[" * 300 + "]" * 300,
+    '"\\u0000"',
+])  # fmt: skip
+@pytest.mark.parametrize("key", ["seed", "max_kl", "refusal_markers"])
+def test_values_that_no_setting_can_be_are_refused_from_every_source(key: str, value: str) -> None:
+    assert code_of(value, key)[1] in ("c.toml:1", "c.toml")
+
+
+@pytest.mark.parametrize("bounds", ["[nan, nan]", "[0, inf]"])
+def test_bounds_are_finite(bounds: str) -> None:
+    assert "max_weight" in refused(f"search.mlp.max_weight={bounds}")
+
+
+@pytest.mark.parametrize("key", ["judge.llm.timeout", "workers.heartbeat", "workers.grace_period", "workers.patience"])
+def test_durations_fit_the_clock(key: str) -> None:
+    assert key in refused(f"{key}={2**62}")
+
+
+@pytest.mark.parametrize("value", ['"a\\u0000b"', '["\\u0000"]', '{a = "\\u0000"}', '["a\udcff"]'])
+def test_texts_inside_values_are_checked_too(value: str) -> None:
+    refused(f"refusal_markers={value}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [".".join(["a"] * 20_000) + " = 1", "[" + " . ".join(['"b,"'] * 20_000) + "]", "x = {" + "a." * 20_000 + "a = 1}"],
+)
+def test_keys_of_very_many_parts_are_refused_at_once(text: str) -> None:
+    assert code_of(f"seed = 1\n{text}\n") == ("invalid-toml", "c.toml:2")
+    refused(f"max_memory={{{text.strip('[]')} = 1}}")
+    refused(f"{text}=1")
+
+
+def test_a_settings_file_that_is_no_regular_file_is_refused() -> None:
+    os.mkfifo("pipe.toml")
+    Path("large.toml").write_text("#" * (1 << 21))
+    for name, code in (("pipe.toml", "not-a-regular-file"), ("/dev/zero", "not-a-regular-file"), (".", "not-a-regular-file"),
+                       ("large.toml", "file-too-large")):  # fmt: skip
+        with pytest.raises(SettingsError) as error:
+            resolve(Path(name))
+        assert error.value.code == code
+
+
+def test_a_home_folder_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "unknown-user-of-heretic" in refused("runs_dir=~unknown-user-of-heretic/runs")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)
+    assert code_of('"~/out"', "save_to") == ("invalid-setting", "c.toml:1")
+    assert resolve(assignments=["save_to=./~/out"]).settings.save_to == "./~/out"

@@ -8,6 +8,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+from heretic.errors import UserError, plain_line
+from heretic.files import expanded
+
+LONGEST_SECONDS = 31_536_000  # a year; far longer waits overflow the system's clocks
+
 
 def setting(default: Any, description: str, *, when: str = "", neutral: bool = False, **limits: Any) -> Any:
     """A documented field: what it is, and `when` to change it and at what cost; `neutral`: it can't change a study's results."""
@@ -26,7 +31,7 @@ def _fresh(value: Any) -> Any:
 class Table(BaseModel):
     """A TOML table: unknown keys and wrong types are refused, never guessed at."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
 def noted(field: FieldInfo, name: str) -> Any:
@@ -42,6 +47,10 @@ def _in_order(bounds: list[float]) -> list[float]:
 
 
 def _home(path: str) -> str:
+    try:
+        expanded(path)
+    except UserError as error:
+        raise ValueError(f"{plain_line(error.what).rstrip('.')}; write the whole path or set HOME") from None
     return os.path.expanduser(path)
 
 

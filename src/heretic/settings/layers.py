@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import re
 import sys
 import types
@@ -18,7 +19,8 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from heretic.errors import SettingsError
+from heretic.errors import SettingsError, plain_line
+from heretic.files import read_text, split_lines
 from heretic.settings import Settings, Table
 
 if sys.version_info >= (3, 11):
@@ -29,6 +31,12 @@ else:
 ENVIRONMENT_PREFIX = "HERETIC_"
 DEFAULT_FILE = "config.toml"
 LONGEST_SHOWN = 100  # characters of a value that is no good
+LARGEST_FILE = 1 << 20  # bytes
+LONGEST_NUMBER = 4000  # digits; Python itself reads no more than 4300
+MOST_PARTS = 64  # of a dotted key; the schema has 4
+# A dotted key. Nothing in it can match in two ways and an open quote matches too, so that the time is in proportion to the text.
+_QUOTED = re.compile(r""""(?:[^"\\\n]|\\.)*"?|'[^'\n]*'?""")
+_DOTTED = re.compile(rf"(?:[\w-]+|{_QUOTED.pattern})(?:[ \t]*\.[ \t]*(?:[\w-]+|{_QUOTED.pattern}))*")
 NEVER_SHOWN = ("judge.llm.key_variable", "judge.llm.base_url")  # a key may have been put there by mistake
 
 
@@ -64,7 +72,7 @@ def resolve(
     data: dict[str, Any] = {}
     origins: dict[str, str] = {}
     file = config
-    if file is None and Path(DEFAULT_FILE).is_file():
+    if file is None and os.path.lexists(DEFAULT_FILE):
         file = Path(DEFAULT_FILE)
     of_file: dict[str, Any] = {}
     if file is not None:
@@ -81,7 +89,7 @@ def resolve(
         key, equals, text = assignment.partition("=")
         key = key.strip()
         if not equals:
-            raise SettingsError(f"--set {assignment}: there is no '='.", fix="write --set key=value")
+            raise SettingsError(f"--set {_shortened(assignment)}: there is no '='.", fix="write --set key=value")
         _put(data, origins, key, _parse(key, text.strip(), f"--set {key}"), f"--set {key}")
     for key, value in _leaves(options or {}, Settings):
         if value is not None:
@@ -120,24 +128,64 @@ def _validated(data: dict[str, Any], origins: Mapping[str, str]) -> Settings:
 
 
 def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """A TOML file as plain data, and the line number of every dotted key."""
+    """Read a TOML file as plain data, with the line number of every dotted key.
+
+    Raises:
+        SettingsError: as `files.read_text`, or with code invalid-toml, or as `_check_value`.
+    """
+    text = read_text(path, "The settings file", error=SettingsError, largest=LARGEST_FILE)
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise SettingsError(
-            f"The settings file {path} does not exist.",
-            fix="check the path, or start from: heretic config --defaults > config.toml",
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"The settings file {path} cannot be read: {error}") from None
-    try:
-        return tomllib.loads(text), line_numbers(text)
-    except tomllib.TOMLDecodeError as error:
-        found = re.search(r"at line (\d+)", str(error))
-        where = f"{path}:{found.group(1)}" if found else str(path)
-        raise SettingsError(f"This is not valid TOML: {error}", where=where) from None
+        values, lines = _parse_toml(text), line_numbers(text)
     except RecursionError:
-        raise SettingsError("This is nested too deeply to be settings.", where=str(path)) from None
+        raise SettingsError(
+            "The values are nested too deeply.", code="invalid-toml", where=str(path), fix="remove the inner brackets"
+        ) from None
+    except ValueError as error:  # also integers of more digits than Python reads
+        found = re.search(r"at line (\d+)", str(error))
+        line = int(found[1]) if found else None
+        if digits := None if found else re.search(rf"\d[\d_]{{{LONGEST_NUMBER},}}", text):
+            line = text.count("\n", 0, digits.start()) + 1
+        where = f"{path}:{line}" if line else str(path)
+        problem = plain_line(str(error)[:200].rstrip("."))
+        raise SettingsError(f"This is not valid TOML: {problem}.", code="invalid-toml", where=where) from None
+    for key, value in _leaves(values, Settings):
+        _check_value(key, value, f"{path}:{lines[key]}" if key in lines else str(path))
+    return values, lines
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """As `tomllib.loads`, but refuses keys of very many parts first: the parser's time grows with their square."""
+    for key in _DOTTED.finditer(text):
+        if key[0].count(".") >= MOST_PARTS and _QUOTED.sub("", key[0]).count(".") >= MOST_PARTS:
+            line = text.count("\n", 0, key.start()) + 1
+            raise ValueError(f"A key has more than {MOST_PARTS} parts (at line {line})")
+    return tomllib.loads(text)
+
+
+def _check_value(key: str, value: Any, origin: str) -> None:
+    """Refuse what no setting can be: texts that are not UTF-8 or hold NUL, and integers that TOML does not have."""
+    problem = ""
+    if isinstance(value, str):
+        if any("\ud800" <= c <= "\udfff" for c in value):  # bytes of a file name, say
+            problem = "is not valid text in UTF-8"
+        elif "\0" in value:
+            problem = "contains a NUL character"
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        problem = "is an integer of more than 64 bits"
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_value(key, item, origin)
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_value(key, str(name), origin)
+            _check_value(key, item, origin)
+    if problem:
+        raise SettingsError(f"The setting '{_shortened(key)}' {problem}.", where=origin, fix=_expected(key))
+
+
+def _shortened(text: str) -> str:
+    """A text for a message: one line that is not too long."""
+    return plain_line(text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…")
 
 
 _KEY = re.compile(r"""^\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
@@ -149,7 +197,7 @@ def line_numbers(text: str) -> dict[str, int]:
     numbers: dict[str, int] = {}
     table = ""
     closing = ""  # the delimiter that ends the multi-line string that we are in
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(split_lines(text), start=1):
         if closing:
             closing = "" if closing in line else closing
             continue
@@ -166,8 +214,8 @@ def line_numbers(text: str) -> dict[str, int]:
 
 def written_origins(path: Path) -> dict[str, str]:
     """Where the values of a run's config.toml came from when it was written: what follows them as a comment."""
-    text = path.read_text(encoding="utf-8")
-    lines = text.splitlines()
+    text = read_text(path, "The settings file", error=SettingsError, largest=LARGEST_FILE)
+    lines = split_lines(text)
     return {
         key: lines[number - 1].rpartition("  # ")[2]
         for key, number in line_numbers(text).items()
@@ -217,12 +265,12 @@ def _put(data: dict[str, Any], origins: dict[str, str], key: str, value: Any, or
         if not near:  # the right name in the wrong table
             near = [known for known in all_keys() if known.rpartition(".")[2] == key.rpartition(".")[2]][:1]
         raise SettingsError(
-            f"There is no setting '{key}'.",
-            where=origin,
+            f"There is no setting '{_shortened(key)}'.",
+            code="unknown-setting",
+            where=origin if len(origin) <= 2 * LONGEST_SHOWN else _shortened(origin),
             fix=f"did you mean '{near[0]}'?" if near else "see: heretic config --defaults",
         )
-    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):  # bytes of a file name, say
-        raise SettingsError(f"The setting '{key}' is not valid text in UTF-8.", where=origin)
+    _check_value(key, value, origin)
     origins[key] = origin
     *parents, name = key.split(".")
     for parent in parents:
@@ -238,11 +286,12 @@ def _parse(key: str, text: str, origin: str) -> Any:
     annotation: Any = found[0].model_fields[found[1]].annotation
     adapter: TypeAdapter[Any] = TypeAdapter(annotation)
     candidates: list[Any] = [text]
-    with contextlib.suppress(tomllib.TOMLDecodeError, RecursionError):
-        read = tomllib.loads(f"value = {text}")
+    with contextlib.suppress(ValueError, RecursionError):
+        read = _parse_toml(f"value = {text}")
         if read.keys() == {"value"}:  # more lines would be more settings
             candidates.insert(0, read["value"])
     for candidate in candidates:
+        _check_value(key, candidate, origin)
         try:
             adapter.validate_python(candidate, strict=True)
         except ValidationError:
@@ -267,7 +316,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> SettingsErro
     )
     value = problem["input"]
     got = f"{value!r}" if isinstance(value, (str, int, float, bool, list)) else type(value).__name__
-    got = got if len(got) <= LONGEST_SHOWN else f"{got[:LONGEST_SHOWN]}…"
+    got = _shortened(got)
     if key in NEVER_SHOWN:
         got = "what was given"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")

@@ -90,9 +90,8 @@ def from_heretic(file: Path) -> str:
         ours[known.ours] = _converted(known, value)
         if known.note:
             notes.append(f"{name}: {known.note}")
-    text = _text(ours, [f"Made from {file.name}, a file of heretic-llm.", *notes])
     check(ours, str(file))
-    return text
+    return _text(ours, [f"Made from {file.name}, a file of heretic-llm.", *notes])
 
 
 def _converted(known: Theirs, value: Any) -> Any:
@@ -112,20 +111,13 @@ def _prompt_set(name: str, value: Mapping[str, Any], ours: dict[str, Any]) -> li
     return [f"{name}.{key}: not taken over" for key in value if key not in PROMPT_KEYS]
 
 
-def _toml(key: str, value: Any) -> str:
-    try:
-        return toml_value(value)
-    except TypeError:  # dates and times
-        raise SettingsError(f"The setting '{key}' cannot be {value}.", where="the file of heretic-llm") from None
-
-
 def _text(ours: Mapping[str, Any], notes: list[str]) -> str:
     """As TOML: keys without a table first, then the tables."""
     lines = [f"# {plain_line(note)}" for note in notes]
     tables: dict[str, list[str]] = {}
     for key, value in ours.items():
         table, _, name = key.rpartition(".")
-        tables.setdefault(table, []).append(f"{name} = {_toml(key, value)}")
+        tables.setdefault(table, []).append(f"{name} = {toml_value(value)}")
     for table in sorted(tables):
         lines += ["", f"[{table}]"] if table else [""]
         lines += tables[table]

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator
 
-from heretic.settings.field import PathText, Table, setting
+from heretic.settings.field import LONGEST_SECONDS, PathText, Table, setting
 
 
 def not_blank(markers: list[str]) -> list[str]:
@@ -135,7 +135,9 @@ class LlmSettings(Table):
         when="up, for a model that thinks before it answers; every token is paid for.",
         ge=1,
     )
-    timeout: float = setting(60.0, "Seconds for one reply.", when="up, for a slow endpoint.", neutral=True, gt=0)
+    timeout: float = setting(
+        60.0, "Seconds for one reply.", when="up, for a slow endpoint.", neutral=True, gt=0, le=LONGEST_SECONDS
+    )
     retries: int = setting(
         5,
         "Attempts after the first, with longer and longer pauses.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heretic.settings.field import Table, setting
+from heretic.settings.field import LONGEST_SECONDS, Table, setting
 
 
 class Workers(Table):
@@ -13,6 +13,7 @@ class Workers(Table):
         "Seconds between two signs of life of a worker with a trial under way, in a storage on a server.",
         when="up, where hundreds of workers burden the server.",
         ge=1,
+        le=LONGEST_SECONDS,
     )
     grace_period: int = setting(
         60,
@@ -20,12 +21,14 @@ class Workers(Table):
         "twice `heartbeat`.",
         when="up, where machines sleep or the network drops out for longer; a dead worker's trial waits that long.",
         ge=2,
+        le=LONGEST_SECONDS,
     )
     patience: int = setting(
         600,
         "Seconds for which a worker goes on trying to reach a storage that is away before it gives up.",
         when="up, for a server that is restarted now and then.",
         ge=0,
+        le=LONGEST_SECONDS,
     )
     retries: int = setting(
         2,
