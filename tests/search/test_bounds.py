@@ -10,7 +10,8 @@ import pytest
 
 from heretic.scoring.divergence import Divergence
 from heretic.scoring.ladder import Scores
-from heretic.search.bounds import EVERY, WIDENED, widened
+from heretic.search.attributes import WIDENED
+from heretic.search.bounds import EVERY, widened
 from heretic.search.sampler import sampler
 from heretic.search.space import Space
 from heretic.settings import Search, Settings

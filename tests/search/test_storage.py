@@ -1,38 +1,16 @@
-"""URLs of storages."""
+"""Opening a storage."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psycopg
 import pytest
 
 from heretic.errors import StudyMismatch, UserError
 from heretic.search import storage as storage_module
-from heretic.search.storage import connect, open_study, sqlite_file, storage_url
+from heretic.search.storage import connect, open_study
 from tests.postgres import Server
-
-
-@pytest.mark.parametrize(
-    "url, file",
-    [
-        ("sqlite:///study.db", "study.db"),
-        ("sqlite:////a b/study.db?timeout=3", "/a b/study.db"),
-        ("sqlite:///file:/a/study.db?uri=true&mode=ro", "/a/study.db"),
-        ("sqlite://", None),
-        ("postgresql://me@host/studies", None),
-        ("no url", None),
-    ],
-)
-def test_the_file_of_a_storage(url: str, file: str | None) -> None:
-    assert sqlite_file(url) == (Path(file) if file else None)
-
-
-def test_a_folder_that_a_url_cannot_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'\\?' in its path"):
-        storage_url("", tmp_path / "try?1")
-    assert storage_url("postgresql://h/d?a=b", tmp_path / "try?1") == "postgresql://h/d?a=b"
 
 
 def test_several_open_a_new_database_at_once(postgres: Server) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from heretic.search.front import front, result
+from heretic.search.attributes import WIDENED, widened_bounds
+from heretic.search.front import front, results_of
 from heretic.search.space import Space
 
-WIDENED = "heretic:bounds"  # user attribute of the study: largest strengths by component, an entry for every look
 EVERY = 20  # finished trials
 FEWEST = 3  # trials on the front that say something
 CROWDED = 0.5  # of them, in the uppermost tenth of the range
@@ -29,7 +29,7 @@ def widened(study: optuna.Study, space: Space) -> Space:
     """The space with the bounds that hold for the next trial; the space itself where the settings do not ask for this."""
     if not space.search.widen_bounds or space.search.start == "gradient":
         return space
-    looks: list[dict[str, float]] = json.loads(study.user_attrs.get(WIDENED, "[]"))
+    looks = widened_bounds(study)
     due = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) // EVERY
     while len(looks) < due:
         looks.append(_look(study, space, looks[-1] if looks else {}, EVERY * (len(looks) + 1)))
@@ -40,7 +40,7 @@ def widened(study: optuna.Study, space: Space) -> Space:
 def _look(study: optuna.Study, space: Space, before: dict[str, float], trials: int) -> dict[str, float]:
     """The upper bounds of the largest strength after so many finished trials, of those components where it has moved."""
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))[:trials]
-    best = [r.params for r in front([result(t) for t in finished if "scores" in t.user_attrs])]
+    best = [r.params for r in front(results_of(study, finished))]
     bounds = dict(before)
     for component in space.components:
         low, high = getattr(space.search, component).max_weight

@@ -13,11 +13,13 @@ from heretic.errors import UserError
 from heretic.files import read_tensors
 from heretic.progress import Watcher
 from heretic.run_folder import RunFolder
+from heretic.search.attributes import WARM_START, warm_start_of
+from heretic.search.damage import damaged_trials
 from heretic.search.front import Result, front, results
 from heretic.search.space import Space
-from heretic.search.storage import STORAGE_ERRORS, connect, storage_url, study_name
+from heretic.search.storage import connect, reading
+from heretic.search.url import storage_url, study_name
 
-WARM_START = "heretic:warm_start"  # user attribute of the study: parameters, and the runs that they are from
 MOST = 10  # trials
 
 
@@ -30,12 +32,11 @@ def warm_start(
     """
     if not space.search.warm_start or space.search.start == "gradient":
         return []
-    stored = study.user_attrs.get(WARM_START)
-    if stored is None:
+    kept = warm_start_of(study)
+    if kept is None:
         found = [] if study.get_trials(deepcopy=False) else list(_found(space, folder, width, watcher))[:MOST]
-        stored = json.dumps({"params": [p for p, _ in found], "runs": sorted({name for _, name in found})})
-        study.set_user_attr(WARM_START, stored)
-    kept = json.loads(stored)
+        kept = {"params": [p for p, _ in found], "runs": sorted({name for _, name in found})}
+        study.set_user_attr(WARM_START, json.dumps(kept))
     if kept["params"]:
         watcher.say(f"Beginning with {len(kept['params'])} trials of earlier runs: {', '.join(kept['runs'])}.")
     return list(kept["params"])
@@ -62,8 +63,10 @@ def _shape(path: Path) -> tuple[int, int] | None:
 
 def _front(path: Path, watcher: Watcher) -> list[Result]:
     try:
-        storage = connect(storage_url("", path))
-        return front(results(optuna.load_study(study_name=study_name("", path), storage=storage)))
-    except (UserError, KeyError, *STORAGE_ERRORS) as error:
-        watcher.warn(f"The run {path.name} cannot be begun with: {error}")
+        url = storage_url("", path)
+        with reading(url):
+            study = optuna.load_study(study_name=study_name("", path), storage=connect(url))
+            return front(results(study, damaged_trials(study)))
+    except UserError as error:
+        watcher.warn(f"Not starting from the trials of run {path.name}: {error.what}")
         return []
