@@ -156,8 +156,9 @@ def state_of(tensors: Tensors) -> State:
     names = {"strengths", "mixture", "vector", "told"}
     moments = {name: tensor for name, tensor in tensors.items() if name not in names}
     for name, tensor in moments.items():
-        of, shape = tensors.get(name.partition(".")[0]), tensor.shape
-        _require(of is not None and shape in (of.shape, ()) and bool(tensor.isfinite().all()), f"{name} is invalid")
+        of = tensors.get(name.partition(".")[0])
+        fits = of is not None and tensor.shape in (of.shape, ()) and tensor.is_floating_point()
+        _require(fits and bool(tensor.isfinite().all()), f"{name} is invalid")
     return State(
         strengths,
         mixture,

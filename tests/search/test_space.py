@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
 import optuna
 import pytest
 
+from heretic.errors import UserError
 from heretic.search.space import Space, describe
 from heretic.search.walk import Point, Walk, shifted
 from heretic.settings import KernelSpace, Search
@@ -122,3 +128,38 @@ def test_parameters_of_another_study_are_moved_into_these_bounds() -> None:
     assert Space(Search(direction_per_component=True), 25, ["attention", "mlp"]).fitted(params) is None
     only = Space(Search(direction_scope=["global"]), 25, ["attention", "mlp"])
     assert only.fitted(params | {"direction_scope": "per_layer"}) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mlp.max_weight": None}, {"mlp.max_weight": math.nan}, {"mlp.max_weight": math.inf}, {"mlp.max_weight": "x"},
+        {"direction_scope": "elsewhere"}, {"direction_index": math.nan}, {"direction_index": [1]},
+    ],
+)  # fmt: skip
+def test_parameters_of_another_search_space_are_refused(change: dict[str, Any]) -> None:
+    space = Space(Search(start="kernels"), 4, ["attention", "mlp"])
+    trial = optuna.create_study().ask()
+    space.sample(trial)
+    changed = trial.params | {"direction_scope": "global"} | change
+    params = {name: value for name, value in changed.items() if value is not None}
+    with pytest.raises(UserError) as refused:
+        space.from_params(params)
+    assert refused.value.code == "damaged-study"
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        3, "[]", "{", '{"points": {}}',
+        json.dumps({"points": [asdict(WALK.points[0]) | {"mixture": [1.0]}], "why_not": ""}),
+        json.dumps({"points": [asdict(WALK.points[0]), asdict(WALK.points[1]) | {"strengths": {}}], "why_not": ""}),
+        json.dumps({"points": [asdict(WALK.points[0]) | {"mixture": [math.nan] * 4}], "why_not": ""}),
+    ],
+)  # fmt: skip
+def test_a_damaged_walk_is_refused(stored: object) -> None:
+    study = optuna.create_study()
+    study.set_user_attr("heretic:walk", stored)
+    with pytest.raises(UserError) as refused:
+        Walk.of(study)
+    assert refused.value.code == "damaged-study"

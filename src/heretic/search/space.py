@@ -47,8 +47,9 @@ class Space:
                 ablation = self.sample(optuna.trial.FixedTrial(dict(params)))
         except (ValueError, LookupError, TypeError, OverflowError) as error:
             raise foreign_parameters(error) from None
-        if not _finite(ablation):
-            raise foreign_parameters("the ablation is not finite")
+        given = [value for value in params.values() if isinstance(value, float)]
+        if not all(map(math.isfinite, given)) or not _finite(ablation):
+            raise foreign_parameters("a number is not finite")
         return ablation
 
     def starts(self) -> list[dict[str, Any]]:
