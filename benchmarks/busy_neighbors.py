@@ -1,12 +1,11 @@
-"""What a run loses beside busy processes: OpenMP threads that spin while they wait against threads that sleep.
+"""What waiting threads cost beside busy programs: steps of the gradient search, idle and beside one and two neighbors.
 
-    python benchmarks/busy_neighbors.py [--repeats 3] [--quick]
+    python benchmarks/busy_neighbors.py [--quick] [--out benchmarks/results/busy_neighbors.json]
 
-Two workloads on all cores, each in a process of its own beside none, one and two busy PyTorch processes of one thread: a step of
-the gradient search (forward and backward pass through operators on a random model of SmolLM2-135M's shape: many small operations),
-and one large matrix product (2048 x 4096 x 4096). The ways of waiting take turns. `passive` is what `heretic` sets, `default` is
-PyTorch's.
-Results: benchmarks/results/busy_neighbors.json.
+Two models made here: `small` does many small operations (4 layers, width 256), `large` does large matrix products (4 layers,
+width 1024). Each is measured with two threads, with OpenMP's default way of waiting and with heretic's (`heretic/openmp.py`). A
+neighbor is a process that keeps one PyTorch thread busy. Every measurement ends after at most BUDGET seconds, so that the whole
+takes about four minutes on two cores that nothing else uses; --quick only tries it.
 """
 
 from __future__ import annotations
@@ -17,154 +16,143 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from common import head, options, write
-
-from heretic.machine.threads import PASSIVE_WAITING
-
+THREADS = 2
 NEIGHBORS = (0, 1, 2)
-WAITING: dict[str, dict[str, str]] = {"default": {}, "passive": PASSIVE_WAITING}
-SHAPE = dict(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-)
-ROWS, TOKENS = 16, 40
-PRODUCT = (2048, 4096, 4096)
+BUSY = "import torch; torch.set_num_threads(1); a = torch.randn(256, 256)\nprint('busy', flush=True)\nwhile True: a @ a"
+SHAPES = {"small": (256, 688), "large": (1024, 2816)}  # width, of the MLP
+STEPS = {"small": 10, "large": 1}  # in a repetition
+BUDGET, QUICK = 10.0, 1.0  # seconds of a measurement; one repetition is always made
+MOST_REPETITIONS = 9
+LINE = "{workload:6} {waiting:8} {neighbors} neighbors: {median:.4f} s a step ({min:.4f} to {max:.4f})"
+WORDS = ("how", "do", "make", "tell", "about", "stars", "rivers", "bread", "soup", "music", "history", "please")  # fmt: skip
 
 
 def main() -> None:
-    """Measure, print a table, write the JSON."""
-    parser = options(__doc__, "busy_neighbors.json", assets=False)
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="processes for each workload, number of neighbors and way of waiting"
-    )
-    parser.add_argument("--quick", action="store_true", help="one repeat of two steps")
-    parser.add_argument("--work", choices=("gradient", "product", "neighbor"), help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=4, help=argparse.SUPPRESS)
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one short repetition, no result file")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/busy_neighbors.json")
+    parser.add_argument("--measure", type=float, metavar="SECONDS", help=argparse.SUPPRESS)  # in its own processes
+    parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.model = "random, of SmolLM2-135M's shape"
-    if arguments.work:
-        {"gradient": gradient, "product": product, "neighbor": neighbor}[arguments.work](arguments.steps)
+    if arguments.measure:
+        print(json.dumps({name: measure(arguments.models / name, name, arguments.measure) for name in SHAPES}))
         return
-    steps, repeats = (2, 1) if arguments.quick else (arguments.steps, arguments.repeats)
-    rows: list[dict[str, Any]] = []
-    for work in ("gradient", "product"):
-        for count in NEIGHBORS:
-            seconds: dict[str, list[float]] = {way: [] for way in WAITING}
-            with neighbors(count):
-                for _ in range(repeats):
-                    for way in WAITING:  # in turn, so that what else the machine does hurts all
-                        seconds[way] += timed(work, way, steps if work == "gradient" else 10 * steps)
-            for way, found in seconds.items():
-                rows.append({"work": work, "neighbors": count, "waiting": way, "seconds": found})
-    print(f"{'work':10}{'neighbors':>10}{'waiting':>10}{'median s':>10}{'least':>10}{'most':>10}")
-    for row in rows:
-        measured: list[float] = row["seconds"]
-        told = "".join(f"{number:10.3f}" for number in (statistics.median(measured), min(measured), max(measured)))
-        print(f"{row['work']:10}{row['neighbors']:>10}{row['waiting']:>10}{told}")
-    write(
-        {**head(arguments), "shape": SHAPE, "rows": ROWS, "tokens": TOKENS, "product": PRODUCT, "results": rows},
-        arguments.out,
-    )
+    from common import head, write
+
+    from heretic.openmp import CHOICES, PASSIVE
+
+    plain = {k: v for k, v in os.environ.items() if k not in CHOICES} | {"OMP_NUM_THREADS": str(THREADS)}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.model = make_models(Path(folder))
+        for neighbors in NEIGHBORS:
+            for waiting, environment in (("default", plain), ("passive", plain | PASSIVE)):
+                with busy(neighbors):
+                    found = in_process(Path(folder), QUICK if arguments.quick else BUDGET, environment)
+                rows += [row(workload, waiting, neighbors, seconds) for workload, seconds in found.items()]
+                for one in rows[-len(found) :]:
+                    print(LINE.format(**one), flush=True)
+    if not arguments.quick:
+        report = {**head(arguments), "threads": THREADS, "steps": STEPS, "passive": PASSIVE, "rows": rows}
+        write(report, arguments.out)
 
 
-def environment(way: str) -> dict[str, str]:
-    """The environment of a measured process."""
-    kept = {k: v for k, v in os.environ.items() if k not in (*PASSIVE_WAITING, "OMP_NUM_THREADS", "GOMP_SPINCOUNT")}
-    return kept | WAITING[way]
-
-
-def timed(work: str, way: str, steps: int) -> list[float]:
-    """Seconds of every step, as a process of its own tells them."""
-    command = [sys.executable, __file__, "--work", work, "--steps", str(steps)]
-    done = subprocess.run(command, env=environment(way), capture_output=True, text=True, check=True)
-    found: list[float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def row(workload: str, waiting: str, neighbors: int, seconds: list[float]) -> dict[str, Any]:
+    """Seconds of a step, over the repetitions."""
+    spread = {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+    return {"workload": workload, "waiting": waiting, "neighbors": neighbors, **spread, "repetitions": seconds}
 
 
 @contextmanager
-def neighbors(count: int) -> Iterator[None]:
-    """So many busy processes of one thread each."""
-    command = [sys.executable, __file__, "--work", "neighbor"]
-    started = [
-        subprocess.Popen(
-            command, env=environment("default") | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(count)
-    ]
+def busy(number: int) -> Iterator[None]:
+    """Within the context so many processes keep one thread busy each."""
+    command = [sys.executable, "-c", BUSY]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(number)]
     try:
-        for process in started:
-            assert process.stdout is not None
-            process.stdout.readline()  # it has begun
+        for process in running:
+            assert process.stdout is not None and process.stdout.readline() == "busy\n"
         yield
     finally:
-        for process in started:
+        for process in running:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
-def steps_of(step: Any, steps: int) -> None:
-    """Print the seconds of every step but the first, which warms up."""
-    step()
-    found = []
-    for _ in range(steps):
-        began = time.perf_counter()
-        step()
-        found.append(time.perf_counter() - began)
-    print(json.dumps(found))
+def in_process(models: Path, seconds: float, environment: dict[str, str]) -> dict[str, list[float]]:
+    """Seconds of a step by workload, measured in a process of its own: OpenMP reads its environment once."""
+    command = [sys.executable, __file__, "--measure", str(seconds), "--models", str(models)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def gradient(steps: int) -> None:
-    """A step of the gradient search: forward and backward through operators at every writer."""
+def make_models(folder: Path) -> str:
+    """Random Llamas with a word tokenizer, as folders; what they are, in words."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from heretic.ablation.ablation import Ablation, Workbench
-    from heretic.ablation.attach import attach
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.chat_template = "{% for m in messages %}<s> {{ m['content'] }} {% endfor %}"
+    for name, (width, inner) in SHAPES.items():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=2000, hidden_size=width, intermediate_size=inner, num_hidden_layers=4, num_attention_heads=8,
+            num_key_value_heads=4, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+        fast.save_pretrained(folder / name)
+    return "random Llamas of 4 layers, widths 256 and 1024"
+
+
+def measure(folder: Path, name: str, budget: float) -> list[float]:
+    """Seconds of a step of the gradient search, by repetition; a first step does not count."""
+    import torch
+
+    from heretic.ablation.ablation import Workbench
     from heretic.ablation.directions import Directions
-    from heretic.model.anatomy import dissect
+    from heretic.model.batching import Batcher
+    from heretic.model.checkpoint import open_checkpoint
+    from heretic.model.loading import load
+    from heretic.progress import SILENT
+    from heretic.scoring.loss import Objective
+    from heretic.scoring.taught import Taught, log_probs_at
+    from heretic.search.gradient import Descent, State
+    from heretic.settings import GradientSettings
+    from heretic.stop import Stop
 
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).eval().requires_grad_(False)  # type: ignore[arg-type]
-    anatomy, layers = dissect(model), SHAPE["num_hidden_layers"]
-    directions = Directions(torch.nn.functional.normalize(torch.randn(layers, SHAPE["hidden_size"]), dim=-1))
-    workbench = Workbench.prepare(directions, anatomy.writers, "norm_preserving")
-    strengths = {c: torch.full((layers,), 0.5, requires_grad=True) for c in anatomy.components}
-    ids = torch.randint(5, 1000, (ROWS, TOKENS))
-
-    def step() -> None:
-        with attach(anatomy.writers, workbench.operators(Ablation(strengths), zeros_from=0)):
-            hidden = model.model(input_ids=ids).last_hidden_state[:, -1]
-        torch.autograd.grad(model.lm_head(hidden).log_softmax(-1)[:, 0].mean(), list(strengths.values()))
-
-    steps_of(step, steps)
-
-
-def product(steps: int) -> None:
-    """A large matrix product."""
-    import torch
-
-    rows, inner, columns = PRODUCT
-    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
-    steps_of(lambda: a @ b, steps)
-
-
-def neighbor(_: int) -> None:
-    """A busy PyTorch process, until it is killed."""
-    import torch
-
-    a = torch.randn(512, 512)
-    print("begun", flush=True)
-    while True:
-        a = torch.tanh(a @ a)
+    assert torch.get_num_threads() == THREADS
+    model = load(open_checkpoint(str(folder)), ["float32"], {})
+    vectors = torch.randn(model.anatomy.num_layers, model.anatomy.width, generator=torch.Generator().manual_seed(0))
+    directions = Directions(torch.nn.functional.normalize(vectors, dim=-1))
+    batcher = Batcher(16)
+    asked = [[4 + (i + j) % len(WORDS) for j in range(16)] for i in range(32)]
+    harmless, harmful = Taught.of(asked, [[5] * 4] * 32), Taught.of(asked, [[6] * 4] * 32)
+    workbench = Workbench.prepare(directions, model.anatomy.writers, "norm_preserving")
+    objective = Objective(model, workbench, batcher, harmless, harmful, log_probs_at(model, harmless, batcher))
+    components = model.anatomy.components
+    search = Descent(objective, components, GradientSettings(batch=16), 0, SILENT, Stop())
+    state = State.begin(len(components), directions, "mixture")
+    search.step(state, 1.0)
+    found: list[float] = []
+    end = time.perf_counter() + budget
+    while not found or (time.perf_counter() < end and len(found) < MOST_REPETITIONS):
+        began = time.perf_counter()
+        for _ in range(STEPS[name]):
+            search.step(state, 1.0)
+        found.append((time.perf_counter() - began) / STEPS[name])
+    return found
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import before_torch  # isort: skip  # noqa: F401
+
 import argparse
 import json
 import os

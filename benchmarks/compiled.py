@@ -8,6 +8,8 @@ Operators are hooks on the writers' outputs and would come on top. Needs a C++ c
 
 from __future__ import annotations
 
+import before_torch  # isort: skip  # noqa: F401
+
 import time
 from typing import Any
 

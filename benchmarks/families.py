@@ -8,6 +8,8 @@ several goes; about two seconds a family on one core.
 
 from __future__ import annotations
 
+import before_torch  # isort: skip  # noqa: F401
+
 import argparse
 import json
 import tempfile

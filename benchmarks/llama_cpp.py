@@ -10,6 +10,8 @@ listens on a free port of the loopback address while this runs. Both compute in 
 
 from __future__ import annotations
 
+import before_torch  # isort: skip  # noqa: F401
+
 import argparse
 import json
 import subprocess

@@ -8,6 +8,8 @@ what it calls; operations of the model's language (moving, comparing, launching)
 
 from __future__ import annotations
 
+import before_torch  # isort: skip  # noqa: F401
+
 import tempfile
 import time
 from pathlib import Path

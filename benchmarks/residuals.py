@@ -7,6 +7,8 @@ The two take turns, so that a noisy machine hurts both.
 
 from __future__ import annotations
 
+import before_torch  # isort: skip  # noqa: F401
+
 import statistics
 import time
 

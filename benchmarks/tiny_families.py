@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import before_torch  # isort: skip  # noqa: F401
+
 import dataclasses
 from typing import Any
 

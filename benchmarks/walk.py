@@ -8,6 +8,8 @@ random trials of the kernels' space are measured beside it, for the cost of a tr
 
 from __future__ import annotations
 
+import before_torch  # isort: skip  # noqa: F401
+
 import statistics
 import tempfile
 import time

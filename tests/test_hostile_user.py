@@ -17,7 +17,7 @@ from heretic.cli import mistyped, shorthand
 from heretic.files import sealed
 from heretic.progress import SILENT
 from heretic.run import run
-from heretic.search.storage import FACTS
+from heretic.search.attributes import FACTS
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
 from tests.command import Ran, heretic

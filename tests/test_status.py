@@ -13,8 +13,9 @@ import pytest
 from heretic.errors import UserError
 from heretic.progress import SILENT
 from heretic.run import run
-from heretic.search.lives import WORKER, signature
-from heretic.search.storage import storage_url
+from heretic.search.attributes import WORKER
+from heretic.search.lives import signature
+from heretic.search.url import storage_url
 from heretic.settings.layers import resolve
 from heretic.status import load_study, look_at
 from heretic.stop import Stop

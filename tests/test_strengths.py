@@ -17,9 +17,10 @@ from heretic.run import Outcome, run
 from heretic.run_folder import RunFolder
 from heretic.scoring import loss
 from heretic.search import gradient
+from heretic.search.attributes import WALK
 from heretic.search.gradient import State
-from heretic.search.storage import connect, storage_url
-from heretic.search.walk import WALK
+from heretic.search.storage import connect
+from heretic.search.url import storage_url
 from heretic.settings.layers import resolve
 from heretic.status import look_at
 from heretic.stop import Stop

@@ -11,7 +11,8 @@ from heretic.progress import SILENT
 from heretic.run import Outcome, run
 from heretic.scoring.ladder import Ladder
 from heretic.search.front import front
-from heretic.search.storage import connect, storage_url
+from heretic.search.storage import connect
+from heretic.search.url import storage_url
 from heretic.settings.layers import resolve
 from heretic.status import look_at
 from heretic.stop import Stop

@@ -19,7 +19,7 @@ from heretic.machine import lock
 from heretic.machine.demand import GIB
 from heretic.machine.gpus import Gpu, GpuReport
 from heretic.machine.imagined import imagined_gpus
-from heretic.search.fallback import FALLEN
+from heretic.search.attributes import FALLEN
 from heretic.search.front import front, results
 from heretic.settings import Settings
 from heretic.workers import how_many, require_room

@@ -35,6 +35,9 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'heretic' has no attribute {name!r}")
+    from heretic.openmp import wait_passively
+
+    wait_passively()
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

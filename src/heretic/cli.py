@@ -14,7 +14,7 @@ from heretic import __version__
 from heretic.commands import about, exported, models, reports, runs, trials  # noqa: F401  each adds its commands to the application
 from heretic.commands.app import app, err, run_names
 from heretic.errors import OF_THE_DISK, Interrupted, UserError, disk_error, memory_error
-from heretic.machine.threads import wait_passively
+from heretic.openmp import wait_passively
 from heretic.screen.console import printable
 from heretic.settings.layers import DEFAULT_FILE
 
@@ -83,7 +83,7 @@ def guarded(job: Callable[[], Any]) -> int:
 
 def main() -> None:
     """The command `heretic`."""
-    wait_passively(os.environ)  # before a command imports PyTorch
+    wait_passively()
     argv = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -16,11 +16,13 @@ from heretic.model.unloading import unload
 from heretic.parallel import Together, agree, opening, shared, size
 from heretic.progress import Watcher
 from heretic.run_folder import RunFolder
+from heretic.search.attributes import REFUSALS_BEFORE, refusals_before
 from heretic.search.fallback import StudyFallback
 from heretic.search.front import Result, choose, results
 from heretic.search.shelf import ALONE, SharedShelf, Shelf
 from heretic.search.space import Space
-from heretic.search.storage import REFUSALS_BEFORE, keep_settings, masked, on_server
+from heretic.search.storage import keep_settings
+from heretic.search.url import masked, on_server
 from heretic.search.walk import Walk
 from heretic.session import Session, judged_anew, open_session
 from heretic.settings import Settings
@@ -62,7 +64,7 @@ class Desk:
     @property
     def before(self) -> int | None:
         """How many requests the original declines; None while that is not known."""
-        return self.study.user_attrs.get(REFUSALS_BEFORE)
+        return refusals_before(self.study)
 
     def session(self) -> Session:
         """The model in memory, with what the run's folder holds."""

@@ -199,19 +199,30 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import safe_open
     from safetensors.torch import load_file
 
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+        raise UserError(
+            f"{path.name} is not a regular file.",
+            code="damaged-file",
+            where=str(path),
+            fix="delete it; heretic makes it again",
+        )
     try:
         tensors = load_file(path)
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path.name} is damaged: {first_line(error)}", where=str(path), fix="delete it; it is made anew"
+            f"{path.name} is damaged: {first_line(error)}",
+            code="damaged-file",
+            where=str(path),
+            fix="delete it; heretic makes it again",
         ) from None
     if metadata.get("sha256") != _digest(tensors, metadata):
         raise UserError(
             f"{path.name} is damaged: its content does not match its hash.",
+            code="damaged-file",
             where=str(path),
-            fix="delete it; it is made anew",
+            fix="delete it; heretic makes it again",
         )
     return tensors, metadata
 

@@ -30,21 +30,19 @@ from heretic.report.about import About
 from heretic.report.reporter import reporting
 from heretic.run_folder import RunFolder, baseline_file, log_to
 from heretic.scoring.judges import try_judge
+from heretic.search.attributes import EXPORTED, exported
 from heretic.search.fidelity import Progress
 from heretic.search.front import Result, front
 from heretic.search.patience import Patience
 from heretic.search.storage import (
-    EXPORTED,
     STORAGE_ERRORS,
     connect,
     fail_abandoned,
-    on_server,
     open_study,
-    storage_url,
-    study_name,
     unwritable,
 )
 from heretic.search.study import finished, optimise
+from heretic.search.url import on_server, storage_url, study_name
 from heretic.session import LoadPlan
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved
@@ -226,14 +224,14 @@ def write_once(desk: Desk, result: Result, destination: Path) -> Export | None:
     """Export one trial, unless another worker of the study does or has done it."""
     settings = desk.settings
     kind = {"gguf": f"gguf {settings.gguf_type}", "lora": f"lora {settings.lora_rank}"}.get(settings.export_format, "")
-    exported = f"{EXPORTED}{result.number} {kind}".strip()
-    with desk.shelf.thing(f"the export of trial {result.number}", lambda: exported in desk.study.user_attrs):
-        if exported in desk.study.user_attrs:
-            desk.watcher.say(f"Trial {result.number} was exported by {desk.study.user_attrs[exported]}.")
+    what = f"{result.number} {kind}".strip()
+    with desk.shelf.thing(f"the export of trial {result.number}", lambda: exported(desk.study, what) is not None):
+        if (by := exported(desk.study, what)) is not None:
+            desk.watcher.say(f"Trial {result.number} was exported by {by}.")
             return None
         export = write(desk, result, destination)
         if desk.shared:
-            desk.study.set_user_attr(exported, f"{socket.gethostname()}, in {destination.resolve()}")
+            desk.study.set_user_attr(EXPORTED + what, f"{socket.gethostname()}, in {destination.resolve()}")
         return export
 
 

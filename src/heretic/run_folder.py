@@ -7,59 +7,26 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from heretic.ablation.directions import Directions
 from heretic.ablation.residual_geometry import ResidualGeometry
-from heretic.errors import SettingsError, UserError
+from heretic.errors import SettingsError, UserError, first_line
 from heretic.files import check_seal, expanded, open_private, read_tensors, write_tensors, write_text
-from heretic.model.prefix import AnswerStart
 from heretic.progress import Watcher
-from heretic.scoring.harmless import Conduct
-from heretic.scoring.verdict import EVASIVE, ORDER, REFUSAL, Verdict
 from heretic.search.gradient import State
-from heretic.search.walk import Point
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved, read_toml, resolve, written_origins
+from heretic.stored_tensors import Baseline, directions_of, geometry_of, state_of, state_tensors
 
+T = TypeVar("T")
 GEOMETRY, REPORT = "geometry.safetensors", "report.html"
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """The original model: its log-probabilities [tokens, vocabulary] at the first `answered` tokens of its answers to the
-    harmless prompts, what `judge` says of its answers to the harmful ones, the first tokens with which it declined (none where it
-    did not), how all its answers begin, and its conduct on the harmless prompts (None in a file of an
-    earlier version)."""
-
-    log_probs: Tensor
-    verdicts: tuple[Verdict, ...]
-    refusal_texts: tuple[list[int], ...]
-    start: AnswerStart
-    answered: tuple[list[int], ...]
-    judge: str = "markers"
-    conduct: Conduct | None = None
-
-    @property
-    def declined(self) -> tuple[bool, ...]:
-        """Which requests the original declines."""
-        return tuple(v == REFUSAL for v in self.verdicts)
-
-    @property
-    def evasive(self) -> int:
-        """Number of requests that it neither declines nor answers."""
-        return self.verdicts.count(EVASIVE)
-
-    @property
-    def refusals(self) -> int:
-        """Number of requests that the original declines."""
-        return sum(self.declined)
 
 
 def baseline_file(*, given_up: bool) -> str:
@@ -131,8 +98,7 @@ class RunFolder:
 
     def directions(self, watcher: Watcher) -> Directions | None:
         """The stored directions; None if there are none, or if the file is damaged, which is said."""
-        tensors = self._tensors("directions.safetensors", watcher)
-        return Directions(tensors["directions"], tensors.get("further")) if tensors else None
+        return self._read("directions.safetensors", directions_of, watcher)
 
     def keep_directions(self, directions: Directions) -> None:
         """Store the directions."""
@@ -142,8 +108,8 @@ class RunFolder:
         """How the residuals that gave the directions lie; None if that is not stored or damaged. Changes nothing."""
         try:
             tensors, metadata = read_tensors(self.path / GEOMETRY)
-            return ResidualGeometry(**tensors) if self.stamp in ("", metadata.get("fingerprint")) else None
-        except (UserError, TypeError):
+            return geometry_of(tensors) if self.stamp in ("", metadata.get("fingerprint")) else None
+        except (UserError, ValueError):
             return None
 
     def keep_geometry(self, geometry: ResidualGeometry) -> None:
@@ -153,74 +119,27 @@ class RunFolder:
     def baseline(self, watcher: Watcher, *, given_up: bool = False) -> Baseline | None:
         """The stored baseline; None if there is none or it is damaged, which is said. `given_up`: the one by the markers, after the
         study's judge has failed."""
-        tensors = self._tensors(baseline_file(given_up=given_up), watcher)
-        if (
-            not tensors or not {"refusal_texts", "answered", "template_variables"} <= tensors.keys()
-        ):  # as it was before these were kept
-            return None
-        return Baseline(
-            log_probs=tensors["log_probs"],
-            verdicts=tuple(ORDER[d] for d in tensors["declined"].tolist()),
-            refusal_texts=_unpadded(tensors["refusal_texts"]),
-            start=AnswerStart(
-                bytes(tensors["response_prefix"].tolist()).decode(),
-                json.loads(bytes(tensors["template_variables"].tolist()).decode()),
-            ),
-            answered=_unpadded(tensors["answered"]),
-            judge=bytes(tensors["judge"].tolist()).decode(),
-            conduct=Conduct(*tensors["conduct"].tolist()) if "conduct" in tensors else None,
-        )
+        return self._read(baseline_file(given_up=given_up), Baseline.of, watcher)
 
     def keep_baseline(self, baseline: Baseline, *, given_up: bool = False) -> None:
-        """Store the baseline; its text lies in the same file as bytes, so that one hash covers all of it."""
-        import torch
-
-        prefix, variables = baseline.start.prefix, json.dumps(dict(baseline.start.variables))
-        tensors = {
-            "log_probs": baseline.log_probs,
-            "declined": torch.tensor([ORDER.index(v) for v in baseline.verdicts], dtype=torch.uint8),
-            "refusal_texts": _padded(baseline.refusal_texts),
-            "response_prefix": torch.tensor(list(prefix.encode()), dtype=torch.uint8),
-            "template_variables": torch.tensor(list(variables.encode()), dtype=torch.uint8),
-            "answered": _padded(baseline.answered),
-            "judge": torch.tensor(list(baseline.judge.encode()), dtype=torch.uint8),
-        }
-        if baseline.conduct is not None:
-            tensors["conduct"] = torch.tensor(list(baseline.conduct.as_dict().values()))
-        write_tensors(self.path / baseline_file(given_up=given_up), tensors, {"fingerprint": self.stamp})
+        """Store the baseline."""
+        write_tensors(self.path / baseline_file(given_up=given_up), baseline.tensors(), {"fingerprint": self.stamp})
 
     def walk(self, watcher: Watcher) -> State | None:
         """The stored state of a descent under way; None if there is none or it is damaged, which is said."""
-        tensors = self._tensors("walk.safetensors", watcher)
-        if not tensors:
-            return None
-        told = json.loads(bytes(tensors.pop("told").tolist()).decode())
-        mixture, vector = tensors.pop("mixture", None), tensors.pop("vector", None)
-        points = [Point.from_dict(p) for p in told["points"]]
-        heard = [(int(row), list(words)) for row, words in told["heard"]]
-        state = State(tensors.pop("strengths"), mixture, vector, told["steps"], told["first_layer"], points, heard)
-        places = list(map(int, told.get("places", [])))
-        return replace(
-            state, just_heard=told["just_heard"], further=told.get("further", 0), places=places, moments=tensors
-        )
+        return self._read("walk.safetensors", state_of, watcher)
 
     def steps_walked(self) -> int:
         """How far the stored descent has come; 0 if there is none that can be read. Changes nothing."""
         try:
             tensors, _ = read_tensors(self.path / "walk.safetensors")
-            return int(json.loads(bytes(tensors["told"].tolist()))["steps"])
-        except (UserError, OSError, KeyError, ValueError):
+            return state_of(tensors).steps
+        except (UserError, ValueError):
             return 0
 
     def keep_walk(self, state: State) -> None:
         """Store the state of a descent: a few kilobytes, after every step."""
-        import torch
-
-        told = {"steps": state.steps, "first_layer": state.first_layer, "points": [asdict(p) for p in state.points]}
-        told |= {"heard": state.heard, "just_heard": state.just_heard, "further": state.further, "places": state.places}
-        text = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
-        tensors = {**state.tensors, **state.moments, "told": text}
-        write_tensors(self.path / "walk.safetensors", tensors, {"fingerprint": self.stamp})
+        write_tensors(self.path / "walk.safetensors", state_tensors(state), {"fingerprint": self.stamp})
 
     def keep_answers(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Store answers as JSON lines under `answers/`."""
@@ -228,28 +147,21 @@ class RunFolder:
         folder.mkdir(mode=0o700, exist_ok=True)
         write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-    def _tensors(self, name: str, watcher: Watcher) -> dict[str, Tensor] | None:
+    def _read(self, name: str, reader: Callable[[Mapping[str, Tensor]], T | None], watcher: Watcher) -> T | None:
+        """What a file of this run holds; a damaged one is moved out of the way."""
         file = self.path / name
         if not file.exists():
             return None
         try:
             tensors, metadata = read_tensors(file)
+            return reader(tensors) if metadata.get("fingerprint") == self.stamp else None
         except UserError as error:
-            watcher.warn(f"{error.what} It is made anew.")
-            file.rename(file.with_suffix(".damaged"))
-            return None
-        return tensors if metadata.get("fingerprint") == self.stamp else None
-
-
-def _padded(texts: Sequence[list[int]]) -> Tensor:
-    import torch
-
-    longest = max(map(len, texts))
-    return torch.tensor([text + [-1] * (longest - len(text)) for text in texts], dtype=torch.int64)
-
-
-def _unpadded(tensor: Tensor) -> tuple[list[int], ...]:
-    return tuple([t for t in row if t >= 0] for row in tensor.tolist())
+            problem = error.what
+        except ValueError as error:
+            problem = f"{name} is damaged: {first_line(error)}."
+        watcher.warn(f"{problem} heretic makes it again.")
+        file.rename(file.with_suffix(".damaged"))
+        return None
 
 
 def write_directions(path: Path, directions: Directions, stamp: str, more: Mapping[str, str] | None = None) -> None:

@@ -35,7 +35,7 @@ from heretic.model.template import read_template
 from heretic.parallel import agree, rank
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets
-from heretic.run_folder import Baseline, RunFolder, baseline_file
+from heretic.run_folder import RunFolder, baseline_file
 from heretic.savings import with_savings
 from heretic.scoring.harmless import Bystanders, Limits
 from heretic.scoring.judges import Fallback, OrMarkers, Surroundings, make_judge
@@ -48,6 +48,7 @@ from heretic.search.space import Space
 from heretic.search.walk import Walk
 from heretic.settings import Settings
 from heretic.stop import Stop
+from heretic.stored_tensors import Baseline
 
 FEW_REFUSALS = 0.1  # share of the requests
 COPIES = 3  # of the log-probabilities: original, ablated, written

@@ -16,24 +16,19 @@ from heretic.files import split_lines
 from heretic.machine import lock
 from heretic.machine.use import memory_in_use
 from heretic.run_folder import RunFolder, find_run, stored_settings
+from heretic.search.attributes import Signature, settings_of, signature
+from heretic.search.damage import check_attributes, damaged_trials, warning
 from heretic.search.front import front
-from heretic.search.lives import WORKER
 from heretic.search.patience import PatientStorage
 from heretic.search.standing import Standing
 from heretic.search.storage import (
     alive,
-    check_seals,
     connect,
     here,
-    masked,
-    on_server,
     reading,
-    settings_of,
-    sqlite_file,
-    storage_url,
-    study_name,
 )
 from heretic.search.turns import database
+from heretic.search.url import masked, on_server, sqlite_file, storage_url, study_name
 from heretic.search.walk import Walk
 from heretic.settings import Settings
 
@@ -97,7 +92,7 @@ def look_at(name: str, runs_dir: str, environment: Mapping[str, str], storage: s
     url = storage_url(settings.storage, folder.path)
     with reading(url):
         study = load_study(url, study_name(settings.storage, folder.path))
-        stands = Standing.of(study, settings)
+        stands, damage = _standing(study, settings)
         holder = lock.holder(folder.lock)
         workers = _workers(study, settings, anywhere=on_server(url))
         state = f"running, held by {holder}" if holder else _state(workers, stands)
@@ -107,7 +102,9 @@ def look_at(name: str, runs_dir: str, environment: Mapping[str, str], storage: s
         else:
             memory = _memory(workers)
         walk, latest = _walk(study, folder, settings), facts[-1] if facts and state.startswith("running") else ""
-        return Status(str(folder.path), settings.model, state, stands, walk, memory, latest, warnings[-WARNINGS:])
+        return Status(
+            str(folder.path), settings.model, state, stands, walk, memory, latest, (*warnings[-WARNINGS:], *damage)
+        )
 
 
 def _in_storage(name: str, storage: str) -> Status:
@@ -122,9 +119,17 @@ def _in_storage(name: str, storage: str) -> Status:
             where=masked(storage),
             fix="go on with it once, or give its run's folder instead",
         )
-    stands = Standing.of(study, settings)
+    stands, damage = _standing(study, settings)
     walk, workers = _walk(study, None, settings), _workers(study, settings, anywhere=True)
-    return Status(masked(storage), settings.model, _state(workers, stands), stands, walk, _memory(workers))
+    state, memory = _state(workers, stands), _memory(workers)
+    return Status(masked(storage), settings.model, state, stands, walk, memory, warnings=damage)
+
+
+def _standing(study: optuna.Study, settings: Settings) -> tuple[Standing, tuple[str, ...]]:
+    """How a study stands without its damaged trials, and a warning that names these."""
+    check_attributes(study)
+    damage = damaged_trials(study)
+    return Standing.of(study, settings, damage), (warning(damage),) if damage else ()
 
 
 def load_study(url: str, name: str) -> optuna.Study:
@@ -136,18 +141,17 @@ def load_study(url: str, name: str) -> optuna.Study:
         study = optuna.load_study(study_name=name, storage=connect(url))
     except KeyError:
         raise UserError(f"The storage holds no study '{name}'.", where=masked(url)) from None
-    check_seals(study, url)
     return study
 
 
-def _state(workers: list[dict[str, Any]], stands: Standing) -> str:
+def _state(workers: list[Signature], stands: Standing) -> str:
     """From the trials alone: who has one under way, else whether all are done."""
     if named := sorted({f"process {w['pid']} on {w['host']}" for w in workers}):
         return f"running: {', '.join(named)}"
     return "complete" if stands.done >= stands.n_trials else "stopped"
 
 
-def _workers(study: optuna.Study, settings: Settings, *, anywhere: bool) -> list[dict[str, Any]]:
+def _workers(study: optuna.Study, settings: Settings, *, anywhere: bool) -> list[Signature]:
     """The signatures of those that have a trial under way. `anywhere`: they may be of other machines, which are believed as long as
     the server has heard of them; those of a file are of this one."""
     storage, silent = database(study), set()
@@ -155,11 +159,11 @@ def _workers(study: optuna.Study, settings: Settings, *, anywhere: bool) -> list
         storage.bear_with(settings.workers)
         silent = {*storage._get_stale_trial_ids(study._study_id)}
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    signed = [t.user_attrs[WORKER] for t in running if WORKER in t.user_attrs and t._trial_id not in silent]
-    return [who for who in signed if alive(who) and (anywhere or here(who))]
+    signed = [signature(t) for t in running if t._trial_id not in silent]
+    return [who for who in signed if who is not None and alive(who) and (anywhere or here(who))]
 
 
-def _memory(workers: list[dict[str, Any]]) -> dict[str, str]:
+def _memory(workers: list[Signature]) -> dict[str, str]:
     """How full the workers' devices were when their trials began."""
     return {f"{device} of {who['host']}": used for who in workers for device, used in who.get("memory", {}).items()}
 

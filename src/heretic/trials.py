@@ -19,7 +19,7 @@ from heretic.scoring.judges import OrMarkers
 from heretic.scoring.ladder import Measured, Scores
 from heretic.scoring.refusals import RefusalCount
 from heretic.scoring.verdict import REFUSAL
-from heretic.search.space import Space
+from heretic.search.space import Space, foreign_parameters
 from heretic.session import Session
 
 
@@ -79,8 +79,16 @@ class Trials:
         return next((one.judge for one in found if isinstance(one, Scores)), "")
 
     def draw(self, trial: optuna.Trial | optuna.trial.FixedTrial) -> Ablation:
-        """A trial's ablation; what was drawn once stays, and one that is fixed has it all."""
-        return self.space.sample(trial)
+        """A trial's ablation; what was drawn once stays, and one that is fixed has it all. Raises UserError where the study's
+        parameters are of another search space."""
+        if isinstance(trial, optuna.trial.FixedTrial):
+            return self.space.sample(trial)
+        try:
+            return self.space.sample(trial)
+        except (
+            ValueError
+        ) as error:  # Optuna's: another trial of the study has a parameter of this name and another kind
+            raise foreign_parameters(error) from None
 
     def starts(self) -> list[dict[str, Any]]:
         """Parameters of the trials to begin with."""

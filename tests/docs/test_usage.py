@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 from safetensors import safe_open
 
-from heretic.search.storage import storage_url
+from heretic.search.url import storage_url
 from tests.command import heretic
 from tests.docs.pages import ROOT
 

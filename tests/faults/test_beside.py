@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 from heretic.errors import UserError
 from heretic.progress import SILENT
 from heretic.run import run
-from heretic.search.front import result
+from heretic.search.front import results
 from heretic.settings.layers import resolve
 from heretic.status import look_at
 from heretic.stop import Stop
@@ -111,7 +111,7 @@ def test_status_in_a_tight_loop_beside_a_running_study(config: Path, amount: Amo
     statuses = [line for line in said.splitlines() if line.startswith("status ")]
     assert "status 0" in statuses and set(statuses) <= {"status 0", "status 1"}, said[-500:]
     assert "Traceback" not in said and "damaged" not in said
-    found = [result(t) for t in trials("mine")]
+    found = results(optuna.load_study(study_name="heretic", storage="sqlite:///runs/mine/study.db"))
     assert [(r.params, r.point) for r in found] == [(r.params, r.point) for r in alone.found], (
         "looking changed the study"
     )

@@ -19,8 +19,9 @@ import pytest
 
 from heretic.errors import UserError
 from heretic.files import read_tensors, sha256
+from heretic.search.attributes import FACTS
 from heretic.search.front import results
-from heretic.search.storage import FACTS, open_study
+from heretic.search.storage import open_study
 from tests.command import heretic, start
 from tests.faults.conftest import Amount, Tally
 

@@ -17,10 +17,11 @@ from heretic.report.reporter import write_report
 from heretic.run_folder import RunFolder
 from heretic.scoring.divergence import Divergence
 from heretic.scoring.ladder import Scores
+from heretic.search.attributes import KL_PER_PROMPT
 from heretic.search.fidelity import Progress
 from heretic.search.sampler import sampler
-from heretic.search.storage import open_study, storage_url
-from heretic.search.study import KL_PER_PROMPT
+from heretic.search.storage import open_study
+from heretic.search.url import storage_url
 from heretic.settings import Search, Settings
 from heretic.status import look_at
 from tests.faults.conftest import FULL, Amount, Tally, only_full

@@ -14,7 +14,7 @@ from heretic.files import read_tensors, sha256
 from heretic.progress import SILENT
 from heretic.run import run
 from heretic.run_folder import find_run, stored_settings
-from heretic.search.storage import settings_of
+from heretic.search.attributes import settings_of
 from heretic.search.walk import Walk
 from heretic.settings.layers import resolve
 from heretic.status import load_study

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heretic.search.storage import masked
+from heretic.search.url import masked
 from tests.command import heretic
 from tests.faults.conftest import Tally
 from tests.faults.test_hostile import MANY, TIMES

@@ -27,9 +27,8 @@ from heretic.scoring.divergence import Divergence
 from heretic.scoring.harmless import Conduct
 from heretic.scoring.ladder import Beaten, Scores
 from heretic.scoring.surrogate import Surrogate
-from heretic.search.fidelity import BEATEN
+from heretic.search.attributes import BEATEN, KL_PER_PROMPT
 from heretic.search.front import front
-from heretic.search.study import KL_PER_PROMPT
 from heretic.settings import Search, Settings
 from tests.command import heretic
 from tests.report.runs import SCRIPT, SECRET
@@ -48,7 +47,7 @@ def fill(study: optuna.Study, count: int) -> None:
         kl, refusals = params["x0"] + 0.1 * params["x1"], round(50 * (1 - params["x0"]) * params["x2"])
         divergence = Divergence(kl, kl, kl, kl)
         if i % 3 == 2:
-            found = {BEATEN: Beaten(divergence, refusals, 50, {}, Surrogate(refusals, 0.5, 40)).as_dict()}
+            found = {BEATEN: Beaten(divergence, refusals, 50, {}, Surrogate(refusals, 0.5, 50)).as_dict()}
         else:
             found = {"scores": Scores(divergence, refusals, 50, {"refusals": 1.0}, declined="01" * 25).as_dict()}
         given = {**params, "direction_scope": "per_layer"}

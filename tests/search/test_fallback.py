@@ -11,7 +11,8 @@ from heretic.scoring.judges import OrMarkers, Surroundings, make_judge
 from heretic.scoring.llm import JudgeUnavailable
 from heretic.scoring.markers import MarkerJudge
 from heretic.scoring.verdict import Said, Verdict
-from heretic.search.fallback import FALLEN, StudyFallback
+from heretic.search.attributes import FALLEN
+from heretic.search.fallback import StudyFallback
 from heretic.search.front import front, of_standing_judge, results
 from heretic.search.seal import sealed
 from heretic.settings.layers import resolve

@@ -11,9 +11,10 @@ from optuna.trial import TrialState
 
 from heretic.search.lives import free_the_dead, signs_of_life
 from heretic.search.queue import finished
-from heretic.search.storage import connect, storage_url, worker
+from heretic.search.storage import connect, worker
 from heretic.search.study import optimise
 from heretic.search.turns import database
+from heretic.search.url import storage_url
 from heretic.stop import Stop
 from tests.postgres import Server
 from tests.search.workers import QUICK, Heard, Stub, opened, settings

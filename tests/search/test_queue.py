@@ -13,10 +13,11 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from heretic.progress import SILENT
-from heretic.search.queue import START, finished
-from heretic.search.storage import storage_url
+from heretic.search.attributes import START
+from heretic.search.queue import finished
 from heretic.search.study import optimise
 from heretic.search.turns import TurnLost, turn
+from heretic.search.url import storage_url
 from heretic.stop import Stop
 from tests.postgres import Server
 from tests.search.workers import Stub, opened, settings

@@ -12,8 +12,9 @@ import torch
 
 from heretic.errors import StudyMismatch
 from heretic.files import read_tensors, write_tensors
-from heretic.search.shelf import MAKING, SharedShelf
-from heretic.search.storage import storage_url
+from heretic.search.attributes import MAKING
+from heretic.search.shelf import SharedShelf
+from heretic.search.url import storage_url
 from heretic.stop import Stop
 from tests.search.workers import QUICK, Heard, opened
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
 import optuna
 import pytest
 
+from heretic.errors import UserError
 from heretic.search.space import Space, describe
 from heretic.search.walk import Point, Walk, shifted
 from heretic.settings import Search
@@ -80,3 +86,38 @@ def test_a_walk_comes_back_from_the_study_as_it_was() -> None:
     assert Walk.of(study) is None
     WALK.keep(study)
     assert Walk.of(study) == WALK and WALK.reach == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mlp.max_weight": None}, {"mlp.max_weight": math.nan}, {"mlp.max_weight": math.inf}, {"mlp.max_weight": "x"},
+        {"direction_scope": "elsewhere"}, {"direction_index": math.nan}, {"direction_index": [1]},
+    ],
+)  # fmt: skip
+def test_parameters_of_another_search_space_are_refused(change: dict[str, Any]) -> None:
+    space = Space(Search(start="kernels"), 4, ["attention", "mlp"])
+    trial = optuna.create_study().ask()
+    space.sample(trial)
+    changed = trial.params | {"direction_scope": "global"} | change
+    params = {name: value for name, value in changed.items() if value is not None}
+    with pytest.raises(UserError) as refused:
+        space.from_params(params)
+    assert refused.value.code == "damaged-study"
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        3, "[]", "{", '{"points": {}}',
+        json.dumps({"points": [asdict(WALK.points[0]) | {"mixture": [1.0]}], "why_not": ""}),
+        json.dumps({"points": [asdict(WALK.points[0]), asdict(WALK.points[1]) | {"strengths": {}}], "why_not": ""}),
+        json.dumps({"points": [asdict(WALK.points[0]) | {"mixture": [math.nan] * 4}], "why_not": ""}),
+    ],
+)  # fmt: skip
+def test_a_damaged_walk_is_refused(stored: object) -> None:
+    study = optuna.create_study()
+    study.set_user_attr("heretic:walk", stored)
+    with pytest.raises(UserError) as refused:
+        Walk.of(study)
+    assert refused.value.code == "damaged-study"

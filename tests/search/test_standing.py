@@ -11,8 +11,10 @@ from optuna.trial import TrialState, create_trial
 
 from heretic.scoring.divergence import Divergence
 from heretic.scoring.ladder import Scores
+from heretic.search.attributes import settings_of
 from heretic.search.standing import Standing
-from heretic.search.storage import METRICS, keep_settings, open_study, settings_of, storage_url
+from heretic.search.storage import METRICS, keep_settings, open_study
+from heretic.search.url import storage_url
 from heretic.settings import Settings
 
 NOON = datetime(2026, 1, 1, 12)

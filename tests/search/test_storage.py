@@ -1,38 +1,22 @@
-"""URLs of storages."""
+"""Opening a storage."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
 import pytest
+from filelock import FileLock
 
 from heretic.errors import StudyMismatch, UserError
 from heretic.search import storage as storage_module
-from heretic.search.storage import connect, open_study, sqlite_file, storage_url
+from heretic.search import turns
+from heretic.search.storage import connect, open_study
 from tests.postgres import Server
-
-
-@pytest.mark.parametrize(
-    "url, file",
-    [
-        ("sqlite:///study.db", "study.db"),
-        ("sqlite:////a b/study.db?timeout=3", "/a b/study.db"),
-        ("sqlite:///file:/a/study.db?uri=true&mode=ro", "/a/study.db"),
-        ("sqlite://", None),
-        ("postgresql://me@host/studies", None),
-        ("no url", None),
-    ],
-)
-def test_the_file_of_a_storage(url: str, file: str | None) -> None:
-    assert sqlite_file(url) == (Path(file) if file else None)
-
-
-def test_a_folder_that_a_url_cannot_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'\\?' in its path"):
-        storage_url("", tmp_path / "try?1")
-    assert storage_url("postgresql://h/d?a=b", tmp_path / "try?1") == "postgresql://h/d?a=b"
 
 
 def test_several_open_a_new_database_at_once(postgres: Server) -> None:
@@ -67,3 +51,54 @@ def test_a_worker_with_other_versions_or_other_weights_is_refused(
     monkeypatch.setattr(storage_module, "versions_that_matter", lambda: other)
     with pytest.raises(StudyMismatch, match="torch"):
         open_study(postgres.url, "shared", facts)
+
+
+def test_a_file_that_is_no_database_is_refused_at_once_and_left_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "study.db"
+    url = f"sqlite:///{file}"
+    for make in (Path.mkdir, os.mkfifo):
+        make(file)
+        with pytest.raises(UserError) as refused:
+            connect(url)
+        assert refused.value.code == "storage-unavailable"
+        file.rmdir() if file.is_dir() else file.unlink()
+    file.write_bytes(
+        b"no database, but longer than a header of SQLite would be, which has a hundred bytes, so that it is read"
+    )
+    with pytest.raises(UserError) as refused:
+        connect(url)
+    assert refused.value.code == "storage-unavailable"
+
+
+def test_the_database_of_another_program_gets_no_tables(tmp_path: Path) -> None:
+    file = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(file)) as other:
+        other.execute("create table recipes (name text)")
+        other.commit()
+    before = file.read_bytes()
+    with pytest.raises(UserError) as refused:
+        connect(f"sqlite:///{file}")
+    assert refused.value.code == "not-a-study" and file.read_bytes() == before
+
+
+def test_a_database_that_stays_locked_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "SECONDS_TO_WAIT", 0.1)
+    file = tmp_path / "study.db"
+    open_study(f"sqlite:///{file}", "s", {"a": 1})
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("begin exclusive")
+        with pytest.raises(UserError) as refused:
+            open_study(f"sqlite:///{file}", "s", {"a": 1})
+    assert refused.value.code == "storage-locked"
+    open_study(f"sqlite:///{file}", "s", {"a": 1})
+
+
+def test_a_turn_that_another_worker_keeps_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "LONGEST_TURN", 0.1)
+    file = tmp_path / "study.db"
+    study = open_study(f"sqlite:///{file}", "s", {"a": 1})
+    with FileLock(f"{file}.lock"), pytest.raises(UserError) as refused, turns.turn(study):
+        raise AssertionError("two turns at once")
+    assert refused.value.code == "storage-locked"
+    with turns.turn(study):
+        pass

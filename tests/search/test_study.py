@@ -19,8 +19,9 @@ from heretic.scoring.surrogate import Surrogate
 from heretic.search.fidelity import Progress
 from heretic.search.front import front, results
 from heretic.search.sampler import Bounded, worth_showing
-from heretic.search.storage import fail_abandoned, masked, open_study, storage_url, worker
+from heretic.search.storage import fail_abandoned, open_study, worker
 from heretic.search.study import optimise
+from heretic.search.url import masked, storage_url
 from heretic.settings import Search, Settings
 from heretic.stop import Stop
 

@@ -95,7 +95,7 @@ def keep_off_the_command_line(storage: str) -> None:
     """Raise UserError for a storage URL with a secret: everybody on the machine can read the command lines of all processes."""
     if not storage:
         return
-    from heretic.search.storage import masked
+    from heretic.search.url import masked
 
     if masked(storage) != storage:
         raise UserError(

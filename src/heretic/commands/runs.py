@@ -121,7 +121,7 @@ def run(
 
 def _workers(wanted: str | None, resolved: Resolved, watcher: Watcher) -> int:
     """--workers as a number, with a warning where it is hardly worth it."""
-    from heretic.search.storage import masked
+    from heretic.search.url import masked
     from heretic.workers import how_many
 
     storage, origin = resolved.settings.storage, resolved.origins.get("storage", "")

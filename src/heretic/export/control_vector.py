@@ -21,6 +21,7 @@ from heretic.files import file_place, read_tensors
 from heretic.model.checkpoint import open_checkpoint
 from heretic.run_folder import RunFolder, write_directions
 from heretic.settings import Settings
+from heretic.stored_tensors import directions_of
 
 ARCHITECTURE = "controlvector"
 
@@ -44,7 +45,15 @@ def export_directions(folder: RunFolder, settings: Settings, path: Path, form: s
             fix=f"go on with it: heretic run {folder.path}",
         )
     tensors, metadata = read_tensors(source)
-    directions = Directions(tensors["directions"], tensors.get("further"))
+    try:
+        directions = directions_of(tensors)
+    except ValueError as error:
+        raise UserError(
+            f"{source.name} is damaged: {error}.",
+            code="damaged-file",
+            where=str(source),
+            fix=f"delete it, then find them again: heretic run {folder.path}",
+        ) from None
     places = _places(path, directions.count if form in ONE_A_LAYER else 1)
     FORMS[form](places, directions, settings, metadata.get("fingerprint", ""))
     return places

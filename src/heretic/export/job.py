@@ -17,12 +17,13 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets
-from heretic.run_folder import Baseline, RunFolder
+from heretic.run_folder import RunFolder
 from heretic.scoring.verdict import Judge
 from heretic.search.front import Result
 from heretic.session import LoadPlan
 from heretic.settings import Settings
 from heretic.stop import Stop
+from heretic.stored_tensors import Baseline
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from heretic.settings.ablation import AblationSettings
 from heretic.settings.export import Behaviour, GgufType
 from heretic.settings.layers import Resolved
 from heretic.stop import Stop
+from heretic.stored_tensors import directions_of
 
 PACKAGES = ("torch", "transformers", "accelerate", "optuna", "datasets", "safetensors", "tokenizers")
 MANIFEST = "manifest.json"
@@ -293,17 +294,12 @@ def read_directions(manifest: Manifest, home: Path) -> Directions | None:
         )
     if sha256(file) != manifest.directions.sha256:
         raise UserError("The directions are not those of the manifest: their hash differs.", where=str(file))
-    tensors = read_tensors(file)[0]
-    vectors, further = tensors.get("directions"), tensors.get("further")
-    if vectors is None or vectors.ndim != 2 or not bool(vectors.isfinite().all()):
-        raise UserError("The file does not hold directions [layers, width].", where=str(file))
-    if further is None:
-        return Directions(vectors.float())
-    if (
-        further.ndim != 3
-        or not further.shape[1]
-        or further[:, 0].shape != vectors.shape
-        or not bool(further.isfinite().all())
-    ):
-        raise UserError("The file does not hold further directions [layers, more, width].", where=str(file))
-    return Directions(vectors.float(), further.float())
+    try:
+        return directions_of(read_tensors(file)[0])
+    except ValueError as error:
+        raise UserError(
+            f"{file.name} is damaged: {error}.",
+            code="damaged-file",
+            where=str(file),
+            fix="put the file there that heretic export wrote with the manifest",
+        ) from None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import optuna
+from pydantic import Field, Json, TypeAdapter
 
 from heretic.doctor import examine
+from heretic.search import attributes
+from heretic.search.attributes import ABOUT, MOST_LAYERS
 from heretic.session import Session
-
-ABOUT = "heretic:about"  # user attribute of the study
 
 
 @dataclass(frozen=True)
@@ -19,9 +21,9 @@ class About:
     """The model's number of layers and components; a 1 for every request that the original declines; versions and devices of
     the last session."""
 
-    layers: int
+    layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
     components: tuple[str, ...]
-    declined: str
+    declined: Annotated[str, Field(pattern="^[01]*$")]
     environment: dict[str, str]
 
     @classmethod
@@ -37,12 +39,13 @@ class About:
 
     @classmethod
     def of(cls, study: optuna.Study) -> About | None:
-        """The study's, None in one that was made before this was stored."""
-        stored = study.user_attrs.get(ABOUT)
-        if stored is None:
-            return None
-        data = json.loads(stored)
-        return cls(data["layers"], tuple(data["components"]), data["declined"], data["environment"])
+        """The study's; None in one that was made before this was stored. Raises UserError for a damaged one."""
+        return attributes.read(study, ABOUT, _adapter())
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[About]:
+    return TypeAdapter(Json[About])
 
 
 def _environment(dtype: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from heretic.search.fidelity import BEATEN, Progress
+from heretic.search.fidelity import Progress
 from heretic.search.front import Result, front
 from heretic.search.space import describe
 
@@ -30,13 +30,12 @@ def of_front(progress: Progress, chosen: int | None, before: int | None) -> Figu
     on_front = {r.number for r in best}
     others = [r for r in progress.found if r.number not in on_front and math.isfinite(r.point[0])]
     data = []
-    left = [(t, float(t.user_attrs[BEATEN]["divergence"]["mean"])) for t in progress.stopped]
-    left = [(trial, kl) for trial, kl in left if math.isfinite(kl)]
+    left = [trial for trial in progress.stopped if math.isfinite(trial.kl)]
     if left:
         data.append(
             {
-                **_dots("left early: refusals estimated", [kl for _, kl in left], [t.values[1] for t, _ in left]),
-                "text": [f"trial {t.number}" for t, _ in left],
+                **_dots("left early: refusals estimated", [t.kl for t in left], [t.refusals for t in left]),
+                "text": [f"trial {t.number}" for t in left],
                 "marker": {"symbol": "circle-open", "size": 7, "color": GREY},
                 "hovertemplate": "%{text}: left early, about %{y:.1f} expected refusals<br>KL %{x:.4f}<extra></extra>",
             }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -19,12 +19,13 @@ GOALS: dict[str, Callable[[FrozenTrial], float] | None] = {
 }
 
 
-def importances(study: optuna.Study) -> dict[str, dict[str, float]]:
+def importances(study: optuna.Study, without: Collection[int] = ()) -> dict[str, dict[str, float]]:
     """By goal the share of every parameter, the most important ones first; empty where there are too few trials to tell.
 
     They are those of the values that the search was told: estimates where a trial was left early.
     """
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    complete = [trial for trial in complete if trial.number not in without]
     if len(complete) < FEWEST_TRIALS:
         return {}
     step = max(1, len(complete) // MOST_TRIALS)

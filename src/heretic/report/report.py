@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import optuna
 
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import UserError
 from heretic.files import split_lines
@@ -21,12 +22,15 @@ from heretic.report.importance import FEWEST_TRIALS, importances
 from heretic.report.page import Page
 from heretic.run_folder import GEOMETRY, RunFolder, find_run, stored_settings
 from heretic.scoring.verdict import JUDGED
+from heretic.search.attributes import kl_per_prompt
+from heretic.search.damage import check_attributes, damaged_trials, warning
 from heretic.search.front import Result, columns, front, of_standing_judge
 from heretic.search.hypervolume import growth
 from heretic.search.space import Space, describe
 from heretic.search.standing import Standing
-from heretic.search.storage import masked, reading, storage_url, study_name
-from heretic.search.study import KL_PER_PROMPT, MOST_PROMPTS
+from heretic.search.storage import reading
+from heretic.search.study import MOST_PROMPTS
+from heretic.search.url import masked, storage_url, study_name
 from heretic.search.walk import Walk
 from heretic.settings import Settings
 from heretic.status import load_study
@@ -86,13 +90,17 @@ def report(source: Source) -> str:
     """The report as HTML."""
     study, settings, folder = source.study, source.settings, source.folder
     with reading(storage_url(settings.storage, folder.path)):
-        stands, about, geometry = Standing.of(study, settings), About.of(study), folder.geometry()
+        check_attributes(study)
+        damage = damaged_trials(study)
+        stands, about, geometry = Standing.of(study, settings, damage), About.of(study), folder.geometry()
     page = Page(f"{folder.name}: {settings.model}")
     _overview(page, stands, settings)
+    if damage:
+        page.text(warning(damage))
     _front(page, stands)
     _trials(page, study, settings, stands, about)
     _requests(page, stands, about)
-    _importance(page, study)
+    _importance(page, study, damage)
     if geometry is not None:
         add_geometry(page, geometry)
     elif (folder.path / GEOMETRY).exists():
@@ -123,7 +131,7 @@ def _overview(page: Page, stands: Standing, settings: Settings) -> None:
         pairs.append(("estimates", f"off by {stands.progress.surrogate_error:.1f} refusals on average"))
     page.facts([*pairs, ("written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))])
     judges = dict.fromkeys(r.scores.judge for r in of_standing_judge(stands.found)) or {settings.judge.kind: None}
-    by = " and ".join(JUDGED[judge] for judge in judges)
+    by = " and ".join(JUDGED.get(judge, judge) for judge in judges)
     tokens = "first token" if settings.kl_tokens == 1 else f"first {settings.kl_tokens} tokens"
     page.text(
         f"Answers are judged by {by}; the KL divergence is that of the probabilities of the {tokens} of the original's answers to "
@@ -196,10 +204,10 @@ def _trials(page: Page, study: optuna.Study, settings: Settings, stands: Standin
     for index, r in enumerate(best):
         d = r.scores.divergence
         marks = {"mean": d.mean, "median": d.median, "95 % below": d.p95, "largest": d.max}
-        edit = space.from_params(r.params) if space else None
+        edit = _edit(space, r) if space else None
         profiles = {c: [float(s) for s in profile] for c, profile in edit.strengths.items()} if edit else None
         strengths.append(figures.of_strengths(profiles) if profiles else None)
-        stored = trials[r.number].user_attrs.get(KL_PER_PROMPT)
+        stored = kl_per_prompt(study, trials[r.number])
         changes.append(figures.of_divergences(stored, marks) if stored else None)
         facts = [("refusals", f"{r.scores.refusals} of {r.scores.total}"), ("KL divergence", str(d))]
         if stored:
@@ -211,6 +219,14 @@ def _trials(page: Page, study: optuna.Study, settings: Settings, stands: Standin
         page.block("trial", index, facts)
     page.figure("strengths", strengths, "trial", height=320)
     page.figure("divergences", changes, "trial", height=320)
+
+
+def _edit(space: Space, result: Result) -> Ablation | None:
+    """A trial's ablation; None where its stored parameters are damaged, so that only its strengths are not drawn."""
+    try:
+        return space.from_params(result.params)
+    except UserError:
+        return None
 
 
 def _requests(page: Page, stands: Standing, about: About | None) -> None:
@@ -242,13 +258,13 @@ def _kinds(bits: str, before: str) -> list[object]:
     return [len(still), pairs.count(("1", "0")), pairs.count(("0", "1")), bits.count("2"), named]
 
 
-def _importance(page: Page, study: optuna.Study) -> None:
+def _importance(page: Page, study: optuna.Study, without: Collection[int]) -> None:
     page.section(
         "Parameters",
         "How much each parameter of the search decided, as shares of the whole (Optuna's PED-ANOVA, on the values that the "
         "search was told).",
     )
-    found = importances(study)
+    found = importances(study, without)
     if not found:
         page.text(f"Nothing can be said with fewer than {FEWEST_TRIALS} trials, or where all came out alike.")
         return

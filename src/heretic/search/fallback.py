@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import optuna
 
+from heretic.search.attributes import FALLEN, judge_failed
 from heretic.search.front import results
 from heretic.search.storage import worker
-
-FALLEN = "heretic:judge_failed"  # user attribute of the study: where, and why
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class StudyFallback:
 
     def happened(self) -> bool:
         """Whether a worker has said so, or a trial was judged by another one."""
-        return FALLEN in self.study.user_attrs or any(r.scores.judge != self.kind for r in results(self.study))
+        return judge_failed(self.study) or any(r.scores.judge != self.kind for r in results(self.study))
 
     def happen(self, why: str) -> None:
         """Say so."""

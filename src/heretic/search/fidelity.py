@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from heretic.scoring.ladder import Beaten, Scores
 from heretic.scoring.surrogate import Calibration, Surrogate, prediction_error
-from heretic.search.front import AGAIN, Result, front, of_standing_judge, results
-
-BEATEN = "beaten"  # user attribute of a trial that was left early: what was known of it then
+from heretic.search import attributes
+from heretic.search.front import Result, front, of_standing_judge, results_of
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,41 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Stopped:
+    """A trial that was left early."""
+
+    number: int
+    params: dict[str, Any]
+    kl: float
+    refusals: float  # expected, as the sampler was told
+    again: int | None  # the earlier trial that it measures again
+
+
+@dataclass(frozen=True)
 class Progress:
     """A study's finished trials, seen from what was measured of each."""
 
     found: list[Result]
-    stopped: list[FrozenTrial]
+    stopped: list[Stopped]
 
     @classmethod
-    def of(cls, study: optuna.Study) -> Progress:
-        """Read a study."""
+    def of(cls, study: optuna.Study, without: Collection[int] = ()) -> Progress:
+        """Read a study, but for the trials whose numbers are left out. Raises UserError for a damaged one."""
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return cls(results(study), [t for t in complete if BEATEN in t.user_attrs])
+        believed = [t for t in complete if t.number not in without]
+        known = [(t, attributes.beaten(study, t)) for t in believed]
+        stopped = [
+            Stopped(
+                t.number,
+                dict(t.params),
+                beaten.divergence.mean,
+                attributes.told(study, t)[1],
+                attributes.again(study, t),
+            )
+            for t, beaten in known
+            if beaten is not None
+        ]
+        return cls(results_of(study, believed), stopped)
 
     @property
     def bar(self) -> Bar:
@@ -67,19 +91,14 @@ class Progress:
         """Refusals expected of a trial that was stopped."""
         return Calibration.fit(self.surrogates, found.total).estimate(found.surrogate, found.expected_at_least)
 
-    def unsettled(self) -> Sequence[FrozenTrial | Result]:
+    def unsettled(self) -> Sequence[Stopped | Result]:
         """Trials that have to be measured before the study ends: stopped ones whose estimate would put them on the front, and
         those on the front of a judge that gave up."""
         now = {r.number for r in of_standing_judge(self.found)}
         others = [r for r in self.found if r.number not in now]
-        repeated = {t.user_attrs.get(AGAIN) for t in self.stopped} | {r.again for r in self.found}
+        repeated = {t.again for t in self.stopped} | {r.again for r in self.found}
         bar = self.bar
-        stopped = [
-            t
-            for t in self.stopped
-            if t.number not in repeated
-            and not bar.beaten(float(t.user_attrs[BEATEN]["divergence"]["mean"]), t.values[1])
-        ]
+        stopped = [t for t in self.stopped if t.number not in repeated and not bar.beaten(t.kl, t.refusals)]
         return [*stopped, *(r for r in front(others) if r.number not in repeated)]
 
 

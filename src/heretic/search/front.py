@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from heretic.scoring.ladder import Scores
+from heretic.search import attributes
 
 AS_GOOD = 0.5  # of a request: trials no further apart are told apart by their KL
 FALLBACK = "markers"  # who judges where another judge has failed
-AGAIN = "again"  # user attribute of a trial that measures in full what an earlier one was told with an estimate
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,20 @@ class Result:
         return self.scores.divergence.mean, self.scores.expected
 
 
-def results(study: optuna.Study) -> list[Result]:
-    """The fully measured trials, in order."""
+def results(study: optuna.Study, without: Collection[int] = ()) -> list[Result]:
+    """The fully measured trials, in order, but for those whose numbers are left out. Raises UserError for a damaged one."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return results_of(study, [t for t in complete if t.number not in without])
+
+
+def results_of(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[Result]:
+    """Those of a study's finished trials that were measured in full. Raises UserError for a damaged one."""
+    measured = [(trial, attributes.scores(study, trial)) for trial in trials]
     return [
-        result(t) for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if "scores" in t.user_attrs
+        Result(trial.number, dict(trial.params), scores, attributes.again(study, trial))
+        for trial, scores in measured
+        if scores is not None
     ]
-
-
-def result(trial: FrozenTrial) -> Result:
-    """A stored trial as a result."""
-    scores = Scores.from_dict(trial.user_attrs["scores"])
-    return Result(trial.number, dict(trial.params), scores, trial.user_attrs.get(AGAIN))
 
 
 def front(found: Sequence[Result]) -> list[Result]:
@@ -55,7 +58,7 @@ def front(found: Sequence[Result]) -> list[Result]:
     All are of one judge, the one that stands: counts of two judges cannot be compared.
     """
     best: list[Result] = []
-    usable = [r for r in of_standing_judge(found) if math.isfinite(r.point[0]) and r.scores.within_limits]
+    usable = [r for r in of_standing_judge(found) if all(map(math.isfinite, r.point)) and r.scores.within_limits]
     for candidate in sorted(usable, key=lambda r: (r.point, r.number)):
         if not best or candidate.point[1] < best[-1].point[1]:
             best.append(candidate)

@@ -16,15 +16,12 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from heretic.machine.use import memory_in_use
-from heretic.search.front import AGAIN
+from heretic.search import attributes
+from heretic.search.attributes import RETRIES, RETRY, START
 from heretic.search.patience import PatientStorage
 from heretic.search.storage import STORAGE_ERRORS, alive, worker
 from heretic.search.turns import database
 from heretic.settings import Workers
-
-RETRY = "retry"  # user attribute of a trial that repeats one whose worker died: that one's number
-RETRIES = "retries"  # and how often these parameters have been given up
-WORKER = "worker"
 
 
 def signature() -> dict[str, Any]:
@@ -79,7 +76,7 @@ def free_the_dead(study: optuna.Study, workers: Workers) -> list[FrozenTrial]:
     """
     dead: list[FrozenTrial] = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not alive(trial.user_attrs.get(WORKER)):
+        if not alive(attributes.signature(trial)):
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             dead.append(trial)
     storage = database(study)
@@ -94,17 +91,18 @@ def free_the_dead(study: optuna.Study, workers: Workers) -> list[FrozenTrial]:
 
 
 def _try_again(study: optuna.Study, trial: FrozenTrial, most: int) -> None:
-    params = trial.params or trial.system_attrs.get("fixed_params", {})
-    times = trial.user_attrs.get(RETRIES, 0) + 1
-    if params and times <= most and AGAIN not in trial.user_attrs:  # what is measured again is chosen anew
-        kept = {k: v for k, v in trial.user_attrs.items() if k == "start"}
+    params = trial.params or attributes.fixed_params(study, trial)
+    times = attributes.retries(study, trial) + 1
+    if params and times <= most and attributes.again(study, trial) is None:  # what is measured again is chosen anew
+        number = attributes.start(study, trial)
+        kept = {} if number is None else {START: number}
         study.enqueue_trial(params, user_attrs={**kept, RETRY: trial.number, RETRIES: times})
 
 
 def retry_of(study: optuna.Study, number: int) -> optuna.Trial | None:
     """The trial that was to repeat this one, if nobody has begun with it; it is then ours."""
     for waiting in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        if waiting.user_attrs.get(RETRY) == number:
+        if attributes.retry(study, waiting) == number:
             return taken(study, waiting)
     return None
 

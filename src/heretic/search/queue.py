@@ -11,9 +11,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from heretic.progress import Watcher
+from heretic.search import attributes
+from heretic.search.attributes import AGAIN, START, TOGETHER, WORKER
 from heretic.search.fidelity import Progress
-from heretic.search.front import AGAIN
-from heretic.search.lives import WORKER, free_the_dead, signature, taken
+from heretic.search.lives import free_the_dead, signature, taken
 from heretic.search.patience import PatientStorage
 from heretic.search.sampler import sampler
 from heretic.search.standing import Standing
@@ -21,9 +22,6 @@ from heretic.search.turns import TurnLost, database, turn
 from heretic.settings import Settings
 from heretic.stop import Stop
 
-TOGETHER = "heretic:trials_together"  # user attribute of the study
-ERROR = "heretic:error"  # user attribute of a trial that failed by itself: what was wrong with it
-START = "start"  # user attribute of a trial to begin with: its number among these
 LOOK_AGAIN = 1.0  # seconds, while other workers measure the last trials
 
 
@@ -59,7 +57,7 @@ class Queue:
             try:
                 with turn(self.study):
                     trials = self.study.get_trials(deepcopy=False)
-                    known = {t.user_attrs.get(START) for t in trials if t.state != TrialState.FAIL}
+                    known = {attributes.start(self.study, t) for t in trials if t.state != TrialState.FAIL}
                     for number, params in enumerate(starts):
                         if number not in known:
                             self.study.enqueue_trial(params, user_attrs={START: number})
@@ -95,15 +93,16 @@ class Queue:
     def _decide(self, together: int, asked: list[optuna.Trial], signed: dict[str, Any]) -> int:
         """Within a turn: ask for what there is to do; how many trials others have under way."""
         running = self._running() if self.shared else []
-        left = self.settings.n_trials - finished(self.study) - sum(AGAIN not in t.user_attrs for t in running)
+        repeated = {t.number: attributes.again(self.study, t) for t in running}
+        left = self.settings.n_trials - finished(self.study) - sum(number is None for number in repeated.values())
         if left > 0:
             for _ in range(min(together, left)):
                 self.study.sampler = sampler(self.settings, self._drawn())
                 self._sign(self.study.ask(), asked, signed)
                 # At once: what is drawn at random comes from the study's sampler of the moment.
                 self.trials.draw(asked[-1])
-        elif all(AGAIN in t.user_attrs for t in running):
-            under_way = {t.user_attrs[AGAIN] for t in running}
+        elif None not in repeated.values():  # whatever is under way repeats another
+            under_way = set(repeated.values())
             for unsettled in Progress.of(self.study).unsettled():
                 if unsettled.number not in under_way:
                     self.study.enqueue_trial(unsettled.params, user_attrs={AGAIN: unsettled.number})
@@ -124,7 +123,8 @@ class Queue:
         trials = self.study.get_trials(deepcopy=False)
         if self.shared:
             return len(trials)
-        return sum(t.state in (TrialState.COMPLETE, TrialState.RUNNING) or ERROR in t.user_attrs for t in trials)
+        counted = (TrialState.COMPLETE, TrialState.RUNNING)
+        return sum(t.state in counted or attributes.failed_by_itself(self.study, t) for t in trials)
 
     def _sign(self, trial: optuna.Trial, asked: list[optuna.Trial], signed: dict[str, Any]) -> None:
         asked.append(trial)
@@ -139,7 +139,7 @@ class Queue:
 
     def _together(self) -> int:
         """How many trials at a time: stored, since what is drawn depends on it, and a resumed study shall draw the same."""
-        before = self.study.user_attrs.get(TOGETHER)
+        before = attributes.trials_together(self.study)
         now = self.trials.together(before)
         if now != before:
             self.study.set_user_attr(TOGETHER, now)

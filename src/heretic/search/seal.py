@@ -7,13 +7,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from heretic.search.fidelity import BEATEN
+from heretic.search.attributes import BEATEN, SCORES
 
 SEAL = "sha256"  # in what is stored of the measurement
-MEASURED = ("scores", BEATEN)
+MEASURED = (SCORES, BEATEN)
 
 
 def sealed(measured: dict[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,13 +20,8 @@ def sealed(measured: dict[str, Any], params: Mapping[str, Any]) -> dict[str, Any
     return {**measured, SEAL: _digest(measured, params)}
 
 
-def broken(study: optuna.Study) -> list[int]:
-    """The finished trials whose seal does not hold; those of earlier versions have none and are believed."""
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [trial.number for trial in complete if not _holds(trial)]
-
-
-def _holds(trial: FrozenTrial) -> bool:
+def holds(trial: FrozenTrial) -> bool:
+    """Whether the measurement of a trial matches its hash. Earlier versions stored no hash; their trials count as undamaged."""
     for kind in MEASURED:
         measured = dict(trial.user_attrs.get(kind) or {})
         seal = measured.pop(SEAL, None)

@@ -20,14 +20,14 @@ import optuna
 from heretic.errors import StudyMismatch, UserError, first_line
 from heretic.files import read_tensors
 from heretic.progress import Watcher
+from heretic.search import attributes
+from heretic.search.attributes import MADE, MAKING, Claim, Made, Signature
 from heretic.search.lives import Unchanged, beating
 from heretic.search.storage import alive, worker
 from heretic.search.turns import TurnLost, turn
 from heretic.settings import Workers
 from heretic.stop import Stop
 
-MAKING = "heretic:making "  # user attribute of the study: who makes the thing of this name
-MADE = "heretic:made "  # hash of the file of this name, and where it was published
 LOOK_AGAIN = 1.0
 
 
@@ -97,7 +97,7 @@ class SharedShelf:
     def _here(self, name: str) -> bool:
         """Whether the file is in the folder as the study knows it, fetched if that is possible; True also where only we
         can make it for ourselves, since it is made and out of reach."""
-        made, path = self._attribute(MADE + name), self.folder / name
+        made, path = attributes.made(self.study, name), self.folder / name
         if made is None:
             if self._hash(path):
                 self._register(name)
@@ -111,7 +111,7 @@ class SharedShelf:
             )
         return True
 
-    def _fetch(self, name: str, made: dict[str, Any]) -> bool:
+    def _fetch(self, name: str, made: Made) -> bool:
         """Get a published file, whole and with its hash, or leave things as they are."""
         if not self.artifacts or not made["artifact"]:
             return False
@@ -136,7 +136,7 @@ class SharedShelf:
     def _register(self, name: str) -> None:
         """Say what the file came to, and publish it; the first one counts."""
         found = self._hash(self.folder / name)
-        made = self._attribute(MADE + name)
+        made = attributes.made(self.study, name)
         if made is None:
             artifact = ""
             if self.artifacts:
@@ -152,15 +152,15 @@ class SharedShelf:
                         where=self.artifacts,
                         fix="make the place writable, or leave artifacts empty",
                     ) from None
-            mine = {"sha256": found, "artifact": artifact, "worker": _spelled(worker())}
+            mine: Made = {"sha256": found, "artifact": artifact, "worker": _spelled(worker())}
             try:
                 with turn(self.study):
-                    made = self._attribute(MADE + name)
+                    made = attributes.made(self.study, name)
                     if made is None:
                         self.study.set_user_attr(MADE + name, json.dumps(mine))
                         made = mine
             except TurnLost:
-                made = self._attribute(MADE + name) or mine
+                made = attributes.made(self.study, name) or mine
         if made["sha256"] != found:
             raise self._other(name, made)
 
@@ -174,7 +174,7 @@ class SharedShelf:
             return ""
         return kept["sha256"] if kept.get("fingerprint") == self.stamp else ""
 
-    def _other(self, name: str, made: dict[str, Any]) -> StudyMismatch:
+    def _other(self, name: str, made: Made) -> StudyMismatch:
         return StudyMismatch(
             f"The {name} of this worker is not that of the study, made by {made['worker']}: on another kind of machine the "
             "same computation is rounded in another way.",
@@ -188,7 +188,7 @@ class SharedShelf:
         """Whether it falls to us to make it: nobody is at it, or who was is dead."""
         try:
             with turn(self.study):
-                claim = self._attribute(MAKING + name)
+                claim = attributes.claim(self.study, name)
                 if there() or (claim and not self._dead(name, claim)):
                     return False
                 self._sign(name, 0)
@@ -196,7 +196,7 @@ class SharedShelf:
         except TurnLost:
             return False
 
-    def _dead(self, name: str, claim: dict[str, Any]) -> bool:
+    def _dead(self, name: str, claim: Claim) -> bool:
         """A process of this machine that is gone; one elsewhere whose count of signs of life has stood still for the grace
         period, by our clock."""
         silent = self.seen.setdefault(name, Unchanged()).seconds(claim)
@@ -221,12 +221,8 @@ class SharedShelf:
         self.study.set_user_attr(MAKING + name, json.dumps({"worker": worker(), "signs": count}))
 
     def _maker(self, name: str) -> str:
-        claim = self._attribute(MAKING + name)
+        claim = attributes.claim(self.study, name)
         return _spelled(claim["worker"]) if claim else "another worker"
-
-    def _attribute(self, key: str) -> dict[str, Any] | None:
-        stored = self.study.user_attrs.get(key)
-        return json.loads(stored) if stored else None
 
 
 def artifact_store(place: str) -> Any:
@@ -262,5 +258,5 @@ class _Below:
         self.store.remove(f"{self.prefix}/{artifact_id}")
 
 
-def _spelled(who: dict[str, Any]) -> str:
+def _spelled(who: Signature) -> str:
     return f"process {who['pid']} on {who['host']}"

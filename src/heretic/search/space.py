@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,7 @@ import optuna
 
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.kernel import Kernel
+from heretic.errors import UserError, plain_line
 from heretic.search.walk import Walk
 from heretic.settings import KernelSpace, Search
 
@@ -34,8 +37,15 @@ class Space:
         return self._around_walk(trial, walk)
 
     def from_params(self, params: Mapping[str, Any]) -> Ablation:
-        """The ablation that a stored trial's parameters stand for."""
-        return self.sample(optuna.trial.FixedTrial(dict(params)))
+        """The ablation that a stored trial's parameters stand for. Raises UserError where they are not of this space."""
+        try:
+            ablation = self.sample(optuna.trial.FixedTrial(dict(params)))
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
+            raise foreign_parameters(error) from None
+        given = [value for value in params.values() if isinstance(value, float)]
+        if not all(map(math.isfinite, given)) or not _finite(ablation):
+            raise foreign_parameters("a number is not finite")
+        return ablation
 
     def starts(self) -> list[dict[str, Any]]:
         """Parameters of the walk's own points, which are tried first, the strict ones before the gentle ones."""
@@ -68,6 +78,22 @@ class Space:
         at = trial.suggest_float("direction_index", *(share * depth for share in search.direction_index))
         kernels = {c: _kernel(trial, c, getattr(search, c), depth) for c in self.components}
         return Ablation.of_kernels(kernels, self.num_layers, at if scope == "global" else None)
+
+
+def _finite(ablation: Ablation) -> bool:
+    parts = [*ablation.strengths.values(), ablation.mixture, ablation.vector]
+    numbers = itertools.chain(*(part for part in parts if part is not None))
+    return all(math.isfinite(number) for number in (*numbers, ablation.shift))
+
+
+def foreign_parameters(why: object) -> UserError:
+    """The error for a trial whose parameters heretic cannot have drawn from this search space."""
+    return UserError(
+        f"The parameters of a stored trial do not fit this model's search space: {plain_line(str(why))[:200]}",
+        code="damaged-study",
+        where="study",
+        fix="restore a copy of the study, or start over with --fresh (heretic keeps the old run)",
+    )
 
 
 def describe(params: Mapping[str, Any]) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from heretic.search.attributes import refusals_before
 from heretic.search.fidelity import Progress
 from heretic.search.front import Result, choose
-from heretic.search.storage import REFUSALS_BEFORE
 from heretic.settings import Settings
 
 RECENT = 20  # trials that the speed is taken from
@@ -31,16 +31,16 @@ class Standing:
     trials_per_hour: float | None
 
     @classmethod
-    def of(cls, study: optuna.Study, settings: Settings) -> Standing:
-        """Read a study."""
+    def of(cls, study: optuna.Study, settings: Settings, without: Collection[int] = ()) -> Standing:
+        """Read a study; of the trials `without` only the number counts. Raises UserError for another damaged one."""
         trials = study.get_trials(deepcopy=False)
         complete = [t for t in trials if t.state == TrialState.COMPLETE]
-        progress = Progress.of(study)
+        progress = Progress.of(study, without)
         return cls(
             n_trials=settings.n_trials,
             done=len(complete),
             failed=sum(t.state == TrialState.FAIL for t in trials),
-            before=study.user_attrs.get(REFUSALS_BEFORE),
+            before=refusals_before(study),
             progress=progress,
             best=choose(progress.found, settings.select, settings.max_kl, settings.max_refusals),
             trials_per_hour=_per_hour(complete),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-import re
 import socket
+import sqlite3
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,19 +19,18 @@ import psutil
 import sqlalchemy
 from optuna.trial import TrialState
 
-from heretic.errors import StudyMismatch, UserError, first_line
+from heretic.errors import StudyMismatch, UserError, first_line, plain_line
 from heretic.fingerprint import differences, versions_that_matter
+from heretic.search import attributes
+from heretic.search.attributes import FACTS, SETTINGS, Signature
+from heretic.search.damage import check_study
 from heretic.search.patience import Patience, PatientStorage, borne, reason
-from heretic.search.seal import broken
+from heretic.search.url import masked, on_server, sqlite_file
 from heretic.settings import Settings, Workers
 
 METRICS = ["KL divergence", "refusals"]
-FACTS = "heretic:fingerprint"
-REFUSALS_BEFORE = "heretic:refusals_before"
-SETTINGS = "heretic:settings"  # user attribute of the study, for whoever sees nothing but the storage
-EXPORTED = "heretic:exported "  # and a trial's number: by whom, where to
-SECRET = re.compile(r"((?:^|(?<=&))[^=&]*(?:pass|pwd|secret|token|key|auth|cred)[^=&]*=)[^&]*", re.IGNORECASE)
 SECONDS_TO_WAIT = 60  # for another process that has the SQLite file locked, or is making the tables on a server
+OPTUNA_TABLES = {"studies", "trials", "version_info", "alembic_version"}
 OPENING = int.from_bytes(b"heretic", "big")  # PostgreSQL's lock on making the tables
 # A connection whose other end is gone is noticed within half a minute, on both sides: the locks of a machine that lost its power
 # must not stay.
@@ -41,49 +41,6 @@ SERVER_ARGUMENTS = {
 }  # fmt: skip
 
 
-def storage_url(storage: str, folder: Path) -> str:
-    """The URL of the study's storage. Raises UserError for a folder that a URL cannot name."""
-    if storage:
-        return storage
-    file = (folder / "study.db").resolve()
-    if "?" in str(file):  # what follows it would be taken for options
-        raise UserError(
-            "A run cannot lie in a folder with a '?' in its path.",
-            where=str(folder),
-            fix="another run_name or runs_dir",
-        )
-    return f"sqlite:///{file}"
-
-
-def study_name(storage: str, folder: Path) -> str:
-    """The study's name: fixed in a run's own file, so that a renamed folder stays readable; the run's name where shared."""
-    return folder.name if storage else "heretic"
-
-
-def masked(url: str) -> str:
-    """A storage URL without its password and whatever else in it may be a secret, for messages and manifests."""
-    # A password may hold any character, unescaped ones too: it ends at the last @. Rather too much is masked than too little.
-    place, mark, query = re.sub(r"://([^:/@]*):.*@", r"://\1:***@", url, flags=re.DOTALL).partition("?")
-    return place + mark + SECRET.sub(r"\1***", query)
-
-
-def on_server(url: str) -> bool:
-    """Whether a storage can have workers on several machines."""
-    return bool(url) and not url.startswith("sqlite")
-
-
-def sqlite_file(url: str) -> Path | None:
-    """The file of a storage in SQLite, which a URL may also name as a URI of its own (`sqlite:///file:PATH?uri=true`); None for
-    any other storage."""
-    try:
-        parsed = sqlalchemy.make_url(url)
-    except sqlalchemy.exc.ArgumentError:
-        return None
-    if parsed.get_backend_name() != "sqlite" or not parsed.database:
-        return None
-    return Path(parsed.database.removeprefix("file:"))
-
-
 def connect(url: str, workers: Workers | None = None, patience: Patience | None = None) -> optuna.storages.RDBStorage:
     """Open a storage. Raises UserError where it cannot be reached or written."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -91,6 +48,7 @@ def connect(url: str, workers: Workers | None = None, patience: Patience | None 
     warnings.filterwarnings("ignore", message="Heartbeat of storage")  # search/lives.py records them
     try:
         if not on_server(url):
+            _check_file(url)
             return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": SECONDS_TO_WAIT}})
         workers = workers or Workers()
         driven = _with_driver(url)
@@ -107,11 +65,51 @@ def connect(url: str, workers: Workers | None = None, patience: Patience | None 
         cause = "its driver is not installed" if lacks_driver else reason(error)
         raise UserError(
             f"The study's storage cannot be opened: {cause}",
+            code="storage-unavailable",
             where=masked(url),
             fix="pip install 'psycopg[binary]'"
             if lacks_driver
             else "check that the place exists and can be written; a damaged study.db can be set aside with --fresh",
         ) from None
+
+
+def _check_file(url: str) -> None:
+    """Raise UserError for a file in which Optuna must not make its tables, or that another process keeps locked."""
+    file = sqlite_file(url)
+    if file is None or not file.exists():
+        return
+    if not file.is_file():
+        raise UserError(
+            "The study's storage is not a regular file.",
+            code="storage-unavailable",
+            where=masked(url),
+            fix="name a file, or leave storage empty for study.db in the run's folder",
+        )
+    try:
+        opened = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=SECONDS_TO_WAIT)
+        with contextlib.closing(opened):
+            tables = {name for (name,) in opened.execute("select name from sqlite_master where type = 'table'")}
+    except sqlite3.Error as error:
+        if "locked" in str(error):
+            raise locked(url) from None
+        return  # Optuna opens it next, and says what is wrong
+    if tables and tables.isdisjoint(OPTUNA_TABLES):
+        raise UserError(
+            "The database belongs to another program: it has tables, but not those of Optuna.",
+            code="not-a-study",
+            where=masked(url),
+            fix="name another file, or leave storage empty for study.db in the run's folder",
+        )
+
+
+def locked(url: str) -> UserError:
+    """A database that another process did not release in time."""
+    return UserError(
+        f"Another process has kept the study locked for {SECONDS_TO_WAIT} seconds.",
+        code="storage-locked",
+        where=masked(url),
+        fix="end that process, then run the same command again; heretic status names it if it is heretic",
+    )
 
 
 @contextmanager
@@ -153,6 +151,7 @@ def unwritable(url: str, error: BaseException) -> UserError:
     """A storage that failed in the middle: a full disk, a server that is gone."""
     return UserError(
         f"The study cannot be written: {reason(error)}.",
+        code="storage-unwritable",
         where=masked(url),
         fix="make room or bring the storage back, then run the same command again; nothing finished is lost",
     )
@@ -160,15 +159,16 @@ def unwritable(url: str, error: BaseException) -> UserError:
 
 @contextmanager
 def reading(url: str) -> Iterator[None]:
-    """Within the context what a damaged database does to its reader becomes a UserError: broken pages, values of other kinds."""
+    """Within the context what a damaged database does to its reader becomes a UserError: broken pages, unknown states."""
     try:
         yield
     except (*STORAGE_ERRORS, ValueError, TypeError, LookupError, RecursionError) as error:
         cause = error.__cause__ or error
         raise UserError(
-            f"The study cannot be read: {first_line(getattr(cause, 'orig', None) or cause)[:200]}",
+            f"The study cannot be read: {plain_line(first_line(getattr(cause, 'orig', None) or cause))[:200]}",
+            code="storage-unreadable" if isinstance(error, STORAGE_ERRORS) else "damaged-study",
             where=masked(url),
-            fix="put back a copy of it, or begin anew with --fresh (the old run is kept aside)",
+            fix="restore a copy of the study, or start over with --fresh (heretic keeps the old run)",
         ) from None
 
 
@@ -192,14 +192,14 @@ def open_study(
             study = optuna.create_study(
                 storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=True
             )
-            stored = study.user_attrs.get(FACTS)
+            stored = attributes.fingerprint(study)
             if stored is None and not study.get_trials(deepcopy=False):
                 study.set_user_attr(FACTS, json.dumps(facts))
                 study.set_metric_names(METRICS)
                 return study
         except STORAGE_ERRORS as error:
             raise unwritable(url, error) from None
-        before = json.loads(stored) if stored else {}
+        before = stored or {}
         found = differences(before, facts)
     if found and before.get("format") != facts.get("format"):
         raise StudyMismatch(
@@ -215,20 +215,9 @@ def open_study(
             where=masked(url),
             fix="take those settings back, choose another run_name, or begin anew with --fresh (the old run is kept aside)",
         )
-    check_seals(study, url)
-    return study
-
-
-def check_seals(study: optuna.Study, url: str) -> None:
-    """Raise UserError if what is stored of a trial is not what was measured."""
     with reading(url):
-        damaged = broken(study)
-    if damaged:
-        raise UserError(
-            f"The study is damaged: what is stored of trial {damaged[0]} is not what was measured.",
-            where=masked(url),
-            fix="put back a copy of it, or begin anew with --fresh (the old run is kept aside)",
-        )
+        check_study(study)
+    return study
 
 
 def keep_settings(study: optuna.Study, settings: Settings) -> None:
@@ -237,13 +226,7 @@ def keep_settings(study: optuna.Study, settings: Settings) -> None:
     study.set_user_attr(SETTINGS, kept.model_dump_json())
 
 
-def settings_of(study: optuna.Study) -> Settings | None:
-    """The settings that a study was last worked on with; None in those made before they were stored."""
-    stored = study.user_attrs.get(SETTINGS)
-    return Settings.model_validate_json(stored) if stored else None
-
-
-def worker() -> dict[str, Any]:
+def worker() -> Signature:
     """Who runs a trial: host, process and when that process began (a process number alone is used again)."""
     return {
         "host": socket.gethostname(),
@@ -273,19 +256,19 @@ def fail_abandoned(study: optuna.Study) -> list[int]:
     SQLite: there are no workers elsewhere, so a trial of another host or start of the machine was cut off."""
     abandoned = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        who = trial.user_attrs.get("worker")
+        who = attributes.signature(trial)
         if not (here(who) and alive(who)):
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             abandoned.append(trial.number)
     return abandoned
 
 
-def here(who: dict[str, Any] | None) -> bool:
+def here(who: Signature | None) -> bool:
     """Whether a signature is of this start of this machine."""
     return who is not None and who["host"] == socket.gethostname() and who.get("machine", _machine()) == _machine()
 
 
-def alive(who: dict[str, Any] | None) -> bool:
+def alive(who: Signature | None) -> bool:
     """Whether the worker that signed a trial may still be at it; one of another host is believed to be."""
     if who is None:  # killed between asking for the trial and signing it
         return False

@@ -12,9 +12,10 @@ from optuna.trial import TrialState
 from heretic.errors import UserError
 from heretic.progress import Watcher
 from heretic.scoring.ladder import Measured, Scores, never
-from heretic.search.fidelity import BEATEN, Bar, Progress, told
-from heretic.search.lives import WORKER, retry_of, signature, signs_of_life
-from heretic.search.queue import ERROR, START, Drawer, Queue, finished
+from heretic.search.attributes import BEATEN, ERROR, KL_PER_PROMPT, SCORES, START, WORKER
+from heretic.search.fidelity import Bar, Progress, told
+from heretic.search.lives import retry_of, signature, signs_of_life
+from heretic.search.queue import Drawer, Queue, finished
 from heretic.search.seal import sealed
 from heretic.search.standing import Standing
 from heretic.settings import Settings
@@ -23,7 +24,6 @@ from heretic.stop import Stop
 # An ablation that destroys the model has an infinite KL; TPE needs a number, and any this large is as bad as another.
 WORST_KL = 100.0
 FAILURES_IN_A_ROW = 3
-KL_PER_PROMPT = "kl_per_prompt"  # user attribute of a trial that was on the front when it was told
 MOST_PROMPTS = 2000  # of which it is stored
 
 
@@ -118,7 +118,7 @@ def _keep(
     """
 
     def store(where: optuna.Trial) -> None:
-        kind = "scores" if isinstance(found, Scores) else BEATEN
+        kind = SCORES if isinstance(found, Scores) else BEATEN
         where.set_user_attr(kind, sealed(found.as_dict(), where.params))
         for name, excess in found.excess.items() if isinstance(found, Scores) else ():
             where.set_constraint(name, excess)

@@ -14,7 +14,7 @@ from typing import Any
 
 import optuna
 import sqlalchemy
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from heretic.errors import UserError
 from heretic.search.patience import PatientStorage
@@ -44,8 +44,20 @@ def turn(study: optuna.Study) -> Iterator[None]:
     if storage is None:
         yield
     elif storage.engine.dialect.name == "sqlite":
-        with FileLock(f"{Path(storage.engine.url.database or '')}.lock"):
+        lock = FileLock(f"{Path(storage.engine.url.database or '')}.lock")
+        try:
+            lock.acquire(timeout=LONGEST_TURN)
+        except Timeout:
+            raise UserError(
+                f"Another process has kept its turn on the study for {LONGEST_TURN} seconds.",
+                code="storage-locked",
+                where=lock.lock_file,
+                fix="end the worker that hangs, then run the same command again; nothing finished is lost",
+            ) from None
+        try:
             yield
+        finally:
+            lock.release()
     else:
         assert isinstance(storage, PatientStorage)
         while (connection := storage.patiently(_taken, storage, study.study_name)) is None:

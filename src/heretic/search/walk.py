@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
+from pydantic import Json, TypeAdapter
 
 from heretic.ablation.ablation import Ablation
-
-WALK = "heretic:walk"  # user attribute of the study
+from heretic.search import attributes
+from heretic.search.attributes import MOST_LAYERS, WALK
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,35 @@ class Walk:
 
     @classmethod
     def of(cls, study: optuna.Study) -> Walk | None:
-        """The study's walk, if it has one yet."""
-        stored = study.user_attrs.get(WALK)
-        if stored is None:
-            return None
-        data = json.loads(stored)
-        return cls(tuple(map(Point.from_dict, data["points"])), data["why_not"])
+        """The study's walk, if it has one yet. Raises UserError for a damaged one."""
+        walk = attributes.read(study, WALK, _adapter())
+        if walk is not None and not alike(walk.points):
+            raise attributes.damaged(study, f"'{WALK}' is invalid (points differ in shape, or are not finite)")
+        return walk
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Walk]:
+    return TypeAdapter(Json[Walk])
+
+
+def alike(points: Sequence[Point]) -> bool:
+    """Whether the points are of one model: the same components, the same layers, the same kind of direction, finite numbers."""
+    shapes = {
+        (
+            *sorted((component, len(profile)) for component, profile in p.strengths.items()),
+            *(None if part is None else len(part) for part in (p.mixture, p.vector)),
+        )
+        for p in points
+    }
+    numbers = [part for p in points for part in (*p.strengths.values(), p.mixture or (), p.vector or ())]
+    layers = {len(part) for p in points for part in (*p.strengths.values(), *([p.mixture] if p.mixture else []))}
+    return (
+        len(shapes) <= 1
+        and len(layers) <= 1
+        and max(layers, default=0) <= MOST_LAYERS
+        and all(map(math.isfinite, itertools.chain(*numbers)))
+    )
 
 
 def shifted(mixture: Sequence[float], shift: float) -> tuple[float, ...]:
