@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from heretic.errors import UserError
@@ -34,17 +38,17 @@ def test_slices_prefix_and_suffix() -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ({"source": "missing.txt"}, "does not exist"),
-        ({"source": "missing.csv"}, "does not exist"),
-        ({"source": "p.txt", "split": "train[:5]"}, "there are 4"),
-        ({"source": "p.txt", "split": "train[3:3]"}, "train[3:3]"),
-        ({"source": "p.txt", "split": "train[10%]"}, "is no split"),
-        ({"source": "empty.txt"}, "is empty"),
-        ({"source": "latin.txt"}, "not UTF-8"),
-        ({"source": "p.jsonl", "column": "prompt"}, "no column 'prompt'"),
+        ({"source": "missing.txt"}, "file-missing"),
+        ({"source": "missing.csv"}, "file-missing"),
+        ({"source": "p.txt", "split": "train[:5]"}, "split-out-of-range"),
+        ({"source": "p.txt", "split": "train[3:3]"}, "split-out-of-range"),
+        ({"source": "p.txt", "split": "train[10%]"}, "invalid-split"),
+        ({"source": "empty.txt"}, "no-prompts"),
+        ({"source": "latin.txt"}, "file-encoding"),
+        ({"source": "p.jsonl", "column": "prompt"}, "no-such-column"),
         ({"source": "broken.jsonl"}, "bad-data-file"),
-        ({"source": "bundled:nothing"}, "cooking_train"),
-        ({"source": ""}, "no source"),
+        ({"source": "bundled:nothing"}, "no-such-prompt-set"),
+        ({"source": ""}, "no-prompts"),
     ],
 )
 def test_bad_sources_say_what_is_wrong(source: dict[str, str], expected: str) -> None:
@@ -55,8 +59,8 @@ def test_bad_sources_say_what_is_wrong(source: dict[str, str], expected: str) ->
     Path("latin.txt").write_bytes("äöü".encode("latin-1"))
     with pytest.raises(UserError) as error:
         prompts(**source)
-    assert expected in str(error.value)
-    assert "prompts.harmful_train" in str(error.value)
+    assert error.value.code == expected
+    assert "prompts.harmful_train" in str(error.value.where)
 
 
 def test_overlap_is_counted_and_said() -> None:
@@ -83,12 +87,182 @@ def test_bundled_sets_are_there() -> None:
     assert len(prompts(source="bundled:cooking_train")) >= 100
 
 
+def code_of(source: str) -> str:
+    """The error's code, the same for a prompt set and for a file of prompts named on the command line."""
+    with pytest.raises(UserError) as error:
+        prompts(source=source)
+    with pytest.raises(UserError) as on_command_line:
+        from_text_or_file(source)
+    assert error.value.code == on_command_line.value.code
+    return error.value.code
+
+
 def test_a_file_whose_name_does_not_say_what_it_is_is_not_looked_for_on_the_hub() -> None:
     Path("notes.md").write_text("a prompt\n")
-    with pytest.raises(UserError, match="cannot be told from its name"):
-        load("harmful_eval", PromptSource(source="notes.md"))
-    with pytest.raises(UserError, match="cannot be told from its name"):
-        from_text_or_file("notes.md")
+    assert code_of("notes.md") == "unknown-file-kind"
     assert from_text_or_file("notes.md is a file") == ("notes.md is a file",)
-    with pytest.raises(UserError, match="is empty"):
+    with pytest.raises(UserError) as error:
         from_text_or_file(" ")
+    assert error.value.code == "no-prompts"
+
+
+def save(name: str, values: list[Any], column: str = "text") -> str:
+    """A table with a column of these values and one of numbers, in the format that the name says."""
+    rows = [{column: value, "id": n} for n, value in enumerate(values)]
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), name)
+    elif name.endswith(".jsonl"):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        Path(name).write_text(json.dumps(rows, indent=1))
+    return name
+
+
+FORMATS = ("p.jsonl", "p.json", "p.parquet")
+CHATML = [
+    [{"role": "user", "content": "one"}, {"role": "assistant", "content": "sure"}],
+    [{"role": "system", "content": "be"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+     {"role": "user", "content": "two"}],
+]  # fmt: skip
+SHAREGPT = [
+    [{"from": "human", "value": "one"}, {"from": "gpt", "value": "sure"}],
+    [{"from": "system", "value": "be"}, {"from": "human", "value": "two"}],
+]
+PARTS = [
+    [{"role": "user", "content": [{"type": "text", "text": "one"}]}],
+    [{"role": "system", "content": [{"type": "text", "text": "be"}]},
+     {"role": "user", "content": [{"type": "text", "text": "two"}]}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("conversations", [CHATML, SHAREGPT, PARTS])
+def test_the_last_user_turn_of_a_conversation_is_the_prompt(name: str, conversations: list[Any]) -> None:
+    found = load("harmful_train", PromptSource(source=save(name, conversations, "messages"), column="messages"))
+    assert (found.prompts, found.shortened) == (("one", "two"), 1)
+    assert from_text_or_file(name) == ("one", "two")
+
+
+def test_conversations_with_earlier_turns_are_said() -> None:
+    source = PromptSource(source=save("p.jsonl", CHATML, "messages"), column="messages")
+    sets = load_all(Prompts(harmful_train=source, harmful_eval=source, harmless_train=source, harmless_eval=source))
+    assert sum("1 of 2 conversations" in warning for warning in sets.warnings) == 4
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("bad", [
+    3, 1.5, True, {"a": "b"}, ["a"], [["a"]], [], [{"role": "assistant", "content": "x"}], [{"role": "user", "content": None}],
+    [{"role": "user", "content": [{"type": "image", "url": "x"}]}], [{"role": "user", "content": 3}], str(CHATML[0]),
+    json.dumps(SHAREGPT[0]),
+])  # fmt: skip
+def test_nothing_but_text_becomes_a_prompt(name: str, bad: Any) -> None:
+    save(name, [None, bad])
+    with pytest.raises(UserError) as error:
+        prompts(source=name)
+    assert error.value.code == "not-a-prompt"
+    assert name in error.value.what and "2" in error.value.what
+
+
+def test_bytes_and_labels_of_a_table_are_no_text() -> None:
+    assert code_of(save("p.parquet", [b"bytes"])) == "not-a-prompt"
+    Path("p.csv").write_text("text,other\n1,a\n2.5,b\n")
+    assert code_of("p.csv") == "not-a-prompt"
+    Path("p.csv").write_text("text\n1\ntwo\n")
+    assert prompts(source="p.csv") == ("1", "two"), "a cell of CSV is text, just as it is written"
+
+
+def test_a_data_set_of_the_hub_gives_text_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    table = datasets.Dataset.from_dict({"text": ["a", None], "messages": CHATML, "label": [0, 1]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_options: table)
+    assert prompts(source="owner/name") == ("a",)
+    assert prompts(source="owner/name", column="messages") == ("one", "two")
+    with pytest.raises(UserError) as error:
+        prompts(source="owner/name", column="label")
+    assert error.value.code == "not-a-prompt"
+
+
+def test_texts_that_are_not_unicode_are_refused() -> None:
+    Path("p.jsonl").write_text('{"text": "\\ud800"}\n')
+    assert code_of("p.jsonl") == "not-a-prompt"
+    with pytest.raises(UserError) as error:
+        from_text_or_file("a\udcff")
+    assert error.value.code == "not-a-prompt"
+
+
+def test_a_prompt_may_hold_line_separators() -> None:
+    rows = ["a\u2028b", "c\x85d", "e\x0cf", "g\x1ch"]
+    Path("p.txt").write_bytes("\r\n".join(rows).encode())
+    Path("p.jsonl").write_bytes("\n".join(json.dumps({"text": r}, ensure_ascii=False) for r in rows).encode())
+    Path("p.csv").write_bytes(("text\n" + "\n".join(rows)).encode())
+    for name in ("p.txt", "p.jsonl", "p.csv"):
+        assert prompts(source=name) == tuple(rows), name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code", "line"),
+    [
+        ("p.jsonl", b'{"text": "a"}\n{"text": "b"},\n{"text": "c"}\n', "bad-data-file", 2),
+        ("p.jsonl", b'{"text": "a"}\n\n"b"\n', "bad-data-file", 3),
+        ("p.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}\n', "bad-data-file", 2),
+        ("p.jsonl", b'{"text": ' + b"[" * 100_000, "bad-data-file", 1),
+        ("p.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "bad-data-file", 1),
+        ("p.json", b'[{"text": "a"},\n {"text": }]', "bad-data-file", 2),
+        ("p.json", b'{"data": {"text": "a"}}', "bad-data-file", None),
+        ("p.json", b'["a", "b"]', "bad-data-file", None),
+        ("p.csv", b"text,id\na,1\nb, c,2\n", "bad-data-file", 3),
+        ("p.csv", b'text,id\n"a\nb",1\nc\n', "bad-data-file", 4),
+        ("p.csv", b'text\n"a\n', "bad-data-file", 2),
+        ("p.csv", b"text,text\na,b\n", "bad-data-file", None),
+        ("p.jsonl", '{"text": "a"}\n'.encode("utf-16"), "file-encoding", 1),
+        ("p.csv", b"text\na\n\xff\n", "file-encoding", 3),
+        ("p.parquet", b"PAR1" + b"\0" * 40, "bad-data-file", None),
+        ("p.parquet", b"", "bad-data-file", None),
+        ("p.json", b"", "no-prompts", None),
+        ("p.jsonl", b"\n", "no-prompts", None),
+        ("p.csv", b"text\n", "no-prompts", None),
+        ("p.json", b"[]", "no-prompts", None),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(name: str, content: bytes, code: str, line: int | None) -> None:
+    Path(name).write_bytes(content)
+    assert code_of(name) == code
+    with pytest.raises(UserError) as error:
+        prompts(source=name)
+    assert "network" not in str(error.value.fix) and len(str(error.value)) < 600
+    assert (f"{name}:{line}" if line else name) in f"{error.value.what} {error.value.where}"
+
+
+def test_rows_of_json_may_stand_in_either_form() -> None:
+    Path("p.json").write_text('{"text": "a"}\n{"text": "b"}\n')
+    Path("p.jsonl").write_text('[{"text": "a"}, {"text": "b"}]')
+    Path("P.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"id": 1}\r\n{"text": "b"}')
+    for name in ("p.json", "p.jsonl", "P.JSONL"):
+        assert prompts(source=name) == ("a", "b"), name
+
+
+def test_columns_of_the_same_name_in_parquet_are_refused() -> None:
+    column = pyarrow.array(["a"])
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([column, column], names=["text", "text"]), "p.parquet")
+    assert code_of("p.parquet") == "bad-data-file"
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet", ""])
+def test_only_regular_files_are_opened(suffix: str) -> None:
+    for make in (os.mkfifo, lambda path: Path(path).symlink_to("/dev/zero")):
+        make(f"p{suffix}")
+        assert code_of(f"p{suffix}") == "not-a-regular-file"
+        Path(f"p{suffix}").unlink()
+
+
+def test_a_home_folder_that_is_not_known_is_refused() -> None:
+    assert code_of("~unknown-user-of-heretic/p.txt") == "unknown-home"
+    assert from_text_or_file("~unknown-user-of-heretic what is this") == ("~unknown-user-of-heretic what is this",)
+
+
+def test_a_path_may_hold_spaces_brackets_and_links() -> None:
+    Path("a [1] *ü").mkdir()
+    save("a [1] *ü/p q.parquet", ["a"])
+    Path("link.parquet").symlink_to("a [1] *ü/p q.parquet")
+    assert prompts(source="a [1] *ü/p q.parquet") == prompts(source="link.parquet") == ("a",)

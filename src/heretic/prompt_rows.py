@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from heretic.errors import UserError, first_line
+from heretic.errors import UserError, first_line, plain_line
 from heretic.files import open_regular, read_text, split_lines
 
 Row = tuple[
@@ -19,21 +20,26 @@ WHAT = "The prompt file"
 LONGEST_FIELD = 1 << 24  # characters; csv's own limit is 128 Ki
 # How conversations name the speaker and the text: OpenAI's messages, and ShareGPT's.
 SPEAKER, TEXT = ("role", "from"), ("content", "value")
-USER = {"user", "human"}
+USER = {"user", "human", "prompter"}
+# A conversation written as text, by Python or as JSON, as pandas does in a CSV file.
+WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from|content|value)['"]\s*:""")
 
 
-def rows_of(path: Path, key: str) -> list[Row]:
+def rows_of(path: Path, key: str, column: str) -> list[Row]:
     """The rows of a .jsonl, .json, .csv or .parquet file.
 
     Args:
         path: the file; its suffix says which format it has.
-        key: the setting that names it, for messages.
+        key: the setting that names it, for messages; empty if none does.
+        column: the column that is wanted; of a Parquet file that has it, no other is read.
 
     Raises:
         UserError: `bad-data-file` with file, line and cause, or what `read_text` raises.
     """
-    reader = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}[path.suffix]
-    return list(reader(path, f"{key}.source"))
+    where, kind = f"{key}.source" if key else str(path), path.suffix.lower()
+    if kind == ".parquet":
+        return list(_parquet(path, where, column))
+    return list({".jsonl": _json_lines, ".json": _json, ".csv": _csv}[kind](path, where))
 
 
 def prompt_in(value: Any, place: str, key: str) -> str | None:
@@ -48,39 +54,65 @@ def prompt_in(value: Any, place: str, key: str) -> str | None:
     if value is None:
         return None
     if isinstance(value, str):
-        return value.strip() or None
+        if WRITTEN_OUT.match(value):
+            raise _no_prompt("holds a conversation written out as text, not a list of messages", place, key)
+        return _text(value, place, key)
+    messages = _messages(value)
+    if messages is None:
+        raise _no_prompt(f"holds {_kind(value)}, not a text or a conversation", place, key)
+    turn = _last_user_turn(messages)
+    if turn is None:
+        raise _no_prompt("holds a conversation without a user turn", place, key)
+    content = next((messages[turn][name] for name in TEXT if messages[turn].get(name) is not None), None)
+    parts = [_part(part) for part in content] if isinstance(content, (list, tuple)) else [_part(content)]
+    if not parts or any(part is None for part in parts):
+        raise _no_prompt("holds a conversation whose last user turn is not text only", place, key)
+    return _text("\n".join(part for part in parts if part is not None), place, key)
+
+
+def leaves_turns_out(value: Any) -> bool:
+    """Whether a cell holds a conversation with a system message or earlier turns, which are no part of the prompt."""
+    messages = None if isinstance(value, str) else _messages(value)
+    return bool(messages and _last_user_turn(messages))
+
+
+def _messages(value: Any) -> list[Mapping[str, Any]] | None:
+    """The messages of a conversation; None for what is none."""
     if isinstance(value, Mapping) and value and all(isinstance(part, list) for part in value.values()):
         names, columns = list(value), list(value.values())  # a list of messages, as data sets store it by columns
         value = [dict(zip(names, parts, strict=False)) for parts in zip(*columns, strict=False)]
-    if isinstance(value, list) and value and all(isinstance(message, Mapping) for message in value):
-        return _last_user_turn(value, place, key)
-    raise _no_prompt(f"holds {_kind(value)}, not a text", place, key)
+    if not isinstance(value, (list, tuple)) or not value:
+        return None
+    return list(value) if all(isinstance(m, Mapping) and _speaker(m) is not None for m in value) else None
 
 
-def _last_user_turn(messages: Sequence[Mapping[str, Any]], place: str, key: str) -> str | None:
-    for message in reversed(messages):
-        speaker = next((message[name] for name in SPEAKER if name in message), None)
-        content = next((message[name] for name in TEXT if name in message), None)
-        if speaker is None or content is None:
-            raise _no_prompt("holds a list that is no conversation: a message has no role or no content", place, key)
-        if str(speaker).lower() not in USER:
-            continue
-        if isinstance(content, str):
-            return content.strip() or None
-        parts = content if isinstance(content, list) else [content]
-        if not all(
-            isinstance(p, Mapping) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts
-        ):
-            raise _no_prompt("holds a message that is not text only", place, key)
-        return "\n".join(p["text"] for p in parts).strip() or None
-    raise _no_prompt("holds a conversation without a user turn", place, key)
+def _last_user_turn(messages: Sequence[Mapping[str, Any]]) -> int | None:
+    return next((n for n in reversed(range(len(messages))) if _speaker(messages[n]) in USER), None)
+
+
+def _speaker(message: Mapping[str, Any]) -> str | None:
+    speaker = next((message[name] for name in SPEAKER if message.get(name) is not None), None)
+    return speaker.strip().lower() if isinstance(speaker, str) else None
+
+
+def _part(part: Any) -> str | None:
+    """The text of a message, or of a part of it; None for an image or what else there may be."""
+    if isinstance(part, Mapping) and part.get("type", "text") == "text":
+        part = part.get("text")
+    return part if isinstance(part, str) else None
+
+
+def _text(text: str, place: str, key: str) -> str | None:
+    if any("\ud800" <= c <= "\udfff" for c in text):  # JSON can spell them, UTF-8 and tokenizers can't
+        raise _no_prompt("holds text that is not valid in UTF-8", place, key)
+    return text.strip() or None
 
 
 def _no_prompt(what: str, place: str, key: str) -> UserError:
     return UserError(
         f"{place} {what}.",
         code="not-a-prompt",
-        where=f"{key}.column",
+        where=f"{key}.column" if key else None,
         fix="name a column of texts or of conversations (lists of messages with role and content)",
     )
 
@@ -105,25 +137,28 @@ def bad_file(path: Path, cause: str, where: str, *, line: int | None = None) -> 
     )
 
 
-def _json_lines(path: Path, where: str) -> Iterator[Row]:
-    for number, line in enumerate(split_lines(read_text(path, WHAT, where=where)), start=1):
+def _json_lines(path: Path, where: str, *, or_list: bool = True) -> Iterator[Row]:
+    text = read_text(path, WHAT, where=where)
+    if or_list and text.lstrip().startswith("[") and text.rstrip().endswith("]"):  # JSON under the name of JSON lines
+        yield from _json(path, where)
+        return
+    for number, line in enumerate(split_lines(text), start=1):
         if line.strip():
             yield number, _object(_parsed(line, path, where, number), path, where, number)
 
 
 def _json(path: Path, where: str) -> Iterator[Row]:
     text = read_text(path, WHAT, where=where)
+    if not text.strip():
+        return
     try:
-        content = json.loads(text)
-    except ValueError:  # several values, one a line, are common under this name too
-        try:
-            yield from list(_json_lines(path, where))
-            return
-        except UserError:
-            pass
         content = _parsed(text, path, where)
-    except RecursionError:
-        content = _parsed(text, path, where)
+    except UserError:  # several values, one a line, are common under this name too
+        first = next(line.strip() for line in split_lines(text) if line.strip())
+        if not first.startswith("{") or first == "{":
+            raise
+        yield from _json_lines(path, where, or_list=False)
+        return
     if isinstance(content, dict) and content and all(isinstance(part, list) for part in content.values()):
         columns = list(content.values())
         if len({len(column) for column in columns}) != 1:
@@ -137,14 +172,24 @@ def _json(path: Path, where: str) -> Iterator[Row]:
 
 def _parsed(text: str, path: Path, where: str, line: int | None = None) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_duplicates)
     except RecursionError:
         raise bad_file(path, "this is nested too deeply.", where, line=line) from None
     except json.JSONDecodeError as error:
         at = line or error.lineno
+        if line and text.rstrip().endswith("},"):
+            raise bad_file(path, "the line ends with a comma.", where, line=at) from None
         raise bad_file(path, f"this is not valid JSON: {error.msg} (column {error.colno}).", where, line=at) from None
-    except ValueError as error:  # a number of thousands of digits
-        raise bad_file(path, f"{first_line(error)}.", where, line=line) from None
+    except ValueError as error:  # a key twice, a number of thousands of digits
+        raise bad_file(path, f"{plain_line(first_line(error))}.", where, line=line) from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has the key '{next(n for n in names if names.count(n) > 1)[:50]}' twice")
+    return found
 
 
 def _object(row: Any, path: Path, where: str, line: int | None, what: str = "") -> Mapping[str, Any]:
@@ -158,6 +203,7 @@ def _csv(path: Path, where: str) -> Iterator[Row]:
     csv.field_size_limit(LONGEST_FIELD)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     names: list[str] | None = None
+    rows: list[tuple[int, list[str]]] = []
     line = 1
     try:
         for fields in reader:
@@ -173,23 +219,37 @@ def _csv(path: Path, where: str) -> Iterator[Row]:
                         where,
                         line=line,
                     )
-                yield line, dict(zip(names, fields, strict=True))
+                rows.append((line, fields))
             line = reader.line_num + 1
     except csv.Error as error:
         raise bad_file(path, f"this is not valid CSV: {error}.", where, line=line) from None
+    # CSV has no types: where every cell of a column is a number, it is one of numbers, not of texts.
+    numbers = [all(_is_number(fields[n]) for _, fields in rows) for n in range(len(names or []))]
+    for line, fields in rows:
+        cells = [float(text) if number else text for text, number in zip(fields, numbers, strict=True)]
+        yield line, dict(zip(names or [], cells, strict=True))
 
 
-def _parquet(path: Path, where: str) -> Iterator[Row]:
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _parquet(path: Path, where: str, column: str) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     with open_regular(path, WHAT, where=where) as file:
-        data = file.read()
-    try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
-        if len(set(table.column_names)) < len(table.column_names):
-            raise bad_file(path, "two columns have the same name.", where)
-        rows = table.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise bad_file(path, f"this is not a whole Parquet file: {first_line(error)[:200]}.", where) from None
-    yield from enumerate(rows, start=1)
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            names = table.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise bad_file(path, "two columns have the same name.", where)
+            values = table.read(columns=[column]).column(column).to_pylist() if column in names else [None]
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise bad_file(path, f"this is not a whole Parquet file: {first_line(error)[:200]}.", where) from None
+    for number, value in enumerate(values, start=1):
+        yield number, {**dict.fromkeys(names), column: value} if column in names else dict.fromkeys(names)
