@@ -9,7 +9,7 @@ import re
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import sqlalchemy
 from optuna.trial import TrialState
 
 from heretic.errors import StudyMismatch, UserError, first_line
+from heretic.files import open_private
 from heretic.fingerprint import differences, versions_that_matter
 from heretic.search.patience import Patience, PatientStorage, borne, reason
 from heretic.search.seal import broken
@@ -91,6 +92,7 @@ def connect(url: str, workers: Workers | None = None, patience: Patience | None 
     warnings.filterwarnings("ignore", message="Heartbeat of storage")  # search/lives.py records them
     try:
         if not on_server(url):
+            _make_private(url)
             return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": SECONDS_TO_WAIT}})
         workers = workers or Workers()
         driven = _with_driver(url)
@@ -112,6 +114,14 @@ def connect(url: str, workers: Workers | None = None, patience: Patience | None 
             if lacks_driver
             else "check that the place exists and can be written; a damaged study.db can be set aside with --fresh",
         ) from None
+
+
+def _make_private(url: str) -> None:
+    """Make the file of a new SQLite storage, which only its owner may read; SQLite gives its journals the same mode."""
+    file = sqlite_file(url)
+    if file is not None and str(file) != ":memory:" and not os.path.lexists(file):
+        with suppress(OSError):  # SQLite says what is wrong with the place
+            os.close(open_private(file, "a"))
 
 
 @contextmanager

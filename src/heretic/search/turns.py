@@ -44,7 +44,7 @@ def turn(study: optuna.Study) -> Iterator[None]:
     if storage is None:
         yield
     elif storage.engine.dialect.name == "sqlite":
-        with FileLock(f"{Path(storage.engine.url.database or '')}.lock"):
+        with FileLock(f"{Path(storage.engine.url.database or '')}.lock", mode=0o600):
             yield
     else:
         assert isinstance(storage, PatientStorage)
