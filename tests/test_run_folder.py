@@ -6,9 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from heretic.ablation.directions import Directions
 from heretic.errors import UserError
+from heretic.files import write_tensors, write_text
+from heretic.run import _probe_storage
 from heretic.run_folder import RunFolder, log_to
+from heretic.search.storage import open_study, storage_url
+from heretic.settings import Settings
 
 
 def test_a_runs_folder_is_private_whatever_the_umask() -> None:
@@ -43,3 +49,45 @@ def test_two_runs_set_aside_in_the_same_second_are_both_kept() -> None:
         assert aside is not None
         kept.add(aside)
     assert sorted(p.joinpath("which").read_text() for p in kept) == ["0", "1", "2"]
+
+
+def mode(path: str) -> int:
+    return Path(path).stat().st_mode & 0o777
+
+
+def test_files_of_a_run_are_its_owners_and_exports_follow_the_umask() -> None:
+    folder = RunFolder(Path("runs/mine"))
+    before = os.umask(0)
+    try:
+        folder.create()
+        folder.keep_answers("trial-0", [{"answer": "x"}])
+        folder.keep_directions(Directions(torch.ones(1, 2)))
+        write_text(folder.path / "config.toml", "", private=True)
+        open_study(storage_url("", folder.path), "heretic", {})
+        write_text(Path("exported.json"), "{}")
+        write_tensors(Path("exported.safetensors"), {"a": torch.ones(1)})
+        os.umask(0o027)
+        write_tensors(Path("adapter.safetensors"), {"a": torch.ones(1)})
+    finally:
+        os.umask(before)
+    files = {p for p in folder.path.rglob("*") if p.is_file()}
+    assert {"study.db", "config.toml", "directions.safetensors", "trial-0.jsonl"} <= {p.name for p in files}
+    assert {mode(str(p)) for p in files} == {0o600}
+    assert mode("runs") == 0o755 and mode("runs/mine/answers") == 0o700
+    assert (mode("exported.json"), mode("exported.safetensors"), mode("adapter.safetensors")) == (0o666, 0o666, 0o640)
+
+
+def test_what_is_written_replaces_a_link_and_follows_none() -> None:
+    Path("mine").write_text("kept")
+    for name in ("text.json", f".text.json.{os.getpid()}"):
+        Path(name).symlink_to("mine")
+    write_text(Path("text.json"), "new")
+    assert (Path("mine").read_text(), Path("text.json").read_text()) == ("kept", "new")
+    assert not Path("text.json").is_symlink() and not list(Path().glob(".text*"))
+
+
+def test_links_beside_the_folder_of_runs_do_not_matter() -> None:
+    Path("mine").write_text("kept")
+    Path("link").symlink_to("mine")
+    _probe_storage(Settings(runs_dir="runs"))
+    _probe_storage(Settings(runs_dir="."))

@@ -162,7 +162,7 @@ class Desk:
 
     def keep_settings(self) -> None:
         """Write them to the run's folder, and to the storage for those who do not have the folder."""
-        write_text(self.folder.path / "config.toml", sealed(kept_settings(self.resolved)))
+        write_text(self.folder.path / "config.toml", sealed(kept_settings(self.resolved)), private=True)
         keep_settings(self.study, self.settings)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -173,23 +174,31 @@ def open_private(path: Path, mode: str) -> int:
     return os.open(path, flags, 0o600)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with _no_space_left(path):
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part.
+
+    Args:
+        path: the file; a link in its place is replaced, not followed.
+        text: the content, written as UTF-8.
+        private: whether only its owner may read it, whatever the umask; else the umask decides.
+    """
+    with _no_space_left(path), _new_beside(path, private) as beside:
         beside.write_text(text, encoding="utf-8")
         _settle(beside, path)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file in the same way; its metadata holds a hash of the tensors' bytes."""
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, *, private: bool = False
+) -> None:
+    """Write a safetensors file as `write_text` does; its metadata holds a hash of the tensors' bytes."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with _no_space_left(path):
+    with _no_space_left(path), _new_beside(path, private) as beside:
+        mode = beside.stat().st_mode
         kept = dict(metadata or {})
         save_file(tensors, beside, metadata={**kept, "sha256": _digest(tensors, kept)})
+        beside.chmod(stat.S_IMODE(mode))  # the library makes a new file, with a mode of its own
         sort_metadata(beside)
         _settle(beside, path)
 
@@ -345,13 +354,26 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _new_beside(path: Path, private: bool) -> Iterator[Path]:
+    """An empty file of our own beside `path`, which the context renames; what it leaves is deleted."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.unlink(missing_ok=True)  # of a dead process with our number, or a link that somebody put there
+        os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))
+        yield beside
+    finally:
+        with contextlib.suppress(OSError):  # on a read-only disk even this fails
+            beside.unlink(missing_ok=True)
+
+
 def _settle(beside: Path, path: Path) -> None:
     to_disk(beside)
     os.replace(beside, path)
 
 
 class _no_space_left:
-    """Turns a failed write into an error that names the place; leaves no partial file behind."""
+    """Turns a failed write into an error that names the place."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -360,13 +382,10 @@ class _no_space_left:
         pass
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if error is None:
-            return
-        with contextlib.suppress(OSError):  # on a read-only disk even this fails
-            self.path.with_name(f".{self.path.name}.{os.getpid()}").unlink(missing_ok=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise UserError(
                 f"{self.path.name} cannot be written: {error}",
+                code="file-unwritable",
                 where=str(self.path.parent),
                 fix="make room or check the permissions, then run the same command again; nothing finished is lost",
             ) from None

@@ -28,7 +28,7 @@ from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
 from heretic.report.about import About
 from heretic.report.reporter import reporting
-from heretic.run_folder import RunFolder, baseline_file, log_to
+from heretic.run_folder import RunFolder, baseline_file, log_to, probe_writing
 from heretic.scoring.judges import try_judge
 from heretic.search.attributes import EXPORTED, exported
 from heretic.search.fidelity import Progress
@@ -378,4 +378,12 @@ def _probe_storage(settings: Settings) -> None:
     file = settings.storage.removeprefix("sqlite:///")  # looked at, not opened: opening would create it
     root = Path(file).parent if file else Path(settings.runs_dir)
     existing = next(p for p in (root, *root.resolve().parents) if p.exists())
-    RunFolder(existing).create()
+    try:
+        probe_writing(existing)
+    except OSError as error:
+        raise UserError(
+            f"The folder for runs cannot be written: {error.strerror or error}.",
+            code="run-folder-unwritable",
+            where=str(existing),
+            fix="set runs_dir to a place that can",
+        ) from None

@@ -62,7 +62,8 @@ class RunFolder:
         """
         there = (self.path / "run.log").is_file()
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Not writable by others: they could put another folder in the run's place.
+            self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             self.path.mkdir(mode=0o700, exist_ok=True)
             for entry in self.path.iterdir():
                 if entry.is_symlink() and not entry.is_dir():
@@ -72,12 +73,11 @@ class RunFolder:
                         where=str(entry),
                         fix="remove the link, or put the file itself in its place",
                     )
-            probe = self.path / f".probe.{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            probe_writing(self.path)
         except OSError as error:
             raise UserError(
                 f"The run's folder cannot be written: {error.strerror or error}",
+                code="run-folder-unwritable",
                 where=str(self.path),
                 fix=f"copy it to a place that can, and name the copy: cp -r {quote(str(self.path))} FOLDER"
                 if there
@@ -102,7 +102,7 @@ class RunFolder:
 
     def keep_directions(self, directions: Directions) -> None:
         """Store the directions."""
-        write_directions(self.path / "directions.safetensors", directions, self.stamp)
+        write_directions(self.path / "directions.safetensors", directions, self.stamp, private=True)
 
     def geometry(self) -> ResidualGeometry | None:
         """How the residuals that gave the directions lie; None if that is not stored or damaged. Changes nothing."""
@@ -114,7 +114,7 @@ class RunFolder:
 
     def keep_geometry(self, geometry: ResidualGeometry) -> None:
         """Store how the residuals lie, for the report and for `heretic geometry`."""
-        write_tensors(self.path / GEOMETRY, geometry.tensors(), {"fingerprint": self.stamp})
+        write_tensors(self.path / GEOMETRY, geometry.tensors(), {"fingerprint": self.stamp}, private=True)
 
     def baseline(self, watcher: Watcher, *, given_up: bool = False) -> Baseline | None:
         """The stored baseline; None if there is none or it is damaged, which is said. `given_up`: the one by the markers, after the
@@ -123,7 +123,9 @@ class RunFolder:
 
     def keep_baseline(self, baseline: Baseline, *, given_up: bool = False) -> None:
         """Store the baseline."""
-        write_tensors(self.path / baseline_file(given_up=given_up), baseline.tensors(), {"fingerprint": self.stamp})
+        write_tensors(
+            self.path / baseline_file(given_up=given_up), baseline.tensors(), {"fingerprint": self.stamp}, private=True
+        )
 
     def walk(self, watcher: Watcher) -> State | None:
         """The stored state of a descent under way; None if there is none or it is damaged, which is said."""
@@ -139,13 +141,14 @@ class RunFolder:
 
     def keep_walk(self, state: State) -> None:
         """Store the state of a descent: a few kilobytes, after every step."""
-        write_tensors(self.path / "walk.safetensors", state_tensors(state), {"fingerprint": self.stamp})
+        write_tensors(self.path / "walk.safetensors", state_tensors(state), {"fingerprint": self.stamp}, private=True)
 
     def keep_answers(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Store answers as JSON lines under `answers/`."""
         folder = self.path / "answers"
         folder.mkdir(mode=0o700, exist_ok=True)
-        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(folder / f"{name}.jsonl", text, private=True)
 
     def _read(self, name: str, reader: Callable[[Mapping[str, Tensor]], T | None], watcher: Watcher) -> T | None:
         """What a file of this run holds; a damaged one is moved out of the way."""
@@ -164,12 +167,22 @@ class RunFolder:
         return None
 
 
-def write_directions(path: Path, directions: Directions, stamp: str, more: Mapping[str, str] | None = None) -> None:
+def probe_writing(folder: Path) -> None:
+    """Make a file in a folder and delete it. Raises OSError if that is not possible."""
+    probe = folder / f".probe.{os.getpid()}"
+    probe.unlink(missing_ok=True)
+    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    probe.unlink()
+
+
+def write_directions(
+    path: Path, directions: Directions, stamp: str, more: Mapping[str, str] | None = None, *, private: bool = False
+) -> None:
     """Write the layers' directions in float32 as a tensor `directions` [layers, width], and `further` [layers, count - 1, width]
     where a layer has several; `stamp` is their run's fingerprint, `more` goes into the metadata too."""
     layout = {"layout": "row l: unit direction after block l; further: the others of each", "fingerprint": stamp}
     further = {} if directions.further is None else {"further": directions.further}
-    write_tensors(path, {"directions": directions.vectors, **further}, {**layout, **(more or {})})
+    write_tensors(path, {"directions": directions.vectors, **further}, {**layout, **(more or {})}, private=private)
 
 
 class _LogFile(logging.FileHandler):

@@ -64,4 +64,4 @@ def reporting(desk: Desk) -> Iterator[Reporter]:
 
 def write_report(source: Source, file: Path) -> None:
     """Write the report, whole or not at all. Raises UserError."""
-    write_text(file, report(source))
+    write_text(file, report(source), private=file.parent == source.folder.path)

@@ -91,9 +91,9 @@ def benchmark_trial(desk: Desk, trial: int | None, tasks: Tasks) -> Benchmark:
     found = Benchmark(
         result.number, compared(*measured), desk.folder.path / "benchmarks" / f"trial-{result.number}.{label}.json"
     )
-    found.file.parent.mkdir(exist_ok=True)
+    found.file.parent.mkdir(mode=0o700, exist_ok=True)
     asked = {"limit": tasks.limit, "chat": tasks.chat, "versions": versions()}
-    write_text(found.file, json.dumps({**found.as_dict(), **asked}, indent=2) + "\n")
+    write_text(found.file, json.dumps({**found.as_dict(), **asked}, indent=2) + "\n", private=True)
     return found
 
 

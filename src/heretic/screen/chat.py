@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from heretic.errors import UserError, first_line
-from heretic.files import expanded
+from heretic.files import expanded, write_text
 from heretic.screen.console import printable, why_not_asked
 
 Message = dict[str, str]
@@ -115,10 +115,11 @@ class Chat:
         return Live(get_renderable=columns, console=self.console, transient=True, refresh_per_second=8)
 
     def _save(self, name: str) -> None:
-        file = expanded(name) if name else self.folder / "chat.json"
         try:
-            file.write_text(json.dumps(self.shown, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except (OSError, ValueError) as error:
+            file = expanded(name) if name else self.folder / "chat.json"
+            text = json.dumps(self.shown, indent=2, ensure_ascii=False) + "\n"
+            write_text(file, text, private=not name)  # what lies in a run's folder is its owner's
+        except (OSError, ValueError, UserError) as error:
             self._note(f"not saved: {first_line(error)}")
             return
         self._note(f"saved to {file}")

@@ -10,7 +10,7 @@ import socket
 import sqlite3
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import sqlalchemy
 from optuna.trial import TrialState
 
 from heretic.errors import StudyMismatch, UserError, first_line, plain_line
+from heretic.files import open_private
 from heretic.fingerprint import differences, versions_that_matter
 from heretic.search import attributes
 from heretic.search.attributes import FACTS, SETTINGS, Signature
@@ -49,6 +50,7 @@ def connect(url: str, workers: Workers | None = None, patience: Patience | None 
     try:
         if not on_server(url):
             _check_file(url)
+            _make_private(url)
             return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": SECONDS_TO_WAIT}})
         workers = workers or Workers()
         driven = _with_driver(url)
@@ -110,6 +112,14 @@ def locked(url: str) -> UserError:
         where=masked(url),
         fix="end that process, then run the same command again; heretic status names it if it is heretic",
     )
+
+
+def _make_private(url: str) -> None:
+    """Make the file of a new SQLite storage, which only its owner may read; SQLite gives its journals the same mode."""
+    file = sqlite_file(url)
+    if file is not None and str(file) != ":memory:" and not os.path.lexists(file):
+        with suppress(OSError):  # SQLite says what is wrong with the place
+            os.close(open_private(file, "a"))
 
 
 @contextmanager

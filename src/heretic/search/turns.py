@@ -44,7 +44,7 @@ def turn(study: optuna.Study) -> Iterator[None]:
     if storage is None:
         yield
     elif storage.engine.dialect.name == "sqlite":
-        lock = FileLock(f"{Path(storage.engine.url.database or '')}.lock")
+        lock = FileLock(f"{Path(storage.engine.url.database or '')}.lock", mode=0o600)
         try:
             lock.acquire(timeout=LONGEST_TURN)
         except Timeout:
