@@ -23,7 +23,9 @@ class ModelShape:
     vocabulary: int
     widest: int  # elements per token of the widest tensor inside a block
     cache_per_token: int  # elements of keys and values per token and block
-    repeated_cache: int  # the same with keys and values repeated for every query head, as attention with a mask reads them
+    repeated_cache: (
+        int  # the same with keys and values repeated for every query head, as attention with a mask reads them
+    )
     edited: int  # elements of the weights of one block that an ablation edits
     element: int  # bytes
 

@@ -162,6 +162,7 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
         if out_of_memory(error):
             raise UserError(
                 "Out of memory while loading the model.",
+                code="out-of-memory",
                 fix="run heretic preflight: it names what fits and the line to set",
             ) from None
         if is_device_error(error):
