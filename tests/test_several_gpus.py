@@ -170,12 +170,8 @@ def cpu_studies() -> dict[tuple[str, Start], Study]:
 @pytest.mark.parametrize(
     ("family", "start", "count"),
     [
-        *(
-            case
-            for family in TRIED
-            for case in ((family, "gradient", 4), (family, "gradient", 1), (family, "kernels", 4))
-        ),
-        ("llama", "kernels", 1),
+        *((family, start, 4) for family in TRIED for start in STARTS),
+        *((family, "gradient" if family == "llama" else "kernels", 1) for family in TRIED),
     ],
 )
 def test_study_chat_and_export_give_the_cpu_s_results_and_their_memory_back(
