@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.pretend_cuda import has_compiler
 from tests.postgres import Server, programs, server
 from tests.tiny import save_prompts, save_tiny
 
@@ -66,3 +67,13 @@ def postgres() -> Iterator[Server]:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
     with server() as running:
         yield running
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test enters pretend GPUs (`tests.helpers.pretend_gpus`): all of them are visible, and g++ is here to build them."""
+    if not has_compiler():
+        if os.environ.get("CI"):
+            pytest.fail("g++ is not installed, and in CI it must be: .ci/run installs it")
+        pytest.skip("g++ is not installed: apt-get install g++")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")

@@ -11,7 +11,6 @@ import optuna
 from heretic.errors import UserError
 from heretic.export.formats import FORMATS
 from heretic.files import sealed, write_text
-from heretic.model.batching import free_memory
 from heretic.model.unloading import unload
 from heretic.parallel import Together, agree, opening, shared, size
 from heretic.progress import Watcher
@@ -115,7 +114,6 @@ class Desk:
         if self.loaded is not None:
             unload(self.loaded.bench.language_model.model)
         self.loaded = None
-        free_memory()
 
     def __enter__(self) -> Desk:
         return self

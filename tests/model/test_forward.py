@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+from heretic.errors import UserError
+from heretic.model import decoding, forward
 from heretic.model.batching import Batcher, shared_tokens
 from heretic.model.capture import last_token_residuals
 from heretic.model.checkpoint import open_checkpoint
@@ -57,3 +60,35 @@ def test_the_beginning_is_computed_anew_for_every_run() -> None:
     after = torch.stack(batcher.run("", PROMPTS, lambda b: list(next_token_log_probs(model, b))))
     plain = torch.stack(Batcher(4).run("", PROMPTS, lambda b: list(next_token_log_probs(model, b))))
     assert torch.allclose(after, plain, atol=1e-4) and not torch.allclose(after, before, atol=1e-2)
+
+
+MISMATCH = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cuda:1!"
+
+
+def test_only_what_an_architecture_cannot_do_is_taken_for_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sequences = tiny_model("llama"), [[*range(5, 17), last] for last in (20, 21, 22)]
+
+    def shares(error: Exception) -> bool:
+        def failing(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(forward, "_cache", failing)
+        return can_share(model, sequences, Batcher(8))
+
+    assert can_share(model, sequences, Batcher(8))
+    assert not shares(ValueError("this cache cannot be repeated"))
+    for error in (RuntimeError(MISMATCH), torch.OutOfMemoryError("out of memory"), RuntimeError("CUDA error: failed")):
+        with pytest.raises(type(error)):
+            shares(error)
+
+
+def test_device_error_passes_through_transformers_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    batch = Batcher(8).batch([0], [[5, 6, 7]])
+    monkeypatch.setattr(decoding, "has_cache", lambda _: False)
+    monkeypatch.setattr(model, "generate", mock.Mock(side_effect=RuntimeError(MISMATCH)))
+    with pytest.raises(RuntimeError, match="same device"):
+        decode(model, batch, 4, set())
+    monkeypatch.setattr(model, "generate", mock.Mock(side_effect=RuntimeError("no such layer")))
+    with pytest.raises(UserError):
+        decode(model, batch, 4, set())

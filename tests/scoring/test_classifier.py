@@ -102,3 +102,10 @@ def test_weights_in_pickle_files_are_not_loaded(classifier: Path, tmp_path: Path
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be loaded"):
         judge(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["cuda:9", "nowhere"])
+def test_device_that_is_not_there_is_told(classifier: Path, device: str) -> None:
+    with pytest.raises(UserError) as error:
+        judge(classifier, device=device)
+    assert error.value.code == "device-not-there" and error.value.where == "judge.classifier.device"
