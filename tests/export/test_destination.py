@@ -82,13 +82,21 @@ def test_added_file_with_the_name_of_a_new_one_is_kept_under_another(how: None) 
     assert contents()["NOTICE.kept"] == "mine"
 
 
-@pytest.mark.parametrize("name", ["README.md", "large"])
+def test_edited_card_is_kept_beside_the_new_one() -> None:
+    export(Path("out"), {"README.md": "1"})
+    Path("out/README.md").write_text("mine")
+    check_destination(Path("out"), "mine")
+    replace({"README.md": "2"})
+    assert contents() == {"README.md": "2", "README.md.kept": "mine"}
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "large"])
 def test_edited_file_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(destination, "QUICKLY_HASHED", 10)
-    out = export(Path("out"), {"README.md": "1", "large": "1" * 20})
+    out = export(Path("out"), {"LICENSE": "1", "large": "1" * 20})
     (out / name).write_text("2" * len((out / name).read_text()))
     with pytest.raises(UserError) as error:
-        replace({"README.md": "3"})
+        replace({"LICENSE": "3"})
     assert error.value.code == "destination-edited" and name in error.value.what
     assert contents()[name].startswith("2")
 

@@ -13,6 +13,7 @@ import psutil
 from heretic.errors import UserError
 from heretic.export.manifest import MANIFEST, read_inventory
 from heretic.files import exchange, expanded, sha256, to_disk
+from heretic.model.repository import CARD
 from heretic.progress import Watcher
 from heretic.stop import Stop
 
@@ -22,7 +23,7 @@ NAMED = 3  # files in a message
 
 def check_destination(destination: Path, owner: str) -> None:
     """Refuse a folder that holds something other than an earlier export of the run `owner`, or an export whose small files were
-    edited. Files that were added to an export are no obstacle: they are kept. Raises UserError."""
+    edited. Files that were added to an export, and a card that was edited, are no obstacle: they are kept. Raises UserError."""
     destination = expanded(destination)
     if not destination.resolve().name:
         raise UserError(
@@ -133,6 +134,7 @@ def _edited(folder: Path, name: str, files: Mapping[str, str], largest: int | No
 
 
 def _refuse_edited(destination: Path, names: list[str]) -> None:
+    names = [name for name in names if name != CARD or (destination / name).is_symlink()]  # people edit the card
     if names:
         raise UserError(
             f"The destination holds files that were changed after the export: {_some(names)}.",
