@@ -13,6 +13,7 @@ import torch
 
 from heretic.files import sha256
 from heretic.model import capture
+from heretic.model.batching import Batch
 from heretic.scoring import divergence, race
 from tests.command import Ran, heretic
 from tests.faults.conftest import Amount, Tally
@@ -34,7 +35,7 @@ class Scarce:
         self.function, self.chance, self.random, self.failed = function, chance, random.Random(seed), 0
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        batch = next((a for a in arguments if hasattr(a, "rows")), None)
+        batch = next((a for a in arguments if isinstance(a, Batch)), None)
         if batch is not None and len(batch.rows) > 1 and self.random.random() < self.chance:
             self.failed += 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
