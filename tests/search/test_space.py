@@ -121,3 +121,7 @@ def test_a_damaged_walk_is_refused(stored: object) -> None:
     with pytest.raises(UserError) as refused:
         Walk.of(study)
     assert refused.value.code == "damaged-study"
+
+
+def test_parameters_of_another_kind_are_described() -> None:
+    assert describe({"x": 1.0}) == describe({"direction_scope": "global"}) == "other parameters"

@@ -100,7 +100,10 @@ def describe(params: Mapping[str, Any]) -> str:
     """In two words, where a trial's ablation comes from."""
     if "walk.point" in params:
         return f"walk {params['walk.point']:.2f}"
-    return "per layer" if params["direction_scope"] == "per_layer" else f"layer {params['direction_index']:.1f}"
+    scope, index = params.get("direction_scope"), params.get("direction_index")
+    if scope == "global" and isinstance(index, float):
+        return f"layer {index:.1f}"
+    return "per layer" if scope == "per_layer" else "other parameters"
 
 
 def _kernel(trial: optuna.trial.BaseTrial, component: str, space: KernelSpace, depth: int) -> Kernel:
