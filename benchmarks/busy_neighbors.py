@@ -28,7 +28,7 @@ NEIGHBORS = (0, 1, 2)
 BUSY = "import torch; torch.set_num_threads(1); a = torch.randn(256, 256)\nprint('busy', flush=True)\nwhile True: a @ a"
 SHAPES = {"small": (256, 688), "large": (1024, 2816)}  # width, of the MLP
 STEPS = {"small": 10, "large": 1}  # in a repetition
-BUDGET, QUICK = 10.0, 1.0  # seconds of a measurement; one repetition is always made
+BUDGET, QUICK = 8.0, 1.0  # seconds of a measurement; one repetition is always made
 MOST_REPETITIONS = 9
 LINE = "{workload:6} {waiting:8} {neighbors} neighbors: {median:.4f} s a step ({min:.4f} to {max:.4f})"
 WORDS = ("how", "do", "make", "tell", "about", "stars", "rivers", "bread", "soup", "music", "history", "please")  # fmt: skip
