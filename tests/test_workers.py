@@ -33,7 +33,8 @@ RUN = ("run", "--run-name", "mine", "--workers", "2", "--trials", "24", "--set",
 
 
 def children(pid: int) -> list[psutil.Process]:
-    return [p for p in psutil.Process(pid).children() if "heretic" in " ".join(p.cmdline())]
+    """The workers of a process; it has another child for the chat template."""
+    return [p for p in psutil.Process(pid).children() if "heretic" in p.cmdline()]
 
 
 def stored() -> optuna.Study:
