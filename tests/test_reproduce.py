@@ -384,10 +384,10 @@ def test_added_file_survives_a_second_reproduction(out: Path) -> None:
     Path("again/notes.txt").write_text("mine")
     again(out)
     assert Path("again/notes.txt").read_text() == "mine"
-    Path("again/README.md").write_text("edited")
+    Path("again/tokenizer.json").write_text("edited")
     with pytest.raises(UserError) as error:
         again(out)
-    assert error.value.code == "destination-edited" and Path("again/README.md").read_text() == "edited"
+    assert error.value.code == "destination-edited" and Path("again/tokenizer.json").read_text() == "edited"
 
 
 @pytest.mark.parametrize("form", ["full", "lora"])

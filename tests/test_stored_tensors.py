@@ -14,6 +14,7 @@ from heretic.ablation.directions import Directions
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import UserError
 from heretic.files import read_tensors, write_tensors
+from heretic.model.prefix import AnswerStart
 from heretic.progress import Silent
 from heretic.run_folder import RunFolder
 from heretic.scoring.harmless import Conduct
@@ -23,7 +24,8 @@ from heretic.search.walk import Point
 from heretic.stored_tensors import Baseline, directions_of, geometry_of, state_of, state_tensors
 
 BASELINE = Baseline(
-    torch.randn(5, 7).log_softmax(-1), (REFUSAL, ANSWER, EVASIVE), ([1, 2], [], []), "Sure", ([3, 4], [5, 6, 0]), "markers",
+    torch.randn(5, 7).log_softmax(-1), (REFUSAL, ANSWER, EVASIVE), ([1, 2], [], []), AnswerStart("Sure", {"thinking": False}),
+    ([3, 4], [5, 6, 0]), "markers",
     Conduct(1, 0, 3),
 )  # fmt: skip
 DIRECTIONS = {"directions": torch.randn(3, 4), "further": torch.randn(3, 1, 4)}
@@ -53,7 +55,7 @@ SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
 def test_what_was_written_is_read() -> None:
     found = Baseline.of(BASELINE.tensors())
     assert found is not None and found.verdicts == BASELINE.verdicts and found.conduct == BASELINE.conduct
-    assert found.refusal_texts == BASELINE.refusal_texts and found.response_prefix == "Sure"
+    assert found.refusal_texts == BASELINE.refusal_texts and found.start == BASELINE.start
     state = state_of(state_tensors(STATE))
     assert state.points == STATE.points and state.heard == STATE.heard and state.moments.keys() == STATE.moments.keys()
     assert geometry_of(GEOMETRY.tensors()).num_layers == 3 and directions_of(DIRECTIONS).count == 2

@@ -78,7 +78,7 @@ class Baseline:
     @classmethod
     def of(cls, tensors: Tensors) -> Baseline | None:
         """From stored tensors; None in a file from before the answers were kept. Raises ValueError."""
-        if not {"refusal_texts", "answered", "template_variables"} <= tensors.keys():
+        if not {"refusal_texts", "answered"} <= tensors.keys():
             return None
         variables = json.loads(_text(tensors, "template_variables"))
         _require(isinstance(variables, dict), "template_variables is not an object")
