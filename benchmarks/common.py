@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from heretic.export.manifest import now, versions
+from heretic.doctor import now, versions
 from heretic.machine.gpus import usable_gpus, visible_gpus
-from heretic.progress import SILENT, Watcher
-from heretic.run import look
+from heretic.prepare import look
+from heretic.progress import SILENT
 from heretic.run_folder import RunFolder
+from heretic.search.standing import StudyWatcher
 from heretic.session import Session, open_session
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
@@ -80,7 +81,7 @@ def write_prompts(source: Path, target: Path, train: int, evaluation: int) -> No
 
 
 def opened(
-    assets: Path, model: str, assignments: Sequence[str], folder: Path, watcher: Watcher = SILENT
+    assets: Path, model: str, assignments: Sequence[str], folder: Path, watcher: StudyWatcher = SILENT
 ) -> tuple[Session, RunFolder]:
     """A session as `heretic run` opens it, and its folder."""
     given = {"model": str((assets / model).resolve()), "runs_dir": str(folder)}

@@ -34,8 +34,8 @@ from heretic.errors import UserError
 from heretic.later import open_bench
 from heretic.model.batching import AS_IT_IS, Batcher, Edited
 from heretic.model.loading import LanguageModel
+from heretic.prepare import look
 from heretic.prompts import load as load_prompts
-from heretic.run import look
 from heretic.run_folder import RunFolder
 from heretic.savings import with_savings
 from heretic.scoring.divergence import measure_divergence
@@ -219,7 +219,7 @@ class Search:
     def run(self, budgets: Sequence[float], marks: Sequence[int], counts: Sequence[int] | None) -> dict[str, Any]:
         """Search for so many seconds or trials; at each mark the front, measured on the held-out prompts."""
         study = optuna.create_study(directions=["minimize", "minimize"])
-        settings, watcher = self.session.bench.settings, self.session.bench.batcher.watcher
+        settings, watcher = self.session.bench.settings, Plain(Console())
         began = time.perf_counter()
         paused = 0.0
         walk = find_walk(study, self.session, self.folder)

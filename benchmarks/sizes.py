@@ -14,9 +14,9 @@ from pathlib import Path
 
 from scale import DEVICES, ELEMENT, LARGE, Shape, seconds, weights
 
+from heretic.machine.devices import Device
 from heretic.machine.imagined import imagined_gpus
 from heretic.machine.memory_plan import MemoryPlan, plan_for
-from heretic.machine.placement import Device
 from heretic.machine.preflight import USUAL_PROMPT
 from heretic.machine.workload import Workload
 from heretic.model.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ import torch
 from heretic.ablation.directions import Directions
 from heretic.errors import UserError
 from heretic.files import write_tensors, write_text
-from heretic.run import _probe_storage
+from heretic.prepare import _probe_storage
 from heretic.run_folder import RunFolder, log_to
 from heretic.search.storage import open_study
 from heretic.search.url import storage_url

@@ -31,18 +31,22 @@ from heretic.files import expanded
 from heretic.model.batching import Batch
 from heretic.model.chat_format import check_length
 from heretic.model.decoding import decode
-from heretic.progress import SILENT, Watcher
-from heretic.run import Outcome, device_lock, look, run, study_of
+from heretic.prepare import look
+from heretic.progress import SILENT
+from heretic.run import Outcome, device_lock, run, study_of
 from heretic.scoring.ladder import Scores
 from heretic.search.front import Result
 from heretic.search.space import Space
+from heretic.search.standing import StudyWatcher
 from heretic.session import Session, geometry_of, workbench_of
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved, resolve
 from heretic.stop import Stop
 
 
-def study(model: str = "", *, config: str | Path | None = None, watcher: Watcher = SILENT, **settings: Any) -> Outcome:
+def study(
+    model: str = "", *, config: str | Path | None = None, watcher: StudyWatcher = SILENT, **settings: Any
+) -> Outcome:
     """`heretic run`: directions, trials, choice, and export if `save_to` is set; resumes. Raises UserError.
 
     Settings are named as in a settings file, tables are dictionaries: `search={"start": "kernels"}`. As for the command, a
@@ -51,7 +55,7 @@ def study(model: str = "", *, config: str | Path | None = None, watcher: Watcher
     return run(_resolved(model, config, settings), watcher=watcher, stop=Stop())
 
 
-def load(model: str = "", *, config: str | Path | None = None, watcher: Watcher = SILENT, **settings: Any) -> Lab:
+def load(model: str = "", *, config: str | Path | None = None, watcher: StudyWatcher = SILENT, **settings: Any) -> Lab:
     """A model ready for ablations: loaded, with its directions and its answers measured, or read from its run's folder if they
     are there. Settings as for `study`. Its devices and its run are held until the lab is closed. Raises UserError."""
     resolved, stop = _resolved(model, config, settings), Stop()

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import optuna
 
 from heretic.errors import UserError
 from heretic.export.formats import FORMATS
 from heretic.files import sealed, write_text
+from heretic.model.distributed import agree, size
 from heretic.model.unloading import unload
-from heretic.parallel import Together, agree, opening, shared, size
-from heretic.progress import Watcher
-from heretic.run_folder import RunFolder
+from heretic.parallel import Together, opening, shared
+from heretic.prepare import Inputs
+from heretic.run_folder import RunFolder, kept_settings
 from heretic.search.attributes import REFUSALS_BEFORE, refusals_before
 from heretic.search.fallback import StudyFallback
 from heretic.search.front import Result, choose, results
 from heretic.search.shelf import ALONE, SharedShelf, Shelf
 from heretic.search.space import Space
+from heretic.search.standing import StudyWatcher
 from heretic.search.storage import keep_settings
-from heretic.search.url import masked, on_server
+from heretic.search.url import on_server
 from heretic.search.walk import Walk
 from heretic.session import Session, judged_anew, open_session
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved
-from heretic.settings.text import resolved_text
 from heretic.stop import Stop
-from heretic.workers import lender
-
-if TYPE_CHECKING:
-    from heretic.run import Inputs
+from heretic.worker_process import lender
 
 
 @dataclass
@@ -41,7 +38,7 @@ class Desk:
     resolved: Resolved
     inputs: Inputs
     study: optuna.Study
-    watcher: Watcher
+    watcher: StudyWatcher
     stop: Stop
     loaded: Session | None = field(default=None, repr=False)
 
@@ -162,13 +159,6 @@ class Desk:
         """Write them to the run's folder, and to the storage for those who do not have the folder."""
         write_text(self.folder.path / "config.toml", sealed(kept_settings(self.resolved)), private=True)
         keep_settings(self.study, self.settings)
-
-
-def kept_settings(resolved: Resolved) -> str:
-    """The settings as kept in the run's folder, without the password that a storage URL may hold."""
-    settings = resolved.settings
-    kept = settings.model_copy(update={"storage": masked(settings.storage)})
-    return resolved_text(Resolved(kept, resolved.file, resolved.origins))
 
 
 def _named(found: list[Result], number: int) -> tuple[Result, str]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from heretic.desk import kept_settings
-from heretic.export.manifest import versions
+from heretic import __version__
 from heretic.machine.gpus import driver_version, usable_gpus, visible_gpus
 from heretic.machine.host import free_disk, memory, spell_bytes
+from heretic.run_folder import kept_settings
 from heretic.settings.layers import Resolved
+
+PACKAGES = ("torch", "transformers", "accelerate", "optuna", "datasets", "safetensors", "tokenizers")
 
 # Set by the user and of influence, but nothing that could be a token or a password.
 TOLD = (
@@ -64,3 +68,23 @@ def _of_cuda() -> dict[str, str]:
     """What PyTorch was built for, and the driver that it finds."""
     found = {"CUDA of PyTorch": torch.version.cuda, "NVIDIA driver": driver_version()}
     return {name: version for name, version in found.items() if version}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    found = {"heretic": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        found[name] = importlib.metadata.version(name)
+    return found
+
+
+def computed_on(device: torch.device) -> str:
+    """What does the arithmetic, as far as the last bits of a sum depend on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

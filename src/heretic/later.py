@@ -25,8 +25,8 @@ from heretic.model.decoding import decode
 from heretic.model.prefix import AnswerStart
 from heretic.model.talking import answer
 from heretic.model.unloading import unloaded_after
-from heretic.progress import Watcher
-from heretic.run import device_lock, look, study_of, write
+from heretic.prepare import look
+from heretic.run import device_lock, study_of, write
 from heretic.run_folder import RunFolder, find_run, stored
 from heretic.scoring.agreement import Agreement, agreement, labelled_answers
 from heretic.scoring.divergence import Divergence, measure_divergence
@@ -34,6 +34,7 @@ from heretic.scoring.harmless import Conduct
 from heretic.scoring.judges import Surroundings, make_judge
 from heretic.scoring.verdict import Judge, digits
 from heretic.search.front import Result
+from heretic.search.standing import StudyWatcher
 from heretic.session import Bench, geometry_of, open_bench, original_log_probs
 from heretic.settings import Settings
 from heretic.stop import Stop
@@ -62,7 +63,7 @@ def opened(
     destination: Path | None = None,
     form: str | None = None,
     wait: bool,
-    watcher: Watcher,
+    watcher: StudyWatcher,
     stop: Stop,
 ) -> Iterator[Desk]:
     """Hold a run's devices and folder while its trials are worked with; `form` is another format to export in.
@@ -137,7 +138,7 @@ def compare(desk: Desk, trials: Sequence[int], asked: Sequence[str], tokens: int
 
 
 def residual_geometry(
-    settings: Settings, folder: RunFolder | None, *, wait: bool, watcher: Watcher, stop: Stop
+    settings: Settings, folder: RunFolder | None, *, wait: bool, watcher: StudyWatcher, stop: Stop
 ) -> ResidualGeometry:
     """How a model's residuals lie on the training prompts: as a run's folder holds it, else measured on the loaded model and, with
     a folder, kept there."""
@@ -187,7 +188,7 @@ class Evaluation:
         return shown
 
 
-def evaluate_judge(settings: Settings, watcher: Watcher, stop: Stop) -> Agreement:
+def evaluate_judge(settings: Settings, watcher: StudyWatcher, stop: Stop) -> Agreement:
     """The judge that the settings name, on the answers that ship with the project."""
     return agreement(make_judge(settings, Surroundings(None, watcher, stop)), labelled_answers())
 
@@ -198,7 +199,7 @@ def evaluate_model(
     *,
     revisions: tuple[str, str] | None = None,
     wait: bool,
-    watcher: Watcher,
+    watcher: StudyWatcher,
     stop: Stop,
 ) -> Evaluation:
     """Refusals of `settings.model`, and its divergence from `against`; one model is in memory at a time. `revisions` are those of
@@ -243,6 +244,8 @@ def _evaluate(bench: Bench, against: str | None, baseline: Tensor | None, answer
     )
 
 
-def _bench(settings: Settings, watcher: Watcher, stop: Stop, judge: Judge, start: AnswerStart | None = None) -> Bench:
+def _bench(
+    settings: Settings, watcher: StudyWatcher, stop: Stop, judge: Judge, start: AnswerStart | None = None
+) -> Bench:
     inputs = look(settings, force=False, watcher=watcher)
     return open_bench(settings, inputs.checkpoint, inputs.prompts, inputs.plan, watcher, stop, start, judge)

@@ -12,46 +12,21 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import optuna
 
 from heretic.errors import Interrupted, UserError
+from heretic.model.distributed import agree, rank, size
 from heretic.progress import SILENT
 from heretic.stop import Stop
 
 if TYPE_CHECKING:
+    from heretic.machine.memory_plan import LoadPlan
     from heretic.model.checkpoint import Checkpoint
-    from heretic.session import LoadPlan, Session
+    from heretic.session import Session
     from heretic.settings import Settings
     from heretic.trials import Trials
-
-T = TypeVar("T")
-
-
-def rank() -> int:
-    """This process's number among those that torchrun started; 0 leads."""
-    return int(os.environ["RANK"]) if _started_by_torchrun() else 0
-
-
-def size() -> int:
-    """How many processes share a model."""
-    return int(os.environ["WORLD_SIZE"]) if _started_by_torchrun() else 1
-
-
-def _started_by_torchrun() -> bool:
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
-
-
-def agree(ask: Callable[[], T]) -> T:
-    """What the leader finds, for all: the others do not ask. Without tensor parallelism it is simply asked."""
-    import torch.distributed as dist
-
-    if size() == 1:
-        return ask()
-    said: list[Any] = [ask() if rank() == 0 else None]
-    dist.broadcast_object_list(said, src=0)
-    return said[0]
 
 
 @contextmanager

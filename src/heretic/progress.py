@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from heretic.search.standing import Standing
+from typing import Protocol
 
 
 class Stage(Protocol):
@@ -30,9 +27,6 @@ class Watcher(Protocol):
     def warn(self, text: str) -> None:
         """Something the user should know and may want to change."""
 
-    def stands(self, standing: Standing) -> None:
-        """How the study under way stands now."""
-
 
 class _SilentStage:
     def advance(self, steps: int = 1, note: str = "") -> None:
@@ -53,8 +47,8 @@ class Silent:
     def warn(self, text: str) -> None:
         """See Watcher."""
 
-    def stands(self, standing: Standing) -> None:
-        """See Watcher."""
+    def stands(self, standing: object) -> None:
+        """See StudyWatcher."""
 
 
 SILENT = Silent()

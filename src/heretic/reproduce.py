@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from heretic import fingerprint
 from heretic.ablation.ablation import Workbench
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Operator
+from heretic.doctor import computed_on, versions
 from heretic.errors import UserError
 from heretic.export.companions import copied_files
 from heretic.export.destination import check_destination, check_unchanged, partial_folder, settle
@@ -24,24 +24,24 @@ from heretic.export.job import Order, Written
 from heretic.export.manifest import (
     MANIFEST,
     Manifest,
-    computed_on,
     read_directions,
     read_manifest,
     template_file,
-    versions,
 )
 from heretic.export.rebuilt import Rebuilt, describe_rebuilt
 from heretic.files import expanded, sha256
 from heretic.machine.gpus import usable_gpus, visible_gpus
 from heretic.machine.host import devices
-from heretic.machine.memory_plan import make_plan
+from heretic.machine.memory_plan import LoadPlan, make_plan
 from heretic.machine.workload import Workload
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
+from heretic.model.template import read_template
 from heretic.model.unloading import unloaded_after
 from heretic.progress import Watcher
 from heretic.run import device_lock
-from heretic.session import LoadPlan, read_template, weight_reader
+from heretic.search.fingerprint_diff import differences
+from heretic.session import weight_reader
 from heretic.settings import Settings
 from heretic.stop import Stop
 
@@ -364,4 +364,4 @@ def _judge(
 
 
 def _differs(what: str, then: Mapping[str, str], now_: Mapping[str, str]) -> list[str]:
-    return fingerprint.differences({what: dict(then)}, {what: dict(now_)})
+    return differences({what: dict(then)}, {what: dict(now_)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import socket
 from collections.abc import Callable, Iterator
@@ -13,43 +12,40 @@ from typing import Any
 
 import optuna
 
-from heretic import fingerprint, parallel
+from heretic import parallel
 from heretic.desk import Desk
 from heretic.errors import BusyError, Interrupted, UserError
-from heretic.export.destination import check_destination
 from heretic.export.export import Export, earlier_export, plan_export, write_export
-from heretic.files import expanded
 from heretic.machine import lock, preflight
-from heretic.machine.gpus import Gpu, gpus_for, usable_gpus, visible_gpus
-from heretic.model.batching import free_memory
-from heretic.model.checkpoint import Checkpoint, open_checkpoint, require_name
-from heretic.model.template import read_template
+from heretic.machine.gpus import gpus_for, usable_gpus, visible_gpus
+from heretic.model.distributed import agree, size
+from heretic.prepare import Inputs, look
 from heretic.progress import Watcher
-from heretic.prompts import PromptSets, load_all
 from heretic.report.about import About
 from heretic.report.reporter import reporting
-from heretic.run_folder import RunFolder, baseline_file, log_to, probe_writing
-from heretic.scoring.judges import try_judge
+from heretic.run_folder import RunFolder, log_to
 from heretic.search.attributes import EXPORTED, exported
+from heretic.search.damage import check_study
 from heretic.search.fidelity import Progress
 from heretic.search.front import Result, front
 from heretic.search.patience import Patience
+from heretic.search.standing import StudyWatcher
 from heretic.search.storage import (
     STORAGE_ERRORS,
-    connect,
     fail_abandoned,
     open_study,
+    reading,
     unwritable,
 )
 from heretic.search.study import finished, optimise
 from heretic.search.url import on_server, storage_url, study_name
-from heretic.session import LoadPlan
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved
 from heretic.stop import Stop
 from heretic.strengths import find_walk
 from heretic.trials import Trials
-from heretic.workers import lender, send_out
+from heretic.worker_process import lender
+from heretic.workers import send_out
 
 log = logging.getLogger(__name__)
 
@@ -78,18 +74,6 @@ class Outcome:
         }
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a run works on, looked at but not loaded."""
-
-    settings: Settings
-    checkpoint: Checkpoint
-    prompts: PromptSets
-    plan: LoadPlan
-    facts: dict[str, Any]
-    folder: RunFolder
-
-
 def run(
     resolved: Resolved,
     *,
@@ -98,7 +82,7 @@ def run(
     wait: bool = False,
     add: int = 0,
     workers: int = 1,
-    watcher: Watcher,
+    watcher: StudyWatcher,
     stop: Stop,
     on_report: Callable[[preflight.Report], None] = lambda _: None,
     then: Callable[[Desk], None] | None = None,
@@ -202,12 +186,12 @@ def go_on(desk: Desk) -> None:
     """The missing trials."""
     session = desk.session()
     desk.keep_before()
-    About.session(session).keep(desk.study)
-    walk = parallel.agree(lambda: find_walk(desk.study, session, desk.folder, desk.shelf))
+    About.measured(session.bench.language_model, session.baseline.declined).keep(desk.study)
+    walk = agree(lambda: find_walk(desk.study, session, desk.folder, desk.shelf))
     space = session.space(walk)
     trials = Trials(session, desk.folder, space)
-    measurer = parallel.Led(trials) if parallel.size() > 1 else trials
-    with reporting(desk) as reporter:
+    measurer = parallel.Led(trials) if size() > 1 else trials
+    with reporting(desk.study, desk.settings, desk.folder, desk.watcher) as reporter:
         optimise(
             desk.study,
             desk.settings,
@@ -246,83 +230,6 @@ def write(desk: Desk, result: Result, destination: Path) -> Export:
     return write_export(job, desk.watcher, desk.stop)
 
 
-def look(
-    settings: Settings,
-    *,
-    force: bool,
-    judging: bool = False,
-    watcher: Watcher,
-    on_report: Callable[[preflight.Report], None] = lambda _: None,
-) -> Inputs:
-    """Preflight, and the inputs that it looked at; the judge is tried where there is `judging` to do. Raises UserError if the run
-    would fail, unless forced."""
-    free_memory()  # reference cycles of an earlier model would count as memory that is taken
-    require_name(settings.model)  # before prompts are fetched from the hub
-    read_prompts = functools.cache(lambda: load_all(settings.prompts))
-    report = check(settings, read_prompts, judging=judging)
-    on_report(report)
-    failures = [f for f in report.findings if f.level == "failure"]
-    if failures and not force:
-        first = failures[0]
-        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-        fix = first.fix or "see heretic preflight; --force starts all the same"
-        raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix, code=first.code)
-    checkpoint = open_checkpoint(
-        settings.model,
-        settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-        allow_pickle=settings.allow_pickle,
-    )
-    parallel.check(checkpoint, settings)
-    prompts = read_prompts()
-    for warning in prompts.warnings:
-        watcher.warn(warning)
-    plan = LoadPlan.of(settings, report.plan)
-    facts = fingerprint.facts(settings, checkpoint, prompts, plan.dtypes, read_template(settings))
-    name = settings.run_name or f"{checkpoint.short_name}-{fingerprint.short_hash(facts)}"
-    folder = RunFolder(Path(settings.runs_dir) / name, fingerprint.short_hash(facts))
-    if settings.save_to:
-        check_destination(Path(settings.save_to), folder.name)
-    return Inputs(settings, checkpoint, prompts, plan, facts, folder)
-
-
-def check(
-    settings: Settings,
-    read_prompts: Callable[[], PromptSets] | None = None,
-    imagined: tuple[Gpu, ...] = (),
-    *,
-    judging: bool = True,
-) -> preflight.Report:
-    """The preflight of these settings; `read_prompts` for a caller that goes on to use what was read, `imagined` GPUs for a
-    machine that is not this one."""
-    return preflight.check(
-        settings,
-        checkpoint_loader=lambda: open_checkpoint(
-            settings.model,
-            settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            allow_pickle=settings.allow_pickle,
-            download_weights=False,
-        ),
-        prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
-        storage_check=lambda: _probe_storage(settings),
-        judge_check=lambda: _try_judge(settings) if judging and not lender() else "",
-        work_counter=lambda work, checkpoint, prompts: work.counted(settings, checkpoint, prompts),
-        imagined=imagined,
-    )
-
-
-def _try_judge(settings: Settings) -> str:
-    """What is doubtful about the judge. Raises UserError, but not where the markers have taken its place in a run."""
-    try:
-        return try_judge(settings)
-    except UserError as error:
-        runs, fallen = expanded(settings.runs_dir), baseline_file(given_up=True)
-        if settings.judge.llm.on_failure == "markers" and any(runs.glob(f"{settings.run_name or '*'}/{fallen}")):
-            return f"{error.what} In a run where the markers have taken its place they keep it."
-        raise
-
-
 @contextmanager
 def device_lock(settings: Settings, *, wait: bool, watcher: Watcher, stop: Stop) -> Iterator[None]:
     """Hold the locks of the devices that these settings may use. Raises BusyError naming the holder."""
@@ -351,7 +258,10 @@ def study_of(inputs: Inputs, *, wait: bool, watcher: Watcher, stop: Stop) -> Ite
         url = storage_url(settings.storage, folder.path)
         patience = Patience(settings.workers.patience, watcher, stop)
         try:
-            yield open_study(url, study_name(settings.storage, folder.path), inputs.facts, settings.workers, patience)
+            study = open_study(url, study_name(settings.storage, folder.path), inputs.facts, settings.workers, patience)
+            with reading(url):
+                check_study(study)
+            yield study
         except STORAGE_ERRORS as error:
             raise unwritable(url, error) from error
 
@@ -368,22 +278,3 @@ def logging_to(folder: RunFolder) -> Iterator[None]:
     finally:
         logging.getLogger("heretic").removeHandler(handler)
         handler.close()
-
-
-def _probe_storage(settings: Settings) -> None:
-    """Raise UserError if the study could not be stored."""
-    if on_server(settings.storage):
-        connect(settings.storage)
-        return
-    file = settings.storage.removeprefix("sqlite:///")  # looked at, not opened: opening would create it
-    root = Path(file).parent if file else Path(settings.runs_dir)
-    existing = next(p for p in (root, *root.resolve().parents) if p.exists())
-    try:
-        probe_writing(existing)
-    except OSError as error:
-        raise UserError(
-            f"The folder for runs cannot be written: {error.strerror or error}.",
-            code="run-folder-unwritable",
-            where=str(existing),
-            fix="set runs_dir to a place that can",
-        ) from None

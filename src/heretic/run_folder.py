@@ -21,8 +21,10 @@ from heretic.errors import SettingsError, UserError, first_line
 from heretic.files import check_seal, expanded, open_private, read_tensors, write_tensors, write_text
 from heretic.progress import Watcher
 from heretic.search.gradient import State
+from heretic.search.url import masked
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved, read_toml, resolve, written_origins
+from heretic.settings.text import resolved_text
 from heretic.stored_tensors import Baseline, directions_of, geometry_of, state_of, state_tensors
 
 T = TypeVar("T")
@@ -296,3 +298,10 @@ def _runs(root: Path) -> list[Path]:
 
 def _last_change(path: Path) -> float:
     return max(f.stat().st_mtime for f in (path, path / "config.toml", path / "study.db") if f.exists())
+
+
+def kept_settings(resolved: Resolved) -> str:
+    """The settings as kept in the run's folder, without the password that a storage URL may hold."""
+    settings = resolved.settings
+    kept = settings.model_copy(update={"storage": masked(settings.storage)})
+    return resolved_text(Resolved(kept, resolved.file, resolved.origins))

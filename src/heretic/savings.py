@@ -14,10 +14,10 @@ from heretic.machine.host import memory, spell_bytes
 from heretic.machine.shape import ModelShape
 from heretic.machine.workload import MOST_TRIALS
 from heretic.model.batching import Batcher, free_memory, out_of_memory
+from heretic.model.distributed import agree, size
 from heretic.model.entries import Entries, entries_for
 from heretic.model.forward import call, can_begin_later
 from heretic.model.loading import LanguageModel
-from heretic.parallel import agree, size
 from heretic.scoring.ladder import Ladder
 from heretic.scoring.race import Requests
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
@@ -22,17 +21,17 @@ from heretic.encoding import encode, most_new_tokens, start_answers
 from heretic.errors import UserError
 from heretic.finding import find_directions
 from heretic.machine.host import memory, spell_bytes
-from heretic.machine.memory_plan import MemoryPlan
+from heretic.machine.memory_plan import LoadPlan
 from heretic.model.anatomy import Writer
 from heretic.model.batching import AS_IT_IS, Batcher, Edited
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.decoding import decoded_by_generate
+from heretic.model.distributed import agree, rank
 from heretic.model.forward import can_share, padding_matters
 from heretic.model.loading import LanguageModel, load
 from heretic.model.prefix import AnswerStart
 from heretic.model.template import read_template
-from heretic.parallel import agree, rank
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets
 from heretic.run_folder import RunFolder, baseline_file
@@ -52,27 +51,6 @@ from heretic.stored_tensors import Baseline
 
 FEW_REFUSALS = 0.1  # share of the requests
 COPIES = 3  # of the log-probabilities: original, ablated, written
-
-
-@dataclass(frozen=True)
-class LoadPlan:
-    """What the memory plan decided about loading: number formats to try, from_pretrained's arguments, prompts per batch; and the
-    quantisation of the settings."""
-
-    dtypes: Sequence[str]
-    arguments: dict[str, Any]
-    batch_size: int
-    quantization: str = "none"
-
-    @classmethod
-    def of(cls, settings: Settings, plan: MemoryPlan | None) -> LoadPlan:
-        """How to load, from the memory plan; as the settings say where no plan could be made (--force)."""
-        if plan is None:
-            device_map = "auto" if settings.device_map == "planned" else settings.device_map
-            formats = ["bfloat16" if d == "auto" else d for d in settings.dtypes]
-            return cls(formats, {"device_map": device_map}, settings.batch_size or 4, settings.quantization)
-        dtypes = [plan.dtype, *(d for d in settings.dtypes[1:] if d != "auto")]
-        return cls(dtypes, plan.from_pretrained_arguments(), plan.batch_size, settings.quantization)
 
 
 @dataclass(frozen=True)

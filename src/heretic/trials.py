@@ -12,7 +12,7 @@ import optuna
 from heretic.ablation.ablation import Ablation
 from heretic.errors import UserError, memory_error
 from heretic.model.batching import free_memory, out_of_memory
-from heretic.parallel import rank
+from heretic.model.distributed import rank
 from heretic.run_folder import RunFolder
 from heretic.savings import trials_that_pay
 from heretic.scoring.judges import OrMarkers

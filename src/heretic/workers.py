@@ -7,10 +7,8 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,42 +17,13 @@ from heretic.errors import Interrupted, UserError
 from heretic.files import open_private, split_lines
 from heretic.machine.gpus import Gpu, usable_gpus, visible_gpus
 from heretic.settings import Settings
-from heretic.stop import Stop
+from heretic.worker_process import LENDER, LOOK_AGAIN
 
 if TYPE_CHECKING:
     from heretic.desk import Desk
-    from heretic.run import Inputs
+    from heretic.prepare import Inputs
 
-LENDER = "_HERETIC_WORKER_OF"  # environment of a worker: the process that started it and holds the locks for it
-LOOK_AGAIN = 0.5
 LAST_LINES = 3  # of what a worker said before it died
-
-
-def lender() -> int:
-    """The process that started this one as a worker; 0 if it is none."""
-    given = os.environ.get(LENDER, "")
-    return int(given) if given.isdigit() else 0
-
-
-@contextmanager
-def ends_with_its_lender(stop: Stop) -> Iterator[None]:
-    """Within the context of a worker a stop is asked for once the process that started it is gone, and its locks with it."""
-    if not lender():
-        yield
-        return
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(LOOK_AGAIN):
-            if os.getppid() != lender():
-                stop.requested = True
-                return
-
-    threading.Thread(target=watch, daemon=True, name="lender").start()
-    try:
-        yield
-    finally:
-        ended.set()
 
 
 def how_many(wanted: str, settings: Settings) -> tuple[int, str]:

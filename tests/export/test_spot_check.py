@@ -15,10 +15,10 @@ from heretic.export.full import rewritten
 from heretic.export.job import Order
 from heretic.export.save import plan_edits, write_weights
 from heretic.export.spot_check import check_edits, expectation
+from heretic.machine.memory_plan import LoadPlan
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import load
 from heretic.progress import SILENT
-from heretic.session import LoadPlan
 from heretic.settings import Settings
 from heretic.stop import Stop
 from tests.tiny import save_tiny

@@ -29,7 +29,7 @@ from heretic.search.fallback import StudyFallback
 from heretic.search.front import choose, results
 from heretic.search.lives import free_the_dead
 from heretic.search.space import Space
-from heretic.search.storage import fail_abandoned, open_study
+from heretic.search.storage import fail_abandoned, open_study, reading
 from heretic.search.study import finished, optimise
 from heretic.search.walk import Walk
 from heretic.settings import Settings
@@ -117,7 +117,10 @@ class Constant(Trials):
 
 
 def opened(made: Made) -> optuna.Study:
-    return open_study(made.url, "heretic", made.facts)
+    study = open_study(made.url, "heretic", made.facts)
+    with reading(made.url):
+        check_study(study)
+    return study
 
 
 def resume(made: Made) -> None:

@@ -11,7 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from heretic.machine.placement import Device
+from heretic.machine.devices import Device
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.tensor_info import TensorInfo
 

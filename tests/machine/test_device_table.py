@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from heretic.errors import UserError
 from heretic.machine.device_table import explicit
 from heretic.machine.placement import shares, skeleton
+from heretic.prepare import check, look
 from heretic.progress import Silent
-from heretic.run import check, look
 from heretic.settings.layers import resolve
 from tests.machine.shapes import checkpoint_of, cpu, gpus, small
 

@@ -10,11 +10,11 @@ import pytest
 
 from heretic.machine import rules
 from heretic.machine.demand import DeviceLoad
+from heretic.machine.devices import Device
 from heretic.machine.facts import Facts, Finding, Folder
 from heretic.machine.gpus import Gpu, GpuProcess, GpuReport
 from heretic.machine.lock import Holder
 from heretic.machine.memory_plan import MemoryPlan
-from heretic.machine.placement import Device
 from heretic.machine.rules import RULES
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.tensor_info import TensorInfo

@@ -17,8 +17,9 @@ from heretic.machine.workload import Workload
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
 from heretic.model.tensor_info import OPENED
+from heretic.prepare import check
 from heretic.progress import SILENT
-from heretic.run import Outcome, check, run
+from heretic.run import Outcome, run
 from heretic.settings import Settings
 from heretic.settings.layers import resolve
 from heretic.stop import Stop

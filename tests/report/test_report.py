@@ -178,16 +178,14 @@ class Heard(Silent):
         self.warnings.append(text)
 
 
-class Place:
-    """As much of a desk as a reporter needs."""
-
-    def __init__(self, made: Outcome, folder: Path) -> None:
-        source = stored_source(str(made.folder.path), "", os.environ, with_texts=False)
-        self.study, self.settings, self.folder, self.watcher = source.study, source.settings, RunFolder(folder), Heard()
+def reporter_of(made: Outcome, folder: Path, watcher: Heard) -> Reporter:
+    """A reporter that writes to this folder."""
+    source = stored_source(str(made.folder.path), "", os.environ, with_texts=False)
+    return Reporter(source.study, source.settings, RunFolder(folder), watcher)
 
 
 def test_it_takes_a_small_share_of_the_time(made: Outcome, tmp_path: Path) -> None:
-    reporter = Reporter(Place(made, tmp_path))  # type: ignore[arg-type]
+    reporter = reporter_of(made, tmp_path, Heard())
     began = time.monotonic()
     reporter.after_batch()
     first = (tmp_path / REPORT).stat()
@@ -200,11 +198,11 @@ def test_it_takes_a_small_share_of_the_time(made: Outcome, tmp_path: Path) -> No
 
 
 def test_a_report_that_cannot_be_written_is_said_once_and_ends_nothing(made: Outcome, tmp_path: Path) -> None:
-    place = Place(made, tmp_path / "gone")
-    reporter = Reporter(place)  # type: ignore[arg-type]
+    watcher = Heard()
+    reporter = reporter_of(made, tmp_path / "gone", watcher)
     reporter.write()
     reporter.write()
-    assert len(place.watcher.warnings) == 1 and "report" in place.watcher.warnings[0]
+    assert len(watcher.warnings) == 1 and "report" in watcher.warnings[0]
 
 
 def test_stages_of_all_sessions_are_added_up(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from rich.console import Console
 
 from heretic.errors import UserError
 from heretic.screen.chat import check_typed, typed
-from heretic.screen.console import Plain, asked_here, make_watcher, notebook, why_not_asked
+from heretic.screen.console import Plain, asked_here, notebook, why_not_asked
 from heretic.screen.outcome import check_answerable
+from heretic.screen.reporter import make_watcher
 from tests.screen.terminal import Terminal
 
 NOBODY = [

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from heretic.machine.use import Use, memory_in_use
-from heretic.screen.console import Plain, make_watcher
+from heretic.screen.console import Plain
 from heretic.screen.dashboard import Dashboard
+from heretic.screen.reporter import make_watcher
 from heretic.stop import Stop
 from tests.screen.standings import standing
 

@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from heretic.machine.demand import GIB, DeviceLoad
+from heretic.machine.devices import Device
 from heretic.machine.facts import Finding
 from heretic.machine.gpus import Gpu, GpuReport
 from heretic.machine.memory_plan import MemoryPlan
-from heretic.machine.placement import Device
 from heretic.machine.preflight import Report
 from heretic.screen.preflight_table import show
 

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A weight, or what makes it: one that is dequantised or read from a file exists only while it is used.
-Matrix = Tensor | Callable[[], Tensor]
+from heretic.model.lazy_tensor import Matrix, opened
 
 # Rows of a weight that are this small count as zero: they write nothing, and D^-1 must not blow them up.
 TINY = 1e-12
@@ -118,11 +117,6 @@ class WriterFacts:
     def to(self, device: torch.device | str) -> WriterFacts:
         """The same facts on another device."""
         return replace(self, norms=self.norms.to(device), g=self.g.to(device), gram=self.gram.to(device))
-
-
-def opened(matrix: Matrix) -> Tensor:
-    """The weight itself."""
-    return matrix if isinstance(matrix, Tensor) else matrix()
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 
 from heretic.errors import EXIT_STATUSES, UserError
-from heretic.progress import Watcher
-from heretic.screen.console import make_watcher, printable
+from heretic.screen.console import printable
+from heretic.screen.reporter import make_watcher
+from heretic.search.standing import StudyWatcher
 from heretic.settings.layers import DEFAULT_FILE, Resolved, resolve
 from heretic.stop import Stop
 
@@ -110,6 +111,6 @@ def configured_runs(option: str | None) -> str:
     return option or resolve(environment=os.environ).settings.runs_dir
 
 
-def watcher_for(as_json: bool = False, plain: bool = False, title: str = "", stop: Stop | None = None) -> Watcher:
+def watcher_for(as_json: bool = False, plain: bool = False, title: str = "", stop: Stop | None = None) -> StudyWatcher:
     """Who shows the work; standard output is kept for what was asked for as JSON."""
     return make_watcher(err if as_json else out, plain=plain, title=title, stop=stop)

@@ -79,7 +79,7 @@ def run(
     from heretic.parallel import follow, rank, size
     from heretic.run import run as run_job
     from heretic.screen.preflight_table import show
-    from heretic.workers import ends_with_its_lender
+    from heretic.worker_process import ends_with_its_lender
 
     if rank():
         follow(resolved.settings)
@@ -178,7 +178,7 @@ def preflight(
     """Can this run succeed here? Exit status: 0 ready, 1 will fail, 2 risky."""
     resolved = read_settings(config, assignments, {"model": model}, quiet=as_json)
     from heretic.machine.imagined import imagined_gpus
-    from heretic.run import check
+    from heretic.prepare import check
     from heretic.screen.preflight_table import show
 
     report = check(resolved.settings, imagined=imagined_gpus(devices) if devices is not None else ())

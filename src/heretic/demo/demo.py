@@ -21,10 +21,10 @@ from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
 from heretic.model.unloading import unloaded_after
-from heretic.progress import Watcher
 from heretic.prompts import load_all
 from heretic.run import Outcome, run
 from heretic.scoring.divergence import divergences, first_token_log_probs
+from heretic.search.standing import StudyWatcher
 from heretic.settings import Settings
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
@@ -46,7 +46,7 @@ def run_demo(
     trials: int | None,
     assignments: Sequence[str] = (),
     wait: bool = False,
-    watcher: Watcher,
+    watcher: StudyWatcher,
     stop: Stop,
     on_report: Callable[[preflight.Report], None],
 ) -> DemoOutcome:

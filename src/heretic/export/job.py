@@ -13,6 +13,7 @@ from heretic.ablation.ablation import Ablation
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Operator
 from heretic.export.spot_check import Rewritten
+from heretic.machine.memory_plan import LoadPlan
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel
 from heretic.progress import Watcher
@@ -20,7 +21,6 @@ from heretic.prompts import PromptSets
 from heretic.run_folder import RunFolder
 from heretic.scoring.verdict import Judge
 from heretic.search.front import Result
-from heretic.session import LoadPlan
 from heretic.settings import Settings
 from heretic.stop import Stop
 from heretic.stored_tensors import Baseline

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from heretic import __version__
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.directions import Directions
 from heretic.errors import UserError
@@ -26,7 +21,6 @@ from heretic.settings.layers import Resolved
 from heretic.stop import Stop
 from heretic.stored_tensors import directions_of
 
-PACKAGES = ("torch", "transformers", "accelerate", "optuna", "datasets", "safetensors", "tokenizers")
 MANIFEST = "manifest.json"
 # Beside the manifest, in a folder of their own: some programs read every .safetensors file of a model's folder as weights.
 DIRECTIONS = Path("heretic") / "directions.safetensors"
@@ -34,26 +28,6 @@ LARGEST = 16 << 20  # bytes; a manifest has a few hundred kilobytes at most
 FARTHEST = (
     1e6  # of a number of an edit; what is measured is below ten, and the arithmetic in float32 has to stay finite
 )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    found = {"heretic": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    for name in PACKAGES:
-        found[name] = importlib.metadata.version(name)
-    return found
-
-
-def computed_on(device: torch.device) -> str:
-    """What does the arithmetic, as far as the last bits of a sum depend on it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
-
-
-def now() -> str:
-    """The time in UTC, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def scores_text(scores: Scores) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from heretic.errors import UserError
 from heretic.export.job import ExportJob
 from heretic.machine.gpus import usable_gpus, visible_gpus
 from heretic.machine.host import devices
-from heretic.machine.memory_plan import plan_for
+from heretic.machine.memory_plan import LoadPlan, plan_for
 from heretic.machine.workload import Workload
 from heretic.model.unloading import unloaded_after
 from heretic.progress import Watcher
 from heretic.scoring.divergence import divergences
 from heretic.scoring.taught import all_log_probs
-from heretic.session import LoadPlan, measure_baseline, open_bench
+from heretic.session import measure_baseline, open_bench
 from heretic.stop import Stop
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from heretic.machine.placement import CPU, Device, Share
+from heretic.machine.devices import CPU, Device
+from heretic.machine.placement import Share
 from heretic.machine.shape import SHARE_FOR_GRADIENTS, ModelShape
 from heretic.machine.workload import Workload
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from heretic.errors import UserError
-from heretic.machine.placement import CPU, Device, block_names, device_named, lookup
+from heretic.machine.devices import CPU, Device
+from heretic.machine.placement import block_names, device_named, lookup
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 
 from heretic.files import expanded
+from heretic.machine.devices import CPU, Device
 from heretic.machine.gpus import Gpu
-from heretic.machine.placement import CPU, Device
 
 
 def devices(gpus: Sequence[Gpu]) -> list[Device]:

@@ -12,10 +12,10 @@ from typing import Any
 from heretic.errors import UserError
 from heretic.machine.demand import CONTEXT, FLOAT32, MIB, Demand, DeviceLoad, headroom
 from heretic.machine.device_table import explicit
+from heretic.machine.devices import Device
 from heretic.machine.placement import (
     MODES,
     NOWHERE,
-    Device,
     Share,
     device_named,
     everything_on,
@@ -256,3 +256,24 @@ def _room(device: Device, limits: Mapping[str, int], least: int) -> int:
     if device.is_gpu:
         free = device.free - CONTEXT - least - headroom(device, 0)
     return max(0, min(free, limits.get(device.name, free)))
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What the memory plan decided about loading: number formats to try, from_pretrained's arguments, prompts per batch; and the
+    quantisation of the settings."""
+
+    dtypes: Sequence[str]
+    arguments: dict[str, Any]
+    batch_size: int
+    quantization: str = "none"
+
+    @classmethod
+    def of(cls, settings: Settings, plan: MemoryPlan | None) -> LoadPlan:
+        """How to load, from the memory plan; as the settings say where no plan could be made (--force)."""
+        if plan is None:
+            device_map = "auto" if settings.device_map == "planned" else settings.device_map
+            formats = ["bfloat16" if d == "auto" else d for d in settings.dtypes]
+            return cls(formats, {"device_map": device_map}, settings.batch_size or 4, settings.quantization)
+        dtypes = [plan.dtype, *(d for d in settings.dtypes[1:] if d != "auto")]
+        return cls(dtypes, plan.from_pretrained_arguments(), plan.batch_size, settings.quantization)

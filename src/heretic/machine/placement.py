@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from heretic.errors import UserError, first_line, plain_line
+from heretic.machine.devices import Device
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.config_reading import auto_class
 
@@ -22,28 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-CPU = "cpu"
 NOWHERE = "disk"  # accelerate's name for what fits on no device
 MODES = ("planned", "auto", "balanced", "balanced_low_0", "sequential")
-
-
-@dataclass(frozen=True)
-class Device:
-    """A device for weights: `cuda:N` or `cpu`; `total` and `free` memory in bytes."""
-
-    name: str
-    total: int
-    free: int
-
-    @property
-    def is_gpu(self) -> bool:
-        """Whether it is not the CPU."""
-        return self.name != CPU
-
-    @property
-    def key(self) -> int | str:
-        """The name as accelerate spells it: N for `cuda:N`."""
-        return int(self.name.partition(":")[2]) if self.is_gpu else self.name
 
 
 @dataclass

@@ -13,11 +13,11 @@ import torch
 from heretic.errors import UserError
 from heretic.files import expanded
 from heretic.machine import host
+from heretic.machine.devices import Device
 from heretic.machine.facts import Facts, Finding, Folder
 from heretic.machine.gpus import Gpu, GpuReport, gpus_for, usable_gpus, visible_gpus
 from heretic.machine.lock import Holder, device_locks, holder
 from heretic.machine.memory_plan import MemoryPlan, plan_for, stored_dtype
-from heretic.machine.placement import Device
 from heretic.machine.reading import Reading, placing_seconds, reading_of
 from heretic.machine.rules import RULES
 from heretic.machine.workload import Workload

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from heretic.ablation.operator import Matrix, opened
+from heretic.model.lazy_tensor import Matrix, opened
 from heretic.model.quantisation import dequantised, is_quantised
 
 

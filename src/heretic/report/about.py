@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -11,9 +12,9 @@ import optuna
 from pydantic import Field, Json, TypeAdapter
 
 from heretic.doctor import examine
+from heretic.model.loading import LanguageModel
 from heretic.search import attributes
 from heretic.search.attributes import ABOUT, MOST_LAYERS
-from heretic.session import Session
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,10 @@ class About:
     environment: dict[str, str]
 
     @classmethod
-    def session(cls, session: Session) -> About:
-        """Of a loaded model and this machine."""
-        model = session.bench.language_model
-        declined = "".join("1" if d else "0" for d in session.baseline.declined)
-        return cls(model.anatomy.num_layers, tuple(model.anatomy.components), declined, _environment(model.dtype))
+    def measured(cls, model: LanguageModel, declined: Sequence[bool]) -> About:
+        """Of a loaded model and this machine; `declined` for every request."""
+        bits = "".join("1" if d else "0" for d in declined)
+        return cls(model.anatomy.num_layers, tuple(model.anatomy.components), bits, _environment(model.dtype))
 
     def keep(self, study: optuna.Study) -> None:
         """Store it with the study."""

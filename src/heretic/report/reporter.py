@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from heretic.desk import Desk
+import optuna
+
 from heretic.errors import Interrupted, UserError, first_line
 from heretic.files import write_text
+from heretic.progress import Watcher
 from heretic.report.report import Source, report
-from heretic.run_folder import REPORT
+from heretic.run_folder import REPORT, RunFolder
+from heretic.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +28,10 @@ MOST_TIME = 0.02  # share of a study's time that reports may take
 class Reporter:
     """Writes the report after a batch of trials, but not more often than it may take time."""
 
-    desk: Desk
+    study: optuna.Study
+    settings: Settings
+    folder: RunFolder
+    watcher: Watcher
     next: float = 0.0
     failed: bool = False
 
@@ -38,22 +44,22 @@ class Reporter:
         """Write it. What fails is said once and ends nothing: a study of days is worth more than its report."""
         began = time.monotonic()
         try:
-            source = Source.of(self.desk.study, self.desk.settings, self.desk.folder)
-            write_report(source, self.desk.folder.path / REPORT)
+            source = Source.of(self.study, self.settings, self.folder)
+            write_report(source, self.folder.path / REPORT)
         except Exception as error:  # whatever it is, the study goes on
             log.info("no report", exc_info=True)
             if not self.failed:
                 said = error.what if isinstance(error, UserError) else first_line(error)
-                self.desk.watcher.warn(f"The report cannot be written: {said}")
+                self.watcher.warn(f"The report cannot be written: {said}")
             self.failed = True
         took = time.monotonic() - began
         self.next = time.monotonic() + max(SHORTEST_PAUSE, took / MOST_TIME)
 
 
 @contextmanager
-def reporting(desk: Desk) -> Iterator[Reporter]:
+def reporting(study: optuna.Study, settings: Settings, folder: RunFolder, watcher: Watcher) -> Iterator[Reporter]:
     """Within the context the study runs; at its end, and after an orderly stop, the report is written in any case."""
-    reporter = Reporter(desk)
+    reporter = Reporter(study, settings, folder, watcher)
     try:
         yield reporter
     except (Interrupted, UserError):

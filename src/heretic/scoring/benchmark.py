@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from heretic.desk import Desk
+from heretic.doctor import versions
 from heretic.errors import Interrupted, UserError, first_line
-from heretic.export.manifest import versions
 from heretic.files import write_text
 from heretic.model.batching import out_of_memory
 from heretic.model.chat_format import ChatFormat

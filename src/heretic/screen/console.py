@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from heretic.errors import plain_line
-from heretic.progress import Stage, Watcher
-from heretic.stop import Stop
+from heretic.progress import Stage
 
 if TYPE_CHECKING:
     from heretic.search.standing import Standing
@@ -82,15 +81,6 @@ def _in_background() -> bool:
         return os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp()
     except (AttributeError, OSError, ValueError):  # not on this system, or no terminal of this session
         return False
-
-
-def make_watcher(console: Console, *, plain: bool = False, title: str = "", stop: Stop | None = None) -> Watcher:
-    """The watcher that suits the console; `title` says what is worked on, `stop` whether a stop is awaited."""
-    if plain or not on_terminal(console) or notebook():  # a cell shows what a terminal would obey
-        return Plain(console)
-    from heretic.screen.dashboard import Dashboard
-
-    return Dashboard(console, title, stop or Stop())
 
 
 class Lines:

@@ -10,14 +10,13 @@ from typing import Any, Protocol
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from heretic.progress import Watcher
 from heretic.search import attributes
 from heretic.search.attributes import AGAIN, START, TOGETHER, WORKER
 from heretic.search.fidelity import Progress
 from heretic.search.lives import free_the_dead, signature, taken
 from heretic.search.patience import PatientStorage
 from heretic.search.sampler import sampler
-from heretic.search.standing import Standing
+from heretic.search.standing import Standing, StudyWatcher
 from heretic.search.turns import TurnLost, database, turn
 from heretic.settings import Settings
 from heretic.stop import Stop
@@ -47,7 +46,7 @@ class Queue:
     study: optuna.Study
     settings: Settings
     trials: Drawer
-    watcher: Watcher
+    watcher: StudyWatcher
     stop: Stop
     shared: bool = False
 

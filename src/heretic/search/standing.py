@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Protocol
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from heretic.progress import Watcher
 from heretic.search.attributes import refusals_before
 from heretic.search.fidelity import Progress
 from heretic.search.front import Result, choose
@@ -83,3 +85,10 @@ def _covered(spans: Iterable[tuple[datetime, datetime]]) -> float:
             total += (end - begin).total_seconds()
             reached = end
     return total
+
+
+class StudyWatcher(Watcher, Protocol):
+    """A watcher that is also told how a study stands."""
+
+    def stands(self, standing: Standing) -> None:
+        """How the study under way stands now."""

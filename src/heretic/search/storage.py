@@ -21,10 +21,9 @@ from optuna.trial import TrialState
 
 from heretic.errors import StudyMismatch, UserError, first_line, plain_line
 from heretic.files import open_private
-from heretic.fingerprint import differences, versions_that_matter
 from heretic.search import attributes
 from heretic.search.attributes import FACTS, SETTINGS, Signature
-from heretic.search.damage import check_study
+from heretic.search.fingerprint_diff import differences, versions_that_matter
 from heretic.search.patience import Patience, PatientStorage, borne, reason
 from heretic.search.url import masked, on_server, sqlite_file
 from heretic.settings import Settings, Workers
@@ -225,8 +224,6 @@ def open_study(
             where=masked(url),
             fix="take those settings back, choose another run_name, or begin anew with --fresh (the old run is kept aside)",
         )
-    with reading(url):
-        check_study(study)
     return study
 
 

@@ -10,14 +10,13 @@ import optuna
 from optuna.trial import TrialState
 
 from heretic.errors import UserError
-from heretic.progress import Watcher
 from heretic.scoring.ladder import Measured, Scores, never
 from heretic.search.attributes import BEATEN, ERROR, KL_PER_PROMPT, SCORES, START, WORKER
 from heretic.search.fidelity import Bar, Progress, told
 from heretic.search.lives import retry_of, signature, signs_of_life
 from heretic.search.queue import Drawer, Queue, finished
 from heretic.search.seal import sealed
-from heretic.search.standing import Standing
+from heretic.search.standing import Standing, StudyWatcher
 from heretic.settings import Settings
 from heretic.stop import Stop
 
@@ -45,7 +44,7 @@ def optimise(
     settings: Settings,
     trials: Measurer,
     *,
-    watcher: Watcher,
+    watcher: StudyWatcher,
     stop: Stop,
     after_batch: Callable[[], None] = lambda: None,
     shared: bool = False,

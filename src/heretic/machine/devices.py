@@ -1,0 +1,26 @@
+"""A device that weights can be put on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device for weights: `cuda:N` or `cpu`; `total` and `free` memory in bytes."""
+
+    name: str
+    total: int
+    free: int
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is not the CPU."""
+        return self.name != CPU
+
+    @property
+    def key(self) -> int | str:
+        """The name as accelerate spells it: N for `cuda:N`."""
+        return int(self.name.partition(":")[2]) if self.is_gpu else self.name

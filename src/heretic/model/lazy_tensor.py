@@ -1,0 +1,14 @@
+"""A weight, or a function that makes it: one that is dequantized or read from a file exists only while it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+Matrix = Tensor | Callable[[], Tensor]
+
+
+def opened(matrix: Matrix) -> Tensor:
+    """The weight itself."""
+    return matrix if isinstance(matrix, Tensor) else matrix()

@@ -1,0 +1,136 @@
+"""Everything that is looked at before a run: checkpoint, prompts, devices, the memory plan and the preflight."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heretic import fingerprint, parallel
+from heretic.errors import UserError
+from heretic.export.destination import check_destination
+from heretic.files import expanded
+from heretic.machine import preflight
+from heretic.machine.gpus import Gpu
+from heretic.machine.memory_plan import LoadPlan
+from heretic.model.batching import free_memory
+from heretic.model.checkpoint import Checkpoint, open_checkpoint, require_name
+from heretic.model.template import read_template
+from heretic.progress import Watcher
+from heretic.prompts import PromptSets, load_all
+from heretic.run_folder import RunFolder, baseline_file, probe_writing
+from heretic.scoring.judges import try_judge
+from heretic.search.storage import connect
+from heretic.search.url import on_server
+from heretic.settings import Settings
+from heretic.worker_process import lender
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run works on, looked at but not loaded."""
+
+    settings: Settings
+    checkpoint: Checkpoint
+    prompts: PromptSets
+    plan: LoadPlan
+    facts: dict[str, Any]
+    folder: RunFolder
+
+
+def look(
+    settings: Settings,
+    *,
+    force: bool,
+    judging: bool = False,
+    watcher: Watcher,
+    on_report: Callable[[preflight.Report], None] = lambda _: None,
+) -> Inputs:
+    """Preflight, and the inputs that it looked at; the judge is tried where there is `judging` to do. Raises UserError if the run
+    would fail, unless forced."""
+    free_memory()  # reference cycles of an earlier model would count as memory that is taken
+    require_name(settings.model)  # before prompts are fetched from the hub
+    read_prompts = functools.cache(lambda: load_all(settings.prompts))
+    report = check(settings, read_prompts, judging=judging)
+    on_report(report)
+    failures = [f for f in report.findings if f.level == "failure"]
+    if failures and not force:
+        first = failures[0]
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        fix = first.fix or "see heretic preflight; --force starts all the same"
+        raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix, code=first.code)
+    checkpoint = open_checkpoint(
+        settings.model,
+        settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        allow_pickle=settings.allow_pickle,
+    )
+    parallel.check(checkpoint, settings)
+    prompts = read_prompts()
+    for warning in prompts.warnings:
+        watcher.warn(warning)
+    plan = LoadPlan.of(settings, report.plan)
+    facts = fingerprint.facts(settings, checkpoint, prompts, plan.dtypes, read_template(settings))
+    name = settings.run_name or f"{checkpoint.short_name}-{fingerprint.short_hash(facts)}"
+    folder = RunFolder(Path(settings.runs_dir) / name, fingerprint.short_hash(facts))
+    if settings.save_to:
+        check_destination(Path(settings.save_to), folder.name)
+    return Inputs(settings, checkpoint, prompts, plan, facts, folder)
+
+
+def check(
+    settings: Settings,
+    read_prompts: Callable[[], PromptSets] | None = None,
+    imagined: tuple[Gpu, ...] = (),
+    *,
+    judging: bool = True,
+) -> preflight.Report:
+    """The preflight of these settings; `read_prompts` for a caller that goes on to use what was read, `imagined` GPUs for a
+    machine that is not this one."""
+    return preflight.check(
+        settings,
+        checkpoint_loader=lambda: open_checkpoint(
+            settings.model,
+            settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            allow_pickle=settings.allow_pickle,
+            download_weights=False,
+        ),
+        prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
+        storage_check=lambda: _probe_storage(settings),
+        judge_check=lambda: _try_judge(settings) if judging and not lender() else "",
+        work_counter=lambda work, checkpoint, prompts: work.counted(settings, checkpoint, prompts),
+        imagined=imagined,
+    )
+
+
+def _try_judge(settings: Settings) -> str:
+    """What is doubtful about the judge. Raises UserError, but not where the markers have taken its place in a run."""
+    try:
+        return try_judge(settings)
+    except UserError as error:
+        runs, fallen = expanded(settings.runs_dir), baseline_file(given_up=True)
+        if settings.judge.llm.on_failure == "markers" and any(runs.glob(f"{settings.run_name or '*'}/{fallen}")):
+            return f"{error.what} In a run where the markers have taken its place they keep it."
+        raise
+
+
+def _probe_storage(settings: Settings) -> None:
+    """Raise UserError if the study could not be stored."""
+    if on_server(settings.storage):
+        connect(settings.storage)
+        return
+    file = settings.storage.removeprefix("sqlite:///")  # looked at, not opened: opening would create it
+    root = Path(file).parent if file else Path(settings.runs_dir)
+    existing = next(p for p in (root, *root.resolve().parents) if p.exists())
+    try:
+        probe_writing(existing)
+    except OSError as error:
+        raise UserError(
+            f"The folder for runs cannot be written: {error.strerror or error}.",
+            code="run-folder-unwritable",
+            where=str(existing),
+            fix="set runs_dir to a place that can",
+        ) from None
