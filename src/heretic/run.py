@@ -163,10 +163,17 @@ def set_aside(folder: RunFolder, settings: Settings, watcher: Watcher) -> None:
     """Make room for a new run; the old one is kept under another name. Raises UserError where that is not possible."""
     if settings.storage:
         raise UserError(
-            "A study in a shared storage cannot be set aside.", where="--fresh", fix="choose another run_name instead"
+            "--fresh cannot set aside a study in a shared storage.",
+            code="conflicting-options",
+            where="--fresh",
+            fix="choose another run_name instead",
         )
     if folder.path.exists() and (holder := lock.holder(folder.lock)):
-        raise BusyError(f"The run is worked on by {holder}", where=str(folder.path))
+        raise BusyError(
+            f"The run is in use by {holder}",
+            where=str(folder.path),
+            fix="wait until it ends, or choose another run_name",
+        )
     if aside := folder.set_aside():
         watcher.say(f"The earlier run was set aside: {aside}")
 
@@ -265,8 +272,9 @@ def look(
     if failures and not force:
         first = failures[0]
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-        fix = first.fix or "see heretic preflight; --force starts all the same"
-        raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix, code=first.code)
+        code = first.code or "preflight-failed"
+        fix = first.fix or "see heretic preflight; --force starts anyway"
+        raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix, code=code)
     checkpoint = open_checkpoint(
         settings.model,
         settings.revision,
@@ -385,5 +393,5 @@ def _probe_storage(settings: Settings) -> None:
             f"The folder for runs cannot be written: {error.strerror or error}.",
             code="run-folder-unwritable",
             where=str(existing),
-            fix="set runs_dir to a place that can",
+            fix="set runs_dir to a writable folder",
         ) from None
