@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from heretic.errors import UserError
 from heretic.settings import Settings, Table
@@ -146,7 +147,7 @@ def sites() -> list[Site]:
     for node in sorted(classes, key=lambda node: node.lineno):
         for base in node.bases:
             if isinstance(base, ast.Name) and base.id in kinds:
-                own = {
+                own: dict[str, Any] = {
                     target.id: statement.value.value
                     for statement in node.body
                     if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
