@@ -107,7 +107,8 @@ def test_runs_folder_that_cannot_be_read(command: Command) -> None:
 
 
 def test_storage_that_cannot_be_opened(command: Command, config: Path) -> None:
-    assert command("run", "--storage", "sqlite:////proc/nowhere/study.db", status=1).code.startswith("storage-")
+    ran = command("run", "--storage", "sqlite:////proc/nowhere/study.db", status=1)
+    assert ran.code == "run-folder-unwritable" and "preflight: storage" in ran.err
     Path("file").touch()
     assert command("run", "--set", "runs_dir=file/runs", status=1).code == "run-folder-unwritable"
 
@@ -116,7 +117,7 @@ def test_damaged_study_is_kept_and_named(command: Command, config: Path) -> None
     command("run", "--run-name", "mine", "--trials", "1", status=0)
     Path("runs/mine/study.db").write_bytes(b"this is not a database at all, not even nearly")
     ran = command("run", "--run-name", "mine", status=1)
-    assert ran.code == "damaged-study" and "--fresh" in ran.err
+    assert ran.code == "storage-unavailable" and "--fresh" in ran.err
     command("run", "--run-name", "mine", "--trials", "1", "--fresh", status=0)
 
 
