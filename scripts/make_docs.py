@@ -1,13 +1,19 @@
-"""Makes the documents that are made from the code: docs/settings.md and docs/migrating.md. A test compares them.
+"""Makes the documents that are made from the code: docs/settings.md, docs/migrating.md, docs/errors.md. A test compares them.
 
 python scripts/make_docs.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from heretic.errors import UserError
 from heretic.settings import Settings, Table
 from heretic.settings.field import noted
 from heretic.settings.layers import describe_type
@@ -15,6 +21,7 @@ from heretic.settings.migrate import DEFAULTS, PROMPT_KEYS, PROMPT_SETS, TABLE
 from heretic.settings.text import toml_value
 
 DOCS = Path(__file__).parents[1] / "docs"
+SOURCE = Path(__file__).parents[1] / "src" / "heretic"
 
 
 def main() -> None:
@@ -25,7 +32,7 @@ def main() -> None:
 
 def documents() -> dict[str, str]:
     """File names and contents."""
-    return {"settings.md": settings_page(), "migrating.md": migrating_page()}
+    return {"settings.md": settings_page(), "migrating.md": migrating_page(), "errors.md": errors_page()}
 
 
 def settings_page() -> str:
@@ -92,6 +99,143 @@ def migrating_page() -> str:
         "be measured here with `heretic evaluate FOLDER --against ORIGINAL`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the code that makes a UserError; texts have … for what is known only at run time."""
+
+    file: str  # relative to src/heretic
+    line: int
+    codes: tuple[str, ...]  # one, except where the code depends on the case
+    messages: tuple[str, ...]
+    fixes: tuple[str, ...]
+    exit_status: int
+
+
+def errors_page() -> str:
+    """Every code of a UserError: exit status, messages and fixes."""
+    lines = [
+        "# Errors",
+        "",
+        "An error that you can fix has a code, which the command prints in brackets after the message. The code is stable, the",
+        "text is not: compare codes in scripts. From Python it is `error.code` of a `heretic.errors.UserError`. `…` stands for a",
+        "name, a number or a cause. An error without a code is a defect of heretic; please report it.",
+        "",
+        "Made from the code by `python scripts/make_docs.py`.",
+    ]
+    by_code: dict[str, list[Site]] = defaultdict(list)
+    for site in sites():
+        for code in site.codes:
+            by_code[code].append(site)
+    for code in sorted(by_code.keys() - {UserError.code}):
+        found = by_code[code]
+        statuses = sorted({site.exit_status for site in found})
+        lines += ["", f"### {code}", "", f"Exit status {' or '.join(map(str, statuses))}.", ""]
+        messages = dict.fromkeys(f"- {text}" for site in found for text in map(_escaped, site.messages))
+        lines += messages or ["The message gives the cause."]
+        if fixes := dict.fromkeys(f"- {text}" for site in found for text in map(_escaped, site.fixes)):
+            lines += ["", "To fix:", "", *fixes]
+    return "\n".join(lines) + "\n"
+
+
+def sites() -> list[Site]:
+    """Every place in src/heretic that makes a UserError, by file and line."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
+    kinds = {"UserError": (UserError.code, UserError.exit_status)}
+    classes = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    for node in sorted(classes, key=lambda node: node.lineno):
+        for base in node.bases:
+            if isinstance(base, ast.Name) and base.id in kinds:
+                own: dict[str, Any] = {
+                    target.id: statement.value.value
+                    for statement in node.body
+                    if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
+                    for target in statement.targets
+                    if isinstance(target, ast.Name)
+                }
+                code, status = kinds[base.id]
+                kinds[node.name] = (own.get("code", code), own.get("exit_status", status))
+    found = []
+    for path, tree in trees.items():
+        for scope in ast.walk(tree):
+            if not isinstance(scope, ast.FunctionDef):
+                continue
+            for call in ast.walk(scope):
+                if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+                    continue
+                given = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+                # `error` is a parameter that holds the kind, as in heretic.files.open_regular.
+                name = "UserError" if call.func.id == "error" and "code" in given else call.func.id
+                if name not in kinds or not call.args:
+                    continue
+                code, status = kinds[name]
+                codes = [code]
+                if "code" in given:
+                    codes = [text for text in _texts(given["code"], scope) if text != "…"]
+                    codes += _passed(given["code"], scope, trees.values())
+                messages = _known(_texts(call.args[0], scope))
+                fixes = _known(_texts(given["fix"], scope)) if "fix" in given else ()
+                file = path.relative_to(SOURCE).as_posix()
+                found.append(Site(file, call.lineno, tuple(codes), messages, fixes, status))
+    return list({(site.file, site.line): site for site in found}.values())  # once for a function in a function
+
+
+def _known(texts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(text for text in texts if text.strip("… .,;:"))
+
+
+def _texts(node: ast.expr, scope: ast.FunctionDef, depth: int = 0) -> list[str]:
+    """The texts that an expression can be; a name is looked up in the assignments of its function."""
+    if isinstance(node, ast.Constant):
+        return [] if node.value is None else [str(node.value)]
+    if isinstance(node, ast.JoinedStr):
+        parts = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values]
+        return ["".join(parts)]
+    if isinstance(node, ast.IfExp):
+        return _texts(node.body, scope, depth) + _texts(node.orelse, scope, depth)
+    if isinstance(node, ast.BoolOp):
+        return [text for value in node.values for text in _texts(value, scope, depth)]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = (_texts(side, scope, depth) or ["…"] for side in (node.left, node.right))
+        return [one + other for one in left for other in right]
+    if isinstance(node, ast.Name) and depth < 3:
+        texts = [text for value in _assigned(node.id, scope) for text in _texts(value, scope, depth + 1)]
+        return texts or ["…"]
+    return ["…"]
+
+
+def _assigned(name: str, scope: ast.FunctionDef) -> Iterator[ast.expr]:
+    """What a function assigns to a name, also as one of several."""
+    for statement in ast.walk(scope):
+        if not isinstance(statement, ast.Assign):
+            continue
+        for target in statement.targets:
+            if isinstance(target, ast.Name) and target.id == name:
+                yield statement.value
+            elif isinstance(target, ast.Tuple) and isinstance(statement.value, ast.Tuple):
+                for one, value in zip(target.elts, statement.value.elts, strict=True):
+                    if isinstance(one, ast.Name) and one.id == name:
+                        yield value
+
+
+def _passed(code: ast.expr, scope: ast.FunctionDef, trees: Iterable[ast.Module]) -> list[str]:
+    """The codes that callers of a function pass as the parameter that it takes the code from."""
+    names = [argument.arg for argument in scope.args.args]
+    if not isinstance(code, ast.Name) or code.id not in [*names, *(a.arg for a in scope.args.kwonlyargs)]:
+        return []
+    place = names.index(code.id) if code.id in names else len(names)
+    found = []
+    for call in (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        if isinstance(call.func, ast.Name) and call.func.id == scope.name:
+            given = [k.value for k in call.keywords if k.arg == code.id] + call.args[place : place + 1]
+            found += [str(value.value) for value in given if isinstance(value, ast.Constant)]
+    return sorted(set(found))
+
+
+def _escaped(text: str) -> str:
+    """As Markdown text on one line."""
+    return re.sub(r"([\\*<])", r"\\\1", " ".join(text.split()))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,12 @@ class Ran:
     status: int
     out: str
     err: str
+
+    @property
+    def code(self) -> str:
+        """The code of the error that was printed; empty without one."""
+        found = re.search(r"\[([a-z0-9]+(?:-[a-z0-9]+)*)\](?: Where: | To fix: |$)", self.err)
+        return found[1] if found else ""
 
 
 def heretic(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Ran:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from heretic import Kernel, UserError, load
+from heretic import Kernel, load
+from heretic.errors import BusyError
 from heretic.export.export import Export
 from heretic.model.checkpoint import open_checkpoint
+from tests.helpers.errors import raises
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 
@@ -68,18 +70,18 @@ def test_directions_of_ones_own_count_in_the_model_and_in_the_export(llama: Path
 
 
 def test_what_a_user_can_do_wrong(llama: Path, given: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="no setting 'trials'"):
+    with raises("unknown-setting"):
         load(str(llama), trials=3)
     with load(str(llama), **given) as lab:
-        with pytest.raises(UserError, match="no component 'router'"):
+        with raises("unknown-component"):
             lab.ablation(router=1.0)
-        with pytest.raises(UserError, match="3 strengths, but the model 4 layers"):
+        with raises("strengths-length-mismatch"):
             lab.ablation(mlp=[1, 1, 1])
-        with pytest.raises(UserError, match=r"shape \(4, 31\); this model needs \(4, 32\)"):
+        with raises("directions-shape-mismatch"):
             lab.directions = torch.randn(4, 31)
-        with pytest.raises(UserError, match="no finished trial 7"):
+        with raises("trial-not-found"):
             lab.trial(7)
-        with pytest.raises(UserError, match="process"):
+        with raises("busy", BusyError):
             load(str(llama), **given)
     with load(str(llama), **given):
         pass  # everything was let go of

@@ -36,39 +36,43 @@ def copy(llama: Path, tmp_path: Path) -> Path:
 
 
 def test_missing_config(command: Command) -> None:
-    assert "nowhere.toml does not exist" in command("--config", "nowhere.toml", status=1).err
+    ran = command("--config", "nowhere.toml", status=1)
+    assert ran.code == "file-missing" and "nowhere.toml" in ran.err
 
 
 def test_toml_syntax_error(command: Command) -> None:
     Path("config.toml").write_text('model = "x"\n[search\n')
-    assert "config.toml:2" in command("run", status=1).err
+    ran = command("run", status=1)
+    assert ran.code == "invalid-toml" and "config.toml:2" in ran.err
 
 
 def test_unknown_key_and_wrong_type(command: Command, config: Path) -> None:
-    assert "did you mean 'batch_size'" in command("run", "--set", "batchsize=2", status=1).err
+    ran = command("run", "--set", "batchsize=2", status=1)
+    assert ran.code == "unknown-setting" and "'batch_size'" in ran.err
     config.write_text(config.read_text().replace("batch_size = 4", 'batch_size = "4"'))
-    message = command("run", status=1).err
-    assert "config.toml:4" in message and "'batch_size'" in message
-    assert "'n_trials' cannot be 0" in command("run", "--trials", "0", status=1).err
+    ran = command("run", status=1)
+    assert ran.code == "invalid-setting" and "config.toml:4" in ran.err and "'batch_size'" in ran.err
+    ran = command("run", "--trials", "0", status=1)
+    assert ran.code == "invalid-setting" and "'n_trials'" in ran.err
 
 
 def test_model_folder_without_config(command: Command, config: Path) -> None:
     Path("empty").mkdir()
-    assert "no config.json" in command("run", "./empty", status=1).err
-    assert "There is no model folder" in command("run", "./not-there", status=1).err
+    assert command("run", "./empty", status=1).code == "no-config"
+    assert command("run", "./not-there", status=1).code == "no-model-folder"
 
 
 def test_model_that_is_no_decoder(command: Command, config: Path, copy: Path) -> None:
     data = json.loads((copy / "config.json").read_text()) | {"architectures": ["LlamaForTokenClassification"]}
     (copy / "config.json").write_text(json.dumps(data))
-    assert "not a decoder-only language model" in command("run", str(copy), status=1).err
+    assert command("run", str(copy), status=1).code == "not-a-causal-model"
 
 
 def test_empty_prompt_file_and_split_out_of_range(command: Command, config: Path) -> None:
     Path("empty.txt").write_text("\n")
-    assert "is empty" in command("run", "--set", "prompts.harmful_eval.source=empty.txt", status=1).err
-    message = command("run", "--set", "prompts.harmful_eval.split=train[:99]", status=1).err
-    assert "prompts 0 to 99, but there are 8" in message and "prompts.harmful_eval" in message
+    assert command("run", "--set", "prompts.harmful_eval.source=empty.txt", status=1).code == "no-prompts"
+    ran = command("run", "--set", "prompts.harmful_eval.split=train[:99]", status=1)
+    assert ran.code == "split-out-of-range" and "prompts.harmful_eval" in ran.err and "[:8]" in ran.err
 
 
 def test_overlapping_prompts_are_counted(command: Command, config: Path, prompt_files: dict[str, Path]) -> None:
@@ -80,39 +84,40 @@ def test_overlapping_prompts_are_counted(command: Command, config: Path, prompt_
 
 def test_prompt_longer_than_the_context(command: Command, config: Path) -> None:
     Path("long.txt").write_text("tell me about " * 200 + "\nmake soup\n")
-    message = command("run", "--set", "prompts.harmful_eval.source=long.txt", status=1).err
-    assert "Prompt 1 of harmful_eval has" in message and "256" in message
+    ran = command("run", "--set", "prompts.harmful_eval.source=long.txt", status=1)
+    assert ran.code == "prompt-too-long" and "harmful_eval" in ran.err and "256" in ran.err
 
 
 def test_study_of_other_settings_under_the_same_name(command: Command, config: Path) -> None:
     command("run", "--run-name", "mine", "--trials", "1", status=0)
-    message = command("run", "--run-name", "mine", "--set", "seed=5", status=StudyMismatch.exit_status).err
-    assert "seed: was 0, now 5" in message and "--fresh" in message
+    ran = command("run", "--run-name", "mine", "--set", "seed=5", status=StudyMismatch.exit_status)
+    assert ran.code == "study-mismatch" and "seed: was 0, now 5" in ran.err and "--fresh" in ran.err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_runs_folder_that_cannot_be_written(command: Command, config: Path) -> None:
     Path("runs").mkdir(mode=0o500)
-    assert "cannot be written" in command("run", status=1).err
+    assert command("run", status=1).code == "run-folder-unwritable"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everywhere")
 def test_runs_folder_that_cannot_be_read(command: Command) -> None:
     Path("runs").mkdir(mode=0o300)
-    assert "cannot be read" in command("status", status=1).err
+    assert command("status", status=1).code == "runs-unreadable"
 
 
 def test_storage_that_cannot_be_opened(command: Command, config: Path) -> None:
-    assert "storage" in command("run", "--storage", "sqlite:////proc/nowhere/study.db", status=1).err
+    ran = command("run", "--storage", "sqlite:////proc/nowhere/study.db", status=1)
+    assert ran.code == "run-folder-unwritable" and "preflight: storage" in ran.err
     Path("file").touch()
-    assert "cannot be written" in command("run", "--set", "runs_dir=file/runs", status=1).err
+    assert command("run", "--set", "runs_dir=file/runs", status=1).code == "run-folder-unwritable"
 
 
 def test_damaged_study_is_kept_and_named(command: Command, config: Path) -> None:
     command("run", "--run-name", "mine", "--trials", "1", status=0)
     Path("runs/mine/study.db").write_bytes(b"this is not a database at all, not even nearly")
-    message = command("run", "--run-name", "mine", status=1).err
-    assert "study's storage cannot be opened" in message and "--fresh" in message
+    ran = command("run", "--run-name", "mine", status=1)
+    assert ran.code == "storage-unavailable" and "--fresh" in ran.err
     command("run", "--run-name", "mine", "--trials", "1", "--fresh", status=0)
 
 
@@ -122,8 +127,8 @@ def test_disk_full_while_saving(command: Command, config: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr("heretic.export.save.stream_edited", full)
-        message = command("run", "--save-to", "out", status=1).err
-    assert "No space left on device" in message and "kept" in message
+        ran = command("run", "--save-to", "out", status=1)
+    assert ran.code == "disk" and "No space left on device" in ran.err
     assert not Path("out").exists() and not list(Path().glob(".out*"))
     assert "written to" in command("run", "--save-to", "out", status=0).out, (
         "the study was complete, only the export is done again"
@@ -132,44 +137,45 @@ def test_disk_full_while_saving(command: Command, config: Path, monkeypatch: pyt
 
 def test_second_process(command: Command, config: Path) -> None:
     with hold(device_locks([]), model="another/model"):
-        message = command("run", status=BusyError.exit_status).err
-    assert f"process {os.getpid()}" in message and "another/model" in message and "--wait" in message
+        ran = command("run", status=BusyError.exit_status)
+    assert ran.code == "busy" and f"process {os.getpid()}" in ran.err
+    assert "another/model" in ran.err and "--wait" in ran.err
 
 
 def test_gpu_that_is_not_there(command: Command, config: Path) -> None:
-    message = command("run", "--set", "device_map=cuda:3", status=1).err
-    assert "cuda:3" in message and "device_map" in message
+    ran = command("run", "--set", "device_map=cuda:3", status=1)
+    assert ran.code == "device-not-there" and "cuda:3" in ran.err and "device_map" in ran.err
 
 
 def test_logits_that_are_not_numbers(command: Command, config: Path, copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], float("nan"))
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    message = command("run", str(copy), status=1).err
-    assert "not finite" in message and "float32" in message
+    ran = command("run", str(copy), status=1)
+    assert ran.code == "logits-not-finite" and "float32" in ran.err
 
 
 def test_tokenizer_without_chat_template(command: Command, config: Path, copy: Path) -> None:
     template = (copy / "chat_template.jinja").read_text()
     (copy / "chat_template.jinja").unlink()
-    assert "has no chat template" in command("run", str(copy), status=1).err
+    assert command("run", str(copy), status=1).code == "no-chat-template"
     Path("t.jinja").write_text(template)
     command("run", str(copy), "--trials", "1", "--set", "chat_template=t.jinja", status=0)
 
 
 def test_prompts_that_do_not_differ(command: Command, config: Path, prompt_files: dict[str, Path]) -> None:
     same = f"prompts.harmless_train.source={prompt_files['harmful_train']}"
-    assert "no direction to find" in command("run", "--set", same, status=1).err
+    command("run", "--set", same, status=1)
 
 
 def test_export_of_what_is_not_there(command: Command, config: Path) -> None:
-    assert "There is no run 'nothing'" in command("export", "nothing", "-o", "x", status=1).err
+    assert command("export", "nothing", "-o", "x", status=1).code == "run-not-found"
     command("run", "--run-name", "mine", "--trials", "2", status=0)
-    assert "no finished trial 7" in command("export", "mine", "--trial", "7", "-o", "x", status=1).err
+    assert command("export", "mine", "--trial", "7", "-o", "x", status=1).code == "trial-not-found"
 
 
 def test_status_without_runs(command: Command) -> None:
-    assert "no run yet" in command("status", status=1).err
+    assert command("status", status=1).code == "run-not-found"
 
 
 def test_a_password_in_the_storage_url_is_never_shown(command: Command, config: Path) -> None:

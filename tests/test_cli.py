@@ -139,10 +139,10 @@ def test_a_run_goes_on_by_its_name_and_says_so_to_scripts(
         and seen["state"] == "complete"
         and seen["model"] == resolve(Path("elsewhere.toml")).settings.model
     )
-    assert "No such" not in do("status", "other", "--storage", url, status=1)["error"]
-    assert "has its own settings" in do("mine", "--config", "elsewhere.toml", status=1)["error"]
+    assert "[study-not-found]" in do("status", "other", "--storage", url, status=1)["error"]
+    assert "[conflicting-options]" in do("mine", "--config", "elsewhere.toml", status=1)["error"]
     for wrong in ("+0", "many", "-3"):
-        assert "no number of trials" in do("run", "mine", f"--trials={wrong}", status=1)["error"]
+        assert "[invalid-option]" in do("run", "mine", f"--trials={wrong}", status=1)["error"]
     watched = heretic(capsys, monkeypatch, "status", "mine", "--watch")
     assert watched.status == 0 and "trials per hour" in watched.out and "KL divergence" in watched.out
 

@@ -11,7 +11,6 @@ import heretic.finding as finding
 from heretic.ablation.ablation import Ablation, Workbench
 from heretic.ablation.attach import attach
 from heretic.ablation.directions import Directions
-from heretic.errors import UserError
 from heretic.finding import find_directions
 from heretic.model.batching import Batcher
 from heretic.model.capture import last_token_residuals, mean_residuals
@@ -19,6 +18,7 @@ from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import LanguageModel, load
 from heretic.settings import Directions as Wanted
+from tests.helpers.errors import raises
 from tests.tiny import HARMFUL, HARMLESS
 
 
@@ -79,13 +79,13 @@ def test_residuals_that_do_not_fit_are_refused_before_anything_is_run(
 ) -> None:
     monkeypatch.setattr(finding, "memory", lambda: (2**14, 2**14))
     assert found(model).count == 1, "means need no room"
-    with pytest.raises(UserError, match="need 0 MiB") as refused:
+    with raises("insufficient-ram") as refused:
         found(model, method="geometric_median")
     assert refused.value.where == "directions.method" and "mean_difference" in str(refused.value.fix)
 
 
 def test_residuals_that_are_not_finite_are_refused(model: LanguageModel) -> None:
     model.model.model.embed_tokens.weight.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="finite") as refused:
+    with raises("residuals-not-finite") as refused:
         found(model, method="self_organising_map")
     assert refused.value.where == "dtypes"

@@ -132,30 +132,31 @@ def test_what_is_written(arguments: list[str], bad: list[str], command: Command)
 
 
 NUMBERS = [
-    (["run", "--trials", "²"], "no number of trials"), (["run", "--trials", "9" * 5000], "no number of trials"),
-    (["run", "--trials", "-1"], "no number of trials"), (["run", "--trials", "1.5"], "no number of trials"),
-    (["run", "--workers", "²"], "no number of workers"), (["run", "--workers", "-2"], "no number of workers"),
+    (["run", "--trials", "²"], "[invalid-option]"), (["run", "--trials", "9" * 5000], "[invalid-option]"),
+    (["run", "--trials", "-1"], "[invalid-option]"), (["run", "--trials", "1.5"], "[invalid-option]"),
+    (["run", "--workers", "²"], "[invalid-option]"), (["run", "--workers", "-2"], "[invalid-option]"),
     (["run", "--set", "n_trials=-1"], "n_trials"), (["run", "--set", "seed=1e3"], "seed"),
-    (["run", "--set", "max_kl=nan"], "max_kl"), (["run", "--set", "n_trials"], "no '='"), (["run", "--set", "=3"], "no setting"),
+    (["run", "--set", "max_kl=nan"], "max_kl"), (["run", "--set", "n_trials"], "[invalid-setting]"),
+    (["run", "--set", "=3"], "[unknown-setting]"),
     (["run", "--set", "seed=" + "[" * 50_000], "seed"), (["run", "--set", "seed=3\nn_trials=4"], "seed"),
-    (["run", "--run-name", "../mine"], "not a path"), (["run", "--run-name", ".", "--fresh"], "not a path"),
-    (["preflight", "--devices", "-1x24GiB"], "names no GPUs"), (["preflight", "--devices", ""], "names no GPUs"),
+    (["run", "--run-name", "../mine"], "run_name"), (["run", "--run-name", ".", "--fresh"], "run_name"),
+    (["preflight", "--devices", "-1x24GiB"], "[invalid-option]"), (["preflight", "--devices", ""], "[invalid-option]"),
     (["status", "--every", "nan"], "--every"), (["status", "--every", "inf"], "--every"), (["status", "--every", "-1"], "--every"),
-    (["export", "mine", "-o", "new", "--trial", "-1"], "no finished trial -1"),
+    (["export", "mine", "-o", "new", "--trial", "-1"], "[trial-not-found]"),
     (["export", "mine", "-o", "new", "--trial", "x"], "--trial"),
-    (["export", "mine", "-o", "new", "--trial", "1", "--trial", "99"], "no finished trial 99"),
+    (["export", "mine", "-o", "new", "--trial", "1", "--trial", "99"], "[trial-not-found]"),
     (["export", "mine", "-o", "new", "--format", "zip"], "zip"), (["export", "mine"], "--output"),
-    (["chat", "mine", "--tokens", "0"], "--tokens"), (["chat", "mine", "--trial", "99"], "no finished trial 99"),
-    (["compare", "mine", "--trials", "", "--prompts", "x"], "no list of trials"),
-    (["compare", "mine", "--trials", "0,²", "--prompts", "x"], "no list of trials"),
-    (["compare", "mine", "--trials", "0", "--prompts", ""], "prompt"),
-    (["compare", "mine", "--trials", "0", "--prompts", "hello " * 400], "more than the 256"),
+    (["chat", "mine", "--tokens", "0"], "--tokens"), (["chat", "mine", "--trial", "99"], "[trial-not-found]"),
+    (["compare", "mine", "--trials", "", "--prompts", "x"], "[invalid-option]"),
+    (["compare", "mine", "--trials", "0,²", "--prompts", "x"], "[invalid-option]"),
+    (["compare", "mine", "--trials", "0", "--prompts", ""], "[no-prompts]"),
+    (["compare", "mine", "--trials", "0", "--prompts", "hello " * 400], "[prompt-too-long]"),
     (["benchmark", "mine", "--tasks", ","], "task"), (["benchmark", "mine", "--tasks", "x", "--limit", "0"], "--limit"),
-    (["reproduce", "out", "--device-map", "moon"], "moon"), (["demo", "--trials", "-3"], "n_trials"),
-    (["status", "x" * 300], "too long"), (["status", "mine", "--storage", "nonsense"], "cannot be kept"),
-    (["upload", "out", "../../x"], "no name of a repository"), (["config", "--schema", "--defaults"], "one of them"),
-    (["stauts"], "heretic status"), (["run", "--nonsense"], "--nonsense"), (["run", ""], "No model"),
-    (["directions", "mine", "-o", ""], "names no format"), (["report", "mine", "-o", ""], "is a folder"),
+    (["reproduce", "out", "--device-map", "moon"], "[device-not-there]"), (["demo", "--trials", "-3"], "n_trials"),
+    (["status", "x" * 300], "[disk]"), (["status", "mine", "--storage", "nonsense"], "nonsense"),
+    (["upload", "out", "../../x"], "../../x"), (["config", "--schema", "--defaults"], "[conflicting-options]"),
+    (["stauts"], "[unknown-command]"), (["run", "--nonsense"], "--nonsense"), (["run", ""], "[no-model]"),
+    (["directions", "mine", "-o", ""], "--format"), (["report", "mine", "-o", ""], "[not-a-regular-file]"),
 ]  # fmt: skip
 
 
@@ -240,12 +241,12 @@ def test_a_run_of_a_later_version(made: Path, command: Command) -> None:
         ["directions", "-o", "new.gguf"],
     ):
         said = command(*arguments, "mine")
-        assert said.status == 1 and "another version of heretic" in said.err and "of_later" in said.err, said
+        assert said.status == 1 and said.code == "unknown-setting" and "of_later" in said.err, said
     file.write_text(kept)
     study = optuna.load_study(study_name="heretic", storage=f"sqlite:///{made}/study.db")
     study.set_user_attr(FACTS, json.dumps({**json.loads(study.user_attrs[FACTS]), "format": 99}))
     said = command("run", "mine", "--trials", "3")
-    assert said.status == 4 and "another version of heretic" in said.err and "format 99" in said.err, said
+    assert said.status == 4 and said.code == "study-mismatch" and "format 99" in said.err, said
 
 
 CHILD = """

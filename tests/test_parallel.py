@@ -10,11 +10,11 @@ from pathlib import Path
 import optuna
 import pytest
 
-from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
 from heretic.parallel import agree, check, rank, size
 from heretic.search.front import Result, results
 from heretic.settings import Settings
+from tests.helpers.errors import raises
 
 
 def torchrun(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
@@ -52,10 +52,11 @@ def test_what_cannot_be_shared_is_said_before_anything_is_loaded(llama: Path, mo
     check(checkpoint, Settings())
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="4 attention heads and 2 key-value heads") as refused:
+    with raises("tensor-parallel-uneven") as refused:
         check(checkpoint, Settings())
+    assert "4 attention heads" in refused.value.what and "2 key-value heads" in refused.value.what
     assert refused.value.fix == "--nproc-per-node 2"
     monkeypatch.setenv("WORLD_SIZE", "2")
     check(checkpoint, Settings())
-    with pytest.raises(UserError, match="edited by operators"):
+    with raises("tensor-parallel-unsupported"):
         check(checkpoint, Settings(apply="weights"))

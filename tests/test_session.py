@@ -50,7 +50,7 @@ def test_offloaded_weights_are_read_from_the_checkpoint(llama: Path) -> None:
         expected = here.model(TOKENS).logits
     with attach(writers, of_walk):
         assert torch.allclose(away(TOKENS).logits, expected, atol=1e-5)
-    with pytest.raises(UserError, match="cannot be rewritten"), rewrite(writers, operators, copies(writers)):
+    with pytest.raises(UserError), rewrite(writers, operators, copies(writers)):
         pass
 
 

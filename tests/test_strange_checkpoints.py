@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
 from heretic.progress import SILENT
 from heretic.run import Outcome, run
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
+from tests.helpers.errors import raises
 from tests.tiny import COMMON, TEMPLATE, save_tiny
 from tests.tiny_quantised import save_fp8
 
@@ -63,7 +63,7 @@ def test_pickle_files_become_safetensors(config: Path, folder: Path, files: int)
     if files > 1:
         index = {"metadata": {}, "weight_map": {n: parts[names.index(n) % files] for n in names}}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="could run code") as error:
+    with raises("pickled-weights") as error:
         do(config, folder)
     assert "allow_pickle = true" in str(error.value.fix)
     export = do(config, folder, "allow_pickle=true").export
@@ -79,13 +79,13 @@ def test_code_of_a_model_of_its_own_goes_with_it(config: Path, folder: Path) -> 
     (folder / "odd.py").write_text(CODE)
     names = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddForCausalLM"}
     changed(folder / "config.json", model_type="odd", architectures=["OddForCausalLM"], auto_map=names)
-    with pytest.raises(UserError, match="running Python code") as error:
+    with raises("needs-remote-code") as error:
         do(config, folder)
     assert f'trust_remote_code = ["{folder}"]' in str(error.value.fix)
     export = do(config, folder, f'trust_remote_code=["{folder}"]').export
     assert export is not None and export.verification.divergence < 1e-3
     assert Path("out/odd.py").read_text() == CODE
-    with pytest.raises(UserError, match="running Python code"):
+    with raises("needs-remote-code"):
         open_checkpoint("out")
     model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
     assert type(model).__name__ == "OddForCausalLM"
@@ -122,7 +122,7 @@ def test_without_generation_config_and_pad_token(config: Path, folder: Path) -> 
 def test_without_chat_template(config: Path, folder: Path) -> None:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     changed(folder / "tokenizer_config.json", chat_template=None)
-    with pytest.raises(UserError, match="no chat template") as error:
+    with raises("no-chat-template") as error:
         do(config, folder)
     assert 'chat_template = "template.jinja"' in str(error.value.fix)
     Path("mine.jinja").write_text(TEMPLATE)

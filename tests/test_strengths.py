@@ -24,6 +24,7 @@ from heretic.search.url import storage_url
 from heretic.settings.layers import resolve
 from heretic.status import look_at
 from heretic.stop import Stop
+from tests.helpers.errors import raises
 
 WALKING = (
     'search.start="gradient"', "search.gradient.weights=[0.5, 2.0]", "search.gradient.steps=3", "search.gradient.batch=4",
@@ -133,10 +134,10 @@ def test_what_ends_the_walk_is_not_taken_for_a_reason_to_give_it_up(
 
     def full(folder: RunFolder, state: State) -> None:
         if state.steps == 4:
-            raise UserError("No space left on device.")
+            raise UserError("No space left on device.", code="disk")
         keep(folder, state)
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+    with monkeypatch.context() as patch, raises("disk"):
         patch.setattr(RunFolder, "keep_walk", full)
         do(config)
     again = do(config)

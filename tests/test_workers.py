@@ -14,7 +14,7 @@ import optuna
 import psutil
 import pytest
 
-from heretic.errors import BusyError, Interrupted, UserError
+from heretic.errors import BusyError, Interrupted
 from heretic.machine import lock
 from heretic.machine.demand import GIB
 from heretic.machine.gpus import Gpu, GpuReport
@@ -25,6 +25,7 @@ from heretic.settings import Settings
 from heretic.workers import how_many, require_room
 from tests.command import start
 from tests.endpoint import endpoint
+from tests.helpers.errors import raises
 from tests.machine.shapes import checkpoint_of, qwen_32b, small
 from tests.test_kill import trials, wait_for
 
@@ -139,12 +140,12 @@ def test_how_many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert how_many("auto", Settings())[0] == 1 and "hardly faster" in how_many("3", Settings())[1]
     gpus(monkeypatch, 4)
     assert how_many("auto", Settings()) == (4, "") and how_many("2", Settings()) == (2, "")
-    with pytest.raises(UserError, match="5 workers need as many GPUs"):
+    with raises("too-many-workers"):
         how_many("5", Settings())
-    with pytest.raises(UserError, match="one GPU of its own"):
+    with raises("conflicting-settings"):
         how_many("2", Settings(device_map="cuda:1"))
     for wrong in ("0", "-1", "many"):
-        with pytest.raises(UserError, match="no number of workers"):
+        with raises("invalid-option"):
             how_many(wrong, Settings())
 
 
@@ -153,14 +154,14 @@ def test_a_model_for_several_gpus_has_no_workers() -> None:
     inputs: Any = SimpleNamespace(
         checkpoint=large, prompts=SimpleNamespace(longest=600), plan=SimpleNamespace(dtypes=["bfloat16"])
     )
-    with pytest.raises(UserError, match="does not fit on one GPU, and every worker has one"):
+    with raises("model-too-large-for-workers"):
         require_room(Settings(), inputs, cards, 4)
     require_room(Settings(quantization="bnb_4bit"), inputs, cards, 4)
     require_room(Settings(), inputs, imagined_gpus("2x80GiB"), 2)
     full = replace(cards[0], free=GIB)
-    with pytest.raises(UserError, match="does not fit on one GPU"):
+    with raises("model-too-large-for-workers"):
         require_room(Settings(quantization="bnb_4bit"), inputs, (*cards, full), 5)
-    with pytest.raises(UserError, match="which it knows as number 0"):
+    with raises("conflicting-settings"):
         require_room(Settings(max_memory={"0": "10GiB"}), inputs, imagined_gpus("2x80GiB"), 2)
 
 
@@ -172,5 +173,5 @@ def test_workers_without_gpus_share_the_ram(monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.setattr("heretic.machine.host.memory", lambda: (8 * GIB, 8 * GIB))
     require_room(Settings(), inputs, (), 2)
-    with pytest.raises(UserError, match="does not fit 8 times into the RAM"):
+    with raises("model-too-large-for-workers"):
         require_room(Settings(), inputs, (), 8)

@@ -135,7 +135,11 @@ class Lab:
         """Go on with vectors of one's own [layers, width], which are scaled to norm 1. Raises UserError for another shape."""
         wanted = tuple(self.directions.vectors.shape)
         if tuple(vectors.shape) != wanted:
-            raise UserError(f"These are directions of shape {tuple(vectors.shape)}; this model needs {wanted}.")
+            raise UserError(
+                f"The directions have shape {tuple(vectors.shape)}, but this model needs {wanted}.",
+                code="directions-shape-mismatch",
+                fix="pass one vector of the hidden size for each layer",
+            )
         self._own = Directions(torch.nn.functional.normalize(vectors.float(), dim=-1))
 
     def geometry(self) -> ResidualGeometry:
@@ -157,14 +161,20 @@ class Lab:
         for component, given in strengths.items():
             if component not in self.components:
                 raise UserError(
-                    f"The model has no component '{component}'.", fix=f"one of: {', '.join(self.components)}"
+                    f"The model has no component '{component}'.",
+                    code="unknown-component",
+                    fix=f"one of: {', '.join(self.components)}",
                 )
             if isinstance(given, Kernel):
                 profile = tuple(given.strength(layer) for layer in range(self.num_layers))
             else:
                 profile = (float(given),) * self.num_layers if isinstance(given, (int, float)) else tuple(given)
             if len(profile) != self.num_layers:
-                raise UserError(f"{component} has {len(profile)} strengths, but the model {self.num_layers} layers.")
+                raise UserError(
+                    f"{component} has {len(profile)} strengths, but the model has {self.num_layers} layers.",
+                    code="strengths-length-mismatch",
+                    fix="pass one number, or one number for each layer",
+                )
             profiles[component] = profile
         mixture = Ablation.of_kernels({}, self.num_layers, direction_index).mixture
         return Ablation(profiles, mixture)

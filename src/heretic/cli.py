@@ -44,7 +44,9 @@ def mistyped(name: str, commands: list[str]) -> UserError | None:
     if not near or name.startswith("-") or name in commands or Path(name).exists() or name in run_names(name):
         return None
     return UserError(
-        f"There is no command '{name}'.", fix=f"did you mean: heretic {near[0]}? A run: heretic run {name}"
+        f"There is no command '{name}'.",
+        code="unknown-command",
+        fix=f"did you mean: heretic {near[0]}? To start a run: heretic run {name}",
     )
 
 

@@ -133,8 +133,9 @@ class Desk:
         if picked is None:
             raise UserError(
                 "The run has no finished trial yet.",
+                code="no-finished-trial",
                 where=str(self.folder.path),
-                fix=f"go on with it: heretic run {self.folder.path}",
+                fix=f"continue it: heretic run {self.folder.path}",
             )
         return picked
 
@@ -149,7 +150,7 @@ class Desk:
     def export_as(self, form: str) -> None:
         """Let exports be in this format from now on, as long as the desk is open. Raises UserError for one that there is not."""
         if form not in FORMATS:
-            raise UserError(f"There is no format {form!r}.", fix=f"one of: {', '.join(FORMATS)}")
+            raise UserError(f"There is no format {form!r}.", code="unknown-format", fix=f"one of: {', '.join(FORMATS)}")
         settings = self.settings.model_copy(update={"export_format": form})
         self.inputs = replace(self.inputs, settings=settings)
         if self.loaded is not None:
@@ -166,5 +167,5 @@ def _named(found: list[Result], number: int) -> tuple[Result, str]:
         if result.number == number:
             return result, "as asked"
     numbers = [r.number for r in found]
-    known = f"one of {numbers[0]} to {numbers[-1]}" if numbers else "go on with the run: heretic run"
-    raise UserError(f"There is no finished trial {number}.", fix=known)
+    known = f"one of {numbers[0]} to {numbers[-1]}" if numbers else "continue the run: heretic run"
+    raise UserError(f"There is no finished trial {number}.", code="trial-not-found", fix=known)

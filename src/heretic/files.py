@@ -251,9 +251,10 @@ def check_seal(path: Path) -> None:
     text, seal, given = content.rpartition(SEAL.encode())
     if seal and given != f"{hashlib.sha256(text).hexdigest()}{AFTER_SEAL}\n".encode():
         raise UserError(
-            f"{path.name} is not what heretic wrote: it is damaged, or was changed by hand.",
+            f"{path.name} is not what heretic wrote: it is damaged or was edited.",
+            code="file-changed",
             where=str(path),
-            fix="put back a copy of it; if it is as you want it, delete its last line, which holds the hash of the others",
+            fix="restore it from a copy; to keep your edit, delete its last line, which holds the hash of the other lines",
         )
 
 
@@ -263,10 +264,10 @@ def expanded(path: str | Path) -> Path:
     if str(text).startswith("~"):
         user = str(text).split("/")[0]
         raise UserError(
-            f"The home folder that '{user}' stands for is not known.",
+            f"The home folder '{user}' is unknown.",
             code="unknown-home",
             where=str(path),
-            fix="write the whole path, set HOME, or put ./ before a name that begins with ~",
+            fix="write the absolute path, set HOME, or put ./ before a name that begins with ~",
         )
     return Path(text)
 
@@ -276,7 +277,10 @@ def file_place(path: Path) -> Path:
     path = expanded(path)
     if path.is_dir():
         raise UserError(
-            "This is a folder, and a file is to be written.", where=str(path), fix="name a file, in it or elsewhere"
+            "heretic writes a file here, but this is a folder.",
+            code="not-a-regular-file",
+            where=str(path),
+            fix="name a file in it or elsewhere",
         )
     make_folder(path.parent, "The folder for the file", fix="name a file in a folder that can be written")
     return path
@@ -287,7 +291,8 @@ def make_folder(path: Path, what: str, *, fix: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{what} cannot be made: {error.strerror or error}.", where=str(path), fix=fix) from None
+        text = f"{what} cannot be created: {error.strerror or error}."
+        raise UserError(text, code="folder-unwritable", where=str(path), fix=fix) from None
 
 
 def sort_metadata(path: Path) -> None:

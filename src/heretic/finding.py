@@ -60,7 +60,10 @@ def find_directions(
             )
         if not (bad.mean.isfinite().all() and good.mean.isfinite().all()):
             raise UserError(
-                "The residuals are not all finite numbers.", where="dtypes", fix='dtypes = ["bfloat16", "float32"]'
+                "Some residuals are infinite or NaN.",
+                code="residuals-not-finite",
+                where="dtypes",
+                fix='dtypes = ["bfloat16", "float32"]',
             )
         if seen is not None:
             seen.take((bad, good), (samples[0], samples[1]))
@@ -80,8 +83,9 @@ def _check_room(model: LanguageModel, prompts: int, wanted: Wanted) -> None:
     needed, free = bytes_of_each(model, prompts), memory()[1]
     if needed > SHARE_FOR_RESIDUALS * free:
         raise UserError(
-            f"The residuals of all {prompts} prompts need {spell_bytes(needed)}; of RAM, {spell_bytes(free)} are free, and half "
-            "of that may be used.",
+            f"The residuals of all {prompts} prompts need {spell_bytes(needed)} of RAM. {spell_bytes(free)} are free, and "
+            "heretic uses at most half of that.",
+            code="insufficient-ram",
             where="directions.method",
-            fix='fewer prompts in prompts.harmful_train and harmless_train, or directions.method = "mean_difference"',
+            fix='use fewer prompts in prompts.harmful_train and harmless_train, or directions.method = "mean_difference"',
         )

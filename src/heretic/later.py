@@ -109,7 +109,9 @@ def talk(desk: Desk, trial: int | None, tokens: int) -> tuple[Result, Said]:
         room = bench.language_model.context - len(encoded)
         if room < 1:
             raise UserError(
-                f"The conversation has {len(encoded)} tokens, more than the model can hold.", fix="/new forgets it"
+                f"The conversation has {len(encoded)} tokens, more than the model's context.",
+                code="conversation-too-long",
+                fix="start a new one: /new",
             )
         with session.applied(*[ablation] * ablated):
             return answer(bench.language_model, encoded, min(tokens, room), on_text)
@@ -226,7 +228,12 @@ def _evaluate(bench: Bench, against: str | None, baseline: Tensor | None, answer
     divergence = None
     if baseline is not None:
         if bench.language_model.model.config.get_text_config().vocab_size != baseline.shape[1]:
-            raise UserError("The two models have different vocabularies, so their answers cannot be compared.")
+            raise UserError(
+                "The two models have different vocabularies, so their answers cannot be compared.",
+                code="vocabulary-mismatch",
+                where="--against",
+                fix="compare with a model that has the same tokenizer",
+            )
         divergence = measure_divergence(bench.language_model, ladder.taught, baseline, bench.batcher)[0]
     counted, conduct = ladder.refusals(), ladder.conduct()
     if ladder.judge.name != counted.judge:  # it gave up in between

@@ -73,20 +73,23 @@ def check(checkpoint: Checkpoint, settings: Settings) -> None:
     where = f"torchrun --nproc-per-node {processes}"
     if settings.apply == "weights" or checkpoint.gguf_file:
         raise UserError(
-            "A model that is shared by tensor parallelism is edited by operators, and read from safetensors.",
+            "Tensor parallelism needs ablation by operators and a model in safetensors.",
+            code="tensor-parallel-unsupported",
             where=where,
             fix='apply = "operators", and no GGUF file; or run without torchrun',
         )
     if settings.quantization != "none" or settings.judge.kind != "markers":
         raise UserError(
-            "Tensor parallelism takes weights that are not quantised, and the judge by markers.",
+            "Tensor parallelism needs unquantized weights and the judge by markers.",
+            code="tensor-parallel-unsupported",
             where=where,
             fix='quantization = "none" and judge.kind = "markers", or run without torchrun',
         )
     config: Any = checkpoint.config.get_text_config(decoder=True)
     if not getattr(config, "base_model_tp_plan", None):
         raise UserError(
-            f"transformers has no plan for tensor parallelism of {config.model_type}.",
+            f"transformers has no tensor-parallel plan for {config.model_type}.",
+            code="tensor-parallel-unsupported",
             where=where,
             fix='run without torchrun: device_map = "balanced" uses all GPUs',
         )
@@ -99,7 +102,8 @@ def check(checkpoint: Checkpoint, settings: Settings) -> None:
     if odd:
         fitting = [n for n in range(2, 65) if all(not isinstance(v, int) or v % n == 0 for v in parts.values())]
         raise UserError(
-            f"{' and '.join(odd)} of {checkpoint.model} cannot be shared evenly by {processes} processes.",
+            f"{' and '.join(odd)} of {checkpoint.model} cannot be divided evenly among {processes} processes.",
+            code="tensor-parallel-uneven",
             where=where,
             fix=f"--nproc-per-node {' or '.join(map(str, fitting))}" if fitting else 'device_map = "balanced" instead',
         )

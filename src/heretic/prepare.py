@@ -59,8 +59,9 @@ def look(
     if failures and not force:
         first = failures[0]
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-        fix = first.fix or "see heretic preflight; --force starts all the same"
-        raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix, code=first.code)
+        code = first.code or "preflight-failed"
+        fix = first.fix or "see heretic preflight; --force starts anyway"
+        raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix, code=code)
     checkpoint = open_checkpoint(
         settings.model,
         settings.revision,
@@ -132,5 +133,5 @@ def _probe_storage(settings: Settings) -> None:
             f"The folder for runs cannot be written: {error.strerror or error}.",
             code="run-folder-unwritable",
             where=str(existing),
-            fix="set runs_dir to a place that can",
+            fix="set runs_dir to a writable folder",
         ) from None

@@ -140,7 +140,7 @@ def from_text_or_file(said: str) -> tuple[str, ...]:
         return (said,)
     found = _read(PromptSource(source=str(path) if is_there else said), COLUMNS, "")
     if not found.prompts:
-        raise UserError("The file holds no prompts.", code="no-prompts", where=said, fix="add at least one prompt")
+        raise UserError("The file has no prompts.", code="no-prompts", where=said, fix="add at least one prompt")
     return tuple(found.prompts)
 
 
@@ -164,10 +164,10 @@ def _read(source: PromptSource, columns: Sequence[str], key: str) -> _Found:
         where = f"{key}.source" if key else name
         open_regular(path, WHAT, where=where).close()
         raise UserError(
-            f"What kind of file {name} is cannot be told from its name.",
+            f"The name {name} does not show the kind of file.",
             code="unknown-file-kind",
             where=where,
-            fix=f"let it end in one of: {', '.join(('.txt', *TABLES))}",
+            fix=f"rename it to end in one of: {', '.join(('.txt', *TABLES))}",
         )
     return _dataset_prompts(source, columns, key)
 

@@ -116,9 +116,10 @@ def reproduce(
     if changed and not force:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
-            f"The base model is not the one of the manifest: {'; '.join(changed[:3])}{more}.",
+            f"The base model differs from the manifest's: {'; '.join(changed[:3])}{more}.",
+            code="base-model-mismatch",
             where=str(checkpoint.folder),
-            fix="name the right one with --base; --force goes on all the same, to see what it comes to",
+            fix="name the right one with --base, or rebuild from this one anyway with --force",
         )
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         place = (destination or Path("reproduced")).resolve()
@@ -139,6 +140,7 @@ def reproduce(
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"The model cannot be written: {error}",
+                code="file-unwritable",
                 where=str(partial.parent),
                 fix="make room, then run the same command again",
             ) from None
@@ -155,13 +157,17 @@ def _check_place(destination: Path, home: Path, run: str) -> None:
     """Raise UserError if the destination holds anything but an earlier reproduction of this run."""
     if destination.resolve() == home.resolve():
         raise UserError(
-            "The manifest's own folder is left as it is.", where=str(destination), fix="name another folder"
+            "The destination is the manifest's own folder, which heretic does not overwrite.",
+            code="destination-is-export",
+            where=str(destination),
+            fix="name another folder",
         )
     check_destination(destination, run)
     held = destination / MANIFEST
     if held.is_file() and '"reproduced": {' not in held.read_text(encoding="utf-8", errors="replace"):
         raise UserError(
-            "The destination holds the export itself, so it is left as it is.",
+            "The destination holds an export, which heretic does not overwrite.",
+            code="destination-is-export",
             where=str(destination),
             fix="name another folder",
         )
@@ -172,7 +178,11 @@ def _settings(manifest: Manifest, source: str, device_map: str, template: Path |
     template beside it, whose hash was checked."""
     name = manifest.written.format
     if name not in FORMATS:
-        raise UserError(f"This version knows no format {name[:40]!r}.", fix=f"it knows: {', '.join(FORMATS)}")
+        raise UserError(
+            f"The manifest's format {name[:40]!r} is unknown to this version of heretic.",
+            code="unknown-format",
+            fix=f"one of: {', '.join(FORMATS)}; or install the version that the manifest names",
+        )
     return Settings.model_validate(
         {
             "model": source,
@@ -203,7 +213,7 @@ def _open(manifest: Manifest, base: str | None, trust: bool, allow_pickle: bool)
         fix = error.fix if base else "name the place where the base model is now: --base FOLDER"
         if pickled:
             fix = "--allow-pickle, which reads tensors and nothing else, if you trust who made the base model"
-        raise UserError(error.what, where=error.where or "the base model", fix=fix) from None
+        raise UserError(error.what, code=error.code, where=error.where or "the base model", fix=fix) from None
 
 
 def _base_files(
@@ -314,9 +324,10 @@ def _check_fit(manifest: Manifest, model: LanguageModel, directions: Directions 
     ]
     if problems:
         raise UserError(
-            f"The manifest does not fit the model: {problems[0]}.",
+            f"The manifest does not match the model: {problems[0]}.",
+            code="manifest-mismatch",
             where=str(model.checkpoint.folder),
-            fix="take manifest.json and heretic/directions.safetensors as heretic export wrote them",
+            fix="use manifest.json and heretic/directions.safetensors as heretic export wrote them",
         )
 
 

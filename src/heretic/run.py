@@ -147,10 +147,17 @@ def set_aside(folder: RunFolder, settings: Settings, watcher: Watcher) -> None:
     """Make room for a new run; the old one is kept under another name. Raises UserError where that is not possible."""
     if settings.storage:
         raise UserError(
-            "A study in a shared storage cannot be set aside.", where="--fresh", fix="choose another run_name instead"
+            "--fresh cannot set aside a study in a shared storage.",
+            code="conflicting-options",
+            where="--fresh",
+            fix="choose another run_name instead",
         )
     if folder.path.exists() and (holder := lock.holder(folder.lock)):
-        raise BusyError(f"The run is worked on by {holder}", where=str(folder.path))
+        raise BusyError(
+            f"The run is in use by {holder}",
+            where=str(folder.path),
+            fix="wait until it ends, or choose another run_name",
+        )
     if aside := folder.set_aside():
         watcher.say(f"The earlier run was set aside: {aside}")
 

@@ -81,9 +81,9 @@ class RunFolder:
                 f"The run's folder cannot be written: {error.strerror or error}",
                 code="run-folder-unwritable",
                 where=str(self.path),
-                fix=f"copy it to a place that can, and name the copy: cp -r {quote(str(self.path))} FOLDER"
+                fix=f"copy it to a writable folder and name the copy: cp -r {quote(str(self.path))} FOLDER"
                 if there
-                else "set runs_dir to a place that can",
+                else "set runs_dir to a writable folder",
             ) from None
 
     def set_aside(self) -> Path | None:
@@ -209,18 +209,28 @@ def find_run(name: str, runs_dir: str) -> RunFolder:
     """The run of this name or path; the one worked on last if no name is given. Raises UserError."""
     root = Path(runs_dir)
     if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
-        raise UserError("The folder of runs cannot be read.", where=str(root.resolve()), fix="check its permissions")
+        raise UserError(
+            "The folder of runs cannot be read.",
+            code="runs-unreadable",
+            where=str(root.resolve()),
+            fix="check its permissions",
+        )
     if name:
         for path in (Path(name), root / name):
             if (path / "config.toml").is_file():
                 return RunFolder(path if path.name not in ("", "..") else path.resolve())
         known = ", ".join(p.name for p in _runs(root)[-5:])
         raise UserError(
-            f"There is no run '{name}'.", where=str(root.resolve()), fix=f"one of: {known}" if known else None
+            f"There is no run '{name}'.",
+            code="run-not-found",
+            where=str(root.resolve()),
+            fix=f"one of: {known}" if known else "start one: heretic MODEL",
         )
     runs = _runs(root)
     if not runs:
-        raise UserError("There is no run yet.", where=str(root.resolve()), fix="start one: heretic MODEL")
+        raise UserError(
+            "There is no run yet.", code="run-not-found", where=str(root.resolve()), fix="start one: heretic MODEL"
+        )
     return RunFolder(runs[-1])
 
 
@@ -241,7 +251,12 @@ def exported_folder(source: str, runs_dir: str, trial: int | None) -> Path:
     if (folder / "manifest.json").is_file():
         return folder
     if folder.is_dir() and not (folder / "config.toml").is_file():
-        raise UserError("The folder holds no model that heretic has exported.", where=str(folder))
+        raise UserError(
+            "The folder does not contain a model that heretic exported.",
+            code="export-not-found",
+            where=str(folder),
+            fix="name a run or the folder of an exported model",
+        )
     run = find_run(source, runs_dir)
     wanted = "*" if trial is None else f"trial-{trial}"
     found = sorted(p.parent for p in run.path.glob(f"models/{wanted}/manifest.json"))
@@ -249,10 +264,14 @@ def exported_folder(source: str, runs_dir: str, trial: int | None) -> Path:
         return found[0]
     if found:
         raise UserError(
-            f"The run has exported {len(found)} trials.", where=str(run.path), fix=f"--trial N; such as {found[0].name}"
+            f"The run has exported {len(found)} trials.",
+            code="several-exports",
+            where=str(run.path),
+            fix=f"choose one with --trial N, for example {found[0].name}",
         )
     raise UserError(
         "The run has no exported model in its own folder.",
+        code="export-not-found",
         where=str(run.path / "models"),
         fix=f"name the folder of the exported model, or: heretic export {run.path} -o FOLDER --upload user/name",
     )
@@ -279,7 +298,10 @@ def stored(
         if not (error.where or "").startswith(str(file)):
             raise
         raise SettingsError(
-            error.what, where=error.where, fix="the run was made by another version of heretic, or the file was changed"
+            error.what,
+            where=error.where,
+            fix="use the version of heretic that made the run, or undo the change to this file",
+            code=error.code,
         ) from None
     before = written_origins(file)
     origins = {k: before.get(k, o) if o.startswith(f"{file}:") else o for k, o in resolved.origins.items()}

@@ -311,9 +311,10 @@ def check_room(tokens: int, bench: Bench) -> None:
     if needed > free and bench.settings.kl_tokens > 1:
         fitting = max(1, int(bench.settings.kl_tokens * free / needed))
         raise UserError(
-            f"Log-probabilities at {tokens} tokens need {spell_bytes(needed)} of RAM, of which {spell_bytes(free)} are free.",
+            f"Log-probabilities at {tokens} tokens need {spell_bytes(needed)} of RAM. {spell_bytes(free)} are free.",
+            code="insufficient-ram",
             where="kl_tokens",
-            fix=f"kl_tokens = {fitting}, or fewer prompts in prompts.harmless_eval",
+            fix=f"kl_tokens = {fitting}, or use fewer prompts in prompts.harmless_eval",
         )
 
 
@@ -332,7 +333,8 @@ def weight_reader(language_model: LanguageModel) -> Callable[[Writer], Sequence[
 def _with_tensors(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.gguf_file or checkpoint.quantised_by:
         raise UserError(
-            "The checkpoint holds quantised tensors, from which weights cannot be put back exactly.",
+            "The checkpoint is quantized, so heretic cannot restore the original weights exactly from it.",
+            code="weights-not-restorable",
             where="cache_weights",
             fix='cache_weights = true, apply = "operators", or the model as safetensors',
         )

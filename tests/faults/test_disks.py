@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_written(
 ) -> None:
     remount(disk, "ro")
     ran = heretic(capsys, monkeypatch, *RUN)
-    assert ran.status != 0 and "cannot be written" in ran.err + ran.out
+    assert ran.status != 0 and ran.code in ("run-folder-unwritable", "preflight-failed")
     remount(disk, "rw")
     output, _ = (process := start(*RUN)).communicate(timeout=120)
     assert process.returncode == 0, output
@@ -109,9 +109,9 @@ def test_a_folder_that_cannot_be_written(
         ran = heretic(capsys, monkeypatch, *looking, *where)
         assert ran.status == 0, ran.err
     ran = heretic(capsys, monkeypatch, "report", "mine", "--runs-dir", "disk/runs")
-    assert ran.status == 1 and "report.html cannot be written" in ran.err
+    assert ran.status == 1 and ran.code == "file-unwritable" and "report.html" in ran.err
     ran = heretic(capsys, monkeypatch, "export", "mine", "--runs-dir", "disk/runs", "-o", "elsewhere")
-    assert ran.status == 1 and "copy it to a place that can" in ran.err and "runs_dir" not in ran.err
+    assert ran.status == 1 and ran.code == "run-folder-unwritable" and "runs_dir" not in ran.err
     tally("folder read-only", 2, "nothing")
 
 
@@ -230,7 +230,7 @@ def test_a_study_of_an_older_optuna_is_said(
         stored.execute("update version_info set schema_version = 11")
     stored.close()
     ran = heretic(capsys, monkeypatch, "run", "--run-name", "mine", "--trials", "5")
-    assert ran.status != 0 and "storage" in ran.err and "upgrade" in ran.err, ran.err
+    assert ran.status != 0 and ran.code and "upgrade" in ran.err, ran.err
     database.unlink()
     with sqlite3.connect(database) as stored:
         stored.executescript((Path(__file__).parent / "optuna_2_10_1.sql").read_text())

@@ -63,13 +63,13 @@ def test_prompts_of_one_token_and_of_the_whole_context(run, tally: Tally) -> Non
     ran = run(*sets(harmful_train=["a", *HARMFUL[:3]], harmful_eval=["of", long], harmless_eval=["to", long + " now"]))
     assert ran.status == 0, ran.err
     too_long = run(*sets(harmful_eval=[long + " now" * 20]))
-    assert too_long.status != 0 and "can hold" in too_long.err
+    assert too_long.status != 0 and too_long.code == "prompt-too-long"
     tally("prompts of one token, of the whole context, and longer", 3, "nothing: the last is refused")
 
 
 def test_prompts_that_are_all_the_same(run, tally: Tally) -> None:  # type: ignore[no-untyped-def]
     ran = run(*sets(harmful_eval=["make bread now"] * 3))
-    assert ran.status == 1 and "harmful_eval" in ran.err
+    assert ran.status == 1 and ran.code == "prompts-alike" and "harmful_eval" in ran.err
     ran = run(*sets(harmful_train=HARMFUL[:4], harmless_train=HARMFUL[:4]))
     assert ran.status == 1 and "no direction to find" in ran.err
     tally("a set that repeats one prompt; directions of norm zero", 2, "nothing: refused")

@@ -20,6 +20,7 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.progress import SILENT
 from heretic.settings import Settings
 from heretic.stop import Stop
+from tests.helpers.errors import raises
 from tests.machine.shapes import GIB, checkpoint_of, qwen_32b
 
 HOLD = """
@@ -124,10 +125,11 @@ def test_two_processes_on_one_gpu(
     large: Checkpoint, neighbour: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
-        pytest.raises(BusyError, match=str(neighbour.pid)),
+        raises("busy", BusyError) as refused,
         runs.device_lock(Settings(model="owner/model"), wait=False, watcher=SILENT, stop=Stop()),
     ):
         pass
+    assert str(neighbour.pid) in refused.value.what
     assert found(planned(large), "lock") == ("warning", "heretic … --wait queues for it")
     on(monkeypatch, cards(GpuProcess(77, "python", 5 * GIB), used=5.5))
     level, fix = found(planned(large), "GPUs")

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from heretic.errors import BusyError, UserError
+from heretic.errors import BusyError
 from heretic.machine import lock
 from heretic.machine.lock import Holder, device_locks, hold, holder, runtime_folder
+from tests.helpers.errors import raises
 
 HOLD = """
 import sys
@@ -74,7 +75,7 @@ def test_second_process_is_told_who_holds_it(tmp_path: Path, start: Start) -> No
         "owner/first",
     )
     assert found.known and not found.is_this_process
-    with pytest.raises(BusyError) as error, hold([path], model="owner/second"):
+    with raises("busy", BusyError) as error, hold([path], model="owner/second"):
         pass
     text = str(error.value)
     for part in (str(first.pid), socket.gethostname(), "owner/first", found.since, "--wait", "GPU 1"):
@@ -139,9 +140,9 @@ def test_untrustworthy_note_names_nobody(
     found = holder(path)
     assert found is not None and not found.known
     told: list[Holder | None] = []
-    with pytest.raises(BusyError, match="another process") as error, hold([path], model=""):
+    with raises("busy", BusyError) as error, hold([path], model=""):
         pass
-    assert "old" not in str(error.value)
+    assert "old" not in str(error.value) and str(os.getpid()) not in str(error.value)
 
     def on_wait(_: Path, who: Holder | None) -> None:
         told.append(who)
@@ -226,11 +227,11 @@ def test_runtime_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     (tmp_path / "heretic-12345").mkdir()
-    with pytest.raises(UserError, match="another user"):
+    with raises("lock-folder-not-owned"):
         runtime_folder()
 
 
 def test_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="lock cannot be taken"), hold([tmp_path / "file" / "cpu.lock"], model=""):
+    with raises("lock-unavailable"), hold([tmp_path / "file" / "cpu.lock"], model=""):
         pass

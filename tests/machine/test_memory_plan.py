@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import check_device_map
 from transformers import AutoModelForCausalLM
 
-from heretic.errors import UserError
 from heretic.machine.demand import CONTEXT
 from heretic.machine.memory_plan import MemoryPlan, make_plan, planned_dtype
 from heretic.machine.placement import skeleton
@@ -21,6 +20,7 @@ from heretic.machine.workload import TRIED_TOKENS, Walk, Workload
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.tensor_info import TensorInfo
 from heretic.scoring.surrogate import MOST_TOKENS
+from tests.helpers.errors import raises
 from tests.machine.shapes import GIB, checkpoint_of, cpu, gpus, packed_of, qwen_32b, small
 
 
@@ -237,15 +237,15 @@ def test_max_memory_limits_weights(little: Checkpoint) -> None:
     ],
 )
 def test_device_that_is_not_there(little: Checkpoint, changes: dict[str, Any], setting: str) -> None:
-    with pytest.raises(UserError, match=f"'{setting}'") as error:
+    with raises("device-not-there") as error:
         plan(little, [*gpus(1, 24), cpu(8)], **changes)
-    assert "cuda:0, cpu" in str(error.value)
+    assert error.value.where == setting and "cuda:0, cpu" in str(error.value.fix)
 
 
 def test_cuda_without_any_gpu(little: Checkpoint) -> None:
-    with pytest.raises(UserError, match="'cuda'"):
+    with raises("device-not-there"):
         plan(little, [cpu(8)], device_map="cuda")
-    with pytest.raises(UserError, match="No device"):
+    with raises("no-device"):
         plan(little, [])
 
 

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 from transformers import PretrainedConfig
 
-from heretic.errors import UserError
 from heretic.machine.placement import device_named, shares, skeleton, spread, weight_limits
+from tests.helpers.errors import raises
 from tests.machine.shapes import GIB, checkpoint_of, cpu, gpus, small
 
 DEVICES = [*gpus(2, 24), cpu(64)]
@@ -23,17 +23,19 @@ def test_device_named(value: int | str, name: str) -> None:
 
 @pytest.mark.parametrize("value", ["cuda:3", 2, "disk", "mps", "", "-1"])
 def test_device_that_is_not_there(value: int | str) -> None:
-    with pytest.raises(UserError, match="'max_memory'") as error:
+    with raises("device-not-there") as error:
         device_named(value, DEVICES, "max_memory")
-    assert "cuda:0, cuda:1, cpu" in str(error.value)
+    assert error.value.where == "max_memory" and "cuda:0, cuda:1, cpu" in str(error.value.fix)
 
 
 def test_weight_limits() -> None:
     assert weight_limits({"0": "20GiB", "cpu": "1GB"}, DEVICES) == {"cuda:0": 20 * GIB, "cpu": 10**9}
-    with pytest.raises(UserError, match="20 apples"):
+    with raises("invalid-size") as error:
         weight_limits({"0": "20 apples"}, DEVICES)
-    with pytest.raises(UserError, match="'7'"):
+    assert error.value.where == "max_memory.0" and "20 apples" in error.value.what
+    with raises("device-not-there") as error:
         weight_limits({"7": "1GiB"}, DEVICES)
+    assert "'7'" in error.value.what
 
 
 def test_skeleton_takes_no_memory_and_keeps_ties() -> None:
@@ -45,8 +47,9 @@ def test_skeleton_takes_no_memory_and_keeps_ties() -> None:
 def test_model_that_cannot_be_built() -> None:
     checkpoint = checkpoint_of(small())
     broken = type(checkpoint)("owner/odd", checkpoint.folder, PretrainedConfig(), {})
-    with pytest.raises(UserError, match="cannot build owner/odd"):
+    with raises("model-not-buildable") as error:
         skeleton(broken, "float32")
+    assert "owner/odd" in error.value.what
 
 
 @pytest.mark.parametrize("mode", ["auto", "balanced", "balanced_low_0", "sequential"])

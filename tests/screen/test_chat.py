@@ -109,9 +109,9 @@ def test_a_real_run_is_talked_to_and_compared(
         r["original"] != r["trial 1"] for r in rows
     )
     assert "trial 2" in heretic(capsys, monkeypatch, *asked, "--trials", "2").out
-    for wrong, said in (("x", "no list of trials"), ("77", "no finished trial 77")):
+    for wrong, code in (("x", "invalid-option"), ("77", "trial-not-found")):
         ran = heretic(capsys, monkeypatch, *asked, "--trials", wrong)
-        assert ran.status == 1 and said in ran.err
+        assert ran.status == 1 and ran.code == code
 
 
 def test_a_conversation_that_is_too_long_is_said_and_goes_on() -> None:

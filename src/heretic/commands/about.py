@@ -34,7 +34,9 @@ def config(
     from heretic.settings.text import defaults_text, resolved_text
 
     if sum([defaults, schema, manifest is not None, theirs is not None]) > 1:
-        raise UserError("These options are for one thing each.", fix="give one of them at a time")
+        raise UserError(
+            "These options exclude each other.", code="conflicting-options", fix="give one of them at a time"
+        )
     if schema:
         print(json.dumps(Settings.model_json_schema(), indent=2))
     elif manifest is not None:

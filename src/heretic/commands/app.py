@@ -87,6 +87,7 @@ def settings_of_its_own(run: str, what: str, where: str) -> UserError:
     """For who names a run together with what the run has already."""
     return UserError(
         f"{run} is a run and has its own {what}.",
+        code="conflicting-options",
         where=where,
         fix="leave this out, or name the model instead of the run",
     )
@@ -100,9 +101,10 @@ def keep_off_the_command_line(storage: str) -> None:
 
     if masked(storage) != storage:
         raise UserError(
-            "The storage's password can be read in the list of processes by everybody on this machine.",
+            "Every user of this machine can read the storage's password in the process list.",
+            code="password-on-command-line",
             where="--storage",
-            fix=f'set it in the environment (HERETIC_STORAGE) or in {DEFAULT_FILE} (storage = "…"); and change it now',
+            fix=f'set it in the environment (HERETIC_STORAGE) or in {DEFAULT_FILE} (storage = "…"), and change the password',
         )
 
 

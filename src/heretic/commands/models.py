@@ -49,7 +49,12 @@ def evaluate(
     """Refusals and KL of any model on the configured prompt sets, or what the judge of refusals is worth."""
     resolved = read_settings(config, assignments, {"model": model}, quiet=as_json)
     if judge_agreement and (model or against):
-        raise UserError("--judge-agreement looks at the judge, not at a model.", fix="leave the model out")
+        raise UserError(
+            "--judge-agreement measures the judge, not a model.",
+            code="conflicting-options",
+            where="--judge-agreement",
+            fix="leave the model out",
+        )
     from heretic.later import evaluate_judge, evaluate_model
     from heretic.screen.tables import show_lines
 

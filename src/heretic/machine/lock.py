@@ -82,13 +82,17 @@ def runtime_folder() -> Path:
         owner = folder.stat().st_uid
     except OSError as error:
         raise UserError(
-            f"The folder for locks cannot be made: {error.strerror}.",
+            f"The folder for locks cannot be created: {error.strerror}.",
+            code="lock-unavailable",
             where=str(folder),
             fix="set XDG_RUNTIME_DIR or TMPDIR to a folder that you can write to",
         ) from None
     if hasattr(os, "getuid") and owner != os.getuid():
         raise UserError(
-            "The folder for locks belongs to another user.", where=str(folder), fix="set XDG_RUNTIME_DIR or TMPDIR"
+            "The folder for locks belongs to another user.",
+            code="lock-folder-not-owned",
+            where=str(folder),
+            fix="set XDG_RUNTIME_DIR or TMPDIR",
         )
     return folder
 
@@ -186,7 +190,10 @@ def _thing(path: Path) -> str:
 
 def _unwritable(path: Path, error: OSError) -> UserError:
     return UserError(
-        f"A lock cannot be taken: {error.strerror or error}.", where=str(path), fix="make this folder writable"
+        f"The lock cannot be taken: {error.strerror or error}.",
+        code="lock-unavailable",
+        where=str(path),
+        fix="make this folder writable",
     )
 
 

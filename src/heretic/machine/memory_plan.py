@@ -161,7 +161,9 @@ def make_plan(
     Raises UserError for a device that is not there, a malformed size, an incomplete table, or a model that cannot be built.
     """
     if not devices:
-        raise UserError("No device was found to run on.")
+        raise UserError(
+            "No device was found to run on.", code="no-device", where="device_map", fix='device_map = "cpu"'
+        )
     devices = sorted(devices, key=lambda device: not device.is_gpu)
     limits = weight_limits(max_memory, devices)
     named = _named_devices(device_map, devices)

@@ -89,10 +89,10 @@ def device_named(value: int | str, devices: Sequence[Device], setting: str) -> D
             return device
     there = ", ".join(device.name for device in devices)
     raise UserError(
-        f"The setting '{setting}' names the device {value!r}, which is not there.",
+        f"The setting '{setting}' names the device {value!r}, which does not exist.",
         code="device-not-there",
         where=setting,
-        fix=f"there is: {there}",
+        fix=f"one of: {there}",
     )
 
 
@@ -106,7 +106,7 @@ def weight_limits(max_memory: Mapping[str, str], devices: Sequence[Device]) -> d
             limits[device_named(name, devices, "max_memory").name] = convert_file_size_to_int(size)
         except ValueError:
             raise UserError(
-                f"The setting 'max_memory' gives {size!r} for {name}, which is no size.",
+                f"The setting 'max_memory' gives {name} the invalid size {size!r}.",
                 code="invalid-size",
                 where=f"max_memory.{name}",
                 fix='write it like "20GiB"',

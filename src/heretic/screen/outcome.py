@@ -107,9 +107,9 @@ def confirm_upload(console: Console, planned: Upload, *, yes: bool, stop: Stop) 
 def check_answerable(console: Console, *, yes: bool) -> None:
     """Raise UserError where nobody said yes and nobody can be asked."""
     if not yes and not (asked_here() and on_terminal(console)):
-        why = why_not_asked() or "the output is no terminal"
+        why = why_not_asked() or "the output is not a terminal"
         raise UserError(
-            f"Nothing is uploaded without a yes, and nobody can say it here: {why}.", code="nobody-to-ask", fix="--yes"
+            f"heretic asks before an upload, but nobody can answer here: {why}.", code="nobody-to-ask", fix="--yes"
         )
 
 

@@ -89,7 +89,9 @@ def resolve(
         key, equals, text = assignment.partition("=")
         key = key.strip()
         if not equals:
-            raise SettingsError(f"--set {_shortened(assignment)}: there is no '='.", fix="write --set key=value")
+            raise SettingsError(
+                f"--set {_shortened(assignment)}: the '=' is missing.", where="--set", fix="write --set key=value"
+            )
         _put(data, origins, key, _parse(key, text.strip(), f"--set {key}"), f"--set {key}")
     for key, value in _leaves(options or {}, Settings):
         if value is not None:

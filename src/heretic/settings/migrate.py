@@ -104,7 +104,11 @@ def _converted(known: Theirs, value: Any) -> Any:
 def _prompt_set(name: str, value: Mapping[str, Any], ours: dict[str, Any]) -> list[str]:
     """Put a prompt set under our name; returns what could not be. Raises SettingsError for what is no table."""
     if not isinstance(value, Mapping):
-        raise SettingsError(f"'{name}' should be a table with a prompt set, not {type(value).__name__}.")
+        raise SettingsError(
+            f"'{name}' must be a table with a prompt set, not {type(value).__name__}.",
+            where=name,
+            fix=f"write it as a table: [{name}]",
+        )
     for key, mine in PROMPT_KEYS.items():
         if key in value:
             ours[f"prompts.{PROMPT_SETS[name]}.{mine}"] = value[key]
