@@ -152,10 +152,10 @@ NUMBERS = [
     (["compare", "mine", "--trials", "0", "--prompts", "hello " * 400], "more than the 256"),
     (["benchmark", "mine", "--tasks", ","], "task"), (["benchmark", "mine", "--tasks", "x", "--limit", "0"], "--limit"),
     (["reproduce", "out", "--device-map", "moon"], "moon"), (["demo", "--trials", "-3"], "n_trials"),
-    (["status", "x" * 300], "too long"), (["status", "mine", "--storage", "nonsense"], "cannot be kept"),
-    (["upload", "out", "../../x"], "no name of a repository"), (["config", "--schema", "--defaults"], "one of them"),
+    (["status", "x" * 300], "too long"), (["status", "mine", "--storage", "nonsense"], "[unsupported-storage]"),
+    (["upload", "out", "../../x"], "[invalid-repository-name]"), (["config", "--schema", "--defaults"], "one of them"),
     (["stauts"], "heretic status"), (["run", "--nonsense"], "--nonsense"), (["run", ""], "No model"),
-    (["directions", "mine", "-o", ""], "names no format"), (["report", "mine", "-o", ""], "is a folder"),
+    (["directions", "mine", "-o", ""], "[unknown-format]"), (["report", "mine", "-o", ""], "is a folder"),
 ]  # fmt: skip
 
 
