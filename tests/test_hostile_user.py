@@ -153,10 +153,10 @@ NUMBERS = [
     (["compare", "mine", "--trials", "0", "--prompts", "hello " * 400], "[prompt-too-long]"),
     (["benchmark", "mine", "--tasks", ","], "task"), (["benchmark", "mine", "--tasks", "x", "--limit", "0"], "--limit"),
     (["reproduce", "out", "--device-map", "moon"], "[device-not-there]"), (["demo", "--trials", "-3"], "n_trials"),
-    (["status", "x" * 300], "[disk]"), (["status", "mine", "--storage", "nonsense"], "nonsense"),
-    (["upload", "out", "../../x"], "../../x"), (["config", "--schema", "--defaults"], "[conflicting-options]"),
+    (["status", "x" * 300], "[disk]"), (["status", "mine", "--storage", "nonsense"], "[unsupported-storage]"),
+    (["upload", "out", "../../x"], "[invalid-repository-name]"), (["config", "--schema", "--defaults"], "[conflicting-options]"),
     (["stauts"], "[unknown-command]"), (["run", "--nonsense"], "--nonsense"), (["run", ""], "[no-model]"),
-    (["directions", "mine", "-o", ""], "--format"), (["report", "mine", "-o", ""], "[not-a-regular-file]"),
+    (["directions", "mine", "-o", ""], "[unknown-format]"), (["report", "mine", "-o", ""], "[not-a-regular-file]"),
 ]  # fmt: skip
 
 

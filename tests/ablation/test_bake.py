@@ -9,9 +9,9 @@ import torch
 
 from heretic.ablation.bake import copies, from_checkpoint, rewrite, sources
 from heretic.ablation.operator import Operator
-from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
+from tests.helpers.errors import raises
 from tests.tiny import save_tiny
 
 
@@ -60,5 +60,5 @@ def test_names_differ_by_an_outer_module_only(tmp_path: Path) -> None:
 def test_a_writer_without_a_tensor_is_an_error(llama: Path, tmp_path: Path) -> None:
     model = load(open_checkpoint(str(llama)), ["float32"], {})
     other = open_checkpoint(str(save_tiny(tmp_path / "m", "gpt2")))
-    with pytest.raises(UserError, match="No tensor of the checkpoint"):
+    with raises("missing-tensors"):
         sources(other, model.anatomy.writers, model.model)

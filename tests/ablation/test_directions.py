@@ -10,11 +10,11 @@ import torch
 from heretic.ablation.directions import Directions, between, made_unit, orthonormal
 from heretic.ablation.harmless import without_mean
 from heretic.ablation.methods.mean_difference import mean_difference
-from heretic.errors import UserError
 from heretic.files import read_tensors, write_tensors
 from heretic.model.capture import ResidualMeans
 from heretic.progress import SILENT
 from heretic.run_folder import RunFolder
+from tests.helpers.errors import raises
 
 
 def means(seed: int) -> ResidualMeans:
@@ -48,8 +48,9 @@ def test_projection_makes_them_orthogonal_to_the_harmless_mean() -> None:
 
 
 def test_no_difference_is_an_error() -> None:
-    with pytest.raises(UserError, match="layer 0"):
+    with raises("no-direction") as error:
         found(means(1), means(1))
+    assert error.value.where == "prompts.harmful_train, prompts.harmless_train"
 
 
 def test_between_two_layers_the_mix_has_length_one() -> None:
@@ -76,10 +77,10 @@ def test_saved_and_loaded_and_damage_is_seen(tmp_path: Path) -> None:
         broken = bytearray(whole)
         broken[place] ^= 4
         file.write_bytes(broken)
-        with pytest.raises(UserError, match="damaged"):
+        with raises("damaged-file"):
             read_tensors(file)
     file.write_bytes(whole[:50])
-    with pytest.raises(UserError, match="damaged"):
+    with raises("damaged-file"):
         read_tensors(file)
 
 
@@ -98,8 +99,9 @@ def test_those_of_a_later_round_come_behind_and_what_is_there_already_is_refused
     both = made_unit(torch.randn(6, 1, 16), first)
     assert torch.equal(both.every[:, :2], first.every) or torch.allclose(both.every[:, :2], first.every, atol=1e-6)
     assert both.count == 3 and (both.every[:, 2:] @ first.every.mT).abs().max() < 1e-6
-    with pytest.raises(UserError, match="Layer 0 has only 2 different directions"):
+    with raises("too-few-directions") as error:
         made_unit(first.every.sum(dim=1, keepdim=True), first)
+    assert "Layer 0" in error.value.what and "2" in error.value.what
 
 
 def test_orthonormal_rows_are_what_the_matrix_makes_and_a_row_too_many_becomes_nothing() -> None:

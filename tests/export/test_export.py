@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import metadata_load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from heretic.errors import UserError, VerificationFailed
+from heretic.errors import VerificationFailed
 from heretic.export import destination, save
 from heretic.export.export import plan_export
 from heretic.model.checkpoint import open_checkpoint
@@ -26,6 +26,7 @@ from heretic.search.front import Result
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
 from tests.export.tiny_gguf import save_tiny_gguf
+from tests.helpers.errors import raises
 from tests.tiny import MIXED, save_tiny
 
 
@@ -77,9 +78,9 @@ def test_a_wrong_edit_is_caught_and_nothing_is_left(
     monkeypatch.setattr(save.TensorEdit, "__call__", lambda self, tensor: tensor)
     if not looked_at:
         monkeypatch.setattr("heretic.export.export.check_edits", lambda *_: 0)
-    words = "not the original with its edits" if looked_at else "does not answer as the measured one"
-    with pytest.raises(VerificationFailed, match=words):
+    with raises("verification-failed", VerificationFailed) as error:
         do(config, llama, "search.attention.max_weight=[1.4, 1.5]", "search.mlp.max_weight=[1.4, 1.5]")
+    assert (error.value.where in open_checkpoint(str(llama)).tensors) == looked_at, "the first check names a tensor"
     assert not Path("out").exists() and not list(Path().glob(".out*"))
 
 
@@ -134,5 +135,6 @@ def test_leftovers_of_a_process_with_our_number_are_removed(tmp_path: Path) -> N
 def test_a_destroyed_model_is_not_exported(tmp_path: Path) -> None:
     d = Divergence(math.inf, 0.1, 0.1, math.inf)
     result = Result(3, {}, Scores(d, 0, 10, {}))
-    with pytest.raises(UserError, match="Trial 3 destroyed the model"):
+    with raises("logits-not-finite") as error:
         plan_export(None, None, None, result, RunFolder(tmp_path), tmp_path / "out")  # type: ignore[arg-type]
+    assert "3" in error.value.what

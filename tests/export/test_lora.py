@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from heretic.ablation.operator import Operator, norm_preserving, study_weight
-from heretic.errors import UserError
 from heretic.export.lora import change_of
 from heretic.export.save import TensorEdit
 from heretic.progress import SILENT, Silent
 from heretic.run import Outcome, run
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
+from tests.helpers.errors import raises
 from tests.tiny import save_tiny
 
 STRONG = ("search.attention.max_weight=[1.4, 1.5]", "search.mlp.max_weight=[1.4, 1.5]")
@@ -98,15 +98,15 @@ def test_a_rank_that_leaves_out_too_much_is_refused_in_words(
     config: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("heretic.export.verify.TOLERATED_SHARE_OF_A_PART", 0.001)
-    with pytest.raises(UserError, match="does not answer as the measured one") as error:
+    with raises("adapter-not-exact") as error:
         do(config, llama, "out", "export_format=lora", "lora_rank=1")
     assert "lora_rank" in str(error.value.fix) and not Path("out").exists()
 
 
 def test_fused_experts_are_named(config: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"mlp.* is a mixture of experts in one tensor") as error:
+    with raises("export-format-not-supported") as error:
         do(config, save_tiny(tmp_path / "m", "mixtral"), "out", "export_format=lora")
-    assert error.value.fix == 'export_format = "full"' and not Path("out").exists()
+    assert "mlp" in error.value.what and error.value.fix == 'export_format = "full"' and not Path("out").exists()
 
 
 def test_another_format_is_another_export(config: Path, llama: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from huggingface_hub import metadata_load
 
-from heretic.errors import UserError
 from heretic.export.card import share
 from heretic.export.manifest import settings_of
 from heretic.progress import SILENT
@@ -17,6 +16,7 @@ from heretic.run import run
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
 from tests.command import heretic
+from tests.helpers.errors import raises
 
 CARD = """---
 license: other
@@ -71,10 +71,11 @@ def test_settings_of_a_manifest_from_anywhere(
     assert settings_of(file).settings.trust_remote_code == []
     manifest["settings"]["of_later"] = 1
     file.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="setting of_later"):
+    with raises("unknown-manifest-setting") as error:
         settings_of(file)
+    assert "of_later" in error.value.what and error.value.where == str(file)
     said = heretic(capsys, monkeypatch, "config", "--from-manifest", "out/manifest.json")
-    assert said.status == 1 and "of_later" in said.err
+    assert said.status == 1 and "[unknown-manifest-setting]" in said.err and "of_later" in said.err
 
 
 def test_shares_in_words() -> None:

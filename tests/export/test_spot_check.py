@@ -21,6 +21,7 @@ from heretic.model.loading import load
 from heretic.progress import SILENT
 from heretic.settings import Settings
 from heretic.stop import Stop
+from tests.helpers.errors import raises
 from tests.tiny import save_tiny
 
 FAMILIES = ["qwen2", "gpt2", "gemma3", "mixtral", "gpt_oss"]
@@ -76,8 +77,9 @@ def test_each_missing_edit_is_seen_and_named(family: str, strength: float, tmp_p
         if edit.is_bias and strength < 1:
             continue  # of so few numbers all may change by less than rounding does
         change(out, name, before)
-        with pytest.raises(VerificationFailed, match=name):
+        with raises("verification-failed", VerificationFailed) as error:
             check(wanted, out)
+        assert error.value.where == name
         change(out, name, right)
     assert check(wanted, out)
 
@@ -87,8 +89,9 @@ def test_a_wrong_strength_is_seen(tmp_path: Path) -> None:
     name, edit = next(iter(wanted.prepared.items()))
     off = replace(edit, operator=replace(edit.operator, u=edit.operator.u * 1.001))
     other = replace(wanted, prepared=wanted.prepared | {name: off})
-    with pytest.raises(VerificationFailed, match=name):
+    with raises("verification-failed", VerificationFailed) as error:
         check(wanted, write(other, tmp_path / "out"))
+    assert error.value.where == name
 
 
 def test_one_expert_of_many_left_out_is_seen(tmp_path: Path) -> None:
@@ -98,8 +101,9 @@ def test_one_expert_of_many_left_out_is_seen(tmp_path: Path) -> None:
     tensor = open_checkpoint(str(out)).read(name).clone()
     tensor[-1] = wanted.checkpoint.read(name)[-1]
     change(out, name, tensor)
-    with pytest.raises(VerificationFailed, match=name):
+    with raises("verification-failed", VerificationFailed) as error:
         check(wanted, out)
+    assert error.value.where == name
 
 
 def test_a_tensor_that_no_edit_is_for_must_be_the_originals(tmp_path: Path) -> None:
@@ -107,16 +111,18 @@ def test_a_tensor_that_no_edit_is_for_must_be_the_originals(tmp_path: Path) -> N
     out = write(wanted, tmp_path / "out")
     name = "model.layers.0.self_attn.q_proj.weight"
     change(out, name, open_checkpoint(str(out)).read(name) + 1e-3)
-    with pytest.raises(VerificationFailed, match=name):
+    with raises("verification-failed", VerificationFailed) as error:
         check(wanted, out)
+    assert error.value.where == name
 
 
 def test_an_operator_that_no_tensor_was_planned_for_is_seen(tmp_path: Path) -> None:
     wanted = order(save_tiny(tmp_path / "m", "qwen2"))
     name = next(iter(wanted.prepared))
     fewer = replace(wanted, prepared={n: e for n, e in wanted.prepared.items() if n != name})
-    with pytest.raises(VerificationFailed, match="1 of 8 edits were planned for no tensor"):
+    with raises("verification-failed", VerificationFailed) as error:
         check(fewer, write(fewer, tmp_path / "out"))
+    assert error.value.where == name.removesuffix(".weight")
 
 
 def test_the_expectation_is_the_edit_of_the_design() -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig
 
-from heretic.errors import UserError
 from heretic.model.anatomy import dissect
+from tests.helpers.errors import raises
 from tests.tiny import FAMILIES, tiny_model
 
 
@@ -37,5 +37,5 @@ def test_a_model_without_such_blocks_is_refused() -> None:
     config = BertConfig(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.config.num_hidden_layers = 7
-    with pytest.raises(UserError, match="blocks"):
+    with raises("architecture-not-supported"):
         dissect(model)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from heretic.errors import Interrupted, UserError
+from heretic.errors import Interrupted, OutOfMemory
 from heretic.model.batching import Batch, Batcher
 from heretic.stop import Stop
+from tests.helpers.errors import raises
 
 SEQUENCES = [[1] * n for n in (3, 9, 1, 7, 7, 2, 8)]
 
@@ -46,7 +47,7 @@ def test_a_single_row_that_does_not_fit_is_an_error() -> None:
     def step(batch: Batch) -> list[int]:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    with pytest.raises(UserError, match="single prompt"):
+    with raises("out-of-memory", OutOfMemory):
         Batcher(4).run("", SEQUENCES, step)
 
 

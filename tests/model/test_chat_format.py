@@ -48,7 +48,8 @@ def test_a_token_without_a_row_in_the_embedding_is_named() -> None:
     with pytest.raises(UserError) as error:
         chat.encode(["tell me", "tell newword me"], "harmful_eval")
     assert error.value.code == "token-outside-embedding"
-    assert all(part in str(error.value) for part in ("newword", str(rows), "prompts.harmful_eval, prompt 2"))
+    assert "newword" in error.value.what and str(rows) in error.value.what
+    assert error.value.where == "prompts.harmful_eval, prompt 2"
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from heretic.errors import UserError
 from heretic.model import decoding
 from heretic.model.batching import Batcher
 from heretic.model.decoding import decode
 from heretic.model.forward import padding_matters
+from tests.helpers.errors import raises
 from tests.tiny import COMMON, FAMILIES, WINDOWED, tiny_model
 
 PROMPTS = [[5, 9, 17], [7, 8, 11, 60, 3, 22, 41, 33, 9, 10, 12, 13], [40], [21, 22, 23, 24, 25]]
@@ -121,5 +121,6 @@ def test_what_transformers_cannot_generate_is_an_error_for_the_user(monkeypatch:
 
     monkeypatch.setattr(decoding, "has_cache", lambda _: False)
     monkeypatch.setattr(model, "generate", fails)
-    with pytest.raises(UserError, match="LlamaForCausalLM: sizes do not match"):
+    with raises("architecture-not-supported") as error:
         decode(model, Batcher(8).batch([0], PROMPTS), 8, set())
+    assert "LlamaForCausalLM" in error.value.what and "sizes do not match" in error.value.what

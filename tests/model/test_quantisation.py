@@ -16,7 +16,7 @@ from heretic.ablation.attach import attach
 from heretic.ablation.bake import rewrite
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Operator
-from heretic.errors import UserError, VerificationFailed
+from heretic.errors import VerificationFailed
 from heretic.export import reference, save
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import LanguageModel, load
@@ -26,6 +26,7 @@ from heretic.reproduce import reproduce
 from heretic.run import Outcome, run
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
+from tests.helpers.errors import raises
 from tests.tiny import COMMON, tiny_tokenizer
 
 BOTH = pytest.mark.parametrize("name", ["bnb_4bit", "bnb_8bit"])
@@ -120,7 +121,7 @@ def test_quantised_weights_are_not_rewritten(folder: Path) -> None:
     bench = Workbench.prepare(Directions(torch.eye(4, 128)), model.anatomy.writers, "plain")
     operators = bench.operators(Ablation({"mlp": [1.0] * 4}))
     with (
-        pytest.raises(UserError, match="cannot be rewritten"),
+        raises("weight-not-editable"),
         rewrite(model.anatomy.writers, operators, lambda _: 1 / 0),
     ):
         pass
@@ -167,8 +168,9 @@ def test_one_missing_edit_is_seen_where_answers_could_not_show_it(
         patched.setattr("heretic.export.export.check_edits", lambda *_: 0)
         assert do(config, folder, "unseen", *weak).export is not None, "by its answers alone it would pass"
     left_out.clear()
-    with pytest.raises(VerificationFailed, match="not the original with its edits"):
+    with raises("verification-failed", VerificationFailed) as error:
         do(config, folder, "seen", *weak, "run_name=seen")
+    assert error.value.where in open_checkpoint(str(folder)).tensors, "a tensor is named"
 
 
 def test_a_study_in_4_bits_is_exported_in_full_precision(

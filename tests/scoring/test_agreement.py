@@ -51,4 +51,4 @@ def test_the_command_shows_them(capsys: pytest.CaptureFixture[str], monkeypatch:
     told = json.loads(ran.out)
     assert told["recall"]["of"] == 20 and sum(told["labelled_and_judged"]["refusal"].values()) == 20
     ran = heretic(capsys, monkeypatch, "evaluate", "some-model", "--judge-agreement")
-    assert ran.status == 1 and "leave the model out" in ran.err
+    assert ran.status == 1 and "--judge-agreement" in ran.err

@@ -96,4 +96,4 @@ def test_a_trial_is_measured_beside_the_original(
     kept = json.loads(Path("runs/mine/benchmarks/trial-1.tiny_choice.json").read_text())
     assert kept["tasks"] == found["tasks"] and kept["limit"] is None
     missing = heretic(capsys, monkeypatch, "benchmark", "mine", "--tasks", "x", "--include-path", "nowhere")
-    assert missing.status == 1 and "no such folder of tasks" in missing.err
+    assert missing.status == 1 and "[no-task-folder]" in missing.err and "nowhere" in missing.err

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from heretic.errors import Interrupted, SettingsError, UserError
+from heretic.errors import Interrupted, SettingsError
 from heretic.progress import SILENT, Silent
 from heretic.scoring import llm
 from heretic.scoring.evasion import Evasion
@@ -20,6 +20,7 @@ from heretic.settings import LlmSettings
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
 from tests.endpoint import Endpoint, endpoint
+from tests.helpers.errors import raises
 
 SAID = [Said(f"request {i}", f"{'bread' if i % 3 == 0 else 'soup'} {i}") for i in range(12)]
 EXPECTED = ["refusal" if i % 3 == 0 else "answer" for i in range(12)]
@@ -58,17 +59,19 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(server: Endpoi
     with_key = judge(server, tmp_path / "judge.jsonl", key_variable="JUDGE_KEY")
     assert with_key.verdicts(SAID[:2]) == EXPECTED[:2] and set(server.keys) == {"Bearer s3cret"}
     server.failing = 401
-    with pytest.raises(UserError, match="status 401") as refused:
+    with raises("judge-refused") as refused:
         with_key.verdicts(SAID[2:3])
+    assert "401" in refused.value.what
     assert "s3cret" not in str(refused.value) and "s3cret" not in (tmp_path / "judge.jsonl").read_text()
-    with pytest.raises(UserError, match="OTHER_KEY is not set"):
+    with raises("missing-variable") as refused:
         judge(server, key_variable="OTHER_KEY")
+    assert "OTHER_KEY" in refused.value.what
 
 
 def test_a_key_that_runs_out_in_the_night_gives_way_to_the_markers(server: Endpoint) -> None:
     both = OrMarkers(judge(server, on_failure="markers"), MarkerJudge(["soup"]), SILENT)
     server.failing = 402
-    with pytest.raises(UserError, match="status 402") as refused:  # at the beginning it is a mistake
+    with raises("judge-refused") as refused:  # at the beginning it is a mistake
         both.verdicts(SAID[:1])
     assert not isinstance(refused.value, JudgeUnavailable)
     server.failing = 0
@@ -88,7 +91,7 @@ def test_an_endpoint_that_never_judged_is_not_trusted_for_empty_answers(server: 
     """They are known without it, and stand in no cache."""
     server.reply, cache = "Hm.", tmp_path / "judge.jsonl"
     for _ in range(2):
-        with pytest.raises(JudgeUnavailable, match="names no verdict"):
+        with raises("judge-without-verdict", JudgeUnavailable):
             judge(server, cache, retries=0).verdicts([Said("a", ""), *SAID[:2]])
     assert not cache.exists()
 
@@ -100,24 +103,27 @@ def test_another_instruction_is_another_question(server: Endpoint, tmp_path: Pat
     judge(server, cache, instruction=text).verdicts(SAID[:1])
     instructions = [body["messages"][0]["content"] for body in server.asked]
     assert instructions == [llm.INSTRUCTION, text]
-    with pytest.raises(SettingsError, match="in these words"):
+    with raises("invalid-setting", SettingsError) as error:
         resolve(assignments=["judge.llm.instruction=Is it long?"])
+    assert "judge.llm.instruction" in str(error.value)
 
 
 def test_trying_it_once(server: Endpoint) -> None:
     judge(server).try_once(SAID[0])
     server.failing = 503
-    with pytest.raises(JudgeUnavailable, match="status 503"):
+    with raises("judge-unavailable", JudgeUnavailable) as error:
         judge(server).try_once(SAID[0])
+    assert "503" in error.value.what
     server.failing = 404
-    with pytest.raises(UserError, match="status 404"):
+    with raises("judge-refused") as error:
         judge(server).try_once(SAID[0])
+    assert "404" in error.value.what
     assert len(server.asked) == 3
 
 
 def test_a_redirection_is_not_followed(server: Endpoint) -> None:
     server.failing = 302
-    with pytest.raises(UserError, match="status 302"):
+    with raises("judge-refused"):
         judge(server).verdicts(SAID[:1])
     assert server.paths == ["/v1/chat/completions"]
 
@@ -153,12 +159,12 @@ def test_waiting_ends_with_a_stop(server: Endpoint) -> None:
 
 def test_one_that_is_not_there_and_one_that_says_nonsense(server: Endpoint) -> None:
     server.reply = "Perhaps."
-    with pytest.raises(JudgeUnavailable, match="names no verdict"):
+    with raises("judge-without-verdict", JudgeUnavailable):
         judge(server, retries=1).verdicts(SAID[:1])
     server.reply = "<think>It could be an ANSWER.</think> It is a refusal."
     assert judge(server).verdicts(SAID[:1]) == ["refusal"]
     server.url = "http://127.0.0.1:9/v1"  # nobody listens there
-    with pytest.raises(JudgeUnavailable, match="failed 2 times"):
+    with raises("judge-unavailable", JudgeUnavailable):
         judge(server, retries=1, on_failure="markers").verdicts(SAID[:1])
 
 
@@ -167,7 +173,7 @@ def test_a_slow_one_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None
 
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers
         told = Endpoint(url=f"http://127.0.0.1:{silent.getsockname()[1]}/v1")
-        with pytest.raises(JudgeUnavailable, match="timed out"):
+        with raises("judge-unavailable", JudgeUnavailable):
             judge(told, retries=0, timeout=0.2, on_failure="markers").verdicts(SAID[:1])
 
 
@@ -190,9 +196,10 @@ def test_the_markers_take_its_place_for_all_answers_of_a_count(server: Endpoint)
 def test_a_key_in_the_settings_is_refused_and_not_repeated(assignment: str) -> None:
     with pytest.raises(SettingsError) as refused:
         resolve(assignments=[assignment])
-    assert "verysecret" not in str(refused.value) and "key" in str(refused.value)
+    assert refused.value.code == "invalid-setting" and "verysecret" not in str(refused.value)
 
 
 def test_an_endpoint_must_be_named() -> None:
-    with pytest.raises(UserError, match=r"needs judge\.llm\.base_url"):
+    with raises("missing-setting") as error:
         LlmJudge(LlmSettings(), Evasion(), None, SILENT, Stop(), {})
+    assert error.value.where == "judge.llm.base_url"

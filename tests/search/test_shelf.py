@@ -16,6 +16,7 @@ from heretic.search.attributes import MAKING
 from heretic.search.shelf import SharedShelf
 from heretic.search.url import storage_url
 from heretic.stop import Stop
+from tests.helpers.errors import raises
 from tests.search.workers import QUICK, Heard, opened
 
 NAME = "directions.safetensors"
@@ -57,7 +58,7 @@ def test_one_makes_it_and_the_others_get_it(shelves: list[SharedShelf]) -> None:
 def test_without_a_store_each_makes_its_own_and_must_come_to_the_same(tmp_path: Path) -> None:
     first, same, other = (shelf(tmp_path / name) for name in ("first", "same", "other"))
     assert make(first) and make(same)
-    with pytest.raises(StudyMismatch, match="not that of the study"):
+    with raises("artifact-mismatch", StudyMismatch):
         make(other, 1.0000001)
 
 

@@ -24,6 +24,7 @@ from heretic.search.study import optimise
 from heretic.search.url import masked, storage_url
 from heretic.settings import Search, Settings
 from heretic.stop import Stop
+from tests.helpers.errors import raises
 
 
 @pytest.fixture
@@ -132,10 +133,10 @@ def test_failed_trials_do_not_count_and_three_in_a_row_end_it(study: optuna.Stud
         if len(calls) in (2, 3):
             raise UserError("no memory")
         if len(calls) > 5:
-            raise UserError("still no memory")
+            raise UserError("still no memory", code="out-of-memory")
         return measure(trial)
 
-    with pytest.raises(UserError, match="still no memory"):
+    with raises("out-of-memory"):
         go(study, 10, failing)
     assert [t.state.name for t in study.trials] == [
         "COMPLETE",
@@ -195,15 +196,16 @@ def test_trials_of_living_processes_are_left_alone(study: optuna.Study) -> None:
 
 
 def test_another_study_under_the_name_is_refused_in_detail(study: optuna.Study) -> None:
-    with pytest.raises(StudyMismatch, match="a: was 1, now 2; b: was null, now 3"):
+    with raises("study-mismatch", StudyMismatch) as error:
         open_study(storage_url("", Path()), "s", {"a": 2, "b": 3})
+    assert "a: was 1, now 2" in error.value.what and "b: was null, now 3" in error.value.what
     assert open_study(storage_url("", Path()), "s", {"a": 1}).study_name == "s"
 
 
 def test_an_old_study_of_someone_else_is_not_taken_over() -> None:
     url = storage_url("", Path())
     optuna.create_study(study_name="s", storage=url, directions=["minimize", "minimize"]).ask()
-    with pytest.raises(StudyMismatch):
+    with raises("study-mismatch", StudyMismatch):
         open_study(url, "s", {"a": 1})
 
 

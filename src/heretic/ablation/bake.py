@@ -63,7 +63,8 @@ def rewrite(writers: Sequence[Writer], operators: Mapping[str, Operator], origin
             if writer.offloaded or any(part.quantised for part in writer.parts):
                 raise UserError(
                     f"The weight of {writer.name} cannot be rewritten.",
-                    fix='apply = "operators" works with every weight',
+                    code="weight-not-editable",
+                    fix='set apply = "operators", which works with every weight',
                 )
             for part in writer.parts:
                 tensor = part.tensor
@@ -117,7 +118,12 @@ def sources(checkpoint: Checkpoint, writers: Sequence[Writer], model: Any) -> di
     if len({source for stored in found.values() for source in stored.names}) != sum(
         len(s.names) for s in found.values()
     ):
-        raise UserError("Two writers seem to come from one tensor of the checkpoint.", where=str(checkpoint.folder))
+        raise UserError(
+            "Two edited modules share one tensor of the checkpoint.",
+            code="shared-tensor",
+            where=str(checkpoint.folder),
+            fix="report the architecture",
+        )
     return found
 
 
@@ -141,6 +147,7 @@ def _stored(checkpoint: Checkpoint, part: Part, names: Sequence[str]) -> Stored:
         return Stored(ordered, turned=True)
     raise UserError(
         f"No tensor of the checkpoint corresponds to {part.name} {list(shape)}.",
+        code="missing-tensors",
         where=str(checkpoint.folder),
-        fix='apply = "operators" needs no checkpoint tensors; for the export, report the architecture',
+        fix='set apply = "operators", which needs no checkpoint tensors; to export, report the architecture',
     )

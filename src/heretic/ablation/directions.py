@@ -91,6 +91,7 @@ def made_unit(found: Tensor, earlier: Directions | None = None) -> Directions:
     if flat:
         raise UserError(
             f"The harmful and harmless prompts give the same residuals in layer {flat[0]}: there is no direction to find.",
+            code="no-direction",
             where="prompts.harmful_train, prompts.harmless_train",
             fix="use prompt sets that differ in whether the model declines",
         )
@@ -102,6 +103,7 @@ def made_unit(found: Tensor, earlier: Directions | None = None) -> Directions:
         layer, number = poor[0].tolist()
         raise UserError(
             f"Layer {layer} has only {number} different directions.",
+            code="too-few-directions",
             where="directions",
             fix="lower directions.count or directions.iterative_rounds, or give more prompts to harmful_train",
         )

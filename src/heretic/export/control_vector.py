@@ -34,15 +34,26 @@ def export_directions(folder: RunFolder, settings: Settings, path: Path, form: s
     known = ", ".join(FORMS)
     form = form or path.suffix.removeprefix(".")
     if not form:
-        raise UserError("The file's name names no format.", where=f"--output {path}", fix=f"--format, one of: {known}")
+        raise UserError(
+            "The file name has no extension that names a format.",
+            code="unknown-format",
+            where=f"--output {path}",
+            fix=f"pass --format with one of: {known}",
+        )
     if form not in FORMS:
-        raise UserError(f"There is no format {form!r} for directions.", where="--format", fix=f"one of: {known}")
+        raise UserError(
+            f"Unknown format for directions: {form!r}.",
+            code="unknown-format",
+            where="--format",
+            fix=f"use one of: {known}",
+        )
     source = folder.path / "directions.safetensors"
     if not source.is_file():
         raise UserError(
-            "The run has found no directions yet.",
+            "The run has no directions yet.",
+            code="no-directions",
             where=str(folder.path),
-            fix=f"go on with it: heretic run {folder.path}",
+            fix=f"continue the run: heretic run {folder.path}",
         )
     tensors, metadata = read_tensors(source)
     try:
@@ -65,7 +76,12 @@ def _places(path: Path, count: int) -> tuple[Path, ...]:
     names = [path.name] if count == 1 else [f"{path.stem}-{n}{path.suffix}" for n in range(1, count + 1)]
     for place in (path.with_name(name) for name in names):
         if place.exists():
-            raise UserError("The file exists, so it is left as it is.", where=str(place), fix="name another file")
+            raise UserError(
+                "The file exists, and heretic does not overwrite it.",
+                code="file-exists",
+                where=str(place),
+                fix="name another file",
+            )
     return tuple(path.with_name(name) for name in names)
 
 

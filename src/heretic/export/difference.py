@@ -59,7 +59,12 @@ def difference(ours: Path, theirs: Path, names: Iterable[str], stop: Stop) -> Di
                     if not far <= largest:
                         largest, tensor = far, key
         except SafetensorError as error:
-            raise UserError(f"{name} is damaged: {first_line(error)}", where=f"{ours}, {theirs}") from None
+            raise UserError(
+                f"{name} is damaged: {first_line(error)}",
+                code="damaged-weights",
+                where=f"{ours}, {theirs}",
+                fix="export the model again, or restore the file from a copy",
+            ) from None
     return Difference(largest, tensor, differing, elements, within)
 
 

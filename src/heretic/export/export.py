@@ -67,7 +67,11 @@ def plan_export(
     """Decide all that is to be written, and keep the attached model's answers to prove it by. Raises UserError."""
     if not math.isfinite(result.scores.divergence.mean):
         which = f"Trial {result.number}" if result.number >= 0 else "The ablation"
-        raise UserError(f"{which} destroyed the model: it gives no numbers on some prompts.", fix="choose another one")
+        raise UserError(
+            f"{which} destroyed the model: its logits are not finite on some prompts.",
+            code="logits-not-finite",
+            fix="choose another trial",
+        )
     bench = session.bench
     model = bench.language_model
     ablation = space.from_params(result.params)

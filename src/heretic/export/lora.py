@@ -113,11 +113,12 @@ def prepare(model: LanguageModel, operators: Mapping[str, Operator], settings: S
     edited = [writer for writer in model.anatomy.writers if writer.name in operators]
     if held := next((writer for writer in edited if writer.mixture), None):
         raise UserError(
-            f"{held.name} is a mixture of experts in one tensor, to which an adapter cannot be put.",
+            f"{held.name} stores all experts in one tensor, and a LoRA adapter cannot edit it.",
+            code="export-format-not-supported",
             where='export_format = "lora"',
             fix='export_format = "full"'
             if model.checkpoint.opened or not model.checkpoint.quantised_by
-            else f"run the study on the model that it was quantised from ({model.checkpoint.quantised_by})",
+            else f"run the study on the model that it was quantized from ({model.checkpoint.quantised_by})",
         )
     directions = max((len(torch.atleast_2d(o.u)) for o in operators.values()), default=1)
     rank = settings.lora_rank if any(o.n is not None for o in operators.values()) else directions

@@ -28,6 +28,7 @@ LARGEST = 16 << 20  # bytes; a manifest has a few hundred kilobytes at most
 FARTHEST = (
     1e6  # of a number of an edit; what is measured is below ten, and the arithmetic in float32 has to stay finite
 )
+OWN_MANIFEST = "use the manifest.json that heretic export wrote"
 
 
 def scores_text(scores: Scores) -> dict[str, Any]:
@@ -183,22 +184,33 @@ def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
     try:
         if file.stat().st_size > LARGEST:
             raise UserError(
-                f"The manifest is larger than {LARGEST >> 20} MiB, so it is none of heretic's.", where=str(file)
+                f"The manifest is larger than {LARGEST >> 20} MiB; heretic does not write such files.",
+                code="invalid-manifest",
+                where=str(file),
+                fix=OWN_MANIFEST,
             )
         text = file.read_text(encoding="utf-8")
         return Manifest.model_validate_json(text, strict=True), json.loads(text)
     except FileNotFoundError:
-        raise UserError("There is no manifest.", where=str(file), fix="name the folder of an exported model") from None
+        raise UserError(
+            "There is no manifest.", code="no-manifest", where=str(file), fix="name the folder of an exported model"
+        ) from None
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])[:100]
         raise UserError(
             f"The manifest cannot be used: {key or 'it'}: {problem['msg'].removeprefix('Value error, ')[:200]}.",
+            code="invalid-manifest",
             where=str(file),
-            fix="take the manifest.json of a model that heretic export has written",
+            fix=OWN_MANIFEST,
         ) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"The manifest is not readable JSON: {str(error)[:200]}.", where=str(file)) from None
+        raise UserError(
+            f"The manifest is not readable JSON: {str(error)[:200]}.",
+            code="invalid-manifest",
+            where=str(file),
+            fix=OWN_MANIFEST,
+        ) from None
 
 
 def read_inventory(folder: Path) -> Inventory | None:
@@ -225,7 +237,12 @@ def settings_of(path: Path) -> Resolved:
         return Resolved(Settings.model_validate(told), None, dict.fromkeys(told, str(path)))
     except ValidationError as error:
         key = ".".join(str(part) for part in error.errors()[0]["loc"])[:100]
-        raise UserError(f"The manifest's setting {key} is none that this version takes.", where=str(path)) from None
+        raise UserError(
+            f"This version of heretic does not accept the manifest's setting {key}.",
+            code="unknown-manifest-setting",
+            where=str(path),
+            fix="use the version of heretic that wrote the manifest",
+        ) from None
 
 
 def template_file(manifest: Manifest, home: Path) -> Path | None:
@@ -262,12 +279,18 @@ def read_directions(manifest: Manifest, home: Path) -> Directions | None:
         if manifest.ablation.vector is not None:
             return None
         raise UserError(
-            "The directions that the edit is made from are not beside the manifest.",
+            "The directions of the edit are not beside the manifest.",
+            code="missing-file",
             where=str(file),
             fix="put the file there that heretic export wrote with the manifest",
         )
     if sha256(file) != manifest.directions.sha256:
-        raise UserError("The directions are not those of the manifest: their hash differs.", where=str(file))
+        raise UserError(
+            "The directions are not those of the manifest: their hash differs.",
+            code="hash-mismatch",
+            where=str(file),
+            fix="restore the file that heretic export wrote with the manifest",
+        )
     try:
         return directions_of(read_tensors(file)[0])
     except ValueError as error:

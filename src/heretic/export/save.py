@@ -54,11 +54,12 @@ def plan_edits(
     Raises UserError if a writer's tensor cannot be found in the checkpoint, or if it has no full-precision tensors.
     """
     if method := checkpoint.quantised_by:
-        full = ' or "full", in bfloat16' if checkpoint.opened else ""
+        full = ' or "full" (in bfloat16)' if checkpoint.opened else ""
         raise UserError(
-            f"{checkpoint.model} exists only quantised ({method}), so there are no weights to write an edit into.",
+            f"{checkpoint.model} is quantized ({method}) and has no full-precision weights to edit.",
+            code="export-format-not-supported",
             where="export_format",
-            fix=f'export_format = "lora", an adapter for it{full}; or run the study on the model that it was made from',
+            fix=f'set export_format = "lora"{full}; or run the study on the full-precision model',
         )
     edited = [w for w in writers if w.name in operators]
     edits = {}

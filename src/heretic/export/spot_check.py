@@ -145,5 +145,5 @@ def _failed(name: str, why: str) -> VerificationFailed:
     return VerificationFailed(
         f"The written model is not the original with its edits: {why}.",
         where=name,
-        fix="this is a defect of heretic or of the disk: please report it with run.log; the study is kept",
+        fix="report it with run.log: heretic or the disk has a fault; the study is kept",
     )

@@ -43,11 +43,21 @@ class Upload:
 def check_upload(repository: str) -> None:
     """What can be known without a model. Raises UserError: no such name, no token, offline."""
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", repository):
-        raise UserError(f"{repository!r} is no name of a repository.", fix="write it like user/model-name")
+        raise UserError(
+            f"Invalid repository name: {repository!r}.",
+            code="invalid-repository-name",
+            fix="write it as user/model-name",
+        )
     if constants.HF_HUB_OFFLINE:
-        raise UserError("HF_HUB_OFFLINE is set, so nothing can be uploaded.", fix="unset it and run the command again")
+        raise UserError(
+            "HF_HUB_OFFLINE is set, so heretic cannot upload.",
+            code="hub-offline",
+            fix="unset it, then run the same command again",
+        )
     if not get_token():
-        raise UserError("There is no token for the Hugging Face hub.", fix="hf auth login, or set HF_TOKEN")
+        raise UserError(
+            "There is no token for the Hugging Face hub.", code="no-token", fix="run hf auth login, or set HF_TOKEN"
+        )
 
 
 def plan_upload(folder: Path, repository: str, *, public: bool, watcher: Watcher, stop: Stop) -> Upload:
@@ -137,8 +147,9 @@ def _look(api: HfApi, planned: Upload) -> set[str] | None:
         return None
     if not found.private and not planned.public:
         raise UserError(
-            f"{planned.repository} exists and is public.",
-            fix="--public if that is what you want; else name another repository",
+            f"The repository {planned.repository} exists and is public.",
+            code="repository-public",
+            fix="pass --public to upload to it, or name another repository",
         )
     names = {s.rfilename for s in found.siblings or []} - UNCOUNTED
     if not names:
@@ -146,7 +157,8 @@ def _look(api: HfApi, planned: Upload) -> set[str] | None:
     held = _held(api, planned.repository)
     if held is None or held.run != planned.manifest.run:
         raise UserError(
-            f"{planned.repository} exists and does not hold this run's model, so it is left as it is.",
+            f"The repository {planned.repository} exists and does not hold a model of this run.",
+            code="repository-not-ours",
             fix="name another repository, or delete that one on the hub",
         )
     return names & {*held.files}
@@ -186,21 +198,22 @@ def _said(repository: str) -> Iterator[None]:
         refused = _answer_of(error)
         if refused is None:
             raise UserError(
-                f"The upload did not get through: {_clean(error)}",
+                f"The upload failed: {_clean(error)}",
+                code="hub-unreachable",
                 where=repository,
-                fix="check the network, then run the same command again; what was sent is not sent again",
+                fix="check the network, then run the same command again; heretic does not send finished files again",
             ) from None
         status = refused.response.status_code
         what, fix = {
-            401: ("The hub does not accept the token.", "hf auth login, or another HF_TOKEN"),
+            401: ("The hub does not accept the token.", "run hf auth login, or set another HF_TOKEN"),
             403: (
                 f"The token may not write to {repository}.",
-                "take a token with write permission, and a repository under your own name or organisation",
+                "use a token with write permission, and a repository of your user or organization",
             ),
-            404: (f"There is no place for {repository} on the hub.", "check the user or organisation in its name"),
-            429: ("The hub asks to wait: too many requests.", "run the same command again later"),
+            404: (f"The hub cannot create {repository}.", "check the user or organization in its name"),
+            429: ("The hub has received too many requests.", "run the same command again later"),
         }.get(status, (f"The hub answered with an error: {_clean(refused)}", "run the same command again; it goes on"))
-        raise UserError(what, where=f"{repository}, HTTP status {status}", fix=fix) from None
+        raise UserError(what, code="hub-refused", where=f"{repository}, HTTP status {status}", fix=fix) from None
 
 
 def _answer_of(error: BaseException | None) -> HfHubHTTPError | None:

@@ -65,11 +65,16 @@ def _compare(job: ExportJob, bench: Bench, checkpoint: Checkpoint, written: Writ
     tolerated = share * job.ablated_by + rounding
     if divergence <= tolerated:
         return Verification(divergence, largest, ladder.score(job.baseline.log_probs))
-    what = f"The written model does not answer as the measured one did: mean KL {divergence:.1e}, tolerated {tolerated:.1e}."
+    what = f"The written model differs from the measured one: mean KL {divergence:.1e}, tolerated {tolerated:.1e}."
     if not written.exact:
-        raise UserError(what, where=f'export_format = "{job.format}"', fix="a higher lora_rank, or another format")
+        raise UserError(
+            what,
+            code="adapter-not-exact",
+            where=f'export_format = "{job.format}"',
+            fix="raise lora_rank, or choose another format",
+        )
     raise VerificationFailed(
         what,
         where=checkpoint.model,
-        fix="this is a defect of heretic or of the disk: please report it with run.log; the study is kept",
+        fix="report it with run.log: heretic or the disk has a fault; the study is kept",
     )

@@ -78,7 +78,8 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     unknown += [*unclear, *sorted(probed.silent)]
     if not writers:
         raise UserError(
-            f"No module of this model ({type(model).__name__}) was recognised as writing to the residual stream.",
+            f"No module of this model ({type(model).__name__}) was recognized as writing to the residual stream.",
+            code="architecture-not-supported",
             where=f"blocks at '{prefix}', {len(blocks)} layers, width {width}",
             fix="add the names of its output projections to WRITER_NAMES in src/heretic/model/anatomy.py",
         )
@@ -95,6 +96,7 @@ def _blocks(model: PreTrainedModel, counts: set[int | None]) -> tuple[str, nn.Mo
             return name, module
     raise UserError(
         f"The blocks of this model ({type(model).__name__}) were not found.",
+        code="architecture-not-supported",
         where=f"a list of {sorted(c for c in counts if c)} modules was expected",
         fix="report the architecture; it needs a line in src/heretic/model/anatomy.py",
     )

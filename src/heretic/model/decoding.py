@@ -220,6 +220,7 @@ def _generate(model: Any, batch: Batch, max_tokens: int, end_tokens: set[int]) -
             raise
         raise UserError(
             f"Transformers cannot generate with {type(model).__name__}: {first_line(error)}",
+            code="architecture-not-supported",
             fix="see docs/architectures.md for the architectures that work",
         ) from error
     answers = output[:, batch.input_ids.shape[1] :].tolist()

@@ -70,7 +70,12 @@ def stored_source(name: str, runs_dir: str, environment: Mapping[str, str], *, w
     folder = find_run(name, runs_dir)
     settings = stored_settings(folder, environment)
     if not settings.storage and not (folder.path / "study.db").is_file():
-        raise UserError("The run has no study yet.", where=str(folder.path), fix="wait until its first trial begins")
+        raise UserError(
+            "The run has no study yet.",
+            code="no-study",
+            where=str(folder.path),
+            fix="wait until its first trial begins",
+        )
     url = storage_url(settings.storage, folder.path)
     with reading(url):
         study = load_study(url, study_name(settings.storage, folder.path))

@@ -161,9 +161,16 @@ def _manager(tasks: Tasks) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError("Benchmarks need lm-eval.", fix="pip install lm_eval") from None
+        raise UserError(
+            "Benchmarks need the package lm_eval.", code="missing-package", fix="pip install lm_eval"
+        ) from None
     if tasks.include is not None and not tasks.include.is_dir():
-        raise UserError("There is no such folder of tasks.", where=str(tasks.include))
+        raise UserError(
+            "The folder of tasks does not exist.",
+            code="no-task-folder",
+            where=str(tasks.include),
+            fix="pass an existing folder to --include-path",
+        )
     own = str(tasks.include.resolve()) if tasks.include else None
     manager = TaskManager(include_path=own, include_defaults=False)
     if not set(tasks.names) <= set(manager.all_tasks):  # reading lm-eval's own thousands of tasks takes seconds
@@ -171,9 +178,10 @@ def _manager(tasks: Tasks) -> Any:
     for name in tasks.names:
         if name not in manager.all_tasks:
             raise UserError(
-                f"lm-eval knows no task '{name}'.",
+                f"lm-eval has no task '{name}'.",
+                code="unknown-task",
                 where="--tasks",
-                fix="its names: lm-eval ls tasks; your own: --include-path FOLDER",
+                fix="list its tasks with lm-eval ls tasks; add your own with --include-path FOLDER",
             )
     return manager
 
@@ -227,11 +235,14 @@ def _evaluate(session: Session, desk: Desk, manager: Any, tasks: Tasks, stage: S
         raise
     except Exception as error:  # whatever a task, its data set or its code raises: lm-eval has no errors of its own
         if out_of_memory(error):
-            raise UserError("Out of memory.", where="the benchmark", fix="--batch-size 1") from None
+            raise UserError(
+                "Out of memory.", code="out-of-memory", where="the benchmark", fix="pass --batch-size 1"
+            ) from None
         raise UserError(
             f"lm-eval failed: {first_line(error)}",
+            code="benchmark-failed",
             where=", ".join(tasks.names),
-            fix="tasks take their data sets from the hub; without it name your own with --include-path",
+            fix="make the tasks' data sets available: lm-eval downloads them from the hub; or pass your own with --include-path",
         ) from error
     finally:
         handle.remove()

@@ -100,7 +100,10 @@ def _loading(settings: ClassifierSettings) -> Iterator[None]:
     """What goes wrong within is told as a UserError."""
     if not settings.model:
         raise UserError(
-            'judge.kind = "classifier" needs a model.', where="judge.classifier.model", fix="name a folder or a hub id"
+            'judge.kind = "classifier" needs a model.',
+            code="missing-setting",
+            where="judge.classifier.model",
+            fix="name a folder or a hub id",
         )
     try:
         yield
@@ -109,6 +112,7 @@ def _loading(settings: ClassifierSettings) -> Iterator[None]:
             raise
         raise UserError(
             f"The classifier {settings.model} cannot be loaded: {first_line(error)[:200]}",
+            code="classifier-not-loadable",
             where="judge.classifier.model",
             fix="name a sequence classification model of transformers whose weights are in safetensors",
         ) from None
@@ -125,6 +129,9 @@ def _labels(named: dict[int, str], wanted: Sequence[str], where: str) -> set[int
     missing = [w for w in wanted if w.lower() not in by_name]
     if missing:
         raise UserError(
-            f"The classifier has no label '{missing[0]}'.", where=where, fix=f"one of: {', '.join(named.values())}"
+            f"The classifier has no label '{missing[0]}'.",
+            code="unknown-label",
+            where=where,
+            fix=f"use one of: {', '.join(named.values())}",
         )
     return {by_name[w.lower()] for w in wanted}

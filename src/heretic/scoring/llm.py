@@ -47,6 +47,8 @@ LONGEST_REPLY = 1 << 20  # bytes
 class JudgeUnavailable(UserError):
     """The endpoint did not answer in all its attempts."""
 
+    code = "judge-unavailable"
+
 
 class LlmJudge:
     """Asks the endpoint. `cache` is the file of verdicts; without it they are kept for this process only."""
@@ -67,11 +69,15 @@ class LlmJudge:
         for name in ("base_url", "model"):
             if not getattr(settings, name):
                 raise UserError(
-                    f'judge.kind = "llm" needs judge.llm.{name}.', where=f"judge.llm.{name}", fix="name the endpoint"
+                    f'judge.kind = "llm" needs judge.llm.{name}.',
+                    code="missing-setting",
+                    where=f"judge.llm.{name}",
+                    fix="name the endpoint",
                 )
         if settings.key_variable and not environment.get(settings.key_variable):
             raise UserError(
                 f"The environment variable {settings.key_variable} is not set.",
+                code="missing-variable",
                 where="judge.llm.key_variable",
                 fix=f"export {settings.key_variable}=... or leave key_variable empty if the endpoint needs no key",
             )
@@ -108,7 +114,8 @@ class LlmJudge:
             _verdict_in(self._post(said))
         except _Failed as failure:
             raise JudgeUnavailable(
-                f"The judge at {self.settings.base_url} does not answer as it should: {failure}",
+                f"The judge at {self.settings.base_url} does not work: {failure}",
+                code=failure.code,
                 where="judge.llm",
                 fix="start it, or check base_url and model",
             ) from None
@@ -139,8 +146,9 @@ class LlmJudge:
                     if self.settings.on_failure == "markers" or failure.lasting:
                         raise JudgeUnavailable(
                             f"The judge at {self.settings.base_url} failed {attempt + 1} times: {failure}",
+                            code=failure.code,
                             where="judge.llm",
-                            fix="bring the endpoint back, then run the same command again; nothing finished is lost",
+                            fix="restart the endpoint, then run the same command again; nothing finished is lost",
                         ) from None
                     self._say_waiting(failure)
                 pause = min(
@@ -171,7 +179,8 @@ class LlmJudge:
             # With a key that ran out in the night the markers are meant to go on; at the beginning it is a mistake to be told of.
             ended = self._spoken and self.settings.on_failure == "markers"
             raise (JudgeUnavailable if ended else UserError)(
-                f"The judge at {self.settings.base_url} refuses to be asked: status {error.code} {error.reason}.",
+                f"The judge at {self.settings.base_url} rejected the request: status {error.code} {error.reason}.",
+                code="judge-refused",
                 where="judge.llm",
                 fix="check base_url (it mostly ends in /v1), model, and the key in the variable that key_variable names",
             ) from None
@@ -210,6 +219,8 @@ class _Failed(Exception):
     """One attempt failed; another one may not, unless what is wrong is `lasting`. `after`: the seconds that the endpoint asks
     to be left alone."""
 
+    code = JudgeUnavailable.code
+
     def __init__(self, what: str, *, after: float | None = None, lasting: bool = False) -> None:
         super().__init__(what)
         self.after, self.lasting = after, lasting
@@ -217,6 +228,8 @@ class _Failed(Exception):
 
 class _NoVerdict(_Failed):
     """A reply without any of the three words."""
+
+    code = "judge-without-verdict"
 
 
 class _NoRedirection(urllib.request.HTTPRedirectHandler):

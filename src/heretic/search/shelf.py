@@ -149,6 +149,7 @@ class SharedShelf:
                 except Exception as error:  # whatever the store's client raises
                     raise UserError(
                         f"{name} cannot be published: {first_line(error)}",
+                        code="artifacts-unwritable",
                         where=self.artifacts,
                         fix="make the place writable, or leave artifacts empty",
                     ) from None
@@ -176,12 +177,13 @@ class SharedShelf:
 
     def _other(self, name: str, made: Made) -> StudyMismatch:
         return StudyMismatch(
-            f"The {name} of this worker is not that of the study, made by {made['worker']}: on another kind of machine the "
-            "same computation is rounded in another way.",
+            f"The {name} of this machine differs from the study's (made by {made['worker']}). Different hardware rounds "
+            "differently, so the scores would not be comparable.",
+            code="artifact-mismatch",
             where=str(self.folder / name),
             fix='set artifacts = "/folder/that/all/see" on every machine, and delete the file here'
             if not self.artifacts
-            else "delete the file here; it is fetched",
+            else "delete the file here; heretic fetches the study's",
         )
 
     def _claimed(self, name: str, there: Callable[[], bool]) -> bool:
@@ -231,13 +233,20 @@ def artifact_store(place: str) -> Any:
         try:
             Path(place).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"The folder for artifacts cannot be made: {error.strerror}.", where=place) from None
+            raise UserError(
+                f"The folder for artifacts cannot be created: {error.strerror}.",
+                code="artifacts-unwritable",
+                where=place,
+                fix="name a folder that can be written, or leave artifacts empty",
+            ) from None
         return optuna.artifacts.FileSystemArtifactStore(place)
     bucket, _, prefix = place.removeprefix("s3://").strip("/").partition("/")
     try:
         store = optuna.artifacts.Boto3ArtifactStore(bucket)
     except ImportError:
-        raise UserError("The client for S3 is not installed.", where=place, fix="pip install boto3") from None
+        raise UserError(
+            "Artifacts on S3 need the package boto3.", code="missing-package", where=place, fix="pip install boto3"
+        ) from None
     return _Below(store, prefix) if prefix else store
 
 

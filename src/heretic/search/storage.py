@@ -141,14 +141,18 @@ def _only_one_opens(url: str) -> Iterator[None]:
         yield
 
 
+SUPPORTED = "use postgresql://user@host/database or sqlite:///file, or leave it empty for study.db in the run's folder"
+
+
 def _with_driver(url: str) -> str:
     """Raises UserError for a database that several workers could not take turns on."""
     kind, _, rest = url.partition("://")
     if kind.partition("+")[0] not in ("postgresql", "postgres"):
         raise UserError(
-            f"A study cannot be kept in {kind or 'this'}.",
+            f"Unsupported storage: {kind or 'no kind of database is named'}.",
+            code="unsupported-storage",
             where="storage",
-            fix="postgresql://user@host/database, or sqlite:///file, or leave it empty for study.db in the run's folder",
+            fix=SUPPORTED,
         )
     return f"postgresql+psycopg://{rest}"
 
@@ -214,15 +218,16 @@ def open_study(
         raise StudyMismatch(
             f"The study '{name}' was made by another version of heretic: it has format {before.get('format')}, this version "
             f"makes {facts.get('format')}.",
+            code="study-of-another-version",
             where=masked(url),
-            fix="take that version, choose another run_name, or begin anew with --fresh (the old run is kept aside)",
+            fix="use that version, choose another run_name, or start over with --fresh (heretic keeps the old run)",
         )
     if found:
         shown = "; ".join(found[:6]) + (f"; and {len(found) - 6} more" if len(found) > 6 else "")
         raise StudyMismatch(
             f"The study '{name}' was made with other settings: {shown}.",
             where=masked(url),
-            fix="take those settings back, choose another run_name, or begin anew with --fresh (the old run is kept aside)",
+            fix="restore those settings, choose another run_name, or start over with --fresh (heretic keeps the old run)",
         )
     return study
 

@@ -82,7 +82,12 @@ def _close(connection: sqlalchemy.Connection) -> None:
 def _taken(storage: PatientStorage, name: str) -> sqlalchemy.Connection | None:
     """A connection in whose transaction the study's lock is held; None where another worker kept it for some seconds."""
     if storage.engine.dialect.name != "postgresql":
-        raise UserError("A study is kept in SQLite or PostgreSQL.", where="storage")
+        raise UserError(
+            f"Unsupported storage: {storage.engine.dialect.name}.",
+            code="unsupported-storage",
+            where="storage",
+            fix="use SQLite or PostgreSQL",
+        )
     key = int.from_bytes(hashlib.sha256(f"heretic {name}".encode()).digest()[:8], "big", signed=True)
     connection = storage.engine.connect()
     try:
