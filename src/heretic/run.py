@@ -20,9 +20,9 @@ from heretic.export.destination import check_destination
 from heretic.export.export import Export, earlier_export, plan_export, write_export
 from heretic.files import expanded
 from heretic.machine import lock, preflight
-from heretic.machine.gpus import Gpu, gpus_for, usable_gpus, visible_gpus
+from heretic.machine.gpus import Gpu, gpus_for, gpus_here
 from heretic.model.batching import free_memory
-from heretic.model.checkpoint import Checkpoint, open_checkpoint, require_name
+from heretic.model.checkpoint import Checkpoint, open_model, require_name
 from heretic.model.template import read_template
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
@@ -267,12 +267,7 @@ def look(
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         fix = first.fix or "see heretic preflight; --force starts all the same"
         raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix, code=first.code)
-    checkpoint = open_checkpoint(
-        settings.model,
-        settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-        allow_pickle=settings.allow_pickle,
-    )
+    checkpoint = open_model(settings)
     parallel.check(checkpoint, settings)
     prompts = read_prompts()
     for warning in prompts.warnings:
@@ -297,13 +292,7 @@ def check(
     machine that is not this one."""
     return preflight.check(
         settings,
-        checkpoint_loader=lambda: open_checkpoint(
-            settings.model,
-            settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            allow_pickle=settings.allow_pickle,
-            download_weights=False,
-        ),
+        checkpoint_loader=lambda: open_model(settings, download_weights=False),
         prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
         storage_check=lambda: _probe_storage(settings),
         judge_check=lambda: _try_judge(settings) if judging and not lender() else "",
@@ -326,7 +315,7 @@ def _try_judge(settings: Settings) -> str:
 @contextmanager
 def device_lock(settings: Settings, *, wait: bool, watcher: Watcher, stop: Stop) -> Iterator[None]:
     """Hold the locks of the devices that these settings may use. Raises BusyError naming the holder."""
-    uuids = [gpu.uuid for gpu in gpus_for(settings.device_map, usable_gpus(visible_gpus()))]
+    uuids = [gpu.uuid for gpu in gpus_for(settings.device_map, gpus_here())]
 
     def say(path: Path, who: lock.Holder | None) -> None:
         watcher.say(

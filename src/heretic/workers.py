@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from heretic.errors import Interrupted, UserError
 from heretic.files import open_private, split_lines
-from heretic.machine.gpus import Gpu, usable_gpus, visible_gpus
+from heretic.machine.gpus import Gpu, gpus_here
 from heretic.settings import Settings
 from heretic.stop import Stop
 
@@ -59,7 +59,7 @@ def ends_with_its_lender(stop: Stop) -> Iterator[None]:
 
 def how_many(wanted: str, settings: Settings) -> tuple[int, str]:
     """The number of workers that `auto` or a number stands for, and what there is to say about it. Raises UserError."""
-    gpus = () if settings.device_map == "cpu" else usable_gpus(visible_gpus())
+    gpus = () if settings.device_map == "cpu" else gpus_here()
     if wanted != "auto" and not re.fullmatch("0*[1-9][0-9]{0,3}", wanted):
         raise UserError(f"{wanted!r} is no number of workers.", where="--workers", fix="auto, or a number such as 4")
     number = max(1, len(gpus)) if wanted == "auto" else int(wanted)
@@ -135,7 +135,7 @@ def send_out(desk: Desk, number: int) -> None:
     from heretic.search.standing import Standing
 
     study, settings, watcher = desk.study, desk.settings, desk.watcher
-    gpus = () if settings.device_map == "cpu" else usable_gpus(visible_gpus())
+    gpus = () if settings.device_map == "cpu" else gpus_here()
     gpus = tuple(sorted(gpus, key=lambda gpu: -gpu.free)[:number])  # the emptiest
     require_room(settings, desk.inputs, gpus, number)
     workers = [_start(desk, i, number, gpus[i] if gpus else None) for i in range(number)]
