@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from heretic.doctor import now, versions
-from heretic.machine.gpus import usable_gpus, visible_gpus
+from heretic.machine.gpus import gpus_here
 from heretic.prepare import look
 from heretic.progress import SILENT
 from heretic.run_folder import RunFolder
@@ -46,7 +46,7 @@ def head(arguments: argparse.Namespace) -> dict[str, Any]:
         "command": shlex.join(["python", f"benchmarks/{Path(script).name}", *shown]),
         "date": now(),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
-        "gpus": [gpu.name for gpu in usable_gpus(visible_gpus())],
+        "gpus": [gpu.name for gpu in gpus_here()],
         "versions": versions(),
         "model": Path(arguments.model).name,
     }

@@ -3,8 +3,8 @@
     python benchmarks/plan.py ASSETS [--trials 4] [--set KEY=VALUE]
 
 Compared is the plan's peak (all but the headroom) with the largest memory of the run's own that the kernel counts
-(`Anonymous` in /proc/PID/smaps_rollup); pages of files, such as the mapped checkpoint, are beside it: the kernel may drop them. And
-the plan's seconds for reading the weights with those that loading took, from run.log. Linux, on the CPU.
+(`Anonymous` in /proc/PID/smaps_rollup); pages of files, such as the mapped checkpoint, are beside it: the kernel may drop them.
+Linux, on the CPU.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     (load,) = planned["plan"]["loads"]
     measured = memory.profile()
     peak = load["peak"] / 1e9
-    lines = stages(next((folder / "runs").glob("*/run.log")))
     return {
         "settings": arguments.extra,
         "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -72,23 +71,15 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "planned_peak_gb": round(peak, 2),
         "measured": measured,
         "apart": round(peak / measured["anonymous_peak_gb"] - 1, 3),
-        "reading": planned["reading"],
-        "loading_seconds": stage_seconds(lines, "Loading"),
         "run_seconds": round(seconds, 1),
         "curve": memory.curve(),
-        "stages": lines,
+        "stages": stages(next((folder / "runs").glob("*/run.log"))),
     }
 
 
 def stages(log: Path) -> list[str]:
     """The lines of run.log, without the day, so that the curve can be read beside them."""
     return [line[11:].rstrip()[:100] for line in log.read_text(encoding="utf-8").splitlines() if TIME.match(line)]
-
-
-def stage_seconds(lines: Sequence[str], name: str) -> float | None:
-    """How long a stage took the first time; None where the log does not tell."""
-    found = (re.search(rf"INFO {name}.*: ([\d.]+) s$", line) for line in lines)
-    return next((float(match[1]) for match in found if match), None)
 
 
 def show(report: dict[str, Any]) -> None:
@@ -98,8 +89,6 @@ def show(report: dict[str, Any]) -> None:
         ("planned peak (GB)", report["planned_peak_gb"]),
         ("measured (GB)", report["measured"]),
         ("plan / measured - 1", f"{report['apart']:+.1%}"),
-        ("reading, planned (s)", report["reading"]),
-        ("loading, measured (s)", report["loading_seconds"]),
     ]
     for name, value in rows:
         print(f"{name}: {value}")

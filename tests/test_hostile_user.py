@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,6 @@ import optuna
 import pytest
 
 from heretic.cli import mistyped, shorthand
-from heretic.files import sealed
 from heretic.progress import SILENT
 from heretic.run import run
 from heretic.search.attributes import FACTS
@@ -228,10 +228,35 @@ def test_odd_names_from_end_to_end(tmp_path: Path, command: Command) -> None:
     assert not Path("executed").exists() and not list(Path().iterdir())
 
 
+def test_a_runs_settings_may_be_edited(made: Path, command: Command) -> None:
+    file = made / "config.toml"
+    kept = file.read_text()
+
+    def edited(before: str, after: str) -> None:
+        text = re.sub(rf"(?m)^{before} = [^#\n]*", f"{after}  ", kept)
+        assert text != kept
+        file.write_text(text)
+
+    edited("n_trials", "n_trials = 3")
+    said = command("run", "mine", "--json")
+    assert said.status == 0 and json.loads(said.out)["trials"] == 3, said
+    edited("seed", "seed = 11")
+    for arguments in (["run", "mine"], ["export", "mine", "-o", "new"]):
+        said = command(*arguments)
+        assert said.status == 4 and "[study-mismatch]" in said.err and "seed" in said.err, said
+    for line, code in (("max_kl = 'low'", "invalid-setting"), ("max_kl = ]", "invalid-toml")):
+        edited("max_kl", line)
+        place = file.read_text().splitlines().index(next(x for x in file.read_text().splitlines() if line in x)) + 1
+        for arguments in (["run"], ["status"], ["report"], ["export", "-o", "new"], ["directions", "-o", "new.gguf"]):
+            said = command(*arguments, "mine")
+            assert said.status == 1 and f"[{code}] Where: {file}:{place}" in said.err, said
+            assert code == "invalid-toml" or "'max_kl'" in said.err, said
+
+
 def test_a_run_of_a_later_version(made: Path, command: Command) -> None:
     file = made / "config.toml"
     kept = file.read_text()
-    file.write_text(sealed("of_later = 1\n" + kept.rpartition("# sha256")[0]))
+    file.write_text("of_later = 1\n" + kept)
     for arguments in (
         ["status"],
         ["run"],
@@ -241,7 +266,8 @@ def test_a_run_of_a_later_version(made: Path, command: Command) -> None:
         ["directions", "-o", "new.gguf"],
     ):
         said = command(*arguments, "mine")
-        assert said.status == 1 and said.code == "unknown-setting" and "of_later" in said.err, said
+        assert said.status == 1 and said.code == "unknown-setting", said
+        assert "runs/mine/config.toml:1" in said.err and "of_later" in said.err, said
     file.write_text(kept)
     study = optuna.load_study(study_name="heretic", storage=f"sqlite:///{made}/study.db")
     study.set_user_attr(FACTS, json.dumps({**json.loads(study.user_attrs[FACTS]), "format": 99}))

@@ -17,7 +17,7 @@ import pytest
 from heretic.errors import BusyError, Interrupted
 from heretic.machine import lock
 from heretic.machine.demand import GIB
-from heretic.machine.gpus import Gpu, GpuReport
+from heretic.machine.gpus import Gpu
 from heretic.machine.imagined import imagined_gpus
 from heretic.search.attributes import FALLEN
 from heretic.search.front import front, results
@@ -132,8 +132,7 @@ def test_a_lent_lock_is_used_with_its_holder_and_by_nobody_else(tmp_path: Path) 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     found = tuple(Gpu(i, f"GPU-{i}", "A GPU", 24 << 30, 24 << 30) for i in range(number))
-    monkeypatch.setattr("heretic.workers.usable_gpus", lambda _: found)
-    monkeypatch.setattr("heretic.workers.visible_gpus", lambda: GpuReport(found))
+    monkeypatch.setattr("heretic.workers.gpus_here", lambda: found)
 
 
 def test_how_many_workers(monkeypatch: pytest.MonkeyPatch) -> None:

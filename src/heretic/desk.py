@@ -9,7 +9,7 @@ import optuna
 
 from heretic.errors import UserError
 from heretic.export.formats import FORMATS
-from heretic.files import sealed, write_text
+from heretic.files import write_text
 from heretic.model.distributed import agree, size
 from heretic.model.unloading import unload
 from heretic.parallel import Together, opening, shared
@@ -158,7 +158,7 @@ class Desk:
 
     def keep_settings(self) -> None:
         """Write them to the run's folder, and to the storage for those who do not have the folder."""
-        write_text(self.folder.path / "config.toml", sealed(kept_settings(self.resolved)), private=True)
+        write_text(self.folder.path / "config.toml", kept_settings(self.resolved), private=True)
         keep_settings(self.study, self.settings)
 
 

@@ -21,7 +21,6 @@ from heretic.errors import UserError, first_line
 if TYPE_CHECKING:  # PyTorch takes seconds to import, and settings are read without it
     from torch import Tensor
 
-SEAL, AFTER_SEAL = "# sha256 of the lines above: ", "; delete this line after a change by hand"
 LARGEST_TEXT = 256 << 20  # bytes of a text file that is read as a whole
 # Windows alone has O_BINARY and lacks the others. O_NONBLOCK: opening a pipe that nobody writes to must not wait.
 _READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK"))
@@ -234,28 +233,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             fix="delete it; heretic makes it again",
         )
     return tensors, metadata
-
-
-def sealed(text: str) -> str:
-    """A text file's lines and, as its last one, a comment with their hash."""
-    return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}{AFTER_SEAL}\n"
-
-
-def check_seal(path: Path) -> None:
-    """Raise UserError if a text file that was sealed is not what was written; one without a seal is believed."""
-    try:
-        with open_regular(path) as file:
-            content = file.read()
-    except (UserError, OSError):
-        return  # who reads it next says so
-    text, seal, given = content.rpartition(SEAL.encode())
-    if seal and given != f"{hashlib.sha256(text).hexdigest()}{AFTER_SEAL}\n".encode():
-        raise UserError(
-            f"{path.name} is not what heretic wrote: it is damaged or was edited.",
-            code="file-changed",
-            where=str(path),
-            fix="restore it from a copy; to keep your edit, delete its last line, which holds the hash of the other lines",
-        )
 
 
 def expanded(path: str | Path) -> Path:

@@ -186,7 +186,7 @@ def follow(settings: Settings) -> None:
 def _follow(settings: Settings) -> None:
     from pathlib import Path
 
-    from heretic.model.checkpoint import open_checkpoint
+    from heretic.model.checkpoint import open_model
     from heretic.prompts import load_all
     from heretic.run_folder import RunFolder
     from heretic.session import open_session
@@ -198,12 +198,7 @@ def _follow(settings: Settings) -> None:
     plan = agree(lambda: None)
     if plan is None:
         return
-    checkpoint = open_checkpoint(
-        settings.model,
-        settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-        allow_pickle=settings.allow_pickle,
-    )
+    checkpoint = open_model(settings)
     stop, nowhere = Together(Stop()), RunFolder(Path(os.devnull))
     session = open_session(settings, checkpoint, load_all(settings.prompts), shared(plan), nowhere, SILENT, stop)
     trials = Trials(session, nowhere, session.space(agree(lambda: None)))

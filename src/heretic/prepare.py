@@ -16,7 +16,7 @@ from heretic.machine import preflight
 from heretic.machine.gpus import Gpu
 from heretic.machine.memory_plan import LoadPlan
 from heretic.model.batching import free_memory
-from heretic.model.checkpoint import Checkpoint, open_checkpoint, require_name
+from heretic.model.checkpoint import Checkpoint, open_model, require_name
 from heretic.model.template import read_template
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
@@ -62,12 +62,7 @@ def look(
         code = first.code or "preflight-failed"
         fix = first.fix or "see heretic preflight; --force starts anyway"
         raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix, code=code)
-    checkpoint = open_checkpoint(
-        settings.model,
-        settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-        allow_pickle=settings.allow_pickle,
-    )
+    checkpoint = open_model(settings)
     parallel.check(checkpoint, settings)
     prompts = read_prompts()
     for warning in prompts.warnings:
@@ -92,13 +87,7 @@ def check(
     machine that is not this one."""
     return preflight.check(
         settings,
-        checkpoint_loader=lambda: open_checkpoint(
-            settings.model,
-            settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            allow_pickle=settings.allow_pickle,
-            download_weights=False,
-        ),
+        checkpoint_loader=lambda: open_model(settings, download_weights=False),
         prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
         storage_check=lambda: _probe_storage(settings),
         judge_check=lambda: _try_judge(settings) if judging and not lender() else "",

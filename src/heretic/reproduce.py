@@ -30,7 +30,7 @@ from heretic.export.manifest import (
 )
 from heretic.export.rebuilt import Rebuilt, describe_rebuilt
 from heretic.files import expanded, sha256
-from heretic.machine.gpus import usable_gpus, visible_gpus
+from heretic.machine.gpus import gpus_here
 from heretic.machine.host import devices
 from heretic.machine.memory_plan import LoadPlan, make_plan
 from heretic.machine.workload import Workload
@@ -243,7 +243,7 @@ def _plan(settings: Settings, checkpoint: Checkpoint) -> LoadPlan:
         max_memory={},
         dtypes=list(settings.dtypes),
         batch_size=1,
-        devices=devices(usable_gpus(visible_gpus())),
+        devices=devices(gpus_here()),
         quantization=settings.quantization,
     )
     return LoadPlan.of(settings, plan)

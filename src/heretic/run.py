@@ -17,7 +17,7 @@ from heretic.desk import Desk
 from heretic.errors import BusyError, Interrupted, UserError
 from heretic.export.export import Export, earlier_export, plan_export, write_export
 from heretic.machine import lock, preflight
-from heretic.machine.gpus import gpus_for, usable_gpus, visible_gpus
+from heretic.machine.gpus import gpus_for, gpus_here
 from heretic.model.distributed import agree, size
 from heretic.prepare import Inputs, look
 from heretic.progress import Watcher
@@ -240,7 +240,7 @@ def write(desk: Desk, result: Result, destination: Path) -> Export:
 @contextmanager
 def device_lock(settings: Settings, *, wait: bool, watcher: Watcher, stop: Stop) -> Iterator[None]:
     """Hold the locks of the devices that these settings may use. Raises BusyError naming the holder."""
-    uuids = [gpu.uuid for gpu in gpus_for(settings.device_map, usable_gpus(visible_gpus()))]
+    uuids = [gpu.uuid for gpu in gpus_for(settings.device_map, gpus_here())]
 
     def say(path: Path, who: lock.Holder | None) -> None:
         watcher.say(

@@ -18,12 +18,12 @@ from torch import Tensor
 from heretic.ablation.directions import Directions
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import SettingsError, UserError, first_line
-from heretic.files import check_seal, expanded, open_private, read_tensors, write_tensors, write_text
+from heretic.files import expanded, open_private, read_tensors, write_tensors, write_text
 from heretic.progress import Watcher
 from heretic.search.gradient import State
 from heretic.search.url import masked
 from heretic.settings import Settings
-from heretic.settings.layers import Resolved, read_toml, resolve, written_origins
+from heretic.settings.layers import Resolved, read_toml, resolve
 from heretic.settings.text import resolved_text
 from heretic.stored_tensors import Baseline, directions_of, geometry_of, state_of, state_tensors
 
@@ -285,27 +285,22 @@ def stored(
 ) -> Resolved:
     """The settings that a run was made with; of the environment only the storage counts, whose password is not stored.
 
-    Raises UserError, also where the file is not what was written.
+    Raises SettingsError as `resolve` does: the file may have been edited, or be another version's.
     """
-    file = folder.path / "config.toml"
-    check_seal(file)
+    file = read_toml(folder.path / "config.toml")
     # For the password, which the file lacks: a run whose study lies in its own folder stays there.
-    shared = bool(read_toml(file)[0].get("storage"))
+    shared = bool(file.values.get("storage"))
     storage = {k: v for k, v in environment.items() if k == "HERETIC_STORAGE" and shared}
     try:
         resolved = resolve(file, options, assignments, storage)
     except SettingsError as error:
-        if not (error.where or "").startswith(str(file)):
+        if error.code != "unknown-setting" or not (error.where or "").startswith(str(file.path)):
             raise
-        raise SettingsError(
-            error.what,
-            where=error.where,
-            fix="use the version of heretic that made the run, or undo the change to this file",
-            code=error.code,
-        ) from None
-    before = written_origins(file)
-    origins = {k: before.get(k, o) if o.startswith(f"{file}:") else o for k, o in resolved.origins.items()}
-    return Resolved(resolved.settings, file, origins)
+        fix = f"{error.fix}; or use the version of heretic that wrote the file"
+        raise SettingsError(error.what, code=error.code, where=error.where, fix=fix) from None
+    before = file.written_origins()
+    origins = {k: before.get(k, o) if o.startswith(f"{file.path}:") else o for k, o in resolved.origins.items()}
+    return Resolved(resolved.settings, file.path, origins)
 
 
 def stored_settings(folder: RunFolder, environment: Mapping[str, str]) -> Settings:

@@ -30,7 +30,7 @@ from heretic.session import Bench, Session
 
 log = logging.getLogger(__name__)
 
-TRIED_TOKENS = 16  # in which an answer to a training prompt must have declined
+ANSWER_TOKENS = 16  # in which an answer to a training prompt must have declined
 FEWEST_REFUSALS = 4  # of the training prompts
 
 
@@ -181,7 +181,7 @@ def _refusals(bench: Bench, asked: Sequence[list[int]]) -> RefusalCount:
         asked,
         bench.ladder.judge,
         bench.batcher,
-        TRIED_TOKENS,
+        ANSWER_TOKENS,
         requests=[texts[tuple(prompt)] for prompt in asked],
         fewest_tokens=fewest,
     )

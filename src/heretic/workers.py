@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from heretic.errors import Interrupted, UserError
 from heretic.files import open_private, split_lines
-from heretic.machine.gpus import Gpu, usable_gpus, visible_gpus
+from heretic.machine.gpus import Gpu, gpus_here
 from heretic.settings import Settings
 from heretic.worker_process import LENDER, LOOK_AGAIN
 
@@ -28,7 +28,7 @@ LAST_LINES = 3  # of what a worker said before it died
 
 def how_many(wanted: str, settings: Settings) -> tuple[int, str]:
     """The number of workers that `auto` or a number stands for, and what there is to say about it. Raises UserError."""
-    gpus = () if settings.device_map == "cpu" else usable_gpus(visible_gpus())
+    gpus = () if settings.device_map == "cpu" else gpus_here()
     if wanted != "auto" and not re.fullmatch("0*[1-9][0-9]{0,3}", wanted):
         raise UserError(
             f"Invalid number of workers: {wanted!r}.",
@@ -116,7 +116,7 @@ def send_out(desk: Desk, number: int) -> None:
     from heretic.search.standing import Standing
 
     study, settings, watcher = desk.study, desk.settings, desk.watcher
-    gpus = () if settings.device_map == "cpu" else usable_gpus(visible_gpus())
+    gpus = () if settings.device_map == "cpu" else gpus_here()
     gpus = tuple(sorted(gpus, key=lambda gpu: -gpu.free)[:number])  # the emptiest
     require_room(settings, desk.inputs, gpus, number)
     workers = [_start(desk, i, number, gpus[i] if gpus else None) for i in range(number)]

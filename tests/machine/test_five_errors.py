@@ -54,9 +54,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on(monkeypatch: pytest.MonkeyPatch, gpus: tuple[Gpu, ...]) -> None:
-    for module in (preflight, runs):
-        monkeypatch.setattr(module, "visible_gpus", lambda *_: GpuReport(gpus))
-        monkeypatch.setattr(module, "usable_gpus", lambda *_: gpus)
+    monkeypatch.setattr(preflight, "visible_gpus", lambda _: GpuReport(gpus))
+    monkeypatch.setattr(preflight, "usable_gpus", lambda _: gpus)
+    monkeypatch.setattr(runs, "gpus_here", lambda: gpus)
 
 
 def planned(large: Checkpoint, **settings: Any) -> Report:

@@ -16,10 +16,9 @@ from heretic.machine.demand import CONTEXT
 from heretic.machine.memory_plan import MemoryPlan, make_plan, planned_dtype
 from heretic.machine.placement import skeleton
 from heretic.machine.shape import ModelShape
-from heretic.machine.workload import TRIED_TOKENS, Walk, Workload
+from heretic.machine.workload import Walk, Workload
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.tensor_info import TensorInfo
-from heretic.scoring.surrogate import MOST_TOKENS
 from tests.helpers.errors import raises
 from tests.machine.shapes import GIB, checkpoint_of, cpu, gpus, packed_of, qwen_32b, small
 
@@ -194,7 +193,7 @@ def test_copies_of_edited_weights_are_counted(little: Checkpoint) -> None:
 
 
 def test_the_walk_takes_what_the_program_would_give_it(little: Checkpoint, large: Checkpoint) -> None:
-    work = Workload(200, 100, walk=Walk(batch=16))
+    work = Workload(200, 100, walk=Walk(batch=16, prompts=64, kl_tokens=1, refusal_tokens=4))
     shape = ModelShape.of(little.text_config, skeleton(little, "bfloat16"))
     found = plan(little, [*gpus(1, 24), cpu(64)], work=work, batch_size=64).loads[0]
     logits = 6 * 32 * 32000 * 4
@@ -208,10 +207,6 @@ def test_the_walk_takes_what_the_program_would_give_it(little: Checkpoint, large
     crowded = plan(large, [*gpus(4, 24, free=23.5), cpu(64)], work=work)
     assert crowded.fits, "blocks are computed twice there"
     assert all(0 < load.gradients < 0.3 * load.device.free for load in crowded.loads)
-
-
-def test_tried_tokens_are_those_of_the_surrogate() -> None:
-    assert TRIED_TOKENS == MOST_TOKENS
 
 
 def test_emptiest_gpu_is_preferred(little: Checkpoint) -> None:

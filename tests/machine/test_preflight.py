@@ -15,10 +15,9 @@ from heretic.machine import lock, preflight
 from heretic.machine.gpus import Gpu, GpuReport
 from heretic.machine.preflight import Report, check
 from heretic.machine.workload import prompt_tokens
-from heretic.model.checkpoint import Checkpoint, open_checkpoint
+from heretic.model.checkpoint import Checkpoint
 from heretic.settings import Settings
 from tests.machine.shapes import GIB, checkpoint_of, qwen_32b, small
-from tests.tiny import save_tiny
 
 
 @pytest.fixture(autouse=True)
@@ -64,22 +63,6 @@ def test_ready_on_a_cpu() -> None:
     assert report.plan is not None and report.plan.dtype == "float32" and report.plan.prompt_tokens == 141
     assert "no NVIDIA driver" in texts(report)
     assert json.loads(json.dumps(report.as_dict()))["verdict"] == "ready"
-
-
-def test_what_loading_takes_besides_reading_is_told_where_it_can_be_measured(
-    tmp_path: Path, machine: Callable[..., None]
-) -> None:
-    folder = save_tiny(tmp_path / "tiny", "llama")
-    opened = open_checkpoint(str(folder))
-    report = run(opened)
-    assert report.reading is not None and report.reading.measured and (report.reading.placing or 0) > 0
-    assert "putting them into RAM under 1 s more" in texts(report)
-
-    quantised = run(opened, quantization="bnb_4bit")
-    machine(1, 24)
-    for other in (quantised, run(opened)):
-        assert other.reading is not None and other.reading.measured and other.reading.placing is None
-        assert "loading some more" in texts(other)
 
 
 def test_callables_that_fail_become_failures() -> None:

@@ -32,7 +32,7 @@ def report(*findings: Finding, with_plan: bool = True) -> Report:
     gpus = GpuReport(tuple(Gpu(i, f"GPU-{i}", "NVIDIA GeForce RTX 4090", 24 * GIB, 23 * GIB) for i in range(2)))
     loads = (load("cuda:0", 14), load("cpu", 30))
     plan = MemoryPlan({"": 0}, None, "bfloat16", 8, 8, 100, 50, 2, loads, 0)
-    return Report("owner/model", gpus, plan if with_plan else None, None, findings)
+    return Report("owner/model", gpus, plan if with_plan else None, findings)
 
 
 def test_devices_and_their_loads_fit_80_columns() -> None:

@@ -81,5 +81,5 @@ def _revisions(resolved: Resolved, model: str | None, against: str | None) -> tu
     revision = resolved.settings.revision
     if resolved.file is None or not resolved.origin("revision").startswith(str(resolved.file)):
         return ("", revision) if against else (revision, "")
-    named = read_toml(resolved.file)[0].get("model", "")
+    named = read_toml(resolved.file).values.get("model", "")
     return revision if model in (None, named) else "", revision if against == named else ""

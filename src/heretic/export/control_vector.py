@@ -18,7 +18,7 @@ from torch import Tensor
 from heretic.ablation.directions import Directions
 from heretic.errors import UserError
 from heretic.files import file_place, read_tensors
-from heretic.model.checkpoint import open_checkpoint
+from heretic.model.checkpoint import open_model
 from heretic.run_folder import RunFolder, write_directions
 from heretic.settings import Settings
 from heretic.stored_tensors import directions_of
@@ -90,9 +90,7 @@ def _safetensors(places: Sequence[Path], directions: Directions, settings: Setti
 
 
 def _control_vectors(places: Sequence[Path], directions: Directions, settings: Settings, _stamp: str) -> None:
-    checkpoint = open_checkpoint(
-        settings.model, settings.revision, trust_remote_code=settings.trust_remote_code, download_weights=False
-    )
+    checkpoint = open_model(settings, download_weights=False)
     for number, path in enumerate(places):
         _control_vector(path, directions.every[:, number], checkpoint.text_config.model_type)
 

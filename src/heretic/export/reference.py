@@ -12,7 +12,7 @@ from dataclasses import replace
 from heretic.ablation.attach import attach
 from heretic.errors import UserError
 from heretic.export.job import ExportJob
-from heretic.machine.gpus import usable_gpus, visible_gpus
+from heretic.machine.gpus import gpus_here
 from heretic.machine.host import devices
 from heretic.machine.memory_plan import LoadPlan, plan_for
 from heretic.machine.workload import Workload
@@ -26,7 +26,7 @@ from heretic.stop import Stop
 
 def full_precision_plan(job: ExportJob) -> LoadPlan | None:
     """How to load the model unquantised on the devices that are here; None if it does not fit. RAM may help out."""
-    here = devices(usable_gpus(visible_gpus()))
+    here = devices(gpus_here())
     work = Workload.of(job.settings, job.prompts.longest).counted(job.settings, job.checkpoint, job.prompts)
     for device_map in (job.settings.device_map, "auto"):
         update = {"quantization": "none", "device_map": device_map, "apply": "operators", "batch_size": 0}

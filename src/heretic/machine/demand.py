@@ -12,10 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from heretic.ablation.operator import ELEMENTS_AT_ONCE
 from heretic.machine.devices import CPU, Device
 from heretic.machine.placement import Share
 from heretic.machine.shape import SHARE_FOR_GRADIENTS, ModelShape
 from heretic.machine.workload import Workload
+from heretic.model.batching import TOKENS_AT_ONCE
+from heretic.model.forward import LOGIT_ROWS
+from heretic.scoring.loss import PLACES_AT_ONCE
 
 MIB, GIB = 2**20, 2**30
 FLOAT32 = 4
@@ -28,14 +32,9 @@ CONTEXT = 512 * MIB
 PROGRAM = 384 * MIB
 
 ACTIVATION_COPIES = 4  # gate, up, their product, and the residual stream with its norm
-LOGIT_ROWS = 64  # whose logits exist at a time while a divergence is measured,
-LOGIT_COPIES = (
-    6  # in so many tensors: logits, log-softmax, the original's, its probabilities, the difference, the product
-)
-WALK_LOGIT_ROWS = 32  # the same for a pass with gradients
-LARGEST_BATCH_TOKENS = 16384
+# Of logits, while a divergence is measured: logits, log-softmax, the original's, its probabilities, the difference, the product.
+LOGIT_COPIES = 6
 TIGHT = 0.95  # of the free memory
-ELEMENTS_STUDIED = 2**24  # of a weight, that exist in float32 at a time
 SHARE_FOR_RESIDUALS = 0.5  # of the free RAM, that the residuals of every prompt may take
 # Of the free RAM, that what is kept of the original's passes of each of the two prompt sets may take; and at most `MOST_KEPT`.
 SHARE_KEPT = 0.05
@@ -171,13 +170,13 @@ class Demand:
         )
 
     def _working(self, rows: int) -> int:
-        tokens = min(rows * (self.work.tail + self.work.tried_tokens), max(LARGEST_BATCH_TOKENS, self.work.tail))
+        tokens = min(rows * (self.work.tail + self.work.tried_tokens), max(TOKENS_AT_ONCE, self.work.tail))
         return ACTIVATION_COPIES * self.shape.widest * self.shape.element * tokens
 
     def _studying(self) -> int:
         """Rows of a weight in float32, and their squares."""
         copies = 1 if self.shape.element == FLOAT32 else 2
-        return copies * min(ELEMENTS_STUDIED, self.shape.hidden * self.shape.widest) * FLOAT32 + self.opened
+        return copies * min(ELEMENTS_AT_ONCE, self.shape.hidden * self.shape.widest) * FLOAT32 + self.opened
 
     def _kept(self, free: int) -> int:
         """In RAM: log-probabilities of the original, what its blocks receive and their keys and values, facts of the weights."""
@@ -213,7 +212,7 @@ class Demand:
         if not twice:
             tokens = rows * (self.work.tail + more) + self.work.shared_tokens
             prefix = shape.prefix_bytes(rows, self.work.shared_tokens, blocks)
-        logits = LOGIT_COPIES * min(WALK_LOGIT_ROWS, rows * (more + 1)) * shape.vocabulary * FLOAT32 if runs.head else 0
+        logits = LOGIT_COPIES * min(PLACES_AT_ONCE, rows * (more + 1)) * shape.vocabulary * FLOAT32 if runs.head else 0
         return shape.gradient_bytes(1, tokens, blocks, twice=twice) + prefix + logits + self.opened + borrowed
 
 

@@ -10,7 +10,6 @@ from heretic.machine.demand import DeviceLoad
 from heretic.machine.gpus import Gpu, GpuReport
 from heretic.machine.lock import Holder
 from heretic.machine.memory_plan import MemoryPlan
-from heretic.machine.reading import Reading
 from heretic.model.checkpoint import Checkpoint
 from heretic.settings import Settings
 
@@ -55,7 +54,6 @@ class Facts:
     export_folder: Folder | None
     hub_cache: Folder
     fitting_quantization: str | None = None  # with which a model fits that does not fit as it is
-    reading: Reading | None = None
     largest_file: int = 0  # of the weights, in bytes
     mappable: int | None = None  # bytes that it may have; None: any
 

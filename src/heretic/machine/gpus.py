@@ -65,6 +65,11 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> GpuReport:
         return GpuReport((), _reason(error))
 
 
+def gpus_here() -> tuple[Gpu, ...]:
+    """The visible GPUs of this machine that PyTorch can use, numbered as it numbers them. Never raises."""
+    return usable_gpus(visible_gpus())
+
+
 def usable_gpus(report: GpuReport) -> tuple[Gpu, ...]:
     """The GPUs that PyTorch can use, numbered as it numbers them; empty without CUDA. Never raises.
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-
-import torch
 
 from heretic.errors import UserError
 from heretic.files import expanded
@@ -17,8 +15,7 @@ from heretic.machine.devices import Device
 from heretic.machine.facts import Facts, Finding, Folder
 from heretic.machine.gpus import Gpu, GpuReport, gpus_for, usable_gpus, visible_gpus
 from heretic.machine.lock import Holder, device_locks, holder
-from heretic.machine.memory_plan import MemoryPlan, plan_for, stored_dtype
-from heretic.machine.reading import Reading, placing_seconds, reading_of
+from heretic.machine.memory_plan import MemoryPlan, plan_for
 from heretic.machine.rules import RULES
 from heretic.machine.workload import Workload
 from heretic.model.checkpoint import Checkpoint
@@ -31,13 +28,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Report:
-    """What the preflight found; `plan` is None where the model could not be looked at or placed, `reading` (how long loading it
-    from its files takes) where it could not be looked at."""
+    """What the preflight found; `plan` is None where the model could not be looked at or placed."""
 
     model: str
     gpus: GpuReport
     plan: MemoryPlan | None
-    reading: Reading | None
     findings: tuple[Finding, ...]
 
     @property
@@ -58,7 +53,6 @@ class Report:
             "verdict": self.verdict,
             "gpus": asdict(self.gpus),
             "plan": self.plan.as_dict() if self.plan else None,
-            "reading": asdict(self.reading) if self.reading else None,
             "findings": [asdict(finding) for finding in self.findings],
         }
 
@@ -104,13 +98,12 @@ def check(
     if doubtful := attempt("judge", judge_check):
         problems.append(Finding("warning", "judge", doubtful))
     work = Workload.of(settings, prompts.longest if prompts else USUAL_PROMPT)
-    plan, reading = None, None
+    plan = None
     if checkpoint is not None:
         opened, estimated = checkpoint, work
         if prompts is not None:
             work = attempt("chat template", lambda: work_counter(estimated, opened, prompts)) or work
         plan = attempt("memory", lambda: plan_for(settings, opened, work, devices))
-        reading = _reading(checkpoint, plan if settings.quantization == "none" else None, imagined)
     facts = Facts(
         settings=settings,
         report=report,
@@ -124,12 +117,11 @@ def check(
         export_folder=_folder(Path(settings.save_to)) if settings.save_to else None,
         hub_cache=_folder(_hub_cache()),
         fitting_quantization=_fitting(settings, checkpoint, plan, work, devices),
-        reading=reading,
         largest_file=checkpoint.largest_file if checkpoint else 0,
         mappable=None if imagined else host.mappable(),
     )
     found = [finding for rule in RULES for finding in rule(facts)]
-    return Report(settings.model, report, plan, reading, (*problems, *found))
+    return Report(settings.model, report, plan, (*problems, *found))
 
 
 def _fitting(
@@ -145,21 +137,6 @@ def _fitting(
         if plan_for(settings.model_copy(update=update), checkpoint, work, devices).fits:
             return name
     return None
-
-
-def _reading(checkpoint: Checkpoint, plan: MemoryPlan | None, imagined: tuple[Gpu, ...]) -> Reading:
-    """Measured where the files are here and the machine is this one; `plan` is None where numbers will be quantised."""
-    gguf = checkpoint.gguf_file
-    files = [checkpoint.folder / gguf] if gguf else checkpoint.shards()
-    here = gguf or all(tensor.file for tensor in checkpoint.tensors.values())
-    if imagined or not here or not all(file.is_file() for file in files):
-        return Reading.assumed(checkpoint.nbytes)
-    found = reading_of(files, sum(file.stat().st_size for file in files))
-    stored = None if checkpoint.quantised_by or gguf else stored_dtype(checkpoint)
-    if plan is None or stored is None or set(plan.device_map.values()) != {"cpu"}:
-        return found
-    formats = (getattr(torch, name) for name in (stored, plan.dtype))
-    return replace(found, placing=placing_seconds(checkpoint.parameters, *formats))
 
 
 def _holders(settings: Settings, usable: tuple[Gpu, ...]) -> tuple[tuple[str, Holder], ...]:

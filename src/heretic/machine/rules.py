@@ -196,21 +196,6 @@ def one_huge_file(facts: Facts) -> Iterator[Finding]:
         yield Finding("failure", "memory", text, fix)
 
 
-def loading_time(facts: Facts) -> Iterator[Finding]:
-    """How long the model's files take to be read and put into memory."""
-    if reading := facts.reading:
-        text = f"Reading {spell_bytes(reading.nbytes)} takes {_seconds(reading.seconds)} ({reading.how})"
-        if reading.placing is None:
-            text += "; loading some more."
-        else:
-            text += f", putting them into RAM {_seconds(reading.placing)} more; the model itself some."
-        yield Finding("ok", "loading", text)
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.0f} s" if value >= 1 else "under 1 s"
-
-
 def busy_gpus(facts: Facts) -> Iterator[Finding]:
     """Other processes on the GPUs that are to be used."""
     for gpu in facts.used_gpus:
@@ -288,7 +273,6 @@ RULES: tuple[Rule, ...] = (
     download,
     opened_in_ram,
     one_huge_file,
-    loading_time,
     unseen_gpus,
     unusable_gpus,
     idle_gpus,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from heretic.errors import UserError
+from heretic.scoring import surrogate
 from heretic.settings import Settings
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 CHARACTERS_PER_TOKEN = 3  # fewer than in English, so that the plan is on the safe side
 TEMPLATE_TOKENS = 40
-TRIED_TOKENS = 8  # of the original's refusals, that are tried in one pass before anything is decoded
 USUAL_TRAINING = 400  # prompts of each kind
 MOST_TRIALS = 16  # that a run tries in one pass of its own accord: each is drawn without knowing how the others end
 
@@ -24,10 +24,10 @@ MOST_TRIALS = 16  # that a run tries in one pass of its own accord: each is draw
 class Walk:
     """The walk by gradient: prompts of each kind in a step and in all, and tokens of their answers that are looked at."""
 
-    batch: int = 16
-    prompts: int = 64
-    kl_tokens: int = 1
-    refusal_tokens: int = 4
+    batch: int
+    prompts: int
+    kl_tokens: int
+    refusal_tokens: int
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,12 @@ class Workload:
     @property
     def tried_tokens(self) -> int:
         """Tokens behind a prompt that a pass may have besides."""
-        return max(TRIED_TOKENS, self.kl_tokens - 1)
+        return max(surrogate.MOST_TOKENS, self.kl_tokens - 1)
 
     def tokens_kept(self, kind: int) -> int:
         """Tokens behind the shared ones, with what is tried, of all evaluation prompts of a kind (0 harmful, 1 harmless)."""
         count = (self.requests, self.harmless)[kind]
-        more = (TRIED_TOKENS, self.kl_tokens - 1)[kind]
+        more = (surrogate.MOST_TOKENS, self.kl_tokens - 1)[kind]
         return (self.beyond[kind] if self.beyond else count * self.tail) + count * more
 
 

@@ -19,6 +19,7 @@ from heretic.stop import Stop
 
 Result = TypeVar("Result")
 
+TOKENS_AT_ONCE = 16384  # in a batch, padding included
 WORTH_SHARING = 8  # tokens; fewer are not worth the copying of a cache
 
 
@@ -88,7 +89,7 @@ class Batcher:
 
     size: int
     device: torch.device | str = "cpu"
-    tokens: int = 16384
+    tokens: int = TOKENS_AT_ONCE
     pad: int = 0
     share: bool = False
     even: bool = False

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from heretic.settings import Settings
+
 # Small files that decide what the model says, besides its weights.
 DECISIVE = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -234,6 +236,17 @@ def open_checkpoint(
             config, left_over = _checked_config(model, folder, raw, tensors, trusted)
             return Checkpoint(model, folder, config, tensors, commit=folder.name, left_over=left_over)
     return _open_folder(model, folder, raw, trusted, allow_pickle, commit=folder.name)
+
+
+def open_model(settings: Settings, *, download_weights: bool = True) -> Checkpoint:
+    """As `open_checkpoint`, for the model that the settings name."""
+    return open_checkpoint(
+        settings.model,
+        settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        allow_pickle=settings.allow_pickle,
+        download_weights=download_weights,
+    )
 
 
 def _open_folder(

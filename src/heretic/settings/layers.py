@@ -41,6 +41,25 @@ NEVER_SHOWN = ("judge.llm.key_variable", "judge.llm.base_url")  # a key may have
 
 
 @dataclass(frozen=True)
+class TomlFile:
+    """A TOML file that was read: its values as plain data, and the line number of every dotted key."""
+
+    path: Path
+    text: str
+    values: dict[str, Any]
+    lines: dict[str, int]
+
+    def written_origins(self) -> dict[str, str]:
+        """Where the values of a run's config.toml came from when it was written: what follows them as a comment."""
+        lines = split_lines(self.text)
+        return {
+            key: lines[number - 1].rpartition("  # ")[2]
+            for key, number in self.lines.items()
+            if "  # " in lines[number - 1]
+        }
+
+
+@dataclass(frozen=True)
 class Resolved:
     """Settings, the file they were read from (if any), and for every dotted key where its value came from."""
 
@@ -58,28 +77,27 @@ class Resolved:
 
 
 def resolve(
-    config: Path | None = None,
+    config: Path | TomlFile | None = None,
     options: Mapping[str, Any] | None = None,
     assignments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Resolved:
-    """Lay the sources over each other; `assignments` are the `key=value` texts of --set, `options` values by dotted key or in
-    tables.
+    """Lay the sources over each other; `config` is the settings file or what was read of it, `assignments` are the `key=value`
+    texts of --set, `options` values by dotted key or in tables.
 
     A prompt set whose `source` is named outside the file does not keep the file's `split`: that cuts another set.
     Raises SettingsError naming the source, the key and, for a file, the line.
     """
     data: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    file = config
-    if file is None and os.path.lexists(DEFAULT_FILE):
-        file = Path(DEFAULT_FILE)
+    if config is None and os.path.lexists(DEFAULT_FILE):
+        config = Path(DEFAULT_FILE)
+    file = read_toml(config) if isinstance(config, Path) else config
     of_file: dict[str, Any] = {}
     if file is not None:
-        values, lines = read_toml(file)
-        of_file = dict(_leaves(values, Settings))
+        of_file = dict(_leaves(file.values, Settings))
         for key, value in of_file.items():
-            _put(data, origins, key, value, f"{file}:{lines[key]}" if key in lines else str(file))
+            _put(data, origins, key, value, f"{file.path}:{file.lines[key]}" if key in file.lines else str(file.path))
     in_file = dict(origins)
     for variable, text in (environment or {}).items():
         if variable.startswith(ENVIRONMENT_PREFIX):
@@ -97,7 +115,7 @@ def resolve(
         if value is not None:
             _put(data, origins, key, value, "option")
     _drop_splits_of_others(data, origins, of_file, in_file)
-    return Resolved(_validated(data, origins), file, origins)
+    return Resolved(_validated(data, origins), file.path if file else None, origins)
 
 
 def _drop_splits_of_others(
@@ -129,8 +147,8 @@ def _validated(data: dict[str, Any], origins: Mapping[str, str]) -> Settings:
         raise _explain(error, origins) from None
 
 
-def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Read a TOML file as plain data, with the line number of every dotted key.
+def read_toml(path: Path) -> TomlFile:
+    """Read a TOML file.
 
     Raises:
         SettingsError: as `files.read_text`, or with code invalid-toml, or as `_check_value`.
@@ -152,7 +170,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise SettingsError(f"This is not valid TOML: {problem}.", code="invalid-toml", where=where) from None
     for key, value in _leaves(values, Settings):
         _check_value(key, value, f"{path}:{lines[key]}" if key in lines else str(path))
-    return values, lines
+    return TomlFile(path, text, values, lines)
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
@@ -212,17 +230,6 @@ def line_numbers(text: str) -> dict[str, int]:
         elif key := _KEY.match(line):
             numbers.setdefault(f"{table}.{_dotted(key.group(1))}" if table else _dotted(key.group(1)), number)
     return numbers
-
-
-def written_origins(path: Path) -> dict[str, str]:
-    """Where the values of a run's config.toml came from when it was written: what follows them as a comment."""
-    text = read_text(path, "The settings file", error=SettingsError, largest=LARGEST_FILE)
-    lines = split_lines(text)
-    return {
-        key: lines[number - 1].rpartition("  # ")[2]
-        for key, number in line_numbers(text).items()
-        if "  # " in lines[number - 1]
-    }
 
 
 def _dotted(key: str) -> str:

@@ -76,7 +76,7 @@ def from_heretic(file: Path) -> str:
 
     Raises SettingsError where the file cannot be read, or a value cannot be ours either.
     """
-    theirs, _ = read_toml(file)
+    theirs = read_toml(file).values
     ours: dict[str, Any] = {}
     notes: list[str] = []
     for name, value in {**DEFAULTS, **theirs}.items():
