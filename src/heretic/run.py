@@ -18,6 +18,7 @@ from heretic.desk import Desk
 from heretic.errors import BusyError, Interrupted, UserError
 from heretic.export.destination import check_destination
 from heretic.export.export import Export, earlier_export, plan_export, write_export
+from heretic.export.formats import require_format
 from heretic.files import expanded
 from heretic.machine import lock, preflight
 from heretic.machine.gpus import Gpu, gpus_for, usable_gpus, visible_gpus
@@ -307,6 +308,7 @@ def check(
         prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
         storage_check=lambda: _probe_storage(settings),
         judge_check=lambda: _try_judge(settings) if judging and not lender() else "",
+        export_check=lambda checkpoint: None if lender() else require_format(settings, checkpoint),
         work_counter=lambda work, checkpoint, prompts: work.counted(settings, checkpoint, prompts),
         imagined=imagined,
     )
