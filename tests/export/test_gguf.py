@@ -16,6 +16,7 @@ import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from transformers import AutoModelForCausalLM
 
 from heretic.errors import Interrupted, UserError, VerificationFailed
 from heretic.export.export import Export
