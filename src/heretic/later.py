@@ -19,6 +19,7 @@ from heretic.desk import Desk
 from heretic.errors import UserError
 from heretic.export.destination import check_destination
 from heretic.export.export import Export
+from heretic.export.formats import require_format
 from heretic.model.batching import Batch
 from heretic.model.chat_format import check_length
 from heretic.model.decoding import decode
@@ -79,6 +80,8 @@ def opened(
         check_destination(destination, folder.name)
     with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
         inputs = look(settings, force=False, watcher=watcher)
+        if destination is not None:
+            require_format(settings, inputs.checkpoint)
         with (
             study_of(inputs, wait=wait, watcher=watcher, stop=stop) as study,
             Desk(resolved, inputs, study, watcher, stop) as desk,

@@ -11,6 +11,7 @@ from typing import Any
 from heretic import fingerprint, parallel
 from heretic.errors import UserError
 from heretic.export.destination import check_destination
+from heretic.export.formats import require_format
 from heretic.files import expanded
 from heretic.machine import preflight
 from heretic.machine.gpus import Gpu
@@ -91,6 +92,7 @@ def check(
         prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
         storage_check=lambda: _probe_storage(settings),
         judge_check=lambda: _try_judge(settings) if judging and not lender() else "",
+        export_check=lambda checkpoint: None if lender() else require_format(settings, checkpoint),
         work_counter=lambda work, checkpoint, prompts: work.counted(settings, checkpoint, prompts),
         imagined=imagined,
     )

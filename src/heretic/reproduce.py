@@ -281,7 +281,8 @@ def _rebuild(
     order = Order(
         settings.export_format, settings, called if named.endswith(".gguf") else checkpoint, plan, operators, prepared
     )
-    return order, form.write(order, partial, watcher, stop), where
+    written = form.write(order, partial, watcher, stop)
+    return order, form.convert(order, partial, written, watcher, stop) if form.convert else written, where
 
 
 def _operators(

@@ -1,219 +1,307 @@
-"""GGUF files written for models whose logits and token ids come back through transformers."""
+"""Models converted to GGUF by llama.cpp's converter or a stand-in for it, and read back; what fails on the way."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
+import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from gguf import GGMLQuantizationType as Kind
+from transformers import AutoModelForCausalLM
 
-from heretic.errors import UserError
+from heretic.errors import Interrupted, UserError, VerificationFailed
 from heretic.export.export import Export
-from heretic.export.gguf_file import KINDS, rounding_of_blocks
-from heretic.export.gguf_tokenizer import PROBES, vocabulary
+from heretic.export.gguf import INSTALL, convert, converter, quantizer, require
+from heretic.export.gguf_check import check_file, same
+from heretic.export.job import Order, Written
+from heretic.export.save import TensorEdit
 from heretic.model.checkpoint import open_checkpoint
 from heretic.progress import SILENT
 from heretic.reproduce import reproduce
 from heretic.run import run
+from heretic.settings import Settings
 from heretic.settings.layers import resolve
 from heretic.stop import Stop
-from tests.tiny import FAMILIES, TEMPLATE, TEXT, tiny_model
+from tests.command import heretic
+from tests.export import stand_in
+from tests.tiny import save_tiny, tiny_model
 
-QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3 = QWEN2.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?")
-SPECIAL = ["<|endoftext|>", "<|begin|>", "<|end|>"]
-SIZE = 320
+SCRIPT = Path(stand_in.__file__)
 
 
-def save_bpe(folder: Path, split: str | None) -> None:
-    """A small byte-level BPE tokenizer that splits text as Qwen 2, Llama 3 or (None) GPT-2 does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False)
-        if split is None
-        else pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-        )
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=SIZE - 10, special_tokens=SPECIAL, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([f"{TEXT} 12 123 1234 don't we'll"], trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[2]
-    )
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
+@pytest.fixture(autouse=True)
+def bare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No converter is found by itself, but where the test asks for the real one."""
+    if "real" not in request.fixturenames:
+        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+        monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def save_model(folder: Path, family: str, split: str | None, monkeypatch: pytest.MonkeyPatch, **other: object) -> Path:
-    name, arguments = FAMILIES[family]
-    changed = {**arguments, "vocab_size": SIZE, "sliding_window": None, **other}
-    monkeypatch.setitem(FAMILIES, family, (name, changed))
-    tiny_model(family).save_pretrained(folder, max_shard_size="60KB")
-    save_bpe(folder, split)
-    return folder
+@pytest.fixture
+def real() -> str:
+    """llama.cpp's own converter."""
+    try:
+        return converter(Settings())[-1]
+    except UserError:
+        if os.environ.get("CI"):
+            pytest.fail("llama.cpp's converter is not installed, and in CI it must be: .ci/run installs it")
+        pytest.skip(f"llama.cpp's converter is not installed: {INSTALL}")
 
 
-def export(config: Path, model: Path, *assignments: str, form: str = "gguf") -> Export:
-    options = {"model": str(model), "save_to": "out", "n_trials": 1, "export_format": form}
+@pytest.fixture
+def quantize(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A stand-in for llama-quantize on PATH."""
+    program = tmp_path / "programs" / "llama-quantize"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\n{SCRIPT.read_text()}")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return program
+
+
+def export(config: Path, model: Path, *assignments: str) -> Export:
+    options = {"model": str(model), "save_to": "out", "n_trials": 1, "export_format": "gguf"}
     strong = ("search.attention.max_weight=[1.0, 1.2]", "search.mlp.max_weight=[1.0, 1.2]")
     found = run(resolve(config, options, (*strong, *assignments)), watcher=SILENT, stop=Stop()).export
     assert found is not None
     return found
 
 
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([[5, 20, 40, 33, 9, 301]])).logits
+def converted(
+    folder: Path, kind: str = "f32", *, stop: Stop | None = None, program: object = SCRIPT
+) -> gguf.GGUFReader:
+    """A model folder made a GGUF file, as if all writers had been edited in it."""
+    checkpoint = open_checkpoint(str(folder))
+    edits = {n: _edit() for n in checkpoint.tensors if "o_proj" in n or "down_proj" in n}
+    settings = Settings.model_validate({"model": str(folder), "gguf_type": kind, "gguf_converter": str(program)})
+    plan: Any = None
+    order = Order("gguf", settings, checkpoint, plan, {}, edits)
+    done = convert(order, folder, Written({"source": {}, "written": {}}), SILENT, stop or Stop())
+    (name,) = done.hashes["written"]
+    assert [path.name for path in folder.iterdir()] == [name]
+    return gguf.GGUFReader(folder / name)
 
 
-@pytest.mark.parametrize(
-    ("family", "split", "other", "pre"),
-    [
-        ("llama", LLAMA3, {"tie_word_embeddings": True}, "llama-bpe"),
-        ("llama", None, {"head_dim": 8, "rope_theta": 5e5}, "gpt-2"),
-        ("mistral", None, {}, "gpt-2"),
-        ("qwen2", QWEN2, {"rms_norm_eps": 1e-5}, "qwen2"),
-        ("qwen3", QWEN2, {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1}, "qwen2"),
-    ],
-)
-def test_logits_and_ids_come_back(
-    config: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    family: str,
-    split: str | None,
-    other: dict[str, object],
-    pre: str,
-) -> None:
-    base = save_model(tmp_path / "m", family, split, monkeypatch, **other)
-    assert export(config, base, "gguf_type=f32").verification.divergence < 1e-6
-    (file,) = Path("out").glob("*.gguf")
-    assert {p.name for p in Path("out").iterdir()} == {"README.md", "manifest.json", "heretic", file.name}
-    read = AutoModelForCausalLM.from_pretrained("out", gguf_file=file.name)
-    found = reproduce_full(config, base)
-    assert (logits(read) - logits(found)).abs().max() < 1e-4 < (logits(read) - logits(tiny_model(family))).abs().max()
-    theirs, ours = AutoTokenizer.from_pretrained("out", gguf_file=file.name), AutoTokenizer.from_pretrained(base)
-    for text in PROBES:
-        assert theirs(text)["input_ids"] == ours(text)["input_ids"]
-    assert theirs.chat_template == ours.chat_template
-    assert [theirs.pad_token, theirs.bos_token, theirs.eos_token] == SPECIAL
-    fields = gguf.GGUFReader(file).fields
-    assert fields["tokenizer.ggml.pre"].contents() == pre
-    assert len(fields["tokenizer.ggml.tokens"].contents()) == SIZE
+def _edit() -> TensorEdit:
+    operator: Any = None
+    return TensorEdit(operator, is_bias=False, transposed=False)
 
 
-def reproduce_full(config: Path, base: Path) -> torch.nn.Module:
-    """The same trial as a full model."""
-    Path("out").rename("kept")
-    export(config, base, form="full")
-    model = AutoModelForCausalLM.from_pretrained("out")
-    shutil.rmtree("out")
-    Path("kept").rename("out")
-    return model
+def checked(folder: Path, kind: str) -> None:
+    """A model folder made a GGUF file in this process, and compared."""
+    stand_in.convert(folder, folder / "x.gguf", stand_in.TYPES[kind])
+    checkpoint = open_checkpoint(str(folder))
+    edits = {n: _edit() for n in checkpoint.tensors if "o_proj" in n or "down_proj" in n}
+    check_file(folder / "x.gguf", checkpoint, edits, SILENT, Stop())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_types_round_as_much_as_they_say(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    base = save_model(tmp_path / "m", "qwen2", QWEN2, monkeypatch, hidden_size=64)
+def types(reader: gguf.GGUFReader) -> Mapping[str, Kind]:
+    return {tensor.name: tensor.tensor_type for tensor in reader.tensors}
+
+
+def test_an_export_is_one_proven_file(config: Path, tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "m", "qwen2", max_shard_size="60KB")
     (base / "LICENSE").write_text("terms")
-    proof = export(config, base, f"gguf_type={kind}").verification
-    assert proof.divergence < max(1e-6, KINDS[kind][2])
+    proof = export(config, base, "gguf_type=q8_0", f"gguf_converter={SCRIPT}").verification
+    assert proof.divergence < 1e-4 and proof.tensors_checked
     (file,) = Path("out").glob("*.gguf")
-    stored = {t.name: t for t in gguf.GGUFReader(file).tensors}
-    assert stored["blk.0.attn_q.weight"].tensor_type == KINDS[kind][0]
-    assert stored["blk.0.attn_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
-    rows = stored["blk.0.ffn_down.weight"]  # 48 inputs: no whole number of blocks of 32
-    assert rows.tensor_type == (gguf.GGMLQuantizationType.F16 if kind == "q8_0" else KINDS[kind][0])
-    assert np.isfinite(gguf.quants.dequantize(rows.data, rows.tensor_type)).all()
+    assert file.name == "m-q8_0.gguf"
+    assert {p.name for p in Path("out").iterdir()} == {"README.md", "manifest.json", "heretic", "LICENSE", file.name}
     manifest = json.loads(Path("out/manifest.json").read_text())
-    assert manifest["written"]["format"] == "gguf" and manifest["written"]["type"] == kind
-    assert Path("out/LICENSE").read_text() == "terms"
+    assert manifest["written"]["format"] == "gguf" and manifest["written"]["type"] == "q8_0"
+    assert list(manifest["written"]["sha256"]) == [file.name] and not manifest["copied"]["sha256"]
     card = Path("out/README.md").read_text()
-    assert "library_name: gguf" in card and f"`{kind}`" in card
-    elsewhere = shutil.copytree(base, tmp_path / "renamed")
+    assert "library_name: gguf" in card and "`q8_0`" in card and "converted from" in card
+    (log,) = Path("runs").glob("*/run.log")
+    assert "INFO offline 1" in log.read_text()
+    assert not list(Path().glob(".*out*"))
+
+
+def test_rebuilt_it_is_the_same(config: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = Path("programs").resolve()
+    programs.mkdir()
+    program = programs / "convert_hf_to_gguf.py"
+    program.write_text(f"#!{sys.executable}\n{SCRIPT.read_text()}")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    export(config, llama)
+    elsewhere = shutil.copytree(llama, "renamed")
     again = reproduce(Path("out"), None, base=str(elsewhere), watcher=SILENT, stop=Stop())
     assert again.verdict == "identical", "also from a base under another name"
 
 
-@pytest.mark.parametrize("largest", [1.0, 1e-2, 1e-3, 1e-4, 1e-6, 1e-9, 0.0])
-def test_blocks_of_small_numbers_are_within_their_rounding(largest: float) -> None:
-    torch.manual_seed(0)
-    blocks = (torch.rand(4096, 32) * 2 - 1) * largest
-    packed = gguf.quants.quantize(blocks.numpy(), gguf.GGMLQuantizationType.Q8_0)
-    read = torch.from_numpy(gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0).copy())
-    apart, most = (read - blocks).abs(), rounding_of_blocks(blocks)
-    assert (apart <= most * 1.0001 + 1e-30).all()
-    if largest > 1e-2:
-        assert (apart > most / 4).any(), "the bound says something"
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q4_k_m"])
+def test_types(tmp_path: Path, quantize: Path, kind: str) -> None:
+    folder = save_tiny(tmp_path / "m", "llama")
+    stored = types(converted(folder, kind))
+    assert stored["blk.0.attn_output.weight"] == stand_in.TYPES.get(kind, Kind.Q5_0)
+    assert stored["blk.0.attn_norm.weight"] == Kind.F32
 
 
-@pytest.mark.parametrize(
-    ("family", "other", "what"),
-    [
-        ("gemma3", {"sliding_window": 8}, "gemma3_text is not among"),
-        ("qwen3", {"head_dim": 8}, "heads are 8 wide, not 128"),
-        ("mistral", {"sliding_window": 8}, "attention has a window"),
-        ("llama", {"attention_bias": True}, "attention has biases"),
-        ("llama", {"mlp_bias": True}, "MLPs have biases"),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "positions are scaled",
-        ),
-    ],
-)
-def test_what_cannot_be_proven_is_refused(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, other: dict[str, object], what: str
+@pytest.mark.parametrize("mode", ["columns", "unknown"])
+def test_what_the_converter_may_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setattr(stand_in, "MODE", mode)
+    for kind in ("f16", "q8_0"):
+        checked(save_tiny(tmp_path / kind, "llama"), kind)
+
+
+@pytest.mark.parametrize("mode", ["edited", "other", "zeros", "nan", "shape", "missing", "layer", "truncate"])
+def test_damage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setattr(stand_in, "MODE", mode)
+    for kind in ("f16", "q8_0"):
+        with pytest.raises(VerificationFailed) as error:
+            checked(save_tiny(tmp_path / kind, "llama"), kind)
+        assert error.value.code == "gguf-verification-failed"
+
+
+def test_numbers_too_large_for_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stand_in, "MODE", "overflow")
+    with pytest.raises(UserError) as error:
+        checked(save_tiny(tmp_path / "m", "llama"), "f16")
+    assert error.value.code == "gguf-overflow"
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q5_0, Kind.Q5_1])
+@pytest.mark.parametrize("shape", ["gauss", "outlier", "tiny", "zero"])
+def test_precision_of_a_type(kind: Kind, shape: str) -> None:
+    rows = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    if shape == "outlier":
+        rows[:, ::32] *= 100
+    rows *= {"tiny": 1e-7, "zero": 0.0}.get(shape, 1.0)
+    packed = gguf.quants.quantize(rows.numpy(), kind)
+    found = torch.from_numpy(gguf.quants.dequantize(packed, kind).copy())
+    assert same(found, rows, kind) and same(found.flip(-1), rows, kind)
+    if shape in ("gauss", "outlier"):
+        found[5, 32:64] = 0
+        assert not same(found, rows, kind)
+
+
+@pytest.mark.parametrize(("mode", "said"), [("fail", "last words"), ("nothing", "INFO")])
+def test_a_failing_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, said: str) -> None:
+    monkeypatch.setenv("STAND_IN", mode)
+    with pytest.raises(UserError) as error:
+        converted(save_tiny(tmp_path / "m", "llama"))
+    assert error.value.code == "gguf-conversion-failed"
+    assert said in str(error.value) and "\x1b" not in str(error.value) and str(SCRIPT) in str(error.value)
+
+
+def test_a_program_that_is_none(tmp_path: Path) -> None:
+    program = tmp_path / "converter"
+    program.write_text("no program")
+    with pytest.raises(UserError) as error:
+        converted(save_tiny(tmp_path / "m", "llama"), program=program)
+    assert error.value.code == "gguf-conversion-failed"
+
+
+def test_a_failed_conversion_leaves_nothing_and_loses_nothing(
+    config: Path, llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = save_model(tmp_path / "m", family, QWEN2, monkeypatch, **other)
-    with pytest.raises(UserError, match=what) as refused:
-        export(config, base)
-    assert "convert_hf_to_gguf.py" in str(refused.value) and not Path("out").exists()
+    """The study is kept, so that the same command exports once the converter works."""
+    monkeypatch.setenv("STAND_IN", "fail")
+    with pytest.raises(UserError) as error:
+        export(config, llama, f"gguf_converter={SCRIPT}", "run_name=mine")
+    assert error.value.code == "gguf-conversion-failed"
+    assert not Path("out").exists() and not list(Path().rglob("*.gguf"))
+    monkeypatch.delenv("STAND_IN")
+    told = heretic(capsys, monkeypatch, "export", "mine", "-o", "out", "--set", f"gguf_converter={SCRIPT}")
+    assert told.status == 0 and list(Path("out").glob("*.gguf"))
+    told = heretic(capsys, monkeypatch, "export", "mine", "-o", "new", "--set", "gguf_converter=", "--format", "gguf")
+    assert told.status == 1 and "[gguf-converter-missing]" in told.err and INSTALL in told.err
 
 
-def test_tokenizers_that_cannot_be_proven_are_refused(
-    config: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(UserError, match="not byte-level BPE"):
-        export(config, llama)
-    base = save_model(tmp_path / "m", "llama", r"\d+|\D", monkeypatch)
-    with pytest.raises(UserError, match="splits text is not known"):
-        export(config, base)
-    data = json.loads((base / "tokenizer.json").read_text())
-    data["pre_tokenizer"] = {
-        "type": "Sequence",
-        "pretokenizers": [
-            {"type": "Digits", "individual_digits": True},
-            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        ],
-    }
-    (base / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(UserError, match="in another way"):
-        export(config, base)
-    assert not Path("out").exists()
+def test_a_stop_ends_the_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAND_IN", "hang")
+    stop, folder = Stop(), save_tiny(tmp_path / "m", "llama")
+
+    def ask() -> None:
+        while not list(folder.glob("*.gguf")):
+            time.sleep(0.05)
+        stop.requested = True
+
+    threading.Thread(target=ask, daemon=True).start()
+    begun = time.monotonic()
+    with pytest.raises(Interrupted):
+        converted(folder, stop=stop)
+    assert time.monotonic() - begun < 60
 
 
-def test_templates_of_all_names_are_written(llama: Path, tmp_path: Path) -> None:
-    save_bpe(tmp_path, None)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    tokenizer.chat_template = {"default": TEMPLATE, "rag": "RAG"}
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
-    vocabulary(tokenizer, SIZE, open_checkpoint(str(llama))).write(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
-    assert fields["tokenizer.chat_template"].contents() == TEMPLATE
-    assert fields["tokenizer.chat_template.rag"].contents() == "RAG"
+def test_code_that_is_not_trusted_is_kept_from_the_converter(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", "llama")
+    (folder / "modeling.py").write_text("raise SystemExit('this ran')")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "modeling.Config"}}))
+    converted(folder)
+
+
+def test_an_export_that_cannot_be_is_refused_before_the_study(config: Path, llama: Path, tmp_path: Path) -> None:
+    def code(model: Path, *assignments: str) -> str:
+        with pytest.raises(UserError) as error:
+            export(config, model, *assignments)
+        assert not list(Path().glob("runs/*"))
+        return error.value.code
+
+    assert code(llama) == "gguf-converter-missing"
+    assert code(llama, "gguf_converter=nowhere.py") == "gguf-converter-missing"
+    assert code(llama, f"gguf_converter={SCRIPT}", "gguf_type=q4_k_m") == "gguf-quantizer-missing"
+    assert code(save_tiny(tmp_path / "g", "gpt2"), f"gguf_converter={SCRIPT}") == "gguf-architecture"
+
+
+def test_where_the_programs_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def program(path: Path) -> str:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("#!/bin/sh\n")
+        path.chmod(0o755)
+        return str(path)
+
+    own = program(tmp_path / ".heretic-gguf" / "bin" / "convert-hf-to-gguf")
+    assert converter(Settings()) == [own]
+    found = program(tmp_path / "on-path" / "convert_hf_to_gguf.py")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'on-path'}:{os.environ['PATH']}")
+    assert converter(Settings()) == [found]
+    script = program(tmp_path / "llama.cpp" / "convert_hf_to_gguf.py")
+    named = converter(Settings(gguf_converter="~/llama.cpp/convert_hf_to_gguf.py"))
+    assert named == [sys.executable, script]
+    assert converter(Settings(gguf_converter=own)) == [own]
+    built = program(tmp_path / "llama.cpp" / "build" / "bin" / "llama-quantize")
+    assert quantizer(named, "q6_k") == built
+
+
+def save_sentencepiece(path: Path, size: int) -> None:
+    """A SentencePiece model of made-up pieces, which the converter takes without knowing it, unlike a byte-level BPE."""
+
+    def field(number: int, data: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(data)]) + data
+
+    kinds = {0: ("<unk>", 2), 1: ("<s>", 3), 2: ("</s>", 3)}
+    pieces = [kinds.get(number, (f"p{number}", 1)) for number in range(size)]
+    path.write_bytes(b"".join(field(1, field(1, piece.encode()) + bytes([3 << 3, kind])) for piece, kind in pieces))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_real_converter(real: str, tmp_path: Path, family: str) -> None:
+    folder = save_tiny(tmp_path / "m", family, max_shard_size="60KB")
+    save_sentencepiece(folder / "tokenizer.model", open_checkpoint(str(folder)).text_config.vocab_size)
+    reader = converted(folder, program=real)
+    assert reader.fields["general.name"].contents() == "m, refusals ablated"
+    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file="m-f32.gguf")
+    ids = torch.tensor([[5, 20, 40, 33, 9, 30]])
+    with torch.no_grad():
+        assert (read(input_ids=ids).logits - tiny_model(family)(input_ids=ids).logits).abs().max() < 1e-4
+
+
+def test_the_real_converter_does_not_know_all(real: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["NovelForCausalLM"]}))
+    with pytest.raises(UserError) as error:
+        require(Settings(), open_checkpoint(str(folder)))
+    assert error.value.code == "gguf-architecture"

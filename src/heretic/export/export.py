@@ -41,6 +41,11 @@ from heretic.stop import Stop
 
 log = logging.getLogger(__name__)
 
+AS_WRITTEN = "Of this model as written, reloaded from its files. "
+CONVERTED = (
+    "Of the model folder that this file was converted from, reloaded, so without the rounding of the file's type. "
+)
+
 
 @dataclass(frozen=True)
 class Export:
@@ -124,14 +129,14 @@ def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Expor
     read = form.rewritten(job, partial) if form.rewritten else None
     checked = check_edits(job.checkpoint, job.operators, read, watcher, stop) if read else 0
     proof = replace(verify(job, form.open(job, partial), written, watcher, stop), tensors_checked=checked)
+    if form.convert:
+        written = form.convert(job, partial, written, watcher, stop)
     add_terms_and_template(job.checkpoint.folder, partial, read_template(job.settings))
     (partial / DIRECTIONS.parent).mkdir()
     write_directions(partial / DIRECTIONS, job.directions, job.folder.stamp)
     manifest = _manifest(job, written, sha256(partial / DIRECTIONS), proof, studied)
-    measured = (
-        "Of this model as written, reloaded from its files. " + _measured_so(form, studied, job.plan.quantization)
-    ).strip()
-    write_text(partial / "README.md", card(manifest, read_base_card(job.checkpoint.folder), written, measured))
+    measured = (CONVERTED if form.convert else AS_WRITTEN) + _measured_so(form, studied, job.plan.quantization)
+    write_text(partial / "README.md", card(manifest, read_base_card(job.checkpoint.folder), written, measured.strip()))
     manifest["files"] = inventory_of(partial, written.hashes["written"], stop)
     write_text(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     settle(partial, job.destination, watcher)

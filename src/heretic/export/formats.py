@@ -6,7 +6,15 @@ A new one is a file beside this one that makes a `Format` (see `export.job`), a 
 
 from __future__ import annotations
 
-from heretic.export import full, gguf_file, lora
+from heretic.export import full, gguf, lora
 from heretic.export.job import Format
+from heretic.model.checkpoint import Checkpoint
+from heretic.settings import Settings
 
-FORMATS: dict[str, Format] = {"full": full.FORMAT, "lora": lora.FORMAT, "gguf": gguf_file.FORMAT}
+FORMATS: dict[str, Format] = {"full": full.FORMAT, "lora": lora.FORMAT, "gguf": gguf.FORMAT}
+
+
+def require_format(settings: Settings, checkpoint: Checkpoint) -> None:
+    """Raise UserError where the format of the settings needs what is not here, or cannot hold this model."""
+    if (require := FORMATS[settings.export_format].require) is not None:
+        require(settings, checkpoint)

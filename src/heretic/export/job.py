@@ -89,8 +89,10 @@ class Format:
     where the format cannot hold it: before anything is written, and before the model leaves memory.
     `write(order, folder, watcher, stop)` writes to an empty folder without the model. `open(order, folder)` gives the checkpoint by
     which what was written is loaded, to be compared and measured. `rewritten(order, folder)` reads single tensors of it, where
-    these are edited ones (None: not those of the checkpoint). Card, manifest and the folder's final name are the same for all
-    and none of their business.
+    these are edited ones (None: not those of the checkpoint). `require(settings, checkpoint)` raises UserError where the format
+    needs what is not here; it is asked before the study. `convert(order, folder, written, watcher, stop)` makes of the proven
+    folder what the export is, proves that too, and leaves nothing else. Card, manifest and the folder's final name are the same
+    for all and none of their business.
     """
 
     description: str
@@ -99,3 +101,5 @@ class Format:
     open: Callable[[Order, Path], Checkpoint]
     in_full: bool = True
     rewritten: Callable[[Order, Path], Rewritten | None] | None = None
+    require: Callable[[Settings, Checkpoint], None] | None = None
+    convert: Callable[[Order, Path, Written, Watcher, Stop], Written] | None = None

@@ -17,7 +17,7 @@ def model(facts: Facts) -> Iterator[Finding]:
         return
     size = f"{checkpoint.parameters / 1e9:.2f} billion parameters, {spell_bytes(checkpoint.nbytes)} on disk"
     method = checkpoint.quantised_by
-    forms = ("full", "lora") if checkpoint.opened else ("lora",)  # in which an export of it can be
+    forms = ("full", "gguf", "lora") if checkpoint.opened else ("lora",)  # in which an export of it can be
     if method is None:
         yield Finding("ok", "model", f"{checkpoint.model}: {size}")
     elif facts.settings.quantization != "none":

@@ -64,6 +64,7 @@ def check(
     prompt_loader: Callable[[], Any],
     storage_check: Callable[[], None],
     judge_check: Callable[[], str] = lambda: "",
+    export_check: Callable[[Checkpoint], None] = lambda _checkpoint: None,
     work_counter: Callable[[Workload, Checkpoint, Any], Workload] = lambda work, _checkpoint, _prompts: work,
     environment: Mapping[str, str] = os.environ,
     imagined: tuple[Gpu, ...] = (),
@@ -71,8 +72,8 @@ def check(
     """Find out what there is and apply all rules.
 
     `prompt_loader` returns an object with `warnings`, `counts` and `longest` (characters of the longest prompt), of
-    which `work_counter` knows more. `judge_check` returns what is doubtful about the judge. A UserError of any of the first
-    three, of `work_counter` or of `judge_check` becomes a failure with its own remedy; other exceptions are defects and pass
+    which `work_counter` knows more. `judge_check` returns what is doubtful about the judge. `export_check` is asked
+    where `save_to` is set. A UserError of any of them becomes a failure with its own remedy; other exceptions are defects and pass
     through. With `imagined` GPUs the plan is for these, and nobody holds them.
     """
     problems: list[Finding] = []
@@ -101,6 +102,8 @@ def check(
     plan = None
     if checkpoint is not None:
         opened, estimated = checkpoint, work
+        if settings.save_to:
+            attempt("export", lambda: export_check(opened))
         if prompts is not None:
             work = attempt("chat template", lambda: work_counter(estimated, opened, prompts)) or work
         plan = attempt("memory", lambda: plan_for(settings, opened, work, devices))

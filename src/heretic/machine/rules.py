@@ -23,7 +23,7 @@ LARGE = 3_000_000_000  # parameters, for a CPU
 WHY_NO_GPU = "if there are GPUs, heretic doctor says why they are not seen; on a CPU a model of this size takes days"
 RUN_FOLDER = GIB
 SPARE_DISK = 1.05
-GGUF_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32}
+GGUF_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9}  # a number
 
 
 Rule = Callable[[Facts], Iterator[Finding]]
@@ -251,12 +251,16 @@ def export_folder(facts: Facts) -> Iterator[Finding]:
 
 
 def _export_size(checkpoint: Checkpoint, settings: Settings) -> float:
-    """Bytes of what is to be written; of an adapter, which is some megabytes, a gigabyte."""
-    if settings.export_format == "gguf":
-        return GGUF_BYTES[settings.gguf_type] * checkpoint.parameters
+    """Bytes of what is to be written; of an adapter, which is some megabytes, a gigabyte. A GGUF file is converted from a folder
+    that lies beside it, and quantized from a file as large as that."""
     if settings.export_format == "lora":
         return GIB
-    return 2 * checkpoint.parameters if checkpoint.opened else checkpoint.nbytes
+    folder = 2 * checkpoint.parameters if checkpoint.opened else checkpoint.nbytes
+    if settings.export_format != "gguf":
+        return folder
+    if settings.gguf_type.endswith(("_m", "_k")):
+        folder *= 2
+    return folder + GGUF_BITS[settings.gguf_type] / 8 * checkpoint.parameters
 
 
 def prompts(facts: Facts) -> Iterator[Finding]:

