@@ -71,11 +71,11 @@ def test_settings_of_a_manifest_from_anywhere(
     assert settings_of(file).settings.trust_remote_code == []
     manifest["settings"]["of_later"] = 1
     file.write_text(json.dumps(manifest))
-    with raises("unknown-manifest-setting") as error:
+    with raises("unknown-setting") as error:
         settings_of(file)
     assert "of_later" in error.value.what and error.value.where == str(file)
     said = heretic(capsys, monkeypatch, "config", "--from-manifest", "out/manifest.json")
-    assert said.status == 1 and "[unknown-manifest-setting]" in said.err and "of_later" in said.err
+    assert said.status == 1 and "[unknown-setting]" in said.err and "of_later" in said.err
 
 
 def test_shares_in_words() -> None:

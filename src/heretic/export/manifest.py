@@ -239,7 +239,7 @@ def settings_of(path: Path) -> Resolved:
         key = ".".join(str(part) for part in error.errors()[0]["loc"])[:100]
         raise UserError(
             f"This version of heretic does not accept the manifest's setting {key}.",
-            code="unknown-manifest-setting",
+            code="unknown-setting",
             where=str(path),
             fix="use the version of heretic that wrote the manifest",
         ) from None

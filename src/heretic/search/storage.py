@@ -218,7 +218,6 @@ def open_study(
         raise StudyMismatch(
             f"The study '{name}' was made by another version of heretic: it has format {before.get('format')}, this version "
             f"makes {facts.get('format')}.",
-            code="study-of-another-version",
             where=masked(url),
             fix="use that version, choose another run_name, or start over with --fresh (heretic keeps the old run)",
         )
