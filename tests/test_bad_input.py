@@ -37,7 +37,7 @@ def copy(llama: Path, tmp_path: Path) -> Path:
 
 def test_missing_config(command: Command) -> None:
     ran = command("--config", "nowhere.toml", status=1)
-    assert ran.code == "file-missing" and "nowhere.toml" in ran.err
+    assert ran.code == "missing-file" and "nowhere.toml" in ran.err
 
 
 def test_toml_syntax_error(command: Command) -> None:

@@ -54,8 +54,8 @@ def test_only_regular_files_are_opened() -> None:
     os.mkfifo("pipe")
     Path("link").symlink_to("pipe")
     assert {code_of(Path(p)) for p in ("pipe", "link", ".", "/dev/zero", "/dev/null")} == {"not-a-regular-file"}
-    assert code_of(Path("nowhere")) == "file-missing"
-    assert code_of(Path("a\0b")) == code_of(Path("a" * 300)) == "file-unreadable"
+    assert code_of(Path("nowhere")) == "missing-file"
+    assert code_of(Path("a\0b")) == code_of(Path("a" * 300)) == "unreadable-file"
 
 
 def test_a_file_without_end_is_refused() -> None:

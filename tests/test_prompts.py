@@ -38,8 +38,8 @@ def test_slices_prefix_and_suffix() -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ({"source": "missing.txt"}, "file-missing"),
-        ({"source": "missing.csv"}, "file-missing"),
+        ({"source": "missing.txt"}, "missing-file"),
+        ({"source": "missing.csv"}, "missing-file"),
         ({"source": "p.txt", "split": "train[:5]"}, "split-out-of-range"),
         ({"source": "p.txt", "split": "train[3:3]"}, "split-out-of-range"),
         ({"source": "p.txt", "split": "train[10%]"}, "invalid-split"),

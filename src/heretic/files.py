@@ -41,19 +41,19 @@ def open_regular(
         path: the file; links are followed.
         what: what the file is, for messages, such as "The settings file".
         where: the setting that names the file; default: the path.
-        error: the kind of error to raise, with code file-missing, file-unreadable or not-a-regular-file.
+        error: the kind of error to raise, with code missing-file, unreadable-file or not-a-regular-file.
     """
     where = where or str(path)
     try:
         _refuse_special(os.stat(path).st_mode, path, what, where, error)
         handle = os.open(path, _READ)
     except FileNotFoundError:
-        raise error(f"{what} {path} does not exist.", code="file-missing", where=where, fix="check the path") from None
+        raise error(f"{what} {path} does not exist.", code="missing-file", where=where, fix="check the path") from None
     except (OSError, ValueError) as problem:  # ValueError: a NUL byte in the path
         cause = getattr(problem, "strerror", None) or problem
         raise error(
             f"{what} {path} cannot be read: {cause}.",
-            code="file-unreadable",
+            code="unreadable-file",
             where=where,
             fix="check the path and its permissions",
         ) from None

@@ -136,7 +136,7 @@ def test_toml_errors_name_the_line() -> None:
 
 def test_missing_file() -> None:
     error = refused(config=Path("nowhere.toml"))
-    assert (error.code, error.where) == ("file-missing", "nowhere.toml")
+    assert (error.code, error.where) == ("missing-file", "nowhere.toml")
 
 
 def test_numbers_that_are_texts_stay_texts() -> None:
