@@ -16,14 +16,13 @@ from heretic.parallel import Together, agree, opening, shared, size
 from heretic.progress import Watcher
 from heretic.run_folder import RunFolder
 from heretic.search.attributes import REFUSALS_BEFORE, refusals_before
-from heretic.search.fallback import StudyFallback
 from heretic.search.front import Result, choose, results
 from heretic.search.shelf import ALONE, SharedShelf, Shelf
 from heretic.search.space import Space
 from heretic.search.storage import keep_settings
 from heretic.search.url import masked, on_server
 from heretic.search.walk import Walk
-from heretic.session import Session, judged_anew, open_session
+from heretic.session import Session, open_session
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved
 from heretic.settings.text import resolved_text
@@ -80,9 +79,7 @@ class Desk:
                     self.watcher,
                     Together(self.stop) if size() > 1 else self.stop,
                     self.shelf,
-                    StudyFallback(self.study, inputs.settings.judge.kind),
                 )
-        self.loaded = judged_anew(self.loaded, inputs.folder, self.shelf)
         return self.loaded
 
     def keep_before(self) -> None:

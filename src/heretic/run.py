@@ -18,7 +18,6 @@ from heretic.desk import Desk
 from heretic.errors import BusyError, Interrupted, UserError
 from heretic.export.destination import check_destination
 from heretic.export.export import Export, earlier_export, plan_export, write_export
-from heretic.files import expanded
 from heretic.machine import lock, preflight
 from heretic.machine.gpus import Gpu, gpus_for, usable_gpus, visible_gpus
 from heretic.model.batching import free_memory
@@ -28,7 +27,7 @@ from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
 from heretic.report.about import About
 from heretic.report.reporter import reporting
-from heretic.run_folder import RunFolder, baseline_file, log_to, probe_writing
+from heretic.run_folder import RunFolder, log_to, probe_writing
 from heretic.scoring.judges import try_judge
 from heretic.search.attributes import EXPORTED, exported
 from heretic.search.fidelity import Progress
@@ -205,7 +204,7 @@ def go_on(desk: Desk) -> None:
     About.session(session).keep(desk.study)
     walk = parallel.agree(lambda: find_walk(desk.study, session, desk.folder, desk.shelf))
     space = session.space(walk)
-    trials = Trials(session, desk.folder, space)
+    trials = Trials(session, space)
     measurer = parallel.Led(trials) if parallel.size() > 1 else trials
     with reporting(desk) as reporter:
         optimise(
@@ -217,7 +216,6 @@ def go_on(desk: Desk) -> None:
             after_batch=reporter.after_batch,
             shared=desk.shared,
         )
-    desk.keep_before()  # once more: should the judge have changed, so has this
 
 
 def write_once(desk: Desk, result: Result, destination: Path) -> Export | None:
@@ -306,21 +304,10 @@ def check(
         ),
         prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
         storage_check=lambda: _probe_storage(settings),
-        judge_check=lambda: _try_judge(settings) if judging and not lender() else "",
+        judge_check=lambda: try_judge(settings) if judging and not lender() else "",
         work_counter=lambda work, checkpoint, prompts: work.counted(settings, checkpoint, prompts),
         imagined=imagined,
     )
-
-
-def _try_judge(settings: Settings) -> str:
-    """What is doubtful about the judge. Raises UserError, but not where the markers have taken its place in a run."""
-    try:
-        return try_judge(settings)
-    except UserError as error:
-        runs, fallen = expanded(settings.runs_dir), baseline_file(given_up=True)
-        if settings.judge.llm.on_failure == "markers" and any(runs.glob(f"{settings.run_name or '*'}/{fallen}")):
-            return f"{error.what} In a run where the markers have taken its place they keep it."
-        raise
 
 
 @contextmanager
