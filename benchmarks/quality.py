@@ -225,7 +225,7 @@ class Search:
         walk = find_walk(study, self.session, self.folder)
         walked = time.perf_counter() - began
         space = self.session.space(walk)
-        trials = Trials(self.session, self.folder, space)
+        trials = Trials(self.session, space)
         together = trials.together(None)
         found: dict[str, Any] = {
             "method": self.method,

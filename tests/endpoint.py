@@ -21,6 +21,7 @@ class Endpoint:
     failing: int = 0  # a status for all requests
     works_for: int | None = None  # so many requests, and then `failing` for all
     reply: str = ""  # in place of a verdict
+    speechless_at: str = ""  # a word in a response to which there is no verdict
     asked: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
@@ -39,6 +40,8 @@ class Endpoint:
             return status, {"error": {"message": "out of order"}}
         response = body["messages"][-1]["content"].split("Response:\n")[1]
         verdict = self.reply or ("REFUSAL" if self.word in response else "ANSWER")
+        if self.speechless_at and self.speechless_at in response:
+            verdict = "Hm."
         return 200, {"choices": [{"message": {"role": "assistant", "content": verdict}}]}
 
 

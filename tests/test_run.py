@@ -147,15 +147,6 @@ def test_the_destination_of_another_is_left_alone(config: Path) -> None:
         do(config, "n_trials=2", "save_to=out", "seed=1")
 
 
-def test_answers_are_stored_only_when_asked(config: Path) -> None:
-    without = do(config, "n_trials=2")
-    assert not (without.folder.path / "answers").exists()
-    kept = do(config, "n_trials=2", "run_name=kept", "store_responses=true")
-    rows = [json.loads(line) for line in (kept.folder.path / "answers/trial-0.jsonl").read_text().splitlines()]
-    assert [r["declined"] for r in rows].count(True) == kept.found[0].scores.refusals
-    assert points(kept) == points(without), "answers that run to their end must be judged the same"
-
-
 def test_study_db_is_a_plain_optuna_study(config: Path) -> None:
     outcome = do(config, "n_trials=2")
     with sqlite3.connect(outcome.folder.path / "study.db") as database:

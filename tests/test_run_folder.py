@@ -61,7 +61,6 @@ def test_files_of_a_run_are_its_owners_and_exports_follow_the_umask() -> None:
     before = os.umask(0)
     try:
         folder.create()
-        folder.keep_answers("trial-0", [{"answer": "x"}])
         folder.keep_directions(Directions(torch.ones(1, 2)))
         write_text(folder.path / "config.toml", "", private=True)
         open_study(storage_url("", folder.path), "heretic", {})
@@ -72,9 +71,9 @@ def test_files_of_a_run_are_its_owners_and_exports_follow_the_umask() -> None:
     finally:
         os.umask(before)
     files = {p for p in folder.path.rglob("*") if p.is_file()}
-    assert {"study.db", "config.toml", "directions.safetensors", "trial-0.jsonl"} <= {p.name for p in files}
+    assert {"study.db", "config.toml", "directions.safetensors"} <= {p.name for p in files}
     assert {mode(str(p)) for p in files} == {0o600}
-    assert mode("runs") == 0o755 and mode("runs/mine/answers") == 0o700
+    assert mode("runs") == 0o755 and mode("runs/mine") == 0o700
     assert (mode("exported.json"), mode("exported.safetensors"), mode("adapter.safetensors")) == (0o666, 0o666, 0o640)
 
 

@@ -25,8 +25,7 @@ from heretic.stored_tensors import Baseline, directions_of, geometry_of, state_o
 
 BASELINE = Baseline(
     torch.randn(5, 7).log_softmax(-1), (REFUSAL, ANSWER, EVASIVE), ([1, 2], [], []), AnswerStart("Sure", {"thinking": False}),
-    ([3, 4], [5, 6, 0]), "markers",
-    Conduct(1, 0, 3),
+    ([3, 4], [5, 6, 0]), Conduct(1, 0, 3),
 )  # fmt: skip
 DIRECTIONS = {"directions": torch.randn(3, 4), "further": torch.randn(3, 1, 4)}
 GEOMETRY = ResidualGeometry(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import optuna
 import pytest
 
 from heretic.errors import UserError
 from heretic.progress import SILENT
 from heretic.run import Outcome, run
 from heretic.scoring.ladder import Ladder
-from heretic.search.front import front
+from heretic.search.attributes import ERROR
+from heretic.search.front import front, results
 from heretic.search.storage import connect
 from heretic.search.url import storage_url
 from heretic.settings.layers import resolve
 from heretic.status import look_at
 from heretic.stop import Stop
+from tests.command import heretic
 from tests.endpoint import endpoint
 
 
@@ -60,40 +63,40 @@ def test_a_failing_trial_does_not_take_its_neighbours_with_it(config: Path, monk
     assert [r.number for r in outcome.found] == [0, 2, 3]
 
 
-def test_a_study_by_an_endpoint_that_fails_goes_on_with_the_markers_alone(
-    config: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_judge_that_fails_stops_the_study_and_the_same_command_finishes_it(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", "s3cret")
     monkeypatch.setattr("heretic.scoring.llm.FIRST_PAUSE", 0.01)
     with endpoint() as server:
         every = (
             "judge.kind=llm", f"judge.llm.base_url={server.url}", "judge.llm.model=m", "judge.llm.key_variable=JUDGE_KEY",
-            "judge.llm.retries=1", "judge.llm.on_failure=markers", 'run_name="judged"', "search.n_startup_trials=8",
+            "judge.llm.retries=1", "judge.llm.concurrency=1", "search.n_startup_trials=2", "n_trials=8", "trials_per_batch=2",
         )  # fmt: skip
-        first = do(config, *every, "n_trials=2")
-        assert {r.scores.judge for r in first.found} == {"llm"} and server.keys[0] == "Bearer s3cret"
+        whole = do(config, *every, 'run_name="whole"')
         asked = len(server.asked)
-        assert 0 < asked < 9 * 8, "an answer that was given before is not asked about again"
-        do(config, *every, "n_trials=2")
-        server.failing = 503
-        second = do(config, *every, "n_trials=5", "save_to=out")
-        assert {r.scores.judge for r in front(second.found)} == {"markers"}
-        by_endpoint = [r for r in second.found if r.scores.judge == "llm"]  # known answers need no endpoint
-        assert 2 <= len(by_endpoint) < 5 and len(second.found) == 5 + len(front(by_endpoint))
-        assert {r.again for r in second.found[5:]} == {r.number for r in front(by_endpoint)}
-        assert second.export is not None and second.export.verification.scores.judge == "markers"
-        server.failing, before = 0, len(server.asked)
-        third = do(config, *every, "n_trials=6")  # stays with the markers, though it is back
-        assert third.found[-1].scores.judge == "markers"
-        assert len(server.asked) == before + 1, "by the preflight, which knows nothing of the study"
-    markers = do(config, "n_trials=6", 'run_name="markers"', "search.n_startup_trials=8")
-    assert second.before == markers.before
-    for r in third.found[len(by_endpoint) : 5]:
-        assert r.scores.declined == markers.found[r.number].scores.declined
-    for path in [*third.folder.path.glob("*"), *Path("out").glob("*.[jm]*")]:
+        assert 0 < asked < 9 * 12, "an answer that was given before is not asked about again"
+        assert server.keys[0] == "Bearer s3cret"
+        words = [word for setting in (*every, "run_name=judged", "save_to=out") for word in ("--set", setting)]
+        server.works_for = asked + asked * 3 // 4
+        failed = heretic(capsys, monkeypatch, "run", *words)
+        assert failed.status == 1 and "status 503. [judge-failed]" in failed.err and "the same command" in failed.err
+        study = optuna.load_study(study_name="heretic", storage=storage_url("", Path("runs/judged")))
+        done = [t for t in study.trials if t.state.name == "COMPLETE"]
+        cut = [t for t in study.trials if t.state.name == "FAIL"]
+        assert 0 < len(done) < 8 and cut and not any(ERROR in t.user_attrs for t in cut)
+        server.works_for, server.failing = None, 401
+        refused = heretic(capsys, monkeypatch, "run", *words)
+        assert refused.status == 1 and "status 401" in refused.err
+        server.failing = 0
+        assert heretic(capsys, monkeypatch, "run", *words).status == 0
+    study = optuna.load_study(study_name="heretic", storage=storage_url("", Path("runs/judged")))
+    found = [(r.params, r.scores.declined, r.point) for r in results(study)]
+    assert found == [(r.params, r.scores.declined, r.point) for r in whole.found]
+    for path in [*Path("runs/judged").glob("*"), *Path("out").glob("*.[jm]*")]:
         assert not path.is_file() or b"s3cret" not in path.read_bytes(), path
-    kept = (third.folder.path / "judge.jsonl").read_text()
-    assert kept.count("\n") <= asked + 8 and "write" not in kept
+    kept = Path("runs/judged/judge.jsonl").read_text().splitlines()
+    assert len(kept) == len(set(kept)) and "write" not in str(kept), "asked about twice, or kept as a text"
 
 
 def test_limits_on_harmless_answers_hold_from_study_to_card(config: Path) -> None:

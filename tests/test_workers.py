@@ -19,8 +19,7 @@ from heretic.machine import lock
 from heretic.machine.demand import GIB
 from heretic.machine.gpus import Gpu
 from heretic.machine.imagined import imagined_gpus
-from heretic.search.attributes import FALLEN
-from heretic.search.front import front, results
+from heretic.search.attributes import ERROR
 from heretic.settings import Settings
 from heretic.workers import how_many, require_room
 from tests.command import start
@@ -65,30 +64,23 @@ def test_two_workers_share_a_study_and_one_that_dies_is_not_missed(config: Path)
     assert 'save_to = "out"' in Path("runs/mine/config.toml").read_text()
 
 
-def test_a_judge_that_fails_on_one_worker_has_failed_for_all(config: Path) -> None:
-    """The endpoint fails once and is back at once: only the worker whose reply it was gives up by itself."""
+def test_a_judge_that_fails_stops_every_worker_and_the_same_command_goes_on(config: Path) -> None:
     with endpoint() as server:
-        settings = ("judge.kind=llm", f"judge.llm.base_url={server.url}", "judge.llm.model=m", "judge.llm.retries=0",
-                    "judge.llm.on_failure=markers", "judge.llm.concurrency=1")  # fmt: skip
-        words = [word for setting in settings for word in ("--set", setting)]
-        process = start(*RUN[:-2], *words)
+        settings = ("judge.kind=llm", f"judge.llm.base_url={server.url}", "judge.llm.model=m", "judge.llm.retries=0")
+        command = (*RUN[:-2], *(word for setting in settings for word in ("--set", setting)))
+        process = start(*command)
         wait_for(lambda: trials() >= 4 and len(finishers()) == 2, process)
-        with server.lock:
-            server.failures = [503]
+        server.failing = 503
         output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-        assert not server.failures and not server.failing
-    study = stored()
-    assert FALLEN in study.user_attrs
-    found = results(study)
-    judges = [r.scores.judge for r in found]
-    assert "llm" in judges and "markers" in judges
-    assert {r.scores.judge for r in front(found)} == {"markers"}
-    markers = {
-        t.user_attrs["worker"]["pid"] for t in study.trials if t.user_attrs.get("scores", {}).get("judge") == "markers"
-    }
-    assert len(markers) == 2, "both workers went over"
-    assert {r.scores.judge for r in found if r.again is not None} == {"markers"}
+        assert process.returncode == 1, output
+        words = " ".join(output.split())
+        assert "Worker 0 ended with status 1" in words and "Worker 1 ended with status 1" in words, output
+        assert words.count("[judge-failed]") == 2 and "All 2 workers ended" in words, output
+        assert trials("RUNNING") == 0 and not any(ERROR in t.user_attrs for t in stored().trials)
+        done = trials()
+        server.failing = 0
+        output, _ = start(*command).communicate(timeout=300)
+    assert 4 <= done < 24 and trials() == 24, output
 
 
 def test_what_ends_the_first_process_ends_its_workers(config: Path) -> None:

@@ -16,7 +16,6 @@ from heretic.parallel import Together, opening, shared
 from heretic.prepare import Inputs
 from heretic.run_folder import RunFolder, kept_settings
 from heretic.search.attributes import REFUSALS_BEFORE, refusals_before
-from heretic.search.fallback import StudyFallback
 from heretic.search.front import Result, choose, results
 from heretic.search.shelf import ALONE, SharedShelf, Shelf
 from heretic.search.space import Space
@@ -24,7 +23,7 @@ from heretic.search.standing import StudyWatcher
 from heretic.search.storage import keep_settings
 from heretic.search.url import on_server
 from heretic.search.walk import Walk
-from heretic.session import Session, judged_anew, open_session
+from heretic.session import Session, open_session
 from heretic.settings import Settings
 from heretic.settings.layers import Resolved
 from heretic.stop import Stop
@@ -77,9 +76,7 @@ class Desk:
                     self.watcher,
                     Together(self.stop) if size() > 1 else self.stop,
                     self.shelf,
-                    StudyFallback(self.study, inputs.settings.judge.kind),
                 )
-        self.loaded = judged_anew(self.loaded, inputs.folder, self.shelf)
         return self.loaded
 
     def keep_before(self) -> None:

@@ -96,6 +96,12 @@ def memory_error(error: BaseException) -> OutOfMemory:
     )
 
 
+class JudgeFailed(UserError):
+    """The judge gave no verdict. No trial is at fault: the run stops, and the trials under way are drawn again when it resumes."""
+
+    code = "judge-failed"
+
+
 class SettingsError(UserError):
     """A setting is unknown, of the wrong type, or out of range."""
 

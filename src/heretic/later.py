@@ -239,12 +239,10 @@ def _evaluate(bench: Bench, against: str | None, baseline: Tensor | None, answer
             )
         divergence = measure_divergence(bench.language_model, ladder.taught, baseline, bench.batcher)[0]
     counted, conduct = ladder.refusals(), ladder.conduct()
-    if ladder.judge.name != counted.judge:  # it gave up in between
-        counted = ladder.refusals()
     return Evaluation(
         model=bench.settings.model,
         against=against,
-        judge=counted.judge,
+        judge=ladder.judge.name,
         refusals=counted.count,
         evasive=counted.evasive,
         total=counted.total,

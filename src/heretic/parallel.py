@@ -201,7 +201,7 @@ def _follow(settings: Settings) -> None:
     checkpoint = open_model(settings)
     stop, nowhere = Together(Stop()), RunFolder(Path(os.devnull))
     session = open_session(settings, checkpoint, load_all(settings.prompts), shared(plan), nowhere, SILENT, stop)
-    trials = Trials(session, nowhere, session.space(agree(lambda: None)))
+    trials = Trials(session, session.space(agree(lambda: None)))
     while (task := agree(lambda: None)) is not None:
         _compute_along(session, trials, *task)
 

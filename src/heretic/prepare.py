@@ -12,7 +12,6 @@ from heretic import fingerprint, parallel
 from heretic.errors import UserError
 from heretic.export.destination import check_destination
 from heretic.export.formats import require_format
-from heretic.files import expanded
 from heretic.machine import preflight
 from heretic.machine.gpus import Gpu
 from heretic.machine.memory_plan import LoadPlan
@@ -21,7 +20,7 @@ from heretic.model.checkpoint import Checkpoint, open_model, require_name
 from heretic.model.template import read_template
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets, load_all
-from heretic.run_folder import RunFolder, baseline_file, probe_writing
+from heretic.run_folder import RunFolder, probe_writing
 from heretic.scoring.judges import try_judge
 from heretic.search.storage import connect
 from heretic.search.url import on_server
@@ -91,22 +90,11 @@ def check(
         checkpoint_loader=lambda: open_model(settings, download_weights=False),
         prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
         storage_check=lambda: _probe_storage(settings),
-        judge_check=lambda: _try_judge(settings) if judging and not lender() else "",
+        judge_check=lambda: try_judge(settings) if judging and not lender() else "",
         export_check=lambda checkpoint: None if lender() else require_format(settings, checkpoint),
         work_counter=lambda work, checkpoint, prompts: work.counted(settings, checkpoint, prompts),
         imagined=imagined,
     )
-
-
-def _try_judge(settings: Settings) -> str:
-    """What is doubtful about the judge. Raises UserError, but not where the markers have taken its place in a run."""
-    try:
-        return try_judge(settings)
-    except UserError as error:
-        runs, fallen = expanded(settings.runs_dir), baseline_file(given_up=True)
-        if settings.judge.llm.on_failure == "markers" and any(runs.glob(f"{settings.run_name or '*'}/{fallen}")):
-            return f"{error.what} In a run where the markers have taken its place they keep it."
-        raise
 
 
 def _probe_storage(settings: Settings) -> None:

@@ -196,7 +196,7 @@ def go_on(desk: Desk) -> None:
     About.measured(session.bench.language_model, session.baseline.declined).keep(desk.study)
     walk = agree(lambda: find_walk(desk.study, session, desk.folder, desk.shelf))
     space = session.space(walk)
-    trials = Trials(session, desk.folder, space)
+    trials = Trials(session, space)
     measurer = parallel.Led(trials) if size() > 1 else trials
     with reporting(desk.study, desk.settings, desk.folder, desk.watcher) as reporter:
         optimise(
@@ -208,7 +208,6 @@ def go_on(desk: Desk) -> None:
             after_batch=reporter.after_batch,
             shared=desk.shared,
         )
-    desk.keep_before()  # once more: should the judge have changed, so has this
 
 
 def write_once(desk: Desk, result: Result, destination: Path) -> Export | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import time
@@ -18,7 +17,7 @@ from torch import Tensor
 from heretic.ablation.directions import Directions
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import SettingsError, UserError, first_line
-from heretic.files import expanded, open_private, read_tensors, write_tensors, write_text
+from heretic.files import expanded, open_private, read_tensors, write_tensors
 from heretic.progress import Watcher
 from heretic.search.gradient import State
 from heretic.search.url import masked
@@ -28,12 +27,7 @@ from heretic.settings.text import resolved_text
 from heretic.stored_tensors import Baseline, directions_of, geometry_of, state_of, state_tensors
 
 T = TypeVar("T")
-GEOMETRY, REPORT = "geometry.safetensors", "report.html"
-
-
-def baseline_file(*, given_up: bool) -> str:
-    """The name of the baseline's file. After a judge has failed there is another one: what workers share under one name stays."""
-    return "baseline-markers.safetensors" if given_up else "baseline.safetensors"
+BASELINE, GEOMETRY, REPORT = "baseline.safetensors", "geometry.safetensors", "report.html"
 
 
 @dataclass(frozen=True)
@@ -118,16 +112,13 @@ class RunFolder:
         """Store how the residuals lie, for the report and for `heretic geometry`."""
         write_tensors(self.path / GEOMETRY, geometry.tensors(), {"fingerprint": self.stamp}, private=True)
 
-    def baseline(self, watcher: Watcher, *, given_up: bool = False) -> Baseline | None:
-        """The stored baseline; None if there is none or it is damaged, which is said. `given_up`: the one by the markers, after the
-        study's judge has failed."""
-        return self._read(baseline_file(given_up=given_up), Baseline.of, watcher)
+    def baseline(self, watcher: Watcher) -> Baseline | None:
+        """The stored baseline; None if there is none or it is damaged, which is said."""
+        return self._read(BASELINE, Baseline.of, watcher)
 
-    def keep_baseline(self, baseline: Baseline, *, given_up: bool = False) -> None:
+    def keep_baseline(self, baseline: Baseline) -> None:
         """Store the baseline."""
-        write_tensors(
-            self.path / baseline_file(given_up=given_up), baseline.tensors(), {"fingerprint": self.stamp}, private=True
-        )
+        write_tensors(self.path / BASELINE, baseline.tensors(), {"fingerprint": self.stamp}, private=True)
 
     def walk(self, watcher: Watcher) -> State | None:
         """The stored state of a descent under way; None if there is none or it is damaged, which is said."""
@@ -144,13 +135,6 @@ class RunFolder:
     def keep_walk(self, state: State) -> None:
         """Store the state of a descent: a few kilobytes, after every step."""
         write_tensors(self.path / "walk.safetensors", state_tensors(state), {"fingerprint": self.stamp}, private=True)
-
-    def keep_answers(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Store answers as JSON lines under `answers/`."""
-        folder = self.path / "answers"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(folder / f"{name}.jsonl", text, private=True)
 
     def _read(self, name: str, reader: Callable[[Mapping[str, Tensor]], T | None], watcher: Watcher) -> T | None:
         """What a file of this run holds; a damaged one is moved out of the way."""

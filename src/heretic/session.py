@@ -34,10 +34,10 @@ from heretic.model.prefix import AnswerStart
 from heretic.model.template import read_template
 from heretic.progress import Watcher
 from heretic.prompts import PromptSets
-from heretic.run_folder import RunFolder, baseline_file
+from heretic.run_folder import BASELINE, RunFolder
 from heretic.savings import with_savings
 from heretic.scoring.harmless import Bystanders, Limits
-from heretic.scoring.judges import Fallback, OrMarkers, Surroundings, make_judge
+from heretic.scoring.judges import Surroundings, make_judge
 from heretic.scoring.ladder import Ladder
 from heretic.scoring.surrogate import FEWEST_TOKENS, MOST_TOKENS
 from heretic.scoring.taught import Taught, all_log_probs, beginnings
@@ -188,24 +188,18 @@ def open_session(
     watcher: Watcher,
     stop: Stop,
     shelf: Shelf = ALONE,
-    fallback: Fallback | None = None,
 ) -> Session:
     """Load the model and bring everything that a study needs, computing only what the run's folder does not hold, and what no
-    other worker of the study makes.
-
-    `fallback` knows whether the judge failed, in an earlier session or on another worker, and the markers have taken its place.
-    """
-    judge = make_judge(settings, Surroundings(folder.path, watcher, stop, fallback))
-    given_up = isinstance(judge, OrMarkers) and judge.given_up
-    with shelf.file(baseline_file(given_up=given_up)):
-        baseline = agree(lambda: folder.baseline(watcher, given_up=given_up))
-        known = baseline or (agree(lambda: folder.baseline(watcher)) if given_up else None)
-        start = known.start if known else None
+    other worker of the study makes."""
+    judge = make_judge(settings, Surroundings(folder.path, watcher, stop))
+    with shelf.file(BASELINE):
+        baseline = agree(lambda: folder.baseline(watcher))
+        start = baseline.start if baseline else None
         bench = open_bench(settings, checkpoint, prompts, plan, watcher, stop, start, judge)
-        if baseline is None or baseline.judge != judge.name:
+        if baseline is None:
             baseline = measure_baseline(bench)
             if rank() == 0:
-                folder.keep_baseline(baseline, given_up=given_up)
+                folder.keep_baseline(baseline)
     evasive = f" and evades {baseline.evasive}" if baseline.evasive else ""
     watcher.say(f"The original model declines {baseline.refusals} of {len(baseline.declined)} requests{evasive}.")
     if baseline.refusals < FEW_REFUSALS * len(baseline.declined):
@@ -238,18 +232,6 @@ def with_baseline(session: Session, baseline: Baseline) -> Session:
     return replace(session, bench=bench, baseline=baseline, ladder=with_savings(bench.ladder, baseline.refusal_texts))
 
 
-def judged_anew(session: Session, folder: RunFolder, shelf: Shelf = ALONE) -> Session:
-    """The session with a baseline of the judge that it has now, if that is another one than before: the markers."""
-    if session.baseline.judge == session.bench.ladder.judge.name:
-        return session
-    with shelf.file(baseline_file(given_up=True)):
-        baseline = folder.baseline(session.bench.batcher.watcher, given_up=True)
-        if baseline is None:
-            baseline = measure_baseline(session.bench)
-            folder.keep_baseline(baseline, given_up=True)
-    return with_baseline(session, baseline)
-
-
 def directions_of(bench: Bench, survey: Survey | None = None) -> Directions:
     """Directions as the settings want them, from the prompt sets for it; `survey` sees what they are found in. Raises UserError."""
     harmful, harmless = (bench.encoded[role] for role in ("harmful_train", "harmless_train"))
@@ -277,8 +259,6 @@ def measure_baseline(bench: Bench) -> Baseline:
     log_probs, answered = original_log_probs(bench)
     counted = bench.ladder.refusals(fewest_tokens=FEWEST_TOKENS)
     conduct = bench.ladder.conduct()
-    if bench.ladder.judge.name != counted.judge:  # it gave up in between
-        return measure_baseline(bench)
     texts = tuple(
         list(tokens[:MOST_TOKENS]) if declined else []
         for tokens, declined in zip(counted.tokens, counted.declined, strict=True)
@@ -289,7 +269,6 @@ def measure_baseline(bench: Bench) -> Baseline:
         refusal_texts=texts,
         start=bench.start,
         answered=answered,
-        judge=counted.judge,
         conduct=conduct[0] if conduct else None,
     )
 

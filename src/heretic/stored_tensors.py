@@ -31,7 +31,7 @@ Count = Annotated[int, Field(ge=0)]
 @dataclass(frozen=True)
 class Baseline:
     """The original model: its log-probabilities [tokens, vocabulary] at the first `answered` tokens of its answers to the
-    harmless prompts, what `judge` says of its answers to the harmful ones, the first tokens with which it declined (none where it
+    harmless prompts, the verdicts on its answers to the harmful ones, the first tokens with which it declined (none where it
     did not), how all its answers begin, and its conduct on the harmless prompts (None in a file of an
     earlier version)."""
 
@@ -40,7 +40,6 @@ class Baseline:
     refusal_texts: tuple[list[int], ...]
     start: AnswerStart
     answered: tuple[list[int], ...]
-    judge: str = "markers"
     conduct: Conduct | None = None
 
     @property
@@ -69,7 +68,6 @@ class Baseline:
             "response_prefix": _bytes(self.start.prefix),
             "template_variables": _bytes(json.dumps(dict(self.start.variables))),
             "answered": _padded(self.answered),
-            "judge": _bytes(self.judge),
         }
         if self.conduct is not None:
             tensors["conduct"] = torch.tensor(list(self.conduct.as_dict().values()))
@@ -97,7 +95,6 @@ class Baseline:
             refusal_texts=texts,
             start=AnswerStart(_text(tensors, "response_prefix"), variables),
             answered=answered,
-            judge=_text(tensors, "judge"),
             conduct=Conduct(*conduct) if conduct else None,
         )
 

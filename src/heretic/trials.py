@@ -10,15 +10,10 @@ from typing import Any
 import optuna
 
 from heretic.ablation.ablation import Ablation
-from heretic.errors import UserError, memory_error
+from heretic.errors import JudgeFailed, UserError, memory_error
 from heretic.model.batching import free_memory, out_of_memory
-from heretic.model.distributed import rank
-from heretic.run_folder import RunFolder
 from heretic.savings import trials_that_pay
-from heretic.scoring.judges import OrMarkers
-from heretic.scoring.ladder import Measured, Scores
-from heretic.scoring.refusals import RefusalCount
-from heretic.scoring.verdict import REFUSAL
+from heretic.scoring.ladder import Measured
 from heretic.search.space import Space, foreign_parameters
 from heretic.session import Session
 
@@ -28,14 +23,13 @@ class Trials:
     """Measures trials on a session."""
 
     session: Session
-    folder: RunFolder
     space: Space
 
     def together(self, before: int | None) -> int:
         """How many to run at once: as the settings say; with `trials_per_batch = 0` what an earlier session measured to pay,
         else it is measured now."""
         settings = self.session.bench.settings
-        if settings.apply == "weights" or settings.store_responses:  # one edit at a time; whole answers
+        if settings.apply == "weights":  # one edit at a time
             return 1
         return settings.trials_per_batch or before or trials_that_pay(self.session.ladder)
 
@@ -45,16 +39,14 @@ class Trials:
         """Measure these trials in shared passes. `beaten(KL, unanswered requests to expect at least)` ends one that cannot matter
         any more.
 
-        Where they fail together each is measured alone, so that one's failure is not the others'. Where the judge fails on another
-        worker meanwhile, they are measured again by the one that takes its place.
+        Where they fail together each is measured alone, so that one's failure is not the others'. Raises JudgeFailed, which is the
+        failure of none.
         """
         ablations = [self.draw(trial) for trial in trials]
         try:
-            while True:
-                judge = self._judge()
-                found = self._together(trials, ablations, beaten)
-                if self._judge() == judge or self._by(found) == self._judge():
-                    return [*found]
+            return [*self._together(ablations, beaten)]
+        except JudgeFailed:
+            raise
         except UserError as error:
             if len(trials) == 1:
                 return [error]
@@ -65,18 +57,6 @@ class Trials:
                 return [memory_error(error)]
             free_memory()
         return [found for trial in trials for found in self.measure([trial], beaten)]
-
-    def _judge(self) -> str:
-        """Who judges now, all workers of the study considered."""
-        judge = self.session.ladder.judge
-        if isinstance(judge, OrMarkers):
-            judge.follow()
-        return judge.name
-
-    @staticmethod
-    def _by(found: Sequence[Measured]) -> str:
-        """Who has judged all of these; of those that were left early it is not known."""
-        return next((one.judge for one in found if isinstance(one, Scores)), "")
 
     def draw(self, trial: optuna.Trial | optuna.trial.FixedTrial) -> Ablation:
         """A trial's ablation; what was drawn once stays, and one that is fixed has it all. Raises UserError where the study's
@@ -94,31 +74,13 @@ class Trials:
         """Parameters of the trials to begin with."""
         return self.space.starts()
 
-    def _together(
-        self, trials: Sequence[optuna.Trial], ablations: Sequence[Ablation], beaten: Callable[[float, float], bool]
-    ) -> Sequence[Measured]:
+    def _together(self, ablations: Sequence[Ablation], beaten: Callable[[float, float], bool]) -> list[Measured]:
         session, log_probs = self.session, self.session.baseline.log_probs
         began = time.perf_counter()
         with session.applied(*ablations) as edited:
             prepared = time.perf_counter() - began
-            found: Sequence[Measured]
-            if session.bench.settings.store_responses:
-                found = [self._with_answers(trials[0])]
-            else:
-                found = session.ladder.score_trials(log_probs, edited, beaten)
+            found = session.ladder.score_trials(log_probs, edited, beaten)
         for one in found:
-            one.seconds["prepare"] = prepared / len(trials)
-            one.seconds["trial"] = (time.perf_counter() - began) / len(trials)
+            one.seconds["prepare"] = prepared / len(ablations)
+            one.seconds["trial"] = (time.perf_counter() - began) / len(ablations)
         return found
-
-    def _with_answers(self, trial: optuna.Trial) -> Scores:
-        """Whole answers are decoded, and kept in the run's folder."""
-        bench = self.session.bench
-
-        def keep(counted: RefusalCount) -> None:
-            rows = zip(bench.prompts.harmful_eval.prompts, counted.answers or (), counted.verdicts, strict=True)
-            named = [{"prompt": p, "answer": a, "declined": v == REFUSAL, "verdict": v} for p, a, v in rows]
-            if rank() == 0:
-                self.folder.keep_answers(f"trial-{trial.number}", named)
-
-        return self.session.ladder.score(self.session.baseline.log_probs, keep)

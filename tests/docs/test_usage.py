@@ -27,7 +27,6 @@ KEYS = """
 refusal_markers = ["e"]
 n_trials = 2
 run_name = "usage"
-store_responses = true
 """
 TABLES = """
 [search]

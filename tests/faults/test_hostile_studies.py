@@ -20,12 +20,10 @@ from heretic.errors import UserError
 from heretic.progress import SILENT
 from heretic.report.report import report, stored_source
 from heretic.run import run
-from heretic.run_folder import RunFolder
 from heretic.scoring.divergence import Divergence
 from heretic.scoring.ladder import Measured, Scores
 from heretic.search.attributes import FACTS, WORKER, refusals_before
 from heretic.search.damage import check_study
-from heretic.search.fallback import StudyFallback
 from heretic.search.front import choose, results
 from heretic.search.lives import free_the_dead
 from heretic.search.space import Space
@@ -127,10 +125,9 @@ def resume(made: Made) -> None:
     """`heretic run`, and with workers beside it."""
     study = opened(made)
     fail_abandoned(study)
-    StudyFallback(study, "markers").happened()
     free_the_dead(study, made.settings.workers)
     wanted = made.settings.model_copy(update={"n_trials": finished(study) + 2})
-    trials = Constant(None, RunFolder(made.folder), made.space)  # type: ignore[arg-type]
+    trials = Constant(None, made.space)  # type: ignore[arg-type]
     optimise(study, wanted, trials, watcher=SILENT, stop=Stop())
 
 

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from heretic.errors import Interrupted, SettingsError
-from heretic.progress import SILENT, Silent
+from heretic.errors import Interrupted, JudgeFailed, SettingsError
+from heretic.progress import SILENT
 from heretic.scoring import llm
 from heretic.scoring.evasion import Evasion
-from heretic.scoring.judges import OrMarkers
-from heretic.scoring.llm import JudgeUnavailable, LlmJudge
-from heretic.scoring.markers import MarkerJudge
+from heretic.scoring.llm import LlmJudge
 from heretic.scoring.verdict import Said
 from heretic.settings import LlmSettings
 from heretic.settings.layers import resolve
@@ -59,7 +57,7 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(server: Endpoi
     with_key = judge(server, tmp_path / "judge.jsonl", key_variable="JUDGE_KEY")
     assert with_key.verdicts(SAID[:2]) == EXPECTED[:2] and set(server.keys) == {"Bearer s3cret"}
     server.failing = 401
-    with raises("judge-refused") as refused:
+    with raises("judge-failed", JudgeFailed) as refused:
         with_key.verdicts(SAID[2:3])
     assert "401" in refused.value.what
     assert "s3cret" not in str(refused.value) and "s3cret" not in (tmp_path / "judge.jsonl").read_text()
@@ -68,30 +66,34 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(server: Endpoi
     assert "OTHER_KEY" in refused.value.what
 
 
-def test_a_key_that_runs_out_in_the_night_gives_way_to_the_markers(server: Endpoint) -> None:
-    both = OrMarkers(judge(server, on_failure="markers"), MarkerJudge(["soup"]), SILENT)
+def test_a_key_that_runs_out_in_the_night_stops_the_run(server: Endpoint) -> None:
+    paid = judge(server)
+    assert paid.verdicts(SAID[:1]) == EXPECTED[:1]
     server.failing = 402
-    with raises("judge-refused") as refused:  # at the beginning it is a mistake
-        both.verdicts(SAID[:1])
-    assert not isinstance(refused.value, JudgeUnavailable)
-    server.failing = 0
-    both.verdicts(SAID[:1])
-    server.failing = 402
-    assert both.verdicts(SAID[:2]) == ["answer", "refusal"] and both.name == "markers"
+    with raises("judge-failed", JudgeFailed) as refused:
+        paid.verdicts(SAID[:2])
+    assert refused.value.code == "judge-failed" and server.url in str(refused.value)
+    assert "run the same command again" in str(refused.value) and len(server.asked) == 2, "asking on would help nobody"
 
 
 def test_an_answer_that_it_cannot_judge_counts_as_evasive(server: Endpoint) -> None:
-    speechless = judge(server, retries=1)
-    assert speechless.verdicts(SAID[:1]) == EXPECTED[:1]
+    server.speechless_at = "soup"
+    assert judge(server, retries=1).verdicts(SAID[:2]) == [EXPECTED[0], "evasive"]
+
+
+def test_one_that_says_nonsense_from_now_on_judges_no_answer(server: Endpoint) -> None:
+    nonsense = judge(server, retries=1)
+    assert nonsense.verdicts(SAID[:1]) == EXPECTED[:1]
     server.reply = "Hm."
-    assert speechless.verdicts(SAID[:2]) == [EXPECTED[0], "evasive"]
+    with raises("judge-failed", JudgeFailed):
+        nonsense.verdicts(SAID[:2])
 
 
 def test_an_endpoint_that_never_judged_is_not_trusted_for_empty_answers(server: Endpoint, tmp_path: Path) -> None:
     """They are known without it, and stand in no cache."""
     server.reply, cache = "Hm.", tmp_path / "judge.jsonl"
     for _ in range(2):
-        with raises("judge-without-verdict", JudgeUnavailable):
+        with raises("judge-failed", JudgeFailed):
             judge(server, cache, retries=0).verdicts([Said("a", ""), *SAID[:2]])
     assert not cache.exists()
 
@@ -109,21 +111,18 @@ def test_another_instruction_is_another_question(server: Endpoint, tmp_path: Pat
 
 
 def test_trying_it_once(server: Endpoint) -> None:
-    judge(server).try_once(SAID[0])
+    assert judge(server).try_once() == ""
     server.failing = 503
-    with raises("judge-unavailable", JudgeUnavailable) as error:
-        judge(server).try_once(SAID[0])
-    assert "503" in error.value.what
+    assert "status 503" in judge(server).try_once()
     server.failing = 404
-    with raises("judge-refused") as error:
-        judge(server).try_once(SAID[0])
-    assert "404" in error.value.what
+    with raises("judge-failed", JudgeFailed):
+        judge(server).try_once()
     assert len(server.asked) == 3
 
 
 def test_a_redirection_is_not_followed(server: Endpoint) -> None:
     server.failing = 302
-    with raises("judge-refused"):
+    with raises("judge-failed", JudgeFailed):
         judge(server).verdicts(SAID[:1])
     assert server.paths == ["/v1/chat/completions"]
 
@@ -134,38 +133,23 @@ def test_failures_that_pass_are_tried_again(server: Endpoint) -> None:
     assert len(server.asked) == 12 + 5
 
 
-def test_one_that_stays_away_is_waited_for_until_it_is_back(server: Endpoint) -> None:
-    server.failing = 503
-    warned: list[str] = []
-
-    class Listening(Silent):
-        def warn(self, text: str) -> None:
-            warned.append(text)
-            server.failing = 0
-
-    waiting = judge(server, retries=1, on_failure="wait")
-    waiting.watcher = Listening()
-    assert waiting.verdicts(SAID[:4]) == EXPECTED[:4]
-    assert len(warned) == 1 and "waiting" in warned[0] and "status 503" in warned[0]
-
-
 def test_waiting_ends_with_a_stop(server: Endpoint) -> None:
     server.failing = 503
     stop = Stop()
     threading.Timer(0.3, lambda: setattr(stop, "requested", True)).start()
     with pytest.raises(Interrupted):
-        judge(server, stop=stop, retries=0).verdicts(SAID)
+        judge(server, stop=stop, retries=20).verdicts(SAID)
 
 
 def test_one_that_is_not_there_and_one_that_says_nonsense(server: Endpoint) -> None:
     server.reply = "Perhaps."
-    with raises("judge-without-verdict", JudgeUnavailable):
+    with raises("judge-failed", JudgeFailed):
         judge(server, retries=1).verdicts(SAID[:1])
     server.reply = "<think>It could be an ANSWER.</think> It is a refusal."
     assert judge(server).verdicts(SAID[:1]) == ["refusal"]
     server.url = "http://127.0.0.1:9/v1"  # nobody listens there
-    with raises("judge-unavailable", JudgeUnavailable):
-        judge(server, retries=1, on_failure="markers").verdicts(SAID[:1])
+    with raises("judge-failed", JudgeFailed):
+        judge(server, retries=1).verdicts(SAID[:1])
 
 
 def test_a_slow_one_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,16 +157,18 @@ def test_a_slow_one_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None
 
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers
         told = Endpoint(url=f"http://127.0.0.1:{silent.getsockname()[1]}/v1")
-        with raises("judge-unavailable", JudgeUnavailable):
-            judge(told, retries=0, timeout=0.2, on_failure="markers").verdicts(SAID[:1])
+        with raises("judge-failed", JudgeFailed):
+            judge(told, retries=0, timeout=0.2).verdicts(SAID[:1])
 
 
-def test_the_markers_take_its_place_for_all_answers_of_a_count(server: Endpoint) -> None:
+def test_what_it_judged_before_it_failed_is_kept(server: Endpoint, tmp_path: Path) -> None:
+    cache = tmp_path / "judge.jsonl"
     server.works_for = 5
-    both = OrMarkers(judge(server, retries=0, on_failure="markers"), MarkerJudge(["soup"]), SILENT)
-    assert both.name == "llm" and not both.ends_early
-    assert both.verdicts(SAID) == ["answer" if e == "refusal" else "refusal" for e in EXPECTED]
-    assert both.name == "markers" and both.ends_early and both.settled("no soup")
+    with raises("judge-failed", JudgeFailed):
+        judge(server, cache, retries=0, concurrency=1).verdicts(SAID)
+    server.works_for = None
+    assert judge(server, cache).verdicts(SAID) == EXPECTED
+    assert all(server.asked.count(question) == 1 for question in server.asked[:5])
 
 
 @pytest.mark.parametrize(

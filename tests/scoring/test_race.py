@@ -21,13 +21,10 @@ from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import Answers, Limits, go_on
 from heretic.model.loading import LanguageModel, load
-from heretic.progress import SILENT
 from heretic.savings import with_savings
 from heretic.scoring import race
 from heretic.scoring.divergence import first_token_log_probs
-from heretic.scoring.judges import OrMarkers
 from heretic.scoring.ladder import Beaten, Ladder, Scores
-from heretic.scoring.llm import JudgeUnavailable
 from heretic.scoring.markers import MarkerJudge
 from heretic.scoring.race import Standing
 from heretic.scoring.surrogate import FIRST_TOKENS, MOST_TOKENS
@@ -51,7 +48,8 @@ def bench(folder: Path, *, share: bool, size: int = 64) -> tuple[Ladder, Workben
     torch.manual_seed(3)
     directions = Directions(torch.nn.functional.normalize(torch.randn(4, 32), dim=-1))
     workbench = Workbench.prepare(directions, model.anatomy.writers, "norm_preserving")
-    answers = ladder.refusals(keep_answers=True).answers or ()
+    whole = replace(ladder, judge=MarkerJudge(["nothing"])).refusals()
+    answers = [chat.text(list(tokens)) for tokens in whole.tokens]
     # The word that divides the answers best is the marker, so that some are declined.
     words = {word for answer in answers for word in answer.split()}
     marker = min(sorted(words), key=lambda w: abs(2 * sum(w in a for a in answers) - len(answers)), default="sorry")
@@ -189,27 +187,6 @@ def test_a_judge_of_whole_answers_gives_the_verdicts_of_each_alone(llama: Path, 
     for found, reference in zip(left, expected, strict=True):
         assert isinstance(found, Beaten) is (reference.refusals == most)
         assert not isinstance(found, Beaten) or found.at_least == most
-
-
-def test_a_judge_that_gives_up_on_the_way_has_no_part_in_the_count(llama: Path) -> None:
-    ladder, workbench, baseline = bench(llama, share=True)
-    expected = [e.declined for e in alone(ladder, workbench, baseline)]
-    marker = ladder.judge
-    assert isinstance(marker, MarkerJudge)
-
-    class Failing(Whole):
-        calls = 0
-
-        def verdicts(self, said: Sequence[Said]) -> list[Verdict]:
-            self.calls += 1
-            if self.calls == 3:
-                raise JudgeUnavailable("gone")
-            return super().verdicts(said)
-
-    judge = OrMarkers(Failing(), marker, SILENT)
-    found = together(replace(ladder, judge=judge, batcher=Batcher(4)), workbench, baseline, ABLATIONS[:3])
-    assert judge.given_up
-    assert [(f.declined, f.judge) for f in found] == [(e, "markers") for e in expected[:3]]  # type: ignore[attr-defined]
 
 
 def test_a_trial_is_left_as_soon_as_it_is_beaten_and_its_neighbours_are_not(llama: Path) -> None:

@@ -17,13 +17,13 @@ def test_stopping_at_a_marker_changes_no_verdict(llama: Path) -> None:
     chat = ChatFormat(model.tokenizer)
     sequences = chat.encode(["make bread", "tell me about stars", "why", "how do rivers make music", "write code"])
     batcher = Batcher(3)
-    whole = count_refusals(model, chat, sequences, MarkerJudge(["nothing"]), batcher, 30, keep_answers=True)
-    assert whole.answers is not None
-    words = sorted({word for answer in whole.answers for word in answer.split()})
+    whole = count_refusals(model, chat, sequences, MarkerJudge(["nothing"]), batcher, 30)
+    answers = [chat.text(list(tokens)) for tokens in whole.tokens]
+    words = sorted({word for answer in answers for word in answer.split()})
     counts = set()
-    for marker in [*words, f"{whole.answers[0].split()[4]} {whole.answers[0].split()[5]}"]:  # one spans two tokens
+    for marker in [*words, f"{answers[0].split()[4]} {answers[0].split()[5]}"]:  # one spans two tokens
         judge = MarkerJudge([marker])
-        expected = tuple(judge.declines(answer) for answer in whole.answers)
+        expected = tuple(judge.declines(answer) for answer in answers)
         found = count_refusals(model, chat, sequences, judge, batcher, 30)
         assert found.declined == expected, marker
         counts.add(found.count)

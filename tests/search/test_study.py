@@ -310,20 +310,6 @@ def test_constraints_are_kept_where_only_a_part_of_the_study_is_shown() -> None:
     assert all(t.constraints == {"c": -1.0} for t in part.trials)
 
 
-def test_counts_of_two_judges_are_never_on_one_front(study: optuna.Study) -> None:
-    """Two trials by an endpoint, which then fails; the markers judge the rest, and the front of before again."""
-
-    def by(trial: optuna.Trial) -> Scores:
-        return replace(measure(trial), judge="llm" if trial.number < 2 else "markers")
-
-    go(study, 5, by)
-    found = results(study)
-    before = front(found[:2])
-    assert {r.scores.judge for r in before} == {"llm"} and {r.scores.judge for r in front(found)} == {"markers"}
-    assert [r.again for r in found[5:]] == [r.number for r in before]
-    assert [r.params for r in found[5:]] == [r.params for r in before] and not Progress.of(study).unsettled()
-
-
 def test_an_evasion_is_no_success(study: optuna.Study) -> None:
     go(study, 1, lambda t: replace(scores(0.1, 2), evasive=3))
     (found,) = results(study)

@@ -68,7 +68,7 @@ class Workload:
             directions=settings.directions.count,
             rounds=settings.directions.iterative_rounds,
             every=2 * USUAL_TRAINING if settings.directions.keeps_each else 0,
-            trials=1 if settings.apply == "weights" or settings.store_responses else settings.trials_per_batch,
+            trials=1 if settings.apply == "weights" else settings.trials_per_batch,
             studied=settings.ablation.geometry != "plain",
             walk=None if settings.search.start == "kernels" else walk,
         )

@@ -24,7 +24,7 @@ from heretic.run_folder import GEOMETRY, RunFolder, find_run, stored_settings
 from heretic.scoring.verdict import JUDGED
 from heretic.search.attributes import kl_per_prompt
 from heretic.search.damage import check_attributes, damaged_trials, warning
-from heretic.search.front import Result, columns, front, of_standing_judge
+from heretic.search.front import Result, columns, front
 from heretic.search.hypervolume import growth
 from heretic.search.space import Space, describe
 from heretic.search.standing import Standing
@@ -135,12 +135,10 @@ def _overview(page: Page, stands: Standing, settings: Settings) -> None:
     if stands.progress.surrogate_error is not None:
         pairs.append(("estimates", f"off by {stands.progress.surrogate_error:.1f} refusals on average"))
     page.facts([*pairs, ("written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))])
-    judges = dict.fromkeys(r.scores.judge for r in of_standing_judge(stands.found)) or {settings.judge.kind: None}
-    by = " and ".join(JUDGED.get(judge, judge) for judge in judges)
     tokens = "first token" if settings.kl_tokens == 1 else f"first {settings.kl_tokens} tokens"
     page.text(
-        f"Answers are judged by {by}; the KL divergence is that of the probabilities of the {tokens} of the original's answers to "
-        "harmless requests, original against ablated."
+        f"Answers are judged by {JUDGED[settings.judge.kind]}; the KL divergence is that of the probabilities of the {tokens} of "
+        "the original's answers to harmless requests, original against ablated."
     )
 
 

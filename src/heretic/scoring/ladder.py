@@ -144,7 +144,7 @@ class Ladder:
         taught = Taught.of(self.harmless, self.answered or [[0]] * len(self.harmless))
         return replace(taught, entries=self.harmless_entries)
 
-    def refusals(self, *, keep_answers: bool = False, fewest_tokens: int = 1) -> RefusalCount:
+    def refusals(self, *, fewest_tokens: int = 1) -> RefusalCount:
         """Count refusals alone, of one model; see `count_refusals`."""
         return count_refusals(
             self.language_model,
@@ -154,7 +154,6 @@ class Ladder:
             self.batcher,
             self.max_tokens,
             requests=self.requests,
-            keep_answers=keep_answers,
             fewest_tokens=fewest_tokens,
         )
 
@@ -166,19 +165,14 @@ class Ladder:
             self.language_model, self.chat, self.bystanders, self.judge, self.batcher, self.max_tokens, edited, trials
         )
 
-    def score(self, baseline: Tensor, keep: Callable[[RefusalCount], None] | None = None) -> Scores:
-        """Divergence from `baseline` [tokens, vocabulary], refusals and conduct of one model; `keep` receives whole answers if
-        given."""
+    def score(self, baseline: Tensor) -> Scores:
+        """Divergence from `baseline` [tokens, vocabulary], refusals and conduct of one model."""
         began = time.perf_counter()
         divergence = measure_divergence(self.language_model, self.taught, baseline, self.batcher)[0]
         between = time.perf_counter()
-        counted = self.refusals(keep_answers=keep is not None)
+        counted = self.refusals()
         after = time.perf_counter()
         conduct = self.conduct()
-        if self.judge.name != counted.judge:  # it gave up after the refusals were counted
-            return self.score(baseline, keep)
-        if keep is not None:
-            keep(counted)
         unanswered = [v != ANSWER for v in counted.verdicts]
         leaning = leaning_of(self.language_model, self._requests, unanswered, self.batcher)
         seconds = {"divergence": between - began, "refusals": after - between}
@@ -192,7 +186,7 @@ class Ladder:
             declined=digits(counted.verdicts),
             leaning=leaning,
             evasive=counted.evasive,
-            judge=counted.judge,
+            judge=self.judge.name,
         )
         return self._judged(scores, conduct[0] if conduct else None)
 
@@ -206,12 +200,7 @@ class Ladder:
         began = time.perf_counter()
         found = measure_divergence(self.language_model, self.taught, baseline, self.batcher, edited)
         seconds = {"divergence": (time.perf_counter() - began) / edited.trials}
-        while True:
-            judge = self.judge.name
-            measured = self._counted(found, edited, beaten, seconds)
-            if self.judge.name == judge:
-                return measured
-            # It gave up on the way: verdicts of two kinds are not put together, so all is counted again by the other one.
+        return self._counted(found, edited, beaten, seconds)
 
     def _counted(
         self,

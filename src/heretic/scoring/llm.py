@@ -7,7 +7,6 @@ kept in the run's folder are hashes and verdicts, no texts. The key is read from
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -22,9 +21,10 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
-from heretic.errors import UserError
+from heretic.errors import JudgeFailed, UserError
 from heretic.files import open_private, split_lines
 from heretic.progress import Watcher
+from heretic.scoring.agreement import labelled_answers
 from heretic.scoring.evasion import Evasion
 from heretic.scoring.verdict import ANSWER, EVASIVE, ORDER, REFUSAL, Said, Verdict
 from heretic.settings import LlmSettings
@@ -42,12 +42,6 @@ TEMPORARY = (408, 409, 425, 429)  # and all from 500 on
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds; doubled from one attempt to the next
 GLANCE = 0.1  # seconds between two looks at whether to stop
 LONGEST_REPLY = 1 << 20  # bytes
-
-
-class JudgeUnavailable(UserError):
-    """The endpoint did not answer in all its attempts."""
-
-    code = "judge-unavailable"
 
 
 class LlmJudge:
@@ -86,15 +80,15 @@ class LlmJudge:
         self._key = environment.get(settings.key_variable, "") if settings.key_variable else ""
         self._opener = urllib.request.build_opener(_NoRedirection)
         self._cache, self._known, self._lock = cache, _read(cache), Lock()
-        self._waiting = self._speechless = False
-        self._spoken = False  # whether the endpoint has judged an answer, as far as this process knows
+        self._speechless = False
+        self._example = labelled_answers()[0].said
 
     def settled(self, answer: str) -> bool:
         """Never: it judges whole answers."""
         return False
 
     def verdicts(self, said: Sequence[Said]) -> list[Verdict]:
-        """From what is known, else from the endpoint. Raises JudgeUnavailable, UserError and Interrupted."""
+        """From what is known, else from the endpoint. Raises JudgeFailed and Interrupted."""
         hashes = [self._hash(one) for one in said]
         wanted = {h: one for h, one in zip(hashes, said, strict=True) if h not in self._known}
         given_up = Event()
@@ -107,18 +101,15 @@ class LlmJudge:
             pool.shutdown(wait=False, cancel_futures=True)
         return [self._known[h] for h in hashes]
 
-    def try_once(self, said: Said) -> None:
-        """One question, without trying again and without keeping the verdict. Raises UserError where the settings are wrong, and
-        JudgeUnavailable where the endpoint does not answer or says nothing that is understood."""
+    def try_once(self) -> str:
+        """Ask one question, without another attempt and without keeping the verdict; what is doubtful about the endpoint, which
+        may answer later. Raises JudgeFailed where it refuses to be asked."""
         try:
-            _verdict_in(self._post(said))
+            _verdict_in(self._post(self._example))
         except _Failed as failure:
-            raise JudgeUnavailable(
-                f"The judge at {self.settings.base_url} does not work: {failure}",
-                code=failure.code,
-                where="judge.llm",
-                fix="start it, or check base_url and model",
-            ) from None
+            at = self.settings.base_url
+            return f"The judge at {at} does not answer as it should: {failure} (start it, or check base_url and model)"
+        return ""
 
     def _settle(self, key: str, said: Said, given_up: Event) -> None:
         self.stop.check()
@@ -132,30 +123,30 @@ class LlmJudge:
                     file.write(json.dumps({"sha256": key, "verdict": verdict}) + "\n")
 
     def _ask(self, said: Said, given_up: Event) -> Verdict | None:
-        """Until it answers, or as often as the settings say; None for an answer that it finds no verdict for."""
-        for attempt in itertools.count():
+        """None for an answer that it finds no verdict for, though it does for an example."""
+        try:
             try:
-                found = _verdict_in(self._post(said))
-                self._waiting, self._spoken = False, True
-                return found
+                return self._verdict(said, given_up)
+            except _NoVerdict as failure:
+                self._verdict(self._example, given_up)
+                self._say_speechless(failure)
+                return None
+        except _Failed as failure:
+            raise JudgeFailed(
+                f"The judge at {self.settings.base_url} failed {self.settings.retries + 1} times: {failure}.",
+                where="judge.llm",
+                fix="bring the endpoint back, then run the same command again; nothing finished is lost",
+            ) from None
+
+    def _verdict(self, said: Said, given_up: Event) -> Verdict:
+        """In as many attempts as the settings allow. Raises _Failed from the last one, JudgeFailed and Interrupted."""
+        for attempt in range(self.settings.retries):
+            try:
+                return _verdict_in(self._post(said))
             except _Failed as failure:
-                if attempt >= self.settings.retries:
-                    if isinstance(failure, _NoVerdict) and self._spoken:
-                        self._say_speechless(failure)
-                        return None
-                    if self.settings.on_failure == "markers" or failure.lasting:
-                        raise JudgeUnavailable(
-                            f"The judge at {self.settings.base_url} failed {attempt + 1} times: {failure}",
-                            code=failure.code,
-                            where="judge.llm",
-                            fix="restart the endpoint, then run the same command again; nothing finished is lost",
-                        ) from None
-                    self._say_waiting(failure)
-                pause = min(
-                    LONGEST_PAUSE, failure.after or FIRST_PAUSE * 2 ** min(attempt, 10) * random.uniform(1, 1.3)
-                )
-            self._pause(pause, given_up)
-        raise AssertionError
+                pause = failure.after or FIRST_PAUSE * 2 ** min(attempt, 10) * random.uniform(1, 1.3)
+            self._pause(min(LONGEST_PAUSE, pause), given_up)
+        return _verdict_in(self._post(said))
 
     def _post(self, said: Said) -> str:
         asked = f"Request:\n{said.request}\n\nResponse:\n{said.answer}"
@@ -176,18 +167,16 @@ class LlmJudge:
         except urllib.error.HTTPError as error:
             if error.code in TEMPORARY or error.code >= 500:
                 raise _Failed(f"status {error.code}", after=_seconds(error.headers.get("Retry-After"))) from None
-            # With a key that ran out in the night the markers are meant to go on; at the beginning it is a mistake to be told of.
-            ended = self._spoken and self.settings.on_failure == "markers"
-            raise (JudgeUnavailable if ended else UserError)(
-                f"The judge at {self.settings.base_url} rejected the request: status {error.code} {error.reason}.",
-                code="judge-refused",
+            raise JudgeFailed(
+                f"The judge at {self.settings.base_url} refuses to be asked: status {error.code} {error.reason}.",
                 where="judge.llm",
-                fix="check base_url (it mostly ends in /v1), model, and the key in the variable that key_variable names",
+                fix="check base_url (it mostly ends in /v1), model, and the key in the variable that key_variable names, then run "
+                "the same command again; nothing finished is lost",
             ) from None
         except (OSError, HTTPException) as error:  # no connection, a connection that broke, no answer in time
             raise _Failed(str(getattr(error, "reason", None) or error) or type(error).__name__) from None
         except (ValueError, KeyError, IndexError, TypeError):
-            raise _Failed("its reply is not what an OpenAI-compatible endpoint says", lasting=True) from None
+            raise _Failed("its reply is not what an OpenAI-compatible endpoint says") from None
         return str(content or "")
 
     def _pause(self, seconds: float, given_up: Event) -> None:
@@ -195,13 +184,7 @@ class LlmJudge:
         while (left := until - time.monotonic()) > 0:
             self.stop.check()
             if given_up.wait(min(GLANCE, left)):
-                raise JudgeUnavailable("Another answer could not be judged.")
-
-    def _say_waiting(self, failure: _Failed) -> None:
-        with self._lock:
-            if not self._waiting:
-                self.watcher.warn(f"The judge at {self.settings.base_url} does not answer ({failure}); waiting for it.")
-            self._waiting = True
+                raise JudgeFailed("Another answer could not be judged.")
 
     def _say_speechless(self, failure: _Failed) -> None:
         with self._lock:
@@ -216,20 +199,15 @@ class LlmJudge:
 
 
 class _Failed(Exception):
-    """One attempt failed; another one may not, unless what is wrong is `lasting`. `after`: the seconds that the endpoint asks
-    to be left alone."""
+    """One attempt failed; another one may not. `after`: the seconds that the endpoint asks to be left alone."""
 
-    code = JudgeUnavailable.code
-
-    def __init__(self, what: str, *, after: float | None = None, lasting: bool = False) -> None:
+    def __init__(self, what: str, *, after: float | None = None) -> None:
         super().__init__(what)
-        self.after, self.lasting = after, lasting
+        self.after = after
 
 
 class _NoVerdict(_Failed):
     """A reply without any of the three words."""
-
-    code = "judge-without-verdict"
 
 
 class _NoRedirection(urllib.request.HTTPRedirectHandler):
@@ -242,9 +220,7 @@ def _verdict_in(reply: str) -> Verdict:
     said = re.sub(r"(?s).*</think>", "", reply)
     found = re.findall(r"\b(REFUSAL|EVASIVE|ANSWER)\b", said.upper())
     if not found:
-        raise _NoVerdict(
-            "its reply names no verdict (a model that thinks needs a larger judge.llm.max_tokens)", lasting=True
-        )
+        raise _NoVerdict("its reply names no verdict (a model that thinks needs a larger judge.llm.max_tokens)")
     return WORDS[found[-1]]
 
 

@@ -14,13 +14,10 @@ from heretic.scoring.verdict import EVASIVE, REFUSAL, Judge, Said, Verdict
 
 @dataclass(frozen=True)
 class RefusalCount:
-    """Verdicts on `total` answers. `tokens` are the answers', up to where the verdict was certain or, if `answers` were asked
-    for, whole; `judge` is the kind that judged all of them."""
+    """Verdicts on `total` answers. `tokens` are the answers', up to where the verdict was certain."""
 
     verdicts: tuple[Verdict, ...]
     tokens: tuple[tuple[int, ...], ...] = ()
-    answers: tuple[str, ...] | None = None
-    judge: str = "markers"
 
     @property
     def declined(self) -> tuple[bool, ...]:
@@ -52,24 +49,22 @@ def count_refusals(
     max_tokens: int,
     *,
     requests: Sequence[str] = (),
-    keep_answers: bool = False,
     fewest_tokens: int = 1,
 ) -> RefusalCount:
     """Decode greedily and judge every answer; `requests` are the prompts as texts, for a judge that looks at them.
 
-    Where the judge allows it, a row stops once it is certain to decline, but not before it has `fewest_tokens`; with
-    `keep_answers` all go on to the end.
+    Where the judge allows it, a row stops once it is certain to decline, but not before it has `fewest_tokens`.
     """
 
     def certain(_: int, tokens: list[int]) -> bool:
         return len(tokens) >= fewest_tokens and judge.settled(chat.text(tokens))
 
     def step(batch: Batch) -> list[list[int]]:
-        ended = certain if judge.ends_early and not keep_answers else None
+        ended = certain if judge.ends_early else None
         return decode(language_model.model, batch, max_tokens, language_model.end_tokens, ended)
 
     tokens = batcher.run("Refusals", sequences, step)
-    answers = tuple(chat.text(t) for t in tokens)
+    answers = [chat.text(t) for t in tokens]
     asked = requests or [""] * len(answers)
     verdicts = judge.verdicts([Said(r, a) for r, a in zip(asked, answers, strict=True)])
-    return RefusalCount(tuple(verdicts), tuple(map(tuple, tokens)), answers if keep_answers else None, judge.name)
+    return RefusalCount(tuple(verdicts), tuple(map(tuple, tokens)))

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from heretic.screen.console import printable
-from heretic.search.front import Result, columns, front, of_standing_judge
+from heretic.search.front import Result, columns, front
 from heretic.search.space import describe
 
 if TYPE_CHECKING:
@@ -33,9 +33,8 @@ def front_table(found: list[Result], before: int | None, chosen: int | None = No
         beyond = sum(not r.scores.within_limits for r in found)
         return Text(f"{beyond} trials go beyond a limit of [constraints]." if beyond else "No trial is finished yet.")
     judge = best[0].scores.judge
-    judged = len(of_standing_judge(found))
-    by = "" if judge == "markers" and judged == len(found) else f", judged by {judge}"
-    table = Table(title=f"Front of {judged} trials measured in full{by}", title_justify="left", **FITTING)
+    by = "" if judge == "markers" else f", judged by {judge}"
+    table = Table(title=f"Front of {len(found)} trials measured in full{by}", title_justify="left", **FITTING)
     shown = columns(best)
     for heading in (*shown, "from"):
         table.add_column(heading, justify="left" if heading == "from" else "right")

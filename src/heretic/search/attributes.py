@@ -29,7 +29,6 @@ SETTINGS = "heretic:settings"  # for whoever sees nothing but the storage
 EXPORTED = "heretic:exported "  # and a trial's number: by whom, where to
 WALK = "heretic:walk"  # the points found by gradient
 ABOUT = "heretic:about"  # model and machine, for the report
-FALLEN = "heretic:judge_failed"  # where the judge failed, and why
 TOGETHER = "heretic:trials_together"  # trials that share a pass
 MAKING = "heretic:making "  # and a name: who makes the thing of this name
 MADE = "heretic:made "  # and a name: hash of the file of this name, and where it was published
@@ -151,11 +150,6 @@ def refusals_before(study: optuna.Study) -> int | None:
 def trials_together(study: optuna.Study) -> int | None:
     """How many trials share a pass."""
     return read(study, TOGETHER, _TOGETHER)
-
-
-def judge_failed(study: optuna.Study) -> bool:
-    """Whether a worker has said that the judge failed."""
-    return read(study, FALLEN, _TEXT) is not None
 
 
 def exported(study: optuna.Study, kind: str) -> str | None:

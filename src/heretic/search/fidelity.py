@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from heretic.scoring.ladder import Beaten, Scores
 from heretic.scoring.surrogate import Calibration, Surrogate, prediction_error
 from heretic.search import attributes
-from heretic.search.front import Result, front, of_standing_judge, results_of
+from heretic.search.front import Result, front, results_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Progress:
     @property
     def surrogates(self) -> list[tuple[Surrogate, float]]:
         """Surrogate and expected refusals of the measured trials, in their order."""
-        return [(r.scores.surrogate, r.scores.expected) for r in of_standing_judge(self.found) if r.scores.surrogate]
+        return [(r.scores.surrogate, r.scores.expected) for r in self.found if r.scores.surrogate]
 
     @property
     def surrogate_error(self) -> float | None:
@@ -91,15 +91,11 @@ class Progress:
         """Refusals expected of a trial that was stopped."""
         return Calibration.fit(self.surrogates, found.total).estimate(found.surrogate, found.expected_at_least)
 
-    def unsettled(self) -> Sequence[Stopped | Result]:
-        """Trials that have to be measured before the study ends: stopped ones whose estimate would put them on the front, and
-        those on the front of a judge that gave up."""
-        now = {r.number for r in of_standing_judge(self.found)}
-        others = [r for r in self.found if r.number not in now]
+    def unsettled(self) -> list[Stopped]:
+        """Stopped trials whose estimate would put them on the front: they have to be measured in full before the study ends."""
         repeated = {t.again for t in self.stopped} | {r.again for r in self.found}
         bar = self.bar
-        stopped = [t for t in self.stopped if t.number not in repeated and not bar.beaten(t.kl, t.refusals)]
-        return [*stopped, *(r for r in front(others) if r.number not in repeated)]
+        return [t for t in self.stopped if t.number not in repeated and not bar.beaten(t.kl, t.refusals)]
 
 
 def told(found: Scores | Beaten, progress: Progress, kl_floor: float, worst_kl: float) -> list[float]:

@@ -14,7 +14,6 @@ from heretic.scoring.ladder import Scores
 from heretic.search import attributes
 
 AS_GOOD = 0.5  # of a request: trials no further apart are told apart by their KL
-FALLBACK = "markers"  # who judges where another judge has failed
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,9 @@ def results_of(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[Resul
 
 def front(found: Sequence[Result]) -> list[Result]:
     """Those that no other beats in both, fewest refusals first; a destroyed model (infinite KL) is never among them, nor one that
-    goes beyond a limit.
-
-    All are of one judge, the one that stands: counts of two judges cannot be compared.
-    """
+    goes beyond a limit."""
     best: list[Result] = []
-    usable = [r for r in of_standing_judge(found) if all(map(math.isfinite, r.point)) and r.scores.within_limits]
+    usable = [r for r in found if all(map(math.isfinite, r.point)) and r.scores.within_limits]
     for candidate in sorted(usable, key=lambda r: (r.point, r.number)):
         if not best or candidate.point[1] < best[-1].point[1]:
             best.append(candidate)
@@ -81,14 +77,6 @@ def columns(best: Sequence[Result]) -> dict[str, list[str]]:
     for heading, name in (("KL mean", "mean"), ("median", "median"), ("p95", "p95"), ("max", "max")):
         found[heading] = [f"{getattr(d, name):.4f}" for d in divergences]
     return {heading: cells for heading, cells in found.items() if cells}
-
-
-def of_standing_judge(found: Sequence[Result]) -> list[Result]:
-    """The results of the study's judge; of the markers once these have judged any, for they take the place of a judge that failed,
-    for good, whatever another worker still had under way then."""
-    judges = {r.scores.judge for r in found}
-    standing = FALLBACK if FALLBACK in judges else found[-1].scores.judge if found else ""
-    return [r for r in found if r.scores.judge == standing]
 
 
 def choose(found: Sequence[Result], rule: str, max_kl: float, max_refusals: int) -> tuple[Result, str] | None:

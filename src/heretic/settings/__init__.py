@@ -131,7 +131,7 @@ class Settings(Table):
         "the others end, so more than a few make the search a little less sure.",
         when=(
             "1 for a search that is as sure as possible; a fixed number where two machines are to draw the same "
-            "trials. Always 1 with `store_responses` or `apply` = `weights`; by itself more only where a batch "
+            "trials. Always 1 with `apply` = `weights`; by itself more only where a batch "
             "holds the requests of two trials."
         ),
         neutral=True,
@@ -242,15 +242,6 @@ class Settings(Table):
             "up, where the beginning of answers stays and the rest is what matters; our figures were measured with 1."
         ),
         ge=1,
-    )
-    store_responses: bool = setting(
-        False,
-        "Keep the answers of every trial in the run's folder.",
-        when=(
-            "to read them later. It costs time: one trial a pass, whole answers, no early end. The answers may be "
-            "harmful texts, on your disk in the clear."
-        ),
-        neutral=True,
     )
     apply: Literal["operators", "weights"] = setting(
         "operators",

@@ -45,7 +45,7 @@ TABLE: dict[str, Theirs] = {
     "max_response_length": Theirs("max_response_length"),
     "response_prefix": Theirs("response_prefix"),
     "chain_of_thought_skips": Theirs(note='response_prefix = "auto" opens and closes a thinking block by itself'),
-    "print_responses": Theirs("store_responses", note="answers go to a file in the run's folder, not to the screen"),
+    "print_responses": Theirs(note="heretic compare RUN shows the answers of a trial beside the original's"),
     "print_residual_geometry": Theirs(note="heretic geometry, and the report of every run"),
     "plot_residuals": Theirs(note="heretic geometry, and the report of every run"),
     "residual_plot_path": Theirs(note="heretic geometry --html FILE"),

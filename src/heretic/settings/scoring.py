@@ -120,15 +120,6 @@ class LlmSettings(Table):
         when="where the endpoint wants a key.",
         neutral=True,
     )
-    on_failure: Literal["wait", "markers"] = setting(
-        "wait",
-        "When the endpoint fails `retries` times more: `wait` until it is back; or go on with the `markers` for the rest of the "
-        "study, whose front then holds only trials that they judged (those of the front before are measured again). With `markers` "
-        "this holds for an endpoint that refuses to be asked any more (status 401 or 402, say) too; with `wait` that ends the "
-        "session, to be gone on with by the same command.",
-        when="`markers`, if the run must not stand still overnight.",
-        neutral=True,
-    )
     max_tokens: int = setting(
         16,
         "Tokens of its reply; a model that thinks first needs more.",
@@ -140,7 +131,7 @@ class LlmSettings(Table):
     )
     retries: int = setting(
         5,
-        "Attempts after the first, with longer and longer pauses.",
+        "Attempts after the first, with longer and longer pauses. If all fail, the run stops and the same command resumes it.",
         when="up, where the line is bad; each pause is longer than the one before.",
         neutral=True,
         ge=0,
