@@ -14,7 +14,7 @@ import torch
 SAMPLES, SAMPLE = 64, 4 << 20  # pieces of the files at equal distances, and bytes of each: 256 MiB in all
 NUMBERS = 32 << 20  # that are put into memory to see how long it takes
 MOST_SECONDS = 1.0  # that looking may take
-ASSUMED = 2e9  # bytes a second, where nothing can be measured; as in benchmarks/scale.md
+ASSUMED = 2e9  # bytes a second, where nothing can be measured; as in benchmarks/scale.py
 KEPT_IN_RAM = getattr(os, "RWF_NOWAIT", None)  # Linux: read only what needs no disk
 
 
