@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from common import head, opened, options, prompt_settings, write
 from heretic_llm import Point, pick
 from language import answers, described
 from rich.console import Console
 from versus_heretic import hypervolume
-from walk import measured
 
 from heretic.ablation.ablation import Ablation, Workbench
 from heretic.errors import UserError
@@ -283,6 +283,16 @@ def ordinary_trial(session: Session, count: int = 3) -> float:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     space = replace(session.space(None), walk=None)
     return round(statistics.median(measured(session, space.sample(study.ask()))[1] for _ in range(count)), 1)
+
+
+@torch.inference_mode()
+def measured(session: Session, ablation: Ablation) -> tuple[Scores, float]:
+    """Score an ablation in full; return its scores and the seconds that this took."""
+    began = time.perf_counter()
+    with session.applied(ablation) as edited:
+        (found,) = session.ladder.score_trials(session.baseline.log_probs, edited)
+    assert isinstance(found, Scores)
+    return found, round(time.perf_counter() - began, 1)
 
 
 def plain(scores: Scores) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a study of a 32B model would cost on 4x 24 GB and on one 80 GB device: a calculation from shapes, not a measurement.
 
-    python benchmarks/scale.py > benchmarks/scale.md
+`python benchmarks/results_page.py scale` prints it.
 
 Every pass is counted in operations (2 a weight and token, and those of the attention) and in bytes (all weights once, and the
 keys and values). A pass takes the longer of the two by the device's data sheet: the floor. Nothing reaches it, so times are given
@@ -109,67 +109,35 @@ def seconds(shape: Shape, device: Device, batch: int = 512) -> float:
     return sum(study(shape, device, batch).values()) + TRIALS * sum(trial(shape, device, 1, batch).values())
 
 
-def of_device(shape: Shape, device: Device) -> str:
-    """What a study costs there."""
-    blocks, head = weights(shape)
-    step = one_pass(shape, device, EVALUATION, 1, PROMPT + TOKENS)
-    reading = ELEMENT * (blocks + head) / device.bandwidth
-    operations = 2 * (blocks + head) * EVALUATION / device.operations
-    lines = [
-        f"## {device.name}\n\n{device.source}.\n",
-        f"- One step of decoding {EVALUATION} rows: weights {reading * 1e3:.0f} ms, with the keys and values {step * 1e3:.0f} ms; "
-        f"operations {operations * 1e3:.0f} ms.",
+def rows() -> list[tuple[str, ...]]:
+    """Return what a study of the 32B model costs on each device: from the floor to half of its speed, and the parts."""
+    return [
+        ("32B, by the floor of the data sheet", *(device.name for device in DEVICES)),
+        ("one step of decoding 100 rows", *(step_of(device) for device in DEVICES)),
+        ("a trial, one in a pass", *(trial_of(device, 1) for device in DEVICES)),
+        ("a trial, four in a pass", *(trial_of(device, 4) for device in DEVICES)),
+        ("loading / baseline / residuals / gradient search", *(start_of(device) for device in DEVICES)),
+        (f"a study of {TRIALS} trials", *(study_of(device) for device in DEVICES)),
     ]
-    for together in (1, 4):
-        parts = trial(shape, device, together)
-        total = sum(parts.values())
-        shown = ", ".join(f"{name} {each:.1f} s" for name, each in parts.items())
-        lines.append(
-            f"- A trial, {together} in a pass: {shown}; in all {total:.1f} s at the floor, {2 * total:.0f} s at half of it."
-        )
-        lines.append(f"  {TRIALS} trials: {TRIALS * total / 60:.0f} to {TRIALS * 2 * total / 60:.0f} minutes.")
-    found = study(shape, device)
-    shown = ", ".join(f"{name} {each:.0f} s" for name, each in found.items())
-    lines.append(f"- Before the first trial, at the floor: {shown} (loading at {DISK / 1e9:.0f} GB/s, an assumption).")
-    whole = 2 * seconds(shape, device)
-    lines.append(f"- The whole study at half of the floor, one trial in a pass: {whole / 3600:.1f} hours.")
-    return "\n".join(lines)
 
 
-def document() -> str:
-    """The whole page."""
-    shape = LARGE
-    blocks, head = weights(shape)
-    read, each = ELEMENT * (blocks + head) / 1e9, 2 * blocks / 1e9
-    return f"""# What a 32B study would cost
-
-**A calculation, not a measurement**: nobody here had such a device. Made by `python benchmarks/scale.py > benchmarks/scale.md`.
-
-The shape of {shape.name}: {shape.blocks} layers, hidden {shape.hidden}, intermediate {shape.intermediate},
-{shape.heads} heads, {shape.key_heads} key-value heads, vocabulary {shape.vocabulary}.
-That is {blocks / 1e9:.2f} billion weights in the blocks and {head / 1e9:.2f} in the head:
-{read:.1f} GB to read in every pass in bfloat16, and {each:.0f} billion operations a token.
-
-Default settings: {EVALUATION} + {EVALUATION} prompts to evaluate, 2 x {DIRECTION} for the direction, {TOKENS} tokens an answer,
-{TRIALS} trials. Prompts have {PROMPT} tokens, of which {SHARED} are the template's and run once; {TRIED} tokens of a refusal are
-tried in one pass before anything is decoded.
-
-A pass takes the longer of operations / speed and bytes / bandwidth, both from the data sheet: the floor. `balanced` keeps one
-of four cards busy at a time, so four count as one. Worst case: the first layer is edited, no answer ends early, no trial is
-left early. **Best case: all rows are in one batch.** Where only smaller ones fit, each reads the weights again: that, and other
-sizes of model, are in [sizes.md](sizes.md).
-
-{chr(10).join(of_device(shape, device) + chr(10) for device in DEVICES)}
-## Beside what was reported
-
-The seed's user reported 30 to 35 hours on 4x RTX 4090 with another tool: 9 minutes a trial, 30 s of it reading the model
-again, 25 to 30 minutes for the residuals of 800 prompts (LESSONS_LEARNED.md; not measured by us). The calculation says where
-the difference would come from: nothing is read again, a prompt's residual is one of many rows of a batch, and decoding reads
-the weights once for all rows of all trials of a pass. It knows nothing of kernels' launch times, of Python, or of waiting
-between cards; that is what the half is for. On two CPU cores, where this can be measured, decoding reaches 105 and prefill 158
-GFLOP/s (benchmarks/README.md), and operations, not bytes, are the limit.
-"""
+def step_of(device: Device) -> str:
+    """Milliseconds of a step of decoding all evaluation prompts."""
+    return f"{one_pass(LARGE, device, EVALUATION, 1, PROMPT + TOKENS) * 1e3:.0f} ms"
 
 
-if __name__ == "__main__":
-    print(document(), end="")
+def trial_of(device: Device, together: int) -> str:
+    """Seconds of one of `together` trials that share their passes."""
+    least = sum(trial(LARGE, device, together).values())
+    return f"{least:.1f} to {2 * least:.0f} s"
+
+
+def start_of(device: Device) -> str:
+    """Seconds of all that comes before the first trial, at the floor."""
+    return " / ".join(f"{each:.0f}" for each in study(LARGE, device).values()) + " s"
+
+
+def study_of(device: Device) -> str:
+    """Hours of a whole study, one trial in a pass."""
+    least = seconds(LARGE, device) / 3600
+    return f"{least:.1f} to {2 * least:.1f} h"

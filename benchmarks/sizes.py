@@ -1,6 +1,6 @@
 """Which sizes of model fit where, and how long a study of each would take: the planner and benchmarks/scale.py, by calculation.
 
-    python benchmarks/sizes.py > benchmarks/sizes.md
+`python benchmarks/results_page.py sizes` prints it.
 
 Whether it fits is what `heretic preflight --devices` would say: the same plan, for the same empty GPUs. No weights are needed for
 that, so models stand here as their shapes.
@@ -12,7 +12,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from scale import DEVICES, ELEMENT, LARGE, Shape, seconds, weights
+from scale import DEVICES, LARGE, Shape, seconds
 
 from heretic.machine.devices import Device
 from heretic.machine.imagined import imagined_gpus
@@ -68,69 +68,26 @@ def planned(checkpoint: Checkpoint, machine: str) -> tuple[str, MemoryPlan] | No
     return None
 
 
-def fitting(found: tuple[str, MemoryPlan] | None) -> str:
-    """A cell of the first table."""
+def rows() -> list[tuple[str, ...]]:
+    """Return a row per model: its weights, and for each machine bits, batch size and hours of a study."""
+    logging.disable(logging.WARNING)  # accelerate warns about every GPU that is not here
+    try:
+        found = [("model", "weights", *(name.replace("x", " x ").replace("GiB", " GiB") for name in MACHINES))]
+        for size, shape in SHAPES.items():
+            checkpoint = checkpoint_of(shape)
+            cells = [cell(shape, machine, planned(checkpoint, machine)) for machine in MACHINES]
+            found.append((f"{size} ({shape.name})", f"{checkpoint.nbytes / GIB:.0f} GiB", *cells))
+        return found
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def cell(shape: Shape, machine: str, found: tuple[str, MemoryPlan] | None) -> str:
+    """Describe a plan: the batch size, and hours of a study at the floor and at half of its speed in bfloat16."""
     if found is None:
         return "no"
     name, plan = found
-    batch = f"batches of {plan.batch_size}"
-    return batch if name == "none" else f"{QUANTISATIONS[name]}, {batch}"
-
-
-def hours(shape: Shape, machine: str, found: tuple[str, MemoryPlan] | None) -> str:
-    """A cell of the second table: a whole study at the floor and at half of its speed."""
-    if found is None or found[0] != "none":
-        return "-"
-    least = seconds(shape, CARDS[machine.partition("x")[2]], found[1].batch_size) / 3600
-    return f"{least:.1f} to {2 * least:.1f} h"
-
-
-def document() -> str:
-    """The whole page."""
-    logging.disable(logging.WARNING)  # accelerate tells of every GPU that is not here
-    rows, times = [], []
-    names = " | ".join(machine.replace("x", " x ").replace("GiB", " GiB") for machine in MACHINES)
-    for size, shape in SHAPES.items():
-        checkpoint = checkpoint_of(shape)
-        found = {machine: planned(checkpoint, machine) for machine in MACHINES}
-        cells = [fitting(found[machine]) for machine in MACHINES]
-        rows.append(f"| {size} ({shape.name}) | {checkpoint.nbytes / GIB:.0f} GiB | {' | '.join(cells)} |")
-        blocks, head = weights(shape)
-        cells = [hours(shape, machine, found[machine]) for machine in MACHINES]
-        times.append(f"| {size} | {ELEMENT * (blocks + head) / 1e9:.0f} GB | {' | '.join(cells)} |")
-    logging.disable(logging.NOTSET)
-    return f"""# What fits where, and how long it would take
-
-**A calculation, not a measurement**: nobody here had such a device. Made by `python benchmarks/sizes.py > benchmarks/sizes.md`.
-
-## Will it fit
-
-What `heretic preflight --devices 4x24GiB` plans with default settings for empty GPUs and prompts of up to {USUAL_PROMPT}
-characters: the size of the batch if the weights fit in bfloat16, else the most bits with which they do
-(`quantization = "bnb_8bit"` or `"bnb_4bit"`, set by you, never by itself), else no. Weights are counted exactly; the working memory
-of a pass is an estimate, and a reserve of 8 % of each GPU covers the rest. An export takes as much disk as the weights in bfloat16,
-and so does the download. Shorter prompts let larger batches fit: with prompts of 71 tokens four cards of 24 GiB take batches of 128
-for the 32B model.
-
-| model | weights | {names} |
-|---|---|{"---|" * len(MACHINES)}
-{chr(10).join(rows)}
-
-## How long a study takes
-
-From loading to the last of 200 trials with default settings, in bfloat16, by the arithmetic of [scale.md](scale.md): from the floor
-that the data sheet sets to half of that speed. 24 GiB stand for an RTX 4090, 80 GiB for an A100. Every step of decoding reads all
-weights once for each batch, so here the batches are those of the table above; in scale.md all rows are in one. Where a model needs
-several cards, `balanced` keeps one of them busy at a time, so more cards are quicker only if larger batches fit. With 8 or 4 bits
-nothing was calculated (`-`): bitsandbytes trades speed for memory, and how much is not known here.
-
-| model | read for every batch | {names} |
-|---|---|{"---|" * len(MACHINES)}
-{chr(10).join(times)}
-
-Not in it: downloading, and an export (reading, writing and checking all weights once).
-"""
-
-
-if __name__ == "__main__":
-    print(document(), end="")
+    if name != "none":
+        return f"{plan.batch_size} in {QUANTISATIONS[name]}"
+    least = seconds(shape, CARDS[machine.partition("x")[2]], plan.batch_size) / 3600
+    return f"{plan.batch_size}, {least:.1f}-{2 * least:.1f} h"

@@ -2,7 +2,7 @@
 
     python benchmarks/study.py ASSETS [--trials 30] [--out benchmarks/results/study.json]
 
-ASSETS is a folder with a model folder and four prompt files (see benchmarks/README.md). 100 + 100 direction prompts,
+ASSETS is a folder with a model folder and four prompt files (see benchmarks/RESULTS.md). 100 + 100 direction prompts,
 50 + 50 evaluation prompts, 32 new tokens, float32. The command `heretic run` is run as a user would, in its own process.
 """
 

@@ -15,18 +15,12 @@ from heretic.commands.app import app
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 HISTORY = ("CHANGELOG.md",)  # tells of what was, too
-OF_ANOTHER_TOOL = ("migrating.md",)  # names its settings
 NOW = [page for page in PAGES if page.name not in HISTORY]
 
 
 def named(page: Path) -> str:
     """For the names of tests."""
     return str(page.relative_to(ROOT))
-
-
-def prose(page: Path) -> str:
-    """A page with every white space as one blank, so that where a line ends does not matter."""
-    return " ".join(page.read_text(encoding="utf-8").split())
 
 
 def blocks(text: str) -> list[tuple[str, str]]:

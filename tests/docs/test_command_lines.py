@@ -16,10 +16,9 @@ else:
     import tomli as tomllib
 
 from heretic.errors import SettingsError
-from heretic.settings.layers import all_keys, resolve
+from heretic.settings.layers import resolve
 from tests.docs.pages import (
     NOW,
-    OF_ANOTHER_TOOL,
     PAGES,
     ROOT,
     arguments_of,
@@ -100,19 +99,3 @@ def test_blocks_of_settings_are_settings(page: Path, tmp_path: Path) -> None:
             file = tmp_path / "block.toml"
             file.write_text(block, encoding="utf-8")
             resolve(file, environment={})
-
-
-@every_page_of_today
-def test_settings_in_sentences_are_settings(page: Path) -> None:
-    """`key = value`: the key exists, and takes the value unless that is a placeholder."""
-    if page.name in OF_ANOTHER_TOOL:
-        return
-    keys = set(all_keys())
-    for text in quoted(page):
-        found = re.fullmatch(r"([a-z_.]+) = (.+)", text)
-        if not found or not ("_" in found[1] or "." in found[1] or found[1] in {k.split(".")[-1] for k in keys}):
-            continue
-        full = sorted((key for key in keys if f".{key}".endswith(f".{found[1]}")), key=len)
-        assert full, f"{text!r}: there is no such setting"
-        if not re.fullmatch(r"[A-Z]+", found[2]):
-            check_settings([f"{full[0]}={found[2]}"])

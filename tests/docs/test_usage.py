@@ -1,4 +1,4 @@
-"""Every line of the README's usage is run on a tiny model; what the run leaves behind is what docs/run_folder.md says."""
+"""Every line of the README's usage block runs on a tiny model."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ import shlex
 import webbrowser
 from pathlib import Path
 
-import optuna
 import pytest
 from huggingface_hub import constants
-from safetensors import safe_open
 
-from heretic.search.url import storage_url
 from tests.command import heretic
 from tests.docs.pages import ROOT
 
-PAGE = ROOT / "docs/run_folder.md"
 ELSEWHERE = {  # what cannot be run here in seconds, and where it is run
     "heretic benchmark RUN --tasks NAMES": "tests/scoring/test_benchmark.py",
     "heretic demo": "tests/demo/test_guarded_model.py",
@@ -68,9 +64,7 @@ def test_the_usage_is_as_it_says(
     }  # fmt: skip
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # read from the environment when it was imported
     monkeypatch.setattr(webbrowser, "open", lambda url: True)
-    lines = usage()
-    assert len(lines) >= 20 and {*ELSEWHERE, *NOT_DONE} <= set(lines)
-    for line in lines:
+    for line in usage():
         if line in ELSEWHERE:
             assert (ROOT / ELSEWHERE[line]).is_file()
             continue
@@ -88,41 +82,3 @@ def test_the_usage_is_as_it_says(
                 assert ran.status == 1 and NOT_DONE[line] in ran.err
             else:
                 assert ran.status == 0, f"{line}: {ran.err or ran.out[-400:]}"
-    check_folder(Path("runs/usage"))
-    check_export(Path("out"))
-
-
-def check_folder(folder: Path) -> None:
-    """Every file, tensor and attribute of a run is on its page."""
-    page = PAGE.read_text(encoding="utf-8")
-    for path in folder.iterdir():
-        name = path.name + ("/" if path.is_dir() else "")
-        assert f"`{name}`" in page, f"docs/run_folder.md does not name {name}"
-    tables = page.split("## Tensors")[1].split("\n## ")[0]
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            assert {"fingerprint", "sha256"} <= set(opened.metadata())
-            for name in opened.keys():  # noqa: SIM118
-                told = re.sub(r".*\.(exp_avg\w*|step)", r"*.\1", name)
-                assert f"`{told}`" in tables, f"docs/run_folder.md does not name the tensor {name} of {file.name}"
-    assert {f.name for f in folder.glob("*.safetensors")} == {
-        "directions.safetensors", "baseline.safetensors", "walk.safetensors", "geometry.safetensors",
-    }  # fmt: skip
-    study = optuna.load_study(study_name="heretic", storage=storage_url("", folder))
-    for name in study.user_attrs:
-        assert (
-            f"`{name}`" in page
-            or f"`{name.rpartition(' ')[0]} N`" in page
-            or f"`{name.partition(' ')[0]} NAME`" in page
-        ), name
-    for trial in study.get_trials(deepcopy=False):
-        for name in trial.user_attrs:
-            assert f"| `{name}` |" in page, f"docs/run_folder.md does not name the attribute {name}"
-        for name in trial.user_attrs.get("scores", ()):
-            assert f"`{name}`" in page, f"docs/run_folder.md does not name the score {name}"
-
-
-def check_export(folder: Path) -> None:
-    page = PAGE.read_text(encoding="utf-8").split("## An exported model")[1]
-    for name in ("README.md", "manifest.json", "heretic/directions.safetensors"):
-        assert (folder / name).is_file() and f"`{name}`" in page

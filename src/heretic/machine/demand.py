@@ -28,7 +28,7 @@ FLOAT32 = 4
 # 0.29 GB for a first kernel (pytorch/pytorch pull request 86509), about 400 MB (issue 109888) and 426 MiB for PyTorch 2.10 on an
 # RTX 6000 Ada (unslothai/unsloth-zoo pull request 1053).
 CONTEXT = 512 * MIB
-# What Python and the libraries take of RAM before anything is loaded, pages of files aside: 380 MB measured (benchmarks/README.md).
+# What Python and the libraries take of RAM before anything is loaded, pages of files aside: 380 MB measured (dev/LOG.md).
 PROGRAM = 384 * MIB
 
 ACTIVATION_COPIES = 4  # gate, up, their product, and the residual stream with its norm

@@ -23,7 +23,7 @@ class Directions(Table):
         "it can give several. All but the first keep every prompt's residuals in RAM, prompts x layers x width x 4 bytes.",
         when=(
             "to study directions; on two small models none of the others beat the default by more than seeds differ "
-            '(benchmarks/README.md, "What each part brings").'
+            '(benchmarks/RESULTS.md, "Other settings").'
         ),
     )
     count: int = setting(

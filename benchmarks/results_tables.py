@@ -1,0 +1,374 @@
+"""Tables and captions of the documents, made from benchmarks/results/*.json; `results_page.py` puts them in."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from heretic.scoring.interval import wilson
+
+RESULTS = Path(__file__).parent / "results"
+QWEN, DEMO = "Qwen2.5-Coder-0.5B-Instruct", "Demo model (SmolLM2-135M-Instruct, guarded)"
+MODELS = {"qwen2.5-coder-0.5b-instruct": QWEN, "guarded-model": DEMO}
+SYSTEM_PROMPT = " --set 'system_prompt=You are a helpful assistant.'"
+# What all searches of quality.py, peer.py and versus_heretic.py change of the defaults.
+SHORT = "float32, 32 tokens (default 100), 10 startup trials (default 30; theirs 60), their system prompt"
+Report = Mapping[str, Any]
+Point = Mapping[str, Any]
+
+
+# 1. Tables
+
+
+@cache
+def read(name: str) -> Report:
+    """Return a result by its file's name without the ending."""
+    found: Report = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def table(rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table in Markdown; the first row is its head."""
+    head, *rest = (f"| {' | '.join(map(str, row))} |" for row in map(tuple, rows))
+    return "\n".join((head, "|" + "---|" * head.count(" | ") + "---|", *rest))
+
+
+def captioned(
+    rows: Iterable[Sequence[Any]], *files: str, settings: str, model: str = "", hardware: str = "", command: str = ""
+) -> str:
+    """Return a table and its caption: model, hardware, dates, commands, settings; from the files where not given."""
+    reports = [read(name) for name in files]
+    model = model or " and ".join(unique(MODELS[report["model"]] for report in reports))
+    hardware = hardware or " and ".join(unique(f"{r['machine']['cores']} cores of an {cpu(r)}" for r in reports))
+    commands = command or ", ".join(f"`{each}`" for each in unique(map(command_of, reports)))
+    days = sorted(report["date"][:10] for report in reports)
+    dates = " to ".join(unique((days[0], days[-1])))
+    names = ", ".join(f"`{name}.json`" for name in shortened(files))
+    text = f"{model}. {hardware}, {dates}. {commands}. Settings: {settings}. Data: {names}."
+    return f"{table(rows)}\n\n{wrapped(text)}"
+
+
+def wrapped(text: str) -> str:
+    """Return a caption in lines of 120 characters."""
+    return textwrap.fill(f"*{text}*", 120, break_long_words=False, break_on_hyphens=False)
+
+
+def shortened(files: Sequence[str]) -> list[str]:
+    """Return at most two names; for more the beginnings that they share."""
+    return list(files) if len(files) < 3 else unique(f"{name.partition('_')[0]}*" for name in files)
+
+
+def unique(values: Iterable[str]) -> list[str]:
+    """Return the values without repetitions, in their order."""
+    return list(dict.fromkeys(values))
+
+
+def cpu(report: Report) -> str:
+    """Return the processor's name."""
+    name: str = report["machine"]["cpu"]
+    return name.replace("(R)", "").replace(" Processor", "")
+
+
+def command_of(report: Report) -> str:
+    """Return the command without the place of its result, and with FOLDERS for a list of models."""
+    text = re.sub(r" --out \S+", "", report["command"]).replace(SYSTEM_PROMPT, "")
+    return re.sub(r"(--models)(?: \S+/trial-\d+)+", r"\1 FOLDERS", text).strip()
+
+
+# 2. Fronts
+
+
+def front(points: Sequence[Point]) -> str:
+    """Return the points that no other dominates, the fewest refusals first."""
+    best = [p for p in points if not any(dominates(q, p) for q in points)]
+    return ", ".join(f"{p['refusals']} at {p['kl']:.3f}" for p in sorted(best, key=lambda p: -p["kl"]))
+
+
+def dominates(one: Point, other: Point) -> bool:
+    """Return whether a point is as good in both values and better in one."""
+    a, b = (one["refusals"], one["kl"]), (other["refusals"], other["kl"])
+    return a != b and a[0] <= b[0] and a[1] <= b[1]
+
+
+def counted(count: int | None, total: int) -> str:
+    """Return a count with the 95 % interval (Wilson) of its share."""
+    if count is None:
+        return ""
+    low, high = wilson(count, total)
+    return f"{count} [{100 * low:.0f}-{100 * high:.0f}%]"
+
+
+def searched(file: str, seed: int, mark: str, label: str = "heretic") -> tuple[str, ...]:
+    """Return the row of a search of `free`, the default."""
+    report = read(file)
+    found = search(report, "free", seed)["fronts"][mark]
+    return (
+        str(seed),
+        f"{label}, {found['trials']}",
+        f"{found['seconds']:.0f} s",
+        *cells(report, found["points"], found),
+    )
+
+
+def folders(file: str, group: str, seed: int, trials: int, timed: str = "") -> tuple[str, ...]:
+    """Return the row of models that heretic-llm wrote; `timed` is the result of peer.py that holds its seconds."""
+    report = read(file)
+    points = [model for model in report["models"] if model["group"] == group]
+    seconds = [study["seconds_study"] for study in read(timed)["studies"] if study["seed"] == seed] if timed else []
+    took = f"{seconds[0]:.0f} s" if seconds else ""
+    return (str(seed), f"heretic-llm, {trials}", took, *cells(report, points, report["groups"][group]))
+
+
+def cells(report: Report, points: Sequence[Point], found: Report) -> list[str]:
+    """Return a front as three cells."""
+    return [front(points), counted(found["refusals_at_0.1"], report["of"]), f"{found['hypervolume']:.4f}"]
+
+
+def search(report: Report, method: str, seed: int) -> Report:
+    """Return the search of a method with a seed."""
+    found: Report = next(s for s in report["searches"] if (s["method"], s["seed"]) == (method, seed))
+    return found
+
+
+FRONT_HEAD = ("seed", "tool, trials", "search", "refusals at KL", "at KL ≤ 0.1", "hypervolume")
+
+
+DEMO_OPTIONS = "30 --model guarded-model --evaluation 37"
+COMMANDS = (
+    "`python benchmarks/quality.py ASSETS --methods free --count {}`, `python benchmarks/peer.py ASSETS --trials {}`"
+)
+
+
+def held_out() -> str:
+    """Return the fronts of Qwen on held-out prompts, beside heretic-llm."""
+    rows = [
+        FRONT_HEAD,
+        searched("quality_trials", 0, "10"),
+        searched("quality_trials", 0, "30"),
+        folders("quality_peer", "heretic-llm, 30 trials", 0, 30),
+        folders("quality_peer", "heretic-llm, 100 trials", 0, 100),
+        searched("quality_trials_10", 1, "10"),
+        folders("quality_folders", "heretic-llm, 30 trials, seed 1", 1, 30, "peer_30"),
+        searched("quality_trials_10", 2, "10"),
+        folders("quality_folders", "heretic-llm, 30 trials, seed 2", 2, 30, "peer_30"),
+    ]
+    files = ("quality_trials", "quality_trials_10", "quality_peer", "quality_folders", "peer_30", "peer")
+    return captioned(
+        rows, *files, hardware="A core of an AMD EPYC a search, two for heretic-llm's seed 0",
+        command=COMMANDS.format("10 30", "30"),
+        settings=f"{SHORT}; 50 + 50 held-out prompts, of which the original declines 21",
+    )  # fmt: skip
+
+
+def held_out_demo() -> str:
+    """Return the same for the guarded demo model."""
+    rows = [
+        FRONT_HEAD,
+        searched("quality_demo_trials", 0, "30"),
+        folders("quality_demo_trials", "heretic-llm, 30 trials, seed 0", 0, 30, "peer_demo_30"),
+        folders("quality_demo", "heretic-llm, 100 trials", 0, 100, "peer_demo"),
+        searched("quality_demo_trials", 1, "30"),
+        folders("quality_demo_trials", "heretic-llm, 30 trials, seed 1", 1, 30, "peer_demo_30"),
+    ]
+    return captioned(
+        rows, "quality_demo_trials", "quality_demo", "peer_demo_30", "peer_demo",
+        hardware="A core of an AMD EPYC a search", command=COMMANDS.format(DEMO_OPTIONS, DEMO_OPTIONS),
+        settings=f"{SHORT}; 37 + 37 held-out prompts, all declined before",
+    )  # fmt: skip
+
+
+def answers() -> str:
+    """Return how the chosen models of Qwen answer."""
+    rows: list[tuple[Any, ...]] = [
+        ("seed", "refusals", "harmless declined", "KL mean, median, p95, max", "loops", "perplexity")
+    ]
+    files = ("quality_trials", "quality_trials_10")
+    for found in (each for file in files for each in read(file)["searches"]):
+        point = next(p for p in list(found["fronts"].values())[-1]["points"] if "answers" in p)
+        kls = ", ".join(f"{point[key]:.3f}" for key in ("kl", "kl_median", "kl_p95", "kl_max"))
+        said = point["answers"]
+        loops, perplexity = (f"{said['harmful'][k]}, {said['harmless'][k]}" for k in ("loops", "perplexity"))
+        rows.append((found["seed"], counted(point["refusals"], 50), said["over_refusals"], kls, loops, perplexity))
+    return captioned(
+        rows, *files, hardware="A core of an AMD EPYC", command="`python benchmarks/quality.py ASSETS --methods free`",
+        settings=f"{SHORT}; answers of 64 tokens to 50 harmful, 50 harmless prompts",
+    )  # fmt: skip
+
+
+# Setting, and for each model: file and method, then those of the default if they are others.
+METHODS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ('search.start = "kernels"', ("quality_mixture_kernels", "kernels", "", "mixture"),
+     ("quality_demo_kernels", "kernels", "quality_demo_trials")),
+    ('search.gradient.direction = "mixture"',
+     ("quality_mixture_kernels quality_mixture", "mixture", "quality_free"), ()),
+    ('search.gradient.direction = "per_layer"', ("quality_free_per_layer", "per_layer"), ()),
+    ("search.gradient.listen = false", (), ("quality_demo_methods", "deaf")),
+    ('directions.method = "geometric_median"', ("quality_directions", "geometric_median"),
+     ("quality_demo_directions", "geometric_median")),
+    ('directions.method = "self_organising_map"', ("quality_directions", "map_3"), ()),
+    ("directions.iterative_rounds = 1", ("quality_directions", "rounds_1"), ()),
+    ("directions.iterative_rounds = 2", (), ("quality_demo_methods", "rounds_2")),
+    ("directions.project_harmless = false", (), ("quality_demo_methods", "unprojected")),
+    ('ablation.geometry = "plain"', (), ("quality_demo_methods", "plain")),
+    ("kl_tokens = 4", (), ("quality_demo_more", "kl_tokens_4")),
+)  # fmt: skip
+
+
+def methods() -> str:
+    """Return the hypervolumes of other settings and how far they are from the default's, seed by seed."""
+    rows: list[tuple[str, ...]] = [("setting", "Qwen2.5-Coder-0.5B", "demo model")]
+    files: list[str] = []
+    for setting, *sources in METHODS:
+        rows.append((f"`{setting}`", *(beside(*source) if source else "" for source in sources)))
+        files += [name for source in sources for name in " ".join((*source[:1], *source[2:3])).split()]
+    return captioned(
+        rows, *unique(files), hardware="One or two cores of an AMD EPYC or Intel Xeon",
+        command="`python benchmarks/quality.py ASSETS --methods free METHOD`",
+        settings=f"{SHORT}; two points, `search.gradient.weights=[0.25,1.5]`; the first three rows on Qwen 347 s, kernels "
+        "beside the mixture; kernels on the demo model 30 trials",
+    )  # fmt: skip
+
+
+def beside(files: str, method: str, reference: str = "", default: str = "free") -> str:
+    """Return hypervolumes by seed, each with its difference from the default's with the same seed."""
+    told = []
+    for file in files.split():
+        for found in read(file)["searches"]:
+            if found["method"] == method:
+                other = volume(search(read(reference or file), default, found["seed"]))
+                told.append(f"{volume(found):.4f} ({volume(found) - other:+.4f})")
+    return ", ".join(told)
+
+
+def volume(found: Report) -> float:
+    """Return the hypervolume at the end of a search."""
+    value: float = list(found["fronts"].values())[-1]["hypervolume"]
+    return value
+
+
+# 3. Times and memory
+
+
+def versus() -> str:
+    """Return the two tools taking turns on one machine."""
+    report = read("versus_heretic")
+    tools = ("ours", "theirs")
+    before = report["again"]["original"]
+
+    def of(key: str, form: str = "{:.1f} s") -> list[str]:
+        return [form.format(report[tool][key]) for tool in tools]
+
+    def points(markers: str) -> list[str]:
+        return [front([point[markers] for point in report["again"][tool]]) for tool in tools]
+
+    measured = [report["ours"]["seconds_trial_measured_median"], report["theirs"]["seconds_trial_median"]]
+    volumes = [report["comparison"][by]["hypervolume"] for by in ("our_markers", "their_markers")]
+    peaks = [f"{report[tool]['peak_gb_study']:.2f} / {report[tool]['peak_gb']:.2f} GB" for tool in tools]
+    rows = [
+        ("", "heretic", "heretic-llm 1.4.0"),
+        ("before the first trial", *of("seconds_start")),
+        ("a fully measured trial, median", *(f"{each:.1f} s" for each in measured)),
+        ("to the end of the study", *of("seconds_study")),
+        ("peak memory, study / with export", *peaks),
+        (f"refusals at KL, our phrases ({before['our_markers']['refusals']} before)", *points("our_markers")),
+        (f"refusals at KL, their phrases ({before['their_markers']['refusals']} before)", *points("their_markers")),
+        ("hypervolume, our / their phrases", *(" / ".join(f"{v[tool]:.3f}" for v in volumes) for tool in tools)),
+    ]
+    settings = f"30 trials (default 200), seed 0, {SHORT}; scored on the prompts of the study"
+    return captioned(rows, "versus_heretic", model=QWEN, settings=settings)
+
+
+def study() -> str:
+    """Return a whole study with answers of 32 and of 100 tokens."""
+    files = ("study", "study_100_tokens")
+    reports = [read(file) for file in files]
+
+    def row(name: str, told: Callable[[Report], str]) -> tuple[str, ...]:
+        return (name, *map(told, reports))
+
+    def trial(report: Report) -> str:
+        took = report["seconds_per_trial"]
+        return f"{took['trial']:.1f} s: {took['divergence']:.1f} s KL, {took['refusals']:.1f} s refusals"
+
+    rows = [
+        ("", "32 tokens an answer", "100 tokens an answer"),
+        row("the whole run", lambda r: f"{r['seconds_total']:.0f} s"),
+        row("a fully measured trial, median", trial),
+        row("pruned trials, of 30", lambda r: str(r["left_early"])),
+        row("estimated refusals off by, mean", lambda r: f"{r['surrogate_error']:.1f} of 50"),
+        row(
+            "peak memory: own / with mapped files",
+            lambda r: "{anonymous_peak_gb:.1f} / {resident_peak_gb:.1f} GB".format(**r["memory"]),
+        ),
+        row("refusals before", lambda r: f"{r['declined_before']} of 50"),
+        row(
+            "refusals after, exported model",
+            lambda r: "{refusals} of 50, KL {divergence[mean]:.3f}".format(**r["written"]),
+        ),
+    ]
+    return captioned(rows, *files, settings="float32, 30 trials, seed 0, 10 startup trials")
+
+
+def savings() -> str:
+    """Return what each saving in a trial brings."""
+    rows = [
+        (name, *(f"{way[k]:.2f}" for k in ("seconds_per_trial", "divergence", "refusals")), way["same_verdicts"])
+        for name, way in read("trial")["ways"].items()
+    ]
+    apart = max(way["kl_apart"] for way in read("trial")["ways"].values())
+    settings = f"random kernels, float32, 32 tokens; KL at most {apart:.1e} apart (relative)"
+    return captioned([("a trial", "seconds", "KL", "refusals", "same verdicts"), *rows], "trial", settings=settings)
+
+
+def residuals() -> str:
+    """Return the speed of capturing residuals."""
+    report = read("residuals")
+    rows = [(name, f"{each:.2f}", report["share_of_bare"][name]) for name, each in report["prompts_per_second"].items()]
+    head = ("pass", "prompts a second", "of the bare pass")
+    return captioned([head, *rows], "residuals", settings="float32, 100 prompts, last token, all layers")
+
+
+def busy() -> str:
+    """Return steps of the gradient search beside busy processes."""
+    report = read("busy_neighbors")
+    kinds = [(size, way) for size in ("small", "large") for way in ("default", "passive")]
+    found = {(r["workload"], r["waiting"], r["neighbors"]): r for r in report["rows"]}
+    rows = []
+    for count in (0, 1, 2):
+        each = [found[size, way, count] for size, way in kinds]
+        rows.append((count, *(f"{r['median']:.3f} ({r['min']:.3f}-{r['max']:.3f})" for r in each)))
+    head = ("busy neighbors", *(f"{size}, {way}" for size, way in kinds))
+    return captioned(
+        [head, *rows], "busy_neighbors", model="R" + report["model"][1:],
+        settings="two threads; seconds a step, median (least to most)",
+    )  # fmt: skip
+
+
+def llama_cpp() -> str:
+    """Return exported GGUF files in llama.cpp."""
+    files = ("llama_cpp", "llama_cpp_smollm2")
+    found = [read(file)["compared"] for file in files]
+    same = (
+        "prompts with the same token ids",
+        "answers that are the same, token for token",
+        "chats with the same answer",
+    )
+    worst = "largest difference of a log-probability"
+    rows = [
+        ("", "Qwen2.5-Coder-0.5B", "SmolLM2-135M"),
+        ("same token ids, answers, chats", *(f"{told(each, same)} of {each['prompts']}" for each in found)),
+        (worst, *(f"{each[worst]:.4f}" for each in found)),
+    ]
+    settings = f"`gguf_type=f32`, greedy answers of 32 tokens, xllamacpp {read(files[0])['xllamacpp']}"
+    command = "`python benchmarks/llama_cpp.py FILE.gguf PROMPTS.txt --llama LLAMA/bin/python`"
+    return captioned(rows, *files, model="Exports of two ablated models", command=command, settings=settings)
+
+
+def told(values: Report, keys: Sequence[str]) -> str:
+    """Return some values of a result."""
+    return ", ".join(str(values[key]) for key in keys)
