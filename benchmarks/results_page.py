@@ -38,7 +38,8 @@ def calculated_scale() -> str:
     """Return what a study of a 32B model costs."""
     text = (
         f"{CALCULATED} {scale.LARGE.name}, bfloat16. `python benchmarks/results_page.py scale`. Settings: the defaults, all rows "
-        "in one batch, no row or trial ends early, loading at 2 GB/s. Ranges: from the floor to half of its speed."
+        "in one batch, no row or trial ends early, loading at 2 GB/s. Ranges: from the floor to half of its speed. Sources: "
+        f"{'; '.join(device.source for device in scale.DEVICES)}."
     )
     return f"{tables.table(scale.rows())}\n\n{tables.wrapped(text)}"
 

@@ -15,7 +15,7 @@ from heretic.settings.layers import resolve
 from tests.docs.pages import PAGES, ROOT
 from tests.machine.shapes import gpus
 
-HEADED = re.compile(r"^#+ (\d+B) on (\d) x (\d+) GiB\n(?:(?!#|```).*\n)*```toml\n(.*?)^```", re.M | re.S)
+HEADED = re.compile(r"^#+ (\d+B) on (\d) x (\d+) GiB\n(?:(?!#|```)[^\n]*\n)*```toml\n(.*?)^```", re.M | re.S)
 FOUND = [match for page in PAGES for match in HEADED.findall(page.read_text(encoding="utf-8"))]
 
 
