@@ -252,7 +252,7 @@ def check_seal(path: Path) -> None:
     if seal and given != f"{hashlib.sha256(text).hexdigest()}{AFTER_SEAL}\n".encode():
         raise UserError(
             f"{path.name} is not what heretic wrote: it is damaged or was edited.",
-            code="file-changed",
+            code="hash-mismatch",
             where=str(path),
             fix="restore it from a copy; to keep your edit, delete its last line, which holds the hash of the other lines",
         )

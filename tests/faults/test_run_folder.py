@@ -117,7 +117,7 @@ def test_the_settings(
     file.write_bytes(kept.replace(b"n_trials = 1 ", b"n_trials = 3 "))
     for command in (["status"], ["run"], ["report"], ["export", "-o", "out"], ["directions", "-o", "d.safetensors"]):
         said = heretic(capsys, monkeypatch, *command, "mine")
-        assert said.status == 1 and said.code == "file-changed" and "config.toml" in said.err, command
+        assert said.status == 1 and said.code == "hash-mismatch" and "config.toml" in said.err, command
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
     told = json.loads(heretic_json(capsys, monkeypatch, "status", "mine", "--json"))
     assert told["n_trials"] == 3, "a change by hand cannot be made good"
