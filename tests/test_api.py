@@ -75,9 +75,9 @@ def test_what_a_user_can_do_wrong(llama: Path, given: dict[str, Any]) -> None:
     with load(str(llama), **given) as lab:
         with raises("unknown-component"):
             lab.ablation(router=1.0)
-        with raises("strengths-length-mismatch"):
+        with raises("shape-mismatch"):
             lab.ablation(mlp=[1, 1, 1])
-        with raises("directions-shape-mismatch"):
+        with raises("shape-mismatch"):
             lab.directions = torch.randn(4, 31)
         with raises("trial-not-found"):
             lab.trial(7)

@@ -103,7 +103,7 @@ def test_runs_folder_that_cannot_be_written(command: Command, config: Path) -> N
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everywhere")
 def test_runs_folder_that_cannot_be_read(command: Command) -> None:
     Path("runs").mkdir(mode=0o300)
-    assert command("status", status=1).code == "runs-unreadable"
+    assert command("status", status=1).code == "unreadable-file"
 
 
 def test_storage_that_cannot_be_opened(command: Command, config: Path) -> None:

@@ -52,7 +52,7 @@ def test_what_cannot_be_shared_is_said_before_anything_is_loaded(llama: Path, mo
     check(checkpoint, Settings())
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    with raises("tensor-parallel-uneven") as refused:
+    with raises("tensor-parallel-unsupported") as refused:
         check(checkpoint, Settings())
     assert "4 attention heads" in refused.value.what and "2 key-value heads" in refused.value.what
     assert refused.value.fix == "--nproc-per-node 2"

@@ -165,14 +165,14 @@ def test_another_base_is_refused_unless_forced(out: Path, llama: Path, tmp_path:
     tensors = load_file(moved / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, moved / "model.safetensors", metadata={"format": "pt"})
-    with raises("base-model-mismatch") as refused:
+    with raises("manifest-mismatch") as refused:
         again(out, base=str(moved))
     assert "model.safetensors" in refused.value.what and "--base" in str(refused.value.fix)
     assert refused.value.where == str(moved) and not Path("again").exists()
     found = again(out, None, base=str(moved), force=True)
     assert found.verdict == "different" and any("model.safetensors" in c for c in found.changed)
     (moved / "config.json").write_text((moved / "config.json").read_text().replace('"rms_norm_eps"', '"other"'))
-    with raises("base-model-mismatch") as refused:
+    with raises("manifest-mismatch") as refused:
         again(out, base=str(moved))
     assert "config.json" in refused.value.what
 

@@ -11,7 +11,7 @@ import optuna
 import pytest
 import torch
 
-from heretic.errors import StudyMismatch, UserError
+from heretic.errors import StudyMismatch
 from heretic.later import evaluate_model
 from heretic.model.checkpoint import open_checkpoint
 from heretic.progress import SILENT
@@ -137,9 +137,9 @@ def test_damaged_files_of_a_run_are_made_anew(config: Path) -> None:
 def test_the_destination_of_another_is_left_alone(config: Path) -> None:
     Path("out").mkdir()
     Path("out/precious.txt").write_text("mine")
-    with pytest.raises(UserError) as refused:
+    with raises("preflight-failed") as refused:
         do(config, "save_to=out")
-    assert refused.value.where == "preflight: export" and str(Path("out").resolve()) in refused.value.what
+    assert refused.value.where == "preflight: export" and "out" in refused.value.what
     assert Path("out/precious.txt").read_text() == "mine"
     shutil.rmtree("out")
     do(config, "n_trials=2", "save_to=out")

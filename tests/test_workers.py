@@ -145,12 +145,12 @@ def test_a_model_for_several_gpus_has_no_workers() -> None:
     inputs: Any = SimpleNamespace(
         checkpoint=large, prompts=SimpleNamespace(longest=600), plan=SimpleNamespace(dtypes=["bfloat16"])
     )
-    with raises("model-too-large-for-workers"):
+    with raises("too-many-workers"):
         require_room(Settings(), inputs, cards, 4)
     require_room(Settings(quantization="bnb_4bit"), inputs, cards, 4)
     require_room(Settings(), inputs, imagined_gpus("2x80GiB"), 2)
     full = replace(cards[0], free=GIB)
-    with raises("model-too-large-for-workers"):
+    with raises("too-many-workers"):
         require_room(Settings(quantization="bnb_4bit"), inputs, (*cards, full), 5)
     with raises("conflicting-settings"):
         require_room(Settings(max_memory={"0": "10GiB"}), inputs, imagined_gpus("2x80GiB"), 2)
@@ -164,5 +164,5 @@ def test_workers_without_gpus_share_the_ram(monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.setattr("heretic.machine.host.memory", lambda: (8 * GIB, 8 * GIB))
     require_room(Settings(), inputs, (), 2)
-    with raises("model-too-large-for-workers"):
+    with raises("too-many-workers"):
         require_room(Settings(), inputs, (), 8)

@@ -137,7 +137,7 @@ class Lab:
         if tuple(vectors.shape) != wanted:
             raise UserError(
                 f"The directions have shape {tuple(vectors.shape)}, but this model needs {wanted}.",
-                code="directions-shape-mismatch",
+                code="shape-mismatch",
                 fix="pass one vector of the hidden size for each layer",
             )
         self._own = Directions(torch.nn.functional.normalize(vectors.float(), dim=-1))
@@ -172,7 +172,7 @@ class Lab:
             if len(profile) != self.num_layers:
                 raise UserError(
                     f"{component} has {len(profile)} strengths, but the model has {self.num_layers} layers.",
-                    code="strengths-length-mismatch",
+                    code="shape-mismatch",
                     fix="pass one number, or one number for each layer",
                 )
             profiles[component] = profile

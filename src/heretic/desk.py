@@ -130,7 +130,7 @@ class Desk:
         if picked is None:
             raise UserError(
                 "The run has no finished trial yet.",
-                code="no-finished-trial",
+                code="trial-not-found",
                 where=str(self.folder.path),
                 fix=f"continue it: heretic run {self.folder.path}",
             )

@@ -268,7 +268,7 @@ def make_folder(path: Path, what: str, *, fix: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        text = f"{what} cannot be created: {error.strerror or error}."
+        text = f"{what} cannot be made: {error.strerror or error}."
         raise UserError(text, code="folder-unwritable", where=str(path), fix=fix) from None
 
 

@@ -113,7 +113,7 @@ def talk(desk: Desk, trial: int | None, tokens: int) -> tuple[Result, Said]:
         if room < 1:
             raise UserError(
                 f"The conversation has {len(encoded)} tokens, more than the model's context.",
-                code="conversation-too-long",
+                code="prompt-too-long",
                 fix="start a new one: /new",
             )
         with session.applied(*[ablation] * ablated):

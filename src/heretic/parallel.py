@@ -103,7 +103,7 @@ def check(checkpoint: Checkpoint, settings: Settings) -> None:
         fitting = [n for n in range(2, 65) if all(not isinstance(v, int) or v % n == 0 for v in parts.values())]
         raise UserError(
             f"{' and '.join(odd)} of {checkpoint.model} cannot be divided evenly among {processes} processes.",
-            code="tensor-parallel-uneven",
+            code="tensor-parallel-unsupported",
             where=where,
             fix=f"--nproc-per-node {' or '.join(map(str, fitting))}" if fitting else 'device_map = "balanced" instead',
         )

@@ -117,7 +117,7 @@ def reproduce(
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
             f"The base model differs from the manifest's: {'; '.join(changed[:3])}{more}.",
-            code="base-model-mismatch",
+            code="manifest-mismatch",
             where=str(checkpoint.folder),
             fix="name the right one with --base, or rebuild from this one anyway with --force",
         )

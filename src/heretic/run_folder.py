@@ -195,7 +195,7 @@ def find_run(name: str, runs_dir: str) -> RunFolder:
     if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
         raise UserError(
             "The folder of runs cannot be read.",
-            code="runs-unreadable",
+            code="unreadable-file",
             where=str(root.resolve()),
             fix="check its permissions",
         )

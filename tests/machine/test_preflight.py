@@ -96,7 +96,7 @@ def test_defects_are_not_hidden() -> None:
 
 def test_wrong_device_is_a_failure() -> None:
     report = run(device_map="cuda:3")
-    assert report.exit_status == 1 and "cuda:3" in texts(report) and "there is: cpu" in texts(report)
+    assert report.exit_status == 1 and "cuda:3" in texts(report) and "one of: cpu" in texts(report)
 
 
 def test_the_painful_run_is_spread_over_four_gpus(machine: Callable[..., None]) -> None:

