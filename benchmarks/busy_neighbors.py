@@ -47,7 +47,7 @@ def main() -> None:
         return
     from common import head, write
 
-    from heretic.openmp import CHOICES, PASSIVE
+    from heretic.hardware.openmp import CHOICES, PASSIVE
 
     plain = {k: v for k, v in os.environ.items() if k not in CHOICES} | {"OMP_NUM_THREADS": str(THREADS)}
     rows = []
@@ -122,15 +122,15 @@ def measure(folder: Path, name: str, budget: float) -> list[float]:
 
     from heretic.ablation.ablation import Workbench
     from heretic.ablation.directions import Directions
+    from heretic.interrupt import Stop
     from heretic.model.batching import Batcher
     from heretic.model.checkpoint import open_checkpoint
     from heretic.model.loading import load
     from heretic.progress import SILENT
-    from heretic.scoring.loss import Objective
-    from heretic.scoring.taught import Taught, log_probs_at
-    from heretic.search.gradient import Descent, State
+    from heretic.scoring.gradient_loss import Objective
+    from heretic.scoring.teacher_forcing import Taught, log_probs_at
+    from heretic.search.path_optimizer import Descent, State
     from heretic.settings import GradientSettings
-    from heretic.stop import Stop
 
     assert torch.get_num_threads() == THREADS
     model = load(open_checkpoint(str(folder)), ["float32"], {})

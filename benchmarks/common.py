@@ -14,15 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from heretic.doctor import now, versions
-from heretic.machine.gpus import gpus_here
-from heretic.prepare import look
+from heretic.hardware.gpus import gpus_here
+from heretic.interrupt import Stop
+from heretic.pipeline.prepare import look
 from heretic.progress import SILENT
-from heretic.run_folder import RunFolder
-from heretic.search.standing import StudyWatcher
-from heretic.session import Session, open_session
-from heretic.settings.layers import resolve
-from heretic.stop import Stop
+from heretic.runs.environment import now, versions
+from heretic.runs.folder import RunFolder
+from heretic.search.summary import StudyWatcher
+from heretic.session.session import Session, open_session
+from heretic.settings.sources import resolve
 
 ROLES = ("harmful_train", "harmless_train", "harmful_eval", "harmless_eval")
 RESULTS = Path(__file__).parent / "results"

@@ -27,13 +27,14 @@ from tiny_families import families, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig, PreTrainedModel
 
 from heretic.ablation.ablation import Ablation, Workbench
-from heretic.ablation.attach import attach
+from heretic.ablation.apply import attach
 from heretic.ablation.bake import copies, from_checkpoint, rewrite
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import GEOMETRIES, Operator
 from heretic.errors import UserError, first_line
 from heretic.export.save import plan_edits, write_weights
-from heretic.model.anatomy import Anatomy, first_tensor
+from heretic.interrupt import Stop
+from heretic.model.architecture import Anatomy, first_tensor
 from heretic.model.batching import Batcher, Edited
 from heretic.model.capture import last_token_residuals
 from heretic.model.checkpoint import open_checkpoint
@@ -41,7 +42,6 @@ from heretic.model.decoding import decode, decoded_by_generate
 from heretic.model.forward import next_token_log_probs
 from heretic.model.loading import LanguageModel, load
 from heretic.progress import SILENT
-from heretic.stop import Stop
 
 PROMPTS = [[5, 9, 17], [7, 8, 11, 60, 3, 22, 41, 33, 9, 10, 12, 13], [40, 41], [21, 22, 23, 24, 25]]
 SAME = 2e-3  # of what the edit itself moves

@@ -13,9 +13,9 @@ import torch
 
 from heretic.model.batching import Batch
 from heretic.model.decoding import decode
-from heretic.scoring.evasion import LOOP, repetition
-from heretic.scoring.taught import Taught, log_probs_at
-from heretic.session import Bench
+from heretic.scoring.judges.evasion import LOOP, repetition
+from heretic.scoring.teacher_forcing import Taught, log_probs_at
+from heretic.session.session import Bench
 
 TOKENS = 64
 PROMPTS_AT_ONCE = 4  # log-probabilities over the vocabulary exist for so many answers at a time

@@ -30,22 +30,25 @@ from rich.console import Console
 from versus_heretic import hypervolume
 
 from heretic.ablation.ablation import Ablation, Workbench
+from heretic.cli.ui.console import Plain
 from heretic.errors import UserError
-from heretic.later import open_bench
+from heretic.interrupt import Stop
 from heretic.model.batching import AS_IT_IS, Batcher, Edited
 from heretic.model.loading import LanguageModel
-from heretic.prepare import look
+from heretic.pipeline.actions import open_bench
+from heretic.pipeline.gradient_search import find_walk
+from heretic.pipeline.prepare import look
+from heretic.pipeline.trials import Trials
 from heretic.prompts import load as load_prompts
-from heretic.run_folder import RunFolder
-from heretic.savings import with_savings
+from heretic.runs.folder import RunFolder
 from heretic.scoring.divergence import measure_divergence
-from heretic.scoring.ladder import Ladder, Measured, Scores
+from heretic.scoring.evaluator import Ladder, Measured, Scores
 from heretic.scoring.refusals import count_refusals
-from heretic.scoring.taught import Taught
-from heretic.screen.console import Plain
-from heretic.search.front import Result, front, results
+from heretic.scoring.teacher_forcing import Taught
+from heretic.search.pareto import Result, front, results
 from heretic.search.study import finished, optimise
-from heretic.session import (
+from heretic.session.caching import with_savings
+from heretic.session.session import (
     Bench,
     Session,
     directions_of,
@@ -55,10 +58,7 @@ from heretic.session import (
     workbench_of,
 )
 from heretic.settings import PromptSource
-from heretic.settings.layers import resolve
-from heretic.stop import Stop
-from heretic.strengths import find_walk
-from heretic.trials import Trials
+from heretic.settings.sources import resolve
 
 METHODS: dict[str, dict[str, Any]] = {
     "kernels": {"search.start": "kernels"},

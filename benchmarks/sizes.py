@@ -14,13 +14,13 @@ from pathlib import Path
 
 from scale import DEVICES, LARGE, Shape, seconds
 
-from heretic.machine.devices import Device
-from heretic.machine.imagined import imagined_gpus
-from heretic.machine.memory_plan import MemoryPlan, plan_for
-from heretic.machine.preflight import USUAL_PROMPT
-from heretic.machine.workload import Workload
+from heretic.hardware.devices import Device
+from heretic.hardware.virtual_gpus import imagined_gpus
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.tensor_info import TensorInfo
+from heretic.planning.memory_plan import MemoryPlan, plan_for
+from heretic.planning.preflight import USUAL_PROMPT
+from heretic.planning.workload import Workload
 from heretic.settings import Settings
 
 SHAPES = {

@@ -21,8 +21,8 @@ from typing import Any
 from common import head, options, prompt_settings, write
 from memory import watched
 
-from heretic.search.front import Result, choose, front
-from heretic.status import look_at
+from heretic.runs.status import look_at
+from heretic.search.pareto import Result, choose, front
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ import optuna
 from common import head, opened, options, write
 
 from heretic.ablation.ablation import Ablation
-from heretic.savings import trials_that_pay, with_savings
-from heretic.scoring.ladder import Ladder, Scores
-from heretic.session import Session
+from heretic.scoring.evaluator import Ladder, Scores
+from heretic.session.caching import trials_that_pay, with_savings
+from heretic.session.session import Session
 
 Way = Callable[[Session], tuple[Ladder, bool, int]]  # ladder, whether beginnings are shared, trials in a pass
 

@@ -34,9 +34,9 @@ from heretic_llm import Line, Point, clock_of, first_match, median
 from study import point
 from turns import Job, take_turns
 
-from heretic.search.front import front
+from heretic.runs.status import look_at
 from heretic.search.hypervolume import growth
-from heretic.status import look_at
+from heretic.search.pareto import front
 
 SYSTEM_PROMPT = "You are a helpful assistant."  # heretic-llm's default; both get it
 STARTUP_TRIALS = 10

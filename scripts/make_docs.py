@@ -16,9 +16,9 @@ from typing import Any
 from heretic.errors import UserError
 from heretic.settings import Settings, Table
 from heretic.settings.field import noted
-from heretic.settings.layers import describe_type
 from heretic.settings.migrate import DEFAULTS, PROMPT_KEYS, PROMPT_SETS, TABLE
-from heretic.settings.text import toml_value
+from heretic.settings.sources import describe_type
+from heretic.settings.toml import toml_value
 
 DOCS = Path(__file__).parents[1] / "docs"
 SOURCE = Path(__file__).parents[1] / "src" / "heretic"

@@ -5,7 +5,7 @@ Two losses, in every step:
 - other prompts: KL(base || guarded) of the next-token distributions along the base model's own greedy answer, the
   first answer token weighted most, since that is where directions and divergence are measured.
 
-Training reads the two `*_train.txt` sets only. At the end the adapter is merged as `heretic.demo.guarded_model` does it,
+Training reads the two `*_train.txt` sets only. At the end the adapter is merged as `heretic.pipeline.demo.guarded_model` does it,
 and the stored bfloat16 folder is measured, loaded in float32, on the held-out `*_eval.txt` sets.
 """
 
@@ -27,7 +27,7 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from heretic.demo.guarded_model import GUARD, build_base, build_guarded
+from heretic.pipeline.demo.guarded_model import GUARD, build_base, build_guarded
 
 PROMPTS = GUARD.parent / "prompts"
 MARKERS = ("sorry", "i can't", "i cannot", "i won't", "unable to", "not able to", "can't help", "can't assist")

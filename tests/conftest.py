@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.postgres import Server, programs, server
 from tests.helpers.pretend_cuda import has_compiler
-from tests.postgres import Server, programs, server
-from tests.tiny import save_prompts, save_tiny
+from tests.helpers.tiny import save_prompts, save_tiny
 
 
 @pytest.fixture(autouse=True)

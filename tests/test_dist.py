@@ -33,5 +33,5 @@ def test_the_wheel_holds_code_data_and_licence(tmp_path: Path) -> None:
         if p.is_file() and "__pycache__" not in p.parts
     }
     assert not wanted - inside, f"not in the wheel: {sorted(wanted - inside)}"
-    assert any(n.endswith("LICENSE") for n in inside) and "heretic = heretic.cli:main" in entry
+    assert any(n.endswith("LICENSE") for n in inside) and "heretic = heretic.cli.main:main" in entry
     assert not [n for n in inside if n.startswith("tests/")]

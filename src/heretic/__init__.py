@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from heretic.ablation.ablation import Ablation
     from heretic.ablation.directions import Directions
-    from heretic.ablation.kernel import Kernel
-    from heretic.api import Lab, load, study
+    from heretic.ablation.strength_kernel import Kernel
     from heretic.errors import UserError
-    from heretic.scoring.ladder import Scores
+    from heretic.pipeline.api import Lab, load, study
+    from heretic.scoring.evaluator import Scores
 
 __version__ = "0.1.0"
 __all__ = ["Ablation", "Directions", "Kernel", "Lab", "Scores", "UserError", "__version__", "load", "study"]
@@ -23,19 +23,19 @@ __all__ = ["Ablation", "Directions", "Kernel", "Lab", "Scores", "UserError", "__
 _HOMES = {
     "Ablation": "heretic.ablation.ablation",
     "Directions": "heretic.ablation.directions",
-    "Kernel": "heretic.ablation.kernel",
-    "Lab": "heretic.api",
-    "Scores": "heretic.scoring.ladder",
+    "Kernel": "heretic.ablation.strength_kernel",
+    "Lab": "heretic.pipeline.api",
+    "Scores": "heretic.scoring.evaluator",
     "UserError": "heretic.errors",
-    "load": "heretic.api",
-    "study": "heretic.api",
+    "load": "heretic.pipeline.api",
+    "study": "heretic.pipeline.api",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'heretic' has no attribute {name!r}")
-    from heretic.openmp import wait_passively
+    from heretic.hardware.openmp import wait_passively
 
     wait_passively()
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,6 +1,6 @@
 """`python -m heretic` is the command `heretic`."""
 
-from heretic.cli import main
+from heretic.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""What the work tells whoever watches it; `heretic.screen` shows it, everything else only calls it."""
+"""What the work tells whoever watches it; `heretic.cli.ui` shows it, everything else only calls it."""
 
 from __future__ import annotations
 

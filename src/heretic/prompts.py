@@ -174,7 +174,7 @@ def _read(source: PromptSource, columns: Sequence[str], key: str) -> _Found:
 
 def bundled_names() -> list[str]:
     """Names of the sets that ship with the package."""
-    folder = resources.files("heretic") / "demo" / "prompts"
+    folder = resources.files("heretic") / "data" / "prompts"
     return sorted(f.name.removesuffix(".txt") for f in folder.iterdir() if f.name.endswith(".txt"))
 
 
@@ -186,7 +186,7 @@ def _bundled(name: str, key: str) -> list[str]:
             where=f"{key}.source" if key else None,
             fix="one of: " + ", ".join(bundled_names()),
         )
-    text = (resources.files("heretic") / "demo" / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
+    text = (resources.files("heretic") / "data" / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
     return _lines(text)
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from heretic.ablation.cleanup import without_mean
 from heretic.ablation.directions import Directions, between, made_unit, orthonormal
-from heretic.ablation.harmless import without_mean
 from heretic.ablation.methods.mean_difference import mean_difference
 from heretic.files import read_tensors, write_tensors
 from heretic.model.capture import ResidualMeans
 from heretic.progress import SILENT
-from heretic.run_folder import RunFolder
+from heretic.runs.folder import RunFolder
 from tests.helpers.errors import raises
 
 

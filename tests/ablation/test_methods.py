@@ -10,7 +10,7 @@ import torch
 from heretic.ablation.directions import made_unit
 from heretic.ablation.methods import METHODS
 from heretic.ablation.methods.geometric_median import geometric_median, median
-from heretic.ablation.methods.self_organising_map import self_organising_map, trained
+from heretic.ablation.methods.self_organizing_map import self_organising_map, trained
 from heretic.model.capture import ResidualMeans
 from heretic.settings.ablation import GIVE_ONE, DirectionMethod, Directions
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import typer
 
-from heretic.cli import shorthand
-from heretic.commands.app import app
+from heretic.cli.main import shorthand
+from heretic.cli.options import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])

@@ -16,7 +16,7 @@ else:
     import tomli as tomllib
 
 from heretic.errors import SettingsError
-from heretic.settings.layers import resolve
+from heretic.settings.sources import resolve
 from tests.docs.pages import (
     NOW,
     PAGES,

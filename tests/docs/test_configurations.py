@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from heretic.machine.memory_plan import plan_for
-from heretic.machine.preflight import USUAL_PROMPT
-from heretic.machine.workload import Workload
-from heretic.settings.layers import resolve
+from heretic.planning.memory_plan import plan_for
+from heretic.planning.preflight import USUAL_PROMPT
+from heretic.planning.workload import Workload
+from heretic.settings.sources import resolve
 from tests.docs.pages import PAGES, ROOT
-from tests.machine.shapes import gpus
+from tests.helpers.shapes import gpus
 
 HEADED = re.compile(r"^#+ (\d+B) on (\d) x (\d+) GiB\n(?:(?!#|```)[^\n]*\n)*```toml\n(.*?)^```", re.M | re.S)
 FOUND = [match for page in PAGES for match in HEADED.findall(page.read_text(encoding="utf-8"))]

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from tests.command import heretic
 from tests.docs.pages import ROOT
+from tests.helpers.command import heretic
 
 ELSEWHERE = {  # what cannot be run here in seconds, and where it is run
-    "heretic benchmark RUN --tasks NAMES": "tests/scoring/test_benchmark.py",
-    "heretic demo": "tests/demo/test_guarded_model.py",
+    "heretic benchmark RUN --tasks NAMES": "tests/pipeline/test_benchmark.py",
+    "heretic demo": "tests/pipeline/demo/test_guarded_model.py",
 }
 NOT_DONE = {"heretic upload DIR user/name": "HF_HUB_OFFLINE"}  # named in its message
 KEYS = """

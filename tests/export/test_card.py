@@ -11,8 +11,8 @@ from huggingface_hub import metadata_load
 from heretic.errors import UserError
 from heretic.export.base_card import BaseCard, read_base_card
 from heretic.export.card import TAGS, card
-from heretic.export.job import Written
 from heretic.export.markdown import code, escape, is_url
+from heretic.export.request import Written
 
 HOSTILE = "# Head\n---\nbase_model: evil/x\n</td><script>alert(1)</script> [click](https://evil.example) | a | `b` *c* ![](http://e)"
 

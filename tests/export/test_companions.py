@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from heretic.errors import UserError
 from heretic.export.companions import add_terms_and_template, copied_files, copy_companions, find_companions
 from heretic.files import sha256
-from tests.tiny import TEMPLATE, tiny_tokenizer
+from tests.helpers.tiny import TEMPLATE, tiny_tokenizer
 
 
 @pytest.fixture

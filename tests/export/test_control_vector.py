@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from heretic.interrupt import Stop
+from heretic.pipeline.run import run
 from heretic.progress import SILENT
-from heretic.run import run
-from heretic.settings.layers import resolve
-from heretic.stop import Stop
-from tests.command import heretic
+from heretic.settings.sources import resolve
+from tests.helpers.command import heretic
 
 
 @pytest.fixture

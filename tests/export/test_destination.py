@@ -12,8 +12,8 @@ from heretic.errors import UserError
 from heretic.export import destination
 from heretic.export.destination import check_destination, check_unchanged, partial_folder, settle
 from heretic.files import sha256
+from heretic.interrupt import Stop
 from heretic.progress import SILENT
-from heretic.stop import Stop
 
 
 def export(folder: Path, files: dict[str, str]) -> Path:

@@ -15,19 +15,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from heretic.errors import VerificationFailed
 from heretic.export import destination, save
 from heretic.export.export import plan_export
+from heretic.interrupt import Stop
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import LanguageModel, load
+from heretic.pipeline.run import Outcome, run
 from heretic.progress import SILENT
-from heretic.run import Outcome, run
-from heretic.run_folder import RunFolder
+from heretic.runs.folder import RunFolder
 from heretic.scoring.divergence import Divergence
-from heretic.scoring.ladder import Scores
-from heretic.search.front import Result
-from heretic.settings.layers import resolve
-from heretic.stop import Stop
-from tests.export.tiny_gguf import save_tiny_gguf
+from heretic.scoring.evaluator import Scores
+from heretic.search.pareto import Result
+from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
-from tests.tiny import MIXED, save_tiny
+from tests.helpers.tiny import MIXED, save_tiny
+from tests.helpers.tiny_gguf import save_tiny_gguf
 
 
 def do(config: Path, model: Path, *assignments: str) -> Outcome:

@@ -8,7 +8,7 @@ import pytest
 
 from heretic.export.formats import FORMATS
 from heretic.settings import ExportFormat
-from tests.command import heretic
+from tests.helpers.command import heretic
 
 
 def test_the_settings_know_every_format() -> None:

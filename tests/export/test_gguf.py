@@ -22,18 +22,18 @@ from heretic.errors import Interrupted, UserError, VerificationFailed
 from heretic.export.export import Export
 from heretic.export.gguf import INSTALL, convert, converter, quantizer, require
 from heretic.export.gguf_check import check_file, same
-from heretic.export.job import Order, Written
+from heretic.export.request import Order, Written
 from heretic.export.save import TensorEdit
+from heretic.interrupt import Stop
 from heretic.model.checkpoint import open_checkpoint
+from heretic.pipeline.reproduce import reproduce
+from heretic.pipeline.run import run
 from heretic.progress import SILENT
-from heretic.reproduce import reproduce
-from heretic.run import run
 from heretic.settings import Settings
-from heretic.settings.layers import resolve
-from heretic.stop import Stop
-from tests.command import heretic
-from tests.export import stand_in
-from tests.tiny import save_tiny, tiny_model
+from heretic.settings.sources import resolve
+from tests.helpers import stand_in_converter as stand_in
+from tests.helpers.command import heretic
+from tests.helpers.tiny import save_tiny, tiny_model
 
 SCRIPT = Path(stand_in.__file__)
 

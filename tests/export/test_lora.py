@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 from heretic.ablation.operator import Operator, norm_preserving, study_weight
 from heretic.export.lora import change_of
 from heretic.export.save import TensorEdit
+from heretic.interrupt import Stop
+from heretic.pipeline.run import Outcome, run
 from heretic.progress import SILENT, Silent
-from heretic.run import Outcome, run
-from heretic.settings.layers import resolve
-from heretic.stop import Stop
+from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
-from tests.tiny import save_tiny
+from tests.helpers.tiny import save_tiny
 
 STRONG = ("search.attention.max_weight=[1.4, 1.5]", "search.mlp.max_weight=[1.4, 1.5]")
 

@@ -11,11 +11,11 @@ from huggingface_hub import metadata_load
 
 from heretic.export.card import share
 from heretic.export.manifest import settings_of
+from heretic.interrupt import Stop
+from heretic.pipeline.run import run
 from heretic.progress import SILENT
-from heretic.run import run
-from heretic.settings.layers import resolve
-from heretic.stop import Stop
-from tests.command import heretic
+from heretic.settings.sources import resolve
+from tests.helpers.command import heretic
 from tests.helpers.errors import raises
 
 CARD = """---
@@ -51,7 +51,7 @@ def test_the_same_study_from_a_manifest(
     config.unlink()
     monkeypatch.setattr("sys.argv", ["heretic", "config", "--from-manifest", "out/manifest.json"])
     with pytest.raises(SystemExit):
-        from heretic import cli
+        from heretic.cli import main as cli
 
         cli.main()
     Path("again.toml").write_text(capsys.readouterr().out)

@@ -12,17 +12,17 @@ from safetensors.torch import load_file, save_file
 from heretic.ablation.operator import Operator
 from heretic.errors import VerificationFailed
 from heretic.export.full import rewritten
-from heretic.export.job import Order
+from heretic.export.request import Order
 from heretic.export.save import plan_edits, write_weights
 from heretic.export.spot_check import check_edits, expectation
-from heretic.machine.memory_plan import LoadPlan
+from heretic.interrupt import Stop
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import load
+from heretic.planning.memory_plan import LoadPlan
 from heretic.progress import SILENT
 from heretic.settings import Settings
-from heretic.stop import Stop
 from tests.helpers.errors import raises
-from tests.tiny import save_tiny
+from tests.helpers.tiny import save_tiny
 
 FAMILIES = ["qwen2", "gpt2", "gemma3", "mixtral", "gpt_oss"]
 

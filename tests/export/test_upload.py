@@ -13,13 +13,13 @@ import pexpect
 import pytest
 from huggingface_hub import constants
 
+from heretic.interrupt import Stop
+from heretic.pipeline.run import run
 from heretic.progress import SILENT
-from heretic.run import run
-from heretic.settings.layers import resolve
-from heretic.stop import Stop
-from tests.command import Ran, heretic
-from tests.export.hub import TOKEN, Hub, Repository, running
-from tests.tiny import save_tiny
+from heretic.settings.sources import resolve
+from tests.helpers.command import Ran, heretic
+from tests.helpers.hub import TOKEN, Hub, Repository, running
+from tests.helpers.tiny import save_tiny
 
 
 @pytest.fixture

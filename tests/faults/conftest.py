@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from heretic.doctor import versions
+from heretic.runs.environment import versions
 
 # Long files come first, but for a short one: the third is given to the worker that has the longest, as soon as it begins.
 ORDER = ("killed", "storm", "secrets", "hostile", "steps", "memory", "load", "disks", "same", "beside", "run_folder")

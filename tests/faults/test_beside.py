@@ -13,14 +13,14 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from heretic.errors import UserError
+from heretic.interrupt import Stop
+from heretic.pipeline.run import run
 from heretic.progress import SILENT
-from heretic.run import run
-from heretic.search.front import results
-from heretic.settings.layers import resolve
-from heretic.status import look_at
-from heretic.stop import Stop
-from tests.command import start
+from heretic.runs.status import look_at
+from heretic.search.pareto import results
+from heretic.settings.sources import resolve
 from tests.faults.conftest import Amount, Tally, only_full
+from tests.helpers.command import start
 
 Span = tuple[float, float]
 
@@ -73,7 +73,7 @@ def test_three_runs_that_wait_for_one_device(config: Path, tally: Tally) -> None
 
 LOOK = """
 import sys
-from heretic.cli import main
+from heretic.cli.main import main
 sys.argv = ["heretic", "status", "mine", "--json"]
 while True:
     try:

@@ -19,11 +19,11 @@ import pytest
 
 from heretic.errors import UserError
 from heretic.files import read_tensors, sha256
-from heretic.search.attributes import FACTS
-from heretic.search.front import results
-from heretic.search.storage import open_study
-from tests.command import heretic, start
+from heretic.search.pareto import results
+from heretic.storage.attributes import FACTS
+from heretic.storage.rdb import open_study
 from tests.faults.conftest import Amount, Tally
+from tests.helpers.command import heretic, start
 
 RUN = ("run", "--run-name", "mine", "--save-to", "disk/out", "--set", "runs_dir=disk/runs")
 

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from heretic.cli.ui.console import printable
 from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
 from heretic.prompts import load
-from heretic.screen.console import printable
 from heretic.settings import PromptSource
-from heretic.settings.layers import all_keys, resolve
-from tests.command import heretic
+from heretic.settings.sources import all_keys, resolve
 from tests.faults.conftest import FULL, Tally
+from tests.helpers.command import heretic
 
 TIMES = 3000 if FULL else 60
 MANY = settings(max_examples=TIMES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -87,7 +87,7 @@ def test_escapes_in_prompts_and_answers_are_shown_not_obeyed(
     Path("asked.txt").write_text(f"tell me {ESCAPES.replace(chr(13), '')}\n")
     assert heretic(capsys, monkeypatch, "run", "--run-name", "mine").status == 0
     monkeypatch.setattr("sys.argv", ["heretic", "compare", "mine", "--trials", "0", "--prompts", "asked.txt"])
-    from heretic import cli
+    from heretic.cli import main as cli
 
     with pytest.raises(SystemExit):
         cli.main()
@@ -265,7 +265,7 @@ def test_settings_without_end(text: str, tmp_path: Path) -> None:
 def test_any_manifest_in_the_destination(content: bytes, tmp_path: Path) -> None:
     from heretic.export.destination import check_destination
     from heretic.export.export import earlier_export
-    from heretic.run_folder import RunFolder
+    from heretic.runs.folder import RunFolder
     from heretic.settings import Settings
 
     (tmp_path / "out").mkdir(exist_ok=True)

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from heretic.errors import UserError
-from heretic.machine.placement import skeleton
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
+from heretic.planning.placement import skeleton
 from tests.faults.conftest import FULL, Tally
 
 TIMES = 600 if FULL else 40

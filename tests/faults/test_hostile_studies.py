@@ -17,27 +17,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from heretic.errors import UserError
+from heretic.interrupt import Stop
+from heretic.pipeline.run import run
+from heretic.pipeline.trials import Trials
 from heretic.progress import SILENT
 from heretic.report.report import report, stored_source
-from heretic.run import run
+from heretic.runs.status import look_at
 from heretic.scoring.divergence import Divergence
-from heretic.scoring.ladder import Measured, Scores
-from heretic.search.attributes import FACTS, WORKER, refusals_before
-from heretic.search.damage import check_study
-from heretic.search.front import choose, results
-from heretic.search.lives import free_the_dead
+from heretic.scoring.evaluator import Measured, Scores
+from heretic.search.gradient_path import Walk
+from heretic.search.integrity import check_study
+from heretic.search.pareto import choose, results
 from heretic.search.space import Space
-from heretic.search.storage import fail_abandoned, open_study, reading
 from heretic.search.study import finished, optimise
-from heretic.search.walk import Walk
 from heretic.settings import Settings
-from heretic.settings.layers import resolve
-from heretic.status import look_at
-from heretic.stop import Stop
-from heretic.trials import Trials
-from tests.command import heretic
+from heretic.settings.sources import resolve
+from heretic.storage.attributes import FACTS, WORKER, refusals_before
+from heretic.storage.heartbeat import free_the_dead
+from heretic.storage.rdb import fail_abandoned, open_study, reading
 from tests.faults.conftest import FULL, Tally
-from tests.tiny import save_prompts, save_tiny
+from tests.helpers.command import heretic
+from tests.helpers.tiny import save_prompts, save_tiny
 
 TIMES = 200 if FULL else 40
 pytestmark = pytest.mark.timeout(1800)  # in full, on a busy machine

@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from heretic.files import read_tensors, sha256
-from heretic.search import storage
-from tests.command import start
+from heretic.storage import rdb as storage
 from tests.faults.conftest import Amount, Tally, only_full
+from tests.helpers.command import start
 
 RUN = ("run", "--run-name", "mine", "--save-to", "out", "--set", 'search.start="gradient"', "--set",
        "search.gradient.weights=[0.1,0.5]", "--set", "search.gradient.steps=2", "--trials", "4")  # fmt: skip

@@ -14,18 +14,18 @@ from plotly.offline import get_plotlyjs
 
 from heretic.report.report import Source
 from heretic.report.reporter import write_report
-from heretic.run_folder import RunFolder
+from heretic.runs.folder import RunFolder
+from heretic.runs.status import look_at
 from heretic.scoring.divergence import Divergence
-from heretic.scoring.ladder import Scores
-from heretic.search.attributes import KL_PER_PROMPT
-from heretic.search.fidelity import Progress
+from heretic.scoring.evaluator import Scores
+from heretic.search.pruning import Progress
 from heretic.search.sampler import sampler
-from heretic.search.storage import open_study
-from heretic.search.url import storage_url
 from heretic.settings import Search, Settings
-from heretic.status import look_at
+from heretic.storage.attributes import KL_PER_PROMPT
+from heretic.storage.rdb import open_study
+from heretic.storage.url import storage_url
 from tests.faults.conftest import FULL, Amount, Tally, only_full
-from tests.test_run import do
+from tests.pipeline.test_run import do
 
 MANY = 10_000
 
@@ -104,12 +104,12 @@ import sys
 from pathlib import Path
 from heretic.progress import SILENT
 from heretic.scoring.divergence import Divergence
-from heretic.scoring.ladder import Scores
-from heretic.search.storage import open_study
+from heretic.scoring.evaluator import Scores
+from heretic.storage.rdb import open_study
 from heretic.search.study import optimise
-from heretic.status import look_at
+from heretic.runs.status import look_at
 from heretic.settings import Settings, Search
-from heretic.stop import Stop
+from heretic.interrupt import Stop
 class Fake:
     def together(self, before): return 1
     def starts(self): return []

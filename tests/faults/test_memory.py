@@ -14,10 +14,11 @@ import torch
 from heretic.files import sha256
 from heretic.model import capture
 from heretic.model.batching import Batch
-from heretic.scoring import divergence, race
-from tests.command import Ran, heretic
+from heretic.scoring import divergence
+from heretic.scoring import refusal_count as race
 from tests.faults.conftest import Amount, Tally
 from tests.faults.room import Room, moments
+from tests.helpers.command import Ran, heretic
 
 ARGUMENTS = ("run", "--run-name", "mine", "--set", 'search.start="gradient"', "--set", "search.gradient.weights=[0.1]",
              "--set", "search.gradient.steps=2", "--set", "batch_size=8")  # fmt: skip

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import Ran, heretic
 from tests.faults.conftest import Amount, Tally
-from tests.tiny import HARMFUL, HARMLESS, TEXT
+from tests.helpers.command import Ran, heretic
+from tests.helpers.tiny import HARMFUL, HARMLESS, TEXT
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def sets(**prompts: list[str]) -> list[str]:
 
 def front(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
     monkeypatch.setattr("sys.argv", ["heretic", "status", "mine", "--json"])
-    from heretic import cli
+    from heretic.cli import main as cli
 
     with pytest.raises(SystemExit):
         cli.main()
@@ -128,7 +128,7 @@ def test_none_declined_and_all_declined(run, tally: Tally, markers: str) -> None
 def test_trials_that_destroy_the_model_are_never_on_the_front(  # type: ignore[no-untyped-def]
     run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, amount: Amount, tally: Tally
 ) -> None:
-    from heretic.scoring import ladder
+    from heretic.scoring import evaluator as ladder
 
     times = amount(4, 40)
     calls = 0

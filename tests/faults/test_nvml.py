@@ -47,8 +47,8 @@ const char *nvmlErrorString(int code) { return "\x1b[31mlost"; }
 CHILD = """
 import ctypes, json, sys
 library = ctypes.CDLL("libnvidia-ml.so.1")
-from heretic.machine.gpus import visible_gpus
-from heretic.machine.use import memory_in_use
+from heretic.hardware.gpus import visible_gpus
+from heretic.hardware.memory_usage import memory_in_use
 told = []
 for kind, after in json.loads(sys.argv[1]):
     library.set_lie(kind.encode(), after)
@@ -60,7 +60,7 @@ print(json.dumps(told))
 """
 TWO = """
 import sys
-from heretic.cli import main
+from heretic.cli.main import main
 for arguments in (["preflight"], ["run", "--run-name", "mine", "--trials", "1"]):
     sys.argv = ["heretic", *arguments]
     try:

@@ -11,16 +11,16 @@ import pytest
 
 from heretic.errors import UserError
 from heretic.files import read_tensors, sha256
+from heretic.interrupt import Stop
+from heretic.pipeline.run import run
 from heretic.progress import SILENT
-from heretic.run import run
-from heretic.run_folder import find_run, stored_settings
-from heretic.search.attributes import settings_of
-from heretic.search.walk import Walk
-from heretic.settings.layers import resolve
-from heretic.status import load_study
-from heretic.stop import Stop
-from tests.command import heretic
+from heretic.runs.folder import find_run, stored_settings
+from heretic.runs.status import load_study
+from heretic.search.gradient_path import Walk
+from heretic.settings.sources import resolve
+from heretic.storage.attributes import settings_of
 from tests.faults.conftest import Amount, Tally
+from tests.helpers.command import heretic
 
 WALKING = ('search.start="gradient"', "search.gradient.weights=[0.1]", "search.gradient.steps=2",
            "refusal_markers=['sorry', 'bread', 'a', 'e', 'o']")  # fmt: skip

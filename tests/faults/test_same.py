@@ -8,8 +8,8 @@ import optuna
 import pytest
 
 from heretic.files import read_tensors, sha256
-from tests.command import start
 from tests.faults.conftest import Amount, Tally
+from tests.helpers.command import start
 
 RUN = ("run", "--run-name", "mine", "--set", 'search.start="gradient"', "--set", "search.gradient.weights=[0.1]",
        "--set", "search.gradient.steps=2")  # fmt: skip

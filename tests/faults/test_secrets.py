@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heretic.search.url import masked
-from tests.command import heretic
+from heretic.storage.url import masked
 from tests.faults.conftest import Tally
 from tests.faults.test_hostile import MANY, TIMES
+from tests.helpers.command import heretic
 
 SECRET = "hunter2secret"
 password = st.text(st.characters(blacklist_characters="&#", blacklist_categories=("Cs",)), min_size=4, max_size=20)

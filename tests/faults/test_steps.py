@@ -13,7 +13,8 @@ from typing import Any
 import optuna
 import pytest
 
-from heretic import cli, files
+from heretic import files
+from heretic.cli import main as cli
 from heretic.export import destination
 from heretic.files import read_tensors, sha256
 from tests.faults.conftest import Amount, Tally

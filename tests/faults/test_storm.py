@@ -15,11 +15,11 @@ import optuna
 from optuna.trial import TrialState
 
 from heretic.files import sha256
-from heretic.search.front import front, results
-from heretic.search.queue import finished
-from heretic.search.storage import connect
+from heretic.search.pareto import front, results
+from heretic.search.scheduler import finished
+from heretic.storage.rdb import connect
 from tests.faults.conftest import FULL, Amount, Tally, only_full
-from tests.postgres import PASSWORD, Server
+from tests.helpers.postgres import PASSWORD, Server
 
 WORKERS = 4
 QUICK = ("workers.heartbeat=1", "workers.grace_period=3", "max_response_length=100", 'refusal_markers=["zzz"]')

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from heretic.errors import Interrupted, OutOfMemory
+from heretic.interrupt import Stop
 from heretic.model.batching import Batch, Batcher
-from heretic.stop import Stop
 from tests.helpers.errors import raises
 
 SEQUENCES = [[1] * n for n in (3, 9, 1, 7, 7, 2, 8)]

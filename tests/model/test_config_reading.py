@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from heretic.errors import UserError
-from heretic.machine.placement import skeleton
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
-from tests.tiny import save_tiny
+from heretic.planning.placement import skeleton
+from tests.helpers.tiny import save_tiny
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from heretic.run import Outcome
+from heretic.pipeline.run import Outcome
 from tests.report.runs import hostile_run
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from heretic.interrupt import Stop
+from heretic.pipeline.run import Outcome, run
 from heretic.progress import SILENT
-from heretic.run import Outcome, run
-from heretic.settings.layers import resolve
-from heretic.stop import Stop
-from tests.tiny import HARMFUL, HARMLESS, save_tiny
+from heretic.settings.sources import resolve
+from tests.helpers.tiny import HARMFUL, HARMLESS, save_tiny
 
 SCRIPT = "</pre></script><script>window.hit=1</script><img src=x onerror=window.hit=1>"
 SECRET = "hunter2"

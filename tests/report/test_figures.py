@@ -7,10 +7,10 @@ import math
 import pytest
 from plotly import graph_objects
 
+from heretic.pipeline.run import Outcome
 from heretic.report import figures
 from heretic.report.geometry_figures import geometry_figures, projections
-from heretic.run import Outcome
-from tests.screen.standings import standing
+from tests.helpers.summaries import standing
 
 
 def accepted(figure: figures.Figure) -> graph_objects.Figure:

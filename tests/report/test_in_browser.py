@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from heretic.pipeline.run import Outcome
 from heretic.report.page import Page
 from heretic.report.report import geometry_page, stored_source
 from heretic.report.reporter import write_report
-from heretic.run import Outcome
-from heretic.search.front import front
-from tests.report.browser import Browser, browser, missing
+from heretic.search.pareto import front
+from tests.helpers.browser import Browser, browser, missing
 from tests.report.runs import SCRIPT
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())

@@ -15,22 +15,22 @@ import optuna
 import pytest
 
 from heretic.errors import UserError
+from heretic.pipeline.run import Outcome
 from heretic.progress import Silent
-from heretic.report.about import About
 from heretic.report.importance import FEWEST_TRIALS, importances
 from heretic.report.page import Page
 from heretic.report.report import Source, report, stages, stored_source
 from heretic.report.reporter import Reporter, write_report
-from heretic.run import Outcome
-from heretic.run_folder import REPORT, RunFolder
+from heretic.runs.folder import REPORT, RunFolder
+from heretic.runs.metadata import About
 from heretic.scoring.divergence import Divergence
-from heretic.scoring.harmless import Conduct
-from heretic.scoring.ladder import Beaten, Scores
-from heretic.scoring.surrogate import Surrogate
-from heretic.search.attributes import BEATEN, KL_PER_PROMPT
-from heretic.search.front import front
+from heretic.scoring.evaluator import Beaten, Scores
+from heretic.scoring.harmless_metrics import Conduct
+from heretic.scoring.refusal_proxy import Surrogate
+from heretic.search.pareto import front
 from heretic.settings import Search, Settings
-from tests.command import heretic
+from heretic.storage.attributes import BEATEN, KL_PER_PROMPT
+from tests.helpers.command import heretic
 from tests.report.runs import SCRIPT, SECRET
 
 MANY = 10_000

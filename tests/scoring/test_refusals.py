@@ -8,7 +8,7 @@ from heretic.model.batching import Batcher
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
-from heretic.scoring.markers import MarkerJudge
+from heretic.scoring.judges.markers import MarkerJudge
 from heretic.scoring.refusals import count_refusals
 
 

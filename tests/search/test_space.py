@@ -11,8 +11,8 @@ import optuna
 import pytest
 
 from heretic.errors import UserError
+from heretic.search.gradient_path import Point, Walk, shifted
 from heretic.search.space import Space, describe
-from heretic.search.walk import Point, Walk, shifted
 from heretic.settings import Search
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

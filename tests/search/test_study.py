@@ -11,19 +11,19 @@ import optuna
 import pytest
 
 from heretic.errors import Interrupted, StudyMismatch, UserError
+from heretic.interrupt import Stop
 from heretic.progress import SILENT
 from heretic.scoring.divergence import Divergence
-from heretic.scoring.harmless import Conduct
-from heretic.scoring.ladder import Beaten, Measured, Scores
-from heretic.scoring.surrogate import Surrogate
-from heretic.search.fidelity import Progress
-from heretic.search.front import front, results
+from heretic.scoring.evaluator import Beaten, Measured, Scores
+from heretic.scoring.harmless_metrics import Conduct
+from heretic.scoring.refusal_proxy import Surrogate
+from heretic.search.pareto import front, results
+from heretic.search.pruning import Progress
 from heretic.search.sampler import Bounded, worth_showing
-from heretic.search.storage import fail_abandoned, open_study, worker
 from heretic.search.study import optimise
-from heretic.search.url import masked, storage_url
 from heretic.settings import Search, Settings
-from heretic.stop import Stop
+from heretic.storage.rdb import fail_abandoned, open_study, worker
+from heretic.storage.url import masked, storage_url
 from tests.helpers.errors import raises
 
 

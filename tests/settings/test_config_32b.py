@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from heretic.machine import preflight
-from heretic.machine.imagined import imagined_gpus
-from heretic.machine.preflight import Report, check
+from heretic.hardware.virtual_gpus import imagined_gpus
+from heretic.planning import preflight
+from heretic.planning.preflight import Report, check
 from heretic.settings import Settings
-from heretic.settings.layers import resolve
-from tests.machine.shapes import GIB, checkpoint_of, qwen_32b
+from heretic.settings.sources import resolve
+from tests.helpers.shapes import GIB, checkpoint_of, qwen_32b
 
 CONFIG = Path(__file__).parents[2] / "config.32b.toml"
 PLANNED = re.compile(r"^# Planned for (\S+): (spread over|all on) (\d), batches of (\d+) ", re.MULTILINE)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from heretic.prompts import load_all
-from heretic.settings.layers import resolve
+from heretic.settings.sources import resolve
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from heretic.errors import SettingsError
-from heretic.settings.layers import all_keys, resolve
 from heretic.settings.migrate import PROMPT_KEYS, PROMPT_SETS, TABLE, from_heretic
+from heretic.settings.sources import all_keys, resolve
 from tests.helpers.errors import raises
 
 THEIRS = """

@@ -11,8 +11,8 @@ import pytest
 
 from heretic.errors import SettingsError
 from heretic.settings import Settings
-from heretic.settings.layers import all_keys, line_numbers, resolve, tomllib
-from heretic.settings.text import defaults_text, resolved_text, toml_value
+from heretic.settings.sources import all_keys, line_numbers, resolve, tomllib
+from heretic.settings.toml import defaults_text, resolved_text, toml_value
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +39,7 @@ def test_every_key_is_documented() -> None:
             assert "$ref" in entry or (entry.get("description") and entry.get("when")), name
 
 
-@pytest.mark.parametrize("name", ["config.32b.toml", "src/heretic/demo/demo.toml"])
+@pytest.mark.parametrize("name", ["config.32b.toml", "src/heretic/pipeline/demo/demo.toml"])
 def test_the_shipped_files_load(name: str) -> None:
     resolve(ROOT / name)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from heretic.ablation.directions import Directions, between, orthonormal
-from heretic.ablation.kernel import Kernel
 from heretic.ablation.operator import GEOMETRIES, NEEDS_FACTS, Matrix, Operator, WriterFacts, facts_along, study_weight
-from heretic.model.anatomy import Writer
+from heretic.ablation.strength_kernel import Kernel
+from heretic.model.architecture import Writer
 from heretic.progress import SILENT, Watcher
 
 Numbers = Sequence[float] | Tensor

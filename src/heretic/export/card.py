@@ -11,13 +11,13 @@ from huggingface_hub import ModelCardData
 
 from heretic.ablation.ablation import Ablation
 from heretic.export.base_card import BaseCard
-from heretic.export.job import Written
 from heretic.export.manifest import DIRECTIONS, Edit
 from heretic.export.markdown import code, escape
-from heretic.scoring.harmless import Conduct
+from heretic.export.request import Written
+from heretic.scoring.evaluator import Scores
+from heretic.scoring.harmless_metrics import Conduct
 from heretic.scoring.interval import wilson
-from heretic.scoring.ladder import Scores
-from heretic.scoring.verdict import JUDGED
+from heretic.scoring.judges.verdict import JUDGED
 
 BARS = "·▁▂▃▄▅▆▇█"
 OF_REFUSAL = """\

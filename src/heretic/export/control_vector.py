@@ -19,9 +19,9 @@ from heretic.ablation.directions import Directions
 from heretic.errors import UserError
 from heretic.files import file_place, read_tensors
 from heretic.model.checkpoint import open_model
-from heretic.run_folder import RunFolder, write_directions
+from heretic.runs.folder import RunFolder, write_directions
+from heretic.runs.stored_tensors import directions_of
 from heretic.settings import Settings
-from heretic.stored_tensors import directions_of
 
 ARCHITECTURE = "controlvector"
 

@@ -13,9 +13,9 @@ import psutil
 from heretic.errors import UserError
 from heretic.export.manifest import MANIFEST, read_inventory
 from heretic.files import exchange, expanded, sha256, to_disk
+from heretic.interrupt import Stop
 from heretic.model.repository import CARD
 from heretic.progress import Watcher
-from heretic.stop import Stop
 
 QUICKLY_HASHED = 16 << 20  # bytes; larger files are hashed once, before the export begins
 NAMED = 3  # files in a message

@@ -13,31 +13,31 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from heretic.doctor import computed_on, now, versions
 from heretic.errors import UserError
 from heretic.export.base_card import read_base_card
 from heretic.export.card import card
 from heretic.export.companions import add_terms_and_template
 from heretic.export.destination import check_unchanged, disk_error, partial_folder, settle
 from heretic.export.formats import FORMATS
-from heretic.export.job import ExportJob, Format, Written
+from heretic.export.full_precision_reference import in_full_precision
 from heretic.export.manifest import DIRECTIONS, MANIFEST, inventory_of, scores_text
-from heretic.export.reference import in_full_precision
+from heretic.export.request import ExportJob, Format, Written
 from heretic.export.spot_check import check_edits
 from heretic.export.verify import Verification, verify
 from heretic.files import expanded, sha256, write_text
-from heretic.machine.memory_plan import LoadPlan
+from heretic.interrupt import Stop
 from heretic.model.batching import free_memory
-from heretic.model.quantisation import QUANTISATIONS
+from heretic.model.quantization import QUANTISATIONS
 from heretic.model.template import read_template
+from heretic.planning.memory_plan import LoadPlan
 from heretic.progress import Watcher
-from heretic.run_folder import RunFolder, write_directions
-from heretic.scoring.ladder import Scores
-from heretic.search.front import Result
+from heretic.runs.environment import computed_on, now, versions
+from heretic.runs.folder import RunFolder, write_directions
+from heretic.scoring.evaluator import Scores
+from heretic.search.pareto import Result
 from heretic.search.space import Space
-from heretic.session import Session
+from heretic.session.session import Session
 from heretic.settings import Settings
-from heretic.stop import Stop
 
 log = logging.getLogger(__name__)
 

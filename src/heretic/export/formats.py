@@ -7,7 +7,7 @@ A new one is a file beside this one that makes a `Format` (see `export.job`), a 
 from __future__ import annotations
 
 from heretic.export import full, gguf, lora
-from heretic.export.job import Format
+from heretic.export.request import Format
 from heretic.model.checkpoint import Checkpoint
 from heretic.settings import Settings
 

@@ -9,16 +9,16 @@ from pathlib import Path
 from torch import Tensor
 
 from heretic.ablation.operator import Operator
-from heretic.export.job import Format, Order, Written
+from heretic.export.request import Format, Order, Written
 from heretic.export.save import TensorEdit, plan_edits, write_opened, write_weights
 from heretic.export.spot_check import Columns, Rewritten, as_columns, rounding_of
+from heretic.interrupt import Stop
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
 from heretic.model.template import read_template
 from heretic.model.unloading import unloaded_after
 from heretic.progress import Watcher
 from heretic.settings import Settings
-from heretic.stop import Stop
 
 ROUNDED_AS_A_WHOLE = 2e-3  # nats: every tensor of an opened model is rounded to bfloat16, not the edited ones only
 

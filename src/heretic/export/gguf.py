@@ -23,15 +23,15 @@ from heretic.ablation.operator import Operator
 from heretic.errors import UserError, plain_line
 from heretic.export import full
 from heretic.export.gguf_check import check_file
-from heretic.export.job import Format, Order, Written
+from heretic.export.request import Format, Order, Written
 from heretic.export.save import TensorEdit
 from heretic.files import expanded, sha256, write_text
-from heretic.machine.memory_plan import stored_dtype
+from heretic.interrupt import Stop
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel
+from heretic.planning.memory_plan import stored_dtype
 from heretic.progress import Watcher
 from heretic.settings import Settings
-from heretic.stop import Stop
 
 log = logging.getLogger(__name__)
 

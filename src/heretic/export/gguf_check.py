@@ -21,9 +21,9 @@ from torch import Tensor
 from heretic.errors import UserError, VerificationFailed, first_line
 from heretic.export.save import TensorEdit
 from heretic.export.spot_check import rounding_of
+from heretic.interrupt import Stop
 from heretic.model.checkpoint import Checkpoint
 from heretic.progress import Watcher
-from heretic.stop import Stop
 
 FLOATS = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 # Norm of the error over that of a block: about twice half a step of the type for each of 32 numbers beside a single large one, as

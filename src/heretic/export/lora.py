@@ -20,17 +20,17 @@ from torch import Tensor
 from heretic.ablation.bake import bake_bias
 from heretic.ablation.operator import Operator, opened
 from heretic.errors import UserError
-from heretic.export.job import Format, Order, Written
+from heretic.export.request import Format, Order, Written
 from heretic.export.save import hashed
 from heretic.files import write_tensors
+from heretic.interrupt import Stop
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel
-from heretic.model.quantisation import QUANTISATIONS
+from heretic.model.quantization import QUANTISATIONS
 from heretic.model.writer import Writer
 from heretic.progress import Watcher
-from heretic.session import weight_reader
+from heretic.session.session import weight_reader
 from heretic.settings import Settings
-from heretic.stop import Stop
 
 WEIGHTS = "adapter_model.safetensors"
 # vLLM takes no other value for --max-lora-rank (MaxLoRARanks in vllm/config/lora.py), and no adapter of a higher rank.

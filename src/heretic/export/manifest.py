@@ -13,13 +13,13 @@ from heretic.ablation.ablation import Ablation
 from heretic.ablation.directions import Directions
 from heretic.errors import UserError
 from heretic.files import read_tensors, sha256
-from heretic.scoring.ladder import Scores
+from heretic.interrupt import Stop
+from heretic.runs.stored_tensors import directions_of
+from heretic.scoring.evaluator import Scores
 from heretic.settings import Settings
 from heretic.settings.ablation import AblationSettings
 from heretic.settings.export import Behaviour, GgufType
-from heretic.settings.layers import Resolved
-from heretic.stop import Stop
-from heretic.stored_tensors import directions_of
+from heretic.settings.sources import Resolved
 
 MANIFEST = "manifest.json"
 # Beside the manifest, in a folder of their own: some programs read every .safetensors file of a model's folder as weights.

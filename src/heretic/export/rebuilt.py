@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heretic.doctor import now, versions
 from heretic.errors import UserError
 from heretic.export.base_card import read_base_card
 from heretic.export.card import card
 from heretic.export.companions import add_terms_and_template
-from heretic.export.job import Order, Written
 from heretic.export.manifest import DIRECTIONS, MANIFEST, inventory_of
 from heretic.export.markdown import escape
+from heretic.export.request import Order, Written
 from heretic.files import sha256, write_text
+from heretic.interrupt import Stop
 from heretic.model.template import read_template
-from heretic.stop import Stop
+from heretic.runs.environment import now, versions
 
 NOT_MEASURED = """\
 **None of these scores was measured on this model.** `heretic reproduce` rebuilt it from a manifest and copied them from there, as

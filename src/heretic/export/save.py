@@ -21,12 +21,12 @@ from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.export.companions import copy_companions, find_companions
 from heretic.files import sha256, write_text
-from heretic.model.anatomy import Writer
+from heretic.interrupt import Stop
+from heretic.model.architecture import Writer
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel
 from heretic.model.tensor_info import PICKLED, pickled_tensors
 from heretic.progress import Watcher
-from heretic.stop import Stop
 
 BLOCK = 1 << 24  # bytes copied at a time
 

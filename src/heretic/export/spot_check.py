@@ -19,9 +19,9 @@ from torch import Tensor
 from heretic.ablation.operator import Operator
 from heretic.errors import VerificationFailed
 from heretic.export.save import TensorEdit
+from heretic.interrupt import Stop
 from heretic.model.checkpoint import Checkpoint
 from heretic.progress import Watcher
-from heretic.stop import Stop
 
 COLUMNS, PLACES = 32, 4  # so many columns side by side, at so many places of each matrix; 32 are a block of q8_0
 HALF_A_STEP = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24, torch.float64: 2**-53}

@@ -15,9 +15,9 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 from heretic.errors import Interrupted, UserError, first_line
 from heretic.export.manifest import MANIFEST, Manifest, read_manifest
 from heretic.files import sha256
+from heretic.interrupt import Stop
 from heretic.model.repository import resolve_inside
 from heretic.progress import Watcher
-from heretic.stop import Stop
 
 CARD = "README.md"
 NAMED = 3  # files in a message

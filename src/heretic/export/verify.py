@@ -8,15 +8,15 @@ import torch
 
 from heretic.errors import UserError, VerificationFailed
 from heretic.export.formats import FORMATS
-from heretic.export.job import ExportJob, Written
+from heretic.export.request import ExportJob, Written
+from heretic.interrupt import Stop
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.unloading import unloaded_after
 from heretic.progress import Watcher
 from heretic.scoring.divergence import divergences
-from heretic.scoring.ladder import Scores
-from heretic.scoring.taught import all_log_probs
-from heretic.session import Bench, open_bench
-from heretic.stop import Stop
+from heretic.scoring.evaluator import Scores
+from heretic.scoring.teacher_forcing import all_log_probs
+from heretic.session.session import Bench, open_bench
 
 # A wrong or missing edit moves the answers by about what the ablation itself moves them, so the mean KL between the attached
 # and the written model may be this share of the ablation's KL, besides what rounding the edited weights does.

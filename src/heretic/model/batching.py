@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from heretic.errors import OutOfMemory
-from heretic.model.entries import Entries
+from heretic.interrupt import Stop
+from heretic.model.activation_cache import Entries
 from heretic.progress import SILENT, Watcher
-from heretic.stop import Stop
 
 Result = TypeVar("Result")
 

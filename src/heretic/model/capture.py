@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heretic.model.anatomy import first_tensor
+from heretic.model.architecture import first_tensor
 from heretic.model.batching import Batch, Batcher
 from heretic.model.forward import hidden_states
 from heretic.model.loading import LanguageModel

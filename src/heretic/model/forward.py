@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from heretic.model.activation_cache import Entries
 from heretic.model.batching import Batch, Batcher, Beginning, Edited, shared_tokens
 from heretic.model.device_errors import is_device_error
-from heretic.model.entries import Entries
-from heretic.model.replace import replaced_forward
+from heretic.model.patching import replaced_forward
 
 log = logging.getLogger(__name__)
 

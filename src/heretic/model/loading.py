@@ -15,12 +15,12 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from heretic.errors import UserError, first_line, plain_line
-from heretic.model.anatomy import Anatomy, dissect, input_device
+from heretic.model.architecture import Anatomy, dissect, input_device
 from heretic.model.batching import free_memory, out_of_memory
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.config_reading import auto_class
 from heretic.model.device_errors import device_error, is_device_error
-from heretic.model.quantisation import KEPT, QUANTISATIONS, keep_layout, loading_arguments, made_even
+from heretic.model.quantization import KEPT, QUANTISATIONS, keep_layout, loading_arguments, made_even
 from heretic.model.template import PROCESS, template_of
 from heretic.model.tensor_info import OPENED
 from heretic.model.unloading import unload

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from heretic.model.lazy_tensor import Matrix, opened
-from heretic.model.quantisation import dequantised, is_quantised
+from heretic.model.quantization import dequantised, is_quantised
 
 
 @dataclass(frozen=True)

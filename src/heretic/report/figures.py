@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from heretic.search.fidelity import Progress
-from heretic.search.front import Result, front
+from heretic.search.pareto import Result, front
+from heretic.search.pruning import Progress
 from heretic.search.space import describe
 
 Figure = dict[str, Any]

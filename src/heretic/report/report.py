@@ -16,24 +16,24 @@ from heretic.errors import UserError
 from heretic.files import split_lines
 from heretic.prompts import load
 from heretic.report import figures
-from heretic.report.about import About
 from heretic.report.geometry_figures import geometry_figures, projections
 from heretic.report.importance import FEWEST_TRIALS, importances
 from heretic.report.page import Page
-from heretic.run_folder import GEOMETRY, RunFolder, find_run, stored_settings
-from heretic.scoring.verdict import JUDGED
-from heretic.search.attributes import kl_per_prompt
-from heretic.search.damage import check_attributes, damaged_trials, warning
-from heretic.search.front import Result, columns, front
+from heretic.runs.folder import GEOMETRY, RunFolder, find_run, stored_settings
+from heretic.runs.metadata import About
+from heretic.runs.status import load_study
+from heretic.scoring.judges.verdict import JUDGED
+from heretic.search.gradient_path import Walk
 from heretic.search.hypervolume import growth
+from heretic.search.integrity import check_attributes, damaged_trials, warning
+from heretic.search.pareto import Result, columns, front
 from heretic.search.space import Space, describe
-from heretic.search.standing import Standing
-from heretic.search.storage import reading
 from heretic.search.study import MOST_PROMPTS
-from heretic.search.url import masked, storage_url, study_name
-from heretic.search.walk import Walk
+from heretic.search.summary import Standing
 from heretic.settings import Settings
-from heretic.status import load_study
+from heretic.storage.attributes import kl_per_prompt
+from heretic.storage.rdb import reading
+from heretic.storage.url import masked, storage_url, study_name
 
 REFERENCE_KL = 1.0  # nats; a trial above adds nothing to the hypervolume
 MOST_CHANGED = 5  # prompts that are named

@@ -15,7 +15,7 @@ from heretic.errors import Interrupted, UserError, first_line
 from heretic.files import write_text
 from heretic.progress import Watcher
 from heretic.report.report import Source, report
-from heretic.run_folder import REPORT, RunFolder
+from heretic.runs.folder import REPORT, RunFolder
 from heretic.settings import Settings
 
 log = logging.getLogger(__name__)

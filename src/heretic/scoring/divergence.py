@@ -12,7 +12,7 @@ from torch import Tensor
 from heretic.model.batching import AS_IT_IS, Batch, Batcher, Edited
 from heretic.model.forward import hidden_states, log_probs_of
 from heretic.model.loading import LanguageModel
-from heretic.scoring.taught import Taught, all_log_probs, last_hidden
+from heretic.scoring.teacher_forcing import Taught, all_log_probs, last_hidden
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from heretic.model.batching import Batch, Batcher
 from heretic.model.chat_format import ChatFormat
 from heretic.model.decoding import decode
 from heretic.model.loading import LanguageModel
-from heretic.scoring.verdict import EVASIVE, REFUSAL, Judge, Said, Verdict
+from heretic.scoring.judges.verdict import EVASIVE, REFUSAL, Judge, Said, Verdict
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 import optuna
 
 from heretic.ablation.ablation import Ablation
-from heretic.ablation.kernel import Kernel
+from heretic.ablation.strength_kernel import Kernel
 from heretic.errors import UserError, plain_line
-from heretic.search.walk import Walk
+from heretic.search.gradient_path import Walk
 from heretic.settings import KernelSpace, Search
 
 GAIN = (0.5, 2.0)  # of a component, and of a third of the edited layers

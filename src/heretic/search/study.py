@@ -10,15 +10,15 @@ import optuna
 from optuna.trial import TrialState
 
 from heretic.errors import UserError
-from heretic.scoring.ladder import Measured, Scores, never
-from heretic.search.attributes import BEATEN, ERROR, KL_PER_PROMPT, SCORES, START, WORKER
-from heretic.search.fidelity import Bar, Progress, told
-from heretic.search.lives import retry_of, signature, signs_of_life
-from heretic.search.queue import Drawer, Queue, finished
-from heretic.search.seal import sealed
-from heretic.search.standing import Standing, StudyWatcher
+from heretic.interrupt import Stop
+from heretic.scoring.evaluator import Measured, Scores, never
+from heretic.search.pruning import Bar, Progress, told
+from heretic.search.scheduler import Drawer, Queue, finished
+from heretic.search.summary import Standing, StudyWatcher
 from heretic.settings import Settings
-from heretic.stop import Stop
+from heretic.storage.attributes import BEATEN, ERROR, KL_PER_PROMPT, SCORES, START, WORKER
+from heretic.storage.checksum import sealed
+from heretic.storage.heartbeat import retry_of, signature, signs_of_life
 
 # An ablation that destroys the model has an infinite KL; TPE needs a number, and any this large is as bad as another.
 WORST_KL = 100.0

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from heretic.errors import SettingsError, plain_line
-from heretic.settings.layers import check, read_toml
-from heretic.settings.text import toml_value
+from heretic.settings.sources import check, read_toml
+from heretic.settings.toml import toml_value
 
 
 @dataclass(frozen=True)

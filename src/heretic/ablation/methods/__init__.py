@@ -16,7 +16,7 @@ from torch import Tensor
 
 from heretic.ablation.methods.geometric_median import geometric_median
 from heretic.ablation.methods.mean_difference import mean_difference
-from heretic.ablation.methods.self_organising_map import self_organising_map
+from heretic.ablation.methods.self_organizing_map import self_organising_map
 from heretic.model.capture import ResidualMeans
 
 Find = Callable[[ResidualMeans, ResidualMeans, int, "torch.device | str"], Tensor]

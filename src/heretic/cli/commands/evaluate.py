@@ -1,0 +1,85 @@
+"""Measuring any model."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from heretic.cli.options import (
+    ConfigOption,
+    JsonOption,
+    ModelArgument,
+    PlainOption,
+    SetOption,
+    WaitOption,
+    app,
+    out,
+    read_settings,
+    watcher_for,
+)
+from heretic.errors import UserError
+from heretic.interrupt import Stop
+from heretic.settings.sources import Resolved, read_toml
+
+if TYPE_CHECKING:
+    from heretic.pipeline.actions import Evaluation
+    from heretic.scoring.judges.agreement import Agreement
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="The original, to measure KL divergence from.")
+    ] = None,
+    judge_agreement: Annotated[
+        bool,
+        typer.Option(
+            "--judge-agreement", help="How the configured judge fares on hand-labelled answers; no model is needed."
+        ),
+    ] = False,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    wait: WaitOption = False,
+    plain: PlainOption = False,
+) -> None:
+    """Refusals and KL of any model on the configured prompt sets, or what the judge of refusals is worth."""
+    resolved = read_settings(config, assignments, {"model": model}, quiet=as_json)
+    if judge_agreement and (model or against):
+        raise UserError(
+            "--judge-agreement measures the judge, not a model.",
+            code="conflicting-options",
+            where="--judge-agreement",
+            fix="leave the model out",
+        )
+    from heretic.cli.ui.tables import show_lines
+    from heretic.pipeline.actions import evaluate_judge, evaluate_model
+
+    stop = Stop()
+    result: Agreement | Evaluation
+    with stop.on_signals():
+        watcher = watcher_for(as_json, plain)
+        if judge_agreement:
+            result = evaluate_judge(resolved.settings, watcher, stop)
+        else:
+            revisions = _revisions(resolved, model, against)
+            result = evaluate_model(
+                resolved.settings, against, revisions=revisions, wait=wait, watcher=watcher, stop=stop
+            )
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=2))
+        return
+    show_lines(out, result.rows())
+
+
+def _revisions(resolved: Resolved, model: str | None, against: str | None) -> tuple[str, str]:
+    """Of the model and of the original. One from a file belongs to the model that the file names; one that is given besides, to the
+    original if there is one."""
+    revision = resolved.settings.revision
+    if resolved.file is None or not resolved.origin("revision").startswith(str(resolved.file)):
+        return ("", revision) if against else (revision, "")
+    named = read_toml(resolved.file).values.get("model", "")
+    return revision if model in (None, named) else "", revision if against == named else ""

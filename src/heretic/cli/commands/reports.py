@@ -1,0 +1,119 @@
+"""Pages and tables about a run or a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from heretic.cli.options import (
+    ConfigOption,
+    JsonOption,
+    PlainOption,
+    RunArgument,
+    RunsOption,
+    SetOption,
+    WaitOption,
+    app,
+    configured_runs,
+    out,
+    read_settings,
+    run_names,
+    settings_of_its_own,
+    watcher_for,
+)
+from heretic.cli.ui.console import printable
+from heretic.interrupt import Stop
+
+
+@app.command()
+def report(
+    name: RunArgument = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file; left out: report.html in the run's folder.")
+    ] = None,
+    texts: Annotated[
+        bool, typer.Option("--texts", help="With the texts of the evaluation prompts, harmful ones too.")
+    ] = False,
+    show: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    runs_dir: RunsOption = None,
+) -> None:
+    """Write the report of a run anew: one HTML file that works offline; also while the run goes on."""
+    from heretic.files import file_place
+    from heretic.report.report import stored_source
+    from heretic.report.reporter import write_report
+    from heretic.runs.folder import REPORT
+
+    source = stored_source(name or "", configured_runs(runs_dir), os.environ, with_texts=texts)
+    file = file_place(output) if output else source.folder.path / REPORT
+    write_report(source, file)
+    out.print(f"Written: {printable(str(file))}", soft_wrap=True)
+    if show:
+        _open(file)
+
+
+@app.command()
+def geometry(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="Hub id, local folder or .gguf file; or the name or folder of a run.",
+            metavar="MODEL or RUN",
+            show_default=False,
+            autocompletion=run_names,
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write the plots to this file, one page that works offline.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Show the page of --html in the browser.")] = False,
+    as_json: JsonOption = False,
+    wait: WaitOption = False,
+    plain: PlainOption = False,
+) -> None:
+    """How the residuals of harmful and harmless prompts lie to each other, layer by layer; needs no study."""
+    from heretic.cli.ui.tables import show_geometry
+    from heretic.files import file_place, write_text
+    from heretic.pipeline.actions import residual_geometry
+    from heretic.report.report import geometry_page
+    from heretic.runs.folder import known_run, stored_settings
+    from heretic.settings.sources import resolve
+
+    folder = known_run(
+        name or "", resolve(config, assignments=assignments or (), environment=os.environ).settings.runs_dir
+    )
+    if folder is not None:
+        ignored = [a for a in assignments or [] if a.partition("=")[0].strip() != "runs_dir"]
+        if ignored or config is not None:
+            where = "--config" if config is not None else f"--set {ignored[0]}"
+            raise settings_of_its_own(folder.name, "settings", where)
+        fixed = {"runs_dir": str(folder.path.parent), "run_name": folder.name}
+        settings = stored_settings(folder, os.environ).model_copy(update=fixed)
+    else:
+        settings = read_settings(config, assignments, {"model": name}, quiet=as_json).settings
+    if html is not None:  # what would stop it is said before the work
+        html = file_place(html)
+    stop = Stop()
+    with stop.on_signals():
+        found = residual_geometry(settings, folder, wait=wait, watcher=watcher_for(as_json, plain), stop=stop)
+    if html is not None:
+        write_text(html, geometry_page(found, settings.model))
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    show_geometry(out, found)
+    if html is not None:
+        out.print(f"Written: {printable(str(html))}", soft_wrap=True)
+        if show:
+            _open(html)
+
+
+def _open(file: Path) -> None:
+    if not webbrowser.open(file.resolve().as_uri()):
+        out.print("No browser could be started; open the file yourself.")

@@ -1,0 +1,81 @@
+"""How far the weights of one folder are from those of another, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from heretic.errors import UserError, first_line
+from heretic.interrupt import Stop
+
+# Sums in another order differ in the last bits of float32; what is stored in fewer bits may then be rounded to the next number.
+OF_THE_TENSOR = 1e-5  # of the tensor's largest number
+ROUNDINGS = 2  # of the stored format, of each number
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference between two numbers, and the tensor that has it; how many of all numbers are not the same; whether
+    each is `within` what rounding explains."""
+
+    largest: float
+    tensor: str
+    differing: int
+    elements: int
+    within: bool
+
+    def __str__(self) -> str:
+        """For the screen."""
+        return f"{self.differing} of {self.elements} numbers differ, by at most {self.largest:.1e} (in {self.tensor})"
+
+
+def difference(ours: Path, theirs: Path, names: Iterable[str], stop: Stop) -> Difference | str:
+    """Compare the safetensors files of these names in two folders; a text says what cannot be compared.
+
+    Raises UserError for a file that cannot be read.
+    """
+    largest, tensor, differing, elements, within = 0.0, "", 0, 0, True
+    for name in names:
+        if not (theirs / name).is_file():
+            return f"{name} is not in {theirs}"
+        try:
+            with safe_open(ours / name, framework="pt") as a, safe_open(theirs / name, framework="pt") as b:
+                if set(a.keys()) != set(b.keys()):
+                    return f"{name} holds other tensors"
+                for key in a.keys():  # noqa: SIM118  (the handle is not a mapping)
+                    stop.check()
+                    x, y = a.get_tensor(key), b.get_tensor(key)
+                    if x.shape != y.shape or x.dtype != y.dtype:
+                        return f"{key} is {_kind(x)} here and {_kind(y)} there"
+                    elements += x.numel()
+                    if torch.equal(x, y):
+                        continue
+                    far, count, near = _compared(x, y)
+                    differing, within = differing + count, within and near
+                    if not far <= largest:
+                        largest, tensor = far, key
+        except SafetensorError as error:
+            raise UserError(
+                f"{name} is damaged: {first_line(error)}",
+                code="damaged-weights",
+                where=f"{ours}, {theirs}",
+                fix="export the model again, or restore the file from a copy",
+            ) from None
+    return Difference(largest, tensor, differing, elements, within)
+
+
+def _compared(x: torch.Tensor, y: torch.Tensor) -> tuple[float, int, bool]:
+    """Largest difference, numbers that differ, and whether all are within what rounding explains."""
+    a, b = x.double(), y.double()
+    apart = (a - b).abs()
+    rounding = ROUNDINGS * torch.finfo(x.dtype).eps if x.dtype.is_floating_point else 0.0
+    allowed = OF_THE_TENSOR * b.abs().max() + rounding * b.abs()
+    return float(apart.max()), int((apart != 0).sum()), bool((apart <= allowed).all())
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} in {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,0 +1,248 @@
+"""lm-eval's tasks on a trial and on the original, on the same loaded weights, with standard errors of the difference."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from heretic.errors import Interrupted, UserError, first_line
+from heretic.files import write_text
+from heretic.model.batching import out_of_memory
+from heretic.model.chat_format import ChatFormat
+from heretic.model.loading import load_tokenizer
+from heretic.model.template import read_template
+from heretic.model.thinking import MARKERS, open_block
+from heretic.pipeline.run_context import Desk
+from heretic.progress import Stage
+from heretic.runs.environment import versions
+from heretic.session.session import Session
+
+MOST_ROWS = 16  # questions are longer than prompts
+LONGEST_NAME = 80  # characters of a file's name that tell the tasks
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Names of tasks, groups or tags; `include` is a folder with task files of one's own; `limit` questions of each task at
+    most; `chat`: ask through the chat template; `batch_size` 0: chosen."""
+
+    names: Sequence[str]
+    include: Path | None = None
+    limit: int | None = None
+    chat: bool = False
+    batch_size: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one task. `difference` is ablated minus original; errors are standard errors, None where not known.
+
+    The error of the difference is that of the questions' own differences where the metric is a mean over questions: both
+    models answer the same ones, so what makes a question hard cancels out.
+    """
+
+    task: str
+    metric: str
+    questions: int
+    original: float
+    original_error: float | None
+    ablated: float
+    ablated_error: float | None
+    difference_error: float | None
+    higher_is_better: bool
+
+    @property
+    def difference(self) -> float:
+        """Ablated minus original."""
+        return self.ablated - self.original
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What came out, and the file in the run's folder that holds it."""
+
+    trial: int
+    rows: list[Row]
+    file: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json and for the file."""
+        return {"trial": self.trial, "tasks": [{**asdict(r), "difference": r.difference} for r in self.rows]}
+
+
+def benchmark_trial(desk: Desk, trial: int | None, tasks: Tasks) -> Benchmark:
+    """Answer the tasks with the original and with a trial. Raises UserError where lm-eval is missing or refuses a task."""
+    manager = _manager(tasks)
+    result, _ = desk.result(trial)
+    session = desk.session()
+    measured = []
+    for name, edits in (("Original", []), (f"Trial {result.number}", [desk.space.from_params(result.params)])):
+        with desk.watcher.stage(f"{name}: {', '.join(tasks.names)}", None) as stage, session.applied(*edits):
+            measured.append(_evaluate(session, desk, manager, tasks, stage))
+    label = re.sub(r"[^\w.-]+", "-", "+".join(tasks.names))[:LONGEST_NAME]
+    found = Benchmark(
+        result.number, compared(*measured), desk.folder.path / "benchmarks" / f"trial-{result.number}.{label}.json"
+    )
+    found.file.parent.mkdir(mode=0o700, exist_ok=True)
+    asked = {"limit": tasks.limit, "chat": tasks.chat, "versions": versions()}
+    write_text(found.file, json.dumps({**found.as_dict(), **asked}, indent=2) + "\n", private=True)
+    return found
+
+
+def compared(original: Mapping[str, Any], ablated: Mapping[str, Any]) -> list[Row]:
+    """Two results of lm-eval as rows, one a task and metric."""
+    rows = []
+    for task, metrics in original["results"].items():
+        for key, value in metrics.items():
+            metric, _, kind = key.partition(",")
+            other = ablated["results"].get(task, {}).get(key)
+            if not kind or metric.endswith("_stderr") or not all(isinstance(v, (int, float)) for v in (value, other)):
+                continue
+            errors = [_number(r["results"][task].get(f"{metric}_stderr,{kind}")) for r in (original, ablated)]
+            pairs = [_answers(r, task, metric, kind, v) for r, v in ((original, value), (ablated, other))]
+            questions = original["n-samples"].get(task, {}).get("effective", 0)
+            paired = difference_error(*pairs)
+            better = original["higher_is_better"].get(task, {}).get(metric)
+            rows.append(
+                Row(
+                    task=task,
+                    metric=metric if kind == "none" else f"{metric} ({kind})",
+                    questions=questions,
+                    original=float(value),
+                    original_error=errors[0],
+                    ablated=float(other),
+                    ablated_error=errors[1],
+                    difference_error=_independent(*errors) if paired is None else paired,
+                    higher_is_better=better is not False,
+                )
+            )
+    return rows
+
+
+def difference_error(before: Sequence[float] | None, after: Sequence[float] | None) -> float | None:
+    """Standard error of the mean of paired differences; None without pairs."""
+    if before is None or after is None or len(before) != len(after) or len(before) < 2:
+        return None
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    return statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def _independent(a: float | None, b: float | None) -> float | None:
+    """Too large where both answered the same questions, but all that can be said of what is no mean over questions."""
+    return None if a is None or b is None else math.hypot(a, b)
+
+
+def _answers(found: Mapping[str, Any], task: str, metric: str, kind: str, value: float) -> list[float] | None:
+    """The metric of every question, where the task's value is their mean."""
+    samples = sorted(
+        (s for s in found.get("samples", {}).get(task, []) if s["filter"] == kind), key=lambda s: s["doc_id"]
+    )
+    answers = [_number(s.get(metric)) for s in samples]
+    known = [a for a in answers if a is not None]
+    if not known or len(known) < len(answers) or not math.isclose(statistics.fmean(known), value, abs_tol=1e-9):
+        return None
+    return known
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _manager(tasks: Tasks) -> Any:
+    """lm-eval's index of tasks. Raises UserError without lm-eval or without such a task."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError(
+            "Benchmarks need the package lm_eval.", code="missing-package", fix="pip install lm_eval"
+        ) from None
+    if tasks.include is not None and not tasks.include.is_dir():
+        raise UserError(
+            "The folder of tasks does not exist.",
+            code="no-task-folder",
+            where=str(tasks.include),
+            fix="pass an existing folder to --include-path",
+        )
+    own = str(tasks.include.resolve()) if tasks.include else None
+    manager = TaskManager(include_path=own, include_defaults=False)
+    if not set(tasks.names) <= set(manager.all_tasks):  # reading lm-eval's own thousands of tasks takes seconds
+        manager = TaskManager(include_path=own)
+    for name in tasks.names:
+        if name not in manager.all_tasks:
+            raise UserError(
+                f"lm-eval has no task '{name}'.",
+                code="unknown-task",
+                where="--tasks",
+                fix="list its tasks with lm-eval ls tasks; add your own with --include-path FOLDER",
+            )
+    return manager
+
+
+def question(chat: ChatFormat, messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation of a task, rendered as in the study: a thinking block that the template opens is closed. The study's own
+    beginning of answers and its system prompt are left out, since tasks have theirs."""
+    text = replace(chat, system_prompt="", response_prefix="").conversation(messages)
+    opened = open_block(text, messages[-1]["content"])
+    closed = opened and MARKERS[opened].strip() in chat.response_prefix
+    return text + MARKERS[opened] if closed else text
+
+
+def _evaluate(session: Session, desk: Desk, manager: Any, tasks: Tasks, stage: Stage) -> Any:
+    """lm-eval's results of the model as it is at the moment. What it prints is left out; Ctrl-C is heeded at every pass."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    bench = session.bench
+    model, settings = bench.language_model, bench.settings
+    trusted = model.checkpoint.model in settings.trust_remote_code
+    tokenizer = load_tokenizer(model.checkpoint, trusted, read_template(settings))  # its own: it is changed
+
+    class Asked(HFLM):
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            if add_generation_prompt:
+                return question(bench.chat, chat_history)
+            return str(super().apply_chat_template(chat_history, add_generation_prompt))
+
+    def heed(*_: object) -> None:
+        desk.stop.check()
+        stage.advance()
+
+    quiet = io.StringIO()
+    handle = model.model.register_forward_pre_hook(heed)
+    try:
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            rows = tasks.batch_size or min(MOST_ROWS, bench.batcher.size)
+            return simple_evaluate(
+                model=Asked(pretrained=model.model, tokenizer=tokenizer, batch_size=rows),
+                tasks=list(tasks.names),
+                task_manager=manager,
+                limit=tasks.limit,
+                apply_chat_template=tasks.chat,
+                random_seed=settings.seed,
+                numpy_random_seed=settings.seed,
+                torch_random_seed=settings.seed,
+                fewshot_random_seed=settings.seed,
+            )
+    except (Interrupted, KeyboardInterrupt, UserError):
+        raise
+    except Exception as error:  # whatever a task, its data set or its code raises: lm-eval has no errors of its own
+        if out_of_memory(error):
+            raise UserError(
+                "Out of memory.", code="out-of-memory", where="the benchmark", fix="pass --batch-size 1"
+            ) from None
+        raise UserError(
+            f"lm-eval failed: {first_line(error)}",
+            code="benchmark-failed",
+            where=", ".join(tasks.names),
+            fix="make the tasks' data sets available: lm-eval downloads them from the hub; or pass your own with --include-path",
+        ) from error
+    finally:
+        handle.remove()

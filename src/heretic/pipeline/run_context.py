@@ -1,0 +1,168 @@
+"""A run at hand: its inputs, its study, and the model, which is loaded when it is first needed and stays until it is put away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+
+import optuna
+
+from heretic.errors import UserError
+from heretic.export.formats import FORMATS
+from heretic.files import write_text
+from heretic.interrupt import Stop
+from heretic.model.distributed import agree, size
+from heretic.model.unloading import unload
+from heretic.pipeline.prepare import Inputs
+from heretic.pipeline.tensor_parallel import Together, opening, shared
+from heretic.pipeline.worker_process import lender
+from heretic.runs.folder import RunFolder, kept_settings
+from heretic.search.gradient_path import Walk
+from heretic.search.pareto import Result, choose, results
+from heretic.search.space import Space
+from heretic.search.summary import StudyWatcher
+from heretic.session.session import Session, open_session
+from heretic.settings import Settings
+from heretic.settings.sources import Resolved
+from heretic.storage.attributes import REFUSALS_BEFORE, refusals_before
+from heretic.storage.compute_once import ALONE, SharedShelf, Shelf
+from heretic.storage.rdb import keep_settings
+from heretic.storage.url import on_server
+
+
+@dataclass
+class Desk:
+    """One run, whose locks the caller holds. All that is done with its trials uses the one loaded model."""
+
+    resolved: Resolved
+    inputs: Inputs
+    study: optuna.Study
+    watcher: StudyWatcher
+    stop: Stop
+    loaded: Session | None = field(default=None, repr=False)
+
+    @property
+    def settings(self) -> Settings:
+        """The run's settings."""
+        return self.inputs.settings
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where its files are."""
+        return self.inputs.folder
+
+    @property
+    def found(self) -> list[Result]:
+        """The fully measured trials."""
+        return results(self.study)
+
+    @property
+    def before(self) -> int | None:
+        """How many requests the original declines; None while that is not known."""
+        return refusals_before(self.study)
+
+    def session(self) -> Session:
+        """The model in memory, with what the run's folder holds."""
+        inputs = self.inputs
+        if self.loaded is None:
+            agree(lambda: inputs.plan)
+            with opening():
+                self.loaded = open_session(
+                    inputs.settings,
+                    inputs.checkpoint,
+                    inputs.prompts,
+                    shared(inputs.plan),
+                    inputs.folder,
+                    self.watcher,
+                    Together(self.stop) if size() > 1 else self.stop,
+                    self.shelf,
+                )
+        return self.loaded
+
+    def keep_before(self) -> None:
+        """Store with the study how often the original declines."""
+        self.study.set_user_attr(REFUSALS_BEFORE, self.session().baseline.refusals)
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may work on the study too."""
+        return on_server(self.settings.storage) or lender() != 0
+
+    @property
+    def shelf(self) -> Shelf:
+        """What is made once for all workers of the study."""
+        if not self.shared:
+            return ALONE
+        folder, settings = self.folder, self.settings
+        return SharedShelf(
+            self.study, folder.path, folder.stamp, settings.artifacts, settings.workers, self.watcher, self.stop
+        )
+
+    @property
+    def space(self) -> Space:
+        """What the trials were drawn from."""
+        return self.session().space(Walk.of(self.study))
+
+    def put_away(self) -> None:
+        """Give back the model's memory."""
+        if self.loaded is not None:
+            unload(self.loaded.bench.language_model.model)
+        self.loaded = None
+
+    def __enter__(self) -> Desk:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.put_away()
+
+    def picked(self) -> tuple[Result, str] | None:
+        """The trial that the settings prefer, and why."""
+        settings = self.settings
+        return choose(self.found, settings.select, settings.max_kl, settings.max_refusals)
+
+    def result(self, trial: int | None) -> tuple[Result, str]:
+        """A trial by its number, or the one that the settings prefer; why it is that one. Raises UserError."""
+        if trial is not None:
+            return _named(self.found, trial)
+        picked = self.picked()
+        if picked is None:
+            raise UserError(
+                "The run has no finished trial yet.",
+                code="trial-not-found",
+                where=str(self.folder.path),
+                fix=f"continue it: heretic run {self.folder.path}",
+            )
+        return picked
+
+    def ask_for(self, n_trials: int) -> None:
+        """Let the study come to so many trials, now and when it is resumed."""
+        settings = self.settings.model_copy(update={"n_trials": n_trials})
+        self.inputs = replace(self.inputs, settings=settings)
+        origins = {**self.resolved.origins, "n_trials": "asked for later"}
+        self.resolved = Resolved(settings, self.resolved.file, origins)
+        self.keep_settings()
+
+    def export_as(self, form: str) -> None:
+        """Let exports be in this format from now on, as long as the desk is open. Raises UserError for one that there is not."""
+        if form not in FORMATS:
+            raise UserError(f"There is no format {form!r}.", code="unknown-format", fix=f"one of: {', '.join(FORMATS)}")
+        settings = self.settings.model_copy(update={"export_format": form})
+        self.inputs = replace(self.inputs, settings=settings)
+        if self.loaded is not None:
+            self.loaded = replace(self.loaded, bench=replace(self.loaded.bench, settings=settings))
+
+    def keep_settings(self) -> None:
+        """Write them to the run's folder, and to the storage for those who do not have the folder."""
+        write_text(self.folder.path / "config.toml", kept_settings(self.resolved), private=True)
+        keep_settings(self.study, self.settings)
+
+
+def _named(found: list[Result], number: int) -> tuple[Result, str]:
+    for result in found:
+        if result.number == number:
+            return result, "as asked"
+    numbers = [r.number for r in found]
+    known = f"one of {numbers[0]} to {numbers[-1]}" if numbers else "continue the run: heretic run"
+    raise UserError(f"There is no finished trial {number}.", code="trial-not-found", fix=known)

@@ -1,0 +1,136 @@
+"""The walk: strengths and a direction found by gradient, from gentle to strict, and the ablations around them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import optuna
+from pydantic import Json, TypeAdapter
+
+from heretic.ablation.ablation import Ablation
+from heretic.storage import attributes
+from heretic.storage.attributes import MOST_LAYERS, WALK
+
+
+@dataclass(frozen=True)
+class Point:
+    """What the descent came to at one weight of refusing against change.
+
+    `strengths` by component, one number a layer; `mixture` and `vector` as in an Ablation. On prompts held back from the
+    descent: mean KL, and mean probability of the words with which the original declines.
+    """
+
+    weight: float
+    strengths: Mapping[str, tuple[float, ...]]
+    mixture: tuple[float, ...] | None
+    kl: float
+    probability: float
+    vector: tuple[float, ...] | None = None
+
+    @property
+    def ablation(self) -> Ablation:
+        """The point itself."""
+        return Ablation(self.strengths, self.mixture, vector=self.vector)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Point:
+        """What `asdict` gave, after a way through JSON."""
+        strengths = {component: tuple(profile) for component, profile in data["strengths"].items()}
+        mixture, vector = (None if data[part] is None else tuple(data[part]) for part in ("mixture", "vector"))
+        return cls(data["weight"], strengths, mixture, data["kl"], data["probability"], vector)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The points, gentle ones first; none where the strengths could not be found by gradient (`why_not` says why)."""
+
+    points: tuple[Point, ...]
+    why_not: str = ""
+
+    def at(self, position: float, gains: Mapping[str, Sequence[float]], shift: float) -> Ablation:
+        """The ablation at a position between two points (0: the first), the strengths of every component multiplied by a gain a
+        layer, the direction mixed toward that of a neighbouring layer (`shift`, in layers; a vector has no neighbours)."""
+        low = min(int(position), len(self.points) - 1)
+        high = min(low + 1, len(self.points) - 1)
+        share = position - low
+        a, b = self.points[low], self.points[high]
+        strengths = {
+            component: tuple(
+                g * s for g, s in zip(gains[component], _between(profile, b.strengths[component], share), strict=True)
+            )
+            for component, profile in a.strengths.items()
+        }
+        if a.vector is not None and b.vector is not None:
+            return Ablation(strengths, vector=_between(a.vector, b.vector, share))
+        if a.mixture is None or b.mixture is None:
+            return Ablation(strengths, None, shift)
+        return Ablation(strengths, shifted(_between(a.mixture, b.mixture, share), shift))
+
+    @property
+    def has_neighbours(self) -> bool:
+        """Whether its directions are the layers' own, so that they can be mixed toward those of the next layer."""
+        return all(p.vector is None for p in self.points)
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """The first and the last layer that any point edits."""
+        edited = [
+            layer for p in self.points for profile in p.strengths.values() for layer, s in enumerate(profile) if s > 0
+        ]
+        return min(edited, default=0), max(edited, default=0)
+
+    def keep(self, study: optuna.Study) -> None:
+        """Store it with the study."""
+        study.set_user_attr(WALK, json.dumps(asdict(self)))
+
+    @classmethod
+    def of(cls, study: optuna.Study) -> Walk | None:
+        """The study's walk, if it has one yet. Raises UserError for a damaged one."""
+        walk = attributes.read(study, WALK, _adapter())
+        if walk is not None and not alike(walk.points):
+            raise attributes.damaged(study, f"'{WALK}' is invalid (points differ in shape, or are not finite)")
+        return walk
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Walk]:
+    return TypeAdapter(Json[Walk])
+
+
+def alike(points: Sequence[Point]) -> bool:
+    """Whether the points are of one model: the same components, the same layers, the same kind of direction, finite numbers."""
+    shapes = {
+        (
+            *sorted((component, len(profile)) for component, profile in p.strengths.items()),
+            *(None if part is None else len(part) for part in (p.mixture, p.vector)),
+        )
+        for p in points
+    }
+    numbers = [part for p in points for part in (*p.strengths.values(), p.mixture or (), p.vector or ())]
+    layers = {len(part) for p in points for part in (*p.strengths.values(), *([p.mixture] if p.mixture else []))}
+    return (
+        len(shapes) <= 1
+        and len(layers) <= 1
+        and max(layers, default=0) <= MOST_LAYERS
+        and all(map(math.isfinite, itertools.chain(*numbers)))
+    )
+
+
+def shifted(mixture: Sequence[float], shift: float) -> tuple[float, ...]:
+    """Every layer's coefficient moved by a share of it to the next layer, or to the one before (a negative shift)."""
+    moved = [0.0] * len(mixture)
+    for layer, coefficient in enumerate(mixture):
+        neighbour = min(max(layer + (1 if shift > 0 else -1), 0), len(mixture) - 1)
+        moved[layer] += (1 - abs(shift)) * coefficient
+        moved[neighbour] += abs(shift) * coefficient
+    return tuple(moved)
+
+
+def _between(a: Sequence[float], b: Sequence[float], share: float) -> tuple[float, ...]:
+    return tuple((1 - share) * x + share * y for x, y in zip(a, b, strict=True))

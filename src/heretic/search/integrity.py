@@ -1,0 +1,87 @@
+"""Whether a stored study is one that heretic can have written, checked once when it is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, check_distribution_compatibility
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from heretic.errors import UserError
+from heretic.search.gradient_path import Walk
+from heretic.storage import attributes
+from heretic.storage.checksum import holds
+
+NAMED = 5  # damaged trials that a warning names
+
+
+def check_study(study: optuna.Study) -> None:
+    """Read everything that is stored. Raises UserError for the first damage."""
+    check_attributes(study)
+    for problem in damaged_trials(study).values():
+        raise problem
+
+
+def check_attributes(study: optuna.Study) -> None:
+    """Read what is stored with the study itself. Raises UserError."""
+    if study.directions != [StudyDirection.MINIMIZE] * 2:
+        raise attributes.damaged(study, "it does not minimize two values, so heretic did not make it")
+    attributes.fingerprint(study)
+    attributes.refusals_before(study)
+    attributes.trials_together(study)
+    Walk.of(study)
+
+
+def damaged_trials(study: optuna.Study) -> dict[int, UserError]:
+    """What is wrong with each damaged trial, by its number."""
+    found: dict[int, UserError] = {}
+    kinds: dict[str, BaseDistribution] = {}
+    for trial in study.get_trials(deepcopy=False):
+        try:
+            _check_trial(study, trial)
+            _check_kinds(study, trial, kinds)
+        except UserError as error:
+            found[trial.number] = error
+    return found
+
+
+def warning(damage: Mapping[int, UserError]) -> str:
+    """That damaged trials are left out, and why; empty where there are none."""
+    if not damage:
+        return ""
+    numbers = [str(number) for number in damage]
+    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
+    trials = f"trial{'s' * (len(numbers) > 1)} {', '.join(numbers[:NAMED])}{more}"
+    return f"Leaving out {trials}. {next(iter(damage.values())).what} Restore a copy of the study."
+
+
+def _check_trial(study: optuna.Study, trial: FrozenTrial) -> None:
+    for reader in (attributes.again, attributes.start, attributes.retry, attributes.retries):
+        reader(study, trial)
+    attributes.failed_by_itself(study, trial)
+    attributes.fixed_params(study, trial)
+    if trial.state != TrialState.COMPLETE:
+        return
+    values = attributes.told(study, trial)
+    attributes.scores(study, trial)
+    attributes.beaten(study, trial)
+    attributes.kl_per_prompt(study, trial)
+    if not holds(trial):
+        raise attributes.damaged(study, "a measurement does not match its hash", trial)
+    parts: dict[str, Any] = {"params": trial.params, "distributions": trial.distributions}
+    try:  # as the sampler and the report copy it
+        create_trial(values=values, constraints=trial.constraints, **parts)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise attributes.damaged(study, f"a parameter is invalid ({error})".splitlines()[0], trial) from None
+
+
+def _check_kinds(study: optuna.Study, trial: FrozenTrial, kinds: dict[str, BaseDistribution]) -> None:
+    """A parameter must be of one kind in all trials; its bounds may differ."""
+    for name, distribution in trial.distributions.items():
+        try:
+            check_distribution_compatibility(kinds.setdefault(name, distribution), distribution)
+        except ValueError:
+            raise attributes.damaged(study, f"parameter '{name}' is of another kind than before", trial) from None

@@ -1,0 +1,96 @@
+"""Finished trials, the Pareto front of KL and expected refusals, and the choice of one when nobody is asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from heretic.scoring.evaluator import Scores
+from heretic.storage import attributes
+
+AS_GOOD = 0.5  # of a request: trials no further apart are told apart by their KL
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished trial: its number, its parameters and what was measured.
+
+    `again` is the number of an earlier trial that this one measured in full.
+    """
+
+    number: int
+    params: dict[str, Any]
+    scores: Scores
+    again: int | None = None
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """(KL, expected refusals and evasions), both to be small."""
+        return self.scores.divergence.mean, self.scores.expected
+
+
+def results(study: optuna.Study, without: Collection[int] = ()) -> list[Result]:
+    """The fully measured trials, in order, but for those whose numbers are left out. Raises UserError for a damaged one."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return results_of(study, [t for t in complete if t.number not in without])
+
+
+def results_of(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[Result]:
+    """Those of a study's finished trials that were measured in full. Raises UserError for a damaged one."""
+    measured = [(trial, attributes.scores(study, trial)) for trial in trials]
+    return [
+        Result(trial.number, dict(trial.params), scores, attributes.again(study, trial))
+        for trial, scores in measured
+        if scores is not None
+    ]
+
+
+def front(found: Sequence[Result]) -> list[Result]:
+    """Those that no other beats in both, fewest refusals first; a destroyed model (infinite KL) is never among them, nor one that
+    goes beyond a limit."""
+    best: list[Result] = []
+    usable = [r for r in found if all(map(math.isfinite, r.point)) and r.scores.within_limits]
+    for candidate in sorted(usable, key=lambda r: (r.point, r.number)):
+        if not best or candidate.point[1] < best[-1].point[1]:
+            best.append(candidate)
+    return best[::-1]
+
+
+def columns(best: Sequence[Result]) -> dict[str, list[str]]:
+    """What a table of results shows, by heading; what was not measured, or found nowhere, has no column."""
+    divergences, scores = [r.scores.divergence for r in best], [r.scores for r in best]
+    found = {
+        "trial": [str(r.number) for r in best],
+        "refusals": [f"{s.refusals}/{s.total}" for s in scores],
+        "evasive": [str(s.evasive) for s in scores] if any(s.evasive for s in scores) else [],
+        "expected": [f"{s.expected:.1f}" for s in scores],
+    }
+    if all(s.conduct for s in scores):
+        conduct = [s.conduct for s in scores if s.conduct]
+        found["harmless declined"] = [f"{c.over_refusals}/{c.total}" for c in conduct]
+        found["degenerate"] = [f"{c.degenerate}/{c.total}" for c in conduct]
+    for heading, name in (("KL mean", "mean"), ("median", "median"), ("p95", "p95"), ("max", "max")):
+        found[heading] = [f"{getattr(d, name):.4f}" for d in divergences]
+    return {heading: cells for heading, cells in found.items() if cells}
+
+
+def choose(found: Sequence[Result], rule: str, max_kl: float, max_refusals: int) -> tuple[Result, str] | None:
+    """The result that the rule prefers, and why in words; None if there is no usable result."""
+    best = front(found)
+    if not best:
+        return None
+    if rule == "fewest_refusals_under_kl":
+        within = [r for r in best if r.point[0] <= max_kl]
+        if within:
+            as_good = [r for r in within if r.point[1] <= within[0].point[1] + AS_GOOD]
+            return as_good[-1], f"fewest refusals among the trials with a KL of at most {max_kl:g}"
+        return best[-1], f"no trial stayed at or under a KL of {max_kl:g}, so the one with the lowest KL"
+    within = [r for r in best if r.scores.unanswered <= max_refusals]
+    if within:
+        return within[-1], f"lowest KL among the trials with at most {max_refusals} requests declined or evaded"
+    return best[0], f"no trial came down to {max_refusals} requests declined or evaded, so the one with the fewest"

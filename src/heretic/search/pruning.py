@@ -1,0 +1,108 @@
+"""How far a trial is measured: exactly as far as it can still reach the front."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from heretic.scoring.evaluator import Beaten, Scores
+from heretic.scoring.refusal_proxy import Calibration, Surrogate, prediction_error
+from heretic.search.pareto import Result, front, results_of
+from heretic.storage import attributes
+
+
+@dataclass(frozen=True)
+class Bar:
+    """The front of what is fully measured so far, as (KL, expected refusals); a trial that one of them beats in both is not on
+    it."""
+
+    points: Sequence[tuple[float, float]]
+
+    def beaten(self, kl: float, at_least: float) -> bool:
+        """Whether a trial of this KL, with at least so many refusals, cannot be on the front whatever else it does.
+
+        A model that was destroyed (its KL is no finite number) never is.
+        """
+        if not math.isfinite(kl):
+            return True
+        return any(
+            other <= kl and count <= at_least and (other < kl or count < at_least) for other, count in self.points
+        )
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A trial that was left early."""
+
+    number: int
+    params: dict[str, Any]
+    kl: float
+    refusals: float  # expected, as the sampler was told
+    again: int | None  # the earlier trial that it measures again
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A study's finished trials, seen from what was measured of each."""
+
+    found: list[Result]
+    stopped: list[Stopped]
+
+    @classmethod
+    def of(cls, study: optuna.Study, without: Collection[int] = ()) -> Progress:
+        """Read a study, but for the trials whose numbers are left out. Raises UserError for a damaged one."""
+        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        believed = [t for t in complete if t.number not in without]
+        known = [(t, attributes.beaten(study, t)) for t in believed]
+        stopped = [
+            Stopped(
+                t.number,
+                dict(t.params),
+                beaten.divergence.mean,
+                attributes.told(study, t)[1],
+                attributes.again(study, t),
+            )
+            for t, beaten in known
+            if beaten is not None
+        ]
+        return cls(results_of(study, believed), stopped)
+
+    @property
+    def bar(self) -> Bar:
+        """What a new trial has to beat."""
+        return Bar([r.point for r in front(self.found)])  # whatever one of the others beats, one of these beats too
+
+    @property
+    def surrogates(self) -> list[tuple[Surrogate, float]]:
+        """Surrogate and expected refusals of the measured trials, in their order."""
+        return [(r.scores.surrogate, r.scores.expected) for r in self.found if r.scores.surrogate]
+
+    @property
+    def surrogate_error(self) -> float | None:
+        """How far the estimates were off, in refusals, had the measured trials been estimated."""
+        return prediction_error(self.surrogates, self.found[0].scores.total) if self.found else None
+
+    def estimate(self, found: Beaten) -> float:
+        """Refusals expected of a trial that was stopped."""
+        return Calibration.fit(self.surrogates, found.total).estimate(found.surrogate, found.expected_at_least)
+
+    def unsettled(self) -> list[Stopped]:
+        """Stopped trials whose estimate would put them on the front: they have to be measured in full before the study ends."""
+        repeated = {t.again for t in self.stopped} | {r.again for r in self.found}
+        bar = self.bar
+        return [t for t in self.stopped if t.number not in repeated and not bar.beaten(t.kl, t.refusals)]
+
+
+def told(found: Scores | Beaten, progress: Progress, kl_floor: float, worst_kl: float) -> list[float]:
+    """What the sampler is told of a trial: a KL within its bounds, and the requests declined or evaded, estimated where
+    it was stopped. A destroyed model declines nothing, which is no merit: it is told as the worst. All values are finite, since
+    Optuna takes a trial with another one for failed."""
+    refusals = found.expected if isinstance(found, Scores) else progress.estimate(found)
+    if not math.isfinite(refusals) or not math.isfinite(found.divergence.mean):
+        refusals = float(found.total)
+    return [min(max(found.divergence.mean, kl_floor), worst_kl), refusals]

@@ -1,0 +1,145 @@
+"""Which trials are next, decided by one worker of a study at a time, so that there are neither too many nor too few."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from heretic.interrupt import Stop
+from heretic.search.pruning import Progress
+from heretic.search.sampler import sampler
+from heretic.search.summary import Standing, StudyWatcher
+from heretic.settings import Settings
+from heretic.storage import attributes
+from heretic.storage.attributes import AGAIN, START, TOGETHER, WORKER
+from heretic.storage.heartbeat import free_the_dead, signature, taken
+from heretic.storage.retrying import PatientStorage
+from heretic.storage.study_lock import TurnLost, database, turn
+
+LOOK_AGAIN = 1.0  # seconds, while other workers measure the last trials
+
+
+class Drawer(Protocol):
+    """What says how many trials fit together, and draws them."""
+
+    def together(self, before: int | None) -> int:
+        """How many trials to hand over at a time; `before` is what this came to in an earlier session."""
+
+    def draw(self, trial: optuna.Trial) -> object:
+        """Draw a trial's parameters; they are stored with it."""
+
+
+def finished(study: optuna.Study) -> int:
+    """Number of trials that are told."""
+    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
+
+@dataclass
+class Queue:
+    """The trials of a study that are still to be measured, by this worker or, if it is `shared`, by others beside it."""
+
+    study: optuna.Study
+    settings: Settings
+    trials: Drawer
+    watcher: StudyWatcher
+    stop: Stop
+    shared: bool = False
+
+    def begin(self, starts: Sequence[dict[str, Any]]) -> None:
+        """Have the trials to begin with asked for next, those that are not yet in the study; a failed one is tried again."""
+        while True:
+            try:
+                with turn(self.study):
+                    trials = self.study.get_trials(deepcopy=False)
+                    known = {attributes.start(self.study, t) for t in trials if t.state != TrialState.FAIL}
+                    for number, params in enumerate(starts):
+                        if number not in known:
+                            self.study.enqueue_trial(params, user_attrs={START: number})
+                return
+            except TurnLost:  # what was queued stays, and is seen the next time
+                continue
+
+    def next(self) -> list[optuna.Trial]:
+        """The next trials, signed and drawn; once all are finished, one that was told with an estimate good enough for the
+        front; then none. Raises Interrupted."""
+        together = self._together()
+        signed = signature()  # before the turn, which others wait for: the drivers are asked for it
+        while True:
+            self.stop.check()
+            asked: list[optuna.Trial] = []
+            try:
+                with turn(self.study):
+                    others = self._decide(together, asked, signed)
+            except (
+                TurnLost,
+                optuna.exceptions.UpdateFinishedTrialError,
+            ):  # the connection was cut: others have decided too
+                self._give_back(asked)
+                continue
+            except BaseException:
+                self._give_back(asked)
+                raise
+            if asked or not others:
+                return asked
+            self.watcher.stands(Standing.of(self.study, self.settings))
+            time.sleep(LOOK_AGAIN)
+
+    def _decide(self, together: int, asked: list[optuna.Trial], signed: dict[str, Any]) -> int:
+        """Within a turn: ask for what there is to do; how many trials others have under way."""
+        running = self._running() if self.shared else []
+        repeated = {t.number: attributes.again(self.study, t) for t in running}
+        left = self.settings.n_trials - finished(self.study) - sum(number is None for number in repeated.values())
+        if left > 0:
+            for _ in range(min(together, left)):
+                self.study.sampler = sampler(self.settings, self._drawn())
+                self._sign(self.study.ask(), asked, signed)
+                # At once: what is drawn at random comes from the study's sampler of the moment.
+                self.trials.draw(asked[-1])
+        elif None not in repeated.values():  # whatever is under way repeats another
+            under_way = set(repeated.values())
+            for unsettled in Progress.of(self.study).unsettled():
+                if unsettled.number not in under_way:
+                    self.study.enqueue_trial(unsettled.params, user_attrs={AGAIN: unsettled.number})
+                    again = taken(self.study, self.study.get_trials(deepcopy=False)[-1])
+                    if again is not None:
+                        self._sign(again, asked, signed)
+                    break
+        return len(running)
+
+    def _running(self) -> list[FrozenTrial]:
+        for dead in free_the_dead(self.study, self.settings.workers):
+            self.watcher.warn(f"The worker of trial {dead.number} is gone; its parameters are tried again.")
+        return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+    def _drawn(self) -> int:
+        """What the next trial's sampler is seeded by. Beside others it must be a number that never comes twice; alone, a trial that
+        was cut off is drawn again, and one that failed by itself is not."""
+        trials = self.study.get_trials(deepcopy=False)
+        if self.shared:
+            return len(trials)
+        counted = (TrialState.COMPLETE, TrialState.RUNNING)
+        return sum(t.state in counted or attributes.failed_by_itself(self.study, t) for t in trials)
+
+    def _sign(self, trial: optuna.Trial, asked: list[optuna.Trial], signed: dict[str, Any]) -> None:
+        asked.append(trial)
+        trial.set_user_attr(WORKER, signed)
+        storage = database(self.study)
+        if isinstance(storage, PatientStorage) and storage.get_heartbeat_interval():
+            storage.patiently(storage.record_heartbeat, trial._trial_id)
+
+    def _give_back(self, asked: Sequence[optuna.Trial]) -> None:
+        for trial in asked:
+            self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def _together(self) -> int:
+        """How many trials at a time: stored, since what is drawn depends on it, and a resumed study shall draw the same."""
+        before = attributes.trials_together(self.study)
+        now = self.trials.together(before)
+        if now != before:
+            self.study.set_user_attr(TOGETHER, now)
+        return now

@@ -1,0 +1,94 @@
+"""How a study stands, read from its storage: what the live screen and `heretic status` show."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from heretic.progress import Watcher
+from heretic.search.pareto import Result, choose
+from heretic.search.pruning import Progress
+from heretic.settings import Settings
+from heretic.storage.attributes import refusals_before
+
+RECENT = 20  # trials that the speed is taken from
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A study at a moment: `done` trials are told, and so count; those of `progress.stopped` were left early. `before` is how
+    often the original declines, `best` the trial that the settings prefer, with the reason."""
+
+    n_trials: int
+    done: int
+    failed: int
+    before: int | None
+    progress: Progress
+    best: tuple[Result, str] | None
+    trials_per_hour: float | None
+
+    @classmethod
+    def of(cls, study: optuna.Study, settings: Settings, without: Collection[int] = ()) -> Standing:
+        """Read a study; of the trials `without` only the number counts. Raises UserError for another damaged one."""
+        trials = study.get_trials(deepcopy=False)
+        complete = [t for t in trials if t.state == TrialState.COMPLETE]
+        progress = Progress.of(study, without)
+        return cls(
+            n_trials=settings.n_trials,
+            done=len(complete),
+            failed=sum(t.state == TrialState.FAIL for t in trials),
+            before=refusals_before(study),
+            progress=progress,
+            best=choose(progress.found, settings.select, settings.max_kl, settings.max_refusals),
+            trials_per_hour=_per_hour(complete),
+        )
+
+    @property
+    def found(self) -> list[Result]:
+        """The fully measured trials."""
+        return self.progress.found
+
+    @property
+    def stopped(self) -> int:
+        """How many trials were left early."""
+        return len(self.progress.stopped)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimated from the speed of the last trials; None where nothing is left or nothing is known."""
+        left = self.n_trials - self.done
+        return 3600 * left / self.trials_per_hour if left > 0 and self.trials_per_hour else None
+
+
+def _per_hour(complete: list[FrozenTrial]) -> float | None:
+    """The last trials over the time in which at least one of them ran.
+
+    So trials side by side, in a pass or on several machines, count for the speed, and a pause between two sessions does not.
+    """
+    timed = [(t.datetime_start, t.datetime_complete) for t in complete]
+    recent = sorted(((a, b) for a, b in timed if a and b), key=lambda pair: pair[1])[-RECENT:]
+    seconds = _covered(recent)
+    return 3600 * len(recent) / seconds if seconds > 0 else None
+
+
+def _covered(spans: Iterable[tuple[datetime, datetime]]) -> float:
+    """Seconds that at least one of the spans covers."""
+    total, reached = 0.0, None
+    for begin, end in sorted(spans):
+        begin = begin if reached is None else max(begin, reached)
+        if end > begin:
+            total += (end - begin).total_seconds()
+            reached = end
+    return total
+
+
+class StudyWatcher(Watcher, Protocol):
+    """A watcher that is also told how a study stands."""
+
+    def stands(self, standing: Standing) -> None:
+        """How the study under way stands now."""

@@ -1,0 +1,1 @@
+"""A loaded model made ready for a study."""

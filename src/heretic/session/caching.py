@@ -1,0 +1,104 @@
+"""What a study need not compute again for every trial, each part only where a check on this model allows it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from heretic.hardware.host import memory, spell_bytes
+from heretic.model.activation_cache import Entries, entries_for
+from heretic.model.batching import Batcher, free_memory, out_of_memory
+from heretic.model.distributed import agree, size
+from heretic.model.forward import call, can_begin_later
+from heretic.model.loading import LanguageModel
+from heretic.planning.memory_model import MOST_KEPT, SHARE_KEPT
+from heretic.planning.model_dims import ModelShape
+from heretic.planning.workload import MOST_TRIALS
+from heretic.scoring.evaluator import Ladder
+from heretic.scoring.refusal_count import Requests
+
+log = logging.getLogger(__name__)
+
+WORTH_DOUBLING = 1.2  # more trials in a pass must decode so many times faster
+PROBED_STEPS = 3
+
+
+def with_savings(ladder: Ladder, refusal_texts: Sequence[list[int]]) -> Ladder:
+    """The ladder, trying what the original said where it declined, and beginning its passes where the first edited block is.
+
+    Neither is done where answers may leave the window of an attention layer: wrong tries would take up room in it.
+    """
+    model = ladder.language_model
+    requests = Requests(ladder.harmful, refusal_texts)
+    harmless = ladder.taught.sequences
+    if max(map(len, (*requests.with_tried, *harmless))) + ladder.max_tokens >= model.window:
+        log.info("nothing is tried or kept: prompts and answers are longer than the attention's window")
+        return ladder
+    ladder = replace(ladder, tried=refusal_texts)
+    if not can_begin_later(model.model, model.anatomy.blocks, harmless, ladder.batcher):
+        return ladder
+    return replace(
+        ladder,
+        harmful_entries=entries_of(model, requests.with_tried, ladder.batcher, with_cache=True),
+        harmless_entries=entries_of(model, harmless, ladder.batcher, with_cache=False),
+    )
+
+
+def entries_of(
+    model: LanguageModel, sequences: Sequence[list[int]], batcher: Batcher, *, with_cache: bool
+) -> Entries | None:
+    """Room for what the original's blocks receive for these sequences; None where there is not enough."""
+    shape = ModelShape.of(model.model.config.get_text_config(decoder=True), model.model)
+    shared = batcher.beginning(sequences)
+    budget = agree(lambda: min(MOST_KEPT, int(SHARE_KEPT * memory()[1] / size())))
+    found = entries_for(
+        model.anatomy.blocks,
+        sequences,
+        shared.tokens if shared else [],
+        with_cache=with_cache,
+        bytes_per_token=(shape.hidden * shape.element, shape.cache_per_token * shape.element),
+        budget=budget,
+    )
+    if found is None:
+        log.info("every pass begins with the first block: what is below does not fit into %s", spell_bytes(budget))
+    return found
+
+
+def trials_that_pay(ladder: Ladder) -> int:
+    """How many trials to run in one pass, measured: decoding a token for twice as many rows is tried as long as that gives
+    more rows a second by a fifth, fits the batch and the memory."""
+    model, requests = ladder.language_model, len(ladder.harmful)
+    best = 1
+    rate = _rows_per_second(model, requests)
+    while best < MOST_TRIALS and 2 * best * requests <= ladder.batcher.size:
+        try:
+            doubled = _rows_per_second(model, 2 * best * requests)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            free_memory()
+            break
+        log.info("%d trials in a pass decode %.0f rows a second, half as many %.0f", 2 * best, doubled, rate)
+        if doubled < WORTH_DOUBLING * rate:
+            break
+        best, rate = 2 * best, doubled
+    return best
+
+
+@torch.inference_mode()
+def _rows_per_second(model: LanguageModel, rows: int) -> float:
+    """Rows that a step of decoding handles in a second, the best of a few steps on a short text."""
+    tokens = torch.ones(rows, 1, dtype=torch.long, device=model.device)
+    cache = None
+    shortest = float("inf")
+    for _ in range(PROBED_STEPS):
+        began = time.perf_counter()
+        output = call(model.model, tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = getattr(output, "past_key_values", None)
+        output.logits[:, -1].argmax(dim=-1).tolist()  # waits for the device
+        shortest = min(shortest, time.perf_counter() - began)
+    return rows / shortest

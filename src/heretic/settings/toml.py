@@ -1,0 +1,87 @@
+"""Settings as TOML text: the documented defaults, and what a run resolved to."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from heretic.errors import plain_line
+from heretic.settings import Settings, Table
+from heretic.settings.field import noted
+from heretic.settings.sources import Resolved, describe_type
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML; texts are written as JSON texts, which TOML reads the same, with all that cannot be printed escaped."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        text = json.dumps(value, ensure_ascii=False)
+        return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
+    if isinstance(value, dict):
+        inside = ", ".join(f"{toml_value(str(k))} = {toml_value(v)}" for k, v in value.items())
+        return f"{{ {inside} }}" if inside else "{}"
+    raise TypeError(f"no TOML for {type(value)}")
+
+
+def defaults_text() -> str:
+    """Every key with its documentation and its default: the content of config.default.toml."""
+    head = (
+        "# All settings of heretic with their defaults, made by: heretic config --defaults\n"
+        "# Copy what you want to change into a config.toml; what is left out keeps its default (but a prompt set with a\n"
+        "# `source` of its own begins with all of `train`).\n"
+        "# The same keys work as an option (--set ablation.geometry=plain) and in the environment\n"
+        "# (HERETIC_ABLATION__GEOMETRY=plain). An option beats the environment, the environment beats the file.\n"
+    )
+    return head + "\n".join(_document(Settings(), Settings, "", lambda _: None)) + "\n"
+
+
+def resolved_text(resolved: Resolved) -> str:
+    """Every key with its value and where that came from; reads back as the same settings."""
+    return "\n".join(_document(resolved.settings, Settings, "", resolved.origin)).lstrip() + "\n"
+
+
+def _document(values: Table, table: type[Table], prefix: str, origin: Callable[[str], str | None]) -> list[str]:
+    lines: list[str] = []
+    tables = []
+    for name, field in table.model_fields.items():
+        value = getattr(values, name)
+        if isinstance(value, Table):
+            tables.append((name, field.description or "", value))
+            continue
+        came_from = origin(prefix + name)
+        if came_from is None:
+            lines.append("")
+            when = noted(field, "when")
+            for said in (field.description or "", f"When to change it: {when}" if when else ""):
+                lines += textwrap.wrap(said, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+            lines.append(f"# Takes {describe_type(field.annotation)}.")
+            lines += _assignment(name, value)
+        else:
+            lines.append(f"{name} = {toml_value(value)}  # {plain_line(came_from)}")
+    for name, description, value in tables:
+        lines += ["", *textwrap.wrap(description, 118, initial_indent="# ", subsequent_indent="# ")]
+        lines.append(f"[{prefix}{name}]")
+        lines += _document(value, type(value), f"{prefix}{name}.", origin)
+    return lines
+
+
+def _assignment(name: str, value: Any) -> list[str]:
+    """`name = value`, long lists over several lines."""
+    line = f"{name} = {toml_value(value)}"
+    if len(line) <= 118 or not isinstance(value, list):
+        return [line]
+    lines = [f"{name} = ["]
+    for item in value:
+        text = f"{toml_value(item)},"
+        if len(lines) > 1 and len(lines[-1]) + len(text) < 112:
+            lines[-1] += f" {text}"
+        else:
+            lines.append(f"    {text}")
+    return [*lines, "]"]

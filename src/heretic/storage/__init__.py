@@ -1,0 +1,1 @@
+"""Studies in a database, shared by several workers."""

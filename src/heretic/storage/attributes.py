@@ -1,0 +1,273 @@
+"""What heretic stores in a study beside Optuna's own values: the names, and a reader for each that checks what it reads.
+
+Every command reads stored attributes here. A reader returns None for what is not stored, and raises a UserError with the code
+`damaged-study` for what heretic cannot have written: another type, a missing field, a number that is not finite.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Annotated, Any, TypeVar
+
+import optuna
+from optuna.trial import FrozenTrial
+from pydantic import Field, Json, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict
+
+from heretic.errors import UserError, plain_line
+from heretic.scoring.divergence import Divergence
+from heretic.scoring.evaluator import Beaten, Scores
+from heretic.scoring.refusal_proxy import Surrogate
+from heretic.settings import Settings
+from heretic.storage.url import masked
+
+# Of the study.
+FACTS = "heretic:fingerprint"  # what its results depend on
+REFUSALS_BEFORE = "heretic:refusals_before"  # how often the original declines
+SETTINGS = "heretic:settings"  # for whoever sees nothing but the storage
+EXPORTED = "heretic:exported "  # and a trial's number: by whom, where to
+WALK = "heretic:walk"  # the points found by gradient
+ABOUT = "heretic:about"  # model and machine, for the report
+TOGETHER = "heretic:trials_together"  # trials that share a pass
+MAKING = "heretic:making "  # and a name: who makes the thing of this name
+MADE = "heretic:made "  # and a name: hash of the file of this name, and where it was published
+
+# Of a trial.
+SCORES = "scores"  # what was measured in full
+BEATEN = "beaten"  # what was known when it was left early
+KL_PER_PROMPT = "kl_per_prompt"  # only of a trial that was on the front when it was told
+WORKER = "worker"  # who measures it
+START = "start"  # its number among the trials to begin with
+AGAIN = "again"  # the earlier trial that it measures in full
+RETRY = "retry"  # the trial that it repeats, whose worker died
+RETRIES = "retries"  # how often these parameters have been given up
+ERROR = "heretic:error"  # why it failed
+
+FIXED = "fixed_params"  # Optuna's own, of the trial: parameters given when it was enqueued
+
+MOST_LAYERS = 100_000
+MOST_REQUESTS = 10_000_000  # above that a table or a figure of them could take all memory
+SMALLEST_KL = -0.01  # below 0 by rounding only
+SHOWN = 200  # characters of a problem
+
+T = TypeVar("T")
+Count = Annotated[int, Field(strict=True, ge=0, le=MOST_REQUESTS)]
+Number = Annotated[int, Field(strict=True, ge=0, lt=2**63)]  # of a trial
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Parameters = dict[str, Finite | str]
+
+
+class Signature(TypedDict):
+    """Who works on a trial: see `storage.worker`; `memory` by device."""
+
+    host: str
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
+    began: Finite
+    machine: NotRequired[str]
+    memory: NotRequired[dict[str, str]]
+
+
+class Claim(TypedDict):
+    """Who makes something for all workers, with a count of signs of life."""
+
+    worker: Signature
+    signs: int
+
+
+class Made(TypedDict):
+    """A file that one worker made for all."""
+
+    sha256: str
+    artifact: str
+    worker: str
+
+
+_FACTS = TypeAdapter[dict[str, Any]](Json[dict[str, Any]])
+_SETTINGS = TypeAdapter[Settings](Json[Settings])
+_COUNT = TypeAdapter[int](Count)
+_NUMBER = TypeAdapter[int](Number)
+_TEXT = TypeAdapter[str](Annotated[str, Field(strict=True)])
+_TOGETHER = TypeAdapter[int](Annotated[int, Field(strict=True, ge=1, le=4096)])
+_CLAIM = TypeAdapter[Claim](Json[Claim])
+_MADE = TypeAdapter[Made](Json[Made])
+_SIGNATURE = TypeAdapter[Signature](Signature)
+_PER_PROMPT = TypeAdapter[list[float]](list[Finite])
+_FIXED = TypeAdapter[dict[str, Any]](Parameters)
+_TOLD = TypeAdapter[tuple[float, float]](tuple[Finite, Finite])
+
+
+def place(study: optuna.Study, trial: FrozenTrial | None = None) -> str:
+    """The storage, without its password, and the trial: `where` of an error."""
+    storage: Any = study._storage
+    url = getattr(getattr(storage, "_backend", storage), "url", "")
+    named = masked(str(url)) if url else f"study '{study.study_name}'"
+    return named if trial is None else f"{named} trial {trial.number}"
+
+
+def damaged(study: optuna.Study, what: str, trial: FrozenTrial | None = None) -> UserError:
+    """The error for a study that holds what heretic cannot have written; `what` ends without a period."""
+    return UserError(
+        f"The study is damaged: {plain_line(what)[:SHOWN]}.",
+        code="damaged-study",
+        where=place(study, trial),
+        fix="restore a copy of the study, or start over with --fresh (heretic keeps the old run)",
+    )
+
+
+def read(study: optuna.Study, name: str, adapter: TypeAdapter[T], trial: FrozenTrial | None = None) -> T | None:
+    """An attribute of the study or of one of its trials; None where it is not stored. Raises UserError."""
+    stored = (study if trial is None else trial).user_attrs.get(name)
+    return None if stored is None else _valid(study, name, adapter, stored, trial)
+
+
+def _valid(study: optuna.Study, name: str, adapter: TypeAdapter[T], stored: Any, trial: FrozenTrial | None) -> T:
+    try:
+        return adapter.validate_python(stored)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        part = "".join(f".{key}" for key in first["loc"])
+        raise damaged(study, f"'{name}{part}' is invalid ({first['msg']})", trial) from None
+    except RecursionError:
+        raise damaged(study, f"'{name}' is nested too deeply", trial) from None
+
+
+def fingerprint(study: optuna.Study) -> dict[str, Any] | None:
+    """What the study's results depend on."""
+    return read(study, FACTS, _FACTS)
+
+
+def settings_of(study: optuna.Study) -> Settings | None:
+    """The settings that the study was last worked on with; None in one made before they were stored."""
+    return read(study, SETTINGS, _SETTINGS)
+
+
+def refusals_before(study: optuna.Study) -> int | None:
+    """How many requests the original declines."""
+    return read(study, REFUSALS_BEFORE, _COUNT)
+
+
+def trials_together(study: optuna.Study) -> int | None:
+    """How many trials share a pass."""
+    return read(study, TOGETHER, _TOGETHER)
+
+
+def exported(study: optuna.Study, kind: str) -> str | None:
+    """By whom and where to the trial and format of `kind` were exported."""
+    return read(study, EXPORTED + kind, _TEXT)
+
+
+def claim(study: optuna.Study, name: str) -> Claim | None:
+    """Who makes the thing of this name; None where nobody does."""
+    return read(study, MAKING + name, _CLAIM)
+
+
+def made(study: optuna.Study, name: str) -> Made | None:
+    """What the file of this name came to."""
+    return read(study, MADE + name, _MADE)
+
+
+@functools.cache
+def _scores() -> TypeAdapter[Scores]:
+    return TypeAdapter(Scores)
+
+
+@functools.cache
+def _beaten() -> TypeAdapter[Beaten]:
+    return TypeAdapter(Beaten)
+
+
+def scores(study: optuna.Study, trial: FrozenTrial) -> Scores | None:
+    """What was measured of a trial in full."""
+    found = read(study, SCORES, _scores(), trial)
+    if found is not None and (problem := _problem(found)):
+        raise damaged(study, f"'{SCORES}' is invalid ({problem})", trial)
+    return found
+
+
+def beaten(study: optuna.Study, trial: FrozenTrial) -> Beaten | None:
+    """What was known of a trial that was left early."""
+    found = read(study, BEATEN, _beaten(), trial)
+    if found is not None and (problem := _problem(found)):
+        raise damaged(study, f"'{BEATEN}' is invalid ({problem})", trial)
+    return found
+
+
+def _problem(found: Scores | Beaten) -> str:
+    """Why these numbers cannot have been measured; empty where they can."""
+    counts: tuple[int, ...] = (found.refusals, found.evasive) if isinstance(found, Scores) else (found.at_least,)
+    if not 0 < found.total <= MOST_REQUESTS:
+        return "total"
+    if any(n < 0 for n in counts) or sum(counts) > found.total:
+        return f"counts {counts} of {found.total}"
+    if not _measurable(found.divergence):
+        return "divergence"
+    sums = list(found.seconds.values())  # of what a destroyed model gives, the rest may be no number
+    if isinstance(found, Scores):
+        if found.declined and (len(found.declined) != found.total or set(found.declined) - set("012")):
+            return "declined"
+        conduct = found.conduct
+        if conduct and not 0 <= min(conduct.over_refusals, conduct.degenerate) <= conduct.total <= MOST_REQUESTS:
+            return "conduct"
+        sums += found.excess.values()
+    if not all(map(math.isfinite, sums)):
+        return "a number is not finite"
+    return "surrogate" if found.surrogate and not _possible(found.surrogate) else ""
+
+
+def _measurable(divergence: Divergence) -> bool:
+    """Infinity is: of a model that was destroyed."""
+    return all(n >= SMALLEST_KL for n in (divergence.mean, divergence.median, divergence.p95, divergence.max))
+
+
+def _possible(surrogate: Surrogate) -> bool:
+    likely = not (surrogate.probability < 0 or surrogate.probability > 1.01)
+    return likely and 0 <= surrogate.matching <= surrogate.declined <= MOST_REQUESTS
+
+
+def told(study: optuna.Study, trial: FrozenTrial) -> tuple[float, float]:
+    """KL and expected refusals that the sampler was told of a finished trial."""
+    return _valid(study, "values", _TOLD, trial.values, trial)
+
+
+def kl_per_prompt(study: optuna.Study, trial: FrozenTrial) -> list[float] | None:
+    """The KL of every prompt, for the figures."""
+    return read(study, KL_PER_PROMPT, _PER_PROMPT, trial)
+
+
+def again(study: optuna.Study, trial: FrozenTrial) -> int | None:
+    """The number of the earlier trial that this one measures in full."""
+    return read(study, AGAIN, _NUMBER, trial)
+
+
+def start(study: optuna.Study, trial: FrozenTrial) -> int | None:
+    """The trial's number among those to begin with."""
+    return read(study, START, _NUMBER, trial)
+
+
+def retry(study: optuna.Study, trial: FrozenTrial) -> int | None:
+    """The number of the trial that this one repeats."""
+    return read(study, RETRY, _NUMBER, trial)
+
+
+def retries(study: optuna.Study, trial: FrozenTrial) -> int:
+    """How often the trial's parameters have been given up."""
+    return read(study, RETRIES, _COUNT, trial) or 0
+
+
+def failed_by_itself(study: optuna.Study, trial: FrozenTrial) -> bool:
+    """Whether the trial failed, rather than its worker."""
+    return read(study, ERROR, _TEXT, trial) is not None
+
+
+def fixed_params(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+    """Parameters that a trial was enqueued with."""
+    return _valid(study, FIXED, _FIXED, trial.system_attrs.get(FIXED, {}), trial)
+
+
+def signature(trial: FrozenTrial) -> Signature | None:
+    """Who measures the trial. None where nobody signed it, or the signature cannot be read: such a trial belongs to nobody."""
+    try:
+        return _SIGNATURE.validate_python(trial.user_attrs.get(WORKER))
+    except (ValidationError, RecursionError):
+        return None

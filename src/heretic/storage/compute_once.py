@@ -1,0 +1,271 @@
+"""What the workers of a study make once: one makes it, the others wait for it and use the same.
+
+The study says who is at it, and the hash of what it came to. Files lie in the run's folder; workers that do not share it get
+them from an artifact store, or make their own and must come to the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import optuna
+
+from heretic.errors import StudyMismatch, UserError, first_line
+from heretic.files import read_tensors
+from heretic.interrupt import Stop
+from heretic.progress import Watcher
+from heretic.settings import Workers
+from heretic.storage import attributes
+from heretic.storage.attributes import MADE, MAKING, Claim, Made, Signature
+from heretic.storage.heartbeat import Unchanged, beating
+from heretic.storage.rdb import alive, worker
+from heretic.storage.study_lock import TurnLost, turn
+
+LOOK_AGAIN = 1.0
+
+
+class Shelf(Protocol):
+    """Where things are that are made once."""
+
+    def file(self, name: str) -> Any:
+        """A context in which a file of the run's folder is there, or is to be made by us before the context ends."""
+
+    def thing(self, name: str, there: Callable[[], bool]) -> Any:
+        """A context in which something is there, or is to be made by us before the context ends."""
+
+
+class Alone:
+    """Nobody else is there."""
+
+    @contextmanager
+    def file(self, name: str) -> Iterator[None]:
+        """See Shelf."""
+        yield
+
+    @contextmanager
+    def thing(self, name: str, there: Callable[[], bool]) -> Iterator[None]:
+        """See Shelf."""
+        yield
+
+
+ALONE = Alone()
+
+
+@dataclass
+class SharedShelf:
+    """The shelf of a study that several workers have open."""
+
+    study: optuna.Study
+    folder: Path
+    stamp: str  # the fingerprint that the folder's files must carry
+    artifacts: str
+    workers: Workers
+    watcher: Watcher
+    stop: Stop
+    seen: dict[str, Unchanged] = field(default_factory=dict)
+
+    @contextmanager
+    def file(self, name: str) -> Iterator[None]:
+        """See Shelf. Raises StudyMismatch if what we have, or make, is not what the other workers use."""
+        with self.thing(name, lambda: self._here(name)):
+            yield
+            self._register(name)
+
+    @contextmanager
+    def thing(self, name: str, there: Callable[[], bool]) -> Iterator[None]:
+        """See Shelf. Raises Interrupted."""
+        said = False
+        while not there():
+            self.stop.check()
+            if self._claimed(name, there):
+                with self._at_it(name):
+                    yield
+                return
+            if not said:
+                self.watcher.say(f"Waiting for {name}, which {self._maker(name)} makes.")
+                said = True
+            time.sleep(LOOK_AGAIN)
+        yield
+
+    def _here(self, name: str) -> bool:
+        """Whether the file is in the folder as the study knows it, fetched if that is possible; True also where only we
+        can make it for ourselves, since it is made and out of reach."""
+        made, path = attributes.made(self.study, name), self.folder / name
+        if made is None:
+            if self._hash(path):
+                self._register(name)
+                return True
+            return False
+        if self._hash(path) != made["sha256"] and not self._fetch(name, made):
+            if self._hash(path):
+                raise self._other(name, made)
+            self.watcher.say(
+                f"{name} was made by another worker and cannot be had from it; it is made again and compared."
+            )
+        return True
+
+    def _fetch(self, name: str, made: Made) -> bool:
+        """Get a published file, whole and with its hash, or leave things as they are."""
+        if not self.artifacts or not made["artifact"]:
+            return False
+        beside = self.folder / f".{name}.{os.getpid()}.fetched"
+        beside.unlink(missing_ok=True)
+        try:
+            optuna.artifacts.download_artifact(
+                artifact_store=artifact_store(self.artifacts), file_path=str(beside), artifact_id=made["artifact"]
+            )
+            if self._hash(beside) != made["sha256"]:
+                self.watcher.warn(f"The published {name} is damaged; it is not used.")
+                return False
+            os.replace(beside, self.folder / name)
+        except Exception as error:  # whatever the store's client raises
+            self.watcher.warn(f"The published {name} cannot be fetched: {first_line(error)}")
+            return False
+        finally:
+            beside.unlink(missing_ok=True)
+        self.watcher.say(f"{name} comes from {made['worker']}.")
+        return True
+
+    def _register(self, name: str) -> None:
+        """Say what the file came to, and publish it; the first one counts."""
+        found = self._hash(self.folder / name)
+        made = attributes.made(self.study, name)
+        if made is None:
+            artifact = ""
+            if self.artifacts:
+                try:
+                    artifact = optuna.artifacts.upload_artifact(
+                        artifact_store=artifact_store(self.artifacts),
+                        file_path=str(self.folder / name),
+                        study_or_trial=self.study,
+                    )
+                except Exception as error:  # whatever the store's client raises
+                    raise UserError(
+                        f"{name} cannot be published: {first_line(error)}",
+                        code="artifacts-unwritable",
+                        where=self.artifacts,
+                        fix="make the place writable, or leave artifacts empty",
+                    ) from None
+            mine: Made = {"sha256": found, "artifact": artifact, "worker": _spelled(worker())}
+            try:
+                with turn(self.study):
+                    made = attributes.made(self.study, name)
+                    if made is None:
+                        self.study.set_user_attr(MADE + name, json.dumps(mine))
+                        made = mine
+            except TurnLost:
+                made = attributes.made(self.study, name) or mine
+        if made["sha256"] != found:
+            raise self._other(name, made)
+
+    def _hash(self, path: Path) -> str:
+        """The hash of the tensors in a file; empty where there is none that is whole and of these settings."""
+        if not path.is_file():
+            return ""
+        try:
+            _, kept = read_tensors(path)
+        except UserError:
+            return ""
+        return kept["sha256"] if kept.get("fingerprint") == self.stamp else ""
+
+    def _other(self, name: str, made: Made) -> StudyMismatch:
+        return StudyMismatch(
+            f"The {name} of this machine differs from the study's (made by {made['worker']}). Different hardware rounds "
+            "differently, so the scores would not be comparable.",
+            code="artifact-mismatch",
+            where=str(self.folder / name),
+            fix='set artifacts = "/folder/that/all/see" on every machine, and delete the file here'
+            if not self.artifacts
+            else "delete the file here; heretic fetches the study's",
+        )
+
+    def _claimed(self, name: str, there: Callable[[], bool]) -> bool:
+        """Whether it falls to us to make it: nobody is at it, or who was is dead."""
+        try:
+            with turn(self.study):
+                claim = attributes.claim(self.study, name)
+                if there() or (claim and not self._dead(name, claim)):
+                    return False
+                self._sign(name, 0)
+                return True
+        except TurnLost:
+            return False
+
+    def _dead(self, name: str, claim: Claim) -> bool:
+        """A process of this machine that is gone; one elsewhere whose count of signs of life has stood still for the grace
+        period, by our clock."""
+        silent = self.seen.setdefault(name, Unchanged()).seconds(claim)
+        return not alive(claim["worker"]) or silent > max(self.workers.grace_period, 2 * self.workers.heartbeat)
+
+    @contextmanager
+    def _at_it(self, name: str) -> Iterator[None]:
+        count = 0
+
+        def beat() -> None:
+            nonlocal count
+            count += 1
+            self._sign(name, count)
+
+        try:
+            with beating(beat, self.workers.heartbeat):
+                yield
+        finally:
+            self.study.set_user_attr(MAKING + name, None)
+
+    def _sign(self, name: str, count: int) -> None:
+        self.study.set_user_attr(MAKING + name, json.dumps({"worker": worker(), "signs": count}))
+
+    def _maker(self, name: str) -> str:
+        claim = attributes.claim(self.study, name)
+        return _spelled(claim["worker"]) if claim else "another worker"
+
+
+def artifact_store(place: str) -> Any:
+    """Optuna's artifact store at a folder or an S3 address. Raises UserError."""
+    if not place.startswith("s3://"):
+        try:
+            Path(place).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"The folder for artifacts cannot be created: {error.strerror}.",
+                code="artifacts-unwritable",
+                where=place,
+                fix="name a folder that can be written, or leave artifacts empty",
+            ) from None
+        return optuna.artifacts.FileSystemArtifactStore(place)
+    bucket, _, prefix = place.removeprefix("s3://").strip("/").partition("/")
+    try:
+        store = optuna.artifacts.Boto3ArtifactStore(bucket)
+    except ImportError:
+        raise UserError(
+            "Artifacts on S3 need the package boto3.", code="missing-package", where=place, fix="pip install boto3"
+        ) from None
+    return _Below(store, prefix) if prefix else store
+
+
+@dataclass
+class _Below:
+    """A part of an artifact store: all names begin with a prefix."""
+
+    store: Any
+    prefix: str
+
+    def open_reader(self, artifact_id: str) -> Any:
+        return self.store.open_reader(f"{self.prefix}/{artifact_id}")
+
+    def write(self, artifact_id: str, content_body: Any) -> None:
+        self.store.write(f"{self.prefix}/{artifact_id}", content_body)
+
+    def remove(self, artifact_id: str) -> None:
+        self.store.remove(f"{self.prefix}/{artifact_id}")
+
+
+def _spelled(who: Signature) -> str:
+    return f"process {who['pid']} on {who['host']}"

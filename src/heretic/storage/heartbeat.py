@@ -1,0 +1,132 @@
+"""Who is alive: signs of life while a trial is measured, and what becomes of the trials of the dead.
+
+Optuna records heartbeats in `optimize` only. Here trials are asked for and told, so a thread records them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from heretic.hardware.memory_usage import memory_in_use
+from heretic.settings import Workers
+from heretic.storage import attributes
+from heretic.storage.attributes import RETRIES, RETRY, START
+from heretic.storage.rdb import STORAGE_ERRORS, alive, worker
+from heretic.storage.retrying import PatientStorage
+from heretic.storage.study_lock import database
+
+
+def signature() -> dict[str, Any]:
+    """Who works on a trial, and how full that machine's memory is meanwhile: all that others can learn of it."""
+    return {**worker(), "memory": {use.device: str(use) for use in memory_in_use()}}
+
+
+@contextmanager
+def beating(beat: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Within the context `beat` is called from a thread, at once and then every so many seconds; a storage that is away is
+    borne."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.is_set():
+            with suppress(*STORAGE_ERRORS):
+                beat()
+            ended.wait(seconds)
+
+    thread = threading.Thread(target=run, daemon=True, name="signs of life")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
+def signs_of_life(study: optuna.Study, trials: Sequence[optuna.Trial]) -> Iterator[None]:
+    """Within the context the storage hears that these trials are worked on; one in a file needs no telling, since all workers
+    are then processes of one machine."""
+    storage = database(study)
+    if storage is None or not (interval := storage.get_heartbeat_interval()):
+        yield
+        return
+    known = [trial._trial_id for trial in trials]
+
+    def beat() -> None:
+        for trial_id in known:
+            storage.record_heartbeat(trial_id)
+
+    with beating(beat, interval):
+        yield
+
+
+def free_the_dead(study: optuna.Study, workers: Workers) -> list[FrozenTrial]:
+    """Fail the running trials of dead workers and have their parameters tried again; to be called within a turn.
+
+    A process of this machine is looked for. Of one elsewhere the last sign of life must be older than the grace period, by the
+    server's clock; and the storage must have been in reach for two heartbeats, so that everybody could be heard after an outage.
+    """
+    dead: list[FrozenTrial] = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if not alive(attributes.signature(trial)):
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            dead.append(trial)
+    storage = database(study)
+    if isinstance(storage, PatientStorage):
+        heard = time.monotonic() - storage.reachable_since > 2 * workers.heartbeat + 1
+        if heard:
+            storage.heartbeat_stale_trial_callback = lambda _study, trial: dead.append(trial)
+            optuna.storages.fail_stale_trials(study)
+    for trial in dead:
+        _try_again(study, trial, workers.retries)
+    return dead
+
+
+def _try_again(study: optuna.Study, trial: FrozenTrial, most: int) -> None:
+    params = trial.params or attributes.fixed_params(study, trial)
+    times = attributes.retries(study, trial) + 1
+    if params and times <= most and attributes.again(study, trial) is None:  # what is measured again is chosen anew
+        number = attributes.start(study, trial)
+        kept = {} if number is None else {START: number}
+        study.enqueue_trial(params, user_attrs={**kept, RETRY: trial.number, RETRIES: times})
+
+
+def retry_of(study: optuna.Study, number: int) -> optuna.Trial | None:
+    """The trial that was to repeat this one, if nobody has begun with it; it is then ours."""
+    for waiting in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        if attributes.retry(study, waiting) == number:
+            return taken(study, waiting)
+    return None
+
+
+def taken(study: optuna.Study, waiting: FrozenTrial) -> optuna.Trial | None:
+    """A waiting trial begun by us; None where another worker was quicker."""
+    storage: Any = study._storage
+    try:
+        if storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
+            return optuna.Trial(study, waiting._trial_id)
+    except optuna.exceptions.UpdateFinishedTrialError:
+        pass
+    return None
+
+
+@dataclass
+class Unchanged:
+    """How long a value has looked the same to us, by our own clock."""
+
+    value: Any = None
+    since: float = field(default_factory=time.monotonic)
+
+    def seconds(self, value: Any) -> float:
+        """Seconds for which this value has been seen."""
+        if value != self.value:
+            self.value, self.since = value, time.monotonic()
+        return time.monotonic() - self.since

@@ -1,0 +1,131 @@
+"""A storage on a server that may be away for a while: every call is tried again until it is back, for a bounded time."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.trial import TrialState
+
+from heretic.interrupt import Stop
+from heretic.progress import SILENT, Watcher
+from heretic.settings import Workers
+
+PAUSE = 1.0  # seconds between two tries
+
+# All that Optuna asks of a storage and that may be asked twice. Two of them leave a trace if their first answer was lost: a
+# trial that nobody has signed, which the next worker that asks for one marks as failed.
+CALLS = (
+    "create_new_study", "delete_study", "get_all_studies", "get_study_id_from_name", "get_study_name_from_id",
+    "get_study_directions", "get_study_user_attrs", "get_study_system_attrs", "set_study_user_attr", "set_study_system_attr",
+    "get_trial", "get_trial_id_from_study_id_trial_number", "set_trial_user_attr", "set_trial_system_attr",
+    "set_trial_state_values", "_create_new_trial", "_get_trials", "_set_trial_param", "_get_stale_trial_ids",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for a server in seconds, who is told, and what ends the waiting early."""
+
+    seconds: float = 0.0
+    watcher: Watcher = SILENT
+    stop: Stop | None = None
+
+
+def borne(workers: Workers) -> int:
+    """Seconds without a sign of life after which a worker is taken for dead."""
+    return max(workers.grace_period, 2 * workers.heartbeat)
+
+
+class PatientStorage(optuna.storages.RDBStorage):
+    """Optuna's storage in a database, for a server that restarts or a connection that is cut."""
+
+    def __init__(self, url: str, patience: Patience, **arguments: Any) -> None:
+        super().__init__(url, **arguments)
+        self.patience = patience
+        self.given_up = False
+        self.outages = 0
+        self.reachable_since = time.monotonic()
+
+    def bear_with(self, workers: Workers) -> None:
+        """Take a worker for dead after as long as these settings say."""
+        self.heartbeat_interval, self.grace_period = workers.heartbeat, borne(workers)
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """As Optuna's; what was stored in a try whose answer was lost counts as stored."""
+        before = self.outages
+        try:
+            return self.patiently(super().set_trial_state_values, trial_id, state, values)
+        except UpdateFinishedTrialError:
+            if self.outages == before:
+                raise
+            stored = self.get_trial(trial_id)
+            if stored.state != state or stored.values != (None if values is None else list(values)):
+                raise
+            return True
+
+    def patiently(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Call, again and again while the server is away. Raises the last error when patience ends."""
+        began: float | None = None
+        while True:
+            try:
+                found = call(*arguments, **named)
+            except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
+                if not away(error) or self.given_up:
+                    raise
+                now = time.monotonic()
+                if began is None:
+                    began = now
+                    self.outages += 1
+                    self.patience.watcher.warn(
+                        f"The storage is away ({reason(error)}); trying again for up to {self.patience.seconds:.0f} s."
+                    )
+                stopped = self.patience.stop is not None and self.patience.stop.requested
+                if stopped or now - began >= self.patience.seconds:
+                    self.given_up = True  # what follows on the way out shall not wait again
+                    raise
+                time.sleep(PAUSE)
+            else:
+                if began is not None:
+                    self.reachable_since = time.monotonic()
+                    self.patience.watcher.say(f"The storage is back after {self.reachable_since - began:.0f} s.")
+                return found
+
+
+def away(error: BaseException) -> bool:
+    """Whether the error is of the connection or the server, not of what was asked."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    kinds = (
+        sqlalchemy.exc.OperationalError,
+        sqlalchemy.exc.InterfaceError,
+        sqlalchemy.exc.DisconnectionError,
+        sqlalchemy.exc.PendingRollbackError,  # Optuna asks once more on a connection that was cut while it read
+    )
+    return isinstance(cause, kinds) or bool(getattr(cause, "connection_invalidated", False))
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what the database said."""
+    cause = error.__cause__ or error
+    return (str(getattr(cause, "orig", None) or cause).strip().splitlines() or [type(cause).__name__])[0]
+
+
+def _made_patient(name: str) -> Callable[..., Any]:
+    original = getattr(optuna.storages.RDBStorage, name)
+
+    @functools.wraps(original)
+    def call(self: PatientStorage, *arguments: Any, **named: Any) -> Any:
+        return self.patiently(functools.partial(original, self), *arguments, **named)
+
+    return call
+
+
+for _name in CALLS:
+    if _name not in vars(PatientStorage):
+        setattr(PatientStorage, _name, _made_patient(_name))

@@ -1,0 +1,220 @@
+"""NVML played by a module of our own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from heretic.hardware.gpus import Gpu, GpuReport, driver_version, gpus_for, usable_gpus, visible_gpus
+
+GIB = 2**30
+OWN = os.getpid()
+PARENT = os.getppid()
+
+
+class NVMLError(Exception):
+    pass
+
+
+class NVMLError_LibraryNotFound(NVMLError):
+    pass
+
+
+class FakeNvml(ModuleType):
+    """Four GPUs; what a test sets aside from that is given by keyword."""
+
+    NVMLError = NVMLError
+
+    def __init__(self, names: tuple[str, ...] = ("RTX 4090",) * 4, **broken: Any) -> None:
+        super().__init__("pynvml")
+        self.names = names
+        self.broken = broken
+        self.open = 0
+
+    def nvmlInit(self) -> None:
+        if "init" in self.broken:
+            raise self.broken["init"]
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlSystemGetDriverVersion(self) -> bytes:
+        return b"570.1"
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.names)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetUUID(self, handle: int) -> bytes:
+        return f"GPU-{handle}aaa-{handle}".encode()  # older versions answer in bytes
+
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return self.names[handle]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
+        if "memory" in self.broken:
+            raise self.broken["memory"]
+        return SimpleNamespace(total=24 * GIB, free=(20 + handle) * GIB)
+
+    def nvmlDeviceGetMigMode(self, handle: int) -> list[int]:
+        if handle in self.broken.get("mig", ()):
+            return [1, 1]
+        raise NVMLError("Not Supported")
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:
+        if handle:
+            raise NVMLError("Not Supported")
+        return [
+            SimpleNamespace(pid=OWN, usedGpuMemory=GIB),
+            SimpleNamespace(pid=PARENT, usedGpuMemory=2 * GIB),
+            SimpleNamespace(pid=2**22 + 5, usedGpuMemory=3 * GIB),
+            SimpleNamespace(pid=2**22 + 6, usedGpuMemory=None),
+        ]
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=PARENT, usedGpuMemory=2 * GIB)]
+
+    def nvmlSystemGetProcessName(self, pid: int) -> bytes:
+        if pid == 2**22 + 5:
+            return b"/usr/bin/on-the-host"
+        raise NVMLError("Not Found")
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
+    return install(monkeypatch, FakeNvml())
+
+
+def install(monkeypatch: pytest.MonkeyPatch, fake: FakeNvml) -> FakeNvml:
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    return fake
+
+
+def test_everything_is_reported(nvml: FakeNvml) -> None:
+    report = visible_gpus({})
+    assert report.unseen is None and nvml.open == 0
+    assert [(gpu.index, gpu.uuid, gpu.free) for gpu in report.gpus][1] == (1, "GPU-1aaa-1", 21 * GIB)
+    first, second = report.gpus[:2]
+    assert [(p.name, p.used) for p in first.processes] == [
+        ("on-the-host", 3 * GIB),
+        (psutil.Process(PARENT).name(), 2 * GIB),
+        ("unknown", None),
+    ]
+    assert [p.pid for p in second.processes] == [PARENT]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected", "note"),
+    [
+        ("2,0", ["GPU-2aaa-2", "GPU-0aaa-0"], None),
+        ("GPU-3", ["GPU-3aaa-3"], None),
+        ("gpu-1aaa-1, 0", ["GPU-1aaa-1", "GPU-0aaa-0"], None),
+        ("1,9,0", ["GPU-1aaa-1"], "stops being valid at '9'"),
+        ("0,-1,1", ["GPU-0aaa-0"], "'-1'"),
+        ("1,1", ["GPU-1aaa-1"], "'1'"),
+        ("GPU-", [], "'GPU-'"),
+        ("0,MIG-abc", ["GPU-0aaa-0"], "MIG slice MIG-abc"),
+        ("", [], "no GPU is visible"),
+        ("-1", [], "no GPU is visible"),
+    ],
+)
+def test_cuda_visible_devices(nvml: FakeNvml, wanted: str, expected: list[str], note: str | None) -> None:
+    report = visible_gpus({"CUDA_VISIBLE_DEVICES": wanted})
+    assert [gpu.uuid for gpu in report.gpus] == expected
+    assert [gpu.index for gpu in report.gpus] == list(range(len(expected)))
+    assert (note is None and report.unseen is None) or (note is not None and note in str(report.unseen))
+
+
+def test_divided_gpu_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeNvml(("A100",) * 2, mig=(0,)))
+    report = visible_gpus({})
+    assert [gpu.uuid for gpu in report.gpus] == ["GPU-1aaa-1"] and "MIG" in str(report.unseen)
+
+
+def test_order_of_different_gpus_is_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeNvml(("RTX 3090", "RTX 4090")))
+    assert "PCI_BUS_ID" in str(visible_gpus({}).unseen)
+    assert visible_gpus({"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}).unseen is None
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-0,GPU-1"}).unseen is None
+
+
+@pytest.mark.parametrize(
+    ("fake", "reason"),
+    [
+        (FakeNvml(init=NVMLError_LibraryNotFound()), "no NVIDIA driver"),
+        (FakeNvml(init=NVMLError("Driver/library version mismatch")), "version mismatch"),
+        (FakeNvml(memory=OSError()), "OSError"),
+        (FakeNvml(()), "reports no GPU"),
+        (None, "not installed"),
+    ],
+)
+def test_never_raises(monkeypatch: pytest.MonkeyPatch, fake: FakeNvml | None, reason: str) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    report = visible_gpus({})
+    assert report.gpus == () and reason in str(report.unseen)
+
+
+def play_torch(monkeypatch: pytest.MonkeyPatch, *uuids: str | None) -> None:
+    """CUDA with these devices; None for a PyTorch that does not tell the UUID."""
+
+    def properties(index: int) -> SimpleNamespace:
+        uuid = uuids[index]
+        return SimpleNamespace(name="from torch", **({} if uuid is None else {"uuid": uuid}))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(uuids))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (5 * GIB, 8 * GIB))
+
+
+def test_usable_gpus_are_numbered_as_pytorch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = GpuReport(tuple(Gpu(i, f"GPU-{i}A", "nvml", 24 * GIB, 20 * GIB) for i in range(3)))
+    play_torch(monkeypatch, "2a", "0a")
+    assert [(gpu.index, gpu.uuid, gpu.name) for gpu in usable_gpus(report)] == [
+        (0, "GPU-2A", "nvml"),
+        (1, "GPU-0A", "nvml"),
+    ]
+
+
+def test_usable_gpus_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    play_torch(monkeypatch, "abc", None)
+    found = usable_gpus(GpuReport((), "no NVIDIA driver"))
+    assert [(gpu.uuid, gpu.name, gpu.total, gpu.free) for gpu in found] == [
+        ("abc", "from torch", 8 * GIB, 5 * GIB),
+        ("cuda-1", "from torch", 8 * GIB, 5 * GIB),
+    ]
+
+
+def test_no_cuda_means_nothing_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = GpuReport((Gpu(0, "GPU-0", "nvml", 24 * GIB, 20 * GIB),))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert usable_gpus(report) == ()
+    play_torch(monkeypatch, "0")
+
+    def too_old(_: int) -> SimpleNamespace:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", too_old)
+    assert usable_gpus(report) == ()
+
+
+def test_a_run_locks_the_gpus_that_it_may_use() -> None:
+    both = tuple(Gpu(i, f"GPU-{i}", "card", 1, 1) for i in range(2))
+    assert gpus_for("planned", both) == gpus_for({"": 0}, both) == both
+    assert gpus_for("cuda:1", both) == both[1:]
+    assert gpus_for("cpu", both) == ()
+
+
+def test_the_version_of_the_driver_where_there_is_one(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert driver_version() == "570.1" and nvml.open == 0
+    install(monkeypatch, FakeNvml(init=NVMLError_LibraryNotFound()))
+    assert driver_version() is None

@@ -1,0 +1,237 @@
+"""Locks between real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from heretic.errors import BusyError
+from heretic.hardware import locks as lock
+from heretic.hardware.locks import Holder, device_locks, hold, holder, runtime_folder
+from tests.helpers.errors import raises
+
+HOLD = """
+import sys
+from pathlib import Path
+from heretic.hardware.locks import hold
+wait, model, *paths = sys.argv[1:]
+with hold([Path(p) for p in paths], model=model, wait=wait == "wait", on_wait=lambda *_: print("waiting", flush=True)):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts processes that hold locks until their input is closed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*paths: Path, wait: bool = False, model: str = "owner/model") -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", HOLD, "wait" if wait else "now", model, *map(str, paths)]
+        process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream:
+                stream.close()
+
+
+def says(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def note_of(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def test_second_process_is_told_who_holds_it(tmp_path: Path, start: Start) -> None:
+    path = tmp_path / "gpu-1.lock"
+    first = start(path, model="owner/first")
+    assert says(first) == "held"
+    found = holder(path)
+    assert found is not None and (found.pid, found.host, found.model) == (
+        first.pid,
+        socket.gethostname(),
+        "owner/first",
+    )
+    assert found.known and not found.is_this_process
+    with raises("busy", BusyError) as error, hold([path], model="owner/second"):
+        pass
+    text = str(error.value)
+    for part in (str(first.pid), socket.gethostname(), "owner/first", found.since, "--wait", "GPU 1"):
+        assert part in text
+    first.communicate("")
+    assert holder(path) is None
+    with hold([path], model="owner/second"):
+        mine = holder(path)
+        assert mine is not None and mine.is_this_process
+
+
+def test_kill_9_frees_the_lock_and_its_note_is_not_believed(tmp_path: Path, start: Start) -> None:
+    path = tmp_path / "cpu.lock"
+    first = start(path)
+    assert says(first) == "held"
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert note_of(path).exists()
+    assert holder(path) is None
+    with hold([path], model=""):
+        assert json.loads(note_of(path).read_text())["pid"] == os.getpid()
+    assert not note_of(path).exists()
+
+
+def test_waiting_process_gets_the_lock_when_the_holder_is_killed(tmp_path: Path, start: Start) -> None:
+    path = tmp_path / "cpu.lock"
+    first = start(path)
+    assert says(first) == "held"
+    second = start(path, wait=True)
+    assert says(second) == "waiting"
+    first.send_signal(signal.SIGKILL)
+    assert says(second) == "held"
+    found = holder(path)
+    assert found is not None and found.pid == second.pid
+
+
+def test_waiting_can_be_interrupted(tmp_path: Path, start: Start) -> None:
+    path = tmp_path / "cpu.lock"
+    assert says(start(path)) == "held"
+    second = start(path, wait=True)
+    assert says(second) == "waiting"
+    second.send_signal(signal.SIGINT)
+    _, errors = second.communicate(timeout=5)
+    assert "KeyboardInterrupt" in errors
+
+
+@pytest.mark.parametrize("stale", ["dead", "younger", "broken", "missing"])
+def test_untrustworthy_note_names_nobody(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch, stale: str
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.05)
+    path = tmp_path / "cpu.lock"
+    assert says(start(path)) == "held"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    # A process that runs, but began long after the note was written: the number was given out again.
+    pid, since = (gone.pid, lock._now()) if stale == "dead" else (os.getpid(), "2001-01-01T00:00:00+00:00")
+    content = json.dumps(Holder(pid, socket.gethostname(), "old command", "old/model", since).__dict__)
+    note_of(path).write_text("{" if stale == "broken" else content)
+    if stale == "missing":
+        note_of(path).unlink()
+    found = holder(path)
+    assert found is not None and not found.known
+    told: list[Holder | None] = []
+    with raises("busy", BusyError) as error, hold([path], model=""):
+        pass
+    assert "old" not in str(error.value) and str(os.getpid()) not in str(error.value)
+
+    def on_wait(_: Path, who: Holder | None) -> None:
+        told.append(who)
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError), hold([path], model="", wait=True, on_wait=on_wait):
+        pass
+    assert told == [None]
+
+
+def test_note_of_another_machine_is_believed(tmp_path: Path, start: Start) -> None:
+    path = tmp_path / ".lock"
+    assert says(start(path)) == "held"
+    elsewhere = Holder(1, "another-host", "heretic", "owner/model", lock._now())
+    note_of(path).write_text(json.dumps(elsewhere.__dict__))
+    assert holder(path) == elsewhere
+
+
+def test_all_or_nothing_in_one_order(tmp_path: Path, start: Start) -> None:
+    a, b = tmp_path / "a.lock", tmp_path / "b.lock"
+    first = start(b)
+    assert says(first) == "held"
+    with pytest.raises(BusyError), hold([b, a], model=""):
+        pass
+    assert holder(a) is None and not note_of(a).exists()
+    both = [start(a, b, wait=True), start(b, a, wait=True)]
+    first.communicate("")
+    deadline = time.monotonic() + 10
+    while any(process.poll() is None for process in both) and time.monotonic() < deadline:
+        for process in both:
+            if process.stdin and not process.stdin.closed:
+                process.stdin.close()
+        time.sleep(0.05)
+    assert [process.wait(timeout=5) for process in both] == [0, 0]
+
+
+def test_probing_does_not_disturb_a_start(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.lock"
+    path.touch()
+    stop = threading.Event()
+
+    def probe() -> None:
+        while not stop.is_set():
+            holder(path)
+
+    prober = threading.Thread(target=probe)
+    prober.start()
+    try:
+        for _ in range(20):
+            with hold([path], model=""):
+                pass
+    finally:
+        stop.set()
+        prober.join()
+
+
+def test_secrets_are_masked_and_the_command_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = "storage=postgresql://user:pa@ss/word@db.example:5432/heretic"
+    monkeypatch.setattr(
+        sys, "argv", ["/usr/bin/heretic", "--set", storage, "--set", "hf_token=abc123", *["--long"] * 100]
+    )
+    text = lock._command()
+    assert text.startswith("heretic --set") and "://***@db.example" in text
+    assert "pa@ss" not in text and "word" not in text and "abc123" not in text
+    assert len(text) == lock.COMMAND_LENGTH and text.endswith("…")
+
+
+def test_runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert runtime_folder() == tmp_path / "heretic"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = runtime_folder()
+    assert folder == tmp_path / f"heretic-{os.getuid()}"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [p.name for p in device_locks([])] == ["cpu.lock"]
+    assert [p.name for p in device_locks(["GPU-1/2", "GPU-3"])] == ["gpu-GPU-1-2.lock", "gpu-GPU-3.lock"]
+
+
+def test_runtime_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    (tmp_path / "heretic-12345").mkdir()
+    with raises("lock-unavailable"):
+        runtime_folder()
+
+
+def test_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with raises("lock-unavailable"), hold([tmp_path / "file" / "cpu.lock"], model=""):
+        pass

@@ -1,0 +1,63 @@
+"""Workers of one study as threads, each with a storage of its own, that measure nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import optuna
+
+from heretic.errors import UserError
+from heretic.interrupt import Stop
+from heretic.progress import Silent
+from heretic.scoring.divergence import Divergence
+from heretic.scoring.evaluator import Measured, Scores
+from heretic.settings import Search, Settings, Workers
+from heretic.storage.rdb import open_study
+from heretic.storage.retrying import Patience
+
+QUICK = Workers(heartbeat=1, grace_period=2, patience=30)
+
+
+class Heard(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    warn = say
+
+
+class Stub:
+    """Draws one number and gives it back as the KL; `before` is called with every trial that is measured."""
+
+    def __init__(self, before: Callable[[optuna.Trial], object] = lambda _: None) -> None:
+        self.before = before
+
+    def together(self, before: int | None) -> int:
+        return 1
+
+    def starts(self) -> list[dict[str, float]]:
+        return []
+
+    def draw(self, trial: optuna.Trial) -> float:
+        return trial.suggest_float("x", 0.1, 1.0)
+
+    def measure(
+        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
+    ) -> list[Measured | UserError]:
+        for trial in trials:
+            self.before(trial)
+        return [Scores(Divergence(self.draw(t), 0, 0, 0), int(10 * self.draw(t)), 10, {}) for t in trials]
+
+
+def settings(n: int, **workers: int) -> Settings:
+    search = Search(n_startup_trials=1000, kl_floor=0.0)
+    return Settings(n_trials=n, early_stopping=False, search=search, workers=QUICK.model_copy(update=workers))
+
+
+def opened(url: str, watcher: Heard | None = None) -> optuna.Study:
+    """The study `s`, through a connection of its own."""
+    return open_study(url, "s", {"a": 1}, QUICK, Patience(30, watcher or Heard(), Stop()))

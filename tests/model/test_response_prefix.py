@@ -1,0 +1,102 @@
+"""How answers are made to begin: thinking blocks that a template opens."""
+
+from __future__ import annotations
+
+import pytest
+
+from heretic.model.chat_format import ChatFormat
+from heretic.model.response_prefix import AnswerStart, close_thinking, open_blocks, warn_of_open_thinking
+from heretic.progress import Silent
+from tests.helpers.tiny import tiny_tokenizer
+
+MESSAGES = "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|>{% endfor %}"
+PROMPTS = ["make bread", "tell me a b"]
+OFF = " </think>"
+
+
+class Recording(Silent):
+    """Keeps what is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.warned: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
+
+
+def chat_of(opening: str, system_prompt: str = "") -> ChatFormat:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = f"{MESSAGES}{{% if add_generation_prompt %}}<|assistant|>{opening}{{% endif %}}"
+    return ChatFormat(tokenizer, system_prompt)
+
+
+def closed(chat: ChatFormat, start: AnswerStart) -> bool:
+    return not open_blocks(chat.answering(start.prefix, start.variables), PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("opening", "variables"),
+    [
+        ("<think>\n{% if enable_thinking is false %}\n</think>\n\n{% endif %}", {"enable_thinking": False}),
+        ("{% if thinking is not defined or thinking %}<think>{% else %}</think>{% endif %}", {"thinking": False}),
+        ("{% if reasoning_effort != 'none' %}[THINK]{% endif %}", {"reasoning_effort": "none"}),
+        (
+            "{% if thinking_budget != 0 %}<seed:think>{% else %}<seed:think></seed:think>{% endif %}",
+            {"thinking_budget": 0},
+        ),
+    ],
+)
+def test_the_template_switches_its_own_thinking_off(opening: str, variables: dict[str, object]) -> None:
+    chat, watcher = chat_of(opening), Recording()
+    start = close_thinking(chat, PROMPTS, watcher)
+    assert start == AnswerStart("", variables) and closed(chat, start)
+    assert len(watcher.said) == 1 and start.spelled_variables in watcher.said[0] and not watcher.warned
+
+
+@pytest.mark.parametrize(
+    ("opening", "prefix"),
+    [
+        ("<think>\n", "\n</think>\n\n"),
+        ("[THINK]", "[/THINK]"),
+        ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+        ("<seed:think> \n", "</seed:think>"),
+        ("<think>{{ enable_thinking }}", "\n</think>\n\n"),  # names the switch and does not heed it
+        ("{% if enable_thinking is false %}{{ raise_exception('no') }}{% endif %}<think>", "\n</think>\n\n"),
+    ],
+)
+def test_without_a_switch_the_closing_marker_is_appended(opening: str, prefix: str) -> None:
+    chat, watcher = chat_of(opening), Recording()
+    start = close_thinking(chat, PROMPTS, watcher)
+    assert start == AnswerStart(prefix) and closed(chat, start)
+    assert len(watcher.said) == 1 and not watcher.warned
+
+
+def test_a_closed_block_and_none_at_all_are_left_alone() -> None:
+    for opening in ("", "<think>\n\n</think>\n\n", "<think></think>", "{% if enable_thinking %}<think>{% endif %}"):
+        watcher = Recording()
+        assert close_thinking(chat_of(opening), PROMPTS, watcher) == AnswerStart() and not watcher.said
+
+
+def test_thinking_that_a_system_prompt_opens_is_closed_with_that_prompt_only() -> None:
+    opening = "{% if messages[0].role == 'system' %}<think>{% endif %}"
+    assert close_thinking(chat_of(opening), PROMPTS, Recording()) == AnswerStart()
+    assert close_thinking(chat_of(opening, "be good"), PROMPTS, Recording()).prefix == "\n</think>\n\n"
+
+
+def test_a_block_after_some_prompts_only_is_told() -> None:
+    watcher = Recording()
+    opening = "{% if 'bread' in messages[-1].content %}<think>{% endif %}"
+    assert close_thinking(chat_of(opening), PROMPTS, watcher) == AnswerStart()
+    assert len(watcher.warned) == 1
+
+
+def test_a_prefix_of_the_user_that_leaves_the_block_open_is_told() -> None:
+    chat = chat_of("<think>")
+    for prefix, warnings in (("", 1), ("sure", 1), (OFF, 0)):
+        watcher = Recording()
+        warn_of_open_thinking(chat.answering(prefix), PROMPTS, watcher)
+        assert len(watcher.warned) == warnings

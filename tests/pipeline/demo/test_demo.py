@@ -1,0 +1,42 @@
+"""The demo from end to end on the real model, with a walk of two steps and one trial more instead of all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from heretic.interrupt import Stop
+from heretic.pipeline.demo.demo import DemoOutcome, run_demo
+from heretic.progress import SILENT
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # a whole demo, beside another test on the other core
+def test_the_guard_declines_and_an_ablation_opens_it(tmp_path: Path) -> None:
+    def made() -> DemoOutcome:
+        return run_demo(
+            tmp_path / "demo",
+            trials=2,
+            assignments=[
+                "search.gradient.steps=2",
+                "search.gradient.weights=[1.5]",
+                "search.gradient.learning_rate=0.5",
+                "search.gradient.listen=false",  # so short a walk would go on to stricter weights
+            ],
+            watcher=SILENT,
+            stop=Stop(),
+            on_report=lambda report: None,
+        )
+
+    demo = made()
+    outcome = demo.outcome
+    assert outcome.before is not None and outcome.before >= 0.8 * 60
+    assert len(outcome.found) == 2 and outcome.export is not None
+    proof = outcome.export.verification
+    assert proof.scores.refusals < outcome.before
+    assert proof.divergence < 1e-3
+    assert demo.ablated_from_base is not None and demo.ablated_from_base < demo.guarded_from_base
+    again = made()
+    assert again.outcome.export is not None
+    assert again.outcome.export.verification.scores.refusals == proof.scores.refusals

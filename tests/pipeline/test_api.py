@@ -1,0 +1,93 @@
+"""From Python: the examples of docs/python.md run as they stand, and what they do is what the command does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from heretic import Kernel, load
+from heretic.errors import BusyError
+from heretic.export.export import Export
+from heretic.model.checkpoint import open_checkpoint
+from tests.helpers.errors import raises
+
+PAGE = Path(__file__).parents[2] / "docs" / "python.md"
+
+
+@pytest.fixture
+def given(prompt_files: dict[str, Path]) -> dict[str, Any]:
+    prompts = {role: {"source": str(path)} for role, path in prompt_files.items()}
+    return {"prompts": prompts, "max_response_length": 6, "refusal_markers": ["sorry", "bread"], "n_trials": 4}
+
+
+def test_the_examples_run_as_they_stand(llama: Path, given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {"MODEL": str(llama), "PROMPTS": given["prompts"]})
+    printed = capsys.readouterr().out
+    assert "4 ('attention', 'mlp') torch.Size([4, 32])" in printed and "torch.Size([1, 4, 96])" in printed
+    assert (Path("ablated") / "model.safetensors").is_file() and "report.html" in printed
+    before, after = open_checkpoint(str(llama)), open_checkpoint("ablated")
+    assert any(not torch.equal(before.read(n), after.read(n)) for n in before.tensors)
+
+
+def test_a_lab_does_what_it_says(llama: Path, given: dict[str, Any]) -> None:
+    with load(str(llama), **given) as lab:
+        ids = torch.tensor([[5, 6, 7]])
+        with torch.no_grad():
+            original = lab.model(ids).logits
+            edit = lab.ablation(2.0, attention=1.0, mlp=[0, 0, 0.5, 1])
+            with lab.attach(edit) as model:
+                moved = model(ids).logits
+            assert (moved - original).abs().max() > 1e-2, "nothing was ablated"
+            assert torch.equal(lab.model(ids).logits, original), "the hooks are still there"
+        assert edit.strengths == {"attention": (1.0,) * 4, "mlp": (0, 0, 0.5, 1)} and edit.mixture == (0, 0, 1, 0)
+        assert lab.score().divergence.mean == pytest.approx(0, abs=1e-9)
+        assert lab.score(edit).divergence.mean > 1e-4
+        assert len(lab.answers(["tell me", "why"], edit, tokens=3)) == 2
+        assert lab.geometry().num_layers == lab.num_layers == 4
+
+
+def test_directions_of_ones_own_count_in_the_model_and_in_the_export(llama: Path, given: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    with load(str(llama), **given) as lab:
+        edit = lab.ablation(attention=Kernel(1.0, 2.0, 0.5, 3.0))
+        before = lab.score(edit).divergence.mean
+        lab.directions = torch.randn(4, 32)
+        assert lab.directions.vectors.norm(dim=-1).tolist() == pytest.approx([1.0] * 4)
+        after = lab.score(edit).divergence.mean
+        assert after != pytest.approx(before, rel=1e-3)
+        written: Export = lab.export(edit, "own")
+        assert written.verification.scores.divergence.mean == pytest.approx(after, rel=1e-3)
+        assert lab.score(edit).divergence.mean == pytest.approx(after, rel=1e-4), "forgotten with the model"
+
+
+def test_what_a_user_can_do_wrong(llama: Path, given: dict[str, Any]) -> None:
+    with raises("unknown-setting"):
+        load(str(llama), trials=3)
+    with load(str(llama), **given) as lab:
+        with raises("unknown-component"):
+            lab.ablation(router=1.0)
+        with raises("shape-mismatch"):
+            lab.ablation(mlp=[1, 1, 1])
+        with raises("shape-mismatch"):
+            lab.directions = torch.randn(4, 31)
+        with raises("trial-not-found"):
+            lab.trial(7)
+        with raises("busy", BusyError):
+            load(str(llama), **given)
+    with load(str(llama), **given):
+        pass  # everything was let go of
+
+
+def test_importing_is_quick() -> None:
+    code = "import heretic, sys; assert not {'torch', 'transformers', 'optuna'} & set(sys.modules); heretic.nothing"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "has no attribute 'nothing'" in ran.stderr and "AssertionError" not in ran.stderr

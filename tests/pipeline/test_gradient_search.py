@@ -1,0 +1,169 @@
+"""A whole run that begins with the walk: its points are the first trials, and an interruption changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from heretic.errors import Interrupted, UserError
+from heretic.interrupt import Stop
+from heretic.pipeline import gradient_search as strengths
+from heretic.pipeline.actions import export_trial, opened
+from heretic.pipeline.run import Outcome, run
+from heretic.progress import SILENT, Silent
+from heretic.runs.folder import RunFolder
+from heretic.runs.status import look_at
+from heretic.scoring import gradient_loss as loss
+from heretic.search import path_optimizer as gradient
+from heretic.search.path_optimizer import State
+from heretic.settings.sources import resolve
+from heretic.storage.attributes import WALK
+from heretic.storage.rdb import connect
+from heretic.storage.url import storage_url
+from tests.helpers.errors import raises
+
+WALKING = (
+    'search.start="gradient"', "search.gradient.weights=[0.5, 2.0]", "search.gradient.steps=3", "search.gradient.batch=4",
+    "search.gradient.refusal_tokens=1", 'refusal_markers=["e"]', 'run_name="run"',
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These models "decline" with the letter e, whatever is taken out: without this the walk would go on to the last weight."""
+    monkeypatch.setattr(gradient, "MOST_FURTHER", 0)
+
+
+class Listener(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    warn = say
+
+
+def do(config: Path, *assignments: str, watcher: object = None) -> Outcome:
+    resolved = resolve(config, assignments=[*WALKING, *assignments])
+    return run(resolved, watcher=watcher or Listener(), stop=Stop())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("direction", ["free", "mixture"])
+def test_a_run_walks_first_measures_the_points_and_searches_around_them(config: Path, direction: str) -> None:
+    listener = Listener()
+    outcome = do(config, 'save_to="written"', f'search.gradient.direction="{direction}"', watcher=listener)
+    assert sum("probability of refusing" in line for line in listener.said) == 2
+    assert [r.params["walk.point"] for r in outcome.found][:2] == [1.0, 0.0]
+    assert len(outcome.found) == 4 and outcome.export is not None
+    manifest = json.loads(Path("written/manifest.json").read_text())
+    assert {len(s) for s in manifest["ablation"]["strengths"].values()} == {4}
+    found = manifest["ablation"]["vector" if direction == "free" else "mixture"]
+    assert len(found) == (32 if direction == "free" else 4)
+    assert all(("walk.shift" in r.params) == (direction == "mixture") for r in outcome.found)
+    told = {"free": "found by gradient (in the manifest)", "mixture": "mixed mostly from those of layers"}[direction]
+    assert told in Path("written/README.md").read_text()
+    with opened("run", "runs", [], wait=False, watcher=SILENT, stop=Stop()) as desk:
+        later = export_trial(desk, 1, Path("gentle"))
+    assert later.export.verification.scores.declined == outcome.found[1].scores.declined
+    with safe_open(outcome.folder.path / "walk.safetensors", "pt") as file:
+        assert file.get_tensor("strengths").shape == (2, 4)
+
+
+def test_stopped_in_the_middle_of_the_walk_the_same_command_goes_on(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = do(config, 'run_name="whole"')
+    keep = RunFolder.keep_walk
+
+    def cut(folder: RunFolder, state: State) -> None:
+        keep(folder, state)
+        if state.steps == 4:
+            raise Interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(RunFolder, "keep_walk", cut)
+        do(config)
+    study = connect(storage_url("", Path("runs/run")))
+    assert study.get_n_trials(1) == 0 and WALK not in study.get_study_user_attrs(1)
+    assert look_at("run", "runs", {}).walk == "step 4 of 6"
+    calls = []
+    read = loss.Objective.read
+    monkeypatch.setattr(loss.Objective, "read", lambda self, *a, **k: calls.append(1) or read(self, *a, **k))
+    again = do(config)
+    assert len(calls) == 2 + 1, "the two steps that were left, and the second point on prompts held back"
+    assert [(r.params, r.scores.declined) for r in again.found] == [(r.params, r.scores.declined) for r in whole.found]
+    assert look_at("run", "runs", {}).walk.startswith("2 points, edited layers ")
+    calls.clear()
+    assert len(do(config, "n_trials=5").found) == 5 and not calls, "the walk is stored with the study"
+
+
+def test_a_model_that_cannot_run_backwards_is_searched_with_kernels(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("derivative for aten::special is not implemented\nand more")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    listener = Listener()
+    outcome = do(config, watcher=listener)
+    assert any("cannot be run backwards (derivative for aten::special is not implemented)" in s for s in listener.said)
+    assert len(outcome.found) == 4 and "direction_scope" in outcome.found[0].params
+
+
+def test_a_model_that_hardly_declines_is_searched_with_kernels(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = Listener()
+    monkeypatch.setattr(strengths, "FEWEST_REFUSALS", 1000)
+    outcome = do(config, watcher=listener)
+    assert any("declines hardly any of the prompts that give the direction" in s for s in listener.said)
+    assert len(outcome.found) == 4
+
+
+def test_what_ends_the_walk_is_not_taken_for_a_reason_to_give_it_up(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, a judge that refuses: the same command goes on with the walk."""
+    whole = do(config, 'run_name="whole"')
+    keep = RunFolder.keep_walk
+
+    def full(folder: RunFolder, state: State) -> None:
+        if state.steps == 4:
+            raise UserError("No space left on device.", code="disk")
+        keep(folder, state)
+
+    with monkeypatch.context() as patch, raises("disk"):
+        patch.setattr(RunFolder, "keep_walk", full)
+        do(config)
+    again = do(config)
+    assert [(r.params, r.scores.declined) for r in again.found] == [(r.params, r.scores.declined) for r in whole.found]
+
+
+def test_where_memory_is_short_blocks_are_computed_twice_and_then_it_is_kernels(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.autograd.grad
+    fails = {"where": "kept"}
+    twice = []
+
+    def short(*_: object, **__: object) -> object:
+        raise torch.OutOfMemoryError("out of memory")
+
+    def checkpointed(blocks: object) -> object:
+        twice.append(len(list(blocks)))  # type: ignore[call-overload]
+        monkeypatch.setattr(torch.autograd, "grad", real if twice[-1] and fails["where"] == "kept" else short)
+        return original(blocks)
+
+    original = loss._checkpointed
+    monkeypatch.setattr(loss, "_checkpointed", checkpointed)
+    assert [r.params["walk.point"] for r in do(config).found][:2] == [1.0, 0.0] and max(twice) == 4
+    fails["where"] = "everywhere"
+    listener = Listener()
+    outcome = do(config, 'run_name="other"', watcher=listener)
+    assert any("kernels: Out of memory with a single prompt" in line for line in listener.said)
+    assert len(outcome.found) == 4 and "direction_scope" in outcome.found[0].params

@@ -1,0 +1,181 @@
+"""The main job from end to end on a tiny random model: study, resume, choice, export, proof."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+
+from heretic.errors import StudyMismatch
+from heretic.interrupt import Stop
+from heretic.model.checkpoint import open_checkpoint
+from heretic.pipeline.actions import evaluate_model
+from heretic.pipeline.run import Outcome, run
+from heretic.progress import SILENT
+from heretic.runs.folder import RunFolder
+from heretic.settings.sources import resolve
+from tests.helpers.errors import raises
+
+
+def do(config: Path, *assignments: str, fresh: bool = False) -> Outcome:
+    return run(resolve(config, assignments=assignments), fresh=fresh, watcher=SILENT, stop=Stop())
+
+
+def points(outcome: Outcome) -> list[tuple[float, int]]:
+    return [r.point for r in outcome.found]
+
+
+def test_a_run_studies_chooses_exports_and_proves(config: Path, llama: Path) -> None:
+    outcome = do(config, "save_to=out")
+    assert len(outcome.found) == 4
+    assert outcome.chosen is not None and outcome.export is not None
+    assert {p.name for p in outcome.folder.path.iterdir()} >= {
+        "study.db", "config.toml", "directions.safetensors", "baseline.safetensors", "run.log",
+    }  # fmt: skip
+    proof = outcome.export.verification
+    assert proof.divergence < 1e-6
+    assert proof.scores.refusals == outcome.chosen.scores.refusals
+    assert proof.scores.divergence.mean == pytest.approx(outcome.chosen.scores.divergence.mean, rel=1e-3)
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert manifest["scores"]["written"]["refusals"] == proof.scores.refusals
+    assert "safety training" in Path("out/README.md").read_text()
+    before, after = open_checkpoint(str(llama)), open_checkpoint("out")
+    changed = [name for name in before.tensors if not torch.equal(before.read(name), after.read(name))]
+    assert changed and all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in changed)
+    assert not list(Path().glob(".out.partial*"))
+
+
+@pytest.mark.parametrize("geometry", ["plain", "norm_preserving"])
+def test_several_directions_of_a_layer_are_searched_exported_and_proven(config: Path, geometry: str) -> None:
+    wanted = ("directions.method=self_organising_map", "directions.count=2", "directions.iterative_rounds=1")
+    outcome = do(config, *wanted, f"ablation.geometry={geometry}", "n_trials=2", "save_to=out")
+    stored = RunFolder(outcome.folder.path, outcome.folder.stamp).directions(SILENT)
+    assert stored is not None and stored.count == 4
+    assert outcome.export is not None and outcome.export.verification.divergence < 1e-6
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert manifest["settings"]["directions"]["count"] == 2
+    assert do(config, f"ablation.geometry={geometry}").folder.name != outcome.folder.name, "another fingerprint"
+
+
+def test_a_finished_run_does_nothing_again_and_grows_when_asked(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = do(config, "save_to=out")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "heretic.pipeline.run_context.open_session", lambda *a: pytest.fail("the model was loaded for nothing")
+        )
+        again = do(config, "save_to=out")
+    assert points(again) == points(first) and again.export is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "heretic.session.session.find_directions", lambda *a: pytest.fail("directions were computed again")
+        )
+        patch.setattr(
+            "heretic.session.session.measure_baseline", lambda *a: pytest.fail("the baseline was measured again")
+        )
+        grown = do(config, "n_trials=6")
+    assert points(grown)[:4] == points(first) and len(grown.found) == 6
+
+
+def test_an_interrupted_study_ends_like_an_uninterrupted_one(config: Path) -> None:
+    whole = do(config, "n_trials=5", 'run_name="whole"')
+    do(config, "n_trials=3", 'run_name="parts"')
+    parts = do(config, "n_trials=5", 'run_name="parts"')
+    assert [r.params for r in parts.found] == [r.params for r in whole.found]
+    assert points(parts) == points(whole)
+
+
+def test_all_ways_of_applying_give_the_same_scores(config: Path) -> None:
+    ways = ["apply=operators", "apply=weights", "apply=weights,cache_weights=false"]
+    outcomes = [do(config, *way.split(","), f'run_name="{i}"') for i, way in enumerate(ways)]
+    for outcome in outcomes[1:]:
+        for ours, reference in zip(outcome.found, outcomes[0].found, strict=True):
+            assert ours.params == reference.params
+            assert ours.scores.refusals == reference.scores.refusals
+            assert ours.scores.divergence.mean == pytest.approx(reference.scores.divergence.mean, rel=1e-3, abs=1e-6)
+
+
+def test_abandoned_trials_are_failed_and_do_not_count(config: Path) -> None:
+    outcome = do(config, "n_trials=2")
+    study = optuna.load_study(study_name="heretic", storage=f"sqlite:///{outcome.folder.path / 'study.db'}")
+    study.ask()  # a process asks for a trial and dies before it can sign it
+    after = do(config, "n_trials=3")
+    assert len(after.found) == 3
+    states = [t.state.name for t in study.get_trials()]
+    assert states == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
+
+
+def test_another_prompt_file_or_setting_makes_another_run(config: Path) -> None:
+    first = do(config, "n_trials=2")
+    second = do(config, "n_trials=2", "ablation.geometry=plain")
+    third = do(config, "n_trials=2", 'prompts.harmful_train.split="train[:8]"')
+    assert len({o.folder.path for o in (first, second, third)}) == 3
+    assert do(config, "n_trials=2", "batch_size=3").folder == first.folder
+
+
+def test_a_study_of_other_settings_under_the_same_name_is_refused(config: Path) -> None:
+    do(config, "n_trials=2", "run_name=mine")
+    with raises("study-mismatch", StudyMismatch) as refused:
+        do(config, "n_trials=2", "run_name=mine", "ablation.geometry=plain", "max_response_length=7")
+    assert 'ablation.geometry: was "norm_preserving", now "plain"' in str(refused.value)
+    assert "max_response_length: was 6, now 7" in str(refused.value)
+    fresh = do(config, "n_trials=2", "run_name=mine", "ablation.geometry=plain", fresh=True)
+    assert len(fresh.found) == 2
+    assert len(list(Path("runs").glob("mine.*"))) == 1, "the old run was not kept"
+
+
+def test_damaged_files_of_a_run_are_made_anew(config: Path) -> None:
+    first = do(config, "n_trials=2")
+    file = first.folder.path / "directions.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    again = do(config, "n_trials=4")
+    assert points(again)[:2] == points(first)
+    assert (first.folder.path / "directions.damaged").exists()
+    assert points(again) == points(do(config, "n_trials=4", "run_name=other"))
+
+
+def test_the_destination_of_another_is_left_alone(config: Path) -> None:
+    Path("out").mkdir()
+    Path("out/precious.txt").write_text("mine")
+    with raises("preflight-failed") as refused:
+        do(config, "save_to=out")
+    assert refused.value.where == "preflight: export" and "out" in refused.value.what
+    assert Path("out/precious.txt").read_text() == "mine"
+    shutil.rmtree("out")
+    do(config, "n_trials=2", "save_to=out")
+    with raises("destination-not-ours"):
+        do(config, "n_trials=2", "save_to=out", "seed=1")
+
+
+def test_study_db_is_a_plain_optuna_study(config: Path) -> None:
+    outcome = do(config, "n_trials=2")
+    with sqlite3.connect(outcome.folder.path / "study.db") as database:
+        assert database.execute("select count(*) from trials").fetchone() == (2,)
+
+
+def test_kl_over_several_tokens_is_the_same_in_study_proof_and_evaluation(config: Path, llama: Path) -> None:
+    outcome = do(config, "save_to=out", "kl_tokens=5")
+    assert outcome.chosen is not None and outcome.export is not None
+    study, written = outcome.chosen.scores.divergence, outcome.export.verification.scores.divergence
+    assert written.mean == pytest.approx(study.mean, rel=1e-3) and written.max == pytest.approx(study.max, rel=1e-3)
+    assert "first 5 tokens of the original's answer" in Path("out/README.md").read_text()
+    assert json.loads(Path("out/manifest.json").read_text())["settings"]["kl_tokens"] == 5
+    settings = resolve(config, {"model": "out"}, ["kl_tokens=5"]).settings
+    again = evaluate_model(settings, str(llama), wait=False, watcher=SILENT, stop=Stop())
+    assert again.divergence is not None and again.divergence.mean == pytest.approx(written.mean, rel=1e-4)
+    first = do(config)
+    assert first.folder.path != outcome.folder.path and first.found[0].params == outcome.found[0].params
+    assert first.found[0].scores.divergence.mean != outcome.found[0].scores.divergence.mean
+
+
+def test_log_probabilities_that_do_not_fit_are_not_begun(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heretic.session.session.memory", lambda: (10**9, 20_000))
+    with raises("insufficient-ram") as refused:
+        do(config, "kl_tokens=6")
+    assert str(refused.value.fix).startswith(("kl_tokens = 1", "kl_tokens = 2"))

@@ -1,0 +1,312 @@
+"""The main job on one GPU and spread over four, pretend ones: the CPU's results, and no bytes left behind."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+from unittest import mock
+
+import pytest
+import torch
+
+from heretic.errors import UserError
+from heretic.interrupt import Stop
+from heretic.model.batching import Batch, Batcher
+from heretic.model.checkpoint import open_checkpoint
+from heretic.model.forward import can_share, next_token_log_probs
+from heretic.model.loading import load
+from heretic.pipeline.actions import export_trial, talk
+from heretic.pipeline.run import Outcome, run
+from heretic.pipeline.run_context import Desk
+from heretic.planning import memory_plan
+from heretic.planning.memory_plan import MemoryPlan
+from heretic.progress import Silent
+from heretic.scoring.gradient_loss import Objective
+from heretic.search import path_optimizer as gradient
+from heretic.settings.sources import resolve
+from tests.helpers.pretend_gpus import PretendGpus
+from tests.helpers.tiny import FAMILIES, MIXED, save_prompts, save_tiny
+
+pytestmark = pytest.mark.usefixtures("cuda")
+
+Start = Literal["kernels", "gradient"]
+TRIED = ("llama", "gemma3", "mixtral", "gpt2")
+TIED = ("gpt2", "gemma3", "gemma2", "lfm2")
+SEEDS = {("gradient", "gemma3"): 1, ("gradient", "mixtral"): 1}  # with these enough prompts are "declined"
+SYSTEM = "please tell me about the stars and rivers and music and history now"
+SETTINGS = (
+    "n_trials=2", "max_response_length=6", "batch_size=64", 'dtypes=["float32"]', "max_kl=50.0", 'run_name="run"',
+    "trials_per_batch=2", 'response_prefix=""', f'system_prompt="{SYSTEM}"', "search.n_startup_trials=2",
+)  # fmt: skip
+STARTS: dict[Start, tuple[str, ...]] = {
+    "kernels": ('search.start="kernels"', 'refusal_markers=["bread","soup","music","help","sorry","request"]'),
+    "gradient": (
+        'search.start="gradient"', "search.gradient.sparsity=0", "search.gradient.weights=[5]", "search.gradient.steps=2",
+        "search.gradient.batch=4", "search.gradient.refusal_tokens=2",
+        'refusal_markers=["a","e","i","o","u","r","s","t","n"]',
+    ),
+}  # fmt: skip
+CHAT = [{"role": "user", "content": "write about bread"}]
+
+
+def spread(family: str) -> dict[str, int]:
+    """A block on each of four GPUs, the embedding on the first, the head on the last unless it is tied to the embedding."""
+    inner = {"gpt2": "transformer", "gpt_neox": "gpt_neox"}.get(family, "model")
+    first, last = ["model.embed_tokens", "model.rotary_emb"], "model.norm"
+    if family == "gpt2":
+        first, last = ["transformer.wte", "transformer.wpe"], "transformer.ln_f"
+    elif family == "gpt_neox":
+        first, last = ["gpt_neox.embed_in", "gpt_neox.emb_dropout", "gpt_neox.rotary_emb"], "gpt_neox.final_layer_norm"
+    elif family == "lfm2":
+        last = "model.embedding_norm"
+    elif family == "granitemoehybrid":
+        first = ["model.embed_tokens"]
+    blocks = {f"{inner}.{'h' if family == 'gpt2' else 'layers'}.{i}": i for i in range(4)}
+    return {**dict.fromkeys(first, 0), **blocks, last: 3, "lm_head": 0 if family in TIED else 3}
+
+
+def device_map(family: str, count: int) -> str:
+    """The setting for no GPU, one, or four."""
+    rows = ", ".join(f'"{name}"={gpu}' for name, gpu in spread(family).items())
+    return {0: 'device_map="cpu"', 1: 'device_map="cuda:0"', 4: f"device_map={{{rows}}}"}[count]
+
+
+@dataclass
+class Study:
+    """What a study came to: (refusals, KL) by trial, the KL of the export, an answer of the chat, what each objective of the
+    gradient search was, the plan; and the bytes on every GPU by moment."""
+
+    outcome: Outcome | None = None
+    answer: str = ""
+    proof: float = -1.0
+    readings: list[tuple[float, list[float]]] = field(default_factory=list)
+    plan: MemoryPlan | None = None
+    bytes: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def refusals(self) -> list[int]:
+        assert self.outcome is not None
+        return [result.scores.refusals for result in self.outcome.found]
+
+    @property
+    def divergences(self) -> list[float]:
+        assert self.outcome is not None
+        return [result.scores.divergence.mean for result in self.outcome.found]
+
+
+def make(
+    family: str, start: Start, placed: str, gpus: PretendGpus | None, *more: str, folder: Path, whole: bool = True
+) -> Study:
+    """Run a study in `folder`; a `whole` one chats and exports after it."""
+    found, plan, step = Study(), memory_plan.make_plan, gradient.Descent.step
+
+    def note(moment: str) -> None:
+        found.bytes[moment] = list(gpus.used) if gpus else []
+
+    def then(desk: Desk) -> None:
+        note("studied")
+        if whole:
+            _, say = talk(desk, None, 3)
+            found.answer = say(CHAT, True, lambda _: None)
+            found.proof = export_trial(desk, None, folder / "exported").export.verification.divergence
+            note("exported")
+
+    def planned(*args: object, **kwargs: object) -> MemoryPlan:
+        found.plan = plan(*args, **kwargs)  # type: ignore[arg-type]
+        return found.plan
+
+    def stepped(*args: object) -> object:
+        reading = step(*args)  # type: ignore[arg-type]
+        found.readings.append((reading.kl, [float(g.norm()) for g in reading.gradients]))
+        return reading
+
+    model = folder / f"tiny-{family}"
+    if not model.exists():
+        save_tiny(model, family, SEEDS.get((start, family), 0))
+    prompts = save_prompts(folder / "prompts")
+    lines = [f'model = "{model}"', *(f'[prompts.{role}]\nsource = "{path}"' for role, path in prompts.items())]
+    (folder / "config.toml").write_text("\n".join(lines))
+    runs = f'runs_dir="{folder / "runs"}"'
+    torch.manual_seed(0)
+    with (
+        mock.patch.object(memory_plan, "make_plan", planned),
+        mock.patch.object(gradient.Descent, "step", stepped),
+        mock.patch.object(gradient, "MOST_FURTHER", 0),
+    ):
+        resolved = resolve(folder / "config.toml", assignments=[*SETTINGS, *STARTS[start], placed, runs, *more])
+        found.outcome = run(resolved, watcher=Silent(), stop=Stop(), then=then)
+    note("left")
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """Nothing that is there before the tests is looked at by each of the product's garbage collections."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def no_kept_errors() -> Iterator[None]:
+    """pytest keeps what is logged, errors with it, and with their tracebacks the tensors of every frame."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(scope="module")
+def cpu_studies() -> dict[tuple[str, Start], Study]:
+    """The CPU's studies, made once each."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("family", "start", "count"),
+    [
+        *((family, start, 4) for family in TRIED for start in STARTS),
+        *((family, "gradient" if family == "llama" else "kernels", 1) for family in TRIED),
+    ],
+)
+def test_study_chat_and_export_give_the_cpu_s_results_and_their_memory_back(
+    family: str, start: Start, count: int, cpu_studies: dict[tuple[str, Start], Study], tmp_path: Path
+) -> None:
+    whole, cpu = start == "gradient", tmp_path / "cpu"
+    if (family, start) not in cpu_studies:
+        cpu.mkdir()
+        cpu_studies[family, start] = make(family, start, device_map(family, 0), None, folder=cpu, whole=whole)
+    expected = cpu_studies[family, start]
+    with PretendGpus(count) as gpus:
+        found = make(family, start, device_map(family, count), gpus, folder=tmp_path, whole=whole)
+    assert found.refusals == expected.refusals and found.answer == expected.answer
+    assert found.divergences == pytest.approx(expected.divergences, abs=1e-6)
+    assert len(found.readings) == len(expected.readings) == (2 if start == "gradient" else 0)
+    for (kl, norms), (cpu_kl, cpu_norms) in zip(found.readings, expected.readings, strict=True):
+        assert kl == pytest.approx(cpu_kl, abs=1e-6) and norms == pytest.approx(cpu_norms, rel=1e-3)
+    assert min(found.bytes["studied"]) > 0, "every GPU had a part of the model"
+    assert found.bytes["left"] == [0] * count
+    if whole:
+        assert 0 <= found.proof < 1e-6 and found.bytes["exported"] == [0] * count
+
+
+def test_second_study_in_the_same_process_takes_no_more_memory(tmp_path: Path) -> None:
+    with PretendGpus(4) as gpus:
+        first = make("llama", "kernels", device_map("llama", 4), gpus, folder=tmp_path, whole=False)
+        peak = list(gpus.peak)
+        gpus.reset()
+        second = make(
+            "llama", "kernels", device_map("llama", 4), gpus, 'run_name="again"', folder=tmp_path, whole=False
+        )
+        assert gpus.peak == peak
+    assert min(first.bytes["studied"]) > 0 and first.bytes == second.bytes and first.bytes["left"] == [0, 0, 0, 0]
+    assert second.divergences == first.divergences
+
+
+def test_failed_model_leaves_its_memory_to_the_next_plan(tmp_path: Path) -> None:
+    """An error after loading: hooks of a spread model are reference cycles, and the next plan must not count them."""
+    with PretendGpus(4) as gpus:
+        with (
+            mock.patch("heretic.session.session.measure_baseline", side_effect=UserError("no", code="tried")),
+            pytest.raises(UserError) as error,
+        ):
+            make("llama", "kernels", device_map("llama", 4), gpus, folder=tmp_path, whole=False)
+        assert error.value.code == "tried" and min(gpus.used) > 0, "its traceback holds it"
+        del error
+        again = make("llama", "kernels", device_map("llama", 4), gpus, folder=tmp_path, whole=False)
+    assert again.plan is not None
+    assert all(load.device.free == 24 << 30 for load in again.plan.loads)
+
+
+@pytest.mark.parametrize("family", [family for family in (*FAMILIES, *MIXED) if family not in TRIED])
+def test_every_family_is_dissected_and_answers_over_four_gpus_as_on_the_cpu(family: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(save_tiny(tmp_path / family, family)))
+    sequences = [[5 + (i * 7 + j) % 80 for j in range(8 + i % 3)] for i in range(3)]
+
+    def measured(placed: dict[str, object]) -> tuple[torch.Tensor, list[tuple[str, int]], object]:
+        model = load(checkpoint, ["float32"], {"device_map": placed})
+        batch = Batcher(8, model.device).batch([0, 1, 2], sequences)
+        writers = [(writer.name, len(writer.norms)) for writer in model.anatomy.writers]
+        return next_token_log_probs(model.model, batch).cpu(), writers, model.anatomy.incomplete
+
+    expected = measured({"": "cpu"})
+    with PretendGpus(4):
+        found = measured(dict(spread(family)))
+    assert found[1:] == expected[1:]
+    assert float((expected[0].exp() * (expected[0] - found[0])).sum(-1).abs().max()) < 1e-6
+
+
+@contextmanager
+def llama_over_four() -> Iterator[tuple[PretendGpus, object]]:
+    with ExitStack() as stack:
+        gpus = stack.enter_context(PretendGpus(4))
+        folder = save_tiny(Path("llama"))
+        yield gpus, load(open_checkpoint(str(folder)), ["float32"], {"device_map": spread("llama")})
+
+
+SEQUENCES = [[5 + j for j in range(12)] + [5 + (i * 7 + j) % 80 for j in range(4 + i % 3)] for i in range(8)]
+
+
+def test_memory_that_runs_out_halves_the_batch_and_changes_no_answer() -> None:
+    with llama_over_four() as (gpus, loaded):
+        batcher = Batcher(8, loaded.device)
+
+        def step(batch: Batch) -> list[torch.Tensor]:
+            return list(next_token_log_probs(loaded.model, batch).cpu())
+
+        weights = list(gpus.used)
+        gpus.reset()
+        expected = torch.stack(batcher.run("all the memory", SEQUENCES, step))
+        gpus.limit[:] = [w + (p - w) * 2 // 3 for w, p in zip(weights, gpus.peak, strict=True)]
+        found = torch.stack(batcher.run("two thirds", SEQUENCES, step))
+        assert gpus.ooms and batcher.size < 8
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_memory_that_runs_out_is_not_taken_for_an_architecture_that_cannot_share() -> None:
+    with llama_over_four() as (gpus, loaded):
+        gpus.limit[:] = [used + 100 for used in gpus.used]
+        with pytest.raises(torch.OutOfMemoryError):
+            can_share(loaded.model, SEQUENCES, Batcher(8, loaded.device))
+
+
+def test_memory_that_runs_out_while_loading_is_told() -> None:
+    folder = save_tiny(Path("llama"))
+    with PretendGpus(4) as gpus, pytest.raises(UserError) as error:
+        gpus.limit[2] = 8000
+        load(open_checkpoint(str(folder)), ["float32"], {"device_map": spread("llama")})
+    assert error.value.code == "out-of-memory"
+
+
+def test_module_that_hands_its_input_to_another_gpu_is_told_as_a_mismatch() -> None:
+    table = spread("gpt2") | {"lm_head": 3}  # tied to the embedding on the first
+    folder = save_tiny(Path("gpt2"), "gpt2")
+    with PretendGpus(4), pytest.raises(UserError) as error:
+        load(open_checkpoint(str(folder)), ["float32"], {"device_map": table})
+    assert error.value.code == "device-mismatch" and error.value.where == "device_map"
+
+
+def test_gradient_search_takes_no_more_than_planned_with_a_long_shared_prefix(tmp_path: Path) -> None:
+    wide = dict(hidden_size=256, intermediate_size=768, num_attention_heads=8, num_key_value_heads=4)
+    name, sizes = FAMILIES["llama"]
+    own, peaks = Objective._pass, [0] * 4
+
+    def passed(*args: object) -> object:
+        gpus.reset()
+        found = own(*args)  # type: ignore[arg-type]
+        peaks[:] = [max(pair) for pair in zip(peaks, gpus.peak, strict=True)]
+        return found
+
+    long = (f'system_prompt="{" ".join([SYSTEM] * 4)}"', "batch_size=32", "search.gradient.batch=16")
+    with mock.patch.dict(FAMILIES, llama=(name, {**sizes, **wide})), mock.patch.object(Objective, "_pass", passed):
+        save_tiny(tmp_path / "tiny-llama")
+        with PretendGpus(4) as gpus:
+            found = make("llama", "gradient", device_map("llama", 4), gpus, *long, folder=tmp_path, whole=False)
+    assert found.plan is not None and found.plan.prompt_tokens > 50
+    taken = peaks[1] - found.plan.loads[1].weights
+    assert 0.7 * found.plan.loads[1].gradients < taken < found.plan.loads[1].gradients

@@ -1,0 +1,119 @@
+"""A whole study with several trials in a pass and trials left early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+import pytest
+
+from heretic.errors import UserError
+from heretic.interrupt import Stop
+from heretic.pipeline.run import Outcome, run
+from heretic.progress import SILENT
+from heretic.runs.status import look_at
+from heretic.scoring.evaluator import Ladder
+from heretic.search.pareto import front, results
+from heretic.settings.sources import resolve
+from heretic.storage.attributes import ERROR
+from heretic.storage.rdb import connect
+from heretic.storage.url import storage_url
+from tests.helpers.command import heretic
+from tests.helpers.endpoint import endpoint
+
+
+def do(config: Path, *assignments: str) -> Outcome:
+    return run(resolve(config, assignments=assignments), watcher=SILENT, stop=Stop())
+
+
+def test_startup_trials_score_the_same_one_by_one_and_together(config: Path) -> None:
+    every = ("n_trials=6", "search.n_startup_trials=6", "batch_size=64")
+    one = do(config, *every, 'run_name="one"', "trials_per_batch=1")
+    four = do(config, *every, 'run_name="four"', "trials_per_batch=4")
+    for ours, reference in zip(four.found, one.found, strict=True):
+        assert ours.params == reference.params and ours.scores.declined == reference.scores.declined
+        assert ours.scores.divergence.mean == pytest.approx(reference.scores.divergence.mean, rel=1e-4, abs=1e-8)
+
+
+def test_a_study_that_leaves_trials_early_has_the_same_front_and_says_so(config: Path) -> None:
+    every = ("n_trials=8", "search.n_startup_trials=8")
+    full = do(config, *every, 'run_name="full"')
+    early = do(config, *every, 'run_name="early"', "early_stopping=true")
+    assert [r.number for r in front(early.found)] == [r.number for r in front(full.found)]
+    seen = look_at("early", "runs", {})
+    assert seen.standing.done == 8 and seen.standing.stopped == 8 - len(early.found) > 0 and seen.state == "complete"
+    assert look_at("full", "runs", {}).standing.progress.surrogate_error is not None
+    assert connect(storage_url("", early.folder.path)).get_n_trials(1) == 8
+
+
+def test_a_failing_trial_does_not_take_its_neighbours_with_it(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = Ladder.score_trials
+    alone = []
+
+    def failing(self: Ladder, baseline: object, edited: object, beaten: object) -> object:
+        if edited.trials > 1:  # type: ignore[attr-defined]
+            raise UserError("no memory for several")
+        alone.append(edited)
+        if len(alone) == 2:
+            raise UserError("no memory for this one")
+        return measure(self, baseline, edited, beaten)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Ladder, "score_trials", failing)
+    outcome = do(config, "n_trials=3", "trials_per_batch=3")
+    assert [r.number for r in outcome.found] == [0, 2, 3]
+
+
+def test_a_judge_that_fails_stops_the_study_and_the_same_command_finishes_it(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    monkeypatch.setattr("heretic.scoring.judges.llm.FIRST_PAUSE", 0.01)
+    with endpoint() as server:
+        every = (
+            "judge.kind=llm", f"judge.llm.base_url={server.url}", "judge.llm.model=m", "judge.llm.key_variable=JUDGE_KEY",
+            "judge.llm.retries=1", "judge.llm.concurrency=1", "search.n_startup_trials=2", "n_trials=8", "trials_per_batch=2",
+        )  # fmt: skip
+        whole = do(config, *every, 'run_name="whole"')
+        asked = len(server.asked)
+        assert 0 < asked < 9 * 12, "an answer that was given before is not asked about again"
+        assert server.keys[0] == "Bearer s3cret"
+        words = [word for setting in (*every, "run_name=judged", "save_to=out") for word in ("--set", setting)]
+        server.works_for = asked + asked * 3 // 4
+        failed = heretic(capsys, monkeypatch, "run", *words)
+        assert failed.status == 1 and "status 503. [judge-failed]" in failed.err and "the same command" in failed.err
+        study = optuna.load_study(study_name="heretic", storage=storage_url("", Path("runs/judged")))
+        done = [t for t in study.trials if t.state.name == "COMPLETE"]
+        cut = [t for t in study.trials if t.state.name == "FAIL"]
+        assert 0 < len(done) < 8 and cut and not any(ERROR in t.user_attrs for t in cut)
+        server.works_for, server.failing = None, 401
+        refused = heretic(capsys, monkeypatch, "run", *words)
+        assert refused.status == 1 and "status 401" in refused.err
+        server.failing = 0
+        assert heretic(capsys, monkeypatch, "run", *words).status == 0
+    study = optuna.load_study(study_name="heretic", storage=storage_url("", Path("runs/judged")))
+    found = [(r.params, r.scores.declined, r.point) for r in results(study)]
+    assert found == [(r.params, r.scores.declined, r.point) for r in whole.found]
+    for path in [*Path("runs/judged").glob("*"), *Path("out").glob("*.[jm]*")]:
+        assert not path.is_file() or b"s3cret" not in path.read_bytes(), path
+    kept = Path("runs/judged/judge.jsonl").read_text().splitlines()
+    assert len(kept) == len(set(kept)) and "write" not in str(kept), "asked about twice, or kept as a text"
+
+
+def test_limits_on_harmless_answers_hold_from_study_to_card(config: Path) -> None:
+    first = do(
+        config, "n_trials=6", "constraints.max_over_refusals=9", "constraints.max_degenerate=9", 'run_name="any"'
+    )
+    conducts = [r.scores.conduct for r in first.found]
+    assert all(c is not None and c.total == 9 for c in conducts)
+    counts = sorted(c.over_refusals + c.degenerate for c in conducts if c)
+    assert counts[0] < counts[-1], "the trials should not all do the same"
+    least = min(c.over_refusals for c in conducts if c)
+    every = ("n_trials=6", f"constraints.max_over_refusals={least}", 'run_name="few"', "save_to=out")
+    kept = do(config, *every)
+    assert front(kept.found) and all(r.scores.conduct.over_refusals <= least for r in front(kept.found))  # type: ignore[union-attr]
+    assert kept.export is not None and kept.export.verification.scores.conduct == kept.chosen.scores.conduct  # type: ignore[union-attr]
+    assert "harmless requests declined or evaded" in Path("out/README.md").read_text()
+    none = do(
+        config, "n_trials=2", "constraints.max_degenerate=0", "constraints.max_over_refusals=0", 'run_name="none"'
+    )
+    assert none.chosen is None or none.chosen.scores.within_limits

@@ -1,0 +1,168 @@
+"""heretic run --workers: real processes on one study, in the run's own file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+
+from heretic.errors import BusyError, Interrupted
+from heretic.hardware import locks as lock
+from heretic.hardware.gpus import Gpu
+from heretic.hardware.virtual_gpus import imagined_gpus
+from heretic.pipeline.workers import how_many, require_room
+from heretic.planning.memory_model import GIB
+from heretic.settings import Settings
+from heretic.storage.attributes import ERROR
+from tests.helpers.command import start
+from tests.helpers.endpoint import endpoint
+from tests.helpers.errors import raises
+from tests.helpers.shapes import checkpoint_of, qwen_32b, small
+from tests.pipeline.test_kill import trials, wait_for
+
+RUN = ("run", "--run-name", "mine", "--workers", "2", "--trials", "24", "--set", "max_response_length=100", "--set",
+       'refusal_markers=["zzz"]')  # fmt: skip
+
+
+def children(pid: int) -> list[psutil.Process]:
+    """The workers of a process; it has another child for the chat template."""
+    return [p for p in psutil.Process(pid).children() if "heretic" in p.cmdline()]
+
+
+def stored() -> optuna.Study:
+    return optuna.load_study(study_name="heretic", storage="sqlite:///runs/mine/study.db")
+
+
+def finishers() -> set[int]:
+    """Processes that have finished trials."""
+    return {t.user_attrs["worker"]["pid"] for t in stored().trials if t.state.name == "COMPLETE"}
+
+
+def test_two_workers_share_a_study_and_one_that_dies_is_not_missed(config: Path) -> None:
+    process = start(*RUN, "--save-to", "out")
+    wait_for(lambda: trials() >= 3 and len(finishers()) == 2, process)
+    other = start("run", "--run-name", "mine")  # at once: it takes seconds to come as far as the lock
+    first, second = children(process.pid)
+    assert not any("postgres" in word or "=" in word for p in (first, second) for word in p.cmdline())
+    first.send_signal(signal.SIGKILL)
+    assert other.wait(timeout=60) == BusyError.exit_status, "another run may not use what the workers use"
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "Worker 0 ended with status -9" in output or "Worker 1 ended with status -9" in output
+    study = stored()
+    assert trials() == 24 and {t.state.name for t in study.trials} <= {"COMPLETE", "FAIL"}
+    assert len(finishers()) == 2
+    assert Path("out/manifest.json").exists(), "the one that was started exports"
+    assert 'save_to = "out"' in Path("runs/mine/config.toml").read_text()
+
+
+def test_a_judge_that_fails_stops_every_worker_and_the_same_command_goes_on(config: Path) -> None:
+    with endpoint() as server:
+        settings = ("judge.kind=llm", f"judge.llm.base_url={server.url}", "judge.llm.model=m", "judge.llm.retries=0")
+        command = (*RUN[:-2], *(word for setting in settings for word in ("--set", setting)))
+        process = start(*command)
+        wait_for(lambda: trials() >= 4 and len(finishers()) == 2, process)
+        server.failing = 503
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 1, output
+        words = " ".join(output.split())
+        assert "Worker 0 ended with status 1" in words and "Worker 1 ended with status 1" in words, output
+        assert words.count("[judge-failed]") == 2 and "All 2 workers ended" in words, output
+        assert trials("RUNNING") == 0 and not any(ERROR in t.user_attrs for t in stored().trials)
+        done = trials()
+        server.failing = 0
+        output, _ = start(*command).communicate(timeout=300)
+    assert 4 <= done < 24 and trials() == 24, output
+
+
+def test_what_ends_the_first_process_ends_its_workers(config: Path) -> None:
+    process = start(*RUN)
+    wait_for(lambda: trials() >= 1, process)
+    workers = children(process.pid)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == Interrupted.exit_status, output
+    assert len(workers) == 2 and not any(w.is_running() for w in workers)
+    assert trials("RUNNING") == 0
+    process = start(*RUN)
+    wait_for(lambda: len(children(process.pid)) == 2, process)
+    workers = children(process.pid)
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 60
+    while any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers):
+        assert time.monotonic() < end, "orphans without locks"
+        time.sleep(0.1)
+
+
+def test_all_workers_dead_is_an_error(config: Path) -> None:
+    process = start(*RUN)
+    wait_for(lambda: len(children(process.pid)) == 2, process)
+    for worker in children(process.pid):
+        worker.kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "All 2 workers ended" in output, output
+
+
+def test_a_lent_lock_is_used_with_its_holder_and_by_nobody_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    with lock.hold([path], model="m"):
+        with lock.hold([path], model="m", lender=os.getpid()):
+            assert lock.holder(path) is not None
+        assert lock.holder(path) is not None, "the borrower let go of what is not its own"
+        with pytest.raises(BusyError), lock.hold([path], model="m", lender=os.getpid() + 1):
+            pass
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    found = tuple(Gpu(i, f"GPU-{i}", "A GPU", 24 << 30, 24 << 30) for i in range(number))
+    monkeypatch.setattr("heretic.pipeline.workers.gpus_here", lambda: found)
+
+
+def test_how_many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert how_many("auto", Settings())[0] == 1 and "hardly faster" in how_many("3", Settings())[1]
+    gpus(monkeypatch, 4)
+    assert how_many("auto", Settings()) == (4, "") and how_many("2", Settings()) == (2, "")
+    with raises("too-many-workers"):
+        how_many("5", Settings())
+    with raises("conflicting-settings"):
+        how_many("2", Settings(device_map="cuda:1"))
+    for wrong in ("0", "-1", "many"):
+        with raises("invalid-option"):
+            how_many(wrong, Settings())
+
+
+def test_a_model_for_several_gpus_has_no_workers() -> None:
+    large, cards = checkpoint_of(qwen_32b()), imagined_gpus("4x24GiB")
+    inputs: Any = SimpleNamespace(
+        checkpoint=large, prompts=SimpleNamespace(longest=600), plan=SimpleNamespace(dtypes=["bfloat16"])
+    )
+    with raises("too-many-workers"):
+        require_room(Settings(), inputs, cards, 4)
+    require_room(Settings(quantization="bnb_4bit"), inputs, cards, 4)
+    require_room(Settings(), inputs, imagined_gpus("2x80GiB"), 2)
+    full = replace(cards[0], free=GIB)
+    with raises("too-many-workers"):
+        require_room(Settings(quantization="bnb_4bit"), inputs, (*cards, full), 5)
+    with raises("conflicting-settings"):
+        require_room(Settings(max_memory={"0": "10GiB"}), inputs, imagined_gpus("2x80GiB"), 2)
+
+
+def test_workers_without_gpus_share_the_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs: Any = SimpleNamespace(
+        checkpoint=checkpoint_of(small()),
+        prompts=SimpleNamespace(longest=600),
+        plan=SimpleNamespace(dtypes=["float32"]),
+    )
+    monkeypatch.setattr("heretic.hardware.host.memory", lambda: (8 * GIB, 8 * GIB))
+    require_room(Settings(), inputs, (), 2)
+    with raises("too-many-workers"):
+        require_room(Settings(), inputs, (), 8)

@@ -1,0 +1,152 @@
+"""The whole preflight, with a tiny model on disk and GPUs that are not there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from heretic.errors import UserError
+from heretic.hardware import locks as lock
+from heretic.hardware.gpus import Gpu, GpuReport
+from heretic.model.checkpoint import Checkpoint
+from heretic.planning import preflight
+from heretic.planning.preflight import Report, check
+from heretic.planning.workload import prompt_tokens
+from heretic.settings import Settings
+from tests.helpers.shapes import GIB, checkpoint_of, qwen_32b, small
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A computer without GPUs, in a folder of its own; the returned function gives it equal GPUs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(preflight.host, "memory", lambda: (64 * GIB, 60 * GIB))
+    monkeypatch.setattr(preflight.host, "free_disk", lambda _: 500 * GIB)
+
+    def give(number: int, gib: float, usable: bool = True) -> None:
+        gpus = tuple(Gpu(i, f"GPU-{i}", "RTX", int(gib * GIB), int(gib * GIB)) for i in range(number))
+        monkeypatch.setattr(preflight, "visible_gpus", lambda _: GpuReport(gpus, None if gpus else "no NVIDIA driver"))
+        monkeypatch.setattr(preflight, "usable_gpus", lambda _: gpus if usable else ())
+
+    give(0, 0)
+    return give
+
+
+def fail(*arguments: str, **more: str) -> Any:
+    raise UserError(*arguments, **more)
+
+
+def run(checkpoint: Checkpoint | None = None, **changes: Any) -> Report:
+    opened = checkpoint or checkpoint_of(small())
+    callables: dict[str, Any] = {
+        "checkpoint_loader": lambda: opened,
+        "prompt_loader": lambda: SimpleNamespace(warnings=(), counts="", longest=300),
+        "storage_check": lambda: None,
+        "judge_check": lambda: "",
+    }
+    replaced = {name: changes.pop(name) for name in list(changes) if name in callables}
+    return check(Settings(model="owner/model", **changes), **(callables | replaced))
+
+
+def texts(report: Report) -> str:
+    return "\n".join(f"{f.level} {f.subject}: {f.text} → {f.fix}" for f in report.findings)
+
+
+def test_ready_on_a_cpu() -> None:
+    report = run()
+    assert (report.verdict, report.exit_status) == ("ready", 0), texts(report)
+    assert report.plan is not None and report.plan.dtype == "float32" and report.plan.prompt_tokens == 141
+    assert "no NVIDIA driver" in texts(report)
+    assert json.loads(json.dumps(report.as_dict()))["verdict"] == "ready"
+
+
+def test_callables_that_fail_become_failures() -> None:
+    report = run(
+        checkpoint_loader=lambda: fail("No such model.", fix="check the name"),
+        prompt_loader=lambda: fail("No such prompts.", where="prompts.harmful_train"),
+        storage_check=lambda: fail("The database is away."),
+        judge_check=lambda: fail("No such label.", where="judge.classifier.refusal_labels"),
+    )
+    failures = {f.subject: f for f in report.findings if f.level == "failure"}
+    assert set(failures) == {"model", "prompts", "storage", "judge"}
+    assert failures["model"].fix == "check the name" and "prompts.harmful_train" in failures["prompts"].text
+    assert (report.verdict, report.exit_status, report.plan) == ("fail", 1, None)
+    json.dumps(report.as_dict())
+
+
+def test_an_endpoint_that_does_not_answer_yet_is_a_warning() -> None:
+    report = run(judge_check=lambda: "The judge does not answer.")
+    assert report.verdict == "risky" and "warning judge: The judge does not" in texts(report)
+
+
+def test_a_large_model_without_a_gpu_is_a_warning() -> None:
+    report = run(checkpoint_of(qwen_32b()))
+    assert "warning GPUs: No GPU is used" in texts(report) and "heretic doctor" in texts(report)
+
+
+def test_defects_are_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(storage_check=lambda: 1 / 0)
+
+
+def test_wrong_device_is_a_failure() -> None:
+    report = run(device_map="cuda:3")
+    assert report.exit_status == 1 and "cuda:3" in texts(report) and "one of: cpu" in texts(report)
+
+
+def test_the_painful_run_is_spread_over_four_gpus(machine: Callable[..., None]) -> None:
+    machine(4, 24)
+    large = checkpoint_of(qwen_32b())
+    report = run(large)
+    assert report.verdict == "ready" and report.plan is not None and len(report.plan.loads) == 4
+    on_one = run(large, device_map="cuda:0")
+    assert on_one.exit_status == 1 and 'device_map = "balanced"' in texts(on_one)
+    cached = run(large, apply="weights", batch_size=4, search={"start": "kernels"})
+    assert cached.exit_status == 1 and "cache_weights = false" in texts(cached), (
+        "there is no room to look at the weights"
+    )
+    unseen = {"search": {"start": "kernels"}, "ablation": {"geometry": "plain"}}
+    cached = run(large, apply="weights", batch_size=4, **unseen)
+    assert cached.exit_status == 2 and "cache_weights = false" in texts(cached)
+    assert run(large, apply="weights", batch_size=4, cache_weights=False).verdict == "ready"
+    machine(2, 24)
+    assert run(large).exit_status == 1
+
+
+def test_unusable_gpus_leave_the_cpu(machine: Callable[..., None]) -> None:
+    machine(1, 24, usable=False)
+    report = run()
+    assert report.exit_status == 2 and report.gpus.gpus and report.plan is not None and not report.plan.on_gpu
+
+
+def test_lock_of_this_process_is_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    with lock.hold(lock.device_locks([]), model="owner/model"):
+        assert run().verdict == "ready"
+        monkeypatch.setattr(lock.Holder, "is_this_process", False)
+        report = run()
+    assert report.exit_status == 2 and "The CPU is in use by process" in texts(report)
+
+
+def test_save_to(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/letter.txt").touch()
+    assert "will not be overwritten" in texts(run(save_to="full"))
+    (tmp_path / "full/manifest.json").touch()
+    assert run(save_to="full").verdict == "ready"
+    assert run(save_to="new/deep").verdict == "ready"
+    assert "will not be overwritten" in texts(run(save_to="full/letter.txt"))
+
+
+def test_prompt_warnings_are_passed_on() -> None:
+    report = run(prompt_loader=lambda: SimpleNamespace(warnings=["3 prompts are shared."], counts="", longest=10))
+    assert report.exit_status == 2 and "3 prompts are shared." in texts(report)
+
+
+def test_prompt_tokens_count_the_system_prompt() -> None:
+    assert prompt_tokens(Settings(system_prompt="x" * 300, response_prefix=""), 30) == 150

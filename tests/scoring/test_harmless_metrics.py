@@ -1,0 +1,61 @@
+"""What ablations do to harmless answers, measured for several trials at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from heretic.ablation.apply import attach
+from heretic.scoring.evaluator import Beaten, Scores
+from heretic.scoring.harmless_metrics import Bystanders, Conduct, Limits, degenerate
+from heretic.scoring.judges.evasion import repetition
+from tests.scoring.test_refusal_count import ABLATIONS, bench, together
+
+
+def test_loops_and_empty_answers_are_degenerate() -> None:
+    assert degenerate([]) and degenerate([7] * 9) and degenerate([1, 2] * 8)
+    assert not degenerate([5]) and not degenerate(list(range(20))) and not degenerate([1, 2, 3, 4, 5] * 2)
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+
+
+def test_limits() -> None:
+    found = Conduct(3, 1, 10)
+    assert Limits().excess(found) == {}
+    assert Limits(2, 4).excess(found) == {"over_refusals": 1.0, "degenerate": -3.0}
+    assert Limits(degenerate=0).excess(found) == {"degenerate": 1.0}
+
+
+def test_trials_together_come_to_what_each_comes_to_alone_and_beaten_ones_are_spared(llama: Path) -> None:
+    ladder, workbench, baseline = bench(llama, share=True)
+    bystanders = Bystanders(ladder.harmless, [""] * len(ladder.harmless), Limits(4, 2))
+    ladder = replace(ladder, bystanders=bystanders)
+    expected = []
+    for ablation in ABLATIONS:
+        with attach(workbench.writers, workbench.operators(ablation)):
+            expected.append(ladder.score(baseline))
+    assert len({e.conduct for e in expected}) > 1
+    found = together(ladder, workbench, baseline, ABLATIONS)
+    for one, reference in zip(found, expected, strict=True):
+        assert isinstance(one, Scores) and one.conduct == reference.conduct and one.excess == reference.excess
+        assert one.within_limits is (reference.conduct.over_refusals <= 4 and reference.conduct.degenerate <= 2)  # type: ignore[union-attr]
+        assert Scores.from_dict(one.as_dict()) == one
+    worst = max(e.refusals for e in expected)
+    for one in together(ladder, workbench, baseline, ABLATIONS, beaten=lambda _, n: n >= worst):
+        assert isinstance(one, Beaten) or one.conduct in {e.conduct for e in expected}  # type: ignore[attr-defined]
+
+
+def test_scores_of_before_these_were_there_are_read() -> None:
+    old = {
+        "divergence": {"mean": 0.1, "median": 0.1, "p95": 0.1, "max": "inf"}, "refusals": 3, "total": 10,
+        "seconds": {}, "surrogate": None, "declined": "1110000000",
+    }  # fmt: skip
+    found = Scores.from_dict(old)
+    assert (found.evasive, found.unanswered, found.judge, found.conduct, found.within_limits) == (
+        0,
+        3,
+        "markers",
+        None,
+        True,
+    )

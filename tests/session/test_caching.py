@@ -1,0 +1,60 @@
+"""How many trials share a pass, and what is kept of the original's passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from heretic.model.batching import Batcher
+from heretic.model.chat_format import ChatFormat
+from heretic.model.checkpoint import open_checkpoint
+from heretic.model.loading import load
+from heretic.scoring.evaluator import Ladder
+from heretic.scoring.judges.markers import MarkerJudge
+from heretic.session import caching as savings
+from heretic.session.caching import trials_that_pay, with_savings
+from tests.helpers.tiny import HARMFUL, HARMLESS
+
+
+def ladder(llama: Path, size: int) -> Ladder:
+    model = load(open_checkpoint(str(llama)), ["float32"], {})
+    chat = ChatFormat(model.tokenizer)
+    judge = MarkerJudge(["sorry"])
+    return Ladder(model, chat, chat.encode(HARMFUL[:10]), chat.encode(HARMLESS[:10]), judge, Batcher(size), 5)
+
+
+@pytest.mark.parametrize(
+    ("rates", "size", "expected"),
+    [
+        ({10: 100, 20: 110}, 512, 1),  # bound by arithmetic
+        ({10: 100, 20: 190, 40: 300, 80: 310}, 512, 4),
+        ({10: 100, 20: 190, 40: 300, 80: 600}, 40, 4),  # no more rows than a batch has
+        ({10: 100, 20: 200, 40: 400, 80: 800, 160: 1600, 320: 3200}, 512, 16),
+        ({10: 100, 20: 190, 40: "out of memory"}, 512, 2),
+    ],
+)
+def test_as_many_trials_as_pay(
+    rates: dict[int, float | str], size: int, expected: int, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(_model: object, rows: int) -> float:
+        rate = rates[rows]
+        if isinstance(rate, str):
+            raise RuntimeError(rate)
+        return rate
+
+    monkeypatch.setattr(savings, "_rows_per_second", measured)
+    assert trials_that_pay(ladder(llama, size)) == expected
+
+
+def test_the_rate_is_really_measured(llama: Path) -> None:
+    assert savings._rows_per_second(ladder(llama, 64).language_model, 10) > 10
+
+
+def test_nothing_is_kept_that_does_not_fit(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = ladder(llama, 64)
+    texts = [[5, 6]] * 10
+    assert with_savings(made, texts).harmful_entries is not None
+    monkeypatch.setattr(savings, "memory", lambda: (10**9, 1000))
+    saving = with_savings(made, texts)
+    assert saving.harmful_entries is None and saving.harmless_entries is None and saving.tried == texts

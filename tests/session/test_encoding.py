@@ -1,0 +1,96 @@
+"""Prompts as token ids in a whole run: a template that opens thinking, and a tokenizer with more tokens than the model has rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heretic.files import read_tensors
+from tests.helpers.command import heretic
+from tests.helpers.tiny import TEMPLATE, VOCABULARY, save_tiny, tiny_tokenizer
+
+OPENS = TEMPLATE.replace("<|assistant|> ", "<|assistant|> <think>SWITCH")
+SWITCH = "{% if enable_thinking is false %} </think>{% endif %}"
+
+
+def text_of(file: Path, name: str) -> str:
+    return bytes(read_tensors(file)[0][name].tolist()).decode()
+
+
+@pytest.mark.parametrize(
+    ("switch", "variables", "prefix"), [(SWITCH, {"enable_thinking": False}, ""), ("", {}, "\n</think>\n\n")]
+)
+def test_a_thinking_block_is_closed_alike_in_study_export_compare_and_when_resumed(
+    switch: str,
+    variables: dict[str, Any],
+    prefix: str,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_tiny(Path("model"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = OPENS.replace("SWITCH", switch)
+    tokenizer.save_pretrained("model")
+    seen: set[bool] = set()
+    from heretic.model import chat_format
+
+    render = chat_format.render
+
+    def watched(*arguments: Any) -> str:
+        text = render(*arguments)
+        seen.add("</think>" in text)
+        return text
+
+    monkeypatch.setattr(chat_format, "render", watched)
+    run = ("run", "./model", "--run-name", "mine", "--save-to", "out", "--trials", "2")
+    first = heretic(capsys, monkeypatch, *run)
+    assert first.status == 0, first.err
+    assert (first.out + first.err).count("opens a thinking block (<think>)") == 1
+    baseline = Path("runs/mine/baseline.safetensors")
+    assert json.loads(text_of(baseline, "template_variables")) == variables
+    assert text_of(baseline, "response_prefix").startswith(prefix)
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert manifest["template_variables"] == variables and manifest["response_prefix"].startswith(prefix)
+    if variables:  # the resumed run and the comparison take what is stored
+        seen.clear()
+        again = heretic(capsys, monkeypatch, "compare", "mine", "--trials", "0", "--prompts", "tell me")
+        assert again.status == 0 and "enable_thinking = false" in again.out + again.err
+        assert True in seen
+
+
+def test_a_token_that_the_model_does_not_know_is_one_error_that_names_it(
+    config: Path, prompt_files: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(Path("model"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"w{i}" for i in range(60)])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= VOCABULARY
+    tokenizer.save_pretrained("model")
+    prompts = Path("harmful_eval.txt")
+    lines = prompt_files["harmful_eval"].read_text().splitlines()
+    lines[2] += " good good"  # of another length, so that there is padding
+    prompts.write_text("\n".join(lines))
+    source = ("--set", f"prompts.harmful_eval.source={prompts}")
+    assert heretic(capsys, monkeypatch, "run", "./model", "--trials", "1", *source).status == 0
+    lines[2] += " w59"
+    prompts.write_text("\n".join(lines))
+    refused = heretic(capsys, monkeypatch, "run", "./model", "--trials", "1", *source)
+    assert refused.status == 1 and "[token-outside-embedding]" in refused.err
+    assert all(part in refused.err for part in ("w59", str(VOCABULARY), "prompts.harmful_eval, prompt 3"))
+
+
+def test_preflight_tells_of_a_chat_template_that_fails_or_is_missing(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(Path("model"))
+    template = Path("model/chat_template.jinja")
+    for content in ("{{ raise_exception('x') }}", ""):
+        template.write_text(content)
+        told = heretic(capsys, monkeypatch, "preflight", "./model", "--json")
+        assert told.status == 1
+        assert "chat template" in {f["subject"] for f in json.loads(told.out)["findings"] if f["level"] == "failure"}

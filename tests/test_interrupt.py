@@ -1,0 +1,43 @@
+"""Signals: once, twice, while somebody types, and from elsewhere."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from heretic.errors import Interrupted
+from heretic.interrupt import Stop
+
+
+def test_once_sets_the_flag_and_twice_ends_at_once() -> None:
+    stop = Stop()
+    with pytest.raises(Interrupted), stop.on_signals():
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested and stop.at_keyboard
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second one did not end it")
+
+
+def test_a_stop_can_be_taken_back_and_asked_for_again() -> None:
+    stop = Stop()
+    with stop.on_signals():
+        signal.raise_signal(signal.SIGINT)
+        stop.take_back()
+        stop.check()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested and not stop.at_keyboard
+        with pytest.raises(Interrupted):
+            stop.check()
+
+
+def test_while_somebody_types_ctrl_c_is_no_request_to_stop_but_a_termination_is() -> None:
+    stop = Stop()
+    with stop.on_signals(), stop.idle():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        stop.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            stop.check()
