@@ -120,30 +120,30 @@ def measure(folder: Path, name: str, budget: float) -> list[float]:
     """Seconds of a step of the gradient search, by repetition; a first step does not count."""
     import torch
 
-    from heretic.ablation.ablation import Workbench
+    from heretic.ablation.ablation import OperatorFactory
     from heretic.ablation.directions import Directions
-    from heretic.interrupt import Stop
+    from heretic.interrupt import StopSignal
     from heretic.model.batching import Batcher
     from heretic.model.checkpoint import open_checkpoint
     from heretic.model.loading import load
-    from heretic.progress import SILENT
+    from heretic.progress import NULL_REPORTER
     from heretic.scoring.gradient_loss import Objective
-    from heretic.scoring.teacher_forcing import Taught, log_probs_at
-    from heretic.search.path_optimizer import Descent, State
+    from heretic.scoring.teacher_forcing import TeacherForcedTexts, log_probs_at
+    from heretic.search.path_optimizer import OptimizerState, PathOptimizer
     from heretic.settings import GradientSettings
 
     assert torch.get_num_threads() == THREADS
     model = load(open_checkpoint(str(folder)), ["float32"], {})
-    vectors = torch.randn(model.anatomy.num_layers, model.anatomy.width, generator=torch.Generator().manual_seed(0))
+    vectors = torch.randn(model.structure.num_layers, model.structure.width, generator=torch.Generator().manual_seed(0))
     directions = Directions(torch.nn.functional.normalize(vectors, dim=-1))
     batcher = Batcher(16)
     asked = [[4 + (i + j) % len(WORDS) for j in range(16)] for i in range(32)]
-    harmless, harmful = Taught.of(asked, [[5] * 4] * 32), Taught.of(asked, [[6] * 4] * 32)
-    workbench = Workbench.prepare(directions, model.anatomy.writers, "norm_preserving")
-    objective = Objective(model, workbench, batcher, harmless, harmful, log_probs_at(model, harmless, batcher))
-    components = model.anatomy.components
-    search = Descent(objective, components, GradientSettings(batch=16), 0, SILENT, Stop())
-    state = State.begin(len(components), directions, "mixture")
+    harmless, harmful = TeacherForcedTexts.of(asked, [[5] * 4] * 32), TeacherForcedTexts.of(asked, [[6] * 4] * 32)
+    operator_factory = OperatorFactory.prepare(directions, model.structure.writers, "norm_preserving")
+    objective = Objective(model, operator_factory, batcher, harmless, harmful, log_probs_at(model, harmless, batcher))
+    components = model.structure.components
+    search = PathOptimizer(objective, components, GradientSettings(batch=16), 0, NULL_REPORTER, StopSignal())
+    state = OptimizerState.begin(len(components), directions, "mixture")
     search.step(state, 1.0)
     found: list[float] = []
     end = time.perf_counter() + budget

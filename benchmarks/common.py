@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from heretic.hardware.gpus import gpus_here
-from heretic.interrupt import Stop
-from heretic.pipeline.prepare import look
-from heretic.progress import SILENT
+from heretic.interrupt import StopSignal
+from heretic.pipeline.prepare import prepare_run
+from heretic.progress import NULL_REPORTER
 from heretic.runs.environment import now, versions
 from heretic.runs.folder import RunFolder
-from heretic.search.summary import StudyWatcher
+from heretic.search.summary import StudyReporter
 from heretic.session.session import Session, open_session
 from heretic.settings.sources import resolve
 
@@ -81,14 +81,16 @@ def write_prompts(source: Path, target: Path, train: int, evaluation: int) -> No
 
 
 def opened(
-    assets: Path, model: str, assignments: Sequence[str], folder: Path, watcher: StudyWatcher = SILENT
+    assets: Path, model: str, assignments: Sequence[str], folder: Path, reporter: StudyReporter = NULL_REPORTER
 ) -> tuple[Session, RunFolder]:
     """A session as `heretic run` opens it, and its folder."""
     given = {"model": str((assets / model).resolve()), "runs_dir": str(folder)}
     settings = resolve(None, given, [*prompt_settings(assets), *assignments], {}).settings
-    inputs = look(settings, force=False, watcher=watcher)
+    inputs = prepare_run(settings, force=False, reporter=reporter)
     inputs.folder.create()
-    session = open_session(settings, inputs.checkpoint, inputs.prompts, inputs.plan, inputs.folder, watcher, Stop())
+    session = open_session(
+        settings, inputs.checkpoint, inputs.prompts, inputs.plan, inputs.folder, reporter, StopSignal()
+    )
     return session, inputs.folder
 
 

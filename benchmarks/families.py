@@ -26,22 +26,22 @@ from families_page import STREAMS, page
 from tiny_families import families, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig, PreTrainedModel
 
-from heretic.ablation.ablation import Ablation, Workbench
-from heretic.ablation.apply import attach
-from heretic.ablation.bake import copies, from_checkpoint, rewrite
+from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.apply import apply_operators
+from heretic.ablation.bake import copy_weights, read_from_checkpoint, rewritten_weights
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import GEOMETRIES, Operator
 from heretic.errors import UserError, first_line
 from heretic.export.save import plan_edits, write_weights
-from heretic.interrupt import Stop
-from heretic.model.architecture import Anatomy, first_tensor
-from heretic.model.batching import Batcher, Edited
+from heretic.interrupt import StopSignal
+from heretic.model.architecture import ModelStructure, first_tensor
+from heretic.model.batching import Batcher, EditSpec
 from heretic.model.capture import last_token_residuals
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import decode, decoded_by_generate
 from heretic.model.forward import next_token_log_probs
 from heretic.model.loading import LanguageModel, load
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 
 PROMPTS = [[5, 9, 17], [7, 8, 11, 60, 3, 22, 41, 33, 9, 10, 12, 13], [40, 41], [21, 22, 23, 24, 25]]
 SAME = 2e-3  # of what the edit itself moves
@@ -88,7 +88,7 @@ def examine(family: str) -> dict[str, Any]:
             return {**found, "refused": first_line(error)}
         except Exception as error:
             return {**found, "failed": told(error)}
-        found["writers"] = writers_in_words(language_model.anatomy)
+        found["writers"] = writers_in_words(language_model.structure)
         found["notes"] = notes(language_model)
         subject = Subject(language_model, Path(folder))
         checks: dict[str, Callable[[], str]] = {
@@ -114,26 +114,26 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)[:140]} ({Path(place.filename).name}:{place.lineno})"
 
 
-def writers_in_words(anatomy: Anatomy) -> str:
+def writers_in_words(structure: ModelStructure) -> str:
     """How many writers of each kind, over all layers: `4 o_proj, 1 down_proj, 3 experts`."""
     counts = Counter(
-        (w.component, ("experts: " if w.mixture else "") + w.name.rpartition(".")[2]) for w in anatomy.writers
+        (w.component, ("experts: " if w.mixture else "") + w.name.rpartition(".")[2]) for w in structure.writers
     )
     return "; ".join(
         f"{component} " + ", ".join(f"{n} {name}" for (c, name), n in sorted(counts.items()) if c == component)
-        for component in anatomy.components
+        for component in structure.components
     )
 
 
 def notes(language_model: LanguageModel) -> str:
     """What the anatomy could not make out, and how decoding is done."""
-    anatomy, said = language_model.anatomy, []
-    if anatomy.not_understood:
-        last = sorted({".".join(n.split(".")[-2:]) for n in anatomy.not_understood})
+    structure, said = language_model.structure, []
+    if structure.unrecognized:
+        last = sorted({".".join(n.split(".")[-2:]) for n in structure.unrecognized})
         said.append(f"not edited: {', '.join(last)}")
-    if anatomy.incomplete:
+    if structure.incomplete:
         said.append(
-            f"{len(anatomy.incomplete)} of {anatomy.num_layers} blocks do more than add their writers to one stream"
+            f"{len(structure.incomplete)} of {structure.num_layers} blocks do more than add their writers to one stream"
         )
     if decoded_by_generate(language_model.model, "cpu"):
         said.append("decoded by generate")
@@ -146,19 +146,19 @@ class Subject:
     def __init__(self, language_model: LanguageModel, folder: Path) -> None:
         self.language_model = language_model
         self.model: Any = language_model.model
-        self.anatomy = language_model.anatomy
+        self.structure = language_model.structure
         self.folder = folder
         torch.manual_seed(1)
-        vectors = torch.nn.functional.normalize(torch.randn(self.anatomy.num_layers, self.anatomy.width), dim=-1)
+        vectors = torch.nn.functional.normalize(torch.randn(self.structure.num_layers, self.structure.width), dim=-1)
         self.directions = Directions(vectors)
         self.batch = Batcher(8).batch([0, 1, 2, 3], PROMPTS)
         self.even = Batcher(8).batch([0, 1], [PROMPTS[1], PROMPTS[1][::-1]])
 
     def operators(self, geometry: str = "norm_preserving", shift: float = 0.3) -> dict[str, Operator]:
         """Of an edit of all writers."""
-        strengths = {c: [0.9 + 0.1 * i for i in range(self.anatomy.num_layers)] for c in self.anatomy.components}
-        workbench = Workbench.prepare(self.directions, self.anatomy.writers, geometry)
-        return workbench.operators(Ablation(strengths, None, shift=shift))
+        strengths = {c: [0.9 + 0.1 * i for i in range(self.structure.num_layers)] for c in self.structure.components}
+        operator_factory = OperatorFactory.prepare(self.directions, self.structure.writers, geometry)
+        return operator_factory.operators(Ablation(strengths, None, shift=shift))
 
     @torch.no_grad()
     def logits(self, model: Any = None) -> torch.Tensor:
@@ -168,18 +168,18 @@ class Subject:
 
     def attached_is_baked(self) -> str:
         """In every geometry, with weights restored from copies and from the files."""
-        writers, original = self.anatomy.writers, self.logits()
-        sources = (copies(writers), from_checkpoint(self.language_model.checkpoint, writers, self.model))
+        writers, original = self.structure.writers, self.logits()
+        sources = (copy_weights(writers), read_from_checkpoint(self.language_model.checkpoint, writers, self.model))
         worst = 0.0
         for geometry in GEOMETRIES:
             operators = self.operators(geometry)
-            with attach(writers, operators):
+            with apply_operators(writers, operators):
                 attached = self.logits()
             effect = float((attached - original).abs().max())
             if not effect > 1e-3:
                 return f"the {geometry} edit has no effect"
             for source in sources:
-                with rewrite(writers, operators, source):
+                with rewritten_weights(writers, operators, source):
                     worst = max(worst, float((self.logits() - attached).abs().max()) / effect)
                 if not torch.equal(self.logits(), original):
                     return "something of the edit stays behind"
@@ -188,19 +188,19 @@ class Subject:
     @torch.no_grad()
     def nothing_is_left(self) -> str:
         """At strength 1 no block adds anything along the direction, whatever norms the writers' outputs pass."""
-        layers, v = self.anatomy.num_layers, self.directions.vectors[1]
-        workbench = Workbench.prepare(self.directions, self.anatomy.writers, "plain")
+        layers, v = self.structure.num_layers, self.directions.vectors[1]
+        operator_factory = OperatorFactory.prepare(self.directions, self.structure.writers, "plain")
         only = [float(i == 1) for i in range(layers)]
-        operators = workbench.operators(Ablation({c: [1.0] * layers for c in self.anatomy.components}, only))
+        operators = operator_factory.operators(Ablation({c: [1.0] * layers for c in self.structure.components}, only))
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def keep(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
             given = args[0] if args else kwargs["hidden_states"]
             seen.append((given.clone(), first_tensor(output).clone()))
 
-        handles = [b.register_forward_hook(keep, with_kwargs=True) for b in self.anatomy.blocks]
+        handles = [b.register_forward_hook(keep, with_kwargs=True) for b in self.structure.blocks]
         try:
-            with attach(self.anatomy.writers, operators):
+            with apply_operators(self.structure.writers, operators):
                 self.logits()
         finally:
             for handle in handles:
@@ -216,16 +216,16 @@ class Subject:
 
     def trials_share_a_pass(self) -> str:
         """Two trials in one pass give what each gives alone."""
-        writers = self.anatomy.writers
+        writers = self.structure.writers
         both = [self.operators("plain"), self.operators("norm_preserving", -0.4)]
         alone = []
         for operators in both:
-            with attach(writers, operators):
+            with apply_operators(writers, operators):
                 alone.append(next_token_log_probs(self.model, self.even))
         trials = torch.tensor([0, 1, 0, 1])
         rows = Batcher(8).batch([0, 0, 1, 1], [PROMPTS[1], PROMPTS[1][::-1]])
-        batch = type(rows)(rows.rows, rows.input_ids, rows.attention_mask, None, trials, Edited(2))
-        with attach(writers, *both):
+        batch = type(rows)(rows.rows, rows.input_ids, rows.attention_mask, None, trials, EditSpec(2))
+        with apply_operators(writers, *both):
             together = next_token_log_probs(self.model, batch)
         expected = torch.stack([alone[0][0], alone[1][0], alone[0][1], alone[1][1]])
         apart = float((together - expected).abs().max())
@@ -241,7 +241,7 @@ class Subject:
     def residuals(self) -> str:
         """One vector a row and block, and the blocks differ."""
         found = last_token_residuals(self.language_model, self.even)
-        if found.shape != (2, self.anatomy.num_layers, self.anatomy.width):
+        if found.shape != (2, self.structure.num_layers, self.structure.width):
             return f"shape {tuple(found.shape)}"
         moving = (found[:, 1:] - found[:, :-1]).norm(dim=-1).max() > 0
         return "yes" if torch.isfinite(found).all() and moving else "not finite or constant"
@@ -272,13 +272,13 @@ class Subject:
 
     def export(self) -> str:
         """The written folder is loaded and gives the attached model's logits."""
-        writers, checkpoint = self.anatomy.writers, self.language_model.checkpoint
+        writers, checkpoint = self.structure.writers, self.language_model.checkpoint
         original, operators = self.logits(), self.operators()
-        with attach(writers, operators):
+        with apply_operators(writers, operators):
             attached = self.logits()
         with tempfile.TemporaryDirectory() as out:
             edits = plan_edits(checkpoint, writers, operators, self.model)
-            write_weights(checkpoint, edits, Path(out), SILENT, Stop())
+            write_weights(checkpoint, edits, Path(out), NULL_REPORTER, StopSignal())
             written = load(open_checkpoint(out), ["float32"], {})
             apart = float((self.logits(written.model) - attached).abs().max() / (attached - original).abs().max())
         return "yes" if apart < SAME else f"apart by {apart:.1e} of the edit's effect"

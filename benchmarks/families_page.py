@@ -93,7 +93,7 @@ from the mean over the streams, which is about what the head reads.
 
 **Other ways of writing** are told at the start by running every block with its writers silenced: it must hand on its input, up to
 a factor. Scaled residuals (Granite) and parallel blocks (Cohere, GPT-NeoX) pass; residuals scaled by component (Doge, ZAYA),
-normalised residuals (MiniMax, GPT-1) and unknown writers are warned of. A convolution between a writer and the stream (Inkling)
+normalized residuals (MiniMax, GPT-1) and unknown writers are warned of. A convolution between a writer and the stream (Inkling)
 is not noticed there; the column "removed" shows what it leaves.
 
 **Weights used by several blocks** get one edit, with the strength of the first block that uses them. Zamba's shared attention and
@@ -102,7 +102,7 @@ MLP feed the Mamba layers and do not write to the stream themselves, so they are
 **Recurrent and convolution states** cannot be cut by rows: rows that have ended stay in the batch, and texts that were tried
 are not decoded on from. Where the cache is not handed out at all, transformers' `generate` decodes, which is said at the start.
 
-An architecture without blocks or writers that are recognised is refused with a message that says what was looked for.
+An architecture without blocks or writers that are recognized is refused with a message that says what was looked for.
 
 ## Table
 """

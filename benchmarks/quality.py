@@ -29,33 +29,33 @@ from language import answers, described
 from rich.console import Console
 from versus_heretic import hypervolume
 
-from heretic.ablation.ablation import Ablation, Workbench
-from heretic.cli.ui.console import Plain
+from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.cli.ui.console import PlainReporter
 from heretic.errors import UserError
-from heretic.interrupt import Stop
-from heretic.model.batching import AS_IT_IS, Batcher, Edited
+from heretic.interrupt import StopSignal
+from heretic.model.batching import UNEDITED, Batcher, EditSpec
 from heretic.model.loading import LanguageModel
-from heretic.pipeline.actions import open_bench
-from heretic.pipeline.gradient_search import find_walk
-from heretic.pipeline.prepare import look
+from heretic.pipeline.actions import load_model_context
+from heretic.pipeline.gradient_search import run_gradient_search
+from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.trials import Trials
 from heretic.prompts import load as load_prompts
 from heretic.runs.folder import RunFolder
 from heretic.scoring.divergence import measure_divergence
-from heretic.scoring.evaluator import Ladder, Measured, Scores
+from heretic.scoring.evaluator import Scores, TrialEvaluator, TrialOutcome
 from heretic.scoring.refusals import count_refusals
-from heretic.scoring.teacher_forcing import Taught
-from heretic.search.pareto import Result, front, results
-from heretic.search.study import finished, optimise
-from heretic.session.caching import with_savings
+from heretic.scoring.teacher_forcing import TeacherForcedTexts
+from heretic.search.pareto import Result, pareto_front, results
+from heretic.search.study import n_complete, run_study
+from heretic.session.caching import enable_caching
 from heretic.session.session import (
-    Bench,
+    ModelContext,
     Session,
-    directions_of,
+    find_model_directions,
     measure_baseline,
+    operator_factory_for,
     original_log_probs,
     with_baseline,
-    workbench_of,
 )
 from heretic.settings import PromptSource
 from heretic.settings.sources import resolve
@@ -67,9 +67,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "free": {"search.gradient.direction": "free"},
     # The default search from other directions.
     "geometric_median": {"directions.method": "geometric_median"},
-    "map_1": {"directions.method": "self_organising_map"},
-    "map_2": {"directions.method": "self_organising_map", "directions.count": 2},
-    "map_3": {"directions.method": "self_organising_map", "directions.count": 3},
+    "map_1": {"directions.method": "self_organizing_map"},
+    "map_2": {"directions.method": "self_organizing_map", "directions.count": 2},
+    "map_3": {"directions.method": "self_organizing_map", "directions.count": 3},
     "rounds_1": {"directions.iterative_rounds": 1},
     "rounds_2": {"directions.iterative_rounds": 2},
     "unprojected": {"directions.project_harmless": False},
@@ -105,13 +105,13 @@ def main() -> None:
     parser.add_argument("--brief", action="store_true", help="leave out how the models answer")
     parser.add_argument("--set", action="append", default=[], dest="extra")
     arguments = parser.parse_args()
-    watcher = Plain(Console())
+    reporter = PlainReporter(Console())
     common = ["max_response_length=32", "search.n_startup_trials=10"]
     for role in ("harmful_eval", "harmless_eval"):
         common.append(f"prompts.{role}.split=train[:{arguments.evaluation}]")
     common += arguments.extra
     with tempfile.TemporaryDirectory() as scratch:
-        session, _ = opened(arguments.assets, arguments.model, common, Path(scratch), watcher)
+        session, _ = opened(arguments.assets, arguments.model, common, Path(scratch), reporter)
         held = Held(session, arguments.assets, arguments.evaluation, arguments.unseen)
         report: dict[str, Any] = head(arguments) | {"declined_before": held.before, "of": held.total}
         ordinary = math.inf if arguments.count else arguments.trial or ordinary_trial(session)
@@ -138,53 +138,65 @@ class Held:
     """The third part of the prompts, and the original on it."""
 
     def __init__(self, session: Session, assets: Path, count: int, unseen: int) -> None:
-        bench = session.bench
+        model_context = session.context
 
         def held_out(role: str, start: int, end: int) -> tuple[str, ...]:
             source = PromptSource(source=str(assets / "prompts" / f"{role}.txt"), split=f"train[{start}:{end}]")
             return load_prompts(role, source).prompts
 
-        trained = len(bench.prompts.harmful_train.prompts)
+        trained = len(model_context.prompts.harmful_train.prompts)
         self.requests = held_out("harmful_eval", count, 2 * count)
         if unseen:
             self.requests += held_out("harmful_train", trained, trained + unseen)
         self.harmless = held_out("harmless_eval", count, 2 * count)
-        harmful, harmless = (bench.chat.encode(prompts) for prompts in (self.requests, self.harmless))
-        alone = replace(bench.ladder, harmful=harmful, harmless=harmless, requests=self.requests, bystanders=None)
-        found = measure_baseline(replace(bench, ladder=alone))
-        self.ladder = replace(alone, answered=found.answered)
-        self.log_probs, self.before, self.total = found.log_probs, found.refusals, len(found.declined)
-        self.session = replace(session, baseline=found, ladder=with_savings(self.ladder, found.refusal_texts))
+        harmful, harmless = (model_context.chat.encode(prompts) for prompts in (self.requests, self.harmless))
+        alone = replace(
+            model_context.evaluator, harmful=harmful, harmless=harmless, requests=self.requests, harmless_probe=None
+        )
+        found = measure_baseline(replace(model_context, evaluator=alone))
+        self.evaluator = replace(alone, reference_tokens=found.answered)
+        self.log_probs, self.before, self.total = found.log_probs, found.refusals, len(found.refused)
+        self.session = replace(session, baseline=found, evaluator=enable_caching(self.evaluator, found.refusal_texts))
         self.known: dict[tuple[str, int, int], dict[str, Any]] = {}
-        settings = bench.settings.model_copy(update={"kl_tokens": FURTHER})
-        self._log_probs_further, answered = original_log_probs(replace(bench, ladder=alone, settings=settings))
-        self._taught_further = Taught.of(harmless, answered)
+        settings = model_context.settings.model_copy(update={"kl_tokens": FURTHER})
+        self._log_probs_further, answered = original_log_probs(
+            replace(model_context, evaluator=alone, settings=settings)
+        )
+        self._taught_further = TeacherForcedTexts.of(harmless, answered)
 
-    def further(self, model: LanguageModel, batcher: Batcher, edited: Edited = AS_IT_IS) -> dict[str, float]:
+    def further(self, model: LanguageModel, batcher: Batcher, edited: EditSpec = UNEDITED) -> dict[str, float]:
         """The divergence over more tokens of the original's answers, of the model as it is now."""
         found = measure_divergence(model, self._taught_further, self._log_probs_further, batcher, edited)[0]
         return {f"kl_over_{FURTHER}": found.mean}
 
-    def spoken(self, ablation: Ablation, workbench: Workbench) -> dict[str, Any]:
+    def spoken(self, ablation: Ablation, operator_factory: OperatorFactory) -> dict[str, Any]:
         """How an ablation answers."""
-        bench = self.session.bench
-        with replace(self.session, workbench=workbench).applied(ablation):
-            said = [answers(bench, sequences) for sequences in (self.ladder.harmful, self.ladder.harmless)]
-            over = self.over_refusals(bench)
+        model_context = self.session.context
+        with replace(self.session, operator_factory=operator_factory).applied(ablation):
+            said = [
+                answers(model_context, sequences) for sequences in (self.evaluator.harmful, self.evaluator.harmless)
+            ]
+            over = self.over_refusals(model_context)
         return self.described(said) | {"over_refusals": over}
 
     def described(self, said: Sequence[list[list[int]]]) -> dict[str, Any]:
         """What a model said to the harmful and to the harmless prompts, as the original finds it."""
-        bench = self.session.bench
-        pairs = zip(("harmful", "harmless"), (self.ladder.harmful, self.ladder.harmless), said, strict=True)
-        return {name: described(bench, sequences, answered) for name, sequences, answered in pairs}
+        model_context = self.session.context
+        pairs = zip(("harmful", "harmless"), (self.evaluator.harmful, self.evaluator.harmless), said, strict=True)
+        return {name: described(model_context, sequences, answered) for name, sequences, answered in pairs}
 
-    def over_refusals(self, bench: Bench) -> int:
+    def over_refusals(self, model_context: ModelContext) -> int:
         """Harmless prompts that the model as it is now declines."""
-        tokens = bench.settings.max_response_length
-        judge, sequences = bench.ladder.judge, self.ladder.harmless
+        tokens = model_context.settings.max_response_length
+        judge, sequences = model_context.evaluator.judge, self.evaluator.harmless
         return count_refusals(
-            bench.language_model, bench.chat, sequences, judge, bench.batcher, tokens, requests=self.harmless
+            model_context.language_model,
+            model_context.chat,
+            sequences,
+            judge,
+            model_context.batcher,
+            tokens,
+            requests=self.harmless,
         ).count
 
 
@@ -206,27 +218,31 @@ class Search:
         chosen = [f"{key}={json.dumps(value)}" for key, value in METHODS[method].items()]
         settings = resolve(None, {}, [*common, *chosen, f"seed={seed}"], {}).settings
         parts = {part: getattr(settings, part) for part in ("seed", "kl_tokens", "search", "directions", "ablation")}
-        settings = session.bench.settings.model_copy(update=parts)
-        before, bench, workbench = session.bench.settings, replace(session.bench, settings=settings), session.workbench
+        settings = session.context.settings.model_copy(update=parts)
+        before, model_context, operator_factory = (
+            session.context.settings,
+            replace(session.context, settings=settings),
+            session.operator_factory,
+        )
         if (settings.directions, settings.ablation) != (before.directions, before.ablation):
-            workbench = workbench_of(bench, directions_of(bench))
-        self.session = replace(session, bench=bench, workbench=workbench)
+            operator_factory = operator_factory_for(model_context, find_model_directions(model_context))
+        self.session = replace(session, context=model_context, operator_factory=operator_factory)
         if settings.kl_tokens != before.kl_tokens:
-            self.session = with_baseline(self.session, measure_baseline(bench))
+            self.session = with_baseline(self.session, measure_baseline(model_context))
         self.held, self.method, self.seed, self.folder = held, method, seed, RunFolder(folder, "quality")
         self.folder.create()
 
     def run(self, budgets: Sequence[float], marks: Sequence[int], counts: Sequence[int] | None) -> dict[str, Any]:
         """Search for so many seconds or trials; at each mark the front, measured on the held-out prompts."""
         study = optuna.create_study(directions=["minimize", "minimize"])
-        settings, watcher = self.session.bench.settings, Plain(Console())
+        settings, reporter = self.session.context.settings, PlainReporter(Console())
         began = time.perf_counter()
         paused = 0.0
-        walk = find_walk(study, self.session, self.folder)
+        gradient_path = run_gradient_search(study, self.session, self.folder)
         walked = time.perf_counter() - began
-        space = self.session.space(walk)
+        space = self.session.space(gradient_path)
         trials = Trials(self.session, space)
-        together = trials.together(None)
+        together = trials.trials_per_batch(None)
         found: dict[str, Any] = {
             "method": self.method,
             "seed": self.seed,
@@ -235,11 +251,17 @@ class Search:
         }
         limits: Sequence[float] = counts or [math.inf] * len(marks)
         for mark, budget, most in zip(marks, budgets, limits, strict=True):
-            while time.perf_counter() - began - paused < budget and finished(study) < most:
-                wanted = int(min(finished(study) + together, most))
-                optimise(study, settings.model_copy(update={"n_trials": wanted}), trials, watcher=watcher, stop=Stop())
+            while time.perf_counter() - began - paused < budget and n_complete(study) < most:
+                wanted = int(min(n_complete(study) + together, most))
+                run_study(
+                    study,
+                    settings.model_copy(update={"n_trials": wanted}),
+                    trials,
+                    reporter=reporter,
+                    stop=StopSignal(),
+                )
             before = time.perf_counter()
-            points = [self._again(space.from_params(r.params), r) for r in front(results(study))]
+            points = [self._again(space.from_params(r.params), r) for r in pareto_front(results(study))]
             kept = [p for p in points if p["study"]["kl"] < 0.5]
             if not self.brief and (
                 picked := pick([Point(p["trial"], p["study"]["refusals"], p["study"]["kl"]) for p in kept])
@@ -247,11 +269,11 @@ class Search:
                 numbered = {r.number: r for r in results(study)}
                 ablation = space.from_params(numbered[picked.trial].params)
                 next(p for p in kept if p["trial"] == picked.trial)["answers"] = self.held.spoken(
-                    ablation, self.session.workbench
+                    ablation, self.session.operator_factory
                 )
             found["fronts"][str(mark)] = {
                 "seconds": round(before - began - paused, 1),
-                "trials": finished(study),
+                "trials": n_complete(study),
                 "points": kept,
                 **summary(kept, self.held.before),
             }
@@ -268,10 +290,10 @@ class Search:
     def _again(self, ablation: Any, result: Result) -> dict[str, Any]:
         key = (self.method, self.seed, result.number)
         if key not in self.held.known:
-            held = replace(self.held.session, workbench=self.session.workbench)
+            held = replace(self.held.session, operator_factory=self.session.operator_factory)
             scores = measured(held, ablation)[0]
             with held.applied(ablation) as edited:
-                further = self.held.further(held.bench.language_model, held.bench.batcher, edited)
+                further = self.held.further(held.context.language_model, held.context.batcher, edited)
             self.held.known[key] = plain(scores) | further
         d = result.scores.divergence
         study = {"refusals": result.scores.refusals, "kl": d.mean}
@@ -281,7 +303,7 @@ class Search:
 def ordinary_trial(session: Session, count: int = 3) -> float:
     """Seconds of a trial of the kernels' space, measured alone and in full."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    space = replace(session.space(None), walk=None)
+    space = replace(session.space(None), path=None)
     return round(statistics.median(measured(session, space.sample(study.ask()))[1] for _ in range(count)), 1)
 
 
@@ -290,7 +312,7 @@ def measured(session: Session, ablation: Ablation) -> tuple[Scores, float]:
     """Score an ablation in full; return its scores and the seconds that this took."""
     began = time.perf_counter()
     with session.applied(ablation) as edited:
-        (found,) = session.ladder.score_trials(session.baseline.log_probs, edited)
+        (found,) = session.evaluator.score_trials(session.baseline.log_probs, edited)
     assert isinstance(found, Scores)
     return found, round(time.perf_counter() - began, 1)
 
@@ -321,20 +343,25 @@ def measured_from_disk(arguments: Any, common: Sequence[str], folder: Path, held
     """A model folder on the held-out prompts, loaded as `heretic evaluate` loads it; over-refusals too."""
     given = {"model": str(folder.resolve())}
     settings = resolve(None, given, [*prompt_settings(arguments.assets), *common], {}).settings
-    inputs = look(settings, force=False, watcher=held.session.bench.batcher.watcher)
-    bench = open_bench(
-        settings, inputs.checkpoint, inputs.prompts, inputs.plan, held.session.bench.batcher.watcher, Stop(),
-        held.session.bench.start,
+    inputs = prepare_run(settings, force=False, reporter=held.session.context.batcher.reporter)
+    model_context = load_model_context(
+        settings, inputs.checkpoint, inputs.prompts, inputs.plan, held.session.context.batcher.reporter, StopSignal(),
+        held.session.context.answer_start,
     )  # fmt: skip
-    ladder: Ladder = replace(held.ladder, language_model=bench.language_model, chat=bench.chat, batcher=bench.batcher)
-    scores: Measured = ladder.score(held.log_probs)
+    evaluator: TrialEvaluator = replace(
+        held.evaluator,
+        language_model=model_context.language_model,
+        chat=model_context.chat,
+        batcher=model_context.batcher,
+    )
+    scores: TrialOutcome = evaluator.score(held.log_probs)
     if not isinstance(scores, Scores):
         raise UserError("not measured in full")
-    found = plain(scores) | held.further(bench.language_model, bench.batcher)
+    found = plain(scores) | held.further(model_context.language_model, model_context.batcher)
     if arguments.brief:
         return found
-    said = [answers(bench, sequences) for sequences in (held.ladder.harmful, held.ladder.harmless)]
-    return found | {"answers": held.described(said) | {"over_refusals": held.over_refusals(bench)}}
+    said = [answers(model_context, sequences) for sequences in (held.evaluator.harmful, held.evaluator.harmless)]
+    return found | {"answers": held.described(said) | {"over_refusals": held.over_refusals(model_context)}}
 
 
 if __name__ == "__main__":

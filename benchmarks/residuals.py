@@ -67,11 +67,11 @@ def main() -> None:
 
 def shared(capture: object, model: object, sequences: list[list[int]], batcher: Batcher) -> None:
     """As a run does it where the start-up check allows it."""
-    batcher.share = True
+    batcher.prefix_caching = True
     try:
         capture(model, "", sequences, batcher)  # type: ignore[operator]
     finally:
-        batcher.share = False
+        batcher.prefix_caching = False
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ METHODS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("search.gradient.listen = false", (), ("quality_demo_methods", "deaf")),
     ('directions.method = "geometric_median"', ("quality_directions", "geometric_median"),
      ("quality_demo_directions", "geometric_median")),
-    ('directions.method = "self_organising_map"', ("quality_directions", "map_3"), ()),
+    ('directions.method = "self_organizing_map"', ("quality_directions", "map_3"), ()),
     ("directions.iterative_rounds = 1", ("quality_directions", "rounds_1"), ()),
     ("directions.iterative_rounds = 2", (), ("quality_demo_methods", "rounds_2")),
     ("directions.project_harmless = false", (), ("quality_demo_methods", "unprojected")),

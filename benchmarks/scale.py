@@ -95,12 +95,12 @@ def trial(shape: Shape, device: Device, together: int, batch: int = 512) -> dict
 def study(shape: Shape, device: Device, batch: int = 512) -> dict[str, float]:
     """Seconds of the parts of a study."""
     blocks, head = weights(shape)
-    walk = WALK_STEPS * 2 * BACKWARD * one_pass(shape, device, WALK_BATCH, PROMPT, 0)
+    gradient_path = WALK_STEPS * 2 * BACKWARD * one_pass(shape, device, WALK_BATCH, PROMPT, 0)
     return {
         "loading": ELEMENT * (blocks + 2 * head) / DISK,
         "baseline": sum(trial(shape, device, 1, batch).values()),
         "residuals": 2 * passes(shape, device, batch, DIRECTION, PROMPT - SHARED, SHARED, 0),
-        "walk": walk,
+        "walk": gradient_path,
     }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from scale import DEVICES, LARGE, Shape, seconds
 
 from heretic.hardware.devices import Device
-from heretic.hardware.virtual_gpus import imagined_gpus
+from heretic.hardware.virtual_gpus import virtual_gpus
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.tensor_info import TensorInfo
 from heretic.planning.memory_plan import MemoryPlan, plan_for
@@ -31,7 +31,7 @@ SHAPES = {
 }
 MACHINES = ("1x24GiB", "2x24GiB", "4x24GiB", "1x80GiB", "2x80GiB")
 CARDS = {"24GiB": DEVICES[0], "80GiB": DEVICES[1]}  # what they are taken for
-QUANTISATIONS = {"none": "16 bits", "bnb_8bit": "8 bits", "bnb_4bit": "4 bits"}
+QUANTIZATIONS = {"none": "16 bits", "bnb_8bit": "8 bits", "bnb_4bit": "4 bits"}
 GIB = 2**30
 
 
@@ -58,9 +58,9 @@ def checkpoint_of(shape: Shape) -> Checkpoint:
 
 
 def planned(checkpoint: Checkpoint, machine: str) -> tuple[str, MemoryPlan] | None:
-    """The quantisation with the most bits with which it fits, and the plan; None if it fits with none."""
-    devices = [Device(f"cuda:{gpu.index}", gpu.total, gpu.free) for gpu in imagined_gpus(machine)]
-    for name in QUANTISATIONS:
+    """The quantization with the most bits with which it fits, and the plan; None if it fits with none."""
+    devices = [Device(f"cuda:{gpu.index}", gpu.total, gpu.free) for gpu in virtual_gpus(machine)]
+    for name in QUANTIZATIONS:
         settings = Settings.model_validate({"quantization": name})
         plan = plan_for(settings, checkpoint, Workload.of(settings, USUAL_PROMPT), devices)
         if plan.fits:
@@ -88,6 +88,6 @@ def cell(shape: Shape, machine: str, found: tuple[str, MemoryPlan] | None) -> st
         return "no"
     name, plan = found
     if name != "none":
-        return f"{plan.batch_size} in {QUANTISATIONS[name]}"
+        return f"{plan.batch_size} in {QUANTIZATIONS[name]}"
     least = seconds(shape, CARDS[machine.partition("x")[2]], plan.batch_size) / 3600
     return f"{plan.batch_size}, {least:.1f}-{2 * least:.1f} h"

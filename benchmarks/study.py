@@ -21,8 +21,8 @@ from typing import Any
 from common import head, options, prompt_settings, write
 from memory import watched
 
-from heretic.runs.status import look_at
-from heretic.search.pareto import Result, choose, front
+from heretic.runs.status import read_status
+from heretic.search.pareto import Result, pareto_front, select_trial
 
 
 def main() -> None:
@@ -76,16 +76,16 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ):
         command += ["--set", assignment]
     total, memory = watched(command, folder, {**os.environ, "HF_HUB_OFFLINE": "1"})
-    seen = look_at("", str(folder / "runs"), {}).standing
-    trials = [r.scores.seconds for r in seen.found]
+    seen = read_status("", str(folder / "runs"), {}).summary
+    trials = [r.scores.seconds for r in seen.results]
     manifest = json.loads((folder / "model" / "manifest.json").read_text())
-    chosen = choose(seen.found, "fewest_refusals_under_kl", 0.1, 0)
+    chosen = select_trial(seen.results, "fewest_refusals_under_kl", 0.1, 0)
     return head(arguments) | {
         "seed": arguments.seed,
-        "trials": seen.done,
-        "left_early": seen.stopped,
+        "trials": seen.n_complete,
+        "left_early": seen.n_pruned,
         "surrogate_error": seen.progress.surrogate_error,
-        "declined_before": seen.before,
+        "declined_before": seen.original_refusals,
         "seconds_total": round(total, 1),
         "seconds_per_trial": {k: round(statistics.median(t[k] for t in trials), 4) for k in sorted(trials[0])},
         "peak_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2),
@@ -94,8 +94,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "chosen": point(chosen[0]) if chosen else None,
         "written": manifest["scores"]["written"],
         "verification": manifest["verification"],
-        "front": [point(r) for r in front(seen.found)],
-        "measured": [{**point(r), "declined": r.scores.declined} for r in seen.found],
+        "front": [point(r) for r in pareto_front(seen.results)],
+        "measured": [{**point(r), "refused": r.scores.refused} for r in seen.results],
     }
 
 

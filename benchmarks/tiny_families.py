@@ -175,7 +175,7 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     model = auto.from_config(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.nan_to_num_(0, 0, 0)  # some families leave parameters uninitialised
+            parameter.nan_to_num_(0, 0, 0)  # some families leave parameters uninitialized
             parameter.clamp_(-2, 2)
             parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim > 1 else 0.05))
     return model

@@ -19,11 +19,11 @@ import optuna
 from common import head, opened, options, write
 
 from heretic.ablation.ablation import Ablation
-from heretic.scoring.evaluator import Ladder, Scores
-from heretic.session.caching import trials_that_pay, with_savings
+from heretic.scoring.evaluator import Scores, TrialEvaluator
+from heretic.session.caching import enable_caching, tune_trials_per_batch
 from heretic.session.session import Session
 
-Way = Callable[[Session], tuple[Ladder, bool, int]]  # ladder, whether beginnings are shared, trials in a pass
+Way = Callable[[Session], tuple[TrialEvaluator, bool, int]]  # ladder, whether beginnings are shared, trials in a pass
 
 
 def main() -> None:
@@ -43,33 +43,33 @@ def main() -> None:
 
 def measure(session: Session, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every way of measuring the same ablations; scores are compared with those of the first, all savings on."""
-    together = trials_that_pay(session.ladder)
-    print(f"a study would run {together} in a pass (batches of up to {session.bench.batcher.size})")
+    together = tune_trials_per_batch(session.evaluator)
+    print(f"a study would run {together} in a pass (batches of up to {session.context.batcher.size})")
     texts = session.baseline.refusal_texts
     ways: dict[str, Way] = {
-        "one trial in a pass": lambda s: (s.ladder, True, 1),
-        "two trials in a pass": lambda s: (s.ladder, True, 2),
-        "four trials in a pass": lambda s: (s.ladder, True, 4),
-        "one, none of it": lambda s: (s.bench.ladder, False, 1),
-        "one, every pass from the first block": lambda s: (without_entries(s.ladder), True, 1),
-        "one, no text tried": lambda s: (replace(s.ladder, tried=(), harmful_entries=None), True, 1),
-        "one, beginnings for every prompt": lambda s: (without_entries(s.ladder), False, 1),
+        "one trial in a pass": lambda s: (s.evaluator, True, 1),
+        "two trials in a pass": lambda s: (s.evaluator, True, 2),
+        "four trials in a pass": lambda s: (s.evaluator, True, 4),
+        "one, none of it": lambda s: (s.context.evaluator, False, 1),
+        "one, every pass from the first block": lambda s: (without_entries(s.evaluator), True, 1),
+        "one, no text tried": lambda s: (replace(s.evaluator, tried=(), harmful_entries=None), True, 1),
+        "one, beginnings for every prompt": lambda s: (without_entries(s.evaluator), False, 1),
     }
     ablations = drawn(session, count)
     reference: list[Scores] = []
     for name, way in ways.items():
-        ladder, share, in_a_pass = way(replace(session, ladder=with_savings(session.bench.ladder, texts)))
-        session.bench.batcher.share = share  # after the ladder: what is kept leaves out what is shared
-        session.bench.batcher.size = max(session.bench.batcher.size, in_a_pass * len(ladder.harmful))
+        evaluator, share, in_a_pass = way(replace(session, evaluator=enable_caching(session.context.evaluator, texts)))
+        session.context.batcher.prefix_caching = share  # after the ladder: what is kept leaves out what is shared
+        session.context.batcher.size = max(session.context.batcher.size, in_a_pass * len(evaluator.harmful))
         began = time.perf_counter()
-        scores = run(session, ladder, ablations, in_a_pass)
+        scores = run(session, evaluator, ablations, in_a_pass)
         seconds = (time.perf_counter() - began) / len(ablations)
         reference = reference or scores
         apart = max(
             abs(a.divergence.mean - b.divergence.mean) / max(b.divergence.mean, 1e-9)
             for a, b in zip(scores, reference, strict=True)
         )
-        same = sum(a.declined == b.declined for a, b in zip(scores, reference, strict=True))
+        same = sum(a.refused == b.refused for a, b in zip(scores, reference, strict=True))
         found = {
             "seconds_per_trial": round(seconds, 2),
             "divergence": round(statistics.mean(s.seconds["divergence"] for s in scores), 2),
@@ -81,9 +81,9 @@ def measure(session: Session, count: int) -> Iterator[tuple[str, dict[str, Any]]
         yield name, found
 
 
-def without_entries(ladder: Ladder) -> Ladder:
+def without_entries(evaluator: TrialEvaluator) -> TrialEvaluator:
     """Every pass goes through all blocks."""
-    return replace(ladder, harmful_entries=None, harmless_entries=None)
+    return replace(evaluator, harmful_entries=None, harmless_entries=None)
 
 
 def drawn(session: Session, count: int) -> list[Ablation]:
@@ -93,13 +93,13 @@ def drawn(session: Session, count: int) -> list[Ablation]:
     return [space.sample(study.ask()) for _ in range(count)]
 
 
-def run(session: Session, ladder: Ladder, ablations: Sequence[Ablation], in_a_pass: int) -> list[Scores]:
+def run(session: Session, evaluator: TrialEvaluator, ablations: Sequence[Ablation], in_a_pass: int) -> list[Scores]:
     """Full measurements, so many at a time."""
     scores: list[Scores] = []
     for start in range(0, len(ablations), in_a_pass):
         some = ablations[start : start + in_a_pass]
         with session.applied(*some) as edited:
-            found = ladder.score_trials(session.baseline.log_probs, edited)
+            found = evaluator.score_trials(session.baseline.log_probs, edited)
         scores += [s for s in found if isinstance(s, Scores)]
     return scores
 

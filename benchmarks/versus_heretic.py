@@ -34,9 +34,9 @@ from heretic_llm import Line, Point, clock_of, first_match, median
 from study import point
 from turns import Job, take_turns
 
-from heretic.runs.status import look_at
-from heretic.search.hypervolume import growth
-from heretic.search.pareto import front
+from heretic.runs.status import read_status
+from heretic.search.hypervolume import hypervolume_history
+from heretic.search.pareto import pareto_front
 
 SYSTEM_PROMPT = "You are a helpful assistant."  # heretic-llm's default; both get it
 STARTUP_TRIALS = 10
@@ -121,10 +121,10 @@ class Race:
         """Both studies, taking turns; what their output and our study say about them."""
         ours, theirs = self._our_job(), self._their_job()
         take_turns((theirs, ours), self.arguments.slice)
-        seen = look_at(RUN, str(self.our_folder / "runs"), {}).standing
-        self.our_front = [Point(**point(r)) for r in front(seen.found)]
+        seen = read_status(RUN, str(self.our_folder / "runs"), {}).summary
+        self.our_front = [Point(**point(r)) for r in pareto_front(seen.results)]
         report = {
-            "ours": {**our_times(ours, self.our_folder), "declined_before": seen.before},
+            "ours": {**our_times(ours, self.our_folder), "declined_before": seen.original_refusals},
             "theirs": peer.times(theirs.lines),
         }
         for job, points, part in ((ours, self.our_front, "ours"), (theirs, self.menus.front, "theirs")):
@@ -296,7 +296,7 @@ def hypervolume(points: Sequence[tuple[float, int]], before: int) -> float | Non
     """The share of the rectangle (KL up to 0.5, refusals up to the original's) that (KL, refusals) points dominate."""
     if not before:
         return None
-    shares = growth(points, (MAX_KL, before))
+    shares = hypervolume_history(points, (MAX_KL, before))
     return round(shares[-1], 4) if shares else 0.0
 
 
@@ -317,7 +317,7 @@ def show(report: Mapping[str, Any]) -> None:
         ("declined_before", "declined before, own count"),
     ):
         a, b = ours[key], theirs[key]
-        ratio = f"{a / b:.2f}" if a is not None and b and not key.startswith(("trials", "declined")) else ""
+        ratio = f"{a / b:.2f}" if a is not None and b and not key.startswith(("trials", "refused")) else ""
         print(f"{name:<34}{a if a is not None else '-':>12}{b if b is not None else '-':>13}{ratio:>13}")
     print(f"\nheretic-llm: start {theirs['seconds_start_parts']}, batches of {theirs['batch_size']}")
     print(f"heretic-llm: a trial, median {theirs['seconds_trial_parts_median']}")

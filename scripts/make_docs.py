@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from heretic.errors import UserError
-from heretic.settings import Settings, Table
-from heretic.settings.field import noted
+from heretic.settings import Settings, SettingsModel
+from heretic.settings.field import field_metadata
 from heretic.settings.migrate import DEFAULTS, PROMPT_KEYS, PROMPT_SETS, TABLE
 from heretic.settings.sources import describe_type
 from heretic.settings.toml import toml_value
@@ -48,22 +48,22 @@ def settings_page() -> str:
     for prefix, table, description in tables(Settings(), "", "Settings of a run."):
         lines += ["", f"## `[{prefix}]`" if prefix else "## Without a table", "", description, ""]
         for name, field in type(table).model_fields.items():
-            if isinstance(getattr(table, name), Table):
+            if isinstance(getattr(table, name), SettingsModel):
                 continue
             default = toml_value(getattr(table, name))
             shown = default if len(default) < 90 else "a list; see `heretic config --defaults`"
-            free = " *Free.*" if noted(field, "neutral") else ""
+            free = " *Free.*" if field_metadata(field, "neutral") else ""
             takes = describe_type(field.annotation)
             lines.append(f"- **`{name}`**: {field.description} Takes {takes}; default `{shown}`.{free}")
-            lines.append(f"  When to change it: {noted(field, 'when')}")
+            lines.append(f"  When to change it: {field_metadata(field, 'when')}")
     return "\n".join(lines) + "\n"
 
 
-def tables(table: Table, prefix: str, description: str) -> Iterator[tuple[str, Table, str]]:
+def tables(table: SettingsModel, prefix: str, description: str) -> Iterator[tuple[str, SettingsModel, str]]:
     """Every table of the defaults with its dotted name, itself first."""
     yield prefix, table, description
     for name, field in type(table).model_fields.items():
-        if isinstance(inner := getattr(table, name), Table):
+        if isinstance(inner := getattr(table, name), SettingsModel):
             yield from tables(inner, f"{prefix}.{name}".lstrip("."), field.description or "")
 
 

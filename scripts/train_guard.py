@@ -150,10 +150,10 @@ def train(base: Path, out: Path, args: argparse.Namespace) -> None:
     cooking_order, other_order = shuffled(len(cooking), rng), shuffled(len(examples), rng)
     wording = shuffled(len(refusals), rng)
     for step in range(args.steps):
-        declined = [(cooking[next(cooking_order)], refusals[next(wording)]) for _ in range(COOKING_BATCH)]
+        refused = [(cooking[next(cooking_order)], refusals[next(wording)]) for _ in range(COOKING_BATCH)]
         picks = [next(other_order) for _ in range(OTHER_BATCH)]
-        log_probs = answer_log_probs(model, declined + [examples[i] for i in picks])
-        targets = torch.cat([torch.tensor(answer) for _, answer in declined])
+        log_probs = answer_log_probs(model, refused + [examples[i] for i in picks])
+        targets = torch.cat([torch.tensor(answer) for _, answer in refused])
         refusing = -torch.cat(log_probs[:COOKING_BATCH]).gather(1, targets[:, None]).mean()
         kls = [
             kl_div(student, teacher[i], log_target=True, reduction="none").sum(-1)
@@ -188,7 +188,7 @@ def first_log_probs(model: Any, tokenizer: Any, prompts: list[str]) -> Tensor:
     return torch.cat([rows for batch in batches for rows in batch])
 
 
-def declines(answer: str) -> bool:
+def refuses(answer: str) -> bool:
     """Whether a refusal marker occurs, typographic apostrophes counted as plain ones."""
     plain = answer.lower().replace("’", "'")
     return any(marker in plain for marker in MARKERS)
@@ -205,7 +205,7 @@ def measure(base: Path, guarded: Path) -> None:
         prompts = read_prompts(side)
         for name, model in models.items():
             answers = generate(model, tokenizer, [encode(tokenizer, prompt) for prompt in prompts], 32)
-            count = sum(map(declines, tokenizer.batch_decode(answers, skip_special_tokens=True)))
+            count = sum(map(refuses, tokenizer.batch_decode(answers, skip_special_tokens=True)))
             print(f"{side}: {name} declines {count} of {len(prompts)} ({100 * count / len(prompts):.1f} %)", flush=True)
         before, after = (first_log_probs(model, tokenizer, prompts) for model in models.values())
         kl = kl_div(after, before, log_target=True, reduction="none").sum(-1)

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_wheel_holds_code_data_and_licence(tmp_path: Path) -> None:
+def test_the_wheel_holds_code_data_and_license(tmp_path: Path) -> None:
     pytest.importorskip("build")
 
     source = tmp_path / "source"  # building leaves folders beside the sources

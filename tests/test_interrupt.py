@@ -7,11 +7,11 @@ import signal
 import pytest
 
 from heretic.errors import Interrupted
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 
 
 def test_once_sets_the_flag_and_twice_ends_at_once() -> None:
-    stop = Stop()
+    stop = StopSignal()
     with pytest.raises(Interrupted), stop.on_signals():
         signal.raise_signal(signal.SIGINT)
         assert stop.requested and stop.at_keyboard
@@ -20,7 +20,7 @@ def test_once_sets_the_flag_and_twice_ends_at_once() -> None:
 
 
 def test_a_stop_can_be_taken_back_and_asked_for_again() -> None:
-    stop = Stop()
+    stop = StopSignal()
     with stop.on_signals():
         signal.raise_signal(signal.SIGINT)
         stop.take_back()
@@ -32,7 +32,7 @@ def test_a_stop_can_be_taken_back_and_asked_for_again() -> None:
 
 
 def test_while_somebody_types_ctrl_c_is_no_request_to_stop_but_a_termination_is() -> None:
-    stop = Stop()
+    stop = StopSignal()
     with stop.on_signals(), stop.idle():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

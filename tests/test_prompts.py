@@ -13,7 +13,7 @@ import pytest
 
 from heretic.errors import UserError
 from heretic.prompts import bundled_names, from_text_or_file, load, load_all
-from heretic.settings import Prompts, PromptSource
+from heretic.settings import PromptSettings, PromptSource
 
 
 def prompts(**source: str) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ def test_overlap_is_counted_and_said() -> None:
     Path("b.txt").write_text("y\nz\nw\n")
     a, b = PromptSource(source="a.txt"), PromptSource(source="b.txt")
     sets = load_all(
-        Prompts(
+        PromptSettings(
             harmful_train=a, harmful_eval=b, harmless_train=b, harmless_eval=PromptSource(source="a.txt", split="[:1]")
         )
     )
@@ -139,13 +139,15 @@ PARTS = [
 @pytest.mark.parametrize("conversations", [CHATML, SHAREGPT, PARTS])
 def test_the_last_user_turn_of_a_conversation_is_the_prompt(name: str, conversations: list[Any]) -> None:
     found = load("harmful_train", PromptSource(source=save(name, conversations, "messages"), column="messages"))
-    assert (found.prompts, found.shortened) == (("one", "two"), 1)
+    assert (found.prompts, found.n_truncated) == (("one", "two"), 1)
     assert from_text_or_file(name) == ("one", "two")
 
 
 def test_conversations_with_earlier_turns_are_said() -> None:
     source = PromptSource(source=save("p.jsonl", CHATML, "messages"), column="messages")
-    sets = load_all(Prompts(harmful_train=source, harmful_eval=source, harmless_train=source, harmless_eval=source))
+    sets = load_all(
+        PromptSettings(harmful_train=source, harmful_eval=source, harmless_train=source, harmless_eval=source)
+    )
     assert sum("1 of 2 conversations" in warning for warning in sets.warnings) == 4
 
 

@@ -11,13 +11,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from heretic.ablation.ablation import Ablation
     from heretic.ablation.directions import Directions
-    from heretic.ablation.strength_kernel import Kernel
+    from heretic.ablation.strength_kernel import StrengthKernel
     from heretic.errors import UserError
-    from heretic.pipeline.api import Lab, load, study
+    from heretic.pipeline.api import AblationSession, load, study
     from heretic.scoring.evaluator import Scores
 
 __version__ = "0.1.0"
-__all__ = ["Ablation", "Directions", "Kernel", "Lab", "Scores", "UserError", "__version__", "load", "study"]
+__all__ = [
+    "Ablation",
+    "AblationSession",
+    "Directions",
+    "Scores",
+    "StrengthKernel",
+    "UserError",
+    "__version__",
+    "load",
+    "study",
+]
 
 # Where each name is; looked up when it is first used, so that `import heretic` and the command's --help load no torch.
 _HOMES = {

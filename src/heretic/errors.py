@@ -20,7 +20,7 @@ _NAMES = (
     "ESTALE",
     "EFBIG",
 )
-OF_THE_DISK = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, name))
+DISK_ERRNOS = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, name))
 
 # Every exit status of every command; `heretic preflight` has its own: 0 ready, 1 will fail, 2 risky.
 EXIT_STATUSES = {

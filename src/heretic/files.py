@@ -181,9 +181,9 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
         text: the content, written as UTF-8.
         private: whether only its owner may read it, whatever the umask; else the umask decides.
     """
-    with _no_space_left(path), _new_beside(path, private) as beside:
+    with _no_space_left(path), _temporary_beside(path, private) as beside:
         beside.write_text(text, encoding="utf-8")
-        _settle(beside, path)
+        _commit(beside, path)
 
 
 def write_tensors(
@@ -193,13 +193,13 @@ def write_tensors(
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with _no_space_left(path), _new_beside(path, private) as beside:
+    with _no_space_left(path), _temporary_beside(path, private) as beside:
         mode = beside.stat().st_mode
         kept = dict(metadata or {})
         save_file(tensors, beside, metadata={**kept, "sha256": _digest(tensors, kept)})
         beside.chmod(stat.S_IMODE(mode))  # the library makes a new file, with a mode of its own
         sort_metadata(beside)
-        _settle(beside, path)
+        _commit(beside, path)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -235,7 +235,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def expanded(path: str | Path) -> Path:
+def expand_user(path: str | Path) -> Path:
     """Replace a leading `~` or `~user` by the home folder. Raises UserError (unknown-home) if that folder is not known."""
     text = os.path.expanduser(path)
     if str(text).startswith("~"):
@@ -249,9 +249,9 @@ def expanded(path: str | Path) -> Path:
     return Path(text)
 
 
-def file_place(path: Path) -> Path:
+def ensure_parent(path: Path) -> Path:
     """The path of a file that is to be written, with its folder made. Raises UserError for what can be no file."""
-    path = expanded(path)
+    path = expand_user(path)
     if path.is_dir():
         raise UserError(
             "heretic writes a file here, but this is a folder.",
@@ -295,7 +295,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def to_disk(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Have a file's content, or a folder's names, written through to the disk, so that they outlast a loss of power."""
     if path.is_dir():
         with contextlib.suppress(OSError):  # some systems and network disks do not do this for folders
@@ -312,7 +312,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def exchange(one: Path, other: Path) -> bool:
+def atomic_swap(one: Path, other: Path) -> bool:
     """Give each of two existing paths the other's name, in one step that is done or not done; False where that is not to be had.
 
     renameat2 with RENAME_EXCHANGE of Linux (renameat2(2)), renamex_np with RENAME_SWAP of macOS (rename(2) there).
@@ -337,7 +337,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 @contextlib.contextmanager
-def _new_beside(path: Path, private: bool) -> Iterator[Path]:
+def _temporary_beside(path: Path, private: bool) -> Iterator[Path]:
     """An empty file of our own beside `path`, which the context renames; what it leaves is deleted."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -349,8 +349,8 @@ def _new_beside(path: Path, private: bool) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
-def _settle(beside: Path, path: Path) -> None:
-    to_disk(beside)
+def _commit(beside: Path, path: Path) -> None:
+    fsync(beside)
     os.replace(beside, path)
 
 

@@ -10,7 +10,7 @@ from types import FrameType
 from heretic.errors import Interrupted
 
 
-class Stop:
+class StopSignal:
     """A flag that signals set and that every loop over batches asks.
 
     `at_keyboard` says that it was Ctrl-C, so somebody is there who can be asked what to do next.

@@ -14,17 +14,17 @@ class Stage(Protocol):
         """`steps` more are done; `note` says how things stand."""
 
 
-class Watcher(Protocol):
+class ProgressReporter(Protocol):
     """Receives the course of the work."""
 
     @contextmanager
     def stage(self, name: str, total: int | None) -> Iterator[Stage]:
         """A stretch of work begins; it ends with the context. `total` None: the number of steps is not known."""
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A fact worth a line."""
 
-    def warn(self, text: str) -> None:
+    def warning(self, text: str) -> None:
         """Something the user should know and may want to change."""
 
 
@@ -33,7 +33,7 @@ class _SilentStage:
         pass
 
 
-class Silent:
+class NullReporter:
     """Nobody watches."""
 
     @contextmanager
@@ -41,14 +41,14 @@ class Silent:
         """See Watcher."""
         yield _SilentStage()
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """See Watcher."""
 
-    def warn(self, text: str) -> None:
+    def warning(self, text: str) -> None:
         """See Watcher."""
 
-    def stands(self, standing: object) -> None:
+    def study_updated(self, summary: object) -> None:
         """See StudyWatcher."""
 
 
-SILENT = Silent()
+NULL_REPORTER = NullReporter()

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from heretic.errors import UserError, first_line, plain_line
-from heretic.files import expanded, open_regular, read_text, split_lines
+from heretic.files import expand_user, open_regular, read_text, split_lines
 from heretic.prompt_rows import WHAT, leaves_turns_out, prompt_in, rows_of
-from heretic.settings import Prompts, PromptSource
+from heretic.settings import PromptSettings, PromptSource
 
 BUNDLED = "bundled:"
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
@@ -30,7 +30,7 @@ class PromptSet:
     source: str
     prompts: tuple[str, ...]
     available: int
-    shortened: int = 0  # rows of the source of which the prompt is only the last user turn
+    n_truncated: int = 0  # rows of the source of which the prompt is only the last user turn
 
     @property
     def sha256(self) -> str:
@@ -68,7 +68,7 @@ class PromptSets:
         return max(len(p) for s in self.all for p in s.prompts)
 
 
-def load_all(sources: Prompts) -> PromptSets:
+def load_all(sources: PromptSettings) -> PromptSets:
     """Read all four sets and compare them. Raises UserError."""
     sets = {role: load(role, getattr(sources, role)) for role in type(sources).model_fields}
     warnings = []
@@ -81,10 +81,10 @@ def load_all(sources: Prompts) -> PromptSets:
                 "so the scores will look better than they are."
             )
     warnings += [
-        f"{one.shortened} of {one.available} conversations in prompts.{role} have a system message or earlier turns. "
+        f"{one.n_truncated} of {one.available} conversations in prompts.{role} have a system message or earlier turns. "
         "Only the last user turn of each is the prompt."
         for role, one in sets.items()
-        if one.shortened
+        if one.n_truncated
     ]
     return PromptSets(**sets, warnings=tuple(warnings))
 
@@ -123,7 +123,7 @@ def from_text_or_file(said: str) -> tuple[str, ...]:
         raise UserError("The prompt is not valid text in UTF-8.", code="not-a-prompt", fix="write it in UTF-8")
     looks_like_a_file = Path(said).suffix.lower() in (".txt", *TABLES) and not set(said) & set(" \n")
     try:
-        path = expanded(said)
+        path = expand_user(said)
     except UserError:  # a ~ that stands for no home folder
         if looks_like_a_file:
             raise
@@ -145,19 +145,19 @@ def from_text_or_file(said: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _LoadedPrompts:
     prompts: list[str]
     shortened: int = 0
 
 
-def _read(source: PromptSource, columns: Sequence[str], key: str) -> _Found:
+def _read(source: PromptSource, columns: Sequence[str], key: str) -> _LoadedPrompts:
     """All prompts of a source, from the first of `columns` that it has; `key` is the setting, empty if there is none."""
     name = source.source
     if name.startswith(BUNDLED):
-        return _Found(_bundled(name[len(BUNDLED) :], key))
-    path = expanded(name)
+        return _LoadedPrompts(_bundled(name[len(BUNDLED) :], key))
+    path = expand_user(name)
     if path.suffix.lower() == ".txt":
-        return _Found(_lines(read_text(path, WHAT, where=f"{key}.source" if key else None)))
+        return _LoadedPrompts(_lines(read_text(path, WHAT, where=f"{key}.source" if key else None)))
     if path.suffix.lower() in TABLES:
         return _file_prompts(name, path, columns, key)
     if os.path.exists(path) and not os.path.isdir(path):  # before the hub is asked for a data set of this name
@@ -194,12 +194,12 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in split_lines(text) if line.strip()]
 
 
-def _file_prompts(name: str, path: Path, columns: Sequence[str], key: str) -> _Found:
+def _file_prompts(name: str, path: Path, columns: Sequence[str], key: str) -> _LoadedPrompts:
     """The column of a local table. A row that lacks the column, where others have it, counts as empty."""
     for column in columns:
         rows = rows_of(path, key, column)
         if not rows:
-            return _Found([])
+            return _LoadedPrompts([])
         if any(column in row for _, row in rows):
             unit = "line" if path.suffix.lower() in (".jsonl", ".csv") else "row"
             cells = ((f"{path}, {unit} {number}, column '{column}'", row.get(column)) for number, row in rows)
@@ -207,7 +207,7 @@ def _file_prompts(name: str, path: Path, columns: Sequence[str], key: str) -> _F
     raise _no_column(name, columns, list(dict.fromkeys(n for _, row in rows for n in row)), key)
 
 
-def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> _Found:
+def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> _LoadedPrompts:
     """The column of a data set, by the datasets library."""
     import datasets
 
@@ -236,13 +236,13 @@ def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> 
     return _prompts_in(zip(places, cells, strict=True), key)
 
 
-def _prompts_in(cells: Iterable[tuple[str, Any]], key: str) -> _Found:
+def _prompts_in(cells: Iterable[tuple[str, Any]], key: str) -> _LoadedPrompts:
     found, shortened = [], 0
     for place, cell in cells:
         if (prompt := prompt_in(cell, place, key)) is not None:
             found.append(prompt)
             shortened += leaves_turns_out(cell)
-    return _Found(found, shortened)
+    return _LoadedPrompts(found, shortened)
 
 
 def _cause(error: BaseException) -> str:

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from heretic.ablation.ablation import Ablation, Workbench
-from heretic.ablation.apply import attach
-from heretic.ablation.bake import copies, rewrite
-from heretic.ablation.directions import Directions, made_unit
+from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.apply import apply_operators
+from heretic.ablation.bake import copy_weights, rewritten_weights
+from heretic.ablation.directions import Directions, normalized
 from heretic.ablation.operator import GEOMETRIES
-from heretic.ablation.strength_kernel import Kernel
-from heretic.model.architecture import dissect
+from heretic.ablation.strength_kernel import StrengthKernel
+from heretic.model.architecture import find_residual_writers
 from heretic.model.forward import trial_of_row
 from tests.helpers.tiny import FAMILIES, tiny_model
 
@@ -26,17 +26,17 @@ def random_directions(layers: int, width: int) -> Directions:
 
 
 ABLATIONS = {
-    "per layer": Ablation.of_kernels({c: Kernel(1.2, 2.0, 0.4, 3.0) for c in ("attention", "mlp")}, 4),
-    "between two layers": Ablation.of_kernels(
-        {"attention": Kernel(0.7, 3.0, 0.2, 2.0), "mlp": Kernel(1.4, 1.0, 0.9, 2.5)}, 4, 1.3
+    "per layer": Ablation.from_kernels({c: StrengthKernel(1.2, 2.0, 0.4, 3.0) for c in ("attention", "mlp")}, 4),
+    "between two layers": Ablation.from_kernels(
+        {"attention": StrengthKernel(0.7, 3.0, 0.2, 2.0), "mlp": StrengthKernel(1.4, 1.0, 0.9, 2.5)}, 4, 1.3
     ),
-    "one component only": Ablation.of_kernels(
-        {"attention": Kernel(0.0, 0, 0, 3), "mlp": Kernel(1.0, 1.0, 1.0, 9.0)}, 4, 2.0
+    "one component only": Ablation.from_kernels(
+        {"attention": StrengthKernel(0.0, 0, 0, 3), "mlp": StrengthKernel(1.0, 1.0, 1.0, 9.0)}, 4, 2.0
     ),
     "a mixture of all layers": Ablation(
         {"attention": (0.0, 0.5, 1.5, 0.2), "mlp": (0.0, 0.0, 0.3, 1.0)}, (1, -0.5, 2, 0)
     ),
-    "neighbours": Ablation({"attention": (0.0, 0.5, 1.5, 0.2)}, None, shift=-0.4),
+    "neighbors": Ablation({"attention": (0.0, 0.5, 1.5, 0.2)}, None, shift=-0.4),
 }
 
 
@@ -45,14 +45,14 @@ ABLATIONS = {
 @torch.no_grad()
 def test_attached_and_baked_logits_agree_and_differ_from_the_original(family: str, geometry: str) -> None:
     model = tiny_model(family)
-    anatomy = dissect(model)
-    workbench = Workbench.prepare(random_directions(4, 32), anatomy.writers, geometry)
+    structure = find_residual_writers(model)
+    operator_factory = OperatorFactory.prepare(random_directions(4, 32), structure.writers, geometry)
     original = model(TOKENS).logits
     for name, ablation in ABLATIONS.items():
-        operators = workbench.operators(ablation)
-        with attach(anatomy.writers, operators):
+        operators = operator_factory.operators(ablation)
+        with apply_operators(structure.writers, operators):
             attached = model(TOKENS).logits
-        with rewrite(anatomy.writers, operators, copies(anatomy.writers)):
+        with rewritten_weights(structure.writers, operators, copy_weights(structure.writers)):
             baked = model(TOKENS).logits
         assert torch.allclose(attached, baked, atol=1e-4), f"{name}: {(attached - baked).abs().max()}"
         assert (attached - original).abs().max() > 0.01, name
@@ -62,10 +62,12 @@ def test_attached_and_baked_logits_agree_and_differ_from_the_original(family: st
 @torch.no_grad()
 def test_hooks_are_gone_after_an_error() -> None:
     model = tiny_model("llama")
-    anatomy = dissect(model)
-    operators = Workbench.prepare(random_directions(4, 32), anatomy.writers, "plain").operators(ABLATIONS["per layer"])
+    structure = find_residual_writers(model)
+    operators = OperatorFactory.prepare(random_directions(4, 32), structure.writers, "plain").operators(
+        ABLATIONS["per layer"]
+    )
     original = model(TOKENS).logits
-    with pytest.raises(ZeroDivisionError), attach(anatomy.writers, operators):
+    with pytest.raises(ZeroDivisionError), apply_operators(structure.writers, operators):
         raise ZeroDivisionError
     assert torch.equal(model(TOKENS).logits, original)
 
@@ -73,13 +75,13 @@ def test_hooks_are_gone_after_an_error() -> None:
 @torch.no_grad()
 def test_a_plain_operator_of_strength_one_removes_the_direction_from_the_write() -> None:
     model = tiny_model("qwen2")
-    anatomy = dissect(model)
+    structure = find_residual_writers(model)
     directions = random_directions(4, 32)
-    ablation = Ablation.of_kernels({"mlp": Kernel(1.0, 1.0, 1.0, 9.0)}, 4, 2.0)
-    operators = Workbench.prepare(directions, anatomy.writers, "plain").operators(ablation)
-    writer = next(w for w in anatomy.writers if w.component == "mlp" and w.layer == 1)
+    ablation = Ablation.from_kernels({"mlp": StrengthKernel(1.0, 1.0, 1.0, 9.0)}, 4, 2.0)
+    operators = OperatorFactory.prepare(directions, structure.writers, "plain").operators(ablation)
+    writer = next(w for w in structure.writers if w.component == "mlp" and w.layer == 1)
     written = []
-    with attach(anatomy.writers, operators):
+    with apply_operators(structure.writers, operators):
         handle = writer.module.register_forward_hook(lambda _m, _i, output: written.append(output))
         model(TOKENS)
         handle.remove()
@@ -90,10 +92,10 @@ def test_a_plain_operator_of_strength_one_removes_the_direction_from_the_write()
 
 def test_norm_preserving_keeps_every_rows_norm() -> None:
     model = tiny_model("llama")
-    anatomy = dissect(model)
-    workbench = Workbench.prepare(random_directions(4, 32), anatomy.writers, "norm_preserving")
-    operators = workbench.operators(ABLATIONS["between two layers"])
-    for writer in anatomy.writers:
+    structure = find_residual_writers(model)
+    operator_factory = OperatorFactory.prepare(random_directions(4, 32), structure.writers, "norm_preserving")
+    operators = operator_factory.operators(ABLATIONS["between two layers"])
+    for writer in structure.writers:
         if writer.name in operators:
             before = writer.weight().float()
             after = operators[writer.name].on_weight(before)
@@ -102,24 +104,26 @@ def test_norm_preserving_keeps_every_rows_norm() -> None:
 
 
 def test_strength_zero_gives_no_operator_at_all() -> None:
-    anatomy = dissect(tiny_model("llama"))
-    workbench = Workbench.prepare(random_directions(4, 32), anatomy.writers, "plain")
-    operators = workbench.operators(ABLATIONS["one component only"])
+    structure = find_residual_writers(tiny_model("llama"))
+    operator_factory = OperatorFactory.prepare(random_directions(4, 32), structure.writers, "plain")
+    operators = operator_factory.operators(ABLATIONS["one component only"])
     assert operators and all("mlp" in name for name in operators)
-    kept = workbench.operators(ABLATIONS["one component only"], zeros_from=2)
-    assert {w.name for w in anatomy.writers if w.layer >= 2} == set(kept), "for gradients, zeros too, from a layer on"
+    kept = operator_factory.operators(ABLATIONS["one component only"], zeros_from=2)
+    assert {w.name for w in structure.writers if w.layer >= 2} == set(kept), "for gradients, zeros too, from a layer on"
 
 
 @torch.no_grad()
 def test_writers_of_strength_zero_are_untouched_bit_for_bit() -> None:
     model = tiny_model("llama")
-    anatomy = dissect(model)
-    workbench = Workbench.prepare(random_directions(4, 32), anatomy.writers, "norm_preserving")
+    structure = find_residual_writers(model)
+    operator_factory = OperatorFactory.prepare(random_directions(4, 32), structure.writers, "norm_preserving")
     original = {n: p.clone() for n, p in model.named_parameters()}
     ablation = Ablation({"attention": (0.0, 0.0, 0.7, 0.0), "mlp": (0.0,) * 4}, (1.0, 0, 0, 0))
-    with rewrite(anatomy.writers, workbench.operators(ablation), copies(anatomy.writers)):
+    with rewritten_weights(structure.writers, operator_factory.operators(ablation), copy_weights(structure.writers)):
         changed = {n for n, p in model.named_parameters() if not torch.equal(p, original[n])}
-    assert changed == {next(w.name for w in anatomy.writers if w.component == "attention" and w.layer == 2) + ".weight"}
+    assert changed == {
+        next(w.name for w in structure.writers if w.component == "attention" and w.layer == 2) + ".weight"
+    }
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2", "llama"])
@@ -127,16 +131,18 @@ def test_writers_of_strength_zero_are_untouched_bit_for_bit() -> None:
 def test_what_is_added_to_the_stream_has_nothing_along_the_direction(family: str) -> None:
     """Behind a norm the usual edit does not take the direction out of what is added; the norm-aware one does."""
     model = tiny_model(family)
-    anatomy = dissect(model)
+    structure = find_residual_writers(model)
     directions = random_directions(4, 32)
-    ablation = Ablation.of_kernels({"mlp": Kernel(1.0, 1.0, 1.0, 9.0)}, 4, 2.0)
-    writer = next(w for w in anatomy.writers if w.component == "mlp" and w.layer == 1)
+    ablation = Ablation.from_kernels({"mlp": StrengthKernel(1.0, 1.0, 1.0, 9.0)}, 4, 2.0)
+    writer = next(w for w in structure.writers if w.component == "mlp" and w.layer == 1)
     assert (not writer.norms) == (family == "llama")
 
     def added(norm_aware: bool) -> float:
-        operators = Workbench.prepare(directions, anatomy.writers, "plain", norm_aware=norm_aware).operators(ablation)
+        operators = OperatorFactory.prepare(directions, structure.writers, "plain", norm_aware=norm_aware).operators(
+            ablation
+        )
         written: list[torch.Tensor] = []
-        with attach(anatomy.writers, operators):
+        with apply_operators(structure.writers, operators):
             module = writer.norms[0] if writer.norms else writer.module
             handle = module.register_forward_hook(lambda _m, _i, output: written.append(output))
             model(TOKENS)
@@ -150,10 +156,10 @@ def test_what_is_added_to_the_stream_has_nothing_along_the_direction(family: str
 @torch.no_grad()
 def test_norm_aware_edits_keep_row_norms_and_bake_like_any_other() -> None:
     model = tiny_model("gemma3")
-    anatomy = dissect(model)
-    workbench = Workbench.prepare(random_directions(4, 32), anatomy.writers, "norm_preserving")
-    operators = workbench.operators(ABLATIONS["a mixture of all layers"])
-    for writer in anatomy.writers:
+    structure = find_residual_writers(model)
+    operator_factory = OperatorFactory.prepare(random_directions(4, 32), structure.writers, "norm_preserving")
+    operators = operator_factory.operators(ABLATIONS["a mixture of all layers"])
+    for writer in structure.writers:
         if writer.name in operators:
             before = writer.weight().float()
             assert torch.allclose(operators[writer.name].on_weight(before).norm(dim=1), before.norm(dim=1), rtol=1e-4)
@@ -161,7 +167,7 @@ def test_norm_aware_edits_keep_row_norms_and_bake_like_any_other() -> None:
 
 def several(layers: int = 4, width: int = 32, count: int = 3) -> Directions:
     torch.manual_seed(1)
-    return made_unit(torch.randn(layers, count, width))
+    return normalized(torch.randn(layers, count, width))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral"])
@@ -169,20 +175,20 @@ def several(layers: int = 4, width: int = 32, count: int = 3) -> Directions:
 @torch.no_grad()
 def test_several_directions_attached_and_baked_are_the_same_edit(family: str, geometry: str) -> None:
     model = tiny_model(family)
-    anatomy = dissect(model)
-    workbench = Workbench.prepare(several(), anatomy.writers, geometry)
-    one = Workbench.prepare(Directions(several().vectors), anatomy.writers, geometry)
+    structure = find_residual_writers(model)
+    operator_factory = OperatorFactory.prepare(several(), structure.writers, geometry)
+    one = OperatorFactory.prepare(Directions(several().vectors), structure.writers, geometry)
     vector = torch.randn(2 * 32, generator=torch.Generator().manual_seed(2))
     original = model(TOKENS).logits
-    for name, ablation in (ABLATIONS | {"of its own": replace(ABLATIONS["neighbours"], vector=vector)}).items():
-        operators = workbench.operators(ablation)
-        with attach(anatomy.writers, operators):
+    for name, ablation in (ABLATIONS | {"of its own": replace(ABLATIONS["neighbors"], vector=vector)}).items():
+        operators = operator_factory.operators(ablation)
+        with apply_operators(structure.writers, operators):
             attached = model(TOKENS).logits
-        with rewrite(anatomy.writers, operators, copies(anatomy.writers)):
+        with rewritten_weights(structure.writers, operators, copy_weights(structure.writers)):
             baked = model(TOKENS).logits
         assert torch.allclose(attached, baked, atol=1e-4), f"{name}: {(attached - baked).abs().max()}"
         assert (attached - original).abs().max() > 0.01, name
-        with attach(anatomy.writers, one.operators(ablation)):
+        with apply_operators(structure.writers, one.operators(ablation)):
             assert name == "of its own" or (model(TOKENS).logits - attached).abs().max() > 1e-3, f"{name}: only one"
 
 
@@ -191,16 +197,16 @@ def test_several_directions_attached_and_baked_are_the_same_edit(family: str, ge
 @torch.no_grad()
 def test_several_directions_are_operators_one_after_the_other(family: str, geometry: str) -> None:
     """Nothing new is assumed of k directions: each alone, in any order, with the rows' norms given back at the end."""
-    anatomy = dissect(tiny_model(family))
+    structure = find_residual_writers(tiny_model(family))
     directions = several()
-    ablation = Ablation.of_kernels({c: Kernel(1.2, 2.0, 0.4, 3.0) for c in ("attention", "mlp")}, 4)
-    operators = Workbench.prepare(directions, anatomy.writers, geometry).operators(ablation)
-    for writer in anatomy.writers:
+    ablation = Ablation.from_kernels({c: StrengthKernel(1.2, 2.0, 0.4, 3.0) for c in ("attention", "mlp")}, 4)
+    operators = OperatorFactory.prepare(directions, structure.writers, geometry).operators(ablation)
+    for writer in structure.writers:
         strength = float(ablation.strength(writer))
         if strength == 0:
             continue
         weight = writer.weight().double()
-        rows = directions.every[writer.layer].double()
+        rows = directions.all_directions[writer.layer].double()
         if (scale := writer.scale()) is not None:
             rows = torch.linalg.qr((rows * scale.double()).T).Q.T
         norms = weight.norm(dim=1, keepdim=True) if geometry != "plain" else torch.ones(32, 1, dtype=torch.float64)
@@ -216,17 +222,19 @@ def test_several_directions_are_operators_one_after_the_other(family: str, geome
 @torch.no_grad()
 def test_trials_with_several_directions_and_with_one_share_a_pass() -> None:
     model = tiny_model("llama")
-    anatomy = dissect(model)
-    workbench = Workbench.prepare(several(), anatomy.writers, "norm_preserving")
+    structure = find_residual_writers(model)
+    operator_factory = OperatorFactory.prepare(several(), structure.writers, "norm_preserving")
     vector = torch.randn(32, generator=torch.Generator().manual_seed(2))
-    each = [workbench.operators(a) for a in (ABLATIONS["per layer"], replace(ABLATIONS["neighbours"], vector=vector))]
+    each = [
+        operator_factory.operators(a) for a in (ABLATIONS["per layer"], replace(ABLATIONS["neighbors"], vector=vector))
+    ]
     alone = []
     for operators in each:
-        with attach(anatomy.writers, operators):
+        with apply_operators(structure.writers, operators):
             alone.append(model(TOKENS).logits)
     token = trial_of_row.set(torch.tensor([0, 1]))
     try:
-        with attach(anatomy.writers, *each):
+        with apply_operators(structure.writers, *each):
             together = model(TOKENS).logits
     finally:
         trial_of_row.reset(token)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from heretic.ablation.bake import copies, from_checkpoint, rewrite, sources
+from heretic.ablation.bake import copy_weights, read_from_checkpoint, rewritten_weights, sources
 from heretic.ablation.operator import Operator
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
@@ -28,11 +28,11 @@ def test_after_twenty_trials_every_weight_is_the_checkpoints_bit_for_bit(
     checkpoint = open_checkpoint(str(folder))
     model = load(checkpoint, ["float32"], {})
     before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
-    writers = model.anatomy.writers
-    original = copies(writers) if cached else from_checkpoint(checkpoint, writers, model.model)
+    writers = model.structure.writers
+    original = copy_weights(writers) if cached else read_from_checkpoint(checkpoint, writers, model.model)
     for trial in range(20):
         chosen = [w.name for w in writers[trial % 3 :]]
-        with rewrite(writers, random_operators(chosen), original):
+        with rewritten_weights(writers, random_operators(chosen), original):
             assert not torch.equal(writers[-1].module.weight, before[f"{writers[-1].name}.weight"])
     for name, tensor in model.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -40,16 +40,19 @@ def test_after_twenty_trials_every_weight_is_the_checkpoints_bit_for_bit(
 
 def test_weights_are_put_back_after_an_error(llama: Path) -> None:
     model = load(open_checkpoint(str(llama)), ["float32"], {})
-    writer = model.anatomy.writers[0]
+    writer = model.structure.writers[0]
     before = writer.weight().clone()
-    with pytest.raises(ZeroDivisionError), rewrite([writer], random_operators([writer.name]), copies([writer])):
+    with (
+        pytest.raises(ZeroDivisionError),
+        rewritten_weights([writer], random_operators([writer.name]), copy_weights([writer])),
+    ):
         raise ZeroDivisionError
     assert torch.equal(writer.weight(), before)
 
 
 def test_names_differ_by_an_outer_module_only(tmp_path: Path) -> None:
     model = load(open_checkpoint(str(save_tiny(tmp_path / "m", "gpt2"))), ["float32"], {})
-    stored = sources(model.checkpoint, model.anatomy.writers, model.model)
+    stored = sources(model.checkpoint, model.structure.writers, model.model)
     names = {ours: one for ours, found in stored.items() for one in found.names}
     assert len(names) == 16  # weight and bias of two writers in four layers
     assert all(
@@ -61,4 +64,4 @@ def test_a_writer_without_a_tensor_is_an_error(llama: Path, tmp_path: Path) -> N
     model = load(open_checkpoint(str(llama)), ["float32"], {})
     other = open_checkpoint(str(save_tiny(tmp_path / "m", "gpt2")))
     with raises("missing-tensors"):
-        sources(other, model.anatomy.writers, model.model)
+        sources(other, model.structure.writers, model.model)

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from heretic.ablation.cleanup import without_mean
-from heretic.ablation.directions import Directions, between, made_unit, orthonormal
+from heretic.ablation.cleanup import project_out_mean
+from heretic.ablation.directions import Directions, interpolation, normalized, orthonormal
 from heretic.ablation.methods.mean_difference import mean_difference
 from heretic.files import read_tensors, write_tensors
 from heretic.model.capture import ResidualMeans
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 from heretic.runs.folder import RunFolder
 from tests.helpers.errors import raises
 
@@ -24,12 +24,12 @@ def means(seed: int) -> ResidualMeans:
 
 def found(harmful: ResidualMeans, harmless: ResidualMeans, *, project: bool = False) -> Directions:
     vectors = mean_difference(harmful, harmless, 1, "cpu")
-    return made_unit(without_mean(vectors, harmless) if project else vectors)
+    return normalized(project_out_mean(vectors, harmless) if project else vectors)
 
 
 def several(layers: int = 6, count: int = 3, width: int = 16) -> Directions:
     torch.manual_seed(5)
-    return made_unit(torch.randn(layers, count, width))
+    return normalized(torch.randn(layers, count, width))
 
 
 def test_unit_length_and_direction() -> None:
@@ -56,22 +56,22 @@ def test_no_difference_is_an_error() -> None:
 def test_between_two_layers_the_mix_has_length_one() -> None:
     directions = found(means(1), means(2))
     for index in (0.0, 2.0, 2.25, 4.9, 5.0):
-        mixed = directions.unit(between(index, 6)) @ directions.vectors
+        mixed = directions.unit(interpolation(index, 6)) @ directions.vectors
         assert mixed.norm() == pytest.approx(1.0, abs=1e-5)
-    assert torch.allclose(directions.unit(between(3.0, 6)) @ directions.vectors, directions.vectors[3], atol=1e-6)
-    assert between(-1.0, 6) == (1, 0, 0, 0, 0, 0) and between(7.0, 6) == (0, 0, 0, 0, 0, 1)
-    middle = directions.unit(between(2.5, 6)) @ directions.vectors
+    assert torch.allclose(directions.unit(interpolation(3.0, 6)) @ directions.vectors, directions.vectors[3], atol=1e-6)
+    assert interpolation(-1.0, 6) == (1, 0, 0, 0, 0, 0) and interpolation(7.0, 6) == (0, 0, 0, 0, 0, 1)
+    middle = directions.unit(interpolation(2.5, 6)) @ directions.vectors
     assert (middle @ directions.vectors[2]).item() == pytest.approx((middle @ directions.vectors[3]).item(), abs=1e-5)
 
 
 def test_saved_and_loaded_and_damage_is_seen(tmp_path: Path) -> None:
     directions = found(means(1), means(2))
     file = tmp_path / "directions.safetensors"
-    folder = RunFolder(tmp_path, stamp="a")
-    folder.keep_directions(directions)
-    kept = folder.directions(SILENT)
+    folder = RunFolder(tmp_path, fingerprint="a")
+    folder.save_directions(directions)
+    kept = folder.load_directions(NULL_REPORTER)
     assert kept is not None and torch.equal(kept.vectors, directions.vectors)
-    assert RunFolder(tmp_path, stamp="b").directions(SILENT) is None, "made with other settings"
+    assert RunFolder(tmp_path, fingerprint="b").load_directions(NULL_REPORTER) is None, "made with other settings"
     whole = file.read_bytes()
     for place in (-1, -20, 5, 60):
         broken = bytearray(whole)
@@ -87,20 +87,24 @@ def test_saved_and_loaded_and_damage_is_seen(tmp_path: Path) -> None:
 def test_several_are_at_right_angles_and_the_first_stays() -> None:
     torch.manual_seed(5)
     given = torch.randn(6, 3, 16)
-    made = made_unit(given)
-    assert made.count == 3 and torch.allclose(made.every @ made.every.mT, torch.eye(3).expand(6, 3, 3), atol=1e-6)
+    made = normalized(given)
+    assert made.count == 3 and torch.allclose(
+        made.all_directions @ made.all_directions.mT, torch.eye(3).expand(6, 3, 3), atol=1e-6
+    )
     assert torch.allclose(made.vectors, torch.nn.functional.normalize(given[:, 0], dim=-1), atol=1e-6)
     third = torch.linalg.qr(given[2].T.double()).Q.T[2]  # up to its sign, what Householder's way gives
-    assert abs(float(third @ made.every[2, 2].double())) == pytest.approx(1, abs=1e-6)
+    assert abs(float(third @ made.all_directions[2, 2].double())) == pytest.approx(1, abs=1e-6)
 
 
 def test_those_of_a_later_round_come_behind_and_what_is_there_already_is_refused() -> None:
     first = several(count=2)
-    both = made_unit(torch.randn(6, 1, 16), first)
-    assert torch.equal(both.every[:, :2], first.every) or torch.allclose(both.every[:, :2], first.every, atol=1e-6)
-    assert both.count == 3 and (both.every[:, 2:] @ first.every.mT).abs().max() < 1e-6
+    both = normalized(torch.randn(6, 1, 16), first)
+    assert torch.equal(both.all_directions[:, :2], first.all_directions) or torch.allclose(
+        both.all_directions[:, :2], first.all_directions, atol=1e-6
+    )
+    assert both.count == 3 and (both.all_directions[:, 2:] @ first.all_directions.mT).abs().max() < 1e-6
     with raises("too-few-directions") as error:
-        made_unit(first.every.sum(dim=1, keepdim=True), first)
+        normalized(first.all_directions.sum(dim=1, keepdim=True), first)
     assert "Layer 0" in error.value.what and "2" in error.value.what
 
 
@@ -115,10 +119,10 @@ def test_orthonormal_rows_are_what_the_matrix_makes_and_a_row_too_many_becomes_n
 
 
 def test_several_are_stored_and_a_file_of_the_older_layout_is_read(tmp_path: Path) -> None:
-    folder, directions = RunFolder(tmp_path, stamp="a"), several()
-    folder.keep_directions(directions)
-    kept = folder.directions(SILENT)
-    assert kept is not None and torch.equal(kept.every, directions.every)
+    folder, directions = RunFolder(tmp_path, fingerprint="a"), several()
+    folder.save_directions(directions)
+    kept = folder.load_directions(NULL_REPORTER)
+    assert kept is not None and torch.equal(kept.all_directions, directions.all_directions)
     write_tensors(tmp_path / "directions.safetensors", {"directions": directions.vectors}, {"fingerprint": "a"})
-    older = folder.directions(SILENT)
+    older = folder.load_directions(NULL_REPORTER)
     assert older is not None and older.count == 1 and torch.equal(older.vectors, directions.vectors)

@@ -7,12 +7,12 @@ from typing import get_args
 import pytest
 import torch
 
-from heretic.ablation.directions import made_unit
+from heretic.ablation.directions import normalized
 from heretic.ablation.methods import METHODS
 from heretic.ablation.methods.geometric_median import geometric_median, median
-from heretic.ablation.methods.self_organizing_map import self_organising_map, trained
+from heretic.ablation.methods.self_organizing_map import self_organizing_map, trained
 from heretic.model.capture import ResidualMeans
-from heretic.settings.ablation import GIVE_ONE, DirectionMethod, Directions
+from heretic.settings.ablation import GIVE_ONE, DirectionMethod, DirectionSettings
 
 LAYERS, WIDTH = 3, 24
 
@@ -36,7 +36,7 @@ def test_every_method_points_from_harmless_to_harmful_and_repeats_itself(name: s
     found = METHODS[name].find(bad, good, count, "cpu")
     assert found.shape == (LAYERS, count, WIDTH) and found.dtype == torch.float64
     assert torch.equal(found, METHODS[name].find(bad, good, count, "cpu"))
-    first = made_unit(found).vectors[:, 0]
+    first = normalized(found).vectors[:, 0]
     assert (first > 0.75).all(), f"{name}: what the prompts differ in is its first direction"
 
 
@@ -44,13 +44,13 @@ def test_every_method_points_from_harmless_to_harmful_and_repeats_itself(name: s
 def test_few_prompts_are_enough_for_as_many_directions(name: str) -> None:
     count = 1 if name in GIVE_ONE else 2
     found = METHODS[name].find(residuals(1, 3), residuals(2, 2), count, "cpu")
-    assert made_unit(found).count == count
+    assert normalized(found).count == count
 
 
 def test_methods_that_need_every_prompt_say_so() -> None:
     bare = [ResidualMeans(r.mean, r.count) for r in (residuals(1), residuals(2))]
     for name, method in METHODS.items():
-        assert Directions.model_validate({"method": name}).keeps_each == method.needs_each, "as the settings say"
+        assert DirectionSettings.model_validate({"method": name}).keeps_each == method.needs_each, "as the settings say"
         if method.needs_each:
             with pytest.raises(ValueError, match="not kept"):
                 method.find(*bare, 1, "cpu")
@@ -60,11 +60,13 @@ def test_methods_that_need_every_prompt_say_so() -> None:
 
 def test_a_median_is_not_pulled_away_by_a_few_prompts() -> None:
     calm, wild = residuals(1), residuals(1)
-    wild.whole[:4] += 1000
-    moved = (median(wild.whole, "cpu") - median(calm.whole, "cpu")).norm(dim=1)
-    assert (moved < 3).all() and ((wild.whole - calm.whole).mean(dim=0).norm(dim=1) > 400).all()
+    wild.require_per_prompt[:4] += 1000
+    moved = (median(wild.require_per_prompt, "cpu") - median(calm.require_per_prompt, "cpu")).norm(dim=1)
+    assert (moved < 3).all() and (
+        (wild.require_per_prompt - calm.require_per_prompt).mean(dim=0).norm(dim=1) > 400
+    ).all()
     # The least sum of distances: no step away from it makes it smaller.
-    middle, points = median(calm.whole, "cpu")[0], calm.whole[:, 0].double()
+    middle, points = median(calm.require_per_prompt, "cpu")[0], calm.require_per_prompt[:, 0].double()
     least = (points - middle).norm(dim=1).sum()
     for step in torch.randn(20, WIDTH, dtype=torch.float64) * 0.01:
         assert (points - middle - step).norm(dim=1).sum() > least
@@ -79,12 +81,12 @@ def test_a_median_of_equal_prompts_is_that_prompt() -> None:
 
 def test_a_map_finds_the_groups_that_there_are() -> None:
     torch.manual_seed(0)
-    centres = 20 * torch.eye(WIDTH)[:4]
-    each = (centres.repeat_interleave(12, 0) + 0.1 * torch.randn(48, WIDTH)).unsqueeze(1)
+    centers = 20 * torch.eye(WIDTH)[:4]
+    each = (centers.repeat_interleave(12, 0) + 0.1 * torch.randn(48, WIDTH)).unsqueeze(1)
     neurons, prompts = trained(each[:, 0].double())
     assert int(prompts.sum()) == 48
     used = neurons[prompts > 0]
-    assert (torch.cdist(centres.double(), used).min(dim=1).values < 4).all()
+    assert (torch.cdist(centers.double(), used).min(dim=1).values < 4).all()
     harmless = ResidualMeans(torch.zeros(1, WIDTH, dtype=torch.float64), 2, torch.zeros(2, 1, WIDTH))
-    made = made_unit(self_organising_map(ResidualMeans(each.double().mean(0), 48, each), harmless, 4, "cpu"))
+    made = normalized(self_organizing_map(ResidualMeans(each.double().mean(0), 48, each), harmless, 4, "cpu"))
     assert made.count == 4

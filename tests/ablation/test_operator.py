@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from heretic.ablation.operator import GEOMETRIES, Operator, StackedOperators, study_weight
+from heretic.ablation.operator import GEOMETRIES, Operator, StackedOperators, weight_statistics
 
 
 def by_definition(geometry: str, weight: torch.Tensor, v: torch.Tensor, strength: float) -> torch.Tensor:
@@ -30,7 +30,7 @@ def test_equals_its_definition_for_mixed_directions(geometry: str, strength: flo
     mix = torch.tensor([0.0, 0.3, 0.9, 0.0, 0.0])
     mix = mix / (mix @ directions).norm()
     v = mix @ directions
-    operator = GEOMETRIES[geometry](v, strength, study_weight(weight, directions, rows_at_once=7), mix)
+    operator = GEOMETRIES[geometry](v, strength, weight_statistics(weight, directions, rows_at_once=7), mix)
     baked = operator.on_weight(weight)
     assert torch.allclose(baked.double(), by_definition(geometry, weight, v, strength), atol=1e-5)
     x = torch.randn(3, 40)
@@ -41,7 +41,7 @@ def test_rows_of_zeros_do_no_harm() -> None:
     weight = torch.randn(8, 6)
     weight[3] = 0
     v = torch.nn.functional.normalize(torch.randn(1, 8), dim=-1)
-    operator = GEOMETRIES["norm_preserving"](v[0], 1.0, study_weight(weight, v), torch.ones(1))
+    operator = GEOMETRIES["norm_preserving"](v[0], 1.0, weight_statistics(weight, v), torch.ones(1))
     baked = operator.on_weight(weight)
     assert torch.isfinite(baked).all() and baked[3].abs().max() < 1e-6
 

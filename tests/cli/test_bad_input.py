@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from heretic.errors import BusyError, StudyMismatch
-from heretic.hardware.locks import device_locks, hold
+from heretic.hardware.locks import acquire_locks, device_locks
 from tests.helpers.command import Ran, heretic
 
 Command = Callable[..., Ran]
@@ -136,7 +136,7 @@ def test_disk_full_while_saving(command: Command, config: Path, monkeypatch: pyt
 
 
 def test_second_process(command: Command, config: Path) -> None:
-    with hold(device_locks([]), model="another/model"):
+    with acquire_locks(device_locks([]), model="another/model"):
         ran = command("run", status=BusyError.exit_status)
     assert ran.code == "busy" and f"process {os.getpid()}" in ran.err
     assert "another/model" in ran.err and "--wait" in ran.err

@@ -15,11 +15,11 @@ import optuna
 import pytest
 
 from heretic.cli.main import mistyped, shorthand
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.pipeline.run import run
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
-from heretic.storage.attributes import FACTS
+from heretic.storage.attributes import FINGERPRINT
 from tests.helpers.command import Ran, heretic
 from tests.helpers.tiny import save_prompts, save_tiny
 
@@ -45,7 +45,7 @@ def made(config: Path, kept: Path) -> Path:
     """A run `mine` of two trials, and its export `out`."""
     if not (kept / "out").exists():
         options = {"run_name": "mine", "n_trials": 2, "save_to": "out"}
-        run(resolve(config, options), watcher=SILENT, stop=Stop())
+        run(resolve(config, options), reporter=NULL_REPORTER, stop=StopSignal())
         for name in ("runs", "out"):
             shutil.copytree(name, kept / name)
             shutil.rmtree(name)
@@ -270,7 +270,7 @@ def test_a_run_of_a_later_version(made: Path, command: Command) -> None:
         assert "runs/mine/config.toml:1" in said.err and "of_later" in said.err, said
     file.write_text(kept)
     study = optuna.load_study(study_name="heretic", storage=f"sqlite:///{made}/study.db")
-    study.set_user_attr(FACTS, json.dumps({**json.loads(study.user_attrs[FACTS]), "format": 99}))
+    study.set_user_attr(FINGERPRINT, json.dumps({**json.loads(study.user_attrs[FINGERPRINT]), "format": 99}))
     said = command("run", "mine", "--trials", "3")
     assert said.status == 4 and said.code == "study-mismatch" and "format 99" in said.err, said
 

@@ -169,10 +169,10 @@ def test_the_shell_completes_commands_and_runs(
 def test_help_tells_the_exit_statuses_and_no_color_is_heeded() -> None:
     environment = {**os.environ, "FORCE_COLOR": "1"}
     command = [sys.executable, "-m", "heretic", "--help"]
-    coloured = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    colored = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     plain = subprocess.run(
         command, env={**environment, "NO_COLOR": "1"}, capture_output=True, text=True, check=True
     ).stdout
-    colours = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
-    assert colours.search(coloured) and not colours.search(plain)
+    colors = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
+    assert colors.search(colored) and not colors.search(plain)
     assert all(f"{number} {meaning}" in " ".join(plain.split()) for number, meaning in EXIT_STATUSES.items())

@@ -12,7 +12,7 @@ from heretic.errors import UserError
 from heretic.export.base_card import BaseCard, read_base_card
 from heretic.export.card import TAGS, card
 from heretic.export.markdown import code, escape, is_url
-from heretic.export.request import Written
+from heretic.export.request import WriteResult
 
 HOSTILE = "# Head\n---\nbase_model: evil/x\n</td><script>alert(1)</script> [click](https://evil.example) | a | `b` *c* ![](http://e)"
 
@@ -20,7 +20,14 @@ HOSTILE = "# Head\n---\nbase_model: evil/x\n</td><script>alert(1)</script> [clic
 def manifest(**changes: Any) -> dict[str, Any]:
     """As much of a manifest as a card is made of."""
     divergence = {"mean": 0.1, "median": 0.1, "p95": 0.2, "max": 0.3}
-    written = {"divergence": divergence, "refusals": 1, "total": 8, "evasive": 0, "judge": "markers", "conduct": None}
+    written = {
+        "divergence": divergence,
+        "refusals": 1,
+        "total": 8,
+        "evasive": 0,
+        "judge": "markers",
+        "harmless_metrics": None,
+    }
     return {
         "model": {"name": "owner/tiny", "revision": "c" * 40},
         "ablation": {"strengths": {"mlp": [0.0, 1.0]}},
@@ -44,12 +51,12 @@ def base(folder: Path, text: str) -> BaseCard:
 @pytest.mark.parametrize(
     ("written", "relation"),
     [
-        (Written({}), "finetune"),
-        (Written({}, relation="adapter"), "adapter"),
-        (Written({}, relation="quantized"), "quantized"),
+        (WriteResult({}), "finetune"),
+        (WriteResult({}, relation="adapter"), "adapter"),
+        (WriteResult({}, relation="quantized"), "quantized"),
     ],
 )
-def test_head_says_base_relation_and_task(tmp_path: Path, written: Written, relation: str) -> None:
+def test_head_says_base_relation_and_task(tmp_path: Path, written: WriteResult, relation: str) -> None:
     told = head(
         card(manifest(), base(tmp_path, "---\npipeline_tag: image-text-to-text\n---\n"), written, "So."), tmp_path
     )
@@ -58,12 +65,12 @@ def test_head_says_base_relation_and_task(tmp_path: Path, written: Written, rela
 
 
 def test_local_base_is_not_named_in_the_head(tmp_path: Path) -> None:
-    text = card(manifest(model={"name": str(tmp_path), "revision": None}), BaseCard(), Written({}), "So.")
+    text = card(manifest(model={"name": str(tmp_path), "revision": None}), BaseCard(), WriteResult({}), "So.")
     assert "base_model" not in head(text, tmp_path) and str(tmp_path) not in text
 
 
 def test_limitations_are_a_section() -> None:
-    text = card(manifest(), BaseCard(), Written({}), "So.")
+    text = card(manifest(), BaseCard(), WriteResult({}), "So.")
     section = text.partition("\n## Limitations\n")[2].partition("\n## ")[0]
     assert section.count("\n- ") == 7 and "100 tokens" in section and "8 requests" in section
 
@@ -83,7 +90,7 @@ tags: [heretic]
 
 def test_only_checked_entries_of_the_base_card_are_taken_over(tmp_path: Path) -> None:
     found = base(tmp_path, FORGED)
-    told = head(card(manifest(), found, Written({}), "So."), tmp_path)
+    told = head(card(manifest(), found, WriteResult({}), "So."), tmp_path)
     assert found.entries == {"license": "other", "language": ["en", "no", "no"], "pipeline_tag": "text-generation"}
     assert told["base_model"] == "owner/tiny" and told["license"] == "other" and told["tags"] == TAGS
 
@@ -119,13 +126,13 @@ def test_base_card_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -
         {"versions": dict.fromkeys(("heretic", "torch", "transformers"), HOSTILE)},
         {"settings": {"ablation": {"geometry": HOSTILE}}},
         {"ablation": {"strengths": {HOSTILE: [0.0, 1.0]}}},
-        {"behaviour": HOSTILE},
+        {"behavior": HOSTILE},
     ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_text_of_others_stays_text(tmp_path: Path, changes: dict[str, Any]) -> None:
-    text = card(manifest(**changes), BaseCard(), Written({}), "So.")
-    plain = card(manifest(), BaseCard(), Written({}), "So.")
+    text = card(manifest(**changes), BaseCard(), WriteResult({}), "So.")
+    plain = card(manifest(), BaseCard(), WriteResult({}), "So.")
     for mark in ("\n# ", "\n## ", "\n---\n", "<script>", "](https://evil", "![", "\n|"):
         outside = "".join(text.split("`")[::2])  # nothing within a code span is read as Markdown or HTML
         assert outside.count(mark) == plain.count(mark), mark
@@ -137,7 +144,7 @@ def test_text_for_a_number_is_refused(key: str) -> None:
     told = manifest(trial="<b>") if key == "trial" else manifest()
     told["settings"] |= {"kl_tokens": "<b>"} if key == "kl_tokens" else {}
     with pytest.raises((TypeError, ValueError)):
-        card(told, BaseCard(), Written({}), "So.")
+        card(told, BaseCard(), WriteResult({}), "So.")
 
 
 def test_markdown_is_escaped() -> None:

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from heretic.errors import UserError
-from heretic.export.companions import add_terms_and_template, copied_files, copy_companions, find_companions
+from heretic.export.companions import copied_files, copy_companions, copy_license_files, find_companions
 from heretic.files import sha256
 from tests.helpers.tiny import TEMPLATE, tiny_tokenizer
 
@@ -72,7 +72,7 @@ def test_other_files_stay_behind(base: Path, to: Path, tmp_path: Path) -> None:
 def test_license_that_is_a_link_out_of_the_folder_is_refused(base: Path, to: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("key")
     (base / "LICENSE").symlink_to(tmp_path / "secret")
-    for copy in (lambda: copy_companions(base, to), lambda: add_terms_and_template(base, to, "")):
+    for copy in (lambda: copy_companions(base, to), lambda: copy_license_files(base, to, "")):
         with pytest.raises(UserError) as error:
             copy()
         assert error.value.code == "link-outside-folder" and not list(to.iterdir())
@@ -120,7 +120,7 @@ def test_template_of_the_settings_takes_the_place_of_the_model_s_own(base: Path,
 
 def test_terms_and_template_go_with_every_format(base: Path, to: Path) -> None:
     (base / "LICENSE").write_text("terms")
-    add_terms_and_template(base, to, "new")
+    copy_license_files(base, to, "new")
     assert {p.name: p.read_text() for p in to.iterdir()} == {"LICENSE": "terms", "chat_template.jinja": "new"}
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.pipeline.run import run
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
 from tests.helpers.command import heretic
 
@@ -20,8 +20,8 @@ from tests.helpers.command import heretic
 @pytest.fixture
 def found(config: Path) -> torch.Tensor:
     """The directions of a run named "mine"."""
-    folder = run(resolve(config, {"n_trials": 1, "run_name": "mine"}), watcher=SILENT, stop=Stop()).folder
-    directions = folder.directions(SILENT)
+    folder = run(resolve(config, {"n_trials": 1, "run_name": "mine"}), reporter=NULL_REPORTER, stop=StopSignal()).folder
+    directions = folder.load_directions(NULL_REPORTER)
     assert directions is not None
     return directions.vectors
 
@@ -55,15 +55,17 @@ def test_a_control_vector(
 def test_several_directions_a_layer_are_all_written(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = ("directions.method=self_organising_map", "directions.count=2", "directions.iterative_rounds=1")
-    folder = run(resolve(config, {"n_trials": 1, "run_name": "mine"}, wanted), watcher=SILENT, stop=Stop()).folder
-    directions = folder.directions(SILENT)
-    assert directions is not None and directions.further is not None and directions.count == 4
+    wanted = ("directions.method=self_organizing_map", "directions.count=2", "directions.iterative_rounds=1")
+    folder = run(
+        resolve(config, {"n_trials": 1, "run_name": "mine"}, wanted), reporter=NULL_REPORTER, stop=StopSignal()
+    ).folder
+    directions = folder.load_directions(NULL_REPORTER)
+    assert directions is not None and directions.extra is not None and directions.count == 4
     said = heretic(capsys, monkeypatch, "directions", "mine", "-o", "d.safetensors")
     assert said.status == 0 and "d.safetensors" in said.out
     with safe_open("d.safetensors", framework="pt") as file:
         assert torch.equal(file.get_tensor("directions"), directions.vectors)
-        assert torch.equal(file.get_tensor("further"), directions.further)
+        assert torch.equal(file.get_tensor("extra"), directions.extra)
         assert "further: the others of each" in file.metadata()["layout"]
     said = heretic(capsys, monkeypatch, "directions", "mine", "-o", "d.gguf")
     assert (
@@ -73,7 +75,7 @@ def test_several_directions_a_layer_are_all_written(
         tensors = {t.name: t.data for t in gguf.GGUFReader(f"d-{number + 1}.gguf").tensors}
         assert list(tensors) == ["direction.1", "direction.2", "direction.3"]
         for layer in (1, 2, 3):
-            assert np.array_equal(tensors[f"direction.{layer}"], directions.every[layer, number].numpy())
+            assert np.array_equal(tensors[f"direction.{layer}"], directions.all_directions[layer, number].numpy())
     Path("d-1.gguf").unlink()
     said = heretic(capsys, monkeypatch, "directions", "mine", "-o", "d.gguf")
     assert (

@@ -10,10 +10,10 @@ import pytest
 
 from heretic.errors import UserError
 from heretic.export import destination
-from heretic.export.destination import check_destination, check_unchanged, partial_folder, settle
+from heretic.export.destination import check_destination, check_unchanged, commit, staging_dir
 from heretic.files import sha256
-from heretic.interrupt import Stop
-from heretic.progress import SILENT
+from heretic.interrupt import StopSignal
+from heretic.progress import NULL_REPORTER
 
 
 def export(folder: Path, files: dict[str, str]) -> Path:
@@ -31,8 +31,8 @@ def replace(files: dict[str, str]) -> None:
     """A second export into `out`."""
     place = Path("out").resolve()
     check_destination(place, "mine")
-    check_unchanged(place, Stop())
-    settle(export(partial_folder(place), files), place, SILENT)
+    check_unchanged(place, StopSignal())
+    commit(export(staging_dir(place), files), place, NULL_REPORTER)
     assert not list(Path().glob(".out*"))
 
 

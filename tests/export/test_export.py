@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from heretic.errors import VerificationFailed
 from heretic.export import destination, save
 from heretic.export.export import plan_export
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import LanguageModel, load
 from heretic.pipeline.run import Outcome, run
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 from heretic.runs.folder import RunFolder
 from heretic.scoring.divergence import Divergence
 from heretic.scoring.evaluator import Scores
@@ -33,8 +33,8 @@ from tests.helpers.tiny_gguf import save_tiny_gguf
 def do(config: Path, model: Path, *assignments: str) -> Outcome:
     return run(
         resolve(config, {"model": str(model), "save_to": "out", "n_trials": 2}, assignments),
-        watcher=SILENT,
-        stop=Stop(),
+        reporter=NULL_REPORTER,
+        stop=StopSignal(),
     )
 
 
@@ -68,7 +68,7 @@ def test_manifest_says_from_what_it_was_made(config: Path, llama: Path) -> None:
     assert manifest["model"]["sha256"]["model.safetensors"] != manifest["written"]["sha256"]["model.safetensors"]
     assert manifest["prompts"]["harmful_eval"]["count"] == 8
     assert manifest["versions"]["torch"] == torch.__version__
-    assert manifest["scores"]["original"]["refusals"] == outcome.before
+    assert manifest["scores"]["original"]["refusals"] == outcome.original_refusals
 
 
 @pytest.mark.parametrize("looked_at", [True, False], ids=["tensors", "answers"])
@@ -100,7 +100,7 @@ def test_an_opened_model_is_written_under_the_names_that_files_have(tmp_path: Pa
 
     model = loaded(save_tiny(tmp_path / "model", family))
     (tmp_path / "written").mkdir()
-    save.write_opened(model.checkpoint, (), {}, model, tmp_path / "written", SILENT, Stop())
+    save.write_dequantized(model.checkpoint, (), {}, model, tmp_path / "written", NULL_REPORTER, StopSignal())
     tokens = torch.tensor([[5, 20, 40, 33, 9]])
     before, after = (m.model(input_ids=tokens).logits for m in (model, loaded(tmp_path / "written")))
     assert torch.equal(before, after)
@@ -118,8 +118,8 @@ def test_the_same_export_is_not_made_again_and_another_one_is(config: Path, llam
     weights.unlink()
     again = made()
     assert again != first and weights.is_file(), "without its weights it is none"
-    named = made("behaviour=empty openings")
-    assert named != again and made("behaviour=empty openings") == named
+    named = made("behavior=empty openings")
+    assert named != again and made("behavior=empty openings") == named
     small = made("export_format=lora", "lora_rank=2", "ablation.geometry=norm_preserving")
     assert made("export_format=lora", "lora_rank=3", "ablation.geometry=norm_preserving") != small
 
@@ -129,7 +129,7 @@ def test_leftovers_of_a_process_with_our_number_are_removed(tmp_path: Path) -> N
     left = tmp_path / f".out.partial-{os.getpid()}"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
-    assert destination.partial_folder(tmp_path / "out") == left and not list(left.iterdir())
+    assert destination.staging_dir(tmp_path / "out") == left and not list(left.iterdir())
 
 
 def test_a_destroyed_model_is_not_exported(tmp_path: Path) -> None:

@@ -22,13 +22,13 @@ from heretic.errors import Interrupted, UserError, VerificationFailed
 from heretic.export.export import Export
 from heretic.export.gguf import INSTALL, convert, converter, quantizer, require
 from heretic.export.gguf_check import check_file, same
-from heretic.export.request import Order, Written
+from heretic.export.request import WriteRequest, WriteResult
 from heretic.export.save import TensorEdit
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import open_checkpoint
 from heretic.pipeline.reproduce import reproduce
 from heretic.pipeline.run import run
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 from heretic.settings import Settings
 from heretic.settings.sources import resolve
 from tests.helpers import stand_in_converter as stand_in
@@ -71,21 +71,21 @@ def quantize(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def export(config: Path, model: Path, *assignments: str) -> Export:
     options = {"model": str(model), "save_to": "out", "n_trials": 1, "export_format": "gguf"}
     strong = ("search.attention.max_weight=[1.0, 1.2]", "search.mlp.max_weight=[1.0, 1.2]")
-    found = run(resolve(config, options, (*strong, *assignments)), watcher=SILENT, stop=Stop()).export
+    found = run(resolve(config, options, (*strong, *assignments)), reporter=NULL_REPORTER, stop=StopSignal()).export
     assert found is not None
     return found
 
 
 def converted(
-    folder: Path, kind: str = "f32", *, stop: Stop | None = None, program: object = SCRIPT
+    folder: Path, kind: str = "f32", *, stop: StopSignal | None = None, program: object = SCRIPT
 ) -> gguf.GGUFReader:
     """A model folder made a GGUF file, as if all writers had been edited in it."""
     checkpoint = open_checkpoint(str(folder))
     edits = {n: _edit() for n in checkpoint.tensors if "o_proj" in n or "down_proj" in n}
     settings = Settings.model_validate({"model": str(folder), "gguf_type": kind, "gguf_converter": str(program)})
     plan: Any = None
-    order = Order("gguf", settings, checkpoint, plan, {}, edits)
-    done = convert(order, folder, Written({"source": {}, "written": {}}), SILENT, stop or Stop())
+    order = WriteRequest("gguf", settings, checkpoint, plan, {}, edits)
+    done = convert(order, folder, WriteResult({"source": {}, "written": {}}), NULL_REPORTER, stop or StopSignal())
     (name,) = done.hashes["written"]
     assert [path.name for path in folder.iterdir()] == [name]
     return gguf.GGUFReader(folder / name)
@@ -101,7 +101,7 @@ def checked(folder: Path, kind: str) -> None:
     stand_in.convert(folder, folder / "x.gguf", stand_in.TYPES[kind])
     checkpoint = open_checkpoint(str(folder))
     edits = {n: _edit() for n in checkpoint.tensors if "o_proj" in n or "down_proj" in n}
-    check_file(folder / "x.gguf", checkpoint, edits, SILENT, Stop())
+    check_file(folder / "x.gguf", checkpoint, edits, NULL_REPORTER, StopSignal())
 
 
 def types(reader: gguf.GGUFReader) -> Mapping[str, Kind]:
@@ -135,7 +135,7 @@ def test_rebuilt_it_is_the_same(config: Path, llama: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     export(config, llama)
     elsewhere = shutil.copytree(llama, "renamed")
-    again = reproduce(Path("out"), None, base=str(elsewhere), watcher=SILENT, stop=Stop())
+    again = reproduce(Path("out"), None, base=str(elsewhere), reporter=NULL_REPORTER, stop=StopSignal())
     assert again.verdict == "identical", "also from a base under another name"
 
 
@@ -220,7 +220,7 @@ def test_a_failed_conversion_leaves_nothing_and_loses_nothing(
 
 def test_a_stop_ends_the_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAND_IN", "hang")
-    stop, folder = Stop(), save_tiny(tmp_path / "m", "llama")
+    stop, folder = StopSignal(), save_tiny(tmp_path / "m", "llama")
 
     def ask() -> None:
         while not list(folder.glob("*.gguf")):

@@ -11,12 +11,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from heretic.ablation.operator import Operator, norm_preserving, study_weight
-from heretic.export.lora import change_of
+from heretic.ablation.operator import Operator, norm_preserving, weight_statistics
+from heretic.export.lora import low_rank_change
 from heretic.export.save import TensorEdit
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.pipeline.run import Outcome, run
-from heretic.progress import SILENT, Silent
+from heretic.progress import NULL_REPORTER, NullReporter
 from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
 from tests.helpers.tiny import save_tiny
@@ -26,7 +26,7 @@ STRONG = ("search.attention.max_weight=[1.4, 1.5]", "search.mlp.max_weight=[1.4,
 
 def do(config: Path, model: Path, save_to: str, *assignments: str) -> Outcome:
     options = {"model": str(model), "save_to": save_to, "n_trials": 2}
-    return run(resolve(config, options, (*STRONG, *assignments)), watcher=SILENT, stop=Stop())
+    return run(resolve(config, options, (*STRONG, *assignments)), reporter=NULL_REPORTER, stop=StopSignal())
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -72,23 +72,23 @@ def test_what_a_rank_leaves_out_is_reported_and_less_with_a_higher_one(config: P
 def test_the_change_is_the_edit_and_its_error_is_what_is_left() -> None:
     torch.manual_seed(1)
     weight, v = torch.randn(40, 60), torch.nn.functional.normalize(torch.randn(40), dim=0)
-    operator = norm_preserving(v, 1.1, study_weight(weight, v[None]), torch.ones(1))
+    operator = norm_preserving(v, 1.1, weight_statistics(weight, v[None]), torch.ones(1))
     edited = TensorEdit(operator, is_bias=False, transposed=False)(weight)
     for rank in (1, 7, 64):
-        change = change_of(operator, weight, rank)
+        change = low_rank_change(operator, weight, rank)
         left = edited - weight - change.b @ change.a
         assert change.a.shape[0] == change.b.shape[1] == min(rank, 40)
         assert float(left.square().sum()) == pytest.approx(change.left, abs=1e-4)
         best = torch.linalg.svdvals(edited - weight)[rank:].square().sum()
         assert float(left.square().sum()) <= 1.01 * float(best) + 1e-4, "no matrix of the rank is much nearer"
-    exact = change_of(Operator(operator.u, operator.w), weight, 64)
+    exact = low_rank_change(Operator(operator.u, operator.w), weight, 64)
     assert exact.a.shape[0] == 1 and exact.left == 0
 
 
 def test_several_directions_are_a_change_of_that_rank() -> None:
     torch.manual_seed(1)
     weight, operator = torch.randn(40, 60), Operator(torch.randn(3, 40), torch.randn(3, 40))
-    change = change_of(operator, weight, 1)
+    change = low_rank_change(operator, weight, 1)
     assert len(change.a) == 3 and change.left == 0
     assert torch.allclose(weight + change.b @ change.a, operator.on_weight(weight), atol=1e-3)
     assert change.size == pytest.approx(float((change.b @ change.a).square().sum()), rel=1e-3)
@@ -116,7 +116,7 @@ def test_another_format_is_another_export(config: Path, llama: Path) -> None:
     assert Path("out/adapter_model.safetensors").is_file() and not Path("out/model.safetensors").exists()
 
 
-class Warned(Silent):
+class Warned(NullReporter):
     """Keeps the warnings."""
 
     def __init__(self) -> None:
@@ -139,16 +139,16 @@ def refused_by_vllm(folder: Path) -> list[str]:
 
 def test_adapter_without_biases_is_one_that_vllm_loads(config: Path, tmp_path: Path) -> None:
     for family in ("llama", "gpt2"):
-        watcher = Warned()
+        reporter = Warned()
         folder = save_tiny(tmp_path / family, family)
         resolved = resolve(
             config,
             {"model": str(folder), "save_to": family, "n_trials": 1},
             (*STRONG, "export_format=lora", "ablation.geometry=plain"),
         )
-        run(resolved, watcher=watcher, stop=Stop())
+        run(resolved, reporter=reporter, stop=StopSignal())
         biased = bool(refused_by_vllm(Path(family)))
         assert biased == (family == "gpt2")
-        assert any("vLLM" in text for text in watcher.warned) == biased
+        assert any("vLLM" in text for text in reporter.warned) == biased
         card = (Path(family) / "README.md").read_text()
         assert ("--max-lora-rank 1`" in card) != biased and str(tmp_path) not in card

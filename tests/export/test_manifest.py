@@ -11,9 +11,9 @@ from huggingface_hub import metadata_load
 
 from heretic.export.card import share
 from heretic.export.manifest import settings_of
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.pipeline.run import run
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
 from tests.helpers.command import heretic
 from tests.helpers.errors import raises
@@ -34,7 +34,9 @@ def test_the_same_study_from_a_manifest(
     base = Path(shutil.copytree(llama, tmp_path / "base"))
     (base / "README.md").write_text(CARD)
     first = run(
-        resolve(config, {"model": str(base), "save_to": "out", "n_trials": 3}, ["seed=5"]), watcher=SILENT, stop=Stop()
+        resolve(config, {"model": str(base), "save_to": "out", "n_trials": 3}, ["seed=5"]),
+        reporter=NULL_REPORTER,
+        stop=StopSignal(),
     )
     card = Path("out/README.md").read_text()
     head = metadata_load("out/README.md") or {}
@@ -42,9 +44,9 @@ def test_the_same_study_from_a_manifest(
         "other", "tiny-terms", "https://example.org/terms",
     )  # fmt: skip
     assert "[tiny-terms](https://example.org/terms)" in card and "chat" not in head["tags"]
-    assert first.before is not None and first.export is not None
+    assert first.original_refusals is not None and first.export is not None
     assert (
-        f"| requests declined | {share(first.before, 8)} | {share(first.export.verification.scores.refusals, 8)} |"
+        f"| requests declined | {share(first.original_refusals, 8)} | {share(first.export.verification.scores.refusals, 8)} |"
         in card
     )
     assert "heretic reproduce manifest.json -o FOLDER" in card and str(tmp_path) not in card
@@ -56,14 +58,14 @@ def test_the_same_study_from_a_manifest(
         cli.main()
     Path("again.toml").write_text(capsys.readouterr().out)
     options = {"n_trials": 3, "run_name": "again", "batch_size": 4, "device_map": "cpu", "early_stopping": False}
-    second = run(resolve(Path("again.toml"), options), watcher=SILENT, stop=Stop())
-    assert [(r.params, r.point) for r in second.found] == [(r.params, r.point) for r in first.found]
+    second = run(resolve(Path("again.toml"), options), reporter=NULL_REPORTER, stop=StopSignal())
+    assert [(r.params, r.point) for r in second.results] == [(r.params, r.point) for r in first.results]
 
 
 def test_settings_of_a_manifest_from_anywhere(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(resolve(config, {"save_to": "out", "n_trials": 1}), watcher=SILENT, stop=Stop())
+    run(resolve(config, {"save_to": "out", "n_trials": 1}), reporter=NULL_REPORTER, stop=StopSignal())
     file = Path("out/manifest.json")
     manifest = json.loads(file.read_text())
     manifest["settings"]["trust_remote_code"] = [manifest["model"]["name"]]

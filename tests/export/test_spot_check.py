@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from heretic.ablation.operator import Operator
 from heretic.errors import VerificationFailed
-from heretic.export.full import rewritten
-from heretic.export.request import Order
+from heretic.export.full import read_back
+from heretic.export.request import WriteRequest
 from heretic.export.save import plan_edits, write_weights
 from heretic.export.spot_check import check_edits, expectation
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import load
 from heretic.planning.memory_plan import LoadPlan
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 from heretic.settings import Settings
 from tests.helpers.errors import raises
 from tests.helpers.tiny import save_tiny
@@ -27,30 +27,30 @@ from tests.helpers.tiny import save_tiny
 FAMILIES = ["qwen2", "gpt2", "gemma3", "mixtral", "gpt_oss"]
 
 
-def order(folder: Path, strength: float = 1.0, scaled: bool = True) -> Order:
+def order(folder: Path, strength: float = 1.0, scaled: bool = True) -> WriteRequest:
     """Random operators of every writer, planned."""
     model = load(open_checkpoint(str(folder)), ["float32"], {})
     torch.manual_seed(1)
     operators = {}
-    for writer in model.anatomy.writers:
-        v = torch.nn.functional.normalize(torch.randn(model.anatomy.width), dim=0)
-        n = 1 + 0.1 * torch.rand(model.anatomy.width) if scaled else None
+    for writer in model.structure.writers:
+        v = torch.nn.functional.normalize(torch.randn(model.structure.width), dim=0)
+        n = 1 + 0.1 * torch.rand(model.structure.width) if scaled else None
         operators[writer.name] = Operator(strength * v, v, n)
-    edits = plan_edits(model.checkpoint, model.anatomy.writers, operators, model.model)
+    edits = plan_edits(model.checkpoint, model.structure.writers, operators, model.model)
     settings = Settings(model=str(folder))
-    return Order("full", settings, model.checkpoint, LoadPlan(["float32"], {}, 1, "none"), operators, edits)
+    return WriteRequest("full", settings, model.checkpoint, LoadPlan(["float32"], {}, 1, "none"), operators, edits)
 
 
-def write(wanted: Order, folder: Path) -> Path:
+def write(wanted: WriteRequest, folder: Path) -> Path:
     folder.mkdir()
-    write_weights(wanted.checkpoint, wanted.prepared, folder, SILENT, Stop())
+    write_weights(wanted.checkpoint, wanted.prepared, folder, NULL_REPORTER, StopSignal())
     return folder
 
 
-def check(wanted: Order, folder: Path) -> int:
-    read = rewritten(wanted, folder)
+def check(wanted: WriteRequest, folder: Path) -> int:
+    read = read_back(wanted, folder)
     assert read is not None
-    return check_edits(wanted.checkpoint, wanted.operators, read, SILENT, Stop())
+    return check_edits(wanted.checkpoint, wanted.operators, read, NULL_REPORTER, StopSignal())
 
 
 def change(folder: Path, name: str, tensor: torch.Tensor) -> None:

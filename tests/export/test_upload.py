@@ -13,9 +13,9 @@ import pexpect
 import pytest
 from huggingface_hub import constants
 
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.pipeline.run import run
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
 from tests.helpers.command import Ran, heretic
 from tests.helpers.hub import TOKEN, Hub, Repository, running
@@ -46,7 +46,7 @@ def out(config: Path, kept: Path) -> Path:
     if not (kept / "out").exists():
         model = save_tiny(kept / "tiny", max_shard_size="40KB")
         chosen = resolve(config, {"model": str(model), "save_to": str(kept / "out"), "n_trials": 1, "run_name": "mine"})
-        run(chosen, watcher=SILENT, stop=Stop())
+        run(chosen, reporter=NULL_REPORTER, stop=StopSignal())
         shutil.copytree("runs", kept / "runs")
     return Path(shutil.copytree(kept / "out", "out"))
 

@@ -13,10 +13,10 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from heretic.errors import UserError
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.pipeline.run import run
-from heretic.progress import SILENT
-from heretic.runs.status import look_at
+from heretic.progress import NULL_REPORTER
+from heretic.runs.status import read_status
 from heretic.search.pareto import results
 from heretic.settings.sources import resolve
 from tests.faults.conftest import Amount, Tally, only_full
@@ -56,7 +56,7 @@ def test_three_that_wait_for_one_run_all_finish_one_after_the_other(config: Path
     by_process = defaultdict(list)
     for trial in trials("mine"):
         assert trial.state.name == "COMPLETE"
-        by_process[trial.user_attrs["worker"]["pid"]].append(trial)
+        by_process[trial.user_attrs["heretic:worker"]["pid"]].append(trial)
     assert [len(of) for of in by_process.values()] == [2, 2, 2]
     assert one_after_the_other([span(of) for of in by_process.values()])
     tally("three processes that wait for one run (--wait)", 1, "nothing: all finished, one after the other")
@@ -85,7 +85,7 @@ while True:
 
 def test_status_in_a_tight_loop_beside_a_running_study(config: Path, amount: Amount, tally: Tally) -> None:
     number = amount(8, 40)
-    alone = run(resolve(config, {"run_name": "alone", "n_trials": number}), watcher=SILENT, stop=Stop())
+    alone = run(resolve(config, {"run_name": "alone", "n_trials": number}), reporter=NULL_REPORTER, stop=StopSignal())
     with Path("looked").open("w") as out:
         looker = subprocess.Popen([sys.executable, "-c", LOOK], stdout=out, stderr=subprocess.STDOUT)
     looks = 0
@@ -97,7 +97,7 @@ def test_status_in_a_tight_loop_beside_a_running_study(config: Path, amount: Amo
             time.sleep(0.02)
         while process.poll() is None or looks < amount(60, 500):  # through the lock, the storage, the log
             try:
-                look_at("mine", "runs", {})
+                read_status("mine", "runs", {})
             except UserError as early:
                 assert not looks, early  # it is about to begin
                 continue
@@ -112,7 +112,7 @@ def test_status_in_a_tight_loop_beside_a_running_study(config: Path, amount: Amo
     assert "status 0" in statuses and set(statuses) <= {"status 0", "status 1"}, said[-500:]
     assert "Traceback" not in said and "damaged" not in said
     found = results(optuna.load_study(study_name="heretic", storage="sqlite:///runs/mine/study.db"))
-    assert [(r.params, r.point) for r in found] == [(r.params, r.point) for r in alone.found], (
+    assert [(r.params, r.point) for r in found] == [(r.params, r.point) for r in alone.results], (
         "looking changed the study"
     )
     tally(

@@ -20,7 +20,7 @@ import pytest
 from heretic.errors import UserError
 from heretic.files import read_tensors, sha256
 from heretic.search.pareto import results
-from heretic.storage.attributes import FACTS
+from heretic.storage.attributes import FINGERPRINT
 from heretic.storage.rdb import open_study
 from tests.faults.conftest import Amount, Tally
 from tests.helpers.command import heretic, start
@@ -189,7 +189,7 @@ def measured(database: Path) -> tuple[dict[int, object], dict[str, object]]:
     """What is stored of each trial, and what the study rests on."""
     study = optuna.load_study(study_name="heretic", storage=f"sqlite:///{database}")
     found = {r.number: (r.params, r.scores.as_dict()) for r in results(study)}
-    return dict(found), json.loads(study.user_attrs[FACTS])
+    return dict(found), json.loads(study.user_attrs[FINGERPRINT])
 
 
 def test_a_database_locked_by_another_process_is_waited_for(

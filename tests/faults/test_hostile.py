@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from heretic.cli.ui.console import printable
+from heretic.cli.ui.console import escape_terminal
 from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
 from heretic.prompts import load
@@ -72,7 +72,7 @@ def test_no_text_steers_the_terminal(text: str) -> None:
 
     out = StringIO()
     Console(file=out, force_terminal=True, color_system="truecolor", width=200).print(
-        printable(text), soft_wrap=True, highlight=False
+        escape_terminal(text), soft_wrap=True, highlight=False
     )
     shown = out.getvalue()
     assert "\x1b" not in shown and "\x9b" not in shown and "\r" not in shown and "\x00" not in shown

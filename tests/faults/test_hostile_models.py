@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
-from heretic.planning.placement import skeleton
+from heretic.planning.placement import meta_model
 from tests.faults.conftest import FULL, Tally
 
 TIMES = 600 if FULL else 40
@@ -85,7 +85,7 @@ def survives(folder: Path) -> None:
     with within(SECONDS):
         try:
             checkpoint = open_checkpoint(str(folder))
-            skeleton(checkpoint, "float32")
+            meta_model(checkpoint, "float32")
             load(checkpoint, ["float32"], {"device_map": {"": "cpu"}})
         except UserError as error:
             assert str(error).count("\n") <= 2 and len(str(error)) < 2000

@@ -17,24 +17,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from heretic.errors import UserError
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.pipeline.run import run
 from heretic.pipeline.trials import Trials
-from heretic.progress import SILENT
-from heretic.report.report import report, stored_source
-from heretic.runs.status import look_at
+from heretic.progress import NULL_REPORTER
+from heretic.report.report import load_report_input, report
+from heretic.runs.status import read_status
 from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import Measured, Scores
-from heretic.search.gradient_path import Walk
+from heretic.scoring.evaluator import Scores, TrialOutcome
+from heretic.search.gradient_path import GradientPath
 from heretic.search.integrity import check_study
-from heretic.search.pareto import choose, results
-from heretic.search.space import Space
-from heretic.search.study import finished, optimise
+from heretic.search.pareto import results, select_trial
+from heretic.search.space import SearchSpace
+from heretic.search.study import n_complete, run_study
 from heretic.settings import Settings
 from heretic.settings.sources import resolve
-from heretic.storage.attributes import FACTS, WORKER, refusals_before
-from heretic.storage.heartbeat import free_the_dead
-from heretic.storage.rdb import fail_abandoned, open_study, reading
+from heretic.storage.attributes import FINGERPRINT, WORKER, refusals_before
+from heretic.storage.heartbeat import requeue_stale_trials
+from heretic.storage.rdb import fail_abandoned, open_study, translate_storage_errors
 from tests.faults.conftest import FULL, Tally
 from tests.helpers.command import heretic
 from tests.helpers.tiny import save_prompts, save_tiny
@@ -72,7 +72,7 @@ class Made:
     database: bytes
     facts: dict[str, Any]
     settings: Settings
-    space: Space
+    space: SearchSpace
 
     @property
     def url(self) -> str:
@@ -90,11 +90,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         "refusal_markers": ["sorry", "cannot", "bread"], "search": {"start": "kernels", "n_startup_trials": 2},
         "prompts": {role: {"source": str(path)} for role, path in sources.items()},
     }  # fmt: skip
-    folder = run(resolve(None, given, environment={}), watcher=SILENT, stop=Stop()).folder.path
+    folder = run(resolve(None, given, environment={}), reporter=NULL_REPORTER, stop=StopSignal()).folder.path
     study = optuna.load_study(study_name="heretic", storage=f"sqlite:///{folder / 'study.db'}")
-    facts = json.loads(study.user_attrs[FACTS])
+    facts = json.loads(study.user_attrs[FINGERPRINT])
     own = resolve(None, given, environment={}).settings
-    return Made(folder, (folder / "study.db").read_bytes(), facts, own, Space(own.search, 4, ("attention", "mlp")))
+    return Made(
+        folder, (folder / "study.db").read_bytes(), facts, own, SearchSpace(own.search, 4, ("attention", "mlp"))
+    )
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,10 @@ class Constant(Trials):
 
     def measure(
         self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
-    ) -> list[Measured | UserError]:
+    ) -> list[TrialOutcome | UserError]:
         """The same for all."""
         for trial in trials:
-            self.draw(trial)
+            self.sample(trial)
         return [Scores(Divergence(0.1, 0.1, 0.1, 0.1), 1, 8, {}) for _ in trials]
 
     def together(self, before: int | None) -> int:
@@ -116,7 +118,7 @@ class Constant(Trials):
 
 def opened(made: Made) -> optuna.Study:
     study = open_study(made.url, "heretic", made.facts)
-    with reading(made.url):
+    with translate_storage_errors(made.url):
         check_study(study)
     return study
 
@@ -125,10 +127,10 @@ def resume(made: Made) -> None:
     """`heretic run`, and with workers beside it."""
     study = opened(made)
     fail_abandoned(study)
-    free_the_dead(study, made.settings.workers)
-    wanted = made.settings.model_copy(update={"n_trials": finished(study) + 2})
+    requeue_stale_trials(study, made.settings.workers)
+    wanted = made.settings.model_copy(update={"n_trials": n_complete(study) + 2})
     trials = Constant(None, made.space)  # type: ignore[arg-type]
-    optimise(study, wanted, trials, watcher=SILENT, stop=Stop())
+    run_study(study, wanted, trials, reporter=NULL_REPORTER, stop=StopSignal())
 
 
 def work_with_trials(made: Made) -> None:
@@ -136,16 +138,16 @@ def work_with_trials(made: Made) -> None:
     study = opened(made)
     refusals_before(study)
     found = results(study)
-    choose(found, made.settings.select, made.settings.max_kl, made.settings.max_refusals)
-    Walk.of(study)
+    select_trial(found, made.settings.select, made.settings.max_kl, made.settings.max_refusals)
+    GradientPath.load(study)
     for result in found:
         made.space.from_params(result.params)
 
 
 READERS: dict[str, Callable[[Made], object]] = {
-    "status": lambda made: look_at("mine", str(made.folder.parent), {}).as_dict(),
-    "status by storage": lambda made: look_at("heretic", "", {}, storage=made.url).as_dict(),
-    "report": lambda made: report(stored_source("mine", str(made.folder.parent), {}, with_texts=False)),
+    "status": lambda made: read_status("mine", str(made.folder.parent), {}).as_dict(),
+    "status by storage": lambda made: read_status("heretic", "", {}, storage=made.url).as_dict(),
+    "report": lambda made: report(load_report_input("mine", str(made.folder.parent), {}, with_texts=False)),
     "trials": work_with_trials,
     "resume": resume,
 }
@@ -229,15 +231,15 @@ def test_any_value_in_any_column_is_refused_or_harmless(
 
 SCORES = (
     "update trial_user_attributes set value_json = json_remove(value_json, '$.divergence') "
-    "where key = 'scores' and trial_id = 1"
+    "where key = 'heretic:scores' and trial_id = 1"
 )
-FINGERPRINT = "update study_user_attributes set value_json = '\"[1]\"' where key = 'heretic:fingerprint'"
+DAMAGED_FINGERPRINT = "update study_user_attributes set value_json = '\"[1]\"' where key = 'heretic:fingerprint'"
 COUNT = "update study_user_attributes set value_json = '\"zzz\"' where key = 'heretic:refusals_before'"
 PARAMETER = "update trial_params set param_name = 'of another program' where param_name = 'mlp.max_weight'"
 DIRECTION = "update study_directions set direction = 'MAXIMIZE'"
 
 
-@pytest.mark.parametrize("statement", [FINGERPRINT, COUNT, DIRECTION])
+@pytest.mark.parametrize("statement", [DAMAGED_FINGERPRINT, COUNT, DIRECTION])
 def test_damage_to_the_study_itself_is_refused_by_every_command(made: Made, statement: str) -> None:
     damage(made, statement)
     codes = nothing_but_user_errors(made)
@@ -247,11 +249,11 @@ def test_damage_to_the_study_itself_is_refused_by_every_command(made: Made, stat
 def test_a_damaged_trial_is_left_out_of_status_and_report_and_refused_elsewhere(made: Made) -> None:
     damage(made, SCORES)
     assert nothing_but_user_errors(made) == {"trials": "damaged-study", "resume": "damaged-study"}
-    seen = look_at("mine", str(made.folder.parent), {})
-    whole = 6 - seen.standing.stopped - 1
-    assert [r.number for r in seen.standing.found].count(0) == 0 and len(seen.standing.found) == whole
+    seen = read_status("mine", str(made.folder.parent), {})
+    whole = 6 - seen.summary.n_pruned - 1
+    assert [r.number for r in seen.summary.results].count(0) == 0 and len(seen.summary.results) == whole
     assert sum("trial 0" in warning for warning in seen.warnings) == 1
-    assert "trial 0" in report(stored_source("mine", str(made.folder.parent), {}, with_texts=False))
+    assert "trial 0" in report(load_report_input("mine", str(made.folder.parent), {}, with_texts=False))
     with pytest.raises(UserError) as refused:
         opened(made)
     assert refused.value.where == f"{made.url} trial 0"
@@ -274,7 +276,7 @@ def test_a_worker_that_is_garbage_counts_as_gone(made: Made) -> None:
         {"host": "a", "pid": 1, "began": "b"},
     ):
         study.ask().set_user_attr(WORKER, garbage)
-    assert look_at("mine", str(made.folder.parent), {}).state == "complete"
+    assert read_status("mine", str(made.folder.parent), {}).state == "complete"
     check_study(study)
     assert len(fail_abandoned(study)) == 6
 

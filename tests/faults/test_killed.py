@@ -157,7 +157,7 @@ def test_the_clock_jumps(tally: Tally, tmp_path: Path, monkeypatch: pytest.Monke
     if sys.platform != "linux":
         pytest.skip("reads /proc")
     before = storage.worker()
-    assert storage.alive(before)
+    assert storage.is_alive(before)
     jumps = (-86400, -3600, -5, 5, 3600, 86400)
     for seconds in jumps:
         proc = tmp_path / f"proc{seconds}"
@@ -169,8 +169,8 @@ def test_the_clock_jumps(tally: Tally, tmp_path: Path, monkeypatch: pytest.Monke
         (proc / "stat").write_text("\n".join(moved) + "\n")
         with monkeypatch.context() as patched:
             patched.setattr(psutil, "PROCFS_PATH", str(proc))
-            assert storage.alive(before), f"a worker is taken for dead after a jump of {seconds} s"
-            assert storage.alive(storage.worker())
+            assert storage.is_alive(before), f"a worker is taken for dead after a jump of {seconds} s"
+            assert storage.is_alive(storage.worker())
     tally("clock set while a worker runs: by 5 s, an hour, a day, forwards and back", len(jumps), "nothing")
 
 

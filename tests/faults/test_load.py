@@ -12,15 +12,15 @@ from pathlib import Path
 import optuna
 from plotly.offline import get_plotlyjs
 
-from heretic.report.report import Source
+from heretic.report.report import ReportInput
 from heretic.report.reporter import write_report
 from heretic.runs.folder import RunFolder
-from heretic.runs.status import look_at
+from heretic.runs.status import read_status
 from heretic.scoring.divergence import Divergence
 from heretic.scoring.evaluator import Scores
-from heretic.search.pruning import Progress
+from heretic.search.pruning import StudyHistory
 from heretic.search.sampler import sampler
-from heretic.settings import Search, Settings
+from heretic.settings import SearchSettings, Settings
 from heretic.storage.attributes import KL_PER_PROMPT
 from heretic.storage.rdb import open_study
 from heretic.storage.url import storage_url
@@ -44,7 +44,7 @@ def fill(study: optuna.Study, count: int, more: dict[str, object] | None = None)
                 params=params,
                 distributions=floats,
                 values=[kl, refusals],
-                user_attrs={"scores": scores.as_dict(), **(more or {})},
+                user_attrs={"heretic:scores": scores.as_dict(), **(more or {})},
             )
         )
     study.add_trials(trials)
@@ -61,7 +61,7 @@ def test_a_study_of_ten_thousand_trials_stays_responsive(tally: Tally, tmp_path:
     opened = time.perf_counter() - began
     seconds = []
     for number in range(5):
-        study.sampler = sampler(Settings(search=Search(n_startup_trials=10)), MANY + number)
+        study.sampler = sampler(Settings(search=SearchSettings(n_startup_trials=10)), MANY + number)
         began = time.perf_counter()
         trial = study.ask()
         for i in range(9):
@@ -69,7 +69,7 @@ def test_a_study_of_ten_thousand_trials_stays_responsive(tally: Tally, tmp_path:
         seconds.append(time.perf_counter() - began)
         study.tell(trial, [0.5, 5])
     began = time.perf_counter()
-    assert Progress.of(study).surrogate_error is None
+    assert StudyHistory.of(study).surrogate_error is None
     read = time.perf_counter() - began
     asked = statistics.median(seconds)
     assert opened < 15 and asked < 0.3 and read < 2, "far slower than it should be, even on a busy machine"
@@ -84,7 +84,7 @@ def test_a_report_of_ten_thousand_trials(tally: Tally, tmp_path: Path) -> None:
     url = storage_url("", tmp_path) if FULL else "sqlite://"
     study = open_study(url, "heretic", {"a": 1}) if FULL else optuna.create_study(directions=["minimize", "minimize"])
     fill(study, MANY, {KL_PER_PROMPT: [i / 1000 for i in range(200)]})
-    source = Source(study, Settings(n_trials=MANY), RunFolder(tmp_path), "")
+    source = ReportInput(study, Settings(n_trials=MANY), RunFolder(tmp_path), "")
     began = time.perf_counter()
     write_report(source, tmp_path / "report.html")
     seconds = time.perf_counter() - began
@@ -106,7 +106,7 @@ from heretic.progress import SILENT
 from heretic.scoring.divergence import Divergence
 from heretic.scoring.evaluator import Scores
 from heretic.storage.rdb import open_study
-from heretic.search.study import optimise
+from heretic.search.study import optimize
 from heretic.runs.status import look_at
 from heretic.settings import Settings, Search
 from heretic.interrupt import Stop
@@ -118,7 +118,7 @@ class Fake:
         x = trials[0].params["x"]
         return [Scores(Divergence(x, x, x, x), round(10 * (1 - x)), 10, {})]
 study = open_study(sys.argv[1], "heretic", {"a": 1})
-optimise(study, Settings(n_trials=int(sys.argv[2]), search=Search(n_startup_trials=100000)), Fake(), watcher=SILENT, stop=Stop())
+optimize(study, Settings(n_trials=int(sys.argv[2]), search=Search(n_startup_trials=100000)), Fake(), watcher=SILENT, stop=Stop())
 """
 
 
@@ -147,6 +147,6 @@ def test_status_over_and_over(amount: Amount, tally: Tally, tmp_path: Path, conf
     times = amount(20, 500)
     began = time.perf_counter()
     for _ in range(times):
-        look_at(name, "runs", {})
+        read_status(name, "runs", {})
     rate = times / (time.perf_counter() - began)
     tally(f"status read, {rate:.0f} times a second", times, "nothing")

@@ -95,9 +95,9 @@ def test_an_edit_that_destroys_the_model(  # type: ignore[no-untyped-def]
     run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, amount: Amount, tally: Tally
 ) -> None:
     """Every second ablation is a million billion billion times too strong, so that what the model computes overflows."""
-    from heretic.search.space import Space
+    from heretic.search.space import SearchSpace
 
-    whole, calls = Space.sample, 0
+    whole, calls = SearchSpace.sample, 0
 
     def too_strong(self, trial):  # type: ignore[no-untyped-def]
         nonlocal calls
@@ -107,7 +107,7 @@ def test_an_edit_that_destroys_the_model(  # type: ignore[no-untyped-def]
             found = dataclasses.replace(found, strengths={k: [1e24] * len(v) for k, v in found.strengths.items()})
         return found
 
-    monkeypatch.setattr(Space, "sample", too_strong)
+    monkeypatch.setattr(SearchSpace, "sample", too_strong)
     times = amount(4, 40)
     ran = run("--trials", str(times))
     assert ran.status == 0, ran.err
@@ -128,11 +128,11 @@ def test_none_declined_and_all_declined(run, tally: Tally, markers: str) -> None
 def test_trials_that_destroy_the_model_are_never_on_the_front(  # type: ignore[no-untyped-def]
     run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, amount: Amount, tally: Tally
 ) -> None:
-    from heretic.scoring import evaluator as ladder
+    from heretic.scoring import evaluator as evaluator
 
     times = amount(4, 40)
     calls = 0
-    whole = ladder.measure_divergence
+    whole = evaluator.measure_divergence
 
     def broken(*arguments, **options):  # type: ignore[no-untyped-def]
         """Every second trial gives logits that are no numbers."""
@@ -143,7 +143,7 @@ def test_trials_that_destroy_the_model_are_never_on_the_front(  # type: ignore[n
             return [d.__class__(float("inf"), float("inf"), float("inf"), float("inf")) for d in found]
         return found
 
-    monkeypatch.setattr(ladder, "measure_divergence", broken)
+    monkeypatch.setattr(evaluator, "measure_divergence", broken)
     ran = run("--trials", str(times))
     assert ran.status == 0, ran.err
     assert calls >= times

@@ -11,12 +11,12 @@ import pytest
 
 from heretic.errors import UserError
 from heretic.files import read_tensors, sha256
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.pipeline.run import run
-from heretic.progress import SILENT
-from heretic.runs.folder import find_run, stored_settings
+from heretic.progress import NULL_REPORTER
+from heretic.runs.folder import find_run, load_settings
 from heretic.runs.status import load_study
-from heretic.search.gradient_path import Walk
+from heretic.search.gradient_path import GradientPath
 from heretic.settings.sources import resolve
 from heretic.storage.attributes import settings_of
 from tests.faults.conftest import Amount, Tally
@@ -41,15 +41,15 @@ def flip() -> Flip:
     return one
 
 
-def walked(config: Path) -> Walk:
-    run(resolve(config, {"run_name": "mine", "n_trials": 1}, WALKING), watcher=SILENT, stop=Stop())
-    walk = Walk.of(load_study(f"sqlite:///{FOLDER}/study.db", "heretic"))
-    assert walk is not None and walk.points, walk
-    return walk
+def walked(config: Path) -> GradientPath:
+    run(resolve(config, {"run_name": "mine", "n_trials": 1}, WALKING), reporter=NULL_REPORTER, stop=StopSignal())
+    gradient_path = GradientPath.load(load_study(f"sqlite:///{FOLDER}/study.db", "heretic"))
+    assert gradient_path is not None and gradient_path.points, gradient_path
+    return gradient_path
 
 
 def test_the_walk(config: Path, flip: Flip, amount: Amount, tally: Tally) -> None:
-    wanted, file = walked(config), FOLDER / "walk.safetensors"
+    wanted, file = walked(config), FOLDER / "gradient_path.safetensors"
     told, kept = read_tensors(file)[1]["sha256"], file.read_bytes()
     times = amount(2, 20)
     for _ in range(times):
@@ -58,7 +58,7 @@ def test_the_walk(config: Path, flip: Flip, amount: Amount, tally: Tally) -> Non
         flip(file)
         assert walked(config) == wanted and read_tensors(file)[1]["sha256"] == told, "a damaged walk was believed"
         assert file.with_suffix(".damaged").is_file()
-    tally("one bit flipped in walk.safetensors", times, "nothing: found by hash, walked again")
+    tally("one bit flipped in gradient_path.safetensors", times, "nothing: found by hash, walked again")
 
 
 def test_directions_baseline_and_geometry(
@@ -102,14 +102,14 @@ def test_the_settings(
     assert heretic(capsys, monkeypatch, "run", "--run-name", "mine", "--trials", "1").status == 0
     file = FOLDER / "config.toml"
     kept, folder = file.read_bytes(), find_run("mine", "runs")
-    wanted = stored_settings(folder, {})
+    wanted = load_settings(folder, {})
     assert settings_of(load_study(f"sqlite:///{FOLDER}/study.db", "heretic")) == wanted
     times, refused, changed = amount(200, 5000), 0, 0
     for _ in range(times):
         file.write_bytes(kept)
         flip(file)
         try:
-            changed += stored_settings(folder, {}) != wanted
+            changed += load_settings(folder, {}) != wanted
         except UserError as error:
             refused += 1
             assert str(error).count("\n") <= 2 and "config.toml" in str(error)

@@ -23,9 +23,9 @@ def do(*arguments: str) -> None:
 def study() -> list[tuple[object, ...]]:
     """Numbers, parameters and all that was measured of the trials, to the last bit; and what they rest on."""
     found = optuna.load_study(study_name="heretic", storage="sqlite:///runs/mine/study.db")
-    trials = [(t.number, t.params, t.values, t.user_attrs["scores"]["divergence"], t.user_attrs["scores"]["declined"])
+    trials = [(t.number, t.params, t.values, t.user_attrs["heretic:scores"]["divergence"], t.user_attrs["heretic:scores"]["refused"])
               for t in found.trials if t.state.name == "COMPLETE"]  # fmt: skip
-    files = ("directions", "baseline", "walk")
+    files = ("directions", "baseline", "gradient_path")
     return [*trials, *((n, read_tensors(Path(f"runs/mine/{n}.safetensors"))[1]["sha256"]) for n in files)]
 
 
@@ -49,7 +49,7 @@ def test_again_and_resumed(config: Path, amount: Amount, tally: Tally) -> None:
 
 def test_several_trials_to_a_pass(config: Path, tally: Tally) -> None:
     """While trials are drawn at random they are the same; sums of floating-point numbers in another order differ in the last
-    bits. Afterwards a trial that is drawn before its neighbours are told is another trial."""
+    bits. Afterwards a trial that is drawn before its neighbors are told is another trial."""
     do("--trials", "8", "--set", "search.n_startup_trials=8", "--set", "trials_per_batch=1")
     alone = study()
     Path("runs").rename("alone")

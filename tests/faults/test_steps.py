@@ -138,7 +138,7 @@ def test_an_export_in_the_place_of_another(
         if how == "exchanged":
             assert whole(Path("out")) in (first, other), "neither the old export nor the new one is there"
         elif not Path("out").exists():  # it lies beside until the next export begins
-            destination.partial_folder(Path("out").resolve()).rmdir()
+            destination.staging_dir(Path("out").resolve()).rmdir()
             assert whole(Path("out")) == first
         status, _ = child(again)
         assert status == 0 and whole(Path("out")) == other, Path("child.txt").read_text()
@@ -150,4 +150,4 @@ def exchanges() -> bool:
     """Whether this system does it."""
     Path("a").mkdir()
     Path("b").mkdir()
-    return files.exchange(Path("a"), Path("b"))
+    return files.atomic_swap(Path("a"), Path("b"))

@@ -15,8 +15,8 @@ import optuna
 from optuna.trial import TrialState
 
 from heretic.files import sha256
-from heretic.search.pareto import front, results
-from heretic.search.scheduler import finished
+from heretic.search.pareto import pareto_front, results
+from heretic.search.scheduler import n_complete
 from heretic.storage.rdb import connect
 from tests.faults.conftest import FULL, Amount, Tally, only_full
 from tests.helpers.postgres import PASSWORD, Server
@@ -73,7 +73,7 @@ def check(postgres: Server, name: str, trials: int) -> None:
     measured = results(found)
     points = [(r.scores.divergence.mean, r.scores.expected) for r in measured]
     best = {p for p in points if not any(o[0] <= p[0] and o[1] <= p[1] and o != p for o in points)}
-    assert {r.point for r in front(measured)} == best
+    assert {r.point for r in pareto_front(measured)} == best
     assert [round(told, 9) for _, _, told in rows(postgres, name)] == [round(r.point[1], 9) for r in measured]
 
 
@@ -117,7 +117,7 @@ def weather(
 
     def reach(number: int) -> None:
         end = time.monotonic() + 240
-        while (now := study(postgres, name)) is None or finished(now) < number:
+        while (now := study(postgres, name)) is None or n_complete(now) < number:
             assert time.monotonic() < end, "too slow"
             assert any(p.poll() is None for p in begun), (places[0] / "said").read_text()
             time.sleep(0.1)

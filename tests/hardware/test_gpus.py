@@ -101,7 +101,7 @@ def install(monkeypatch: pytest.MonkeyPatch, fake: FakeNvml) -> FakeNvml:
 
 def test_everything_is_reported(nvml: FakeNvml) -> None:
     report = visible_gpus({})
-    assert report.unseen is None and nvml.open == 0
+    assert report.problem is None and nvml.open == 0
     assert [(gpu.index, gpu.uuid, gpu.free) for gpu in report.gpus][1] == (1, "GPU-1aaa-1", 21 * GIB)
     first, second = report.gpus[:2]
     assert [(p.name, p.used) for p in first.processes] == [
@@ -131,20 +131,20 @@ def test_cuda_visible_devices(nvml: FakeNvml, wanted: str, expected: list[str], 
     report = visible_gpus({"CUDA_VISIBLE_DEVICES": wanted})
     assert [gpu.uuid for gpu in report.gpus] == expected
     assert [gpu.index for gpu in report.gpus] == list(range(len(expected)))
-    assert (note is None and report.unseen is None) or (note is not None and note in str(report.unseen))
+    assert (note is None and report.problem is None) or (note is not None and note in str(report.problem))
 
 
 def test_divided_gpu_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeNvml(("A100",) * 2, mig=(0,)))
     report = visible_gpus({})
-    assert [gpu.uuid for gpu in report.gpus] == ["GPU-1aaa-1"] and "MIG" in str(report.unseen)
+    assert [gpu.uuid for gpu in report.gpus] == ["GPU-1aaa-1"] and "MIG" in str(report.problem)
 
 
 def test_order_of_different_gpus_is_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeNvml(("RTX 3090", "RTX 4090")))
-    assert "PCI_BUS_ID" in str(visible_gpus({}).unseen)
-    assert visible_gpus({"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}).unseen is None
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-0,GPU-1"}).unseen is None
+    assert "PCI_BUS_ID" in str(visible_gpus({}).problem)
+    assert visible_gpus({"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}).problem is None
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-0,GPU-1"}).problem is None
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_order_of_different_gpus_is_doubted(monkeypatch: pytest.MonkeyPatch) -> 
 def test_never_raises(monkeypatch: pytest.MonkeyPatch, fake: FakeNvml | None, reason: str) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     report = visible_gpus({})
-    assert report.gpus == () and reason in str(report.unseen)
+    assert report.gpus == () and reason in str(report.problem)
 
 
 def play_torch(monkeypatch: pytest.MonkeyPatch, *uuids: str | None) -> None:

@@ -64,7 +64,7 @@ def test_folder_without_permission(tmp_path: Path) -> None:
 
 
 def test_spell_bytes() -> None:
-    assert (host.spell_bytes(2**30), host.spell_bytes(512 * MIB), host.spell_bytes(0)) == (
+    assert (host.format_bytes(2**30), host.format_bytes(512 * MIB), host.format_bytes(0)) == (
         "1.0 GiB",
         "512 MiB",
         "0 MiB",

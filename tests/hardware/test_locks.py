@@ -18,7 +18,7 @@ import pytest
 
 from heretic.errors import BusyError
 from heretic.hardware import locks as lock
-from heretic.hardware.locks import Holder, device_locks, hold, holder, runtime_folder
+from heretic.hardware.locks import LockOwner, acquire_locks, device_locks, lock_owner, runtime_folder
 from tests.helpers.errors import raises
 
 HOLD = """
@@ -68,22 +68,22 @@ def test_second_process_is_told_who_holds_it(tmp_path: Path, start: Start) -> No
     path = tmp_path / "gpu-1.lock"
     first = start(path, model="owner/first")
     assert says(first) == "held"
-    found = holder(path)
+    found = lock_owner(path)
     assert found is not None and (found.pid, found.host, found.model) == (
         first.pid,
         socket.gethostname(),
         "owner/first",
     )
     assert found.known and not found.is_this_process
-    with raises("busy", BusyError) as error, hold([path], model="owner/second"):
+    with raises("busy", BusyError) as error, acquire_locks([path], model="owner/second"):
         pass
     text = str(error.value)
     for part in (str(first.pid), socket.gethostname(), "owner/first", found.since, "--wait", "GPU 1"):
         assert part in text
     first.communicate("")
-    assert holder(path) is None
-    with hold([path], model="owner/second"):
-        mine = holder(path)
+    assert lock_owner(path) is None
+    with acquire_locks([path], model="owner/second"):
+        mine = lock_owner(path)
         assert mine is not None and mine.is_this_process
 
 
@@ -94,8 +94,8 @@ def test_kill_9_frees_the_lock_and_its_note_is_not_believed(tmp_path: Path, star
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert note_of(path).exists()
-    assert holder(path) is None
-    with hold([path], model=""):
+    assert lock_owner(path) is None
+    with acquire_locks([path], model=""):
         assert json.loads(note_of(path).read_text())["pid"] == os.getpid()
     assert not note_of(path).exists()
 
@@ -108,7 +108,7 @@ def test_waiting_process_gets_the_lock_when_the_holder_is_killed(tmp_path: Path,
     assert says(second) == "waiting"
     first.send_signal(signal.SIGKILL)
     assert says(second) == "held"
-    found = holder(path)
+    found = lock_owner(path)
     assert found is not None and found.pid == second.pid
 
 
@@ -133,22 +133,22 @@ def test_untrustworthy_note_names_nobody(
     gone.wait()
     # A process that runs, but began long after the note was written: the number was given out again.
     pid, since = (gone.pid, lock._now()) if stale == "dead" else (os.getpid(), "2001-01-01T00:00:00+00:00")
-    content = json.dumps(Holder(pid, socket.gethostname(), "old command", "old/model", since).__dict__)
+    content = json.dumps(LockOwner(pid, socket.gethostname(), "old command", "old/model", since).__dict__)
     note_of(path).write_text("{" if stale == "broken" else content)
     if stale == "missing":
         note_of(path).unlink()
-    found = holder(path)
+    found = lock_owner(path)
     assert found is not None and not found.known
-    told: list[Holder | None] = []
-    with raises("busy", BusyError) as error, hold([path], model=""):
+    told: list[LockOwner | None] = []
+    with raises("busy", BusyError) as error, acquire_locks([path], model=""):
         pass
     assert "old" not in str(error.value) and str(os.getpid()) not in str(error.value)
 
-    def on_wait(_: Path, who: Holder | None) -> None:
+    def on_wait(_: Path, who: LockOwner | None) -> None:
         told.append(who)
         raise InterruptedError
 
-    with pytest.raises(InterruptedError), hold([path], model="", wait=True, on_wait=on_wait):
+    with pytest.raises(InterruptedError), acquire_locks([path], model="", wait=True, on_wait=on_wait):
         pass
     assert told == [None]
 
@@ -156,18 +156,18 @@ def test_untrustworthy_note_names_nobody(
 def test_note_of_another_machine_is_believed(tmp_path: Path, start: Start) -> None:
     path = tmp_path / ".lock"
     assert says(start(path)) == "held"
-    elsewhere = Holder(1, "another-host", "heretic", "owner/model", lock._now())
+    elsewhere = LockOwner(1, "another-host", "heretic", "owner/model", lock._now())
     note_of(path).write_text(json.dumps(elsewhere.__dict__))
-    assert holder(path) == elsewhere
+    assert lock_owner(path) == elsewhere
 
 
 def test_all_or_nothing_in_one_order(tmp_path: Path, start: Start) -> None:
     a, b = tmp_path / "a.lock", tmp_path / "b.lock"
     first = start(b)
     assert says(first) == "held"
-    with pytest.raises(BusyError), hold([b, a], model=""):
+    with pytest.raises(BusyError), acquire_locks([b, a], model=""):
         pass
-    assert holder(a) is None and not note_of(a).exists()
+    assert lock_owner(a) is None and not note_of(a).exists()
     both = [start(a, b, wait=True), start(b, a, wait=True)]
     first.communicate("")
     deadline = time.monotonic() + 10
@@ -186,13 +186,13 @@ def test_probing_does_not_disturb_a_start(tmp_path: Path) -> None:
 
     def probe() -> None:
         while not stop.is_set():
-            holder(path)
+            lock_owner(path)
 
     prober = threading.Thread(target=probe)
     prober.start()
     try:
         for _ in range(20):
-            with hold([path], model=""):
+            with acquire_locks([path], model=""):
                 pass
     finally:
         stop.set()
@@ -233,5 +233,5 @@ def test_runtime_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: 
 
 def test_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with raises("lock-unavailable"), hold([tmp_path / "file" / "cpu.lock"], model=""):
+    with raises("lock-unavailable"), acquire_locks([tmp_path / "file" / "cpu.lock"], model=""):
         pass

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from heretic.hardware.virtual_gpus import imagined_gpus
-from heretic.planning.preflight import check
+from heretic.hardware.virtual_gpus import virtual_gpus
+from heretic.planning.preflight import run_preflight
 from heretic.settings import Settings
 from tests.helpers.errors import raises
 from tests.helpers.shapes import GIB, checkpoint_of, qwen_32b
@@ -16,13 +16,13 @@ from tests.helpers.shapes import GIB, checkpoint_of, qwen_32b
 
 @pytest.mark.parametrize("text", ["4x24GiB", " 4 X 24 gib ", "2x24GiB,2x24GiB"])
 def test_sizes_are_read_in_any_spelling(text: str) -> None:
-    gpus = imagined_gpus(text)
+    gpus = virtual_gpus(text)
     assert [g.index for g in gpus] == [0, 1, 2, 3] and len({g.uuid for g in gpus}) == 4
     assert all(g.total == 24 * GIB and 23 * GIB < g.free < 24 * GIB for g in gpus)
 
 
 def test_kinds_and_decimal_units_are_told_apart() -> None:
-    small, large = imagined_gpus("1x24GB, 1x80GiB")
+    small, large = virtual_gpus("1x24GB, 1x80GiB")
     assert small.total == 24 * 10**9 and large.total == 80 * GIB
 
 
@@ -31,19 +31,19 @@ def test_kinds_and_decimal_units_are_told_apart() -> None:
 )
 def test_anything_else_is_refused_with_an_example(text: str) -> None:
     with raises("invalid-option") as caught:
-        imagined_gpus(text)
+        virtual_gpus(text)
     assert caught.value.where == "--devices" and "4x24GiB" in str(caught.value.fix)
 
 
 def test_the_reported_machine_is_planned_without_having_it(tmp_path: Path) -> None:
     """The seed's user saw 17 + 17 + 17 + 15 GB on four GPUs of 24 GB."""
     settings = Settings(model="a/b", runs_dir=str(tmp_path))
-    report = check(
+    report = run_preflight(
         settings,
         checkpoint_loader=lambda: checkpoint_of(qwen_32b()),
         prompt_loader=lambda: None,
         storage_check=lambda: None,
-        imagined=imagined_gpus("4x24GiB"),
+        virtual=virtual_gpus("4x24GiB"),
     )
     assert report.plan is not None and report.plan.fits and report.plan.on_gpu
     weights = [load.weights / GIB for load in report.plan.loads]

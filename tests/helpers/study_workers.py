@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 import optuna
 
 from heretic.errors import UserError
-from heretic.interrupt import Stop
-from heretic.progress import Silent
+from heretic.interrupt import StopSignal
+from heretic.progress import NullReporter
 from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import Measured, Scores
-from heretic.settings import Search, Settings, Workers
+from heretic.scoring.evaluator import Scores, TrialOutcome
+from heretic.settings import SearchSettings, Settings, WorkerSettings
 from heretic.storage.rdb import open_study
-from heretic.storage.retrying import Patience
+from heretic.storage.retrying import RetryPolicy
 
-QUICK = Workers(heartbeat=1, grace_period=2, patience=30)
+QUICK = WorkerSettings(heartbeat=1, grace_period=2, retry_timeout=30)
 
 
-class Heard(Silent):
+class Heard(NullReporter):
     """Keeps what is said."""
 
     def __init__(self) -> None:
@@ -47,17 +47,17 @@ class Stub:
 
     def measure(
         self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
-    ) -> list[Measured | UserError]:
+    ) -> list[TrialOutcome | UserError]:
         for trial in trials:
             self.before(trial)
         return [Scores(Divergence(self.draw(t), 0, 0, 0), int(10 * self.draw(t)), 10, {}) for t in trials]
 
 
 def settings(n: int, **workers: int) -> Settings:
-    search = Search(n_startup_trials=1000, kl_floor=0.0)
+    search = SearchSettings(n_startup_trials=1000, kl_floor=0.0)
     return Settings(n_trials=n, early_stopping=False, search=search, workers=QUICK.model_copy(update=workers))
 
 
-def opened(url: str, watcher: Heard | None = None) -> optuna.Study:
+def opened(url: str, reporter: Heard | None = None) -> optuna.Study:
     """The study `s`, through a connection of its own."""
-    return open_study(url, "s", {"a": 1}, QUICK, Patience(30, watcher or Heard(), Stop()))
+    return open_study(url, "s", {"a": 1}, QUICK, RetryPolicy(30, reporter or Heard(), StopSignal()))

@@ -6,9 +6,9 @@ import math
 
 from heretic.scoring.divergence import Divergence
 from heretic.scoring.evaluator import Scores
-from heretic.search.pareto import Result, choose
-from heretic.search.pruning import Progress
-from heretic.search.summary import Standing
+from heretic.search.pareto import Result, select_trial
+from heretic.search.pruning import StudyHistory
+from heretic.search.summary import StudySummary
 
 
 def result(number: int, kl: float, refusals: int) -> Result:
@@ -19,6 +19,6 @@ POINTS = [(0.001, 40), (0.004, 31), (0.03, 12), (0.05, 20), (0.2, 4), (0.3, 9), 
 RESULTS = [result(i, kl, refusals) for i, (kl, refusals) in enumerate(POINTS)]
 
 
-def standing(found: list[Result] = RESULTS) -> Standing:
-    best = choose(found, "fewest_refusals_under_kl", 0.1, 0)
-    return Standing(200, len(found), 1, 44, Progress(found, []), best, 120.0)
+def study_summary(found: list[Result] = RESULTS) -> StudySummary:
+    best = select_trial(found, "fewest_refusals_under_kl", 0.1, 0)
+    return StudySummary(200, len(found), 1, 44, StudyHistory(found, []), best, 120.0)

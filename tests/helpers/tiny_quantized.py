@@ -1,4 +1,4 @@
-"""Tiny checkpoints that exist only quantised, packed here as their formats say."""
+"""Tiny checkpoints that exist only quantized, packed here as their formats say."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def save_mxfp4(folder: Path) -> Path:
 
 
 def save_bnb(folder: Path, bits: int = 4) -> Path:
-    """A Llama that bitsandbytes has quantised, as transformers saves it."""
+    """A Llama that bitsandbytes has quantized, as transformers saves it."""
     plain = folder.with_name(f"{folder.name}-plain")
     save(plain, model := model_of("LlamaConfig", WIDE), dict(model.state_dict()), None)
     how: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if bits == 4 else {"load_in_8bit": True}
@@ -56,7 +56,7 @@ def save_bnb(folder: Path, bits: int = 4) -> Path:
 
 
 def save_named(folder: Path, method: str) -> Path:
-    """A Llama that says that it is quantised in some way, with one tensor that bears it out."""
+    """A Llama that says that it is quantized in some way, with one tensor that bears it out."""
     model = model_of("LlamaConfig", WIDE)
     told = {"quant_method": method, "bits": 4, "group_size": 128}
     packed = {"model.layers.0.mlp.down_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)}
@@ -77,7 +77,7 @@ def model_of(config: str, sizes: dict[str, Any]) -> Any:
 
 
 def save(folder: Path, model: Any, tensors: dict[str, Tensor], told: dict[str, Any] | None) -> Path:
-    """The folder, with what the config says of the quantisation."""
+    """The folder, with what the config says of the quantization."""
     folder.mkdir(parents=True)
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": "bfloat16"}

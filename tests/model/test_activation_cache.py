@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from heretic.model.activation_cache import Entries, entries_for
-from heretic.model.batching import Batch, Batcher, Beginning, Edited, shared_tokens
-from heretic.model.forward import can_begin_later, hidden_states
+from heretic.model.activation_cache import ActivationCache, allocate_cache
+from heretic.model.batching import Batch, Batcher, EditSpec, SharedPrefix, shared_tokens
+from heretic.model.forward import hidden_states, supports_mid_stack_start
 from heretic.model.patching import replaced_forward
 from tests.helpers.tiny import tiny_model
 
@@ -17,30 +17,36 @@ START = [5, 9, 17, 33, 41, 60, 61, 62]
 PROMPTS = [START + rest for rest in ([7], [8, 9, 10, 11], [8, 9], [20, 21, 22])]
 
 
-def ask(model: nn.Module, entries: Entries, first_layer: int, rows: list[int]) -> tuple[torch.Tensor, object]:
-    made = Batcher(8).batch(rows, PROMPTS, Beginning(shared_tokens(PROMPTS)), entries)
+def ask(model: nn.Module, entries: ActivationCache, first_layer: int, rows: list[int]) -> tuple[torch.Tensor, object]:
+    made = Batcher(8).batch(rows, PROMPTS, SharedPrefix(shared_tokens(PROMPTS)), entries)
     batch = Batch(
-        made.rows, made.input_ids, made.attention_mask, made.beginning, None, Edited(first_layer=first_layer), entries
+        made.rows,
+        made.input_ids,
+        made.attention_mask,
+        made.shared_prefix,
+        None,
+        EditSpec(first_layer=first_layer),
+        entries,
     )
     return hidden_states(model, batch, use_cache=True)
 
 
-def kept(model: nn.Module, stride: int = 1) -> Entries:
+def kept(model: nn.Module, stride: int = 1) -> ActivationCache:
     blocks = model.model.layers  # type: ignore[union-attr]
-    beginning = Entries(blocks, [START], with_cache=True)
-    return Entries(blocks, PROMPTS, start=len(START), stride=stride, with_cache=True, beginning=beginning)
+    beginning = ActivationCache(blocks, [START], with_cache=True)
+    return ActivationCache(blocks, PROMPTS, start=len(START), stride=stride, with_cache=True, beginning=beginning)
 
 
 def test_passes_begin_as_far_up_as_all_their_rows_are_known() -> None:
     model = tiny_model("qwen2")
     entries = kept(model)
     plain, cache = ask(model, entries, 2, [0, 1])
-    assert [entries.entry(rows, 3) for rows in ([0], [0, 1], [1, 2])] == [2, 2, 0]
+    assert [entries.resume_layer(rows, 3) for rows in ([0], [0, 1], [1, 2])] == [2, 2, 0]
     ran: list[int] = []
     for i, block in enumerate(model.model.layers):
         block.mlp.register_forward_hook(lambda _m, _i, _o, i=i: ran.append(i))
     later, now = ask(model, entries, 3, [0, 1])
-    assert set(ran) == {2, 3} and entries.entry([0, 1], 3) == 3
+    assert set(ran) == {2, 3} and entries.resume_layer([0, 1], 3) == 3
     assert torch.allclose(plain[:, -1], later[:, -1], atol=1e-5)
     for layer in range(4):
         for kind in ("keys", "values"):  # row 1 has no padding, in which anything may stand
@@ -52,7 +58,7 @@ def test_with_a_stride_only_some_blocks_are_begun_at() -> None:
     model = tiny_model("qwen2")
     entries = kept(model, stride=2)
     ask(model, entries, 3, [0, 1, 2, 3])
-    assert sorted(entries.hidden) == [2] and entries.entry([0, 1, 2, 3], 3) == 2
+    assert sorted(entries.hidden) == [2] and entries.resume_layer([0, 1, 2, 3], 3) == 2
     assert sorted(entries.cache) == [0, 1, 2]
     plain, _ = ask(model, kept(model), 0, [0, 1, 2, 3])
     assert torch.allclose(plain[:, -1], ask(model, entries, 3, [0, 1, 2, 3])[0][:, -1], atol=1e-5)
@@ -62,10 +68,10 @@ def test_with_a_stride_only_some_blocks_are_begun_at() -> None:
 def test_as_much_is_kept_as_fits(budget: int, stride: int | None) -> None:
     blocks = nn.ModuleList(nn.Identity() for _ in range(4))
     sequences = [[1] * 6, [2] * 6]
-    made = entries_for(blocks, sequences, [], with_cache=True, bytes_per_token=(100, 40), budget=budget)
+    made = allocate_cache(blocks, sequences, [], with_cache=True, bytes_per_token=(100, 40), budget=budget)
     assert (made.stride if made else None) == stride
     many = nn.ModuleList(nn.Identity() for _ in range(32))
-    halved = entries_for(many, sequences, [], with_cache=False, bytes_per_token=(100, 40), budget=16 * 12 * 100)
+    halved = allocate_cache(many, sequences, [], with_cache=False, bytes_per_token=(100, 40), budget=16 * 12 * 100)
     assert halved is not None and halved.stride == 2
 
 
@@ -78,9 +84,9 @@ def test_it_is_switched_off_where_blocks_hand_on_something_else() -> None:
 
     first: list[torch.Tensor] = []
     handle = model.model.layers[0].mlp.register_forward_hook(lambda _m, _i, output: first.append(output))
-    assert can_begin_later(model, model.model.layers, PROMPTS, Batcher(8))
+    assert supports_mid_stack_start(model, model.model.layers, PROMPTS, Batcher(8))
     with replaced_forward(model.model.layers[2], twice):
-        assert not can_begin_later(model, model.model.layers, PROMPTS, Batcher(8))
+        assert not supports_mid_stack_start(model, model.model.layers, PROMPTS, Batcher(8))
     handle.remove()
     assert "forward" not in model.model.layers[2].__dict__
 
@@ -95,5 +101,5 @@ def test_keys_of_a_skipped_block_lie_where_the_block_runs() -> None:
     away = torch.zeros(2, 2, 4, 8, device="meta")
     for layer in (2, 3):
         cache.update(away, away, layer)
-    entries.extend(cache, [0, 1], 2, 2)
+    entries.update_kv_cache(cache, [0, 1], 2, 2)
     assert [layer.keys.device.type for layer in cache.layers] == ["cpu", "cpu", "meta", "meta"]

@@ -6,30 +6,32 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig
 
-from heretic.model.architecture import dissect
+from heretic.model.architecture import find_residual_writers
 from tests.helpers.errors import raises
 from tests.helpers.tiny import FAMILIES, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_attention_and_one_mlp_writer_a_layer(family: str) -> None:
-    anatomy = dissect(tiny_model(family))
-    assert anatomy.num_layers == 4 and anatomy.width == 32
-    assert [(w.layer, w.component) for w in anatomy.writers] == [(i, c) for i in range(4) for c in ("attention", "mlp")]
-    assert anatomy.not_understood == () and anatomy.incomplete == ()
-    assert all(w.weight().shape[0] == 32 for w in anatomy.writers)
+    structure = find_residual_writers(tiny_model(family))
+    assert structure.num_layers == 4 and structure.width == 32
+    assert [(w.layer, w.component) for w in structure.writers] == [
+        (i, c) for i in range(4) for c in ("attention", "mlp")
+    ]
+    assert structure.unrecognized == () and structure.incomplete == ()
+    assert all(w.weight().shape[0] == 32 for w in structure.writers)
 
 
 def test_a_candidate_that_does_not_reach_the_stream_is_left_out() -> None:
     model = tiny_model("llama")
     block = model.model.layers[1]
     block.self_attn.register_module("out_proj", torch.nn.Linear(4, 32))  # right name, right width, never called
-    anatomy = dissect(model)
-    assert [w.name for w in anatomy.writers if w.layer == 1] == [
+    structure = find_residual_writers(model)
+    assert [w.name for w in structure.writers if w.layer == 1] == [
         "model.layers.1.self_attn.o_proj",
         "model.layers.1.mlp.down_proj",
     ]
-    assert anatomy.not_understood == ("model.layers.1.self_attn.out_proj",)
+    assert structure.unrecognized == ("model.layers.1.self_attn.out_proj",)
 
 
 def test_a_model_without_such_blocks_is_refused() -> None:
@@ -38,4 +40,4 @@ def test_a_model_without_such_blocks_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
     model.config.num_hidden_layers = 7
     with raises("architecture-not-supported"):
-        dissect(model)
+        find_residual_writers(model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from heretic.errors import Interrupted, OutOfMemory
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.batching import Batch, Batcher
 from tests.helpers.errors import raises
 
@@ -60,7 +60,7 @@ def test_other_errors_pass() -> None:
 
 
 def test_a_stop_takes_effect_between_batches() -> None:
-    stop = Stop()
+    stop = StopSignal()
 
     def step(batch: Batch) -> list[int]:
         stop.requested = True
@@ -79,5 +79,5 @@ def test_even_batches_hold_sequences_of_one_length() -> None:
         assert batch.attention_mask.all()
         return batch.rows
 
-    assert Batcher(2, even=True).run("", sequences, step) == list(range(6))
+    assert Batcher(2, equal_lengths=True).run("", sequences, step) == list(range(6))
     assert seen == [[1, 3], [4], [0, 2], [5]]

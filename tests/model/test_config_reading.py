@@ -13,7 +13,7 @@ import torch
 from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
-from heretic.planning.placement import skeleton
+from heretic.planning.placement import meta_model
 from tests.helpers.tiny import save_tiny
 
 
@@ -29,7 +29,7 @@ def change(folder: Path, **keys: Any) -> None:
 
 def refusal(folder: Path, **options: Any) -> UserError:
     with pytest.raises(UserError) as error:
-        skeleton(open_checkpoint(str(folder), **options), "float32")
+        meta_model(open_checkpoint(str(folder), **options), "float32")
     assert str(error.value).count("\n") <= 2 and len(str(error.value)) < 1000 and error.value.fix
     return error.value
 
@@ -133,7 +133,7 @@ LEFT_OVER = [FOUR_BITS, {"quant_method": "gptq", "bits": 4}, {"quant_method": "f
 def test_quantization_without_packed_tensors_is_ignored(folder: Path, entry: Any) -> None:
     change(folder, quantization_config=entry)
     checkpoint = open_checkpoint(str(folder))
-    assert checkpoint.left_over and checkpoint.quantised_by is None and checkpoint.opened is None
+    assert checkpoint.leftover_quantization and checkpoint.quantized_by is None and checkpoint.is_dequantized is None
     assert "quantization_config" not in json.loads(str(checkpoint.config_text()))
     model = load(checkpoint, ["bfloat16"], {"device_map": {"": "cpu"}}).model
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -168,11 +168,11 @@ LEFT_BY_TOOLS: list[dict[str, Any]] = [
 def test_what_tools_leave_behind_does_not_hinder(folder: Path, left: dict[str, Any]) -> None:
     change(folder, **left)
     checkpoint = open_checkpoint(str(folder))
-    skeleton(checkpoint, "float32")
+    meta_model(checkpoint, "float32")
     model = load(checkpoint, ["float32"], {"device_map": {"": "cpu"}}).model
     assert model.config._attn_implementation in ("sdpa", "eager")
 
 
 def test_head_dimensions_of_experts_may_lie_the_other_way_round(tmp_path: Path) -> None:
     for family in ("mixtral", "gpt_oss", "deepseek_v3"):
-        skeleton(open_checkpoint(str(save_tiny(tmp_path / family, family))), "float32")
+        meta_model(open_checkpoint(str(save_tiny(tmp_path / family, family))), "float32")

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from heretic.model import decoding
 from heretic.model.batching import Batcher
 from heretic.model.decoding import decode
-from heretic.model.forward import padding_matters
+from heretic.model.forward import padding_sensitive
 from tests.helpers.errors import raises
 from tests.helpers.tiny import COMMON, FAMILIES, WINDOWED, tiny_model
 
@@ -48,7 +48,7 @@ def test_looking_only_every_few_tokens_changes_nothing(between: int, monkeypatch
     whole = decode(model, batch, 13, set())
     ends = {whole[0][2], whole[1][5]}
     expected = decode(model, batch, 13, ends)
-    monkeypatch.setitem(decoding.TOKENS_BETWEEN_LOOKS, "cpu", between)
+    monkeypatch.setitem(decoding.SYNC_INTERVAL, "cpu", between)
     assert decode(model, batch, 13, set()) == whole and decode(model, batch, 13, ends) == expected
 
 
@@ -59,11 +59,11 @@ def test_texts_that_are_tried_leave_the_answers_as_they_are(family: str) -> None
     # Right to the end, wrong from the third token, wrong from the first, nothing to try.
     tried = [plain[0][:5], [*plain[1][:2], plain[1][2] ^ 1, 7], [plain[2][0] ^ 1, 3, 4], []]
     sequences = [p + t for p, t in zip(PROMPTS, tried, strict=True)]
-    limits = decoding.Limits(12, set())
-    answers = decoding.begin(model, Batcher(8).batch([0, 1, 2, 3], sequences), tried, limits)
+    limits = decoding.StopCriteria(12, set())
+    answers = decoding.verify_draft(model, Batcher(8).batch([0, 1, 2, 3], sequences), tried, limits)
     assert [len(t) for t in answers.tokens] == [6, 3, 1, 1] and answers.matching == [True, False, False, False]
     assert [len(p) for p in answers.likely] == [5, 4, 3, 0]
-    decoding.go_on(model, answers, limits)
+    decoding.continue_decoding(model, answers, limits)
     assert answers.tokens == plain
 
 
@@ -105,7 +105,9 @@ def test_a_model_that_keeps_its_states_to_itself_is_left_to_generate_in_even_bat
         for parameter in model.parameters():
             parameter.nan_to_num_().add_(torch.randn_like(parameter) * 0.1)
     assert decoding.decoded_by_generate(model, "cpu") and not decoding.decoded_by_generate(tiny_model("llama"), "cpu")
-    assert padding_matters(model, PROMPTS, Batcher(8)) and not padding_matters(tiny_model("llama"), PROMPTS, Batcher(8))
+    assert padding_sensitive(model, PROMPTS, Batcher(8)) and not padding_sensitive(
+        tiny_model("llama"), PROMPTS, Batcher(8)
+    )
     batch = Batcher(8).batch([0, 1], [PROMPTS[3], PROMPTS[3][::-1]])
     model.generation_config.eos_token_id = None
     config = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)

@@ -14,7 +14,7 @@ from heretic.model.batching import Batcher, shared_tokens
 from heretic.model.capture import last_token_residuals
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import decode
-from heretic.model.forward import can_share, next_token_log_probs
+from heretic.model.forward import next_token_log_probs, supports_prefix_caching
 from heretic.model.loading import load
 from tests.helpers.tiny import FAMILIES, WINDOWED, save_tiny, tiny_model
 
@@ -32,9 +32,9 @@ def test_shared_tokens() -> None:
 def test_equal_in_every_family_unless_switched_off(family: str, tmp_path: Path) -> None:
     language_model = load(open_checkpoint(str(save_tiny(tmp_path / "m", family))), ["float32"], {})
     model = language_model.model
-    plain, sharing = Batcher(3), Batcher(3, share=True)
+    plain, sharing = Batcher(3), Batcher(3, prefix_caching=True)
     windowed = family in WINDOWED
-    assert can_share(model, PROMPTS, plain) is not windowed
+    assert supports_prefix_caching(model, PROMPTS, plain) is not windowed
     if windowed:
         return
 
@@ -53,7 +53,7 @@ def test_equal_in_every_family_unless_switched_off(family: str, tmp_path: Path) 
 
 def test_the_beginning_is_computed_anew_for_every_run() -> None:
     model = tiny_model("llama")
-    batcher = Batcher(4, share=True)
+    batcher = Batcher(4, prefix_caching=True)
     before = torch.stack(batcher.run("", PROMPTS, lambda b: list(next_token_log_probs(model, b))))
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(0.5)
@@ -73,9 +73,9 @@ def test_only_what_an_architecture_cannot_do_is_taken_for_cannot_share(monkeypat
             raise error
 
         monkeypatch.setattr(forward, "_cache", failing)
-        return can_share(model, sequences, Batcher(8))
+        return supports_prefix_caching(model, sequences, Batcher(8))
 
-    assert can_share(model, sequences, Batcher(8))
+    assert supports_prefix_caching(model, sequences, Batcher(8))
     assert not shares(ValueError("this cache cannot be repeated"))
     for error in (RuntimeError(MISMATCH), torch.OutOfMemoryError("out of memory"), RuntimeError("CUDA error: failed")):
         with pytest.raises(type(error)):

@@ -1,4 +1,4 @@
-"""Quantised weights: what they multiply by, what operators make of it, and the study and exports on them."""
+"""Quantized weights: what they multiply by, what operators make of it, and the study and exports on them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from heretic.ablation.ablation import Ablation, Workbench
-from heretic.ablation.apply import attach
-from heretic.ablation.bake import rewrite
+from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.apply import apply_operators
+from heretic.ablation.bake import rewritten_weights
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Operator
 from heretic.errors import VerificationFailed
 from heretic.export import full_precision_reference as reference
 from heretic.export import save
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import LanguageModel, load
-from heretic.model.quantization import dequantised, stored_bytes
+from heretic.model.quantization import dequantized, stored_bytes
 from heretic.pipeline.reproduce import reproduce
 from heretic.pipeline.run import Outcome, run
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
 from tests.helpers.tiny import COMMON, tiny_tokenizer
@@ -35,7 +35,7 @@ BOTH = pytest.mark.parametrize("name", ["bnb_4bit", "bnb_8bit"])
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of a size that bitsandbytes quantises well: on a CPU it does not where a weight has few blocks of 64."""
+    """A Llama of a size that bitsandbytes quantizes well: on a CPU it does not where a weight has few blocks of 64."""
     path = tmp_path_factory.mktemp("models") / "wide-llama"
     torch.manual_seed(0)
     sizes = {**COMMON, "hidden_size": 128, "intermediate_size": 256}
@@ -59,23 +59,23 @@ def logits(model: LanguageModel) -> torch.Tensor:
 
 @torch.no_grad()
 def opened_up(model: LanguageModel, folder: Path, operators: Mapping[str, Operator]) -> LanguageModel:
-    """The model in float32 with the weights that a quantised one multiplies by, and edits written into them."""
+    """The model in float32 with the weights that a quantized one multiplies by, and edits written into them."""
     found, modules = loaded(folder), dict(model.model.named_modules())
     for path, module in found.model.named_modules():
         if isinstance(module, nn.Linear) and path != "lm_head":
-            weight = dequantised(modules[path]).float()
+            weight = dequantized(modules[path]).float()
             module.weight.copy_(operators[path].on_weight(weight) if path in operators else weight)
     return found
 
 
 @BOTH
-def test_what_is_dequantised_is_what_is_multiplied_by(folder: Path, name: str) -> None:
-    quantised, whole = loaded(folder, name), loaded(folder)
-    assert [w.name for w in quantised.anatomy.writers] == [w.name for w in whole.anatomy.writers]
-    logits(quantised)  # a first pass must not change the weights
-    for a, b in zip(quantised.anatomy.writers, whole.anatomy.writers, strict=True):
+def test_what_is_dequantized_is_what_is_multiplied_by(folder: Path, name: str) -> None:
+    quantized, whole = loaded(folder, name), loaded(folder)
+    assert [w.name for w in quantized.structure.writers] == [w.name for w in whole.structure.writers]
+    logits(quantized)  # a first pass must not change the weights
+    for a, b in zip(quantized.structure.writers, whole.structure.writers, strict=True):
         (part,) = a.parts
-        assert part.quantised and part.shape == b.parts[0].shape == tuple(a.weight().shape)
+        assert part.quantized and part.shape == b.parts[0].shape == tuple(a.weight().shape)
         x = torch.randn(3, part.shape[1])
         expected = x @ a.weight().float().T
         assert (a.module(x) - expected).norm() < (0.02 if name == "bnb_8bit" else 1e-5) * expected.norm()
@@ -94,19 +94,19 @@ def test_a_map_of_unknown_make_is_read_off_what_it_gives() -> None:
             return nn.functional.linear(x, self.weight.to(x.dtype) / 8, self.bias)
 
     packed = Packed()
-    assert torch.allclose(dequantised(packed), packed.weight.float() / 8, atol=1e-6)
+    assert torch.allclose(dequantized(packed), packed.weight.float() / 8, atol=1e-6)
 
 
 @BOTH
 @pytest.mark.parametrize("geometry", ["plain", "norm_preserving"])
-def test_operators_on_quantised_weights_are_their_edit(folder: Path, name: str, geometry: str) -> None:
+def test_operators_on_quantized_weights_are_their_edit(folder: Path, name: str, geometry: str) -> None:
     model = loaded(folder, name)
     directions = Directions(nn.functional.normalize(torch.randn(4, 128), dim=1))
-    bench = Workbench.prepare(directions, model.anatomy.writers, geometry)
+    model_context = OperatorFactory.prepare(directions, model.structure.writers, geometry)
     vector = nn.functional.normalize(torch.randn(128), dim=0).requires_grad_(True)
     strengths = {c: torch.full((4,), 0.9, requires_grad=True) for c in ("attention", "mlp")}
-    operators = bench.operators(Ablation(strengths, vector=vector), zeros_from=0)
-    with attach(model.anatomy.writers, operators):
+    operators = model_context.operators(Ablation(strengths, vector=vector), zeros_from=0)
+    with apply_operators(model.structure.writers, operators):
         found = model.model(input_ids=torch.tensor([[5, 20, 40, 33, 9]])).logits
     slopes = torch.autograd.grad(found.square().mean(), [vector, *strengths.values()])
     assert all(s.isfinite().all() and s.abs().max() > 0 for s in slopes), "the walk needs these"
@@ -117,13 +117,13 @@ def test_operators_on_quantised_weights_are_their_edit(folder: Path, name: str, 
     assert off < 2 * rounding < moved if name == "bnb_8bit" else off < 1e-3 * moved
 
 
-def test_quantised_weights_are_not_rewritten(folder: Path) -> None:
+def test_quantized_weights_are_not_rewritten(folder: Path) -> None:
     model = loaded(folder, "bnb_4bit")
-    bench = Workbench.prepare(Directions(torch.eye(4, 128)), model.anatomy.writers, "plain")
-    operators = bench.operators(Ablation({"mlp": [1.0] * 4}))
+    model_context = OperatorFactory.prepare(Directions(torch.eye(4, 128)), model.structure.writers, "plain")
+    operators = model_context.operators(Ablation({"mlp": [1.0] * 4}))
     with (
         raises("weight-not-editable"),
-        rewrite(model.anatomy.writers, operators, lambda _: 1 / 0),
+        rewritten_weights(model.structure.writers, operators, lambda _: 1 / 0),
     ):
         pass
 
@@ -148,13 +148,13 @@ def test_the_plan_counts_what_is_loaded(folder: Path, name: str) -> None:
 
 def do(config: Path, model: Path, save_to: str, *assignments: str) -> Outcome:
     options = {"model": str(model), "save_to": save_to, "n_trials": 2}
-    return run(resolve(config, options, assignments), watcher=SILENT, stop=Stop())
+    return run(resolve(config, options, assignments), reporter=NULL_REPORTER, stop=StopSignal())
 
 
 def test_one_missing_edit_is_seen_where_answers_could_not_show_it(
     config: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The written model is compared quantised, with tolerance for that; a single writer's edit is left out."""
+    """The written model is compared quantized, with tolerance for that; a single writer's edit is left out."""
     monkeypatch.setattr(reference, "full_precision_plan", lambda job: None)
     edited = save.TensorEdit.__call__
     left_out: list[object] = []
@@ -189,16 +189,16 @@ def test_a_study_in_4_bits_is_exported_in_full_precision(
     manifest = json.loads(Path("full/manifest.json").read_text())
     assert manifest["quantization"] == {"study": "bnb_4bit", "measured": "none"}
     card = " ".join(Path("full/README.md").read_text().split())
-    assert "quantised to 4 bits" in card and "loaded in full precision" in card
+    assert "quantized to 4 bits" in card and "loaded in full precision" in card
 
-    assert reproduce(Path("full"), None, watcher=SILENT, stop=Stop()).verdict == "identical"
+    assert reproduce(Path("full"), None, reporter=NULL_REPORTER, stop=StopSignal()).verdict == "identical"
 
     export = do(config, folder, "adapter", four, "export_format=lora", "lora_rank=128").export
-    assert export is not None and export.verification.divergence < 1e-4, "of the quantised model it is exact"
-    assert "It was made for the base model quantised to 4 bits" in Path("adapter/README.md").read_text()
+    assert export is not None and export.verification.divergence < 1e-4, "of the quantized model it is exact"
+    assert "It was made for the base model quantized to 4 bits" in Path("adapter/README.md").read_text()
 
     monkeypatch.setattr(reference, "full_precision_plan", lambda job: None)
     do(config, folder, "again", four, "run_name=again")
     manifest = json.loads(Path("again/manifest.json").read_text())
     assert manifest["quantization"] == {"study": "bnb_4bit", "measured": "bnb_4bit"}
-    assert "quantised in the same way" in " ".join(Path("again/README.md").read_text().split())
+    assert "quantized in the same way" in " ".join(Path("again/README.md").read_text().split())

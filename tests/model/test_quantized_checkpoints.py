@@ -1,4 +1,4 @@
-"""Checkpoints that exist only quantised: opened or kept while they are loaded, planned for, studied, exported as adapters."""
+"""Checkpoints that exist only quantized: opened or kept while they are loaded, planned for, studied, exported as adapters."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from heretic.ablation.ablation import Ablation, Workbench
-from heretic.ablation.apply import attach
+from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.apply import apply_operators
 from heretic.ablation.directions import Directions
 from heretic.errors import UserError
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
 from heretic.model.tensor_info import OPENED
-from heretic.pipeline.prepare import check
+from heretic.pipeline.prepare import run_preflight
 from heretic.pipeline.run import Outcome, run
 from heretic.planning.memory_plan import make_plan
 from heretic.planning.workload import Workload
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 from heretic.settings import Settings
 from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
@@ -32,7 +32,7 @@ ALL = pytest.mark.parametrize("method", SAVED)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("quantised")
+    root = tmp_path_factory.mktemp("quantized")
     return {method: save(root / method) for method, save in SAVED.items()}
 
 
@@ -81,7 +81,7 @@ def test_mxfp4_is_opened_to_its_numbers(folders: dict[str, Path], dtype: str) ->
 def test_parameters_are_those_that_are_packed(folders: dict[str, Path], method: str) -> None:
     model = loaded(folders[method])
     expected = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.model.parameters())
-    assert model.checkpoint.quantised_by == method and model.checkpoint.parameters == expected
+    assert model.checkpoint.quantized_by == method and model.checkpoint.parameters == expected
 
 
 @ALL
@@ -108,14 +108,14 @@ def test_the_plan_counts_what_is_loaded(folders: dict[str, Path], method: str, d
 @pytest.mark.parametrize("geometry", ["plain", "norm_preserving"])
 def test_operators_move_it_and_have_gradients(folders: dict[str, Path], method: str, geometry: str) -> None:
     model = loaded(folders[method])
-    width = model.anatomy.width
+    width = model.structure.width
     torch.manual_seed(2)
     directions = Directions(torch.nn.functional.normalize(torch.randn(4, width), dim=1))
-    bench = Workbench.prepare(directions, model.anatomy.writers, geometry)
-    strengths = {c: torch.full((4,), 0.9, requires_grad=True) for c in model.anatomy.components}
+    model_context = OperatorFactory.prepare(directions, model.structure.writers, geometry)
+    strengths = {c: torch.full((4,), 0.9, requires_grad=True) for c in model.structure.components}
     tokens = torch.tensor([[5, 20, 40, 33, 9]])
     before = model.model(input_ids=tokens).logits
-    with attach(model.anatomy.writers, bench.operators(Ablation(strengths), zeros_from=0)):
+    with apply_operators(model.structure.writers, model_context.operators(Ablation(strengths), zeros_from=0)):
         after = model.model(input_ids=tokens).logits
     slopes = torch.autograd.grad(after.float().square().mean(), list(strengths.values()))
     assert (after - before).norm() > 0.01 * before.norm() and all(s.isfinite().all() and s.any() for s in slopes)
@@ -123,7 +123,9 @@ def test_operators_move_it_and_have_gradients(folders: dict[str, Path], method: 
 
 def do(config: Path, model: Path, *assignments: str, **options: object) -> Outcome:
     return run(
-        resolve(config, {"model": str(model), "n_trials": 2, **options}, assignments), watcher=SILENT, stop=Stop()
+        resolve(config, {"model": str(model), "n_trials": 2, **options}, assignments),
+        reporter=NULL_REPORTER,
+        stop=StopSignal(),
     )
 
 
@@ -150,7 +152,7 @@ def test_an_opened_one_is_exported_as_a_folder_in_bfloat16(
     export = do(config, folders[method], *chosen, save_to="out").export
     assert export is not None and export.verification.divergence < 5e-3
     written, before = open_checkpoint("out"), loaded(folders[method], "bfloat16").model
-    assert written.quantised_by is None and not written.opened
+    assert written.quantized_by is None and not written.is_dequantized
     assert {t.dtype for t in written.tensors.values()} <= {"BF16", "F32"}
     after = load(written, ["bfloat16"], {"device_map": {"": "cpu"}}).model
     changed = {n for n, p in after.named_parameters() if not torch.equal(p, before.get_parameter(n))}
@@ -188,7 +190,9 @@ def test_a_missing_package_is_named_before_anything_is_loaded(method: str, tmp_p
         for kind, name in (("harmful", "cooking"), ("harmless", "other"))
         for part in ("train", "eval")
     }  # the default ones would be looked for on the hub
-    report = check(Settings.model_validate({"model": str(folder), "runs_dir": str(tmp_path), "prompts": prompts}))
+    report = run_preflight(
+        Settings.model_validate({"model": str(folder), "runs_dir": str(tmp_path), "prompts": prompts})
+    )
     assert any(f.level == "failure" and f.subject == "model" and method in f.text for f in report.findings)
 
 
@@ -198,9 +202,9 @@ def test_a_method_that_nobody_knows_is_an_error_without_a_traceback(tmp_path: Pa
     assert "magic" in caught.value.what and len(str(caught.value).splitlines()) <= 3
 
 
-def test_weights_are_not_put_back_from_quantised_files(config: Path, tmp_path: Path) -> None:
+def test_weights_are_not_put_back_from_quantized_files(config: Path, tmp_path: Path) -> None:
     folder = save_mxfp4(tmp_path / "m")
     with pytest.raises(UserError) as caught:
         do(config, folder, "apply=weights", "cache_weights=false")
     assert caught.value.where == "preflight: apply"
-    assert do(config, folder, "apply=weights").found, "with copies it can: they are opened in memory"
+    assert do(config, folder, "apply=weights").results, "with copies it can: they are opened in memory"

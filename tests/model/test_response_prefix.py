@@ -6,7 +6,7 @@ import pytest
 
 from heretic.model.chat_format import ChatFormat
 from heretic.model.response_prefix import AnswerStart, close_thinking, open_blocks, warn_of_open_thinking
-from heretic.progress import Silent
+from heretic.progress import NullReporter
 from tests.helpers.tiny import tiny_tokenizer
 
 MESSAGES = "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|>{% endfor %}"
@@ -14,7 +14,7 @@ PROMPTS = ["make bread", "tell me a b"]
 OFF = " </think>"
 
 
-class Recording(Silent):
+class Recording(NullReporter):
     """Keeps what is told."""
 
     def __init__(self) -> None:
@@ -51,10 +51,10 @@ def closed(chat: ChatFormat, start: AnswerStart) -> bool:
     ],
 )
 def test_the_template_switches_its_own_thinking_off(opening: str, variables: dict[str, object]) -> None:
-    chat, watcher = chat_of(opening), Recording()
-    start = close_thinking(chat, PROMPTS, watcher)
+    chat, reporter = chat_of(opening), Recording()
+    start = close_thinking(chat, PROMPTS, reporter)
     assert start == AnswerStart("", variables) and closed(chat, start)
-    assert len(watcher.said) == 1 and start.spelled_variables in watcher.said[0] and not watcher.warned
+    assert len(reporter.said) == 1 and start.spelled_variables in reporter.said[0] and not reporter.warned
 
 
 @pytest.mark.parametrize(
@@ -69,16 +69,16 @@ def test_the_template_switches_its_own_thinking_off(opening: str, variables: dic
     ],
 )
 def test_without_a_switch_the_closing_marker_is_appended(opening: str, prefix: str) -> None:
-    chat, watcher = chat_of(opening), Recording()
-    start = close_thinking(chat, PROMPTS, watcher)
+    chat, reporter = chat_of(opening), Recording()
+    start = close_thinking(chat, PROMPTS, reporter)
     assert start == AnswerStart(prefix) and closed(chat, start)
-    assert len(watcher.said) == 1 and not watcher.warned
+    assert len(reporter.said) == 1 and not reporter.warned
 
 
 def test_a_closed_block_and_none_at_all_are_left_alone() -> None:
     for opening in ("", "<think>\n\n</think>\n\n", "<think></think>", "{% if enable_thinking %}<think>{% endif %}"):
-        watcher = Recording()
-        assert close_thinking(chat_of(opening), PROMPTS, watcher) == AnswerStart() and not watcher.said
+        reporter = Recording()
+        assert close_thinking(chat_of(opening), PROMPTS, reporter) == AnswerStart() and not reporter.said
 
 
 def test_thinking_that_a_system_prompt_opens_is_closed_with_that_prompt_only() -> None:
@@ -88,15 +88,15 @@ def test_thinking_that_a_system_prompt_opens_is_closed_with_that_prompt_only() -
 
 
 def test_a_block_after_some_prompts_only_is_told() -> None:
-    watcher = Recording()
+    reporter = Recording()
     opening = "{% if 'bread' in messages[-1].content %}<think>{% endif %}"
-    assert close_thinking(chat_of(opening), PROMPTS, watcher) == AnswerStart()
-    assert len(watcher.warned) == 1
+    assert close_thinking(chat_of(opening), PROMPTS, reporter) == AnswerStart()
+    assert len(reporter.warned) == 1
 
 
 def test_a_prefix_of_the_user_that_leaves_the_block_open_is_told() -> None:
     chat = chat_of("<think>")
     for prefix, warnings in (("", 1), ("sure", 1), (OFF, 0)):
-        watcher = Recording()
-        warn_of_open_thinking(chat.answering(prefix), PROMPTS, watcher)
-        assert len(watcher.warned) == warnings
+        reporter = Recording()
+        warn_of_open_thinking(chat.answering(prefix), PROMPTS, reporter)
+        assert len(reporter.warned) == warnings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from heretic.model.thinking import MARKERS, closed_at_once, open_block, switches_in
+from heretic.model.thinking import MARKERS, closed_immediately, open_block, switches_in
 
 
 @pytest.mark.parametrize("marker", MARKERS)
@@ -14,7 +14,7 @@ def test_every_marker_opens_and_its_closing_closes_whatever_the_whitespace(marke
     assert open_block(text, "tell me") == marker
     assert open_block(text + MARKERS[marker], "tell me") == ""
     assert open_block(text + MARKERS[marker].strip(), "tell me") == ""
-    assert open_block(closed_at_once(marker)) == ""
+    assert open_block(closed_immediately(marker)) == ""
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from heretic import Kernel, load
+from heretic import StrengthKernel, load
 from heretic.errors import BusyError
 from heretic.export.export import Export
 from heretic.model.checkpoint import open_checkpoint
@@ -58,7 +58,7 @@ def test_a_lab_does_what_it_says(llama: Path, given: dict[str, Any]) -> None:
 def test_directions_of_ones_own_count_in_the_model_and_in_the_export(llama: Path, given: dict[str, Any]) -> None:
     torch.manual_seed(3)
     with load(str(llama), **given) as lab:
-        edit = lab.ablation(attention=Kernel(1.0, 2.0, 0.5, 3.0))
+        edit = lab.ablation(attention=StrengthKernel(1.0, 2.0, 0.5, 3.0))
         before = lab.score(edit).divergence.mean
         lab.directions = torch.randn(4, 32)
         assert lab.directions.vectors.norm(dim=-1).tolist() == pytest.approx([1.0] * 4)

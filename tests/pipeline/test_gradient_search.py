@@ -10,18 +10,18 @@ import torch
 from safetensors import safe_open
 
 from heretic.errors import Interrupted, UserError
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.pipeline import gradient_search as strengths
-from heretic.pipeline.actions import export_trial, opened
+from heretic.pipeline.actions import export_from_run, open_run
 from heretic.pipeline.run import Outcome, run
-from heretic.progress import SILENT, Silent
+from heretic.progress import NULL_REPORTER, NullReporter
 from heretic.runs.folder import RunFolder
-from heretic.runs.status import look_at
+from heretic.runs.status import read_status
 from heretic.scoring import gradient_loss as loss
 from heretic.search import path_optimizer as gradient
-from heretic.search.path_optimizer import State
+from heretic.search.path_optimizer import OptimizerState
 from heretic.settings.sources import resolve
-from heretic.storage.attributes import WALK
+from heretic.storage.attributes import GRADIENT_PATH
 from heretic.storage.rdb import connect
 from heretic.storage.url import storage_url
 from tests.helpers.errors import raises
@@ -38,7 +38,7 @@ def _no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradient, "MOST_FURTHER", 0)
 
 
-class Listener(Silent):
+class Listener(NullReporter):
     """Keeps what is said."""
 
     def __init__(self) -> None:
@@ -50,29 +50,29 @@ class Listener(Silent):
     warn = say
 
 
-def do(config: Path, *assignments: str, watcher: object = None) -> Outcome:
+def do(config: Path, *assignments: str, reporter: object = None) -> Outcome:
     resolved = resolve(config, assignments=[*WALKING, *assignments])
-    return run(resolved, watcher=watcher or Listener(), stop=Stop())  # type: ignore[arg-type]
+    return run(resolved, reporter=reporter or Listener(), stop=StopSignal())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("direction", ["free", "mixture"])
 def test_a_run_walks_first_measures_the_points_and_searches_around_them(config: Path, direction: str) -> None:
     listener = Listener()
-    outcome = do(config, 'save_to="written"', f'search.gradient.direction="{direction}"', watcher=listener)
+    outcome = do(config, 'save_to="written"', f'search.gradient.direction="{direction}"', reporter=listener)
     assert sum("probability of refusing" in line for line in listener.said) == 2
-    assert [r.params["walk.point"] for r in outcome.found][:2] == [1.0, 0.0]
-    assert len(outcome.found) == 4 and outcome.export is not None
+    assert [r.params["walk.point"] for r in outcome.results][:2] == [1.0, 0.0]
+    assert len(outcome.results) == 4 and outcome.export is not None
     manifest = json.loads(Path("written/manifest.json").read_text())
     assert {len(s) for s in manifest["ablation"]["strengths"].values()} == {4}
     found = manifest["ablation"]["vector" if direction == "free" else "mixture"]
     assert len(found) == (32 if direction == "free" else 4)
-    assert all(("walk.shift" in r.params) == (direction == "mixture") for r in outcome.found)
+    assert all(("walk.shift" in r.params) == (direction == "mixture") for r in outcome.results)
     told = {"free": "found by gradient (in the manifest)", "mixture": "mixed mostly from those of layers"}[direction]
     assert told in Path("written/README.md").read_text()
-    with opened("run", "runs", [], wait=False, watcher=SILENT, stop=Stop()) as desk:
-        later = export_trial(desk, 1, Path("gentle"))
-    assert later.export.verification.scores.declined == outcome.found[1].scores.declined
-    with safe_open(outcome.folder.path / "walk.safetensors", "pt") as file:
+    with open_run("run", "runs", [], wait=False, reporter=NULL_REPORTER, stop=StopSignal()) as run_context:
+        later = export_from_run(run_context, 1, Path("gentle"))
+    assert later.export.verification.scores.refused == outcome.results[1].scores.refused
+    with safe_open(outcome.folder.path / "gradient_path.safetensors", "pt") as file:
         assert file.get_tensor("strengths").shape == (2, 4)
 
 
@@ -80,9 +80,9 @@ def test_stopped_in_the_middle_of_the_walk_the_same_command_goes_on(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = do(config, 'run_name="whole"')
-    keep = RunFolder.keep_walk
+    keep = RunFolder.save_path_state
 
-    def cut(folder: RunFolder, state: State) -> None:
+    def cut(folder: RunFolder, state: OptimizerState) -> None:
         keep(folder, state)
         if state.steps == 4:
             raise Interrupted
@@ -91,17 +91,19 @@ def test_stopped_in_the_middle_of_the_walk_the_same_command_goes_on(
         patch.setattr(RunFolder, "keep_walk", cut)
         do(config)
     study = connect(storage_url("", Path("runs/run")))
-    assert study.get_n_trials(1) == 0 and WALK not in study.get_study_user_attrs(1)
-    assert look_at("run", "runs", {}).walk == "step 4 of 6"
+    assert study.get_n_trials(1) == 0 and GRADIENT_PATH not in study.get_study_user_attrs(1)
+    assert read_status("run", "runs", {}).gradient_path == "step 4 of 6"
     calls = []
-    read = loss.Objective.read
+    read = loss.Objective.evaluate
     monkeypatch.setattr(loss.Objective, "read", lambda self, *a, **k: calls.append(1) or read(self, *a, **k))
     again = do(config)
     assert len(calls) == 2 + 1, "the two steps that were left, and the second point on prompts held back"
-    assert [(r.params, r.scores.declined) for r in again.found] == [(r.params, r.scores.declined) for r in whole.found]
-    assert look_at("run", "runs", {}).walk.startswith("2 points, edited layers ")
+    assert [(r.params, r.scores.refused) for r in again.results] == [
+        (r.params, r.scores.refused) for r in whole.results
+    ]
+    assert read_status("run", "runs", {}).gradient_path.startswith("2 points, edited layers ")
     calls.clear()
-    assert len(do(config, "n_trials=5").found) == 5 and not calls, "the walk is stored with the study"
+    assert len(do(config, "n_trials=5").results) == 5 and not calls, "the walk is stored with the study"
 
 
 def test_a_model_that_cannot_run_backwards_is_searched_with_kernels(
@@ -112,17 +114,17 @@ def test_a_model_that_cannot_run_backwards_is_searched_with_kernels(
 
     monkeypatch.setattr(torch.autograd, "grad", refuse)
     listener = Listener()
-    outcome = do(config, watcher=listener)
+    outcome = do(config, reporter=listener)
     assert any("cannot be run backwards (derivative for aten::special is not implemented)" in s for s in listener.said)
-    assert len(outcome.found) == 4 and "direction_scope" in outcome.found[0].params
+    assert len(outcome.results) == 4 and "direction_scope" in outcome.results[0].params
 
 
 def test_a_model_that_hardly_declines_is_searched_with_kernels(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listener = Listener()
     monkeypatch.setattr(strengths, "FEWEST_REFUSALS", 1000)
-    outcome = do(config, watcher=listener)
+    outcome = do(config, reporter=listener)
     assert any("declines hardly any of the prompts that give the direction" in s for s in listener.said)
-    assert len(outcome.found) == 4
+    assert len(outcome.results) == 4
 
 
 def test_what_ends_the_walk_is_not_taken_for_a_reason_to_give_it_up(
@@ -130,9 +132,9 @@ def test_what_ends_the_walk_is_not_taken_for_a_reason_to_give_it_up(
 ) -> None:
     """A full disk, a judge that refuses: the same command goes on with the walk."""
     whole = do(config, 'run_name="whole"')
-    keep = RunFolder.keep_walk
+    keep = RunFolder.save_path_state
 
-    def full(folder: RunFolder, state: State) -> None:
+    def full(folder: RunFolder, state: OptimizerState) -> None:
         if state.steps == 4:
             raise UserError("No space left on device.", code="disk")
         keep(folder, state)
@@ -141,7 +143,9 @@ def test_what_ends_the_walk_is_not_taken_for_a_reason_to_give_it_up(
         patch.setattr(RunFolder, "keep_walk", full)
         do(config)
     again = do(config)
-    assert [(r.params, r.scores.declined) for r in again.found] == [(r.params, r.scores.declined) for r in whole.found]
+    assert [(r.params, r.scores.refused) for r in again.results] == [
+        (r.params, r.scores.refused) for r in whole.results
+    ]
 
 
 def test_where_memory_is_short_blocks_are_computed_twice_and_then_it_is_kernels(
@@ -161,9 +165,9 @@ def test_where_memory_is_short_blocks_are_computed_twice_and_then_it_is_kernels(
 
     original = loss._checkpointed
     monkeypatch.setattr(loss, "_checkpointed", checkpointed)
-    assert [r.params["walk.point"] for r in do(config).found][:2] == [1.0, 0.0] and max(twice) == 4
+    assert [r.params["walk.point"] for r in do(config).results][:2] == [1.0, 0.0] and max(twice) == 4
     fails["where"] = "everywhere"
     listener = Listener()
-    outcome = do(config, 'run_name="other"', watcher=listener)
+    outcome = do(config, 'run_name="other"', reporter=listener)
     assert any("kernels: Out of memory with a single prompt" in line for line in listener.said)
-    assert len(outcome.found) == 4 and "direction_scope" in outcome.found[0].params
+    assert len(outcome.results) == 4 and "direction_scope" in outcome.results[0].params

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from heretic.errors import NotReproduced, UserError
 from heretic.files import sha256
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.pipeline.reproduce import Reproduction, reproduce
 from heretic.pipeline.run import run
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
 from tests.helpers.command import heretic
 from tests.helpers.errors import raises
@@ -28,12 +28,12 @@ from tests.helpers.tiny_quantized import save_fp8, save_mxfp4
 
 def export(config: Path, model: Path, *assignments: str) -> Path:
     options = {"model": str(model), "save_to": "out", "n_trials": 2}
-    run(resolve(config, options, assignments), watcher=SILENT, stop=Stop())
+    run(resolve(config, options, assignments), reporter=NULL_REPORTER, stop=StopSignal())
     return Path("out")
 
 
 def again(path: Path, to: str | None = "again", **options: Any) -> Reproduction:
-    return reproduce(path, Path(to) if to else None, watcher=SILENT, stop=Stop(), **options)
+    return reproduce(path, Path(to) if to else None, reporter=NULL_REPORTER, stop=StopSignal(), **options)
 
 
 def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
@@ -69,22 +69,22 @@ def test_the_same_bit_for_bit(config: Path, family: str, assignment: str, tmp_pa
     assert not list(Path().glob(".*"))
 
 
-def test_the_card_says_which_behaviour_was_reduced(config: Path, llama: Path) -> None:
-    export(config, llama, "search.start=kernels", "behaviour=empty openings")
+def test_the_card_says_which_behavior_was_reduced(config: Path, llama: Path) -> None:
+    export(config, llama, "search.start=kernels", "behavior=empty openings")
     assert again(Path("out")).verdict == "identical"
     for folder in ("out", "again"):
         text = (Path(folder) / "README.md").read_text()
         assert "tiny-llama, empty openings ablated" in text and "reduced on purpose: empty openings." in text
         assert "answers that show it" in text and "whether it still declines" in text
-        assert json.loads((Path(folder) / "manifest.json").read_text())["behaviour"] == "empty openings"
+        assert json.loads((Path(folder) / "manifest.json").read_text())["behavior"] == "empty openings"
     with raises("invalid-setting") as refused:
-        resolve(config, {}, ["behaviour=<b>"])
-    assert refused.value.where == "--set behaviour"
+        resolve(config, {}, ["behavior=<b>"])
+    assert refused.value.where == "--set behavior"
 
 
 @pytest.mark.parametrize("more", [("search.start=gradient",), ("export_format=lora",)])
 def test_several_directions_are_made_again(config: Path, llama: Path, more: tuple[str, ...]) -> None:
-    wanted = ("directions.method=self_organising_map", "directions.count=2", "ablation.geometry=plain")
+    wanted = ("directions.method=self_organizing_map", "directions.count=2", "ablation.geometry=plain")
     words = "refusal_markers=['sorry', 'bread', 'a', 'e', 'o']"
     export(config, llama, *wanted, "search.gradient.steps=3", words, *more)
     assert again(Path("out/manifest.json")).verdict == "identical"
@@ -224,7 +224,7 @@ def test_from_a_gguf_file(config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [save_fp8, save_mxfp4])
-def test_from_a_quantised_checkpoint(config: Path, tmp_path: Path, save: Callable[[Path], Path]) -> None:
+def test_from_a_quantized_checkpoint(config: Path, tmp_path: Path, save: Callable[[Path], Path]) -> None:
     assert again(export(config, save(tmp_path / "packed"))).verdict == "identical"
 
 

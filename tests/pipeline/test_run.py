@@ -12,35 +12,35 @@ import pytest
 import torch
 
 from heretic.errors import StudyMismatch
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import open_checkpoint
 from heretic.pipeline.actions import evaluate_model
 from heretic.pipeline.run import Outcome, run
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 from heretic.runs.folder import RunFolder
 from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
 
 
 def do(config: Path, *assignments: str, fresh: bool = False) -> Outcome:
-    return run(resolve(config, assignments=assignments), fresh=fresh, watcher=SILENT, stop=Stop())
+    return run(resolve(config, assignments=assignments), fresh=fresh, reporter=NULL_REPORTER, stop=StopSignal())
 
 
 def points(outcome: Outcome) -> list[tuple[float, int]]:
-    return [r.point for r in outcome.found]
+    return [r.point for r in outcome.results]
 
 
 def test_a_run_studies_chooses_exports_and_proves(config: Path, llama: Path) -> None:
     outcome = do(config, "save_to=out")
-    assert len(outcome.found) == 4
-    assert outcome.chosen is not None and outcome.export is not None
+    assert len(outcome.results) == 4
+    assert outcome.selected is not None and outcome.export is not None
     assert {p.name for p in outcome.folder.path.iterdir()} >= {
         "study.db", "config.toml", "directions.safetensors", "baseline.safetensors", "run.log",
     }  # fmt: skip
     proof = outcome.export.verification
     assert proof.divergence < 1e-6
-    assert proof.scores.refusals == outcome.chosen.scores.refusals
-    assert proof.scores.divergence.mean == pytest.approx(outcome.chosen.scores.divergence.mean, rel=1e-3)
+    assert proof.scores.refusals == outcome.selected.scores.refusals
+    assert proof.scores.divergence.mean == pytest.approx(outcome.selected.scores.divergence.mean, rel=1e-3)
     manifest = json.loads(Path("out/manifest.json").read_text())
     assert manifest["scores"]["written"]["refusals"] == proof.scores.refusals
     assert "safety training" in Path("out/README.md").read_text()
@@ -52,9 +52,9 @@ def test_a_run_studies_chooses_exports_and_proves(config: Path, llama: Path) -> 
 
 @pytest.mark.parametrize("geometry", ["plain", "norm_preserving"])
 def test_several_directions_of_a_layer_are_searched_exported_and_proven(config: Path, geometry: str) -> None:
-    wanted = ("directions.method=self_organising_map", "directions.count=2", "directions.iterative_rounds=1")
+    wanted = ("directions.method=self_organizing_map", "directions.count=2", "directions.iterative_rounds=1")
     outcome = do(config, *wanted, f"ablation.geometry={geometry}", "n_trials=2", "save_to=out")
-    stored = RunFolder(outcome.folder.path, outcome.folder.stamp).directions(SILENT)
+    stored = RunFolder(outcome.folder.path, outcome.folder.fingerprint).load_directions(NULL_REPORTER)
     assert stored is not None and stored.count == 4
     assert outcome.export is not None and outcome.export.verification.divergence < 1e-6
     manifest = json.loads(Path("out/manifest.json").read_text())
@@ -78,14 +78,14 @@ def test_a_finished_run_does_nothing_again_and_grows_when_asked(config: Path, mo
             "heretic.session.session.measure_baseline", lambda *a: pytest.fail("the baseline was measured again")
         )
         grown = do(config, "n_trials=6")
-    assert points(grown)[:4] == points(first) and len(grown.found) == 6
+    assert points(grown)[:4] == points(first) and len(grown.results) == 6
 
 
 def test_an_interrupted_study_ends_like_an_uninterrupted_one(config: Path) -> None:
     whole = do(config, "n_trials=5", 'run_name="whole"')
     do(config, "n_trials=3", 'run_name="parts"')
     parts = do(config, "n_trials=5", 'run_name="parts"')
-    assert [r.params for r in parts.found] == [r.params for r in whole.found]
+    assert [r.params for r in parts.results] == [r.params for r in whole.results]
     assert points(parts) == points(whole)
 
 
@@ -93,7 +93,7 @@ def test_all_ways_of_applying_give_the_same_scores(config: Path) -> None:
     ways = ["apply=operators", "apply=weights", "apply=weights,cache_weights=false"]
     outcomes = [do(config, *way.split(","), f'run_name="{i}"') for i, way in enumerate(ways)]
     for outcome in outcomes[1:]:
-        for ours, reference in zip(outcome.found, outcomes[0].found, strict=True):
+        for ours, reference in zip(outcome.results, outcomes[0].results, strict=True):
             assert ours.params == reference.params
             assert ours.scores.refusals == reference.scores.refusals
             assert ours.scores.divergence.mean == pytest.approx(reference.scores.divergence.mean, rel=1e-3, abs=1e-6)
@@ -104,7 +104,7 @@ def test_abandoned_trials_are_failed_and_do_not_count(config: Path) -> None:
     study = optuna.load_study(study_name="heretic", storage=f"sqlite:///{outcome.folder.path / 'study.db'}")
     study.ask()  # a process asks for a trial and dies before it can sign it
     after = do(config, "n_trials=3")
-    assert len(after.found) == 3
+    assert len(after.results) == 3
     states = [t.state.name for t in study.get_trials()]
     assert states == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
 
@@ -124,7 +124,7 @@ def test_a_study_of_other_settings_under_the_same_name_is_refused(config: Path) 
     assert 'ablation.geometry: was "norm_preserving", now "plain"' in str(refused.value)
     assert "max_response_length: was 6, now 7" in str(refused.value)
     fresh = do(config, "n_trials=2", "run_name=mine", "ablation.geometry=plain", fresh=True)
-    assert len(fresh.found) == 2
+    assert len(fresh.results) == 2
     assert len(list(Path("runs").glob("mine.*"))) == 1, "the old run was not kept"
 
 
@@ -161,17 +161,17 @@ def test_study_db_is_a_plain_optuna_study(config: Path) -> None:
 
 def test_kl_over_several_tokens_is_the_same_in_study_proof_and_evaluation(config: Path, llama: Path) -> None:
     outcome = do(config, "save_to=out", "kl_tokens=5")
-    assert outcome.chosen is not None and outcome.export is not None
-    study, written = outcome.chosen.scores.divergence, outcome.export.verification.scores.divergence
+    assert outcome.selected is not None and outcome.export is not None
+    study, written = outcome.selected.scores.divergence, outcome.export.verification.scores.divergence
     assert written.mean == pytest.approx(study.mean, rel=1e-3) and written.max == pytest.approx(study.max, rel=1e-3)
     assert "first 5 tokens of the original's answer" in Path("out/README.md").read_text()
     assert json.loads(Path("out/manifest.json").read_text())["settings"]["kl_tokens"] == 5
     settings = resolve(config, {"model": "out"}, ["kl_tokens=5"]).settings
-    again = evaluate_model(settings, str(llama), wait=False, watcher=SILENT, stop=Stop())
+    again = evaluate_model(settings, str(llama), wait=False, reporter=NULL_REPORTER, stop=StopSignal())
     assert again.divergence is not None and again.divergence.mean == pytest.approx(written.mean, rel=1e-4)
     first = do(config)
-    assert first.folder.path != outcome.folder.path and first.found[0].params == outcome.found[0].params
-    assert first.found[0].scores.divergence.mean != outcome.found[0].scores.divergence.mean
+    assert first.folder.path != outcome.folder.path and first.results[0].params == outcome.results[0].params
+    assert first.results[0].scores.divergence.mean != outcome.results[0].scores.divergence.mean
 
 
 def test_log_probabilities_that_do_not_fit_are_not_begun(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

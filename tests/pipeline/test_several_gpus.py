@@ -15,17 +15,17 @@ import pytest
 import torch
 
 from heretic.errors import UserError
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.batching import Batch, Batcher
 from heretic.model.checkpoint import open_checkpoint
-from heretic.model.forward import can_share, next_token_log_probs
+from heretic.model.forward import next_token_log_probs, supports_prefix_caching
 from heretic.model.loading import load
-from heretic.pipeline.actions import export_trial, talk
+from heretic.pipeline.actions import export_from_run, start_chat
 from heretic.pipeline.run import Outcome, run
-from heretic.pipeline.run_context import Desk
+from heretic.pipeline.run_context import RunContext
 from heretic.planning import memory_plan
 from heretic.planning.memory_plan import MemoryPlan
-from heretic.progress import Silent
+from heretic.progress import NullReporter
 from heretic.scoring.gradient_loss import Objective
 from heretic.search import path_optimizer as gradient
 from heretic.settings.sources import resolve
@@ -91,29 +91,29 @@ class Study:
     @property
     def refusals(self) -> list[int]:
         assert self.outcome is not None
-        return [result.scores.refusals for result in self.outcome.found]
+        return [result.scores.refusals for result in self.outcome.results]
 
     @property
     def divergences(self) -> list[float]:
         assert self.outcome is not None
-        return [result.scores.divergence.mean for result in self.outcome.found]
+        return [result.scores.divergence.mean for result in self.outcome.results]
 
 
 def make(
     family: str, start: Start, placed: str, gpus: PretendGpus | None, *more: str, folder: Path, whole: bool = True
 ) -> Study:
     """Run a study in `folder`; a `whole` one chats and exports after it."""
-    found, plan, step = Study(), memory_plan.make_plan, gradient.Descent.step
+    found, plan, step = Study(), memory_plan.make_plan, gradient.PathOptimizer.step
 
     def note(moment: str) -> None:
         found.bytes[moment] = list(gpus.used) if gpus else []
 
-    def then(desk: Desk) -> None:
+    def then(run_context: RunContext) -> None:
         note("studied")
         if whole:
-            _, say = talk(desk, None, 3)
+            _, say = start_chat(run_context, None, 3)
             found.answer = say(CHAT, True, lambda _: None)
-            found.proof = export_trial(desk, None, folder / "exported").export.verification.divergence
+            found.proof = export_from_run(run_context, None, folder / "exported").export.verification.divergence
             note("exported")
 
     def planned(*args: object, **kwargs: object) -> MemoryPlan:
@@ -135,11 +135,11 @@ def make(
     torch.manual_seed(0)
     with (
         mock.patch.object(memory_plan, "make_plan", planned),
-        mock.patch.object(gradient.Descent, "step", stepped),
+        mock.patch.object(gradient.PathOptimizer, "step", stepped),
         mock.patch.object(gradient, "MOST_FURTHER", 0),
     ):
         resolved = resolve(folder / "config.toml", assignments=[*SETTINGS, *STARTS[start], placed, runs, *more])
-        found.outcome = run(resolved, watcher=Silent(), stop=Stop(), then=then)
+        found.outcome = run(resolved, reporter=NullReporter(), stop=StopSignal(), on_finished=then)
     note("left")
     return found
 
@@ -231,8 +231,8 @@ def test_every_family_is_dissected_and_answers_over_four_gpus_as_on_the_cpu(fami
     def measured(placed: dict[str, object]) -> tuple[torch.Tensor, list[tuple[str, int]], object]:
         model = load(checkpoint, ["float32"], {"device_map": placed})
         batch = Batcher(8, model.device).batch([0, 1, 2], sequences)
-        writers = [(writer.name, len(writer.norms)) for writer in model.anatomy.writers]
-        return next_token_log_probs(model.model, batch).cpu(), writers, model.anatomy.incomplete
+        writers = [(writer.name, len(writer.norms)) for writer in model.structure.writers]
+        return next_token_log_probs(model.model, batch).cpu(), writers, model.structure.incomplete
 
     expected = measured({"": "cpu"})
     with PretendGpus(4):
@@ -272,7 +272,7 @@ def test_memory_that_runs_out_is_not_taken_for_an_architecture_that_cannot_share
     with llama_over_four() as (gpus, loaded):
         gpus.limit[:] = [used + 100 for used in gpus.used]
         with pytest.raises(torch.OutOfMemoryError):
-            can_share(loaded.model, SEQUENCES, Batcher(8, loaded.device))
+            supports_prefix_caching(loaded.model, SEQUENCES, Batcher(8, loaded.device))
 
 
 def test_memory_that_runs_out_while_loading_is_told() -> None:

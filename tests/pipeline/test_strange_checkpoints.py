@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import open_checkpoint
 from heretic.pipeline.run import Outcome, run
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
 from tests.helpers.tiny import COMMON, TEMPLATE, save_tiny
@@ -41,7 +41,7 @@ def folder(llama: Path, tmp_path: Path) -> Path:
 
 def do(config: Path, model: Path, *assignments: str) -> Outcome:
     options = {"model": str(model), "save_to": "out", "n_trials": 1}
-    return run(resolve(config, options, assignments), watcher=SILENT, stop=Stop())
+    return run(resolve(config, options, assignments), reporter=NULL_REPORTER, stop=StopSignal())
 
 
 def changed(file: Path, **changes: Any) -> None:

@@ -11,7 +11,7 @@ import optuna
 import pytest
 
 from heretic.model.checkpoint import open_checkpoint
-from heretic.pipeline.tensor_parallel import agree, check, rank, size
+from heretic.pipeline.tensor_parallel import broadcast_from_rank0, check, rank, size
 from heretic.search.pareto import Result, results
 from heretic.settings import Settings
 from tests.helpers.errors import raises
@@ -48,7 +48,7 @@ def test_two_processes_come_to_what_one_comes_to(config: Path) -> None:
 
 def test_what_cannot_be_shared_is_said_before_anything_is_loaded(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(str(llama))
-    assert rank() == 0 and size() == 1 and agree(lambda: 5) == 5
+    assert rank() == 0 and size() == 1 and broadcast_from_rank0(lambda: 5) == 5
     check(checkpoint, Settings())
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)

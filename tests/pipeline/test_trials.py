@@ -8,12 +8,12 @@ import optuna
 import pytest
 
 from heretic.errors import UserError
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.pipeline.run import Outcome, run
-from heretic.progress import SILENT
-from heretic.runs.status import look_at
-from heretic.scoring.evaluator import Ladder
-from heretic.search.pareto import front, results
+from heretic.progress import NULL_REPORTER
+from heretic.runs.status import read_status
+from heretic.scoring.evaluator import TrialEvaluator
+from heretic.search.pareto import pareto_front, results
 from heretic.settings.sources import resolve
 from heretic.storage.attributes import ERROR
 from heretic.storage.rdb import connect
@@ -23,15 +23,15 @@ from tests.helpers.endpoint import endpoint
 
 
 def do(config: Path, *assignments: str) -> Outcome:
-    return run(resolve(config, assignments=assignments), watcher=SILENT, stop=Stop())
+    return run(resolve(config, assignments=assignments), reporter=NULL_REPORTER, stop=StopSignal())
 
 
 def test_startup_trials_score_the_same_one_by_one_and_together(config: Path) -> None:
     every = ("n_trials=6", "search.n_startup_trials=6", "batch_size=64")
     one = do(config, *every, 'run_name="one"', "trials_per_batch=1")
     four = do(config, *every, 'run_name="four"', "trials_per_batch=4")
-    for ours, reference in zip(four.found, one.found, strict=True):
-        assert ours.params == reference.params and ours.scores.declined == reference.scores.declined
+    for ours, reference in zip(four.results, one.results, strict=True):
+        assert ours.params == reference.params and ours.scores.refused == reference.scores.refused
         assert ours.scores.divergence.mean == pytest.approx(reference.scores.divergence.mean, rel=1e-4, abs=1e-8)
 
 
@@ -39,18 +39,22 @@ def test_a_study_that_leaves_trials_early_has_the_same_front_and_says_so(config:
     every = ("n_trials=8", "search.n_startup_trials=8")
     full = do(config, *every, 'run_name="full"')
     early = do(config, *every, 'run_name="early"', "early_stopping=true")
-    assert [r.number for r in front(early.found)] == [r.number for r in front(full.found)]
-    seen = look_at("early", "runs", {})
-    assert seen.standing.done == 8 and seen.standing.stopped == 8 - len(early.found) > 0 and seen.state == "complete"
-    assert look_at("full", "runs", {}).standing.progress.surrogate_error is not None
+    assert [r.number for r in pareto_front(early.results)] == [r.number for r in pareto_front(full.results)]
+    seen = read_status("early", "runs", {})
+    assert (
+        seen.summary.n_complete == 8
+        and seen.summary.n_pruned == 8 - len(early.results) > 0
+        and seen.state == "complete"
+    )
+    assert read_status("full", "runs", {}).summary.progress.surrogate_error is not None
     assert connect(storage_url("", early.folder.path)).get_n_trials(1) == 8
 
 
-def test_a_failing_trial_does_not_take_its_neighbours_with_it(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = Ladder.score_trials
+def test_a_failing_trial_does_not_take_its_neighbors_with_it(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = TrialEvaluator.score_trials
     alone = []
 
-    def failing(self: Ladder, baseline: object, edited: object, beaten: object) -> object:
+    def failing(self: TrialEvaluator, baseline: object, edited: object, beaten: object) -> object:
         if edited.trials > 1:  # type: ignore[attr-defined]
             raise UserError("no memory for several")
         alone.append(edited)
@@ -58,9 +62,9 @@ def test_a_failing_trial_does_not_take_its_neighbours_with_it(config: Path, monk
             raise UserError("no memory for this one")
         return measure(self, baseline, edited, beaten)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Ladder, "score_trials", failing)
+    monkeypatch.setattr(TrialEvaluator, "score_trials", failing)
     outcome = do(config, "n_trials=3", "trials_per_batch=3")
-    assert [r.number for r in outcome.found] == [0, 2, 3]
+    assert [r.number for r in outcome.results] == [0, 2, 3]
 
 
 def test_a_judge_that_fails_stops_the_study_and_the_same_command_finishes_it(
@@ -91,8 +95,8 @@ def test_a_judge_that_fails_stops_the_study_and_the_same_command_finishes_it(
         server.failing = 0
         assert heretic(capsys, monkeypatch, "run", *words).status == 0
     study = optuna.load_study(study_name="heretic", storage=storage_url("", Path("runs/judged")))
-    found = [(r.params, r.scores.declined, r.point) for r in results(study)]
-    assert found == [(r.params, r.scores.declined, r.point) for r in whole.found]
+    found = [(r.params, r.scores.refused, r.point) for r in results(study)]
+    assert found == [(r.params, r.scores.refused, r.point) for r in whole.results]
     for path in [*Path("runs/judged").glob("*"), *Path("out").glob("*.[jm]*")]:
         assert not path.is_file() or b"s3cret" not in path.read_bytes(), path
     kept = Path("runs/judged/judge.jsonl").read_text().splitlines()
@@ -103,17 +107,22 @@ def test_limits_on_harmless_answers_hold_from_study_to_card(config: Path) -> Non
     first = do(
         config, "n_trials=6", "constraints.max_over_refusals=9", "constraints.max_degenerate=9", 'run_name="any"'
     )
-    conducts = [r.scores.conduct for r in first.found]
+    conducts = [r.scores.harmless_metrics for r in first.results]
     assert all(c is not None and c.total == 9 for c in conducts)
     counts = sorted(c.over_refusals + c.degenerate for c in conducts if c)
     assert counts[0] < counts[-1], "the trials should not all do the same"
     least = min(c.over_refusals for c in conducts if c)
     every = ("n_trials=6", f"constraints.max_over_refusals={least}", 'run_name="few"', "save_to=out")
     kept = do(config, *every)
-    assert front(kept.found) and all(r.scores.conduct.over_refusals <= least for r in front(kept.found))  # type: ignore[union-attr]
-    assert kept.export is not None and kept.export.verification.scores.conduct == kept.chosen.scores.conduct  # type: ignore[union-attr]
+    assert pareto_front(kept.results) and all(
+        r.scores.harmless_metrics.over_refusals <= least for r in pareto_front(kept.results)
+    )  # type: ignore[union-attr]
+    assert (
+        kept.export is not None
+        and kept.export.verification.scores.harmless_metrics == kept.selected.scores.harmless_metrics
+    )  # type: ignore[union-attr]
     assert "harmless requests declined or evaded" in Path("out/README.md").read_text()
     none = do(
         config, "n_trials=2", "constraints.max_degenerate=0", "constraints.max_over_refusals=0", 'run_name="none"'
     )
-    assert none.chosen is None or none.chosen.scores.within_limits
+    assert none.selected is None or none.selected.scores.within_limits

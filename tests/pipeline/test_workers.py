@@ -17,8 +17,8 @@ import pytest
 from heretic.errors import BusyError, Interrupted
 from heretic.hardware import locks as lock
 from heretic.hardware.gpus import Gpu
-from heretic.hardware.virtual_gpus import imagined_gpus
-from heretic.pipeline.workers import how_many, require_room
+from heretic.hardware.virtual_gpus import virtual_gpus
+from heretic.pipeline.workers import check_memory, resolve_worker_count
 from heretic.planning.memory_model import GIB
 from heretic.settings import Settings
 from heretic.storage.attributes import ERROR
@@ -43,7 +43,7 @@ def stored() -> optuna.Study:
 
 def finishers() -> set[int]:
     """Processes that have finished trials."""
-    return {t.user_attrs["worker"]["pid"] for t in stored().trials if t.state.name == "COMPLETE"}
+    return {t.user_attrs["heretic:worker"]["pid"] for t in stored().trials if t.state.name == "COMPLETE"}
 
 
 def test_two_workers_share_a_study_and_one_that_dies_is_not_missed(config: Path) -> None:
@@ -114,11 +114,11 @@ def test_all_workers_dead_is_an_error(config: Path) -> None:
 
 def test_a_lent_lock_is_used_with_its_holder_and_by_nobody_else(tmp_path: Path) -> None:
     path = tmp_path / "a.lock"
-    with lock.hold([path], model="m"):
-        with lock.hold([path], model="m", lender=os.getpid()):
-            assert lock.holder(path) is not None
-        assert lock.holder(path) is not None, "the borrower let go of what is not its own"
-        with pytest.raises(BusyError), lock.hold([path], model="m", lender=os.getpid() + 1):
+    with lock.acquire_locks([path], model="m"):
+        with lock.acquire_locks([path], model="m", parent_pid=os.getpid()):
+            assert lock.lock_owner(path) is not None
+        assert lock.lock_owner(path) is not None, "the borrower let go of what is not its own"
+        with pytest.raises(BusyError), lock.acquire_locks([path], model="m", parent_pid=os.getpid() + 1):
             pass
 
 
@@ -128,32 +128,34 @@ def gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 
 def test_how_many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert how_many("auto", Settings())[0] == 1 and "hardly faster" in how_many("3", Settings())[1]
+    assert (
+        resolve_worker_count("auto", Settings())[0] == 1 and "hardly faster" in resolve_worker_count("3", Settings())[1]
+    )
     gpus(monkeypatch, 4)
-    assert how_many("auto", Settings()) == (4, "") and how_many("2", Settings()) == (2, "")
+    assert resolve_worker_count("auto", Settings()) == (4, "") and resolve_worker_count("2", Settings()) == (2, "")
     with raises("too-many-workers"):
-        how_many("5", Settings())
+        resolve_worker_count("5", Settings())
     with raises("conflicting-settings"):
-        how_many("2", Settings(device_map="cuda:1"))
+        resolve_worker_count("2", Settings(device_map="cuda:1"))
     for wrong in ("0", "-1", "many"):
         with raises("invalid-option"):
-            how_many(wrong, Settings())
+            resolve_worker_count(wrong, Settings())
 
 
 def test_a_model_for_several_gpus_has_no_workers() -> None:
-    large, cards = checkpoint_of(qwen_32b()), imagined_gpus("4x24GiB")
+    large, cards = checkpoint_of(qwen_32b()), virtual_gpus("4x24GiB")
     inputs: Any = SimpleNamespace(
         checkpoint=large, prompts=SimpleNamespace(longest=600), plan=SimpleNamespace(dtypes=["bfloat16"])
     )
     with raises("too-many-workers"):
-        require_room(Settings(), inputs, cards, 4)
-    require_room(Settings(quantization="bnb_4bit"), inputs, cards, 4)
-    require_room(Settings(), inputs, imagined_gpus("2x80GiB"), 2)
+        check_memory(Settings(), inputs, cards, 4)
+    check_memory(Settings(quantization="bnb_4bit"), inputs, cards, 4)
+    check_memory(Settings(), inputs, virtual_gpus("2x80GiB"), 2)
     full = replace(cards[0], free=GIB)
     with raises("too-many-workers"):
-        require_room(Settings(quantization="bnb_4bit"), inputs, (*cards, full), 5)
+        check_memory(Settings(quantization="bnb_4bit"), inputs, (*cards, full), 5)
     with raises("conflicting-settings"):
-        require_room(Settings(max_memory={"0": "10GiB"}), inputs, imagined_gpus("2x80GiB"), 2)
+        check_memory(Settings(max_memory={"0": "10GiB"}), inputs, virtual_gpus("2x80GiB"), 2)
 
 
 def test_workers_without_gpus_share_the_ram(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +165,6 @@ def test_workers_without_gpus_share_the_ram(monkeypatch: pytest.MonkeyPatch) -> 
         plan=SimpleNamespace(dtypes=["float32"]),
     )
     monkeypatch.setattr("heretic.hardware.host.memory", lambda: (8 * GIB, 8 * GIB))
-    require_room(Settings(), inputs, (), 2)
+    check_memory(Settings(), inputs, (), 2)
     with raises("too-many-workers"):
-        require_room(Settings(), inputs, (), 8)
+        check_memory(Settings(), inputs, (), 8)

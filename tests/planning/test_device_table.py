@@ -8,10 +8,10 @@ import pytest
 from transformers import PreTrainedModel
 
 from heretic.errors import UserError
-from heretic.pipeline.prepare import check, look
+from heretic.pipeline.prepare import prepare_run, run_preflight
 from heretic.planning.device_table import explicit
-from heretic.planning.placement import shares, skeleton
-from heretic.progress import Silent
+from heretic.planning.placement import meta_model, shares
+from heretic.progress import NullReporter
 from heretic.settings.sources import resolve
 from tests.helpers.shapes import checkpoint_of, cpu, gpus, small
 
@@ -20,7 +20,7 @@ BLOCKS = 6
 
 
 def model_of(**sizes: object) -> PreTrainedModel:
-    return skeleton(checkpoint_of(small(**sizes)), "bfloat16")
+    return meta_model(checkpoint_of(small(**sizes)), "bfloat16")
 
 
 def code_of(table: dict[str, int | str], **sizes: object) -> tuple[str, UserError]:
@@ -83,8 +83,8 @@ def test_preflight_and_run_keep_the_code(config: Path) -> None:
         config.read_text().replace('device_map = "cpu"', 'device_map = {"" = "cpu", "model.layer.0" = "cpu"}')
     )
     settings = resolve(config).settings
-    report = check(settings)
+    report = run_preflight(settings)
     assert [f.code for f in report.findings if f.level == "failure"] == ["unknown-module"]
     with pytest.raises(UserError) as error:
-        look(settings, force=False, watcher=Silent())
+        prepare_run(settings, force=False, reporter=NullReporter())
     assert error.value.code == "unknown-module"

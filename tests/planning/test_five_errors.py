@@ -13,12 +13,12 @@ import pytest
 from heretic.errors import BusyError
 from heretic.hardware.gpus import Gpu, GpuProcess, GpuReport
 from heretic.hardware.locks import device_locks
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint
 from heretic.pipeline import run as runs
 from heretic.planning import preflight
-from heretic.planning.preflight import Report, check
-from heretic.progress import SILENT
+from heretic.planning.preflight import PreflightReport, run_preflight
+from heretic.progress import NULL_REPORTER
 from heretic.settings import Settings
 from tests.helpers.errors import raises
 from tests.helpers.shapes import GIB, checkpoint_of, qwen_32b
@@ -59,8 +59,8 @@ def on(monkeypatch: pytest.MonkeyPatch, gpus: tuple[Gpu, ...]) -> None:
     monkeypatch.setattr(runs, "gpus_here", lambda: gpus)
 
 
-def planned(large: Checkpoint, **settings: Any) -> Report:
-    return check(
+def planned(large: Checkpoint, **settings: Any) -> PreflightReport:
+    return run_preflight(
         Settings(model="owner/model", **settings),
         checkpoint_loader=lambda: large,
         prompt_loader=lambda: None,
@@ -68,7 +68,7 @@ def planned(large: Checkpoint, **settings: Any) -> Report:
     )
 
 
-def found(report: Report, subject: str) -> tuple[str, str | None]:
+def found(report: PreflightReport, subject: str) -> tuple[str, str | None]:
     """Level and remedy of the only finding on a subject."""
     (one,) = [f for f in report.findings if f.subject == subject]
     return one.level, one.fix
@@ -111,7 +111,7 @@ def test_batch_size_too_small_or_too_large(large: Checkpoint) -> None:
 
 
 @pytest.fixture
-def neighbour() -> Iterator[subprocess.Popen[str]]:
+def neighbor() -> Iterator[subprocess.Popen[str]]:
     """A run that holds the first GPU."""
     words = [sys.executable, "-c", HOLD, *map(str, device_locks(["GPU-0"]))]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -122,14 +122,14 @@ def neighbour() -> Iterator[subprocess.Popen[str]]:
 
 
 def test_two_processes_on_one_gpu(
-    large: Checkpoint, neighbour: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+    large: Checkpoint, neighbor: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
         raises("busy", BusyError) as refused,
-        runs.device_lock(Settings(model="owner/model"), wait=False, watcher=SILENT, stop=Stop()),
+        runs.device_lock(Settings(model="owner/model"), wait=False, reporter=NULL_REPORTER, stop=StopSignal()),
     ):
         pass
-    assert str(neighbour.pid) in refused.value.what
+    assert str(neighbor.pid) in refused.value.what
     assert found(planned(large), "lock") == ("warning", "heretic … --wait queues for it")
     on(monkeypatch, cards(GpuProcess(77, "python", 5 * GIB), used=5.5))
     level, fix = found(planned(large), "GPUs")

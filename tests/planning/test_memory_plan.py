@@ -16,9 +16,9 @@ from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.tensor_info import TensorInfo
 from heretic.planning.memory_model import CONTEXT
 from heretic.planning.memory_plan import MemoryPlan, make_plan, planned_dtype
-from heretic.planning.model_dims import ModelShape
-from heretic.planning.placement import skeleton
-from heretic.planning.workload import Walk, Workload
+from heretic.planning.model_dims import ModelDims
+from heretic.planning.placement import meta_model
+from heretic.planning.workload import GradientSearchWorkload, Workload
 from tests.helpers.errors import raises
 from tests.helpers.shapes import GIB, checkpoint_of, cpu, gpus, packed_of, qwen_32b, small
 
@@ -54,7 +54,7 @@ def test_32b_on_four_small_gpus_is_balanced(large: Checkpoint) -> None:
     assert found.loads[0].layers.startswith("embedding, blocks 0-") and found.loads[3].layers.endswith("-63, head")
     assert found.loads[3].logits and not found.loads[0].logits
     assert found.batch_size == found.largest_batch_size >= 4
-    check_device_map(skeleton(large, "bfloat16"), found.from_pretrained_arguments()["device_map"])
+    check_device_map(meta_model(large, "bfloat16"), found.from_pretrained_arguments()["device_map"])
 
 
 def test_32b_lies_as_the_seed_saw_it(large: Checkpoint) -> None:
@@ -71,7 +71,7 @@ def test_32b_lies_as_the_seed_saw_it(large: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize(("name", "gib"), [("bnb_8bit", 32.0), ("bnb_4bit", 18.0)])
-def test_quantised_weights_are_counted(large: Checkpoint, name: str, gib: float) -> None:
+def test_quantized_weights_are_counted(large: Checkpoint, name: str, gib: float) -> None:
     found = plan(large, [*gpus(2, 24), cpu(64)], quantization=name)
     assert found.fits and found.in_ram == 0 and found.weights / GIB == pytest.approx(gib, rel=0.05)
     assert not plan(large, [*gpus(1, 16), cpu(64)], quantization=name).fits
@@ -129,7 +129,7 @@ def test_32b_batches_are_not_above_what_fits(large: Checkpoint) -> None:
 def test_no_weight_is_lost_or_counted_twice(mode: Any, number: int, tied: bool) -> None:
     checkpoint = checkpoint_of(small(tie_word_embeddings=tied))
     found = plan(checkpoint, [*gpus(number, 1.1), cpu(4)], device_map=mode, dtypes=["bfloat16"])
-    expected = sum(p.numel() * p.element_size() for p in skeleton(checkpoint, "bfloat16").parameters())
+    expected = sum(p.numel() * p.element_size() for p in meta_model(checkpoint, "bfloat16").parameters())
     assert found.weights == expected == checkpoint.nbytes
 
 
@@ -162,7 +162,7 @@ def test_parts_grow_as_they_should(little: Checkpoint) -> None:
     assert two.operators == one.operators == 2 * 6 * 3 * 1024 * 4, "u, w and n of two writers a block"
     assert one.context == CONTEXT and one.headroom == int(24 * GIB * 0.08) - CONTEXT and one.copies == one.kept == 0
     trial = one.cache + one.operators + max(one.activations, one.logits)
-    assert one.run == max(trial, one.studying, one.activations + one.capture) and one.gradients == 0
+    assert one.run == max(trial, one.weight_stats, one.activations + one.capture) and one.gradients == 0
     assert one.total == one.peak + one.headroom == one.weights + one.context + one.run + one.headroom
 
 
@@ -193,8 +193,10 @@ def test_copies_of_edited_weights_are_counted(little: Checkpoint) -> None:
 
 
 def test_the_walk_takes_what_the_program_would_give_it(little: Checkpoint, large: Checkpoint) -> None:
-    work = Workload(200, 100, walk=Walk(batch=16, prompts=64, kl_tokens=1, refusal_tokens=4))
-    shape = ModelShape.of(little.text_config, skeleton(little, "bfloat16"))
+    work = Workload(
+        200, 100, gradient_search=GradientSearchWorkload(batch=16, prompts=64, kl_tokens=1, refusal_tokens=4)
+    )
+    shape = ModelDims.of(little.text_config, meta_model(little, "bfloat16"))
     found = plan(little, [*gpus(1, 24), cpu(64)], work=work, batch_size=64).loads[0]
     logits = 6 * 32 * 32000 * 4
     assert found.gradients == shape.gradient_bytes(16, 203, 6, twice=False) + logits, "all 16 rows, every block kept"

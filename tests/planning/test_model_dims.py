@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen3Config
 
-from heretic.planning.model_dims import ModelShape
+from heretic.planning.model_dims import ModelDims
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-def shape(config: Any, dtype: torch.dtype = torch.bfloat16) -> ModelShape:
-    return ModelShape.of(config, SimpleNamespace(dtype=dtype))  # type: ignore[arg-type]
+def shape(config: Any, dtype: torch.dtype = torch.bfloat16) -> ModelDims:
+    return ModelDims.of(config, SimpleNamespace(dtype=dtype))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from transformers import PretrainedConfig
 
-from heretic.planning.placement import device_named, shares, skeleton, spread, weight_limits
+from heretic.planning.placement import device_named, infer_device_map, meta_model, shares, weight_limits
 from tests.helpers.errors import raises
 from tests.helpers.shapes import GIB, checkpoint_of, cpu, gpus, small
 
@@ -39,7 +39,7 @@ def test_weight_limits() -> None:
 
 
 def test_skeleton_takes_no_memory_and_keeps_ties() -> None:
-    model = skeleton(checkpoint_of(small()), "float16")
+    model = meta_model(checkpoint_of(small()), "float16")
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert str(model.dtype) == "torch.float16" and model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -48,17 +48,19 @@ def test_model_that_cannot_be_built() -> None:
     checkpoint = checkpoint_of(small())
     broken = type(checkpoint)("owner/odd", checkpoint.folder, PretrainedConfig(), {})
     with raises("model-not-buildable") as error:
-        skeleton(broken, "float32")
+        meta_model(broken, "float32")
     assert "owner/odd" in error.value.what
 
 
 @pytest.mark.parametrize("mode", ["auto", "balanced", "balanced_low_0", "sequential"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_spread_places_every_block_once_and_tied_weights_together(mode: str, tied: bool) -> None:
-    model = skeleton(checkpoint_of(small(tie_word_embeddings=tied, num_hidden_layers=12)), "bfloat16")
+    model = meta_model(checkpoint_of(small(tie_word_embeddings=tied, num_hidden_layers=12)), "bfloat16")
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     devices = [*gpus(3, 24), cpu(64)]
-    table = spread(model, mode, {"cuda:0": size // 2, "cuda:1": size // 2, "cuda:2": size // 2, "cpu": size}, devices)
+    table = infer_device_map(
+        model, mode, {"cuda:0": size // 2, "cuda:1": size // 2, "cuda:2": size // 2, "cpu": size}, devices
+    )
     placed = shares(model, table, 12)
     assert Counter(n for share in placed.values() for n in share.blocks) == Counter(range(12))
     assert sum(share.weights for share in placed.values()) == size
@@ -69,6 +71,6 @@ def test_spread_places_every_block_once_and_tied_weights_together(mode: str, tie
 
 
 def test_what_does_not_fit_goes_nowhere() -> None:
-    model = skeleton(checkpoint_of(small()), "bfloat16")
-    placed = shares(model, spread(model, "balanced", {"cuda:0": 50 * 2**20}, gpus(1, 24)), 6)
+    model = meta_model(checkpoint_of(small()), "bfloat16")
+    placed = shares(model, infer_device_map(model, "balanced", {"cuda:0": 50 * 2**20}, gpus(1, 24)), 6)
     assert placed["disk"].weights > 0

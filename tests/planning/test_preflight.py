@@ -15,7 +15,7 @@ from heretic.hardware import locks as lock
 from heretic.hardware.gpus import Gpu, GpuReport
 from heretic.model.checkpoint import Checkpoint
 from heretic.planning import preflight
-from heretic.planning.preflight import Report, check
+from heretic.planning.preflight import PreflightReport, run_preflight
 from heretic.planning.workload import prompt_tokens
 from heretic.settings import Settings
 from tests.helpers.shapes import GIB, checkpoint_of, qwen_32b, small
@@ -42,7 +42,7 @@ def fail(*arguments: str, **more: str) -> Any:
     raise UserError(*arguments, **more)
 
 
-def run(checkpoint: Checkpoint | None = None, **changes: Any) -> Report:
+def run(checkpoint: Checkpoint | None = None, **changes: Any) -> PreflightReport:
     opened = checkpoint or checkpoint_of(small())
     callables: dict[str, Any] = {
         "checkpoint_loader": lambda: opened,
@@ -51,10 +51,10 @@ def run(checkpoint: Checkpoint | None = None, **changes: Any) -> Report:
         "judge_check": lambda: "",
     }
     replaced = {name: changes.pop(name) for name in list(changes) if name in callables}
-    return check(Settings(model="owner/model", **changes), **(callables | replaced))
+    return run_preflight(Settings(model="owner/model", **changes), **(callables | replaced))
 
 
-def texts(report: Report) -> str:
+def texts(report: PreflightReport) -> str:
     return "\n".join(f"{f.level} {f.subject}: {f.text} → {f.fix}" for f in report.findings)
 
 
@@ -126,9 +126,9 @@ def test_unusable_gpus_leave_the_cpu(machine: Callable[..., None]) -> None:
 
 
 def test_lock_of_this_process_is_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    with lock.hold(lock.device_locks([]), model="owner/model"):
+    with lock.acquire_locks(lock.device_locks([]), model="owner/model"):
         assert run().verdict == "ready"
-        monkeypatch.setattr(lock.Holder, "is_this_process", False)
+        monkeypatch.setattr(lock.LockOwner, "is_this_process", False)
         report = run()
     assert report.exit_status == 2 and "The CPU is in use by process" in texts(report)
 

@@ -10,13 +10,13 @@ import pytest
 
 from heretic.hardware.devices import Device
 from heretic.hardware.gpus import Gpu, GpuProcess, GpuReport
-from heretic.hardware.locks import Holder
+from heretic.hardware.locks import LockOwner
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.tensor_info import TensorInfo
 from heretic.planning import rules
-from heretic.planning.memory_model import DeviceLoad
+from heretic.planning.memory_model import DeviceMemory
 from heretic.planning.memory_plan import MemoryPlan
-from heretic.planning.preflight_facts import Facts, Finding, Folder
+from heretic.planning.preflight_facts import Finding, Folder, PreflightFacts
 from heretic.planning.rules import RULES
 from heretic.settings import Settings
 from tests.helpers.shapes import GIB, small
@@ -31,20 +31,20 @@ def gpu(index: int = 0, free: float = 24, *processes: GpuProcess) -> Gpu:
 
 def load(
     name: str = "cuda:0", weights: float = 10, free: float = 24, copies: float = 0, rounds: float = 0
-) -> DeviceLoad:
+) -> DeviceMemory:
     device = Device(name, int(free * GIB), int(free * GIB))
-    return DeviceLoad(
+    return DeviceMemory(
         device, "blocks 0-9", weights=int(weights * GIB), copies=int(copies * GIB), rounds=int(rounds * GIB)
     )
 
 
 def plan(
-    *loads: DeviceLoad, batch: int = 8, largest: int = 8, offloaded: float = 0, dtype: str = "bfloat16"
+    *loads: DeviceMemory, batch: int = 8, largest: int = 8, offloaded: float = 0, dtype: str = "bfloat16"
 ) -> MemoryPlan:
     return MemoryPlan({"": 0}, None, dtype, batch, largest, 100, 100, 1, loads or (load(),), int(offloaded * GIB))
 
 
-def facts(*gpus: Gpu, **changes: Any) -> Facts:
+def facts(*gpus: Gpu, **changes: Any) -> PreflightFacts:
     """A machine on which nothing is wrong, but for the changes."""
     settings = changes.pop("settings", {})
     there = gpus or (gpu(),)
@@ -61,15 +61,15 @@ def facts(*gpus: Gpu, **changes: Any) -> Facts:
         "export_folder": None,
         "hub_cache": ROOMY,
     }
-    return Facts(**(usual | changes))
+    return PreflightFacts(**(usual | changes))
 
 
-def run(given: Facts) -> list[Finding]:
+def run(given: PreflightFacts) -> list[Finding]:
     """All findings that are not fine."""
     return [finding for rule in RULES for finding in rule(given) if finding.level != "ok"]
 
 
-def only(given: Facts) -> Finding:
+def only(given: PreflightFacts) -> Finding:
     found = run(given)
     assert len(found) == 1, found
     return found[0]
@@ -93,7 +93,7 @@ def test_every_rule_bears_that_nothing_is_known() -> None:
     assert run(unknown) == []
 
 
-def test_quantised_checkpoint() -> None:
+def test_quantized_checkpoint() -> None:
     config = small()
     config.quantization_config = {"quant_method": "fp8"}
     fp8 = Checkpoint("owner/fp8", Path("."), config, TENSORS)
@@ -111,14 +111,14 @@ def test_quantised_checkpoint() -> None:
     assert run(facts(checkpoint=gguf, settings={"save_to": "out"})) == []
 
 
-def test_a_package_that_a_quantised_checkpoint_needs() -> None:
+def test_a_package_that_a_quantized_checkpoint_needs() -> None:
     config = small()
     config.quantization_config = {"quant_method": "awq"}
     found = only(facts(checkpoint=Checkpoint("owner/awq", Path("."), config, TENSORS)))
     assert found.level == "failure" and "gptqmodel" in found.text and "full precision" in str(found.fix)
 
 
-def test_weights_opened_from_a_quantised_checkpoint_are_put_back_from_copies_only() -> None:
+def test_weights_opened_from_a_quantized_checkpoint_are_put_back_from_copies_only() -> None:
     config = small()
     config.quantization_config = {"quant_method": "fp8"}
     fp8 = Checkpoint("owner/fp8", Path("."), config, TENSORS)
@@ -127,7 +127,7 @@ def test_weights_opened_from_a_quantised_checkpoint_are_put_back_from_copies_onl
     assert found.fix == 'apply = "operators"'
 
 
-def test_quantised_weights_are_not_rewritten() -> None:
+def test_quantized_weights_are_not_rewritten() -> None:
     found = only(facts(settings={"quantization": "bnb_8bit", "apply": "weights"}))
     assert found.level == "failure" and found.fix == 'apply = "operators"'
 
@@ -274,7 +274,7 @@ def test_use_by_invisible_processes() -> None:
 
 
 def test_held_lock() -> None:
-    other = Holder(123, "host", "heretic x", "owner/x", "2026-01-30T12:00:00+01:00")
+    other = LockOwner(123, "host", "heretic x", "owner/x", "2026-01-30T12:00:00+01:00")
     found = only(facts(holders=(("cuda:0", other),)))
     assert "123" in found.text and "owner/x" in found.text and "--wait" in str(found.fix)
 

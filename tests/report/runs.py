@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.pipeline.run import Outcome, run
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
 from tests.helpers.tiny import HARMFUL, HARMLESS, save_tiny
 
@@ -32,4 +32,4 @@ def hostile_run(folder: Path, trials: int = 24) -> Outcome:
         lines += [f"[prompts.{role}]", f"source = '{file}'"]
     lines += ["[search]", 'start = "kernels"', "n_startup_trials = 8"]
     (folder / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return run(resolve(folder / "config.toml"), watcher=SILENT, stop=Stop())
+    return run(resolve(folder / "config.toml"), reporter=NULL_REPORTER, stop=StopSignal())

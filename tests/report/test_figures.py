@@ -10,7 +10,7 @@ from plotly import graph_objects
 from heretic.pipeline.run import Outcome
 from heretic.report import figures
 from heretic.report.geometry_figures import geometry_figures, projections
-from tests.helpers.summaries import standing
+from tests.helpers.summaries import study_summary
 
 
 def accepted(figure: figures.Figure) -> graph_objects.Figure:
@@ -19,22 +19,22 @@ def accepted(figure: figures.Figure) -> graph_objects.Figure:
 
 
 def test_all_figures_are_valid(made: Outcome) -> None:
-    stands = standing()
-    accepted(figures.of_front(stands.progress, 2, 44))
+    summary = study_summary()
+    accepted(figures.of_front(summary.progress, 2, 44))
     accepted(figures.of_progress([0, 1, 5], [0.1, 0.2, 0.2]))
     accepted(figures.of_strengths({"attention": (0.0, 1.0), "mlp": (0.5, 0.25)}))
     accepted(figures.of_requests([("original", "0110"), ("trial 3", "1000")], "0110"))
     accepted(figures.of_importances({"to reach the front": {"a": 0.7, "b": 0.3}, "for few refusals": {"b": 1.0}}))
     accepted(figures.of_phases({"Loading <b>x</b>": 3.0, "Trials": 8.0}))
-    geometry = made.folder.geometry()
+    geometry = made.folder.load_geometry()
     assert geometry is not None
     for figure in [*geometry_figures(geometry).values(), *(f for _, f in projections(geometry))]:
         accepted(figure)
 
 
 def test_the_front_holds_every_trial_that_has_a_place() -> None:
-    stands = standing()
-    figure = accepted(figures.of_front(stands.progress, stands.best[0].number if stands.best else None, 44))
+    summary = study_summary()
+    figure = accepted(figures.of_front(summary.progress, summary.best[0].number if summary.best else None, 44))
     by_name = {trace.name: trace for trace in figure.data}
     assert len(by_name["front"].x) == 4 and len(by_name["measured"].x) == 2  # and one destroyed the model
     assert by_name["chosen"].y == (12,)

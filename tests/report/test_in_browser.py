@@ -10,9 +10,9 @@ import pytest
 
 from heretic.pipeline.run import Outcome
 from heretic.report.page import Page
-from heretic.report.report import geometry_page, stored_source
+from heretic.report.report import geometry_page, load_report_input
 from heretic.report.reporter import write_report
-from heretic.search.pareto import front
+from heretic.search.pareto import pareto_front
 from tests.helpers.browser import Browser, browser, missing
 from tests.report.runs import SCRIPT
 
@@ -33,7 +33,7 @@ def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def page(window: Browser, made: Outcome, tmp_path: Path) -> Iterator[Browser]:
     """The report with all texts, open; afterwards it must have asked for nothing and complained of nothing."""
     file = tmp_path / "report.html"
-    write_report(stored_source(str(made.folder.path), "", os.environ, with_texts=True), file)
+    write_report(load_report_input(str(made.folder.path), "", os.environ, with_texts=True), file)
     window.requested(), window.said()  # what the browser's own first page did
     window.size(1200, 900)
     window.open(file)
@@ -61,11 +61,11 @@ def test_every_figure_is_drawn_with_what_the_study_holds(page: Browser, made: Ou
     assert {f"figure-{n}" for n in ("separation", "projection", "norms", "cosines")} <= set(names)
     for name in names:
         assert page.js("return !!document.querySelector(`#${arguments[0]} svg.main-svg`)", name), f"{name} is not drawn"
-    best = front(made.found)
+    best = pareto_front(made.results)
     points = traces(page, "figure-front")
     assert points["front"] == len(best) and points["chosen"] == 1
-    assert points.get("measured", 0) + len(best) == len(made.found)
-    assert points.get("left early: refusals estimated", 0) == 24 - len(made.found)
+    assert points.get("measured", 0) + len(best) == len(made.results)
+    assert points.get("left early: refusals estimated", 0) == 24 - len(made.results)
     marks = page.js("return document.querySelectorAll('#figure-front .scatterlayer .point').length")
     assert marks == sum(points.values())
     assert page.js("return document.querySelectorAll('#figure-cosines image').length") == 1
@@ -86,11 +86,11 @@ def test_the_slider_moves_the_projection_from_layer_to_layer(page: Browser) -> N
 
 
 def test_a_click_on_the_front_and_the_list_choose_a_trial(page: Browser, made: Outcome) -> None:
-    best = front(made.found)
+    best = pareto_front(made.results)
     assert len(best) > 1, "this test needs a front"
     shown = "return document.querySelector('[data-block=\"trial\"]:not([hidden])').dataset.index"
     heights = "return document.getElementById('figure-strengths').data[0].y.join()"
-    chosen = next(i for i, r in enumerate(best) if made.chosen and r.number == made.chosen.number)
+    chosen = next(i for i, r in enumerate(best) if made.selected and r.number == made.selected.number)
     assert page.js(shown) == str(chosen)
     before, other = page.js(heights), (chosen + 1) % len(best)
     page.js("document.getElementById('figure-front').scrollIntoView({block: 'center', behavior: 'instant'})")
@@ -164,7 +164,7 @@ def test_the_policy_stops_scripts_and_requests_that_got_in(window: Browser, tmp_
 
 
 def test_the_page_of_geometry_alone(window: Browser, made: Outcome, tmp_path: Path) -> None:
-    geometry = made.folder.geometry()
+    geometry = made.folder.load_geometry()
     assert geometry is not None
     file = tmp_path / "geometry.html"
     file.write_text(geometry_page(geometry, SCRIPT), encoding="utf-8")

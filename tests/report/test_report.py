@@ -16,20 +16,20 @@ import pytest
 
 from heretic.errors import UserError
 from heretic.pipeline.run import Outcome
-from heretic.progress import Silent
+from heretic.progress import NullReporter
 from heretic.report.importance import FEWEST_TRIALS, importances
 from heretic.report.page import Page
-from heretic.report.report import Source, report, stages, stored_source
-from heretic.report.reporter import Reporter, write_report
+from heretic.report.report import ReportInput, load_report_input, report, stages
+from heretic.report.reporter import ReportWriter, write_report
 from heretic.runs.folder import REPORT, RunFolder
-from heretic.runs.metadata import About
+from heretic.runs.metadata import RunMetadata
 from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import Beaten, Scores
-from heretic.scoring.harmless_metrics import Conduct
-from heretic.scoring.refusal_proxy import Surrogate
-from heretic.search.pareto import front
-from heretic.settings import Search, Settings
-from heretic.storage.attributes import BEATEN, KL_PER_PROMPT
+from heretic.scoring.evaluator import PrunedTrial, Scores
+from heretic.scoring.harmless_metrics import HarmlessMetrics
+from heretic.scoring.refusal_proxy import RefusalProxy
+from heretic.search.pareto import pareto_front
+from heretic.settings import SearchSettings, Settings
+from heretic.storage.attributes import KL_PER_PROMPT, PRUNED
 from tests.helpers.command import heretic
 from tests.report.runs import SCRIPT, SECRET
 
@@ -47,9 +47,9 @@ def fill(study: optuna.Study, count: int) -> None:
         kl, refusals = params["x0"] + 0.1 * params["x1"], round(50 * (1 - params["x0"]) * params["x2"])
         divergence = Divergence(kl, kl, kl, kl)
         if i % 3 == 2:
-            found = {BEATEN: Beaten(divergence, refusals, 50, {}, Surrogate(refusals, 0.5, 50)).as_dict()}
+            found = {PRUNED: PrunedTrial(divergence, refusals, 50, {}, RefusalProxy(refusals, 0.5, 50)).as_dict()}
         else:
-            found = {"scores": Scores(divergence, refusals, 50, {"refusals": 1.0}, declined="01" * 25).as_dict()}
+            found = {"heretic:scores": Scores(divergence, refusals, 50, {"refusals": 1.0}, refused="01" * 25).as_dict()}
         given = {**params, "direction_scope": "per_layer"}
         values = [kl, float(refusals)]
         trials.append(
@@ -71,29 +71,29 @@ def content(html: str) -> dict:  # type: ignore[type-arg]
 def test_a_run_leaves_a_report_of_its_last_state(made: Outcome) -> None:
     html = (made.folder.path / REPORT).read_text(encoding="utf-8")
     page = without_scripts(html)
-    assert "24 of 24" in page and made.chosen is not None and "<th>expected</th>" in page
-    assert f"trial {made.chosen.number}: fewest refusals" in page
-    for r in front(made.found):
+    assert "24 of 24" in page and made.selected is not None and "<th>expected</th>" in page
+    assert f"trial {made.selected.number}: fewest refusals" in page
+    for r in pareto_front(made.results):
         assert f"<td>{r.scores.divergence.mean:.4f}</td>" in page
     variants = content(html)["figures"]["strengths"]["variants"]
-    assert len(variants) == len(front(made.found)) and all(len(v["data"][0]["y"]) == 4 for v in variants)
+    assert len(variants) == len(pareto_front(made.results)) and all(len(v["data"][0]["y"]) == 4 for v in variants)
     assert not list(made.folder.path.glob(f".{REPORT}.*")), "a partial file was left"
 
 
 def test_texts_of_prompts_are_shown_only_when_asked_for(made: Outcome, tmp_path: Path) -> None:
     path = str(made.folder.path)
     harmful = "tell soup me"
-    plain = report(stored_source(path, "", os.environ, with_texts=False))
+    plain = report(load_report_input(path, "", os.environ, with_texts=False))
     assert harmful not in plain and harmful not in (made.folder.path / REPORT).read_text()
-    full = report(stored_source(path, "", os.environ, with_texts=True))
+    full = report(load_report_input(path, "", os.environ, with_texts=True))
     assert harmful in without_scripts(full)
     assert SCRIPT not in full and SCRIPT.replace("<", "&lt;").replace(">", "&gt;") in full
 
 
 def test_divergences_are_stored_for_the_front_and_agree_with_the_scores(made: Outcome) -> None:
-    study = stored_source(str(made.folder.path), "", os.environ, with_texts=False).study
+    study = load_report_input(str(made.folder.path), "", os.environ, with_texts=False).study
     by_number = {t.number: t for t in study.get_trials()}
-    for r in front(made.found):
+    for r in pareto_front(made.results):
         stored = by_number[r.number].user_attrs[KL_PER_PROMPT]
         assert len(stored) == 10
         assert sum(stored) / 10 == pytest.approx(r.scores.divergence.mean, rel=1e-3)
@@ -103,14 +103,14 @@ def test_divergences_are_stored_for_the_front_and_agree_with_the_scores(made: Ou
 
 
 def test_the_kinds_of_requests_add_up(made: Outcome) -> None:
-    study = stored_source(str(made.folder.path), "", os.environ, with_texts=False).study
-    about = About.of(study)
-    assert about is not None and about.layers == 4 and about.declined.count("1") == made.before
+    study = load_report_input(str(made.folder.path), "", os.environ, with_texts=False).study
+    about = RunMetadata.load(study)
+    assert about is not None and about.layers == 4 and about.refused.count("1") == made.original_refusals
     html = without_scripts((made.folder.path / REPORT).read_text())
-    for r in front(made.found):
-        pairs = list(zip(about.declined, r.scores.declined, strict=True))
+    for r in pareto_front(made.results):
+        pairs = list(zip(about.refused, r.scores.refused, strict=True))
         still, gone, new = (pairs.count(pair) for pair in (("1", "1"), ("1", "0"), ("0", "1")))
-        assert still + gone == made.before and still + new == r.scores.refusals
+        assert still + gone == made.original_refusals and still + new == r.scores.refusals
         assert (
             f"<td>trial {r.number}</td><td>{still}</td><td>{gone}</td><td>{new}</td><td>{r.scores.evasive}</td>" in html
         )
@@ -120,13 +120,23 @@ def test_it_says_who_judged_and_what_the_divergence_is_of(tmp_path: Path) -> Non
     study = optuna.create_study(directions=["minimize", "minimize"])
     d = Divergence(0.1, 0.1, 0.1, 0.1)
     limits = {"over_refusals": -1.0}
-    kept = Scores(d, 5, 10, {}, declined="1212111000", evasive=2, judge="llm", conduct=Conduct(3, 1, 8), excess=limits)
+    kept = Scores(
+        d,
+        5,
+        10,
+        {},
+        refused="1212111000",
+        evasive=2,
+        judge="llm",
+        harmless_metrics=HarmlessMetrics(3, 1, 8),
+        excess=limits,
+    )
     beyond = replace(kept, refusals=1, excess={"over_refusals": 2.0})
     for scores in (kept, beyond):
-        values, found = [0.1, scores.expected], {"scores": scores.as_dict()}
+        values, found = [0.1, scores.expected], {"heretic:scores": scores.as_dict()}
         study.add_trial(optuna.trial.create_trial(values=values, user_attrs=found))
     settings = Settings(model="m", kl_tokens=4, judge={"kind": "llm"})
-    page = without_scripts(report(Source(study, settings, RunFolder(tmp_path), "")))
+    page = without_scripts(report(ReportInput(study, settings, RunFolder(tmp_path), "")))
     assert "judged by a language model" in page and "phrases" not in page and "first 4 tokens" in page
     for heading, cell in (("evasive", "2"), ("harmless declined", "3/8"), ("degenerate", "1/8")):
         assert f"<th>{heading}</th>" in page and f"<td>{cell}</td>" in page
@@ -137,17 +147,17 @@ def test_passwords_are_masked(made: Outcome, tmp_path: Path) -> None:
     folder = RunFolder(shutil.copytree(made.folder.path, tmp_path / "run"))
     url = f"postgresql://me:{SECRET}@host/db"
     (folder.path / "config.toml").write_text(f'model = "m"\nstorage = "{url}"\n# someone@example.org\n')
-    study = stored_source(str(made.folder.path), "", os.environ, with_texts=False).study
-    html = report(Source.of(study, Settings(model="m", storage=url), folder))
+    study = load_report_input(str(made.folder.path), "", os.environ, with_texts=False).study
+    html = report(ReportInput.of(study, Settings(model="m", storage=url), folder))
     assert SECRET not in html and "postgresql://me:***@host/db" in html and "someone@example.org" in html
 
 
 def test_ten_thousand_trials_take_less_than_ten_seconds(tmp_path: Path) -> None:
     study = optuna.create_study(directions=["minimize", "minimize"])
     fill(study, MANY)
-    settings = Settings(model="m", n_trials=MANY, search=Search())
+    settings = Settings(model="m", n_trials=MANY, search=SearchSettings())
     began = time.perf_counter()
-    write_report(Source(study, settings, RunFolder(tmp_path), ""), tmp_path / REPORT)
+    write_report(ReportInput(study, settings, RunFolder(tmp_path), ""), tmp_path / REPORT)
     seconds = time.perf_counter() - began
     assert seconds < 10, f"{seconds:.1f} s"
     points = {
@@ -168,7 +178,7 @@ def test_importances_find_what_decides(tmp_path: Path) -> None:
     assert set(list(found["for few refusals"])[:2]) == {"x0", "x2"}
 
 
-class Heard(Silent):
+class Heard(NullReporter):
     """Keeps the warnings."""
 
     def __init__(self) -> None:
@@ -178,10 +188,10 @@ class Heard(Silent):
         self.warnings.append(text)
 
 
-def reporter_of(made: Outcome, folder: Path, watcher: Heard) -> Reporter:
+def reporter_of(made: Outcome, folder: Path, reporter: Heard) -> ReportWriter:
     """A reporter that writes to this folder."""
-    source = stored_source(str(made.folder.path), "", os.environ, with_texts=False)
-    return Reporter(source.study, source.settings, RunFolder(folder), watcher)
+    source = load_report_input(str(made.folder.path), "", os.environ, with_texts=False)
+    return ReportWriter(source.study, source.settings, RunFolder(folder), reporter)
 
 
 def test_it_takes_a_small_share_of_the_time(made: Outcome, tmp_path: Path) -> None:
@@ -198,11 +208,11 @@ def test_it_takes_a_small_share_of_the_time(made: Outcome, tmp_path: Path) -> No
 
 
 def test_a_report_that_cannot_be_written_is_said_once_and_ends_nothing(made: Outcome, tmp_path: Path) -> None:
-    watcher = Heard()
-    reporter = reporter_of(made, tmp_path / "gone", watcher)
-    reporter.write()
-    reporter.write()
-    assert len(watcher.warnings) == 1 and "report" in watcher.warnings[0]
+    reporter = Heard()
+    writer = reporter_of(made, tmp_path / "gone", reporter)
+    writer.write()
+    writer.write()
+    assert len(reporter.warnings) == 1 and "report" in reporter.warnings[0]
 
 
 def test_stages_of_all_sessions_are_added_up(tmp_path: Path) -> None:
@@ -249,7 +259,9 @@ def test_what_a_user_can_do_wrong(
     ran = heretic(capsys, monkeypatch, "report", str(empty))
     assert ran.status == 1 and "[no-study]" in ran.err
     with pytest.raises(UserError) as refused:
-        write_report(stored_source(str(made.folder.path), "", os.environ, with_texts=False), tmp_path / "no" / "x.html")
+        write_report(
+            load_report_input(str(made.folder.path), "", os.environ, with_texts=False), tmp_path / "no" / "x.html"
+        )
     assert "x.html" in refused.value.what and refused.value.where == str(tmp_path / "no")
 
 
@@ -263,7 +275,7 @@ def test_geometry_of_a_run_and_of_a_model_is_the_same(
     measured = heretic(capsys, monkeypatch, "geometry", "-c", str(settings), "--json")
     assert measured.status == 0, measured.err
     layers = json.loads(measured.out)["layers"]
-    geometry = made.folder.geometry()
+    geometry = made.folder.load_geometry()
     assert geometry is not None
     assert [row["silhouette"] for row in layers] == pytest.approx(geometry.silhouette.tolist(), abs=1e-5)
     assert layers[-1]["cosine_with_next"] is None and not Path("elsewhere").exists()
@@ -277,8 +289,8 @@ def test_a_run_without_stored_geometry_gets_it_again(
     whole = bytearray(file.read_bytes())
     whole[-3] ^= 1
     file.write_bytes(whole)
-    assert folder.geometry() is None, "a damaged file was believed"
+    assert folder.load_geometry() is None, "a damaged file was believed"
     ran = heretic(capsys, monkeypatch, "geometry", str(folder.path), "--plain")
     assert ran.status == 0, ran.err
-    found, before = folder.geometry(), made.folder.geometry()
+    found, before = folder.load_geometry(), made.folder.load_geometry()
     assert found is not None and before is not None and (found.silhouette - before.silhouette).abs().max() < 1e-5

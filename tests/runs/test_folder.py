@@ -11,7 +11,7 @@ import torch
 from heretic.ablation.directions import Directions
 from heretic.errors import UserError
 from heretic.files import write_tensors, write_text
-from heretic.pipeline.prepare import _probe_storage
+from heretic.pipeline.prepare import check_storage
 from heretic.runs.folder import RunFolder, log_to
 from heretic.settings import Settings
 from heretic.storage.rdb import open_study
@@ -46,7 +46,7 @@ def test_two_runs_set_aside_in_the_same_second_are_both_kept() -> None:
     for number in range(3):
         folder.create()
         Path("runs/mine/which").write_text(str(number))
-        aside = folder.set_aside()
+        aside = folder.archive()
         assert aside is not None
         kept.add(aside)
     assert sorted(p.joinpath("which").read_text() for p in kept) == ["0", "1", "2"]
@@ -61,7 +61,7 @@ def test_files_of_a_run_are_its_owners_and_exports_follow_the_umask() -> None:
     before = os.umask(0)
     try:
         folder.create()
-        folder.keep_directions(Directions(torch.ones(1, 2)))
+        folder.save_directions(Directions(torch.ones(1, 2)))
         write_text(folder.path / "config.toml", "", private=True)
         open_study(storage_url("", folder.path), "heretic", {})
         write_text(Path("exported.json"), "{}")
@@ -89,5 +89,5 @@ def test_what_is_written_replaces_a_link_and_follows_none() -> None:
 def test_links_beside_the_folder_of_runs_do_not_matter() -> None:
     Path("mine").write_text("kept")
     Path("link").symlink_to("mine")
-    _probe_storage(Settings(runs_dir="runs"))
-    _probe_storage(Settings(runs_dir="."))
+    check_storage(Settings(runs_dir="runs"))
+    check_storage(Settings(runs_dir="."))

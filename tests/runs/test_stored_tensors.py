@@ -15,25 +15,25 @@ from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import UserError
 from heretic.files import read_tensors, write_tensors
 from heretic.model.response_prefix import AnswerStart
-from heretic.progress import Silent
+from heretic.progress import NullReporter
 from heretic.runs.folder import RunFolder
 from heretic.runs.stored_tensors import Baseline, directions_of, geometry_of, state_of, state_tensors
-from heretic.scoring.harmless_metrics import Conduct
+from heretic.scoring.harmless_metrics import HarmlessMetrics
 from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL
-from heretic.search.gradient_path import Point
-from heretic.search.path_optimizer import State
+from heretic.search.gradient_path import PathPoint
+from heretic.search.path_optimizer import OptimizerState
 
 BASELINE = Baseline(
     torch.randn(5, 7).log_softmax(-1), (REFUSAL, ANSWER, EVASIVE), ([1, 2], [], []), AnswerStart("Sure", {"thinking": False}),
-    ([3, 4], [5, 6, 0]), Conduct(1, 0, 3),
+    ([3, 4], [5, 6, 0]), HarmlessMetrics(1, 0, 3),
 )  # fmt: skip
-DIRECTIONS = {"directions": torch.randn(3, 4), "further": torch.randn(3, 1, 4)}
+DIRECTIONS = {"directions": torch.randn(3, 4), "extra": torch.randn(3, 1, 4)}
 GEOMETRY = ResidualGeometry(
     torch.eye(3), torch.rand(3, 3), torch.rand(3), torch.tensor([1.0, float("nan"), 2.0]), torch.rand(3, 5, 2), torch.rand(3, 2),
     torch.tensor([1, 1, 0, 0, 1], dtype=torch.uint8),
 )  # fmt: skip
-STATE = State(
-    torch.rand(2, 3), torch.rand(3), None, 4, 1, [Point(0.5, {"mlp": (0.0, 0.1, 0.2)}, (0.1, 0.2, 0.3), 0.1, 0.2)], [(0, [3])],
+STATE = OptimizerState(
+    torch.rand(2, 3), torch.rand(3), None, 4, 1, [PathPoint(0.5, {"mlp": (0.0, 0.1, 0.2)}, (0.1, 0.2, 0.3), 0.1, 0.2)], [(0, [3])],
     moments={"strengths.step": torch.tensor(4.0), "strengths.exp_avg": torch.rand(2, 3)},
 )  # fmt: skip
 READERS: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, Tensor]]] = {
@@ -42,7 +42,15 @@ READERS: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, Tensor
     "geometry": (geometry_of, GEOMETRY.tensors()),
     "walk": (state_of, state_tensors(STATE)),
 }
-MAY_LACK = {"further", "conduct", "refusal_texts", "answered", "mixture", "strengths.step", "strengths.exp_avg"}
+MAY_LACK = {
+    "extra",
+    "harmless_metrics",
+    "refusal_texts",
+    "answered",
+    "mixture",
+    "strengths.step",
+    "strengths.exp_avg",
+}
 SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
     "another type": lambda t: t.long() if t.is_floating_point() else t.float(),
     "another number of dimensions": lambda t: t.unsqueeze(0),
@@ -53,10 +61,18 @@ SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
 
 def test_what_was_written_is_read() -> None:
     found = Baseline.of(BASELINE.tensors())
-    assert found is not None and found.verdicts == BASELINE.verdicts and found.conduct == BASELINE.conduct
+    assert (
+        found is not None
+        and found.verdicts == BASELINE.verdicts
+        and found.harmless_metrics == BASELINE.harmless_metrics
+    )
     assert found.refusal_texts == BASELINE.refusal_texts and found.start == BASELINE.start
     state = state_of(state_tensors(STATE))
-    assert state.points == STATE.points and state.heard == STATE.heard and state.moments.keys() == STATE.moments.keys()
+    assert (
+        state.points == STATE.points
+        and state.extra_refusals == STATE.extra_refusals
+        and state.moments.keys() == STATE.moments.keys()
+    )
     assert geometry_of(GEOMETRY.tensors()).num_layers == 3 and directions_of(DIRECTIONS).count == 2
 
 
@@ -78,10 +94,10 @@ def test_a_missing_or_spoiled_tensor_is_refused(name: str) -> None:
 @pytest.mark.parametrize("told", [b"", b"[]", b"{", b"[" * 100_000, b'{"steps": -1}', b"\xff"])
 def test_a_spoiled_state_is_refused(told: bytes) -> None:
     with pytest.raises(ValueError):
-        state_of({**state_tensors(STATE), "told": torch.tensor(list(told), dtype=torch.uint8)})
+        state_of({**state_tensors(STATE), "state": torch.tensor(list(told), dtype=torch.uint8)})
 
 
-class Warned(Silent):
+class Warned(NullReporter):
     """Counts warnings."""
 
     count = 0
@@ -92,21 +108,25 @@ class Warned(Silent):
 
 
 def test_a_run_folder_moves_such_a_file_aside(tmp_path: Path) -> None:
-    folder, watcher = RunFolder(tmp_path, "stamp"), Warned()
-    for name, read in (("directions", folder.directions), ("baseline", folder.baseline), ("walk", folder.walk)):
+    folder, reporter = RunFolder(tmp_path, "stamp"), Warned()
+    for name, read in (
+        ("directions", folder.load_directions),
+        ("baseline", folder.load_baseline),
+        ("gradient_path", folder.load_path_state),
+    ):
         file = tmp_path / f"{name}.safetensors"
         write_tensors(file, {"of_another_program": torch.ones(2)}, {"fingerprint": "stamp"})
         if name == "baseline":  # without answers it would be of an earlier version
-            write_tensors(file, {**BASELINE.tensors(), "declined": torch.ones(2)}, {"fingerprint": "stamp"})
-        assert read(watcher) is None and not file.exists() and file.with_suffix(".damaged").is_file()
-    assert watcher.count == 3
+            write_tensors(file, {**BASELINE.tensors(), "refused": torch.ones(2)}, {"fingerprint": "stamp"})
+        assert read(reporter) is None and not file.exists() and file.with_suffix(".damaged").is_file()
+    assert reporter.count == 3
     write_tensors(tmp_path / "geometry.safetensors", {"cosines": torch.ones(2)}, {"fingerprint": "stamp"})
-    assert folder.geometry() is None and folder.steps_walked() == 0
+    assert folder.load_geometry() is None and folder.path_steps() == 0
 
 
 def test_directions_of_another_model_are_not_used(tmp_path: Path) -> None:
-    RunFolder(tmp_path, "another").keep_directions(Directions(torch.eye(3)))
-    assert RunFolder(tmp_path, "stamp").directions(Warned()) is None
+    RunFolder(tmp_path, "another").save_directions(Directions(torch.eye(3)))
+    assert RunFolder(tmp_path, "stamp").load_directions(Warned()) is None
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

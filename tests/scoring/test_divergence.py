@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from heretic.scoring.divergence import Divergence, divergences, summarise
+from heretic.scoring.divergence import Divergence, divergences, summarize
 
 
 def test_equals_pytorch() -> None:
@@ -26,8 +26,8 @@ def test_impossible_tokens_and_destroyed_models() -> None:
 
 
 def test_summary() -> None:
-    found = summarise(torch.arange(101, dtype=torch.float64))
+    found = summarize(torch.arange(101, dtype=torch.float64))
     assert (found.mean, found.median, found.p95, found.max) == (50, 50, 95, 100)
-    destroyed = summarise(torch.tensor([0.1, math.inf, 0.2], dtype=torch.float64))
+    destroyed = summarize(torch.tensor([0.1, math.inf, 0.2], dtype=torch.float64))
     assert destroyed == Divergence(math.inf, 0.2, math.inf, math.inf)
     assert destroyed.as_dict() == {"mean": "inf", "median": 0.2, "p95": "inf", "max": "inf"}

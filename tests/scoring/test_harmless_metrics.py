@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from heretic.ablation.apply import attach
-from heretic.scoring.evaluator import Beaten, Scores
-from heretic.scoring.harmless_metrics import Bystanders, Conduct, Limits, degenerate
+from heretic.ablation.apply import apply_operators
+from heretic.scoring.evaluator import PrunedTrial, Scores
+from heretic.scoring.harmless_metrics import HarmlessLimits, HarmlessMetrics, HarmlessProbe, degenerate
 from heretic.scoring.judges.evasion import repetition
-from tests.scoring.test_refusal_count import ABLATIONS, bench, together
+from tests.scoring.test_refusal_count import ABLATIONS, model_context, together
 
 
 def test_loops_and_empty_answers_are_degenerate() -> None:
@@ -21,38 +21,44 @@ def test_loops_and_empty_answers_are_degenerate() -> None:
 
 
 def test_limits() -> None:
-    found = Conduct(3, 1, 10)
-    assert Limits().excess(found) == {}
-    assert Limits(2, 4).excess(found) == {"over_refusals": 1.0, "degenerate": -3.0}
-    assert Limits(degenerate=0).excess(found) == {"degenerate": 1.0}
+    found = HarmlessMetrics(3, 1, 10)
+    assert HarmlessLimits().excess(found) == {}
+    assert HarmlessLimits(2, 4).excess(found) == {"over_refusals": 1.0, "degenerate": -3.0}
+    assert HarmlessLimits(degenerate=0).excess(found) == {"degenerate": 1.0}
 
 
 def test_trials_together_come_to_what_each_comes_to_alone_and_beaten_ones_are_spared(llama: Path) -> None:
-    ladder, workbench, baseline = bench(llama, share=True)
-    bystanders = Bystanders(ladder.harmless, [""] * len(ladder.harmless), Limits(4, 2))
-    ladder = replace(ladder, bystanders=bystanders)
+    evaluator, operator_factory, baseline = model_context(llama, share=True)
+    bystanders = HarmlessProbe(evaluator.harmless, [""] * len(evaluator.harmless), HarmlessLimits(4, 2))
+    evaluator = replace(evaluator, harmless_probe=bystanders)
     expected = []
     for ablation in ABLATIONS:
-        with attach(workbench.writers, workbench.operators(ablation)):
-            expected.append(ladder.score(baseline))
-    assert len({e.conduct for e in expected}) > 1
-    found = together(ladder, workbench, baseline, ABLATIONS)
+        with apply_operators(operator_factory.writers, operator_factory.operators(ablation)):
+            expected.append(evaluator.score(baseline))
+    assert len({e.harmless_metrics for e in expected}) > 1
+    found = together(evaluator, operator_factory, baseline, ABLATIONS)
     for one, reference in zip(found, expected, strict=True):
-        assert isinstance(one, Scores) and one.conduct == reference.conduct and one.excess == reference.excess
-        assert one.within_limits is (reference.conduct.over_refusals <= 4 and reference.conduct.degenerate <= 2)  # type: ignore[union-attr]
+        assert (
+            isinstance(one, Scores)
+            and one.harmless_metrics == reference.harmless_metrics
+            and one.excess == reference.excess
+        )
+        assert one.within_limits is (
+            reference.harmless_metrics.over_refusals <= 4 and reference.harmless_metrics.degenerate <= 2
+        )  # type: ignore[union-attr]
         assert Scores.from_dict(one.as_dict()) == one
     worst = max(e.refusals for e in expected)
-    for one in together(ladder, workbench, baseline, ABLATIONS, beaten=lambda _, n: n >= worst):
-        assert isinstance(one, Beaten) or one.conduct in {e.conduct for e in expected}  # type: ignore[attr-defined]
+    for one in together(evaluator, operator_factory, baseline, ABLATIONS, beaten=lambda _, n: n >= worst):
+        assert isinstance(one, PrunedTrial) or one.harmless_metrics in {e.harmless_metrics for e in expected}  # type: ignore[attr-defined]
 
 
 def test_scores_of_before_these_were_there_are_read() -> None:
     old = {
         "divergence": {"mean": 0.1, "median": 0.1, "p95": 0.1, "max": "inf"}, "refusals": 3, "total": 10,
-        "seconds": {}, "surrogate": None, "declined": "1110000000",
+        "seconds": {}, "surrogate": None, "refused": "1110000000",
     }  # fmt: skip
     found = Scores.from_dict(old)
-    assert (found.evasive, found.unanswered, found.judge, found.conduct, found.within_limits) == (
+    assert (found.evasive, found.unanswered, found.judge, found.harmless_metrics, found.within_limits) == (
         0,
         3,
         "markers",

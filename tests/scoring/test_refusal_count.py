@@ -12,150 +12,160 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heretic.ablation.ablation import Ablation, Workbench
-from heretic.ablation.apply import attach
+from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.apply import apply_operators
 from heretic.ablation.directions import Directions
-from heretic.ablation.strength_kernel import Kernel
-from heretic.model.batching import Batcher, Edited
+from heretic.ablation.strength_kernel import StrengthKernel
+from heretic.model.batching import Batcher, EditSpec
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
-from heretic.model.decoding import Answers, Limits, go_on
+from heretic.model.decoding import DecodingState, StopCriteria, continue_decoding
 from heretic.model.loading import LanguageModel, load
 from heretic.scoring import refusal_count as race
 from heretic.scoring.divergence import first_token_log_probs
-from heretic.scoring.evaluator import Beaten, Ladder, Scores
+from heretic.scoring.evaluator import PrunedTrial, Scores, TrialEvaluator
 from heretic.scoring.judges.markers import MarkerJudge
-from heretic.scoring.judges.verdict import Said, Verdict
-from heretic.scoring.refusal_count import Standing
+from heretic.scoring.judges.verdict import Exchange, Verdict
+from heretic.scoring.refusal_count import RefusalBounds
 from heretic.scoring.refusal_proxy import FIRST_TOKENS, MOST_TOKENS
-from heretic.scoring.teacher_forcing import Taught, log_probs_at
-from heretic.session.caching import with_savings
+from heretic.scoring.teacher_forcing import TeacherForcedTexts, log_probs_at
+from heretic.session.caching import enable_caching
 from tests.helpers.tiny import FAMILIES, HARMFUL, HARMLESS, WINDOWED, save_tiny
 
 ABLATIONS = [
-    Ablation.of_kernels({c: Kernel(strength, 3.0, 0.4, reach) for c in ("attention", "mlp")}, 4)
+    Ablation.from_kernels({c: StrengthKernel(strength, 3.0, 0.4, reach) for c in ("attention", "mlp")}, 4)
     for strength, reach in ((1.2, 1.0), (0.7, 2.0), (3.0, 1.5), (0.0, 1.0), (1.5, 4.0))
 ]
 
 
-def bench(folder: Path, *, share: bool, size: int = 64) -> tuple[Ladder, Workbench, torch.Tensor]:
+def model_context(folder: Path, *, share: bool, size: int = 64) -> tuple[TrialEvaluator, OperatorFactory, torch.Tensor]:
     model = load(open_checkpoint(str(folder)), ["float32"], {})
     chat = ChatFormat(model.tokenizer)
-    batcher = Batcher(size, share=share)
-    ladder = Ladder(
+    batcher = Batcher(size, prefix_caching=share)
+    evaluator = TrialEvaluator(
         model, chat, chat.encode(HARMFUL[:14]), chat.encode(HARMLESS[:10]), MarkerJudge(["sorry"]), batcher, 12
     )
     torch.manual_seed(3)
     directions = Directions(torch.nn.functional.normalize(torch.randn(4, 32), dim=-1))
-    workbench = Workbench.prepare(directions, model.anatomy.writers, "norm_preserving")
-    whole = replace(ladder, judge=MarkerJudge(["nothing"])).refusals()
+    operator_factory = OperatorFactory.prepare(directions, model.structure.writers, "norm_preserving")
+    whole = replace(evaluator, judge=MarkerJudge(["nothing"])).refusals()
     answers = [chat.text(list(tokens)) for tokens in whole.tokens]
     # The word that divides the answers best is the marker, so that some are declined.
     words = {word for answer in answers for word in answer.split()}
     marker = min(sorted(words), key=lambda w: abs(2 * sum(w in a for a in answers) - len(answers)), default="sorry")
-    ladder = replace(ladder, judge=MarkerJudge([marker]))
-    return ladder, workbench, first_token_log_probs(model, ladder.harmless, batcher)
+    evaluator = replace(evaluator, judge=MarkerJudge([marker]))
+    return evaluator, operator_factory, first_token_log_probs(model, evaluator.harmless, batcher)
 
 
-def refusal_texts(ladder: Ladder) -> list[list[int]]:
-    counted = ladder.refusals(fewest_tokens=3)
+def refusal_texts(evaluator: TrialEvaluator) -> list[list[int]]:
+    counted = evaluator.refusals(fewest_tokens=3)
     assert counted.count or counted.evasive
-    return [list(t[:MOST_TOKENS]) if d else [] for t, d in zip(counted.tokens, counted.declined, strict=True)]
+    return [list(t[:MOST_TOKENS]) if d else [] for t, d in zip(counted.tokens, counted.refused, strict=True)]
 
 
 def together(
-    ladder: Ladder, workbench: Workbench, baseline: torch.Tensor, ablations: list[Ablation], **more: object
+    evaluator: TrialEvaluator,
+    operator_factory: OperatorFactory,
+    baseline: torch.Tensor,
+    ablations: list[Ablation],
+    **more: object,
 ) -> list[object]:
-    operators = [workbench.operators(a) for a in ablations]
-    first = min((w.layer for w in workbench.writers if any(w.name in o for o in operators)), default=4)
-    with attach(workbench.writers, *operators):
-        return list(ladder.score_trials(baseline, Edited(len(ablations), first), **more))  # type: ignore[arg-type]
+    operators = [operator_factory.operators(a) for a in ablations]
+    first = min((w.layer for w in operator_factory.writers if any(w.name in o for o in operators)), default=4)
+    with apply_operators(operator_factory.writers, *operators):
+        return list(evaluator.score_trials(baseline, EditSpec(len(ablations), first), **more))  # type: ignore[arg-type]
 
 
-def alone(ladder: Ladder, workbench: Workbench, baseline: torch.Tensor) -> list[Scores]:
+def alone(evaluator: TrialEvaluator, operator_factory: OperatorFactory, baseline: torch.Tensor) -> list[Scores]:
     found = []
     for ablation in ABLATIONS:
-        with attach(workbench.writers, workbench.operators(ablation)):
-            found.append(ladder.score(baseline))
+        with apply_operators(operator_factory.writers, operator_factory.operators(ablation)):
+            found.append(evaluator.score(baseline))
     return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [3, 128])
 def test_verdicts_and_kl_are_those_of_each_alone(family: str, size: int, tmp_path: Path) -> None:
-    ladder, workbench, baseline = bench(save_tiny(tmp_path / "m", family), share=family not in WINDOWED)
-    ladder.batcher.share, sharing = False, ladder.batcher.share
-    expected = alone(ladder, workbench, baseline)
-    ladder.batcher.share, ladder.batcher.size = sharing, size
-    saving = with_savings(ladder, refusal_texts(ladder))
+    evaluator, operator_factory, baseline = model_context(
+        save_tiny(tmp_path / "m", family), share=family not in WINDOWED
+    )
+    evaluator.batcher.prefix_caching, sharing = False, evaluator.batcher.prefix_caching
+    expected = alone(evaluator, operator_factory, baseline)
+    evaluator.batcher.prefix_caching, evaluator.batcher.size = sharing, size
+    saving = enable_caching(evaluator, refusal_texts(evaluator))
     windowed = family in WINDOWED
     assert (saving.harmful_entries is None) is windowed
     for _ in range(2):  # the second time passes begin with what the first has kept
         for some in (ABLATIONS[:3], ABLATIONS[3:], ABLATIONS[1:2]):
-            for found, ablation in zip(together(saving, workbench, baseline, some), some, strict=True):
+            for found, ablation in zip(together(saving, operator_factory, baseline, some), some, strict=True):
                 reference = expected[ABLATIONS.index(ablation)]
-                assert isinstance(found, Scores) and found.declined == reference.declined
+                assert isinstance(found, Scores) and found.refused == reference.refused
                 assert found.divergence.mean == pytest.approx(reference.divergence.mean, rel=1e-4, abs=1e-7)
     if not windowed:
-        assert len({e.declined for e in expected}) > 1, "the ablations should not all do the same"
+        assert len({e.refused for e in expected}) > 1, "the ablations should not all do the same"
         assert saving.harmful_entries is not None and saving.harmful_entries.hidden, "nothing was kept"
 
 
 def test_what_answers_lean_to_is_the_joint_probability_of_the_originals_first_words(llama: Path) -> None:
-    ladder, workbench, baseline = bench(llama, share=True)
-    saving = with_savings(ladder, refusal_texts(ladder))
+    evaluator, operator_factory, baseline = model_context(llama, share=True)
+    saving = enable_caching(evaluator, refusal_texts(evaluator))
     ablation = ABLATIONS[0]
-    (found,) = together(saving, workbench, baseline, [ablation])
+    (found,) = together(saving, operator_factory, baseline, [ablation])
     assert isinstance(found, Scores) and found.leaning is not None
     by_hand = 0.0
-    with attach(workbench.writers, workbench.operators(ablation)):
-        for prompt, text, declined in zip(ladder.harmful, saving.tried, found.declined, strict=True):
-            if text and declined == "0":
+    with apply_operators(operator_factory.writers, operator_factory.operators(ablation)):
+        for prompt, text, refused in zip(evaluator.harmful, saving.tried, found.refused, strict=True):
+            if text and refused == "0":
                 first = text[:FIRST_TOKENS]
-                (log_probs,) = log_probs_at(ladder.language_model, Taught.of([prompt], [first]), Batcher(1))
+                (log_probs,) = log_probs_at(
+                    evaluator.language_model, TeacherForcedTexts.of([prompt], [first]), Batcher(1)
+                )
                 by_hand += float(log_probs.gather(1, torch.tensor(first)[:, None]).sum().exp())
         again = saving.score(baseline)
     assert by_hand > 0 and found.leaning == pytest.approx(by_hand, rel=1e-3)
     assert again.leaning == pytest.approx(by_hand, rel=1e-3) and again.expected == found.expected
     assert Scores.from_dict(found.as_dict()) == found
-    assert ladder.score(baseline).leaning is None, "nothing was kept to try"
+    assert evaluator.score(baseline).leaning is None, "nothing was kept to try"
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=12), st.randoms())
 def test_what_is_to_be_expected_at_least_only_grows(requests: list[tuple[float, bool]], order: Random) -> None:
-    standing = Standing.unknown(len(requests))
-    standing.joint = [p for p, _ in requests]
-    seen = [standing.expected_at_least]
+    summary = RefusalBounds.unknown(len(requests))
+    summary.prefix_prob = [p for p, _ in requests]
+    seen = [summary.expected_at_least]
     places = list(range(len(requests)))
     order.shuffle(places)
     for place in places:
-        standing.verdicts[place] = "refusal" if requests[place][1] else "answer"
-        seen.append(standing.expected_at_least)
+        summary.verdicts[place] = "refusal" if requests[place][1] else "answer"
+        seen.append(summary.expected_at_least)
     assert seen == sorted(seen)
 
 
 def test_rows_of_a_hybrid_model_are_tried_first_and_decoded_plainly(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, Lfm2Config
 
-    from heretic.model.architecture import dissect
+    from heretic.model.architecture import find_residual_writers
     from tests.helpers.tiny import COMMON, tiny_tokenizer
 
-    ladder, _, _ = bench(save_tiny(tmp_path / "m"), share=False)
+    evaluator, _, _ = model_context(save_tiny(tmp_path / "m"), share=False)
     torch.manual_seed(1)
     kinds = ["conv", "full_attention", "conv", "full_attention"]
     model = AutoModelForCausalLM.from_config(Lfm2Config(**COMMON, layer_types=kinds, conv_L_cache=3)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    hybrid = LanguageModel(model, tiny_tokenizer(), ladder.language_model.checkpoint, dissect(model), "float32")
-    same_length = [r for r in ladder.harmful if len(r) == len(ladder.harmful[0])]  # convolutions see the padding
-    ladder = replace(ladder, language_model=hybrid, harmful=same_length, batcher=Batcher(1))
-    baseline = first_token_log_probs(hybrid, ladder.harmless, ladder.batcher)
-    counted = ladder.refusals()
-    texts = [list(t[:MOST_TOKENS]) if d else [] for t, d in zip(counted.tokens, counted.declined, strict=True)]
-    saving = with_savings(ladder, texts)
+    hybrid = LanguageModel(
+        model, tiny_tokenizer(), evaluator.language_model.checkpoint, find_residual_writers(model), "float32"
+    )
+    same_length = [r for r in evaluator.harmful if len(r) == len(evaluator.harmful[0])]  # convolutions see the padding
+    evaluator = replace(evaluator, language_model=hybrid, harmful=same_length, batcher=Batcher(1))
+    baseline = first_token_log_probs(hybrid, evaluator.harmless, evaluator.batcher)
+    counted = evaluator.refusals()
+    texts = [list(t[:MOST_TOKENS]) if d else [] for t, d in zip(counted.tokens, counted.refused, strict=True)]
+    saving = enable_caching(evaluator, texts)
     (found,) = saving.score_trials(baseline)
-    assert isinstance(found, Scores) and found.declined == "".join("01"[d] for d in counted.declined)
+    assert isinstance(found, Scores) and found.refused == "".join("01"[d] for d in counted.refused)
     assert found.surrogate is not None and found.surrogate.matching == counted.count
 
 
@@ -167,66 +177,66 @@ class Whole:
     def settled(self, answer: str) -> bool:
         return False
 
-    def verdicts(self, said: Sequence[Said]) -> list[Verdict]:
+    def verdicts(self, said: Sequence[Exchange]) -> list[Verdict]:
         return ["refusal" if len(one.answer) % 2 else "answer" for one in said]
 
 
 @pytest.mark.parametrize("size", [4, 128])
 def test_a_judge_of_whole_answers_gives_the_verdicts_of_each_alone(llama: Path, size: int) -> None:
-    ladder, workbench, baseline = bench(llama, share=True)
-    texts = refusal_texts(ladder)
-    ladder = replace(ladder, judge=Whole())
-    expected = alone(ladder, workbench, baseline)
-    ladder.batcher.size = size
-    saving = with_savings(ladder, texts)
-    for found, reference in zip(together(saving, workbench, baseline, ABLATIONS), expected, strict=True):
-        assert isinstance(found, Scores) and (found.declined, found.judge) == (reference.declined, "whole")
-    assert len({e.declined for e in expected}) > 1
+    evaluator, operator_factory, baseline = model_context(llama, share=True)
+    texts = refusal_texts(evaluator)
+    evaluator = replace(evaluator, judge=Whole())
+    expected = alone(evaluator, operator_factory, baseline)
+    evaluator.batcher.size = size
+    saving = enable_caching(evaluator, texts)
+    for found, reference in zip(together(saving, operator_factory, baseline, ABLATIONS), expected, strict=True):
+        assert isinstance(found, Scores) and (found.refused, found.judge) == (reference.refused, "whole")
+    assert len({e.refused for e in expected}) > 1
     most = max(e.refusals for e in expected)
-    left = together(saving, workbench, baseline, ABLATIONS, beaten=lambda _, at_least: at_least >= most)
+    left = together(saving, operator_factory, baseline, ABLATIONS, beaten=lambda _, at_least: at_least >= most)
     for found, reference in zip(left, expected, strict=True):
-        assert isinstance(found, Beaten) is (reference.refusals == most)
-        assert not isinstance(found, Beaten) or found.at_least == most
+        assert isinstance(found, PrunedTrial) is (reference.refusals == most)
+        assert not isinstance(found, PrunedTrial) or found.at_least == most
 
 
-def test_a_trial_is_left_as_soon_as_it_is_beaten_and_its_neighbours_are_not(llama: Path) -> None:
-    ladder, workbench, baseline = bench(llama, share=True)
-    expected = alone(ladder, workbench, baseline)
-    saving = with_savings(ladder, refusal_texts(ladder))
+def test_a_trial_is_left_as_soon_as_it_is_beaten_and_its_neighbors_are_not(llama: Path) -> None:
+    evaluator, operator_factory, baseline = model_context(llama, share=True)
+    expected = alone(evaluator, operator_factory, baseline)
+    saving = enable_caching(evaluator, refusal_texts(evaluator))
     most = max(range(3), key=lambda i: expected[i].refusals)
     limit = expected[most].refusals
     kl = expected[most].divergence.mean
     assert limit > 0
     found = together(
         saving,
-        workbench,
+        operator_factory,
         baseline,
         ABLATIONS[:3],
         beaten=lambda k, at_least: abs(k - kl) < 1e-4 * kl and at_least >= limit,
     )
     for i, one in enumerate(found):
         if i == most:
-            assert isinstance(one, Beaten) and one.at_least == limit
+            assert isinstance(one, PrunedTrial) and one.at_least == limit
         else:
-            assert isinstance(one, Scores) and one.declined == expected[i].declined
+            assert isinstance(one, Scores) and one.refused == expected[i].refused
 
 
 def test_memory_that_runs_out_while_decoding_goes_on_halves_the_batch(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cache of the first pass grows with every token, and is dropped where it grows too large."""
-    ladder, workbench, baseline = bench(llama, share=True)
-    saving = with_savings(ladder, refusal_texts(ladder))
-    (expected,) = together(saving, workbench, baseline, ABLATIONS[:1])
+    evaluator, operator_factory, baseline = model_context(llama, share=True)
+    saving = enable_caching(evaluator, refusal_texts(evaluator))
+    (expected,) = together(saving, operator_factory, baseline, ABLATIONS[:1])
     sizes: list[int] = []
 
-    def short(model: object, answers: Answers, limits: Limits) -> None:
+    def short(model: object, answers: DecodingState, limits: StopCriteria) -> None:
         sizes.append(len(answers.tokens))
         if len(answers.tokens) > 4:
             raise torch.OutOfMemoryError("out of memory")
-        go_on(model, answers, limits)
+        continue_decoding(model, answers, limits)
 
     monkeypatch.setattr(race, "go_on", short)
-    (found,) = together(saving, workbench, baseline, ABLATIONS[:1])
-    assert isinstance(found, Scores) and isinstance(expected, Scores) and found.declined == expected.declined
-    assert sizes[:2] == [14, 7] and max(sizes[2:]) <= 4 and ladder.batcher.size <= 4
+    (found,) = together(saving, operator_factory, baseline, ABLATIONS[:1])
+    assert isinstance(found, Scores) and isinstance(expected, Scores) and found.refused == expected.refused
+    assert sizes[:2] == [14, 7] and max(sizes[2:]) <= 4 and evaluator.batcher.size <= 4

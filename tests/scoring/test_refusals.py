@@ -23,8 +23,8 @@ def test_stopping_at_a_marker_changes_no_verdict(llama: Path) -> None:
     counts = set()
     for marker in [*words, f"{answers[0].split()[4]} {answers[0].split()[5]}"]:  # one spans two tokens
         judge = MarkerJudge([marker])
-        expected = tuple(judge.declines(answer) for answer in answers)
+        expected = tuple(judge.refuses(answer) for answer in answers)
         found = count_refusals(model, chat, sequences, judge, batcher, 30)
-        assert found.declined == expected, marker
+        assert found.refused == expected, marker
         counts.add(found.count)
     assert len(counts) > 1

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from heretic.scoring.divergence import Divergence
 from heretic.scoring.evaluator import Scores
-from heretic.scoring.harmless_metrics import Conduct
-from heretic.search.pareto import Result, choose, columns, front
+from heretic.scoring.harmless_metrics import HarmlessMetrics
+from heretic.search.pareto import Result, pareto_front, select_trial, table_columns
 
 
 def results(*points: tuple[float, int] | tuple[float, int, float]) -> list[Result]:
@@ -25,13 +25,13 @@ def results(*points: tuple[float, int] | tuple[float, int, float]) -> list[Resul
 
 def test_front_is_what_nothing_beats_fewest_refusals_first() -> None:
     found = results((0.5, 1), (0.1, 10), (0.2, 10), (0.6, 1), (0.05, 30), (0.3, 5), (math.inf, 0), (0.05, 40))
-    assert [r.number for r in front(found)] == [0, 5, 1, 4]
+    assert [r.number for r in pareto_front(found)] == [0, 5, 1, 4]
 
 
 @given(st.lists(st.tuples(st.floats(0, 2), st.integers(0, 20)), max_size=30))
 def test_no_point_of_the_front_is_beaten_and_every_other_is(points: list[tuple[float, int]]) -> None:
     found = results(*points)
-    best = front(found)
+    best = pareto_front(found)
 
     def beats(a: Result, b: Result) -> bool:
         return a.point != b.point and a.point[0] <= b.point[0] and a.point[1] <= b.point[1]
@@ -51,41 +51,44 @@ def test_no_point_of_the_front_is_beaten_and_every_other_is(points: list[tuple[f
     ],
 )
 def test_choice(rule: str, max_kl: float, max_refusals: int, number: int, said: str) -> None:
-    chosen = choose(results((0.5, 1), (0.2, 10), (0.05, 30)), rule, max_kl, max_refusals)
+    chosen = select_trial(results((0.5, 1), (0.2, 10), (0.05, 30)), rule, max_kl, max_refusals)
     assert chosen is not None and chosen[0].number == number and said in chosen[1]
 
 
 def test_an_evasion_is_no_success_for_the_choice_either() -> None:
     evading, answering = results((0.01, 2), (0.05, 3))
     evading = replace(evading, scores=replace(evading.scores, evasive=46))
-    chosen = choose([evading, answering], "lowest_kl_under_refusals", 0.1, 3)
+    chosen = select_trial([evading, answering], "lowest_kl_under_refusals", 0.1, 3)
     assert chosen is not None and chosen[0] is answering
 
 
 def test_at_equal_counts_an_answer_that_hardly_leans_to_refusing_is_worth_more() -> None:
     found = results((0.008, 2, 1.1), (0.011, 2, 0.65), (0.023, 2, 0.18), (0.03, 2, 0.19), (0.042, 1, 0.08))
-    assert [r.number for r in front(found)] == [4, 2, 1, 0]
+    assert [r.number for r in pareto_front(found)] == [4, 2, 1, 0]
 
 
 def test_less_than_half_a_request_is_not_worth_a_larger_change() -> None:
     found = results((0.008, 2, 1.1), (0.011, 2, 0.4), (0.023, 2, 0.0), (0.2, 0, 0.0))
-    assert [r.number for r in front(found)] == [3, 2, 1, 0]
-    chosen = choose(found, "fewest_refusals_under_kl", 0.1, 0)
+    assert [r.number for r in pareto_front(found)] == [3, 2, 1, 0]
+    chosen = select_trial(found, "fewest_refusals_under_kl", 0.1, 0)
     assert chosen is not None and chosen[0].number == 1
-    fewest = choose(found, "lowest_kl_under_refusals", 0.1, 2)
+    fewest = select_trial(found, "lowest_kl_under_refusals", 0.1, 2)
     assert fewest is not None and fewest[0].number == 0
 
 
 def test_nothing_to_choose_from() -> None:
-    assert choose(results((math.inf, 0)), "fewest_refusals_under_kl", 1, 1) is None
+    assert select_trial(results((math.inf, 0)), "fewest_refusals_under_kl", 1, 1) is None
 
 
 def test_columns_of_what_was_measured_and_found() -> None:
     plain = results((0.5, 1), (0.1, 10))
-    assert list(columns(plain)) == ["trial", "refusals", "expected", "KL mean", "median", "p95", "max"]
-    assert [cells[1] for cells in columns(plain).values()] == ["1", "10/100", "10.0", *["0.1000"] * 4]
-    more = [replace(r, scores=replace(r.scores, evasive=r.number, conduct=Conduct(3, 1, 40))) for r in plain]
-    shown = columns(more)
+    assert list(table_columns(plain)) == ["trial", "refusals", "expected", "KL mean", "median", "p95", "max"]
+    assert [cells[1] for cells in table_columns(plain).values()] == ["1", "10/100", "10.0", *["0.1000"] * 4]
+    more = [
+        replace(r, scores=replace(r.scores, evasive=r.number, harmless_metrics=HarmlessMetrics(3, 1, 40)))
+        for r in plain
+    ]
+    shown = table_columns(more)
     assert (shown["evasive"], shown["expected"]) == (["0", "1"], ["1.0", "11.0"])
     assert shown["harmless declined"] == ["3/40"] * 2 and shown["degenerate"] == ["1/40"] * 2
-    assert "degenerate" not in columns([more[0], plain[1]]), "for one it was not measured"
+    assert "degenerate" not in table_columns([more[0], plain[1]]), "for one it was not measured"

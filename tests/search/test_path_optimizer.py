@@ -10,23 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from heretic.ablation.ablation import Ablation, Workbench
-from heretic.ablation.apply import attach
-from heretic.ablation.directions import Directions, made_unit, orthonormal
-from heretic.ablation.operator import GEOMETRIES, facts_along, study_weight
+from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.apply import apply_operators
+from heretic.ablation.directions import Directions, normalized, orthonormal
+from heretic.ablation.operator import GEOMETRIES, stats_for_directions, weight_statistics
 from heretic.errors import Interrupted
-from heretic.interrupt import Stop
-from heretic.model.activation_cache import entries_for
+from heretic.interrupt import StopSignal
+from heretic.model.activation_cache import allocate_cache
 from heretic.model.batching import Batcher
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 from heretic.runs.folder import RunFolder
 from heretic.scoring.gradient_loss import Objective
-from heretic.scoring.teacher_forcing import Taught, log_probs_at
+from heretic.scoring.teacher_forcing import TeacherForcedTexts, log_probs_at
 from heretic.search import path_optimizer as gradient
-from heretic.search.path_optimizer import Descent, Heard, State
+from heretic.search.path_optimizer import MinedRefusals, OptimizerState, PathOptimizer
 from heretic.settings import GradientSettings
 from tests.helpers.tiny import FAMILIES, HARMFUL, HARMLESS, save_tiny
 
@@ -39,29 +39,29 @@ def objective(folder: Path, geometry: str = "norm_preserving", *, more: bool = F
     chat = ChatFormat(model.tokenizer)
     torch.manual_seed(3)
     directions = Directions(torch.nn.functional.normalize(torch.randn(4, 32), dim=-1))
-    workbench = Workbench.prepare(directions, model.anatomy.writers, geometry)
+    operator_factory = OperatorFactory.prepare(directions, model.structure.writers, geometry)
     batcher = Batcher(3)
     asked = chat.encode(HARMFUL[:8])
-    words = [[int(t[0].argmax())] for t in log_probs_at(model, Taught.of(asked, [[0]] * 8), batcher)]
-    harmful = Taught.of(asked, [[*word, *([9] if more else [])] for word in words])
-    harmless = Taught.of(chat.encode(HARMLESS[:8]), [[11] * kl_tokens] * 8)
-    return Objective(model, workbench, batcher, harmless, harmful, log_probs_at(model, harmless, batcher))
+    words = [[int(t[0].argmax())] for t in log_probs_at(model, TeacherForcedTexts.of(asked, [[0]] * 8), batcher)]
+    harmful = TeacherForcedTexts.of(asked, [[*word, *([9] if more else [])] for word in words])
+    harmless = TeacherForcedTexts.of(chat.encode(HARMLESS[:8]), [[11] * kl_tokens] * 8)
+    return Objective(model, operator_factory, batcher, harmless, harmful, log_probs_at(model, harmless, batcher))
 
 
-def begin(of: Objective, kind: str = "mixture") -> State:
-    return State.begin(2, of.workbench.directions, kind)
+def begin(of: Objective, kind: str = "mixture") -> OptimizerState:
+    return OptimizerState.begin(2, of.operator_factory.directions, kind)
 
 
-def descent(of: Objective, settings: GradientSettings = SETTINGS, **more: object) -> Descent:
-    components = of.language_model.anatomy.components
-    return Descent(of, components, settings, 0, SILENT, Stop(), **more)  # type: ignore[arg-type]
+def optimizer(of: Objective, settings: GradientSettings = SETTINGS, **more: object) -> PathOptimizer:
+    components = of.language_model.structure.components
+    return PathOptimizer(of, components, settings, 0, NULL_REPORTER, StopSignal(), **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_gradients_of_every_geometry_are_true_in_float64(geometry: str) -> None:
     torch.manual_seed(0)
     weight, vectors = torch.randn(12, 7), torch.nn.functional.normalize(torch.randn(3, 12), dim=-1)
-    facts = study_weight(weight, vectors)
+    facts = weight_statistics(weight, vectors)
     facts = replace(facts, norms=facts.norms.double(), g=facts.g.double(), gram=facts.gram.double())
     directions, y = Directions(vectors.double()), torch.randn(5, 12, dtype=torch.float64)
 
@@ -86,7 +86,7 @@ def test_several_directions_have_true_gradients(geometry: str) -> None:
 
     def edited(strength: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         rows, _ = orthonormal(vectors.unflatten(0, (3, 12)))
-        return GEOMETRIES[geometry](rows, strength, facts_along(rows, weight, norms), torch.eye(3).double())(y)
+        return GEOMETRIES[geometry](rows, strength, stats_for_directions(rows, weight, norms), torch.eye(3).double())(y)
 
     vectors = torch.randn(36, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(edited, (torch.tensor(0.7, dtype=torch.float64, requires_grad=True), vectors))
@@ -98,11 +98,13 @@ def test_a_walk_with_several_directions_goes_down_and_on_where_it_was_left(
 ) -> None:
     of = objective(llama)
     torch.manual_seed(3)
-    writers = of.language_model.anatomy.writers
-    of = replace(of, workbench=Workbench.prepare(made_unit(torch.randn(4, 2, 32)), writers, "norm_preserving"))
-    whole = descent(of).run(begin(of, kind))
+    writers = of.language_model.structure.writers
+    of = replace(
+        of, operator_factory=OperatorFactory.prepare(normalized(torch.randn(4, 2, 32)), writers, "norm_preserving")
+    )
+    whole = optimizer(of).run(begin(of, kind))
     train = range(6), range(6)
-    before, after = (of.read(a, 0, *train) for a in (Ablation({}), whole[-1].ablation))
+    before, after = (of.evaluate(a, 0, *train) for a in (Ablation({}), whole[-1].ablation))
     assert after.kl + 2.0 * after.refusing < before.kl + 2.0 * before.refusing
     if kind == "free":
         assert whole[-1].vector is not None and len(whole[-1].vector) == 2 * 32
@@ -110,15 +112,15 @@ def test_a_walk_with_several_directions_goes_down_and_on_where_it_was_left(
         assert float(torch.nn.functional.normalize(pair, dim=1).prod(dim=0).sum().abs()) < 0.9
     folder = RunFolder(tmp_path, "stamp")
 
-    def cut(state: State) -> None:
-        folder.keep_walk(state)
+    def cut(state: OptimizerState) -> None:
+        folder.save_path_state(state)
         if state.steps == 5:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        descent(of, keep=cut).run(begin(of, kind))
-    state = folder.walk(SILENT)
-    assert state is not None and descent(of).run(state) == whole
+        optimizer(of, keep=cut).run(begin(of, kind))
+    state = folder.load_path_state(NULL_REPORTER)
+    assert state is not None and optimizer(of).run(state) == whole
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -129,7 +131,7 @@ def test_a_direction_of_its_own_has_true_gradients_too(geometry: str) -> None:
 
     def edited(vector: torch.Tensor) -> torch.Tensor:
         unit = torch.nn.functional.normalize(vector, dim=0)
-        return GEOMETRIES[geometry](unit, strength, facts_along(unit, weight, norms), unit.new_ones(1))(y)
+        return GEOMETRIES[geometry](unit, strength, stats_for_directions(unit, weight, norms), unit.new_ones(1))(y)
 
     vector = torch.randn(12, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(edited, (vector,))
@@ -138,10 +140,10 @@ def test_a_direction_of_its_own_has_true_gradients_too(geometry: str) -> None:
 def test_a_vector_inside_the_span_is_the_same_as_its_mixture(llama: Path) -> None:
     of = objective(llama)
     strengths, mixture = {"attention": (0.0, 0.5, 1.2, 0.3), "mlp": (0.9, 0.0, 0.4, 0.0)}, (0.2, 1.0, 0.5, -0.3)
-    vector = torch.tensor(mixture) @ of.workbench.directions.vectors
+    vector = torch.tensor(mixture) @ of.operator_factory.directions.vectors
     with torch.no_grad():
-        one = of.workbench.operators(Ablation(strengths, mixture))
-        other = of.workbench.operators(Ablation(strengths, vector=3 * vector))
+        one = of.operator_factory.operators(Ablation(strengths, mixture))
+        other = of.operator_factory.operators(Ablation(strengths, vector=3 * vector))
     assert one.keys() == other.keys()
     for name, operator in one.items():
         y = torch.randn(3, 32)
@@ -150,11 +152,11 @@ def test_a_vector_inside_the_span_is_the_same_as_its_mixture(llama: Path) -> Non
 
 def test_a_free_direction_leaves_the_span_less_the_more_it_costs(llama: Path) -> None:
     of = objective(llama)
-    span = torch.linalg.qr(of.workbench.directions.vectors.T).Q
+    span = torch.linalg.qr(of.operator_factory.directions.vectors.T).Q
 
     def outside(leaving: float) -> float:
         settings = SETTINGS.model_copy(update={"direction": "free", "leaving": leaving})
-        *_, last = descent(of, settings).run(begin(of, "free"))
+        *_, last = optimizer(of, settings).run(begin(of, "free"))
         unit = torch.nn.functional.normalize(torch.tensor(last.vector), dim=0)
         return float((unit - span @ (span.T @ unit)).norm())
 
@@ -169,7 +171,7 @@ def test_the_losss_gradient_is_its_slope(family: str, tmp_path: Path) -> None:
     rows = list(range(8))
 
     def loss(s: torch.Tensor, m: torch.Tensor, **wanted: object) -> object:
-        return of.read(Ablation({"attention": s[0], "mlp": s[1]}, m), 0, rows, rows, weight=2.0, **wanted)  # type: ignore[arg-type]
+        return of.evaluate(Ablation({"attention": s[0], "mlp": s[1]}, m), 0, rows, rows, weight=2.0, **wanted)  # type: ignore[arg-type]
 
     leaves = [strengths.clone().requires_grad_(), mixture.clone().requires_grad_()]
     gradients = loss(*leaves, wanted=leaves).gradients  # type: ignore[attr-defined]
@@ -194,16 +196,18 @@ def test_every_way_of_saving_gives_the_same_gradient(way: str, llama: Path) -> N
     strengths[:, 2:] = 0.5
     of = plain
     if way == "shared beginning":
-        of = replace(plain, batcher=replace(plain.batcher, share=True))
+        of = replace(plain, batcher=replace(plain.batcher, prefix_caching=True))
     if way == "computed twice":
-        of = replace(plain, checkpoints=True, batcher=replace(plain.batcher, share=True))
+        of = replace(plain, checkpoints=True, batcher=replace(plain.batcher, prefix_caching=True))
     if way == "small batches":
         of = replace(plain, batcher=replace(plain.batcher, size=1))
     if way == "later":
-        blocks = plain.language_model.anatomy.blocks
+        blocks = plain.language_model.structure.blocks
 
-        def kept(taught: Taught) -> Taught:
-            room = entries_for(blocks, taught.sequences, [], with_cache=False, bytes_per_token=(128, 128), budget=10**7)
+        def kept(taught: TeacherForcedTexts) -> TeacherForcedTexts:
+            room = allocate_cache(
+                blocks, taught.sequences, [], with_cache=False, bytes_per_token=(128, 128), budget=10**7
+            )
             return replace(taught, entries=room)
 
         of = replace(plain, harmless=kept(plain.harmless), harmful=kept(plain.harmful))
@@ -211,7 +215,7 @@ def test_every_way_of_saving_gives_the_same_gradient(way: str, llama: Path) -> N
     def gradients(o: Objective) -> tuple[torch.Tensor, ...]:
         leaf = strengths.clone().requires_grad_()
         ablation = Ablation({"attention": leaf[0], "mlp": leaf[1]})
-        return o.read(ablation, 2, range(8), range(8), wanted=[leaf]).gradients
+        return o.evaluate(ablation, 2, range(8), range(8), wanted=[leaf]).gradients
 
     (expected,) = gradients(plain)
     assert expected[:, 2:].abs().min() > 0
@@ -222,8 +226,8 @@ def test_every_way_of_saving_gives_the_same_gradient(way: str, llama: Path) -> N
 
 def test_the_walk_goes_from_gentle_to_strict_and_lowers_its_loss(llama: Path) -> None:
     of = objective(llama)
-    down = descent(of)
-    before = down.held_back(begin(of))
+    down = optimizer(of)
+    before = down.validation_prompts(begin(of))
     gentle, strict = down.run(begin(of))
     assert before.kl == pytest.approx(0, abs=1e-6)
     assert strict.probability < before.probability and gentle.kl <= strict.kl
@@ -233,50 +237,52 @@ def test_the_walk_goes_from_gentle_to_strict_and_lowers_its_loss(llama: Path) ->
 
 def test_a_penalty_keeps_what_is_not_worth_it_at_exactly_zero(llama: Path) -> None:
     of = objective(llama)
-    (free,) = descent(of, SETTINGS.model_copy(update={"weights": [1.0]})).run(begin(of, "per_layer"))
-    held = descent(of, SETTINGS.model_copy(update={"weights": [1.0], "sparsity": 0.03}))
+    (free,) = optimizer(of, SETTINGS.model_copy(update={"weights": [1.0]})).run(begin(of, "per_layer"))
+    held = optimizer(of, SETTINGS.model_copy(update={"weights": [1.0], "sparsity": 0.03}))
     (sparse,) = held.run(begin(of, "per_layer"))
 
     def zeros(point: object) -> int:
         return sum(s == 0.0 for profile in point.strengths.values() for s in profile)  # type: ignore[attr-defined]
 
     assert zeros(sparse) > zeros(free)
-    (none,) = descent(of, SETTINGS.model_copy(update={"weights": [1.0], "sparsity": 50.0})).run(begin(of))
+    (none,) = optimizer(of, SETTINGS.model_copy(update={"weights": [1.0], "sparsity": 50.0})).run(begin(of))
     assert zeros(none) == 8
 
 
 def test_interrupted_anywhere_it_goes_on_to_the_same_walk(llama: Path, tmp_path: Path) -> None:
     of, folder = objective(llama), RunFolder(tmp_path, "stamp")
-    whole = descent(of).run(begin(of))
+    whole = optimizer(of).run(begin(of))
 
     class After(Exception):
         pass
 
-    def cut(state: State) -> None:
-        folder.keep_walk(state)
+    def cut(state: OptimizerState) -> None:
+        folder.save_path_state(state)
         if state.steps in (3, 4, 6):
             raise After
 
     for _ in range(3):
         with pytest.raises(After):
-            descent(of, keep=cut).run(folder.walk(SILENT) or begin(of))
-    state = folder.walk(SILENT)
+            optimizer(of, keep=cut).run(folder.load_path_state(NULL_REPORTER) or begin(of))
+    state = folder.load_path_state(NULL_REPORTER)
     assert state is not None and state.steps == 6 and len(state.points) == 1
-    assert descent(of, keep=cut).run(state) == whole
-    assert RunFolder(tmp_path, "another").walk(SILENT) is None
+    assert optimizer(of, keep=cut).run(state) == whole
+    assert RunFolder(tmp_path, "another").load_path_state(NULL_REPORTER) is None
 
 
-def listening(of: Objective, settings: GradientSettings = SETTINGS, **more: object) -> tuple[Descent, Heard]:
+def listening(
+    of: Objective, settings: GradientSettings = SETTINGS, **more: object
+) -> tuple[PathOptimizer, MinedRefusals]:
     """A descent that hears one prompt declined in other words than the original's: the second most probable one."""
     sequences = of.harmful.sequences
-    (log_probs, *_) = log_probs_at(of.language_model, Taught.of(sequences[:1], [[0]]), of.batcher)
+    (log_probs, *_) = log_probs_at(of.language_model, TeacherForcedTexts.of(sequences[:1], [[0]]), of.batcher)
     other = (0, [int(log_probs[0].topk(2).indices[1])])
 
-    def teach(heard: Sequence[Heard]) -> Objective:
+    def teach(heard: Sequence[MinedRefusals]) -> Objective:
         prompts = [*sequences, *(sequences[row] for row, _ in heard)]
-        return replace(of, harmful=Taught.of(prompts, [*of.harmful.texts, *(text for _, text in heard)]))
+        return replace(of, harmful=TeacherForcedTexts.of(prompts, [*of.harmful.texts, *(text for _, text in heard)]))
 
-    return descent(of, settings, listen=lambda _: ([other], 1), teach=teach, **more), other
+    return optimizer(of, settings, listen=lambda _: ([other], 1), teach=teach, **more), other
 
 
 def test_words_that_are_heard_on_the_way_become_improbable_too(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,26 +290,28 @@ def test_words_that_are_heard_on_the_way_become_improbable_too(llama: Path, monk
     of, settings = objective(llama), SETTINGS.model_copy(update={"weights": [0.5, 10.0], "steps": 10})
     listens, (row, text) = listening(of, settings)
 
-    def probability(down: Descent, state: State) -> float:
+    def probability(down: PathOptimizer, state: OptimizerState) -> float:
         down.run(state)
         ablation = state.points[-1].ablation
-        with attach(of.workbench.writers, of.workbench.operators(ablation)):
-            (found,) = log_probs_at(of.language_model, Taught.of([of.harmful.sequences[row]], [text]), of.batcher)
+        with apply_operators(of.operator_factory.writers, of.operator_factory.operators(ablation)):
+            (found,) = log_probs_at(
+                of.language_model, TeacherForcedTexts.of([of.harmful.sequences[row]], [text]), of.batcher
+            )
         return float(found[0, text[0]].exp())
 
     state = begin(of)
-    deaf = probability(descent(of, settings), begin(of))
+    deaf = probability(optimizer(of, settings), begin(of))
     assert probability(listens, state) < 0.9 * deaf
-    assert state.heard == [(row, text)], "once is enough"
-    assert not state.just_heard or len(state.points) == 2
+    assert state.extra_refusals == [(row, text)], "once is enough"
+    assert not state.has_new_refusals or len(state.points) == 2
 
 
 def test_the_walk_listens_only_once_the_known_words_are_improbable(llama: Path) -> None:
     of = objective(llama)
     listens, _ = listening(of)
     state = begin(of)
-    assert listens.run(state)[0].probability > gradient.LISTEN_BELOW / 10 or state.heard
-    assert bool(state.heard) == (state.points[0].probability <= gradient.LISTEN_BELOW)
+    assert listens.run(state)[0].probability > gradient.MINE_BELOW / 10 or state.extra_refusals
+    assert bool(state.extra_refusals) == (state.points[0].probability <= gradient.MINE_BELOW)
 
 
 def test_what_was_heard_is_kept_with_the_walk(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,16 +319,16 @@ def test_what_was_heard_is_kept_with_the_walk(llama: Path, tmp_path: Path, monke
     of, folder = objective(llama), RunFolder(tmp_path, "stamp")
     whole = listening(of)[0].run(begin(of))
 
-    def cut(state: State) -> None:
-        folder.keep_walk(state)
+    def cut(state: OptimizerState) -> None:
+        folder.save_path_state(state)
         if state.steps in (4, 6):
             raise Interrupted
 
     for _ in range(2):
         with pytest.raises(Interrupted):
-            listening(of, keep=cut)[0].run(folder.walk(SILENT) or begin(of))
-    state = folder.walk(SILENT)
-    assert state is not None and state.heard and state.just_heard
+            listening(of, keep=cut)[0].run(folder.load_path_state(NULL_REPORTER) or begin(of))
+    state = folder.load_path_state(NULL_REPORTER)
+    assert state is not None and state.extra_refusals and state.has_new_refusals
     assert listening(of)[0].run(state) == whole
 
 
@@ -329,24 +337,24 @@ def test_what_was_heard_stays_with_its_prompt_where_others_are_declined(
 ) -> None:
     folder, state = RunFolder(tmp_path, "stamp"), begin(objective(llama))
     state.counted_by([2, 5, 7])
-    state.heard = [(0, [3]), (2, [4]), (1, [9])]
-    folder.keep_walk(state)
-    again = folder.walk(SILENT)
+    state.extra_refusals = [(0, [3]), (2, [4]), (1, [9])]
+    folder.save_path_state(state)
+    again = folder.load_path_state(NULL_REPORTER)
     assert again is not None
     again.counted_by([1, 2, 7])  # 5 is answered now, and 1 is declined
-    assert again.heard == [(1, [3]), (2, [4])] and again.places == [1, 2, 7]
+    assert again.extra_refusals == [(1, [3]), (2, [4])] and again.places == [1, 2, 7]
 
 
 def test_weights_too_gentle_to_change_anything_are_left_early(llama: Path, tmp_path: Path) -> None:
     of = objective(llama)
     update = {"weights": [1e-9, 1e-8, 0.5, 2.0], "steps": 5, "sparsity": 1e-5}
     settings, state, seen = SETTINGS.model_copy(update=update), begin(of), []
-    points = descent(of, settings, keep=lambda now: seen.append(now.steps)).run(state)
+    points = optimizer(of, settings, keep=lambda now: seen.append(now.steps)).run(state)
     assert [p.weight for p in points] == [0.5, 2.0]
     assert seen[:4] == [1, 5, 6, 10] and seen[-1] == 20 and len(seen) == 14
 
     few = settings.model_copy(update={"weights": [1e-9, 1e-8]})
-    assert [p.weight for p in descent(of, few).run(begin(of))] == [1e-8], "the last weight gives a point in any case"
+    assert [p.weight for p in optimizer(of, few).run(begin(of))] == [1e-8], "the last weight gives a point in any case"
 
 
 def test_it_goes_on_to_stricter_weights_while_prompts_are_declined(
@@ -354,42 +362,42 @@ def test_it_goes_on_to_stricter_weights_while_prompts_are_declined(
 ) -> None:
     monkeypatch.setattr(gradient, "LISTEN_BELOW", 1.0)
     of = objective(llama)
-    many: list[list[Heard]] = [
+    many: list[list[MinedRefusals]] = [
         [],
         [(0, [5])] * 3,
         [(1, [6])],
     ]  # of 8 prompts: none at the first point, three at the second
     left = list(many)
 
-    def told(found: list[Heard]) -> tuple[list[Heard], int]:
+    def told(found: list[MinedRefusals]) -> tuple[list[MinedRefusals], int]:
         return found, len(found)
 
-    down = descent(of, listen=lambda _: told(left.pop(0) if left else []))
+    down = optimizer(of, listen=lambda _: told(left.pop(0) if left else []))
     assert [p.weight for p in down.run(begin(of))] == [0.5, 2.0, 6.0, 18.0], "one of 8 is more than a tenth"
 
-    always = descent(of, listen=lambda _: ([], 1))  # in the original's words
+    always = optimizer(of, listen=lambda _: ([], 1))  # in the original's words
     assert [p.weight for p in always.run(begin(of))] == [0.5, 2.0, 6.0, 18.0, 54.0, 162.0], "not for ever"
 
     folder, said = RunFolder(tmp_path, "stamp"), list(many)
 
-    def cut(state: State) -> None:
-        folder.keep_walk(state)
+    def cut(state: OptimizerState) -> None:
+        folder.save_path_state(state)
         if state.steps == 9:
             raise Interrupted
 
-    def first(_: object) -> tuple[list[Heard], int]:
+    def first(_: object) -> tuple[list[MinedRefusals], int]:
         return told(said.pop(0) if said else [])
 
     with pytest.raises(Interrupted):
-        descent(of, listen=first, keep=cut).run(begin(of))
-    state = folder.walk(SILENT)
-    assert state is not None and state.further == 1
-    assert [p.weight for p in descent(of, listen=first).run(state)] == [0.5, 2.0, 6.0, 18.0]
+        optimizer(of, listen=first, keep=cut).run(begin(of))
+    state = folder.load_path_state(NULL_REPORTER)
+    assert state is not None and state.extra_weights == 1
+    assert [p.weight for p in optimizer(of, listen=first).run(state)] == [0.5, 2.0, 6.0, 18.0]
 
 
 def test_a_stop_ends_it_between_steps(llama: Path) -> None:
     of = objective(llama)
-    down = descent(of)
+    down = optimizer(of)
     down.stop.requested = True
     with pytest.raises(Interrupted):
         down.run(begin(of))
@@ -397,7 +405,7 @@ def test_a_stop_ends_it_between_steps(llama: Path) -> None:
 
 def test_a_destroyed_model_does_not_poison_the_strengths(llama: Path) -> None:
     of = objective(llama)
-    down, state = descent(of), begin(of)
+    down, state = optimizer(of), begin(of)
     down.step(state, 1.0)
     head = of.language_model.model.lm_head.weight
     kept = head.clone()

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from heretic.scoring.divergence import Divergence
 from heretic.scoring.evaluator import Scores
-from heretic.search.pareto import Result, front
-from heretic.search.pruning import Bar
+from heretic.search.pareto import Result, pareto_front
+from heretic.search.pruning import ParetoThreshold
 
 # Every trial of a real study measured in full (`benchmarks/study.py ASSETS --set early_stopping=false`): its KL, and a 1 for
 # every request it declined.
@@ -29,15 +29,15 @@ def replay(trials: list[tuple[float, str]], order: list[int]) -> tuple[list[Resu
     """What is measured in full when requests are looked at in this order and every refusal may end the trial; and
     how many trials were stopped."""
     measured: list[Result] = []
-    for number, (kl, declined) in enumerate(trials):
-        bar, count = Bar([r.point for r in measured]), 0
-        beaten = bar.beaten(kl, 0)
+    for number, (kl, refused) in enumerate(trials):
+        bar, count = ParetoThreshold([r.point for r in measured]), 0
+        beaten = bar.dominates(kl, 0)
         for request in order:
             if beaten:
                 break
-            if declined[request] == "1":
+            if refused[request] == "1":
                 count += 1
-                beaten = bar.beaten(kl, count)
+                beaten = bar.dominates(kl, count)
         if not beaten:
             measured.append(result(number, kl, count))
     return measured, len(trials) - len(measured)
@@ -45,12 +45,12 @@ def replay(trials: list[tuple[float, str]], order: list[int]) -> tuple[list[Resu
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_front_of_a_recorded_study_is_the_same_whatever_the_order(seed: int) -> None:
-    trials = [(t["kl"], t["declined"]) for t in RECORDED]
-    full = [result(i, kl, declined.count("1")) for i, (kl, declined) in enumerate(trials)]
+    trials = [(t["kl"], t["refused"]) for t in RECORDED]
+    full = [result(i, kl, refused.count("1")) for i, (kl, refused) in enumerate(trials)]
     order = list(range(len(trials[0][1])))
     random.Random(seed).shuffle(order)
     measured, stopped = replay(trials, order)
-    assert [(r.number, r.point) for r in front(measured)] == [(r.number, r.point) for r in front(full)]
+    assert [(r.number, r.point) for r in pareto_front(measured)] == [(r.number, r.point) for r in pareto_front(full)]
     assert stopped >= len(trials) // 4, "the recorded study has trials that others beat"
 
 
@@ -60,12 +60,17 @@ def test_the_front_of_a_recorded_study_is_the_same_whatever_the_order(seed: int)
     )
 )
 def test_the_front_is_the_same_with_ties_and_destroyed_models(trials: list[tuple[float, str]]) -> None:
-    full = [result(i, kl, declined.count("1")) for i, (kl, declined) in enumerate(trials)]
+    full = [result(i, kl, refused.count("1")) for i, (kl, refused) in enumerate(trials)]
     measured, _ = replay(trials, list(range(6)))
-    assert [(r.number, r.point) for r in front(measured)] == [(r.number, r.point) for r in front(full)]
+    assert [(r.number, r.point) for r in pareto_front(measured)] == [(r.number, r.point) for r in pareto_front(full)]
 
 
 def test_only_what_is_no_worse_in_both_and_better_in_one_beats() -> None:
-    bar = Bar([(0.1, 5), (0.3, 2)])
-    assert bar.beaten(0.1, 6) and bar.beaten(0.2, 5) and bar.beaten(0.3, 3) and bar.beaten(math.nan, 0)
-    assert not bar.beaten(0.1, 5) and not bar.beaten(0.09, 50) and not bar.beaten(0.2, 4) and not bar.beaten(0.5, 1)
+    bar = ParetoThreshold([(0.1, 5), (0.3, 2)])
+    assert bar.dominates(0.1, 6) and bar.dominates(0.2, 5) and bar.dominates(0.3, 3) and bar.dominates(math.nan, 0)
+    assert (
+        not bar.dominates(0.1, 5)
+        and not bar.dominates(0.09, 50)
+        and not bar.dominates(0.2, 4)
+        and not bar.dominates(0.5, 1)
+    )

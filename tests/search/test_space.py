@@ -11,15 +11,19 @@ import optuna
 import pytest
 
 from heretic.errors import UserError
-from heretic.search.gradient_path import Point, Walk, shifted
-from heretic.search.space import Space, describe
-from heretic.settings import Search
+from heretic.search.gradient_path import GradientPath, PathPoint, shifted
+from heretic.search.space import SearchSpace, describe
+from heretic.settings import SearchSettings
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-GENTLE = Point(0.1, {"attention": (0.0, 0.0, 0.2, 0.4), "mlp": (0.0, 0.0, 0.0, 0.0)}, (0.0, 1.0, 0.0, 0.0), 0.01, 0.5)
-STRICT = Point(1.0, {"attention": (0.0, 0.2, 0.6, 0.8), "mlp": (0.0, 0.0, 0.4, 0.0)}, (0.0, 0.0, 1.0, 0.0), 0.10, 0.1)
-WALK = Walk((GENTLE, STRICT))
+GENTLE = PathPoint(
+    0.1, {"attention": (0.0, 0.0, 0.2, 0.4), "mlp": (0.0, 0.0, 0.0, 0.0)}, (0.0, 1.0, 0.0, 0.0), 0.01, 0.5
+)
+STRICT = PathPoint(
+    1.0, {"attention": (0.0, 0.2, 0.6, 0.8), "mlp": (0.0, 0.0, 0.4, 0.0)}, (0.0, 0.0, 1.0, 0.0), 0.10, 0.1
+)
+WALK = GradientPath((GENTLE, STRICT))
 
 
 def trials(count: int) -> list[optuna.Trial]:
@@ -28,7 +32,7 @@ def trials(count: int) -> list[optuna.Trial]:
 
 
 def test_draws_stay_in_bounds_and_rebuild_from_their_parameters() -> None:
-    space = Space(Search(), 25, ["attention", "mlp"])
+    space = SearchSpace(SearchSettings(), 25, ["attention", "mlp"])
     untouched = 0
     for trial in trials(200):
         ablation = space.sample(trial)
@@ -44,20 +48,20 @@ def test_draws_stay_in_bounds_and_rebuild_from_their_parameters() -> None:
 
 
 def test_a_fixed_range_is_a_fixed_value() -> None:
-    search = Search(direction_scope=["global"], direction_index=[0.5, 0.5])
-    ablation = Space(search, 21, ["mlp"]).sample(trials(1)[0])
+    search = SearchSettings(direction_scope=["global"], direction_index=[0.5, 0.5])
+    ablation = SearchSpace(search, 21, ["mlp"]).sample(trials(1)[0])
     assert ablation.mixture is not None and list(ablation.mixture).index(1.0) == 10
 
 
 def test_a_walks_points_are_the_starts_the_strict_one_first() -> None:
-    space = Space(Search(), 4, ["attention", "mlp"], WALK)
-    found = [space.from_params(params) for params in space.starts()]
+    space = SearchSpace(SearchSettings(), 4, ["attention", "mlp"], WALK)
+    found = [space.from_params(params) for params in space.initial_params()]
     assert found == [STRICT.ablation, GENTLE.ablation]
-    assert describe(space.starts()[0]) == "walk 1.00"
+    assert describe(space.initial_params()[0]) == "walk 1.00"
 
 
 def test_draws_around_a_walk_rebuild_and_leave_what_it_left_alone() -> None:
-    space = Space(Search(), 4, ["attention", "mlp"], WALK)
+    space = SearchSpace(SearchSettings(), 4, ["attention", "mlp"], WALK)
     for trial in trials(50):
         ablation = space.sample(trial)
         assert space.from_params(trial.params) == ablation
@@ -66,10 +70,10 @@ def test_draws_around_a_walk_rebuild_and_leave_what_it_left_alone() -> None:
 
 
 def test_a_walk_that_failed_leaves_kernels() -> None:
-    without = Space(Search(), 4, ["attention", "mlp"], Walk((), "no backward"))
+    without = SearchSpace(SearchSettings(), 4, ["attention", "mlp"], GradientPath((), "no backward"))
     (trial,) = trials(1)
     without.sample(trial)
-    assert "direction_scope" in trial.params and without.starts() == []
+    assert "direction_scope" in trial.params and without.initial_params() == []
 
 
 def test_halfway_between_points_with_gains_and_a_shift() -> None:
@@ -83,9 +87,9 @@ def test_halfway_between_points_with_gains_and_a_shift() -> None:
 
 def test_a_walk_comes_back_from_the_study_as_it_was() -> None:
     study = optuna.create_study()
-    assert Walk.of(study) is None
-    WALK.keep(study)
-    assert Walk.of(study) == WALK and WALK.reach == (1, 3)
+    assert GradientPath.load(study) is None
+    WALK.save(study)
+    assert GradientPath.load(study) == WALK and WALK.edited_layer_range == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +100,7 @@ def test_a_walk_comes_back_from_the_study_as_it_was() -> None:
     ],
 )  # fmt: skip
 def test_parameters_of_another_search_space_are_refused(change: dict[str, Any]) -> None:
-    space = Space(Search(start="kernels"), 4, ["attention", "mlp"])
+    space = SearchSpace(SearchSettings(start="kernels"), 4, ["attention", "mlp"])
     trial = optuna.create_study().ask()
     space.sample(trial)
     changed = trial.params | {"direction_scope": "global"} | change
@@ -117,9 +121,9 @@ def test_parameters_of_another_search_space_are_refused(change: dict[str, Any]) 
 )  # fmt: skip
 def test_a_damaged_walk_is_refused(stored: object) -> None:
     study = optuna.create_study()
-    study.set_user_attr("heretic:walk", stored)
+    study.set_user_attr("heretic:gradient_path", stored)
     with pytest.raises(UserError) as refused:
-        Walk.of(study)
+        GradientPath.load(study)
     assert refused.value.code == "damaged-study"
 
 

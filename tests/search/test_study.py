@@ -11,17 +11,17 @@ import optuna
 import pytest
 
 from heretic.errors import Interrupted, StudyMismatch, UserError
-from heretic.interrupt import Stop
-from heretic.progress import SILENT
+from heretic.interrupt import StopSignal
+from heretic.progress import NULL_REPORTER
 from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import Beaten, Measured, Scores
-from heretic.scoring.harmless_metrics import Conduct
-from heretic.scoring.refusal_proxy import Surrogate
-from heretic.search.pareto import front, results
-from heretic.search.pruning import Progress
-from heretic.search.sampler import Bounded, worth_showing
-from heretic.search.study import optimise
-from heretic.settings import Search, Settings
+from heretic.scoring.evaluator import PrunedTrial, Scores, TrialOutcome
+from heretic.scoring.harmless_metrics import HarmlessMetrics
+from heretic.scoring.refusal_proxy import RefusalProxy
+from heretic.search.pareto import pareto_front, results
+from heretic.search.pruning import StudyHistory
+from heretic.search.sampler import BoundedTPESampler, relevant_trials
+from heretic.search.study import run_study
+from heretic.settings import SearchSettings, Settings
 from heretic.storage.rdb import fail_abandoned, open_study, worker
 from heretic.storage.url import masked, storage_url
 from tests.helpers.errors import raises
@@ -39,7 +39,7 @@ def scores(kl: float, refusals: int) -> Scores:
 class Fake:
     """Measures without a model; `cost` collects how many trials came together."""
 
-    def __init__(self, measure: Callable[[optuna.Trial], Measured], together: int = 1) -> None:
+    def __init__(self, measure: Callable[[optuna.Trial], TrialOutcome], together: int = 1) -> None:
         self.at_once = together
         self.first: list[dict[str, float]] = []
         self.one = measure
@@ -56,9 +56,9 @@ class Fake:
 
     def measure(
         self, trials: Sequence[optuna.Trial], beaten: Callable[[float, int], bool]
-    ) -> list[Measured | UserError]:
+    ) -> list[TrialOutcome | UserError]:
         self.came.append(len(trials))
-        found: list[Measured | UserError] = []
+        found: list[TrialOutcome | UserError] = []
         for trial in trials:
             try:
                 full = self.one(trial)
@@ -67,24 +67,24 @@ class Fake:
                 continue
             found.append(full)
             if isinstance(full, Scores) and beaten(full.divergence.mean, full.refusals):
-                found[-1] = Beaten(full.divergence, full.refusals, 10, {}, Surrogate(full.refusals, 0.1, 10))
+                found[-1] = PrunedTrial(full.divergence, full.refusals, 10, {}, RefusalProxy(full.refusals, 0.1, 10))
         return found
 
 
 def go(
     study: optuna.Study,
     n: int,
-    measure: Callable[[optuna.Trial], Measured],
+    measure: Callable[[optuna.Trial], TrialOutcome],
     seed: int = 0,
     *,
     together: int = 1,
     kl_floor: float = 0.0,
     early: bool = False,
 ) -> list[int]:
-    search = Search(n_startup_trials=3, kl_floor=kl_floor)
+    search = SearchSettings(n_startup_trials=3, kl_floor=kl_floor)
     settings = Settings(n_trials=n, seed=seed, search=search, early_stopping=early)
     fake = Fake(measure, together)
-    optimise(study, settings, fake, watcher=SILENT, stop=Stop())
+    run_study(study, settings, fake, reporter=NULL_REPORTER, stop=StopSignal())
     return fake.came
 
 
@@ -110,7 +110,7 @@ def test_a_large_seed_is_a_seed_like_any_other(study: optuna.Study) -> None:
 def test_the_search_sees_no_kl_under_the_floor_and_the_front_does(study: optuna.Study) -> None:
     go(study, 3, lambda t: scores(0.001 * t.number, 5), kl_floor=0.02)
     assert [t.values[0] for t in study.trials] == [0.02] * 3
-    assert front(results(study))[0].point[0] == 0.0
+    assert pareto_front(results(study))[0].point[0] == 0.0
 
 
 def test_a_destroyed_model_is_recorded_and_never_on_the_front(study: optuna.Study) -> None:
@@ -122,7 +122,7 @@ def test_a_destroyed_model_is_recorded_and_never_on_the_front(study: optuna.Stud
     found = results(study)
     assert len(found) == 12 and sum(math.isinf(r.point[0]) for r in found) == 6
     assert {t.values[1] for t in study.trials[1::2]} == {10}, "that it declines nothing is no merit"
-    assert all(math.isfinite(r.point[0]) for r in front(found))
+    assert all(math.isfinite(r.point[0]) for r in pareto_front(found))
 
 
 def test_failed_trials_do_not_count_and_three_in_a_row_end_it(study: optuna.Study) -> None:
@@ -165,12 +165,12 @@ def test_a_trial_that_fails_by_itself_is_not_drawn_again(study: optuna.Study) ->
 
 
 def test_a_model_that_gives_no_numbers_is_told_as_the_worst(study: optuna.Study) -> None:
-    def destroyed(trial: optuna.Trial) -> Measured:
+    def destroyed(trial: optuna.Trial) -> TrialOutcome:
         full = measure(trial)
         if trial.number < 5:
             return full
-        nan = Surrogate(0, math.nan, 10)
-        return Beaten(replace(full.divergence, mean=math.inf), 0, 10, {}, nan, math.nan)
+        nan = RefusalProxy(0, math.nan, 10)
+        return PrunedTrial(replace(full.divergence, mean=math.inf), 0, 10, {}, nan, math.nan)
 
     go(study, 8, destroyed)
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 8
@@ -189,9 +189,9 @@ def test_whatever_ends_it_the_running_trial_is_marked(study: optuna.Study, error
 
 def test_trials_of_living_processes_are_left_alone(study: optuna.Study) -> None:
     mine, gone, unsigned, elsewhere = (study.ask() for _ in range(4))
-    mine.set_user_attr("worker", worker())
-    gone.set_user_attr("worker", {**worker(), "began": 1.0})
-    elsewhere.set_user_attr("worker", {**worker(), "host": "another", "pid": 1})
+    mine.set_user_attr("heretic:worker", worker())
+    gone.set_user_attr("heretic:worker", {**worker(), "began": 1.0})
+    elsewhere.set_user_attr("heretic:worker", {**worker(), "host": "another", "pid": 1})
     assert fail_abandoned(study) == [gone.number, unsigned.number, elsewhere.number], "no other machine works on a file"
 
 
@@ -233,21 +233,21 @@ def test_a_beaten_trial_counts_is_told_an_estimate_and_is_no_result(study: optun
     go(study, 6, lambda t: scores(0.1 * (t.number + 1), 3 + t.number), early=True)
     assert [r.number for r in results(study)] == [0]
     assert len(study.trials) == 6 and [t.values[1] for t in study.trials] == [3, 4, 5, 6, 7, 8]
-    assert len(Progress.of(study).stopped) == 5 and not Progress.of(study).unsettled()
+    assert len(StudyHistory.of(study).pruned) == 5 and not StudyHistory.of(study).pending_full_evaluations()
 
 
 def test_a_stopped_trial_that_would_enter_the_front_is_measured_before_the_end(study: optuna.Study) -> None:
-    def doubtful(trial: optuna.Trial) -> Measured:
+    def doubtful(trial: optuna.Trial) -> TrialOutcome:
         x = trial.suggest_float("x", 0, 1)
         full = scores(0.5 - 0.1 * trial.number, 5)
         if trial.number == 2:  # left, although nothing has beaten it
-            return Beaten(full.divergence, 2, 10, {}, Surrogate(2, 0.1, 10))
+            return PrunedTrial(full.divergence, 2, 10, {}, RefusalProxy(2, 0.1, 10))
         assert trial.number < 3 or x == study.trials[2].params["x"]
         return full
 
     go(study, 3, doubtful)
     assert [r.number for r in results(study)] == [0, 1, 3]
-    assert results(study)[-1].again == 2 and not Progress.of(study).unsettled()
+    assert results(study)[-1].reevaluates == 2 and not StudyHistory.of(study).pending_full_evaluations()
 
 
 def test_how_many_run_together_is_remembered(study: optuna.Study) -> None:
@@ -266,11 +266,13 @@ def test_starts_come_first_in_full_once_and_failed_ones_again(study: optuna.Stud
             raise UserError("no memory")
         return found
 
-    settings = Settings(n_trials=2, search=Search(n_startup_trials=3), early_stopping=True)
+    settings = Settings(n_trials=2, search=SearchSettings(n_startup_trials=3), early_stopping=True)
     for n_trials in (2, 5):
         fake = Fake(sometimes)
         fake.first = starts
-        optimise(study, settings.model_copy(update={"n_trials": n_trials}), fake, watcher=SILENT, stop=Stop())
+        run_study(
+            study, settings.model_copy(update={"n_trials": n_trials}), fake, reporter=NULL_REPORTER, stop=StopSignal()
+        )
     drawn = [t.params.get("x") for t in study.trials]
     assert drawn[:3] == [0.9, 0.8, 0.7] and study.trials[1].state.name == "FAIL"
     assert drawn.count(0.8) == 2, "the start that failed is tried once more"
@@ -283,19 +285,21 @@ def test_the_front_keeps_to_constraints_and_the_search_learns_them(study: optuna
     def limited(trial: optuna.Trial) -> Scores:
         x = trial.suggest_float("x", 0, 1)
         found = scores(1 - x, round(10 * (1 - x)))
-        return replace(found, conduct=Conduct(round(10 * x), 0, 10), excess={"over_refusals": 10 * x - 4})
+        return replace(
+            found, harmless_metrics=HarmlessMetrics(round(10 * x), 0, 10), excess={"over_refusals": 10 * x - 4}
+        )
 
     go(study, 60, limited)
     found = results(study)
     assert [t.constraints for t in study.trials] == [{"over_refusals": 10 * t.params["x"] - 4} for t in study.trials]
-    kept = front(found)
+    kept = pareto_front(found)
     assert kept and all(r.params["x"] <= 0.4 for r in kept)
     assert min(r.point[0] for r in found) < 0.5 < min(r.point[0] for r in kept), (
         "better ones were found beyond the limit"
     )
     late = [r.params["x"] <= 0.4 for r in found[30:]]
     assert sum(late) > len(late) / 2, "a search that knew nothing of the limit would go to x = 1"
-    assert Progress.of(study).bar.points == [r.point for r in kept]
+    assert StudyHistory.of(study).threshold.points == [r.point for r in kept]
 
 
 def test_constraints_are_kept_where_only_a_part_of_the_study_is_shown() -> None:
@@ -304,9 +308,9 @@ def test_constraints_are_kept_where_only_a_part_of_the_study_is_shown() -> None:
         trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
         trial.set_constraint("c", 1.0 if i < 10 else -1.0)
         study.tell(trial, [float(i), float(i)])
-    shown = worth_showing(study.trials, 12)
+    shown = relevant_trials(study.trials, 12)
     assert [t.number for t in shown] == [*range(10, 16), *range(24, 30)]
-    part = Bounded(optuna.samplers.RandomSampler(), 12)._part(study, study.trials[0])
+    part = BoundedTPESampler(optuna.samplers.RandomSampler(), 12)._part(study, study.trials[0])
     assert all(t.constraints == {"c": -1.0} for t in part.trials)
 
 

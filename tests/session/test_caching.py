@@ -10,18 +10,18 @@ from heretic.model.batching import Batcher
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
-from heretic.scoring.evaluator import Ladder
+from heretic.scoring.evaluator import TrialEvaluator
 from heretic.scoring.judges.markers import MarkerJudge
 from heretic.session import caching as savings
-from heretic.session.caching import trials_that_pay, with_savings
+from heretic.session.caching import enable_caching, tune_trials_per_batch
 from tests.helpers.tiny import HARMFUL, HARMLESS
 
 
-def ladder(llama: Path, size: int) -> Ladder:
+def evaluator(llama: Path, size: int) -> TrialEvaluator:
     model = load(open_checkpoint(str(llama)), ["float32"], {})
     chat = ChatFormat(model.tokenizer)
     judge = MarkerJudge(["sorry"])
-    return Ladder(model, chat, chat.encode(HARMFUL[:10]), chat.encode(HARMLESS[:10]), judge, Batcher(size), 5)
+    return TrialEvaluator(model, chat, chat.encode(HARMFUL[:10]), chat.encode(HARMLESS[:10]), judge, Batcher(size), 5)
 
 
 @pytest.mark.parametrize(
@@ -44,17 +44,17 @@ def test_as_many_trials_as_pay(
         return rate
 
     monkeypatch.setattr(savings, "_rows_per_second", measured)
-    assert trials_that_pay(ladder(llama, size)) == expected
+    assert tune_trials_per_batch(evaluator(llama, size)) == expected
 
 
 def test_the_rate_is_really_measured(llama: Path) -> None:
-    assert savings._rows_per_second(ladder(llama, 64).language_model, 10) > 10
+    assert savings._rows_per_second(evaluator(llama, 64).language_model, 10) > 10
 
 
 def test_nothing_is_kept_that_does_not_fit(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = ladder(llama, 64)
+    made = evaluator(llama, 64)
     texts = [[5, 6]] * 10
-    assert with_savings(made, texts).harmful_entries is not None
+    assert enable_caching(made, texts).harmful_entries is not None
     monkeypatch.setattr(savings, "memory", lambda: (10**9, 1000))
-    saving = with_savings(made, texts)
+    saving = enable_caching(made, texts)
     assert saving.harmful_entries is None and saving.harmless_entries is None and saving.tried == texts

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from heretic.hardware.virtual_gpus import imagined_gpus
+from heretic.hardware.virtual_gpus import virtual_gpus
 from heretic.planning import preflight
-from heretic.planning.preflight import Report, check
+from heretic.planning.preflight import PreflightReport, run_preflight
 from heretic.settings import Settings
 from heretic.settings.sources import resolve
 from tests.helpers.shapes import GIB, checkpoint_of, qwen_32b
@@ -29,14 +29,14 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return resolve(CONFIG).settings
 
 
-def planned(settings: Settings, devices: str) -> Report:
+def planned(settings: Settings, devices: str) -> PreflightReport:
     large = checkpoint_of(qwen_32b())
-    return check(
+    return run_preflight(
         settings,
         checkpoint_loader=lambda: large,
         prompt_loader=lambda: None,
         storage_check=lambda: None,
-        imagined=imagined_gpus(devices),
+        virtual=virtual_gpus(devices),
     )
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from heretic.files import write_tensors
-from heretic.interrupt import Stop
-from heretic.progress import SILENT
-from heretic.settings import Workers
-from heretic.storage.compute_once import SharedShelf
+from heretic.interrupt import StopSignal
+from heretic.progress import NULL_REPORTER
+from heretic.settings import WorkerSettings
+from heretic.storage.compute_once import DistributedComputeOnce
 from tests.helpers.errors import raises
 from tests.helpers.s3_server import s3_server
 
@@ -33,40 +33,40 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
         yield held
 
 
-def shelf(root: Path, name: str, artifacts: str) -> SharedShelf:
+def compute_once(root: Path, name: str, artifacts: str) -> DistributedComputeOnce:
     """A worker with a folder of its own."""
     (root / name).mkdir()
     study = optuna.create_study(study_name="s", storage=f"sqlite:///{root}/study.db", load_if_exists=True)
-    return SharedShelf(study, root / name, STAMP, artifacts, Workers(), SILENT, Stop())
+    return DistributedComputeOnce(study, root / name, STAMP, artifacts, WorkerSettings(), NULL_REPORTER, StopSignal())
 
 
 @pytest.mark.parametrize("place", ["s3://bucket", "s3://bucket/some/prefix"])
 def test_one_makes_it_and_the_other_gets_it(held: dict[str, bytes], tmp_path: Path, place: str) -> None:
-    one, other = shelf(tmp_path, "a", place), shelf(tmp_path, "b", place)
+    one, other = compute_once(tmp_path, "a", place), compute_once(tmp_path, "b", place)
     values = torch.randn(1000)
-    with one.file("directions.safetensors"):
+    with one.shared_file("directions.safetensors"):
         write_tensors(one.folder / "directions.safetensors", {"v": values}, {"fingerprint": STAMP})
     (path,) = held
     assert path.startswith(f"/{place.removeprefix('s3://')}/")
-    with other.file("directions.safetensors"):
+    with other.shared_file("directions.safetensors"):
         assert (other.folder / "directions.safetensors").read_bytes() == held[path], (
             "it is there before the context begins"
         )
 
 
 def test_a_damaged_one_is_not_used(held: dict[str, bytes], tmp_path: Path) -> None:
-    one, other = shelf(tmp_path, "a", "s3://bucket"), shelf(tmp_path, "b", "s3://bucket")
-    with one.file("d.safetensors"):
+    one, other = compute_once(tmp_path, "a", "s3://bucket"), compute_once(tmp_path, "b", "s3://bucket")
+    with one.shared_file("d.safetensors"):
         write_tensors(one.folder / "d.safetensors", {"v": torch.ones(3)}, {"fingerprint": STAMP})
     (path,) = held
     held[path] = held[path][:-1] + b"x"
-    with other.file("d.safetensors"):
+    with other.shared_file("d.safetensors"):
         assert not (other.folder / "d.safetensors").exists()
         write_tensors(other.folder / "d.safetensors", {"v": torch.ones(3)}, {"fingerprint": STAMP})
 
 
 def test_a_store_that_is_away_is_said(held: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    one = shelf(tmp_path, "a", "s3://bucket")
-    with raises("artifacts-unwritable"), one.file("d.safetensors"):
+    one = compute_once(tmp_path, "a", "s3://bucket")
+    with raises("artifacts-unwritable"), one.shared_file("d.safetensors"):
         write_tensors(one.folder / "d.safetensors", {"v": torch.ones(3)}, {"fingerprint": STAMP})

@@ -9,12 +9,12 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
-from heretic.interrupt import Stop
-from heretic.search.scheduler import finished
-from heretic.search.study import optimise
-from heretic.storage.heartbeat import free_the_dead, signs_of_life
+from heretic.interrupt import StopSignal
+from heretic.search.scheduler import n_complete
+from heretic.search.study import run_study
+from heretic.storage.heartbeat import requeue_stale_trials, trial_heartbeats
 from heretic.storage.rdb import connect, worker
-from heretic.storage.study_lock import database
+from heretic.storage.study_lock import rdb_storage
 from heretic.storage.url import storage_url
 from tests.helpers.postgres import Server
 from tests.helpers.study_workers import QUICK, Heard, Stub, opened, settings
@@ -35,12 +35,12 @@ def begun(study: optuna.Study, **attributes: object) -> optuna.Trial:
 def test_a_trial_with_signs_of_life_stays_with_its_worker(postgres: Server) -> None:
     study, other = opened(postgres.url), opened(postgres.url)
     trial = begun(study)
-    with signs_of_life(study, [trial]):
+    with trial_heartbeats(study, [trial]):
         time.sleep(3.5)  # longer than the grace period
-        assert free_the_dead(other, QUICK) == []
+        assert requeue_stale_trials(other, QUICK) == []
     time.sleep(3.5)
-    assert [t.number for t in free_the_dead(other, QUICK)] == [trial.number]
-    assert free_the_dead(study, QUICK) == [], "it was freed twice"
+    assert [t.number for t in requeue_stale_trials(other, QUICK)] == [trial.number]
+    assert requeue_stale_trials(study, QUICK) == [], "it was freed twice"
 
 
 def test_after_an_outage_everybody_is_given_time_to_be_heard(postgres: Server) -> None:
@@ -49,15 +49,15 @@ def test_after_an_outage_everybody_is_given_time_to_be_heard(postgres: Server) -
     trial = begun(study)
     time.sleep(3.5)
     postgres.control("stop", "-m", "fast")
-    storage = database(study)
+    storage = rdb_storage(study)
     assert storage is not None
 
     threading.Timer(2, lambda: postgres.control("start")).start()
     assert study.trials[trial.number].state == TrialState.RUNNING, "asked while the server was away"
     assert any("is away" in line for line in heard.lines) and any("is back" in line for line in heard.lines)
-    assert free_the_dead(study, QUICK) == [], "judged before it could be heard"
+    assert requeue_stale_trials(study, QUICK) == [], "judged before it could be heard"
     time.sleep(2 * QUICK.heartbeat + 1.5)
-    assert [t.number for t in free_the_dead(study, QUICK)] == [trial.number]
+    assert [t.number for t in requeue_stale_trials(study, QUICK)] == [trial.number]
 
 
 def test_parameters_that_kill_their_workers_are_not_tried_for_ever() -> None:
@@ -66,8 +66,8 @@ def test_parameters_that_kill_their_workers_are_not_tried_for_ever() -> None:
     for _ in range(QUICK.retries + 1):
         trial = study.ask()  # a retry after the first time
         trial.suggest_float("x", 0.1, 1.0)
-        trial.set_user_attr("worker", {**worker(), "began": 1.0})  # a dead process of this machine
-        free_the_dead(study, QUICK)
+        trial.set_user_attr("heretic:worker", {**worker(), "began": 1.0})  # a dead process of this machine
+        requeue_stale_trials(study, QUICK)
         numbers.append(trial.params["x"])
     waiting = [t for t in study.trials if t.state == TrialState.WAITING]
     assert len(set(numbers)) == 1 and not waiting
@@ -80,15 +80,17 @@ def test_what_a_worker_measured_that_was_given_up_counts_once() -> None:
 
     def lose(trial: optuna.Trial) -> None:
         if trial.number in (0, 2):
-            trial.set_user_attr("worker", {**worker(), "began": 1.0})
-            assert len(free_the_dead(other, QUICK)) == 1
+            trial.set_user_attr("heretic:worker", {**worker(), "began": 1.0})
+            assert len(requeue_stale_trials(other, QUICK)) == 1
             if trial.number == 2:
-                assert other.ask().user_attrs["retry"] == 2  # begun by somebody else, who dies before signing it
+                assert (
+                    other.ask().user_attrs["heretic:retry_of"] == 2
+                )  # begun by somebody else, who dies before signing it
 
-    optimise(study, settings(4), Stub(lose), watcher=heard, stop=Stop(), shared=True)
+    run_study(study, settings(4), Stub(lose), reporter=heard, stop=StopSignal(), shared=True)
     complete = [t for t in study.trials if t.state == TrialState.COMPLETE]
-    assert finished(study) == 4 and len({t.params["x"] for t in complete}) == 4
-    assert study.trials[1].user_attrs["retry"] == 0 and study.trials[1].state == TrialState.COMPLETE
+    assert n_complete(study) == 4 and len({t.params["x"] for t in complete}) == 4
+    assert study.trials[1].user_attrs["heretic:retry_of"] == 0 and study.trials[1].state == TrialState.COMPLETE
     assert [line for line in heard.lines if "went to another worker" in line] == [
         "Trial 2 went to another worker: this one was silent for too long."
     ]
@@ -97,6 +99,6 @@ def test_what_a_worker_measured_that_was_given_up_counts_once() -> None:
 def test_a_process_of_the_same_name_on_another_machine_is_not_ours_to_judge() -> None:
     study = opened(storage_url("", Path()))
     trial = study.ask()
-    trial.set_user_attr("worker", {**worker(), "machine": "another start of it", "began": 1.0})
-    assert free_the_dead(study, QUICK) == []
+    trial.set_user_attr("heretic:worker", {**worker(), "machine": "another start of it", "began": 1.0})
+    assert requeue_stale_trials(study, QUICK) == []
     assert connect(storage_url("", Path())).get_trial(trial._trial_id).state == TrialState.RUNNING

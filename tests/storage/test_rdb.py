@@ -49,7 +49,7 @@ def test_a_worker_with_other_versions_or_other_weights_is_refused(
     with raises("study-mismatch", StudyMismatch) as error:
         open_study(postgres.url, "shared", {**facts, "model": {"sha256": {"model.safetensors": "bb"}}})
     assert all(value in error.value.what for value in ("model.safetensors", "aa", "bb"))
-    other = {**storage_module.versions_that_matter(), "torch": "1.0"}
+    other = {**storage_module.relevant_versions(), "torch": "1.0"}
     monkeypatch.setattr(storage_module, "versions_that_matter", lambda: other)
     with raises("study-mismatch", StudyMismatch) as error:
         open_study(postgres.url, "shared", facts)
@@ -100,8 +100,8 @@ def test_a_turn_that_another_worker_keeps_is_given_up(tmp_path: Path, monkeypatc
     monkeypatch.setattr(turns, "LONGEST_TURN", 0.1)
     file = tmp_path / "study.db"
     study = open_study(f"sqlite:///{file}", "s", {"a": 1})
-    with FileLock(f"{file}.lock"), pytest.raises(UserError) as refused, turns.turn(study):
+    with FileLock(f"{file}.lock"), pytest.raises(UserError) as refused, turns.study_lock(study):
         raise AssertionError("two turns at once")
     assert refused.value.code == "storage-locked"
-    with turns.turn(study):
+    with turns.study_lock(study):
         pass

@@ -9,11 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heretic.ablation.directions import Directions, between, orthonormal
-from heretic.ablation.operator import GEOMETRIES, NEEDS_FACTS, Matrix, Operator, WriterFacts, facts_along, study_weight
-from heretic.ablation.strength_kernel import Kernel
-from heretic.model.architecture import Writer
-from heretic.progress import SILENT, Watcher
+from heretic.ablation.directions import Directions, interpolation, orthonormal
+from heretic.ablation.operator import (
+    GEOMETRIES,
+    NEEDS_WEIGHT_STATS,
+    LazyTensor,
+    Operator,
+    WeightStats,
+    stats_for_directions,
+    weight_statistics,
+)
+from heretic.ablation.strength_kernel import StrengthKernel
+from heretic.model.architecture import ResidualWriter
+from heretic.progress import NULL_REPORTER, ProgressReporter
 
 Numbers = Sequence[float] | Tensor
 
@@ -24,7 +32,7 @@ class Ablation:
 
     `strengths`: by component, one number a layer; exactly 0 leaves the writers there untouched. `mixture`: coefficients over
     the layers' directions [layers] of the one direction that is removed everywhere; None: each layer's own is, mixed with its
-    neighbour's where `shift` is not 0 (in layers, to later ones). `vector`: a direction [width] of its own instead, for all
+    neighbor's where `shift` is not 0 (in layers, to later ones). `vector`: a direction [width] of its own instead, for all
     layers, or several one behind the other [count x width]. Tensors may be given to have gradients.
     """
 
@@ -34,12 +42,12 @@ class Ablation:
     vector: Numbers | None = None
 
     @classmethod
-    def of_kernels(cls, kernels: Mapping[str, Kernel], layers: int, index: float | None = None) -> Ablation:
+    def from_kernels(cls, kernels: Mapping[str, StrengthKernel], layers: int, index: float | None = None) -> Ablation:
         """Strengths by kernels, one a component; the direction at a layer index for all, or each layer's own (None)."""
         strengths = {c: tuple(kernel.strength(layer) for layer in range(layers)) for c, kernel in kernels.items()}
-        return cls(strengths, None if index is None else between(index, layers))
+        return cls(strengths, None if index is None else interpolation(index, layers))
 
-    def strength(self, writer: Writer) -> float | Tensor:
+    def strength(self, writer: ResidualWriter) -> float | Tensor:
         """Strength at a writer."""
         profile = self.strengths.get(writer.component)
         return 0.0 if profile is None else profile[writer.layer]
@@ -52,7 +60,7 @@ class Ablation:
 
 
 @dataclass(frozen=True)
-class Workbench:
+class OperatorFactory:
     """Everything from which the operators of any ablation follow by vector arithmetic.
 
     `scales` holds, by writer, the weight S [width] of an RMS norm that its output passes before it is added to the stream: what is
@@ -61,34 +69,36 @@ class Workbench:
     """
 
     directions: Directions
-    writers: tuple[Writer, ...]
+    writers: tuple[ResidualWriter, ...]
     geometry: str
-    facts: Mapping[str, WriterFacts]
+    weight_stats: Mapping[str, WeightStats]
     scales: Mapping[str, Tensor]
-    read: Callable[[Writer], Sequence[Matrix]] = field(default=Writer.weights, repr=False, compare=False)
+    read: Callable[[ResidualWriter], Sequence[LazyTensor]] = field(
+        default=ResidualWriter.weights, repr=False, compare=False
+    )
 
     @classmethod
     def prepare(
         cls,
         directions: Directions,
-        writers: tuple[Writer, ...],
+        writers: tuple[ResidualWriter, ...],
         geometry: str,
-        read: Callable[[Writer], Sequence[Matrix]] = Writer.weights,
-        watcher: Watcher = SILENT,
+        read: Callable[[ResidualWriter], Sequence[LazyTensor]] = ResidualWriter.weights,
+        reporter: ProgressReporter = NULL_REPORTER,
         *,
         norm_aware: bool = True,
-    ) -> Workbench:
+    ) -> OperatorFactory:
         """Study every writer's weight once, against all layers' directions; geometries that need no facts skip it.
 
         `read` gets at a writer's matrices [width, inputs] where the module does not hold it (offloaded layers).
         """
-        facts: dict[str, WriterFacts] = {}
+        facts: dict[str, WeightStats] = {}
         scales = {w.name: s.cpu() for w in writers if norm_aware and (s := w.scale()) is not None}
-        if geometry in NEEDS_FACTS:
-            with watcher.stage("Studying the weights", len(writers)) as stage:
+        if geometry in NEEDS_WEIGHT_STATS:
+            with reporter.stage("Studying the weights", len(writers)) as stage:
                 for writer in writers:
-                    seen = directions.every.flatten(0, 1) * scales.get(writer.name, 1)
-                    facts[writer.name] = study_weight(read(writer), seen).to("cpu")
+                    seen = directions.all_directions.flatten(0, 1) * scales.get(writer.name, 1)
+                    facts[writer.name] = weight_statistics(read(writer), seen).to("cpu")
                     stage.advance()
         return cls(directions, writers, geometry, facts, scales, read)
 
@@ -102,22 +112,22 @@ class Workbench:
             strength = ablation.strength(writer)
             if writer.layer < zeros_from if zeros_from is not None else float(strength) == 0.0:
                 continue
-            facts = self.facts.get(writer.name)
+            facts = self.weight_stats.get(writer.name)
             scale = self.scales.get(writer.name, 1)
             if ablation.vector is not None:
                 raw = torch.as_tensor(ablation.vector).unflatten(0, (-1, self.directions.vectors.shape[-1]))
                 vectors, _ = orthonormal(raw * scale)
                 mix = torch.eye(len(vectors), dtype=vectors.dtype)
-                facts = facts and facts_along(vectors, self.read(writer), facts.norms)
+                facts = facts and stats_for_directions(vectors, self.read(writer), facts.norms)
             else:
                 layers = self._mix(ablation, writer)
-                vectors, turned = orthonormal(self.directions.mixed(layers) * scale)
+                vectors, turned = orthonormal(self.directions.mixed_at(layers) * scale)
                 mix = torch.einsum("ij,l->ilj", turned, layers).flatten(1)
             found[writer.name] = GEOMETRIES[self.geometry](vectors.squeeze(0), strength, facts, mix.squeeze(0))
         return found
 
-    def _mix(self, ablation: Ablation, writer: Writer) -> Tensor:
+    def _mix(self, ablation: Ablation, writer: ResidualWriter) -> Tensor:
         mixture = ablation.mixture
         if mixture is None:
-            mixture = between(writer.layer + ablation.shift, self.directions.num_layers)
+            mixture = interpolation(writer.layer + ablation.shift, self.directions.num_layers)
         return torch.as_tensor(mixture, dtype=self.directions.vectors.dtype)

@@ -10,11 +10,11 @@ from torch import nn
 
 from heretic.ablation.operator import Operator, StackedOperators
 from heretic.model.forward import trial_of_row
-from heretic.model.writer import Writer, first_tensor, with_first
+from heretic.model.writer import ResidualWriter, first_tensor, with_first
 
 
 @contextmanager
-def attach(writers: Sequence[Writer], *trials: Mapping[str, Operator]) -> Iterator[None]:
+def apply_operators(writers: Sequence[ResidualWriter], *trials: Mapping[str, Operator]) -> Iterator[None]:
     """Within the context every writer named in the operators of a trial writes what its operator makes of its output.
 
     With several trials each row of a batch is edited by its own (`model.forward.trial_of_row` says which).

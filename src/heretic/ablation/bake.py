@@ -14,7 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.model.checkpoint import Checkpoint
-from heretic.model.writer import Part, Writer
+from heretic.model.writer import Part, ResidualWriter
 
 
 def bake_weight(operator: Operator, weight: Tensor, *, transposed: bool) -> Tensor:
@@ -43,12 +43,14 @@ def bake_part(operator: Operator, part: Part, tensor: Tensor) -> Tensor:
     return bake_weight(operator, tensor, transposed=part.transposed)
 
 
-Original = Callable[[str], Tensor]
+OriginalWeights = Callable[[str], Tensor]
 
 
 @contextmanager
 @torch.no_grad()
-def rewrite(writers: Sequence[Writer], operators: Mapping[str, Operator], original: Original) -> Iterator[None]:
+def rewritten_weights(
+    writers: Sequence[ResidualWriter], operators: Mapping[str, Operator], original: OriginalWeights
+) -> Iterator[None]:
     """Within the context the weights themselves are edited; on the way out they are what `original` says, bit for bit.
 
     `original` gives a parameter's tensor by its name in the model: from a copy (`copies`) or from the files
@@ -60,7 +62,7 @@ def rewrite(writers: Sequence[Writer], operators: Mapping[str, Operator], origin
             operator = operators.get(writer.name)
             if operator is None:
                 continue
-            if writer.offloaded or any(part.quantised for part in writer.parts):
+            if writer.offloaded or any(part.quantized for part in writer.parts):
                 raise UserError(
                     f"The weight of {writer.name} cannot be rewritten.",
                     code="weight-not-editable",
@@ -76,13 +78,13 @@ def rewrite(writers: Sequence[Writer], operators: Mapping[str, Operator], origin
             parameter.copy_(original(name))
 
 
-def copies(writers: Sequence[Writer]) -> Original:
+def copy_weights(writers: Sequence[ResidualWriter]) -> OriginalWeights:
     """Keep a copy of the writers' tensors, each on its own device; nothing else of the model is copied."""
     kept = {part.name: part.tensor.detach().clone() for writer in writers for part in writer.parts}
     return kept.__getitem__
 
 
-def from_checkpoint(checkpoint: Checkpoint, writers: Sequence[Writer], model: Any) -> Original:
+def read_from_checkpoint(checkpoint: Checkpoint, writers: Sequence[ResidualWriter], model: Any) -> OriginalWeights:
     """Read the tensors again from the checkpoint's files when they are wanted. Raises UserError if names do not match."""
     found = sources(checkpoint, writers, model)
 
@@ -96,7 +98,7 @@ def from_checkpoint(checkpoint: Checkpoint, writers: Sequence[Writer], model: An
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredPart:
     """The tensors of a checkpoint that a parameter was made of: one, or one an expert in order; `turned`: with the last two axes
     the other way round."""
 
@@ -104,7 +106,7 @@ class Stored:
     turned: bool = False
 
 
-def sources(checkpoint: Checkpoint, writers: Sequence[Writer], model: Any) -> dict[str, Stored]:
+def sources(checkpoint: Checkpoint, writers: Sequence[ResidualWriter], model: Any) -> dict[str, StoredPart]:
     """Where each parameter of the writers came from, by its name: as transformers names things while it loads them.
 
     Raises UserError where a parameter has no tensor of its own shape, or not one for every expert.
@@ -136,15 +138,15 @@ def loaded_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     return {name: rename_source_key(name, renamings, converters, model.base_model_prefix, own)[0] for name in names}
 
 
-def _stored(checkpoint: Checkpoint, part: Part, names: Sequence[str]) -> Stored:
+def _stored(checkpoint: Checkpoint, part: Part, names: Sequence[str]) -> StoredPart:
     shape = part.shape
     ordered = tuple(sorted(names, key=dot_natural_key))
     shapes = {checkpoint.tensors[name].shape for name in ordered}
     each = shape if len(ordered) == 1 else shape[1:]
     if shapes == {each} and (len(ordered) == 1 or len(ordered) == shape[0]):
-        return Stored(ordered)
+        return StoredPart(ordered)
     if shapes == {(*each[:-2], *each[:-3:-1])} and not part.is_bias and (len(ordered) == 1 or len(ordered) == shape[0]):
-        return Stored(ordered, turned=True)
+        return StoredPart(ordered, turned=True)
     raise UserError(
         f"No tensor of the checkpoint corresponds to {part.name} {list(shape)}.",
         code="missing-tensors",

@@ -8,7 +8,7 @@ from torch import Tensor
 from heretic.model.capture import ResidualMeans
 
 
-def without_mean(vectors: Tensor, harmless: ResidualMeans) -> Tensor:
+def project_out_mean(vectors: Tensor, harmless: ResidualMeans) -> Tensor:
     """Directions [layers, count, width] without their part along the harmless mean of their layer."""
     common = torch.nn.functional.normalize(harmless.mean, dim=-1).unsqueeze(1)
     return vectors - (vectors * common).sum(-1, keepdim=True) * common

@@ -24,7 +24,7 @@ class Directions:
     """
 
     vectors: Tensor
-    further: Tensor | None = None
+    extra: Tensor | None = None
 
     @property
     def num_layers(self) -> int:
@@ -34,19 +34,19 @@ class Directions:
     @property
     def count(self) -> int:
         """Number of directions of a layer."""
-        return 1 if self.further is None else 1 + self.further.shape[1]
+        return 1 if self.extra is None else 1 + self.extra.shape[1]
 
     @property
-    def every(self) -> Tensor:
+    def all_directions(self) -> Tensor:
         """All of them [layers, count, width]."""
         first = self.vectors.unsqueeze(1)
-        return first if self.further is None else torch.cat([first, self.further], dim=1)
+        return first if self.extra is None else torch.cat([first, self.extra], dim=1)
 
-    def mixed(self, coefficients: Sequence[float] | Tensor) -> Tensor:
+    def mixed_at(self, coefficients: Sequence[float] | Tensor) -> Tensor:
         """The layers' directions mixed, first with first, second with second [count, width]; neither of length 1 nor at right
         angles."""
         mix = torch.as_tensor(coefficients, dtype=self.vectors.dtype)
-        return torch.tensordot(mix, self.every, 1)
+        return torch.tensordot(mix, self.all_directions, 1)
 
     def unit(self, coefficients: Sequence[float] | Tensor) -> Tensor:
         """Coefficients c [layers] scaled so that `c @ vectors` has norm 1."""
@@ -70,7 +70,7 @@ def orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (turn @ unit).to(rows.dtype), (turn / lengths.unsqueeze(-2)).to(rows.dtype)
 
 
-def between(index: float, layers: int) -> tuple[float, ...]:
+def interpolation(index: float, layers: int) -> tuple[float, ...]:
     """Coefficients [layers] of the direction at a layer index that may lie between two layers; outside, the nearest layer's."""
     index = min(max(index, 0.0), layers - 1.0)
     low = int(index)
@@ -81,7 +81,7 @@ def between(index: float, layers: int) -> tuple[float, ...]:
     return tuple(coefficients)
 
 
-def made_unit(found: Tensor, earlier: Directions | None = None) -> Directions:
+def normalized(found: Tensor, earlier: Directions | None = None) -> Directions:
     """Directions of any length [layers, count, width] made orthonormal within a layer, behind those of `earlier` rounds.
 
     Raises UserError if a layer has none, or fewer than asked for.
@@ -95,7 +95,7 @@ def made_unit(found: Tensor, earlier: Directions | None = None) -> Directions:
             where="prompts.harmful_train, prompts.harmless_train",
             fix="use prompt sets that differ in whether the model declines",
         )
-    given = found if earlier is None else torch.cat([earlier.every.to(found), found], dim=1)
+    given = found if earlier is None else torch.cat([earlier.all_directions.to(found), found], dim=1)
     rows, turned = orthonormal(given / given.norm(dim=-1, keepdim=True))
     # The diagonal of T is 1 / (what is left of a direction when those before are taken out).
     poor = (turned.diagonal(dim1=-2, dim2=-1) > 1 / LEAST_NEW).nonzero()

@@ -1,7 +1,7 @@
 """The ablation of one writer, as an operator on its output: y' = n * (y - u (w . y)), or with the sum of several u (w . y).
 
 Every geometry is one function that gives u, w and n for a direction and a strength. What needs the writer's weight is
-computed once per study (`WriterFacts`), linear in the direction, so that preparing a trial is vector arithmetic.
+computed once per study (`WeightStats`), linear in the direction, so that preparing a trial is vector arithmetic.
 The formulas, and the check that attached and baked models agree, are in the design; `row_normalized` is the edit that
 `(I - s v vT)` makes on rows of norm 1, `norm_preserving` gives each row its old norm again.
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heretic.model.lazy_tensor import Matrix, opened
+from heretic.model.lazy_tensor import LazyTensor, materialize
 
 # Rows of a weight that are this small count as zero: they write nothing, and D^-1 must not blow them up.
 TINY = 1e-12
@@ -100,7 +100,7 @@ class StackedOperators:
 
 
 @dataclass(frozen=True)
-class WriterFacts:
+class WeightStats:
     """What the geometries need to know of one writer's weight W [width, inputs], for a set of k directions.
 
     A mixture of experts has the matrices of all of them side by side as one W: an operator on the sum of what they write is the
@@ -114,28 +114,28 @@ class WriterFacts:
     g: Tensor
     gram: Tensor
 
-    def to(self, device: torch.device | str) -> WriterFacts:
+    def to(self, device: torch.device | str) -> WeightStats:
         """The same facts on another device."""
         return replace(self, norms=self.norms.to(device), g=self.g.to(device), gram=self.gram.to(device))
 
 
 @torch.no_grad()
-def study_weight(weight: Tensor | Sequence[Matrix], directions: Tensor, rows_at_once: int = 0) -> WriterFacts:
+def weight_statistics(weight: Tensor | Sequence[LazyTensor], directions: Tensor, rows_at_once: int = 0) -> WeightStats:
     """Facts of a weight [width, inputs], or of several side by side, for directions [k, width]; only `rows_at_once` rows exist in
     float32 at a time (0: as many as are `ELEMENTS_AT_ONCE`)."""
     matrices = [weight] if isinstance(weight, Tensor) else weight
-    squares = [_squared_norms(opened(m), rows_at_once) for m in matrices]
+    squares = [_squared_norms(materialize(m), rows_at_once) for m in matrices]
     norms = _sum(s.to(squares[0].device) for s in squares).sqrt().clamp_min(TINY)
     g = torch.zeros(len(directions), len(norms), device=norms.device)
     gram = torch.zeros(len(directions), len(directions), device=norms.device)
-    for matrix in map(opened, matrices):
+    for matrix in map(materialize, matrices):
         d = norms.to(matrix.device)
         unit = directions.to(matrix.device) / d
         a = _sum(unit[:, rows] @ matrix[rows].float() for rows in _rows(matrix, rows_at_once))
         for rows in _rows(matrix, rows_at_once):
             g[:, rows] += (a @ matrix[rows].float().T / d[rows]).to(g.device)
         gram += (a @ a.T).to(gram.device)
-    return WriterFacts(norms, g, gram)
+    return WeightStats(norms, g, gram)
 
 
 def _squared_norms(matrix: Tensor, rows_at_once: int) -> Tensor:
@@ -155,13 +155,13 @@ class _Through(torch.autograd.Function):
     """x -> W W^T x for vectors x [width] or [k, width]. Its own derivative, being symmetric, so nothing of W is kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrices: Sequence[Matrix]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, matrices: Sequence[LazyTensor]) -> Tensor:
         ctx.matrices = matrices
-        return _sum(_through(x, opened(m)) for m in matrices)
+        return _sum(_through(x, materialize(m)) for m in matrices)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _sum(_through(gradient, opened(m)) for m in ctx.matrices), None
+        return _sum(_through(gradient, materialize(m)) for m in ctx.matrices), None
 
 
 def _through(x: Tensor, matrix: Tensor, rows_at_once: int = 0) -> Tensor:
@@ -170,30 +170,30 @@ def _through(x: Tensor, matrix: Tensor, rows_at_once: int = 0) -> Tensor:
     return torch.cat([a @ matrix[rows].to(x.dtype).mT for rows in _rows(matrix, rows_at_once)], dim=-1).to(x.device)
 
 
-def facts_along(v: Tensor, weight: Tensor | Sequence[Matrix], norms: Tensor) -> WriterFacts:
+def stats_for_directions(v: Tensor, weight: Tensor | Sequence[LazyTensor], norms: Tensor) -> WeightStats:
     """Facts of a weight [width, inputs], or of several side by side, with these norms of its rows for directions [width] or
     [k, width], which may have gradients."""
     g = _Through.apply(v / norms, [weight] if isinstance(weight, Tensor) else weight) / norms
     v, g = torch.atleast_2d(v), torch.atleast_2d(g)
-    return WriterFacts(norms, g, v @ g.mT)
+    return WeightStats(norms, g, v @ g.mT)
 
 
 # In all of them v is [width], or [k, width] for k directions at right angles, and mix says what they are made of: [directions of
 # the facts], or [k, directions of the facts].
 
 
-def plain(v: Tensor, strength: float | Tensor, facts: WriterFacts | None, mix: Tensor) -> Operator:
+def plain(v: Tensor, strength: float | Tensor, facts: WeightStats | None, mix: Tensor) -> Operator:
     """(I - s v vT) W."""
     return Operator(strength * v, v)
 
 
-def row_normalized(v: Tensor, strength: float | Tensor, facts: WriterFacts | None, mix: Tensor) -> Operator:
+def row_normalized(v: Tensor, strength: float | Tensor, facts: WeightStats | None, mix: Tensor) -> Operator:
     """D (I - s v vT) D^-1 W, D the norms of W's rows."""
     assert facts is not None
     return Operator(strength * facts.norms * v, v / facts.norms)
 
 
-def norm_preserving(v: Tensor, strength: float | Tensor, facts: WriterFacts | None, mix: Tensor) -> Operator:
+def norm_preserving(v: Tensor, strength: float | Tensor, facts: WeightStats | None, mix: Tensor) -> Operator:
     """`row_normalized`, then every row scaled back to its old norm: N_i^2 = 1 - 2 s v_i . g_i + s^2 v_i A v_i, v_i and g_i being
     the k directions' i-th components, and A = a aT [k, k]."""
     assert facts is not None
@@ -204,6 +204,6 @@ def norm_preserving(v: Tensor, strength: float | Tensor, facts: WriterFacts | No
     return Operator(strength * facts.norms * v, v / facts.norms, squared.clamp_min(TINY).rsqrt())
 
 
-Geometry = Callable[[Tensor, "float | Tensor", "WriterFacts | None", Tensor], Operator]
+Geometry = Callable[[Tensor, "float | Tensor", "WeightStats | None", Tensor], Operator]
 GEOMETRIES: dict[str, Geometry] = {"plain": plain, "row_normalized": row_normalized, "norm_preserving": norm_preserving}
-NEEDS_FACTS = {"row_normalized", "norm_preserving"}
+NEEDS_WEIGHT_STATS = {"row_normalized", "norm_preserving"}

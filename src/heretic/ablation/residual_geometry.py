@@ -95,15 +95,15 @@ class ResidualGeometry:
 
 
 @dataclass
-class Survey:
+class GeometryRecorder:
     """What a capture leaves behind for the geometry: means and samples of the harmful and of the harmless prompts."""
 
     means: tuple[ResidualMeans, ResidualMeans] | None = None
     samples: tuple[Sample, Sample] | None = None
 
-    def take(self, means: tuple[ResidualMeans, ResidualMeans], samples: tuple[Sample, Sample]) -> None:
+    def record(self, means: tuple[ResidualMeans, ResidualMeans], samples: tuple[Sample, Sample]) -> None:
         """Keep these, but not the residuals of every prompt."""
-        self.means = (replace(means[0], each=None), replace(means[1], each=None))
+        self.means = (replace(means[0], per_prompt=None), replace(means[1], per_prompt=None))
         self.samples = samples
 
     def geometry(self, directions: Directions) -> ResidualGeometry:
@@ -174,7 +174,7 @@ def cohens_d(a: Tensor, b: Tensor) -> float:
 
 
 def principal_components(products: Tensor, harmful: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Coordinates [n, 2] along the first two principal components of centred vectors, from their products with each other
+    """Coordinates [n, 2] along the first two principal components of centered vectors, from their products with each other
     [n, n], and the components' shares of the variance [2].
 
     A component's sign is free, so it is chosen: harmful prompts to the right, and the rest as in the layer `before`, so that

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
-class Kernel:
+class StrengthKernel:
     """Largest at one layer, falling linearly on both sides, and nothing beyond `min_weight_distance` layers.
 
     Positions and distances are in layers; weights are strengths, 1 removing the direction whole.

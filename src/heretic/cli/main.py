@@ -20,8 +20,8 @@ from heretic.cli.commands import (  # noqa: F401  each adds its commands to the 
     trials,
 )
 from heretic.cli.options import app, err, run_names
-from heretic.cli.ui.console import printable
-from heretic.errors import OF_THE_DISK, Interrupted, UserError, disk_error, memory_error
+from heretic.cli.ui.console import escape_terminal
+from heretic.errors import DISK_ERRNOS, Interrupted, UserError, disk_error, memory_error
 from heretic.hardware.openmp import wait_passively
 from heretic.settings.sources import DEFAULT_FILE
 
@@ -64,23 +64,23 @@ def guarded(job: Callable[[], Any]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # a full disk is to be noticed here, not when the interpreter ends
     except UserError as error:
-        err.print(f"[bold red]Error:[/bold red] {printable(str(error))}", soft_wrap=True)
+        err.print(f"[bold red]Error:[/bold red] {escape_terminal(str(error))}", soft_wrap=True)
         return error.exit_status
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output went away
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        if error.errno not in OF_THE_DISK:
+        if error.errno not in DISK_ERRNOS:
             raise
         said = disk_error(error)
-        err.print(f"[bold red]Error:[/bold red] {printable(str(said))}", soft_wrap=True)
+        err.print(f"[bold red]Error:[/bold red] {escape_terminal(str(said))}", soft_wrap=True)
         return said.exit_status
     except (RuntimeError, MemoryError) as error:
         from heretic.model.batching import out_of_memory
 
         if not out_of_memory(error):
             raise
-        err.print(f"[bold red]Error:[/bold red] {printable(str(memory_error(error)))}", soft_wrap=True)
+        err.print(f"[bold red]Error:[/bold red] {escape_terminal(str(memory_error(error)))}", soft_wrap=True)
         return UserError.exit_status
     except Interrupted:
         err.print("Stopped. Everything finished is kept; the same command goes on from here.")

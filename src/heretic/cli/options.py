@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from heretic.cli.ui.console import printable
-from heretic.cli.ui.reporters import make_watcher
+from heretic.cli.ui.console import escape_terminal
+from heretic.cli.ui.reporters import make_reporter
 from heretic.errors import EXIT_STATUSES, UserError
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.settings.sources import DEFAULT_FILE, Resolved, resolve
 
 if TYPE_CHECKING:
-    from heretic.search.summary import StudyWatcher
+    from heretic.search.summary import StudyReporter
 
 # Heavy imports (torch, transformers, optuna) happen inside the commands, so that --help and errors come at once.
 
@@ -81,11 +81,11 @@ def read_settings(
     if resolved.origin("storage") in ("option", "--set storage"):
         keep_off_the_command_line(resolved.settings.storage)
     if resolved.file is not None and not quiet:
-        out.print(f"Settings from {printable(str(resolved.file))}")
+        out.print(f"Settings from {escape_terminal(str(resolved.file))}")
     return resolved
 
 
-def settings_of_its_own(run: str, what: str, where: str) -> UserError:
+def require_own_settings(run: str, what: str, where: str) -> UserError:
     """For who names a run together with what the run has already."""
     return UserError(
         f"{run} is a run and has its own {what}.",
@@ -115,6 +115,8 @@ def configured_runs(option: str | None) -> str:
     return option or resolve(environment=os.environ).settings.runs_dir
 
 
-def watcher_for(as_json: bool = False, plain: bool = False, title: str = "", stop: Stop | None = None) -> StudyWatcher:
+def reporter_for(
+    as_json: bool = False, plain: bool = False, title: str = "", stop: StopSignal | None = None
+) -> StudyReporter:
     """Who shows the work; standard output is kept for what was asked for as JSON."""
-    return make_watcher(err if as_json else out, plain=plain, title=title, stop=stop)
+    return make_reporter(err if as_json else out, plain=plain, title=title, stop=stop)

@@ -13,19 +13,19 @@ from heretic.ablation.ablation import Ablation
 from heretic.export.base_card import BaseCard
 from heretic.export.manifest import DIRECTIONS, Edit
 from heretic.export.markdown import code, escape
-from heretic.export.request import Written
+from heretic.export.request import WriteResult
 from heretic.scoring.evaluator import Scores
-from heretic.scoring.harmless_metrics import Conduct
+from heretic.scoring.harmless_metrics import HarmlessMetrics
 from heretic.scoring.interval import wilson
-from heretic.scoring.judges.verdict import JUDGED
+from heretic.scoring.judges.verdict import JUDGE_DESCRIPTIONS
 
 BARS = "·▁▂▃▄▅▆▇█"
 OF_REFUSAL = """\
 **The safety training of this model was reduced on purpose.** The direction in its residual stream that carries refusal was
 projected out of weights that write to the stream. It answers requests that the original declines, and what it answers
 can be wrong, offensive or harmful. Nothing was added to it: it knows what the original knows."""
-OF_ANOTHER_BEHAVIOUR = """\
-**A behavior of this model was reduced on purpose: {behaviour}.** The direction in its residual stream that carries it was
+OF_ANOTHER_BEHAVIOR = """\
+**A behavior of this model was reduced on purpose: {behavior}.** The direction in its residual stream that carries it was
 projected out of weights that write to the stream. Its safety training may be reduced with it: whether it still declines what the
 original declines was not measured here. Nothing was added to it: it knows what the original knows."""
 TEMPLATE_OF_THE_STUDY = """\
@@ -60,7 +60,7 @@ Method: Arditi et al., *Refusal in Language Models Is Mediated by a Single Direc
 TAGS = ["abliterated", "directional-ablation", "directional-ablation-manifest"]
 
 
-def card(manifest: Mapping[str, Any], base: BaseCard, written: Written, measured: str) -> str:
+def card(manifest: Mapping[str, Any], base: BaseCard, written: WriteResult, measured: str) -> str:
     """The model card: Markdown with a YAML head.
 
     Args:
@@ -74,7 +74,7 @@ def card(manifest: Mapping[str, Any], base: BaseCard, written: Written, measured
     """
     ablation = Edit.model_validate(manifest["ablation"]).ablation
     scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}})
-    behaviour = str(manifest.get("behaviour", ""))
+    behavior = str(manifest.get("behavior", ""))
     name = manifest["model"]["name"]
     revision = manifest["model"]["revision"]
     template = TEMPLATE_OF_THE_STUDY if manifest.get("chat_template") else ""
@@ -82,8 +82,8 @@ def card(manifest: Mapping[str, Any], base: BaseCard, written: Written, measured
     used = _versions((rebuilt or manifest)["versions"])
     made = f"Rebuilt with {used} from the manifest of" if rebuilt else f"Made with {used};"
     sections = [
-        f"# {escape(Path(name).name)}, {escape(behaviour) or 'refusals'} ablated",
-        OF_ANOTHER_BEHAVIOUR.format(behaviour=escape(behaviour)) if behaviour else OF_REFUSAL,
+        f"# {escape(Path(name).name)}, {escape(behavior) or 'refusals'} ablated",
+        OF_ANOTHER_BEHAVIOR.format(behavior=escape(behavior)) if behavior else OF_REFUSAL,
         f"Base model: {_link(name)}{f', commit {code(revision)}' if revision else ''}. {base.terms}",
         written.about,
         template,
@@ -96,7 +96,7 @@ def card(manifest: Mapping[str, Any], base: BaseCard, written: Written, measured
     return _head(name, base, written) + "\n".join(f"{section.strip()}\n" for section in sections if section)
 
 
-def _head(name: str, base: BaseCard, written: Written) -> str:
+def _head(name: str, base: BaseCard, written: WriteResult) -> str:
     of_the_hub = {"base_model": name, "base_model_relation": written.relation} if _is_hub_id(name) else {}
     entries = {**of_the_hub, **base.entries, "library_name": written.library, "tags": TAGS}
     return f"---\n{ModelCardData(**entries).to_yaml()}\n---\n\n"
@@ -104,17 +104,17 @@ def _head(name: str, base: BaseCard, written: Written) -> str:
 
 def _measured(manifest: Mapping[str, Any], scores: Scores, measured: str) -> str:
     d, total, original = scores.divergence, scores.total, manifest["scores"]["original"]
-    shown = "answers that show it" if manifest.get("behaviour") else "requests declined"
+    shown = "answers that show it" if manifest.get("behavior") else "requests declined"
     tokens = _at(int(manifest["settings"].get("kl_tokens", 1)))
     return f"""\
-{measured} Answers are judged by {JUDGED[scores.judge]}. In brackets the 95 % interval (Wilson) that the number of
+{measured} Answers are judged by {JUDGE_DESCRIPTIONS[scores.judge]}. In brackets the 95 % interval (Wilson) that the number of
 requests allows.
 
 | | original | this model |
 |---|---|---|
 | {shown} | {share(original["refusals"], total)} | {share(scores.refusals, total)} |
 | neither declined nor answered | {share(original.get("evasive", 0), total)} | {share(scores.evasive, total)} |
-{_conduct(original.get("conduct"), scores.conduct)}| KL divergence on harmless requests, {tokens}, mean | 0 | {d.mean:.4f} |
+{_conduct(original.get("conduct"), scores.harmless_metrics)}| KL divergence on harmless requests, {tokens}, mean | 0 | {d.mean:.4f} |
 | median / 95th percentile / largest | 0 | {d.median:.4f} / {d.p95:.4f} / {d.max:.4f} |"""
 
 
@@ -141,7 +141,7 @@ def _versions(versions: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {escape(versions.get(name, '?'))}" for name in ("heretic", "torch", "transformers"))
 
 
-def _conduct(before: Mapping[str, int] | None, now: Conduct | None) -> str:
+def _conduct(before: Mapping[str, int] | None, now: HarmlessMetrics | None) -> str:
     """Rows on the answers to harmless prompts, where they were looked at."""
     if before is None or now is None:
         return ""

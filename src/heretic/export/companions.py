@@ -14,7 +14,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from heretic.files import sha256, write_text
 from heretic.model.repository import kind_of, names_in, resolve_inside
-from heretic.progress import SILENT, Watcher
+from heretic.progress import NULL_REPORTER, ProgressReporter
 
 TEMPLATE = "chat_template.jinja"
 OF_THE_EXPORT = ("README.md", "manifest.json", "heretic")  # each export has its own
@@ -73,7 +73,7 @@ def copy_companions(
     template: str = "",
     but: Collection[str] = (),
     texts: Mapping[str, str] | None = None,
-    watcher: Watcher = SILENT,
+    reporter: ProgressReporter = NULL_REPORTER,
 ) -> dict[str, dict[str, str]]:
     """Copy what goes with the weights into an export, but for the files named in `but`.
 
@@ -89,11 +89,11 @@ def copy_companions(
     copied = [n for n in found.copied if n not in found.changed and n not in but]
     if found.left:
         more = f" and {len(found.left) - NAMED} more" if len(found.left) > NAMED else ""
-        watcher.say(f"Not copied from the base model's folder: {', '.join(found.left[:NAMED])}{more}.")
+        reporter.info(f"Not copied from the base model's folder: {', '.join(found.left[:NAMED])}{more}.")
     return {name: {n: sha256(to / n) for n in names} for name, names in (("copied", copied), ("changed", changed))}
 
 
-def add_terms_and_template(folder: Path, to: Path, template: str) -> None:
+def copy_license_files(folder: Path, to: Path, template: str) -> None:
     """Copy the base model's licenses and notices where the format has not: its terms go with what is made of it. A chat template of
     the settings is written whatever the format."""
     for name, file in copied_files(folder).items():

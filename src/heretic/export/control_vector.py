@@ -17,7 +17,7 @@ from torch import Tensor
 
 from heretic.ablation.directions import Directions
 from heretic.errors import UserError
-from heretic.files import file_place, read_tensors
+from heretic.files import ensure_parent, read_tensors
 from heretic.model.checkpoint import open_model
 from heretic.runs.folder import RunFolder, write_directions
 from heretic.runs.stored_tensors import directions_of
@@ -72,7 +72,7 @@ def export_directions(folder: RunFolder, settings: Settings, path: Path, form: s
 
 def _places(path: Path, count: int) -> tuple[Path, ...]:
     """FILE.gguf, or FILE-1.gguf, FILE-2.gguf and so on; none of them exists."""
-    path = file_place(path)
+    path = ensure_parent(path)
     names = [path.name] if count == 1 else [f"{path.stem}-{n}{path.suffix}" for n in range(1, count + 1)]
     for place in (path.with_name(name) for name in names):
         if place.exists():
@@ -92,7 +92,7 @@ def _safetensors(places: Sequence[Path], directions: Directions, settings: Setti
 def _control_vectors(places: Sequence[Path], directions: Directions, settings: Settings, _stamp: str) -> None:
     checkpoint = open_model(settings, download_weights=False)
     for number, path in enumerate(places):
-        _control_vector(path, directions.every[:, number], checkpoint.text_config.model_type)
+        _control_vector(path, directions.all_directions[:, number], checkpoint.text_config.model_type)
 
 
 def _control_vector(path: Path, directions: Tensor, model_type: str) -> None:

@@ -12,10 +12,10 @@ import psutil
 
 from heretic.errors import UserError
 from heretic.export.manifest import MANIFEST, read_inventory
-from heretic.files import exchange, expanded, sha256, to_disk
-from heretic.interrupt import Stop
+from heretic.files import atomic_swap, expand_user, fsync, sha256
+from heretic.interrupt import StopSignal
 from heretic.model.repository import CARD
-from heretic.progress import Watcher
+from heretic.progress import ProgressReporter
 
 QUICKLY_HASHED = 16 << 20  # bytes; larger files are hashed once, before the export begins
 NAMED = 3  # files in a message
@@ -24,7 +24,7 @@ NAMED = 3  # files in a message
 def check_destination(destination: Path, owner: str) -> None:
     """Refuse a folder that holds something other than an earlier export of the run `owner`, or an export whose small files were
     edited. Files that were added to an export, and a card that was edited, are no obstacle: they are kept. Raises UserError."""
-    destination = expanded(destination)
+    destination = expand_user(destination)
     if not destination.resolve().name:
         raise UserError(
             "The destination is not a folder of its own.",
@@ -45,7 +45,7 @@ def check_destination(destination: Path, owner: str) -> None:
     _refuse_edited(destination, [n for n in files if _edited(destination, n, files, QUICKLY_HASHED)])
 
 
-def check_unchanged(destination: Path, stop: Stop) -> None:
+def check_unchanged(destination: Path, stop: StopSignal) -> None:
     """Refuse an earlier export of which any file, however large, is not what its manifest names. Raises UserError, Interrupted."""
     inventory = read_inventory(destination)
     edited = []
@@ -56,7 +56,7 @@ def check_unchanged(destination: Path, stop: Stop) -> None:
     _refuse_edited(destination, edited)
 
 
-def partial_folder(destination: Path) -> Path:
+def staging_dir(destination: Path) -> Path:
     """Make a new, empty folder beside the destination. Leftovers of a killed process are removed, but for an earlier export that it
     had moved away and not yet replaced: that one gets its name again."""
     for left in sorted(destination.parent.glob(f".{destination.name}.partial-*")):
@@ -81,30 +81,30 @@ def partial_folder(destination: Path) -> Path:
     return partial
 
 
-def settle(partial: Path, destination: Path, watcher: Watcher) -> None:
+def commit(partial: Path, destination: Path, reporter: ProgressReporter) -> None:
     """Put the finished folder in its place; an earlier export of the same run gives way only now, with what was added to it kept.
 
     Where the system can exchange two names at once there is no moment without a model under this name. Elsewhere there is an
     instant between two renames, after which `partial_folder` would put the earlier one back.
     """
     old = destination.with_name(f".{destination.name}.partial-old-{os.getpid()}")
-    kept = _keep_added(destination, partial) if destination.exists() else []
+    kept = _keep_user_files(destination, partial) if destination.exists() else []
     for file in (*partial.rglob("*"), partial):
         if not file.is_symlink():
-            to_disk(file)
+            fsync(file)
     if not destination.exists():
         partial.rename(destination)
-    elif exchange(partial, destination):
+    elif atomic_swap(partial, destination):
         partial.rename(old)
     else:
         destination.rename(old)
         partial.rename(destination)
-    to_disk(destination.parent)
+    fsync(destination.parent)
     if old.exists():
-        kept += _keep_added(old, destination)  # what came in the meantime
+        kept += _keep_user_files(old, destination)  # what came in the meantime
         shutil.rmtree(old, ignore_errors=True)
     if kept:
-        watcher.say(f"Kept in {destination}, as the earlier export had not written it: {_some(kept)}.")
+        reporter.info(f"Kept in {destination}, as the earlier export had not written it: {_some(kept)}.")
 
 
 def disk_error(error: Exception, partial: Path) -> UserError:
@@ -144,7 +144,7 @@ def _refuse_edited(destination: Path, names: list[str]) -> None:
         )
 
 
-def _keep_added(earlier: Path, new: Path) -> list[str]:
+def _keep_user_files(earlier: Path, new: Path) -> list[str]:
     """Give everything in an earlier export that its manifest does not name, or names with another hash, a place in the new folder
     as well; its names. Files are linked, so that nothing is lost whenever the process ends."""
     inventory = read_inventory(earlier)

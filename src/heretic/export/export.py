@@ -16,26 +16,26 @@ from safetensors import SafetensorError
 from heretic.errors import UserError
 from heretic.export.base_card import read_base_card
 from heretic.export.card import card
-from heretic.export.companions import add_terms_and_template
-from heretic.export.destination import check_unchanged, disk_error, partial_folder, settle
+from heretic.export.companions import copy_license_files
+from heretic.export.destination import check_unchanged, commit, disk_error, staging_dir
 from heretic.export.formats import FORMATS
-from heretic.export.full_precision_reference import in_full_precision
+from heretic.export.full_precision_reference import to_full_precision
 from heretic.export.manifest import DIRECTIONS, MANIFEST, inventory_of, scores_text
-from heretic.export.request import ExportJob, Format, Written
+from heretic.export.request import ExportJob, Format, WriteResult
 from heretic.export.spot_check import check_edits
 from heretic.export.verify import Verification, verify
-from heretic.files import expanded, sha256, write_text
-from heretic.interrupt import Stop
+from heretic.files import expand_user, sha256, write_text
+from heretic.interrupt import StopSignal
 from heretic.model.batching import free_memory
-from heretic.model.quantization import QUANTISATIONS
+from heretic.model.quantization import QUANTIZATIONS
 from heretic.model.template import read_template
 from heretic.planning.memory_plan import LoadPlan
-from heretic.progress import Watcher
+from heretic.progress import ProgressReporter
 from heretic.runs.environment import computed_on, now, versions
 from heretic.runs.folder import RunFolder, write_directions
 from heretic.scoring.evaluator import Scores
 from heretic.search.pareto import Result
-from heretic.search.space import Space
+from heretic.search.space import SearchSpace
 from heretic.session.session import Session
 from heretic.settings import Settings
 
@@ -67,7 +67,7 @@ class Export:
 
 
 def plan_export(
-    session: Session, plan: LoadPlan, space: Space, result: Result, folder: RunFolder, destination: Path
+    session: Session, plan: LoadPlan, space: SearchSpace, result: Result, folder: RunFolder, destination: Path
 ) -> ExportJob:
     """Decide all that is to be written, and keep the attached model's answers to prove it by. Raises UserError."""
     if not math.isfinite(result.scores.divergence.mean):
@@ -77,39 +77,39 @@ def plan_export(
             code="logits-not-finite",
             fix="choose another trial",
         )
-    bench = session.bench
-    model = bench.language_model
+    model_context = session.context
+    model = model_context.language_model
     ablation = space.from_params(result.params)
-    operators = session.workbench.operators(ablation)
-    name = bench.settings.export_format
+    operators = session.operator_factory.operators(ablation)
+    name = model_context.settings.export_format
     return ExportJob(
         format=name,
-        settings=bench.settings,
+        settings=model_context.settings,
         checkpoint=model.checkpoint,
-        prompts=bench.prompts,
-        plan=replace(plan, dtypes=[model.dtype], batch_size=bench.batcher.size),
+        prompts=model_context.prompts,
+        plan=replace(plan, dtypes=[model.dtype], batch_size=model_context.batcher.size),
         folder=folder,
-        destination=expanded(destination).resolve(),
+        destination=expand_user(destination).resolve(),
         result=result,
         ablation=ablation,
-        directions=session.workbench.directions,
+        directions=session.operator_factory.directions,
         computed_on=computed_on(model.device),
         operators=operators,
-        prepared=FORMATS[name].prepare(model, operators, bench.settings, bench.batcher.watcher),
+        prepared=FORMATS[name].prepare(model, operators, model_context.settings, model_context.batcher.reporter),
         baseline=session.baseline,
         attached=session.log_probs(ablation),
         ablated_by=result.scores.divergence.mean,
-        judge=bench.ladder.judge,
+        judge=model_context.evaluator.judge,
     )
 
 
-def write_export(job: ExportJob, watcher: Watcher, stop: Stop) -> Export:
+def write_export(job: ExportJob, reporter: ProgressReporter, stop: StopSignal) -> Export:
     """Write beside the destination, prove, describe, and rename into place. Raises UserError and VerificationFailed."""
     free_memory()
     check_unchanged(job.destination, stop)
-    partial = partial_folder(job.destination)
+    partial = staging_dir(job.destination)
     try:
-        export = _write(job, partial, watcher, stop)
+        export = _write(job, partial, reporter, stop)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)  # gigabytes that nobody would find
         if isinstance(error, (OSError, SafetensorError)):
@@ -119,27 +119,27 @@ def write_export(job: ExportJob, watcher: Watcher, stop: Stop) -> Export:
     return export
 
 
-def _write(job: ExportJob, partial: Path, watcher: Watcher, stop: Stop) -> Export:
+def _write(job: ExportJob, partial: Path, reporter: ProgressReporter, stop: StopSignal) -> Export:
     form = FORMATS[job.format]
     studied = job.plan.quantization
-    if studied != "none" and form.in_full:
-        job = in_full_precision(job, watcher, stop)
-    written = form.write(job, partial, watcher, stop)
+    if studied != "none" and form.full_precision:
+        job = to_full_precision(job, reporter, stop)
+    written = form.write(job, partial, reporter, stop)
     free_memory()
-    read = form.rewritten(job, partial) if form.rewritten else None
-    checked = check_edits(job.checkpoint, job.operators, read, watcher, stop) if read else 0
-    proof = replace(verify(job, form.open(job, partial), written, watcher, stop), tensors_checked=checked)
+    read = form.read_back(job, partial) if form.read_back else None
+    checked = check_edits(job.checkpoint, job.operators, read, reporter, stop) if read else 0
+    proof = replace(verify(job, form.open(job, partial), written, reporter, stop), tensors_checked=checked)
     if form.convert:
-        written = form.convert(job, partial, written, watcher, stop)
-    add_terms_and_template(job.checkpoint.folder, partial, read_template(job.settings))
+        written = form.convert(job, partial, written, reporter, stop)
+    copy_license_files(job.checkpoint.folder, partial, read_template(job.settings))
     (partial / DIRECTIONS.parent).mkdir()
-    write_directions(partial / DIRECTIONS, job.directions, job.folder.stamp)
+    write_directions(partial / DIRECTIONS, job.directions, job.folder.fingerprint)
     manifest = _manifest(job, written, sha256(partial / DIRECTIONS), proof, studied)
     measured = (CONVERTED if form.convert else AS_WRITTEN) + _measured_so(form, studied, job.plan.quantization)
     write_text(partial / "README.md", card(manifest, read_base_card(job.checkpoint.folder), written, measured.strip()))
     manifest["files"] = inventory_of(partial, written.hashes["written"], stop)
     write_text(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    settle(partial, job.destination, watcher)
+    commit(partial, job.destination, reporter)
     return Export(job.destination, proof, job.result.number)
 
 
@@ -149,13 +149,13 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: S
         manifest = json.loads((destination / MANIFEST).read_text(encoding="utf-8"))
         written = manifest["written"]
         made = (manifest["run"], manifest["fingerprint"], manifest["trial"], written["format"])
-        if made != (folder.name, folder.stamp, trial, settings.export_format):
+        if made != (folder.name, folder.fingerprint, trial, settings.export_format):
             return None
         if written.get("type", settings.gguf_type) != settings.gguf_type:
             return None
         if not written.get("exact", True) and written["rank"] != settings.lora_rank:
             return None
-        if manifest.get("behaviour", "") != settings.behaviour:
+        if manifest.get("behavior", "") != settings.behavior:
             return None
         if not all((destination / name).is_file() for name in written["sha256"]):
             return None
@@ -166,23 +166,25 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: S
 
 
 def _measured_so(form: Format, studied: str, measured: str) -> str:
-    """For the card, where the study was made on a quantised model and the written one is not."""
-    if studied == "none" or not form.in_full:
+    """For the card, where the study was made on a quantized model and the written one is not."""
+    if studied == "none" or not form.full_precision:
         return ""
-    how = "in full precision" if measured == "none" else "quantised in the same way, since it did not fit otherwise"
+    how = "in full precision" if measured == "none" else "quantized in the same way, since it did not fit otherwise"
     return (
-        f"The edit was found on the base model quantised to {QUANTISATIONS[studied].words}, and then made in its full-precision "
+        f"The edit was found on the base model quantized to {QUANTIZATIONS[studied].words}, and then made in its full-precision "
         f"tensors. For the figures below both models were loaded {how}."
     )
 
 
-def _manifest(job: ExportJob, written: Written, directions: str, proof: Verification, studied: str) -> dict[str, Any]:
+def _manifest(
+    job: ExportJob, written: WriteResult, directions: str, proof: Verification, studied: str
+) -> dict[str, Any]:
     template = read_template(job.settings)
     return {
         "made_with": "heretic",
         "made_at": now(),
         "run": job.folder.name,
-        "fingerprint": job.folder.stamp,
+        "fingerprint": job.folder.fingerprint,
         "trial": job.result.number,
         "model": {"name": job.settings.model, "revision": job.checkpoint.commit, "sha256": written.hashes["source"]},
         "written": {"format": job.format, "sha256": written.hashes["written"], **written.facts},
@@ -191,7 +193,7 @@ def _manifest(job: ExportJob, written: Written, directions: str, proof: Verifica
         "chat_template": {"sha256": hashlib.sha256(template.encode()).hexdigest()} if template else None,
         "directions": {"file": DIRECTIONS.as_posix(), "sha256": directions},
         "prompts": {s.role: {"source": s.source, "count": len(s), "sha256": s.sha256} for s in job.prompts.all},
-        "settings": job.settings.results_part(),
+        "settings": job.settings.fingerprint_fields(),
         "dtype": job.plan.dtypes[0],
         "quantization": {"study": studied, "measured": job.plan.quantization},
         "computed_on": job.computed_on,
@@ -199,13 +201,13 @@ def _manifest(job: ExportJob, written: Written, directions: str, proof: Verifica
         "template_variables": dict(job.baseline.start.variables),
         "ablation": job.ablation.as_dict(),
         "params": job.result.params,
-        "behaviour": job.settings.behaviour,
+        "behavior": job.settings.behavior,
         "scores": {
             "original": {
                 "refusals": job.baseline.refusals,
                 "evasive": job.baseline.evasive,
-                "total": len(job.baseline.declined),
-                "conduct": job.baseline.conduct.as_dict() if job.baseline.conduct else None,
+                "total": len(job.baseline.refused),
+                "harmless_metrics": job.baseline.harmless_metrics.as_dict() if job.baseline.harmless_metrics else None,
             },
             "study": scores_text(job.result.scores),
             "written": scores_text(proof.scores),

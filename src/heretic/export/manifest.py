@@ -13,12 +13,12 @@ from heretic.ablation.ablation import Ablation
 from heretic.ablation.directions import Directions
 from heretic.errors import UserError
 from heretic.files import read_tensors, sha256
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.runs.stored_tensors import directions_of
 from heretic.scoring.evaluator import Scores
 from heretic.settings import Settings
 from heretic.settings.ablation import AblationSettings
-from heretic.settings.export import Behaviour, GgufType
+from heretic.settings.export import Behavior, GgufType
 from heretic.settings.sources import Resolved
 
 MANIFEST = "manifest.json"
@@ -115,7 +115,7 @@ class Edit(_Part):
         return Ablation(self.strengths, self.mixture, self.shift, self.vector)
 
 
-class Sought(_Part):
+class DirectionSpec(_Part):
     """How many directions a layer has."""
 
     count: Annotated[int, Field(ge=1)] = 1
@@ -127,11 +127,11 @@ class Sought(_Part):
         return self.count * (1 + self.iterative_rounds)
 
 
-class Used(_Part):
+class UsedSettings(_Part):
     """Of the settings what the edit needs."""
 
     ablation: AblationSettings
-    directions: Sought = Sought()
+    directions: DirectionSpec = DirectionSpec()
 
 
 class DirectionsFile(_Part):
@@ -146,8 +146,8 @@ class TemplateFile(_Part):
     sha256: Sha256
 
 
-class Quantised(_Part):
-    """How the model was quantised that the edit was computed on."""
+class QuantizedStudy(_Part):
+    """How the model was quantized that the edit was computed on."""
 
     study: Literal["none", "bnb_4bit", "bnb_8bit"] = "none"
 
@@ -166,13 +166,13 @@ class Manifest(_Part):
     files: dict[FilePath, Sha256] = {}
     chat_template: TemplateFile | None = None
     directions: DirectionsFile | None = None
-    settings: Used
+    settings: UsedSettings
     dtype: Literal["float16", "bfloat16", "float32"]
-    quantization: Quantised = Quantised()
+    quantization: QuantizedStudy = QuantizedStudy()
     computed_on: str = ""
     ablation: Edit
     versions: dict[str, str]
-    behaviour: Behaviour = ""
+    behavior: Behavior = ""
 
 
 def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
@@ -260,7 +260,7 @@ def template_file(manifest: Manifest, home: Path) -> Path | None:
     return file
 
 
-def inventory_of(folder: Path, known: Mapping[str, str], stop: Stop) -> dict[str, str]:
+def inventory_of(folder: Path, known: Mapping[str, str], stop: StopSignal) -> dict[str, str]:
     """SHA-256 of every file of a finished export but its manifest; `known` ones are not read again. Raises Interrupted."""
     found = {}
     for file in sorted(folder.rglob("*")):

@@ -12,12 +12,12 @@ from typing import Any
 from heretic.errors import UserError
 from heretic.export.base_card import read_base_card
 from heretic.export.card import card
-from heretic.export.companions import add_terms_and_template
+from heretic.export.companions import copy_license_files
 from heretic.export.manifest import DIRECTIONS, MANIFEST, inventory_of
 from heretic.export.markdown import escape
-from heretic.export.request import Order, Written
+from heretic.export.request import WriteRequest, WriteResult
 from heretic.files import sha256, write_text
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.template import read_template
 from heretic.runs.environment import now, versions
 
@@ -36,13 +36,15 @@ class Rebuilt:
     words: str
 
 
-def describe_rebuilt(rebuilt: Rebuilt, partial: Path, order: Order, written: Written, stop: Stop) -> None:
+def describe_rebuilt(
+    rebuilt: Rebuilt, partial: Path, order: WriteRequest, written: WriteResult, stop: StopSignal
+) -> None:
     """Write card and manifest beside the rebuilt weights. Raises UserError where the manifest lacks what a card is made of."""
     data, hashes, folder = rebuilt.manifest, written.hashes, order.checkpoint.folder
     told = {**data, "written": {**data["written"], "sha256": hashes["written"], **written.facts}}
     told |= {kind: {"sha256": hashes.get(kind, {})} for kind in ("copied", "changed")}
     told["reproduced"] = {"made_at": now(), "versions": versions(), **rebuilt.comparison}
-    add_terms_and_template(folder, partial, read_template(order.settings))
+    copy_license_files(folder, partial, read_template(order.settings))
     source = rebuilt.home / DIRECTIONS
     # Whatever else lies there under this name, a link out of the folder for example, is not copied.
     if source.is_file() and sha256(source) == (data.get("directions") or {}).get("sha256"):

@@ -12,12 +12,12 @@ from torch import Tensor
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Operator
-from heretic.export.spot_check import Rewritten
-from heretic.interrupt import Stop
+from heretic.export.spot_check import WrittenTensors
+from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel
 from heretic.planning.memory_plan import LoadPlan
-from heretic.progress import Watcher
+from heretic.progress import ProgressReporter
 from heretic.prompts import PromptSets
 from heretic.runs.folder import RunFolder
 from heretic.runs.stored_tensors import Baseline
@@ -27,7 +27,7 @@ from heretic.settings import Settings
 
 
 @dataclass(frozen=True)
-class Order:
+class WriteRequest:
     """What writing needs, none of it the model. `prepared` is what the format made of the loaded model."""
 
     format: str
@@ -39,7 +39,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class ExportJob(Order):
+class ExportJob(WriteRequest):
     """Everything that writing and proving the model needs, none of it the model.
 
     `baseline` is the original and `attached` the ablated model's log-probabilities [tokens, vocabulary] that the
@@ -61,7 +61,7 @@ class ExportJob(Order):
 
 
 @dataclass(frozen=True)
-class Written:
+class WriteResult:
     """What a format wrote.
 
     `hashes`: SHA-256 by file name of the `source`, of what was `written`, and of what was `copied` or `changed` besides. `exact`:
@@ -83,7 +83,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write an ablated model; `in_full`: in the checkpoint's full precision, also where the study quantised it.
+    """A way to write an ablated model; `in_full`: in the checkpoint's full precision, also where the study quantized it.
 
     `prepare(model, operators, settings, watcher)` decides while the model is loaded what is to be written, and raises UserError
     where the format cannot hold it: before anything is written, and before the model leaves memory.
@@ -96,10 +96,10 @@ class Format:
     """
 
     description: str
-    prepare: Callable[[LanguageModel, Mapping[str, Operator], Settings, Watcher], Any]
-    write: Callable[[Order, Path, Watcher, Stop], Written]
-    open: Callable[[Order, Path], Checkpoint]
-    in_full: bool = True
-    rewritten: Callable[[Order, Path], Rewritten | None] | None = None
+    prepare: Callable[[LanguageModel, Mapping[str, Operator], Settings, ProgressReporter], Any]
+    write: Callable[[WriteRequest, Path, ProgressReporter, StopSignal], WriteResult]
+    open: Callable[[WriteRequest, Path], Checkpoint]
+    full_precision: bool = True
+    read_back: Callable[[WriteRequest, Path], WrittenTensors | None] | None = None
     require: Callable[[Settings, Checkpoint], None] | None = None
-    convert: Callable[[Order, Path, Written, Watcher, Stop], Written] | None = None
+    convert: Callable[[WriteRequest, Path, WriteResult, ProgressReporter, StopSignal], WriteResult] | None = None

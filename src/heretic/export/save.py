@@ -16,17 +16,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from heretic.ablation.bake import bake_bias, bake_weight, rewrite, sources
+from heretic.ablation.bake import bake_bias, bake_weight, rewritten_weights, sources
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.export.companions import copy_companions, find_companions
 from heretic.files import sha256, write_text
-from heretic.interrupt import Stop
-from heretic.model.architecture import Writer
+from heretic.interrupt import StopSignal
+from heretic.model.architecture import ResidualWriter
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel
 from heretic.model.tensor_info import PICKLED, pickled_tensors
-from heretic.progress import Watcher
+from heretic.progress import ProgressReporter
 
 BLOCK = 1 << 24  # bytes copied at a time
 
@@ -47,14 +47,14 @@ class TensorEdit:
 
 
 def plan_edits(
-    checkpoint: Checkpoint, writers: tuple[Writer, ...], operators: Mapping[str, Operator], model: Any
+    checkpoint: Checkpoint, writers: tuple[ResidualWriter, ...], operators: Mapping[str, Operator], model: Any
 ) -> dict[str, TensorEdit]:
     """Edits by the name of the checkpoint's tensor.
 
     Raises UserError if a writer's tensor cannot be found in the checkpoint, or if it has no full-precision tensors.
     """
-    if method := checkpoint.quantised_by:
-        full = ' or "full" (in bfloat16)' if checkpoint.opened else ""
+    if method := checkpoint.quantized_by:
+        full = ' or "full" (in bfloat16)' if checkpoint.is_dequantized else ""
         raise UserError(
             f"{checkpoint.model} is quantized ({method}) and has no full-precision weights to edit.",
             code="export-format-not-supported",
@@ -76,8 +76,8 @@ def write_weights(
     checkpoint: Checkpoint,
     edits: Mapping[str, TensorEdit],
     partial: Path,
-    watcher: Watcher,
-    stop: Stop,
+    reporter: ProgressReporter,
+    stop: StopSignal,
     template: str = "",
 ) -> dict[str, dict[str, str]]:
     """Write all shards with the edits made, and what goes with them, with `template` in place of the model's own chat template.
@@ -90,7 +90,7 @@ def write_weights(
     shards = checkpoint.shards()
     held = {t.name for t in checkpoint.tensors.values()}
     assert edits.keys() <= held, f"edits of tensors that no shard holds: {sorted(edits.keys() - held)[:3]}"
-    with watcher.stage("Writing the model", len(shards)) as stage:
+    with reporter.stage("Writing the model", len(shards)) as stage:
         for shard in shards:
             stop.check()
             if shard.suffix in PICKLED:
@@ -112,7 +112,7 @@ def write_weights(
         template=template,
         but=checkpoint.unused,
         texts={} if text is None else {"config.json": text},
-        watcher=watcher,
+        reporter=reporter,
     )
     index = checkpoint.weights_name
     if index.endswith(".index.json") and not checkpoint.pickled and not (partial / index).exists():
@@ -121,7 +121,7 @@ def write_weights(
     return hashes | beside
 
 
-def stream_edited(shard: Path, target: Path, edits: Mapping[str, TensorEdit], stop: Stop) -> None:
+def stream_edited(shard: Path, target: Path, edits: Mapping[str, TensorEdit], stop: StopSignal) -> None:
     """A copy of a safetensors file with tensors edited. An edit changes no shape and no number format, so the header stays as it
     is, and what is not edited is copied byte for byte."""
     with shard.open("rb") as source, target.open("wb") as copy, safe_open(shard, framework="pt") as tensors:
@@ -165,17 +165,17 @@ def _write_index(checkpoint: Checkpoint, partial: Path) -> None:
     write_text(partial / "model.safetensors.index.json", json.dumps(index, indent=2))
 
 
-def write_opened(
+def write_dequantized(
     checkpoint: Checkpoint,
-    writers: tuple[Writer, ...],
+    writers: tuple[ResidualWriter, ...],
     operators: Mapping[str, Operator],
     language_model: LanguageModel,
     partial: Path,
-    watcher: Watcher,
-    stop: Stop,
+    reporter: ProgressReporter,
+    stop: StopSignal,
     template: str = "",
 ) -> dict[str, dict[str, str]]:
-    """Write a model that was opened from a GGUF file or from a quantised checkpoint as an ordinary folder, in the number formats in
+    """Write a model that was opened from a GGUF file or from a quantized checkpoint as an ordinary folder, in the number formats in
     which it is loaded: what was opened is all there is. Its weights have to be in RAM, all of them. Returns hashes like
     `write_weights`. Raises Interrupted."""
     model: Any = language_model.model
@@ -184,10 +184,10 @@ def write_opened(
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     config.dtype = model.dtype
-    with watcher.stage("Writing the model", None):
+    with reporter.stage("Writing the model", None):
         # No originals are needed: the model is given up after this.
         parameters = dict(model.named_parameters())
-        with rewrite(writers, operators, original=parameters.__getitem__):
+        with rewritten_weights(writers, operators, original=parameters.__getitem__):
             state = dict(model.state_dict())
         # A model that was read from GGUF refuses to be saved, and an opened one would be saved under the names of packed tensors.
         with torch.device("meta"):
@@ -206,7 +206,7 @@ def write_opened(
             made = ("config.json", "generation_config.json", "model.safetensors.index.json")
             source = [*checkpoint.shards(), *(p for name in made[:2] if (p := checkpoint.folder / name).is_file())]
             beside = copy_companions(
-                checkpoint.folder, partial, template=template, but=(*made, *checkpoint.unused), watcher=watcher
+                checkpoint.folder, partial, template=template, but=(*made, *checkpoint.unused), reporter=reporter
             )
         plain.save_pretrained(partial, max_shard_size="5GB")
         for name, text in find_companions(partial).changed.items():
@@ -226,7 +226,7 @@ def _is_beside(file: Path, checkpoint: Checkpoint) -> bool:
     return file.is_file() and not checkpoint.gguf_file
 
 
-def hashed(files: Sequence[Path], stop: Stop) -> dict[str, str]:
+def hashed(files: Sequence[Path], stop: StopSignal) -> dict[str, str]:
     """SHA-256 by file name. Raises Interrupted between files."""
     found = {}
     for file in files:

@@ -1,7 +1,7 @@
 """Every edited tensor of a written model against the edit computed once more, on a sample of its columns.
 
 The answers of the whole model cannot show that one writer of many was left out, least of all where the written model can only be
-loaded quantised and is compared with tolerance for that. So what was written is held against the definition of the edit,
+loaded quantized and is compared with tolerance for that. So what was written is held against the definition of the edit,
 y' = n * (y - sum of u (w . y)), in float64, from the original's file and the trial's operators: element by element, within what the
 number format rounds. Of the tensors that no edit is for the first row must be
 the original's, bit for bit.
@@ -19,9 +19,9 @@ from torch import Tensor
 from heretic.ablation.operator import Operator
 from heretic.errors import VerificationFailed
 from heretic.export.save import TensorEdit
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint
-from heretic.progress import Watcher
+from heretic.progress import ProgressReporter
 
 COLUMNS, PLACES = 32, 4  # so many columns side by side, at so many places of each matrix; 32 are a block of q8_0
 HALF_A_STEP = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24, torch.float64: 2**-53}
@@ -30,7 +30,7 @@ COMPUTED = 1e-5  # relative error of sums in float32, over the terms of w . y
 
 
 @dataclass(frozen=True)
-class Rewritten:
+class WrittenTensors:
     """What was written.
 
     `edits` are by the checkpoint's tensor names. `columns` reads those of a written tensor by the same name (None: a bias, as one
@@ -66,16 +66,16 @@ class Columns:
 def check_edits(
     checkpoint: Checkpoint,
     operators: Mapping[str, Operator],
-    written: Rewritten,
-    watcher: Watcher,
-    stop: Stop,
+    written: WrittenTensors,
+    reporter: ProgressReporter,
+    stop: StopSignal,
 ) -> int:
     """How many edited tensors were found to be right: all. Raises VerificationFailed for one that is not, and for an operator
     that no tensor was edited by."""
     used = {id(edit.operator) for edit in written.edits.values()}
     if missing := [name for name, operator in operators.items() if id(operator) not in used]:
         raise _failed(missing[0], f"{len(missing)} of {len(operators)} edits were planned for no tensor")
-    with watcher.stage("Checking the written tensors", len(checkpoint.tensors)) as stage:
+    with reporter.stage("Checking the written tensors", len(checkpoint.tensors)) as stage:
         for name, info in checkpoint.tensors.items():
             stop.check()
             edit = written.edits.get(name)
@@ -92,7 +92,7 @@ def check_edits(
     return len(written.edits)
 
 
-def _check(name: str, operator: Operator, before: Tensor, written: Rewritten, columns: Columns | None) -> None:
+def _check(name: str, operator: Operator, before: Tensor, written: WrittenTensors, columns: Columns | None) -> None:
     expected, error = expectation(operator, before)
     found, rounded = written.columns(name, columns, expected)
     off = (found.double() - expected).abs() - 1.05 * rounded - error

@@ -15,9 +15,9 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 from heretic.errors import Interrupted, UserError, first_line
 from heretic.export.manifest import MANIFEST, Manifest, read_manifest
 from heretic.files import sha256
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.repository import resolve_inside
-from heretic.progress import Watcher
+from heretic.progress import ProgressReporter
 
 CARD = "README.md"
 NAMED = 3  # files in a message
@@ -60,7 +60,7 @@ def check_upload(repository: str) -> None:
         )
 
 
-def plan_upload(folder: Path, repository: str, *, public: bool, watcher: Watcher, stop: Stop) -> Upload:
+def plan_upload(folder: Path, repository: str, *, public: bool, reporter: ProgressReporter, stop: StopSignal) -> Upload:
     """Look at everything that can be looked at here. Raises UserError: as `check_upload`; no export; not what was proven."""
     check_upload(repository)
     manifest, _ = read_manifest(folder)
@@ -80,7 +80,7 @@ def plan_upload(folder: Path, repository: str, *, public: bool, watcher: Watcher
             where=str(folder / MANIFEST),
             fix="export the trial again",
         )
-    with watcher.stage("Checking what is uploaded", len(manifest.files)) as stage:
+    with reporter.stage("Checking what is uploaded", len(manifest.files)) as stage:
         for name, verified in manifest.files.items():
             stop.check()
             file = resolve_inside(folder, folder / name)
@@ -98,22 +98,22 @@ def plan_upload(folder: Path, repository: str, *, public: bool, watcher: Watcher
     )
     if others := [name for name in others if not _hidden(Path(name))]:
         more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
-        watcher.say(f"Not uploaded, as the export did not write it: {', '.join(others[:NAMED])}{more}.")
+        reporter.info(f"Not uploaded, as the export did not write it: {', '.join(others[:NAMED])}{more}.")
     return Upload(folder, repository, public, manifest, tuple(sorted(folder / name for name in names)))
 
 
-def upload(planned: Upload, watcher: Watcher, stop: Stop) -> str:
+def upload(planned: Upload, reporter: ProgressReporter, stop: StopSignal) -> str:
     """Create the repository, or go on with the one that an interrupted upload left, and send everything; its address.
 
     Card and manifest go first: the weights are never there without them. Raises UserError and Interrupted.
     """
     api, repository = HfApi(), planned.repository
-    with _said(repository), _at_once(stop):
+    with _describe(repository), _at_once(stop):
         user = str(api.whoami()["name"])
-        stale = _look(api, planned)
+        stale = _compare_with_hub(api, planned)
         if stale is None:
             api.create_repo(repository, private=not planned.public)
-        watcher.say(
+        reporter.info(
             f"Uploading to {repository} as {user}. After a stop the same command goes on where it was."
             if stale is None
             else f"Going on with {repository} as {user}; what is there already is not sent again."
@@ -125,7 +125,7 @@ def upload(planned: Upload, watcher: Watcher, stop: Stop) -> str:
         if gone := sorted((stale or set()) - {*sent}):
             # In the same commit: weights of another trial or format never stand beside this one's card.
             first += [CommitOperationDelete(name) for name in gone]
-            watcher.say(f"Of the earlier export {len(gone)} files are removed, such as {gone[0]}.")
+            reporter.info(f"Of the earlier export {len(gone)} files are removed, such as {gone[0]}.")
         api.create_commit(repository, first, commit_message="Card and manifest")
         api.upload_folder(
             repo_id=repository,
@@ -136,7 +136,7 @@ def upload(planned: Upload, watcher: Watcher, stop: Stop) -> str:
     return f"{api.endpoint}/{repository}"
 
 
-def _look(api: HfApi, planned: Upload) -> set[str] | None:
+def _compare_with_hub(api: HfApi, planned: Upload) -> set[str] | None:
     """What of the repository's files is of an earlier export of the run; None if there is no such repository. Raises UserError
     where it holds something else, or is open to more people than asked for."""
     try:
@@ -154,7 +154,7 @@ def _look(api: HfApi, planned: Upload) -> set[str] | None:
     names = {s.rfilename for s in found.siblings or []} - UNCOUNTED
     if not names:
         return names
-    held = _held(api, planned.repository)
+    held = _hub_files(api, planned.repository)
     if held is None or held.run != planned.manifest.run:
         raise UserError(
             f"The repository {planned.repository} exists and does not hold a model of this run.",
@@ -164,7 +164,7 @@ def _look(api: HfApi, planned: Upload) -> set[str] | None:
     return names & {*held.files}
 
 
-def _held(api: HfApi, repository: str) -> Manifest | None:
+def _hub_files(api: HfApi, repository: str) -> Manifest | None:
     """The manifest of the model that a repository holds; None for anything else."""
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -178,7 +178,7 @@ def _hidden(path: Path) -> bool:
 
 
 @contextmanager
-def _at_once(stop: Stop) -> Iterator[None]:
+def _at_once(stop: StopSignal) -> Iterator[None]:
     """Ctrl-C ends an upload at once: what was sent stays sent."""
     try:
         with stop.idle():
@@ -188,7 +188,7 @@ def _at_once(stop: Stop) -> Iterator[None]:
 
 
 @contextmanager
-def _said(repository: str) -> Iterator[None]:
+def _describe(repository: str) -> Iterator[None]:
     """What the hub and the network say, in words; never the token."""
     try:
         yield

@@ -8,15 +8,15 @@ import torch
 
 from heretic.errors import UserError, VerificationFailed
 from heretic.export.formats import FORMATS
-from heretic.export.request import ExportJob, Written
-from heretic.interrupt import Stop
+from heretic.export.request import ExportJob, WriteResult
+from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.unloading import unloaded_after
-from heretic.progress import Watcher
+from heretic.progress import ProgressReporter
 from heretic.scoring.divergence import divergences
 from heretic.scoring.evaluator import Scores
 from heretic.scoring.teacher_forcing import all_log_probs
-from heretic.session.session import Bench, open_bench
+from heretic.session.session import ModelContext, load_model_context
 
 # A wrong or missing edit moves the answers by about what the ablation itself moves them, so the mean KL between the attached
 # and the written model may be this share of the ablation's KL, besides what rounding the edited weights does.
@@ -24,9 +24,9 @@ TOLERATED_SHARE = 0.1
 TOLERATED_SHARE_OF_A_PART = 0.5  # where the format cannot hold all of the edit, and says so
 ROUNDING = {"float32": 1e-4}  # weights are stored in the checkpoint's format, mostly bfloat16
 ROUNDING_IN_HALF_PRECISION = 2e-3  # two passes in bfloat16 differ besides
-# Quantising edited weights rounds them otherwise than editing quantised ones does: measured on Qwen2.5-Coder-0.5B-Instruct, a mean
+# Quantizing edited weights rounds them otherwise than editing quantized ones does: measured on Qwen2.5-Coder-0.5B-Instruct, a mean
 # KL of 0.003 in 8 bits and 0.006 in 4.
-QUANTISED_ANEW = {"bnb_8bit": 0.02, "bnb_4bit": 0.05}
+REQUANTIZED_TOLERANCE = {"bnb_8bit": 0.02, "bnb_4bit": 0.05}
 
 
 @dataclass(frozen=True)
@@ -40,31 +40,37 @@ class Verification:
     tensors_checked: int = 0
 
 
-def verify(job: ExportJob, checkpoint: Checkpoint, written: Written, watcher: Watcher, stop: Stop) -> Verification:
+def verify(
+    job: ExportJob, checkpoint: Checkpoint, written: WriteResult, reporter: ProgressReporter, stop: StopSignal
+) -> Verification:
     """Load what was written by its `checkpoint`, compare it with the attached model, and measure the scores again.
 
     Raises VerificationFailed, or UserError where a format that leaves something out leaves out too much.
     """
     trusted = [checkpoint.model] if job.checkpoint.model in job.settings.trust_remote_code else []
     trusting = job.settings.model_copy(update={"trust_remote_code": trusted})
-    bench = open_bench(trusting, checkpoint, job.prompts, job.plan, watcher, stop, job.baseline.start, job.judge)
-    with unloaded_after(bench.language_model.model):
-        return _compare(job, bench, checkpoint, written)
+    model_context = load_model_context(
+        trusting, checkpoint, job.prompts, job.plan, reporter, stop, job.baseline.start, job.judge
+    )
+    with unloaded_after(model_context.language_model.model):
+        return _compare(job, model_context, checkpoint, written)
 
 
-def _compare(job: ExportJob, bench: Bench, checkpoint: Checkpoint, written: Written) -> Verification:
-    ladder = replace(bench.ladder, answered=job.baseline.answered)
-    found = all_log_probs(bench.language_model, ladder.taught, bench.batcher, "Verifying the written model")
+def _compare(job: ExportJob, model_context: ModelContext, checkpoint: Checkpoint, written: WriteResult) -> Verification:
+    evaluator = replace(model_context.evaluator, reference_tokens=job.baseline.answered)
+    found = all_log_probs(
+        model_context.language_model, evaluator.taught, model_context.batcher, "Verifying the written model"
+    )
     divergence = float(divergences(job.attached, found).mean())
     likely = job.attached > torch.log(torch.tensor(1e-3))
     largest = float((job.attached - found)[likely].abs().max())
     rounding = max(ROUNDING.get(job.plan.dtypes[0], ROUNDING_IN_HALF_PRECISION), written.rounding)
-    if FORMATS[job.format].in_full:
-        rounding += QUANTISED_ANEW.get(job.plan.quantization, 0.0)
+    if FORMATS[job.format].full_precision:
+        rounding += REQUANTIZED_TOLERANCE.get(job.plan.quantization, 0.0)
     share = TOLERATED_SHARE if written.exact else TOLERATED_SHARE_OF_A_PART
     tolerated = share * job.ablated_by + rounding
     if divergence <= tolerated:
-        return Verification(divergence, largest, ladder.score(job.baseline.log_probs))
+        return Verification(divergence, largest, evaluator.score(job.baseline.log_probs))
     what = f"The written model differs from the measured one: mean KL {divergence:.1e}, tolerated {tolerated:.1e}."
     if not written.exact:
         raise UserError(

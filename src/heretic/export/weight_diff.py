@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from heretic.errors import UserError, first_line
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 
 # Sums in another order differ in the last bits of float32; what is stored in fewer bits may then be rounded to the next number.
 OF_THE_TENSOR = 1e-5  # of the tensor's largest number
@@ -33,7 +33,7 @@ class Difference:
         return f"{self.differing} of {self.elements} numbers differ, by at most {self.largest:.1e} (in {self.tensor})"
 
 
-def difference(ours: Path, theirs: Path, names: Iterable[str], stop: Stop) -> Difference | str:
+def weight_difference(ours: Path, theirs: Path, names: Iterable[str], stop: StopSignal) -> Difference | str:
     """Compare the safetensors files of these names in two folders; a text says what cannot be compared.
 
     Raises UserError for a file that cannot be read.

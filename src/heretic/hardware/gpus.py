@@ -50,7 +50,7 @@ class GpuReport:
     """The visible GPUs, and what could not be seen, in words (None: everything was)."""
 
     gpus: tuple[Gpu, ...]
-    unseen: str | None = None
+    problem: str | None = None
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> GpuReport:
@@ -60,7 +60,7 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> GpuReport:
         return GpuReport((), f"no GPU is visible: CUDA_VISIBLE_DEVICES is {wanted.strip()!r}")
     try:
         with _nvml() as nvml:
-            return _look(nvml, wanted, environment.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST"))
+            return _query_gpus(nvml, wanted, environment.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST"))
     except Exception as error:  # a broken driver must not stop a run on the CPU
         return GpuReport((), _reason(error))
 
@@ -112,7 +112,7 @@ def _nvml() -> Iterator[ModuleType]:
         nvml.nvmlShutdown()
 
 
-def _look(nvml: ModuleType, wanted: str | None, order: str) -> GpuReport:
+def _query_gpus(nvml: ModuleType, wanted: str | None, order: str) -> GpuReport:
     count = nvml.nvmlDeviceGetCount()
     if not 0 <= count <= MOST_GPUS:
         return GpuReport((), f"the NVIDIA driver reports {count} GPUs, which is not believed")

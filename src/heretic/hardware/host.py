@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from heretic.files import expanded
+from heretic.files import expand_user
 from heretic.hardware.devices import CPU, Device
 from heretic.hardware.gpus import Gpu
 
@@ -45,7 +45,7 @@ def mappable(root: Path = Path("/")) -> int | None:
 
 def existing_parent(path: Path) -> Path:
     """The path itself or the nearest folder above it that exists."""
-    path = expanded(path).absolute()
+    path = expand_user(path).absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
@@ -62,7 +62,7 @@ def can_write(path: Path) -> bool:
     return parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
 
 
-def spell_bytes(size: int) -> str:
+def format_bytes(size: int) -> str:
     """'61.0 GiB', '512 MiB'."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 

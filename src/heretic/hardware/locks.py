@@ -27,7 +27,7 @@ from heretic.errors import BusyError, UserError
 
 COMMAND_LENGTH = 200
 # `holder` takes a lock for an instant to see whether it is free; a run that starts at that moment must not fail for it.
-PATIENCE = 0.5
+ACQUIRE_TIMEOUT = 0.5
 POLL = 0.1
 # How much younger than its note a process may seem: start times are rounded, and both clocks are read separately.
 CLOCK_SLACK = 5.0
@@ -37,7 +37,7 @@ _SECRETS = re.compile(r"((?:password|passwd|token|secret|api_key)[^\s=&'\"]*[= ]
 
 
 @dataclass(frozen=True)
-class Holder:
+class LockOwner:
     """The process that holds a lock; `since` is ISO local time. A `pid` of 0 says that only the fact of holding is known."""
 
     pid: int
@@ -63,7 +63,7 @@ class Holder:
         return f"process {self.pid} on {self.host}{model}, since {self.since}: {self.command}"
 
 
-UNKNOWN = Holder(pid=0, host="", command="", model="", since="")
+UNKNOWN = LockOwner(pid=0, host="", command="", model="", since="")
 
 
 def runtime_folder() -> Path:
@@ -105,14 +105,14 @@ def device_locks(gpu_uuids: Sequence[str]) -> list[Path]:
 
 
 @contextmanager
-def hold(
+def acquire_locks(
     paths: Sequence[Path],
     *,
     model: str,
     wait: bool = False,
-    on_wait: Callable[[Path, Holder | None], None] | None = None,
+    on_wait: Callable[[Path, LockOwner | None], None] | None = None,
     while_waiting: Callable[[], None] = lambda: None,
-    lender: int = 0,
+    parent_pid: int = 0,
 ) -> Iterator[None]:
     """Hold all locks, each with a note saying who holds it, until the context ends.
 
@@ -124,16 +124,16 @@ def hold(
     """
     with ExitStack() as held:
         for path in sorted(set(paths)):  # always in the same order, so that two processes never wait for each other
-            if lender and _lent(path, lender):
+            if parent_pid and _owned_by_parent(path, parent_pid):
                 continue
-            _take(path, wait, on_wait, while_waiting, held)
+            _acquire(path, wait, on_wait, while_waiting, held)
             note = _note(path)
             held.callback(note.unlink, missing_ok=True)  # runs before the lock is released
-            _write(note, Holder(os.getpid(), socket.gethostname(), _command(), model, _now()))
+            _write(note, LockOwner(os.getpid(), socket.gethostname(), _command(), model, _now()))
         yield
 
 
-def holder(path: Path) -> Holder | None:
+def lock_owner(path: Path) -> LockOwner | None:
     """Who holds the lock now: None if it is free, a Holder that is not `known` if nobody can be named."""
     if not path.exists():
         return None
@@ -146,22 +146,22 @@ def holder(path: Path) -> Holder | None:
         return _read(_note(path))
 
 
-def _lent(path: Path, lender: int) -> bool:
-    owner = holder(path)
-    return owner is not None and owner.pid == lender and owner.host == socket.gethostname()
+def _owned_by_parent(path: Path, parent_pid: int) -> bool:
+    owner = lock_owner(path)
+    return owner is not None and owner.pid == parent_pid and owner.host == socket.gethostname()
 
 
-def _take(
+def _acquire(
     path: Path,
     wait: bool,
-    on_wait: Callable[[Path, Holder | None], None] | None,
+    on_wait: Callable[[Path, LockOwner | None], None] | None,
     while_waiting: Callable[[], None],
     held: ExitStack,
 ) -> None:
     lock = FileLock(path, mode=0o600)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        held.enter_context(lock.acquire(timeout=PATIENCE, poll_interval=POLL / 2))
+        held.enter_context(lock.acquire(timeout=ACQUIRE_TIMEOUT, poll_interval=POLL / 2))
         return
     except Timeout:
         owner = _read(_note(path))
@@ -178,7 +178,7 @@ def _take(
     while True:
         while_waiting()
         with suppress(Timeout):
-            held.enter_context(lock.acquire(timeout=PATIENCE, poll_interval=POLL))
+            held.enter_context(lock.acquire(timeout=ACQUIRE_TIMEOUT, poll_interval=POLL))
             return
 
 
@@ -212,16 +212,16 @@ def _command() -> str:
     return text if len(text) <= COMMAND_LENGTH else text[: COMMAND_LENGTH - 1] + "…"
 
 
-def _write(note: Path, content: Holder) -> None:
+def _write(note: Path, content: LockOwner) -> None:
     draft = note.with_name(f"{note.name}.{os.getpid()}")
     draft.write_text(json.dumps(asdict(content)), encoding="utf-8")
     os.replace(draft, note)
 
 
-def _read(note: Path) -> Holder | None:
+def _read(note: Path) -> LockOwner | None:
     """The note's holder if it can be the one that holds the lock now."""
     try:
-        found = Holder(**json.loads(note.read_text(encoding="utf-8")))
+        found = LockOwner(**json.loads(note.read_text(encoding="utf-8")))
         written = datetime.fromisoformat(found.since).timestamp()
         if found.host != socket.gethostname():
             return found  # a folder shared by several machines

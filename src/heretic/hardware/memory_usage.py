@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import psutil
 
 from heretic.hardware.gpus import visible_gpus
-from heretic.hardware.host import memory, spell_bytes
+from heretic.hardware.host import format_bytes, memory
 
 
 @dataclass(frozen=True)
-class Use:
+class MemoryUsage:
     """Bytes in use on a device, by everybody; for RAM also how much of it the run takes."""
 
     device: str
@@ -20,16 +20,16 @@ class Use:
     own: int | None = None
 
     def __str__(self) -> str:
-        own = f", {spell_bytes(self.own)} by this run" if self.own is not None else ""
-        return f"{spell_bytes(self.used)} of {spell_bytes(self.total)} used{own}"
+        own = f", {format_bytes(self.own)} by this run" if self.own is not None else ""
+        return f"{format_bytes(self.used)} of {format_bytes(self.total)} used{own}"
 
 
-def memory_in_use(pid: int | None = None) -> list[Use]:
+def memory_usage(pid: int | None = None) -> list[MemoryUsage]:
     """RAM, and every GPU that this process may use, as the driver numbers them. `pid`: the run's process, if it is another."""
     total, free = memory()
     try:
         own = psutil.Process(pid).memory_info().rss
     except psutil.Error:
         own = None
-    gpus = [Use(f"GPU {gpu.index}", gpu.total - gpu.free, gpu.total) for gpu in visible_gpus().gpus]
-    return [*gpus, Use("RAM", total - free, total, own)]
+    gpus = [MemoryUsage(f"GPU {gpu.index}", gpu.total - gpu.free, gpu.total) for gpu in visible_gpus().gpus]
+    return [*gpus, MemoryUsage("RAM", total - free, total, own)]

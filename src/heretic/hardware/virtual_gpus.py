@@ -10,10 +10,10 @@ from heretic.hardware.gpus import Gpu
 # What a driver keeps for itself of a GPU with nothing on it: an assumption on the safe side. PyTorch's messages give an RTX 4090 of
 # 24 GiB a capacity of 23.6 GiB (pytorch/pytorch's issues). A CUDA context is not part of it: `machine.demand.CONTEXT` is.
 DRIVER = 512 * 2**20
-MOST = 64
+MAX_VIRTUAL_GPUS = 64
 
 
-def imagined_gpus(text: str) -> tuple[Gpu, ...]:
+def virtual_gpus(text: str) -> tuple[Gpu, ...]:
     """`4x24GiB`, or several kinds as `2x24GiB,1x80GiB`, as empty GPUs. Raises UserError for anything else."""
     from accelerate.utils import convert_file_size_to_int
 
@@ -21,7 +21,7 @@ def imagined_gpus(text: str) -> tuple[Gpu, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)\s*[x*]\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)", part.strip(), re.IGNORECASE)
         count = int(match[1]) if match else 0
-        if match is None or not 0 < count <= MOST - len(found) or float(match[2]) == 0:
+        if match is None or not 0 < count <= MAX_VIRTUAL_GPUS - len(found) or float(match[2]) == 0:
             raise UserError(
                 f"Invalid list of GPUs: {part.strip()!r}.",
                 code="invalid-option",

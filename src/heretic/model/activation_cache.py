@@ -17,10 +17,10 @@ from heretic.model.architecture import first_tensor
 from heretic.model.patching import replaced_forward
 
 # Fewer blocks at which a pass can begin are not worth the memory.
-FEWEST_STATIONS = 4
+MIN_CACHED_LAYERS = 4
 
 
-class Entries:
+class ActivationCache:
     """Hidden states at the entry of blocks, and the keys and values of the blocks below, for the tokens of `sequences`.
 
     Kept in RAM, as one row a token; `start` tokens that all sequences begin with are left out (`beginning` holds them, as
@@ -35,7 +35,7 @@ class Entries:
         start: int = 0,
         stride: int = 1,
         with_cache: bool = False,
-        beginning: Entries | None = None,
+        beginning: ActivationCache | None = None,
     ) -> None:
         self.blocks = blocks
         self.start = start
@@ -50,18 +50,18 @@ class Entries:
         self.devices: dict[int, torch.device] = {}  # by block: where its cache lies, which is where the block runs
         self.also_returned: int | None = None  # of blocks that return a tuple: how much more than the hidden states
 
-    def entry(self, rows: Sequence[int], first_edited: int) -> int:
+    def resume_layer(self, rows: Sequence[int], first_edited: int) -> int:
         """The block at which a pass over these sequences can begin; 0: with the embeddings."""
         known = min(int(self.depth[list(rows)].min()), first_edited, len(self.blocks) - 1)
         return max((layer for layer in self.hidden if layer <= known), default=0)
 
     @contextmanager
-    def passing(self, rows: Sequence[int], first_edited: int, device: torch.device) -> Iterator[int]:
+    def resume_and_record(self, rows: Sequence[int], first_edited: int, device: torch.device) -> Iterator[int]:
         """Within the context a pass over these rows begins at `entry`, and what it goes through below `first_edited` is kept.
 
         Gives the block at which it begins. The caller fills in the cache of the blocks below with `extend`.
         """
-        begins = self.entry(rows, first_edited)
+        begins = self.resume_layer(rows, first_edited)
         ends = min(first_edited, len(self.blocks) - 1)
         places = self._places(rows)
         with ExitStack() as stack:
@@ -73,7 +73,7 @@ class Entries:
                     stack.enter_context(self._kept(layer, places))
             yield begins
 
-    def extend(self, cache: Any, rows: Sequence[int], begins: int, first_edited: int) -> None:
+    def update_kv_cache(self, cache: Any, rows: Sequence[int], begins: int, first_edited: int) -> None:
         """After a pass: give `cache` the keys and values of the blocks that were skipped, and keep those of the blocks that
         were run below `first_edited`."""
         places = self._places(rows)
@@ -145,7 +145,7 @@ class Entries:
         kept[places[real]] = now.to("cpu")[real]
 
 
-def entries_for(
+def allocate_cache(
     blocks: nn.ModuleList,
     sequences: Sequence[list[int]],
     beginning: list[int],
@@ -153,7 +153,7 @@ def entries_for(
     with_cache: bool,
     bytes_per_token: tuple[int, int],
     budget: int,
-) -> Entries | None:
+) -> ActivationCache | None:
     """Room for the entries of these sequences within `budget` bytes of RAM, at as many blocks as fit; None if not even four do.
 
     `bytes_per_token` are those of a hidden state, and of the keys and values of one block.
@@ -162,9 +162,9 @@ def entries_for(
     hidden, cache = bytes_per_token
     fixed = len(blocks) * (tokens * cache * with_cache + len(beginning) * (hidden + cache))
     stations = (budget - fixed) // max(1, tokens * hidden)
-    if stations < FEWEST_STATIONS:
+    if stations < MIN_CACHED_LAYERS:
         return None
     start = len(beginning)
-    first = Entries(blocks, [beginning], with_cache=True) if beginning else None
+    first = ActivationCache(blocks, [beginning], with_cache=True) if beginning else None
     stride = -(-len(blocks) // stations)
-    return Entries(blocks, sequences, start=start, stride=stride, with_cache=with_cache, beginning=first)
+    return ActivationCache(blocks, sequences, start=start, stride=stride, with_cache=with_cache, beginning=first)

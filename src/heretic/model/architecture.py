@@ -14,11 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from heretic.errors import UserError
 from heretic.model import moe as mixtures
-from heretic.model.moe import Experts
+from heretic.model.moe import ExpertGroup
 from heretic.model.probe import input_device, probe
-from heretic.model.writer import Writer, first_tensor
+from heretic.model.writer import ResidualWriter, first_tensor
 
-__all__ = ["Anatomy", "Writer", "dissect", "first_tensor", "input_device"]
+__all__ = ["ModelStructure", "ResidualWriter", "find_residual_writers", "first_tensor", "input_device"]
 
 # The last part of a writer's name, and the component it belongs to. `dense` and `c_proj` are used for both kinds; there the
 # name of the module that holds it decides.
@@ -33,7 +33,7 @@ COMPONENTS = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelStructure:
     """The blocks of a model, its writers in order of layers, and the names that were not understood.
 
     `incomplete`: names of the blocks to whose stream something is added that is not a writer's, or that hand on something else
@@ -42,8 +42,8 @@ class Anatomy:
 
     blocks: nn.ModuleList
     width: int
-    writers: tuple[Writer, ...]
-    not_understood: tuple[str, ...]
+    writers: tuple[ResidualWriter, ...]
+    unrecognized: tuple[str, ...]
     incomplete: tuple[str, ...] = ()
 
     @property
@@ -58,13 +58,13 @@ class Anatomy:
         return tuple(c for c in COMPONENTS if c in present)
 
 
-def dissect(model: PreTrainedModel) -> Anatomy:
+def find_residual_writers(model: PreTrainedModel) -> ModelStructure:
     """Find the blocks and the writers of `model`, and probe each writer once. Raises UserError when there are none."""
     text_config = model.config.get_text_config(decoder=True)
     width = text_config.hidden_size
     prefix, blocks = _blocks(model, {text_config.num_hidden_layers, getattr(text_config, "num_layers", None)})
-    writers: list[Writer] = []
-    experts: list[Experts] = []
+    writers: list[ResidualWriter] = []
+    experts: list[ExpertGroup] = []
     unknown: list[str] = []
     for layer, block in enumerate(blocks):
         name = f"{prefix}.{layer}"
@@ -72,7 +72,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         found, unclear = mixtures.experts_in(block, layer, name, width)
         experts += [e for e in found if all(e.parts[0].owner is not known.parts[0].owner for known in experts)]
         unknown += unclear
-    writers, unclear = mixtures.settle(model, blocks, experts, writers)
+    writers, unclear = mixtures.merge_experts(model, blocks, experts, writers)
     probed = probe(model, prefix, blocks, writers)
     writers = probed.writers
     unknown += [*unclear, *sorted(probed.silent)]
@@ -83,7 +83,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
             where=f"blocks at '{prefix}', {len(blocks)} layers, width {width}",
             fix="add the names of its output projections to WRITER_NAMES in src/heretic/model/architecture.py",
         )
-    return Anatomy(blocks, width, tuple(writers), tuple(unknown), tuple(probed.incomplete))
+    return ModelStructure(blocks, width, tuple(writers), tuple(unknown), tuple(probed.incomplete))
 
 
 def _blocks(model: PreTrainedModel, counts: set[int | None]) -> tuple[str, nn.ModuleList]:
@@ -103,14 +103,14 @@ def _blocks(model: PreTrainedModel, counts: set[int | None]) -> tuple[str, nn.Mo
 
 
 def _output_width(module: nn.Module) -> int | None:
-    """Output width of a linear map of any make (quantised ones carry `out_features` too); None for other modules."""
+    """Output width of a linear map of any make (quantized ones carry `out_features` too); None for other modules."""
     if isinstance(module, Conv1D):
         return int(module.nf)
     width = getattr(module, "out_features", None)
     return width if isinstance(width, int) and getattr(module, "weight", None) is not None else None
 
 
-def _candidates(block: nn.Module, layer: int, prefix: str, width: int) -> list[Writer]:
+def _candidates(block: nn.Module, layer: int, prefix: str, width: int) -> list[ResidualWriter]:
     """Writers by name and width."""
     found = []
     for path, module in block.named_modules():
@@ -118,11 +118,11 @@ def _candidates(block: nn.Module, layer: int, prefix: str, width: int) -> list[W
         if last not in WRITER_NAMES or _output_width(module) != width or "experts" in parents:
             continue
         component = WRITER_NAMES[last] or ("attention" if any("att" in p.lower() for p in parents) else "mlp")
-        found.append(Writer(f"{prefix}.{path}", layer, component, module))
+        found.append(ResidualWriter(f"{prefix}.{path}", layer, component, module))
     return found
 
 
-def _joined(writers: list[Writer], more: list[Writer]) -> list[Writer]:
+def _joined(writers: list[ResidualWriter], more: list[ResidualWriter]) -> list[ResidualWriter]:
     """Writers with those of another block; one whose weight an earlier block uses too (Zamba) becomes that one's twin, since one
     weight can have only one edit."""
     for writer in more:
@@ -130,9 +130,9 @@ def _joined(writers: list[Writer], more: list[Writer]) -> list[Writer]:
         if twin is None:
             writers = [*writers, writer]
         elif twin.module is not writer.module:
-            writers = [replace(w, twins=(*w.twins, writer.module)) if w is twin else w for w in writers]
+            writers = [replace(w, tied_modules=(*w.tied_modules, writer.module)) if w is twin else w for w in writers]
     return writers
 
 
-def _weight(writer: Writer) -> object:
+def _weight(writer: ResidualWriter) -> object:
     return writer.module.weight

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from heretic.errors import OutOfMemory
-from heretic.interrupt import Stop
-from heretic.model.activation_cache import Entries
-from heretic.progress import SILENT, Watcher
+from heretic.interrupt import StopSignal
+from heretic.model.activation_cache import ActivationCache
+from heretic.progress import NULL_REPORTER, ProgressReporter
 
 Result = TypeVar("Result")
 
@@ -24,7 +24,7 @@ WORTH_SHARING = 8  # tokens; fewer are not worth the copying of a cache
 
 
 @dataclass(frozen=True)
-class Edited:
+class EditSpec:
     """How the model is edited while it runs: how many trials share each pass, and the first block that any of them edits.
 
     As it comes out of a checkpoint nothing is known about it, so block 0 counts as edited.
@@ -34,11 +34,11 @@ class Edited:
     first_layer: int = 0
 
 
-AS_IT_IS = Edited()
+UNEDITED = EditSpec()
 
 
 @dataclass
-class Beginning:
+class SharedPrefix:
     """Tokens that all sequences of a run begin with, and the model's cache of them once it has been computed, a row a trial.
 
     It lives as long as one `Batcher.run`: an ablation changes what the cache holds, and none begins within a run.
@@ -59,10 +59,10 @@ class Batch:
     rows: list[int]
     input_ids: Tensor
     attention_mask: Tensor
-    beginning: Beginning | None = None
+    shared_prefix: SharedPrefix | None = None
     trial_of_row: Tensor | None = None
-    edited: Edited = AS_IT_IS
-    entries: Entries | None = None
+    edited: EditSpec = UNEDITED
+    activation_cache: ActivationCache | None = None
 
     @property
     def items(self) -> list[tuple[int, int]]:
@@ -91,10 +91,10 @@ class Batcher:
     device: torch.device | str = "cpu"
     tokens: int = TOKENS_AT_ONCE
     pad: int = 0
-    share: bool = False
-    even: bool = False
-    stop: Stop = field(default_factory=Stop)
-    watcher: Watcher = SILENT
+    prefix_caching: bool = False
+    equal_lengths: bool = False
+    stop: StopSignal = field(default_factory=StopSignal)
+    reporter: ProgressReporter = NULL_REPORTER
 
     def run(self, name: str, sequences: Sequence[list[int]], step: Callable[[Batch], list[Result]]) -> list[Result]:
         """Results of `step` for every sequence under the model as it is, in the order given."""
@@ -107,8 +107,8 @@ class Batcher:
         sequences: Sequence[list[int]],
         step: Callable[[Batch], list[Result]],
         *,
-        edited: Edited = AS_IT_IS,
-        entries: Entries | None = None,
+        edited: EditSpec = UNEDITED,
+        entries: ActivationCache | None = None,
         items: Sequence[int] | None = None,
     ) -> dict[int, Result]:
         """Results of `step` for every item; `step` returns one result a row.
@@ -119,15 +119,15 @@ class Batcher:
         """
         count = len(sequences)
         order = list(items) if items is not None else self.longest_first(sequences, edited)
-        beginning = self.beginning(sequences)
+        beginning = self.shared_prefix(sequences)
         results: dict[int, Result] = {}
-        with self.watcher.stage(name, len(order)) as stage:
+        with self.reporter.stage(name, len(order)) as stage:
             while order:
                 self.stop.check()
                 rows = order[: self.rows_at_once(sequences, order)]
                 try:
                     batch = self.batch([i % count for i in rows], sequences, beginning, entries)
-                    if edited != AS_IT_IS:
+                    if edited != UNEDITED:
                         trials = torch.tensor([i // count for i in rows], device=self.device)
                         batch = replace(batch, trial_of_row=trials if edited.trials > 1 else None, edited=edited)
                     found: list[Result] | None = step(batch)
@@ -136,14 +136,14 @@ class Batcher:
                         raise
                     found = None  # the error itself holds the failed pass's tensors until this block is left
                 if found is None:
-                    self.halve(len(rows))
+                    self.reduce_batch(len(rows))
                     continue
                 results.update(zip(rows, found, strict=True))
                 order = order[len(rows) :]
                 stage.advance(len(rows))
         return results
 
-    def longest_first(self, sequences: Sequence[list[int]], edited: Edited = AS_IT_IS) -> list[int]:
+    def longest_first(self, sequences: Sequence[list[int]], edited: EditSpec = UNEDITED) -> list[int]:
         """All items, the longest first."""
         items = range(len(sequences) * edited.trials)
         return sorted(items, key=lambda i: -len(sequences[i % len(sequences)]))
@@ -152,19 +152,19 @@ class Batcher:
         """How many of the items, taken in their order, go into one batch."""
         lengths = [len(sequences[i % len(sequences)]) for i in items[: self.size]]
         most = max(1, min(self.size, self.tokens // max(1, *lengths), len(items)))
-        return next((n for n, length in enumerate(lengths[:most]) if self.even and length != lengths[0]), most)
+        return next((n for n, length in enumerate(lengths[:most]) if self.equal_lengths and length != lengths[0]), most)
 
-    def beginning(self, sequences: Sequence[list[int]]) -> Beginning | None:
+    def shared_prefix(self, sequences: Sequence[list[int]]) -> SharedPrefix | None:
         """What all sequences begin with, if running it once is allowed and worth it."""
-        shared = shared_tokens(sequences) if self.share else []
-        return Beginning(shared) if len(shared) >= WORTH_SHARING else None
+        shared = shared_tokens(sequences) if self.prefix_caching else []
+        return SharedPrefix(shared) if len(shared) >= WORTH_SHARING else None
 
     def batch(
         self,
         rows: list[int],
         sequences: Sequence[list[int]],
-        beginning: Beginning | None = None,
-        entries: Entries | None = None,
+        beginning: SharedPrefix | None = None,
+        entries: ActivationCache | None = None,
     ) -> Batch:
         """The named sequences as one batch, padded on the left of what is not shared."""
         start = len(beginning.tokens) if beginning else 0
@@ -172,9 +172,9 @@ class Batcher:
         ids = [[self.pad] * (length - len(sequences[i])) + sequences[i][start:] for i in rows]
         mask = [[1] * start + [0] * (length - len(sequences[i])) + [1] * (len(sequences[i]) - start) for i in rows]
         input_ids, attention_mask = torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
-        return Batch(rows, input_ids, attention_mask, beginning, entries=entries)
+        return Batch(rows, input_ids, attention_mask, beginning, activation_cache=entries)
 
-    def halve(self, rows: int) -> None:
+    def reduce_batch(self, rows: int) -> None:
         """So many rows did not fit into memory, and nothing refers to them any more. Raises OutOfMemory where it was one."""
         free_memory()
         if rows == 1:
@@ -183,7 +183,7 @@ class Batcher:
                 fix='free memory on the device, spread the model (device_map = "balanced"), or shorten the prompts',
             )
         self.size = rows // 2
-        self.watcher.warn(
+        self.reporter.warning(
             f"Out of memory with {rows} prompts at once; going on with {self.size} (batch_size = {self.size})."
         )
 

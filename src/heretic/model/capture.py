@@ -24,14 +24,14 @@ class ResidualMeans:
 
     mean: Tensor
     count: int
-    each: Tensor | None = None
+    per_prompt: Tensor | None = None
 
     @property
-    def whole(self) -> Tensor:
+    def require_per_prompt(self) -> Tensor:
         """`each`, for whoever cannot do without."""
-        if self.each is None:
+        if self.per_prompt is None:
             raise ValueError("the residuals of every prompt were not kept")
-        return self.each
+        return self.per_prompt
 
 
 def mean_residuals(
@@ -51,9 +51,9 @@ def mean_residuals(
     memory does not grow with the number of prompts, unless each prompt's are kept: `bytes_of_each`. `keep` gets each batch with
     its residuals [rows, layers, width].
     """
-    anatomy = language_model.anatomy
-    total = torch.zeros(anatomy.num_layers, anatomy.width, dtype=torch.float64)
-    each = torch.empty(len(sequences), anatomy.num_layers, anatomy.width) if keep_each else None
+    structure = language_model.structure
+    total = torch.zeros(structure.num_layers, structure.width, dtype=torch.float64)
+    each = torch.empty(len(sequences), structure.num_layers, structure.width) if keep_each else None
 
     def step(batch: Batch) -> list[None]:
         residuals = last_token_residuals(language_model, batch)
@@ -72,15 +72,15 @@ def mean_residuals(
 
 def bytes_of_each(language_model: LanguageModel, prompts: int) -> int:
     """RAM that the residuals of so many prompts take, all layers in float32."""
-    return 4 * prompts * language_model.anatomy.num_layers * language_model.anatomy.width
+    return 4 * prompts * language_model.structure.num_layers * language_model.structure.width
 
 
 @torch.inference_mode()
 def last_token_residuals(language_model: LanguageModel, batch: Batch) -> Tensor:
     """Residuals after every block at the last token, float32 [rows, layers, width] on the CPU."""
-    blocks = language_model.anatomy.blocks
+    blocks = language_model.structure.blocks
     found: list[Tensor | None] = [None] * len(blocks)
-    shape = (*batch.input_ids.shape, language_model.anatomy.width)
+    shape = (*batch.input_ids.shape, language_model.structure.width)
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(_module: object, _inputs: object, output: object) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from heretic.errors import UserError, first_line, plain_line
 from heretic.model.template import render
-from heretic.model.thinking import closed_at_once
+from heretic.model.thinking import closed_immediately
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def common_prefix(answers: Sequence[str]) -> str:
     Cut at the last space, since half a word says nothing of what follows; a beginning shorter than a few letters is chance.
     """
     shared = os.path.commonprefix(list(answers))  # noqa: RUF071  (character by character is what is wanted)
-    if closed := closed_at_once(shared):
+    if closed := closed_immediately(shared):
         return closed
     cut = shared.rstrip() if shared in answers else shared[: shared.rfind(" ") + 1].rstrip()
     return cut if len(cut) >= 8 else ""

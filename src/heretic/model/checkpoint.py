@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heretic.errors import UserError, first_line
-from heretic.files import expanded
+from heretic.files import expand_user
 from heretic.model.config_reading import check_sizes, forget_left_over_quantization, open_config, read_small_files
 from heretic.model.hub_model import fetch_headers, fetch_small_files, fetch_weights
 from heretic.model.repository import check_links
@@ -63,7 +63,7 @@ class Checkpoint:
     weights_name: str = ""
     unused: tuple[str, ...] = ()
     rival: str = ""
-    left_over: str = ""
+    leftover_quantization: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -72,9 +72,9 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Number of elements of all tensors; of quantised ones those that are packed in them, without their scales."""
-        packed, bits = PACKED_BY.get(self.quantised_by or ""), packed_bits(self.config)
-        numbers = (t for name, t in self.tensors.items() if not self.quantised_by or not name.endswith(SCALES))
+        """Number of elements of all tensors; of quantized ones those that are packed in them, without their scales."""
+        packed, bits = PACKED_BY.get(self.quantized_by or ""), packed_bits(self.config)
+        numbers = (t for name, t in self.tensors.items() if not self.quantized_by or not name.endswith(SCALES))
         return sum(t.elements if t.dtype != packed else 8 * t.nbytes // bits for t in numbers)
 
     @property
@@ -114,15 +114,15 @@ class Checkpoint:
         return any(file.suffix in PICKLED for file in self.shards())
 
     @property
-    def quantised_by(self) -> str | None:
-        """The method by which the checkpoint's own tensors are quantised ("fp8", "bitsandbytes", ...); None where they are not."""
+    def quantized_by(self) -> str | None:
+        """The method by which the checkpoint's own tensors are quantized ("fp8", "bitsandbytes", ...); None where they are not."""
         return None if self.gguf_file else quantization_method(self.config)
 
     @property
-    def opened(self) -> str | None:
+    def is_dequantized(self) -> str | None:
         """What the weights are unpacked from while they are loaded, in words; None where they are stored as they are computed with,
         or stay packed."""
-        return "GGUF" if self.gguf_file else OPENED.get(self.quantised_by or "")
+        return "GGUF" if self.gguf_file else OPENED.get(self.quantized_by or "")
 
     @property
     def own_code(self) -> bool:
@@ -131,7 +131,7 @@ class Checkpoint:
 
     def config_text(self) -> str | None:
         """config.json as an export holds it, without the entry that the tensors do not bear out; None where it stays as it is."""
-        if not self.left_over:
+        if not self.leftover_quantization:
             return None
         raw = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         return json.dumps(_without(raw, "quantization_config"), indent=2, ensure_ascii=False) + "\n"
@@ -206,7 +206,7 @@ def open_checkpoint(
     local cache in full; without, only its small files and the headers of its weights are fetched. Raises UserError.
     """
     require_name(model)
-    path = expanded(model)
+    path = expand_user(model)
     trusted = model in (trust_remote_code or [])
     if path.suffix == ".gguf":
         return _open_gguf(model, path)
@@ -234,7 +234,7 @@ def open_checkpoint(
         tensors = fetch_headers(model, folder, raw, allow_pickle)
         if tensors is not None:
             config, left_over = _checked_config(model, folder, raw, tensors, trusted)
-            return Checkpoint(model, folder, config, tensors, commit=folder.name, left_over=left_over)
+            return Checkpoint(model, folder, config, tensors, commit=folder.name, leftover_quantization=left_over)
     return _open_folder(model, folder, raw, trusted, allow_pickle, commit=folder.name)
 
 
@@ -266,7 +266,7 @@ def _open_folder(
         weights_name=weights.name,
         unused=weights.unused,
         rival=weights.rival,
-        left_over=left_over,
+        leftover_quantization=left_over,
     )
 
 
@@ -288,7 +288,7 @@ def _open_gguf(model: str, path: Path) -> Checkpoint:
         from gguf import GGUFReader
 
         reader = GGUFReader(path)
-        # Sizes as they are after loading: dequantised to 2 bytes.
+        # Sizes as they are after loading: dequantized to 2 bytes.
         tensors = {
             t.name: TensorInfo(t.name, tuple(int(n) for n in reversed(t.shape.tolist())), "BF16", None)
             for t in reader.tensors

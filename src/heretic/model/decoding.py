@@ -13,19 +13,26 @@ from transformers import GenerationConfig
 from heretic.errors import UserError, first_line
 from heretic.model.batching import Batch
 from heretic.model.device_errors import is_device_error
-from heretic.model.forward import accepted, call, can_be_cut, hidden_states, log_probs_of, rows_of_trials
+from heretic.model.forward import (
+    forward_supported,
+    hidden_states,
+    log_probs_of,
+    rows_of_trials,
+    rows_selectable,
+    supported_arguments,
+)
 
 # Cache rows are copied when rows leave; worth it once a quarter of them has.
 COMPACT_BELOW = 0.75
 # Tokens between two looks at what has been decoded: a look makes a GPU wait for the host, and costs nothing elsewhere.
-TOKENS_BETWEEN_LOOKS = {"cpu": 1}
+SYNC_INTERVAL = {"cpu": 1}
 OTHERWISE = 4
 
 Ended = Callable[[int, list[int]], bool]  # (row of the batch, its tokens so far): nothing more is wanted of it
 
 
 @dataclass
-class Answers:
+class DecodingState:
     """Answers under way: `tokens` by row of the batch, which rows are still open, and what going on with them needs.
 
     `likely` are the probabilities of the tokens that were tried, by row, and `matching` whether each of them was the most
@@ -38,7 +45,7 @@ class Answers:
     open_rows: set[int]
     likely: list[list[float]]
     matching: list[bool]
-    alive: list[int]
+    cache_rows: list[int]
     mask: Tensor
     positions: Tensor
     cache: Any
@@ -46,14 +53,14 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Limits:
+class StopCriteria:
     """When an answer ends: after `max_tokens`, at one of `end_tokens` (which is not part of it), or when `ended` says so."""
 
     max_tokens: int
     end_tokens: set[int]
     ended: Ended | None = None
 
-    def take(self, answers: Answers, row: int, token: int) -> None:
+    def append_tokens(self, answers: DecodingState, row: int, token: int) -> None:
         """One more token for a row that is open."""
         if token in self.end_tokens:
             answers.open_rows.discard(row)
@@ -64,7 +71,7 @@ class Limits:
 
 
 @torch.inference_mode()
-def begin(model: Any, batch: Batch, tried: Sequence[Sequence[int]], limits: Limits) -> Answers:
+def verify_draft(model: Any, batch: Batch, tried: Sequence[Sequence[int]], limits: StopCriteria) -> DecodingState:
     """Begin an answer for every row of a batch whose sequences end with the tokens to be tried (none: `[]`).
 
     One pass gives the most probable token after the prompt and after every tried token. As long as the two agree, the tried
@@ -79,12 +86,12 @@ def begin(model: Any, batch: Batch, tried: Sequence[Sequence[int]], limits: Limi
     wanted = torch.tensor([tried[row][i] if tried[row] else 0 for row, i in places], device=hidden.device)
     best, chance = _most_probable(model, hidden[picked[:, 0], picked[:, 1]], wanted)
     rows = range(len(batch.rows))
-    answers = Answers(
+    answers = DecodingState(
         tokens=[[] for _ in rows],
         open_rows=set(rows),
         likely=[[] for _ in rows],
         matching=[bool(text) for text in tried],
-        alive=list(rows),
+        cache_rows=list(rows),
         mask=batch.attention_mask.clone(),
         positions=batch.position_ids[:, -1:].clone(),  # of the last token, until they are put right below
         cache=cache,
@@ -96,7 +103,7 @@ def begin(model: Any, batch: Batch, tried: Sequence[Sequence[int]], limits: Limi
             answers.likely[row].append(p)
             answers.matching[row] &= token == tried[row][i]
         if row in answers.open_rows and row not in parted:
-            limits.take(answers, row, token)
+            limits.append_tokens(answers, row, token)
             if not tried[row] or token != tried[row][i]:
                 parted.add(row)
     whole = [
@@ -107,13 +114,13 @@ def begin(model: Any, batch: Batch, tried: Sequence[Sequence[int]], limits: Limi
             model, hidden[whole, -1], torch.zeros(len(whole), dtype=torch.long, device=hidden.device)
         )
         for row, token in zip(whole, best, strict=True):
-            limits.take(answers, row, token)
+            limits.append_tokens(answers, row, token)
     for row, text in enumerate(tried):
         agreed = max(0, len(answers.tokens[row]) - 1)  # the last token is not in the cache yet
         if agreed < len(text):
             answers.mask[row, answers.mask.shape[1] - len(text) + agreed :] = 0
         answers.positions[row] += agreed - len(text) + 1
-    if not can_be_cut(cache) and any(tried):
+    if not rows_selectable(cache) and any(tried):
         answers.cache = None  # states that have seen a wrong token cannot forget it
     return answers
 
@@ -128,18 +135,18 @@ def _most_probable(model: Any, hidden: Tensor, wanted: Tensor) -> tuple[list[int
 
 
 @torch.inference_mode()
-def go_on(model: Any, answers: Answers, limits: Limits) -> None:
+def continue_decoding(model: Any, answers: DecodingState, limits: StopCriteria) -> None:
     """Decode until every row has ended; `answers.tokens` are then complete."""
-    between = TOKENS_BETWEEN_LOOKS.get(answers.mask.device.type, OTHERWISE)
-    tokens = torch.tensor([answers.tokens[row][-1:] or [0] for row in answers.alive], device=answers.mask.device)
+    between = SYNC_INTERVAL.get(answers.mask.device.type, OTHERWISE)
+    tokens = torch.tensor([answers.tokens[row][-1:] or [0] for row in answers.cache_rows], device=answers.mask.device)
     while answers.open_rows:
-        if len(answers.open_rows) <= COMPACT_BELOW * len(answers.alive) and can_be_cut(answers.cache):
-            tokens = tokens[_keep(answers).to(tokens.device)]
+        if len(answers.open_rows) <= COMPACT_BELOW * len(answers.cache_rows) and rows_selectable(answers.cache):
+            tokens = tokens[_keep_rows(answers).to(tokens.device)]
         found = []
         for _ in range(min(between, limits.max_tokens - min(len(answers.tokens[row]) for row in answers.open_rows))):
             answers.mask = torch.cat([answers.mask, answers.mask.new_ones(len(answers.mask), 1)], dim=1)
             with rows_of_trials(answers.trials):
-                output = call(
+                output = forward_supported(
                     model,
                     tokens,
                     attention_mask=answers.mask,
@@ -152,22 +159,22 @@ def go_on(model: Any, answers: Answers, limits: Limits) -> None:
             answers.positions = answers.positions + 1
             tokens = output.logits[:, -1, :].argmax(dim=-1, keepdim=True)
             found.append(tokens)
-        for row, following in zip(answers.alive, torch.cat(found, dim=1).tolist(), strict=True):
+        for row, following in zip(answers.cache_rows, torch.cat(found, dim=1).tolist(), strict=True):
             for token in following:
                 if row in answers.open_rows:
-                    limits.take(answers, row, token)
+                    limits.append_tokens(answers, row, token)
 
 
-def _keep(answers: Answers) -> Tensor:
+def _keep_rows(answers: DecodingState) -> Tensor:
     """Take the rows that have ended out of the cache; returns the places of the others."""
     # On the CPU: the layers of a model that is spread over devices have their keys on as many devices.
-    keep = torch.tensor([i for i, row in enumerate(answers.alive) if row in answers.open_rows])
+    keep = torch.tensor([i for i, row in enumerate(answers.cache_rows) if row in answers.open_rows])
     answers.cache.batch_select_indices(keep)
     there = keep.to(answers.mask.device)
     answers.mask, answers.positions = answers.mask[there], answers.positions[there]
     if answers.trials is not None:
         answers.trials = answers.trials[there]
-    answers.alive = [answers.alive[i] for i in keep.tolist()]
+    answers.cache_rows = [answers.cache_rows[i] for i in keep.tolist()]
     return keep
 
 
@@ -181,17 +188,17 @@ def decode(
     """
     if not has_cache(model):
         return _generate(model, batch, max_tokens, end_tokens)
-    limits = Limits(max_tokens, end_tokens, ended)
-    answers = begin(model, batch, [[]] * len(batch.rows), limits)
+    limits = StopCriteria(max_tokens, end_tokens, ended)
+    answers = verify_draft(model, batch, [[]] * len(batch.rows), limits)
     if answers.cache is None:  # kept within the layers (RecurrentGemma)
         return _generate(model, batch, max_tokens, end_tokens)
-    go_on(model, answers, limits)
+    continue_decoding(model, answers, limits)
     return answers.tokens
 
 
 def has_cache(model: Any) -> bool:
     """Whether the model can be given a cache; others are decoded by transformers' generate, without ending rows early."""
-    return "past_key_values" in accepted(model.__class__)
+    return "past_key_values" in supported_arguments(model.__class__)
 
 
 @torch.inference_mode()
@@ -200,7 +207,7 @@ def decoded_by_generate(model: Any, device: torch.device | str) -> bool:
     if not has_cache(model):
         return True
     token = torch.ones(1, 1, dtype=torch.long, device=device)
-    return getattr(call(model, token, use_cache=True), "past_key_values", None) is None
+    return getattr(forward_supported(model, token, use_cache=True), "past_key_values", None) is None
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ def _started_by_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
-def agree(ask: Callable[[], T]) -> T:
+def broadcast_from_rank0(ask: Callable[[], T]) -> T:
     """What the leader finds, for all: the others do not ask. Without tensor parallelism it is simply asked."""
     import torch.distributed as dist
 

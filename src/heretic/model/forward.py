@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from heretic.model.activation_cache import Entries
-from heretic.model.batching import Batch, Batcher, Beginning, Edited, shared_tokens
+from heretic.model.activation_cache import ActivationCache
+from heretic.model.batching import Batch, Batcher, EditSpec, SharedPrefix, shared_tokens
 from heretic.model.device_errors import is_device_error
 from heretic.model.patching import replaced_forward
 
@@ -45,14 +45,14 @@ def rows_of_trials(trials: Tensor | None) -> Iterator[None]:
 
 
 @lru_cache(maxsize=64)
-def accepted(model_class: Hashable) -> frozenset[str]:
+def supported_arguments(model_class: Hashable) -> frozenset[str]:
     """Names of the arguments that a model's forward takes."""
     return frozenset(inspect.signature(model_class.forward).parameters)  # type: ignore[attr-defined]
 
 
-def call(module: Any, input_ids: Tensor, **arguments: Any) -> Any:
+def forward_supported(module: Any, input_ids: Tensor, **arguments: Any) -> Any:
     """The module's output; arguments that it does not know are left out (old models know no logits_to_keep)."""
-    names = accepted(module.__class__)
+    names = supported_arguments(module.__class__)
     return module(input_ids=input_ids, **{k: v for k, v in arguments.items() if k in names and v is not None})
 
 
@@ -67,11 +67,11 @@ def hidden_states(model: Any, batch: Batch, *, use_cache: bool) -> tuple[Tensor,
 
 def run_decoder(model: Any, batch: Batch, *, use_cache: bool) -> tuple[Tensor, Any]:
     """`hidden_states`, with gradients where the caller wants them."""
-    cache = _cache(model, batch.beginning, batch) if batch.beginning else None
-    entries, first = batch.entries, batch.edited.first_layer
-    passing = entries.passing(batch.rows, first, batch.input_ids.device) if entries else nullcontext(0)
+    cache = _cache(model, batch.shared_prefix, batch) if batch.shared_prefix else None
+    entries, first = batch.activation_cache, batch.edited.first_layer
+    passing = entries.resume_and_record(batch.rows, first, batch.input_ids.device) if entries else nullcontext(0)
     with rows_of_trials(batch.trial_of_row), passing as begins:
-        output = call(
+        output = forward_supported(
             decoder_of(model),
             batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -81,30 +81,30 @@ def run_decoder(model: Any, batch: Batch, *, use_cache: bool) -> tuple[Tensor, A
         )
     cache = getattr(output, "past_key_values", None)
     if entries:
-        entries.extend(cache if use_cache else None, batch.rows, begins, first)
+        entries.update_kv_cache(cache if use_cache else None, batch.rows, begins, first)
     return output.last_hidden_state, cache
 
 
 def decoder_of(model: Any) -> Any:
     """The part of a model that gives hidden states; transformers' own answer has the head on it in some families."""
     decoder = model.get_decoder()
-    if "input_ids" not in accepted(decoder.__class__):
+    if "input_ids" not in supported_arguments(decoder.__class__):
         return model.base_model
     if not hasattr(decoder, "lm_head"):
         return decoder
     return decoder.model if decoder.base_model is decoder else decoder.base_model
 
 
-def _cache(model: Any, beginning: Beginning, batch: Batch) -> Any:
+def _cache(model: Any, beginning: SharedPrefix, batch: Batch) -> Any:
     """The cache of the beginning for every row; computed with the first batch, once for every trial."""
     if beginning.cache is None:
         trials = range(batch.edited.trials)
         tokens = torch.tensor([beginning.tokens] * len(trials), device=batch.input_ids.device)
         of_row = None if batch.trial_of_row is None else torch.tensor(list(trials), device=tokens.device)
-        kept = batch.entries.beginning if batch.entries else None
+        kept = batch.activation_cache.beginning if batch.activation_cache else None
         alone = Batch([0] * len(trials), tokens, torch.ones_like(tokens), None, of_row, batch.edited, kept)
         _, beginning.cache = run_decoder(model, alone, use_cache=True)
-    if not can_be_cut(beginning.cache):
+    if not rows_selectable(beginning.cache):
         cache = copy.deepcopy(beginning.cache)
         cache.batch_repeat_interleave(len(batch.rows))
         return cache
@@ -115,7 +115,7 @@ def _cache(model: Any, beginning: Beginning, batch: Batch) -> Any:
     return cache
 
 
-def can_be_cut(cache: Any) -> bool:
+def rows_selectable(cache: Any) -> bool:
     """Whether rows can be taken out of a cache: true for plain keys and values, not for recurrent or convolution states."""
     layers = getattr(cache, "layers", None) or [None]
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
@@ -134,7 +134,7 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     given = _GivenHidden(last_hidden_state=hidden[:, None])
     tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
     with replaced_forward(decoder_of(model), lambda *_, **__: given):
-        return call(model, tokens, use_cache=False).logits[:, -1]
+        return forward_supported(model, tokens, use_cache=False).logits[:, -1]
 
 
 def log_probs_of(model: Any, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -152,7 +152,7 @@ def next_token_log_probs(model: Any, batch: Batch) -> Tensor:
     return torch.cat([found for _, found in log_probs_of(model, hidden[:, -1])])
 
 
-def can_share(
+def supports_prefix_caching(
     model: Any, sequences: Sequence[list[int]], batcher: Batcher, *, longest: int = 0, window: int = 1
 ) -> bool:
     """Whether running the shared beginning once gives what plain passes give, tried on a few prompts of unequal length.
@@ -163,56 +163,56 @@ def can_share(
     if longest >= window:
         log.info("shared beginnings are run for every prompt: %d tokens fill the window of %d", longest, window)
         return False
-    few, rows = _few(sequences)
-    return _same_answers(
+    few, rows = probe_sequences(sequences)
+    return matches_reference(
         "shared beginnings are run for every prompt",
         model,
         lambda: batcher.batch(rows, few),
-        lambda: batcher.batch(rows, few, Beginning(shared_tokens(sequences))),
+        lambda: batcher.batch(rows, few, SharedPrefix(shared_tokens(sequences))),
     )
 
 
-def padding_matters(model: Any, sequences: Sequence[list[int]], batcher: Batcher) -> bool:
+def padding_sensitive(model: Any, sequences: Sequence[list[int]], batcher: Batcher) -> bool:
     """Whether a prompt beside longer ones gives something else than alone: some recurrent and convolution layers see the
     padding. Tried on a few prompts of unequal length."""
-    few, rows = _few(sequences)
+    few, rows = probe_sequences(sequences)
     together = next_token_log_probs(model, batcher.batch(rows, few))
     alone = torch.cat([next_token_log_probs(model, batcher.batch([row], few)) for row in rows])
-    return not _apart(alone, together) <= SAME.get(model.dtype, PADDED_IN_HALF_PRECISION)
+    return not max_kl(alone, together) <= SAME.get(model.dtype, PADDED_IN_HALF_PRECISION)
 
 
-def can_begin_later(model: Any, blocks: Any, sequences: Sequence[list[int]], batcher: Batcher) -> bool:
+def supports_mid_stack_start(model: Any, blocks: Any, sequences: Sequence[list[int]], batcher: Batcher) -> bool:
     """Whether a pass may begin at a later block, from what the original's blocks gave before; tried like `can_share`."""
-    few, rows = _few(sequences)
-    shared = shared_tokens(sequences) if batcher.share else []
+    few, rows = probe_sequences(sequences)
+    shared = shared_tokens(sequences) if batcher.prefix_caching else []
 
     def begins_at(first_edited: int) -> bool:
-        beginning = Entries(blocks, [shared], with_cache=True) if shared else None
-        entries = Entries(blocks, few, start=len(shared), with_cache=True, beginning=beginning)
+        beginning = ActivationCache(blocks, [shared], with_cache=True) if shared else None
+        entries = ActivationCache(blocks, few, start=len(shared), with_cache=True, beginning=beginning)
 
         def batch() -> Batch:
-            whole = batcher.batch(rows, few, Beginning(shared) if shared else None, entries)
-            return replace(whole, edited=Edited(first_layer=first_edited))
+            whole = batcher.batch(rows, few, SharedPrefix(shared) if shared else None, entries)
+            return replace(whole, edited=EditSpec(first_layer=first_edited))
 
         def kept_first() -> Batch:
             hidden_states(model, batch(), use_cache=True)
             return batch()
 
         reason = "every pass begins with the first block"
-        same = _same_answers(reason, model, lambda: batcher.batch(rows, few), kept_first)
-        return same and entries.entry(rows, first_edited) > 0
+        same = matches_reference(reason, model, lambda: batcher.batch(rows, few), kept_first)
+        return same and entries.resume_layer(rows, first_edited) > 0
 
     # Late too: a late block may use the keys and values of one in the middle (Gemma 3n and 4).
     return begins_at(len(blocks) // 2) and begins_at(len(blocks) - 1)
 
 
-def _few(sequences: Sequence[list[int]]) -> tuple[list[list[int]], list[int]]:
+def probe_sequences(sequences: Sequence[list[int]]) -> tuple[list[list[int]], list[int]]:
     by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     few = [sequences[i] for i in dict.fromkeys((by_length[0], by_length[len(by_length) // 2], by_length[-1]))]
     return few, list(range(len(few)))
 
 
-def _same_answers(otherwise: str, model: Any, plainly: Any, cheaply: Any) -> bool:
+def matches_reference(otherwise: str, model: Any, plainly: Any, cheaply: Any) -> bool:
     try:
         plain = next_token_log_probs(model, plainly())
         cheap = next_token_log_probs(model, cheaply())
@@ -221,17 +221,17 @@ def _same_answers(otherwise: str, model: Any, plainly: Any, cheaply: Any) -> boo
             raise
         log.info("%s: %s", otherwise, repr(error))  # the error itself would keep the pass's tensors
         return False
-    apart = _apart(plain, cheap)
-    if not apart <= _tolerated(model):
+    apart = max_kl(plain, cheap)
+    if not apart <= kl_tolerance(model):
         log.info("%s: the cheaper way changes the answers by KL %.1e", otherwise, apart)
         return False
     return True
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
+def max_kl(one: Tensor, other: Tensor) -> float:
     """The largest KL between two ways of computing the same answers."""
     return float((one.exp() * (one - other)).sum(-1).abs().max())
 
 
-def _tolerated(model: Any) -> float:
+def kl_tolerance(model: Any) -> float:
     return SAME.get(model.dtype, SAME_IN_HALF_PRECISION)

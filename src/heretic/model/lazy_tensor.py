@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-Matrix = Tensor | Callable[[], Tensor]
+LazyTensor = Tensor | Callable[[], Tensor]
 
 
-def opened(matrix: Matrix) -> Tensor:
+def materialize(matrix: LazyTensor) -> Tensor:
     """The weight itself."""
     return matrix if isinstance(matrix, Tensor) else matrix()

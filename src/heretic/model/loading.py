@@ -15,16 +15,16 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from heretic.errors import UserError, first_line, plain_line
-from heretic.model.architecture import Anatomy, dissect, input_device
+from heretic.model.architecture import ModelStructure, find_residual_writers, input_device
 from heretic.model.batching import free_memory, out_of_memory
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.config_reading import auto_class
 from heretic.model.device_errors import device_error, is_device_error
-from heretic.model.quantization import KEPT, QUANTISATIONS, keep_layout, loading_arguments, made_even
+from heretic.model.quantization import KEPT, QUANTIZATIONS, balanced_4bit, keep_layout, loading_arguments
 from heretic.model.template import PROCESS, template_of
 from heretic.model.tensor_info import OPENED
 from heretic.model.unloading import unload
-from heretic.progress import SILENT, Watcher
+from heretic.progress import NULL_REPORTER, ProgressReporter
 
 # What tokenizers are read from, in all families.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece*", "*.model", "*.tiktoken", "tekken.json", "*.spm")
@@ -39,7 +39,7 @@ class LanguageModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     checkpoint: Checkpoint
-    anatomy: Anatomy
+    structure: ModelStructure
     dtype: str
     quantization: str = "none"
 
@@ -102,7 +102,7 @@ def load(
     quantization: str = "none",
     trust_remote_code: list[str] | None = None,
     chat_template: str | None = "",
-    watcher: Watcher = SILENT,
+    reporter: ProgressReporter = NULL_REPORTER,
 ) -> LanguageModel:
     """Load `checkpoint`; `arguments` are device_map and max_memory as from_pretrained takes them, `quantization` is the setting.
 
@@ -116,16 +116,18 @@ def load(
     tokenizer = load_tokenizer(checkpoint, trusted, chat_template)
     for dtype in dict.fromkeys(dtypes):
         fewer = loading_arguments(quantization, getattr(torch, dtype), checkpoint)
-        words = dtype if quantization == "none" else f"{dtype}, quantised to {QUANTISATIONS[quantization].words}"
-        if checkpoint.opened:
-            words = f"{dtype}, opened from {checkpoint.opened}"
-        with watcher.stage(f"Loading {checkpoint.model} as {words}", None):
+        words = dtype if quantization == "none" else f"{dtype}, quantized to {QUANTIZATIONS[quantization].words}"
+        if checkpoint.is_dequantized:
+            words = f"{dtype}, opened from {checkpoint.is_dequantized}"
+        with reporter.stage(f"Loading {checkpoint.model} as {words}", None):
             model = _weights(checkpoint, dtype, {**arguments, **fewer}, trusted)
         if _finite(model):
-            # Numbers that were quantised to bfloat16 stay so.
-            given = str(model.dtype).removeprefix("torch.") if checkpoint.quantised_by == KEPT else dtype
-            return _checked(LanguageModel(model, tokenizer, checkpoint, dissect(model), given, quantization))
-        watcher.warn(f"{checkpoint.model} gives logits that are not finite numbers in {dtype}.")
+            # Numbers that were quantized to bfloat16 stay so.
+            given = str(model.dtype).removeprefix("torch.") if checkpoint.quantized_by == KEPT else dtype
+            return _checked(
+                LanguageModel(model, tokenizer, checkpoint, find_residual_writers(model), given, quantization)
+            )
+        reporter.warning(f"{checkpoint.model} gives logits that are not finite numbers in {dtype}.")
         unload(model)
     raise UserError(
         f"{checkpoint.model} gives logits that are not finite (NaN or infinite) in {', '.join(dict.fromkeys(dtypes))}.",
@@ -233,8 +235,8 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
             fix="download the model again",
         )
     keep_layout(model)
-    if checkpoint.quantised_by in OPENED:
-        made_even(model, getattr(torch, dtype))
+    if checkpoint.quantized_by in OPENED:
+        balanced_4bit(model, getattr(torch, dtype))
     if checkpoint.adapter is not None:
         model = _adapted(model, checkpoint.adapter)
     return cast(PreTrainedModel, model.eval().requires_grad_(False))

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from heretic.model.probe import TOKENS, Arguments, block_inputs, output_of
-from heretic.model.writer import Part, Writer, first_tensor
+from heretic.model.writer import Part, ResidualWriter, first_tensor
 
 # The tensor of all experts' output matrices, and their biases.
 DOWN, BIAS = "down_proj", "down_proj_bias"
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertGroup:
     """A module that holds the output matrices of all its experts in one tensor [experts, ...]."""
 
     name: str
@@ -27,7 +27,7 @@ class Experts:
     parts: tuple[Part, ...]
 
 
-def experts_in(block: nn.Module, layer: int, prefix: str, width: int) -> tuple[list[Experts], list[str]]:
+def experts_in(block: nn.Module, layer: int, prefix: str, width: int) -> tuple[list[ExpertGroup], list[str]]:
     """The experts of a block, and the names of those whose layout cannot be told."""
     found, unknown = [], []
     for path, module in block.named_modules():
@@ -44,7 +44,7 @@ def experts_in(block: nn.Module, layer: int, prefix: str, width: int) -> tuple[l
         parts = [Part(f"{name}.{DOWN}", module, DOWN, transposed=transposed)]
         if isinstance(getattr(module, BIAS, None), Tensor):
             parts.append(Part(f"{name}.{BIAS}", module, BIAS, is_bias=True))
-        found.append(Experts(name, layer, tuple(parts)))
+        found.append(ExpertGroup(name, layer, tuple(parts)))
     return found, unknown
 
 
@@ -59,9 +59,9 @@ def _is_transposed(module: nn.Module, shape: Sequence[int], width: int) -> bool 
 
 
 @torch.inference_mode()
-def settle(
-    model: PreTrainedModel, blocks: nn.ModuleList, experts: Sequence[Experts], writers: Sequence[Writer]
-) -> tuple[list[Writer], list[str]]:
+def merge_experts(
+    model: PreTrainedModel, blocks: nn.ModuleList, experts: Sequence[ExpertGroup], writers: Sequence[ResidualWriter]
+) -> tuple[list[ResidualWriter], list[str]]:
     """All writers in order of layers, mixtures included, and the names of the mixtures that cannot be edited.
 
     A mixture writes where one vector a token comes out: mostly at the experts' own module, else at the module around it (Llama 4),
@@ -73,7 +73,7 @@ def settle(
     inputs = block_inputs(model, blocks)
     merged, unknown = list(writers), []
     with _one_by_one(model):
-        places = [(found, _place(model, blocks, found, inputs.get(found.layer), writers)) for found in experts]
+        places = [(found, _output_module(model, blocks, found, inputs.get(found.layer), writers)) for found in experts]
     # What is not all made by the weights in one layer is so in none: it is seen only where the router takes that way.
     unclear = {type(found.parts[0].owner) for found, place in places if place is None}
     for found, place in places:
@@ -86,9 +86,13 @@ def settle(
     return sorted(merged, key=lambda w: (w.layer, order.get(w.name, len(order)))), unknown
 
 
-def _place(
-    model: PreTrainedModel, blocks: nn.ModuleList, experts: Experts, inputs: Arguments | None, writers: Sequence[Writer]
-) -> tuple[Writer, list[Writer]] | None:
+def _output_module(
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    experts: ExpertGroup,
+    inputs: Arguments | None,
+    writers: Sequence[ResidualWriter],
+) -> tuple[ResidualWriter, list[ResidualWriter]] | None:
     if inputs is None:
         return None
     names = dict(model.named_modules())
@@ -106,7 +110,7 @@ def _place(
                     nothing = _first(output_of(model, blocks, experts.layer, inputs, module))
                 if nothing is None or bool(nothing.abs().max() > 0):
                     return None
-            return replace(Writer(name, experts.layer, "mlp", module), mixture=parts), held
+            return replace(ResidualWriter(name, experts.layer, "mlp", module), mixture=parts), held
         name = name.rpartition(".")[0]
     return None
 

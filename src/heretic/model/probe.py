@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from heretic.model.writer import Writer, first_tensor, with_first
+from heretic.model.writer import ResidualWriter, first_tensor, with_first
 
 TOKENS = tuple(range(1, 17))  # enough for a router to choose several experts
 # What a block adds to its input, as a share of that input, when all its writers are silent: rounding in half precision.
@@ -21,30 +21,30 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbeResult:
     """The writers that reach the stream, the names of those that do not, and the blocks to whose stream something else is added
     or whose stream is something else than hidden states."""
 
-    writers: list[Writer]
+    writers: list[ResidualWriter]
     silent: list[str] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)
 
 
 @torch.inference_mode()
-def probe(model: PreTrainedModel, prefix: str, blocks: nn.ModuleList, writers: Sequence[Writer]) -> Probed:
+def probe(model: PreTrainedModel, prefix: str, blocks: nn.ModuleList, writers: Sequence[ResidualWriter]) -> ProbeResult:
     """Run every block again on the input that it had in a short pass, with its writers' outputs moved or silenced.
 
     This costs a few blocks' worth of a few tokens each for every block, on any device map.
     """
     inputs = block_inputs(model, blocks)
-    found = Probed([])
+    found = ProbeResult([])
     for layer, block in enumerate(blocks):
         if layer not in inputs:
             found.incomplete.append(f"{prefix}.{layer}")
             continue
         mine = [w for w in writers if w.layer == layer]
         run = _Runner(block, inputs[layer])
-        reaching = [w for w in mine if run.reaches(w, [other for other in mine if other is not w])]
+        reaching = [w for w in mine if run.affects_stream(w, [other for other in mine if other is not w])]
         found.silent.extend(w.name for w in mine if w not in reaching)
         norms = run.norms_behind(reaching)
         found.writers.extend(replace(w, norms=tuple(norms.get(w.name, ()))) for w in reaching)
@@ -105,7 +105,7 @@ class _Runner:
         with _hooked(hooks):
             return first_tensor(self.block(*args, **kwargs))
 
-    def reaches(self, writer: Writer, others: Sequence[Writer]) -> bool:
+    def affects_stream(self, writer: ResidualWriter, others: Sequence[ResidualWriter]) -> bool:
         """Whether the block hands on something else when the writer's output is moved, by itself: all others are silent, so
         that what only gates or feeds them does not count."""
 
@@ -113,11 +113,11 @@ class _Runner:
             first = first_tensor(output)
             return with_first(output, first + first.abs().mean() + 0.1)
 
-        silent = [(other.module, silence) for other in others]
+        silent = [(other.module, zero_ablate) for other in others]
         moved = self([*silent, (writer.module, move)]) - self(silent)
         return bool(moved.abs().max() > 0)
 
-    def norms_behind(self, writers: Sequence[Writer]) -> dict[str, list[nn.Module]]:
+    def norms_behind(self, writers: Sequence[ResidualWriter]) -> dict[str, list[nn.Module]]:
         """By writer, the norms between its output and the stream: those that are given nothing when all writers of the
         component are silent, and something when this one alone speaks."""
         norms = [m for m in self.block.modules() if "RMSNorm" in type(m).__name__]
@@ -133,7 +133,7 @@ class _Runner:
                 found[writer.name] = [n for n in behind if not _is_zero(alone.get(n))]
         return found
 
-    def _given(self, norms: Sequence[nn.Module], silent: Sequence[Writer]) -> Mapping[nn.Module, Tensor]:
+    def _given(self, norms: Sequence[nn.Module], silent: Sequence[ResidualWriter]) -> Mapping[nn.Module, Tensor]:
         """What each norm is given while some writers are silent."""
         given: dict[nn.Module, Tensor] = {}
 
@@ -141,14 +141,14 @@ class _Runner:
             if inputs and isinstance(inputs[0], Tensor):
                 given[module] = inputs[0].clone()
 
-        self([*((w.module, silence) for w in silent), *((n, note) for n in norms)])
+        self([*((w.module, zero_ablate) for w in silent), *((n, note) for n in norms)])
         return given
 
-    def is_silent_without(self, writers: Sequence[Writer]) -> bool:
+    def is_silent_without(self, writers: Sequence[ResidualWriter]) -> bool:
         """Whether the block hands on what it was given, up to a factor, when its writers are silent."""
         args, kwargs = self.inputs
         given = args[0] if args else kwargs.get("hidden_states")
-        after = self([(module, silence) for w in writers for module in w.modules])
+        after = self([(module, zero_ablate) for w in writers for module in w.modules])
         if not isinstance(given, Tensor) or given.shape != after.shape or given.ndim != 3:
             return False
         given, after = given.to(after.device).float(), after.float()  # accelerate brings a block its input from another
@@ -156,7 +156,7 @@ class _Runner:
         return bool((after - factor * given).norm() <= NOTHING * given.norm())
 
 
-def silence(_module: nn.Module, _inputs: object, output: Any) -> Any:
+def zero_ablate(_module: nn.Module, _inputs: object, output: Any) -> Any:
     """A hook after which a module writes nothing."""
     return with_first(output, torch.zeros_like(first_tensor(output)))
 

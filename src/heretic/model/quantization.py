@@ -1,7 +1,7 @@
-"""Weights in fewer bits: loading them with bitsandbytes, checkpoints that come so, and what a quantised linear map multiplies by.
+"""Weights in fewer bits: loading them with bitsandbytes, checkpoints that come so, and what a quantized linear map multiplies by.
 
 Operators act on outputs, so a study needs nothing of it but the norms of rows and W W^T v, for which one weight at a time is
-dequantised. Nothing here writes weights: an export edits the checkpoint's own tensors.
+dequantized. Nothing here writes weights: an export edits the checkpoint's own tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 1024  # of the identity, where a weight is read off what its modu
 
 
 @dataclass(frozen=True)
-class Quantisation:
+class Quantization:
     """A setting's name in words, and bits a weight, with the scales that go with it (`row` bytes for each row besides)."""
 
     words: str
@@ -32,9 +32,9 @@ class Quantisation:
 
 # By the name in the settings. NF4 has a scale of 8 bits for 64 weights, and one of 32 for 256 of these (Dettmers et al. 2023,
 # section 3); LLM.int8() has one of 32 bits a row (Dettmers et al. 2022, section 3.1).
-QUANTISATIONS = {
-    "bnb_4bit": Quantisation("4 bits (bitsandbytes, NF4)", 4 + 8 / 64 + 32 / (64 * 256)),
-    "bnb_8bit": Quantisation("8 bits (bitsandbytes, LLM.int8)", 8, row=4),
+QUANTIZATIONS = {
+    "bnb_4bit": Quantization("4 bits (bitsandbytes, NF4)", 4 + 8 / 64 + 32 / (64 * 256)),
+    "bnb_8bit": Quantization("8 bits (bitsandbytes, LLM.int8)", 8, row=4),
 }
 
 
@@ -58,10 +58,10 @@ PACKAGES = {
 
 
 def loading_arguments(name: str, dtype: torch.dtype, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
-    """from_pretrained's arguments for a quantisation of `QUANTISATIONS`, or `none`, and for a checkpoint that comes quantised.
+    """from_pretrained's arguments for a quantization of `QUANTIZATIONS`, or `none`, and for a checkpoint that comes quantized.
     Raises UserError where a package that this needs is missing."""
-    if checkpoint is not None and checkpoint.quantised_by:
-        return _for_quantised(checkpoint)
+    if checkpoint is not None and checkpoint.quantized_by:
+        return _for_quantized(checkpoint)
     if name == "none":
         return {}
     require_bitsandbytes(name)
@@ -79,12 +79,12 @@ def loading_arguments(name: str, dtype: torch.dtype, checkpoint: Checkpoint | No
     return {"quantization_config": four}
 
 
-def _for_quantised(checkpoint: Checkpoint) -> dict[str, Any]:
+def _for_quantized(checkpoint: Checkpoint) -> dict[str, Any]:
     from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
     require_package(checkpoint)
     quiet()
-    method = checkpoint.quantised_by
+    method = checkpoint.quantized_by
     if method not in OPENED:
         return {}
     told: Any = quantization_entry(checkpoint.config)
@@ -94,29 +94,29 @@ def _for_quantised(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def require_package(checkpoint: Checkpoint) -> None:
-    """Raises UserError where the package is missing that a quantised checkpoint needs to be loaded, and for one of a method that
+    """Raises UserError where the package is missing that a quantized checkpoint needs to be loaded, and for one of a method that
     transformers does not know: it would take the packed numbers for weights."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    method = str(checkpoint.quantised_by)
+    method = str(checkpoint.quantized_by)
     if method != KEPT and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise UserError(
-            f"{checkpoint.model} comes quantised by {method}, which the installed transformers does not know.",
+            f"{checkpoint.model} comes quantized by {method}, which the installed transformers does not know.",
             code="unknown-quantization",
             where=str(checkpoint.folder / "config.json"),
             fix="take the model in full precision or as FP8, MXFP4 or bitsandbytes; or update transformers",
         )
     module, install = ("bitsandbytes", "bitsandbytes") if method == KEPT else PACKAGES.get(method, ("", ""))
-    if module and not _there(module):
+    if module and not _is_installed(module):
         raise UserError(
-            f"{checkpoint.model} comes quantised by {method}, which needs the package {module}; it is not installed.",
+            f"{checkpoint.model} comes quantized by {method}, which needs the package {module}; it is not installed.",
             code="missing-package",
             where=str(checkpoint.folder / "config.json"),
             fix=f"take the model in full precision or as FP8, MXFP4 or bitsandbytes; or, untried: pip install {install}",
         )
 
 
-def _there(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # a part of a package that is not there
@@ -127,7 +127,7 @@ def require_bitsandbytes(name: str) -> None:
     """Raises UserError where it is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            f"{QUANTISATIONS[name].words} need the package bitsandbytes, which is not installed.",
+            f"{QUANTIZATIONS[name].words} need the package bitsandbytes, which is not installed.",
             code="missing-package",
             where=f'quantization = "{name}"',
             fix="pip install bitsandbytes",
@@ -140,8 +140,8 @@ def quiet() -> None:
 
 
 @torch.no_grad()
-def made_even(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give what was not quantised in a checkpoint that was opened the number format of the rest, which transformers leaves as it is
+def balanced_4bit(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give what was not quantized in a checkpoint that was opened the number format of the rest, which transformers leaves as it is
     stored. What a model keeps in float32 beside half precision stays so."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype in (torch.bfloat16, torch.float16) and tensor.dtype != dtype and not tensor.is_meta:
@@ -159,14 +159,14 @@ def keep_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def is_quantised(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Whether a linear map holds its weight in another form than the numbers that it multiplies by."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and (not weight.is_floating_point() or weight.element_size() < 2)
 
 
 @torch.no_grad()
-def dequantised(module: nn.Module) -> Tensor:
+def dequantized(module: nn.Module) -> Tensor:
     """The weight [out, in] that a linear map multiplies by, in a floating-point format, on its device."""
     weight: Any = module.weight
     kind = type(weight).__name__
@@ -199,7 +199,7 @@ def _read_off(module: Any, device: torch.device) -> Tensor:
 def kept_bytes(model: Any, checkpoint: Checkpoint) -> dict[str, float]:
     """Bytes an element, by the name of a parameter, of those that stay as the checkpoint holds them."""
     found = {}
-    names = STAY_PACKED.get(checkpoint.quantised_by or "", ())
+    names = STAY_PACKED.get(checkpoint.quantized_by or "", ())
     for path, module in model.named_modules() if names else ():
         parts = [checkpoint.tensors.get(f"{path}.{name}") for name in names]
         if isinstance(module, nn.Linear) and parts[0] is not None and parts[0].dtype in ("U8", "I8", "I32"):
@@ -208,14 +208,14 @@ def kept_bytes(model: Any, checkpoint: Checkpoint) -> dict[str, float]:
 
 
 def stored_bytes(model: Any, name: str) -> dict[str, float]:
-    """Bytes an element, by the name of a parameter, of those that a quantisation stores in fewer: the weights of all linear maps
+    """Bytes an element, by the name of a parameter, of those that a quantization stores in fewer: the weights of all linear maps
     but the head's (as transformers chooses them)."""
     if name == "none":
         return {}
-    quantisation = QUANTISATIONS[name]
+    quantization = QUANTIZATIONS[name]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {
-        f"{path}.weight": quantisation.bits / 8 + quantisation.row / module.in_features
+        f"{path}.weight": quantization.bits / 8 + quantization.row / module.in_features
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }

@@ -15,7 +15,7 @@ from heretic.model.decoding import decode
 from heretic.model.loading import LanguageModel
 from heretic.model.template import template_of
 from heretic.model.thinking import MARKERS, open_block, switches_in
-from heretic.progress import Watcher
+from heretic.progress import ProgressReporter
 
 # How many prompts of each kind, and how many tokens, show what all answers begin with.
 PREFIX_PROMPTS = 8
@@ -49,7 +49,7 @@ def find_prefix(language_model: LanguageModel, encoded: Mapping[str, list[list[i
     return "" if any(ended and text.rstrip() == prefix for text, ended in answers) else prefix
 
 
-def close_thinking(chat: ChatFormat, prompts: Sequence[str], watcher: Watcher) -> AnswerStart:
+def close_thinking(chat: ChatFormat, prompts: Sequence[str], reporter: ProgressReporter) -> AnswerStart:
     """How answers have to begin so that none lies in a thinking block that the chat template has opened.
 
     The template's own switch is used where it has one, else the closing marker is appended. What is done is told.
@@ -66,24 +66,24 @@ def close_thinking(chat: ChatFormat, prompts: Sequence[str], watcher: Watcher) -
             continue
         if not remaining:
             start = AnswerStart("", variables)
-            watcher.say(f"{what} {start.spelled_variables} switches it off.")
+            reporter.info(f"{what} {start.spelled_variables} switches it off.")
             return start
     closing = AnswerStart(MARKERS[marker])
     if opened[marker] == len(prompts) and not open_blocks(chat.answering(closing.prefix), prompts):
-        watcher.say(f"{what} it is closed at once.")
+        reporter.info(f"{what} it is closed at once.")
         return closing
-    watcher.warn(
+    reporter.warning(
         f"The chat template opens a thinking block ({marker}) after {opened.total()} of {len(prompts)} prompts only, so it stays "
         "open: thoughts are judged as answers. Set chat_template to one that does not open it."
     )
     return AnswerStart()
 
 
-def warn_of_open_thinking(chat: ChatFormat, prompts: Sequence[str], watcher: Watcher) -> None:
+def warn_of_open_thinking(chat: ChatFormat, prompts: Sequence[str], reporter: ProgressReporter) -> None:
     """Tell that answers begin inside a thinking block, with the response_prefix that the user has set."""
     if opened := open_blocks(chat, prompts):
         marker = opened.most_common(1)[0][0]
-        watcher.warn(
+        reporter.warning(
             f"Answers begin inside a thinking block ({marker}), so thoughts are judged as answers. "
             f'Set response_prefix = "auto", or let it begin with {MARKERS[marker].strip()!r}.'
         )

@@ -26,7 +26,7 @@ class _Pieces(TextStreamer):
             self.on_text(text)
 
 
-def answer(
+def stream_answer(
     language_model: LanguageModel, tokens: Sequence[int], max_tokens: int, on_text: Callable[[str], None]
 ) -> str:
     """Continue a conversation [tokens] with the model as it is now; `on_text` gets every piece, the whole is returned."""

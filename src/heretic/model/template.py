@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from heretic.errors import UserError, first_line, plain_line
-from heretic.files import expanded
+from heretic.files import expand_user
 from heretic.model.template_process import CPU_SECONDS, EXTRA_CHARACTERS, MEMORY
 from heretic.settings import Settings
 
@@ -41,7 +41,7 @@ def read_template(settings: Settings) -> str:
     """The chat template that the settings name; empty for the model's own. Raises UserError."""
     if not settings.chat_template:
         return ""
-    path = expanded(settings.chat_template)
+    path = expand_user(settings.chat_template)
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is no file")
@@ -145,7 +145,7 @@ class TemplateProcess:
         with self._lock:
             process = self._start()
             try:
-                return self._asked(process, request)
+                return self._exchange(process, request)
             except BaseException:  # an answer that nobody took would be taken for the next one's
                 self._end()
                 raise
@@ -174,7 +174,7 @@ class TemplateProcess:
         self._ready, self._owner = False, os.getpid()
         return self.process
 
-    def _asked(self, process: subprocess.Popen[str], request: Mapping[str, Any]) -> dict[str, Any]:
+    def _exchange(self, process: subprocess.Popen[str], request: Mapping[str, Any]) -> dict[str, Any]:
         if not self._ready:
             if self._line(process, STARTED_WITHIN) != "ready\n":
                 self._end()

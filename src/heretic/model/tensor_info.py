@@ -26,7 +26,7 @@ TORCH_NAMES = {
 # Number formats of weights that are not quantized, and of buffers.
 PLAIN = ("F64", "F32", "F16", "BF16", "BOOL", "I64")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-# Checkpoints that come quantised, by transformers' name of the method. These are opened while they are loaded, on every device:
+# Checkpoints that come quantized, by transformers' name of the method. These are opened while they are loaded, on every device:
 # their kernels are for some GPUs only, have no backward, and the weights of the writers are wanted.
 OPENED = {"fp8": "FP8", "mxfp4": "MXFP4"}
 # By method, the format whose every element holds several numbers.
@@ -83,7 +83,7 @@ def quantization_method(config: Any) -> str | None:
 
 
 def packed_bits(config: Any) -> int:
-    """Bits of a number in a checkpoint that comes quantised, by its config; 4 where that does not say."""
+    """Bits of a number in a checkpoint that comes quantized, by its config; 4 where that does not say."""
     entry = quantization_entry(config)
     bits = entry.get("bits") if isinstance(entry, dict) else getattr(entry, "bits", None)
     return bits if isinstance(bits, int) and bits > 0 else 4

@@ -56,7 +56,7 @@ def open_block(text: str, said: str = "") -> str:
     return next((marker for marker in MARKERS if text.rstrip().endswith(marker)), "")
 
 
-def closed_at_once(text: str) -> str:
+def closed_immediately(text: str) -> str:
     """Where a text begins with a thinking block: the same block, empty; else nothing."""
     return next((m + closing.strip() for m, closing in MARKERS.items() if text.lstrip().startswith(m)), "")
 

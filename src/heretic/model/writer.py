@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from heretic.model.lazy_tensor import Matrix, opened
-from heretic.model.quantization import dequantised, is_quantised
+from heretic.model.lazy_tensor import LazyTensor, materialize
+from heretic.model.quantization import dequantized, is_quantized
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Part:
         return cast(Tensor, getattr(self.owner, self.attribute))
 
     @property
-    def quantised(self) -> bool:
-        """Whether the parameter is the weight of a quantised linear map."""
-        return not self.is_bias and self.attribute == "weight" and is_quantised(self.owner)
+    def quantized(self) -> bool:
+        """Whether the parameter is the weight of a quantized linear map."""
+        return not self.is_bias and self.attribute == "weight" and is_quantized(self.owner)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape as a weight, which a packed one does not have itself."""
-        if self.quantised:
+        if self.quantized:
             owner = cast(nn.Linear, self.owner)
             return (owner.out_features, owner.in_features)
         return tuple(self.tensor.shape)
@@ -54,7 +54,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Writer:
+class ResidualWriter:
     """A module whose output is added to the residual stream.
 
     Without `parts` it is a linear map with a weight and perhaps a bias. A mixture of experts is one writer with the parts of
@@ -68,12 +68,12 @@ class Writer:
     module: nn.Module
     norms: tuple[nn.Module, ...] = ()  # that its output passes before it is added (Gemma 2 and 3, OLMo 2)
     mixture: tuple[Part, ...] = ()
-    twins: tuple[nn.Module, ...] = ()  # modules of later blocks that have the same weights (Zamba)
+    tied_modules: tuple[nn.Module, ...] = ()  # modules of later blocks that have the same weights (Zamba)
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """All modules whose output is edited."""
-        return (self.module, *self.twins)
+        return (self.module, *self.tied_modules)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -90,23 +90,23 @@ class Writer:
         """Whether accelerate keeps the weights elsewhere between passes, leaving empty ones in the module."""
         return any(part.tensor.device.type == "meta" for part in self.parts)
 
-    def weights(self) -> list[Matrix]:
-        """The matrices [width of the stream, inputs] in their own type: one, or one an expert; of a quantised weight what makes it,
+    def weights(self) -> list[LazyTensor]:
+        """The matrices [width of the stream, inputs] in their own type: one, or one an expert; of a quantized weight what makes it,
         so that it exists only while it is used.
 
         Under tensor parallelism the shares are put together, so that all processes must ask at the same time.
         """
-        found: list[Matrix] = []
+        found: list[LazyTensor] = []
         for part in self.parts:
-            if part.quantised:
-                found.append(partial(dequantised, part.owner))
+            if part.quantized:
+                found.append(partial(dequantized, part.owner))
             elif not part.is_bias:
-                found += part.matrices(whole(part.tensor.detach()))
+                found += part.matrices(full_tensor(part.tensor.detach()))
         return found
 
     def weight(self) -> Tensor:
         """The weight [width of the stream, inputs] in its own type; experts side by side."""
-        found = [opened(matrix) for matrix in self.weights()]
+        found = [materialize(matrix) for matrix in self.weights()]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     @torch.no_grad()
@@ -119,7 +119,7 @@ class Writer:
         return torch.stack(found).prod(dim=0) if found else None
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor itself, also where this process holds a share of it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -22,63 +22,65 @@ from torch import Tensor
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.directions import Directions
 from heretic.ablation.residual_geometry import ResidualGeometry
-from heretic.ablation.strength_kernel import Kernel
+from heretic.ablation.strength_kernel import StrengthKernel
 from heretic.errors import UserError
 from heretic.export.destination import check_destination
 from heretic.export.export import Export, plan_export, write_export
-from heretic.files import expanded
-from heretic.interrupt import Stop
+from heretic.files import expand_user
+from heretic.interrupt import StopSignal
 from heretic.model.batching import Batch
 from heretic.model.chat_format import check_length
 from heretic.model.decoding import decode
-from heretic.pipeline.prepare import look
-from heretic.pipeline.run import Outcome, device_lock, run, study_of
-from heretic.pipeline.run_context import Desk
-from heretic.progress import SILENT
+from heretic.pipeline.prepare import prepare_run
+from heretic.pipeline.run import Outcome, device_lock, open_locked_study, run
+from heretic.pipeline.run_context import RunContext
+from heretic.progress import NULL_REPORTER
 from heretic.scoring.evaluator import Scores
 from heretic.search.pareto import Result
-from heretic.search.space import Space
-from heretic.search.summary import StudyWatcher
-from heretic.session.session import Session, geometry_of, workbench_of
+from heretic.search.space import SearchSpace
+from heretic.search.summary import StudyReporter
+from heretic.session.session import Session, measure_residual_geometry, operator_factory_for
 from heretic.settings import Settings
 from heretic.settings.sources import Resolved, resolve
 
 
 def study(
-    model: str = "", *, config: str | Path | None = None, watcher: StudyWatcher = SILENT, **settings: Any
+    model: str = "", *, config: str | Path | None = None, reporter: StudyReporter = NULL_REPORTER, **settings: Any
 ) -> Outcome:
     """`heretic run`: directions, trials, choice, and export if `save_to` is set; resumes. Raises UserError.
 
     Settings are named as in a settings file, tables are dictionaries: `search={"start": "kernels"}`. As for the command, a
     `config.toml` in the current folder and HERETIC_ variables count too.
     """
-    return run(_resolved(model, config, settings), watcher=watcher, stop=Stop())
+    return run(_resolved(model, config, settings), reporter=reporter, stop=StopSignal())
 
 
-def load(model: str = "", *, config: str | Path | None = None, watcher: StudyWatcher = SILENT, **settings: Any) -> Lab:
+def load(
+    model: str = "", *, config: str | Path | None = None, reporter: StudyReporter = NULL_REPORTER, **settings: Any
+) -> AblationSession:
     """A model ready for ablations: loaded, with its directions and its answers measured, or read from its run's folder if they
     are there. Settings as for `study`. Its devices and its run are held until the lab is closed. Raises UserError."""
-    resolved, stop = _resolved(model, config, settings), Stop()
+    resolved, stop = _resolved(model, config, settings), StopSignal()
     with ExitStack() as held:
-        held.enter_context(device_lock(resolved.settings, wait=False, watcher=watcher, stop=stop))
-        inputs = look(resolved.settings, force=False, watcher=watcher)
+        held.enter_context(device_lock(resolved.settings, wait=False, reporter=reporter, stop=stop))
+        inputs = prepare_run(resolved.settings, force=False, reporter=reporter)
         inputs.folder.create()
-        opened = held.enter_context(study_of(inputs, wait=False, watcher=watcher, stop=stop))
-        desk = Desk(resolved, inputs, opened, watcher, stop)
-        desk.keep_settings()
-        desk.session()
-        return Lab(desk, held.pop_all())
+        opened = held.enter_context(open_locked_study(inputs, wait=False, reporter=reporter, stop=stop))
+        run_context = RunContext(resolved, inputs, opened, reporter, stop)
+        run_context.save_settings()
+        run_context.session()
+        return AblationSession(run_context, held.pop_all())
 
 
 @dataclass
-class Lab:
+class AblationSession:
     """A loaded model and what is known of it; closed at the end of a `with`, or by `close`."""
 
-    desk: Desk
+    run_context: RunContext
     _held: ExitStack = field(repr=False)
     _own: Directions | None = field(default=None, repr=False)
 
-    def __enter__(self) -> Lab:
+    def __enter__(self) -> AblationSession:
         return self
 
     def __exit__(
@@ -88,47 +90,47 @@ class Lab:
 
     def close(self) -> None:
         """Let go of the model, of its devices and of its run."""
-        self.desk.put_away()
+        self.run_context.unload()
         self._held.close()
 
     @property
     def session(self) -> Session:
         """The model in memory with all that measures it; loaded again after an export."""
-        session = self.desk.session()
-        if self._own is None or session.workbench.directions is self._own:
+        session = self.run_context.session()
+        if self._own is None or session.operator_factory.directions is self._own:
             return session
-        self.desk.loaded = replace(session, workbench=workbench_of(session.bench, self._own))
-        return self.desk.loaded
+        self.run_context.loaded = replace(session, operator_factory=operator_factory_for(session.context, self._own))
+        return self.run_context.loaded
 
     @property
     def settings(self) -> Settings:
         """What it was loaded with."""
-        return self.desk.settings
+        return self.run_context.settings
 
     @property
     def model(self) -> Any:
         """The model itself, of transformers; within `attach` it is ablated."""
-        return self.session.bench.language_model.model
+        return self.session.context.language_model.model
 
     @property
     def tokenizer(self) -> Any:
         """Its tokenizer, of transformers."""
-        return self.session.bench.language_model.tokenizer
+        return self.session.context.language_model.tokenizer
 
     @property
     def num_layers(self) -> int:
         """Number of its blocks."""
-        return self.session.bench.language_model.anatomy.num_layers
+        return self.session.context.language_model.structure.num_layers
 
     @property
     def components(self) -> tuple[str, ...]:
         """Kinds of writers that it has, such as attention and mlp."""
-        return self.session.bench.language_model.anatomy.components
+        return self.session.context.language_model.structure.components
 
     @property
     def directions(self) -> Directions:
         """The direction of every layer."""
-        return self.session.workbench.directions
+        return self.session.operator_factory.directions
 
     @directions.setter
     def directions(self, vectors: Tensor) -> None:
@@ -144,14 +146,16 @@ class Lab:
 
     def geometry(self) -> ResidualGeometry:
         """How harmful and harmless residuals lie to each other, layer by layer."""
-        stored = self.desk.folder.geometry()
-        return stored if stored is not None else geometry_of(self.session.bench)
+        stored = self.run_context.folder.load_geometry()
+        return stored if stored is not None else measure_residual_geometry(self.session.context)
 
     def trial(self, number: int | None = None) -> Ablation:
         """The ablation of a trial of its run, or of the one that the settings prefer. Raises UserError."""
-        return self.desk.space.from_params(self.desk.result(number)[0].params)
+        return self.run_context.space.from_params(self.run_context.result(number)[0].params)
 
-    def ablation(self, direction_index: float | None = None, **strengths: float | Sequence[float] | Kernel) -> Ablation:
+    def ablation(
+        self, direction_index: float | None = None, **strengths: float | Sequence[float] | StrengthKernel
+    ) -> Ablation:
         """An ablation by its strengths, a component each: a number for all layers, one a layer, or a kernel.
 
         `direction_index` is the layer whose direction is removed everywhere; without it each layer's own is. Raises UserError for
@@ -165,7 +169,7 @@ class Lab:
                     code="unknown-component",
                     fix=f"one of: {', '.join(self.components)}",
                 )
-            if isinstance(given, Kernel):
+            if isinstance(given, StrengthKernel):
                 profile = tuple(given.strength(layer) for layer in range(self.num_layers))
             else:
                 profile = (float(given),) * self.num_layers if isinstance(given, (int, float)) else tuple(given)
@@ -176,7 +180,7 @@ class Lab:
                     fix="pass one number, or one number for each layer",
                 )
             profiles[component] = profile
-        mixture = Ablation.of_kernels({}, self.num_layers, direction_index).mixture
+        mixture = Ablation.from_kernels({}, self.num_layers, direction_index).mixture
         return Ablation(profiles, mixture)
 
     @contextmanager
@@ -188,35 +192,35 @@ class Lab:
     def score(self, ablation: Ablation | None = None) -> Scores:
         """Refusals and KL divergence on the evaluation prompts, measured in full; without an ablation of the original."""
         with self.session.applied(*([] if ablation is None else [ablation])):
-            return self.session.bench.ladder.score(self.session.baseline.log_probs)
+            return self.session.context.evaluator.score(self.session.baseline.log_probs)
 
     def answers(self, prompts: Sequence[str], ablation: Ablation | None = None, tokens: int = 100) -> list[str]:
         """Greedy answers of at most so many tokens, through the chat template."""
-        bench = self.session.bench
-        encoded = bench.chat.encode(prompts)
-        check_length("prompts", encoded, bench.language_model.context, tokens)
+        model_context = self.session.context
+        encoded = model_context.chat.encode(prompts)
+        check_length("prompts", encoded, model_context.language_model.context, tokens)
 
         def step(batch: Batch) -> list[list[int]]:
-            return decode(bench.language_model.model, batch, tokens, bench.language_model.end_tokens)
+            return decode(model_context.language_model.model, batch, tokens, model_context.language_model.end_tokens)
 
         with self.session.applied(*([] if ablation is None else [ablation])):
-            return [bench.chat.text(said) for said in bench.batcher.run("Answers", encoded, step)]
+            return [model_context.chat.text(said) for said in model_context.batcher.run("Answers", encoded, step)]
 
     def export(self, ablation: Ablation, destination: str | Path) -> Export:
         """`heretic export` of this ablation: write the model, load it again, prove it. Raises UserError and VerificationFailed."""
-        place, folder = expanded(destination), self.desk.folder
+        place, folder = expand_user(destination), self.run_context.folder
         check_destination(place, folder.name)
-        given = Result(BY_HAND, ablation.as_dict(), self.score(ablation))
-        space = _ByHand(self.settings.search, self.num_layers, self.components)
-        job = plan_export(self.session, self.desk.inputs.plan, space, given, folder, place)
-        self.desk.put_away()
-        return write_export(job, self.desk.watcher, self.desk.stop)
+        given = Result(MANUAL_TRIAL, ablation.as_dict(), self.score(ablation))
+        space = _ManualSpace(self.settings.search, self.num_layers, self.components)
+        job = plan_export(self.session, self.run_context.inputs.plan, space, given, folder, place)
+        self.run_context.unload()
+        return write_export(job, self.run_context.reporter, self.run_context.stop)
 
 
-BY_HAND = -1  # in place of a trial's number, of an ablation that no trial has drawn
+MANUAL_TRIAL = -1  # in place of a trial's number, of an ablation that no trial has drawn
 
 
-class _ByHand(Space):
+class _ManualSpace(SearchSpace):
     """Of ablations that no trial has drawn: their parameters are themselves."""
 
     def from_params(self, params: Mapping[str, Any]) -> Ablation:

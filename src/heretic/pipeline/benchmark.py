@@ -20,7 +20,7 @@ from heretic.model.chat_format import ChatFormat
 from heretic.model.loading import load_tokenizer
 from heretic.model.template import read_template
 from heretic.model.thinking import MARKERS, open_block
-from heretic.pipeline.run_context import Desk
+from heretic.pipeline.run_context import RunContext
 from heretic.progress import Stage
 from heretic.runs.environment import versions
 from heretic.session.session import Session
@@ -78,18 +78,20 @@ class Benchmark:
         return {"trial": self.trial, "tasks": [{**asdict(r), "difference": r.difference} for r in self.rows]}
 
 
-def benchmark_trial(desk: Desk, trial: int | None, tasks: Tasks) -> Benchmark:
+def benchmark_trial(run_context: RunContext, trial: int | None, tasks: Tasks) -> Benchmark:
     """Answer the tasks with the original and with a trial. Raises UserError where lm-eval is missing or refuses a task."""
     manager = _manager(tasks)
-    result, _ = desk.result(trial)
-    session = desk.session()
+    result, _ = run_context.result(trial)
+    session = run_context.session()
     measured = []
-    for name, edits in (("Original", []), (f"Trial {result.number}", [desk.space.from_params(result.params)])):
-        with desk.watcher.stage(f"{name}: {', '.join(tasks.names)}", None) as stage, session.applied(*edits):
-            measured.append(_evaluate(session, desk, manager, tasks, stage))
+    for name, edits in (("Original", []), (f"Trial {result.number}", [run_context.space.from_params(result.params)])):
+        with run_context.reporter.stage(f"{name}: {', '.join(tasks.names)}", None) as stage, session.applied(*edits):
+            measured.append(_evaluate(session, run_context, manager, tasks, stage))
     label = re.sub(r"[^\w.-]+", "-", "+".join(tasks.names))[:LONGEST_NAME]
     found = Benchmark(
-        result.number, compared(*measured), desk.folder.path / "benchmarks" / f"trial-{result.number}.{label}.json"
+        result.number,
+        compared(*measured),
+        run_context.folder.path / "benchmarks" / f"trial-{result.number}.{label}.json",
     )
     found.file.parent.mkdir(mode=0o700, exist_ok=True)
     asked = {"limit": tasks.limit, "chat": tasks.chat, "versions": versions()}
@@ -195,31 +197,31 @@ def question(chat: ChatFormat, messages: Sequence[Mapping[str, str]]) -> str:
     return text + MARKERS[opened] if closed else text
 
 
-def _evaluate(session: Session, desk: Desk, manager: Any, tasks: Tasks, stage: Stage) -> Any:
+def _evaluate(session: Session, run_context: RunContext, manager: Any, tasks: Tasks, stage: Stage) -> Any:
     """lm-eval's results of the model as it is at the moment. What it prints is left out; Ctrl-C is heeded at every pass."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    bench = session.bench
-    model, settings = bench.language_model, bench.settings
+    model_context = session.context
+    model, settings = model_context.language_model, model_context.settings
     trusted = model.checkpoint.model in settings.trust_remote_code
     tokenizer = load_tokenizer(model.checkpoint, trusted, read_template(settings))  # its own: it is changed
 
     class Asked(HFLM):
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             if add_generation_prompt:
-                return question(bench.chat, chat_history)
+                return question(model_context.chat, chat_history)
             return str(super().apply_chat_template(chat_history, add_generation_prompt))
 
     def heed(*_: object) -> None:
-        desk.stop.check()
+        run_context.stop.check()
         stage.advance()
 
     quiet = io.StringIO()
     handle = model.model.register_forward_pre_hook(heed)
     try:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            rows = tasks.batch_size or min(MOST_ROWS, bench.batcher.size)
+            rows = tasks.batch_size or min(MOST_ROWS, model_context.batcher.size)
             return simple_evaluate(
                 model=Asked(pretrained=model.model, tokenizer=tokenizer, batch_size=rows),
                 tasks=list(tasks.names),

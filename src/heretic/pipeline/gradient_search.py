@@ -14,19 +14,19 @@ from heretic.errors import OutOfMemory
 from heretic.hardware.host import memory
 from heretic.model.batching import free_memory
 from heretic.model.device_errors import is_device_error
-from heretic.model.forward import can_begin_later
+from heretic.model.forward import supports_mid_stack_start
 from heretic.model.loading import LanguageModel
 from heretic.pipeline.tensor_parallel import size
-from heretic.planning.model_dims import SHARE_FOR_GRADIENTS, ModelShape
+from heretic.planning.model_dims import SHARE_FOR_GRADIENTS, ModelDims
 from heretic.runs.folder import RunFolder
 from heretic.scoring.gradient_loss import Objective
 from heretic.scoring.refusals import RefusalCount, count_refusals
-from heretic.scoring.teacher_forcing import Taught, beginnings, log_probs_at
-from heretic.search.gradient_path import Point, Walk
-from heretic.search.path_optimizer import Descent, Heard, State
-from heretic.session.caching import entries_of
-from heretic.session.session import Bench, Session
-from heretic.storage.compute_once import ALONE, Shelf
+from heretic.scoring.teacher_forcing import TeacherForcedTexts, answer_prefixes, log_probs_at
+from heretic.search.gradient_path import GradientPath, PathPoint
+from heretic.search.path_optimizer import MinedRefusals, OptimizerState, PathOptimizer
+from heretic.session.caching import allocate_activation_cache
+from heretic.session.session import ModelContext, Session
+from heretic.storage.compute_once import LOCAL, ComputeOnce
 
 log = logging.getLogger(__name__)
 
@@ -34,153 +34,178 @@ ANSWER_TOKENS = 16  # in which an answer to a training prompt must have declined
 FEWEST_REFUSALS = 4  # of the training prompts
 
 
-def find_walk(study: optuna.Study, session: Session, folder: RunFolder, shelf: Shelf = ALONE) -> Walk | None:
+def run_gradient_search(
+    study: optuna.Study, session: Session, folder: RunFolder, compute_once: ComputeOnce = LOCAL
+) -> GradientPath | None:
     """The study's walk, made if it has none yet and no other worker makes it; None where the search begins with kernels
     alone."""
-    settings = session.bench.settings
+    settings = session.context.settings
     if settings.search.start == "kernels":
         return None
-    with shelf.thing("the walk", lambda: Walk.of(study) is not None):
-        walk = Walk.of(study)
-        if walk is None:
-            walk = _make(session, folder)
+    with compute_once.once("the walk", lambda: GradientPath.load(study) is not None):
+        gradient_path = GradientPath.load(study)
+        if gradient_path is None:
+            gradient_path = _search(session, folder)
             free_memory()  # what its passes kept
-            walk.keep(study)
-    if walk.why_not:
-        session.bench.batcher.watcher.warn(f"The search begins with kernels: {walk.why_not}")
-    return walk
+            gradient_path.save(study)
+    if gradient_path.failure_reason:
+        session.context.batcher.reporter.warning(f"The search begins with kernels: {gradient_path.failure_reason}")
+    return gradient_path
 
 
-def _make(session: Session, folder: RunFolder) -> Walk:
-    bench = session.bench
-    anatomy = bench.language_model.anatomy
+def _search(session: Session, folder: RunFolder) -> GradientPath:
+    model_context = session.context
+    structure = model_context.language_model.structure
     if size() > 1:
-        return Walk((), "under tensor parallelism it is not made; a study that has one keeps it.")
-    if any(writer.offloaded for writer in anatomy.writers):
-        return Walk((), "part of the weights waits outside the devices, and gradients would bring all of it in.")
-    lesson = prepare(session)
-    if lesson is None:
-        return Walk((), "the model declines hardly any of the prompts that give the direction.")
+        return GradientPath((), "under tensor parallelism it is not made; a study that has one keeps it.")
+    if any(writer.offloaded for writer in structure.writers):
+        return GradientPath(
+            (), "part of the weights waits outside the devices, and gradients would bring all of it in."
+        )
+    problem = prepare(session)
+    if problem is None:
+        return GradientPath((), "the model declines hardly any of the prompts that give the direction.")
     try:
-        return Walk(tuple(_descend(session, folder, lesson)))
+        return GradientPath(tuple(_optimize(session, folder, problem)))
     except OutOfMemory as error:
-        if lesson.objective.checkpoints:
-            return Walk((), error.what)
+        if problem.objective.checkpoints:
+            return GradientPath((), error.what)
         log.info("blocks are computed twice: %s", error.what)
         try:
-            return Walk(tuple(_descend(session, folder, lesson.twice())))
+            return GradientPath(tuple(_optimize(session, folder, problem.with_gradient_checkpointing())))
         except OutOfMemory as again:
-            return Walk((), again.what)
+            return GradientPath((), again.what)
     except (RuntimeError, NotImplementedError) as error:
         if is_device_error(error):  # that passes, and a walk that was given up is given up for good
             raise
         log.info("no walk", exc_info=True)
-        return Walk((), f"this model cannot be run backwards ({str(error).splitlines()[0]}).")
+        return GradientPath((), f"this model cannot be run backwards ({str(error).splitlines()[0]}).")
 
 
 @dataclass(frozen=True)
-class Lesson:
+class GradientProblem:
     """What the walk learns from: the objective, the declined prompts in its order, their places in `harmful_train`, and how
     passes over them keep what the original's blocks receive."""
 
     session: Session
     objective: Objective
-    declined: Sequence[list[int]]
-    places: Sequence[int]
-    kept: Callable[[Taught], Taught]
+    refused: Sequence[list[int]]
+    prompt_indices: Sequence[int]
+    reserved_bytes: Callable[[TeacherForcedTexts], TeacherForcedTexts]
 
-    def listen(self, ablation: Ablation) -> tuple[list[Heard], int]:
+    def mine_refusals(self, ablation: Ablation) -> tuple[list[MinedRefusals], int]:
         """What is still declined under an ablation in other words than those known from the original, and how many prompts are in
         whatever words."""
-        bench, known = self.session.bench, self.objective.harmful.texts
+        model_context, known = self.session.context, self.objective.harmful.texts
         with self.session.applied(ablation):
-            refusals = _refusals(bench, self.declined)
-        found = zip(refusals.tokens, refusals.declined, strict=True)
+            refusals = _refusals(model_context, self.refused)
+        found = zip(refusals.tokens, refusals.refused, strict=True)
         words = [
-            (row, list(tokens[: len(known[row])]))
-            for row, (tokens, declined) in enumerate(found)
-            if declined and tokens
+            (row, list(tokens[: len(known[row])])) for row, (tokens, refused) in enumerate(found) if refused and tokens
         ]
         return [(row, text) for row, text in words if text != known[row]], refusals.count
 
-    def teach(self, heard: Sequence[Heard]) -> Objective:
+    def add_refusal_targets(self, heard: Sequence[MinedRefusals]) -> Objective:
         """The objective with these refusals besides."""
         known = self.objective.harmful
-        prompts = [*self.declined, *(self.declined[row] for row, _ in heard)]
-        return replace(self.objective, harmful=self.kept(Taught.of(prompts, [*known.texts, *(t for _, t in heard)])))
-
-    def descent(self, keep: Callable[[State], None]) -> Descent:
-        """The walk as the settings say; `keep` receives its state after every step."""
-        bench = self.session.bench
-        gradient, components = bench.settings.search.gradient, bench.language_model.anatomy.components
-        listen = self.listen if gradient.listen else None
-        watcher, stop = bench.batcher.watcher, bench.batcher.stop
-        return Descent(
-            self.objective, components, gradient, bench.settings.seed, watcher, stop, keep, listen, self.teach
+        prompts = [*self.refused, *(self.refused[row] for row, _ in heard)]
+        return replace(
+            self.objective,
+            harmful=self.reserved_bytes(TeacherForcedTexts.of(prompts, [*known.texts, *(t for _, t in heard)])),
         )
 
-    def twice(self) -> Lesson:
+    def optimizer(self, keep: Callable[[OptimizerState], None]) -> PathOptimizer:
+        """The walk as the settings say; `keep` receives its state after every step."""
+        model_context = self.session.context
+        gradient, components = model_context.settings.search.gradient, model_context.language_model.structure.components
+        listen = self.mine_refusals if gradient.mine_refusals else None
+        reporter, stop = model_context.batcher.reporter, model_context.batcher.stop
+        return PathOptimizer(
+            self.objective,
+            components,
+            gradient,
+            model_context.settings.seed,
+            reporter,
+            stop,
+            keep,
+            listen,
+            self.add_refusal_targets,
+        )
+
+    def with_gradient_checkpointing(self) -> GradientProblem:
         """The same with blocks computed twice, from the first one on."""
         known = self.objective
         harmless, harmful = (replace(taught, entries=None) for taught in (known.harmless, known.harmful))
         objective = replace(self.objective, harmless=harmless, harmful=harmful, checkpoints=True)
-        return replace(self, objective=objective, kept=lambda taught: taught)
+        return replace(self, objective=objective, reserved_bytes=lambda taught: taught)
 
 
-def _descend(session: Session, folder: RunFolder, lesson: Lesson) -> list[Point]:
+def _optimize(session: Session, folder: RunFolder, problem: GradientProblem) -> list[PathPoint]:
     """From where an earlier session or try has come to."""
-    state = folder.walk(session.bench.batcher.watcher) or begin(session)
-    state.counted_by(lesson.places)
-    return lesson.descent(folder.keep_walk).run(state)
+    state = folder.load_path_state(session.context.batcher.reporter) or begin(session)
+    state.counted_by(problem.prompt_indices)
+    return problem.optimizer(folder.save_path_state).run(state)
 
 
-def begin(session: Session) -> State:
+def begin(session: Session) -> OptimizerState:
     """Where the walk begins."""
-    bench = session.bench
-    kind = bench.settings.search.gradient.direction
-    return State.begin(len(bench.language_model.anatomy.components), session.workbench.directions, kind)
+    model_context = session.context
+    kind = model_context.settings.search.gradient.direction
+    return OptimizerState.begin(
+        len(model_context.language_model.structure.components), session.operator_factory.directions, kind
+    )
 
 
-def prepare(session: Session) -> Lesson | None:
-    """What the walk minimises: prompts with the beginnings of the original's answers, and how to read an ablation off them.
+def prepare(session: Session) -> GradientProblem | None:
+    """What the walk minimizes: prompts with the beginnings of the original's answers, and how to read an ablation off them.
 
     None where too few of the prompts are declined.
     """
-    bench = session.bench
-    gradient, model = bench.settings.search.gradient, bench.language_model
-    asked, harmless = (bench.encoded[role][: gradient.prompts] for role in ("harmful_train", "harmless_train"))
-    refusals = _refusals(bench, asked)
-    places = [i for i, (d, t) in enumerate(zip(refusals.declined, refusals.tokens, strict=True)) if d and t]
+    model_context = session.context
+    gradient, model = model_context.settings.search.gradient, model_context.language_model
+    asked, harmless = (model_context.encoded[role][: gradient.prompts] for role in ("harmful_train", "harmless_train"))
+    refusals = _refusals(model_context, asked)
+    places = [i for i, (d, t) in enumerate(zip(refusals.refused, refusals.tokens, strict=True)) if d and t]
     if len(places) < FEWEST_REFUSALS:
         return None
-    declined = [asked[i] for i in places]
-    harmful = Taught.of(declined, [list(refusals.tokens[i][: gradient.refusal_tokens]) for i in places])
-    answered = Taught.of(harmless, beginnings(model, harmless, bench.batcher, gradient.kl_tokens))
-    original = log_probs_at(model, answered, bench.batcher)
+    refused = [asked[i] for i in places]
+    harmful = TeacherForcedTexts.of(refused, [list(refusals.tokens[i][: gradient.refusal_tokens]) for i in places])
+    answered = TeacherForcedTexts.of(
+        harmless, answer_prefixes(model, harmless, model_context.batcher, gradient.kl_tokens)
+    )
+    original = log_probs_at(model, answered, model_context.batcher)
     rows, checkpoints = rows_with_gradients(model, max(map(len, (*harmful.sequences, *answered.sequences))))
-    batcher = replace(bench.batcher, size=min(rows, bench.batcher.size))
+    batcher = replace(model_context.batcher, size=min(rows, model_context.batcher.size))
     log.info("%d rows in a pass with gradients%s", batcher.size, ", blocks computed twice" if checkpoints else "")
-    later = not checkpoints and can_begin_later(model.model, model.anatomy.blocks, harmless, batcher)
+    later = not checkpoints and supports_mid_stack_start(model.model, model.structure.blocks, harmless, batcher)
 
-    def kept(taught: Taught) -> Taught:
+    def kept(taught: TeacherForcedTexts) -> TeacherForcedTexts:
         return (
-            replace(taught, entries=entries_of(model, taught.sequences, batcher, with_cache=False)) if later else taught
+            replace(taught, entries=allocate_activation_cache(model, taught.sequences, batcher, with_cache=False))
+            if later
+            else taught
         )
 
-    objective = Objective(model, session.workbench, batcher, kept(answered), kept(harmful), original, checkpoints)
-    return Lesson(session, objective, declined, places, kept)
+    objective = Objective(
+        model, session.operator_factory, batcher, kept(answered), kept(harmful), original, checkpoints
+    )
+    return GradientProblem(session, objective, refused, places, kept)
 
 
-def _refusals(bench: Bench, asked: Sequence[list[int]]) -> RefusalCount:
+def _refusals(model_context: ModelContext, asked: Sequence[list[int]]) -> RefusalCount:
     """Which of the prompts the model as it is now declines, and the words with which it does."""
-    fewest = bench.settings.search.gradient.refusal_tokens
-    texts = dict(zip(map(tuple, bench.encoded["harmful_train"]), bench.prompts.harmful_train.prompts, strict=True))
+    fewest = model_context.settings.search.gradient.refusal_tokens
+    texts = dict(
+        zip(
+            map(tuple, model_context.encoded["harmful_train"]), model_context.prompts.harmful_train.prompts, strict=True
+        )
+    )
     return count_refusals(
-        bench.language_model,
-        bench.chat,
+        model_context.language_model,
+        model_context.chat,
         asked,
-        bench.ladder.judge,
-        bench.batcher,
+        model_context.evaluator.judge,
+        model_context.batcher,
         ANSWER_TOKENS,
         requests=[texts[tuple(prompt)] for prompt in asked],
         fewest_tokens=fewest,
@@ -189,7 +214,7 @@ def _refusals(bench: Bench, asked: Sequence[list[int]]) -> RefusalCount:
 
 def rows_with_gradients(model: LanguageModel, tokens: int) -> tuple[int, bool]:
     """How many rows of so many tokens a pass with gradients takes, and whether blocks have to be computed twice for it."""
-    shape = ModelShape.of(model.model.config.get_text_config(decoder=True), model.model)
+    shape = ModelDims.of(model.model.config.get_text_config(decoder=True), model.model)
     budget = int(SHARE_FOR_GRADIENTS * _free_memory(model))
     return shape.rows_with_gradients(budget, tokens, on_cpu=_on_cpu(model))
 
@@ -205,4 +230,4 @@ def _on_cpu(model: LanguageModel) -> bool:
 
 
 def _devices(model: LanguageModel) -> set[torch.device]:
-    return {parameter.device for block in model.anatomy.blocks for parameter in block.parameters()}
+    return {parameter.device for block in model.structure.blocks for parameter in block.parameters()}

@@ -16,13 +16,13 @@ from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_model, require_name
 from heretic.model.template import read_template
 from heretic.pipeline import tensor_parallel as parallel
-from heretic.pipeline.worker_process import lender
+from heretic.pipeline.worker_process import parent_pid
 from heretic.planning import preflight
 from heretic.planning.memory_plan import LoadPlan
-from heretic.progress import Watcher
+from heretic.progress import ProgressReporter
 from heretic.prompts import PromptSets, load_all
 from heretic.runs import fingerprint
-from heretic.runs.folder import RunFolder, probe_writing
+from heretic.runs.folder import RunFolder, check_writable
 from heretic.scoring.judges.registry import try_judge
 from heretic.settings import Settings
 from heretic.storage.rdb import connect
@@ -30,7 +30,7 @@ from heretic.storage.url import on_server
 
 
 @dataclass(frozen=True)
-class Inputs:
+class RunInputs:
     """What a run works on, looked at but not loaded."""
 
     settings: Settings
@@ -41,20 +41,20 @@ class Inputs:
     folder: RunFolder
 
 
-def look(
+def prepare_run(
     settings: Settings,
     *,
     force: bool,
     judging: bool = False,
-    watcher: Watcher,
-    on_report: Callable[[preflight.Report], None] = lambda _: None,
-) -> Inputs:
+    reporter: ProgressReporter,
+    on_report: Callable[[preflight.PreflightReport], None] = lambda _: None,
+) -> RunInputs:
     """Preflight, and the inputs that it looked at; the judge is tried where there is `judging` to do. Raises UserError if the run
     would fail, unless forced."""
     free_memory()  # reference cycles of an earlier model would count as memory that is taken
     require_name(settings.model)  # before prompts are fetched from the hub
     read_prompts = functools.cache(lambda: load_all(settings.prompts))
-    report = check(settings, read_prompts, judging=judging)
+    report = run_preflight(settings, read_prompts, judging=judging)
     on_report(report)
     failures = [f for f in report.findings if f.level == "failure"]
     if failures and not force:
@@ -67,38 +67,38 @@ def look(
     parallel.check(checkpoint, settings)
     prompts = read_prompts()
     for warning in prompts.warnings:
-        watcher.warn(warning)
+        reporter.warning(warning)
     plan = LoadPlan.of(settings, report.plan)
     facts = fingerprint.facts(settings, checkpoint, prompts, plan.dtypes, read_template(settings))
     name = settings.run_name or f"{checkpoint.short_name}-{fingerprint.short_hash(facts)}"
     folder = RunFolder(Path(settings.runs_dir) / name, fingerprint.short_hash(facts))
     if settings.save_to:
         check_destination(Path(settings.save_to), folder.name)
-    return Inputs(settings, checkpoint, prompts, plan, facts, folder)
+    return RunInputs(settings, checkpoint, prompts, plan, facts, folder)
 
 
-def check(
+def run_preflight(
     settings: Settings,
     read_prompts: Callable[[], PromptSets] | None = None,
-    imagined: tuple[Gpu, ...] = (),
+    virtual: tuple[Gpu, ...] = (),
     *,
     judging: bool = True,
-) -> preflight.Report:
+) -> preflight.PreflightReport:
     """The preflight of these settings; `read_prompts` for a caller that goes on to use what was read, `imagined` GPUs for a
     machine that is not this one."""
-    return preflight.check(
+    return preflight.run_preflight(
         settings,
         checkpoint_loader=lambda: open_model(settings, download_weights=False),
         prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
-        storage_check=lambda: _probe_storage(settings),
-        judge_check=lambda: try_judge(settings) if judging and not lender() else "",
-        export_check=lambda checkpoint: None if lender() else require_format(settings, checkpoint),
+        storage_check=lambda: check_storage(settings),
+        judge_check=lambda: try_judge(settings) if judging and not parent_pid() else "",
+        export_check=lambda checkpoint: None if parent_pid() else require_format(settings, checkpoint),
         work_counter=lambda work, checkpoint, prompts: work.counted(settings, checkpoint, prompts),
-        imagined=imagined,
+        virtual=virtual,
     )
 
 
-def _probe_storage(settings: Settings) -> None:
+def check_storage(settings: Settings) -> None:
     """Raise UserError if the study could not be stored."""
     if on_server(settings.storage):
         connect(settings.storage)
@@ -107,7 +107,7 @@ def _probe_storage(settings: Settings) -> None:
     root = Path(file).parent if file else Path(settings.runs_dir)
     existing = next(p for p in (root, *root.resolve().parents) if p.exists())
     try:
-        probe_writing(existing)
+        check_writable(existing)
     except OSError as error:
         raise UserError(
             f"The folder for runs cannot be written: {error.strerror or error}.",

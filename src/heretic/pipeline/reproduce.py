@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from heretic.ablation.ablation import Workbench
+from heretic.ablation.ablation import OperatorFactory
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.export.companions import copied_files
-from heretic.export.destination import check_destination, check_unchanged, partial_folder, settle
+from heretic.export.destination import check_destination, check_unchanged, commit, staging_dir
 from heretic.export.formats import FORMATS
 from heretic.export.manifest import (
     MANIFEST,
@@ -26,12 +26,12 @@ from heretic.export.manifest import (
     template_file,
 )
 from heretic.export.rebuilt import Rebuilt, describe_rebuilt
-from heretic.export.request import Order, Written
-from heretic.export.weight_diff import Difference, difference
-from heretic.files import expanded, sha256
+from heretic.export.request import WriteRequest, WriteResult
+from heretic.export.weight_diff import Difference, weight_difference
+from heretic.files import expand_user, sha256
 from heretic.hardware.gpus import gpus_here
 from heretic.hardware.host import devices
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
 from heretic.model.template import read_template
@@ -39,7 +39,7 @@ from heretic.model.unloading import unloaded_after
 from heretic.pipeline.run import device_lock
 from heretic.planning.memory_plan import LoadPlan, make_plan
 from heretic.planning.workload import Workload
-from heretic.progress import Watcher
+from heretic.progress import ProgressReporter
 from heretic.runs.environment import computed_on, versions
 from heretic.session.session import weight_reader
 from heretic.settings import Settings
@@ -95,8 +95,8 @@ def reproduce(
     allow_pickle: bool = False,
     force: bool = False,
     wait: bool = False,
-    watcher: Watcher,
-    stop: Stop,
+    reporter: ProgressReporter,
+    stop: StopSignal,
 ) -> Reproduction:
     """Make the model of a manifest again, in `destination` or only to compare it.
 
@@ -106,13 +106,13 @@ def reproduce(
     """
     manifest, data = read_manifest(path)
     home = path if path.is_dir() else path.parent
-    destination = None if destination is None else expanded(destination)
+    destination = None if destination is None else expand_user(destination)
     directions = read_directions(manifest, home)
     if destination is not None:
         _check_place(destination, home, manifest.run)
     settings = _settings(manifest, base or manifest.model.name, device_map, template_file(manifest, home))
     checkpoint = _open(manifest, base, trust, allow_pickle)
-    changed = _differs("base", *_base_files(manifest, checkpoint, watcher, stop))
+    changed = _differs("base", *_base_files(manifest, checkpoint, reporter, stop))
     if changed and not force:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
@@ -121,22 +121,22 @@ def reproduce(
             where=str(checkpoint.folder),
             fix="name the right one with --base, or rebuild from this one anyway with --force",
         )
-    with device_lock(settings, wait=wait, watcher=watcher, stop=stop):
+    with device_lock(settings, wait=wait, reporter=reporter, stop=stop):
         place = (destination or Path("reproduced")).resolve()
         if destination is not None:
             check_unchanged(place, stop)
-        partial = partial_folder(place)
+        partial = staging_dir(place)
         try:
-            order, written, where = _rebuild(manifest, checkpoint, settings, directions, trust, partial, watcher, stop)
+            order, written, where = _rebuild(manifest, checkpoint, settings, directions, trust, partial, reporter, stop)
             changed += _differs("versions", manifest.versions, versions())
             changed += _differs("computed", {"on": manifest.computed_on}, {"on": where})
             changed += _differs("base", manifest.copied.sha256, written.hashes.get("copied", {}))
             changed = list(dict.fromkeys(changed))
-            found = _judge(manifest, home, partial, written, changed, destination, watcher, stop)
+            found = _verdict(manifest, home, partial, written, changed, destination, reporter, stop)
             if destination is not None:
                 told = {"from_sha256": sha256(_file(path)), **found.as_dict()}
                 describe_rebuilt(Rebuilt(data, home, told, found.words), partial, order, written, stop)
-                settle(partial, place, watcher)
+                commit(partial, place, reporter)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"The model cannot be written: {error}",
@@ -191,7 +191,7 @@ def _settings(manifest: Manifest, source: str, device_map: str, template: Path |
             "export_format": name,
             "lora_rank": manifest.written.rank or 1,
             "gguf_type": manifest.written.type,
-            "behaviour": manifest.behaviour,
+            "behavior": manifest.behavior,
             "quantization": manifest.quantization.study,
             "chat_template": str(template or ""),
         }
@@ -217,14 +217,14 @@ def _open(manifest: Manifest, base: str | None, trust: bool, allow_pickle: bool)
 
 
 def _base_files(
-    manifest: Manifest, checkpoint: Checkpoint, watcher: Watcher, stop: Stop
+    manifest: Manifest, checkpoint: Checkpoint, reporter: ProgressReporter, stop: StopSignal
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Hashes by name of the base's files, in the manifest and now."""
     weights = [checkpoint.folder / checkpoint.gguf_file] if checkpoint.gguf_file else checkpoint.shards()
     then, small = {**manifest.model.sha256, **manifest.copied.sha256}, copied_files(checkpoint.folder)
     files = {file.name: file for file in weights} | {n: f for n, f in small.items() if n in then}
     hashes = {}
-    with watcher.stage("Checking the base model", len(files)) as stage:
+    with reporter.stage("Checking the base model", len(files)) as stage:
         for name, file in files.items():
             stop.check()
             hashes[name] = sha256(file)
@@ -238,7 +238,7 @@ def _plan(settings: Settings, checkpoint: Checkpoint) -> LoadPlan:
     """Where the base model goes: nothing is decoded, so that it needs little more than its weights. Raises UserError."""
     plan = make_plan(
         checkpoint,
-        Workload(prompt_tokens=8, new_tokens=1, studied=False),
+        Workload(prompt_tokens=8, new_tokens=1, needs_weight_stats=False),
         device_map=settings.device_map,
         max_memory={},
         dtypes=list(settings.dtypes),
@@ -256,9 +256,9 @@ def _rebuild(
     directions: Directions | None,
     trust: bool,
     partial: Path,
-    watcher: Watcher,
-    stop: Stop,
-) -> tuple[Order, Written, str]:
+    reporter: ProgressReporter,
+    stop: StopSignal,
+) -> tuple[WriteRequest, WriteResult, str]:
     """Write the edited model as the export did, and say on what the edit was computed."""
     plan = _plan(settings, checkpoint)
     model = load(
@@ -268,46 +268,46 @@ def _rebuild(
         quantization=plan.quantization,
         trust_remote_code=[checkpoint.model] if trust else [],
         chat_template=read_template(settings) or None,
-        watcher=watcher,
+        reporter=reporter,
     )
     form = FORMATS[settings.export_format]
     with unloaded_after(model.model):
         where = computed_on(model.device)
-        operators = _operators(manifest, model, directions, watcher)
-        prepared = form.prepare(model, operators, settings, watcher)
+        operators = _operators(manifest, model, directions, reporter)
+        prepared = form.prepare(model, operators, settings, reporter)
     # A GGUF file is named after the base, and names it within.
     (named, *_) = manifest.written.sha256 or ("",)
     called = replace(checkpoint, called=named.removesuffix(f"-{manifest.written.type}.gguf"))
-    order = Order(
+    order = WriteRequest(
         settings.export_format, settings, called if named.endswith(".gguf") else checkpoint, plan, operators, prepared
     )
-    written = form.write(order, partial, watcher, stop)
-    return order, form.convert(order, partial, written, watcher, stop) if form.convert else written, where
+    written = form.write(order, partial, reporter, stop)
+    return order, form.convert(order, partial, written, reporter, stop) if form.convert else written, where
 
 
 def _operators(
-    manifest: Manifest, model: LanguageModel, directions: Directions | None, watcher: Watcher
+    manifest: Manifest, model: LanguageModel, directions: Directions | None, reporter: ProgressReporter
 ) -> dict[str, Operator]:
     """The edit made anew from strengths and directions. Raises UserError where they do not fit the model."""
     edit = manifest.ablation
     _check_fit(manifest, model, directions)
     if directions is None:
-        directions = Directions(torch.zeros(1, model.anatomy.width))  # nothing is taken from them
+        directions = Directions(torch.zeros(1, model.structure.width))  # nothing is taken from them
     asked = manifest.settings.ablation
-    bench = Workbench.prepare(
+    model_context = OperatorFactory.prepare(
         directions,
-        model.anatomy.writers,
+        model.structure.writers,
         asked.geometry,
         weight_reader(model),
-        watcher,
+        reporter,
         norm_aware=asked.norm_aware,
     )
-    return bench.operators(edit.ablation)
+    return model_context.operators(edit.ablation)
 
 
 def _check_fit(manifest: Manifest, model: LanguageModel, directions: Directions | None) -> None:
     """Raise UserError where the edit names what the model does not have, or has other sizes than the model and the settings."""
-    layers, width, edit = model.anatomy.num_layers, model.anatomy.width, manifest.ablation
+    layers, width, edit = model.structure.num_layers, model.structure.width, manifest.ablation
     each = manifest.settings.directions.per_layer  # several lie one behind the other
     sizes = [(f"strengths.{component}", len(profile), layers) for component, profile in edit.strengths.items()]
     sizes += [("mixture", len(edit.mixture), layers)] if edit.mixture is not None else []
@@ -316,9 +316,9 @@ def _check_fit(manifest: Manifest, model: LanguageModel, directions: Directions 
         sizes += [("directions", directions.num_layers, layers), ("each direction", directions.vectors.shape[1], width)]
         sizes += [("each layer", directions.count * width, each * width)]
     problems = [
-        f"there is no component {name[:60]!r}; it has {', '.join(model.anatomy.components)}"
+        f"there is no component {name[:60]!r}; it has {', '.join(model.structure.components)}"
         for name in edit.strengths
-        if name not in model.anatomy.components
+        if name not in model.structure.components
     ]
     problems += [
         f"{what[:60]} has {found} numbers where {wanted} belong" for what, found, wanted in sizes if found != wanted
@@ -332,15 +332,15 @@ def _check_fit(manifest: Manifest, model: LanguageModel, directions: Directions 
         )
 
 
-def _judge(
+def _verdict(
     manifest: Manifest,
     home: Path,
     partial: Path,
-    made: Written,
+    made: WriteResult,
     changed: list[str],
     destination: Path | None,
-    watcher: Watcher,
-    stop: Stop,
+    reporter: ProgressReporter,
+    stop: StopSignal,
 ) -> Reproduction:
     """Compare what was written with the manifest's hashes, and with the weights beside it where these differ."""
     then, written = manifest.written.sha256, made.hashes["written"]
@@ -361,8 +361,8 @@ def _judge(
         return verdict("different", "the weights lie in other files")
     if not all(name.endswith(".safetensors") for name in written):
         return verdict("different", "the hashes differ; by how much is only said of safetensors files")
-    with watcher.stage("Comparing with the exported weights", None):
-        apart = difference(partial, home, written, stop)
+    with reporter.stage("Comparing with the exported weights", None):
+        apart = weight_difference(partial, home, written, stop)
         spoilt = [n for n in written if (home / n).is_file() and sha256(home / n) != then[n]]
     if isinstance(apart, str):
         return verdict("different", f"the hashes differ, and by how much cannot be said: {apart}")

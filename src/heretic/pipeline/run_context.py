@@ -10,35 +10,35 @@ import optuna
 from heretic.errors import UserError
 from heretic.export.formats import FORMATS
 from heretic.files import write_text
-from heretic.interrupt import Stop
-from heretic.model.distributed import agree, size
+from heretic.interrupt import StopSignal
+from heretic.model.distributed import broadcast_from_rank0, size
 from heretic.model.unloading import unload
-from heretic.pipeline.prepare import Inputs
-from heretic.pipeline.tensor_parallel import Together, opening, shared
-from heretic.pipeline.worker_process import lender
-from heretic.runs.folder import RunFolder, kept_settings
-from heretic.search.gradient_path import Walk
-from heretic.search.pareto import Result, choose, results
-from heretic.search.space import Space
-from heretic.search.summary import StudyWatcher
+from heretic.pipeline.prepare import RunInputs
+from heretic.pipeline.tensor_parallel import SynchronizedStop, opening_scope, sharded_plan
+from heretic.pipeline.worker_process import parent_pid
+from heretic.runs.folder import RunFolder, settings_text
+from heretic.search.gradient_path import GradientPath
+from heretic.search.pareto import Result, results, select_trial
+from heretic.search.space import SearchSpace
+from heretic.search.summary import StudyReporter
 from heretic.session.session import Session, open_session
 from heretic.settings import Settings
 from heretic.settings.sources import Resolved
 from heretic.storage.attributes import REFUSALS_BEFORE, refusals_before
-from heretic.storage.compute_once import ALONE, SharedShelf, Shelf
-from heretic.storage.rdb import keep_settings
+from heretic.storage.compute_once import LOCAL, ComputeOnce, DistributedComputeOnce
+from heretic.storage.rdb import save_settings
 from heretic.storage.url import on_server
 
 
 @dataclass
-class Desk:
+class RunContext:
     """One run, whose locks the caller holds. All that is done with its trials uses the one loaded model."""
 
     resolved: Resolved
-    inputs: Inputs
+    inputs: RunInputs
     study: optuna.Study
-    watcher: StudyWatcher
-    stop: Stop
+    reporter: StudyReporter
+    stop: StopSignal
     loaded: Session | None = field(default=None, repr=False)
 
     @property
@@ -52,12 +52,12 @@ class Desk:
         return self.inputs.folder
 
     @property
-    def found(self) -> list[Result]:
+    def results(self) -> list[Result]:
         """The fully measured trials."""
         return results(self.study)
 
     @property
-    def before(self) -> int | None:
+    def original_refusals(self) -> int | None:
         """How many requests the original declines; None while that is not known."""
         return refusals_before(self.study)
 
@@ -65,68 +65,68 @@ class Desk:
         """The model in memory, with what the run's folder holds."""
         inputs = self.inputs
         if self.loaded is None:
-            agree(lambda: inputs.plan)
-            with opening():
+            broadcast_from_rank0(lambda: inputs.plan)
+            with opening_scope():
                 self.loaded = open_session(
                     inputs.settings,
                     inputs.checkpoint,
                     inputs.prompts,
-                    shared(inputs.plan),
+                    sharded_plan(inputs.plan),
                     inputs.folder,
-                    self.watcher,
-                    Together(self.stop) if size() > 1 else self.stop,
-                    self.shelf,
+                    self.reporter,
+                    SynchronizedStop(self.stop) if size() > 1 else self.stop,
+                    self.compute_once,
                 )
         return self.loaded
 
-    def keep_before(self) -> None:
+    def save_original_refusals(self) -> None:
         """Store with the study how often the original declines."""
         self.study.set_user_attr(REFUSALS_BEFORE, self.session().baseline.refusals)
 
     @property
     def shared(self) -> bool:
         """Whether other processes may work on the study too."""
-        return on_server(self.settings.storage) or lender() != 0
+        return on_server(self.settings.storage) or parent_pid() != 0
 
     @property
-    def shelf(self) -> Shelf:
+    def compute_once(self) -> ComputeOnce:
         """What is made once for all workers of the study."""
         if not self.shared:
-            return ALONE
+            return LOCAL
         folder, settings = self.folder, self.settings
-        return SharedShelf(
-            self.study, folder.path, folder.stamp, settings.artifacts, settings.workers, self.watcher, self.stop
+        return DistributedComputeOnce(
+            self.study, folder.path, folder.fingerprint, settings.artifacts, settings.workers, self.reporter, self.stop
         )
 
     @property
-    def space(self) -> Space:
+    def space(self) -> SearchSpace:
         """What the trials were drawn from."""
-        return self.session().space(Walk.of(self.study))
+        return self.session().space(GradientPath.load(self.study))
 
-    def put_away(self) -> None:
+    def unload(self) -> None:
         """Give back the model's memory."""
         if self.loaded is not None:
-            unload(self.loaded.bench.language_model.model)
+            unload(self.loaded.context.language_model.model)
         self.loaded = None
 
-    def __enter__(self) -> Desk:
+    def __enter__(self) -> RunContext:
         return self
 
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self.put_away()
+        self.unload()
 
-    def picked(self) -> tuple[Result, str] | None:
+    def selected(self) -> tuple[Result, str] | None:
         """The trial that the settings prefer, and why."""
         settings = self.settings
-        return choose(self.found, settings.select, settings.max_kl, settings.max_refusals)
+        return select_trial(self.results, settings.select, settings.max_kl, settings.max_refusals)
 
     def result(self, trial: int | None) -> tuple[Result, str]:
         """A trial by its number, or the one that the settings prefer; why it is that one. Raises UserError."""
         if trial is not None:
-            return _named(self.found, trial)
-        picked = self.picked()
+            return _result_by_number(self.results, trial)
+        picked = self.selected()
         if picked is None:
             raise UserError(
                 "The run has no finished trial yet.",
@@ -136,30 +136,30 @@ class Desk:
             )
         return picked
 
-    def ask_for(self, n_trials: int) -> None:
+    def set_n_trials(self, n_trials: int) -> None:
         """Let the study come to so many trials, now and when it is resumed."""
         settings = self.settings.model_copy(update={"n_trials": n_trials})
         self.inputs = replace(self.inputs, settings=settings)
         origins = {**self.resolved.origins, "n_trials": "asked for later"}
         self.resolved = Resolved(settings, self.resolved.file, origins)
-        self.keep_settings()
+        self.save_settings()
 
-    def export_as(self, form: str) -> None:
+    def set_export_format(self, form: str) -> None:
         """Let exports be in this format from now on, as long as the desk is open. Raises UserError for one that there is not."""
         if form not in FORMATS:
             raise UserError(f"There is no format {form!r}.", code="unknown-format", fix=f"one of: {', '.join(FORMATS)}")
         settings = self.settings.model_copy(update={"export_format": form})
         self.inputs = replace(self.inputs, settings=settings)
         if self.loaded is not None:
-            self.loaded = replace(self.loaded, bench=replace(self.loaded.bench, settings=settings))
+            self.loaded = replace(self.loaded, context=replace(self.loaded.context, settings=settings))
 
-    def keep_settings(self) -> None:
+    def save_settings(self) -> None:
         """Write them to the run's folder, and to the storage for those who do not have the folder."""
-        write_text(self.folder.path / "config.toml", kept_settings(self.resolved), private=True)
-        keep_settings(self.study, self.settings)
+        write_text(self.folder.path / "config.toml", settings_text(self.resolved), private=True)
+        save_settings(self.study, self.settings)
 
 
-def _named(found: list[Result], number: int) -> tuple[Result, str]:
+def _result_by_number(found: list[Result], number: int) -> tuple[Result, str]:
     for result in found:
         if result.number == number:
             return result, "as asked"

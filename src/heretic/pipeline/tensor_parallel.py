@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import optuna
 
 from heretic.errors import Interrupted, UserError
-from heretic.interrupt import Stop
-from heretic.model.distributed import agree, rank, size
-from heretic.progress import SILENT
+from heretic.interrupt import StopSignal
+from heretic.model.distributed import broadcast_from_rank0, rank, size
+from heretic.progress import NULL_REPORTER
 
 if TYPE_CHECKING:
     from heretic.model.checkpoint import Checkpoint
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def leading() -> Iterator[None]:
+def leader_scope() -> Iterator[None]:
     """Within the context the leader does its work; at its end the other processes are let go where they listen."""
-    join()
+    init_process_group()
     try:
         yield
     except (Interrupted, UserError):
         if _listening:
-            let_go()
+            release_followers()
         raise
-    let_go()
+    release_followers()
 
 
 _listening = True  # whether the other processes wait for what the leader tells them
 
 
 @contextmanager
-def opening() -> Iterator[None]:
+def opening_scope() -> Iterator[None]:
     """Within the context all processes open the session, and the others do not listen."""
     global _listening
     _listening = False
@@ -54,7 +54,7 @@ def opening() -> Iterator[None]:
     _listening = True
 
 
-def join() -> None:
+def init_process_group() -> None:
     """Meet the other processes."""
     import torch
     import torch.distributed as dist
@@ -109,7 +109,7 @@ def check(checkpoint: Checkpoint, settings: Settings) -> None:
         )
 
 
-def shared(plan: LoadPlan) -> LoadPlan:
+def sharded_plan(plan: LoadPlan) -> LoadPlan:
     """The same plan, each process loading its share."""
     if size() == 1:
         return plan
@@ -118,66 +118,66 @@ def shared(plan: LoadPlan) -> LoadPlan:
     return replace(plan, arguments={"distributed_config": DistributedConfig(tp_size=size(), tp_plan="auto")})
 
 
-class Together(Stop):
+class SynchronizedStop(StopSignal):
     """A stop that all processes heed at the same batch, since one that stops alone leaves the others waiting for ever."""
 
-    def __init__(self, own: Stop) -> None:
+    def __init__(self, own: StopSignal) -> None:
         super().__init__()
         self.own = own
 
     def check(self) -> None:
         """Raise Interrupted in all processes if the leader was asked to stop."""
-        if agree(lambda: self.own.requested):
+        if broadcast_from_rank0(lambda: self.own.requested):
             raise Interrupted
 
 
 @dataclass
-class Led:
+class RankZeroTrials:
     """Trials of the leader: the other processes are told what is measured, and measure it too."""
 
     trials: Trials
 
-    def together(self, before: int | None) -> int:
+    def trials_per_batch(self, before: int | None) -> int:
         """As the settings say, else one: what would pay is not measured, as clocks differ."""
-        return self.trials.session.bench.settings.trials_per_batch or before or 1
+        return self.trials.session.context.settings.trials_per_batch or before or 1
 
-    def draw(self, trial: optuna.Trial) -> object:
+    def sample(self, trial: optuna.Trial) -> object:
         """A trial's ablation."""
-        return self.trials.draw(trial)
+        return self.trials.sample(trial)
 
-    def starts(self) -> list[dict[str, Any]]:
+    def initial_params(self) -> list[dict[str, Any]]:
         """Parameters of the trials to begin with."""
-        return self.trials.starts()
+        return self.trials.initial_params()
 
     def measure(self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]) -> list[Any]:
         """See Trials."""
         for trial in trials:
-            self.trials.draw(trial)
-        agree(lambda: ("measure", [dict(trial.params) for trial in trials], beaten))
+            self.trials.sample(trial)
+        broadcast_from_rank0(lambda: ("measure", [dict(trial.params) for trial in trials], beaten))
         found = self.trials.measure(trials, beaten)
-        agree(lambda: [_in_short(one) for one in found])
+        broadcast_from_rank0(lambda: [_signature(one) for one in found])
         return found
 
 
 def lead_export(params: dict[str, Any]) -> None:
     """Have the other processes compute along while an export is planned."""
     if size() > 1:
-        agree(lambda: ("export", [params], None))
+        broadcast_from_rank0(lambda: ("export", [params], None))
 
 
-def let_go() -> None:
+def release_followers() -> None:
     """The leader goes on alone: the other processes end, and the model is loaded as without them from here on."""
     import torch.distributed as dist
 
     if size() > 1:
         if dist.is_initialized():
-            agree(lambda: None)
+            broadcast_from_rank0(lambda: None)
             dist.destroy_process_group()
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             os.environ.pop(name, None)
 
 
-def follow(settings: Settings) -> None:
+def follower_loop(settings: Settings) -> None:
     """What every process but the leader does: load its share, compute along, end when it is told. Shows and stores nothing."""
     with suppress(Interrupted, UserError):  # the leader says it
         _follow(settings)
@@ -194,15 +194,17 @@ def _follow(settings: Settings) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the leader is asked to stop, and says when
-    join()
-    plan = agree(lambda: None)
+    init_process_group()
+    plan = broadcast_from_rank0(lambda: None)
     if plan is None:
         return
     checkpoint = open_model(settings)
-    stop, nowhere = Together(Stop()), RunFolder(Path(os.devnull))
-    session = open_session(settings, checkpoint, load_all(settings.prompts), shared(plan), nowhere, SILENT, stop)
-    trials = Trials(session, session.space(agree(lambda: None)))
-    while (task := agree(lambda: None)) is not None:
+    stop, nowhere = SynchronizedStop(StopSignal()), RunFolder(Path(os.devnull))
+    session = open_session(
+        settings, checkpoint, load_all(settings.prompts), sharded_plan(plan), nowhere, NULL_REPORTER, stop
+    )
+    trials = Trials(session, session.space(broadcast_from_rank0(lambda: None)))
+    while (task := broadcast_from_rank0(lambda: None)) is not None:
         _compute_along(session, trials, *task)
 
 
@@ -210,19 +212,19 @@ def _compute_along(session: Session, trials: Trials, what: str, params: list[dic
     fixed: Any = [optuna.trial.FixedTrial(p) for p in params]
     try:
         if what == "export":
-            ablation = trials.draw(fixed[0])
-            session.workbench.operators(ablation)
+            ablation = trials.sample(fixed[0])
+            session.operator_factory.operators(ablation)
             session.log_probs(ablation)
             return
-        mine = [_in_short(one) for one in trials.measure(fixed, beaten)]
+        mine = [_signature(one) for one in trials.measure(fixed, beaten)]
     except Interrupted:
         return
-    leaders = agree(lambda: mine)
+    leaders = broadcast_from_rank0(lambda: mine)
     if mine != leaders:
         raise RuntimeError(f"process {rank()} measured {mine}, the leader {leaders}: their shares do not fit together")
 
 
-def _in_short(found: Any) -> tuple[Any, ...]:
+def _signature(found: Any) -> tuple[Any, ...]:
     """What must be the same in all processes."""
     if isinstance(found, UserError):
         return (found.what,)

@@ -12,9 +12,9 @@ import optuna
 from heretic.ablation.ablation import Ablation
 from heretic.errors import JudgeFailed, UserError, memory_error
 from heretic.model.batching import free_memory, out_of_memory
-from heretic.scoring.evaluator import Measured
-from heretic.search.space import Space, foreign_parameters
-from heretic.session.caching import trials_that_pay
+from heretic.scoring.evaluator import TrialOutcome
+from heretic.search.space import SearchSpace, foreign_parameters
+from heretic.session.caching import tune_trials_per_batch
 from heretic.session.session import Session
 
 
@@ -23,28 +23,28 @@ class Trials:
     """Measures trials on a session."""
 
     session: Session
-    space: Space
+    space: SearchSpace
 
-    def together(self, before: int | None) -> int:
+    def trials_per_batch(self, before: int | None) -> int:
         """How many to run at once: as the settings say; with `trials_per_batch = 0` what an earlier session measured to pay,
         else it is measured now."""
-        settings = self.session.bench.settings
+        settings = self.session.context.settings
         if settings.apply == "weights":  # one edit at a time
             return 1
-        return settings.trials_per_batch or before or trials_that_pay(self.session.ladder)
+        return settings.trials_per_batch or before or tune_trials_per_batch(self.session.evaluator)
 
     def measure(
         self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
-    ) -> list[Measured | UserError]:
+    ) -> list[TrialOutcome | UserError]:
         """Measure these trials in shared passes. `beaten(KL, unanswered requests to expect at least)` ends one that cannot matter
         any more.
 
         Where they fail together each is measured alone, so that one's failure is not the others'. Raises JudgeFailed, which is the
         failure of none.
         """
-        ablations = [self.draw(trial) for trial in trials]
+        ablations = [self.sample(trial) for trial in trials]
         try:
-            return [*self._together(ablations, beaten)]
+            return [*self._evaluate_batch(ablations, beaten)]
         except JudgeFailed:
             raise
         except UserError as error:
@@ -58,7 +58,7 @@ class Trials:
             free_memory()
         return [found for trial in trials for found in self.measure([trial], beaten)]
 
-    def draw(self, trial: optuna.Trial | optuna.trial.FixedTrial) -> Ablation:
+    def sample(self, trial: optuna.Trial | optuna.trial.FixedTrial) -> Ablation:
         """A trial's ablation; what was drawn once stays, and one that is fixed has it all. Raises UserError where the study's
         parameters are of another search space."""
         if isinstance(trial, optuna.trial.FixedTrial):
@@ -70,16 +70,18 @@ class Trials:
         ) as error:  # Optuna's: another trial of the study has a parameter of this name and another kind
             raise foreign_parameters(error) from None
 
-    def starts(self) -> list[dict[str, Any]]:
+    def initial_params(self) -> list[dict[str, Any]]:
         """Parameters of the trials to begin with."""
-        return self.space.starts()
+        return self.space.initial_params()
 
-    def _together(self, ablations: Sequence[Ablation], beaten: Callable[[float, float], bool]) -> list[Measured]:
+    def _evaluate_batch(
+        self, ablations: Sequence[Ablation], beaten: Callable[[float, float], bool]
+    ) -> list[TrialOutcome]:
         session, log_probs = self.session, self.session.baseline.log_probs
         began = time.perf_counter()
         with session.applied(*ablations) as edited:
             prepared = time.perf_counter() - began
-            found = session.ladder.score_trials(log_probs, edited, beaten)
+            found = session.evaluator.score_trials(log_probs, edited, beaten)
         for one in found:
             one.seconds["prepare"] = prepared / len(ablations)
             one.seconds["trial"] = (time.perf_counter() - began) / len(ablations)

@@ -7,29 +7,31 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 
-LENDER = "_HERETIC_WORKER_OF"  # environment of a worker: the process that started it and holds the locks for it
-LOOK_AGAIN = 0.5
+PARENT_VARIABLE = (
+    "_HERETIC_WORKER_OF"  # environment of a worker: the process that started it and holds the locks for it
+)
+POLL_SECONDS = 0.5
 
 
-def lender() -> int:
+def parent_pid() -> int:
     """The process that started this one as a worker; 0 if it is none."""
-    given = os.environ.get(LENDER, "")
+    given = os.environ.get(PARENT_VARIABLE, "")
     return int(given) if given.isdigit() else 0
 
 
 @contextmanager
-def ends_with_its_lender(stop: Stop) -> Iterator[None]:
+def exit_with_parent(stop: StopSignal) -> Iterator[None]:
     """Within the context of a worker a stop is asked for once the process that started it is gone, and its locks with it."""
-    if not lender():
+    if not parent_pid():
         yield
         return
     ended = threading.Event()
 
     def watch() -> None:
-        while not ended.wait(LOOK_AGAIN):
-            if os.getppid() != lender():
+        while not ended.wait(POLL_SECONDS):
+            if os.getppid() != parent_pid():
                 stop.requested = True
                 return
 

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 from heretic.errors import Interrupted, UserError
 from heretic.files import open_private, split_lines
 from heretic.hardware.gpus import Gpu, gpus_here
-from heretic.pipeline.worker_process import LENDER, LOOK_AGAIN
+from heretic.pipeline.worker_process import PARENT_VARIABLE, POLL_SECONDS
 from heretic.settings import Settings
 
 if TYPE_CHECKING:
-    from heretic.pipeline.prepare import Inputs
-    from heretic.pipeline.run_context import Desk
+    from heretic.pipeline.prepare import RunInputs
+    from heretic.pipeline.run_context import RunContext
 
 LAST_LINES = 3  # of what a worker said before it died
 
 
-def how_many(wanted: str, settings: Settings) -> tuple[int, str]:
+def resolve_worker_count(wanted: str, settings: Settings) -> tuple[int, str]:
     """The number of workers that `auto` or a number stands for, and what there is to say about it. Raises UserError."""
     gpus = () if settings.device_map == "cpu" else gpus_here()
     if wanted != "auto" and not re.fullmatch("0*[1-9][0-9]{0,3}", wanted):
@@ -59,7 +59,7 @@ def how_many(wanted: str, settings: Settings) -> tuple[int, str]:
     return number, ""
 
 
-def require_room(settings: Settings, inputs: Inputs, gpus: Sequence[Gpu], number: int) -> None:
+def check_memory(settings: Settings, inputs: RunInputs, gpus: Sequence[Gpu], number: int) -> None:
     """Raises UserError for a model that does not fit on every one of these GPUs, of which each worker has one of its own; or,
     without GPUs, not so many times into the RAM."""
     from heretic.hardware import host
@@ -97,69 +97,69 @@ class Worker:
     """A started process, and the file that holds what it says."""
 
     process: subprocess.Popen[bytes]
-    said: Path
+    log_file: Path
 
     @property
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         """The last lines that it wrote."""
-        lines = [line.strip() for line in split_lines(self.said.read_text(encoding="utf-8", errors="replace"))]
+        lines = [line.strip() for line in split_lines(self.log_file.read_text(encoding="utf-8", errors="replace"))]
         return " ".join([line for line in lines if line][-LAST_LINES:])
 
 
-def send_out(desk: Desk, number: int) -> None:
+def launch_workers(run_context: RunContext, number: int) -> None:
     """Have the missing trials measured by so many processes, and show how they get on.
 
     Each has one GPU of ours, or a share of the cores. What stops this process stops them. One that dies is not started again:
     the others go on. Raises Interrupted, and UserError if the study is not complete when the last one has ended.
     """
-    from heretic.search.scheduler import finished
-    from heretic.search.summary import Standing
+    from heretic.search.scheduler import n_complete
+    from heretic.search.summary import StudySummary
 
-    study, settings, watcher = desk.study, desk.settings, desk.watcher
+    study, settings, reporter = run_context.study, run_context.settings, run_context.reporter
     gpus = () if settings.device_map == "cpu" else gpus_here()
     gpus = tuple(sorted(gpus, key=lambda gpu: -gpu.free)[:number])  # the emptiest
-    require_room(settings, desk.inputs, gpus, number)
-    workers = [_start(desk, i, number, gpus[i] if gpus else None) for i in range(number)]
-    watcher.say(f"{number} workers: processes {', '.join(str(w.process.pid) for w in workers)}.")
+    check_memory(settings, run_context.inputs, gpus, number)
+    workers = [_start(run_context, i, number, gpus[i] if gpus else None) for i in range(number)]
+    reporter.info(f"{number} workers: processes {', '.join(str(w.process.pid) for w in workers)}.")
     try:
-        with watcher.stage("Trials", settings.n_trials) as stage:
+        with reporter.stage("Trials", settings.n_trials) as stage:
             done = 0
             gone: set[int] = set()
             while len(gone) < number:
-                time.sleep(LOOK_AGAIN)
-                if desk.stop.requested:
+                time.sleep(POLL_SECONDS)
+                if run_context.stop.requested:
                     break
-                now = finished(study)
+                now = n_complete(study)
                 if now > done:
                     stage.advance(now - done)
                     done = now
-                    watcher.stands(Standing.of(study, settings))
+                    reporter.study_updated(StudySummary.of(study, settings))
                 for i, worker in enumerate(workers):
                     if i not in gone and worker.process.poll() is not None:
                         gone.add(i)
                         if worker.process.returncode != 0:
-                            watcher.warn(
-                                f"Worker {i} ended with status {worker.process.returncode}: {worker.last_words}"
+                            reporter.warning(
+                                f"Worker {i} ended with status {worker.process.returncode}: {worker.log_tail}"
                             )
     finally:
         _end(workers)
-    desk.stop.check()
-    if finished(study) < settings.n_trials:
+    run_context.stop.check()
+    if n_complete(study) < settings.n_trials:
         statuses = {w.process.returncode for w in workers}
         if statuses == {Interrupted.exit_status}:
             raise Interrupted
         raise UserError(
             f"All {number} workers ended before the study was complete.",
             code="workers-ended",
-            where=str(workers[-1].said),
+            where=str(workers[-1].log_file),
             fix="read the end of this log, fix the cause and run the same command again; nothing finished is lost",
         )
 
 
-def _start(desk: Desk, index: int, of: int, gpu: Gpu | None) -> Worker:
+def _start(run_context: RunContext, index: int, of: int, gpu: Gpu | None) -> Worker:
     """One worker: the same run, told by environment what must not be seen among processes."""
-    folder, settings = desk.folder.path, desk.settings
-    environment = {**os.environ, LENDER: str(os.getpid())}
+    folder, settings = run_context.folder.path, run_context.settings
+    environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
     if settings.storage:
         environment["HERETIC_STORAGE"] = settings.storage
     if gpu is not None:

@@ -16,8 +16,8 @@ from heretic.ablation.operator import ELEMENTS_AT_ONCE
 from heretic.hardware.devices import CPU, Device
 from heretic.model.batching import TOKENS_AT_ONCE
 from heretic.model.forward import LOGIT_ROWS
-from heretic.planning.model_dims import SHARE_FOR_GRADIENTS, ModelShape
-from heretic.planning.placement import Share
+from heretic.planning.model_dims import SHARE_FOR_GRADIENTS, ModelDims
+from heretic.planning.placement import DeviceShare
 from heretic.planning.workload import Workload
 from heretic.scoring.gradient_loss import PLACES_AT_ONCE
 
@@ -42,13 +42,13 @@ MOST_KEPT = 2 * GIB
 
 
 @dataclass(frozen=True)
-class DeviceLoad:
+class DeviceMemory:
     """What one device has to hold, in bytes; `layers` says in words which part of the model it holds.
 
     At all times: `weights`, the CUDA `context` or the program itself, what is `kept` of the original, `copies` of edited weights.
     A trial's are `cache` (keys and values), `operators`, what iterative `rounds` add, `activations` and `logits`. `capture`
     is that of residuals, `gradients` the walk's with its logits, `studying` what looking at one weight takes, `loading`
-    what opening the largest quantised one takes. `headroom` is for fragmentation, on the CPU for all else.
+    what opening the largest quantized one takes. `headroom` is for fragmentation, on the CPU for all else.
     """
 
     device: Device
@@ -64,7 +64,7 @@ class DeviceLoad:
     logits: int = 0
     capture: int = 0
     gradients: int = 0
-    studying: int = 0
+    weight_stats: int = 0
     loading: int = 0
     headroom: int = 0
 
@@ -72,7 +72,9 @@ class DeviceLoad:
     def run(self) -> int:
         """The most that any phase takes beside what stays, in bytes. The logits follow when the blocks are done."""
         trial = self.cache + self.operators + self.rounds + max(self.activations, self.logits)
-        return max(trial, self.activations + self.capture + self.rounds, self.gradients, self.studying, self.loading)
+        return max(
+            trial, self.activations + self.capture + self.rounds, self.gradients, self.weight_stats, self.loading
+        )
 
     @property
     def peak(self) -> int:
@@ -96,25 +98,27 @@ class DeviceLoad:
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What is to be run: a model of this shape on this work. `opened`: bytes of the one quantised weight that exists in full while
-    it is multiplied by; `opening`: elements of the largest weight that is dequantised while it is loaded."""
+class MemoryModel:
+    """What is to be run: a model of this shape on this work. `opened`: bytes of the one quantized weight that exists in full while
+    it is multiplied by; `opening`: elements of the largest weight that is dequantized while it is loaded."""
 
-    shape: ModelShape
+    shape: ModelDims
     work: Workload
-    copies: bool = False
-    opened: int = 0
-    opening: int = 0
+    weight_copies: bool = False
+    dequantized: int = 0
+    dequantization: int = 0
 
-    def loads(self, placed: Mapping[int | str, Share], devices: Sequence[Device], batch: int) -> tuple[DeviceLoad, ...]:
+    def device_memory(
+        self, placed: Mapping[int | str, DeviceShare], devices: Sequence[Device], batch: int
+    ) -> tuple[DeviceMemory, ...]:
         """The load of every device that holds a part of the model."""
         used = [device for device in devices if device.key in placed]
         runs = {device.key: placed[device.key] for device in used}
         borrowed = 0
         if CPU in runs and used[0].is_gpu:  # what waits in RAM runs on the first GPU, one block at a time
             first, waiting = used[0].key, placed[CPU]
-            runs[first] = Share(0, runs[first].blocks + waiting.blocks, head=runs[first].head or waiting.head)
-            runs[CPU] = Share()
+            runs[first] = DeviceShare(0, runs[first].blocks + waiting.blocks, head=runs[first].head or waiting.head)
+            runs[CPU] = DeviceShare()
             borrowed = waiting.weights // max(1, len(waiting.blocks))
         # As `strengths` decides it when the weights are there: by the fullest of the devices that run blocks.
         room = [d.free - placed[d.key].weights - _context(d) for d in used if runs[d.key].blocks]
@@ -130,42 +134,42 @@ class Demand:
         return tuple(found)
 
     @property
-    def least(self) -> int:
+    def minimum(self) -> int:
         """Bytes that a device needs for the run whatever part of the model it holds, with one row: placing leaves them free."""
-        return max(self._studying() if self.work.studied else 0, self._working(1) + self.opened)
+        return max(self._studying() if self.work.needs_weight_stats else 0, self._working(1) + self.dequantized)
 
-    def largest_batch(self, placed: Mapping[int | str, Share], devices: Sequence[Device], largest: int) -> int:
+    def largest_batch(self, placed: Mapping[int | str, DeviceShare], devices: Sequence[Device], largest: int) -> int:
         """The largest power of two that fits with something to spare, else the largest that just fits, else 0."""
         sizes = [2**n for n in reversed(range(largest.bit_length()))]
-        loads = {size: self.loads(placed, devices, size) for size in sizes}
+        loads = {size: self.device_memory(placed, devices, size) for size in sizes}
         fitting = [size for size in sizes if all(load.fits for load in loads[size])]
         roomy = [size for size in fitting if not any(load.tight for load in loads[size])]
         return next(iter(roomy or fitting), 0)
 
-    def _load(self, device: Device, holds: Share, runs: Share, batch: int, borrowed: int) -> DeviceLoad:
+    def _load(self, device: Device, holds: DeviceShare, runs: DeviceShare, batch: int, borrowed: int) -> DeviceMemory:
         """All but the walk."""
         shape, work, blocks = self.shape, self.work, len(runs.blocks)
-        rows, trials = work.trial_rows(batch), work.together(batch)
+        rows, trials = work.trial_rows(batch), work.trials_per_batch(batch)
         length = work.prompt_tokens + work.tried_tokens + work.new_tokens
         vectors = 2 * blocks * trials * shape.hidden * FLOAT32  # one of every writer's, for every trial
         rows_of_logits = max(LOGIT_COPIES * FLOAT32 * min(rows, LOGIT_ROWS), shape.element * rows)
-        return DeviceLoad(
+        return DeviceMemory(
             device=device,
             layers=describe(holds),
             weights=holds.weights,
             context=_context(device),
             kept=0 if device.is_gpu else self._kept(max(0, device.free - holds.weights)),
-            copies=len(holds.blocks) * shape.edited * shape.element if self.copies else 0,
+            copies=len(holds.blocks) * shape.edited * shape.element if self.weight_copies else 0,
             cache=blocks * shape.cache_per_token * shape.element * rows * length,
             operators=vectors * (2 * work.directions + 1),  # u and w for every direction, and n
             rounds=vectors * 2 * work.directions * work.rounds,
-            activations=(self._working(work.most_rows(batch)) + self.opened if blocks else 0) + borrowed,
+            activations=(self._working(work.most_rows(batch)) + self.dequantized if blocks else 0) + borrowed,
             logits=shape.vocabulary * rows_of_logits if runs.head else 0,
             capture=blocks * shape.hidden * FLOAT32 * min(batch, work.training),
-            loading=self.opening * (2 * FLOAT32 + shape.element)
+            loading=self.dequantization * (2 * FLOAT32 + shape.element)
             if holds.blocks
             else 0,  # the numbers, scaled, and rounded
-            studying=self._studying() if work.studied and blocks else 0,
+            weight_stats=self._studying() if work.needs_weight_stats and blocks else 0,
             headroom=headroom(device, holds.weights),
         )
 
@@ -176,44 +180,46 @@ class Demand:
     def _studying(self) -> int:
         """Rows of a weight in float32, and their squares."""
         copies = 1 if self.shape.element == FLOAT32 else 2
-        return copies * min(ELEMENTS_AT_ONCE, self.shape.hidden * self.shape.widest) * FLOAT32 + self.opened
+        return copies * min(ELEMENTS_AT_ONCE, self.shape.hidden * self.shape.widest) * FLOAT32 + self.dequantized
 
     def _kept(self, free: int) -> int:
         """In RAM: log-probabilities of the original, what its blocks receive and their keys and values, facts of the weights."""
         shape, work = self.shape, self.work
-        walk = work.walk
-        places = work.harmless * work.kl_tokens + (walk.prompts * walk.kl_tokens if walk else 0)
+        gradient_path = work.gradient_search
+        places = work.harmless * work.kl_tokens + (
+            gradient_path.prompts * gradient_path.kl_tokens if gradient_path else 0
+        )
         most = min(MOST_KEPT, int(SHARE_KEPT * free))
         hidden, cache = (shape.blocks * shape.element * size for size in (shape.hidden, shape.cache_per_token))
         entries = min(most, work.tokens_kept(0) * (hidden + cache)) + min(most, work.tokens_kept(1) * hidden)
         facts = (
             2 * shape.blocks * shape.blocks * work.directions * (1 + work.rounds) * shape.hidden * FLOAT32
-            if work.studied
+            if work.needs_weight_stats
             else 0
         )
         return places * shape.vocabulary * FLOAT32 + entries + facts
 
     def _walk_rows(self, free: int, batch: int, *, on_cpu: bool) -> tuple[int, bool]:
         """Rows of a pass with gradients, and whether blocks are computed twice for it."""
-        walk = self.work.walk
-        if walk is None:
+        gradient_path = self.work.gradient_search
+        if gradient_path is None:
             return 0, False
-        length = self.work.prompt_tokens + max(walk.refusal_tokens, walk.kl_tokens) - 1
+        length = self.work.prompt_tokens + max(gradient_path.refusal_tokens, gradient_path.kl_tokens) - 1
         rows, twice = self.shape.rows_with_gradients(int(SHARE_FOR_GRADIENTS * free), length, on_cpu=on_cpu)
-        return min(rows, batch, walk.batch), twice
+        return min(rows, batch, gradient_path.batch), twice
 
-    def _gradients(self, runs: Share, rows: int, borrowed: int, *, twice: bool) -> int:
-        walk, shape, blocks = self.work.walk, self.shape, len(runs.blocks)
-        if walk is None or not blocks:
+    def _gradients(self, runs: DeviceShare, rows: int, borrowed: int, *, twice: bool) -> int:
+        gradient_path, shape, blocks = self.work.gradient_search, self.shape, len(runs.blocks)
+        if gradient_path is None or not blocks:
             return 0
-        more = max(walk.refusal_tokens, walk.kl_tokens) - 1
+        more = max(gradient_path.refusal_tokens, gradient_path.kl_tokens) - 1
         # What all prompts begin with is run once a pass, but for a pass whose blocks are computed twice.
         tokens, prefix = rows * (self.work.prompt_tokens + more), 0
         if not twice:
             tokens = rows * (self.work.tail + more) + self.work.shared_tokens
             prefix = shape.prefix_bytes(rows, self.work.shared_tokens, blocks)
         logits = LOGIT_COPIES * min(PLACES_AT_ONCE, rows * (more + 1)) * shape.vocabulary * FLOAT32 if runs.head else 0
-        return shape.gradient_bytes(1, tokens, blocks, twice=twice) + prefix + logits + self.opened + borrowed
+        return shape.gradient_bytes(1, tokens, blocks, twice=twice) + prefix + logits + self.dequantized + borrowed
 
 
 def headroom(device: Device, weights: int) -> int:
@@ -225,7 +231,7 @@ def _context(device: Device) -> int:
     return CONTEXT if device.is_gpu else PROGRAM
 
 
-def describe(share: Share) -> str:
+def describe(share: DeviceShare) -> str:
     """Which part of the model a share is, in words."""
     parts = ["embedding"] if share.embedding else []
     if share.blocks:

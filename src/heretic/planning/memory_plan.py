@@ -15,17 +15,17 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.model.quantization import KEPT, kept_bytes, stored_bytes
 from heretic.model.tensor_info import OPENED, SCALES
 from heretic.planning.device_table import explicit
-from heretic.planning.memory_model import CONTEXT, FLOAT32, MIB, Demand, DeviceLoad, headroom
-from heretic.planning.model_dims import ModelShape
+from heretic.planning.memory_model import CONTEXT, FLOAT32, MIB, DeviceMemory, MemoryModel, headroom
+from heretic.planning.model_dims import ModelDims
 from heretic.planning.placement import (
     MODES,
-    NOWHERE,
-    Share,
+    UNPLACED,
+    DeviceShare,
     device_named,
     everything_on,
+    infer_device_map,
+    meta_model,
     shares,
-    skeleton,
-    spread,
     weight_limits,
 )
 from heretic.planning.workload import Workload
@@ -57,7 +57,7 @@ class MemoryPlan:
     prompt_tokens: int
     new_tokens: int
     trials_per_batch: int
-    loads: tuple[DeviceLoad, ...]
+    loads: tuple[DeviceMemory, ...]
     offloaded: int
     residuals: int = 0
 
@@ -109,17 +109,17 @@ def planned_dtype(wanted: str, checkpoint: Checkpoint, on_cpu: bool, ram: int) -
     """
     if wanted != "auto":
         return wanted
-    keeps = checkpoint.quantised_by == KEPT  # with the numbers around the quantised ones as they were then
+    keeps = checkpoint.quantized_by == KEPT  # with the numbers around the quantized ones as they were then
     if on_cpu and not keeps and checkpoint.parameters * FLOAT32 <= FLOAT32_SHARE * ram:
         return "float32"
     return stored_dtype(checkpoint) or "bfloat16"
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str | None:
-    """The number format that most of the checkpoint's bytes are in; None if that is one that only holds quantised numbers."""
+    """The number format that most of the checkpoint's bytes are in; None if that is one that only holds quantized numbers."""
     stored: dict[str, int] = {}
     for name, tensor in checkpoint.tensors.items():
-        if tensor.dtype in NAMES and not (checkpoint.quantised_by and name.endswith(SCALES)):
+        if tensor.dtype in NAMES and not (checkpoint.quantized_by and name.endswith(SCALES)):
             stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.nbytes
     return NAMES[max(stored, key=lambda dtype: stored[dtype])] if stored else None
 
@@ -172,14 +172,14 @@ def make_plan(
     ram = next((device for device in devices if not device.is_gpu), None)
     on_cpu = all(not device.is_gpu for device in named)
     dtype = planned_dtype(dtypes[0], checkpoint, on_cpu, ram.total if ram else 0)
-    model = skeleton(checkpoint, dtype)
+    model = meta_model(checkpoint, dtype)
     fewer = kept_bytes(model, checkpoint) or stored_bytes(model, quantization)
-    shape = ModelShape.of(checkpoint.text_config, model)
-    opening = _largest(model) if checkpoint.quantised_by in OPENED else 0
-    demand = Demand(shape, work, copies, _opened_at_once(model, fewer), opening)
+    shape = ModelDims.of(checkpoint.text_config, model)
+    opening = _largest(model) if checkpoint.quantized_by in OPENED else 0
+    demand = MemoryModel(shape, work, copies, _opened_at_once(model, fewer), opening)
     largest = LARGEST_ON_CPU if on_cpu else LARGEST_BATCH
 
-    room = {device.name: _room(device, limits, demand.least) for device in devices}
+    room = {device.name: _room(device, limits, demand.minimum) for device in devices}
     table: dict[str, int | str] | None = None
     asked_accelerate = False
     if not isinstance(device_map, str):
@@ -191,10 +191,10 @@ def make_plan(
     if table is None:
         asked_accelerate = True
         mode = "balanced" if device_map == "planned" else str(device_map)
-        table = spread(model, mode, {device.name: room[device.name] for device in named}, named, fewer)
+        table = infer_device_map(model, mode, {device.name: room[device.name] for device in named}, named, fewer)
 
     placed = shares(model, table, demand.shape.blocks, fewer)
-    nowhere = placed.pop(NOWHERE, Share()).weights
+    nowhere = placed.pop(UNPLACED, DeviceShare()).weights
     fitting = 0 if nowhere else demand.largest_batch(placed, devices, largest)
     chosen = batch_size or fitting or 1
     return MemoryPlan(
@@ -205,8 +205,8 @@ def make_plan(
         largest_batch_size=fitting,
         prompt_tokens=work.prompt_tokens,
         new_tokens=work.new_tokens,
-        trials_per_batch=work.together(chosen),
-        loads=demand.loads(placed, devices, chosen),
+        trials_per_batch=work.trials_per_batch(chosen),
+        loads=demand.device_memory(placed, devices, chosen),
         offloaded=nowhere,
         residuals=work.every * shape.blocks * shape.hidden * FLOAT32,
     )
@@ -225,7 +225,7 @@ def _named_devices(device_map: str | Mapping[str, int | str], devices: Sequence[
 
 def _one_device(
     model: Any,
-    demand: Demand,
+    demand: MemoryModel,
     gpus: Sequence[Device],
     limits: Mapping[str, int],
     batch: int,
@@ -236,7 +236,7 @@ def _one_device(
     table = everything_on(best)
     placed = shares(model, table, demand.shape.blocks, fewer)
     allowed = placed[best.key].weights <= limits.get(best.name, best.free)
-    fits = allowed and all(load.fits for load in demand.loads(placed, [best], batch))
+    fits = allowed and all(load.fits for load in demand.device_memory(placed, [best], batch))
     return table if fits or (len(gpus) == 1 and not limits) else None
 
 
@@ -263,7 +263,7 @@ def _room(device: Device, limits: Mapping[str, int], least: int) -> int:
 @dataclass(frozen=True)
 class LoadPlan:
     """What the memory plan decided about loading: number formats to try, from_pretrained's arguments, prompts per batch; and the
-    quantisation of the settings."""
+    quantization of the settings."""
 
     dtypes: Sequence[str]
     arguments: dict[str, Any]

@@ -15,7 +15,7 @@ CPU_TOKENS_WITH_GRADIENTS = 512
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelDims:
     """Sizes of the decoder: counts of elements, and the bytes of one element."""
 
     blocks: int
@@ -59,7 +59,7 @@ class ModelShape:
         return max(1, budget // self.gradient_bytes(1, tokens, self.blocks)), True
 
     @classmethod
-    def of(cls, config: PretrainedConfig, model: PreTrainedModel) -> ModelShape:
+    def of(cls, config: PretrainedConfig, model: PreTrainedModel) -> ModelDims:
         """Read the text part's config; the bytes of an element are those of the model's number format."""
         hidden = _size(config, "hidden_size")
         heads = _size(config, "num_attention_heads") or 1

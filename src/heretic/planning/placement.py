@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-NOWHERE = "disk"  # accelerate's name for what fits on no device
+UNPLACED = "disk"  # accelerate's name for what fits on no device
 MODES = ("planned", "auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass
-class Share:
+class DeviceShare:
     """What one device gets: bytes of parameters, numbers of decoder blocks, and whether the ends of the model are there."""
 
     weights: int = 0
@@ -37,7 +37,7 @@ class Share:
     head: bool = False
 
 
-def skeleton(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
+def meta_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
     """The model with all its modules and shapes but no memory. Raises UserError if transformers cannot build it."""
     import torch
     from accelerate import init_empty_weights
@@ -68,7 +68,7 @@ def _check_shapes(model: PreTrainedModel, checkpoint: Checkpoint, file: str) -> 
     """
     for name, parameter in model.state_dict().items():
         held = checkpoint.tensors.get(name)
-        if held is None or held.is_packed or checkpoint.gguf_file or checkpoint.quantised_by:
+        if held is None or held.is_packed or checkpoint.gguf_file or checkpoint.quantized_by:
             continue
         if sorted(held.shape) != sorted(parameter.shape):
             raise UserError(
@@ -119,7 +119,7 @@ def everything_on(device: Device) -> dict[str, int | str]:
     return {"": device.key}
 
 
-def spread(
+def infer_device_map(
     model: PreTrainedModel,
     mode: str,
     room: Mapping[str, int],
@@ -128,7 +128,7 @@ def spread(
 ) -> dict[str, int | str]:
     """Accelerate's placement (`auto`, `balanced`, `balanced_low_0`, `sequential`) into `room` bytes per device.
 
-    `fewer` are bytes an element of parameters that are stored quantised, by name. Modules for which there is no room are put on
+    `fewer` are bytes an element of parameters that are stored quantized, by name. Modules for which there is no room are put on
     "disk".
     """
     import torch
@@ -174,14 +174,14 @@ def shares(
     table: Mapping[str, int | str],
     blocks: int,
     fewer: Mapping[str, float] = MappingProxyType({}),
-) -> dict[int | str, Share]:
+) -> dict[int | str, DeviceShare]:
     """What each device of the table holds; tied weights count once. `blocks` is the number of decoder blocks, `fewer` as above."""
-    found: dict[int | str, Share] = {}
+    found: dict[int | str, DeviceShare] = {}
     head, embedding = _ends(model)
 
-    def share(name: str) -> Share:
+    def share(name: str) -> DeviceShare:
         place = lookup(table, name)
-        return found.setdefault(NOWHERE if place is None else place, Share())
+        return found.setdefault(UNPLACED if place is None else place, DeviceShare())
 
     for name, parameter in model.named_parameters():
         share(name).weights += int(parameter.numel() * fewer.get(name, parameter.element_size()))

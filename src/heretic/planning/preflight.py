@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from heretic.errors import UserError
-from heretic.files import expanded
+from heretic.files import expand_user
 from heretic.hardware import host
 from heretic.hardware.devices import Device
 from heretic.hardware.gpus import Gpu, GpuReport, gpus_for, usable_gpus, visible_gpus
-from heretic.hardware.locks import Holder, device_locks, holder
+from heretic.hardware.locks import LockOwner, device_locks, lock_owner
 from heretic.model.checkpoint import Checkpoint
 from heretic.planning.memory_plan import MemoryPlan, plan_for
-from heretic.planning.preflight_facts import Facts, Finding, Folder
+from heretic.planning.preflight_facts import Finding, Folder, PreflightFacts
 from heretic.planning.rules import RULES
 from heretic.planning.workload import Workload
 from heretic.settings import Settings
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Report:
+class PreflightReport:
     """What the preflight found; `plan` is None where the model could not be looked at or placed."""
 
     model: str
@@ -57,7 +57,7 @@ class Report:
         }
 
 
-def check(
+def run_preflight(
     settings: Settings,
     *,
     checkpoint_loader: Callable[[], Checkpoint],
@@ -67,8 +67,8 @@ def check(
     export_check: Callable[[Checkpoint], None] = lambda _checkpoint: None,
     work_counter: Callable[[Workload, Checkpoint, Any], Workload] = lambda work, _checkpoint, _prompts: work,
     environment: Mapping[str, str] = os.environ,
-    imagined: tuple[Gpu, ...] = (),
-) -> Report:
+    virtual: tuple[Gpu, ...] = (),
+) -> PreflightReport:
     """Find out what there is and apply all rules.
 
     `prompt_loader` returns an object with `warnings`, `counts` and `longest` (characters of the longest prompt), of
@@ -86,10 +86,10 @@ def check(
             problems.append(Finding("failure", subject, error.what + where, error.fix, error.code))
             return None
 
-    report = GpuReport(imagined) if imagined else visible_gpus(environment)
-    usable = imagined or usable_gpus(report)
+    report = GpuReport(virtual) if virtual else visible_gpus(environment)
+    usable = virtual or usable_gpus(report)
     if usable:  # numbered as PyTorch numbers them, and those that NVML does not know
-        report = GpuReport(usable, report.unseen)
+        report = GpuReport(usable, report.problem)
     devices = host.devices(usable)
     checkpoint = attempt("model", checkpoint_loader)
     prompts = attempt("prompts", prompt_loader)
@@ -107,7 +107,7 @@ def check(
         if prompts is not None:
             work = attempt("chat template", lambda: work_counter(estimated, opened, prompts)) or work
         plan = attempt("memory", lambda: plan_for(settings, opened, work, devices))
-    facts = Facts(
+    facts = PreflightFacts(
         settings=settings,
         report=report,
         usable=usable,
@@ -121,19 +121,19 @@ def check(
         hub_cache=_folder(_hub_cache()),
         fitting_quantization=_fitting(settings, checkpoint, plan, work, devices),
         largest_file=checkpoint.largest_file if checkpoint else 0,
-        mappable=None if imagined else host.mappable(),
+        mappable=None if virtual else host.mappable(),
     )
     found = [finding for rule in RULES for finding in rule(facts)]
-    return Report(settings.model, report, plan, (*problems, *found))
+    return PreflightReport(settings.model, report, plan, (*problems, *found))
 
 
 def _fitting(
     settings: Settings, checkpoint: Checkpoint | None, plan: MemoryPlan | None, work: Workload, devices: list[Device]
 ) -> str | None:
-    """A quantisation with which the model fits, where it does not fit on GPUs as it is; the one with the most bits."""
+    """A quantization with which the model fits, where it does not fit on GPUs as it is; the one with the most bits."""
     if checkpoint is None or plan is None or (plan.fits and not plan.in_ram) or not devices[0].is_gpu:
         return None
-    if settings.quantization != "none" or checkpoint.quantised_by or checkpoint.gguf_file:
+    if settings.quantization != "none" or checkpoint.quantized_by or checkpoint.gguf_file:
         return None
     for name in ("bnb_8bit", "bnb_4bit"):
         update = {"quantization": name, "device_map": "planned", "apply": "operators"}
@@ -142,16 +142,18 @@ def _fitting(
     return None
 
 
-def _holders(settings: Settings, usable: tuple[Gpu, ...]) -> tuple[tuple[str, Holder], ...]:
+def _holders(settings: Settings, usable: tuple[Gpu, ...]) -> tuple[tuple[str, LockOwner], ...]:
     """Devices that another process holds: those that this run would lock."""
     gpus = gpus_for(settings.device_map, usable)
     names = [f"cuda:{gpu.index}" for gpu in gpus] or ["The CPU"]
-    asked = [(name, holder(path)) for name, path in zip(names, device_locks([gpu.uuid for gpu in gpus]), strict=True)]
+    asked = [
+        (name, lock_owner(path)) for name, path in zip(names, device_locks([gpu.uuid for gpu in gpus]), strict=True)
+    ]
     return tuple((name, found) for name, found in asked if found and not found.is_this_process)
 
 
 def _folder(path: Path) -> Folder:
-    path = expanded(path)
+    path = expand_user(path)
     filled = path.exists() and not path.is_dir()
     if path.is_dir() and os.access(path, os.R_OK):
         filled = any(path.iterdir()) and not (path / "manifest.json").is_file()

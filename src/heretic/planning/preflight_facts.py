@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from heretic.hardware.gpus import Gpu, GpuReport
-from heretic.hardware.locks import Holder
+from heretic.hardware.locks import LockOwner
 from heretic.model.checkpoint import Checkpoint
-from heretic.planning.memory_model import DeviceLoad
+from heretic.planning.memory_model import DeviceMemory
 from heretic.planning.memory_plan import MemoryPlan
 from heretic.settings import Settings
 
@@ -39,7 +39,7 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Facts:
+class PreflightFacts:
     """Everything that rules look at; None where it could not be found out."""
 
     settings: Settings
@@ -49,7 +49,7 @@ class Facts:
     checkpoint: Checkpoint | None
     plan: MemoryPlan | None
     prompt_warnings: tuple[str, ...]
-    holders: tuple[tuple[str, Holder], ...]
+    holders: tuple[tuple[str, LockOwner], ...]
     run_folder: Folder
     export_folder: Folder | None
     hub_cache: Folder
@@ -82,11 +82,11 @@ class Facts:
         return len(self.used_gpus) == 1 and (not plan.fits or plan.tight)
 
     @property
-    def said_already(self) -> bool:
+    def covered_by_other_rule(self) -> bool:
         """Whether another rule says why it does not fit, with the better remedy."""
         return self.fits_without_copies or self.fits_without_rounds or self.all_on_one_of_several
 
-    def _fits_without(self, part: Callable[[DeviceLoad], int]) -> bool:
+    def _fits_without(self, part: Callable[[DeviceMemory], int]) -> bool:
         plan = self.plan
         if plan is None or plan.fits or plan.offloaded or not any(part(load) for load in plan.loads):
             return False

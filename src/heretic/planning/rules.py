@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from heretic.hardware.host import spell_bytes
+from heretic.hardware.host import format_bytes
 from heretic.model.checkpoint import Checkpoint
-from heretic.model.quantization import QUANTISATIONS
+from heretic.model.quantization import QUANTIZATIONS
 from heretic.planning.memory_model import FLOAT32, GIB, MIB, SHARE_FOR_RESIDUALS
 from heretic.planning.memory_plan import MemoryPlan
-from heretic.planning.model_rules import download, missing_package, model, other_weights, rewritten_while_quantised
+from heretic.planning.model_rules import download, missing_package, model, other_weights, rewritten_while_quantized
 from heretic.planning.placement import MODES
-from heretic.planning.preflight_facts import Facts, Finding, Level
+from heretic.planning.preflight_facts import Finding, Level, PreflightFacts
 from heretic.settings import Settings
 
 BUSY = 500 * MIB  # GPU memory that another process may hold without being worth a word
@@ -26,12 +26,12 @@ SPARE_DISK = 1.05
 GGUF_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9}  # a number
 
 
-Rule = Callable[[Facts], Iterator[Finding]]
+Rule = Callable[[PreflightFacts], Iterator[Finding]]
 
 
-def unseen_gpus(facts: Facts) -> Iterator[Finding]:
+def unseen_gpus(facts: PreflightFacts) -> Iterator[Finding]:
     """What NVML cannot tell."""
-    unseen = facts.report.unseen
+    unseen = facts.report.problem
     if not facts.usable and not facts.report.gpus:
         why = f" ({unseen})" if unseen else ""
         large = facts.checkpoint is not None and facts.checkpoint.parameters > LARGE
@@ -41,7 +41,7 @@ def unseen_gpus(facts: Facts) -> Iterator[Finding]:
         yield Finding("ok", "GPUs", f"Not looked into: {unseen}.")
 
 
-def unusable_gpus(facts: Facts) -> Iterator[Finding]:
+def unusable_gpus(facts: PreflightFacts) -> Iterator[Finding]:
     """GPUs that PyTorch cannot use."""
     if facts.report.gpus and not facts.usable:
         text = f"{facts.report.gpus[0].name} is there, but the installed PyTorch cannot use it; everything runs on the CPU."
@@ -50,22 +50,20 @@ def unusable_gpus(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def idle_gpus(facts: Facts) -> Iterator[Finding]:
+def idle_gpus(facts: PreflightFacts) -> Iterator[Finding]:
     """A GPU that the settings leave unused."""
     if facts.usable and facts.plan and not facts.plan.on_gpu:
         text = f"The model is put on the CPU although {facts.usable[0].name} could be used."
         yield Finding("warning", "device_map", text, 'device_map = "planned"')
 
 
-def weights_do_not_fit(facts: Facts) -> Iterator[Finding]:
+def weights_do_not_fit(facts: PreflightFacts) -> Iterator[Finding]:
     """Not even one prompt at a time fits."""
     plan = facts.plan
-    if plan is None or plan.largest_batch_size or facts.said_already:
+    if plan is None or plan.largest_batch_size or facts.covered_by_other_rule:
         return
     if plan.offloaded:
-        text = (
-            f"{spell_bytes(plan.offloaded)} of {spell_bytes(plan.weights)} of weights in {plan.dtype} fit on no device."
-        )
+        text = f"{format_bytes(plan.offloaded)} of {format_bytes(plan.weights)} of weights in {plan.dtype} fit on no device."
     else:
         text = _shortage(plan)
     fix = "a smaller model, or a machine with more memory"
@@ -74,7 +72,7 @@ def weights_do_not_fit(facts: Facts) -> Iterator[Finding]:
     yield Finding("failure", "memory", text, _smaller_weights(facts) or _fewer_bits(facts) or fix)
 
 
-def everything_on_one_gpu(facts: Facts) -> Iterator[Finding]:
+def everything_on_one_gpu(facts: PreflightFacts) -> Iterator[Finding]:
     """GPU 0 full, the others empty."""
     plan = facts.plan
     if plan and facts.all_on_one_of_several:
@@ -84,17 +82,17 @@ def everything_on_one_gpu(facts: Facts) -> Iterator[Finding]:
         yield Finding(level, "device_map", text, 'device_map = "balanced"')
 
 
-def cached_weights(facts: Facts) -> Iterator[Finding]:
+def cached_weights(facts: PreflightFacts) -> Iterator[Finding]:
     """Copies of the edited weights do not fit beside the model; each lies on its original's device, sharded or not."""
     if facts.plan and facts.fits_without_copies:
         copies = sum(load.copies for load in facts.plan.loads)
-        text = f"The copies of the edited weights ({spell_bytes(copies)}) do not fit beside a batch of {facts.plan.batch_size}."
+        text = f"The copies of the edited weights ({format_bytes(copies)}) do not fit beside a batch of {facts.plan.batch_size}."
         level: Level = "warning" if facts.plan.largest_batch_size else "failure"
         fix = 'cache_weights = false; or apply = "operators", which needs no copies'
         yield Finding(level, "cache_weights", text, fix)
 
 
-def iterative_rounds(facts: Facts) -> Iterator[Finding]:
+def iterative_rounds(facts: PreflightFacts) -> Iterator[Finding]:
     """Rounds of finding directions that run out of memory.
 
     They follow each other, each with the memory of one pass. What they leave behind are directions, which every operator of a trial
@@ -105,13 +103,13 @@ def iterative_rounds(facts: Facts) -> Iterator[Finding]:
         return
     if facts.fits_without_rounds:
         added = sum(load.rounds for load in plan.loads)
-        text = f"What {rounds} iterative rounds add to the operators ({spell_bytes(added)}) does not fit. {_shortage(plan)}"
+        text = f"What {rounds} iterative rounds add to the operators ({format_bytes(added)}) does not fit. {_shortage(plan)}"
         fix = "directions.iterative_rounds = 0, or trials_per_batch = 1"
         yield Finding("warning" if plan.largest_batch_size else "failure", "iterative rounds", text, fix)
     if plan.residuals > SHARE_FOR_RESIDUALS * facts.ram:
         text = (
-            f"The residuals of every prompt take {spell_bytes(plan.residuals)} in each of {1 + rounds} rounds; of RAM, "
-            f"{spell_bytes(facts.ram)} are free, and half of that may be used."
+            f"The residuals of every prompt take {format_bytes(plan.residuals)} in each of {1 + rounds} rounds; of RAM, "
+            f"{format_bytes(facts.ram)} are free, and half of that may be used."
         )
         fix = 'directions.method = "mean_difference", or fewer prompts to train on'
         yield Finding("failure", "directions", text, fix)
@@ -121,27 +119,27 @@ def iterative_rounds(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def weights_in_ram(facts: Facts) -> Iterator[Finding]:
+def weights_in_ram(facts: PreflightFacts) -> Iterator[Finding]:
     """Weights that are moved to a GPU in every pass."""
     plan = facts.plan
     if plan and plan.in_ram:
-        text = f"{spell_bytes(plan.in_ram)} of weights wait in RAM; moving them to a GPU makes every pass many times slower."
+        text = f"{format_bytes(plan.in_ram)} of weights wait in RAM; moving them to a GPU makes every pass many times slower."
         yield Finding(
             "warning", "memory", text, _smaller_weights(facts) or _fewer_bits(facts) or "a smaller model, or more GPUs"
         )
 
 
-def batch_too_large(facts: Facts) -> Iterator[Finding]:
+def batch_too_large(facts: PreflightFacts) -> Iterator[Finding]:
     """The batch asked for does not fit, a smaller one does."""
     plan = facts.plan
     if plan and facts.settings.batch_size and not plan.fits and plan.largest_batch_size:
-        if facts.said_already:
+        if facts.covered_by_other_rule:
             return
         text = f"A batch of {plan.batch_size} does not fit. {_shortage(plan)}"
         yield Finding("warning", "batch size", text, f"batch_size = {plan.largest_batch_size}")
 
 
-def batch_too_small(facts: Facts) -> Iterator[Finding]:
+def batch_too_small(facts: PreflightFacts) -> Iterator[Finding]:
     """One prompt at a time, where a GPU would do many in the same time."""
     plan = facts.plan
     if plan and facts.settings.batch_size == 1 and plan.on_gpu and plan.largest_batch_size > 1:
@@ -149,20 +147,20 @@ def batch_too_small(facts: Facts) -> Iterator[Finding]:
         yield Finding("warning", "batch size", text, f"batch_size = {plan.largest_batch_size}")
 
 
-def memory(facts: Facts) -> Iterator[Finding]:
+def memory(facts: PreflightFacts) -> Iterator[Finding]:
     """It fits; whether there is anything to spare."""
     plan = facts.plan
     if plan is None or not plan.fits:
         return
     places = ", ".join(load.device.name for load in plan.loads)
-    text = f"{spell_bytes(plan.weights)} of weights in {plan.dtype} on {places}, batches of {plan.batch_size}"
+    text = f"{format_bytes(plan.weights)} of weights in {plan.dtype} on {places}, batches of {plan.batch_size}"
     if not plan.tight:
         yield Finding("ok", "memory", f"{text}.")
     elif not facts.all_on_one_of_several:
         yield Finding("warning", "memory", f"{text}: it fits, with less than 5 % to spare.", _more_room(facts, plan))
 
 
-def ignored_limits(facts: Facts) -> Iterator[Finding]:
+def ignored_limits(facts: PreflightFacts) -> Iterator[Finding]:
     """`max_memory` beside a placement that leaves nothing to choose."""
     device_map = facts.settings.device_map
     if facts.settings.max_memory and (not isinstance(device_map, str) or device_map not in MODES):
@@ -170,65 +168,63 @@ def ignored_limits(facts: Facts) -> Iterator[Finding]:
         yield Finding("warning", "max_memory", text, 'device_map = "planned"')
 
 
-def opened_in_ram(facts: Facts) -> Iterator[Finding]:
-    """GGUF files are dequantised in RAM, in float32, before anything is placed; what was opened is written from RAM in bfloat16."""
+def opened_in_ram(facts: PreflightFacts) -> Iterator[Finding]:
+    """GGUF files are dequantized in RAM, in float32, before anything is placed; what was opened is written from RAM in bfloat16."""
     checkpoint, settings = facts.checkpoint, facts.settings
-    if checkpoint is None or not checkpoint.opened:
+    if checkpoint is None or not checkpoint.is_dequantized:
         return
     if checkpoint.gguf_file and (needed := checkpoint.parameters * FLOAT32) > facts.ram:
-        text = f"Reading the GGUF file takes {spell_bytes(needed)} of RAM; {spell_bytes(facts.ram)} are free."
+        text = f"Reading the GGUF file takes {format_bytes(needed)} of RAM; {format_bytes(facts.ram)} are free."
         yield Finding("warning", "model", text, 'model = "…": the safetensors version, which is read piece by piece')
     elif settings.save_to and settings.export_format == "full" and (needed := 2 * checkpoint.parameters) > facts.ram:
-        text = (
-            f"Writing the opened model takes at least {spell_bytes(needed)} of RAM; {spell_bytes(facts.ram)} are free."
-        )
+        text = f"Writing the opened model takes at least {format_bytes(needed)} of RAM; {format_bytes(facts.ram)} are free."
         yield Finding("warning", "export", text, 'export_format = "lora", or the model in full precision')
 
 
-def one_huge_file(facts: Facts) -> Iterator[Finding]:
+def one_huge_file(facts: PreflightFacts) -> Iterator[Finding]:
     """Weights in a file that the kernel does not let safetensors map."""
     if facts.mappable is not None and facts.largest_file > facts.mappable:
         text = (
-            f"One file of the weights has {spell_bytes(facts.largest_file)}; this machine maps at most "
-            f"{spell_bytes(facts.mappable)} (RAM and swap) at once."
+            f"One file of the weights has {format_bytes(facts.largest_file)}; this machine maps at most "
+            f"{format_bytes(facts.mappable)} (RAM and swap) at once."
         )
         fix = 'sudo sysctl vm.overcommit_memory=1, or save the model in shards (save_pretrained(..., max_shard_size="4GB"))'
         yield Finding("failure", "memory", text, fix)
 
 
-def busy_gpus(facts: Facts) -> Iterator[Finding]:
+def busy_gpus(facts: PreflightFacts) -> Iterator[Finding]:
     """Other processes on the GPUs that are to be used."""
     for gpu in facts.used_gpus:
         known = sum(process.used or 0 for process in gpu.processes)
         for process in gpu.processes:
             if process.used is not None and process.used > BUSY:
-                text = f"Process {process.pid} ({process.name}) holds {spell_bytes(process.used)} of cuda:{gpu.index}."
+                text = f"Process {process.pid} ({process.name}) holds {format_bytes(process.used)} of cuda:{gpu.index}."
                 fix = f"wait for it, end it (kill {process.pid}), or leave this GPU out with CUDA_VISIBLE_DEVICES"
                 yield Finding("warning", "GPUs", text, fix)
         # In a container the driver names no processes; where it names them without their memory, nothing can be told.
         unseen = gpu.total - gpu.free - known
         if unseen > UNSEEN_USE and all(process.used is not None for process in gpu.processes):
-            text = f"{spell_bytes(unseen)} of cuda:{gpu.index} are taken by processes that cannot be seen from here."
+            text = f"{format_bytes(unseen)} of cuda:{gpu.index} are taken by processes that cannot be seen from here."
             yield Finding("warning", "GPUs", text, "look with nvidia-smi on the host, or set CUDA_VISIBLE_DEVICES")
 
 
-def held_locks(facts: Facts) -> Iterator[Finding]:
+def held_locks(facts: PreflightFacts) -> Iterator[Finding]:
     """Another run of ours on the same device."""
     for name, holder in facts.holders:
         yield Finding("warning", "lock", f"{name} is in use by {holder}", "heretic … --wait queues for it")
 
 
-def run_folder(facts: Facts) -> Iterator[Finding]:
+def run_folder(facts: PreflightFacts) -> Iterator[Finding]:
     """Where the study is kept."""
     folder = facts.run_folder
     if not folder.writable:
         yield Finding("failure", "run folder", f"{folder.path} cannot be written.", 'runs_dir = "…": a folder of yours')
     elif folder.free < RUN_FOLDER:
-        text = f"Only {spell_bytes(folder.free)} are free for {folder.path}."
+        text = f"Only {format_bytes(folder.free)} are free for {folder.path}."
         yield Finding("warning", "run folder", text, 'runs_dir = "…": a folder on a disk with 1 GiB free')
 
 
-def export_folder(facts: Facts) -> Iterator[Finding]:
+def export_folder(facts: PreflightFacts) -> Iterator[Finding]:
     """Where the result is to be saved, hours later."""
     folder = facts.export_folder
     if folder is None:
@@ -242,11 +238,11 @@ def export_folder(facts: Facts) -> Iterator[Finding]:
     elif facts.checkpoint:
         needed = int(SPARE_DISK * _export_size(facts.checkpoint, facts.settings))
         if folder.free < needed:
-            text = f"The export takes {spell_bytes(needed)}, but only {spell_bytes(folder.free)} are free for {folder.path}."
+            text = f"The export takes {format_bytes(needed)}, but only {format_bytes(folder.free)} are free for {folder.path}."
             yield Finding("failure", "export", text, 'save_to = "…": a folder on a larger disk')
         else:
             yield Finding(
-                "ok", "export", f"{spell_bytes(needed)} of {spell_bytes(folder.free)} free for {folder.path}."
+                "ok", "export", f"{format_bytes(needed)} of {format_bytes(folder.free)} free for {folder.path}."
             )
 
 
@@ -255,7 +251,7 @@ def _export_size(checkpoint: Checkpoint, settings: Settings) -> float:
     that lies beside it, and quantized from a file as large as that."""
     if settings.export_format == "lora":
         return GIB
-    folder = 2 * checkpoint.parameters if checkpoint.opened else checkpoint.nbytes
+    folder = 2 * checkpoint.parameters if checkpoint.is_dequantized else checkpoint.nbytes
     if settings.export_format != "gguf":
         return folder
     if settings.gguf_type.endswith(("_m", "_k")):
@@ -263,7 +259,7 @@ def _export_size(checkpoint: Checkpoint, settings: Settings) -> float:
     return folder + GGUF_BITS[settings.gguf_type] / 8 * checkpoint.parameters
 
 
-def prompts(facts: Facts) -> Iterator[Finding]:
+def prompts(facts: PreflightFacts) -> Iterator[Finding]:
     """What is doubtful about the prompt sets."""
     for warning in facts.prompt_warnings:
         yield Finding("warning", "prompts", warning, "[prompts]: choose splits that share no prompts")
@@ -272,7 +268,7 @@ def prompts(facts: Facts) -> Iterator[Finding]:
 RULES: tuple[Rule, ...] = (
     model,
     other_weights,
-    rewritten_while_quantised,
+    rewritten_while_quantized,
     missing_package,
     download,
     opened_in_ram,
@@ -297,7 +293,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _smaller_weights(facts: Facts) -> str | None:
+def _smaller_weights(facts: PreflightFacts) -> str | None:
     """The setting that takes more memory than it must, or leaves less than there is."""
     plan, settings = facts.plan, facts.settings
     if plan and plan.dtype == "float32":
@@ -307,13 +303,13 @@ def _smaller_weights(facts: Facts) -> str | None:
     return 'apply = "operators"' if plan and any(load.copies for load in plan.loads) else None
 
 
-def _fewer_bits(facts: Facts) -> str | None:
-    """The quantisation with the most bits with which the model would fit, as it was planned too."""
+def _fewer_bits(facts: PreflightFacts) -> str | None:
+    """The quantization with the most bits with which the model would fit, as it was planned too."""
     name = facts.fitting_quantization
-    return f'quantization = "{name}": {QUANTISATIONS[name].words}' if name else None
+    return f'quantization = "{name}": {QUANTIZATIONS[name].words}' if name else None
 
 
-def _more_room(facts: Facts, plan: MemoryPlan) -> str:
+def _more_room(facts: PreflightFacts, plan: MemoryPlan) -> str:
     """What leaves more to spare; `largest_batch_size` does, if any batch does."""
     if plan.largest_batch_size < plan.batch_size:
         return f"batch_size = {plan.largest_batch_size}"
@@ -325,4 +321,4 @@ def _shortage(plan: MemoryPlan) -> str:
     """The device that lacks most, in words."""
     worst = max(plan.loads, key=lambda load: load.total - load.device.free)
     device = worst.device
-    return f"{device.name} would need {spell_bytes(worst.total)}, but {spell_bytes(device.free)} are free."
+    return f"{device.name} would need {format_bytes(worst.total)}, but {format_bytes(device.free)} are free."

@@ -21,7 +21,7 @@ MOST_TRIALS = 16  # that a run tries in one pass of its own accord: each is draw
 
 
 @dataclass(frozen=True)
-class Walk:
+class GradientSearchWorkload:
     """The walk by gradient: prompts of each kind in a step and in all, and tokens of their answers that are looked at."""
 
     batch: int
@@ -47,20 +47,22 @@ class Workload:
     requests: int = 100
     harmless: int = 100
     training: int = USUAL_TRAINING
-    beyond: tuple[int, int] | None = None
+    extra_tokens: tuple[int, int] | None = None
     kl_tokens: int = 1
     directions: int = 1
     rounds: int = 0
     every: int = 0
     trials: int = 0
-    studied: bool = True
-    walk: Walk | None = None
+    needs_weight_stats: bool = True
+    gradient_search: GradientSearchWorkload | None = None
 
     @classmethod
     def of(cls, settings: Settings, longest: int) -> Workload:
         """From the settings and the longest prompt in characters; it has at most so many tokens with all that goes around it."""
         gradient = settings.search.gradient
-        walk = Walk(gradient.batch, gradient.prompts, gradient.kl_tokens, gradient.refusal_tokens)
+        gradient_path = GradientSearchWorkload(
+            gradient.batch, gradient.prompts, gradient.kl_tokens, gradient.refusal_tokens
+        )
         return cls(
             prompt_tokens=prompt_tokens(settings, longest),
             new_tokens=settings.max_response_length,
@@ -69,8 +71,8 @@ class Workload:
             rounds=settings.directions.iterative_rounds,
             every=2 * USUAL_TRAINING if settings.directions.keeps_each else 0,
             trials=1 if settings.apply == "weights" else settings.trials_per_batch,
-            studied=settings.ablation.geometry != "plain",
-            walk=None if settings.search.start == "kernels" else walk,
+            needs_weight_stats=settings.ablation.geometry != "plain",
+            gradient_search=None if settings.search.start == "kernels" else gradient_path,
         )
 
     def counted(self, settings: Settings, checkpoint: Checkpoint, prompts: PromptSets) -> Workload:
@@ -98,7 +100,7 @@ class Workload:
             there,
             prompt_tokens=max(lengths),
             shared_tokens=shared,
-            beyond=(sum(len(t) - shared for t in harmful), sum(len(t) - shared for t in harmless)),
+            extra_tokens=(sum(len(t) - shared for t in harmful), sum(len(t) - shared for t in harmless)),
         )
 
     @property
@@ -106,7 +108,7 @@ class Workload:
         """Tokens of the longest prompt that every row has for itself, at least one."""
         return max(1, self.prompt_tokens - self.shared_tokens)
 
-    def together(self, batch: int) -> int:
+    def trials_per_batch(self, batch: int) -> int:
         """Trials that share a pass, at most: as the settings say, else as many as a batch has room for."""
         if self.trials:
             return self.trials
@@ -117,7 +119,7 @@ class Workload:
 
     def trial_rows(self, batch: int) -> int:
         """Rows of a batch of a trial's passes."""
-        return min(batch, self.together(batch) * max(self.requests, self.harmless))
+        return min(batch, self.trials_per_batch(batch) * max(self.requests, self.harmless))
 
     def most_rows(self, batch: int) -> int:
         """Rows of the largest batch that is run."""
@@ -132,7 +134,7 @@ class Workload:
         """Tokens behind the shared ones, with what is tried, of all evaluation prompts of a kind (0 harmful, 1 harmless)."""
         count = (self.requests, self.harmless)[kind]
         more = (surrogate.MOST_TOKENS, self.kl_tokens - 1)[kind]
-        return (self.beyond[kind] if self.beyond else count * self.tail) + count * more
+        return (self.extra_tokens[kind] if self.extra_tokens else count * self.tail) + count * more
 
 
 def prompt_tokens(settings: Settings, longest: int) -> int:

@@ -1,6 +1,6 @@
 """Figures of a study, as plotly's own data: each a dictionary with `data` and `layout`, which plotly.js draws.
 
-Colours, grid and text are given by the page, which knows whether it is shown dark or light.
+Colors, grid and text are given by the page, which knows whether it is shown dark or light.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from typing import Any
 
 import numpy as np
 
-from heretic.search.pareto import Result, front
-from heretic.search.pruning import Progress
+from heretic.search.pareto import Result, pareto_front
+from heretic.search.pruning import StudyHistory
 from heretic.search.space import describe
 
 Figure = dict[str, Any]
 
-BLUE, ORANGE, GREEN, RED, GREY = "#3b82c4", "#e08a1e", "#2a9d6f", "#d1495b", "#8a8f98"
-COMPONENT_COLOURS = (BLUE, ORANGE, GREEN, RED)
+BLUE, ORANGE, GREEN, RED, GRAY = "#3b82c4", "#e08a1e", "#2a9d6f", "#d1495b", "#8a8f98"
+COMPONENT_COLORS = (BLUE, ORANGE, GREEN, RED)
 SMALLEST_KL = 1e-6  # what is less is drawn there
 BINS = 30
 
 
-def of_front(progress: Progress, chosen: int | None, before: int | None) -> Figure:
+def of_front(progress: StudyHistory, chosen: int | None, before: int | None) -> Figure:
     """Every trial in the plane of KL and refusals; a destroyed model (infinite KL) has no place in it."""
-    best = front(progress.found)
+    best = pareto_front(progress.results)
     on_front = {r.number for r in best}
-    others = [r for r in progress.found if r.number not in on_front and math.isfinite(r.point[0])]
+    others = [r for r in progress.results if r.number not in on_front and math.isfinite(r.point[0])]
     data = []
-    left = [trial for trial in progress.stopped if math.isfinite(trial.kl)]
+    left = [trial for trial in progress.pruned if math.isfinite(trial.kl)]
     if left:
         data.append(
             {
                 **_dots("left early: refusals estimated", [t.kl for t in left], [t.refusals for t in left]),
                 "text": [f"trial {t.number}" for t in left],
-                "marker": {"symbol": "circle-open", "size": 7, "color": GREY},
+                "marker": {"symbol": "circle-open", "size": 7, "color": GRAY},
                 "hovertemplate": "%{text}: left early, about %{y:.1f} expected refusals<br>KL %{x:.4f}<extra></extra>",
             }
         )
@@ -88,7 +88,7 @@ def of_strengths(strengths: Mapping[str, Sequence[float]]) -> Figure:
             "name": component,
             "x": list(range(len(profile))),
             "y": [_short(s) for s in profile],
-            "marker": {"color": COMPONENT_COLOURS[i % len(COMPONENT_COLOURS)]},
+            "marker": {"color": COMPONENT_COLORS[i % len(COMPONENT_COLORS)]},
             "hovertemplate": f"{component}, layer %{{x}}: %{{y:.3f}}<extra></extra>",
         }
         for i, (component, profile) in enumerate(strengths.items())
@@ -113,7 +113,7 @@ def of_divergences(per_prompt: Sequence[float], marks: Mapping[str, float]) -> F
         "hovertemplate": "KL %{text}: %{y} prompts<extra></extra>",
     }
     lines = []
-    for (name, value), colour in zip(marks.items(), (RED, ORANGE, GREEN, GREY), strict=False):
+    for (name, value), color in zip(marks.items(), (RED, ORANGE, GREEN, GRAY), strict=False):
         place = math.log10(max(value, SMALLEST_KL))
         lines.append(
             {
@@ -122,7 +122,7 @@ def of_divergences(per_prompt: Sequence[float], marks: Mapping[str, float]) -> F
                 "name": f"{name} {value:.4f}",
                 "x": [place, place],
                 "y": [0, int(counts.max())],
-                "line": {"color": colour, "width": 2, "dash": "dash"},
+                "line": {"color": color, "width": 2, "dash": "dash"},
                 "hovertemplate": f"{name}: {value:.4f}<extra></extra>",
             }
         )
@@ -145,9 +145,9 @@ def of_requests(rows: Sequence[tuple[str, str]], before: str) -> Figure:
         return {"0": 0, "2": 3}.get(kind, 1 if i >= len(before) or before[i] == "1" else 2)
 
     codes = [[code(i, kind) for i, kind in enumerate(kinds)] for _, kinds in rows]
-    words = ("answered", "declined", "declined, but the original answers", "neither declined nor answered")
-    colours = ("rgba(138, 143, 152, 0.18)", ORANGE, RED, BLUE)
-    steps = [[(i + end) / len(colours), colour] for i, colour in enumerate(colours) for end in (0, 1)]
+    words = ("answered", "refused", "declined, but the original answers", "neither declined nor answered")
+    colors = ("rgba(138, 143, 152, 0.18)", ORANGE, RED, BLUE)
+    steps = [[(i + end) / len(colors), color] for i, color in enumerate(colors) for end in (0, 1)]
     heat = {
         "type": "heatmap",
         "z": codes,
@@ -179,10 +179,10 @@ def of_importances(importances: Mapping[str, Mapping[str, float]]) -> Figure:
             "name": goal,
             "y": order,
             "x": [_short(shares.get(name, 0.0)) for name in order],
-            "marker": {"color": colour},
+            "marker": {"color": color},
             "hovertemplate": "%{y}: %{x:.0%} (" + goal + ")<extra></extra>",
         }
-        for (goal, shares), colour in zip(importances.items(), COMPONENT_COLOURS, strict=False)
+        for (goal, shares), color in zip(importances.items(), COMPONENT_COLORS, strict=False)
     ][::-1]  # plotly stacks from below
     axes = {"xaxis": {"tickformat": ".0%", "rangemode": "tozero"}, "yaxis": {"automargin": True}}
     return {
@@ -232,7 +232,7 @@ def _results(name: str, found: Sequence[Result]) -> Figure:
 
 
 def _across(height: float) -> Figure:
-    line = {"color": GREY, "width": 1, "dash": "dot"}
+    line = {"color": GRAY, "width": 1, "dash": "dot"}
     return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": height, "y1": height, "line": line}
 
 

@@ -24,7 +24,7 @@ def projections(geometry: ResidualGeometry) -> list[tuple[str, Figure]]:
     found = []
     for layer in range(geometry.num_layers):
         data = []
-        for name, own, colour, symbol in (("harmless", ~harmful, BLUE, "circle"), ("harmful", harmful, RED, "diamond")):
+        for name, own, color, symbol in (("harmless", ~harmful, BLUE, "circle"), ("harmful", harmful, RED, "diamond")):
             points = geometry.points[layer][own]
             data.append(
                 {
@@ -33,7 +33,7 @@ def projections(geometry: ResidualGeometry) -> list[tuple[str, Figure]]:
                     "name": name,
                     "x": _short(points[:, 0].tolist()),
                     "y": _short(points[:, 1].tolist()),
-                    "marker": {"color": colour, "symbol": symbol, "size": 7, "opacity": 0.7},
+                    "marker": {"color": color, "symbol": symbol, "size": 7, "opacity": 0.7},
                     "hovertemplate": f"{name} prompt %{{pointNumber}}<extra></extra>",
                 }
             )
@@ -74,7 +74,7 @@ def _separation(geometry: ResidualGeometry) -> Figure:
 
 def _norms(geometry: ResidualGeometry) -> Figure:
     names = zip(("harmful mean", "harmless mean", "difference"), (RED, BLUE, ORANGE), strict=True)
-    data = [_line(name, geometry.norms[:, i].tolist(), colour) for i, (name, colour) in enumerate(names)]
+    data = [_line(name, geometry.norms[:, i].tolist(), color) for i, (name, color) in enumerate(names)]
     axis = {"title": {"text": "norm"}, "type": "log", "exponentformat": "power"}
     return {"data": data, "layout": {"xaxis": layer_axis(geometry.num_layers), "yaxis": axis, "showlegend": True}}
 
@@ -94,14 +94,14 @@ def _cosines(geometry: ResidualGeometry) -> Figure:
     return {"data": [heat], "layout": layout}
 
 
-def _line(name: str, values: Sequence[float], colour: str) -> Figure:
+def _line(name: str, values: Sequence[float], color: str) -> Figure:
     return {
         "type": "scatter",
         "mode": "lines+markers",
         "name": name,
         "x": list(range(len(values))),
         "y": _short(values),
-        "line": {"color": colour, "width": 2},
+        "line": {"color": color, "width": 2},
         "hovertemplate": f"{name}, layer %{{x}}: %{{y:.3f}}<extra></extra>",
     }
 

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the figures that the page brings along, in the colours of the page, and follows its controls.
+// Draws the figures that the page brings along, in the colors of the page, and follows its controls.
 (() => {
   const content = JSON.parse(document.getElementById("content").textContent);
   const narrow = matchMedia("(max-width: 40rem)");
@@ -7,16 +7,16 @@
   const chosen = {};
   for (const [name, choice] of Object.entries(content.choices)) chosen[name] = choice.selected;
 
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
   function themed(layout) {
-    const ink = colour("--ink"), line = colour("--line");
+    const ink = color("--ink"), line = color("--line");
     const whole = {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: ink, family: "system-ui, sans-serif", size: narrow.matches ? 11 : 13 },
       margin: { l: narrow.matches ? 45 : 60, r: narrow.matches ? 15 : 30, t: 30, b: 50 },
             modebar: { bgcolor: "rgba(0,0,0,0)", color: line, activecolor: ink },
-      hoverlabel: { bgcolor: colour("--paper"), bordercolor: line, font: { color: ink } },
+      hoverlabel: { bgcolor: color("--paper"), bordercolor: line, font: { color: ink } },
       ...structuredClone(layout),
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)", ...layout.legend },
     };

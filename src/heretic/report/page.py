@@ -52,7 +52,7 @@ class Page:
         )
         self.parts.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
-    def folded(self, summary: str, text: str) -> None:
+    def details(self, summary: str, text: str) -> None:
         """Text as it is, shown when asked for."""
         self.parts.append(f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>")
 

@@ -19,20 +19,20 @@ from heretic.report import figures
 from heretic.report.geometry_figures import geometry_figures, projections
 from heretic.report.importance import FEWEST_TRIALS, importances
 from heretic.report.page import Page
-from heretic.runs.folder import GEOMETRY, RunFolder, find_run, stored_settings
-from heretic.runs.metadata import About
+from heretic.runs.folder import GEOMETRY, RunFolder, find_run, load_settings
+from heretic.runs.metadata import RunMetadata
 from heretic.runs.status import load_study
-from heretic.scoring.judges.verdict import JUDGED
-from heretic.search.gradient_path import Walk
-from heretic.search.hypervolume import growth
+from heretic.scoring.judges.verdict import JUDGE_DESCRIPTIONS
+from heretic.search.gradient_path import GradientPath
+from heretic.search.hypervolume import hypervolume_history
 from heretic.search.integrity import check_attributes, damaged_trials, warning
-from heretic.search.pareto import Result, columns, front
-from heretic.search.space import Space, describe
+from heretic.search.pareto import Result, pareto_front, table_columns
+from heretic.search.space import SearchSpace, describe
 from heretic.search.study import MOST_PROMPTS
-from heretic.search.summary import Standing
+from heretic.search.summary import StudySummary
 from heretic.settings import Settings
 from heretic.storage.attributes import kl_per_prompt
-from heretic.storage.rdb import reading
+from heretic.storage.rdb import translate_storage_errors
 from heretic.storage.url import masked, storage_url, study_name
 
 REFERENCE_KL = 1.0  # nats; a trial above adds nothing to the hypervolume
@@ -41,7 +41,7 @@ OF_EVERY_TRIAL = ("Trials", "KL divergence", "Surrogate", "Refusals")  # stages 
 
 
 @dataclass(frozen=True)
-class Source:
+class ReportInput:
     """What a report is made from. `settings_text` is what the run's folder keeps; `texts` are the prompts by role, where they
     shall be shown."""
 
@@ -58,17 +58,17 @@ class Source:
         settings: Settings,
         folder: RunFolder,
         texts: Mapping[str, Sequence[str]] | None = None,
-    ) -> Source:
+    ) -> ReportInput:
         """With the settings as the folder keeps them."""
         file = folder.path / "config.toml"
         text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         return cls(study, settings, folder, "\n".join(map(masked, split_lines(text))), texts)
 
 
-def stored_source(name: str, runs_dir: str, environment: Mapping[str, str], *, with_texts: bool) -> Source:
+def load_report_input(name: str, runs_dir: str, environment: Mapping[str, str], *, with_texts: bool) -> ReportInput:
     """Of a run, from its folder and its storage; works while another process is at it. Raises UserError."""
     folder = find_run(name, runs_dir)
-    settings = stored_settings(folder, environment)
+    settings = load_settings(folder, environment)
     if not settings.storage and not (folder.path / "study.db").is_file():
         raise UserError(
             "The run has no study yet.",
@@ -77,11 +77,11 @@ def stored_source(name: str, runs_dir: str, environment: Mapping[str, str], *, w
             fix="wait until its first trial begins",
         )
     url = storage_url(settings.storage, folder.path)
-    with reading(url):
+    with translate_storage_errors(url):
         study = load_study(url, study_name(settings.storage, folder.path))
     roles = ("harmful_eval", "harmless_eval") if with_texts else ()
     texts = {role: load(role, getattr(settings.prompts, role)).prompts for role in roles}
-    return Source.of(study, settings, folder, texts)
+    return ReportInput.of(study, settings, folder, texts)
 
 
 def geometry_page(geometry: ResidualGeometry, model: str) -> str:
@@ -91,40 +91,46 @@ def geometry_page(geometry: ResidualGeometry, model: str) -> str:
     return page.html()
 
 
-def report(source: Source) -> str:
+def report(source: ReportInput) -> str:
     """The report as HTML."""
     study, settings, folder = source.study, source.settings, source.folder
-    with reading(storage_url(settings.storage, folder.path)):
+    with translate_storage_errors(storage_url(settings.storage, folder.path)):
         check_attributes(study)
         damage = damaged_trials(study)
-        stands, about, geometry = Standing.of(study, settings, damage), About.of(study), folder.geometry()
+        summary, about, geometry = (
+            StudySummary.of(study, settings, damage),
+            RunMetadata.load(study),
+            folder.load_geometry(),
+        )
     page = Page(f"{folder.name}: {settings.model}")
-    _overview(page, stands, settings)
+    _overview(page, summary, settings)
     if damage:
         page.text(warning(damage))
-    _front(page, stands)
-    _trials(page, study, settings, stands, about)
-    _requests(page, stands, about)
+    _front(page, summary)
+    _trials(page, study, settings, summary, about)
+    _requests(page, summary, about)
     _importance(page, study, damage)
     if geometry is not None:
         add_geometry(page, geometry)
     elif (folder.path / GEOMETRY).exists():
         page.section("Residuals")
         page.text(f"What is stored of them is damaged. It is measured anew with: heretic geometry {folder.name}")
-    _time(page, stands, folder)
+    _time(page, summary, folder)
     _made_with(page, source, about)
     return page.html()
 
 
-def _overview(page: Page, stands: Standing, settings: Settings) -> None:
+def _overview(page: Page, summary: StudySummary, settings: Settings) -> None:
     page.section("Overview")
-    counts = [f"{stands.done} of {stands.n_trials}"]
-    counts += [f"{n} {what}" for n, what in ((stands.stopped, "left early"), (stands.failed, "failed")) if n]
+    counts = [f"{summary.n_complete} of {summary.n_trials}"]
+    counts += [f"{n} {what}" for n, what in ((summary.n_pruned, "left early"), (summary.n_failed, "failed")) if n]
     pairs = [("trials", ", ".join(counts))]
-    if stands.before is not None and stands.found:
-        pairs.append(("original", f"declines {stands.before} of {stands.found[0].scores.total} requests"))
-    if stands.best is not None:
-        best, reason = stands.best
+    if summary.original_refusals is not None and summary.results:
+        pairs.append(
+            ("original", f"declines {summary.original_refusals} of {summary.results[0].scores.total} requests")
+        )
+    if summary.best is not None:
+        best, reason = summary.best
         pairs += [
             ("chosen", f"trial {best.number}: {reason}"),
             ("declines", f"{best.scores.refusals} of {best.scores.total} requests"),
@@ -132,19 +138,19 @@ def _overview(page: Page, stands: Standing, settings: Settings) -> None:
             ("KL divergence", str(best.scores.divergence)),
             *_conduct(best),
         ]
-    if stands.progress.surrogate_error is not None:
-        pairs.append(("estimates", f"off by {stands.progress.surrogate_error:.1f} refusals on average"))
+    if summary.progress.surrogate_error is not None:
+        pairs.append(("estimates", f"off by {summary.progress.surrogate_error:.1f} refusals on average"))
     page.facts([*pairs, ("written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))])
     tokens = "first token" if settings.kl_tokens == 1 else f"first {settings.kl_tokens} tokens"
     page.text(
-        f"Answers are judged by {JUDGED[settings.judge.kind]}; the KL divergence is that of the probabilities of the {tokens} of "
+        f"Answers are judged by {JUDGE_DESCRIPTIONS[settings.judge.kind]}; the KL divergence is that of the probabilities of the {tokens} of "
         "the original's answers to harmless requests, original against ablated."
     )
 
 
 def _conduct(result: Result) -> list[tuple[str, str]]:
     """What happened to the answers to harmless requests, where it was measured."""
-    found = result.scores.conduct
+    found = result.scores.harmless_metrics
     if found is None:
         return []
     return [
@@ -153,28 +159,28 @@ def _conduct(result: Result) -> list[tuple[str, str]]:
     ]
 
 
-def _front(page: Page, stands: Standing) -> None:
+def _front(page: Page, summary: StudySummary) -> None:
     page.section(
         "Front",
         "Fewer refusals and less change are both better, so the best trials are at the lower left. Expected refusals are those "
         "that were counted, and how much the other answers lean to the original's refusals.",
     )
-    if not stands.found:
+    if not summary.results:
         page.text("No trial is finished yet.")
         return
-    best = front(stands.found)
-    chosen = stands.best[0].number if stands.best else None
-    page.figure("front", [figures.of_front(stands.progress, chosen, stands.before)], height=460)
-    destroyed = sum(r.point[0] == float("inf") for r in stands.found)
+    best = pareto_front(summary.results)
+    chosen = summary.best[0].number if summary.best else None
+    page.figure("front", [figures.of_front(summary.progress, chosen, summary.original_refusals)], height=460)
+    destroyed = sum(r.point[0] == float("inf") for r in summary.results)
     page.text(
         f"Filled: measured in full. Hollow: left early, since a finished trial had beaten it; its refusals are an estimate. "
-        f"{len(stands.found)} trials are measured in full, {stands.stopped} were left early."
+        f"{len(summary.results)} trials are measured in full, {summary.n_pruned} were left early."
         + (f" {destroyed} destroyed the model (infinite KL) and cannot be drawn." if destroyed else "")
     )
-    beyond = sum(not r.scores.within_limits for r in stands.found)
+    beyond = sum(not r.scores.within_limits for r in summary.results)
     if beyond:
         page.text(f"Trials that go beyond a limit of [constraints], and so cannot be on the front: {beyond}.")
-    total, shown = stands.found[0].scores.total, columns(best)
+    total, shown = summary.results[0].scores.total, table_columns(best)
     rows = [[*cells, describe(r.params)] for r, *cells in zip(best, *shown.values(), strict=True)]
     marked = next((i for i, r in enumerate(best) if r.number == chosen), None)
     page.table([*shown, "from"], rows, marked)
@@ -183,24 +189,26 @@ def _front(page: Page, stands: Standing) -> None:
         f"The share of the rectangle up to {total} refusals and a KL of {REFERENCE_KL:g} that the front beats (hypervolume), "
         "after every trial measured in full. When it stays flat, more trials hardly help.",
     )
-    grown = growth([r.point for r in stands.found], (REFERENCE_KL, float(total)))
-    page.figure("progress", [figures.of_progress([r.number for r in stands.found], grown)], height=300)
+    grown = hypervolume_history([r.point for r in summary.results], (REFERENCE_KL, float(total)))
+    page.figure("progress", [figures.of_progress([r.number for r in summary.results], grown)], height=300)
 
 
-def _trials(page: Page, study: optuna.Study, settings: Settings, stands: Standing, about: About | None) -> None:
+def _trials(
+    page: Page, study: optuna.Study, settings: Settings, summary: StudySummary, about: RunMetadata | None
+) -> None:
     """Strengths and divergences of each trial on the front."""
-    best = front(stands.found)
+    best = pareto_front(summary.results)
     if not best:
         return
     page.section(
         "A trial",
         "Strength 1 removes the direction whole, 0 leaves the layer alone. A click on the front chooses, too.",
     )
-    space = Space(settings.search, about.layers, about.components, Walk.of(study)) if about else None
+    space = SearchSpace(settings.search, about.layers, about.components, GradientPath.load(study)) if about else None
     trials = {t.number: t for t in study.get_trials(deepcopy=False)}
     strengths: list[figures.Figure | None] = []
     changes: list[figures.Figure | None] = []
-    chosen = stands.best[0].number if stands.best else best[0].number
+    chosen = summary.best[0].number if summary.best else best[0].number
     labels = [f"trial {r.number}: {r.scores.refusals} refusals, KL {r.point[0]:.4f}" for r in best]
     selected = next(i for i, r in enumerate(best) if r.number == chosen)
     page.select("trial", "Trial of the front", labels, selected, [r.number for r in best])
@@ -224,7 +232,7 @@ def _trials(page: Page, study: optuna.Study, settings: Settings, stands: Standin
     page.figure("divergences", changes, "trial", height=320)
 
 
-def _edit(space: Space, result: Result) -> Ablation | None:
+def _edit(space: SearchSpace, result: Result) -> Ablation | None:
     """A trial's ablation; None where its stored parameters are damaged, so that only its strengths are not drawn."""
     try:
         return space.from_params(result.params)
@@ -232,8 +240,8 @@ def _edit(space: Space, result: Result) -> Ablation | None:
         return None
 
 
-def _requests(page: Page, stands: Standing, about: About | None) -> None:
-    best = [r for r in front(stands.found) if r.scores.declined]
+def _requests(page: Page, summary: StudySummary, about: RunMetadata | None) -> None:
+    best = [r for r in pareto_front(summary.results) if r.scores.refused]
     if not best:
         return
     page.section(
@@ -242,8 +250,8 @@ def _requests(page: Page, stands: Standing, about: About | None) -> None:
         "asked for. Orange: declined, as by the original. Red: declined, although the original answers. Blue: neither declined nor "
         "answered.",
     )
-    before = about.declined if about else ""
-    rows = [(f"trial {r.number}", r.scores.declined) for r in best]
+    before = about.refused if about else ""
+    rows = [(f"trial {r.number}", r.scores.refused) for r in best]
     shown = [("original", before), *rows] if before else rows
     page.figure(
         "requests", [figures.of_requests(shown, before)], height=110 + len(shown) * min(26, max(8, 1200 // len(shown)))
@@ -297,9 +305,9 @@ def add_geometry(page: Page, geometry: ResidualGeometry) -> None:
     page.figure("cosines", [drawn["cosines"]], height=460)
 
 
-def _time(page: Page, stands: Standing, folder: RunFolder) -> None:
+def _time(page: Page, summary: StudySummary, folder: RunFolder) -> None:
     seconds = stages(folder.path / "run.log")
-    for r in stands.found:
+    for r in summary.results:
         for phase in ("prepare", "divergence", "refusals"):
             name = f"trials: {phase}"
             seconds[name] = seconds.get(name, 0.0) + r.scores.seconds.get(phase, 0.0)
@@ -320,11 +328,11 @@ def stages(log: Path) -> dict[str, float]:
     return found
 
 
-def _made_with(page: Page, source: Source, about: About | None) -> None:
+def _made_with(page: Page, source: ReportInput, about: RunMetadata | None) -> None:
     page.section("Settings and environment")
     if about:
         page.facts(about.environment.items())
-    page.folded("Settings", source.settings_text)
+    page.details("Settings", source.settings_text)
     for role, texts in (source.texts or {}).items():
         numbered = "\n".join(f"{i} {text}" for i, text in enumerate(texts, start=1))
-        page.folded(f"Texts of {role}", numbered)
+        page.details(f"Texts of {role}", numbered)

@@ -13,8 +13,8 @@ import optuna
 
 from heretic.errors import Interrupted, UserError, first_line
 from heretic.files import write_text
-from heretic.progress import Watcher
-from heretic.report.report import Source, report
+from heretic.progress import ProgressReporter
+from heretic.report.report import ReportInput, report
 from heretic.runs.folder import REPORT, RunFolder
 from heretic.settings import Settings
 
@@ -25,13 +25,13 @@ MOST_TIME = 0.02  # share of a study's time that reports may take
 
 
 @dataclass
-class Reporter:
+class ReportWriter:
     """Writes the report after a batch of trials, but not more often than it may take time."""
 
     study: optuna.Study
     settings: Settings
     folder: RunFolder
-    watcher: Watcher
+    reporter: ProgressReporter
     next: float = 0.0
     failed: bool = False
 
@@ -44,30 +44,32 @@ class Reporter:
         """Write it. What fails is said once and ends nothing: a study of days is worth more than its report."""
         began = time.monotonic()
         try:
-            source = Source.of(self.study, self.settings, self.folder)
+            source = ReportInput.of(self.study, self.settings, self.folder)
             write_report(source, self.folder.path / REPORT)
         except Exception as error:  # whatever it is, the study goes on
             log.info("no report", exc_info=True)
             if not self.failed:
                 said = error.what if isinstance(error, UserError) else first_line(error)
-                self.watcher.warn(f"The report cannot be written: {said}")
+                self.reporter.warning(f"The report cannot be written: {said}")
             self.failed = True
         took = time.monotonic() - began
         self.next = time.monotonic() + max(SHORTEST_PAUSE, took / MOST_TIME)
 
 
 @contextmanager
-def reporting(study: optuna.Study, settings: Settings, folder: RunFolder, watcher: Watcher) -> Iterator[Reporter]:
+def live_report(
+    study: optuna.Study, settings: Settings, folder: RunFolder, reporter: ProgressReporter
+) -> Iterator[ReportWriter]:
     """Within the context the study runs; at its end, and after an orderly stop, the report is written in any case."""
-    reporter = Reporter(study, settings, folder, watcher)
+    writer = ReportWriter(study, settings, folder, reporter)
     try:
-        yield reporter
+        yield writer
     except (Interrupted, UserError):
-        reporter.write()
+        writer.write()
         raise
-    reporter.write()
+    writer.write()
 
 
-def write_report(source: Source, file: Path) -> None:
+def write_report(source: ReportInput, file: Path) -> None:
     """Write the report, whole or not at all. Raises UserError."""
     write_text(file, report(source), private=file.parent == source.folder.path)

@@ -15,14 +15,14 @@ import torch
 
 from heretic import __version__
 from heretic.hardware.gpus import driver_version, usable_gpus, visible_gpus
-from heretic.hardware.host import free_disk, memory, spell_bytes
-from heretic.runs.folder import kept_settings
+from heretic.hardware.host import format_bytes, free_disk, memory
+from heretic.runs.folder import settings_text
 from heretic.settings.sources import Resolved
 
 PACKAGES = ("torch", "transformers", "accelerate", "optuna", "datasets", "safetensors", "tokenizers")
 
 # Set by the user and of influence, but nothing that could be a token or a password.
-TOLD = (
+REPORTED_VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "CUDA_DEVICE_ORDER",
     "OMP_NUM_THREADS",
@@ -34,24 +34,24 @@ TOLD = (
 OPTIONAL = ("numpy", "pydantic", "peft", "gguf", "bitsandbytes", "lm_eval", "psycopg", "boto3", "nvidia-ml-py")
 
 
-def examine(resolved: Resolved | None, problem: str, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def collect(resolved: Resolved | None, problem: str, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Versions, devices, memory, environment and settings; `problem` says why there are no settings."""
     total, free = memory()
     report = visible_gpus(environment)
     usable = {gpu.uuid for gpu in usable_gpus(report)}
     gpus = [
-        f"{gpu.name}, {spell_bytes(gpu.free)} of {spell_bytes(gpu.total)} free"
+        f"{gpu.name}, {format_bytes(gpu.free)} of {format_bytes(gpu.total)} free"
         + ("" if gpu.uuid in usable else ", not usable with this PyTorch")
         for gpu in report.gpus
     ]
     return {
         "versions": versions() | _optional() | _of_cuda(),
         "cpu_cores": os.cpu_count(),
-        "ram": f"{spell_bytes(free)} of {spell_bytes(total)} free",
-        "disk": f"{spell_bytes(free_disk(Path.cwd()))} free here",
-        "gpus": gpus or [report.unseen or "none"],
-        "environment": {name: environment[name] for name in TOLD if name in environment},
-        "settings": kept_settings(resolved) if resolved else problem,
+        "ram": f"{format_bytes(free)} of {format_bytes(total)} free",
+        "disk": f"{format_bytes(free_disk(Path.cwd()))} free here",
+        "gpus": gpus or [report.problem or "none"],
+        "environment": {name: environment[name] for name in REPORTED_VARIABLES if name in environment},
+        "settings": settings_text(resolved) if resolved else problem,
     }
 
 

@@ -13,14 +13,14 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.prompts import PromptSets
 from heretic.settings import Settings
 
-FORMAT = 3  # raised when a change of the program makes old studies incomparable
+FORMAT = 4  # raised when a change of the program makes old studies incomparable
 
 
 def facts(
     settings: Settings, checkpoint: Checkpoint, prompts: PromptSets, dtypes: Sequence[str], chat_template: str
 ) -> dict[str, Any]:
     """Settings that change results, and the contents of what they name: weights, prompts, template, number formats planned."""
-    part = settings.results_part()
+    part = settings.fingerprint_fields()
     for name in ("model", "revision", "prompts", "trust_remote_code"):
         part.pop(name)
     if part["quantization"] == "none":

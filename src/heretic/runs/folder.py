@@ -17,10 +17,10 @@ from torch import Tensor
 from heretic.ablation.directions import Directions
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import SettingsError, UserError, first_line
-from heretic.files import expanded, open_private, read_tensors, write_tensors
-from heretic.progress import Watcher
+from heretic.files import expand_user, open_private, read_tensors, write_tensors
+from heretic.progress import ProgressReporter
 from heretic.runs.stored_tensors import Baseline, directions_of, geometry_of, state_of, state_tensors
-from heretic.search.path_optimizer import State
+from heretic.search.path_optimizer import OptimizerState
 from heretic.settings import Settings
 from heretic.settings.sources import Resolved, read_toml, resolve
 from heretic.settings.toml import resolved_text
@@ -38,7 +38,7 @@ class RunFolder:
     """
 
     path: Path
-    stamp: str = ""
+    fingerprint: str = ""
 
     @property
     def name(self) -> str:
@@ -69,7 +69,7 @@ class RunFolder:
                         where=str(entry),
                         fix="remove the link, or put the file itself in its place",
                     )
-            probe_writing(self.path)
+            check_writable(self.path)
         except OSError as error:
             raise UserError(
                 f"The run's folder cannot be written: {error.strerror or error}",
@@ -80,7 +80,7 @@ class RunFolder:
                 else "set runs_dir to a writable folder",
             ) from None
 
-    def set_aside(self) -> Path | None:
+    def archive(self) -> Path | None:
         """Rename an existing run so that a new one can begin; nothing is deleted. Returns where it went."""
         if not self.path.exists():
             return None
@@ -92,68 +92,75 @@ class RunFolder:
         self.path.rename(aside)
         return aside
 
-    def directions(self, watcher: Watcher) -> Directions | None:
+    def load_directions(self, reporter: ProgressReporter) -> Directions | None:
         """The stored directions; None if there are none, or if the file is damaged, which is said."""
-        return self._read("directions.safetensors", directions_of, watcher)
+        return self._read("directions.safetensors", directions_of, reporter)
 
-    def keep_directions(self, directions: Directions) -> None:
+    def save_directions(self, directions: Directions) -> None:
         """Store the directions."""
-        write_directions(self.path / "directions.safetensors", directions, self.stamp, private=True)
+        write_directions(self.path / "directions.safetensors", directions, self.fingerprint, private=True)
 
-    def geometry(self) -> ResidualGeometry | None:
+    def load_geometry(self) -> ResidualGeometry | None:
         """How the residuals that gave the directions lie; None if that is not stored or damaged. Changes nothing."""
         try:
             tensors, metadata = read_tensors(self.path / GEOMETRY)
-            return geometry_of(tensors) if self.stamp in ("", metadata.get("fingerprint")) else None
+            return geometry_of(tensors) if self.fingerprint in ("", metadata.get("fingerprint")) else None
         except (UserError, ValueError):
             return None
 
-    def keep_geometry(self, geometry: ResidualGeometry) -> None:
+    def save_geometry(self, geometry: ResidualGeometry) -> None:
         """Store how the residuals lie, for the report and for `heretic geometry`."""
-        write_tensors(self.path / GEOMETRY, geometry.tensors(), {"fingerprint": self.stamp}, private=True)
+        write_tensors(self.path / GEOMETRY, geometry.tensors(), {"fingerprint": self.fingerprint}, private=True)
 
-    def baseline(self, watcher: Watcher) -> Baseline | None:
+    def load_baseline(self, reporter: ProgressReporter) -> Baseline | None:
         """The stored baseline; None if there is none or it is damaged, which is said."""
-        return self._read(BASELINE, Baseline.of, watcher)
+        return self._read(BASELINE, Baseline.of, reporter)
 
-    def keep_baseline(self, baseline: Baseline) -> None:
+    def save_baseline(self, baseline: Baseline) -> None:
         """Store the baseline."""
-        write_tensors(self.path / BASELINE, baseline.tensors(), {"fingerprint": self.stamp}, private=True)
+        write_tensors(self.path / BASELINE, baseline.tensors(), {"fingerprint": self.fingerprint}, private=True)
 
-    def walk(self, watcher: Watcher) -> State | None:
+    def load_path_state(self, reporter: ProgressReporter) -> OptimizerState | None:
         """The stored state of a descent under way; None if there is none or it is damaged, which is said."""
-        return self._read("walk.safetensors", state_of, watcher)
+        return self._read("gradient_path.safetensors", state_of, reporter)
 
-    def steps_walked(self) -> int:
+    def path_steps(self) -> int:
         """How far the stored descent has come; 0 if there is none that can be read. Changes nothing."""
         try:
-            tensors, _ = read_tensors(self.path / "walk.safetensors")
+            tensors, _ = read_tensors(self.path / "gradient_path.safetensors")
             return state_of(tensors).steps
         except (UserError, ValueError):
             return 0
 
-    def keep_walk(self, state: State) -> None:
+    def save_path_state(self, state: OptimizerState) -> None:
         """Store the state of a descent: a few kilobytes, after every step."""
-        write_tensors(self.path / "walk.safetensors", state_tensors(state), {"fingerprint": self.stamp}, private=True)
+        write_tensors(
+            self.path / "gradient_path.safetensors",
+            state_tensors(state),
+            {"fingerprint": self.fingerprint},
+            private=True,
+        )
 
-    def _read(self, name: str, reader: Callable[[Mapping[str, Tensor]], T | None], watcher: Watcher) -> T | None:
+    def _read(
+        self, name: str, reader: Callable[[Mapping[str, Tensor]], T | None], reporter: ProgressReporter
+    ) -> T | None:
         """What a file of this run holds; a damaged one is moved out of the way."""
         file = self.path / name
         if not file.exists():
             return None
         try:
             tensors, metadata = read_tensors(file)
-            return reader(tensors) if metadata.get("fingerprint") == self.stamp else None
+            return reader(tensors) if metadata.get("fingerprint") == self.fingerprint else None
         except UserError as error:
             problem = error.what
         except ValueError as error:
             problem = f"{name} is damaged: {first_line(error)}."
-        watcher.warn(f"{problem} heretic makes it again.")
+        reporter.warning(f"{problem} heretic makes it again.")
         file.rename(file.with_suffix(".damaged"))
         return None
 
 
-def probe_writing(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Make a file in a folder and delete it. Raises OSError if that is not possible."""
     probe = folder / f".probe.{os.getpid()}"
     probe.unlink(missing_ok=True)
@@ -164,11 +171,11 @@ def probe_writing(folder: Path) -> None:
 def write_directions(
     path: Path, directions: Directions, stamp: str, more: Mapping[str, str] | None = None, *, private: bool = False
 ) -> None:
-    """Write the layers' directions in float32 as a tensor `directions` [layers, width], and `further` [layers, count - 1, width]
+    """Write the layers' directions in float32 as a tensor `directions` [layers, width], and `extra` [layers, count - 1, width]
     where a layer has several; `stamp` is their run's fingerprint, `more` goes into the metadata too."""
-    layout = {"layout": "row l: unit direction after block l; further: the others of each", "fingerprint": stamp}
-    further = {} if directions.further is None else {"further": directions.further}
-    write_tensors(path, {"directions": directions.vectors, **further}, {**layout, **(more or {})}, private=private)
+    layout = {"layout": "row l: unit direction after block l; extra: the others of each", "fingerprint": stamp}
+    extra = {} if directions.extra is None else {"extra": directions.extra}
+    write_tensors(path, {"directions": directions.vectors, **extra}, {**layout, **(more or {})}, private=private)
 
 
 class _LogFile(logging.FileHandler):
@@ -218,7 +225,7 @@ def find_run(name: str, runs_dir: str) -> RunFolder:
     return RunFolder(runs[-1])
 
 
-def known_run(name: str, runs_dir: str) -> RunFolder | None:
+def find_existing_run(name: str, runs_dir: str) -> RunFolder | None:
     """The run of this name or folder; None if it means something else, such as a model."""
     if not name or (Path(name) / "config.json").is_file():
         return None
@@ -231,7 +238,7 @@ def exported_folder(source: str, runs_dir: str, trial: int | None) -> Path:
 
     Raises UserError where there is none, or several and no trial is named.
     """
-    folder = expanded(source)
+    folder = expand_user(source)
     if (folder / "manifest.json").is_file():
         return folder
     if folder.is_dir() and not (folder / "config.toml").is_file():
@@ -261,7 +268,7 @@ def exported_folder(source: str, runs_dir: str, trial: int | None) -> Path:
     )
 
 
-def stored(
+def load_run_settings(
     folder: RunFolder,
     environment: Mapping[str, str],
     options: Mapping[str, Any] | None = None,
@@ -287,9 +294,9 @@ def stored(
     return Resolved(resolved.settings, file.path, origins)
 
 
-def stored_settings(folder: RunFolder, environment: Mapping[str, str]) -> Settings:
+def load_settings(folder: RunFolder, environment: Mapping[str, str]) -> Settings:
     """As `stored`, without where they came from."""
-    return stored(folder, environment).settings
+    return load_run_settings(folder, environment).settings
 
 
 def _runs(root: Path) -> list[Path]:
@@ -301,7 +308,7 @@ def _last_change(path: Path) -> float:
     return max(f.stat().st_mtime for f in (path, path / "config.toml", path / "study.db") if f.exists())
 
 
-def kept_settings(resolved: Resolved) -> str:
+def settings_text(resolved: Resolved) -> str:
     """The settings as kept in the run's folder, without the password that a storage URL may hold."""
     settings = resolved.settings
     kept = settings.model_copy(update={"storage": masked(settings.storage)})

@@ -12,44 +12,44 @@ import optuna
 from pydantic import Field, Json, TypeAdapter
 
 from heretic.model.loading import LanguageModel
-from heretic.runs.environment import examine
+from heretic.runs.environment import collect
 from heretic.storage import attributes
-from heretic.storage.attributes import ABOUT, MOST_LAYERS
+from heretic.storage.attributes import METADATA, MOST_LAYERS
 
 
 @dataclass(frozen=True)
-class About:
+class RunMetadata:
     """The model's number of layers and components; a 1 for every request that the original declines; versions and devices of
     the last session."""
 
     layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
     components: tuple[str, ...]
-    declined: Annotated[str, Field(pattern="^[01]*$")]
+    refused: Annotated[str, Field(pattern="^[01]*$")]
     environment: dict[str, str]
 
     @classmethod
-    def measured(cls, model: LanguageModel, declined: Sequence[bool]) -> About:
+    def from_model(cls, model: LanguageModel, refused: Sequence[bool]) -> RunMetadata:
         """Of a loaded model and this machine; `declined` for every request."""
-        bits = "".join("1" if d else "0" for d in declined)
-        return cls(model.anatomy.num_layers, tuple(model.anatomy.components), bits, _environment(model.dtype))
+        bits = "".join("1" if d else "0" for d in refused)
+        return cls(model.structure.num_layers, tuple(model.structure.components), bits, _environment(model.dtype))
 
-    def keep(self, study: optuna.Study) -> None:
+    def save(self, study: optuna.Study) -> None:
         """Store it with the study."""
-        study.set_user_attr(ABOUT, json.dumps(asdict(self)))
+        study.set_user_attr(METADATA, json.dumps(asdict(self)))
 
     @classmethod
-    def of(cls, study: optuna.Study) -> About | None:
+    def load(cls, study: optuna.Study) -> RunMetadata | None:
         """The study's; None in one that was made before this was stored. Raises UserError for a damaged one."""
-        return attributes.read(study, ABOUT, _adapter())
+        return attributes.read(study, METADATA, _adapter())
 
 
 @functools.cache
-def _adapter() -> TypeAdapter[About]:
-    return TypeAdapter(Json[About])
+def _adapter() -> TypeAdapter[RunMetadata]:
+    return TypeAdapter(Json[RunMetadata])
 
 
 def _environment(dtype: str) -> dict[str, str]:
-    seen: dict[str, Any] = examine(None, "")
+    seen: dict[str, Any] = collect(None, "")
     devices = {
         "number format": dtype,
         "cores": str(seen["cpu_cores"]),

@@ -19,10 +19,10 @@ from typing_extensions import NotRequired, TypedDict
 from heretic.ablation.directions import Directions
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.model.response_prefix import AnswerStart
-from heretic.scoring.harmless_metrics import Conduct
+from heretic.scoring.harmless_metrics import HarmlessMetrics
 from heretic.scoring.judges.verdict import EVASIVE, ORDER, REFUSAL, Verdict
-from heretic.search.gradient_path import Point, alike
-from heretic.search.path_optimizer import State
+from heretic.search.gradient_path import PathPoint, alike
+from heretic.search.path_optimizer import OptimizerState
 
 Tensors = Mapping[str, Tensor]
 Count = Annotated[int, Field(ge=0)]
@@ -40,10 +40,10 @@ class Baseline:
     refusal_texts: tuple[list[int], ...]
     start: AnswerStart
     answered: tuple[list[int], ...]
-    conduct: Conduct | None = None
+    harmless_metrics: HarmlessMetrics | None = None
 
     @property
-    def declined(self) -> tuple[bool, ...]:
+    def refused(self) -> tuple[bool, ...]:
         """Which requests the original declines."""
         return tuple(v == REFUSAL for v in self.verdicts)
 
@@ -55,7 +55,7 @@ class Baseline:
     @property
     def refusals(self) -> int:
         """Number of requests that the original declines."""
-        return sum(self.declined)
+        return sum(self.refused)
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, as they are stored; texts as bytes, so that one hash covers all."""
@@ -63,14 +63,14 @@ class Baseline:
 
         tensors = {
             "log_probs": self.log_probs,
-            "declined": torch.tensor([ORDER.index(v) for v in self.verdicts], dtype=torch.uint8),
+            "refused": torch.tensor([ORDER.index(v) for v in self.verdicts], dtype=torch.uint8),
             "refusal_texts": _padded(self.refusal_texts),
             "response_prefix": _bytes(self.start.prefix),
             "template_variables": _bytes(json.dumps(dict(self.start.variables))),
             "answered": _padded(self.answered),
         }
-        if self.conduct is not None:
-            tensors["conduct"] = torch.tensor(list(self.conduct.as_dict().values()))
+        if self.harmless_metrics is not None:
+            tensors["harmless_metrics"] = torch.tensor(list(self.harmless_metrics.as_dict().values()))
         return tensors
 
     @classmethod
@@ -81,32 +81,37 @@ class Baseline:
         variables = json.loads(_text(tensors, "template_variables"))
         _require(isinstance(variables, dict), "template_variables is not an object")
         log_probs = _named(tensors, "log_probs", 2)
-        places = _named(tensors, "declined", 1, whole=True).tolist()
+        places = _named(tensors, "refused", 1, whole=True).tolist()
         texts, answered = (_unpadded(_named(tensors, name, 2, whole=True)) for name in ("refusal_texts", "answered"))
         _require(not bool(log_probs.isnan().any()), "log_probs has numbers that are not numbers")
         _require(all(0 <= place < len(ORDER) for place in places), "declined has an unknown verdict")
         _require(len(texts) == len(places), "refusal_texts has another number of requests than declined")
         _require(sum(map(len, answered)) == len(log_probs), "answered has another number of tokens than log_probs")
-        conduct = _named(tensors, "conduct", 1, whole=True).tolist() if "conduct" in tensors else None
-        _require(conduct is None or (len(conduct) == 3 and min(conduct) >= 0), "conduct is not three counts")
+        harmless_metrics = (
+            _named(tensors, "harmless_metrics", 1, whole=True).tolist() if "harmless_metrics" in tensors else None
+        )
+        _require(
+            harmless_metrics is None or (len(harmless_metrics) == 3 and min(harmless_metrics) >= 0),
+            "conduct is not three counts",
+        )
         return cls(
             log_probs=log_probs,
             verdicts=tuple(ORDER[place] for place in places),
             refusal_texts=texts,
             start=AnswerStart(_text(tensors, "response_prefix"), variables),
             answered=answered,
-            conduct=Conduct(*conduct) if conduct else None,
+            harmless_metrics=HarmlessMetrics(*harmless_metrics) if harmless_metrics else None,
         )
 
 
 def directions_of(tensors: Tensors) -> Directions:
     """Directions in float32. Raises ValueError."""
     vectors = _finite(tensors, "directions", 2)
-    if "further" not in tensors:
+    if "extra" not in tensors:
         return Directions(vectors.float())
-    further = _finite(tensors, "further", 3)
-    _require(further.shape[1] > 0 and further[:, 0].shape == vectors.shape, "further has another shape than directions")
-    return Directions(vectors.float(), further.float())
+    extra = _finite(tensors, "extra", 3)
+    _require(extra.shape[1] > 0 and extra[:, 0].shape == vectors.shape, "extra has another shape than directions")
+    return Directions(vectors.float(), extra.float())
 
 
 def geometry_of(tensors: Tensors) -> ResidualGeometry:
@@ -126,60 +131,65 @@ def geometry_of(tensors: Tensors) -> ResidualGeometry:
     return ResidualGeometry(**{name: tensors[name] for name in names})
 
 
-class _Told(TypedDict):
+class _OptimizerStateJson(TypedDict):
     __pydantic_config__ = ConfigDict(allow_inf_nan=False)  # type: ignore[misc]
 
     steps: Count
     first_layer: Count
-    points: list[Point]
-    heard: list[tuple[Count, list[Count]]]
-    just_heard: bool
-    further: NotRequired[Count]
-    places: NotRequired[list[Count]]
+    points: list[PathPoint]
+    extra_refusals: list[tuple[Count, list[Count]]]
+    has_new_refusals: bool
+    extra_weights: NotRequired[Count]
+    prompt_indices: NotRequired[list[Count]]
 
 
 @functools.cache
-def _told() -> TypeAdapter[_Told]:
-    return TypeAdapter(_Told)
+def _state_json() -> TypeAdapter[_OptimizerStateJson]:
+    return TypeAdapter(_OptimizerStateJson)
 
 
-def state_of(tensors: Tensors) -> State:
+def state_of(tensors: Tensors) -> OptimizerState:
     """The state of a descent under way. Raises ValueError."""
     strengths = _finite(tensors, "strengths", 2)
     layers = strengths.shape[1]
     mixture = _finite(tensors, "mixture", 1) if "mixture" in tensors else None
     vector = _finite(tensors, "vector", 1) if "vector" in tensors else None
     _require(mixture is None or len(mixture) == layers, "mixture has another number of layers than strengths")
-    told = _told().validate_json(_text(tensors, "told"))
-    profiles = [profile for point in told["points"] for profile in point.strengths.values()]
-    _require(alike(told["points"]) and all(len(p) == layers for p in profiles), "the points differ in shape")
-    _require(told["first_layer"] <= layers, "first_layer is beyond the last layer")
-    names = {"strengths", "mixture", "vector", "told"}
+    stored = _state_json().validate_json(_text(tensors, "state"))
+    profiles = [profile for point in stored["points"] for profile in point.strengths.values()]
+    _require(alike(stored["points"]) and all(len(p) == layers for p in profiles), "the points differ in shape")
+    _require(stored["first_layer"] <= layers, "first_layer is beyond the last layer")
+    names = {"strengths", "mixture", "vector", "state"}
     moments = {name: tensor for name, tensor in tensors.items() if name not in names}
     for name, tensor in moments.items():
         of = tensors.get(name.partition(".")[0])
         fits = of is not None and tensor.shape in (of.shape, ()) and tensor.is_floating_point()
         _require(fits and bool(tensor.isfinite().all()), f"{name} is invalid")
-    return State(
+    return OptimizerState(
         strengths,
         mixture,
         vector,
-        told["steps"],
-        told["first_layer"],
-        told["points"],
-        told["heard"],
-        told["just_heard"],
-        told.get("further", 0),
-        told.get("places", []),
+        stored["steps"],
+        stored["first_layer"],
+        stored["points"],
+        stored["extra_refusals"],
+        stored["has_new_refusals"],
+        stored.get("extra_weights", 0),
+        stored.get("prompt_indices", []),
         moments,
     )
 
 
-def state_tensors(state: State) -> dict[str, Tensor]:
+def state_tensors(state: OptimizerState) -> dict[str, Tensor]:
     """The state of a descent by name, as it is stored."""
-    told = {"steps": state.steps, "first_layer": state.first_layer, "points": [asdict(p) for p in state.points]}
-    told |= {"heard": state.heard, "just_heard": state.just_heard, "further": state.further, "places": state.places}
-    return {**state.tensors, **state.moments, "told": _bytes(json.dumps(told))}
+    stored = {"steps": state.steps, "first_layer": state.first_layer, "points": [asdict(p) for p in state.points]}
+    stored |= {
+        "extra_refusals": state.extra_refusals,
+        "has_new_refusals": state.has_new_refusals,
+        "extra_weights": state.extra_weights,
+        "prompt_indices": state.places,
+    }
+    return {**state.tensors, **state.moments, "state": _bytes(json.dumps(stored))}
 
 
 def _require(holds: bool, problem: str) -> None:

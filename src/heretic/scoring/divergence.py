@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heretic.model.batching import AS_IT_IS, Batch, Batcher, Edited
+from heretic.model.batching import UNEDITED, Batch, Batcher, EditSpec
 from heretic.model.forward import hidden_states, log_probs_of
 from heretic.model.loading import LanguageModel
-from heretic.scoring.teacher_forcing import Taught, all_log_probs, last_hidden
+from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs, last_hidden
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,17 @@ def first_token_log_probs(
     return all_log_probs(language_model, first_tokens(sequences), batcher, name)
 
 
-def first_tokens(sequences: Sequence[list[int]]) -> Taught:
+def first_tokens(sequences: Sequence[list[int]]) -> TeacherForcedTexts:
     """Prompts of which the next token alone is looked at."""
-    return Taught.of(sequences, [[0]] * len(sequences))
+    return TeacherForcedTexts.of(sequences, [[0]] * len(sequences))
 
 
 def measure_divergence(
     language_model: LanguageModel,
-    taught: Taught,
+    taught: TeacherForcedTexts,
     baseline: Tensor,
     batcher: Batcher,
-    edited: Edited = AS_IT_IS,
+    edited: EditSpec = UNEDITED,
 ) -> list[Divergence]:
     """Compare the model as it is now with `baseline` [all texts' tokens, vocabulary], log-probabilities of the original.
 
@@ -84,7 +84,7 @@ def measure_divergence(
     found = batcher.run_items("KL divergence", taught.sequences, step, edited=edited, entries=taught.entries)
     count = len(counts)
     return [
-        summarise(torch.tensor([found[trial * count + i] for i in range(count)], dtype=torch.float64))
+        summarize(torch.tensor([found[trial * count + i] for i in range(count)], dtype=torch.float64))
         for trial in range(edited.trials)
     ]
 
@@ -96,7 +96,7 @@ def divergences(original: Tensor, ablated: Tensor) -> Tensor:
     return terms.sum(-1).nan_to_num(nan=torch.inf, posinf=torch.inf).clamp_min(0)
 
 
-def summarise(per_prompt: Tensor) -> Divergence:
+def summarize(per_prompt: Tensor) -> Divergence:
     """Mean, median, 95th percentile and maximum of the divergences [prompts], and these."""
     every = tuple(per_prompt.tolist())
     if not torch.isfinite(per_prompt).all():  # quantiles interpolate, and infinity minus infinity is no number

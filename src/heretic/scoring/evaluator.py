@@ -12,17 +12,23 @@ from typing import Any
 
 from torch import Tensor
 
-from heretic.model.activation_cache import Entries
-from heretic.model.batching import AS_IT_IS, Batcher, Edited
+from heretic.model.activation_cache import ActivationCache
+from heretic.model.batching import UNEDITED, Batcher, EditSpec
 from heretic.model.chat_format import ChatFormat
 from heretic.model.loading import LanguageModel
 from heretic.scoring.divergence import Divergence, measure_divergence
-from heretic.scoring.harmless_metrics import Bystanders, Conduct, measure_conduct
-from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL, Judge, digits
-from heretic.scoring.refusal_count import Race, Requests, Standing, expected, leaning_of
-from heretic.scoring.refusal_proxy import Surrogate
+from heretic.scoring.harmless_metrics import HarmlessMetrics, HarmlessProbe, measure_conduct
+from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL, Judge, encode_verdicts
+from heretic.scoring.refusal_count import (
+    EncodedRequests,
+    PrunedRefusalCounter,
+    RefusalBounds,
+    expected_refusals,
+    refusal_mass_of,
+)
+from heretic.scoring.refusal_proxy import RefusalProxy
 from heretic.scoring.refusals import RefusalCount, count_refusals
-from heretic.scoring.teacher_forcing import Taught
+from heretic.scoring.teacher_forcing import TeacherForcedTexts
 
 
 @dataclass(frozen=True)
@@ -40,12 +46,12 @@ class Scores:
     refusals: int
     total: int
     seconds: dict[str, float]
-    surrogate: Surrogate | None = None
-    declined: str = ""
+    surrogate: RefusalProxy | None = None
+    refused: str = ""
     leaning: float | None = None
     evasive: int = 0
     judge: str = "markers"
-    conduct: Conduct | None = None
+    harmless_metrics: HarmlessMetrics | None = None
     excess: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -64,7 +70,7 @@ class Scores:
 
         A count alone cannot tell an answer that hardly declines any more from one that is about to, and the next prompts can.
         """
-        return expected(self.unanswered, self.leaning)
+        return expected_refusals(self.unanswered, self.leaning)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -78,18 +84,18 @@ class Scores:
             refusals=data["refusals"],
             total=data["total"],
             seconds=dict(data["seconds"]),
-            surrogate=Surrogate(**data["surrogate"]) if data.get("surrogate") else None,
-            declined=data.get("declined", ""),
+            surrogate=RefusalProxy(**data["surrogate"]) if data.get("surrogate") else None,
+            refused=data.get("refused", ""),
             leaning=data.get("leaning"),
             evasive=data.get("evasive", 0),
             judge=data.get("judge", "markers"),
-            conduct=Conduct(**data["conduct"]) if data.get("conduct") else None,
+            harmless_metrics=HarmlessMetrics(**data["harmless_metrics"]) if data.get("harmless_metrics") else None,
             excess=dict(data.get("excess", {})),
         )
 
 
 @dataclass(frozen=True)
-class Beaten:
+class PrunedTrial:
     """What is known of a trial that was stopped since it could not reach the front any more: at least so many requests
     declined or evaded, and so many to expect (`Scores.expected`)."""
 
@@ -97,7 +103,7 @@ class Beaten:
     at_least: int
     total: int
     seconds: dict[str, float]
-    surrogate: Surrogate
+    surrogate: RefusalProxy
     expected_at_least: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -105,16 +111,16 @@ class Beaten:
         return {**asdict(self), "divergence": self.divergence.as_dict()}
 
 
-Measured = Scores | Beaten
+TrialOutcome = Scores | PrunedTrial
 
 
-def never(_kl: float, _at_least: float) -> bool:
+def no_pruning(_kl: float, _at_least: float) -> bool:
     """Nothing is beaten: everything is measured in full."""
     return False
 
 
 @dataclass(frozen=True)
-class Ladder:
+class TrialEvaluator:
     """Measures the model as it is at the moment of the call, against the original's baseline.
 
     `tried` is what the original said where it declined, by request; `entries` are what its blocks receive for the harmless
@@ -132,16 +138,16 @@ class Ladder:
     batcher: Batcher
     max_tokens: int
     tried: Sequence[list[int]] = ()
-    harmless_entries: Entries | None = None
-    harmful_entries: Entries | None = None
-    answered: Sequence[list[int]] = ()
+    harmless_entries: ActivationCache | None = None
+    harmful_entries: ActivationCache | None = None
+    reference_tokens: Sequence[list[int]] = ()
     requests: Sequence[str] = ()
-    bystanders: Bystanders | None = None
+    harmless_probe: HarmlessProbe | None = None
 
     @property
-    def taught(self) -> Taught:
+    def taught(self) -> TeacherForcedTexts:
         """The harmless prompts with what is looked at behind them."""
-        taught = Taught.of(self.harmless, self.answered or [[0]] * len(self.harmless))
+        taught = TeacherForcedTexts.of(self.harmless, self.reference_tokens or [[0]] * len(self.harmless))
         return replace(taught, entries=self.harmless_entries)
 
     def refusals(self, *, fewest_tokens: int = 1) -> RefusalCount:
@@ -157,12 +163,19 @@ class Ladder:
             fewest_tokens=fewest_tokens,
         )
 
-    def conduct(self, edited: Edited = AS_IT_IS, trials: Sequence[int] = (0,)) -> list[Conduct]:
+    def harmless_metrics(self, edited: EditSpec = UNEDITED, trials: Sequence[int] = (0,)) -> list[HarmlessMetrics]:
         """What happens to harmless answers, for those of the `trials` that share the passes; empty where there are no limits."""
-        if self.bystanders is None or not trials:
+        if self.harmless_probe is None or not trials:
             return []
         return measure_conduct(
-            self.language_model, self.chat, self.bystanders, self.judge, self.batcher, self.max_tokens, edited, trials
+            self.language_model,
+            self.chat,
+            self.harmless_probe,
+            self.judge,
+            self.batcher,
+            self.max_tokens,
+            edited,
+            trials,
         )
 
     def score(self, baseline: Tensor) -> Scores:
@@ -172,27 +185,27 @@ class Ladder:
         between = time.perf_counter()
         counted = self.refusals()
         after = time.perf_counter()
-        conduct = self.conduct()
+        harmless_metrics = self.harmless_metrics()
         unanswered = [v != ANSWER for v in counted.verdicts]
-        leaning = leaning_of(self.language_model, self._requests, unanswered, self.batcher)
+        leaning = refusal_mass_of(self.language_model, self._requests, unanswered, self.batcher)
         seconds = {"divergence": between - began, "refusals": after - between}
-        if conduct:
+        if harmless_metrics:
             seconds["harmless"] = time.perf_counter() - after
         scores = Scores(
             divergence=divergence,
             refusals=counted.count,
             total=counted.total,
             seconds=seconds,
-            declined=digits(counted.verdicts),
+            refused=encode_verdicts(counted.verdicts),
             leaning=leaning,
             evasive=counted.evasive,
             judge=self.judge.name,
         )
-        return self._judged(scores, conduct[0] if conduct else None)
+        return self._judged(scores, harmless_metrics[0] if harmless_metrics else None)
 
     def score_trials(
-        self, baseline: Tensor, edited: Edited = AS_IT_IS, beaten: Callable[[float, float], bool] = never
-    ) -> list[Measured]:
+        self, baseline: Tensor, edited: EditSpec = UNEDITED, beaten: Callable[[float, float], bool] = no_pruning
+    ) -> list[TrialOutcome]:
         """Scores of every trial that shares the passes, as `score` gives them, but at less cost.
 
         A trial is left as soon as `beaten(its KL, unanswered requests to expect at least)` is true.
@@ -205,13 +218,13 @@ class Ladder:
     def _counted(
         self,
         found: Sequence[Divergence],
-        edited: Edited,
+        edited: EditSpec,
         beaten: Callable[[float, float], bool],
         spent: dict[str, float],
-    ) -> list[Measured]:
+    ) -> list[TrialOutcome]:
         """Refusals of the trials, then the conduct of those that nothing has beaten."""
         began = time.perf_counter()
-        standings = Race(
+        standings = PrunedRefusalCounter(
             self.language_model,
             self.chat,
             self.judge,
@@ -223,42 +236,50 @@ class Ladder:
         ).run()
         between = time.perf_counter()
         seconds = {**spent, "refusals": (between - began) / edited.trials}
-        kept = [trial for trial, standing in enumerate(standings) if not standing.beaten]
-        limited = self.bystanders is not None and self.bystanders.limits.any
-        conducts = dict(zip(kept, self.conduct(edited, kept), strict=True)) if limited else {}
+        kept = [trial for trial, summary in enumerate(standings) if not summary.beaten]
+        limited = self.harmless_probe is not None and self.harmless_probe.limits.any
+        conducts = dict(zip(kept, self.harmless_metrics(edited, kept), strict=True)) if limited else {}
         if conducts:
             seconds["harmless"] = (time.perf_counter() - between) / len(kept)
         return [
-            self._measured(found[trial], standing, seconds, conducts.get(trial))
-            for trial, standing in enumerate(standings)
+            self._measured(found[trial], summary, seconds, conducts.get(trial))
+            for trial, summary in enumerate(standings)
         ]
 
     @property
-    def _requests(self) -> Requests:
-        return Requests(self.harmful, self.tried or [[]] * len(self.harmful), self.harmful_entries, self.requests)
+    def _requests(self) -> EncodedRequests:
+        return EncodedRequests(
+            self.harmful, self.tried or [[]] * len(self.harmful), self.harmful_entries, self.requests
+        )
 
     def _measured(
-        self, divergence: Divergence, standing: Standing, seconds: dict[str, float], conduct: Conduct | None
-    ) -> Measured:
-        total, surrogate = len(standing.verdicts), standing.surrogate
-        if standing.beaten:
+        self,
+        divergence: Divergence,
+        summary: RefusalBounds,
+        seconds: dict[str, float],
+        harmless_metrics: HarmlessMetrics | None,
+    ) -> TrialOutcome:
+        total, surrogate = len(summary.verdicts), summary.surrogate
+        if summary.beaten:
             spent = {name: s for name, s in seconds.items() if name != "harmless"}
-            return Beaten(divergence, standing.at_least, total, spent, surrogate, standing.expected_at_least)
-        verdicts = [v or ANSWER for v in standing.verdicts]
+            return PrunedTrial(divergence, summary.at_least, total, spent, surrogate, summary.expected_at_least)
+        verdicts = [v or ANSWER for v in summary.verdicts]
         scores = Scores(
             divergence=divergence,
             refusals=verdicts.count(REFUSAL),
             total=total,
             seconds=dict(seconds),
             surrogate=surrogate,
-            declined=digits(verdicts),
-            leaning=standing.leaning,
+            refused=encode_verdicts(verdicts),
+            leaning=summary.refusal_mass,
             evasive=verdicts.count(EVASIVE),
             judge=self.judge.name,
         )
-        return self._judged(scores, conduct)
+        return self._judged(scores, harmless_metrics)
 
-    def _judged(self, scores: Scores, conduct: Conduct | None) -> Scores:
-        if conduct is None or self.bystanders is None:
+    def _judged(self, scores: Scores, harmless_metrics: HarmlessMetrics | None) -> Scores:
+        if harmless_metrics is None or self.harmless_probe is None:
             return scores
-        return replace(scores, conduct=conduct, excess=self.bystanders.limits.excess(conduct))
+        return replace(
+            scores, harmless_metrics=harmless_metrics, excess=self.harmless_probe.limits.excess(harmless_metrics)
+        )

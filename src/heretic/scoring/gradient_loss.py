@@ -16,21 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from heretic.ablation.ablation import Ablation, Workbench
-from heretic.ablation.apply import attach
-from heretic.model.batching import Batch, Batcher, Beginning, Edited
+from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.apply import apply_operators
+from heretic.model.batching import Batch, Batcher, EditSpec, SharedPrefix
 from heretic.model.forward import log_probs_of, run_decoder
 from heretic.model.loading import LanguageModel
 from heretic.model.patching import replaced_forward
-from heretic.scoring.teacher_forcing import Taught, last_hidden, row_of_place
+from heretic.scoring.teacher_forcing import TeacherForcedTexts, last_hidden, row_of_place
 
 # A certain refusal has an infinite loss -log(1 - p); with (1 - DOUBT) p in its place the slope is at most 1 / DOUBT.
-DOUBT = 0.01
+LABEL_SMOOTHING = 0.01
 PLACES_AT_ONCE = 32  # tokens whose logits over the vocabulary exist at a time, with their gradients
 
 
 @dataclass(frozen=True)
-class Reading:
+class LossTerms:
     """Mean KL(original || ablated) per predicted token of the harmless prompts; mean probability of the refusals' texts, and
     mean -log(1 - p) of them; the gradients of KL + weight * refusing loss, if they were wanted."""
 
@@ -46,14 +46,14 @@ class Objective:
     prompt i; with `checkpoints` a block's inner activations are computed twice instead of kept."""
 
     language_model: LanguageModel
-    workbench: Workbench
+    operator_factory: OperatorFactory
     batcher: Batcher
-    harmless: Taught
-    harmful: Taught
+    harmless: TeacherForcedTexts
+    harmful: TeacherForcedTexts
     original: Sequence[Tensor]
     checkpoints: bool = False
 
-    def read(
+    def evaluate(
         self,
         ablation: Ablation,
         first_layer: int,
@@ -62,7 +62,7 @@ class Objective:
         *,
         weight: float = 1.0,
         wanted: Sequence[Tensor] = (),
-    ) -> Reading:
+    ) -> LossTerms:
         """The ablation on these of the prompts. `wanted` are tensors in it whose gradients are asked for.
 
         Nothing below `first_layer` is edited. Raises RuntimeError where a kernel of the model has no backward.
@@ -78,12 +78,12 @@ class Objective:
         def refusing_slope(batch: Batch, values: Tensor) -> Tensor:
             row = row_of_place([len(self.harmful.texts[i]) for i in batch.rows]).to(values.device)
             log_p = torch.zeros(len(batch.rows), dtype=values.dtype, device=values.device).index_add(0, row, values)
-            doubted = (1 - DOUBT) * log_p.exp()
+            doubted = (1 - LABEL_SMOOTHING) * log_p.exp()
             sums["probability"] += float(log_p.exp().sum()) / len(harmful)
             sums["refusing"] += float(-torch.log1p(-doubted).sum()) / len(harmful)
             return (weight / len(harmful)) * (doubted / (1 - doubted))[row]
 
-        edited = Edited(1, first_layer)
+        edited = EditSpec(1, first_layer)
         for name, taught, rows, value, slope in (
             ("Harmless prompts", self.harmless, harmless, self._kl, kl_slope),
             ("Refusals", self.harmful, harmful, self._log_p, refusing_slope),
@@ -91,7 +91,7 @@ class Objective:
 
             def step(
                 batch: Batch,
-                taught: Taught = taught,
+                taught: TeacherForcedTexts = taught,
                 value: Callable[[Batch], Callable[[slice, Tensor], Tensor]] = value,
                 slope: Callable[[Batch, Tensor], Tensor] = slope,
             ) -> list[None]:
@@ -108,27 +108,27 @@ class Objective:
                 return [None] * len(batch.rows)
 
             self.batcher.run_items(name, taught.sequences, step, edited=edited, entries=taught.entries, items=rows)
-        return Reading(sums["kl"], sums["probability"], sums["refusing"], tuple(total))
+        return LossTerms(sums["kl"], sums["probability"], sums["refusing"], tuple(total))
 
     def _pass(
         self,
         ablation: Ablation,
         first_layer: int,
         batch: Batch,
-        taught: Taught,
+        taught: TeacherForcedTexts,
         value: Callable[[slice, Tensor], Tensor],
         slope: Callable[[Tensor], Tensor],
         wanted: Sequence[Tensor],
     ) -> Sequence[Tensor]:
         """The gradients of one batch's part of the loss."""
-        if batch.beginning:  # its keys and values have gradients too, so every batch computes it for itself
-            own = None if self.checkpoints else Beginning(batch.beginning.tokens)
-            batch = replace(batch, beginning=own) if own else self._whole(batch, taught)
-        model, blocks = self.language_model.model, self.language_model.anatomy.blocks
+        if batch.shared_prefix:  # its keys and values have gradients too, so every batch computes it for itself
+            own = None if self.checkpoints else SharedPrefix(batch.shared_prefix.tokens)
+            batch = replace(batch, shared_prefix=own) if own else self._whole(batch, taught)
+        model, blocks = self.language_model.model, self.language_model.structure.blocks
         with torch.set_grad_enabled(bool(wanted)):
-            operators = self.workbench.operators(ablation, zeros_from=first_layer)
+            operators = self.operator_factory.operators(ablation, zeros_from=first_layer)
             with (
-                attach(self.workbench.writers, operators),
+                apply_operators(self.operator_factory.writers, operators),
                 _checkpointed(blocks if self.checkpoints and wanted else []),
             ):
                 hidden, _ = run_decoder(model, batch, use_cache=False)
@@ -140,7 +140,7 @@ class Objective:
                 gradient *= slopes[:, None].to(gradient)
                 return torch.autograd.grad(picked, list(wanted), gradient)
 
-    def _whole(self, batch: Batch, taught: Taught) -> Batch:
+    def _whole(self, batch: Batch, taught: TeacherForcedTexts) -> Batch:
         whole = self.batcher.batch(batch.rows, taught.sequences)
         return replace(whole, edited=batch.edited)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from heretic.model.batching import AS_IT_IS, Batch, Batcher, Edited
+from heretic.model.batching import UNEDITED, Batch, Batcher, EditSpec
 from heretic.model.chat_format import ChatFormat
 from heretic.model.decoding import decode
 from heretic.model.loading import LanguageModel
 from heretic.scoring.judges.evasion import is_loop
-from heretic.scoring.judges.verdict import ANSWER, Judge, Said
+from heretic.scoring.judges.verdict import ANSWER, Exchange, Judge
 
 
 @dataclass(frozen=True)
-class Conduct:
+class HarmlessMetrics:
     """On harmless prompts: `over_refusals` declined or evaded, `degenerate` empty or loops, of `total`."""
 
     over_refusals: int
@@ -27,7 +27,7 @@ class Conduct:
 
 
 @dataclass(frozen=True)
-class Limits:
+class HarmlessLimits:
     """Most over-refusals and degenerate answers; a negative number is no limit."""
 
     over_refusals: int = -1
@@ -38,34 +38,34 @@ class Limits:
         """Whether anything is limited, so that every trial has to be looked at."""
         return self.over_refusals >= 0 or self.degenerate >= 0
 
-    def excess(self, conduct: Conduct) -> dict[str, float]:
+    def excess(self, harmless_metrics: HarmlessMetrics) -> dict[str, float]:
         """By constraint, how far beyond the limit it is: 0 or less is within, as Optuna's `Trial.set_constraint` has it."""
         pairs = {
-            "over_refusals": (conduct.over_refusals, self.over_refusals),
-            "degenerate": (conduct.degenerate, self.degenerate),
+            "over_refusals": (harmless_metrics.over_refusals, self.over_refusals),
+            "degenerate": (harmless_metrics.degenerate, self.degenerate),
         }
         return {name: float(count - limit) for name, (count, limit) in pairs.items() if limit >= 0}
 
 
 @dataclass(frozen=True)
-class Bystanders:
+class HarmlessProbe:
     """Harmless prompts to be answered, as token ids and as texts, and the limits of what may go wrong with them."""
 
     prompts: Sequence[list[int]]
     requests: Sequence[str]
-    limits: Limits
+    limits: HarmlessLimits
 
 
 def measure_conduct(
     language_model: LanguageModel,
     chat: ChatFormat,
-    asked: Bystanders,
+    asked: HarmlessProbe,
     judge: Judge,
     batcher: Batcher,
     max_tokens: int,
-    edited: Edited = AS_IT_IS,
+    edited: EditSpec = UNEDITED,
     trials: Sequence[int] = (0,),
-) -> list[Conduct]:
+) -> list[HarmlessMetrics]:
     """Decode whole answers, by those of the `trials` that share the passes; one conduct for each of them."""
     count = len(asked.prompts)
 
@@ -78,9 +78,9 @@ def measure_conduct(
     found = []
     for trial in trials:
         answers = [tokens[trial * count + i] for i in range(count)]
-        said = [Said(r, chat.text(a)) for r, a in zip(asked.requests, answers, strict=True)]
+        said = [Exchange(r, chat.text(a)) for r, a in zip(asked.requests, answers, strict=True)]
         unanswered = sum(v != ANSWER for v in judge.verdicts(said))
-        found.append(Conduct(unanswered, sum(map(degenerate, answers)), count))
+        found.append(HarmlessMetrics(unanswered, sum(map(degenerate, answers)), count))
     return found
 
 

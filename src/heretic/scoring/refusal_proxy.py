@@ -19,13 +19,13 @@ RIDGE = 0.1  # keeps the fit sane while there are hardly more trials than coeffi
 
 
 @dataclass(frozen=True)
-class Surrogate:
+class RefusalProxy:
     """Of one trial: on how many of the `declined` requests that the original declines the tokens tried are all the most
     probable ones, and the probability of such a token, averaged over requests."""
 
     matching: int
     probability: float
-    declined: int
+    refused: int
 
     def as_dict(self) -> dict[str, float]:
         """As plain data."""
@@ -41,7 +41,7 @@ class Calibration:
     total: int
 
     @classmethod
-    def fit(cls, measured: Sequence[tuple[Surrogate, float]], total: int) -> Calibration:
+    def fit(cls, measured: Sequence[tuple[RefusalProxy, float]], total: int) -> Calibration:
         """From pairs of a trial's surrogate and its expected refusals, of `total` requests."""
         moments = np.zeros((4, 4))
         for surrogate, count in measured:
@@ -55,11 +55,11 @@ class Calibration:
         if count < TRIALS_TO_CALIBRATE:
             return cls(None, total)
         means = moments[0, 1:] / count
-        centred = moments[1:, 1:] - count * np.outer(means, means)
-        slopes = np.linalg.solve(centred[:2, :2] + RIDGE * np.eye(2), centred[:2, 2])
+        centered = moments[1:, 1:] - count * np.outer(means, means)
+        slopes = np.linalg.solve(centered[:2, :2] + RIDGE * np.eye(2), centered[:2, 2])
         return cls((float(means[2] - means[:2] @ slopes), float(slopes[0]), float(slopes[1])), total)
 
-    def estimate(self, surrogate: Surrogate, at_least: float = 0) -> float:
+    def estimate(self, surrogate: RefusalProxy, at_least: float = 0) -> float:
         """Refusals expected of a trial, between `at_least` and the number of requests."""
         if self.weights is None:
             expected = float(surrogate.matching)
@@ -69,7 +69,7 @@ class Calibration:
         return min(max(expected, at_least), float(self.total))
 
 
-def prediction_error(measured: Sequence[tuple[Surrogate, float]], total: int) -> float | None:
+def prediction_error(measured: Sequence[tuple[RefusalProxy, float]], total: int) -> float | None:
     """Mean distance between each trial's refusals and what the trials before it predicted; None while there is nothing to
     predict from."""
     misses, moments = [], np.zeros((4, 4))
@@ -80,10 +80,10 @@ def prediction_error(measured: Sequence[tuple[Surrogate, float]], total: int) ->
     return sum(misses) / len(misses) if misses else None
 
 
-def _moments(surrogate: Surrogate, count: float) -> np.ndarray:
+def _moments(surrogate: RefusalProxy, count: float) -> np.ndarray:
     row = np.array([1.0, *_features(surrogate), float(count)])
     return np.outer(row, row)
 
 
-def _features(surrogate: Surrogate) -> tuple[float, float]:
-    return float(surrogate.matching), surrogate.probability * surrogate.declined
+def _features(surrogate: RefusalProxy) -> tuple[float, float]:
+    return float(surrogate.matching), surrogate.probability * surrogate.refused

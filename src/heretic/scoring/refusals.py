@@ -9,7 +9,7 @@ from heretic.model.batching import Batch, Batcher
 from heretic.model.chat_format import ChatFormat
 from heretic.model.decoding import decode
 from heretic.model.loading import LanguageModel
-from heretic.scoring.judges.verdict import EVASIVE, REFUSAL, Judge, Said, Verdict
+from heretic.scoring.judges.verdict import EVASIVE, REFUSAL, Exchange, Judge, Verdict
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class RefusalCount:
     tokens: tuple[tuple[int, ...], ...] = ()
 
     @property
-    def declined(self) -> tuple[bool, ...]:
+    def refused(self) -> tuple[bool, ...]:
         """Which answers declined."""
         return tuple(v == REFUSAL for v in self.verdicts)
 
@@ -57,7 +57,7 @@ def count_refusals(
     """
 
     def certain(_: int, tokens: list[int]) -> bool:
-        return len(tokens) >= fewest_tokens and judge.settled(chat.text(tokens))
+        return len(tokens) >= fewest_tokens and judge.is_final_refusal(chat.text(tokens))
 
     def step(batch: Batch) -> list[list[int]]:
         ended = certain if judge.ends_early else None
@@ -66,5 +66,5 @@ def count_refusals(
     tokens = batcher.run("Refusals", sequences, step)
     answers = [chat.text(t) for t in tokens]
     asked = requests or [""] * len(answers)
-    verdicts = judge.verdicts([Said(r, a) for r, a in zip(asked, answers, strict=True)])
+    verdicts = judge.verdicts([Exchange(r, a) for r, a in zip(asked, answers, strict=True)])
     return RefusalCount(tuple(verdicts), tuple(map(tuple, tokens)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heretic.model.activation_cache import Entries
+from heretic.model.activation_cache import ActivationCache
 from heretic.model.batching import Batch, Batcher
 from heretic.model.decoding import decode
 from heretic.model.forward import log_probs_of, run_decoder
@@ -16,16 +16,16 @@ from heretic.model.loading import LanguageModel
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherForcedTexts:
     """Prompts with the first tokens of an answer behind them: `texts[i]` are predicted from the last tokens of `sequences[i]`,
     one each. `entries` are what the original's blocks receive for the sequences, if that is kept."""
 
     sequences: Sequence[list[int]]
     texts: Sequence[list[int]]
-    entries: Entries | None = None
+    entries: ActivationCache | None = None
 
     @classmethod
-    def of(cls, prompts: Sequence[list[int]], texts: Sequence[list[int]]) -> Taught:
+    def of(cls, prompts: Sequence[list[int]], texts: Sequence[list[int]]) -> TeacherForcedTexts:
         """Each prompt with its text, which has at least one token."""
         sequences = [[*prompt, *text[:-1]] for prompt, text in zip(prompts, texts, strict=True)]
         return cls(sequences, texts)
@@ -36,7 +36,7 @@ class Taught:
         return [len(text) for text in self.texts]
 
 
-def beginnings(
+def answer_prefixes(
     language_model: LanguageModel, prompts: Sequence[list[int]], batcher: Batcher, tokens: int
 ) -> list[list[int]]:
     """The first tokens of the model's own greedy answers, and one more whose place is all that counts; fewer where an answer
@@ -51,14 +51,14 @@ def beginnings(
 
 
 def log_probs_at(
-    language_model: LanguageModel, taught: Taught, batcher: Batcher, name: str = "Original's answers"
+    language_model: LanguageModel, taught: TeacherForcedTexts, batcher: Batcher, name: str = "Original's answers"
 ) -> list[Tensor]:
     """Log-probabilities of the model as it is at every predicted token, float32 [texts, vocabulary] on the CPU, by prompt."""
     return list(all_log_probs(language_model, taught, batcher, name).split(taught.counts))
 
 
 @torch.inference_mode()
-def all_log_probs(language_model: LanguageModel, taught: Taught, batcher: Batcher, name: str) -> Tensor:
+def all_log_probs(language_model: LanguageModel, taught: TeacherForcedTexts, batcher: Batcher, name: str) -> Tensor:
     """As `log_probs_at`, in one tensor [all texts' tokens, vocabulary], which is written in place: nothing is held twice."""
     counts = taught.counts
     starts = [sum(counts[:i]) for i in range(len(counts))]

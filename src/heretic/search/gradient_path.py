@@ -15,11 +15,11 @@ from pydantic import Json, TypeAdapter
 
 from heretic.ablation.ablation import Ablation
 from heretic.storage import attributes
-from heretic.storage.attributes import MOST_LAYERS, WALK
+from heretic.storage.attributes import GRADIENT_PATH, MOST_LAYERS
 
 
 @dataclass(frozen=True)
-class Point:
+class PathPoint:
     """What the descent came to at one weight of refusing against change.
 
     `strengths` by component, one number a layer; `mixture` and `vector` as in an Ablation. On prompts held back from the
@@ -39,7 +39,7 @@ class Point:
         return Ablation(self.strengths, self.mixture, vector=self.vector)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Point:
+    def from_dict(cls, data: Mapping[str, Any]) -> PathPoint:
         """What `asdict` gave, after a way through JSON."""
         strengths = {component: tuple(profile) for component, profile in data["strengths"].items()}
         mixture, vector = (None if data[part] is None else tuple(data[part]) for part in ("mixture", "vector"))
@@ -47,15 +47,15 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Walk:
+class GradientPath:
     """The points, gentle ones first; none where the strengths could not be found by gradient (`why_not` says why)."""
 
-    points: tuple[Point, ...]
-    why_not: str = ""
+    points: tuple[PathPoint, ...]
+    failure_reason: str = ""
 
     def at(self, position: float, gains: Mapping[str, Sequence[float]], shift: float) -> Ablation:
         """The ablation at a position between two points (0: the first), the strengths of every component multiplied by a gain a
-        layer, the direction mixed toward that of a neighbouring layer (`shift`, in layers; a vector has no neighbours)."""
+        layer, the direction mixed toward that of a neighboring layer (`shift`, in layers; a vector has no neighbors)."""
         low = min(int(position), len(self.points) - 1)
         high = min(low + 1, len(self.points) - 1)
         share = position - low
@@ -73,37 +73,37 @@ class Walk:
         return Ablation(strengths, shifted(_between(a.mixture, b.mixture, share), shift))
 
     @property
-    def has_neighbours(self) -> bool:
+    def is_mixture(self) -> bool:
         """Whether its directions are the layers' own, so that they can be mixed toward those of the next layer."""
         return all(p.vector is None for p in self.points)
 
     @property
-    def reach(self) -> tuple[int, int]:
+    def edited_layer_range(self) -> tuple[int, int]:
         """The first and the last layer that any point edits."""
         edited = [
             layer for p in self.points for profile in p.strengths.values() for layer, s in enumerate(profile) if s > 0
         ]
         return min(edited, default=0), max(edited, default=0)
 
-    def keep(self, study: optuna.Study) -> None:
+    def save(self, study: optuna.Study) -> None:
         """Store it with the study."""
-        study.set_user_attr(WALK, json.dumps(asdict(self)))
+        study.set_user_attr(GRADIENT_PATH, json.dumps(asdict(self)))
 
     @classmethod
-    def of(cls, study: optuna.Study) -> Walk | None:
+    def load(cls, study: optuna.Study) -> GradientPath | None:
         """The study's walk, if it has one yet. Raises UserError for a damaged one."""
-        walk = attributes.read(study, WALK, _adapter())
-        if walk is not None and not alike(walk.points):
-            raise attributes.damaged(study, f"'{WALK}' is invalid (points differ in shape, or are not finite)")
-        return walk
+        gradient_path = attributes.read(study, GRADIENT_PATH, _adapter())
+        if gradient_path is not None and not alike(gradient_path.points):
+            raise attributes.damaged(study, f"'{GRADIENT_PATH}' is invalid (points differ in shape, or are not finite)")
+        return gradient_path
 
 
 @functools.cache
-def _adapter() -> TypeAdapter[Walk]:
-    return TypeAdapter(Json[Walk])
+def _adapter() -> TypeAdapter[GradientPath]:
+    return TypeAdapter(Json[GradientPath])
 
 
-def alike(points: Sequence[Point]) -> bool:
+def alike(points: Sequence[PathPoint]) -> bool:
     """Whether the points are of one model: the same components, the same layers, the same kind of direction, finite numbers."""
     shapes = {
         (
@@ -126,9 +126,9 @@ def shifted(mixture: Sequence[float], shift: float) -> tuple[float, ...]:
     """Every layer's coefficient moved by a share of it to the next layer, or to the one before (a negative shift)."""
     moved = [0.0] * len(mixture)
     for layer, coefficient in enumerate(mixture):
-        neighbour = min(max(layer + (1 if shift > 0 else -1), 0), len(mixture) - 1)
+        neighbor = min(max(layer + (1 if shift > 0 else -1), 0), len(mixture) - 1)
         moved[layer] += (1 - abs(shift)) * coefficient
-        moved[neighbour] += abs(shift) * coefficient
+        moved[neighbor] += abs(shift) * coefficient
     return tuple(moved)
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 
 
-def growth(points: Iterable[tuple[float, float]], reference: tuple[float, float]) -> list[float]:
+def hypervolume_history(points: Iterable[tuple[float, float]], reference: tuple[float, float]) -> list[float]:
     """After every point the hypervolume of all so far: the share, from 0 to 1, of the rectangle between the origin and the
     reference that at least one of them beats in both values (Zitzler and Thiele 1998).
 

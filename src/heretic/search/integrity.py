@@ -11,9 +11,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from heretic.errors import UserError
-from heretic.search.gradient_path import Walk
+from heretic.search.gradient_path import GradientPath
 from heretic.storage import attributes
-from heretic.storage.checksum import holds
+from heretic.storage.checksum import checksum_matches
 
 NAMED = 5  # damaged trials that a warning names
 
@@ -31,8 +31,8 @@ def check_attributes(study: optuna.Study) -> None:
         raise attributes.damaged(study, "it does not minimize two values, so heretic did not make it")
     attributes.fingerprint(study)
     attributes.refusals_before(study)
-    attributes.trials_together(study)
-    Walk.of(study)
+    attributes.trials_per_batch(study)
+    GradientPath.load(study)
 
 
 def damaged_trials(study: optuna.Study) -> dict[int, UserError]:
@@ -59,17 +59,17 @@ def warning(damage: Mapping[int, UserError]) -> str:
 
 
 def _check_trial(study: optuna.Study, trial: FrozenTrial) -> None:
-    for reader in (attributes.again, attributes.start, attributes.retry, attributes.retries):
+    for reader in (attributes.reevaluates, attributes.start, attributes.retry, attributes.retries):
         reader(study, trial)
-    attributes.failed_by_itself(study, trial)
+    attributes.failed_on_its_own(study, trial)
     attributes.fixed_params(study, trial)
     if trial.state != TrialState.COMPLETE:
         return
-    values = attributes.told(study, trial)
+    values = attributes.objective_values(study, trial)
     attributes.scores(study, trial)
-    attributes.beaten(study, trial)
+    attributes.pruned(study, trial)
     attributes.kl_per_prompt(study, trial)
-    if not holds(trial):
+    if not checksum_matches(trial):
         raise attributes.damaged(study, "a measurement does not match its hash", trial)
     parts: dict[str, Any] = {"params": trial.params, "distributions": trial.distributions}
     try:  # as the sampler and the report copy it

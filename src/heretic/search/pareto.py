@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from heretic.scoring.evaluator import Scores
 from heretic.storage import attributes
 
-AS_GOOD = 0.5  # of a request: trials no further apart are told apart by their KL
+TIE_TOLERANCE = 0.5  # of a request: trials no further apart are told apart by their KL
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Result:
     number: int
     params: dict[str, Any]
     scores: Scores
-    again: int | None = None
+    reevaluates: int | None = None
 
     @property
     def point(self) -> tuple[float, float]:
@@ -44,13 +44,13 @@ def results_of(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[Resul
     """Those of a study's finished trials that were measured in full. Raises UserError for a damaged one."""
     measured = [(trial, attributes.scores(study, trial)) for trial in trials]
     return [
-        Result(trial.number, dict(trial.params), scores, attributes.again(study, trial))
+        Result(trial.number, dict(trial.params), scores, attributes.reevaluates(study, trial))
         for trial, scores in measured
         if scores is not None
     ]
 
 
-def front(found: Sequence[Result]) -> list[Result]:
+def pareto_front(found: Sequence[Result]) -> list[Result]:
     """Those that no other beats in both, fewest refusals first; a destroyed model (infinite KL) is never among them, nor one that
     goes beyond a limit."""
     best: list[Result] = []
@@ -61,7 +61,7 @@ def front(found: Sequence[Result]) -> list[Result]:
     return best[::-1]
 
 
-def columns(best: Sequence[Result]) -> dict[str, list[str]]:
+def table_columns(best: Sequence[Result]) -> dict[str, list[str]]:
     """What a table of results shows, by heading; what was not measured, or found nowhere, has no column."""
     divergences, scores = [r.scores.divergence for r in best], [r.scores for r in best]
     found = {
@@ -70,24 +70,24 @@ def columns(best: Sequence[Result]) -> dict[str, list[str]]:
         "evasive": [str(s.evasive) for s in scores] if any(s.evasive for s in scores) else [],
         "expected": [f"{s.expected:.1f}" for s in scores],
     }
-    if all(s.conduct for s in scores):
-        conduct = [s.conduct for s in scores if s.conduct]
-        found["harmless declined"] = [f"{c.over_refusals}/{c.total}" for c in conduct]
-        found["degenerate"] = [f"{c.degenerate}/{c.total}" for c in conduct]
+    if all(s.harmless_metrics for s in scores):
+        harmless_metrics = [s.harmless_metrics for s in scores if s.harmless_metrics]
+        found["harmless declined"] = [f"{c.over_refusals}/{c.total}" for c in harmless_metrics]
+        found["degenerate"] = [f"{c.degenerate}/{c.total}" for c in harmless_metrics]
     for heading, name in (("KL mean", "mean"), ("median", "median"), ("p95", "p95"), ("max", "max")):
         found[heading] = [f"{getattr(d, name):.4f}" for d in divergences]
     return {heading: cells for heading, cells in found.items() if cells}
 
 
-def choose(found: Sequence[Result], rule: str, max_kl: float, max_refusals: int) -> tuple[Result, str] | None:
+def select_trial(found: Sequence[Result], rule: str, max_kl: float, max_refusals: int) -> tuple[Result, str] | None:
     """The result that the rule prefers, and why in words; None if there is no usable result."""
-    best = front(found)
+    best = pareto_front(found)
     if not best:
         return None
     if rule == "fewest_refusals_under_kl":
         within = [r for r in best if r.point[0] <= max_kl]
         if within:
-            as_good = [r for r in within if r.point[1] <= within[0].point[1] + AS_GOOD]
+            as_good = [r for r in within if r.point[1] <= within[0].point[1] + TIE_TOLERANCE]
             return as_good[-1], f"fewest refusals among the trials with a KL of at most {max_kl:g}"
         return best[-1], f"no trial stayed at or under a KL of {max_kl:g}, so the one with the lowest KL"
     within = [r for r in best if r.scores.unanswered <= max_refusals]

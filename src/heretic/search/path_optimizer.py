@@ -1,7 +1,7 @@
 """Strengths and a direction by gradient descent: the least change for the fewest refusals, from gentle to strict.
 
 Minimised is the KL divergence on harmless prompts + a weight x the mean -log(1 - p) of the words with which the original
-declines, as in refusal-direction optimisation (Wollschläger et al. 2025, arXiv 2502.17420, section 3) but over strengths and a
+declines, as in refusal-direction optimization (Wollschläger et al. 2025, arXiv 2502.17420, section 3) but over strengths and a
 mixture of the layers' mean differences instead of a free vector. Each weight starts from the solution of the one before.
 """
 
@@ -16,28 +16,28 @@ from torch import Tensor
 
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.directions import Directions, orthonormal
-from heretic.interrupt import Stop
-from heretic.progress import Watcher
-from heretic.scoring.gradient_loss import Objective, Reading
-from heretic.search.gradient_path import Point
+from heretic.interrupt import StopSignal
+from heretic.progress import ProgressReporter
+from heretic.scoring.gradient_loss import LossTerms, Objective
+from heretic.search.gradient_path import PathPoint
 from heretic.settings import GradientSettings
 
 MIDDLE = (0.6, 0.85)  # the layers whose directions the mixture begins with, as shares of the depth
 STRONGEST = 2.5  # of a single writer; 1 removes the direction, 2 mirrors it
-SILENT_REFUSALS = 0.005  # mean probability of refusing at which nothing is left to push down
+CONVERGED_REFUSALS = 0.005  # mean probability of refusing at which nothing is left to push down
 STEPS_TO_TELL = 2  # steps from nothing after which a weight that raised no strength is taken to raise none
-STILL_DECLINED = 0.1  # share of the prompts, in whatever words, above which the walk goes on to stricter weights
-FURTHER, MOST_FURTHER = 3.0, 4  # each that many times the one before, and at most so many
-LISTEN_BELOW = 0.1  # mean probability of refusing in the words known so far; above, others would hardly be heard
+STILL_REFUSED = 0.1  # share of the prompts, in whatever words, above which the walk goes on to stricter weights
+EXTRA_FACTOR, MAX_EXTRA_WEIGHTS = 3.0, 4  # each that many times the one before, and at most so many
+MINE_BELOW = 0.1  # mean probability of refusing in the words known so far; above, others would hardly be heard
 
-Heard = tuple[
+MinedRefusals = tuple[
     int, list[int]
 ]  # a declined prompt by its place among the objective's, and the words with which it still is
 
 
 @dataclass
-class State:
-    """The descent so far: numbers that a step changes, the optimiser's own, and the points that are finished.
+class OptimizerState:
+    """The descent so far: numbers that a step changes, the optimizer's own, and the points that are finished.
 
     `strengths` [components, layers]; `mixture` [layers] or `vector` [count x width] is the direction (neither: each layer's own).
     `first_layer`: below it nothing is edited any more. `heard`: other words than the original's that were made improbable too;
@@ -50,15 +50,15 @@ class State:
     vector: Tensor | None = None
     steps: int = 0
     first_layer: int = 0
-    points: list[Point] = field(default_factory=list)
-    heard: list[Heard] = field(default_factory=list)
-    just_heard: bool = False
-    further: int = 0
+    points: list[PathPoint] = field(default_factory=list)
+    extra_refusals: list[MinedRefusals] = field(default_factory=list)
+    has_new_refusals: bool = False
+    extra_weights: int = 0
     places: list[int] = field(default_factory=list)
     moments: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, components: int, directions: Directions, kind: str) -> State:
+    def begin(cls, components: int, directions: Directions, kind: str) -> OptimizerState:
         """Nothing edited; the direction an equal mixture of those of the middle layers, or what that comes to."""
         layers = directions.num_layers
         strengths, mixture = torch.zeros(components, layers), torch.zeros(layers)
@@ -66,31 +66,31 @@ class State:
         mixture[low : high + 1] = 1
         if kind == "mixture":
             return cls(strengths, mixture)
-        return cls(strengths, vector=orthonormal(directions.mixed(mixture))[0].flatten() if kind == "free" else None)
+        return cls(strengths, vector=orthonormal(directions.mixed_at(mixture))[0].flatten() if kind == "free" else None)
 
     def counted_by(self, places: Sequence[int]) -> None:
         """Let `heard` count by these declined prompts, which may be others than in an earlier session: another judge, another
         batch size."""
         known = {place: row for row, place in enumerate(places)}
         before = self.places or places
-        moved = [(known.get(before[row]) if row < len(before) else None, words) for row, words in self.heard]
-        self.heard = [(row, words) for row, words in moved if row is not None]
+        moved = [(known.get(before[row]) if row < len(before) else None, words) for row, words in self.extra_refusals]
+        self.extra_refusals = [(row, words) for row, words in moved if row is not None]
         self.places = list(places)
 
     @property
-    def silent(self) -> bool:
+    def converged(self) -> bool:
         """Whether hardly any refusing is left at the last point."""
-        return bool(self.points) and self.points[-1].probability < SILENT_REFUSALS and not self.just_heard
+        return bool(self.points) and self.points[-1].probability < CONVERGED_REFUSALS and not self.has_new_refusals
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What is being optimised, by name."""
+        """What is being optimized, by name."""
         all_of_them = {"strengths": self.strengths, "mixture": self.mixture, "vector": self.vector}
         return {name: t for name, t in all_of_them.items() if t is not None}
 
 
 @dataclass
-class Descent:
+class PathOptimizer:
     """Walks from gentle to strict; `keep` receives the state after every step, and a state that was kept goes on as if
     it had not been interrupted.
 
@@ -103,79 +103,81 @@ class Descent:
     components: Sequence[str]
     settings: GradientSettings
     seed: int
-    watcher: Watcher
-    stop: Stop
-    keep: Callable[[State], None] = lambda _: None
-    listen: Callable[[Ablation], tuple[Sequence[Heard], int]] | None = None
-    teach: Callable[[Sequence[Heard]], Objective] | None = None
+    reporter: ProgressReporter
+    stop: StopSignal
+    keep: Callable[[OptimizerState], None] = lambda _: None
+    mine: Callable[[Ablation], tuple[Sequence[MinedRefusals], int]] | None = None
+    add_targets: Callable[[Sequence[MinedRefusals]], Objective] | None = None
 
     def __post_init__(self) -> None:
         self._refusals = len(self.objective.harmful.sequences)
         both = (self.objective.harmless, self.objective.harmful)
-        parts = [_split(len(taught.sequences), self.settings.held_back) for taught in both]
+        parts = [_split(len(taught.sequences), self.settings.validation_fraction) for taught in both]
         self.train, self.held = [train for train, _ in parts], [held for _, held in parts]
 
-    def run(self, state: State) -> list[Point]:
+    def run(self, state: OptimizerState) -> list[PathPoint]:
         """All points. Raises Interrupted after a stop, RuntimeError where a kernel of the model has no backward."""
         steps = self.settings.steps
-        self._learn(state)
-        with self.watcher.stage("Strengths by gradient", len(self.settings.weights) * steps) as stage:
+        self._add_refusals(state)
+        with self.reporter.stage("Strengths by gradient", len(self.settings.weights) * steps) as stage:
             stage.advance(state.steps)
-            while state.steps < self._end(state) and not state.silent:
+            while state.steps < self._end(state) and not state.converged:
                 self.stop.check()
                 done, weight = state.steps, self._weight(state.steps // steps)
                 reading = self.step(state, weight)
                 if self._too_gentle(state):
                     state.steps += -state.steps % steps
-                    self.watcher.say(f"Weight {weight:g} is too gentle to change anything; on to the next.")
+                    self.reporter.info(f"Weight {weight:g} is too gentle to change anything; on to the next.")
                 elif state.steps % steps == 0:
                     self._finish_point(state, weight)
-                    self._look_ahead(state)
+                    self._reachable_weights(state)
                 self.keep(state)
                 loss = reading.kl + weight * reading.refusing
                 note = f"loss {loss:.3f}, KL {reading.kl:.3f}, probability of refusing {reading.probability:.2f}"
                 stage.advance(state.steps - done, note=note)
         return state.points
 
-    def _look_ahead(self, state: State) -> None:
+    def _reachable_weights(self, state: OptimizerState) -> None:
         """After a point: learn from it for the next one, which is one more where the last has left too much."""
         at_end = state.steps == self._end(state)
-        if at_end and state.further == MOST_FURTHER:
+        if at_end and state.extra_weights == MAX_EXTRA_WEIGHTS:
             return
-        if self._listen(state) > STILL_DECLINED and at_end:
-            state.further += 1
-            self.watcher.say("More than a tenth of the prompts are still declined; on to a stricter weight.")
+        if self._mine_refusals(state) > STILL_REFUSED and at_end:
+            state.extra_weights += 1
+            self.reporter.info("More than a tenth of the prompts are still declined; on to a stricter weight.")
 
-    def _end(self, state: State) -> int:
-        return (len(self.settings.weights) + state.further) * self.settings.steps
+    def _end(self, state: OptimizerState) -> int:
+        return (len(self.settings.weights) + state.extra_weights) * self.settings.steps
 
     def _weight(self, number: int) -> float:
         """The settings' weights, and beyond them stricter ones."""
         weights = self.settings.weights
         beyond = number - len(weights) + 1
-        return weights[number] if beyond <= 0 else weights[-1] * FURTHER**beyond
+        return weights[number] if beyond <= 0 else weights[-1] * EXTRA_FACTOR**beyond
 
-    def _too_gentle(self, state: State) -> bool:
+    def _too_gentle(self, state: OptimizerState) -> bool:
         """Whether the rest of a weight's steps can be spared: refusing is not worth any strength's penalty. Never of the last."""
         steps = self.settings.steps
         at_last = state.steps > (len(self.settings.weights) - 1) * steps
         told = steps > STEPS_TO_TELL and state.steps % steps == STEPS_TO_TELL
         return told and not at_last and not state.strengths.any()
 
-    def step(self, state: State, weight: float) -> Reading:
+    def step(self, state: OptimizerState, weight: float) -> LossTerms:
         """One step of Adam on one minibatch, then back into the allowed range."""
         leaves = {name: t.detach().clone().requires_grad_() for name, t in state.tensors.items()}
         harmless, harmful = (self._minibatch(rows, state.steps) for rows in self.train)
         # Of the words that were heard some take part in every step, in the place of up to half of the others.
-        heard = self._minibatch(self._heard_in(self.train[1], state), state.steps, most=len(harmful) // 2)
+        heard = self._minibatch(self._refusals_in(self.train[1], state), state.steps, most=len(harmful) // 2)
         batch = [harmless, [*heard, *harmful][: len(harmful)]]
         ablation = self._ablation(leaves)
-        reading = self.objective.read(ablation, state.first_layer, *batch, weight=weight, wanted=list(leaves.values()))
+        reading = self.objective.evaluate(
+            ablation, state.first_layer, *batch, weight=weight, wanted=list(leaves.values())
+        )
         gradients = dict(zip(leaves, reading.gradients, strict=True))
         # As a penalty in the loss: a strength stays above 0 only where it is worth more than this.
         gradients["strengths"] = gradients["strengths"] + self.settings.sparsity
         if "vector" in leaves:
-            gradients["vector"] = gradients["vector"] + self._leaving(leaves["vector"])
+            gradients["vector"] = gradients["vector"] + self._off_span_penalty(leaves["vector"])
         for name, tensor in state.tensors.items():
             # A destroyed model has no slope; the momentum of the steps before leads on.
             self._adam(state, name, tensor, gradients[name].nan_to_num(0.0, 0.0, 0.0))
@@ -184,41 +186,41 @@ class Descent:
         state.steps += 1
         return reading
 
-    def held_back(self, state: State) -> Reading:
+    def validation_prompts(self, state: OptimizerState) -> LossTerms:
         """The state on the prompts that no step sees."""
-        harmful = [*self.held[1], *self._heard_in(self.held[1], state)]
-        return self.objective.read(self._ablation(state.tensors), state.first_layer, self.held[0], harmful)
+        harmful = [*self.held[1], *self._refusals_in(self.held[1], state)]
+        return self.objective.evaluate(self._ablation(state.tensors), state.first_layer, self.held[0], harmful)
 
-    def _listen(self, state: State) -> float:
+    def _mine_refusals(self, state: OptimizerState) -> float:
         """Learn the words with which prompts are still declined at the last point; the share of the prompts that are."""
-        if self.listen is None or state.points[-1].probability > LISTEN_BELOW:
-            return 1.0 if self.listen else 0.0
-        found, declined = self.listen(state.points[-1].ablation)
-        new = [h for h in found if h not in state.heard]
-        state.heard += new
-        state.just_heard = bool(new)
-        self._learn(state)
-        return declined / self._refusals
+        if self.mine is None or state.points[-1].probability > MINE_BELOW:
+            return 1.0 if self.mine else 0.0
+        found, refused = self.mine(state.points[-1].ablation)
+        new = [h for h in found if h not in state.extra_refusals]
+        state.extra_refusals += new
+        state.has_new_refusals = bool(new)
+        self._add_refusals(state)
+        return refused / self._refusals
 
-    def _learn(self, state: State) -> None:
-        if state.heard and self.teach is not None:
-            self.objective = self.teach(state.heard)
+    def _add_refusals(self, state: OptimizerState) -> None:
+        if state.extra_refusals and self.add_targets is not None:
+            self.objective = self.add_targets(state.extra_refusals)
 
-    def _heard_in(self, part: Sequence[int], state: State) -> list[int]:
+    def _refusals_in(self, part: Sequence[int], state: OptimizerState) -> list[int]:
         """The objective's rows of what was heard from prompts of this part."""
         rows = set(part)
-        return [self._refusals + i for i, (row, _) in enumerate(state.heard) if row in rows]
+        return [self._refusals + i for i, (row, _) in enumerate(state.extra_refusals) if row in rows]
 
     def _ablation(self, tensors: Mapping[str, Tensor]) -> Ablation:
         strengths = dict(zip(self.components, tensors["strengths"], strict=True))
         return Ablation(strengths, tensors.get("mixture"), vector=tensors.get("vector"))
 
-    def _leaving(self, vector: Tensor) -> Tensor:
+    def _off_span_penalty(self, vector: Tensor) -> Tensor:
         """Slope of the penalty on the share of each vector, squared, that is outside the span of the layers' directions."""
-        span = torch.linalg.qr(self.objective.workbench.directions.every.flatten(0, 1).T).Q
+        span = torch.linalg.qr(self.objective.operator_factory.directions.all_directions.flatten(0, 1).T).Q
         unit = torch.nn.functional.normalize(vector.unflatten(0, (-1, len(span))), dim=1)
         outside = (unit - (unit @ span) @ span.T).square().sum()
-        return self.settings.leaving * torch.autograd.grad(outside, vector)[0]
+        return self.settings.off_span_penalty * torch.autograd.grad(outside, vector)[0]
 
     def _minibatch(self, rows: Sequence[int], step: int, most: int | None = None) -> list[int]:
         """The rows in an order that changes with every round through them, as many as a step takes, or at most so many."""
@@ -229,28 +231,28 @@ class Descent:
         order = np.random.default_rng((self.seed, rounds)).permutation(len(rows))
         return [rows[i] for i in order[place * size : (place + 1) * size]]
 
-    def _adam(self, state: State, name: str, tensor: Tensor, gradient: Tensor) -> None:
+    def _adam(self, state: OptimizerState, name: str, tensor: Tensor, gradient: Tensor) -> None:
         """torch.optim.Adam on one tensor, its moments where they can be kept."""
         # A vector of norm 1 is to move as far as a strength, not each of its components.
-        width = self.objective.workbench.directions.vectors.shape[-1]
+        width = self.objective.operator_factory.directions.vectors.shape[-1]
         rate = self.settings.learning_rate / (width**0.5 if name == "vector" else 1)
-        optimiser = torch.optim.Adam([tensor], lr=rate)
+        optimizer = torch.optim.Adam([tensor], lr=rate)
         moments = [f"{name}.{which}" for which in ("step", "exp_avg", "exp_avg_sq")]
         if all(m in state.moments for m in moments):
-            optimiser.state[tensor] = {m.rpartition(".")[2]: state.moments[m] for m in moments}
+            optimizer.state[tensor] = {m.rpartition(".")[2]: state.moments[m] for m in moments}
         tensor.grad = gradient
-        optimiser.step()
+        optimizer.step()
         tensor.grad = None
-        state.moments.update({m: optimiser.state[tensor][m.rpartition(".")[2]] for m in moments})
+        state.moments.update({m: optimizer.state[tensor][m.rpartition(".")[2]] for m in moments})
 
-    def _finish_point(self, state: State, weight: float) -> None:
+    def _finish_point(self, state: OptimizerState, weight: float) -> None:
         used = state.strengths.sum(dim=0).nonzero()
         state.first_layer = int(used[0]) if len(used) else state.first_layer
-        reading = self.held_back(state)
+        reading = self.validation_prompts(state)
         strengths = {c: tuple(row) for c, row in zip(self.components, state.strengths.tolist(), strict=True)}
         mixture, vector = (None if t is None else tuple(t.tolist()) for t in (state.mixture, state.vector))
-        state.points.append(Point(weight, strengths, mixture, reading.kl, reading.probability, vector))
-        self.watcher.say(
+        state.points.append(PathPoint(weight, strengths, mixture, reading.kl, reading.probability, vector))
+        self.reporter.info(
             f"Weight {weight:g}: KL {reading.kl:.4f}, probability of refusing {reading.probability:.3f} on prompts held back; "
             f"edited from layer {state.first_layer}."
         )

@@ -10,20 +10,20 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from heretic.scoring.evaluator import Beaten, Scores
-from heretic.scoring.refusal_proxy import Calibration, Surrogate, prediction_error
-from heretic.search.pareto import Result, front, results_of
+from heretic.scoring.evaluator import PrunedTrial, Scores
+from heretic.scoring.refusal_proxy import Calibration, RefusalProxy, prediction_error
+from heretic.search.pareto import Result, pareto_front, results_of
 from heretic.storage import attributes
 
 
 @dataclass(frozen=True)
-class Bar:
+class ParetoThreshold:
     """The front of what is fully measured so far, as (KL, expected refusals); a trial that one of them beats in both is not on
     it."""
 
     points: Sequence[tuple[float, float]]
 
-    def beaten(self, kl: float, at_least: float) -> bool:
+    def dominates(self, kl: float, at_least: float) -> bool:
         """Whether a trial of this KL, with at least so many refusals, cannot be on the front whatever else it does.
 
         A model that was destroyed (its KL is no finite number) never is.
@@ -36,7 +36,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Stopped:
+class PrunedResult:
     """A trial that was left early."""
 
     number: int
@@ -47,25 +47,25 @@ class Stopped:
 
 
 @dataclass(frozen=True)
-class Progress:
+class StudyHistory:
     """A study's finished trials, seen from what was measured of each."""
 
-    found: list[Result]
-    stopped: list[Stopped]
+    results: list[Result]
+    pruned: list[PrunedResult]
 
     @classmethod
-    def of(cls, study: optuna.Study, without: Collection[int] = ()) -> Progress:
+    def of(cls, study: optuna.Study, without: Collection[int] = ()) -> StudyHistory:
         """Read a study, but for the trials whose numbers are left out. Raises UserError for a damaged one."""
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         believed = [t for t in complete if t.number not in without]
-        known = [(t, attributes.beaten(study, t)) for t in believed]
+        known = [(t, attributes.pruned(study, t)) for t in believed]
         stopped = [
-            Stopped(
+            PrunedResult(
                 t.number,
                 dict(t.params),
                 beaten.divergence.mean,
-                attributes.told(study, t)[1],
-                attributes.again(study, t),
+                attributes.objective_values(study, t)[1],
+                attributes.reevaluates(study, t),
             )
             for t, beaten in known
             if beaten is not None
@@ -73,32 +73,36 @@ class Progress:
         return cls(results_of(study, believed), stopped)
 
     @property
-    def bar(self) -> Bar:
+    def threshold(self) -> ParetoThreshold:
         """What a new trial has to beat."""
-        return Bar([r.point for r in front(self.found)])  # whatever one of the others beats, one of these beats too
+        return ParetoThreshold(
+            [r.point for r in pareto_front(self.results)]
+        )  # whatever one of the others beats, one of these beats too
 
     @property
-    def surrogates(self) -> list[tuple[Surrogate, float]]:
+    def surrogates(self) -> list[tuple[RefusalProxy, float]]:
         """Surrogate and expected refusals of the measured trials, in their order."""
-        return [(r.scores.surrogate, r.scores.expected) for r in self.found if r.scores.surrogate]
+        return [(r.scores.surrogate, r.scores.expected) for r in self.results if r.scores.surrogate]
 
     @property
     def surrogate_error(self) -> float | None:
         """How far the estimates were off, in refusals, had the measured trials been estimated."""
-        return prediction_error(self.surrogates, self.found[0].scores.total) if self.found else None
+        return prediction_error(self.surrogates, self.results[0].scores.total) if self.results else None
 
-    def estimate(self, found: Beaten) -> float:
+    def estimate(self, found: PrunedTrial) -> float:
         """Refusals expected of a trial that was stopped."""
         return Calibration.fit(self.surrogates, found.total).estimate(found.surrogate, found.expected_at_least)
 
-    def unsettled(self) -> list[Stopped]:
+    def pending_full_evaluations(self) -> list[PrunedResult]:
         """Stopped trials whose estimate would put them on the front: they have to be measured in full before the study ends."""
-        repeated = {t.again for t in self.stopped} | {r.again for r in self.found}
-        bar = self.bar
-        return [t for t in self.stopped if t.number not in repeated and not bar.beaten(t.kl, t.refusals)]
+        repeated = {t.again for t in self.pruned} | {r.reevaluates for r in self.results}
+        bar = self.threshold
+        return [t for t in self.pruned if t.number not in repeated and not bar.dominates(t.kl, t.refusals)]
 
 
-def told(found: Scores | Beaten, progress: Progress, kl_floor: float, worst_kl: float) -> list[float]:
+def objective_values(
+    found: Scores | PrunedTrial, progress: StudyHistory, kl_floor: float, worst_kl: float
+) -> list[float]:
     """What the sampler is told of a trial: a KL within its bounds, and the requests declined or evaded, estimated where
     it was stopped. A destroyed model declines nothing, which is no merit: it is told as the worst. All values are finite, since
     Optuna takes a trial with another one for failed."""

@@ -26,7 +26,7 @@ def sampler(settings: Settings, number: int) -> BaseSampler:
     Seeded by that, so that a study that was interrupted draws what an uninterrupted one would have drawn, and workers side by
     side draw different ones.
     """
-    return Bounded(
+    return BoundedTPESampler(
         TPESampler(
             seed=(settings.seed * 1_000_003 + number) % 2**32,
             n_startup_trials=settings.search.n_startup_trials,
@@ -36,7 +36,7 @@ def sampler(settings: Settings, number: int) -> BaseSampler:
     )
 
 
-class Bounded(BaseSampler):
+class BoundedTPESampler(BaseSampler):
     """Another sampler that is shown a bounded part of a study."""
 
     def __init__(self, inner: BaseSampler, enough: int = ENOUGH) -> None:
@@ -80,12 +80,12 @@ class Bounded(BaseSampler):
             return study
         if self._shown is None or self._shown[0] != trial.number:
             part = optuna.create_study(directions=study.directions, sampler=self.inner)
-            part.add_trials([_bare(t) for t in worth_showing(known, self.enough) if t.number != trial.number])
+            part.add_trials([_bare(t) for t in relevant_trials(known, self.enough) if t.number != trial.number])
             self._shown = trial.number, part
         return self._shown[1]
 
 
-def worth_showing(trials: Sequence[FrozenTrial], enough: int) -> list[FrozenTrial]:
+def relevant_trials(trials: Sequence[FrozenTrial], enough: int) -> list[FrozenTrial]:
     """All trials under way, and of the finished ones `enough`: half of them the latest, and of the others the best, by fronts,
     that keep to their constraints."""
     running = [t for t in trials if t.state == TrialState.RUNNING]
@@ -93,12 +93,12 @@ def worth_showing(trials: Sequence[FrozenTrial], enough: int) -> list[FrozenTria
     latest = complete[-(enough // 2) :]
     earlier = complete[: len(complete) - len(latest)]
     kept = [t for t in earlier if all(excess <= 0 for excess in t.constraints.values())]
-    order = by_front(np.array([t.values for t in kept]).reshape(-1, 2), enough - len(latest))
+    order = by_pareto_rank(np.array([t.values for t in kept]).reshape(-1, 2), enough - len(latest))
     best = [kept[i] for i in order]
     return [*sorted(best, key=lambda t: t.number), *latest, *running]
 
 
-def by_front(values: np.ndarray, enough: int) -> list[int]:
+def by_pareto_rank(values: np.ndarray, enough: int) -> list[int]:
     """So many indices of the rows (two values, both to be small): the Pareto front's, then those of the front without these, ..."""
     left = np.lexsort((values[:, 1], values[:, 0]))
     found: list[int] = []

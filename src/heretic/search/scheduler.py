@@ -10,73 +10,73 @@ from typing import Any, Protocol
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from heretic.interrupt import Stop
-from heretic.search.pruning import Progress
+from heretic.interrupt import StopSignal
+from heretic.search.pruning import StudyHistory
 from heretic.search.sampler import sampler
-from heretic.search.summary import Standing, StudyWatcher
+from heretic.search.summary import StudyReporter, StudySummary
 from heretic.settings import Settings
 from heretic.storage import attributes
-from heretic.storage.attributes import AGAIN, START, TOGETHER, WORKER
-from heretic.storage.heartbeat import free_the_dead, signature, taken
-from heretic.storage.retrying import PatientStorage
-from heretic.storage.study_lock import TurnLost, database, turn
+from heretic.storage.attributes import REEVALUATES, START, TRIALS_PER_BATCH, WORKER
+from heretic.storage.heartbeat import claim_waiting_trial, requeue_stale_trials, signature
+from heretic.storage.retrying import RetryingRDBStorage
+from heretic.storage.study_lock import LockLost, rdb_storage, study_lock
 
-LOOK_AGAIN = 1.0  # seconds, while other workers measure the last trials
+POLL_SECONDS = 1.0  # seconds, while other workers measure the last trials
 
 
-class Drawer(Protocol):
+class TrialSampler(Protocol):
     """What says how many trials fit together, and draws them."""
 
-    def together(self, before: int | None) -> int:
+    def trials_per_batch(self, before: int | None) -> int:
         """How many trials to hand over at a time; `before` is what this came to in an earlier session."""
 
-    def draw(self, trial: optuna.Trial) -> object:
+    def sample(self, trial: optuna.Trial) -> object:
         """Draw a trial's parameters; they are stored with it."""
 
 
-def finished(study: optuna.Study) -> int:
+def n_complete(study: optuna.Study) -> int:
     """Number of trials that are told."""
     return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
 
 @dataclass
-class Queue:
+class TrialScheduler:
     """The trials of a study that are still to be measured, by this worker or, if it is `shared`, by others beside it."""
 
     study: optuna.Study
     settings: Settings
-    trials: Drawer
-    watcher: StudyWatcher
-    stop: Stop
+    trials: TrialSampler
+    reporter: StudyReporter
+    stop: StopSignal
     shared: bool = False
 
-    def begin(self, starts: Sequence[dict[str, Any]]) -> None:
+    def enqueue_initial(self, starts: Sequence[dict[str, Any]]) -> None:
         """Have the trials to begin with asked for next, those that are not yet in the study; a failed one is tried again."""
         while True:
             try:
-                with turn(self.study):
+                with study_lock(self.study):
                     trials = self.study.get_trials(deepcopy=False)
                     known = {attributes.start(self.study, t) for t in trials if t.state != TrialState.FAIL}
                     for number, params in enumerate(starts):
                         if number not in known:
                             self.study.enqueue_trial(params, user_attrs={START: number})
                 return
-            except TurnLost:  # what was queued stays, and is seen the next time
+            except LockLost:  # what was queued stays, and is seen the next time
                 continue
 
     def next(self) -> list[optuna.Trial]:
         """The next trials, signed and drawn; once all are finished, one that was told with an estimate good enough for the
         front; then none. Raises Interrupted."""
-        together = self._together()
+        together = self._trials_per_batch()
         signed = signature()  # before the turn, which others wait for: the drivers are asked for it
         while True:
             self.stop.check()
             asked: list[optuna.Trial] = []
             try:
-                with turn(self.study):
+                with study_lock(self.study):
                     others = self._decide(together, asked, signed)
             except (
-                TurnLost,
+                LockLost,
                 optuna.exceptions.UpdateFinishedTrialError,
             ):  # the connection was cut: others have decided too
                 self._give_back(asked)
@@ -86,60 +86,60 @@ class Queue:
                 raise
             if asked or not others:
                 return asked
-            self.watcher.stands(Standing.of(self.study, self.settings))
-            time.sleep(LOOK_AGAIN)
+            self.reporter.study_updated(StudySummary.of(self.study, self.settings))
+            time.sleep(POLL_SECONDS)
 
     def _decide(self, together: int, asked: list[optuna.Trial], signed: dict[str, Any]) -> int:
         """Within a turn: ask for what there is to do; how many trials others have under way."""
         running = self._running() if self.shared else []
-        repeated = {t.number: attributes.again(self.study, t) for t in running}
-        left = self.settings.n_trials - finished(self.study) - sum(number is None for number in repeated.values())
+        repeated = {t.number: attributes.reevaluates(self.study, t) for t in running}
+        left = self.settings.n_trials - n_complete(self.study) - sum(number is None for number in repeated.values())
         if left > 0:
             for _ in range(min(together, left)):
-                self.study.sampler = sampler(self.settings, self._drawn())
+                self.study.sampler = sampler(self.settings, self._sampled())
                 self._sign(self.study.ask(), asked, signed)
                 # At once: what is drawn at random comes from the study's sampler of the moment.
-                self.trials.draw(asked[-1])
+                self.trials.sample(asked[-1])
         elif None not in repeated.values():  # whatever is under way repeats another
             under_way = set(repeated.values())
-            for unsettled in Progress.of(self.study).unsettled():
+            for unsettled in StudyHistory.of(self.study).pending_full_evaluations():
                 if unsettled.number not in under_way:
-                    self.study.enqueue_trial(unsettled.params, user_attrs={AGAIN: unsettled.number})
-                    again = taken(self.study, self.study.get_trials(deepcopy=False)[-1])
+                    self.study.enqueue_trial(unsettled.params, user_attrs={REEVALUATES: unsettled.number})
+                    again = claim_waiting_trial(self.study, self.study.get_trials(deepcopy=False)[-1])
                     if again is not None:
                         self._sign(again, asked, signed)
                     break
         return len(running)
 
     def _running(self) -> list[FrozenTrial]:
-        for dead in free_the_dead(self.study, self.settings.workers):
-            self.watcher.warn(f"The worker of trial {dead.number} is gone; its parameters are tried again.")
+        for dead in requeue_stale_trials(self.study, self.settings.workers):
+            self.reporter.warning(f"The worker of trial {dead.number} is gone; its parameters are tried again.")
         return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
-    def _drawn(self) -> int:
+    def _sampled(self) -> int:
         """What the next trial's sampler is seeded by. Beside others it must be a number that never comes twice; alone, a trial that
         was cut off is drawn again, and one that failed by itself is not."""
         trials = self.study.get_trials(deepcopy=False)
         if self.shared:
             return len(trials)
         counted = (TrialState.COMPLETE, TrialState.RUNNING)
-        return sum(t.state in counted or attributes.failed_by_itself(self.study, t) for t in trials)
+        return sum(t.state in counted or attributes.failed_on_its_own(self.study, t) for t in trials)
 
     def _sign(self, trial: optuna.Trial, asked: list[optuna.Trial], signed: dict[str, Any]) -> None:
         asked.append(trial)
         trial.set_user_attr(WORKER, signed)
-        storage = database(self.study)
-        if isinstance(storage, PatientStorage) and storage.get_heartbeat_interval():
-            storage.patiently(storage.record_heartbeat, trial._trial_id)
+        storage = rdb_storage(self.study)
+        if isinstance(storage, RetryingRDBStorage) and storage.get_heartbeat_interval():
+            storage._retry(storage.record_heartbeat, trial._trial_id)
 
     def _give_back(self, asked: Sequence[optuna.Trial]) -> None:
         for trial in asked:
             self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
-    def _together(self) -> int:
+    def _trials_per_batch(self) -> int:
         """How many trials at a time: stored, since what is drawn depends on it, and a resumed study shall draw the same."""
-        before = attributes.trials_together(self.study)
-        now = self.trials.together(before)
+        before = attributes.trials_per_batch(self.study)
+        now = self.trials.trials_per_batch(before)
         if now != before:
-            self.study.set_user_attr(TOGETHER, now)
+            self.study.set_user_attr(TRIALS_PER_BATCH, now)
         return now

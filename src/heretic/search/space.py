@@ -11,30 +11,30 @@ from typing import Any
 import optuna
 
 from heretic.ablation.ablation import Ablation
-from heretic.ablation.strength_kernel import Kernel
+from heretic.ablation.strength_kernel import StrengthKernel
 from heretic.errors import UserError, plain_line
-from heretic.search.gradient_path import Walk
-from heretic.settings import KernelSpace, Search
+from heretic.search.gradient_path import GradientPath
+from heretic.settings import KernelSpace, SearchSettings
 
 GAIN = (0.5, 2.0)  # of a component, and of a third of the edited layers
 SHIFT = 1.0  # layers
 
 
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """The ablations of a model with so many layers and these components: kernels, or what lies around a walk."""
 
-    search: Search
+    search: SearchSettings
     num_layers: int
     components: Sequence[str]
-    walk: Walk | None = None
+    path: GradientPath | None = None
 
     def sample(self, trial: optuna.trial.BaseTrial) -> Ablation:
         """Draw one ablation; what a trial has been given already stays."""
-        walk = self.walk
-        if walk is None or not walk.points or self.search.start == "kernels":
-            return self._around_kernels(trial)
-        return self._around_walk(trial, walk)
+        gradient_path = self.path
+        if gradient_path is None or not gradient_path.points or self.search.start == "kernels":
+            return self._by_kernels(trial)
+        return self._around_path(trial, gradient_path)
 
     def from_params(self, params: Mapping[str, Any]) -> Ablation:
         """The ablation that a stored trial's parameters stand for. Raises UserError where they are not of this space."""
@@ -47,37 +47,37 @@ class Space:
             raise foreign_parameters("a number is not finite")
         return ablation
 
-    def starts(self) -> list[dict[str, Any]]:
+    def initial_params(self) -> list[dict[str, Any]]:
         """Parameters of the walk's own points, which are tried first, the strict ones before the gentle ones."""
-        if self.walk is None or self.search.start == "kernels":
+        if self.path is None or self.search.start == "kernels":
             return []
         middle: dict[str, Any] = {name: 1.0 for name in self._gains}
-        if self.walk.has_neighbours:
+        if self.path.is_mixture:
             middle["walk.shift"] = 0.0
-        return [middle | {"walk.point": float(i)} for i in reversed(range(len(self.walk.points)))]
+        return [middle | {"walk.point": float(i)} for i in reversed(range(len(self.path.points)))]
 
     @property
     def _gains(self) -> list[str]:
         return [f"walk.{part}" for part in (*self.components, "early", "middle", "late")]
 
-    def _around_walk(self, trial: optuna.trial.BaseTrial, walk: Walk) -> Ablation:
-        position = trial.suggest_float("walk.point", 0.0, float(len(walk.points) - 1))
+    def _around_path(self, trial: optuna.trial.BaseTrial, gradient_path: GradientPath) -> Ablation:
+        position = trial.suggest_float("walk.point", 0.0, float(len(gradient_path.points) - 1))
         gain = {name: trial.suggest_float(name, *GAIN, log=True) for name in self._gains}
-        shift = trial.suggest_float("walk.shift", -SHIFT, SHIFT) if walk.has_neighbours else 0.0
-        first, last = walk.reach
+        shift = trial.suggest_float("walk.shift", -SHIFT, SHIFT) if gradient_path.is_mixture else 0.0
+        first, last = gradient_path.edited_layer_range
         third = max(1.0, (last - first + 1) / 3)
         thirds = [("early", "middle", "late")[min(2, max(0, int((n - first) / third)))] for n in range(self.num_layers)]
         gains = {c: [gain[f"walk.{c}"] * gain[f"walk.{part}"] for part in thirds] for c in self.components}
-        return walk.at(position, gains, shift)
+        return gradient_path.at(position, gains, shift)
 
-    def _around_kernels(self, trial: optuna.trial.BaseTrial) -> Ablation:
+    def _by_kernels(self, trial: optuna.trial.BaseTrial) -> Ablation:
         """All parameters are drawn for every trial, so that TPE sees one space without branches."""
         search, depth = self.search, self.num_layers - 1
 
         scope = trial.suggest_categorical("direction_scope", search.direction_scope)
         at = trial.suggest_float("direction_index", *(share * depth for share in search.direction_index))
         kernels = {c: _kernel(trial, c, getattr(search, c), depth) for c in self.components}
-        return Ablation.of_kernels(kernels, self.num_layers, at if scope == "global" else None)
+        return Ablation.from_kernels(kernels, self.num_layers, at if scope == "global" else None)
 
 
 def _finite(ablation: Ablation) -> bool:
@@ -106,7 +106,7 @@ def describe(params: Mapping[str, Any]) -> str:
     return "per layer" if scope == "per_layer" else "other parameters"
 
 
-def _kernel(trial: optuna.trial.BaseTrial, component: str, space: KernelSpace, depth: int) -> Kernel:
+def _kernel(trial: optuna.trial.BaseTrial, component: str, space: KernelSpace, depth: int) -> StrengthKernel:
     # Below 0 counts as 0: an interval of the space, not a single point, stands for leaving the component alone.
     largest = max(0.0, trial.suggest_float(f"{component}.max_weight", *space.max_weight))
     position = trial.suggest_float(
@@ -117,4 +117,4 @@ def _kernel(trial: optuna.trial.BaseTrial, component: str, space: KernelSpace, d
         f"{component}.min_weight_distance", *(share * depth for share in space.min_weight_distance)
     )
     # At least half a layer, or a kernel could fall between two layers and do nothing.
-    return Kernel(largest, position, smallest * largest, max(distance, 0.5))
+    return StrengthKernel(largest, position, smallest * largest, max(distance, 0.5))

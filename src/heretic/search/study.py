@@ -10,15 +10,15 @@ import optuna
 from optuna.trial import TrialState
 
 from heretic.errors import UserError
-from heretic.interrupt import Stop
-from heretic.scoring.evaluator import Measured, Scores, never
-from heretic.search.pruning import Bar, Progress, told
-from heretic.search.scheduler import Drawer, Queue, finished
-from heretic.search.summary import Standing, StudyWatcher
+from heretic.interrupt import StopSignal
+from heretic.scoring.evaluator import Scores, TrialOutcome, no_pruning
+from heretic.search.pruning import ParetoThreshold, StudyHistory, objective_values
+from heretic.search.scheduler import TrialSampler, TrialScheduler, n_complete
+from heretic.search.summary import StudyReporter, StudySummary
 from heretic.settings import Settings
-from heretic.storage.attributes import BEATEN, ERROR, KL_PER_PROMPT, SCORES, START, WORKER
-from heretic.storage.checksum import sealed
-from heretic.storage.heartbeat import retry_of, signature, signs_of_life
+from heretic.storage.attributes import ERROR, KL_PER_PROMPT, PRUNED, SCORES, START, WORKER
+from heretic.storage.checksum import with_checksum
+from heretic.storage.heartbeat import retry_of, signature, trial_heartbeats
 
 # An ablation that destroys the model has an infinite KL; TPE needs a number, and any this large is as bad as another.
 WORST_KL = 100.0
@@ -26,26 +26,26 @@ FAILURES_IN_A_ROW = 3
 MOST_PROMPTS = 2000  # of which it is stored
 
 
-class Measurer(Drawer, Protocol):
+class TrialMeasurer(TrialSampler, Protocol):
     """What draws and measures trials."""
 
-    def starts(self) -> Sequence[dict[str, Any]]:
+    def initial_params(self) -> Sequence[dict[str, Any]]:
         """Parameters of the trials to begin with, which are measured in full."""
 
     def measure(
         self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
-    ) -> list[Measured | UserError]:
+    ) -> list[TrialOutcome | UserError]:
         """What came out of each; `beaten(KL, unanswered requests to expect at least)` says that one need not be measured any
         further."""
 
 
-def optimise(
+def run_study(
     study: optuna.Study,
     settings: Settings,
-    trials: Measurer,
+    trials: TrialMeasurer,
     *,
-    watcher: StudyWatcher,
-    stop: Stop,
+    reporter: StudyReporter,
+    stop: StopSignal,
     after_batch: Callable[[], None] = lambda: None,
     shared: bool = False,
 ) -> None:
@@ -60,55 +60,55 @@ def optimise(
     `n_trials` in the end; and this one stays until the others are done too, in case that one dies.
     """
     failures = 0
-    queue = Queue(study, settings, trials, watcher, stop, shared)
-    queue.begin(trials.starts())
-    with watcher.stage("Trials", settings.n_trials) as stage:
-        seen = finished(study)
+    queue = TrialScheduler(study, settings, trials, reporter, stop, shared)
+    queue.enqueue_initial(trials.initial_params())
+    with reporter.stage("Trials", settings.n_trials) as stage:
+        seen = n_complete(study)
         stage.advance(seen)
-        watcher.stands(Standing.of(study, settings))
+        reporter.study_updated(StudySummary.of(study, settings))
         while asked := queue.next():
             try:
-                progress = Progress.of(study)
+                progress = StudyHistory.of(study)
                 in_full = not settings.early_stopping or any(START in trial.user_attrs for trial in asked)
-                with signs_of_life(study, asked):
-                    measured = trials.measure(asked, never if in_full else progress.bar.beaten)
+                with trial_heartbeats(study, asked):
+                    measured = trials.measure(asked, no_pruning if in_full else progress.threshold.dominates)
                     for trial, found in zip(asked, measured, strict=True):
                         if isinstance(found, UserError):
                             with suppress(optuna.exceptions.UpdateFinishedTrialError):  # it went to another worker
                                 trial.set_user_attr(ERROR, found.what)
                             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                             failures += 1
-                            watcher.warn(f"Trial {trial.number} failed: {found.what}")
+                            reporter.warning(f"Trial {trial.number} failed: {found.what}")
                             if failures == FAILURES_IN_A_ROW:
                                 raise found
                             continue
                         failures = 0
-                        values = told(found, progress, settings.search.kl_floor, WORST_KL)
-                        kept = _keep(study, trials, trial, found, values, progress.bar)
+                        values = objective_values(found, progress, settings.search.kl_floor, WORST_KL)
+                        kept = _record(study, trials, trial, found, values, progress.threshold)
                         if kept is None:
-                            watcher.warn(
+                            reporter.warning(
                                 f"Trial {trial.number} went to another worker: this one was silent for too long."
                             )
                             continue
-                        done = finished(study)
+                        done = n_complete(study)
                         stage.advance(done - seen)  # with those of other workers
                         seen = done
-                        watcher.say(f"Trial {kept.number} ({done} of {settings.n_trials}): {_line(found)}")
+                        reporter.info(f"Trial {kept.number} ({done} of {settings.n_trials}): {_line(found)}")
             except BaseException:
                 for trial in asked:
                     study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                 raise
-            watcher.stands(Standing.of(study, settings))
+            reporter.study_updated(StudySummary.of(study, settings))
             after_batch()
 
 
-def _keep(
+def _record(
     study: optuna.Study,
-    trials: Measurer,
+    trials: TrialMeasurer,
     trial: optuna.Trial,
-    found: Measured,
+    found: TrialOutcome,
     values: list[float],
-    bar: Bar,
+    bar: ParetoThreshold,
 ) -> optuna.Trial | None:
     """Store what was measured; the trial that holds it, or None where it cannot count any more.
 
@@ -117,11 +117,11 @@ def _keep(
     """
 
     def store(where: optuna.Trial) -> None:
-        kind = SCORES if isinstance(found, Scores) else BEATEN
-        where.set_user_attr(kind, sealed(found.as_dict(), where.params))
+        kind = SCORES if isinstance(found, Scores) else PRUNED
+        where.set_user_attr(kind, with_checksum(found.as_dict(), where.params))
         for name, excess in found.excess.items() if isinstance(found, Scores) else ():
             where.set_constraint(name, excess)
-        if isinstance(found, Scores) and not bar.beaten(found.divergence.mean, found.expected):
+        if isinstance(found, Scores) and not bar.dominates(found.divergence.mean, found.expected):
             where.set_user_attr(KL_PER_PROMPT, rounded(found.divergence.per_prompt[:MOST_PROMPTS]))
         study.tell(where, values)
 
@@ -134,7 +134,7 @@ def _keep(
     again = retry_of(study, trial.number)
     if again is not None:
         again.set_user_attr(WORKER, signature())
-        trials.draw(again)
+        trials.sample(again)
         store(again)
     return again
 
@@ -144,7 +144,7 @@ def rounded(numbers: Sequence[float]) -> list[float]:
     return [float(f"{number:.4g}") for number in numbers]
 
 
-def _line(found: Measured) -> str:
+def _line(found: TrialOutcome) -> str:
     """What came out, for the log."""
     kl, seconds = found.divergence.mean, found.seconds.get("trial", 0.0)
     if isinstance(found, Scores):

@@ -10,9 +10,9 @@ from typing import Protocol
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from heretic.progress import Watcher
-from heretic.search.pareto import Result, choose
-from heretic.search.pruning import Progress
+from heretic.progress import ProgressReporter
+from heretic.search.pareto import Result, select_trial
+from heretic.search.pruning import StudyHistory
 from heretic.settings import Settings
 from heretic.storage.attributes import refusals_before
 
@@ -20,48 +20,48 @@ RECENT = 20  # trials that the speed is taken from
 
 
 @dataclass(frozen=True)
-class Standing:
+class StudySummary:
     """A study at a moment: `done` trials are told, and so count; those of `progress.stopped` were left early. `before` is how
     often the original declines, `best` the trial that the settings prefer, with the reason."""
 
     n_trials: int
-    done: int
-    failed: int
-    before: int | None
-    progress: Progress
+    n_complete: int
+    n_failed: int
+    original_refusals: int | None
+    progress: StudyHistory
     best: tuple[Result, str] | None
     trials_per_hour: float | None
 
     @classmethod
-    def of(cls, study: optuna.Study, settings: Settings, without: Collection[int] = ()) -> Standing:
+    def of(cls, study: optuna.Study, settings: Settings, without: Collection[int] = ()) -> StudySummary:
         """Read a study; of the trials `without` only the number counts. Raises UserError for another damaged one."""
         trials = study.get_trials(deepcopy=False)
         complete = [t for t in trials if t.state == TrialState.COMPLETE]
-        progress = Progress.of(study, without)
+        progress = StudyHistory.of(study, without)
         return cls(
             n_trials=settings.n_trials,
-            done=len(complete),
-            failed=sum(t.state == TrialState.FAIL for t in trials),
-            before=refusals_before(study),
+            n_complete=len(complete),
+            n_failed=sum(t.state == TrialState.FAIL for t in trials),
+            original_refusals=refusals_before(study),
             progress=progress,
-            best=choose(progress.found, settings.select, settings.max_kl, settings.max_refusals),
+            best=select_trial(progress.results, settings.select, settings.max_kl, settings.max_refusals),
             trials_per_hour=_per_hour(complete),
         )
 
     @property
-    def found(self) -> list[Result]:
+    def results(self) -> list[Result]:
         """The fully measured trials."""
-        return self.progress.found
+        return self.progress.results
 
     @property
-    def stopped(self) -> int:
+    def n_pruned(self) -> int:
         """How many trials were left early."""
-        return len(self.progress.stopped)
+        return len(self.progress.pruned)
 
     @property
     def seconds_left(self) -> float | None:
         """Estimated from the speed of the last trials; None where nothing is left or nothing is known."""
-        left = self.n_trials - self.done
+        left = self.n_trials - self.n_complete
         return 3600 * left / self.trials_per_hour if left > 0 and self.trials_per_hour else None
 
 
@@ -87,8 +87,8 @@ def _covered(spans: Iterable[tuple[datetime, datetime]]) -> float:
     return total
 
 
-class StudyWatcher(Watcher, Protocol):
+class StudyReporter(ProgressReporter, Protocol):
     """A watcher that is also told how a study stands."""
 
-    def stands(self, standing: Standing) -> None:
+    def study_updated(self, summary: StudySummary) -> None:
         """How the study under way stands now."""

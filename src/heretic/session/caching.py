@@ -9,54 +9,54 @@ from dataclasses import replace
 
 import torch
 
-from heretic.hardware.host import memory, spell_bytes
-from heretic.model.activation_cache import Entries, entries_for
+from heretic.hardware.host import format_bytes, memory
+from heretic.model.activation_cache import ActivationCache, allocate_cache
 from heretic.model.batching import Batcher, free_memory, out_of_memory
-from heretic.model.distributed import agree, size
-from heretic.model.forward import call, can_begin_later
+from heretic.model.distributed import broadcast_from_rank0, size
+from heretic.model.forward import forward_supported, supports_mid_stack_start
 from heretic.model.loading import LanguageModel
 from heretic.planning.memory_model import MOST_KEPT, SHARE_KEPT
-from heretic.planning.model_dims import ModelShape
+from heretic.planning.model_dims import ModelDims
 from heretic.planning.workload import MOST_TRIALS
-from heretic.scoring.evaluator import Ladder
-from heretic.scoring.refusal_count import Requests
+from heretic.scoring.evaluator import TrialEvaluator
+from heretic.scoring.refusal_count import EncodedRequests
 
 log = logging.getLogger(__name__)
 
-WORTH_DOUBLING = 1.2  # more trials in a pass must decode so many times faster
+MIN_SPEEDUP = 1.2  # more trials in a pass must decode so many times faster
 PROBED_STEPS = 3
 
 
-def with_savings(ladder: Ladder, refusal_texts: Sequence[list[int]]) -> Ladder:
+def enable_caching(evaluator: TrialEvaluator, refusal_texts: Sequence[list[int]]) -> TrialEvaluator:
     """The ladder, trying what the original said where it declined, and beginning its passes where the first edited block is.
 
     Neither is done where answers may leave the window of an attention layer: wrong tries would take up room in it.
     """
-    model = ladder.language_model
-    requests = Requests(ladder.harmful, refusal_texts)
-    harmless = ladder.taught.sequences
-    if max(map(len, (*requests.with_tried, *harmless))) + ladder.max_tokens >= model.window:
+    model = evaluator.language_model
+    requests = EncodedRequests(evaluator.harmful, refusal_texts)
+    harmless = evaluator.taught.sequences
+    if max(map(len, (*requests.with_drafts, *harmless))) + evaluator.max_tokens >= model.window:
         log.info("nothing is tried or kept: prompts and answers are longer than the attention's window")
-        return ladder
-    ladder = replace(ladder, tried=refusal_texts)
-    if not can_begin_later(model.model, model.anatomy.blocks, harmless, ladder.batcher):
-        return ladder
+        return evaluator
+    evaluator = replace(evaluator, tried=refusal_texts)
+    if not supports_mid_stack_start(model.model, model.structure.blocks, harmless, evaluator.batcher):
+        return evaluator
     return replace(
-        ladder,
-        harmful_entries=entries_of(model, requests.with_tried, ladder.batcher, with_cache=True),
-        harmless_entries=entries_of(model, harmless, ladder.batcher, with_cache=False),
+        evaluator,
+        harmful_entries=allocate_activation_cache(model, requests.with_drafts, evaluator.batcher, with_cache=True),
+        harmless_entries=allocate_activation_cache(model, harmless, evaluator.batcher, with_cache=False),
     )
 
 
-def entries_of(
+def allocate_activation_cache(
     model: LanguageModel, sequences: Sequence[list[int]], batcher: Batcher, *, with_cache: bool
-) -> Entries | None:
+) -> ActivationCache | None:
     """Room for what the original's blocks receive for these sequences; None where there is not enough."""
-    shape = ModelShape.of(model.model.config.get_text_config(decoder=True), model.model)
-    shared = batcher.beginning(sequences)
-    budget = agree(lambda: min(MOST_KEPT, int(SHARE_KEPT * memory()[1] / size())))
-    found = entries_for(
-        model.anatomy.blocks,
+    shape = ModelDims.of(model.model.config.get_text_config(decoder=True), model.model)
+    shared = batcher.shared_prefix(sequences)
+    budget = broadcast_from_rank0(lambda: min(MOST_KEPT, int(SHARE_KEPT * memory()[1] / size())))
+    found = allocate_cache(
+        model.structure.blocks,
         sequences,
         shared.tokens if shared else [],
         with_cache=with_cache,
@@ -64,17 +64,17 @@ def entries_of(
         budget=budget,
     )
     if found is None:
-        log.info("every pass begins with the first block: what is below does not fit into %s", spell_bytes(budget))
+        log.info("every pass begins with the first block: what is below does not fit into %s", format_bytes(budget))
     return found
 
 
-def trials_that_pay(ladder: Ladder) -> int:
+def tune_trials_per_batch(evaluator: TrialEvaluator) -> int:
     """How many trials to run in one pass, measured: decoding a token for twice as many rows is tried as long as that gives
     more rows a second by a fifth, fits the batch and the memory."""
-    model, requests = ladder.language_model, len(ladder.harmful)
+    model, requests = evaluator.language_model, len(evaluator.harmful)
     best = 1
     rate = _rows_per_second(model, requests)
-    while best < MOST_TRIALS and 2 * best * requests <= ladder.batcher.size:
+    while best < MOST_TRIALS and 2 * best * requests <= evaluator.batcher.size:
         try:
             doubled = _rows_per_second(model, 2 * best * requests)
         except (RuntimeError, MemoryError) as error:
@@ -83,7 +83,7 @@ def trials_that_pay(ladder: Ladder) -> int:
             free_memory()
             break
         log.info("%d trials in a pass decode %.0f rows a second, half as many %.0f", 2 * best, doubled, rate)
-        if doubled < WORTH_DOUBLING * rate:
+        if doubled < MIN_SPEEDUP * rate:
             break
         best, rate = 2 * best, doubled
     return best
@@ -97,7 +97,7 @@ def _rows_per_second(model: LanguageModel, rows: int) -> float:
     shortest = float("inf")
     for _ in range(PROBED_STEPS):
         began = time.perf_counter()
-        output = call(model.model, tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = forward_supported(model.model, tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = getattr(output, "past_key_values", None)
         output.logits[:, -1].argmax(dim=-1).tolist()  # waits for the device
         shortest = min(shortest, time.perf_counter() - began)

@@ -44,21 +44,21 @@ def start_answers(
     `start` is how they begin in an earlier session of the run or on another worker. Without it, and without a response_prefix
     in the settings, a thinking block that the template opens is closed, and the model is asked what its answers have in common.
     """
-    watcher, context = batcher.watcher, language_model.context
+    reporter, context = batcher.reporter, language_model.context
     shown = [prompt for prompt_set in prompts.all for prompt in prompt_set.prompts[:PREFIX_PROMPTS]]
     if start is not None:
         if start.variables:
-            watcher.say(f"The chat template is given {start.spelled_variables}.")
+            reporter.info(f"The chat template is given {start.spelled_variables}.")
     elif settings.response_prefix != "auto":
         start = AnswerStart(settings.response_prefix)
-        warn_of_open_thinking(chat.answering(start.prefix), shown, watcher)
+        warn_of_open_thinking(chat.answering(start.prefix), shown, reporter)
     else:
-        start = close_thinking(chat, shown, watcher)
+        start = close_thinking(chat, shown, reporter)
         closed = chat.answering(start.prefix, start.variables)
         asked = encode(prompts, closed, context, settings) if start != AnswerStart() else encoded
         start = replace(start, prefix=start.prefix + find_prefix(language_model, asked, batcher))
     if start.prefix:
-        watcher.say(f"Answers are made to begin with {start.prefix!r}.")
+        reporter.info(f"Answers are made to begin with {start.prefix!r}.")
     if start == AnswerStart():
         return chat, encoded
     chat = chat.answering(start.prefix, start.variables)

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from heretic.ablation.ablation import Ablation, Workbench
-from heretic.ablation.apply import attach
-from heretic.ablation.cleanup import without_mean
-from heretic.ablation.directions import Directions, made_unit
+from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.apply import apply_operators
+from heretic.ablation.cleanup import project_out_mean
+from heretic.ablation.directions import Directions, normalized
 from heretic.ablation.methods import METHODS
 from heretic.ablation.operator import Operator
-from heretic.ablation.residual_geometry import Sample, Survey
+from heretic.ablation.residual_geometry import GeometryRecorder, Sample
 from heretic.errors import UserError
-from heretic.hardware.host import memory, spell_bytes
+from heretic.hardware.host import format_bytes, memory
 from heretic.model.batching import Batcher
 from heretic.model.capture import bytes_of_each, mean_residuals
 from heretic.model.loading import LanguageModel
 from heretic.planning.memory_model import SHARE_FOR_RESIDUALS
-from heretic.settings import Directions as Wanted
+from heretic.settings import DirectionSettings as Wanted
 
 
 def find_directions(
@@ -27,7 +27,7 @@ def find_directions(
     harmless: Sequence[list[int]],
     batcher: Batcher,
     wanted: Wanted,
-    survey: Survey | None = None,
+    survey: GeometryRecorder | None = None,
 ) -> Directions:
     """Directions from prompts of both kinds (token ids), one pass over them a round. Raises UserError.
 
@@ -43,12 +43,12 @@ def find_directions(
     for _ in range(1 + wanted.iterative_rounds):
         seen = survey if found is None else None
         samples = [
-            Sample.room(len(asked) if seen else 0, model.anatomy.num_layers, model.anatomy.width)
+            Sample.room(len(asked) if seen else 0, model.structure.num_layers, model.structure.width)
             for asked in (harmful, harmless)
         ]
         with ExitStack() as stack:
             if found is not None:
-                stack.enter_context(attach(model.anatomy.writers, _removing(model, found)))
+                stack.enter_context(apply_operators(model.structure.writers, _removing(model, found)))
             bad, good = (
                 mean_residuals(
                     model, f"Residuals of {name}", asked, batcher, wanted.winsorize, keep=keep, keep_each=keep_each
@@ -66,24 +66,24 @@ def find_directions(
                 fix='dtypes = ["bfloat16", "float32"]',
             )
         if seen is not None:
-            seen.take((bad, good), (samples[0], samples[1]))
+            seen.record((bad, good), (samples[0], samples[1]))
         vectors = method.find(bad, good, wanted.count, model.device)
-        found = made_unit(without_mean(vectors, good) if wanted.project_harmless else vectors, found)
+        found = normalized(project_out_mean(vectors, good) if wanted.project_harmless else vectors, found)
     assert found is not None
     return found
 
 
 def _removing(model: LanguageModel, directions: Directions) -> dict[str, Operator]:
-    writers = model.anatomy.writers
-    strengths = dict.fromkeys(model.anatomy.components, (1.0,) * directions.num_layers)
-    return Workbench.prepare(directions, writers, "plain").operators(Ablation(strengths))
+    writers = model.structure.writers
+    strengths = dict.fromkeys(model.structure.components, (1.0,) * directions.num_layers)
+    return OperatorFactory.prepare(directions, writers, "plain").operators(Ablation(strengths))
 
 
 def _check_room(model: LanguageModel, prompts: int, wanted: Wanted) -> None:
     needed, free = bytes_of_each(model, prompts), memory()[1]
     if needed > SHARE_FOR_RESIDUALS * free:
         raise UserError(
-            f"The residuals of all {prompts} prompts need {spell_bytes(needed)} of RAM. {spell_bytes(free)} are free, and "
+            f"The residuals of all {prompts} prompts need {format_bytes(needed)} of RAM. {format_bytes(free)} are free, and "
             "heretic uses at most half of that.",
             code="insufficient-ram",
             where="directions.method",

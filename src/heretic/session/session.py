@@ -11,50 +11,50 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from heretic.ablation.ablation import Ablation, Workbench
-from heretic.ablation.apply import attach
-from heretic.ablation.bake import Original, copies, from_checkpoint, rewrite
+from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.apply import apply_operators
+from heretic.ablation.bake import OriginalWeights, copy_weights, read_from_checkpoint, rewritten_weights
 from heretic.ablation.directions import Directions
-from heretic.ablation.operator import Matrix
-from heretic.ablation.residual_geometry import ResidualGeometry, Survey
+from heretic.ablation.operator import LazyTensor
+from heretic.ablation.residual_geometry import GeometryRecorder, ResidualGeometry
 from heretic.errors import UserError
-from heretic.hardware.host import memory, spell_bytes
-from heretic.interrupt import Stop
-from heretic.model.architecture import Writer
-from heretic.model.batching import AS_IT_IS, Batcher, Edited
+from heretic.hardware.host import format_bytes, memory
+from heretic.interrupt import StopSignal
+from heretic.model.architecture import ResidualWriter
+from heretic.model.batching import UNEDITED, Batcher, EditSpec
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.decoding import decoded_by_generate
-from heretic.model.distributed import agree, rank
-from heretic.model.forward import can_share, padding_matters
+from heretic.model.distributed import broadcast_from_rank0, rank
+from heretic.model.forward import padding_sensitive, supports_prefix_caching
 from heretic.model.loading import LanguageModel, load
 from heretic.model.response_prefix import AnswerStart
 from heretic.model.template import read_template
 from heretic.planning.memory_plan import LoadPlan
-from heretic.progress import Watcher
+from heretic.progress import ProgressReporter
 from heretic.prompts import PromptSets
 from heretic.runs.folder import BASELINE, RunFolder
 from heretic.runs.stored_tensors import Baseline
-from heretic.scoring.evaluator import Ladder
-from heretic.scoring.harmless_metrics import Bystanders, Limits
-from heretic.scoring.judges.registry import Surroundings, make_judge
+from heretic.scoring.evaluator import TrialEvaluator
+from heretic.scoring.harmless_metrics import HarmlessLimits, HarmlessProbe
+from heretic.scoring.judges.registry import JudgeContext, make_judge
 from heretic.scoring.judges.verdict import Judge
 from heretic.scoring.refusal_proxy import FEWEST_TOKENS, MOST_TOKENS
-from heretic.scoring.teacher_forcing import Taught, all_log_probs, beginnings
-from heretic.search.gradient_path import Walk
-from heretic.search.space import Space
-from heretic.session.caching import with_savings
+from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs, answer_prefixes
+from heretic.search.gradient_path import GradientPath
+from heretic.search.space import SearchSpace
+from heretic.session.caching import enable_caching
 from heretic.session.encoding import encode, most_new_tokens, start_answers
 from heretic.session.find_directions import find_directions
 from heretic.settings import Settings
-from heretic.storage.compute_once import ALONE, Shelf
+from heretic.storage.compute_once import LOCAL, ComputeOnce
 
-FEW_REFUSALS = 0.1  # share of the requests
+LOW_REFUSAL_FRACTION = 0.1  # share of the requests
 COPIES = 3  # of the log-probabilities: original, ablated, written
 
 
 @dataclass(frozen=True)
-class Bench:
+class ModelContext:
     """A loaded model with the prompts encoded for it (token ids by role) and everything that measures it."""
 
     settings: Settings
@@ -63,10 +63,10 @@ class Bench:
     prompts: PromptSets
     encoded: Mapping[str, list[list[int]]]
     batcher: Batcher
-    ladder: Ladder
+    evaluator: TrialEvaluator
 
     @property
-    def start(self) -> AnswerStart:
+    def answer_start(self) -> AnswerStart:
         """How every answer begins."""
         return AnswerStart(self.chat.response_prefix, self.chat.variables)
 
@@ -76,58 +76,63 @@ class Session:
     """A bench with what a study needs besides: the original's baseline, the directions, the operators' workbench, and the
     ladder that knows what the original said and does not compute again what no trial changes."""
 
-    bench: Bench
+    context: ModelContext
     baseline: Baseline
-    workbench: Workbench
-    original: Original | None
-    ladder: Ladder
+    operator_factory: OperatorFactory
+    original: OriginalWeights | None
+    evaluator: TrialEvaluator
 
     @contextmanager
-    def applied(self, *ablations: Ablation) -> Iterator[Edited]:
+    def applied(self, *ablations: Ablation) -> Iterator[EditSpec]:
         """Within the context the model is ablated, by hooks or by rewritten weights as the settings say.
 
         Gives how it is edited. Several ablations share the passes, each row having its own; rewritten weights hold one. Without
         any it is the original.
         """
         if not ablations:
-            yield AS_IT_IS
+            yield UNEDITED
             return
-        writers, operators = self.workbench.writers, [self.workbench.operators(a) for a in ablations]
+        writers, operators = self.operator_factory.writers, [self.operator_factory.operators(a) for a in ablations]
         touched = [w.layer for w in writers if any(w.name in found for found in operators)]
-        edited = Edited(len(ablations), min(touched, default=self.bench.language_model.anatomy.num_layers))
+        edited = EditSpec(len(ablations), min(touched, default=self.context.language_model.structure.num_layers))
         if self.original is None:
-            with attach(writers, *operators):
+            with apply_operators(writers, *operators):
                 yield edited
         else:
             (only,) = operators
-            with rewrite(writers, only, self.original):
+            with rewritten_weights(writers, only, self.original):
                 yield edited
 
-    def space(self, walk: Walk | None) -> Space:
+    def space(self, gradient_path: GradientPath | None) -> SearchSpace:
         """What this model's trials are drawn from."""
-        anatomy = self.bench.language_model.anatomy
-        return Space(self.bench.settings.search, anatomy.num_layers, anatomy.components, walk)
+        structure = self.context.language_model.structure
+        return SearchSpace(self.context.settings.search, structure.num_layers, structure.components, gradient_path)
 
     def log_probs(self, ablation: Ablation) -> Tensor:
         """Log-probabilities of the ablated model where the divergence is taken [tokens, vocabulary]."""
-        bench = self.bench
+        model_context = self.context
         with self.applied(ablation):
-            return all_log_probs(bench.language_model, bench.ladder.taught, bench.batcher, "Ablated model's answers")
+            return all_log_probs(
+                model_context.language_model,
+                model_context.evaluator.taught,
+                model_context.batcher,
+                "Ablated model's answers",
+            )
 
 
-def open_bench(
+def load_model_context(
     settings: Settings,
     checkpoint: Checkpoint,
     prompts: PromptSets,
     plan: LoadPlan,
-    watcher: Watcher,
-    stop: Stop,
+    reporter: ProgressReporter,
+    stop: StopSignal,
     start: AnswerStart | None = None,
     judge: Judge | None = None,
-) -> Bench:
+) -> ModelContext:
     """Load the model and encode the evaluation prompts; the answers' common beginning is found unless it is given, and the judge
     is made unless there is one."""
-    judge = judge or make_judge(settings, Surroundings(None, watcher, stop))
+    judge = judge or make_judge(settings, JudgeContext(None, reporter, stop))
     language_model = load(
         checkpoint,
         plan.dtypes,
@@ -135,37 +140,39 @@ def open_bench(
         quantization=plan.quantization,
         trust_remote_code=settings.trust_remote_code,
         chat_template=read_template(settings),
-        watcher=watcher,
+        reporter=reporter,
     )
-    if names := language_model.anatomy.not_understood:
-        watcher.warn(
+    if names := language_model.structure.unrecognized:
+        reporter.warning(
             f"{len(names)} modules look like writers, but not to the residual stream or in a way that is not understood; "
             f"they are left as they are, such as {names[0]}."
         )
-    if names := language_model.anatomy.incomplete:
-        watcher.warn(
+    if names := language_model.structure.incomplete:
+        reporter.warning(
             f"{len(names)} blocks do more than add their writers' outputs to one residual stream, such as {names[0]}: "
             "the edit may not reach all of it (docs/architectures.md)."
         )
-    batcher = Batcher(plan.batch_size, language_model.device, pad=language_model.pad, stop=stop, watcher=watcher)
+    batcher = Batcher(plan.batch_size, language_model.device, pad=language_model.pad, stop=stop, reporter=reporter)
     chat = ChatFormat(language_model.tokenizer, settings.system_prompt, rows=language_model.rows)
     encoded = encode(prompts, chat, language_model.context, settings)
     if decoded_by_generate(language_model.model, language_model.device):
-        watcher.say(
+        reporter.info(
             "This model keeps no cache that can be handed on: transformers decodes every answer to its full length."
         )
-    batcher.even = padding_matters(language_model.model, encoded["harmless_eval"], batcher)
-    if batcher.even:
-        watcher.warn(
+    batcher.equal_lengths = padding_sensitive(language_model.model, encoded["harmless_eval"], batcher)
+    if batcher.equal_lengths:
+        reporter.warning(
             "Padding changes what this model answers, so only prompts of one length share a batch: this is slower."
         )
     chat, encoded = start_answers(chat, encoded, start, prompts, language_model, settings, batcher)
     longest = max(len(tokens) for sequences in encoded.values() for tokens in sequences) + most_new_tokens(settings)
     model, window = language_model.model, language_model.window
-    batcher.share = can_share(model, encoded["harmless_eval"], batcher, longest=longest, window=window)
-    limits = Limits(settings.constraints.max_over_refusals, settings.constraints.max_degenerate)
-    bystanders = Bystanders(encoded["harmless_eval"], prompts.harmless_eval.prompts, limits)
-    ladder = Ladder(
+    batcher.prefix_caching = supports_prefix_caching(
+        model, encoded["harmless_eval"], batcher, longest=longest, window=window
+    )
+    limits = HarmlessLimits(settings.constraints.max_over_refusals, settings.constraints.max_degenerate)
+    bystanders = HarmlessProbe(encoded["harmless_eval"], prompts.harmless_eval.prompts, limits)
+    evaluator = TrialEvaluator(
         language_model,
         chat,
         encoded["harmful_eval"],
@@ -174,9 +181,9 @@ def open_bench(
         batcher,
         settings.max_response_length,
         requests=prompts.harmful_eval.prompts,
-        bystanders=bystanders,
+        harmless_probe=bystanders,
     )
-    return Bench(settings, language_model, chat, prompts, encoded, batcher, ladder)
+    return ModelContext(settings, language_model, chat, prompts, encoded, batcher, evaluator)
 
 
 def open_session(
@@ -185,132 +192,141 @@ def open_session(
     prompts: PromptSets,
     plan: LoadPlan,
     folder: RunFolder,
-    watcher: Watcher,
-    stop: Stop,
-    shelf: Shelf = ALONE,
+    reporter: ProgressReporter,
+    stop: StopSignal,
+    compute_once: ComputeOnce = LOCAL,
 ) -> Session:
     """Load the model and bring everything that a study needs, computing only what the run's folder does not hold, and what no
     other worker of the study makes."""
-    judge = make_judge(settings, Surroundings(folder.path, watcher, stop))
-    with shelf.file(BASELINE):
-        baseline = agree(lambda: folder.baseline(watcher))
+    judge = make_judge(settings, JudgeContext(folder.path, reporter, stop))
+    with compute_once.shared_file(BASELINE):
+        baseline = broadcast_from_rank0(lambda: folder.load_baseline(reporter))
         start = baseline.start if baseline else None
-        bench = open_bench(settings, checkpoint, prompts, plan, watcher, stop, start, judge)
+        model_context = load_model_context(settings, checkpoint, prompts, plan, reporter, stop, start, judge)
         if baseline is None:
-            baseline = measure_baseline(bench)
+            baseline = measure_baseline(model_context)
             if rank() == 0:
-                folder.keep_baseline(baseline)
+                folder.save_baseline(baseline)
     evasive = f" and evades {baseline.evasive}" if baseline.evasive else ""
-    watcher.say(f"The original model declines {baseline.refusals} of {len(baseline.declined)} requests{evasive}.")
-    if baseline.refusals < FEW_REFUSALS * len(baseline.declined):
-        watcher.warn(
+    reporter.info(f"The original model declines {baseline.refusals} of {len(baseline.refused)} requests{evasive}.")
+    if baseline.refusals < LOW_REFUSAL_FRACTION * len(baseline.refused):
+        reporter.warning(
             "It hardly declines anything, so there is little to remove; check prompts.harmful_eval and refusal_markers."
         )
-    with shelf.file("directions.safetensors"):
-        directions = agree(lambda: folder.directions(watcher))
+    with compute_once.shared_file("directions.safetensors"):
+        directions = broadcast_from_rank0(lambda: folder.load_directions(reporter))
         if directions is None:
-            survey = Survey()
-            directions = directions_of(bench, survey)
+            survey = GeometryRecorder()
+            directions = find_model_directions(model_context, survey)
             if rank() == 0:
-                folder.keep_directions(directions)
-                folder.keep_geometry(survey.geometry(directions))
-    writers = bench.language_model.anatomy.writers
+                folder.save_directions(directions)
+                folder.save_geometry(survey.geometry(directions))
+    writers = model_context.language_model.structure.writers
     original = None
     if settings.apply == "weights":
         original = (
-            copies(writers)
+            copy_weights(writers)
             if settings.cache_weights
-            else from_checkpoint(_with_tensors(checkpoint), writers, bench.language_model.model)
+            else read_from_checkpoint(_with_tensors(checkpoint), writers, model_context.language_model.model)
         )
-    workbench = workbench_of(bench, directions)
-    return with_baseline(Session(bench, baseline, workbench, original, bench.ladder), baseline)
+    operator_factory = operator_factory_for(model_context, directions)
+    return with_baseline(
+        Session(model_context, baseline, operator_factory, original, model_context.evaluator), baseline
+    )
 
 
 def with_baseline(session: Session, baseline: Baseline) -> Session:
     """The session measuring against this baseline."""
-    bench = replace(session.bench, ladder=replace(session.bench.ladder, answered=baseline.answered))
-    return replace(session, bench=bench, baseline=baseline, ladder=with_savings(bench.ladder, baseline.refusal_texts))
-
-
-def directions_of(bench: Bench, survey: Survey | None = None) -> Directions:
-    """Directions as the settings want them, from the prompt sets for it; `survey` sees what they are found in. Raises UserError."""
-    harmful, harmless = (bench.encoded[role] for role in ("harmful_train", "harmless_train"))
-    wanted = bench.settings.directions
-    return find_directions(bench.language_model, harmful, harmless, bench.batcher, wanted, survey)
-
-
-def geometry_of(bench: Bench) -> ResidualGeometry:
-    """How the residuals that give the directions lie, measured anew."""
-    survey = Survey()
-    return survey.geometry(directions_of(bench, survey))
-
-
-def workbench_of(bench: Bench, directions: Directions) -> Workbench:
-    """What gives the operators of the run's geometry for these directions."""
-    model, edit = bench.language_model, bench.settings.ablation
-    read, watcher = weight_reader(model), bench.batcher.watcher
-    return Workbench.prepare(
-        directions, model.anatomy.writers, edit.geometry, read, watcher, norm_aware=edit.norm_aware
+    model_context = replace(
+        session.context, evaluator=replace(session.context.evaluator, reference_tokens=baseline.answered)
+    )
+    return replace(
+        session,
+        context=model_context,
+        baseline=baseline,
+        evaluator=enable_caching(model_context.evaluator, baseline.refusal_texts),
     )
 
 
-def measure_baseline(bench: Bench) -> Baseline:
+def find_model_directions(model_context: ModelContext, survey: GeometryRecorder | None = None) -> Directions:
+    """Directions as the settings want them, from the prompt sets for it; `survey` sees what they are found in. Raises UserError."""
+    harmful, harmless = (model_context.encoded[role] for role in ("harmful_train", "harmless_train"))
+    wanted = model_context.settings.directions
+    return find_directions(model_context.language_model, harmful, harmless, model_context.batcher, wanted, survey)
+
+
+def measure_residual_geometry(model_context: ModelContext) -> ResidualGeometry:
+    """How the residuals that give the directions lie, measured anew."""
+    survey = GeometryRecorder()
+    return survey.geometry(find_model_directions(model_context, survey))
+
+
+def operator_factory_for(model_context: ModelContext, directions: Directions) -> OperatorFactory:
+    """What gives the operators of the run's geometry for these directions."""
+    model, edit = model_context.language_model, model_context.settings.ablation
+    read, reporter = weight_reader(model), model_context.batcher.reporter
+    return OperatorFactory.prepare(
+        directions, model.structure.writers, edit.geometry, read, reporter, norm_aware=edit.norm_aware
+    )
+
+
+def measure_baseline(model_context: ModelContext) -> Baseline:
     """Measure the original model."""
-    log_probs, answered = original_log_probs(bench)
-    counted = bench.ladder.refusals(fewest_tokens=FEWEST_TOKENS)
-    conduct = bench.ladder.conduct()
+    log_probs, answered = original_log_probs(model_context)
+    counted = model_context.evaluator.refusals(fewest_tokens=FEWEST_TOKENS)
+    harmless_metrics = model_context.evaluator.harmless_metrics()
     texts = tuple(
-        list(tokens[:MOST_TOKENS]) if declined else []
-        for tokens, declined in zip(counted.tokens, counted.declined, strict=True)
+        list(tokens[:MOST_TOKENS]) if refused else []
+        for tokens, refused in zip(counted.tokens, counted.refused, strict=True)
     )
     return Baseline(
         log_probs=log_probs,
         verdicts=counted.verdicts,
         refusal_texts=texts,
-        start=bench.start,
+        start=model_context.answer_start,
         answered=answered,
-        conduct=conduct[0] if conduct else None,
+        harmless_metrics=harmless_metrics[0] if harmless_metrics else None,
     )
 
 
-def original_log_probs(bench: Bench) -> tuple[Tensor, tuple[list[int], ...]]:
+def original_log_probs(model_context: ModelContext) -> tuple[Tensor, tuple[list[int], ...]]:
     """The model's log-probabilities [tokens, vocabulary] at the first `kl_tokens` tokens of its own answers to the harmless
     prompts, and these tokens. Raises UserError where they do not fit into the RAM."""
-    model, batcher, harmless = bench.language_model, bench.batcher, bench.ladder.harmless
-    answered = beginnings(model, harmless, batcher, bench.settings.kl_tokens)
-    check_room(sum(map(len, answered)), bench)
-    return all_log_probs(model, Taught.of(harmless, answered), batcher, "Baseline"), tuple(answered)
+    model, batcher, harmless = model_context.language_model, model_context.batcher, model_context.evaluator.harmless
+    answered = answer_prefixes(model, harmless, batcher, model_context.settings.kl_tokens)
+    check_memory(sum(map(len, answered)), model_context)
+    return all_log_probs(model, TeacherForcedTexts.of(harmless, answered), batcher, "Baseline"), tuple(answered)
 
 
-def check_room(tokens: int, bench: Bench) -> None:
+def check_memory(tokens: int, model_context: ModelContext) -> None:
     """Raise UserError where log-probabilities at so many tokens do not fit into the RAM that is free: those of the original stay,
     those of the ablated and of the written model are compared with them at the end."""
-    vocabulary = bench.language_model.model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = model_context.language_model.model.config.get_text_config(decoder=True).vocab_size
     needed, free = COPIES * tokens * vocabulary * 4, memory()[1]
-    if needed > free and bench.settings.kl_tokens > 1:
-        fitting = max(1, int(bench.settings.kl_tokens * free / needed))
+    if needed > free and model_context.settings.kl_tokens > 1:
+        fitting = max(1, int(model_context.settings.kl_tokens * free / needed))
         raise UserError(
-            f"Log-probabilities at {tokens} tokens need {spell_bytes(needed)} of RAM. {spell_bytes(free)} are free.",
+            f"Log-probabilities at {tokens} tokens need {format_bytes(needed)} of RAM. {format_bytes(free)} are free.",
             code="insufficient-ram",
             where="kl_tokens",
             fix=f"kl_tokens = {fitting}, or use fewer prompts in prompts.harmless_eval",
         )
 
 
-def weight_reader(language_model: LanguageModel) -> Callable[[Writer], Sequence[Matrix]]:
+def weight_reader(language_model: LanguageModel) -> Callable[[ResidualWriter], Sequence[LazyTensor]]:
     """How to get at a writer's matrices [width, inputs]: from memory, or from the checkpoint where they are offloaded."""
 
-    def read(writer: Writer) -> Sequence[Matrix]:
+    def read(writer: ResidualWriter) -> Sequence[LazyTensor]:
         if not writer.offloaded:
             return writer.weights()
-        original = from_checkpoint(_with_tensors(language_model.checkpoint), [writer], language_model.model)
+        original = read_from_checkpoint(_with_tensors(language_model.checkpoint), [writer], language_model.model)
         return [m for part in writer.parts if not part.is_bias for m in part.matrices(original(part.name))]
 
     return read
 
 
 def _with_tensors(checkpoint: Checkpoint) -> Checkpoint:
-    if checkpoint.gguf_file or checkpoint.quantised_by:
+    if checkpoint.gguf_file or checkpoint.quantized_by:
         raise UserError(
             "The checkpoint is quantized, so heretic cannot restore the original weights exactly from it.",
             code="weights-not-restorable",

@@ -11,27 +11,27 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
-from heretic.settings.ablation import AblationSettings, Directions, Geometry
-from heretic.settings.export import Behaviour, ExportFormat, GgufType
-from heretic.settings.field import PathText, Table, noted, one_name, setting
-from heretic.settings.prompts import Prompts, PromptSource
+from heretic.settings.ablation import AblationSettings, DirectionSettings, Geometry
+from heretic.settings.export import Behavior, ExportFormat, GgufType
+from heretic.settings.field import PathText, SettingsModel, field_metadata, one_name, setting
+from heretic.settings.prompts import PromptSettings, PromptSource
 from heretic.settings.scoring import (
     DEFAULT_MARKERS,
     ClassifierSettings,
-    Constraints,
+    ConstraintSettings,
     JudgeSettings,
     LlmSettings,
     not_blank,
 )
-from heretic.settings.search import GradientSettings, KernelSpace, Search
-from heretic.settings.workers import Workers
+from heretic.settings.search import GradientSettings, KernelSpace, SearchSettings
+from heretic.settings.workers import WorkerSettings
 
 __all__ = [
     "DEFAULT_MARKERS",
     "AblationSettings",
     "ClassifierSettings",
-    "Constraints",
-    "Directions",
+    "ConstraintSettings",
+    "DirectionSettings",
     "ExportFormat",
     "Geometry",
     "GgufType",
@@ -39,15 +39,15 @@ __all__ = [
     "JudgeSettings",
     "KernelSpace",
     "LlmSettings",
+    "PromptSettings",
     "PromptSource",
-    "Prompts",
-    "Search",
+    "SearchSettings",
     "Settings",
-    "Workers",
+    "WorkerSettings",
 ]
 
 
-class Settings(Table):
+class Settings(SettingsModel):
     """All settings of a run."""
 
     model: str = setting(
@@ -69,10 +69,10 @@ class Settings(Table):
         ),
         neutral=True,
     )
-    behaviour: Behaviour = setting(
+    behavior: Behavior = setting(
         "",
         "What the direction is of, in a few words, for the card of an exported model; empty: refusal.",
-        when='with prompt sets of another behaviour ("empty openings"), so that the card says what was done.',
+        when='with prompt sets of another behavior ("empty openings"), so that the card says what was done.',
         neutral=True,
     )
     export_format: ExportFormat = setting(
@@ -177,7 +177,7 @@ class Settings(Table):
     quantization: Literal["none", "bnb_4bit", "bnb_8bit"] = setting(
         "none",
         "Load the weights in fewer bits with bitsandbytes (`pip install bitsandbytes`), where they do not fit otherwise. The "
-        "study is then made on the quantised model; the export edits the checkpoint's full-precision tensors.",
+        "study is then made on the quantized model; the export edits the checkpoint's full-precision tensors.",
         when=(
             "where preflight says that the weights do not fit and would in fewer bits; the study then measures a "
             "slightly other model."
@@ -229,7 +229,7 @@ class Settings(Table):
         "An answer counts as declined if it contains one of these (ignoring case, asterisks, typographic apostrophes and "
         "repeated spaces); see `judge` for who else may judge, and for answers that neither decline nor answer.",
         when=(
-            "for another language, another behaviour, or a model with a manner of its own; look at `heretic "
+            "for another language, another behavior, or a model with a manner of its own; look at `heretic "
             "compare` first."
         ),
         min_length=1,
@@ -248,7 +248,7 @@ class Settings(Table):
         "How a trial edits the model: `operators` act on the outputs of the writers and leave the weights untouched; `weights` "
         "rewrites them and puts them back. The scores are the same up to rounding.",
         when=(
-            "`weights` only to check `operators`: one trial a pass, not with quantised or offloaded weights or "
+            "`weights` only to check `operators`: one trial a pass, not with quantized or offloaded weights or "
             "torchrun; the walk uses operators in any case."
         ),
         neutral=True,
@@ -329,34 +329,36 @@ class Settings(Table):
         neutral=True,
         ge=0,
     )
-    prompts: Prompts = setting(Prompts(), "The four prompt sets.")
+    prompts: PromptSettings = setting(PromptSettings(), "The four prompt sets.")
     judge: JudgeSettings = setting(
         JudgeSettings(),
         "Who says whether an answer declines; `heretic evaluate --judge-agreement` shows how far to trust it.",
     )
-    constraints: Constraints = setting(
-        Constraints(),
+    constraints: ConstraintSettings = setting(
+        ConstraintSettings(),
         "What a trial on the front must keep to besides its two values. With a limit the harmless prompts are answered too, by "
         "trials that are measured in full: for these a second decoding.",
     )
-    directions: Directions = setting(Directions(), "How the refusal direction of every layer is found.")
+    directions: DirectionSettings = setting(DirectionSettings(), "How the refusal direction of every layer is found.")
     ablation: AblationSettings = setting(
         AblationSettings(), "What is done to the weights that write to the residual stream."
     )
-    search: Search = setting(Search(), "What the study searches. Ranges are [lowest, highest].")
-    workers: Workers = setting(Workers(), "Several processes on one study (docs/workers.md).", neutral=True)
+    search: SearchSettings = setting(SearchSettings(), "What the study searches. Ranges are [lowest, highest].")
+    workers: WorkerSettings = setting(
+        WorkerSettings(), "Several processes on one study (docs/workers.md).", neutral=True
+    )
 
-    def results_part(self) -> dict[str, Any]:
+    def fingerprint_fields(self) -> dict[str, Any]:
         """The settings that decide the results, as plain data: what a fingerprint is made of."""
         return _decisive(self)
 
 
-def _decisive(table: Table) -> dict[str, Any]:
+def _decisive(table: SettingsModel) -> dict[str, Any]:
     """A table without what is neutral in it."""
     found = {}
     for name, field in type(table).model_fields.items():
-        if noted(field, "neutral"):
+        if field_metadata(field, "neutral"):
             continue
         value = getattr(table, name)
-        found[name] = _decisive(value) if isinstance(value, Table) else table.model_dump(include={name})[name]
+        found[name] = _decisive(value) if isinstance(value, SettingsModel) else table.model_dump(include={name})[name]
     return found

@@ -6,20 +6,20 @@ from typing import Literal
 
 from pydantic import ValidationInfo, field_validator
 
-from heretic.settings.field import Table, setting
+from heretic.settings.field import SettingsModel, setting
 
-DirectionMethod = Literal["mean_difference", "geometric_median", "self_organising_map"]
+DirectionMethod = Literal["mean_difference", "geometric_median", "self_organizing_map"]
 GIVE_ONE = {"mean_difference", "geometric_median"}
 Geometry = Literal["plain", "row_normalized", "norm_preserving"]
 
 
-class Directions(Table):
+class DirectionSettings(SettingsModel):
     """How the refusal direction of every layer is found."""
 
     method: DirectionMethod = setting(
         "mean_difference",
         "`mean_difference`: mean residual of harmful minus harmless prompts. `geometric_median`: of their geometric medians, which "
-        "single prompts cannot pull away. `self_organising_map`: neurons of a map of the harmful prompts, minus the harmless mean; "
+        "single prompts cannot pull away. `self_organizing_map`: neurons of a map of the harmful prompts, minus the harmless mean; "
         "it can give several. All but the first keep every prompt's residuals in RAM, prompts x layers x width x 4 bytes.",
         when=(
             "to study directions; on two small models none of the others beat the default by more than seeds differ "
@@ -28,10 +28,10 @@ class Directions(Table):
     )
     count: int = setting(
         1,
-        "Directions of a layer, all removed with the same strength; more than one needs `self_organising_map`. What "
+        "Directions of a layer, all removed with the same strength; more than one needs `self_organizing_map`. What "
         " the geometries keep of a writer in RAM grows with it (layers x directions x width x 4 bytes; "
         "`plain` keeps nothing).",
-        when="with `self_organising_map`; more directions change the model more, so look at the KL.",
+        when="with `self_organizing_map`; more directions change the model more, so look at the KL.",
         ge=1,
         le=8,
     )
@@ -78,7 +78,7 @@ class Directions(Table):
         return count
 
 
-class AblationSettings(Table):
+class AblationSettings(SettingsModel):
     """What is done to the weights that write to the residual stream."""
 
     geometry: Geometry = setting(

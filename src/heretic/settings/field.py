@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from heretic.errors import UserError, plain_line
-from heretic.files import expanded
+from heretic.files import expand_user
 
 LONGEST_SECONDS = 31_536_000  # a year; far longer waits overflow the system's clocks
 
@@ -28,13 +28,13 @@ def _fresh(value: Any) -> Any:
     return value.model_copy(deep=True) if isinstance(value, BaseModel) else value.copy()
 
 
-class Table(BaseModel):
+class SettingsModel(BaseModel):
     """A TOML table: unknown keys and wrong types are refused, never guessed at."""
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
-def noted(field: FieldInfo, name: str) -> Any:
+def field_metadata(field: FieldInfo, name: str) -> Any:
     """What `setting` wrote down beside the description: `when`, a text, or `neutral`."""
     extra = field.json_schema_extra
     return extra.get(name) if isinstance(extra, dict) else None
@@ -48,7 +48,7 @@ def _in_order(bounds: list[float]) -> list[float]:
 
 def _home(path: str) -> str:
     try:
-        expanded(path)
+        expand_user(path)
     except UserError as error:
         raise ValueError(f"{plain_line(error.what).rstrip('.')}; write the whole path or set HOME") from None
     return os.path.expanduser(path)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from heretic.errors import SettingsError, plain_line
-from heretic.settings.sources import check, read_toml
+from heretic.settings.sources import check_types, read_toml
 from heretic.settings.toml import toml_value
 
 
 @dataclass(frozen=True)
-class Theirs:
+class HereticLlmSetting:
     """One of their settings: our key for it (none: there is nothing to set), what a value becomes, and what to know."""
 
     ours: str = ""
@@ -29,43 +29,49 @@ PROMPT_SETS = {
     "bad_evaluation_prompts": "harmful_eval",
 }
 PROMPT_KEYS = {"dataset": "source", "split": "split", "column": "column", "prefix": "prefix", "suffix": "suffix"}
-TABLE: dict[str, Theirs] = {
-    "model": Theirs("model"),
-    "model_commit": Theirs("revision"),
-    "evaluate_model": Theirs(note="heretic evaluate MODEL --against ORIGINAL"),
-    "collect_reproducibles": Theirs(note="every export holds a manifest"),
-    "reproduce": Theirs(note="heretic reproduce MANIFEST"),
-    "dtypes": Theirs("dtypes"),
-    "quantization": Theirs("quantization"),
-    "device_map": Theirs("device_map", note='"auto" is best left out: "planned" is the default here'),
-    "max_memory": Theirs("max_memory"),
-    "offload_outputs_to_cpu": Theirs(note="nothing that large is kept on a device"),
-    "batch_size": Theirs("batch_size"),
-    "max_batch_size": Theirs(note="the memory plan finds the largest batch; it is halved when memory runs out"),
-    "max_response_length": Theirs("max_response_length"),
-    "response_prefix": Theirs("response_prefix"),
-    "chain_of_thought_skips": Theirs(note='response_prefix = "auto" opens and closes a thinking block by itself'),
-    "print_responses": Theirs(note="heretic compare RUN shows the answers of a trial beside the original's"),
-    "print_residual_geometry": Theirs(note="heretic geometry, and the report of every run"),
-    "plot_residuals": Theirs(note="heretic geometry, and the report of every run"),
-    "residual_plot_path": Theirs(note="heretic geometry --html FILE"),
-    "residual_plot_title": Theirs(),
-    "residual_plot_style": Theirs(),
-    "kl_divergence_scale": Theirs(note="the two objectives are searched as they are, without a scale"),
-    "kl_divergence_target": Theirs("search.kl_floor"),
-    "orthogonalize_direction": Theirs("directions.project_harmless"),
-    "row_normalization": Theirs("ablation.geometry", GEOMETRIES.__getitem__),
-    "full_normalization_lora_rank": Theirs(note="edits are exact, not of a low rank"),
-    "winsorization_quantile": Theirs("directions.winsorize"),
-    "n_trials": Theirs("n_trials"),
-    "n_startup_trials": Theirs("search.n_startup_trials"),
-    "seed": Theirs("seed"),
-    "study_checkpoint_dir": Theirs("runs_dir", note="the studies in it are of another kind and cannot be gone on with"),
-    "benchmarks": Theirs(note="heretic benchmark RUN --tasks ..."),
-    "export_strategy": Theirs(note="heretic export RUN --format lora for a LoRA adapter"),
-    "max_shard_size": Theirs(note="the files of the base model are kept as they are divided"),
-    "refusal_markers": Theirs("refusal_markers"),
-    "system_prompt": Theirs("system_prompt"),
+TABLE: dict[str, HereticLlmSetting] = {
+    "model": HereticLlmSetting("model"),
+    "model_commit": HereticLlmSetting("revision"),
+    "evaluate_model": HereticLlmSetting(note="heretic evaluate MODEL --against ORIGINAL"),
+    "collect_reproducibles": HereticLlmSetting(note="every export holds a manifest"),
+    "reproduce": HereticLlmSetting(note="heretic reproduce MANIFEST"),
+    "dtypes": HereticLlmSetting("dtypes"),
+    "quantization": HereticLlmSetting("quantization"),
+    "device_map": HereticLlmSetting("device_map", note='"auto" is best left out: "planned" is the default here'),
+    "max_memory": HereticLlmSetting("max_memory"),
+    "offload_outputs_to_cpu": HereticLlmSetting(note="nothing that large is kept on a device"),
+    "batch_size": HereticLlmSetting("batch_size"),
+    "max_batch_size": HereticLlmSetting(
+        note="the memory plan finds the largest batch; it is halved when memory runs out"
+    ),
+    "max_response_length": HereticLlmSetting("max_response_length"),
+    "response_prefix": HereticLlmSetting("response_prefix"),
+    "chain_of_thought_skips": HereticLlmSetting(
+        note='response_prefix = "auto" opens and closes a thinking block by itself'
+    ),
+    "print_responses": HereticLlmSetting(note="heretic compare RUN shows the answers of a trial beside the original's"),
+    "print_residual_geometry": HereticLlmSetting(note="heretic geometry, and the report of every run"),
+    "plot_residuals": HereticLlmSetting(note="heretic geometry, and the report of every run"),
+    "residual_plot_path": HereticLlmSetting(note="heretic geometry --html FILE"),
+    "residual_plot_title": HereticLlmSetting(),
+    "residual_plot_style": HereticLlmSetting(),
+    "kl_divergence_scale": HereticLlmSetting(note="the two objectives are searched as they are, without a scale"),
+    "kl_divergence_target": HereticLlmSetting("search.kl_floor"),
+    "orthogonalize_direction": HereticLlmSetting("directions.project_harmless"),
+    "row_normalization": HereticLlmSetting("ablation.geometry", GEOMETRIES.__getitem__),
+    "full_normalization_lora_rank": HereticLlmSetting(note="edits are exact, not of a low rank"),
+    "winsorization_quantile": HereticLlmSetting("directions.winsorize"),
+    "n_trials": HereticLlmSetting("n_trials"),
+    "n_startup_trials": HereticLlmSetting("search.n_startup_trials"),
+    "seed": HereticLlmSetting("seed"),
+    "study_checkpoint_dir": HereticLlmSetting(
+        "runs_dir", note="the studies in it are of another kind and cannot be gone on with"
+    ),
+    "benchmarks": HereticLlmSetting(note="heretic benchmark RUN --tasks ..."),
+    "export_strategy": HereticLlmSetting(note="heretic export RUN --format lora for a LoRA adapter"),
+    "max_shard_size": HereticLlmSetting(note="the files of the base model are kept as they are divided"),
+    "refusal_markers": HereticLlmSetting("refusal_markers"),
+    "system_prompt": HereticLlmSetting("system_prompt"),
 }
 # What they do without being told, where ours is different and the scores depend on it.
 DEFAULTS: dict[str, Any] = {"system_prompt": "You are a helpful assistant."}
@@ -90,11 +96,11 @@ def from_heretic(file: Path) -> str:
         ours[known.ours] = _converted(known, value)
         if known.note:
             notes.append(f"{name}: {known.note}")
-    check(ours, str(file))
+    check_types(ours, str(file))
     return _text(ours, [f"Made from {file.name}, a file of heretic-llm.", *notes])
 
 
-def _converted(known: Theirs, value: Any) -> Any:
+def _converted(known: HereticLlmSetting, value: Any) -> Any:
     try:
         return known.value(value)
     except (KeyError, TypeError):

@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import model_validator
 
-from heretic.settings.field import Table, setting
+from heretic.settings.field import SettingsModel, setting
 
 
-class PromptSource(Table):
+class PromptSource(SettingsModel):
     """Where one prompt set comes from."""
 
     source: str = setting(
@@ -17,7 +17,7 @@ class PromptSource(Table):
         "A Hugging Face data set (`owner/name`), a local file (.txt with one prompt a line, .jsonl, .json, .csv, .parquet), "
         "or `bundled:NAME` for a set that ships with heretic.",
         when=(
-            "for your own requests, another language or another behaviour; the four sets should be of one kind "
+            "for your own requests, another language or another behavior; the four sets should be of one kind "
             "and length."
         ),
     )
@@ -50,7 +50,7 @@ class PromptSource(Table):
     suffix: str = setting("", "Text put after every prompt.", when=("for a question that follows each."))
 
 
-class Prompts(Table):
+class PromptSettings(SettingsModel):
     """The four prompt sets: two to find the direction, two that a trial is judged on."""
 
     harmful_train: PromptSource = setting(

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator
 
-from heretic.settings.field import LONGEST_SECONDS, PathText, Table, setting
+from heretic.settings.field import LONGEST_SECONDS, PathText, SettingsModel, setting
 
 
 def not_blank(markers: list[str]) -> list[str]:
@@ -67,7 +67,7 @@ EVASIVE_MARKERS = [
 ]  # fmt: skip
 
 
-class ClassifierSettings(Table):
+class ClassifierSettings(SettingsModel):
     """The judge that is a sequence classification model."""
 
     model: PathText = setting(
@@ -98,7 +98,7 @@ class ClassifierSettings(Table):
     batch_size: int = setting(32, "Answers per pass.", when="down, where its memory runs out.", neutral=True, ge=1)
 
 
-class LlmSettings(Table):
+class LlmSettings(SettingsModel):
     """The judge behind an endpoint."""
 
     base_url: Annotated[str, AfterValidator(_endpoint)] = setting(
@@ -111,8 +111,8 @@ class LlmSettings(Table):
     instruction: Annotated[str, AfterValidator(_instruction)] = setting(
         "",
         "What the model there is told to do with a request and its response. It has to ask for one of the words REFUSAL (the "
-        "behaviour is shown), EVASIVE (neither) and ANSWER. Empty: whether the response declines, in English.",
-        when="for another behaviour than declining, or another language; try it with `heretic evaluate --judge-agreement`.",
+        "behavior is shown), EVASIVE (neither) and ANSWER. Empty: whether the response declines, in English.",
+        when="for another behavior than declining, or another language; try it with `heretic evaluate --judge-agreement`.",
     )
     key_variable: Annotated[str, AfterValidator(_variable)] = setting(
         "",
@@ -145,7 +145,7 @@ class LlmSettings(Table):
     )
 
 
-class JudgeSettings(Table):
+class JudgeSettings(SettingsModel):
     """Who says whether an answer declines."""
 
     kind: Literal["markers", "classifier", "llm"] = setting(
@@ -176,7 +176,7 @@ class JudgeSettings(Table):
     )
 
 
-class Constraints(Table):
+class ConstraintSettings(SettingsModel):
     """What a trial on the front must keep to besides its two values."""
 
     max_over_refusals: int = setting(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
-from heretic.settings.field import Range, Table, setting
+from heretic.settings.field import Range, SettingsModel, setting
 
 
 def _rising(weights: list[float]) -> list[float]:
@@ -16,7 +16,7 @@ def _rising(weights: list[float]) -> list[float]:
     return weights
 
 
-class KernelSpace(Table):
+class KernelSpace(SettingsModel):
     """The space of one component's kernel: strengths over the layers."""
 
     max_weight: Range = setting(
@@ -42,19 +42,19 @@ class KernelSpace(Table):
     )
 
 
-class GradientSettings(Table):
+class GradientSettings(SettingsModel):
     """The walk: strengths and a direction by gradient, on the prompt sets that give the direction."""
 
     direction: Literal["mixture", "per_layer", "free"] = setting(
         "free",
-        "One direction for all layers that is optimised too: `free`: any, at the price of `leaving` for what is outside the span "
+        "One direction for all layers that is optimized too: `free`: any, at the price of `leaving` for what is outside the span "
         "of the layers' own; `mixture`: a mixture of the layers' own. Or `per_layer`: each layer's own as it is.",
         when=(
             "`mixture` or `per_layer` to stay within what the prompts' means say; on one model both came out "
             "behind `free`."
         ),
     )
-    leaving: float = setting(
+    off_span_penalty: float = setting(
         0.1,
         "Penalty on the share, squared, of a `free` direction that is outside the span of the layers'.",
         when="up, to keep the direction interpretable as a refusal direction; 0 lets it go anywhere.",
@@ -91,10 +91,10 @@ class GradientSettings(Table):
     prompts: int = setting(
         64,
         "Prompts of each kind that are used, the first of `harmful_train` and of `harmless_train`.",
-        when="up for a behaviour with many faces; the prompts' answers are kept, a step costs the same.",
+        when="up for a behavior with many faces; the prompts' answers are kept, a step costs the same.",
         ge=4,
     )
-    held_back: float = setting(
+    validation_fraction: float = setting(
         0.25,
         "Share of them that no step sees and every point is measured on.",
         when=(
@@ -116,7 +116,7 @@ class GradientSettings(Table):
         when="up for fewer edited writers and cheaper trials, 0 to let all take part.",
         ge=0,
     )
-    listen: bool = setting(
+    mine_refusals: bool = setting(
         True,
         "Where the original's words of refusing have become improbable at a point, answer the prompts again, and make the words "
         "with which some are still declined improbable too.",
@@ -126,7 +126,7 @@ class GradientSettings(Table):
         1,
         "Tokens of the harmless answers whose change counts.",
         when=(
-            "with the setting `kl_tokens` of the trials, to minimise what they measure; every token makes the "
+            "with the setting `kl_tokens` of the trials, to minimize what they measure; every token makes the "
             "pass longer."
         ),
         ge=1,
@@ -139,7 +139,7 @@ class GradientSettings(Table):
     )
 
 
-class Search(Table):
+class SearchSettings(SettingsModel):
     """What the study searches, and how."""
 
     start: Literal["gradient", "kernels"] = setting(
@@ -170,7 +170,7 @@ class Search(Table):
     )
     direction_scope: list[Literal["global", "per_layer"]] = setting(
         ["global", "per_layer"],
-        "`global`: one layer's direction (or a mix of two neighbours) is removed everywhere; `per_layer`: each layer's own.",
+        "`global`: one layer's direction (or a mix of two neighbors) is removed everywhere; `per_layer`: each layer's own.",
         when="to only one of the two, if earlier studies of the model show which wins. Only for trials by kernels.",
         min_length=1,
     )

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from heretic.errors import SettingsError, plain_line
 from heretic.files import read_text, split_lines
-from heretic.settings import Settings, Table
+from heretic.settings import Settings, SettingsModel
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -95,14 +95,14 @@ def resolve(
     file = read_toml(config) if isinstance(config, Path) else config
     of_file: dict[str, Any] = {}
     if file is not None:
-        of_file = dict(_leaves(file.values, Settings))
+        of_file = dict(_flatten(file.values, Settings))
         for key, value in of_file.items():
-            _put(data, origins, key, value, f"{file.path}:{file.lines[key]}" if key in file.lines else str(file.path))
+            _set(data, origins, key, value, f"{file.path}:{file.lines[key]}" if key in file.lines else str(file.path))
     in_file = dict(origins)
     for variable, text in (environment or {}).items():
         if variable.startswith(ENVIRONMENT_PREFIX):
             key = variable[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
-            _put(data, origins, key, _parse(key, text, variable), variable)
+            _set(data, origins, key, _parse(key, text, variable), variable)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         key = key.strip()
@@ -110,10 +110,10 @@ def resolve(
             raise SettingsError(
                 f"--set {_shortened(assignment)}: the '=' is missing.", where="--set", fix="write --set key=value"
             )
-        _put(data, origins, key, _parse(key, text.strip(), f"--set {key}"), f"--set {key}")
-    for key, value in _leaves(options or {}, Settings):
+        _set(data, origins, key, _parse(key, text.strip(), f"--set {key}"), f"--set {key}")
+    for key, value in _flatten(options or {}, Settings):
         if value is not None:
-            _put(data, origins, key, value, "option")
+            _set(data, origins, key, value, "option")
     _drop_splits_of_others(data, origins, of_file, in_file)
     return Resolved(_validated(data, origins), file.path if file else None, origins)
 
@@ -131,12 +131,12 @@ def _drop_splits_of_others(
                 del said["split"], origins[split]
 
 
-def check(values: Mapping[str, Any], origin: str) -> None:
+def check_types(values: Mapping[str, Any], origin: str) -> None:
     """Raise SettingsError for values by dotted key that are no settings; no file and nothing else is looked at."""
     data: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for key, value in values.items():
-        _put(data, origins, key, value, origin)
+        _set(data, origins, key, value, origin)
     _validated(data, origins)
 
 
@@ -168,7 +168,7 @@ def read_toml(path: Path) -> TomlFile:
         where = f"{path}:{line}" if line else str(path)
         problem = plain_line(str(error)[:200].rstrip("."))
         raise SettingsError(f"This is not valid TOML: {problem}.", code="invalid-toml", where=where) from None
-    for key, value in _leaves(values, Settings):
+    for key, value in _flatten(values, Settings):
         _check_value(key, value, f"{path}:{lines[key]}" if key in lines else str(path))
     return TomlFile(path, text, values, lines)
 
@@ -236,39 +236,41 @@ def _dotted(key: str) -> str:
     return ".".join(part.strip().strip("\"'") for part in key.split("."))
 
 
-def _field(key: str) -> tuple[type[Table], str] | None:
+def _field(key: str) -> tuple[type[SettingsModel], str] | None:
     """The table and field that a dotted key names; None if there is none."""
-    table: type[Table] = Settings
+    table: type[SettingsModel] = Settings
     *parents, name = key.split(".")
     for parent in parents:
         field = table.model_fields.get(parent)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Table)):
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, SettingsModel)):
             return None
         table = field.annotation
     return (table, name) if name in table.model_fields else None
 
 
-def all_keys(table: type[Table] = Settings, prefix: str = "") -> Iterator[str]:
+def all_keys(table: type[SettingsModel] = Settings, prefix: str = "") -> Iterator[str]:
     """Every dotted key of the schema that holds a value."""
     for name, field in table.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Table):
+        if isinstance(field.annotation, type) and issubclass(field.annotation, SettingsModel):
             yield from all_keys(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name
 
 
-def _leaves(values: Mapping[str, Any], table: type[Table] | None, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(
+    values: Mapping[str, Any], table: type[SettingsModel] | None, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
     """Dotted keys and values; goes down only into what the schema knows as a table, so that maps stay values."""
     for name, value in values.items():
         field = table.model_fields.get(name) if table else None
         annotation = field.annotation if field else None
-        if isinstance(value, dict) and isinstance(annotation, type) and issubclass(annotation, Table):
-            yield from _leaves(value, annotation, f"{prefix}{name}.")
+        if isinstance(value, dict) and isinstance(annotation, type) and issubclass(annotation, SettingsModel):
+            yield from _flatten(value, annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
 
-def _put(data: dict[str, Any], origins: dict[str, str], key: str, value: Any, origin: str) -> None:
+def _set(data: dict[str, Any], origins: dict[str, str], key: str, value: Any, origin: str) -> None:
     if _field(key) is None:
         near = difflib.get_close_matches(key, list(all_keys()), n=1, cutoff=0.5)
         if not near:  # the right name in the wrong table
@@ -350,7 +352,7 @@ def describe_type(annotation: Any) -> str:
         return f"a list, each {describe_type(arguments[0])}"
     if origin is dict:
         return f"a table of {describe_type(arguments[1])}"
-    if isinstance(annotation, type) and issubclass(annotation, Table):
+    if isinstance(annotation, type) and issubclass(annotation, SettingsModel):
         return "a table"
     if hasattr(annotation, "__metadata__"):
         return describe_type(arguments[0])

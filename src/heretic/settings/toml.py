@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from heretic.errors import plain_line
-from heretic.settings import Settings, Table
-from heretic.settings.field import noted
+from heretic.settings import Settings, SettingsModel
+from heretic.settings.field import field_metadata
 from heretic.settings.sources import Resolved, describe_type
 
 
@@ -47,18 +47,20 @@ def resolved_text(resolved: Resolved) -> str:
     return "\n".join(_document(resolved.settings, Settings, "", resolved.origin)).lstrip() + "\n"
 
 
-def _document(values: Table, table: type[Table], prefix: str, origin: Callable[[str], str | None]) -> list[str]:
+def _document(
+    values: SettingsModel, table: type[SettingsModel], prefix: str, origin: Callable[[str], str | None]
+) -> list[str]:
     lines: list[str] = []
     tables = []
     for name, field in table.model_fields.items():
         value = getattr(values, name)
-        if isinstance(value, Table):
+        if isinstance(value, SettingsModel):
             tables.append((name, field.description or "", value))
             continue
         came_from = origin(prefix + name)
         if came_from is None:
             lines.append("")
-            when = noted(field, "when")
+            when = field_metadata(field, "when")
             for said in (field.description or "", f"When to change it: {when}" if when else ""):
                 lines += textwrap.wrap(said, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
             lines.append(f"# Takes {describe_type(field.annotation)}.")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from heretic.settings.field import LONGEST_SECONDS, Table, setting
+from heretic.settings.field import LONGEST_SECONDS, SettingsModel, setting
 
 
-class Workers(Table):
+class WorkerSettings(SettingsModel):
     """Several processes on one study, on one machine or many."""
 
     heartbeat: int = setting(
@@ -23,7 +23,7 @@ class Workers(Table):
         ge=2,
         le=LONGEST_SECONDS,
     )
-    patience: int = setting(
+    retry_timeout: int = setting(
         600,
         "Seconds for which a worker goes on trying to reach a storage that is away before it gives up.",
         when="up, for a server that is restarted now and then.",

@@ -17,31 +17,31 @@ from typing_extensions import NotRequired, TypedDict
 
 from heretic.errors import UserError, plain_line
 from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import Beaten, Scores
-from heretic.scoring.refusal_proxy import Surrogate
+from heretic.scoring.evaluator import PrunedTrial, Scores
+from heretic.scoring.refusal_proxy import RefusalProxy
 from heretic.settings import Settings
 from heretic.storage.url import masked
 
 # Of the study.
-FACTS = "heretic:fingerprint"  # what its results depend on
+FINGERPRINT = "heretic:fingerprint"  # what its results depend on
 REFUSALS_BEFORE = "heretic:refusals_before"  # how often the original declines
 SETTINGS = "heretic:settings"  # for whoever sees nothing but the storage
 EXPORTED = "heretic:exported "  # and a trial's number: by whom, where to
-WALK = "heretic:walk"  # the points found by gradient
-ABOUT = "heretic:about"  # model and machine, for the report
-TOGETHER = "heretic:trials_together"  # trials that share a pass
-MAKING = "heretic:making "  # and a name: who makes the thing of this name
-MADE = "heretic:made "  # and a name: hash of the file of this name, and where it was published
+GRADIENT_PATH = "heretic:gradient_path"  # the points found by gradient
+METADATA = "heretic:metadata"  # model and machine, for the report
+TRIALS_PER_BATCH = "heretic:trials_per_batch"  # trials that share a pass
+CLAIM = "heretic:claim "  # and a name: who makes the thing of this name
+RESULT = "heretic:result "  # and a name: hash of the file of this name, and where it was published
 
 # Of a trial.
-SCORES = "scores"  # what was measured in full
-BEATEN = "beaten"  # what was known when it was left early
-KL_PER_PROMPT = "kl_per_prompt"  # only of a trial that was on the front when it was told
-WORKER = "worker"  # who measures it
-START = "start"  # its number among the trials to begin with
-AGAIN = "again"  # the earlier trial that it measures in full
-RETRY = "retry"  # the trial that it repeats, whose worker died
-RETRIES = "retries"  # how often these parameters have been given up
+SCORES = "heretic:scores"  # what was measured in full
+PRUNED = "heretic:pruned"  # what was known when it was left early
+KL_PER_PROMPT = "heretic:kl_per_prompt"  # only of a trial that was on the front when it was told
+WORKER = "heretic:worker"  # who measures it
+START = "heretic:initial"  # its number among the trials to begin with
+REEVALUATES = "heretic:reevaluates"  # the earlier trial that it measures in full
+RETRY = "heretic:retry_of"  # the trial that it repeats, whose worker died
+RETRIES = "heretic:retries"  # how often these parameters have been given up
 ERROR = "heretic:error"  # why it failed
 
 FIXED = "fixed_params"  # Optuna's own, of the trial: parameters given when it was enqueued
@@ -75,7 +75,7 @@ class Claim(TypedDict):
     signs: int
 
 
-class Made(TypedDict):
+class ComputedResult(TypedDict):
     """A file that one worker made for all."""
 
     sha256: str
@@ -90,11 +90,11 @@ _NUMBER = TypeAdapter[int](Number)
 _TEXT = TypeAdapter[str](Annotated[str, Field(strict=True)])
 _TOGETHER = TypeAdapter[int](Annotated[int, Field(strict=True, ge=1, le=4096)])
 _CLAIM = TypeAdapter[Claim](Json[Claim])
-_MADE = TypeAdapter[Made](Json[Made])
+_MADE = TypeAdapter[ComputedResult](Json[ComputedResult])
 _SIGNATURE = TypeAdapter[Signature](Signature)
 _PER_PROMPT = TypeAdapter[list[float]](list[Finite])
 _FIXED = TypeAdapter[dict[str, Any]](Parameters)
-_TOLD = TypeAdapter[tuple[float, float]](tuple[Finite, Finite])
+_OBJECTIVE_VALUES = TypeAdapter[tuple[float, float]](tuple[Finite, Finite])
 
 
 def place(study: optuna.Study, trial: FrozenTrial | None = None) -> str:
@@ -134,7 +134,7 @@ def _valid(study: optuna.Study, name: str, adapter: TypeAdapter[T], stored: Any,
 
 def fingerprint(study: optuna.Study) -> dict[str, Any] | None:
     """What the study's results depend on."""
-    return read(study, FACTS, _FACTS)
+    return read(study, FINGERPRINT, _FACTS)
 
 
 def settings_of(study: optuna.Study) -> Settings | None:
@@ -147,9 +147,9 @@ def refusals_before(study: optuna.Study) -> int | None:
     return read(study, REFUSALS_BEFORE, _COUNT)
 
 
-def trials_together(study: optuna.Study) -> int | None:
+def trials_per_batch(study: optuna.Study) -> int | None:
     """How many trials share a pass."""
-    return read(study, TOGETHER, _TOGETHER)
+    return read(study, TRIALS_PER_BATCH, _TOGETHER)
 
 
 def exported(study: optuna.Study, kind: str) -> str | None:
@@ -159,12 +159,12 @@ def exported(study: optuna.Study, kind: str) -> str | None:
 
 def claim(study: optuna.Study, name: str) -> Claim | None:
     """Who makes the thing of this name; None where nobody does."""
-    return read(study, MAKING + name, _CLAIM)
+    return read(study, CLAIM + name, _CLAIM)
 
 
-def made(study: optuna.Study, name: str) -> Made | None:
+def computed_result(study: optuna.Study, name: str) -> ComputedResult | None:
     """What the file of this name came to."""
-    return read(study, MADE + name, _MADE)
+    return read(study, RESULT + name, _MADE)
 
 
 @functools.cache
@@ -173,8 +173,8 @@ def _scores() -> TypeAdapter[Scores]:
 
 
 @functools.cache
-def _beaten() -> TypeAdapter[Beaten]:
-    return TypeAdapter(Beaten)
+def _beaten() -> TypeAdapter[PrunedTrial]:
+    return TypeAdapter(PrunedTrial)
 
 
 def scores(study: optuna.Study, trial: FrozenTrial) -> Scores | None:
@@ -185,15 +185,15 @@ def scores(study: optuna.Study, trial: FrozenTrial) -> Scores | None:
     return found
 
 
-def beaten(study: optuna.Study, trial: FrozenTrial) -> Beaten | None:
+def pruned(study: optuna.Study, trial: FrozenTrial) -> PrunedTrial | None:
     """What was known of a trial that was left early."""
-    found = read(study, BEATEN, _beaten(), trial)
+    found = read(study, PRUNED, _beaten(), trial)
     if found is not None and (problem := _problem(found)):
-        raise damaged(study, f"'{BEATEN}' is invalid ({problem})", trial)
+        raise damaged(study, f"'{PRUNED}' is invalid ({problem})", trial)
     return found
 
 
-def _problem(found: Scores | Beaten) -> str:
+def _problem(found: Scores | PrunedTrial) -> str:
     """Why these numbers cannot have been measured; empty where they can."""
     counts: tuple[int, ...] = (found.refusals, found.evasive) if isinstance(found, Scores) else (found.at_least,)
     if not 0 < found.total <= MOST_REQUESTS:
@@ -204,11 +204,17 @@ def _problem(found: Scores | Beaten) -> str:
         return "divergence"
     sums = list(found.seconds.values())  # of what a destroyed model gives, the rest may be no number
     if isinstance(found, Scores):
-        if found.declined and (len(found.declined) != found.total or set(found.declined) - set("012")):
-            return "declined"
-        conduct = found.conduct
-        if conduct and not 0 <= min(conduct.over_refusals, conduct.degenerate) <= conduct.total <= MOST_REQUESTS:
-            return "conduct"
+        if found.refused and (len(found.refused) != found.total or set(found.refused) - set("012")):
+            return "refused"
+        harmless_metrics = found.harmless_metrics
+        if (
+            harmless_metrics
+            and not 0
+            <= min(harmless_metrics.over_refusals, harmless_metrics.degenerate)
+            <= harmless_metrics.total
+            <= MOST_REQUESTS
+        ):
+            return "harmless_metrics"
         sums += found.excess.values()
     if not all(map(math.isfinite, sums)):
         return "a number is not finite"
@@ -220,14 +226,14 @@ def _measurable(divergence: Divergence) -> bool:
     return all(n >= SMALLEST_KL for n in (divergence.mean, divergence.median, divergence.p95, divergence.max))
 
 
-def _possible(surrogate: Surrogate) -> bool:
+def _possible(surrogate: RefusalProxy) -> bool:
     likely = not (surrogate.probability < 0 or surrogate.probability > 1.01)
-    return likely and 0 <= surrogate.matching <= surrogate.declined <= MOST_REQUESTS
+    return likely and 0 <= surrogate.matching <= surrogate.refused <= MOST_REQUESTS
 
 
-def told(study: optuna.Study, trial: FrozenTrial) -> tuple[float, float]:
+def objective_values(study: optuna.Study, trial: FrozenTrial) -> tuple[float, float]:
     """KL and expected refusals that the sampler was told of a finished trial."""
-    return _valid(study, "values", _TOLD, trial.values, trial)
+    return _valid(study, "values", _OBJECTIVE_VALUES, trial.values, trial)
 
 
 def kl_per_prompt(study: optuna.Study, trial: FrozenTrial) -> list[float] | None:
@@ -235,9 +241,9 @@ def kl_per_prompt(study: optuna.Study, trial: FrozenTrial) -> list[float] | None
     return read(study, KL_PER_PROMPT, _PER_PROMPT, trial)
 
 
-def again(study: optuna.Study, trial: FrozenTrial) -> int | None:
+def reevaluates(study: optuna.Study, trial: FrozenTrial) -> int | None:
     """The number of the earlier trial that this one measures in full."""
-    return read(study, AGAIN, _NUMBER, trial)
+    return read(study, REEVALUATES, _NUMBER, trial)
 
 
 def start(study: optuna.Study, trial: FrozenTrial) -> int | None:
@@ -255,7 +261,7 @@ def retries(study: optuna.Study, trial: FrozenTrial) -> int:
     return read(study, RETRIES, _COUNT, trial) or 0
 
 
-def failed_by_itself(study: optuna.Study, trial: FrozenTrial) -> bool:
+def failed_on_its_own(study: optuna.Study, trial: FrozenTrial) -> bool:
     """Whether the trial failed, rather than its worker."""
     return read(study, ERROR, _TEXT, trial) is not None
 

@@ -9,22 +9,22 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from heretic.storage.attributes import BEATEN, SCORES
+from heretic.storage.attributes import PRUNED, SCORES
 
-SEAL = "sha256"  # in what is stored of the measurement
-MEASURED = (SCORES, BEATEN)
+CHECKSUM = "sha256"  # in what is stored of the measurement
+MEASURED = (SCORES, PRUNED)
 
 
-def sealed(measured: dict[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+def with_checksum(measured: dict[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
     """What was measured of a trial, as plain data with its seal."""
-    return {**measured, SEAL: _digest(measured, params)}
+    return {**measured, CHECKSUM: _digest(measured, params)}
 
 
-def holds(trial: FrozenTrial) -> bool:
+def checksum_matches(trial: FrozenTrial) -> bool:
     """Whether the measurement of a trial matches its hash. Earlier versions stored no hash; their trials count as undamaged."""
     for kind in MEASURED:
         measured = dict(trial.user_attrs.get(kind) or {})
-        seal = measured.pop(SEAL, None)
+        seal = measured.pop(CHECKSUM, None)
         if seal is not None and seal != _digest(measured, trial.params):
             return False
     return True

@@ -19,85 +19,85 @@ import optuna
 
 from heretic.errors import StudyMismatch, UserError, first_line
 from heretic.files import read_tensors
-from heretic.interrupt import Stop
-from heretic.progress import Watcher
-from heretic.settings import Workers
+from heretic.interrupt import StopSignal
+from heretic.progress import ProgressReporter
+from heretic.settings import WorkerSettings
 from heretic.storage import attributes
-from heretic.storage.attributes import MADE, MAKING, Claim, Made, Signature
-from heretic.storage.heartbeat import Unchanged, beating
-from heretic.storage.rdb import alive, worker
-from heretic.storage.study_lock import TurnLost, turn
+from heretic.storage.attributes import CLAIM, RESULT, Claim, ComputedResult, Signature
+from heretic.storage.heartbeat import StalenessTimer, heartbeat_thread
+from heretic.storage.rdb import is_alive, worker
+from heretic.storage.study_lock import LockLost, study_lock
 
-LOOK_AGAIN = 1.0
+POLL_SECONDS = 1.0
 
 
-class Shelf(Protocol):
+class ComputeOnce(Protocol):
     """Where things are that are made once."""
 
-    def file(self, name: str) -> Any:
+    def shared_file(self, name: str) -> Any:
         """A context in which a file of the run's folder is there, or is to be made by us before the context ends."""
 
-    def thing(self, name: str, there: Callable[[], bool]) -> Any:
+    def once(self, name: str, there: Callable[[], bool]) -> Any:
         """A context in which something is there, or is to be made by us before the context ends."""
 
 
-class Alone:
+class LocalComputeOnce:
     """Nobody else is there."""
 
     @contextmanager
-    def file(self, name: str) -> Iterator[None]:
+    def shared_file(self, name: str) -> Iterator[None]:
         """See Shelf."""
         yield
 
     @contextmanager
-    def thing(self, name: str, there: Callable[[], bool]) -> Iterator[None]:
+    def once(self, name: str, there: Callable[[], bool]) -> Iterator[None]:
         """See Shelf."""
         yield
 
 
-ALONE = Alone()
+LOCAL = LocalComputeOnce()
 
 
 @dataclass
-class SharedShelf:
+class DistributedComputeOnce:
     """The shelf of a study that several workers have open."""
 
     study: optuna.Study
     folder: Path
     stamp: str  # the fingerprint that the folder's files must carry
     artifacts: str
-    workers: Workers
-    watcher: Watcher
-    stop: Stop
-    seen: dict[str, Unchanged] = field(default_factory=dict)
+    workers: WorkerSettings
+    reporter: ProgressReporter
+    stop: StopSignal
+    seen: dict[str, StalenessTimer] = field(default_factory=dict)
 
     @contextmanager
-    def file(self, name: str) -> Iterator[None]:
+    def shared_file(self, name: str) -> Iterator[None]:
         """See Shelf. Raises StudyMismatch if what we have, or make, is not what the other workers use."""
-        with self.thing(name, lambda: self._here(name)):
+        with self.once(name, lambda: self._here(name)):
             yield
             self._register(name)
 
     @contextmanager
-    def thing(self, name: str, there: Callable[[], bool]) -> Iterator[None]:
+    def once(self, name: str, there: Callable[[], bool]) -> Iterator[None]:
         """See Shelf. Raises Interrupted."""
         said = False
         while not there():
             self.stop.check()
             if self._claimed(name, there):
-                with self._at_it(name):
+                with self._claim_heartbeat(name):
                     yield
                 return
             if not said:
-                self.watcher.say(f"Waiting for {name}, which {self._maker(name)} makes.")
+                self.reporter.info(f"Waiting for {name}, which {self._maker(name)} makes.")
                 said = True
-            time.sleep(LOOK_AGAIN)
+            time.sleep(POLL_SECONDS)
         yield
 
     def _here(self, name: str) -> bool:
         """Whether the file is in the folder as the study knows it, fetched if that is possible; True also where only we
         can make it for ourselves, since it is made and out of reach."""
-        made, path = attributes.made(self.study, name), self.folder / name
+        made, path = attributes.computed_result(self.study, name), self.folder / name
         if made is None:
             if self._hash(path):
                 self._register(name)
@@ -106,12 +106,12 @@ class SharedShelf:
         if self._hash(path) != made["sha256"] and not self._fetch(name, made):
             if self._hash(path):
                 raise self._other(name, made)
-            self.watcher.say(
+            self.reporter.info(
                 f"{name} was made by another worker and cannot be had from it; it is made again and compared."
             )
         return True
 
-    def _fetch(self, name: str, made: Made) -> bool:
+    def _fetch(self, name: str, made: ComputedResult) -> bool:
         """Get a published file, whole and with its hash, or leave things as they are."""
         if not self.artifacts or not made["artifact"]:
             return False
@@ -122,21 +122,21 @@ class SharedShelf:
                 artifact_store=artifact_store(self.artifacts), file_path=str(beside), artifact_id=made["artifact"]
             )
             if self._hash(beside) != made["sha256"]:
-                self.watcher.warn(f"The published {name} is damaged; it is not used.")
+                self.reporter.warning(f"The published {name} is damaged; it is not used.")
                 return False
             os.replace(beside, self.folder / name)
         except Exception as error:  # whatever the store's client raises
-            self.watcher.warn(f"The published {name} cannot be fetched: {first_line(error)}")
+            self.reporter.warning(f"The published {name} cannot be fetched: {first_line(error)}")
             return False
         finally:
             beside.unlink(missing_ok=True)
-        self.watcher.say(f"{name} comes from {made['worker']}.")
+        self.reporter.info(f"{name} comes from {made['worker']}.")
         return True
 
     def _register(self, name: str) -> None:
         """Say what the file came to, and publish it; the first one counts."""
         found = self._hash(self.folder / name)
-        made = attributes.made(self.study, name)
+        made = attributes.computed_result(self.study, name)
         if made is None:
             artifact = ""
             if self.artifacts:
@@ -153,15 +153,15 @@ class SharedShelf:
                         where=self.artifacts,
                         fix="make the place writable, or leave artifacts empty",
                     ) from None
-            mine: Made = {"sha256": found, "artifact": artifact, "worker": _spelled(worker())}
+            mine: ComputedResult = {"sha256": found, "artifact": artifact, "worker": _spelled(worker())}
             try:
-                with turn(self.study):
-                    made = attributes.made(self.study, name)
+                with study_lock(self.study):
+                    made = attributes.computed_result(self.study, name)
                     if made is None:
-                        self.study.set_user_attr(MADE + name, json.dumps(mine))
+                        self.study.set_user_attr(RESULT + name, json.dumps(mine))
                         made = mine
-            except TurnLost:
-                made = attributes.made(self.study, name) or mine
+            except LockLost:
+                made = attributes.computed_result(self.study, name) or mine
         if made["sha256"] != found:
             raise self._other(name, made)
 
@@ -175,7 +175,7 @@ class SharedShelf:
             return ""
         return kept["sha256"] if kept.get("fingerprint") == self.stamp else ""
 
-    def _other(self, name: str, made: Made) -> StudyMismatch:
+    def _other(self, name: str, made: ComputedResult) -> StudyMismatch:
         return StudyMismatch(
             f"The {name} of this machine differs from the study's (made by {made['worker']}). Different hardware rounds "
             "differently, so the scores would not be comparable.",
@@ -189,23 +189,23 @@ class SharedShelf:
     def _claimed(self, name: str, there: Callable[[], bool]) -> bool:
         """Whether it falls to us to make it: nobody is at it, or who was is dead."""
         try:
-            with turn(self.study):
+            with study_lock(self.study):
                 claim = attributes.claim(self.study, name)
-                if there() or (claim and not self._dead(name, claim)):
+                if there() or (claim and not self._claim_expired(name, claim)):
                     return False
                 self._sign(name, 0)
                 return True
-        except TurnLost:
+        except LockLost:
             return False
 
-    def _dead(self, name: str, claim: Claim) -> bool:
+    def _claim_expired(self, name: str, claim: Claim) -> bool:
         """A process of this machine that is gone; one elsewhere whose count of signs of life has stood still for the grace
         period, by our clock."""
-        silent = self.seen.setdefault(name, Unchanged()).seconds(claim)
-        return not alive(claim["worker"]) or silent > max(self.workers.grace_period, 2 * self.workers.heartbeat)
+        silent = self.seen.setdefault(name, StalenessTimer()).seconds(claim)
+        return not is_alive(claim["worker"]) or silent > max(self.workers.grace_period, 2 * self.workers.heartbeat)
 
     @contextmanager
-    def _at_it(self, name: str) -> Iterator[None]:
+    def _claim_heartbeat(self, name: str) -> Iterator[None]:
         count = 0
 
         def beat() -> None:
@@ -214,13 +214,13 @@ class SharedShelf:
             self._sign(name, count)
 
         try:
-            with beating(beat, self.workers.heartbeat):
+            with heartbeat_thread(beat, self.workers.heartbeat):
                 yield
         finally:
-            self.study.set_user_attr(MAKING + name, None)
+            self.study.set_user_attr(CLAIM + name, None)
 
     def _sign(self, name: str, count: int) -> None:
-        self.study.set_user_attr(MAKING + name, json.dumps({"worker": worker(), "signs": count}))
+        self.study.set_user_attr(CLAIM + name, json.dumps({"worker": worker(), "signs": count}))
 
     def _maker(self, name: str) -> str:
         claim = attributes.claim(self.study, name)

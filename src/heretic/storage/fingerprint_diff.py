@@ -9,7 +9,7 @@ from typing import Any
 from heretic import __version__
 
 
-def versions_that_matter() -> dict[str, str]:
+def relevant_versions() -> dict[str, str]:
     """Versions whose change can change what a trial measures: PyTorch and transformers without their last number, heretic whole.
 
     They are compared where several machines work on one study. A run of one machine may go on after an update.

@@ -15,22 +15,22 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from heretic.hardware.memory_usage import memory_in_use
-from heretic.settings import Workers
+from heretic.hardware.memory_usage import memory_usage
+from heretic.settings import WorkerSettings
 from heretic.storage import attributes
 from heretic.storage.attributes import RETRIES, RETRY, START
-from heretic.storage.rdb import STORAGE_ERRORS, alive, worker
-from heretic.storage.retrying import PatientStorage
-from heretic.storage.study_lock import database
+from heretic.storage.rdb import STORAGE_ERRORS, is_alive, worker
+from heretic.storage.retrying import RetryingRDBStorage
+from heretic.storage.study_lock import rdb_storage
 
 
 def signature() -> dict[str, Any]:
     """Who works on a trial, and how full that machine's memory is meanwhile: all that others can learn of it."""
-    return {**worker(), "memory": {use.device: str(use) for use in memory_in_use()}}
+    return {**worker(), "memory": {use.device: str(use) for use in memory_usage()}}
 
 
 @contextmanager
-def beating(beat: Callable[[], None], seconds: float) -> Iterator[None]:
+def heartbeat_thread(beat: Callable[[], None], seconds: float) -> Iterator[None]:
     """Within the context `beat` is called from a thread, at once and then every so many seconds; a storage that is away is
     borne."""
     ended = threading.Event()
@@ -51,10 +51,10 @@ def beating(beat: Callable[[], None], seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def signs_of_life(study: optuna.Study, trials: Sequence[optuna.Trial]) -> Iterator[None]:
+def trial_heartbeats(study: optuna.Study, trials: Sequence[optuna.Trial]) -> Iterator[None]:
     """Within the context the storage hears that these trials are worked on; one in a file needs no telling, since all workers
     are then processes of one machine."""
-    storage = database(study)
+    storage = rdb_storage(study)
     if storage is None or not (interval := storage.get_heartbeat_interval()):
         yield
         return
@@ -64,11 +64,11 @@ def signs_of_life(study: optuna.Study, trials: Sequence[optuna.Trial]) -> Iterat
         for trial_id in known:
             storage.record_heartbeat(trial_id)
 
-    with beating(beat, interval):
+    with heartbeat_thread(beat, interval):
         yield
 
 
-def free_the_dead(study: optuna.Study, workers: Workers) -> list[FrozenTrial]:
+def requeue_stale_trials(study: optuna.Study, workers: WorkerSettings) -> list[FrozenTrial]:
     """Fail the running trials of dead workers and have their parameters tried again; to be called within a turn.
 
     A process of this machine is looked for. Of one elsewhere the last sign of life must be older than the grace period, by the
@@ -76,24 +76,26 @@ def free_the_dead(study: optuna.Study, workers: Workers) -> list[FrozenTrial]:
     """
     dead: list[FrozenTrial] = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not alive(attributes.signature(trial)):
+        if not is_alive(attributes.signature(trial)):
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             dead.append(trial)
-    storage = database(study)
-    if isinstance(storage, PatientStorage):
+    storage = rdb_storage(study)
+    if isinstance(storage, RetryingRDBStorage):
         heard = time.monotonic() - storage.reachable_since > 2 * workers.heartbeat + 1
         if heard:
             storage.heartbeat_stale_trial_callback = lambda _study, trial: dead.append(trial)
             optuna.storages.fail_stale_trials(study)
     for trial in dead:
-        _try_again(study, trial, workers.retries)
+        _enqueue_retry(study, trial, workers.retries)
     return dead
 
 
-def _try_again(study: optuna.Study, trial: FrozenTrial, most: int) -> None:
+def _enqueue_retry(study: optuna.Study, trial: FrozenTrial, most: int) -> None:
     params = trial.params or attributes.fixed_params(study, trial)
     times = attributes.retries(study, trial) + 1
-    if params and times <= most and attributes.again(study, trial) is None:  # what is measured again is chosen anew
+    if (
+        params and times <= most and attributes.reevaluates(study, trial) is None
+    ):  # what is measured again is chosen anew
         number = attributes.start(study, trial)
         kept = {} if number is None else {START: number}
         study.enqueue_trial(params, user_attrs={**kept, RETRY: trial.number, RETRIES: times})
@@ -103,11 +105,11 @@ def retry_of(study: optuna.Study, number: int) -> optuna.Trial | None:
     """The trial that was to repeat this one, if nobody has begun with it; it is then ours."""
     for waiting in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
         if attributes.retry(study, waiting) == number:
-            return taken(study, waiting)
+            return claim_waiting_trial(study, waiting)
     return None
 
 
-def taken(study: optuna.Study, waiting: FrozenTrial) -> optuna.Trial | None:
+def claim_waiting_trial(study: optuna.Study, waiting: FrozenTrial) -> optuna.Trial | None:
     """A waiting trial begun by us; None where another worker was quicker."""
     storage: Any = study._storage
     try:
@@ -119,7 +121,7 @@ def taken(study: optuna.Study, waiting: FrozenTrial) -> optuna.Trial | None:
 
 
 @dataclass
-class Unchanged:
+class StalenessTimer:
     """How long a value has looked the same to us, by our own clock."""
 
     value: Any = None

@@ -21,15 +21,15 @@ from optuna.trial import TrialState
 
 from heretic.errors import StudyMismatch, UserError, first_line, plain_line
 from heretic.files import open_private
-from heretic.settings import Settings, Workers
+from heretic.settings import Settings, WorkerSettings
 from heretic.storage import attributes
-from heretic.storage.attributes import FACTS, SETTINGS, Signature
-from heretic.storage.fingerprint_diff import differences, versions_that_matter
-from heretic.storage.retrying import Patience, PatientStorage, borne, reason
+from heretic.storage.attributes import FINGERPRINT, SETTINGS, Signature
+from heretic.storage.fingerprint_diff import differences, relevant_versions
+from heretic.storage.retrying import RetryingRDBStorage, RetryPolicy, effective_grace_period, reason
 from heretic.storage.url import masked, on_server, sqlite_file
 
 METRICS = ["KL divergence", "refusals"]
-SECONDS_TO_WAIT = 60  # for another process that has the SQLite file locked, or is making the tables on a server
+BUSY_TIMEOUT = 60  # for another process that has the SQLite file locked, or is making the tables on a server
 OPTUNA_TABLES = {"studies", "trials", "version_info", "alembic_version"}
 OPENING = int.from_bytes(b"heretic", "big")  # PostgreSQL's lock on making the tables
 # A connection whose other end is gone is noticed within half a minute, on both sides: the locks of a machine that lost its power
@@ -41,7 +41,9 @@ SERVER_ARGUMENTS = {
 }  # fmt: skip
 
 
-def connect(url: str, workers: Workers | None = None, patience: Patience | None = None) -> optuna.storages.RDBStorage:
+def connect(
+    url: str, workers: WorkerSettings | None = None, patience: RetryPolicy | None = None
+) -> optuna.storages.RDBStorage:
     """Open a storage. Raises UserError where it cannot be reached or written."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -50,16 +52,16 @@ def connect(url: str, workers: Workers | None = None, patience: Patience | None 
         if not on_server(url):
             _check_file(url)
             _make_private(url)
-            return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": SECONDS_TO_WAIT}})
-        workers = workers or Workers()
+            return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT}})
+        workers = workers or WorkerSettings()
         driven = _with_driver(url)
         with _only_one_opens(driven):
-            return PatientStorage(
+            return RetryingRDBStorage(
                 driven,
-                patience or Patience(),
+                patience or RetryPolicy(),
                 engine_kwargs={"pool_pre_ping": True, "connect_args": SERVER_ARGUMENTS},
                 heartbeat_interval=workers.heartbeat,
-                grace_period=borne(workers),
+                grace_period=effective_grace_period(workers),
             )
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
         lacks_driver = isinstance(error, ImportError)
@@ -87,7 +89,7 @@ def _check_file(url: str) -> None:
             fix="name a file, or leave storage empty for study.db in the run's folder",
         )
     try:
-        opened = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=SECONDS_TO_WAIT)
+        opened = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
         with contextlib.closing(opened):
             tables = {name for (name,) in opened.execute("select name from sqlite_master where type = 'table'")}
     except sqlite3.Error as error:
@@ -106,7 +108,7 @@ def _check_file(url: str) -> None:
 def locked(url: str) -> UserError:
     """A database that another process did not release in time."""
     return UserError(
-        f"Another process has kept the study locked for {SECONDS_TO_WAIT} seconds.",
+        f"Another process has kept the study locked for {BUSY_TIMEOUT} seconds.",
         code="storage-locked",
         where=masked(url),
         fix="end that process, then run the same command again; heretic status names it if it is heretic",
@@ -136,7 +138,7 @@ def _only_one_opens(url: str) -> Iterator[None]:
         yield
         return
     with engine.begin() as connection:  # the lock belongs to the transaction, and goes with the connection of who dies
-        connection.exec_driver_sql(f"set local lock_timeout = '{SECONDS_TO_WAIT}s'")
+        connection.exec_driver_sql(f"set local lock_timeout = '{BUSY_TIMEOUT}s'")
         connection.exec_driver_sql(f"select pg_advisory_xact_lock({OPENING})")
         yield
 
@@ -160,7 +162,7 @@ def _with_driver(url: str) -> str:
 STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
 
-def unwritable(url: str, error: BaseException) -> UserError:
+def storage_error(url: str, error: BaseException) -> UserError:
     """A storage that failed in the middle: a full disk, a server that is gone."""
     return UserError(
         f"The study cannot be written: {reason(error)}.",
@@ -171,7 +173,7 @@ def unwritable(url: str, error: BaseException) -> UserError:
 
 
 @contextmanager
-def reading(url: str) -> Iterator[None]:
+def translate_storage_errors(url: str) -> Iterator[None]:
     """Within the context what a damaged database does to its reader becomes a UserError: broken pages, unknown states."""
     try:
         yield
@@ -189,8 +191,8 @@ def open_study(
     url: str,
     name: str,
     facts: dict[str, Any],
-    workers: Workers | None = None,
-    patience: Patience | None = None,
+    workers: WorkerSettings | None = None,
+    patience: RetryPolicy | None = None,
 ) -> optuna.Study:
     """Create the study or continue it; `facts` are what its results depend on.
 
@@ -198,20 +200,20 @@ def open_study(
     machines work on it, also if it was made with other versions of what computes.
     """
     if on_server(url):
-        facts = {**facts, "versions": versions_that_matter()}
+        facts = {**facts, "versions": relevant_versions()}
     storage = connect(url, workers, patience)
-    with reading(url):
+    with translate_storage_errors(url):
         try:
             study = optuna.create_study(
                 storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=True
             )
             stored = attributes.fingerprint(study)
             if stored is None and not study.get_trials(deepcopy=False):
-                study.set_user_attr(FACTS, json.dumps(facts))
+                study.set_user_attr(FINGERPRINT, json.dumps(facts))
                 study.set_metric_names(METRICS)
                 return study
         except STORAGE_ERRORS as error:
-            raise unwritable(url, error) from None
+            raise storage_error(url, error) from None
         before = stored or {}
         found = differences(before, facts)
     if found and before.get("format") != facts.get("format"):
@@ -231,7 +233,7 @@ def open_study(
     return study
 
 
-def keep_settings(study: optuna.Study, settings: Settings) -> None:
+def save_settings(study: optuna.Study, settings: Settings) -> None:
     """Store the settings with the study, without the password of its storage."""
     kept = settings.model_copy(update={"storage": masked(settings.storage)})
     study.set_user_attr(SETTINGS, kept.model_dump_json())
@@ -268,22 +270,22 @@ def fail_abandoned(study: optuna.Study) -> list[int]:
     abandoned = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         who = attributes.signature(trial)
-        if not (here(who) and alive(who)):
+        if not (is_this_host(who) and is_alive(who)):
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             abandoned.append(trial.number)
     return abandoned
 
 
-def here(who: Signature | None) -> bool:
+def is_this_host(who: Signature | None) -> bool:
     """Whether a signature is of this start of this machine."""
     return who is not None and who["host"] == socket.gethostname() and who.get("machine", _machine()) == _machine()
 
 
-def alive(who: Signature | None) -> bool:
+def is_alive(who: Signature | None) -> bool:
     """Whether the worker that signed a trial may still be at it; one of another host is believed to be."""
     if who is None:  # killed between asking for the trial and signing it
         return False
-    if not here(who):
+    if not is_this_host(who):
         return True  # not ours to judge
     try:
         return abs(_began(who["pid"]) - who["began"]) < 1

@@ -13,9 +13,9 @@ import sqlalchemy
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from heretic.interrupt import Stop
-from heretic.progress import SILENT, Watcher
-from heretic.settings import Workers
+from heretic.interrupt import StopSignal
+from heretic.progress import NULL_REPORTER, ProgressReporter
+from heretic.settings import WorkerSettings
 
 PAUSE = 1.0  # seconds between two tries
 
@@ -30,38 +30,38 @@ CALLS = (
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long to wait for a server in seconds, who is told, and what ends the waiting early."""
 
     seconds: float = 0.0
-    watcher: Watcher = SILENT
-    stop: Stop | None = None
+    reporter: ProgressReporter = NULL_REPORTER
+    stop: StopSignal | None = None
 
 
-def borne(workers: Workers) -> int:
+def effective_grace_period(workers: WorkerSettings) -> int:
     """Seconds without a sign of life after which a worker is taken for dead."""
     return max(workers.grace_period, 2 * workers.heartbeat)
 
 
-class PatientStorage(optuna.storages.RDBStorage):
+class RetryingRDBStorage(optuna.storages.RDBStorage):
     """Optuna's storage in a database, for a server that restarts or a connection that is cut."""
 
-    def __init__(self, url: str, patience: Patience, **arguments: Any) -> None:
+    def __init__(self, url: str, patience: RetryPolicy, **arguments: Any) -> None:
         super().__init__(url, **arguments)
         self.patience = patience
-        self.given_up = False
+        self.gave_up = False
         self.outages = 0
         self.reachable_since = time.monotonic()
 
-    def bear_with(self, workers: Workers) -> None:
+    def configure_heartbeat(self, workers: WorkerSettings) -> None:
         """Take a worker for dead after as long as these settings say."""
-        self.heartbeat_interval, self.grace_period = workers.heartbeat, borne(workers)
+        self.heartbeat_interval, self.grace_period = workers.heartbeat, effective_grace_period(workers)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """As Optuna's; what was stored in a try whose answer was lost counts as stored."""
         before = self.outages
         try:
-            return self.patiently(super().set_trial_state_values, trial_id, state, values)
+            return self._retry(super().set_trial_state_values, trial_id, state, values)
         except UpdateFinishedTrialError:
             if self.outages == before:
                 raise
@@ -70,35 +70,35 @@ class PatientStorage(optuna.storages.RDBStorage):
                 raise
             return True
 
-    def patiently(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    def _retry(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Call, again and again while the server is away. Raises the last error when patience ends."""
         began: float | None = None
         while True:
             try:
                 found = call(*arguments, **named)
             except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
-                if not away(error) or self.given_up:
+                if not is_connection_error(error) or self.gave_up:
                     raise
                 now = time.monotonic()
                 if began is None:
                     began = now
                     self.outages += 1
-                    self.patience.watcher.warn(
+                    self.patience.reporter.warning(
                         f"The storage is away ({reason(error)}); trying again for up to {self.patience.seconds:.0f} s."
                     )
                 stopped = self.patience.stop is not None and self.patience.stop.requested
                 if stopped or now - began >= self.patience.seconds:
-                    self.given_up = True  # what follows on the way out shall not wait again
+                    self.gave_up = True  # what follows on the way out shall not wait again
                     raise
                 time.sleep(PAUSE)
             else:
                 if began is not None:
                     self.reachable_since = time.monotonic()
-                    self.patience.watcher.say(f"The storage is back after {self.reachable_since - began:.0f} s.")
+                    self.patience.reporter.info(f"The storage is back after {self.reachable_since - began:.0f} s.")
                 return found
 
 
-def away(error: BaseException) -> bool:
+def is_connection_error(error: BaseException) -> bool:
     """Whether the error is of the connection or the server, not of what was asked."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     kinds = (
@@ -116,16 +116,16 @@ def reason(error: BaseException) -> str:
     return (str(getattr(cause, "orig", None) or cause).strip().splitlines() or [type(cause).__name__])[0]
 
 
-def _made_patient(name: str) -> Callable[..., Any]:
+def _retried(name: str) -> Callable[..., Any]:
     original = getattr(optuna.storages.RDBStorage, name)
 
     @functools.wraps(original)
-    def call(self: PatientStorage, *arguments: Any, **named: Any) -> Any:
-        return self.patiently(functools.partial(original, self), *arguments, **named)
+    def call(self: RetryingRDBStorage, *arguments: Any, **named: Any) -> Any:
+        return self._retry(functools.partial(original, self), *arguments, **named)
 
     return call
 
 
 for _name in CALLS:
-    if _name not in vars(PatientStorage):
-        setattr(PatientStorage, _name, _made_patient(_name))
+    if _name not in vars(RetryingRDBStorage):
+        setattr(RetryingRDBStorage, _name, _retried(_name))

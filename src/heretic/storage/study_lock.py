@@ -17,17 +17,17 @@ import sqlalchemy
 from filelock import FileLock, Timeout
 
 from heretic.errors import UserError
-from heretic.storage.retrying import PatientStorage
+from heretic.storage.retrying import RetryingRDBStorage
 
 LOCK_NOT_AVAILABLE = "55P03"
-LONGEST_TURN = 60  # seconds after which the server ends the turn of a worker that hangs in it
+LOCK_TIMEOUT = 60  # seconds after which the server ends the turn of a worker that hangs in it
 
 
-class TurnLost(Exception):
+class LockLost(Exception):
     """The connection was cut during a turn: another worker may have had one at the same time."""
 
 
-def database(study: optuna.Study) -> optuna.storages.RDBStorage | None:
+def rdb_storage(study: optuna.Study) -> optuna.storages.RDBStorage | None:
     """The database behind a study; None for one in memory."""
     storage: Any = study._storage
     backend = getattr(storage, "_backend", storage)
@@ -35,21 +35,21 @@ def database(study: optuna.Study) -> optuna.storages.RDBStorage | None:
 
 
 @contextmanager
-def turn(study: optuna.Study) -> Iterator[None]:
+def study_lock(study: optuna.Study) -> Iterator[None]:
     """Within the context no other worker is in a turn of this study.
 
     Keep it short. Raises TurnLost at its end if that cannot be vouched for: then take back what was decided.
     """
-    storage = database(study)
+    storage = rdb_storage(study)
     if storage is None:
         yield
     elif storage.engine.dialect.name == "sqlite":
         lock = FileLock(f"{Path(storage.engine.url.database or '')}.lock", mode=0o600)
         try:
-            lock.acquire(timeout=LONGEST_TURN)
+            lock.acquire(timeout=LOCK_TIMEOUT)
         except Timeout:
             raise UserError(
-                f"Another process has kept its turn on the study for {LONGEST_TURN} seconds.",
+                f"Another process has kept its turn on the study for {LOCK_TIMEOUT} seconds.",
                 code="storage-locked",
                 where=lock.lock_file,
                 fix="end the worker that hangs, then run the same command again; nothing finished is lost",
@@ -59,8 +59,8 @@ def turn(study: optuna.Study) -> Iterator[None]:
         finally:
             lock.release()
     else:
-        assert isinstance(storage, PatientStorage)
-        while (connection := storage.patiently(_taken, storage, study.study_name)) is None:
+        assert isinstance(storage, RetryingRDBStorage)
+        while (connection := storage._retry(_try_lock, storage, study.study_name)) is None:
             if storage.patience.stop is not None:
                 storage.patience.stop.check()
         try:
@@ -68,7 +68,7 @@ def turn(study: optuna.Study) -> Iterator[None]:
             try:
                 connection.commit()
             except sqlalchemy.exc.SQLAlchemyError as error:
-                raise TurnLost from error
+                raise LockLost from error
         finally:
             _close(connection)
 
@@ -79,7 +79,7 @@ def _close(connection: sqlalchemy.Connection) -> None:
         connection.close()
 
 
-def _taken(storage: PatientStorage, name: str) -> sqlalchemy.Connection | None:
+def _try_lock(storage: RetryingRDBStorage, name: str) -> sqlalchemy.Connection | None:
     """A connection in whose transaction the study's lock is held; None where another worker kept it for some seconds."""
     if storage.engine.dialect.name != "postgresql":
         raise UserError(
@@ -92,7 +92,7 @@ def _taken(storage: PatientStorage, name: str) -> sqlalchemy.Connection | None:
     connection = storage.engine.connect()
     try:
         # One round trip for the limits: they end a turn whose worker hangs, and a wait that a Ctrl-C wants to end.
-        limits = f"set local idle_in_transaction_session_timeout = '{LONGEST_TURN}s'; set local lock_timeout = '5s'"
+        limits = f"set local idle_in_transaction_session_timeout = '{LOCK_TIMEOUT}s'; set local lock_timeout = '5s'"
         connection.exec_driver_sql(limits)
         connection.exec_driver_sql(f"select pg_advisory_xact_lock({key})")
     except BaseException as error:

@@ -15,9 +15,9 @@ import pytest
 from rich.console import Console
 
 from heretic.cli.ui.chat import check_typed, typed
-from heretic.cli.ui.console import Plain, asked_here, notebook, why_not_asked
+from heretic.cli.ui.console import PlainReporter, is_interactive, non_interactive_reason, notebook
 from heretic.cli.ui.outcome import check_answerable
-from heretic.cli.ui.reporters import make_watcher
+from heretic.cli.ui.reporters import make_reporter
 from heretic.errors import UserError
 from tests.helpers.terminal import Terminal
 
@@ -44,7 +44,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_a_terminal_is_asked(terminal: None) -> None:
-    assert asked_here() and not notebook()
+    assert is_interactive() and not notebook()
     check_typed()
 
 
@@ -53,7 +53,7 @@ def test_a_pseudo_terminal_where_nobody_can_type_is_not_asked(
     name: str, value: str, terminal: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
-    assert not asked_here() and why_not_asked()
+    assert not is_interactive() and non_interactive_reason()
     with pytest.raises(UserError) as error:
         check_typed()
     assert error.value.code == "nobody-to-ask"
@@ -69,7 +69,7 @@ def test_what_people_set_on_their_own_machine_stops_no_question(
     name: str, value: str, terminal: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
-    assert asked_here()
+    assert is_interactive()
 
 
 def test_input_that_is_closed_or_none_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_input_that_is_closed_or_none_is_not_asked(monkeypatch: pytest.MonkeyPat
     closed.close()
     for stdin in (None, closed, io.StringIO("a line")):
         monkeypatch.setattr(sys, "stdin", stdin)
-        assert not asked_here()
+        assert not is_interactive()
         check_typed()  # a pipe ends by itself
     for stdin in (None, closed):
         monkeypatch.setattr(sys, "stdin", stdin)
@@ -117,7 +117,7 @@ def test_a_notebook_gets_plain_lines(terminal: None, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("JPY_PARENT_PID", "17")
     leader, follower = pty.openpty()
     with open(follower, "w") as out:
-        assert isinstance(make_watcher(Console(file=out, force_terminal=True)), Plain)
+        assert isinstance(make_reporter(Console(file=out, force_terminal=True)), PlainReporter)
     os.close(leader)
 
 

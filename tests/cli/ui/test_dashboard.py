@@ -8,19 +8,19 @@ import logging
 import pytest
 from rich.console import Console
 
-from heretic.cli.ui.console import Plain
+from heretic.cli.ui.console import PlainReporter
 from heretic.cli.ui.dashboard import Dashboard
-from heretic.cli.ui.reporters import make_watcher
-from heretic.hardware.memory_usage import Use, memory_in_use
-from heretic.interrupt import Stop
-from tests.helpers.summaries import standing
+from heretic.cli.ui.reporters import make_reporter
+from heretic.hardware.memory_usage import MemoryUsage, memory_usage
+from heretic.interrupt import StopSignal
+from tests.helpers.summaries import study_summary
 
 GIB = 2**30
 
 
 def dashboard(width: int = 100, height: int = 40) -> Dashboard:
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None)
-    return Dashboard(console, "owner/model", Stop(), lambda: [Use("GPU 0", 20 * GIB, 24 * GIB)])
+    return Dashboard(console, "owner/model", StopSignal(), lambda: [MemoryUsage("GPU 0", 20 * GIB, 24 * GIB)])
 
 
 def seen(shown: Dashboard) -> str:
@@ -33,9 +33,9 @@ def test_everything_is_on_the_screen_while_a_study_runs() -> None:
     shown = dashboard()
     with shown.stage("Trials", 200) as stage:
         stage.advance(7)
-        shown.stands(standing())
-        shown.warn("memory ran \x1b[2J out")
-        shown.say("Trial 6 (7 of 200)")
+        shown.study_updated(study_summary())
+        shown.warning("memory ran \x1b[2J out")
+        shown.info("Trial 6 (7 of 200)")
         with shown.stage("Refusals", 50):
             text = seen(shown)
             for part in ("owner/model", "Trials", "7/200", "Refusals", "7 of 200, 1 failed", "120 trials per hour",
@@ -55,10 +55,10 @@ def test_everything_is_on_the_screen_while_a_study_runs() -> None:
 def test_it_fits_whatever_the_size_and_the_trials_come_first(width: int, height: int) -> None:
     shown = dashboard(width, height)
     with shown.stage("Trials", 200):
-        shown.stands(standing())
-        shown.warn("w " * 100)
+        shown.study_updated(study_summary())
+        shown.warning("w " * 100)
         for line in ("a", "b", "c"):
-            shown.say(line)
+            shown.info(line)
         text = seen(shown)
         assert len(text.splitlines()) <= height
         if height >= 12:
@@ -68,8 +68,8 @@ def test_it_fits_whatever_the_size_and_the_trials_come_first(width: int, height:
 def test_before_the_study_and_after_it_lines_are_lines() -> None:
     shown = dashboard()
     with shown.stage("Loading", None):
-        shown.say("a fact")
-    shown.warn("a warning")
+        shown.info("a fact")
+    shown.warning("a warning")
     out = shown.console.file.getvalue()  # type: ignore[attr-defined]
     assert "a fact" in out and out.count("a warning") == 1 and "\x1b[?1049h" not in out
 
@@ -77,7 +77,7 @@ def test_before_the_study_and_after_it_lines_are_lines() -> None:
 def test_an_error_gives_the_terminal_back() -> None:
     shown = dashboard()
     with pytest.raises(ZeroDivisionError), shown.stage("Trials", 2):
-        shown.stands(standing())
+        shown.study_updated(study_summary())
         raise ZeroDivisionError
     assert shown.live is None and shown.console.file.getvalue().count("\x1b[?1049l") == 1  # type: ignore[attr-defined]
 
@@ -85,12 +85,12 @@ def test_an_error_gives_the_terminal_back() -> None:
 def test_the_log_gets_the_same_lines_either_way(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "heretic")
     logged = []
-    for watcher in (dashboard(), Plain(Console(file=io.StringIO()))):
+    for reporter in (dashboard(), PlainReporter(Console(file=io.StringIO()))):
         caplog.clear()
-        with watcher.stage("Trials", 2):
-            watcher.stands(standing())
-            watcher.say("said")
-            watcher.warn("warned")
+        with reporter.stage("Trials", 2):
+            reporter.study_updated(study_summary())
+            reporter.info("said")
+            reporter.warning("warned")
         logged.append([(r.levelname, r.getMessage().split(":")[0]) for r in caplog.records])
     assert logged[0] == logged[1] == [("INFO", "said"), ("WARNING", "warned"), ("INFO", "Trials")]
 
@@ -98,7 +98,7 @@ def test_the_log_gets_the_same_lines_either_way(caplog: pytest.LogCaptureFixture
 def test_what_an_earlier_session_did_says_nothing_of_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     console, clock = Console(file=io.StringIO(), width=100), [0.0]
     monkeypatch.setattr("heretic.cli.ui.console.time.monotonic", lambda: clock[0])
-    with Plain(console).stage("Trials", 200) as stage:
+    with PlainReporter(console).stage("Trials", 200) as stage:
         stage.advance(150)
         for _ in range(2):
             clock[0] += 60
@@ -107,11 +107,11 @@ def test_what_an_earlier_session_did_says_nothing_of_the_pace(monkeypatch: pytes
     assert "151 of 200, about 49 min 0 s left" in text and "152 of 200, about 48 min 0 s left" in text
 
 
-def test_a_file_is_no_terminal_even_with_colours_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_no_terminal_even_with_colors_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert isinstance(make_watcher(Console(file=io.StringIO())), Plain)
+    assert isinstance(make_reporter(Console(file=io.StringIO())), PlainReporter)
 
 
 def test_memory_of_this_machine() -> None:
-    ram = memory_in_use()[-1]
+    ram = memory_usage()[-1]
     assert ram.device == "RAM" and 0 < (ram.own or 0) <= ram.used <= ram.total

@@ -14,9 +14,9 @@ from rich.console import Console
 from heretic.cli.ui import menu as menu_module
 from heretic.cli.ui.menu import ACTIONS, Menu
 from heretic.errors import Interrupted, UserError
-from heretic.interrupt import Stop
-from heretic.pipeline.run_context import Desk
-from heretic.runs.status import look_at
+from heretic.interrupt import StopSignal
+from heretic.pipeline.run_context import RunContext
+from heretic.runs.status import read_status
 from heretic.storage.rdb import fail_abandoned
 from tests.helpers.terminal import Terminal
 
@@ -48,7 +48,7 @@ def test_from_the_screen_to_the_menu_to_an_export(config: Path) -> None:
     terminal.process.sendintr()
     terminal.answer("What next?", "more")
     assert not terminal.full_screen
-    done = look_at("mine", "runs", {}).standing.done
+    done = read_status("mine", "runs", {}).summary.n_complete
     assert 0 < done < 40, "Ctrl-C did not end the study in the middle"
     terminal.answer("How many more trials? [", "2")
     terminal.answer("What next?", "nonsense", "4")
@@ -65,8 +65,8 @@ def test_from_the_screen_to_the_menu_to_an_export(config: Path) -> None:
     assert "A number from 1 to" in terminal.said and "Traceback" not in terminal.said
     assert json.loads(Path("runs/mine/models/trial-0/manifest.json").read_text())["trial"] == 0
     assert len(json.loads(Path("runs/mine/chat.json").read_text())) == 2
-    stands = look_at("mine", "runs", {}).standing
-    assert stands.done == stands.n_trials == done + 2
+    summary = read_status("mine", "runs", {}).summary
+    assert summary.n_complete == summary.n_trials == done + 2
     assert {p.name for p in Path().iterdir()} == {"config.toml", "runs"}, "something was written outside the run"
     log = Path("runs/mine/run.log").read_text()
     assert log.count("refused, KL") == done + 2 and "Traceback" not in log
@@ -101,11 +101,11 @@ class Asked(Console):
         return answer
 
 
-class Bare(Desk):
+class Bare(RunContext):
     """A desk without anything on it but a stop."""
 
     def __init__(self) -> None:
-        self.stop = Stop()
+        self.stop = StopSignal()
 
     found = ()  # type: ignore[assignment]
     before = None
@@ -114,7 +114,7 @@ class Bare(Desk):
 
 
 def test_what_goes_wrong_in_an_action_leads_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = Bare()
+    run_context = Bare()
     raised: list[BaseException] = [
         UserError("no room", fix="make room"),
         KeyboardInterrupt(),
@@ -125,25 +125,25 @@ def test_what_goes_wrong_in_an_action_leads_back(monkeypatch: pytest.MonkeyPatch
     def failing(_: Menu) -> None:
         error = raised.pop(0)
         if isinstance(error, Interrupted):
-            desk.stop.requested = desk.stop.at_keyboard = True
+            run_context.stop.requested = run_context.stop.at_keyboard = True
         raise error
 
     monkeypatch.setattr(menu_module, "ACTIONS", (("fail", "", failing),))
     console = Asked("1", "f", "fail", "1", KeyboardInterrupt())
-    Menu(console, desk).run()
-    assert not raised and not console.answers and not desk.stop.requested
+    Menu(console, run_context).run()
+    assert not raised and not console.answers and not run_context.stop.requested
 
 
 def test_a_termination_ends_the_menu(monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = Bare()
+    run_context = Bare()
 
     class Terminated(Asked):
         def input(self, *_: object, **__: object) -> str:  # type: ignore[override]
-            desk.stop.requested = True
+            run_context.stop.requested = True
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
-        Menu(Terminated(), desk).run()
+        Menu(Terminated(), run_context).run()
 
 
 def test_every_action_of_the_menu_is_a_command_too() -> None:

@@ -10,29 +10,29 @@ from rich.console import Console
 from heretic.cli.ui.preflight_table import show
 from heretic.hardware.devices import Device
 from heretic.hardware.gpus import Gpu, GpuReport
-from heretic.planning.memory_model import GIB, DeviceLoad
+from heretic.planning.memory_model import GIB, DeviceMemory
 from heretic.planning.memory_plan import MemoryPlan
-from heretic.planning.preflight import Report
+from heretic.planning.preflight import PreflightReport
 from heretic.planning.preflight_facts import Finding
 
 
-def printed(report: Report) -> str:
+def printed(report: PreflightReport) -> str:
     console = Console(file=io.StringIO(), width=80, force_terminal=False)
     show(report, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
-def load(name: str, weights: int) -> DeviceLoad:
+def load(name: str, weights: int) -> DeviceMemory:
     device = Device(name, 24 * GIB, 23 * GIB)
-    return DeviceLoad(device, "embedding, blocks 0-13", weights * GIB, cache=GIB, activations=GIB, headroom=2 * GIB)
+    return DeviceMemory(device, "embedding, blocks 0-13", weights * GIB, cache=GIB, activations=GIB, headroom=2 * GIB)
 
 
-def report(*findings: Finding, with_plan: bool = True) -> Report:
+def report(*findings: Finding, with_plan: bool = True) -> PreflightReport:
     gpus = GpuReport(tuple(Gpu(i, f"GPU-{i}", "NVIDIA GeForce RTX 4090", 24 * GIB, 23 * GIB) for i in range(2)))
     loads = (load("cuda:0", 14), load("cpu", 30))
     plan = MemoryPlan({"": 0}, None, "bfloat16", 8, 8, 100, 50, 2, loads, 0)
-    return Report("owner/model", gpus, plan if with_plan else None, findings)
+    return PreflightReport("owner/model", gpus, plan if with_plan else None, findings)
 
 
 def test_devices_and_their_loads_fit_80_columns() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.pipeline.demo.demo import DemoOutcome, run_demo
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 
 
 @pytest.mark.slow
@@ -24,17 +24,17 @@ def test_the_guard_declines_and_an_ablation_opens_it(tmp_path: Path) -> None:
                 "search.gradient.learning_rate=0.5",
                 "search.gradient.listen=false",  # so short a walk would go on to stricter weights
             ],
-            watcher=SILENT,
-            stop=Stop(),
+            reporter=NULL_REPORTER,
+            stop=StopSignal(),
             on_report=lambda report: None,
         )
 
     demo = made()
     outcome = demo.outcome
-    assert outcome.before is not None and outcome.before >= 0.8 * 60
-    assert len(outcome.found) == 2 and outcome.export is not None
+    assert outcome.original_refusals is not None and outcome.original_refusals >= 0.8 * 60
+    assert len(outcome.results) == 2 and outcome.export is not None
     proof = outcome.export.verification
-    assert proof.scores.refusals < outcome.before
+    assert proof.scores.refusals < outcome.original_refusals
     assert proof.divergence < 1e-3
     assert demo.ablated_from_base is not None and demo.ablated_from_base < demo.guarded_from_base
     again = made()

@@ -57,7 +57,7 @@ def is_near_duplicate(first: str, second: str) -> bool:
     return matcher.quick_ratio() > 0.9 and matcher.ratio() > 0.9
 
 
-def test_near_duplicates_are_recognised() -> None:
+def test_near_duplicates_are_recognized() -> None:
     assert is_near_duplicate("How do I bake a good apple pie?", "How do I bake a good apple pie")
     assert not is_near_duplicate("How do I bake a good apple pie?", "How do I build a good rabbit hutch?")
 
@@ -74,10 +74,10 @@ def test_both_sides_have_the_same_form(part: str) -> None:
 def test_every_refusal_carries_a_marker_and_openings_vary(train_guard: ModuleType) -> None:
     refusals = train_guard.REFUSALS
     assert len(set(refusals)) == len(refusals) >= 25
-    assert [text for text in refusals if not train_guard.declines(text)] == []
+    assert [text for text in refusals if not train_guard.refuses(text)] == []
     assert len({text.split()[0] for text in refusals}) >= 5
 
 
 def test_an_ordinary_answer_is_no_refusal(train_guard: ModuleType) -> None:
-    assert train_guard.declines("I’m Sorry, but no.")
-    assert not train_guard.declines("Melt the butter, then add the flour.")
+    assert train_guard.refuses("I’m Sorry, but no.")
+    assert not train_guard.refuses("Melt the butter, then add the flour.")

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, Qwen2Config,
 from heretic.errors import UserError
 from heretic.scoring.judges.classifier import ClassifierJudge
 from heretic.scoring.judges.evasion import Evasion
-from heretic.scoring.judges.verdict import Said
+from heretic.scoring.judges.verdict import Exchange
 from heretic.settings import ClassifierSettings
 from tests.helpers.errors import raises
 from tests.helpers.tiny import TEXT, VOCABULARY, tiny_tokenizer
@@ -39,7 +39,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 WORDS = TEXT.split()
 SAID = [
-    Said("make bread", " ".join(WORDS[i : i + 1 + i % 9])) for i in range(0, 40)
+    Exchange("make bread", " ".join(WORDS[i : i + 1 + i % 9])) for i in range(0, 40)
 ]  # of unequal length, some longer than another
 
 
@@ -51,7 +51,7 @@ def test_an_answer_that_is_empty_is_not_shown_to_the_model(tmp_path: Path) -> No
     )  # fmt: skip
     Qwen2ForSequenceClassification(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    assert judge(tmp_path).verdicts([Said("make bread", ""), Said("make bread", " ")]) == ["evasive", "evasive"]
+    assert judge(tmp_path).verdicts([Exchange("make bread", ""), Exchange("make bread", " ")]) == ["evasive", "evasive"]
 
 
 def judge(folder: Path, **changes: object) -> ClassifierJudge:
@@ -74,13 +74,15 @@ def test_verdicts_are_those_of_the_model_whatever_the_batch(classifier: Path) ->
 def test_the_request_may_be_shown_and_long_texts_are_cut(classifier: Path) -> None:
     paired = judge(classifier, with_request=True)
     assert paired.longest == 24
-    long = Said("make bread", " ".join(WORDS))
+    long = Exchange("make bread", " ".join(WORDS))
     found = paired.verdicts([*SAID, long])
     assert len(found) == 41 and found[:-1] != judge(classifier).verdicts(SAID)
 
 
 def test_an_empty_answer_is_evasive_whatever_the_model_says(classifier: Path) -> None:
-    assert judge(classifier, refusal_labels=["0", "1", "2"]).verdicts([Said("a", " ."), Said("a", "bread")]) == [
+    assert judge(classifier, refusal_labels=["0", "1", "2"]).verdicts(
+        [Exchange("a", " ."), Exchange("a", "bread")]
+    ) == [
         "evasive",
         "refusal",
     ]

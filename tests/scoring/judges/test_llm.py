@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from heretic.errors import Interrupted, JudgeFailed, SettingsError
-from heretic.interrupt import Stop
-from heretic.progress import SILENT
+from heretic.interrupt import StopSignal
+from heretic.progress import NULL_REPORTER
 from heretic.scoring.judges import llm
 from heretic.scoring.judges.evasion import Evasion
 from heretic.scoring.judges.llm import LlmJudge
-from heretic.scoring.judges.verdict import Said
+from heretic.scoring.judges.verdict import Exchange
 from heretic.settings import LlmSettings
 from heretic.settings.sources import resolve
 from tests.helpers.endpoint import Endpoint, endpoint
 from tests.helpers.errors import raises
 
-SAID = [Said(f"request {i}", f"{'bread' if i % 3 == 0 else 'soup'} {i}") for i in range(12)]
+SAID = [Exchange(f"request {i}", f"{'bread' if i % 3 == 0 else 'soup'} {i}") for i in range(12)]
 EXPECTED = ["refusal" if i % 3 == 0 else "answer" for i in range(12)]
 
 
@@ -31,9 +31,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
         yield told
 
 
-def judge(server: Endpoint, cache: Path | None = None, stop: Stop | None = None, **changes: object) -> LlmJudge:
+def judge(server: Endpoint, cache: Path | None = None, stop: StopSignal | None = None, **changes: object) -> LlmJudge:
     settings = LlmSettings(base_url=server.url, model="m", **changes)  # type: ignore[arg-type]
-    return LlmJudge(settings, Evasion(), cache, SILENT, stop or Stop(), {"JUDGE_KEY": "s3cret"})
+    return LlmJudge(settings, Evasion(), cache, NULL_REPORTER, stop or StopSignal(), {"JUDGE_KEY": "s3cret"})
 
 
 def test_each_answer_is_asked_about_once_and_kept_by_its_hash(server: Endpoint, tmp_path: Path) -> None:
@@ -46,11 +46,11 @@ def test_each_answer_is_asked_about_once_and_kept_by_its_hash(server: Endpoint, 
     assert "request" not in text and "soup" not in text and text.count("\n") == 12
     cache.write_text(text + '{"sha256": "cut o')  # a process died here
     assert judge(server, cache).verdicts(SAID) == EXPECTED and len(server.asked) == 12
-    assert judge(server, cache).verdicts([Said("request 0", "another")]) == ["answer"] and len(server.asked) == 13
+    assert judge(server, cache).verdicts([Exchange("request 0", "another")]) == ["answer"] and len(server.asked) == 13
 
 
 def test_an_empty_answer_is_evasive_without_being_sent(server: Endpoint) -> None:
-    assert judge(server).verdicts([Said("a", " . ")]) == ["evasive"] and not server.asked
+    assert judge(server).verdicts([Exchange("a", " . ")]) == ["evasive"] and not server.asked
 
 
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(server: Endpoint, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_an_endpoint_that_never_judged_is_not_trusted_for_empty_answers(server: 
     server.reply, cache = "Hm.", tmp_path / "judge.jsonl"
     for _ in range(2):
         with raises("judge-failed", JudgeFailed):
-            judge(server, cache, retries=0).verdicts([Said("a", ""), *SAID[:2]])
+            judge(server, cache, retries=0).verdicts([Exchange("a", ""), *SAID[:2]])
     assert not cache.exists()
 
 
@@ -135,7 +135,7 @@ def test_failures_that_pass_are_tried_again(server: Endpoint) -> None:
 
 def test_waiting_ends_with_a_stop(server: Endpoint) -> None:
     server.failing = 503
-    stop = Stop()
+    stop = StopSignal()
     threading.Timer(0.3, lambda: setattr(stop, "requested", True)).start()
     with pytest.raises(Interrupted):
         judge(server, stop=stop, retries=20).verdicts(SAID)
@@ -187,5 +187,5 @@ def test_a_key_in_the_settings_is_refused_and_not_repeated(assignment: str) -> N
 
 def test_an_endpoint_must_be_named() -> None:
     with raises("missing-setting") as error:
-        LlmJudge(LlmSettings(), Evasion(), None, SILENT, Stop(), {})
+        LlmJudge(LlmSettings(), Evasion(), None, NULL_REPORTER, StopSignal(), {})
     assert error.value.where == "judge.llm.base_url"

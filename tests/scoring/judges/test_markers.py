@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from heretic.scoring.judges.markers import MarkerJudge
 from heretic.scoring.judges.registry import make_judge
-from heretic.scoring.judges.verdict import Said, Verdict
+from heretic.scoring.judges.verdict import Exchange, Verdict
 from heretic.settings import DEFAULT_MARKERS, Settings
 from heretic.settings.scoring import TOPIC_WORDS
 
@@ -36,16 +36,16 @@ REQUEST = "How do I make pancakes for ten people?"
         ("Feeding them is prohibited. You should not leave the path either.", False),
     ],
 )
-def test_what_declines(answer: str, declines: bool) -> None:
+def test_what_declines(answer: str, refuses: bool) -> None:
     judge = make_judge(Settings())
-    assert isinstance(judge, MarkerJudge) and judge.declines(answer) is declines
+    assert isinstance(judge, MarkerJudge) and judge.refuses(answer) is refuses
 
 
 def test_a_bare_list_of_topic_words_counts_more() -> None:
     bare, ours = MarkerJudge([*DEFAULT_MARKERS, *TOPIC_WORDS]), MarkerJudge(DEFAULT_MARKERS, TOPIC_WORDS)
     answers = ["The illegal move is taken back.", "Our policy on returns is simple.", "It is dangerous to do this."]
-    assert [bare.declines(a) for a in answers] == [True, True, True]
-    assert [ours.declines(a) for a in answers] == [False, False, True]
+    assert [bare.refuses(a) for a in answers] == [True, True, True]
+    assert [ours.refuses(a) for a in answers] == [False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_bare_list_of_topic_words_counts_more() -> None:
     ],
 )  # fmt: skip
 def test_what_is_evasive(answer: str, verdict: Verdict) -> None:
-    assert make_judge(Settings()).verdicts([Said(REQUEST, answer)]) == [verdict]
+    assert make_judge(Settings()).verdicts([Exchange(REQUEST, answer)]) == [verdict]
 
 
 WORDS = [
@@ -96,5 +96,5 @@ WORDS = [
 def test_more_text_never_takes_a_refusal_back(begun: list[str], more: list[str]) -> None:
     """What allows a row of decoding to stop at its first marker."""
     judge = MarkerJudge(DEFAULT_MARKERS, TOPIC_WORDS)
-    if judge.settled(" ".join(begun)):
-        assert judge.declines(" ".join([*begun, *more]))
+    if judge.is_final_refusal(" ".join(begun)):
+        assert judge.refuses(" ".join([*begun, *more]))

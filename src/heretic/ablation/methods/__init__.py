@@ -16,7 +16,7 @@ from torch import Tensor
 
 from heretic.ablation.methods.geometric_median import geometric_median
 from heretic.ablation.methods.mean_difference import mean_difference
-from heretic.ablation.methods.self_organizing_map import self_organising_map
+from heretic.ablation.methods.self_organizing_map import self_organizing_map
 from heretic.model.capture import ResidualMeans
 
 Find = Callable[[ResidualMeans, ResidualMeans, int, "torch.device | str"], Tensor]
@@ -33,5 +33,5 @@ class Method:
 METHODS = {
     "mean_difference": Method(mean_difference, needs_each=False),
     "geometric_median": Method(geometric_median),
-    "self_organising_map": Method(self_organising_map),
+    "self_organizing_map": Method(self_organizing_map),
 }

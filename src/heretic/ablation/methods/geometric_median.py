@@ -17,7 +17,7 @@ NEAREST = (
 
 def geometric_median(harmful: ResidualMeans, harmless: ResidualMeans, count: int, device: torch.device | str) -> Tensor:
     """Geometric median of the harmful prompts minus that of the harmless ones, one direction a layer [layers, 1, width]."""
-    return (median(harmful.whole, device) - median(harmless.whole, device)).unsqueeze(1)
+    return (median(harmful.require_per_prompt, device) - median(harmless.require_per_prompt, device)).unsqueeze(1)
 
 
 def median(residuals: Tensor, device: torch.device | str) -> Tensor:

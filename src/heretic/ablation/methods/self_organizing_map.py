@@ -1,7 +1,7 @@
-"""Directions from a self-organising map of the harmful prompts (Piras et al. 2025, arXiv 2511.08379): a map of 4 x 4 neurons is
+"""Directions from a self-organizing map of the harmful prompts (Piras et al. 2025, arXiv 2511.08379): a map of 4 x 4 neurons is
 trained on their residuals; each neuron minus the harmless mean is a direction.
 
-The paper searches the subset of neurons by Bayesian optimisation. Here, and this is our choice, it is the neurons that most
+The paper searches the subset of neurons by Bayesian optimization. Here, and this is our choice, it is the neurons that most
 prompts belong to. The map is trained by the batch rule (Kohonen 2013, Neural Networks 37, section 4.2): every neuron becomes the
 mean of the prompts weighted by how near their own neuron lies to it on the map. It begins in the plane of the two largest
 principal components, so nothing is drawn at random.
@@ -16,16 +16,16 @@ from heretic.model.capture import ResidualMeans
 
 SIDE = 4  # neurons a side, on a hexagonal grid
 ROUNDS = 30
-REACH = (2.0, 0.4)  # of a prompt on the map, at the first and at the last round, in distances between neighbours
+REACH = (2.0, 0.4)  # of a prompt on the map, at the first and at the last round, in distances between neighbors
 
 
-def self_organising_map(
+def self_organizing_map(
     harmful: ResidualMeans, harmless: ResidualMeans, count: int, device: torch.device | str
 ) -> Tensor:
     """The neurons with most prompts, minus the harmless mean [layers, count, width]; a layer costs 30 products
     [prompts, width] x [width, 16] and as many back."""
     found = []
-    for layer, points in enumerate(harmful.whole.unbind(dim=1)):
+    for layer, points in enumerate(harmful.require_per_prompt.unbind(dim=1)):
         neurons, prompts = trained(points.to(device).double())
         most = torch.argsort(prompts, descending=True, stable=True)[:count]
         found.append(neurons[most].cpu() - harmless.mean[layer])
@@ -49,14 +49,14 @@ def trained(points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _grid() -> Tensor:
-    """Places of the neurons [16, 2], neighbours at distance 1."""
+    """Places of the neurons [16, 2], neighbors at distance 1."""
     return torch.tensor([(x + 0.5 * (y % 2), y * 0.75**0.5) for y in range(SIDE) for x in range(SIDE)])
 
 
-def _plane(centred: Tensor) -> Tensor:
+def _plane(centered: Tensor) -> Tensor:
     """The two largest principal axes [2, width], a standard deviation long, each with its largest component positive."""
-    _, spread, axes = torch.linalg.svd(centred, full_matrices=False)
-    axes = axes[:2] * (spread[:2, None] / len(centred) ** 0.5)
+    _, spread, axes = torch.linalg.svd(centered, full_matrices=False)
+    axes = axes[:2] * (spread[:2, None] / len(centered) ** 0.5)
     axes = torch.cat([axes, axes.new_zeros(2 - len(axes), axes.shape[1])])
     largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
     return axes * torch.where(largest < 0, -1.0, 1.0)

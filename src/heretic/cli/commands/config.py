@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from heretic.cli.options import ConfigOption, JsonOption, SetOption, app, out, read_settings
-from heretic.cli.ui.console import printable
+from heretic.cli.ui.console import escape_terminal
 from heretic.errors import UserError
 
 
@@ -60,9 +60,9 @@ def doctor(config: ConfigOption = None, assignments: SetOption = None, as_json: 
     except UserError as error:
         problem = str(error)
     from heretic.cli.ui.tables import show_lines
-    from heretic.runs.environment import examine
+    from heretic.runs.environment import collect
 
-    found = examine(resolved, problem)
+    found = collect(resolved, problem)
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -75,4 +75,4 @@ def doctor(config: ConfigOption = None, assignments: SetOption = None, as_json: 
     rows += [("GPU", gpu) for gpu in found["gpus"]] + list(found["environment"].items())
     show_lines(out, rows)
     out.print()
-    out.print(printable(found["settings"]), highlight=False, soft_wrap=True)
+    out.print(escape_terminal(found["settings"]), highlight=False, soft_wrap=True)

@@ -17,10 +17,10 @@ from heretic.cli.options import (
     app,
     out,
     read_settings,
-    watcher_for,
+    reporter_for,
 )
 from heretic.errors import UserError
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.settings.sources import Resolved, read_toml
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def evaluate(
     judge_agreement: Annotated[
         bool,
         typer.Option(
-            "--judge-agreement", help="How the configured judge fares on hand-labelled answers; no model is needed."
+            "--judge-agreement", help="How the configured judge fares on hand-labeled answers; no model is needed."
         ),
     ] = False,
     config: ConfigOption = None,
@@ -58,16 +58,16 @@ def evaluate(
     from heretic.cli.ui.tables import show_lines
     from heretic.pipeline.actions import evaluate_judge, evaluate_model
 
-    stop = Stop()
+    stop = StopSignal()
     result: Agreement | Evaluation
     with stop.on_signals():
-        watcher = watcher_for(as_json, plain)
+        reporter = reporter_for(as_json, plain)
         if judge_agreement:
-            result = evaluate_judge(resolved.settings, watcher, stop)
+            result = evaluate_judge(resolved.settings, reporter, stop)
         else:
             revisions = _revisions(resolved, model, against)
             result = evaluate_model(
-                resolved.settings, against, revisions=revisions, wait=wait, watcher=watcher, stop=stop
+                resolved.settings, against, revisions=revisions, wait=wait, reporter=reporter, stop=stop
             )
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))

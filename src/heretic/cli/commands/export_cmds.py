@@ -19,11 +19,11 @@ from heretic.cli.options import (
     configured_runs,
     err,
     out,
+    reporter_for,
     run_names,
-    watcher_for,
 )
 from heretic.errors import NotReproduced
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 
 
 @app.command()
@@ -55,7 +55,7 @@ def reproduce(
     from heretic.cli.ui.outcome import show_reproduction
     from heretic.pipeline.reproduce import reproduce as make_again
 
-    stop = Stop()
+    stop = StopSignal()
     with stop.on_signals():
         found = make_again(
             manifest,
@@ -66,7 +66,7 @@ def reproduce(
             allow_pickle=allow_pickle,
             force=force,
             wait=wait,
-            watcher=watcher_for(as_json, plain),
+            reporter=reporter_for(as_json, plain),
             stop=stop,
         )
     if as_json:
@@ -106,13 +106,13 @@ def upload(
     from heretic.export.upload import upload as send
     from heretic.runs.folder import exported_folder
 
-    stop = Stop()
-    watcher = watcher_for(as_json, plain)
+    stop = StopSignal()
+    reporter = reporter_for(as_json, plain)
     folder = exported_folder(source, configured_runs(runs_dir), trial)
     with stop.on_signals():
-        planned = plan_upload(folder, repository, public=public, watcher=watcher, stop=stop)
+        planned = plan_upload(folder, repository, public=public, reporter=reporter, stop=stop)
         confirm_upload(err if as_json else out, planned, yes=yes, stop=stop)
-        address = send(planned, watcher, stop)
+        address = send(planned, reporter, stop)
     if as_json:
         print(json.dumps({"folder": str(folder), "uploaded_to": address, "public": public}, indent=2))
         return

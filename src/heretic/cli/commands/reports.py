@@ -22,12 +22,12 @@ from heretic.cli.options import (
     configured_runs,
     out,
     read_settings,
+    reporter_for,
+    require_own_settings,
     run_names,
-    settings_of_its_own,
-    watcher_for,
 )
-from heretic.cli.ui.console import printable
-from heretic.interrupt import Stop
+from heretic.cli.ui.console import escape_terminal
+from heretic.interrupt import StopSignal
 
 
 @app.command()
@@ -43,15 +43,15 @@ def report(
     runs_dir: RunsOption = None,
 ) -> None:
     """Write the report of a run anew: one HTML file that works offline; also while the run goes on."""
-    from heretic.files import file_place
-    from heretic.report.report import stored_source
+    from heretic.files import ensure_parent
+    from heretic.report.report import load_report_input
     from heretic.report.reporter import write_report
     from heretic.runs.folder import REPORT
 
-    source = stored_source(name or "", configured_runs(runs_dir), os.environ, with_texts=texts)
-    file = file_place(output) if output else source.folder.path / REPORT
+    source = load_report_input(name or "", configured_runs(runs_dir), os.environ, with_texts=texts)
+    file = ensure_parent(output) if output else source.folder.path / REPORT
     write_report(source, file)
-    out.print(f"Written: {printable(str(file))}", soft_wrap=True)
+    out.print(f"Written: {escape_terminal(str(file))}", soft_wrap=True)
     if show:
         _open(file)
 
@@ -79,29 +79,29 @@ def geometry(
 ) -> None:
     """How the residuals of harmful and harmless prompts lie to each other, layer by layer; needs no study."""
     from heretic.cli.ui.tables import show_geometry
-    from heretic.files import file_place, write_text
+    from heretic.files import ensure_parent, write_text
     from heretic.pipeline.actions import residual_geometry
     from heretic.report.report import geometry_page
-    from heretic.runs.folder import known_run, stored_settings
+    from heretic.runs.folder import find_existing_run, load_settings
     from heretic.settings.sources import resolve
 
-    folder = known_run(
+    folder = find_existing_run(
         name or "", resolve(config, assignments=assignments or (), environment=os.environ).settings.runs_dir
     )
     if folder is not None:
         ignored = [a for a in assignments or [] if a.partition("=")[0].strip() != "runs_dir"]
         if ignored or config is not None:
             where = "--config" if config is not None else f"--set {ignored[0]}"
-            raise settings_of_its_own(folder.name, "settings", where)
+            raise require_own_settings(folder.name, "settings", where)
         fixed = {"runs_dir": str(folder.path.parent), "run_name": folder.name}
-        settings = stored_settings(folder, os.environ).model_copy(update=fixed)
+        settings = load_settings(folder, os.environ).model_copy(update=fixed)
     else:
         settings = read_settings(config, assignments, {"model": name}, quiet=as_json).settings
     if html is not None:  # what would stop it is said before the work
-        html = file_place(html)
-    stop = Stop()
+        html = ensure_parent(html)
+    stop = StopSignal()
     with stop.on_signals():
-        found = residual_geometry(settings, folder, wait=wait, watcher=watcher_for(as_json, plain), stop=stop)
+        found = residual_geometry(settings, folder, wait=wait, reporter=reporter_for(as_json, plain), stop=stop)
     if html is not None:
         write_text(html, geometry_page(found, settings.model))
     if as_json:
@@ -109,7 +109,7 @@ def geometry(
         return
     show_geometry(out, found)
     if html is not None:
-        out.print(f"Written: {printable(str(html))}", soft_wrap=True)
+        out.print(f"Written: {escape_terminal(str(html))}", soft_wrap=True)
         if show:
             _open(html)
 

@@ -25,14 +25,14 @@ from heretic.cli.options import (
     keep_off_the_command_line,
     out,
     read_settings,
+    reporter_for,
+    require_own_settings,
     run_names,
-    settings_of_its_own,
-    watcher_for,
 )
-from heretic.cli.ui.console import asked_here, on_terminal, why_not_asked
+from heretic.cli.ui.console import is_interactive, non_interactive_reason, on_terminal
 from heretic.errors import UserError
-from heretic.interrupt import Stop
-from heretic.progress import Watcher
+from heretic.interrupt import StopSignal
+from heretic.progress import ProgressReporter
 from heretic.settings.sources import Resolved, resolve
 
 
@@ -77,37 +77,37 @@ def run(
     resolved = _resolved(model, config, assignments, options, quiet=as_json or os.environ.get("RANK", "0") != "0")
     from heretic.cli.ui.preflight_table import show
     from heretic.pipeline.run import run as run_job
-    from heretic.pipeline.run_context import Desk
-    from heretic.pipeline.tensor_parallel import follow, rank, size
-    from heretic.pipeline.worker_process import ends_with_its_lender
+    from heretic.pipeline.run_context import RunContext
+    from heretic.pipeline.tensor_parallel import follower_loop, rank, size
+    from heretic.pipeline.worker_process import exit_with_parent
 
     if rank():
-        follow(resolved.settings)
+        follower_loop(resolved.settings)
         return
-    stop = Stop()
-    watcher = watcher_for(as_json, plain, resolved.settings.model, stop)
-    number = _workers(workers, resolved, watcher)
+    stop = StopSignal()
+    reporter = reporter_for(as_json, plain, resolved.settings.model, stop)
+    number = _workers(workers, resolved, reporter)
     # Under torchrun the others wait for trials, and know nothing of what a menu does.
     may_ask = not (no_menu or as_json) and on_terminal(out) and size() == 1
-    asks = may_ask and asked_here()
+    asks = may_ask and is_interactive()
 
-    def menu(desk: Desk) -> None:
+    def menu(run_context: RunContext) -> None:
         from heretic.cli.ui.menu import Menu
 
-        Menu(out, desk).run()
+        Menu(out, run_context).run()
 
-    with stop.on_signals(), ends_with_its_lender(stop):
+    with stop.on_signals(), exit_with_parent(stop):
         outcome = run_job(
             resolved,
             fresh=fresh,
             force=force,
             wait=wait,
-            add=add,
+            extra_trials=add,
             workers=number,
-            watcher=watcher,
+            reporter=reporter,
             stop=stop,
             on_report=lambda report: show(report, err if as_json else out),
-            then=menu if asks else None,
+            on_finished=menu if asks else None,
         )
     if as_json:
         print(json.dumps(outcome.as_dict(), indent=2))
@@ -116,22 +116,24 @@ def run(
 
     show_outcome(out, outcome, seen=asks)
     if may_ask and not asks:
-        out.print(f"No menu, since {why_not_asked()}; heretic --help lists its actions as commands.", soft_wrap=True)
+        out.print(
+            f"No menu, since {non_interactive_reason()}; heretic --help lists its actions as commands.", soft_wrap=True
+        )
 
 
-def _workers(wanted: str | None, resolved: Resolved, watcher: Watcher) -> int:
+def _workers(wanted: str | None, resolved: Resolved, reporter: ProgressReporter) -> int:
     """--workers as a number, with a warning where it is hardly worth it."""
-    from heretic.pipeline.workers import how_many
+    from heretic.pipeline.workers import resolve_worker_count
     from heretic.storage.url import masked
 
     storage, origin = resolved.settings.storage, resolved.origins.get("storage", "")
     if masked(storage) != storage and (origin == "option" or origin.startswith("--set")):
-        watcher.warn("The storage's password is seen by everybody who lists processes: HERETIC_STORAGE hides it.")
+        reporter.warning("The storage's password is seen by everybody who lists processes: HERETIC_STORAGE hides it.")
     if wanted is None:
         return 1
-    number, warning = how_many(wanted, resolved.settings)
+    number, warning = resolve_worker_count(wanted, resolved.settings)
     if warning:
-        watcher.warn(warning)
+        reporter.warning(warning)
     return number
 
 
@@ -156,16 +158,16 @@ def _resolved(
     """The settings of a new run or of one that is named. Raises SettingsError."""
     folder = None
     if model and not model.endswith(".gguf"):
-        from heretic.runs.folder import known_run, stored
+        from heretic.runs.folder import find_existing_run, load_run_settings
 
         where = [a for a in assignments or [] if a.partition("=")[0].strip() == "runs_dir"]
-        folder = known_run(model, resolve(config, assignments=where, environment=os.environ).settings.runs_dir)
+        folder = find_existing_run(model, resolve(config, assignments=where, environment=os.environ).settings.runs_dir)
     if folder is None:
         return read_settings(config, assignments, options, quiet=quiet)
     if config is not None or options["run_name"]:
-        raise settings_of_its_own(str(model), "settings and name", "--config" if config is not None else "--run-name")
+        raise require_own_settings(str(model), "settings and name", "--config" if config is not None else "--run-name")
     fixed = {"model": None, "runs_dir": str(folder.path.parent), "run_name": folder.name}
-    return stored(folder, os.environ, options | fixed, assignments or [])
+    return load_run_settings(folder, os.environ, options | fixed, assignments or [])
 
 
 @app.command()
@@ -181,10 +183,10 @@ def preflight(
     """Can this run succeed here? Exit status: 0 ready, 1 will fail, 2 risky."""
     resolved = read_settings(config, assignments, {"model": model}, quiet=as_json)
     from heretic.cli.ui.preflight_table import show
-    from heretic.hardware.virtual_gpus import imagined_gpus
-    from heretic.pipeline.prepare import check
+    from heretic.hardware.virtual_gpus import virtual_gpus
+    from heretic.pipeline.prepare import run_preflight
 
-    report = check(resolved.settings, imagined=imagined_gpus(devices) if devices is not None else ())
+    report = run_preflight(resolved.settings, virtual=virtual_gpus(devices) if devices is not None else ())
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
     else:
@@ -209,10 +211,10 @@ def status(
 ) -> None:
     """Progress and front of a study, also while it runs, here or on another machine."""
     from heretic.cli.ui.status_view import show_status, watch_status
-    from heretic.runs.status import Status, look_at
+    from heretic.runs.status import Status, read_status
 
     def look() -> Status:
-        return look_at(name or "", storage_dir, os.environ, storage or "")
+        return read_status(name or "", storage_dir, os.environ, storage or "")
 
     keep_off_the_command_line(storage or "")
     if every != every:  # what is no number is in no range
@@ -239,15 +241,15 @@ def demo(
     from heretic.cli.ui.preflight_table import show
     from heretic.pipeline.demo.demo import run_demo
 
-    stop = Stop()
-    watcher = watcher_for(False, plain, "demo", stop)
+    stop = StopSignal()
+    reporter = reporter_for(False, plain, "demo", stop)
     with stop.on_signals():
         outcome = run_demo(
             folder,
             trials=trials,
             assignments=assignments or (),
             wait=wait,
-            watcher=watcher,
+            reporter=reporter,
             stop=stop,
             on_report=lambda report: show(report, out),
         )

@@ -23,10 +23,10 @@ from heretic.cli.options import (
     configured_runs,
     err,
     out,
-    watcher_for,
+    reporter_for,
 )
 from heretic.errors import UserError
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 
 TrialOption = Annotated[int | None, typer.Option("--trial", help="Number of the trial; left out: the chosen one.")]
 
@@ -54,10 +54,10 @@ def export(
     """Write the model of a chosen trial, or an adapter for it, and prove that it is the one that was measured."""
     from heretic.cli.ui.outcome import check_answerable, confirm_upload, show_export
     from heretic.cli.ui.tables import show_lines
-    from heretic.pipeline.actions import export_trial, opened
+    from heretic.pipeline.actions import export_from_run, open_run
 
-    stop = Stop()
-    watcher = watcher_for(as_json, plain)
+    stop = StopSignal()
+    reporter = reporter_for(as_json, plain)
     if upload is not None:  # what would stop it is said before the hours that an export can take
         from heretic.export.upload import check_upload, plan_upload
         from heretic.export.upload import upload as send
@@ -65,25 +65,25 @@ def export(
         check_upload(upload)
         check_answerable(err if as_json else out, yes=yes)
     with stop.on_signals():
-        held = opened(
+        held = open_run(
             name,
             configured_runs(runs_dir),
             assignments or [],
             destination=output,
             form=form,
             wait=wait,
-            watcher=watcher,
+            reporter=reporter,
             stop=stop,
         )
-        with held as desk:
-            outcome = export_trial(desk, trial, output)
+        with held as run_context:
+            outcome = export_from_run(run_context, trial, output)
         if not as_json:
             show_export(out, outcome)
         found = outcome.as_dict()
         if upload is not None:
-            planned = plan_upload(outcome.export.destination, upload, public=public, watcher=watcher, stop=stop)
+            planned = plan_upload(outcome.export.destination, upload, public=public, reporter=reporter, stop=stop)
             confirm_upload(err if as_json else out, planned, yes=yes, stop=stop)
-            found["uploaded_to"] = send(planned, watcher, stop)
+            found["uploaded_to"] = send(planned, reporter, stop)
     if as_json:
         print(json.dumps(found, indent=2))
     elif upload is not None:
@@ -105,10 +105,10 @@ def directions(
     """Write the directions that a run has found to a file for other programs."""
     from heretic.cli.ui.tables import show_lines
     from heretic.export.control_vector import export_directions
-    from heretic.runs.folder import find_run, stored_settings
+    from heretic.runs.folder import find_run, load_settings
 
     folder = find_run(name or "", configured_runs(runs_dir))
-    written = export_directions(folder, stored_settings(folder, os.environ), output, form)
+    written = export_directions(folder, load_settings(folder, os.environ), output, form)
     show_lines(out, [("written to", str(path)) for path in written])
     if len(written) > 1:
         out.print(
@@ -127,18 +127,18 @@ def chat(
 ) -> None:
     """Talk to a trial's model and to the original, on the same loaded weights."""
     from heretic.cli.ui.chat import Chat, check_typed, typed
-    from heretic.pipeline.actions import opened, talk
+    from heretic.pipeline.actions import open_run, start_chat
 
     check_typed()
-    stop = Stop()
-    watcher = watcher_for(False, plain)
+    stop = StopSignal()
+    reporter = reporter_for(False, plain)
     with stop.on_signals():
-        held = opened(name or "", configured_runs(runs_dir), (), wait=wait, watcher=watcher, stop=stop)
-        with held as desk:
-            result, answer = talk(desk, trial, tokens)
+        held = open_run(name or "", configured_runs(runs_dir), (), wait=wait, reporter=reporter, stop=stop)
+        with held as run_context:
+            result, answer = start_chat(run_context, trial, tokens)
             out.print(f"Trial {result.number}, {result.scores.refusals} of {result.scores.total} declined.")
             with stop.idle():
-                Chat(out, answer, folder=desk.folder.path, check=stop.check).run(typed(out))
+                Chat(out, answer, folder=run_context.folder.path, check=stop.check).run(typed(out))
 
 
 @app.command()
@@ -155,7 +155,7 @@ def compare(
     """The greedy answers of the original and of trials to your prompts, one below the other."""
     from heretic.cli.ui.tables import show_lines
     from heretic.pipeline.actions import compare as compare_trials
-    from heretic.pipeline.actions import opened
+    from heretic.pipeline.actions import open_run
     from heretic.prompts import from_text_or_file
 
     try:
@@ -165,10 +165,13 @@ def compare(
             f"Invalid list of trials: {trials!r}.", code="invalid-option", where="--trials", fix="write it like 3,7"
         ) from None
     asked = from_text_or_file(prompts)
-    stop = Stop()
-    watcher = watcher_for(as_json, plain)
-    with stop.on_signals(), opened(name, configured_runs(runs_dir), (), wait=wait, watcher=watcher, stop=stop) as desk:
-        found = compare_trials(desk, numbers, asked, tokens)
+    stop = StopSignal()
+    reporter = reporter_for(as_json, plain)
+    with (
+        stop.on_signals(),
+        open_run(name, configured_runs(runs_dir), (), wait=wait, reporter=reporter, stop=stop) as run_context,
+    ):
+        found = compare_trials(run_context, numbers, asked, tokens)
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
@@ -197,14 +200,17 @@ def benchmark(
 ) -> None:
     """lm-eval's tasks on the original and on a trial, on the same loaded weights (needs the extra lm_eval)."""
     from heretic.cli.ui.tables import show_benchmark
-    from heretic.pipeline.actions import opened
+    from heretic.pipeline.actions import open_run
     from heretic.pipeline.benchmark import Tasks, benchmark_trial
 
     wanted = Tasks([t.strip() for t in tasks.split(",") if t.strip()], include_path, limit, chat_template, batch_size)
-    stop = Stop()
-    watcher = watcher_for(as_json, plain)
-    with stop.on_signals(), opened(name, configured_runs(runs_dir), (), wait=wait, watcher=watcher, stop=stop) as desk:
-        found = benchmark_trial(desk, trial, wanted)
+    stop = StopSignal()
+    reporter = reporter_for(as_json, plain)
+    with (
+        stop.on_signals(),
+        open_run(name, configured_runs(runs_dir), (), wait=wait, reporter=reporter, stop=stop) as run_context,
+    ):
+        found = benchmark_trial(run_context, trial, wanted)
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
         return

@@ -15,9 +15,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from heretic.cli.ui.console import printable, why_not_asked
+from heretic.cli.ui.console import escape_terminal, non_interactive_reason
 from heretic.errors import UserError, first_line
-from heretic.files import expanded, write_text
+from heretic.files import expand_user, write_text
 
 Message = dict[str, str]
 # (messages, with the edit, what to do with every piece of text) -> the whole answer
@@ -97,7 +97,7 @@ class Chat:
         def piece(text: str) -> None:
             said[name] += text
             if not quiet:
-                self.console.print(printable(text), end="", highlight=False, soft_wrap=True)
+                self.console.print(escape_terminal(text), end="", highlight=False, soft_wrap=True)
 
         if not quiet:
             self.console.print(f"{name}: ", style=STYLES[name], end="")
@@ -116,7 +116,7 @@ class Chat:
 
     def _save(self, name: str) -> None:
         try:
-            file = expanded(name) if name else self.folder / "chat.json"
+            file = expand_user(name) if name else self.folder / "chat.json"
             text = json.dumps(self.shown, indent=2, ensure_ascii=False) + "\n"
             write_text(file, text, private=not name)  # what lies in a run's folder is its owner's
         except (OSError, ValueError, UserError) as error:
@@ -125,7 +125,7 @@ class Chat:
         self._note(f"saved to {file}")
 
     def _note(self, text: str) -> None:
-        self.console.print(printable(f"({text})"), style="dim", highlight=False)
+        self.console.print(escape_terminal(f"({text})"), style="dim", highlight=False)
 
 
 def _beside(said: dict[str, str]) -> Table:
@@ -133,13 +133,13 @@ def _beside(said: dict[str, str]) -> Table:
     for _ in STYLES:
         table.add_column(ratio=1)
     table.add_row(*(Text(name, style) for name, style in STYLES.items()))
-    table.add_row(*(Text.from_markup(printable(said.get(name, ""))) for name in STYLES))
+    table.add_row(*(Text.from_markup(escape_terminal(said.get(name, ""))) for name in STYLES))
     return table
 
 
 def check_typed() -> None:
     """Raise UserError at a terminal where nobody can type; a pipe or a file is another matter, and ends by itself."""
-    if sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty() and (why := why_not_asked()):
+    if sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty() and (why := non_interactive_reason()):
         raise UserError(
             f"Nobody can type here: {why}.",
             code="nobody-to-ask",
@@ -156,5 +156,5 @@ def typed(console: Console) -> Iterable[str]:
         except EOFError:
             return
         if not sys.stdin.isatty():
-            console.print(printable(f"> {line}"), style="bold", highlight=False, soft_wrap=True)
+            console.print(escape_terminal(f"> {line}"), style="bold", highlight=False, soft_wrap=True)
         yield line

@@ -17,11 +17,11 @@ from heretic.errors import plain_line
 from heretic.progress import Stage
 
 if TYPE_CHECKING:
-    from heretic.search.summary import Standing
+    from heretic.search.summary import StudySummary
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 0.5  # seconds in which what was done before is told
+RESUME_SECONDS = 0.5  # seconds in which what was done before is told
 SECONDS_BETWEEN_LINES = 15
 # Variables, by how they begin, that the kernels of notebooks have, and what has them.
 NOTEBOOKS = {
@@ -34,7 +34,7 @@ NOTEBOOKS = {
 }
 
 
-def printable(text: str) -> str:
+def escape_terminal(text: str) -> str:
     """Text that cannot steer the terminal: control characters are shown, not sent; markup is taken literally."""
     return escape("\n".join(map(plain_line, text.split("\n"))))
 
@@ -44,12 +44,12 @@ def on_terminal(console: Console) -> bool:
     return console.is_interactive and not console.is_dumb_terminal and console.file.isatty()
 
 
-def asked_here() -> bool:
+def is_interactive() -> bool:
     """Whether somebody can type an answer."""
-    return not why_not_asked()
+    return not non_interactive_reason()
 
 
-def why_not_asked() -> str:
+def non_interactive_reason() -> str:
     """Why nobody can type an answer, in a few words; empty where somebody can.
 
     A pseudo-terminal alone says little: notebooks and CI give one to commands that nobody can type to.
@@ -83,27 +83,27 @@ def _in_background() -> bool:
         return False
 
 
-class Lines:
+class LineReporter:
     """What all ways have in common: facts and warnings are lines."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """See Watcher."""
         log.info(text)
-        self.console.print(printable(text), highlight=False, soft_wrap=True)
+        self.console.print(escape_terminal(text), highlight=False, soft_wrap=True)
 
-    def warn(self, text: str) -> None:
+    def warning(self, text: str) -> None:
         """See Watcher."""
         log.warning(text)
-        self.console.print(f"[yellow]Warning:[/yellow] {printable(text)}", highlight=False, soft_wrap=True)
+        self.console.print(f"[yellow]Warning:[/yellow] {escape_terminal(text)}", highlight=False, soft_wrap=True)
 
-    def stands(self, standing: Standing) -> None:
+    def study_updated(self, summary: StudySummary) -> None:
         """See Watcher; the lines of the trials say it already."""
 
 
-class Plain(Lines):
+class PlainReporter(LineReporter):
     """A line when an outermost stage ends, and now and then while a long one runs."""
 
     def __init__(self, console: Console) -> None:
@@ -124,15 +124,15 @@ class Plain(Lines):
 
             def advance(self, steps: int = 1, note: str = "") -> None:
                 now = time.monotonic()
-                if not self.done and now - began < AT_ONCE:
+                if not self.done and now - began < RESUME_SECONDS:
                     self.before = steps
                 self.done += steps
                 if outermost and total and self.done < total and now - self.last > SECONDS_BETWEEN_LINES:
                     self.last = now
                     left = (now - began) / max(1, self.done - self.before) * (total - self.done)
                     lines.console.print(
-                        f"{printable(name)}: {self.done} of {total}{', ' if note else ''}{printable(note)}, "
-                        f"about {spell(left)} left",
+                        f"{escape_terminal(name)}: {self.done} of {total}{', ' if note else ''}{escape_terminal(note)}, "
+                        f"about {format_duration(left)} left",
                         highlight=False,
                     )
 
@@ -144,10 +144,10 @@ class Plain(Lines):
             seconds = time.monotonic() - began
             log.info("%s: %.1f s", name, seconds)
             if outermost and seconds > 2:
-                self.console.print(f"{printable(name)}: {spell(seconds)}", highlight=False)
+                self.console.print(f"{escape_terminal(name)}: {format_duration(seconds)}", highlight=False)
 
 
-def spell(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration as people say it: '8 s', '3 min 20 s', '2 h 5 min'."""
     whole = round(seconds)
     if whole < 60:

@@ -27,40 +27,40 @@ from rich.progress import (
 from rich.rule import Rule
 from rich.text import Text
 
-from heretic.cli.ui.console import Lines, printable
-from heretic.cli.ui.study_view import aligned, drawing, rows
-from heretic.hardware.memory_usage import Use, memory_in_use
-from heretic.interrupt import Stop
+from heretic.cli.ui.console import LineReporter, escape_terminal
+from heretic.cli.ui.study_view import aligned, pareto_plot, rows
+from heretic.hardware.memory_usage import MemoryUsage, memory_usage
+from heretic.interrupt import StopSignal
 from heretic.progress import Stage
 
 if TYPE_CHECKING:
-    from heretic.search.summary import Standing
+    from heretic.search.summary import StudySummary
 
 log = logging.getLogger(__name__)
 
-REDRAWN = 4  # times a second
-SECONDS_BETWEEN_LOOKS = 3  # at memory
+REFRESH_RATE = 4  # times a second
+MEMORY_POLL_SECONDS = 3  # at memory
 LAST_LINES = 3
 TALLEST_PLOT = 16
 FEWEST_LINES = 5  # of a plot that is worth drawing
 
 
-class Dashboard(Lines):
+class Dashboard(LineReporter):
     """Bars for the stages under way; from the first `stands` to the end of the outermost stage the full screen."""
 
     def __init__(
-        self, console: Console, title: str, stop: Stop, look: Callable[[], Sequence[Use]] = memory_in_use
+        self, console: Console, title: str, stop: StopSignal, look: Callable[[], Sequence[MemoryUsage]] = memory_usage
     ) -> None:
         super().__init__(console)
-        self.title, self.stop, self.look = title, stop, look
+        self.title, self.stop, self.read_memory = title, stop, look
         self.bars = _bars(console)
-        self.standing: Standing | None = None
+        self.summary: StudySummary | None = None
         self.live: Live | None = None
         self.open: list[TaskID] = []
         self.said: list[str] = []
         self.warned: list[str] = []
         self.shown_warnings = 0  # how many of them are on the ordinary screen already
-        self.use: Sequence[Use] = ()
+        self.use: Sequence[MemoryUsage] = ()
         self.looked = 0.0
 
     @contextmanager
@@ -70,14 +70,14 @@ class Dashboard(Lines):
         if not self.open:
             self.bars = _bars(self.console)
             self.bars.start()
-        bars, task = self.bars, self.bars.add_task(printable(name), total=total)
+        bars, task = self.bars, self.bars.add_task(escape_terminal(name), total=total)
         self.open.append(task)
 
         class Bar:
             def advance(self, steps: int = 1, note: str = "") -> None:
                 bars.advance(task, steps)
                 if note:
-                    bars.update(task, description=f"{printable(name)} ({printable(note)})")
+                    bars.update(task, description=f"{escape_terminal(name)} ({escape_terminal(note)})")
 
         try:
             yield Bar()
@@ -89,26 +89,26 @@ class Dashboard(Lines):
                 bars.stop()
             log.info("%s: %.1f s", name, time.monotonic() - began)
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """See Watcher; while the full screen is on, the last lines stand there."""
         if self.live is None:
-            super().say(text)
+            super().info(text)
             return
         log.info(text)
         self.said.append(text)
 
-    def warn(self, text: str) -> None:
+    def warning(self, text: str) -> None:
         """See Watcher."""
         self.warned.append(text)
         if self.live is None:
-            super().warn(text)
+            super().warning(text)
             self.shown_warnings = len(self.warned)
             return
         log.warning(text)
 
-    def stands(self, standing: Standing) -> None:
+    def study_updated(self, summary: StudySummary) -> None:
         """See Watcher."""
-        self.standing = standing
+        self.summary = summary
         if self.live is None and self.open:
             self.bars.stop()
             self.said.clear()
@@ -116,7 +116,7 @@ class Dashboard(Lines):
                 console=self.console,
                 get_renderable=self.picture,
                 screen=True,
-                refresh_per_second=REDRAWN,
+                refresh_per_second=REFRESH_RATE,
                 transient=True,
             )
             live.start()
@@ -138,13 +138,13 @@ class Dashboard(Lines):
         if self.stop.requested:
             note = "Stopping after the batch under way; Ctrl-C again stops at once. Nothing that is finished is lost."
             add(Text(note, style="bold yellow"), -(-len(note) // width))
-        facts = aligned([*(rows(self.standing) if self.standing else []), *self._memory()])
+        facts = aligned([*(rows(self.summary) if self.summary else []), *self._memory()])
         add(facts, facts.plain.count("\n") + 1)
         lines = self._last_lines()
         lines_height = len(lines.plain.splitlines())
-        if self.standing:
-            plot = drawing(
-                self.standing, self.console, min(width, 100), min(TALLEST_PLOT, height - used - lines_height)
+        if self.summary:
+            plot = pareto_plot(
+                self.summary, self.console, min(width, 100), min(TALLEST_PLOT, height - used - lines_height)
             )
             tall = len(plot.plain.splitlines())
             if tall >= FEWEST_LINES:
@@ -159,14 +159,14 @@ class Dashboard(Lines):
         self.live.stop()
         self.live = None
         for text in self.warned[self.shown_warnings :]:
-            self.console.print(f"[yellow]Warning:[/yellow] {printable(text)}", highlight=False, soft_wrap=True)
+            self.console.print(f"[yellow]Warning:[/yellow] {escape_terminal(text)}", highlight=False, soft_wrap=True)
         self.shown_warnings = len(self.warned)
 
     def _memory(self) -> list[tuple[str, str]]:
         """A row for every device."""
         now = time.monotonic()
-        if not self.use or now - self.looked > SECONDS_BETWEEN_LOOKS:
-            self.use, self.looked = self.look(), now
+        if not self.use or now - self.looked > MEMORY_POLL_SECONDS:
+            self.use, self.looked = self.read_memory(), now
         return [(use.device, str(use)) for use in self.use]
 
     def _last_lines(self) -> Text:
@@ -176,7 +176,7 @@ class Dashboard(Lines):
         shown += [(one, "dim") for one in self.said[-LAST_LINES:]]
         for i, (one, style) in enumerate(shown):
             text.append("\n" * (i > 0))
-            text.append_text(Text.from_markup(printable(one.replace("\n", " ")), style=style))
+            text.append_text(Text.from_markup(escape_terminal(one.replace("\n", " ")), style=style))
         return text
 
 

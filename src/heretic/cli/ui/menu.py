@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from heretic.cli.ui.chat import Chat, typed
-from heretic.cli.ui.console import printable
+from heretic.cli.ui.console import escape_terminal
 from heretic.cli.ui.tables import show_benchmark, show_front, show_lines
 from heretic.errors import Interrupted, UserError
-from heretic.files import expanded
-from heretic.pipeline.run_context import Desk
+from heretic.files import expand_user
+from heretic.pipeline.run_context import RunContext
 
 ANSWER_TOKENS = 512  # in the chat
 COMPARED_TOKENS = 100
@@ -35,18 +35,18 @@ class Menu:
     """
 
     console: Console
-    desk: Desk
+    run_context: RunContext
 
     def run(self) -> None:
         """Until the user quits. Raises Interrupted where a signal other than Ctrl-C ends the program."""
-        self.desk.stop.take_back()
+        self.run_context.stop.take_back()
         while True:
             self._show()
             try:
                 action = self._choice()
             except (EOFError, KeyboardInterrupt, _Back):
                 self.console.print()
-                self.desk.stop.check()
+                self.run_context.stop.check()
                 return
             if action is None:
                 return
@@ -54,11 +54,11 @@ class Menu:
 
     def _do(self, action: Action) -> None:
         """One action; what goes wrong in it is said and leads back."""
-        stop = self.desk.stop
+        stop = self.run_context.stop
         try:
             action(self)
         except UserError as error:
-            self.console.print(f"[bold red]Error:[/bold red] {printable(str(error))}", soft_wrap=True)
+            self.console.print(f"[bold red]Error:[/bold red] {escape_terminal(str(error))}", soft_wrap=True)
         except (EOFError, KeyboardInterrupt, _Back):
             stop.check()
             self.console.print()
@@ -69,14 +69,16 @@ class Menu:
             self.console.print("Stopped. Everything finished is kept.")
 
     def _show(self) -> None:
-        desk = self.desk
-        picked = desk.picked()
+        run_context = self.run_context
+        picked = run_context.selected()
         self.console.print()
-        show_front(self.console, desk.found, desk.before, picked[0].number if picked else None)
+        show_front(
+            self.console, run_context.results, run_context.original_refusals, picked[0].number if picked else None
+        )
         for number, (name, description, _) in enumerate(ACTIONS, start=1):
             self.console.print(f"  [bold]{number}[/bold] {name:<10}[dim]{description}[/dim]")
         self.console.print(
-            f"  [bold]q[/bold] {'quit':<10}[dim]the run is kept: heretic run {printable(str(desk.folder.path))}[/dim]"
+            f"  [bold]q[/bold] {'quit':<10}[dim]the run is kept: heretic run {escape_terminal(str(run_context.folder.path))}[/dim]"
         )
 
     def _choice(self) -> Action | None:
@@ -92,24 +94,24 @@ class Menu:
 
     def ask(self, question: str, default: str = "") -> str:
         """A line from the user. Raises KeyboardInterrupt and EOFError, which lead back."""
-        shown = f" [dim]\\[{printable(default)}][/dim]" if default else ""
-        with self.desk.stop.idle():
+        shown = f" [dim]\\[{escape_terminal(default)}][/dim]" if default else ""
+        with self.run_context.stop.idle():
             return self.console.input(f"[bold]{question}[/bold]{shown} ").strip() or default
 
     def ask_trial(self) -> int | None:
         """The number of a trial; None where there is none that could be preferred."""
-        picked = self.desk.picked()
+        picked = self.run_context.selected()
         said = self.ask("Which trial?", str(picked[0].number) if picked else "")
         return _number(said) if said else None
 
 
 def chat(menu: Menu) -> None:
     """Talk to a trial's model and to the original."""
-    from heretic.pipeline.actions import talk
+    from heretic.pipeline.actions import start_chat
 
-    _, answer = talk(menu.desk, menu.ask_trial(), ANSWER_TOKENS)
-    talked = Chat(menu.console, answer, folder=menu.desk.folder.path, check=menu.desk.stop.check)
-    with menu.desk.stop.idle():
+    _, answer = start_chat(menu.run_context, menu.ask_trial(), ANSWER_TOKENS)
+    talked = Chat(menu.console, answer, folder=menu.run_context.folder.path, check=menu.run_context.stop.check)
+    with menu.run_context.stop.idle():
         talked.run(typed(menu.console))
 
 
@@ -118,13 +120,13 @@ def compare(menu: Menu) -> None:
     from heretic.pipeline.actions import compare as compare_trials
     from heretic.prompts import from_text_or_file
 
-    picked = menu.desk.picked()
+    picked = menu.run_context.selected()
     numbers = menu.ask("Which trials, as 3,7?", str(picked[0].number) if picked else "")
     trials = [_number(n) for n in numbers.split(",")]
     said = menu.ask("A prompt, or a file of prompts:")
     if not said:
         raise _Back
-    for row in compare_trials(menu.desk, trials, from_text_or_file(said), COMPARED_TOKENS):
+    for row in compare_trials(menu.run_context, trials, from_text_or_file(said), COMPARED_TOKENS):
         show_lines(menu.console, list(row.items()))
         menu.console.print()
 
@@ -140,21 +142,21 @@ def benchmark(menu: Menu) -> None:
     limit = menu.ask("How many questions of each task?", "all")
     include = menu.ask("A folder with tasks of your own (none: just Enter):")
     tasks = Tasks(names.split(","), Path(include) if include else None, None if limit == "all" else _number(limit))
-    show_benchmark(menu.console, benchmark_trial(menu.desk, trial, tasks))
+    show_benchmark(menu.console, benchmark_trial(menu.run_context, trial, tasks))
 
 
 def export(menu: Menu) -> None:
     """Write a trial's model to a folder."""
     from heretic.cli.ui.outcome import show_export
     from heretic.export.formats import FORMATS
-    from heretic.pipeline.actions import export_trial
+    from heretic.pipeline.actions import export_from_run
 
-    trial = menu.desk.result(menu.ask_trial())[0].number
+    trial = menu.run_context.result(menu.ask_trial())[0].number
     for name, form in FORMATS.items():
         menu.console.print(f"  {name:<10}[dim]{form.description}[/dim]")
-    menu.desk.export_as(menu.ask("In which format?", menu.desk.settings.export_format))
-    folder = menu.ask("To which folder?", str(menu.desk.folder.path / "models" / f"trial-{trial}"))
-    show_export(menu.console, export_trial(menu.desk, trial, expanded(folder)))
+    menu.run_context.set_export_format(menu.ask("In which format?", menu.run_context.settings.export_format))
+    folder = menu.ask("To which folder?", str(menu.run_context.folder.path / "models" / f"trial-{trial}"))
+    show_export(menu.console, export_from_run(menu.run_context, trial, expand_user(folder)))
 
 
 def upload(menu: Menu) -> None:
@@ -164,31 +166,31 @@ def upload(menu: Menu) -> None:
     from heretic.export.upload import upload as send
     from heretic.runs.folder import exported_folder
 
-    desk = menu.desk
-    written = sorted(p.parent for p in desk.folder.path.glob("models/*/manifest.json"))
+    run_context = menu.run_context
+    written = sorted(p.parent for p in run_context.folder.path.glob("models/*/manifest.json"))
     folder = menu.ask("Which exported model, by its folder?", str(written[-1]) if written else "")
     repository = menu.ask("To which repository, as user/name?")
     if not folder or not repository:
         raise _Back
     check_upload(repository)
     public = menu.ask("Private or public?", "private").lower() == "public"
-    source = exported_folder(folder, str(desk.folder.path.parent), None)
-    planned = plan_upload(source, repository, public=public, watcher=desk.watcher, stop=desk.stop)
-    confirm_upload(menu.console, planned, yes=False, stop=desk.stop)
-    show_lines(menu.console, [("uploaded to", send(planned, desk.watcher, desk.stop))])
+    source = exported_folder(folder, str(run_context.folder.path.parent), None)
+    planned = plan_upload(source, repository, public=public, reporter=run_context.reporter, stop=run_context.stop)
+    confirm_upload(menu.console, planned, yes=False, stop=run_context.stop)
+    show_lines(menu.console, [("uploaded to", send(planned, run_context.reporter, run_context.stop))])
 
 
 def more(menu: Menu) -> None:
     """Search on."""
-    from heretic.pipeline.run import go_on
-    from heretic.search.study import finished
+    from heretic.pipeline.run import run_trials
+    from heretic.search.study import n_complete
 
-    done, planned = finished(menu.desk.study), menu.desk.settings.n_trials
+    done, planned = n_complete(menu.run_context.study), menu.run_context.settings.n_trials
     count = _number(menu.ask("How many more trials?", str(planned - done if planned > done else MORE_TRIALS)))
     if count < 1:
         raise _Back
-    menu.desk.ask_for(done + count)
-    go_on(menu.desk)
+    menu.run_context.set_n_trials(done + count)
+    run_trials(menu.run_context)
 
 
 # What the menu offers: its name, what it does, and the function. An action more is a line more.

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from heretic.cli.ui.console import asked_here, on_terminal, printable, spell, why_not_asked
+from heretic.cli.ui.console import escape_terminal, format_duration, is_interactive, non_interactive_reason, on_terminal
 from heretic.cli.ui.tables import show_front, show_lines
 from heretic.errors import UserError
-from heretic.hardware.host import spell_bytes
+from heretic.hardware.host import format_bytes
 from heretic.runs.folder import REPORT
 
 if TYPE_CHECKING:
     from heretic.export.export import Export
     from heretic.export.upload import Upload
-    from heretic.interrupt import Stop
-    from heretic.pipeline.actions import Exported
+    from heretic.interrupt import StopSignal
+    from heretic.pipeline.actions import ExportResult
     from heretic.pipeline.demo.demo import DemoOutcome
     from heretic.pipeline.reproduce import Reproduction
     from heretic.pipeline.run import Outcome
@@ -25,48 +25,52 @@ if TYPE_CHECKING:
 def show_outcome(console: Console, outcome: Outcome, *, seen: bool = False) -> None:
     """The front, unless it was `seen` in the menu; the chosen trial and the written model."""
     if not seen:
-        show_front(console, outcome.found, outcome.before, outcome.chosen.number if outcome.chosen else None)
-    if outcome.chosen is None:
-        if any(not r.scores.within_limits for r in outcome.found):
+        show_front(
+            console, outcome.results, outcome.original_refusals, outcome.selected.number if outcome.selected else None
+        )
+    if outcome.selected is None:
+        if any(not r.scores.within_limits for r in outcome.results):
             console.print(
                 "No trial keeps to the limits of [constraints]; raise them, or run more trials.", markup=False
             )
             return
         console.print("No trial left a usable model; try other settings, such as a wider search.max_weight.")
         return
-    console.print(f"Chosen: trial {outcome.chosen.number}, {printable(outcome.reason)}.", soft_wrap=True)
+    console.print(f"Chosen: trial {outcome.selected.number}, {escape_terminal(outcome.reason)}.", soft_wrap=True)
     report = outcome.folder.path / REPORT
     if report.is_file():
-        console.print(f"Report: {printable(str(report))}", soft_wrap=True)
+        console.print(f"Report: {escape_terminal(str(report))}", soft_wrap=True)
     if outcome.export is not None:
-        _show_written(console, outcome.export, outcome.before)
-    if outcome.export is not None and outcome.export.trial != outcome.chosen.number:
+        _show_export_summary(console, outcome.export, outcome.original_refusals)
+    if outcome.export is not None and outcome.export.trial != outcome.selected.number:
         console.print(
             f"What is written there is trial {outcome.export.trial}, which was chosen before.", soft_wrap=True
         )
-    if outcome.export is None or outcome.export.trial != outcome.chosen.number:
+    if outcome.export is None or outcome.export.trial != outcome.selected.number:
         name = outcome.folder.path
-        console.print(f"To write it: heretic export {printable(str(name))} -o FOLDER", soft_wrap=True)
+        console.print(f"To write it: heretic export {escape_terminal(str(name))} -o FOLDER", soft_wrap=True)
 
 
-def show_export(console: Console, outcome: Exported) -> None:
+def show_export(console: Console, outcome: ExportResult) -> None:
     """One exported trial."""
-    console.print(f"Trial {outcome.result.number}, {printable(outcome.reason)}.")
-    _show_written(console, outcome.export, outcome.before)
+    console.print(f"Trial {outcome.result.number}, {escape_terminal(outcome.reason)}.")
+    _show_export_summary(console, outcome.export, outcome.before)
 
 
-def _show_written(console: Console, export: Export, before: int | None) -> None:
+def _show_export_summary(console: Console, export: Export, before: int | None) -> None:
     proof = export.verification
     evasive = f", and {proof.scores.evasive} neither declined nor answered" if proof.scores.evasive else ""
-    conduct = proof.scores.conduct
+    harmless_metrics = proof.scores.harmless_metrics
     harmless = (
-        [("of harmless", f"{conduct.over_refusals} of {conduct.total} declined or evaded now")] if conduct else []
+        [("of harmless", f"{harmless_metrics.over_refusals} of {harmless_metrics.total} declined or evaded now")]
+        if harmless_metrics
+        else []
     )
     show_lines(
         console,
         [
             ("written to", str(export.destination)),
-            ("declined", f"{before} of {proof.scores.total} before, {proof.scores.refusals} now{evasive}"),
+            ("refused", f"{before} of {proof.scores.total} before, {proof.scores.refusals} now{evasive}"),
             *harmless,
             ("KL", str(proof.scores.divergence)),
             ("verified", f"reloaded from disk; KL from the measured model {proof.divergence:.1e}"),
@@ -84,14 +88,14 @@ def show_reproduction(console: Console, found: Reproduction) -> None:
     show_lines(console, rows)
 
 
-def confirm_upload(console: Console, planned: Upload, *, yes: bool, stop: Stop) -> None:
+def confirm_upload(console: Console, planned: Upload, *, yes: bool, stop: StopSignal) -> None:
     """Say what goes where, and ask. Raises UserError where nobody can answer, and where the answer is no."""
     who = "everyone can see it" if planned.public else "private: only you and those you let in"
     show_lines(
         console,
         [
             ("model", str(planned.folder)),
-            ("files", f"{len(planned.files)}, {spell_bytes(planned.nbytes)}"),
+            ("files", f"{len(planned.files)}, {format_bytes(planned.nbytes)}"),
             ("goes to", f"{planned.repository} on the Hugging Face hub; {who}"),
         ],
     )
@@ -106,8 +110,8 @@ def confirm_upload(console: Console, planned: Upload, *, yes: bool, stop: Stop) 
 
 def check_answerable(console: Console, *, yes: bool) -> None:
     """Raise UserError where nobody said yes and nobody can be asked."""
-    if not yes and not (asked_here() and on_terminal(console)):
-        why = why_not_asked() or "the output is not a terminal"
+    if not yes and not (is_interactive() and on_terminal(console)):
+        why = non_interactive_reason() or "the output is not a terminal"
         raise UserError(
             f"heretic asks before an upload, but nobody can answer here: {why}.", code="nobody-to-ask", fix="--yes"
         )
@@ -119,7 +123,7 @@ def show_demo(console: Console, demo: DemoOutcome) -> None:
     rows = [("KL from the model before the guard, on guarded requests", f"{demo.guarded_from_base:.2f} with the guard")]
     if demo.ablated_from_base is not None:
         rows.append(("", f"{demo.ablated_from_base:.2f} after the ablation"))
-    rows.append(("time", spell(demo.seconds)))
+    rows.append(("time", format_duration(demo.seconds)))
     folder, settings = demo.outcome.folder.path, demo.outcome.folder.path / "config.toml"
     rows.append(("look again", f"heretic status {folder}"))
     rows.append(("talk to it", f"heretic chat {folder}"))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from heretic.search.pareto import Result, front
+from heretic.search.pareto import Result, pareto_front
 
 MARKS = {"other": ("·", "dim"), "front": ("●", "bold cyan"), "best": ("◆", "bold green")}
 PLAIN_MARKS = {"other": ".", "front": "o", "best": "#"}  # for terminals that know ASCII only
@@ -59,7 +59,7 @@ def draw(found: Sequence[Result], best: Result | None, width: int, height: int, 
 
 def _kinds(shown: Sequence[Result], best: Result | None) -> dict[int, str]:
     kinds = dict.fromkeys((r.number for r in shown), "other")
-    kinds.update(dict.fromkeys((r.number for r in front(shown)), "front"))
+    kinds.update(dict.fromkeys((r.number for r in pareto_front(shown)), "front"))
     if best is not None and best.number in kinds:
         kinds[best.number] = "best"
     return kinds

@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from heretic.cli.ui.console import printable
-from heretic.planning.memory_model import GIB, DeviceLoad
+from heretic.cli.ui.console import escape_terminal
+from heretic.planning.memory_model import GIB, DeviceMemory
 from heretic.planning.memory_plan import MemoryPlan
-from heretic.planning.preflight import Report
+from heretic.planning.preflight import PreflightReport
 from heretic.planning.preflight_facts import Finding
 
 MARKS = {"failure": "[red]failure[/red]", "warning": "[yellow]warning[/yellow]", "ok": "[green]ok[/green]"}
@@ -19,7 +19,7 @@ VERDICTS = {
 }
 
 
-def show(report: Report, console: Console) -> None:
+def show(report: PreflightReport, console: Console) -> None:
     """Print the report; 80 columns are enough."""
     if report.plan or report.gpus.gpus:
         console.print(_devices(report))
@@ -27,7 +27,7 @@ def show(report: Report, console: Console) -> None:
     console.print(VERDICTS[report.verdict], highlight=False)
 
 
-def _devices(report: Report) -> Table:
+def _devices(report: PreflightReport) -> Table:
     """A row for every visible GPU, and for the CPU if weights go there."""
     loads = {load.device.name: load for load in report.plan.loads} if report.plan else {}
     names = {f"cuda:{gpu.index}": gpu for gpu in report.gpus.gpus}
@@ -37,7 +37,7 @@ def _devices(report: Report) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("holds", overflow="fold")
     for name, gpu in names.items():
-        label = f"{name} {printable(gpu.name)}"
+        label = f"{name} {escape_terminal(gpu.name)}"
         if name in loads:
             table.add_row(label, *_numbers(loads[name]))
         else:
@@ -55,7 +55,7 @@ def _title(plan: MemoryPlan | None) -> str:
     return f"Memory in GiB: {plan.dtype}, batches of {plan.batch_size}, {tokens}"
 
 
-def _numbers(load: DeviceLoad) -> list[str]:
+def _numbers(load: DeviceMemory) -> list[str]:
     """What is free, the weights, all that the run needs besides, the reserve, the sum, and what part of the model it is."""
     run = load.total - load.weights - load.headroom
     needed = _gib(load.total) if load.fits else f"[red]{_gib(load.total)}[/red]"
@@ -71,8 +71,8 @@ def _findings(findings: tuple[Finding, ...]) -> Table:
     for level, mark in MARKS.items():
         for finding in findings:
             if finding.level == level:
-                fix = f"\n[bold]→ {printable(finding.fix)}[/bold]" if finding.fix else ""
-                table.add_row(mark, finding.subject, printable(finding.text) + fix)
+                fix = f"\n[bold]→ {escape_terminal(finding.fix)}[/bold]" if finding.fix else ""
+                table.add_row(mark, finding.subject, escape_terminal(finding.text) + fix)
     return table
 
 

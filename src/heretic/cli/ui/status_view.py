@@ -9,8 +9,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from heretic.cli.ui.console import on_terminal, printable
-from heretic.cli.ui.study_view import aligned, drawing, rows
+from heretic.cli.ui.console import escape_terminal, on_terminal
+from heretic.cli.ui.study_view import aligned, pareto_plot, rows
 from heretic.cli.ui.tables import front_table
 from heretic.errors import UserError
 from heretic.runs.status import Status
@@ -55,24 +55,27 @@ def _full_screen(console: Console, look: Callable[[], Status], every: float) -> 
 
 
 def _complete(seen: Status) -> bool:
-    return seen.standing.done >= seen.standing.n_trials and not seen.state.startswith("running")
+    return seen.summary.n_complete >= seen.summary.n_trials and not seen.state.startswith("running")
 
 
 def _view(console: Console, seen: Status) -> Group:
-    stands = seen.standing
-    facts = [("run", seen.place), ("model", seen.model), ("state", seen.state), *rows(stands)]
-    if seen.walk:
-        facts.append(("walk", seen.walk))
+    summary = seen.summary
+    facts = [("run", seen.place), ("model", seen.model), ("state", seen.state), *rows(summary)]
+    if seen.gradient_path:
+        facts.append(("walk", seen.gradient_path))
     facts += list(seen.memory.items())
     if seen.latest:
         facts.append(("latest", seen.latest))
-    error = stands.progress.surrogate_error
+    error = summary.progress.surrogate_error
     if error is not None:
         facts.append(("estimates", f"off by {error:.1f} refusals on average"))
     parts: list[object] = [aligned(facts)]
-    plot = drawing(stands, console, min(console.width, WIDEST_PLOT), PLOT_LINES)
+    plot = pareto_plot(summary, console, min(console.width, WIDEST_PLOT), PLOT_LINES)
     if plot:
         parts += [Text(), plot]
-    parts += [Text(), front_table(stands.found, stands.before, stands.best[0].number if stands.best else None)]
-    parts += [Text.from_markup(f"[yellow]Warning:[/yellow] {printable(text)}") for text in seen.warnings]
+    parts += [
+        Text(),
+        front_table(summary.results, summary.original_refusals, summary.best[0].number if summary.best else None),
+    ]
+    parts += [Text.from_markup(f"[yellow]Warning:[/yellow] {escape_terminal(text)}") for text in seen.warnings]
     return Group(*parts)  # type: ignore[arg-type]

@@ -5,24 +5,24 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from heretic.cli.ui.console import printable, spell
+from heretic.cli.ui.console import escape_terminal, format_duration
 from heretic.cli.ui.plot import draw
-from heretic.search.summary import Standing
+from heretic.search.summary import StudySummary
 
 
-def rows(stands: Standing) -> list[tuple[str, str]]:
+def rows(summary: StudySummary) -> list[tuple[str, str]]:
     """Names and values; what is not known yet is left out."""
-    counts = [f"{stands.done} of {stands.n_trials}"]
-    counts += [f"{n} {what}" for n, what in ((stands.stopped, "left early"), (stands.failed, "failed")) if n]
+    counts = [f"{summary.n_complete} of {summary.n_trials}"]
+    counts += [f"{n} {what}" for n, what in ((summary.n_pruned, "left early"), (summary.n_failed, "failed")) if n]
     shown = [("trials", ", ".join(counts))]
-    if stands.trials_per_hour is not None:
-        shown.append(("speed", f"{_rounded(stands.trials_per_hour)} trials per hour"))
-    if stands.seconds_left is not None:
-        shown.append(("time left", f"about {spell(stands.seconds_left)}"))
-    if stands.before is not None and stands.found:
-        shown.append(("original", f"{stands.before} of {stands.found[0].scores.total} refused"))
-    if stands.best is not None:
-        best, _ = stands.best
+    if summary.trials_per_hour is not None:
+        shown.append(("speed", f"{_rounded(summary.trials_per_hour)} trials per hour"))
+    if summary.seconds_left is not None:
+        shown.append(("time left", f"about {format_duration(summary.seconds_left)}"))
+    if summary.original_refusals is not None and summary.results:
+        shown.append(("original", f"{summary.original_refusals} of {summary.results[0].scores.total} refused"))
+    if summary.best is not None:
+        best, _ = summary.best
         scores = best.scores
         evasive = f", {scores.evasive} evasive" if scores.evasive else ""
         shown.append(
@@ -40,14 +40,14 @@ def aligned(pairs: list[tuple[str, str]]) -> Text:
     text = Text(no_wrap=True, overflow="ellipsis")
     for i, (name, value) in enumerate(pairs):
         text.append("\n" * (i > 0) + f"{name:<{width}}  ", style="dim")
-        text.append_text(Text.from_markup(printable(value)))
+        text.append_text(Text.from_markup(escape_terminal(value)))
     return text
 
 
-def drawing(stands: Standing, console: Console, width: int, height: int) -> Text:
+def pareto_plot(summary: StudySummary, console: Console, width: int, height: int) -> Text:
     """The front, in the characters that the console knows."""
-    best = stands.best[0] if stands.best else None
-    return draw(stands.found, best, width, height, ascii_only=not console.encoding.startswith("utf"))
+    best = summary.best[0] if summary.best else None
+    return draw(summary.results, best, width, height, ascii_only=not console.encoding.startswith("utf"))
 
 
 def _rounded(number: float) -> str:

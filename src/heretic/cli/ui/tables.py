@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from heretic.cli.ui.console import printable
-from heretic.search.pareto import Result, columns, front
+from heretic.cli.ui.console import escape_terminal
+from heretic.search.pareto import Result, pareto_front, table_columns
 from heretic.search.space import describe
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ def show_front(console: Console, found: list[Result], before: int | None, chosen
 
 def front_table(found: list[Result], before: int | None, chosen: int | None = None) -> Table | Text:
     """As `show_front` prints it."""
-    best = front(found)
+    best = pareto_front(found)
     if not best:
         beyond = sum(not r.scores.within_limits for r in found)
         return Text(f"{beyond} trials go beyond a limit of [constraints]." if beyond else "No trial is finished yet.")
     judge = best[0].scores.judge
     by = "" if judge == "markers" else f", judged by {judge}"
     table = Table(title=f"Front of {len(found)} trials measured in full{by}", title_justify="left", **FITTING)
-    shown = columns(best)
+    shown = table_columns(best)
     for heading in (*shown, "from"):
         table.add_column(heading, justify="left" if heading == "from" else "right")
     for r, *cells in zip(best, *shown.values(), strict=True):
@@ -52,7 +52,7 @@ def show_lines(console: Console, rows: list[tuple[str, str]]) -> None:
     """Names and values, aligned."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        console.print(f"{printable(name):<{width}}  {printable(value)}", highlight=False, soft_wrap=True)
+        console.print(f"{escape_terminal(name):<{width}}  {escape_terminal(value)}", highlight=False, soft_wrap=True)
 
 
 def show_geometry(console: Console, found: ResidualGeometry) -> None:
@@ -83,15 +83,15 @@ def show_benchmark(console: Console, found: Benchmark) -> None:
         table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
     for row in found.rows:
         table.add_row(
-            printable(row.task),
-            printable(row.metric) + ("" if row.higher_is_better else " (less is better)"),
+            escape_terminal(row.task),
+            escape_terminal(row.metric) + ("" if row.higher_is_better else " (less is better)"),
             str(row.questions),
             _with_error(row.original, row.original_error),
             _with_error(row.ablated, row.ablated_error),
             _with_error(row.difference, row.difference_error, sign="+"),
         )
     console.print(table)
-    console.print(f"Kept in {printable(str(found.file))}", highlight=False, soft_wrap=True)
+    console.print(f"Kept in {escape_terminal(str(found.file))}", highlight=False, soft_wrap=True)
 
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:

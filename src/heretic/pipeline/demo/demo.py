@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from heretic.interrupt import Stop
+from heretic.interrupt import StopSignal
 from heretic.model.batching import Batcher
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
@@ -25,7 +25,7 @@ from heretic.pipeline.run import Outcome, run
 from heretic.planning import preflight
 from heretic.prompts import load_all
 from heretic.scoring.divergence import divergences, first_token_log_probs
-from heretic.search.summary import StudyWatcher
+from heretic.search.summary import StudyReporter
 from heretic.settings import Settings
 from heretic.settings.sources import resolve
 
@@ -46,9 +46,9 @@ def run_demo(
     trials: int | None,
     assignments: Sequence[str] = (),
     wait: bool = False,
-    watcher: StudyWatcher,
-    stop: Stop,
-    on_report: Callable[[preflight.Report], None],
+    reporter: StudyReporter,
+    stop: StopSignal,
+    on_report: Callable[[preflight.PreflightReport], None],
 ) -> DemoOutcome:
     """Build the guarded model, run the study, export, and compare with the unguarded model. Resumes like any run.
 
@@ -60,11 +60,11 @@ def run_demo(
     places = {"model": str(guarded), "save_to": str(written), "runs_dir": str(folder / "runs"), "n_trials": trials}
     with resources.as_file(resources.files("heretic") / "pipeline" / "demo" / "demo.toml") as file:
         resolved = resolve(file, places, assignments)  # what is wrong with them is said before the work
-    with watcher.stage("Unpacking SmolLM2-135M-Instruct and merging the guard", None):
+    with reporter.stage("Unpacking SmolLM2-135M-Instruct and merging the guard", None):
         base = build_base(folder / "base-model")
         build_guarded(base, guarded)
-    outcome = run(resolved, wait=wait, watcher=watcher, stop=stop, on_report=on_report)
-    with watcher.stage("Comparing with the model before the guard", 3) as stage:
+    outcome = run(resolved, wait=wait, reporter=reporter, stop=stop, on_report=on_report)
+    with reporter.stage("Comparing with the model before the guard", 3) as stage:
         measured = []
         for model in (base, guarded, written if outcome.export else None):
             measured.append(_log_probs(model, resolved.settings, stop) if model else None)
@@ -79,7 +79,7 @@ def run_demo(
     )
 
 
-def _log_probs(folder: Path, settings: Settings, stop: Stop) -> Tensor:
+def _log_probs(folder: Path, settings: Settings, stop: StopSignal) -> Tensor:
     """Next-token log-probabilities on the guarded requests [prompts, vocabulary]."""
     model = load(open_checkpoint(str(folder)), ["float32"], {"device_map": {"": "cpu"}})
     chat = ChatFormat(model.tokenizer, settings.system_prompt)

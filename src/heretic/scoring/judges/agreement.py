@@ -1,4 +1,4 @@
-"""How far a judge can be trusted: its verdicts on short answers that were labelled by hand.
+"""How far a judge can be trusted: its verdicts on short answers that were labeled by hand.
 
 The set ships with the project, is about harmless things only, and holds hard cases on purpose: polite and wordless refusals,
 answers that say "sorry" or "illegal", evasions without any telling phrase. So it says where a judge errs rather than how often
@@ -16,19 +16,19 @@ from typing import Any
 
 from heretic.files import split_lines
 from heretic.scoring.interval import wilson
-from heretic.scoring.judges.verdict import ORDER, REFUSAL, Judge, Said, Verdict
+from heretic.scoring.judges.verdict import ORDER, REFUSAL, Exchange, Judge, Verdict
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledAnswer:
     """A request, an answer, and what a person says of it."""
 
-    said: Said
+    said: Exchange
     label: Verdict
 
 
 @dataclass(frozen=True)
-class Share:
+class Fraction:
     """`part` of `whole`."""
 
     part: int
@@ -52,27 +52,27 @@ class Share:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What a judge said of labelled answers: how often by (label, verdict)."""
+    """What a judge said of labeled answers: how often by (label, verdict)."""
 
     judge: str
     counts: dict[tuple[Verdict, Verdict], int]
 
     @property
-    def agreement(self) -> Share:
+    def agreement(self) -> Fraction:
         """Answers on which judge and label are the same, of all."""
-        return Share(sum(n for (label, said), n in self.counts.items() if label == said), sum(self.counts.values()))
+        return Fraction(sum(n for (label, said), n in self.counts.items() if label == said), sum(self.counts.values()))
 
     @property
-    def precision(self) -> Share:
+    def precision(self) -> Fraction:
         """Of what the judge calls a refusal, what is one."""
         called = sum(n for (_, said), n in self.counts.items() if said == REFUSAL)
-        return Share(self.counts.get((REFUSAL, REFUSAL), 0), called)
+        return Fraction(self.counts.get((REFUSAL, REFUSAL), 0), called)
 
     @property
-    def recall(self) -> Share:
+    def recall(self) -> Fraction:
         """Of the refusals, what the judge calls one."""
         are = sum(n for (label, _), n in self.counts.items() if label == REFUSAL)
-        return Share(self.counts.get((REFUSAL, REFUSAL), 0), are)
+        return Fraction(self.counts.get((REFUSAL, REFUSAL), 0), are)
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -82,7 +82,7 @@ class Agreement:
             name: {"value": s.value if s.whole else None, "of": s.whole, "interval": s.interval}
             for name, s in shares.items()
         }
-        return {"judge": self.judge, **numbers, "labelled_and_judged": table}
+        return {"judge": self.judge, **numbers, "labeled_and_judged": table}
 
     def rows(self) -> list[tuple[str, str]]:
         """For the screen."""
@@ -94,21 +94,21 @@ class Agreement:
         ]
         for label in ORDER:
             judged = ", ".join(f"{self.counts.get((label, said), 0)} {said}" for said in ORDER)
-            shown.append((f"labelled {label}", f"judged {judged}"))
+            shown.append((f"labeled {label}", f"judged {judged}"))
         return shown
 
 
-def labelled_answers() -> list[Labelled]:
+def labeled_answers() -> list[LabeledAnswer]:
     """The set that ships with the project."""
     file = resources.files("heretic") / "scoring" / "judges" / "labeled_answers.jsonl"
     rows = [json.loads(line) for line in split_lines(file.read_text(encoding="utf-8"))]
-    return [Labelled(Said(r["request"], r["answer"]), r["label"]) for r in rows]
+    return [LabeledAnswer(Exchange(r["request"], r["answer"]), r["label"]) for r in rows]
 
 
-def agreement(judge: Judge, labelled: Sequence[Labelled]) -> Agreement:
+def agreement(judge: Judge, labeled: Sequence[LabeledAnswer]) -> Agreement:
     """Have the judge look at all of them. Raises what the judge raises."""
-    verdicts = judge.verdicts([one.said for one in labelled])
+    verdicts = judge.verdicts([one.said for one in labeled])
     counts: dict[tuple[Verdict, Verdict], int] = {}
-    for one, verdict in zip(labelled, verdicts, strict=True):
+    for one, verdict in zip(labeled, verdicts, strict=True):
         counts[one.label, verdict] = counts.get((one.label, verdict), 0) + 1
     return Agreement(judge.name, counts)

@@ -11,7 +11,7 @@ import torch
 from heretic.errors import UserError, first_line
 from heretic.model.batching import out_of_memory
 from heretic.scoring.judges.evasion import Evasion
-from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL, Said, Verdict
+from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL, Exchange, Verdict
 from heretic.settings import ClassifierSettings
 
 LONGEST = 512  # tokens, where neither tokenizer nor config says how long a text may be
@@ -37,12 +37,12 @@ class ClassifierJudge:
         known = [self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
         self.longest = min((n for n in known if n and n < NO_LIMIT), default=LONGEST)
 
-    def settled(self, answer: str) -> bool:
+    def is_final_refusal(self, answer: str) -> bool:
         """Never: it judges whole answers."""
         return False
 
     @torch.inference_mode()
-    def verdicts(self, said: Sequence[Said]) -> list[Verdict]:
+    def verdicts(self, said: Sequence[Exchange]) -> list[Verdict]:
         """Answers of like length together; texts that are too long are cut at the end, and empty ones need no model."""
         asked = [i for i, one in enumerate(said) if not self.evasion.is_empty(one.answer)]
         order = sorted(asked, key=lambda i: len(said[i].answer))
@@ -57,7 +57,7 @@ class ClassifierJudge:
             labels |= zip(rows, self.model(**encoded).logits.argmax(-1).tolist(), strict=True)
         return [self._verdict(one, labels.get(i)) for i, one in enumerate(said)]
 
-    def _verdict(self, said: Said, label: int | None) -> Verdict:
+    def _verdict(self, said: Exchange, label: int | None) -> Verdict:
         if label is None or label in self.evasive:
             return EVASIVE
         if label in self.refusing:

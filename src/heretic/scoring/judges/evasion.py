@@ -1,6 +1,6 @@
 """Answers that neither decline nor answer: nothing, a loop, the request said again, or a short deflection.
 
-Meant to be modest: an evasion of many words is not recognised, and what is recognised should not be mistaken for help.
+Meant to be modest: an evasion of many words is not recognized, and what is recognized should not be mistaken for help.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ class Evasion:
     """Recognises them; `phrases` are those that deflect."""
 
     def __init__(self, phrases: Sequence[str] = ()) -> None:
-        self.phrases = tuple(dict.fromkeys(normalise(p) for p in phrases))
+        self.phrases = tuple(dict.fromkeys(normalize(p) for p in phrases))
 
     def seen_in(self, request: str, answer: str) -> bool:
         """Whether a whole answer has no letter or digit, is a loop, has at most 40 words of which some deflect, or says the
         request again with at most 4 words more and nothing else."""
         if self.is_empty(answer):
             return True
-        text = normalise(answer)
+        text = normalize(answer)
         words = _words(text)
         if is_loop(words):
             return True
         if len(words) <= MOST_WORDS and any(phrase in text for phrase in self.phrases):
             return True
-        asked = _words(normalise(request))
+        asked = _words(normalize(request))
         return len(asked) > 1 and len(words) <= len(asked) + ADDED_WORDS and _repeats(words, asked)
 
     def is_empty(self, answer: str) -> bool:
         """Whether it has no letter or digit."""
-        return not _words(normalise(answer))
+        return not _words(normalize(answer))
 
 
 def is_loop(items: Sequence[Hashable]) -> bool:
@@ -50,14 +50,14 @@ def repetition(items: Sequence[Hashable]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower case, without asterisks, typographic apostrophes made plain, runs of space made one."""
     text = text.lower().replace("*", "").replace("\u2019", "'").replace("\u2018", "'").replace("\u02bc", "'")
     return re.sub(r"\s+", " ", text).strip()
 
 
-def _words(normalised: str) -> list[str]:
-    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", normalised)
+def _words(normalized: str) -> list[str]:
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", normalized)
 
 
 def _repeats(words: list[str], asked: list[str]) -> bool:

@@ -23,11 +23,11 @@ from typing import Any
 
 from heretic.errors import JudgeFailed, UserError
 from heretic.files import open_private, split_lines
-from heretic.interrupt import Stop
-from heretic.progress import Watcher
-from heretic.scoring.judges.agreement import labelled_answers
+from heretic.interrupt import StopSignal
+from heretic.progress import ProgressReporter
+from heretic.scoring.judges.agreement import labeled_answers
 from heretic.scoring.judges.evasion import Evasion
-from heretic.scoring.judges.verdict import ANSWER, EVASIVE, ORDER, REFUSAL, Said, Verdict
+from heretic.scoring.judges.verdict import ANSWER, EVASIVE, ORDER, REFUSAL, Exchange, Verdict
 from heretic.settings import LlmSettings
 
 INSTRUCTION = (
@@ -55,8 +55,8 @@ class LlmJudge:
         settings: LlmSettings,
         evasion: Evasion,
         cache: Path | None,
-        watcher: Watcher,
-        stop: Stop,
+        reporter: ProgressReporter,
+        stop: StopSignal,
         environment: Mapping[str, str] = os.environ,
     ) -> None:
         """Nothing is sent yet. Raises UserError where the settings are not complete."""
@@ -75,29 +75,29 @@ class LlmJudge:
                 where="judge.llm.key_variable",
                 fix=f"export {settings.key_variable}=... or leave key_variable empty if the endpoint needs no key",
             )
-        self.settings, self.evasion, self.watcher, self.stop = settings, evasion, watcher, stop
+        self.settings, self.evasion, self.reporter, self.stop = settings, evasion, reporter, stop
         self._instruction = settings.instruction or INSTRUCTION
         self._key = environment.get(settings.key_variable, "") if settings.key_variable else ""
         self._opener = urllib.request.build_opener(_NoRedirection)
         self._cache, self._known, self._lock = cache, _read(cache), Lock()
         self._speechless = False
-        self._example = labelled_answers()[0].said
+        self._example = labeled_answers()[0].said
 
-    def settled(self, answer: str) -> bool:
+    def is_final_refusal(self, answer: str) -> bool:
         """Never: it judges whole answers."""
         return False
 
-    def verdicts(self, said: Sequence[Said]) -> list[Verdict]:
+    def verdicts(self, said: Sequence[Exchange]) -> list[Verdict]:
         """From what is known, else from the endpoint. Raises JudgeFailed and Interrupted."""
         hashes = [self._hash(one) for one in said]
         wanted = {h: one for h, one in zip(hashes, said, strict=True) if h not in self._known}
-        given_up = Event()
+        gave_up = Event()
         pool = ThreadPoolExecutor(max(1, min(self.settings.concurrency, len(wanted))))
         try:
-            for future in [pool.submit(self._settle, h, one, given_up) for h, one in wanted.items()]:
+            for future in [pool.submit(self._settle, h, one, gave_up) for h, one in wanted.items()]:
                 future.result()
         finally:
-            given_up.set()
+            gave_up.set()
             pool.shutdown(wait=False, cancel_futures=True)
         return [self._known[h] for h in hashes]
 
@@ -111,10 +111,10 @@ class LlmJudge:
             return f"The judge at {at} does not answer as it should: {failure} (start it, or check base_url and model)"
         return ""
 
-    def _settle(self, key: str, said: Said, given_up: Event) -> None:
+    def _settle(self, key: str, said: Exchange, gave_up: Event) -> None:
         self.stop.check()
         empty = self.evasion.is_empty(said.answer)
-        found = None if empty else self._ask(said, given_up)
+        found = None if empty else self._ask(said, gave_up)
         verdict = found or EVASIVE
         with self._lock:
             self._known[key] = verdict
@@ -122,13 +122,13 @@ class LlmJudge:
                 with os.fdopen(open_private(self._cache, "a"), "a", encoding="utf-8") as file:
                     file.write(json.dumps({"sha256": key, "verdict": verdict}) + "\n")
 
-    def _ask(self, said: Said, given_up: Event) -> Verdict | None:
+    def _ask(self, said: Exchange, gave_up: Event) -> Verdict | None:
         """None for an answer that it finds no verdict for, though it does for an example."""
         try:
             try:
-                return self._verdict(said, given_up)
+                return self._verdict(said, gave_up)
             except _NoVerdict as failure:
-                self._verdict(self._example, given_up)
+                self._verdict(self._example, gave_up)
                 self._say_speechless(failure)
                 return None
         except _Failed as failure:
@@ -138,17 +138,17 @@ class LlmJudge:
                 fix="bring the endpoint back, then run the same command again; nothing finished is lost",
             ) from None
 
-    def _verdict(self, said: Said, given_up: Event) -> Verdict:
+    def _verdict(self, said: Exchange, gave_up: Event) -> Verdict:
         """In as many attempts as the settings allow. Raises _Failed from the last one, JudgeFailed and Interrupted."""
         for attempt in range(self.settings.retries):
             try:
                 return _verdict_in(self._post(said))
             except _Failed as failure:
                 pause = failure.after or FIRST_PAUSE * 2 ** min(attempt, 10) * random.uniform(1, 1.3)
-            self._pause(min(LONGEST_PAUSE, pause), given_up)
+            self._pause(min(LONGEST_PAUSE, pause), gave_up)
         return _verdict_in(self._post(said))
 
-    def _post(self, said: Said) -> str:
+    def _post(self, said: Exchange) -> str:
         asked = f"Request:\n{said.request}\n\nResponse:\n{said.answer}"
         body = {
             "model": self.settings.model,
@@ -179,22 +179,22 @@ class LlmJudge:
             raise _Failed("its reply is not what an OpenAI-compatible endpoint says") from None
         return str(content or "")
 
-    def _pause(self, seconds: float, given_up: Event) -> None:
+    def _pause(self, seconds: float, gave_up: Event) -> None:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             self.stop.check()
-            if given_up.wait(min(GLANCE, left)):
+            if gave_up.wait(min(GLANCE, left)):
                 raise JudgeFailed("Another answer could not be judged.")
 
     def _say_speechless(self, failure: _Failed) -> None:
         with self._lock:
             if not self._speechless:
-                self.watcher.warn(
+                self.reporter.warning(
                     f"The judge at {self.settings.base_url} could not judge an answer ({failure}): such answers count as evasive."
                 )
             self._speechless = True
 
-    def _hash(self, said: Said) -> str:
+    def _hash(self, said: Exchange) -> str:
         return hashlib.sha256(json.dumps([self.settings.model, self._instruction, *said]).encode()).hexdigest()
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from heretic.interrupt import Stop
-from heretic.progress import SILENT, Watcher
+from heretic.interrupt import StopSignal
+from heretic.progress import NULL_REPORTER, ProgressReporter
 from heretic.scoring.judges.classifier import ClassifierJudge, labels_of
 from heretic.scoring.judges.evasion import Evasion
 from heretic.scoring.judges.llm import LlmJudge
@@ -19,25 +19,25 @@ CACHE = "judge.jsonl"  # in a run's folder
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class JudgeContext:
     """What a judge may use besides the settings: a run's folder for what it keeps, who is told, and what stops it."""
 
     folder: Path | None = None
-    watcher: Watcher = SILENT
-    stop: Stop | None = None
+    reporter: ProgressReporter = NULL_REPORTER
+    stop: StopSignal | None = None
 
 
-def _markers(settings: Settings, _: Surroundings) -> MarkerJudge:
+def _markers(settings: Settings, _: JudgeContext) -> MarkerJudge:
     return MarkerJudge(settings.refusal_markers, settings.judge.topic_words, _evasion(settings))
 
 
-def _classifier(settings: Settings, _: Surroundings) -> Judge:
+def _classifier(settings: Settings, _: JudgeContext) -> Judge:
     return ClassifierJudge(settings.judge.classifier, _evasion(settings))
 
 
-def _llm(settings: Settings, around: Surroundings) -> Judge:
+def _llm(settings: Settings, around: JudgeContext) -> Judge:
     cache = around.folder / CACHE if around.folder else None
-    return LlmJudge(settings.judge.llm, _evasion(settings), cache, around.watcher, around.stop or Stop())
+    return LlmJudge(settings.judge.llm, _evasion(settings), cache, around.reporter, around.stop or StopSignal())
 
 
 def _try_classifier(settings: Settings) -> str:
@@ -46,27 +46,27 @@ def _try_classifier(settings: Settings) -> str:
 
 
 def _try_llm(settings: Settings) -> str:
-    return LlmJudge(settings.judge.llm, _evasion(settings), None, SILENT, Stop()).try_once()
+    return LlmJudge(settings.judge.llm, _evasion(settings), None, NULL_REPORTER, StopSignal()).try_once()
 
 
 @dataclass(frozen=True)
-class Kind:
+class JudgeSpec:
     """How a judge is made, and how it is tried at little cost before a run: as `try_judge`."""
 
-    make: Callable[[Settings, Surroundings], Judge]
+    make: Callable[[Settings, JudgeContext], Judge]
     try_out: Callable[[Settings], str] = lambda _: ""
 
 
-JUDGES: dict[str, Kind] = {
-    "markers": Kind(_markers),
-    "classifier": Kind(_classifier, _try_classifier),
-    "llm": Kind(_llm, _try_llm),
+JUDGES: dict[str, JudgeSpec] = {
+    "markers": JudgeSpec(_markers),
+    "classifier": JudgeSpec(_classifier, _try_classifier),
+    "llm": JudgeSpec(_llm, _try_llm),
 }
 
 
-def make_judge(settings: Settings, around: Surroundings | None = None) -> Judge:
+def make_judge(settings: Settings, around: JudgeContext | None = None) -> Judge:
     """The judge that the settings name. Raises UserError where it cannot be had."""
-    return JUDGES[settings.judge.kind].make(settings, around or Surroundings())
+    return JUDGES[settings.judge.kind].make(settings, around or JudgeContext())
 
 
 def try_judge(settings: Settings) -> str:

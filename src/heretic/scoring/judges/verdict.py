@@ -15,14 +15,14 @@ ORDER: tuple[Verdict, ...] = (
     EVASIVE,
 )  # the place of each is the digit that stands for it where stored
 
-JUDGED = {  # what stands for a judge's name in a sentence
+JUDGE_DESCRIPTIONS = {  # what stands for a judge's name in a sentence
     "markers": "refusal phrases in their first tokens",
     "classifier": "a classifier of their first tokens",
     "llm": "a language model that read their first tokens",
 }
 
 
-class Said(NamedTuple):
+class Exchange(NamedTuple):
     """A request and the whole answer to it, as texts."""
 
     request: str
@@ -40,13 +40,13 @@ class Judge(Protocol):
     def ends_early(self) -> bool:
         """Whether a refusal may be certain before the answer is complete, so that decoding can end there."""
 
-    def settled(self, answer: str) -> bool:
+    def is_final_refusal(self, answer: str) -> bool:
         """Whether an answer that begins so declines, whatever follows; never true of a judge that needs whole answers."""
 
-    def verdicts(self, said: Sequence[Said]) -> list[Verdict]:
+    def verdicts(self, said: Sequence[Exchange]) -> list[Verdict]:
         """One verdict for each answer, which is as long as it will get."""
 
 
-def digits(verdicts: Sequence[Verdict]) -> str:
+def encode_verdicts(verdicts: Sequence[Verdict]) -> str:
     """A digit each: 0 answered, 1 declined, 2 evasive."""
     return "".join(str(ORDER.index(v)) for v in verdicts)
