@@ -1,7 +1,7 @@
-"""What heretic is installed with: docs/licences.md, and an SBOM beside the wheel.
+"""Make docs/licenses.md, and the SBOM beside the wheel.
 
-    python scripts/supply.py licences        docs/licences.md anew
-    python scripts/supply.py sbom FOLDER     FOLDER/heretic-VERSION.cdx.json, CycloneDX 1.6
+    python scripts/supply.py licenses        write docs/licenses.md
+    python scripts/supply.py sbom FOLDER     write FOLDER/heretic-VERSION.cdx.json, CycloneDX 1.6
 
 Both are read from the metadata of what is installed, followed from this package; the hashes of the SBOM from lock/.
 """
@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-# What a package's metadata leaves unsaid or says at length; read from the licence file that it installs.
+# Licenses that the metadata does not state briefly, read from the license file that it installs.
 TOLD = {
     "mbstrdecoder": "MIT",
     "sqlitedict": "Apache-2.0",
@@ -32,11 +32,11 @@ TOLD = {
 
 @dataclass
 class Package:
-    """An installed package, its licence, and who asks for it."""
+    """An installed package, its license, and who asks for it."""
 
     name: str
     version: str
-    licence: str
+    license: str
     summary: str
     needed_by: set[str] = field(default_factory=set)
     needs: set[str] = field(default_factory=set)
@@ -55,7 +55,7 @@ def closure(*extras: str) -> dict[str, Package]:
         except importlib.metadata.PackageNotFoundError:
             continue  # its marker holds elsewhere, or an extra that is not installed
         package = found.setdefault(
-            name, Package(metadata["Name"], metadata["Version"], licence(metadata), metadata["Summary"] or "")
+            name, Package(metadata["Name"], metadata["Version"], license_of(metadata), metadata["Summary"] or "")
         )
         if by and by != name:
             package.needed_by.add(by)
@@ -71,8 +71,8 @@ def closure(*extras: str) -> dict[str, Package]:
     return found
 
 
-def licence(metadata: Any) -> str:
-    """The licence in a few words: its SPDX expression, else the classifiers, else the first line of the field."""
+def license_of(metadata: Any) -> str:
+    """Return the license in a few words: its SPDX expression, else the classifiers, else the first line of the field."""
     if expression := metadata.get("License-Expression"):
         return str(expression)
     if told := TOLD.get(str(canonicalize_name(metadata["Name"]))):
@@ -83,27 +83,27 @@ def licence(metadata: Any) -> str:
     return " or ".join(named) or (first if len(first) < 60 else first[:60] + " …")
 
 
-def licences() -> str:
-    """docs/licences.md."""
+def licenses() -> str:
+    """Return docs/licenses.md."""
     run, dev = closure(), closure("dev")
     lines = [
-        "# Licences",
+        "# Licenses",
         "",
-        "Made by `python scripts/supply.py licences` from what is installed on Linux with Python 3.11; versions stand in",
-        "`constraints.txt`, hashes in `lock/`. heretic is Apache-2.0 and contains none of them.",
-        "PyTorch's builds for CUDA bring NVIDIA's libraries besides, under NVIDIA's own terms (`lock/cuda.txt`).",
+        "heretic is licensed under Apache-2.0 and contains none of these packages. Their versions are in `constraints.txt`, the",
+        "hashes in `lock/`. PyTorch's CUDA builds also install NVIDIA's libraries, under NVIDIA's own terms (`lock/cuda.txt`).",
+        "Made by `python scripts/supply.py licenses` from the packages installed on Linux with Python 3.11.",
         "",
     ]
     for title, names in (
-        ("Needed to run", set(run)),
-        ("Needed for `heretic benchmark`, development and tests besides (`.[dev]`)", set(dev) - set(run)),
+        ("To run heretic", set(run)),
+        ("For `heretic benchmark`, development and tests (`.[dev]`)", set(dev) - set(run)),
     ):
-        lines += [f"## {title}", "", "| package | licence | needed by |", "|---|---|---|"]
+        lines += [f"## {title}", "", "|package|license|needed by|", "|---|---|---|"]
         for name in sorted(names - {"heretic"}):
             package = dev[name]
-            by = sorted(b for b in package.needed_by if b in names or b == "heretic" or title != "Needed to run")
+            by = sorted(b for b in package.needed_by if b in names or b == "heretic" or title != "To run heretic")
             shown = ", ".join(by[:4]) + (f" and {len(by) - 4} more" if len(by) > 4 else "")
-            lines.append(f"| {name} | {package.licence.replace('|', '/')} | {shown} |")
+            lines.append(f"|{name}|{package.license.replace('|', '/')}|{shown}|")
         lines.append("")
     return "\n".join(lines)
 
@@ -122,7 +122,7 @@ def sbom() -> dict[str, Any]:
             "version": package.version,
             "description": package.summary,
             "purl": reference(package),
-            "licenses": [{"license": {"name": package.licence}}],
+            "licenses": [{"license": {"name": package.license}}],
         }
         if digests := hashes.get((name, package.version.partition("+")[0])):
             files = [{"type": "distribution", "url": f"https://pypi.org/project/{name}/{package.version}/"}]
@@ -175,8 +175,8 @@ def entries(file: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["licences"]:
-        (ROOT / "docs" / "licences.md").write_text(licences(), encoding="utf-8")
+    if sys.argv[1:] == ["licenses"]:
+        (ROOT / "docs" / "licenses.md").write_text(licenses(), encoding="utf-8")
     else:
         folder = Path(sys.argv[2])
         bom = sbom()

@@ -1,4 +1,4 @@
-"""What is installed is what is locked, with hashes, licences and an SBOM. `make lock` and scripts/supply.py make the files anew."""
+"""What is installed is what is locked, with hashes, licenses and an SBOM. `make lock` and scripts/supply.py make the files anew."""
 
 from __future__ import annotations
 
@@ -87,11 +87,11 @@ def test_what_is_installed_is_what_is_locked() -> None:
     assert not wrong, "; ".join(wrong)
 
 
-def test_every_package_has_a_licence_and_a_line() -> None:
-    text = (ROOT / "docs/licences.md").read_text()
+def test_every_package_has_a_license_and_a_line() -> None:
+    text = (ROOT / "docs/licenses.md").read_text()
     for name, package in SUPPLY["closure"]("dev").items():
-        assert package.licence, f"{name}: name its licence in TOLD of scripts/supply.py"
-        assert name == "heretic" or f"| {name} |" in text, f"{name}: python scripts/supply.py licences"
+        assert package.license, f"{name}: name its license in TOLD of scripts/supply.py"
+        assert name == "heretic" or f"|{name}|" in text, f"{name}: python scripts/supply.py licenses"
 
 
 def test_the_sbom_names_everything_that_runs(tmp_path: Path) -> None:
