@@ -84,8 +84,8 @@ Made by `python benchmarks/families.py` on {date} with transformers {transformer
 
 | check | passes if |
 |---|---|
-| attached = baked | in every geometry, logits with operators and with rewritten weights differ by less than 0.2 % of what the edit \
-moves; the original weights come back bit for bit, from copies and from the files |
+| attached = baked | in every geometry, logits with operators and with rewritten weights differ by less than 0.2 % of what the \
+edit moves; the original weights come back bit for bit, from copies and from the files |
 | removed | with `plain` at strength 1, no block adds anything along the direction, norms behind the writers included |
 | trials in a pass | two trials that share a pass give what each gives alone |
 | padding | a prompt gives the same beside longer ones. If not, only prompts of equal length share a batch, which is slower |
