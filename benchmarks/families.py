@@ -17,13 +17,14 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from families_page import STREAMS, page
-from tiny_families import families, tiny_model, tiny_tokenizer
+from families_page import RUN, STREAMS, page
+from tiny_families import LAYERS, families, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig, PreTrainedModel
 
 from heretic.ablation.ablation import Ablation, OperatorFactory
@@ -60,6 +61,7 @@ def main() -> None:
     part, parts = map(int, chosen.parts.split("/"))
     wanted = chosen.only or families()[part - 1 :: parts]
     found = json.loads(chosen.json.read_text()) if chosen.json.is_file() else {}
+    found[RUN] = {"date": str(date.today()), "layers": LAYERS, "transformers": transformers.__version__}
     for family in wanted:
         began = time.perf_counter()
         found[family] = examine(family)
@@ -67,7 +69,7 @@ def main() -> None:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(page({f: found[f] for f in families() if f in found}))
+    chosen.out.write_text(page(found))
 
 
 def examine(family: str) -> dict[str, Any]:

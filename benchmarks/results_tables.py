@@ -161,7 +161,7 @@ def held_out() -> str:
     return captioned(
         rows, *files, hardware="A core of an AMD EPYC a search, two for heretic-llm's seed 0",
         command=COMMANDS.format("10 30", "30"),
-        settings=f"{SHORT}; 50 + 50 held-out prompts, of which the original declines 21",
+        settings=f"{SHORT}; 50 + 50 held-out prompts, of which the original refuses 21",
     )  # fmt: skip
 
 
@@ -178,14 +178,14 @@ def held_out_demo() -> str:
     return captioned(
         rows, "quality_demo_trials", "quality_demo", "peer_demo_30", "peer_demo",
         hardware="A core of an AMD EPYC a search", command=COMMANDS.format(DEMO_OPTIONS, DEMO_OPTIONS),
-        settings=f"{SHORT}; 37 + 37 held-out prompts, all declined before",
+        settings=f"{SHORT}; 37 + 37 held-out prompts, all refused before",
     )  # fmt: skip
 
 
 def answers() -> str:
     """Return how the chosen models of Qwen answer."""
     rows: list[tuple[Any, ...]] = [
-        ("seed", "refusals", "harmless declined", "KL mean, median, p95, max", "loops", "perplexity")
+        ("seed", "refusals", "harmless refused", "KL mean, median, p95, max", "loops", "perplexity")
     ]
     files = ("quality_trials", "quality_trials_10")
     for found in (each for file in files for each in read(file)["searches"]):
@@ -207,7 +207,7 @@ METHODS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ('search.gradient.direction = "mixture"',
      ("quality_mixture_kernels quality_mixture", "mixture", "quality_free"), ()),
     ('search.gradient.direction = "per_layer"', ("quality_free_per_layer", "per_layer"), ()),
-    ("search.gradient.listen = false", (), ("quality_demo_methods", "deaf")),
+    ("search.gradient.mine_refusals = false", (), ("quality_demo_methods", "deaf")),
     ('directions.method = "geometric_median"', ("quality_directions", "geometric_median"),
      ("quality_demo_directions", "geometric_median")),
     ('directions.method = "self_organizing_map"', ("quality_directions", "map_3"), ()),

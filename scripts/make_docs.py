@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,29 +113,64 @@ class Site:
 
 
 def errors_page() -> str:
-    """Every code of a UserError: exit status, messages and fixes."""
+    """Return the table of error codes: exit status, messages and fixes. Codes that one place in the code raises share a row."""
     lines = [
         "# Errors",
         "",
-        "An error that you can fix has a code, which the command prints in brackets after the message. The code is stable, the",
-        "text is not: compare codes in scripts. From Python it is `error.code` of a `heretic.errors.UserError`. `…` stands for a",
-        "name, a number or a cause. An error without a code is a defect of heretic; please report it.",
+        "Every error that you can fix has a stable code, which heretic prints in brackets after the message. Scripts compare the",
+        "code (`error.code` of `heretic.errors.UserError` in Python), since texts change. An error without a code is a defect:",
+        "please report it. The exit status is 1 unless a number follows the code.",
         "",
-        "Made from the code by `python scripts/make_docs.py`.",
+        "This table shortens the texts: it leaves out causes, explanations and the name that a message begins with. `…` stands",
+        'for a name, a number or a list, `↻` for "then run the same command again; nothing finished is lost". Made from the code',
+        "by `python scripts/make_docs.py`.",
+        "",
+        "|code|message|fix|",
+        "|---|---|---|",
     ]
-    by_code: dict[str, list[Site]] = defaultdict(list)
-    for site in sites():
-        for code in site.codes:
-            by_code[code].append(site)
-    for code in sorted(by_code.keys() - {UserError.code}):
-        found = by_code[code]
-        statuses = sorted({site.exit_status for site in found})
-        lines += ["", f"### {code}", "", f"Exit status {' or '.join(map(str, statuses))}.", ""]
-        messages = dict.fromkeys(f"- {text}" for site in found for text in map(_escaped, site.messages))
-        lines += messages or ["The message gives the cause."]
-        if fixes := dict.fromkeys(f"- {text}" for site in found for text in map(_escaped, site.fixes)):
-            lines += ["", "To fix:", "", *fixes]
+    for codes, own in _rows():
+        statuses = sorted({site.exit_status for site in own} - {UserError.exit_status})
+        code_cell = "<br>".join(f"`{code}`" for code in codes) + "".join(f" {status}" for status in statuses)
+        messages = dict.fromkeys(_short_message(text) for site in own for text in site.messages)
+        fixes = dict.fromkeys(_short_fix(text) for site in own for text in site.fixes)
+        lines.append(f"|{code_cell}|{_cell(messages) or 'the cause'}|{_cell(fixes)}|")
     return "\n".join(lines) + "\n"
+
+
+def _rows() -> list[tuple[list[str], list[Site]]]:
+    """Return the codes of each row and the places that raise them."""
+    rows: list[tuple[set[str], list[Site]]] = []
+    for site in sites():
+        codes, own = set(site.codes) - {UserError.code}, [site]
+        apart = []
+        for row in rows:
+            if codes & row[0]:
+                codes, own = codes | row[0], row[1] + own
+            else:
+                apart.append(row)
+        rows = [*apart, (codes, own)] if codes else rows
+    return sorted((sorted(codes), own) for codes, own in rows)
+
+
+def _short_message(message: str) -> str:
+    """Return the first clause of a message, unless that says too little."""
+    clause = re.split(r"[:;] |, (?:so|which heretic) |(?<=[\w)'…])\. (?=[A-Z…])", message)[0]
+    told = len(re.findall(r"\w+", clause)) > 1
+    return re.sub(r"^(… )+| \(…\)|(?<=…) …$", "", clause if told else message).rstrip(".:")
+
+
+def _short_fix(fix: str) -> str:
+    """Return a fix without explanations in parentheses or after a semicolon."""
+    fix = re.sub(r"(?:,? then| and) run the same command again\b(?:; nothing finished is lost)?", " ↻", fix)
+    fix = re.sub(r"; (?:heretic|its?|the (?:card|study))\b[^;]*| \((?:[^\s();]+ ){3,}[^();]*\)", "", fix)
+    return fix.replace(" = ", "=")
+
+
+def _cell(texts: Iterable[str]) -> str:
+    """Return texts as one cell of a table, without those that another one contains."""
+    known = list(texts)
+    told = [text for text in known if not any(text != longer and text.rstrip("↻ ") in longer for longer in known)]
+    return "<br>".join(_escaped(text).replace("|", "\\|") for text in told)
 
 
 def sites() -> list[Site]:
