@@ -107,16 +107,9 @@ by zero-ablating the writers of a block. `norm_aware` accounts for their product
 **Several streams side by side** (Gemma 3n, DeepSeek V4, HY 4, Qwen 4 preview). Every writer is edited as usual. Directions come
 from the mean over the streams, which is about what the head reads.
 
-<<<<<<< HEAD
-**Other ways of writing** are told at the start by running every block with its writers silenced: it must hand on its input, up to
-a factor. Scaled residuals (Granite) and parallel blocks (Cohere, GPT-NeoX) pass; residuals scaled by component (Doge, ZAYA),
-normalized residuals (MiniMax, GPT-1) and unknown writers are warned of. A convolution between a writer and the stream (Inkling)
-is not noticed there; the column "removed" shows what it leaves.
-=======
 **Other residual connections.** At the start heretic zero-ablates the writers of every block and checks that the block returns its
 input, up to a factor. Scaled residuals (Granite) and parallel blocks (Cohere, GPT-NeoX) pass. heretic warns about residuals scaled
 by component (Doge, ZAYA), normalized residuals (MiniMax, GPT-1) and unknown writers.
->>>>>>> wdocs
 
 **Weights shared by blocks** get one edit, with the strength of the first block that uses them. Zamba's shared attention and MLP
 feed the Mamba layers and do not write to the stream, so heretic leaves them alone.
@@ -124,11 +117,7 @@ feed the Mamba layers and do not write to the stream, so heretic leaves them alo
 **Recurrent and convolution states** cannot be cut by rows. Finished rows stay in the batch, and decoding does not continue from a
 verified draft. If the model returns no cache, transformers' `generate` decodes, and heretic says so at the start.
 
-<<<<<<< HEAD
-An architecture without blocks or writers that are recognized is refused with a message that says what was looked for.
-=======
 heretic refuses an architecture without recognized blocks or writers (`architecture-not-supported`).
->>>>>>> wdocs
 
 ## Limitations
 

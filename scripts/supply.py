@@ -1,14 +1,7 @@
-<<<<<<< HEAD
-"""What heretic is installed with: docs/licenses.md, and an SBOM beside the wheel.
-
-    python scripts/supply.py licenses        docs/licenses.md anew
-    python scripts/supply.py sbom FOLDER     FOLDER/heretic-VERSION.cdx.json, CycloneDX 1.6
-=======
 """Make docs/licenses.md, and the SBOM beside the wheel.
 
     python scripts/supply.py licenses        write docs/licenses.md
     python scripts/supply.py sbom FOLDER     write FOLDER/heretic-VERSION.cdx.json, CycloneDX 1.6
->>>>>>> wdocs
 
 Both are read from the metadata of what is installed, followed from this package; the hashes of the SBOM from lock/.
 """
@@ -28,11 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-<<<<<<< HEAD
-# What a package's metadata leaves unsaid or says at length; read from the license file that it installs.
-=======
 # Licenses that the metadata does not state briefly, read from the license file that it installs.
->>>>>>> wdocs
 TOLD = {
     "mbstrdecoder": "MIT",
     "sqlitedict": "Apache-2.0",
@@ -66,11 +55,7 @@ def closure(*extras: str) -> dict[str, Package]:
         except importlib.metadata.PackageNotFoundError:
             continue  # its marker holds elsewhere, or an extra that is not installed
         package = found.setdefault(
-<<<<<<< HEAD
-            name, Package(metadata["Name"], metadata["Version"], license(metadata), metadata["Summary"] or "")
-=======
             name, Package(metadata["Name"], metadata["Version"], license_of(metadata), metadata["Summary"] or "")
->>>>>>> wdocs
         )
         if by and by != name:
             package.needed_by.add(by)
@@ -86,13 +71,8 @@ def closure(*extras: str) -> dict[str, Package]:
     return found
 
 
-<<<<<<< HEAD
-def license(metadata: Any) -> str:
-    """The license in a few words: its SPDX expression, else the classifiers, else the first line of the field."""
-=======
 def license_of(metadata: Any) -> str:
     """Return the license in a few words: its SPDX expression, else the classifiers, else the first line of the field."""
->>>>>>> wdocs
     if expression := metadata.get("License-Expression"):
         return str(expression)
     if told := TOLD.get(str(canonicalize_name(metadata["Name"]))):
@@ -104,44 +84,26 @@ def license_of(metadata: Any) -> str:
 
 
 def licenses() -> str:
-<<<<<<< HEAD
-    """docs/licenses.md."""
-=======
     """Return docs/licenses.md."""
->>>>>>> wdocs
     run, dev = closure(), closure("dev")
     lines = [
         "# Licenses",
         "",
-<<<<<<< HEAD
-        "Made by `python scripts/supply.py licenses` from what is installed on Linux with Python 3.11; versions stand in",
-        "`constraints.txt`, hashes in `lock/`. heretic is Apache-2.0 and contains none of them.",
-        "PyTorch's builds for CUDA bring NVIDIA's libraries besides, under NVIDIA's own terms (`lock/cuda.txt`).",
-=======
         "heretic is licensed under Apache-2.0 and contains none of these packages. Their versions are in `constraints.txt`, the",
         "hashes in `lock/`. PyTorch's CUDA builds also install NVIDIA's libraries, under NVIDIA's own terms (`lock/cuda.txt`).",
         "Made by `python scripts/supply.py licenses` from the packages installed on Linux with Python 3.11.",
->>>>>>> wdocs
         "",
     ]
     for title, names in (
         ("To run heretic", set(run)),
         ("For `heretic benchmark`, development and tests (`.[dev]`)", set(dev) - set(run)),
     ):
-<<<<<<< HEAD
-        lines += [f"## {title}", "", "| package | license | needed by |", "|---|---|---|"]
-=======
         lines += [f"## {title}", "", "|package|license|needed by|", "|---|---|---|"]
->>>>>>> wdocs
         for name in sorted(names - {"heretic"}):
             package = dev[name]
             by = sorted(b for b in package.needed_by if b in names or b == "heretic" or title != "To run heretic")
             shown = ", ".join(by[:4]) + (f" and {len(by) - 4} more" if len(by) > 4 else "")
-<<<<<<< HEAD
-            lines.append(f"| {name} | {package.license.replace('|', '/')} | {shown} |")
-=======
             lines.append(f"|{name}|{package.license.replace('|', '/')}|{shown}|")
->>>>>>> wdocs
         lines.append("")
     return "\n".join(lines)
 
@@ -213,11 +175,7 @@ def entries(file: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 
 if __name__ == "__main__":
-<<<<<<< HEAD
-    if sys.argv[1:] == ["licences"]:
-=======
     if sys.argv[1:] == ["licenses"]:
->>>>>>> wdocs
         (ROOT / "docs" / "licenses.md").write_text(licenses(), encoding="utf-8")
     else:
         folder = Path(sys.argv[2])

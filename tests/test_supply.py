@@ -91,11 +91,7 @@ def test_every_package_has_a_license_and_a_line() -> None:
     text = (ROOT / "docs/licenses.md").read_text()
     for name, package in SUPPLY["closure"]("dev").items():
         assert package.license, f"{name}: name its license in TOLD of scripts/supply.py"
-<<<<<<< HEAD
-        assert name == "heretic" or f"| {name} |" in text, f"{name}: python scripts/supply.py licenses"
-=======
         assert name == "heretic" or f"|{name}|" in text, f"{name}: python scripts/supply.py licenses"
->>>>>>> wdocs
 
 
 def test_the_sbom_names_everything_that_runs(tmp_path: Path) -> None:
