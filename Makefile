@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults lint check lock dist audit clean
+.PHONY: demo test test-unit test-faults lint check lock dist audit clean
 
 # Everything is checked against the hashes in lock/, which `make lock` makes anew from pyproject.toml and constraints.txt.
 # PyTorch is whatever build the machine's index offers, so its hash is looked up after; builds with CUDA need more.
@@ -41,6 +41,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# Quick ones, of one module each: under a minute.
+test-unit: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m unit
+
 # All of tests/faults in full, two at a time, and docs/reliability_table.md made anew.
 test-faults: $(VENV)/.demo
 	OMP_NUM_THREADS=1 FAULTS=full FAULTS_TABLE=docs/reliability_table.md $(BIN)/python -m pytest tests/faults \
@@ -50,6 +54,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check src tests scripts benchmarks
 	$(BIN)/ruff format --check src tests scripts benchmarks
 	$(BIN)/mypy
+	if $(BIN)/python -c 'import importlinter' 2> /dev/null; then $(BIN)/lint-imports; fi  # it has left Python 3.10 behind
+	$(BIN)/codespell src tests docs benchmarks scripts *.md
 
 check: lint test
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from heretic._version import __version__
+
 if TYPE_CHECKING:
     from heretic.ablation.ablation import Ablation
     from heretic.ablation.directions import Directions
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from heretic.pipeline.api import AblationSession, load, study
     from heretic.scoring.evaluator import Scores
 
-__version__ = "0.1.0"
 __all__ = [
     "Ablation",
     "AblationSession",

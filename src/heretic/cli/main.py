@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from heretic import __version__
+from heretic._version import __version__
 from heretic.cli.commands import (  # noqa: F401  each adds its commands to the application
     config,
     evaluate,

@@ -114,7 +114,7 @@ requests allows.
 |---|---|---|
 | {shown} | {share(original["refusals"], total)} | {share(scores.refusals, total)} |
 | neither declined nor answered | {share(original.get("evasive", 0), total)} | {share(scores.evasive, total)} |
-{_conduct(original.get("conduct"), scores.harmless_metrics)}| KL divergence on harmless requests, {tokens}, mean | 0 | {d.mean:.4f} |
+{_conduct(original.get("harmless_metrics"), scores.harmless_metrics)}| KL divergence on harmless requests, {tokens}, mean | 0 | {d.mean:.4f} |
 | median / 95th percentile / largest | 0 | {d.median:.4f} / {d.p95:.4f} / {d.max:.4f} |"""
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
 
-from heretic import __version__
+from heretic._version import __version__
 from heretic.report.figures import Figure
 
 

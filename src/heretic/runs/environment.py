@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from heretic import __version__
+from heretic._version import __version__
 from heretic.hardware.gpus import driver_version, usable_gpus, visible_gpus
 from heretic.hardware.host import format_bytes, free_disk, memory
 from heretic.runs.folder import settings_text

@@ -6,7 +6,7 @@ import json
 from importlib.metadata import version
 from typing import Any
 
-from heretic import __version__
+from heretic._version import __version__
 
 
 def relevant_versions() -> dict[str, str]:
