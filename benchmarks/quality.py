@@ -78,7 +78,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "row_normalized": {"ablation.geometry": "row_normalized"},
     "winsorized": {"directions.winsorize": 0.995},
     "kl_tokens_4": {"kl_tokens": 4, "search.gradient.kl_tokens": 4},
-    "deaf": {"search.gradient.listen": False},
+    "deaf": {"search.gradient.mine_refusals": False},
 }
 MAX_KLS = (0.05, 0.1, 0.2)
 FURTHER = 8  # tokens of the original's answers over which the KL is measured besides

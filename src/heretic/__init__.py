@@ -34,8 +34,8 @@ __all__ = [
 _HOMES = {
     "Ablation": "heretic.ablation.ablation",
     "Directions": "heretic.ablation.directions",
-    "Kernel": "heretic.ablation.strength_kernel",
-    "Lab": "heretic.pipeline.api",
+    "StrengthKernel": "heretic.ablation.strength_kernel",
+    "AblationSession": "heretic.pipeline.api",
     "Scores": "heretic.scoring.evaluator",
     "UserError": "heretic.errors",
     "load": "heretic.pipeline.api",

@@ -18,7 +18,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
-        self.at_keyboard = False
+        self.from_keyboard = False
         self._idle = False
 
     def check(self) -> None:
@@ -26,9 +26,9 @@ class StopSignal:
         if self.requested:
             raise Interrupted
 
-    def take_back(self) -> None:
+    def reset(self) -> None:
         """Go on as if no stop had been asked for: the user was asked and wants more."""
-        self.requested = self.at_keyboard = False
+        self.requested = self.from_keyboard = False
 
     @contextmanager
     def idle(self) -> Iterator[None]:
@@ -49,7 +49,7 @@ class StopSignal:
             if self._idle and at_keyboard:
                 raise KeyboardInterrupt
             again = self.requested or self._idle
-            self.requested, self.at_keyboard = True, at_keyboard
+            self.requested, self.from_keyboard = True, at_keyboard
             if again:
                 raise KeyboardInterrupt
 

@@ -122,7 +122,7 @@ class Warned(NullReporter):
     def __init__(self) -> None:
         self.warned: list[str] = []
 
-    def warn(self, text: str) -> None:
+    def warning(self, text: str) -> None:
         """See Watcher."""
         self.warned.append(text)
 

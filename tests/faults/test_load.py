@@ -102,23 +102,24 @@ def test_a_report_of_ten_thousand_trials(tally: Tally, tmp_path: Path) -> None:
 WORKER = """
 import sys
 from pathlib import Path
-from heretic.progress import SILENT
+from heretic.progress import NULL_REPORTER
 from heretic.scoring.divergence import Divergence
 from heretic.scoring.evaluator import Scores
 from heretic.storage.rdb import open_study
-from heretic.search.study import optimize
-from heretic.runs.status import look_at
-from heretic.settings import Settings, Search
-from heretic.interrupt import Stop
+from heretic.search.study import run_study
+from heretic.runs.status import read_status
+from heretic.settings import SearchSettings, Settings
+from heretic.interrupt import StopSignal
 class Fake:
-    def together(self, before): return 1
-    def starts(self): return []
-    def draw(self, trial): trial.suggest_float("x", 0, 1)
+    def trials_per_batch(self, before): return 1
+    def initial_params(self): return []
+    def sample(self, trial): trial.suggest_float("x", 0, 1)
     def measure(self, trials, beaten):
         x = trials[0].params["x"]
         return [Scores(Divergence(x, x, x, x), round(10 * (1 - x)), 10, {})]
 study = open_study(sys.argv[1], "heretic", {"a": 1})
-optimize(study, Settings(n_trials=int(sys.argv[2]), search=Search(n_startup_trials=100000)), Fake(), watcher=SILENT, stop=Stop())
+settings = Settings(n_trials=int(sys.argv[2]), search=SearchSettings(n_startup_trials=100000))
+run_study(study, settings, Fake(), reporter=NULL_REPORTER, stop=StopSignal())
 """
 
 

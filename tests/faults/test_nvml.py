@@ -48,13 +48,13 @@ CHILD = """
 import ctypes, json, sys
 library = ctypes.CDLL("libnvidia-ml.so.1")
 from heretic.hardware.gpus import visible_gpus
-from heretic.hardware.memory_usage import memory_in_use
+from heretic.hardware.memory_usage import memory_usage
 told = []
 for kind, after in json.loads(sys.argv[1]):
     library.set_lie(kind.encode(), after)
     report = visible_gpus({})
     library.set_lie(kind.encode(), after)
-    use = memory_in_use()
+    use = memory_usage()
     told.append([kind, after, len(report.gpus), report.unseen, [[u.used, u.total] for u in use]])
 print(json.dumps(told))
 """

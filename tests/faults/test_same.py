@@ -23,8 +23,9 @@ def do(*arguments: str) -> None:
 def study() -> list[tuple[object, ...]]:
     """Numbers, parameters and all that was measured of the trials, to the last bit; and what they rest on."""
     found = optuna.load_study(study_name="heretic", storage="sqlite:///runs/mine/study.db")
-    trials = [(t.number, t.params, t.values, t.user_attrs["heretic:scores"]["divergence"], t.user_attrs["heretic:scores"]["refused"])
-              for t in found.trials if t.state.name == "COMPLETE"]  # fmt: skip
+    done = [t for t in found.trials if t.state.name == "COMPLETE"]
+    scores = [t.user_attrs["heretic:scores"] for t in done]
+    trials = [(t.number, t.params, t.values, s["divergence"], s["refused"]) for t, s in zip(done, scores, strict=True)]
     files = ("directions", "baseline", "gradient_path")
     return [*trials, *((n, read_tensors(Path(f"runs/mine/{n}.safetensors"))[1]["sha256"]) for n in files)]
 

@@ -121,7 +121,7 @@ def test_an_export_in_the_place_of_another(
     config: Path, amount: Amount, tally: Tally, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     if how == "renamed":  # as on a system that cannot exchange names
-        monkeypatch.setattr(destination, "exchange", lambda one, other: False)
+        monkeypatch.setattr(destination, "atomic_swap", lambda one, other: False)
     elif not exchanges():
         pytest.skip("names cannot be exchanged here")
     assert child((*RUN[:-2], "--trials", "3"))[0] == 0

@@ -24,10 +24,10 @@ class Heard(NullReporter):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self.lines.append(text)
 
-    warn = say
+    warning = info
 
 
 class Stub:
@@ -36,13 +36,13 @@ class Stub:
     def __init__(self, before: Callable[[optuna.Trial], object] = lambda _: None) -> None:
         self.before = before
 
-    def together(self, before: int | None) -> int:
+    def trials_per_batch(self, before: int | None) -> int:
         return 1
 
-    def starts(self) -> list[dict[str, float]]:
+    def initial_params(self) -> list[dict[str, float]]:
         return []
 
-    def draw(self, trial: optuna.Trial) -> float:
+    def sample(self, trial: optuna.Trial) -> float:
         return trial.suggest_float("x", 0.1, 1.0)
 
     def measure(

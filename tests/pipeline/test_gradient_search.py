@@ -35,7 +35,7 @@ WALKING = (
 @pytest.fixture(autouse=True)
 def _no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     """These models "decline" with the letter e, whatever is taken out: without this the walk would go on to the last weight."""
-    monkeypatch.setattr(gradient, "MOST_FURTHER", 0)
+    monkeypatch.setattr(gradient, "MAX_EXTRA_WEIGHTS", 0)
 
 
 class Listener(NullReporter):
@@ -44,10 +44,10 @@ class Listener(NullReporter):
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self.said.append(text)
 
-    warn = say
+    warning = info
 
 
 def do(config: Path, *assignments: str, reporter: object = None) -> Outcome:
@@ -88,7 +88,7 @@ def test_stopped_in_the_middle_of_the_walk_the_same_command_goes_on(
             raise Interrupted
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(RunFolder, "keep_walk", cut)
+        patch.setattr(RunFolder, "save_path_state", cut)
         do(config)
     study = connect(storage_url("", Path("runs/run")))
     assert study.get_n_trials(1) == 0 and GRADIENT_PATH not in study.get_study_user_attrs(1)
@@ -140,7 +140,7 @@ def test_what_ends_the_walk_is_not_taken_for_a_reason_to_give_it_up(
         keep(folder, state)
 
     with monkeypatch.context() as patch, raises("disk"):
-        patch.setattr(RunFolder, "keep_walk", full)
+        patch.setattr(RunFolder, "save_path_state", full)
         do(config)
     again = do(config)
     assert [(r.params, r.scores.refused) for r in again.results] == [

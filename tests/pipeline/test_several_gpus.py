@@ -136,7 +136,7 @@ def make(
     with (
         mock.patch.object(memory_plan, "make_plan", planned),
         mock.patch.object(gradient.PathOptimizer, "step", stepped),
-        mock.patch.object(gradient, "MOST_FURTHER", 0),
+        mock.patch.object(gradient, "MAX_EXTRA_WEIGHTS", 0),
     ):
         resolved = resolve(folder / "config.toml", assignments=[*SETTINGS, *STARTS[start], placed, runs, *more])
         found.outcome = run(resolved, reporter=NullReporter(), stop=StopSignal(), on_finished=then)

@@ -102,7 +102,7 @@ class Warned(NullReporter):
 
     count = 0
 
-    def warn(self, text: str) -> None:
+    def warning(self, text: str) -> None:
         """One more."""
         self.count += 1
 

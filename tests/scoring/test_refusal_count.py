@@ -174,7 +174,7 @@ class Whole:
 
     name, ends_early = "whole", False
 
-    def settled(self, answer: str) -> bool:
+    def is_final_refusal(self, answer: str) -> bool:
         return False
 
     def verdicts(self, said: Sequence[Exchange]) -> list[Verdict]:
@@ -236,7 +236,7 @@ def test_memory_that_runs_out_while_decoding_goes_on_halves_the_batch(
             raise torch.OutOfMemoryError("out of memory")
         continue_decoding(model, answers, limits)
 
-    monkeypatch.setattr(race, "go_on", short)
+    monkeypatch.setattr(race, "continue_decoding", short)
     (found,) = together(saving, operator_factory, baseline, ABLATIONS[:1])
     assert isinstance(found, Scores) and isinstance(expected, Scores) and found.refused == expected.refused
     assert sizes[:2] == [14, 7] and max(sizes[2:]) <= 4 and evaluator.batcher.size <= 4

@@ -155,7 +155,7 @@ def test_a_free_direction_leaves_the_span_less_the_more_it_costs(llama: Path) ->
     span = torch.linalg.qr(of.operator_factory.directions.vectors.T).Q
 
     def outside(leaving: float) -> float:
-        settings = SETTINGS.model_copy(update={"direction": "free", "leaving": leaving})
+        settings = SETTINGS.model_copy(update={"direction": "free", "off_span_penalty": leaving})
         *_, last = optimizer(of, settings).run(begin(of, "free"))
         unit = torch.nn.functional.normalize(torch.tensor(last.vector), dim=0)
         return float((unit - span @ (span.T @ unit)).norm())
@@ -282,11 +282,11 @@ def listening(
         prompts = [*sequences, *(sequences[row] for row, _ in heard)]
         return replace(of, harmful=TeacherForcedTexts.of(prompts, [*of.harmful.texts, *(text for _, text in heard)]))
 
-    return optimizer(of, settings, listen=lambda _: ([other], 1), teach=teach, **more), other
+    return optimizer(of, settings, mine=lambda _: ([other], 1), add_targets=teach, **more), other
 
 
 def test_words_that_are_heard_on_the_way_become_improbable_too(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradient, "LISTEN_BELOW", 1.0)
+    monkeypatch.setattr(gradient, "MINE_BELOW", 1.0)
     of, settings = objective(llama), SETTINGS.model_copy(update={"weights": [0.5, 10.0], "steps": 10})
     listens, (row, text) = listening(of, settings)
 
@@ -315,7 +315,7 @@ def test_the_walk_listens_only_once_the_known_words_are_improbable(llama: Path) 
 
 
 def test_what_was_heard_is_kept_with_the_walk(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradient, "LISTEN_BELOW", 1.0)
+    monkeypatch.setattr(gradient, "MINE_BELOW", 1.0)
     of, folder = objective(llama), RunFolder(tmp_path, "stamp")
     whole = listening(of)[0].run(begin(of))
 
@@ -360,7 +360,7 @@ def test_weights_too_gentle_to_change_anything_are_left_early(llama: Path, tmp_p
 def test_it_goes_on_to_stricter_weights_while_prompts_are_declined(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradient, "LISTEN_BELOW", 1.0)
+    monkeypatch.setattr(gradient, "MINE_BELOW", 1.0)
     of = objective(llama)
     many: list[list[MinedRefusals]] = [
         [],
@@ -372,10 +372,10 @@ def test_it_goes_on_to_stricter_weights_while_prompts_are_declined(
     def told(found: list[MinedRefusals]) -> tuple[list[MinedRefusals], int]:
         return found, len(found)
 
-    down = optimizer(of, listen=lambda _: told(left.pop(0) if left else []))
+    down = optimizer(of, mine=lambda _: told(left.pop(0) if left else []))
     assert [p.weight for p in down.run(begin(of))] == [0.5, 2.0, 6.0, 18.0], "one of 8 is more than a tenth"
 
-    always = optimizer(of, listen=lambda _: ([], 1))  # in the original's words
+    always = optimizer(of, mine=lambda _: ([], 1))  # in the original's words
     assert [p.weight for p in always.run(begin(of))] == [0.5, 2.0, 6.0, 18.0, 54.0, 162.0], "not for ever"
 
     folder, said = RunFolder(tmp_path, "stamp"), list(many)
@@ -389,10 +389,10 @@ def test_it_goes_on_to_stricter_weights_while_prompts_are_declined(
         return told(said.pop(0) if said else [])
 
     with pytest.raises(Interrupted):
-        optimizer(of, listen=first, keep=cut).run(begin(of))
+        optimizer(of, mine=first, keep=cut).run(begin(of))
     state = folder.load_path_state(NULL_REPORTER)
     assert state is not None and state.extra_weights == 1
-    assert [p.weight for p in optimizer(of, listen=first).run(state)] == [0.5, 2.0, 6.0, 18.0]
+    assert [p.weight for p in optimizer(of, mine=first).run(state)] == [0.5, 2.0, 6.0, 18.0]
 
 
 def test_a_stop_ends_it_between_steps(llama: Path) -> None:

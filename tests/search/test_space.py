@@ -114,9 +114,9 @@ def test_parameters_of_another_search_space_are_refused(change: dict[str, Any]) 
     "stored",
     [
         3, "[]", "{", '{"points": {}}',
-        json.dumps({"points": [asdict(WALK.points[0]) | {"mixture": [1.0]}], "why_not": ""}),
-        json.dumps({"points": [asdict(WALK.points[0]), asdict(WALK.points[1]) | {"strengths": {}}], "why_not": ""}),
-        json.dumps({"points": [asdict(WALK.points[0]) | {"mixture": [math.nan] * 4}], "why_not": ""}),
+        json.dumps({"points": [asdict(WALK.points[0]) | {"mixture": [1.0]}], "failure_reason": ""}),
+        json.dumps({"points": [asdict(WALK.points[0]), asdict(WALK.points[1]) | {"strengths": {}}], "failure_reason": ""}),
+        json.dumps({"points": [asdict(WALK.points[0]) | {"mixture": [math.nan] * 4}], "failure_reason": ""}),
     ],
 )  # fmt: skip
 def test_a_damaged_walk_is_refused(stored: object) -> None:

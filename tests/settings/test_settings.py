@@ -230,7 +230,9 @@ def test_bounds_are_finite(bounds: str) -> None:
     assert refused(f"search.mlp.max_weight={bounds}").where == "--set search.mlp.max_weight"
 
 
-@pytest.mark.parametrize("key", ["judge.llm.timeout", "workers.heartbeat", "workers.grace_period", "workers.patience"])
+@pytest.mark.parametrize(
+    "key", ["judge.llm.timeout", "workers.heartbeat", "workers.grace_period", "workers.retry_timeout"]
+)
 def test_durations_fit_the_clock(key: str) -> None:
     assert refused(f"{key}={2**62}").where == f"--set {key}"
 

@@ -27,7 +27,7 @@ def test_several_open_a_new_database_at_once(postgres: Server) -> None:
 
 
 def test_who_makes_the_tables_is_waited_for_and_not_for_ever(postgres: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_module, "SECONDS_TO_WAIT", 1)
+    monkeypatch.setattr(storage_module, "BUSY_TIMEOUT", 1)
     postgres.ask("create database anew")
     url = postgres.url.removesuffix("/study") + "/anew"
     with psycopg.connect(url, autocommit=True) as other:
@@ -50,7 +50,7 @@ def test_a_worker_with_other_versions_or_other_weights_is_refused(
         open_study(postgres.url, "shared", {**facts, "model": {"sha256": {"model.safetensors": "bb"}}})
     assert all(value in error.value.what for value in ("model.safetensors", "aa", "bb"))
     other = {**storage_module.relevant_versions(), "torch": "1.0"}
-    monkeypatch.setattr(storage_module, "versions_that_matter", lambda: other)
+    monkeypatch.setattr(storage_module, "relevant_versions", lambda: other)
     with raises("study-mismatch", StudyMismatch) as error:
         open_study(postgres.url, "shared", facts)
     assert "torch" in error.value.what
@@ -85,7 +85,7 @@ def test_the_database_of_another_program_gets_no_tables(tmp_path: Path) -> None:
 
 
 def test_a_database_that_stays_locked_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_module, "SECONDS_TO_WAIT", 0.1)
+    monkeypatch.setattr(storage_module, "BUSY_TIMEOUT", 0.1)
     file = tmp_path / "study.db"
     open_study(f"sqlite:///{file}", "s", {"a": 1})
     with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
@@ -97,7 +97,7 @@ def test_a_database_that_stays_locked_is_given_up(tmp_path: Path, monkeypatch: p
 
 
 def test_a_turn_that_another_worker_keeps_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "LONGEST_TURN", 0.1)
+    monkeypatch.setattr(turns, "LOCK_TIMEOUT", 0.1)
     file = tmp_path / "study.db"
     study = open_study(f"sqlite:///{file}", "s", {"a": 1})
     with FileLock(f"{file}.lock"), pytest.raises(UserError) as refused, turns.study_lock(study):

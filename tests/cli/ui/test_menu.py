@@ -82,7 +82,7 @@ def test_twice_ends_it_at_once_and_the_menu_can_be_left_out(config: Path) -> Non
     assert not terminal.full_screen and "Stopped." in terminal.said and "What next?" not in terminal.said
     study = optuna.load_study(study_name="heretic", storage="sqlite:///runs/mine/study.db")
     kept = [t for t in study.get_trials() if t.state == TrialState.COMPLETE]
-    assert kept and all("scores" in t.user_attrs for t in kept)
+    assert kept and all("heretic:scores" in t.user_attrs for t in kept)
     fail_abandoned(study)  # as the next session does, where the second Ctrl-C came before the trial was marked
     assert {t.state for t in study.get_trials()} <= {TrialState.COMPLETE, TrialState.FAIL}
 
@@ -125,7 +125,7 @@ def test_what_goes_wrong_in_an_action_leads_back(monkeypatch: pytest.MonkeyPatch
     def failing(_: Menu) -> None:
         error = raised.pop(0)
         if isinstance(error, Interrupted):
-            run_context.stop.requested = run_context.stop.at_keyboard = True
+            run_context.stop.requested = run_context.stop.from_keyboard = True
         raise error
 
     monkeypatch.setattr(menu_module, "ACTIONS", (("fail", "", failing),))

@@ -22,7 +22,7 @@ def test_the_guard_declines_and_an_ablation_opens_it(tmp_path: Path) -> None:
                 "search.gradient.steps=2",
                 "search.gradient.weights=[1.5]",
                 "search.gradient.learning_rate=0.5",
-                "search.gradient.listen=false",  # so short a walk would go on to stricter weights
+                "search.gradient.mine_refusals=false",  # so short a walk would go on to stricter weights
             ],
             reporter=NULL_REPORTER,
             stop=StopSignal(),

@@ -39,7 +39,7 @@ class Menu:
 
     def run(self) -> None:
         """Until the user quits. Raises Interrupted where a signal other than Ctrl-C ends the program."""
-        self.run_context.stop.take_back()
+        self.run_context.stop.reset()
         while True:
             self._show()
             try:
@@ -63,9 +63,9 @@ class Menu:
             stop.check()
             self.console.print()
         except Interrupted:
-            if not stop.at_keyboard:
+            if not stop.from_keyboard:
                 raise
-            stop.take_back()
+            stop.reset()
             self.console.print("Stopped. Everything finished is kept.")
 
     def _show(self) -> None:

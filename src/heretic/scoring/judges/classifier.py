@@ -62,7 +62,7 @@ class ClassifierJudge:
             return EVASIVE
         if label in self.refusing:
             return REFUSAL
-        return EVASIVE if self.evasion.seen_in(*said) else ANSWER
+        return EVASIVE if self.evasion.is_evasive(*said) else ANSWER
 
 
 def labels_of(settings: ClassifierSettings) -> tuple[set[int], set[int]]:

@@ -20,7 +20,7 @@ class Evasion:
     def __init__(self, phrases: Sequence[str] = ()) -> None:
         self.phrases = tuple(dict.fromkeys(normalize(p) for p in phrases))
 
-    def seen_in(self, request: str, answer: str) -> bool:
+    def is_evasive(self, request: str, answer: str) -> bool:
         """Whether a whole answer has no letter or digit, is a loop, has at most 40 words of which some deflect, or says the
         request again with at most 4 words more and nothing else."""
         if self.is_empty(answer):

@@ -51,7 +51,7 @@ class MarkerJudge:
     def _verdict(self, request: str, answer: str) -> Verdict:
         if self.refuses(answer):
             return REFUSAL
-        return EVASIVE if self.evasion.seen_in(request, answer) else ANSWER
+        return EVASIVE if self.evasion.is_evasive(request, answer) else ANSWER
 
     def _topic_refuses(self, normalized: str) -> bool:
         if self._of_the_request is None or not any(word in normalized for word in self.topic_words):
