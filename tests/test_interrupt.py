@@ -14,7 +14,7 @@ def test_once_sets_the_flag_and_twice_ends_at_once() -> None:
     stop = StopSignal()
     with pytest.raises(Interrupted), stop.on_signals():
         signal.raise_signal(signal.SIGINT)
-        assert stop.requested and stop.at_keyboard
+        assert stop.requested and stop.from_keyboard
         signal.raise_signal(signal.SIGINT)
         pytest.fail("the second one did not end it")
 
@@ -23,17 +23,17 @@ def test_a_stop_can_be_taken_back_and_asked_for_again() -> None:
     stop = StopSignal()
     with stop.on_signals():
         signal.raise_signal(signal.SIGINT)
-        stop.take_back()
+        stop.reset()
         stop.check()
         signal.raise_signal(signal.SIGTERM)
-        assert stop.requested and not stop.at_keyboard
+        assert stop.requested and not stop.from_keyboard
         with pytest.raises(Interrupted):
             stop.check()
 
 
 def test_while_somebody_types_ctrl_c_is_no_request_to_stop_but_a_termination_is() -> None:
     stop = StopSignal()
-    with stop.on_signals(), stop.idle():
+    with stop.on_signals(), stop.raise_immediately():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         stop.check()

@@ -57,7 +57,7 @@ def test_a_whole_life(
     assert report["verdict"] == "ready" and report["plan"]["loads"][0]["device"]["name"] == "cpu"
 
     ran = do()  # config.toml is found by itself
-    assert "Settings from config.toml" in ran and "Front of 4 trials" in ran and "Chosen: trial" in ran
+    assert "Settings from config.toml" in ran and "Pareto front of 4" in ran and "Selected: trial" in ran
     run = next(Path("runs").iterdir())
     assert "complete" in do("status")
     status = json.loads(do("status", run.name, "--json"))

@@ -115,7 +115,7 @@ def run(
             try:
                 export = execute(run_context, workers)
             except Interrupted:
-                if on_finished is None or not stop.at_keyboard:
+                if on_finished is None or not stop.from_keyboard:
                     raise
                 cut_short = True  # the exception itself is let go: it would keep the model in memory
             if on_finished is not None:

@@ -62,7 +62,7 @@ def test_from_the_screen_to_the_menu_to_an_export(config: Path) -> None:
     terminal.answer(">", "make bread", "/save", "/quit")
     terminal.answer("What next?", "q")
     assert terminal.end() == 0, "the study came to what was asked for last"
-    assert "A number from 1 to" in terminal.said and "Traceback" not in terminal.said
+    assert "number from 1 to" in terminal.said and "Traceback" not in terminal.said
     assert json.loads(Path("runs/mine/models/trial-0/manifest.json").read_text())["trial"] == 0
     assert len(json.loads(Path("runs/mine/chat.json").read_text())) == 2
     summary = read_status("mine", "runs", {}).summary
@@ -125,7 +125,7 @@ def test_what_goes_wrong_in_an_action_leads_back(monkeypatch: pytest.MonkeyPatch
     def failing(_: Menu) -> None:
         error = raised.pop(0)
         if isinstance(error, Interrupted):
-            run_context.stop.requested = run_context.stop.at_keyboard = True
+            run_context.stop.requested = run_context.stop.from_keyboard = True
         raise error
 
     monkeypatch.setattr(menu_module, "ACTIONS", (("fail", "", failing),))
