@@ -88,7 +88,7 @@ def test_stopped_in_the_middle_of_the_walk_the_same_command_goes_on(
             raise Interrupted
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(RunFolder, "keep_walk", cut)
+        patch.setattr(RunFolder, "save_path_state", cut)
         do(config)
     study = connect(storage_url("", Path("runs/run")))
     assert study.get_n_trials(1) == 0 and GRADIENT_PATH not in study.get_study_user_attrs(1)
@@ -142,7 +142,7 @@ def test_what_ends_the_walk_is_not_taken_for_a_reason_to_give_it_up(
         keep(folder, state)
 
     with monkeypatch.context() as patch, raises("disk"):
-        patch.setattr(RunFolder, "keep_walk", full)
+        patch.setattr(RunFolder, "save_path_state", full)
         do(config)
     again = do(config)
     assert [(r.params, r.scores.refused) for r in again.results] == [

@@ -90,12 +90,12 @@ def test_a_command_in_the_background_is_not_asked(tmp_path: Path) -> None:
         textwrap.dedent(
             """
             import os, signal, sys
-            from heretic.cli.ui.console import why_not_asked
+            from heretic.cli.ui.console import non_interactive_reason
             signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-            print("first:", repr(why_not_asked()))
+            print("first:", repr(non_interactive_reason()))
             if os.fork() == 0:
                 os.setpgid(0, 0)
-                print("second:", repr(why_not_asked()), flush=True)
+                print("second:", repr(non_interactive_reason()), flush=True)
                 os._exit(0)
             os.wait()
             """

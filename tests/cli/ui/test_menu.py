@@ -82,7 +82,7 @@ def test_twice_ends_it_at_once_and_the_menu_can_be_left_out(config: Path) -> Non
     assert not terminal.full_screen and "Stopped." in terminal.said and "What next?" not in terminal.said
     study = optuna.load_study(study_name="heretic", storage="sqlite:///runs/mine/study.db")
     kept = [t for t in study.get_trials() if t.state == TrialState.COMPLETE]
-    assert kept and all("scores" in t.user_attrs for t in kept)
+    assert kept and all("heretic:scores" in t.user_attrs for t in kept)
     fail_abandoned(study)  # as the next session does, where the second Ctrl-C came before the trial was marked
     assert {t.state for t in study.get_trials()} <= {TrialState.COMPLETE, TrialState.FAIL}
 
@@ -102,14 +102,14 @@ class Asked(Console):
 
 
 class Bare(RunContext):
-    """A desk without anything on it but a stop."""
+    """A run context with nothing but a stop signal."""
 
     def __init__(self) -> None:
         self.stop = StopSignal()
 
-    found = ()  # type: ignore[assignment]
-    before = None
-    picked = lambda self: None  # type: ignore[assignment]  # noqa: E731
+    results = ()  # type: ignore[assignment]
+    original_refusals = None
+    selected = lambda self: None  # type: ignore[assignment]  # noqa: E731
     folder = type("Folder", (), {"path": Path("runs/mine")})  # type: ignore[assignment]
 
 
