@@ -35,19 +35,19 @@ WALKING = (
 @pytest.fixture(autouse=True)
 def _no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     """These models "decline" with the letter e, whatever is taken out: without this the walk would go on to the last weight."""
-    monkeypatch.setattr(gradient, "MOST_FURTHER", 0)
+    monkeypatch.setattr(gradient, "MAX_EXTRA_WEIGHTS", 0)
 
 
 class Listener(NullReporter):
-    """Keeps what is said."""
+    """Stores messages and warnings."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self.said.append(text)
 
-    warn = say
+    warning = info
 
 
 def do(config: Path, *assignments: str, reporter: object = None) -> Outcome:
@@ -95,7 +95,7 @@ def test_stopped_in_the_middle_of_the_walk_the_same_command_goes_on(
     assert read_status("run", "runs", {}).gradient_path == "step 4 of 6"
     calls = []
     read = loss.Objective.evaluate
-    monkeypatch.setattr(loss.Objective, "read", lambda self, *a, **k: calls.append(1) or read(self, *a, **k))
+    monkeypatch.setattr(loss.Objective, "evaluate", lambda self, *a, **k: calls.append(1) or read(self, *a, **k))
     again = do(config)
     assert len(calls) == 2 + 1, "the two steps that were left, and the second point on prompts held back"
     assert [(r.params, r.scores.refused) for r in again.results] == [
