@@ -105,8 +105,6 @@ def reproduce(
         allow_pickle: Read base weights from pickle files.
         force: Rebuild even if the base model's files differ from the manifest's.
         wait: Wait for devices that another process holds.
-        reporter: Receives progress and warnings.
-        stop: Requests a stop.
 
     Raises:
         UserError: The manifest is unusable, or the base model is missing or differs.
