@@ -33,7 +33,7 @@ def test_a_stop_can_be_taken_back_and_asked_for_again() -> None:
 
 def test_while_somebody_types_ctrl_c_is_no_request_to_stop_but_a_termination_is() -> None:
     stop = StopSignal()
-    with stop.on_signals(), stop.idle():
+    with stop.on_signals(), stop.raise_immediately():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         stop.check()

@@ -30,13 +30,13 @@ __all__ = [
     "study",
 ]
 
-# Where each name is; looked up when it is first used, so that `import heretic` and the command's --help load no torch.
-_HOMES = {
+# Module of each public name, imported on first use, so that `import heretic` and the command's --help load no torch.
+_MODULES = {
     "Ablation": "heretic.ablation.ablation",
-    "Directions": "heretic.ablation.directions",
-    "StrengthKernel": "heretic.ablation.strength_kernel",
     "AblationSession": "heretic.pipeline.api",
+    "Directions": "heretic.ablation.directions",
     "Scores": "heretic.scoring.evaluator",
+    "StrengthKernel": "heretic.ablation.strength_kernel",
     "UserError": "heretic.errors",
     "load": "heretic.pipeline.api",
     "study": "heretic.pipeline.api",
@@ -44,13 +44,13 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'heretic' has no attribute {name!r}")
     from heretic.hardware.openmp import wait_passively
 
     wait_passively()
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULES])

@@ -1,11 +1,11 @@
-"""Errors a user can act on: what is wrong, where, and what to do. Anything else is a defect and keeps its traceback."""
+"""Errors that a user can fix, each with its place and its fix; any other exception is a defect and keeps its traceback."""
 
 from __future__ import annotations
 
 import errno
 
-# What a disk or a path does to a program, wherever in it: full, over quota, read-only, not allowed, failing, a name too long,
-# a file where a folder should be and the other way round, links in a circle, a network disk that is gone, a file too large.
+# Errors of disks and paths: full, over quota, read-only, not permitted, failing, name too long, not a folder, a folder,
+# circular links, stale network file, file too large.
 _NAMES = (
     "ENOSPC",
     "EDQUOT",
@@ -25,18 +25,18 @@ DISK_ERRNOS = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, na
 # Every exit status of every command; `heretic preflight` has its own: 0 ready, 1 will fail, 2 risky.
 EXIT_STATUSES = {
     0: "done",
-    1: "an error that you can put right",
-    2: "a wrong command line",
+    1: "user error, for example an invalid setting; the message says how to fix it",
+    2: "invalid command line",
     3: "another process holds a device or the run",
-    4: "the stored study was made with other settings",
-    5: "the exported model is not the model that was measured",
-    6: "the rebuilt model is not the one of the manifest",
+    4: "the stored study has other settings",
+    5: "the exported model differs from the measured model",
+    6: "the rebuilt model differs from the manifest's",
     130: "stopped by Ctrl-C or a signal",
 }
 
 
 class UserError(Exception):
-    """Something the user can fix; the command prints it without a traceback and exits with `exit_status`.
+    """An error that the user can fix; the command prints it without a traceback and exits with `exit_status`.
 
     `code` names the kind of error in kebab-case. It is stable: scripts and tests compare it, never the text.
     """
@@ -52,7 +52,7 @@ class UserError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        """One to three lines: what and the code, where, what to do."""
+        """Return one to three lines: the problem with its code, the place, the fix."""
         lines = [self.what if self.code == UserError.code else f"{self.what} [{self.code}]"]
         if self.where:
             lines.append(f"Where: {self.where}")
@@ -62,42 +62,42 @@ class UserError(Exception):
 
 
 def plain_line(text: str) -> str:
-    """Text on one line and without what steers a terminal: such characters are shown, not sent."""
+    """Escape line breaks and terminal control characters."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text; its kind where it has none."""
+    """Return the first line of an error's text, or its class name if the text is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def disk_error(error: OSError) -> UserError:
-    """What the disk has done, for one who can put it right."""
+    """Convert an error of the disk into a UserError."""
     name = str(error.filename or "")
     return UserError(
         f"{error.strerror or error}.",
         code="disk",
         where=name if len(name) < 300 else f"{name[:300]}…",
-        fix="make room, check the permissions or the name, then run the same command again; nothing finished is lost",
+        fix="free disk space or check permissions and name, then run the same command again; nothing finished is lost",
     )
 
 
 class OutOfMemory(UserError):
-    """Memory ran out where no batch could be made smaller."""
+    """Memory ran out and the batch could not be made smaller."""
 
     code = "out-of-memory"
 
 
 def memory_error(error: BaseException) -> OutOfMemory:
-    """Memory that ran out where no batch could be made smaller."""
+    """Convert an out-of-memory error into a UserError."""
     return OutOfMemory(
         f"Memory ran out: {first_line(error).rstrip('.')}.",
-        fix="make room (heretic preflight shows what is taken), then run the same command again; nothing finished is lost",
+        fix="free memory (heretic preflight shows the use), then run the same command again; nothing finished is lost",
     )
 
 
 class JudgeFailed(UserError):
-    """The judge gave no verdict. No trial is at fault: the run stops, and the trials under way are drawn again when it resumes."""
+    """The judge gave no verdict; the run stops, and resuming it samples the running trials again."""
 
     code = "judge-failed"
 
@@ -116,27 +116,27 @@ class BusyError(UserError):
 
 
 class StudyMismatch(UserError):
-    """A stored study was made with settings that give other results."""
+    """A stored study has settings that give other results."""
 
     exit_status = 4
     code = "study-mismatch"
 
 
 class VerificationFailed(UserError):
-    """The written model is not the model that was measured."""
+    """The written model differs from the measured model."""
 
     exit_status = 5
     code = "verification-failed"
 
 
 class NotReproduced(UserError):
-    """A model made again from its manifest differs from the one that the manifest is of."""
+    """A model rebuilt from its manifest differs from the manifest's model."""
 
     exit_status = 6
     code = "not-reproduced"
 
 
 class Interrupted(Exception):
-    """The user asked to stop (Ctrl-C, SIGTERM); everything finished so far is stored."""
+    """The user stopped the program (Ctrl-C, SIGTERM); all finished work is stored."""
 
     exit_status = 130

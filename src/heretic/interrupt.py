@@ -1,4 +1,4 @@
-"""Stopping in an orderly way: the first Ctrl-C (or SIGTERM) ends the work after the current batch, the second at once."""
+"""Graceful stop: the first Ctrl-C (or SIGTERM) ends the work after the current batch, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -11,52 +11,57 @@ from heretic.errors import Interrupted
 
 
 class StopSignal:
-    """A flag that signals set and that every loop over batches asks.
+    """A flag that signals set and that every loop over batches checks.
 
-    `at_keyboard` says that it was Ctrl-C, so somebody is there who can be asked what to do next.
+    `from_keyboard` is true after Ctrl-C: a user is present and can choose what to do next.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.from_keyboard = False
-        self._idle = False
+        self._immediate = False
 
     def check(self) -> None:
-        """Raise Interrupted if a stop was asked for."""
+        """Raise Interrupted if a stop was requested."""
         if self.requested:
             raise Interrupted
 
     def reset(self) -> None:
-        """Go on as if no stop had been asked for: the user was asked and wants more."""
+        """Cancel a requested stop; the user chose to continue."""
         self.requested = self.from_keyboard = False
 
     @contextmanager
-    def idle(self) -> Iterator[None]:
-        """While a person types or an answer may be cut short: Ctrl-C is a KeyboardInterrupt at once and no request to stop;
-        the other signals are both."""
-        self._idle = True
+    def raise_immediately(self) -> Iterator[None]:
+        """Within the context raise KeyboardInterrupt at once: for prompts and answers that may be interrupted.
+
+        Ctrl-C then requests no stop; the other signals also request one.
+        """
+        self._immediate = True
         try:
             yield
         finally:
-            self._idle = False
+            self._immediate = False
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Let SIGINT, SIGTERM and SIGHUP set the flag; a second one raises KeyboardInterrupt wherever the program is."""
+        """Let SIGINT, SIGTERM and SIGHUP set the flag; a second signal raises KeyboardInterrupt.
+
+        Raises Interrupted in place of a KeyboardInterrupt that leaves the context.
+        """
 
         def handle(number: int, _frame: FrameType | None) -> None:
-            at_keyboard = number == signal.SIGINT
-            if self._idle and at_keyboard:
+            from_keyboard = number == signal.SIGINT
+            if self._immediate and from_keyboard:
                 raise KeyboardInterrupt
-            again = self.requested or self._idle
-            self.requested, self.from_keyboard = True, at_keyboard
-            if again:
+            immediate = self.requested or self._immediate
+            self.requested, self.from_keyboard = True, from_keyboard
+            if immediate:
                 raise KeyboardInterrupt
 
-        names = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-        # What was ignored stays ignored: nohup and background jobs mean that.
-        heeded = [number for number in names if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, handle) for number in heeded}
+        signals = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+        # Ignored signals stay ignored: nohup and background jobs rely on it.
+        handled = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, handle) for number in handled}
         try:
             yield
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What the work tells whoever watches it; `heretic.cli.ui` shows it, everything else only calls it."""
+"""Interface for progress reports; `heretic.cli.ui` implements it."""
 
 from __future__ import annotations
 
@@ -8,47 +8,47 @@ from typing import Protocol
 
 
 class Stage(Protocol):
-    """One stretch of work with a known number of steps."""
+    """One stage of work with a number of steps."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """`steps` more are done; `note` says how things stand."""
+        """Add `steps` completed steps; `note` describes the current state."""
 
 
 class ProgressReporter(Protocol):
-    """Receives the course of the work."""
+    """Receives stages, messages and warnings."""
 
     @contextmanager
     def stage(self, name: str, total: int | None) -> Iterator[Stage]:
-        """A stretch of work begins; it ends with the context. `total` None: the number of steps is not known."""
+        """Open a stage that ends with the context; `total` None means that the number of steps is unknown."""
 
     def info(self, text: str) -> None:
-        """A fact worth a line."""
+        """Report a fact in one line."""
 
     def warning(self, text: str) -> None:
-        """Something the user should know and may want to change."""
+        """Report something that the user may want to change."""
 
 
-class _SilentStage:
+class _NullStage:
     def advance(self, steps: int = 1, note: str = "") -> None:
         pass
 
 
 class NullReporter:
-    """Nobody watches."""
+    """Discard all reports."""
 
     @contextmanager
     def stage(self, name: str, total: int | None) -> Iterator[Stage]:
-        """See Watcher."""
-        yield _SilentStage()
+        """See ProgressReporter."""
+        yield _NullStage()
 
     def info(self, text: str) -> None:
-        """See Watcher."""
+        """See ProgressReporter."""
 
     def warning(self, text: str) -> None:
-        """See Watcher."""
+        """See ProgressReporter."""
 
     def study_updated(self, summary: object) -> None:
-        """See StudyWatcher."""
+        """See StudyReporter."""
 
 
 NULL_REPORTER = NullReporter()

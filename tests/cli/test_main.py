@@ -57,7 +57,7 @@ def test_a_whole_life(
     assert report["verdict"] == "ready" and report["plan"]["loads"][0]["device"]["name"] == "cpu"
 
     ran = do()  # config.toml is found by itself
-    assert "Settings from config.toml" in ran and "Front of 4 trials" in ran and "Chosen: trial" in ran
+    assert "Settings from config.toml" in ran and "Pareto front of 4" in ran and "Selected: trial" in ran
     run = next(Path("runs").iterdir())
     assert "complete" in do("status")
     status = json.loads(do("status", run.name, "--json"))
@@ -128,7 +128,7 @@ def test_a_run_goes_on_by_its_name_and_says_so_to_scripts(
     assert more["trials"] == 4 and more["front"]
     assert Path(more["export"]["written_to"]) == Path("model").resolve()
     kept = Path("runs/mine/config.toml").read_text()
-    assert "n_trials = 4  # asked for later" in kept and "seed = 7  # HERETIC_SEED" in kept
+    assert "n_trials = 4  # added later" in kept and "seed = 7  # HERETIC_SEED" in kept
     assert do("runs/mine")["trials"] == 4, "it is complete"
     exported = do("export", "mine", "--trial", "1", "-o", "other")
     assert exported["trial"] == 1 and exported["verification"]["divergence"] < 1e-5

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from heretic.model.chat_format import ChatFormat
-from heretic.pipeline.benchmark import compared, difference_error, question
+from heretic.pipeline.benchmark import compare_results, difference_error, render_question
 from tests.helpers.command import heretic
 from tests.helpers.tiny import TEMPLATE, tiny_tokenizer
 
@@ -47,9 +47,9 @@ def test_what_is_no_mean_of_questions_gets_the_error_of_two_independent_numbers(
             "samples": {"t": [{"filter": "none", "doc_id": i, "perplexity": (1.0, 2)} for i in range(2)]},
         }
 
-    (row,) = compared(found(10.0, 3.0), found(11.0, 4.0))
+    (row,) = compare_results(found(10.0, 3.0), found(11.0, 4.0))
     assert (row.difference, row.difference_error, row.higher_is_better) == (1.0, 5.0, False)
-    assert compared(found(10.0, "N/A"), found(11.0, 4.0))[0].difference_error is None
+    assert compare_results(found(10.0, "N/A"), found(11.0, 4.0))[0].difference_error is None
 
 
 def test_a_question_closes_the_thinking_block_as_the_study_did() -> None:
@@ -59,10 +59,10 @@ def test_a_question_closes_the_thinking_block_as_the_study_did() -> None:
     )
     chat, asked = ChatFormat(tokenizer, "be good"), [{"role": "user", "content": "what is it"}]
     end = "<|end|><|assistant|><think>"
-    assert question(chat.answering("\n</think>\n\nFinal answer:"), asked).endswith(f"{end}\n</think>\n\n")
-    assert question(chat.answering("", {"think": False}), asked).endswith(f"{end}</think>")
-    assert question(chat.answering("sure"), asked).endswith(end), "where the user has left it open, it stays so"
-    assert "be good" not in question(chat, asked)
+    assert render_question(chat.answering("\n</think>\n\nFinal answer:"), asked).endswith(f"{end}\n</think>\n\n")
+    assert render_question(chat.answering("", {"think": False}), asked).endswith(f"{end}</think>")
+    assert render_question(chat.answering("sure"), asked).endswith(end), "where the user has left it open, it stays so"
+    assert "be good" not in render_question(chat, asked)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def _no_further(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Listener(NullReporter):
-    """Keeps what is said."""
+    """Stores messages and warnings."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -95,7 +95,7 @@ def test_stopped_in_the_middle_of_the_walk_the_same_command_goes_on(
     assert read_status("run", "runs", {}).gradient_path == "step 4 of 6"
     calls = []
     read = loss.Objective.evaluate
-    monkeypatch.setattr(loss.Objective, "read", lambda self, *a, **k: calls.append(1) or read(self, *a, **k))
+    monkeypatch.setattr(loss.Objective, "evaluate", lambda self, *a, **k: calls.append(1) or read(self, *a, **k))
     again = do(config)
     assert len(calls) == 2 + 1, "the two steps that were left, and the second point on prompts held back"
     assert [(r.params, r.scores.refused) for r in again.results] == [
@@ -115,15 +115,17 @@ def test_a_model_that_cannot_run_backwards_is_searched_with_kernels(
     monkeypatch.setattr(torch.autograd, "grad", refuse)
     listener = Listener()
     outcome = do(config, reporter=listener)
-    assert any("cannot be run backwards (derivative for aten::special is not implemented)" in s for s in listener.said)
+    assert any(
+        "does not support gradients (derivative for aten::special is not implemented)" in s for s in listener.said
+    )
     assert len(outcome.results) == 4 and "direction_scope" in outcome.results[0].params
 
 
 def test_a_model_that_hardly_declines_is_searched_with_kernels(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listener = Listener()
-    monkeypatch.setattr(strengths, "FEWEST_REFUSALS", 1000)
+    monkeypatch.setattr(strengths, "MIN_REFUSALS", 1000)
     outcome = do(config, reporter=listener)
-    assert any("declines hardly any of the prompts that give the direction" in s for s in listener.said)
+    assert any("refuses fewer than" in s for s in listener.said)
     assert len(outcome.results) == 4
 
 

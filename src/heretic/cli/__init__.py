@@ -1,1 +1,1 @@
-"""The command line: commands, options and everything that is printed."""
+"""Command-line interface."""

@@ -1,4 +1,4 @@
-"""The command line: which command is meant, and what an error becomes; the commands are in `commands/`."""
+"""Entry point: choose the command and turn errors into messages and exit statuses; the commands are in `commands/`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from heretic.errors import DISK_ERRNOS, Interrupted, UserError, disk_error, memo
 from heretic.hardware.openmp import wait_passively
 from heretic.settings.sources import DEFAULT_FILE
 
-# As --help lists the commands: what comes first in the life of a run comes first.
+# Order of the commands in --help: the order of a run's workflow.
 ORDER = (
     "run", "preflight", "status", "demo", "chat", "compare", "benchmark", "export", "upload", "reproduce", "directions", "report",
     "geometry", "evaluate", "config", "doctor",
@@ -38,15 +38,15 @@ def _version(argv: list[str]) -> bool:
 
 
 def shorthand(argv: list[str], commands: list[str]) -> list[str]:
-    """`heretic MODEL` and `heretic --config FILE` mean `heretic run …`; so does `heretic` alone where a config.toml lies."""
-    own = ("-h", "--help", "--install-completion", "--show-completion")
+    """Expand `heretic MODEL` and `heretic --config FILE` to `heretic run …`; `heretic` alone too if config.toml exists."""
+    app_options = ("-h", "--help", "--install-completion", "--show-completion")
     if not argv:
         return ["run"] if Path(DEFAULT_FILE).is_file() else argv
-    return argv if argv[0] in commands or argv[0] in own else ["run", *argv]
+    return argv if argv[0] in commands or argv[0] in app_options else ["run", *argv]
 
 
 def mistyped(name: str, commands: list[str]) -> UserError | None:
-    """What to say of a word that is no command, but nearly one, and nothing on this disk; None for anything else."""
+    """Return an error for a misspelled command; None if `name` is a command, a path, a run or unlike any command."""
     near = difflib.get_close_matches(name, commands, n=1, cutoff=0.75)
     if not near or name.startswith("-") or name in commands or Path(name).exists() or name in run_names(name):
         return None
@@ -57,58 +57,59 @@ def mistyped(name: str, commands: list[str]) -> UserError | None:
     )
 
 
-def guarded(job: Callable[[], Any]) -> int:
-    """Run a command; what a user can cause becomes one to three lines and an exit status."""
+def exit_status(command: Callable[[], Any]) -> int:
+    """Run a command and return its exit status; print errors that a user can fix in one to three lines."""
     try:
-        job()
+        command()
         if sys.stdout is not None:
-            sys.stdout.flush()  # a full disk is to be noticed here, not when the interpreter ends
+            sys.stdout.flush()  # raises here, not at the interpreter's exit, if the disk is full
     except UserError as error:
-        err.print(f"[bold red]Error:[/bold red] {escape_terminal(str(error))}", soft_wrap=True)
-        return error.exit_status
+        return _print_error(error)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output went away
+        if isinstance(error, BrokenPipeError):  # the reader of our output ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         if error.errno not in DISK_ERRNOS:
             raise
-        said = disk_error(error)
-        err.print(f"[bold red]Error:[/bold red] {escape_terminal(str(said))}", soft_wrap=True)
-        return said.exit_status
+        return _print_error(disk_error(error))
     except (RuntimeError, MemoryError) as error:
         from heretic.model.batching import out_of_memory
 
         if not out_of_memory(error):
             raise
-        err.print(f"[bold red]Error:[/bold red] {escape_terminal(str(memory_error(error)))}", soft_wrap=True)
-        return UserError.exit_status
+        return _print_error(memory_error(error))
     except Interrupted:
-        err.print("Stopped. Everything finished is kept; the same command goes on from here.")
+        err.print("Stopped. All finished work is kept; run the same command to continue.")
         return Interrupted.exit_status
-    except SystemExit as finished:
-        return finished.code if isinstance(finished.code, int) else 0
+    except SystemExit as exit_request:
+        return exit_request.code if isinstance(exit_request.code, int) else 0
     return 0
 
 
+def _print_error(error: UserError) -> int:
+    err.print(f"[bold red]Error:[/bold red] {escape_terminal(str(error))}", soft_wrap=True)
+    return error.exit_status
+
+
 def main() -> None:
-    """The command `heretic`."""
+    """Run the command `heretic`."""
     wait_passively()
     argv = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a character that the terminal does not know ends nothing
+            stream.reconfigure(errors="backslashreplace")  # a character outside the terminal's encoding must not raise
     if _version(argv):
         print(f"heretic {__version__}")
         sys.exit(0)
     commands = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
     arguments = shorthand(argv, commands)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and arguments[:1] != ["run"]:
-        err.print("[bold red]Error:[/bold red] Under torchrun there is only heretic run.\nTo fix: leave torchrun out")
+        err.print("[bold red]Error:[/bold red] torchrun supports only heretic run.\nTo fix: run without torchrun")
         sys.exit(1)
 
-    def job() -> None:
+    def command() -> None:
         if argv and (problem := mistyped(argv[0], commands)):
             raise problem
         app(args=arguments, prog_name="heretic")
 
-    sys.exit(guarded(job))
+    sys.exit(exit_status(command))

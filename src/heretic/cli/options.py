@@ -1,4 +1,4 @@
-"""What the commands share: the application, the options that several have, and where output goes."""
+"""The application, options shared by several commands, and the consoles."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from heretic.settings.sources import DEFAULT_FILE, Resolved, resolve
 if TYPE_CHECKING:
     from heretic.search.summary import StudyReporter
 
-# Heavy imports (torch, transformers, optuna) happen inside the commands, so that --help and errors come at once.
+# The commands import torch, transformers and optuna inside their bodies, so that --help and errors appear at once.
 
 app = typer.Typer(
     name="heretic",
-    help="Directional ablation of language models: find the refusal direction, project it out, search the strengths.",
+    help="Directional ablation of language models: find the refusal direction, remove it from the weights, tune the ablation.",
     epilog="Exit status: " + "; ".join(f"{number} {meaning}" for number, meaning in EXIT_STATUSES.items()) + ".",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -31,7 +31,7 @@ app = typer.Typer(
 
 
 def run_names(incomplete: str) -> list[str]:
-    """For the shell's completion: runs that begin so, of the folder that is configured here."""
+    """Complete names of runs in the configured folder, for the shell."""
     try:
         root = Path(resolve(environment=os.environ).settings.runs_dir)
     except UserError:
@@ -40,18 +40,16 @@ def run_names(incomplete: str) -> list[str]:
 
 
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help=f"Settings file; {DEFAULT_FILE} here is found by itself.")
+    Path | None, typer.Option("--config", "-c", help=f"Settings file; default: {DEFAULT_FILE} in the current folder.")
 ]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", "-s", help="Any setting, as key=value; may be given often.")
-]
+SetOption = Annotated[list[str] | None, typer.Option("--set", "-s", help="Any setting, as key=value; can be repeated.")]
 ModelArgument = Annotated[
     str | None, typer.Argument(help="Hub id, local folder, or .gguf file.", metavar="MODEL", show_default=False)
 ]
 RunArgument = Annotated[
     str | None,
     typer.Argument(
-        help="Name or folder of a run; the newest if left out.",
+        help="Name or folder of a run; default: the newest.",
         metavar="RUN",
         show_default=False,
         autocompletion=run_names,
@@ -61,13 +59,13 @@ NamedRunArgument = Annotated[
     str, typer.Argument(help="Name or folder of a run.", metavar="RUN", autocompletion=run_names)
 ]
 RunsOption = Annotated[
-    str | None, typer.Option("--runs-dir", help="Folder that holds the runs; left out: as configured.")
+    str | None, typer.Option("--runs-dir", help="Folder of the runs; default: the setting runs_dir.")
 ]
 WaitOption = Annotated[bool, typer.Option("--wait", help="Wait for devices that another process holds.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to standard error.")]
-PublicOption = Annotated[bool, typer.Option("--public", help="Let everyone see what is uploaded; else it is private.")]
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Upload without being asked.")]
-PlainOption = Annotated[bool, typer.Option("--plain", help="Plain lines instead of bars and screens.")]
+PublicOption = Annotated[bool, typer.Option("--public", help="Make the upload public; default: private.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Upload without asking.")]
+PlainOption = Annotated[bool, typer.Option("--plain", help="Plain lines instead of progress bars and full screens.")]
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -76,27 +74,27 @@ err = Console(stderr=True, highlight=False)
 def read_settings(
     file: Path | None, assignments: list[str] | None, options: dict[str, Any], *, quiet: bool = False
 ) -> Resolved:
-    """Settings from every source; says which file was read."""
+    """Resolve the settings from all sources and print the file's name unless `quiet`."""
     resolved = resolve(file, options, assignments or (), os.environ)
     if resolved.origin("storage") in ("option", "--set storage"):
-        keep_off_the_command_line(resolved.settings.storage)
+        reject_password_on_command_line(resolved.settings.storage)
     if resolved.file is not None and not quiet:
         out.print(f"Settings from {escape_terminal(str(resolved.file))}")
     return resolved
 
 
 def require_own_settings(run: str, what: str, where: str) -> UserError:
-    """For who names a run together with what the run has already."""
+    """Return the error for an option that conflicts with an existing run."""
     return UserError(
         f"{run} is a run and has its own {what}.",
         code="conflicting-options",
         where=where,
-        fix="leave this out, or name the model instead of the run",
+        fix="omit this option, or name the model instead of the run",
     )
 
 
-def keep_off_the_command_line(storage: str) -> None:
-    """Raise UserError for a storage URL with a secret: everybody on the machine can read the command lines of all processes."""
+def reject_password_on_command_line(storage: str) -> None:
+    """Raise UserError for a storage URL with a password: every user of the machine can read command lines."""
     if not storage:
         return
     from heretic.storage.url import masked
@@ -111,12 +109,12 @@ def keep_off_the_command_line(storage: str) -> None:
 
 
 def configured_runs(option: str | None) -> str:
-    """The folder of runs: the option, or what the settings here say."""
+    """Return the folder of runs: the option, or the setting runs_dir."""
     return option or resolve(environment=os.environ).settings.runs_dir
 
 
 def reporter_for(
     as_json: bool = False, plain: bool = False, title: str = "", stop: StopSignal | None = None
 ) -> StudyReporter:
-    """Who shows the work; standard output is kept for what was asked for as JSON."""
+    """Return the reporter; with JSON it writes to standard error."""
     return make_reporter(err if as_json else out, plain=plain, title=title, stop=stop)

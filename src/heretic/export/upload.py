@@ -181,7 +181,7 @@ def _hidden(path: Path) -> bool:
 def _at_once(stop: StopSignal) -> Iterator[None]:
     """Ctrl-C ends an upload at once: what was sent stays sent."""
     try:
-        with stop.idle():
+        with stop.raise_immediately():
             yield
     except KeyboardInterrupt:
         raise Interrupted from None

@@ -1,1 +1,1 @@
-"""The main job and what is done with its results."""
+"""The run and the actions on its results."""

@@ -1,6 +1,6 @@
-"""Work on what exists already: the trials of a finished or unfinished run, and any model.
+"""Actions on the trials of a run (export, chat, compare) and on any model (evaluate, residual geometry).
 
-What is done with a trial takes a `Desk`, so that a command and the menu do it the same way.
+Actions on a trial take a `RunContext`, so that commands and the menu share them.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from heretic.settings import Settings
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An export on command: the trial, why it was chosen, what the original scored, and the proven model."""
+    """An export of one trial."""
 
     result: Result
-    reason: str
-    before: int
-    export: Export
+    reason: str  # why this trial was selected
+    before: int  # refusals of the original
+    export: Export  # the verified model
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -67,12 +67,12 @@ def open_run(
     reporter: StudyReporter,
     stop: StopSignal,
 ) -> Iterator[RunContext]:
-    """Hold a run's devices and folder while its trials are worked with; `form` is another format to export in.
+    """Open a run and hold the locks of its devices and folder; `form` overrides the export format.
 
     Raises UserError if there is no such run.
     """
     folder = find_run(name, runs_dir)
-    folder.create()  # it is there; where it cannot be written, that is said of this run, not of where new runs go
+    folder.create()  # it exists; an unwritable folder fails here with this run's name
     fixed = {"runs_dir": str(folder.path.parent), "run_name": folder.name, "save_to": "", "export_format": form}
     resolved = load_run_settings(folder, os.environ, fixed, assignments)
     settings = resolved.settings
@@ -90,24 +90,24 @@ def open_run(
 
 
 def export_from_run(run_context: RunContext, trial: int | None, destination: Path) -> ExportResult:
-    """Write one trial of a run to `destination`. Raises UserError if there is no such trial or the place is taken."""
+    """Write one trial of a run to `destination`. Raises UserError for an unknown trial or an occupied destination."""
     result, reason = run_context.result(trial)
     check_destination(destination, run_context.folder.name)
     before = run_context.session().baseline.refusals
     return ExportResult(result, reason, before, export_trial(run_context, result, destination))
 
 
-# (messages, with the edit, what to do with every piece of text) -> the whole answer
+# (messages, with the edit, callback for each piece of text) -> the complete answer
 GenerateFn = Callable[[Sequence[dict[str, str]], bool, Callable[[str], None]], str]
 
 
 def start_chat(run_context: RunContext, trial: int | None, tokens: int) -> tuple[Result, GenerateFn]:
-    """A trial's model and the original to talk to, on the same loaded weights; answers have at most so many tokens."""
+    """Return a trial and a function that answers with its model or the original, in at most `tokens` tokens."""
     result, _ = run_context.result(trial)
     session = run_context.session()
     model_context, ablation = session.context, run_context.space.from_params(result.params)
 
-    def say(messages: Sequence[dict[str, str]], ablated: bool, on_text: Callable[[str], None]) -> str:
+    def generate(messages: Sequence[dict[str, str]], ablated: bool, on_text: Callable[[str], None]) -> str:
         encoded = model_context.chat.tokens(model_context.chat.conversation(messages))
         room = model_context.language_model.context - len(encoded)
         if room < 1:
@@ -119,17 +119,19 @@ def start_chat(run_context: RunContext, trial: int | None, tokens: int) -> tuple
         with session.applied(*[ablation] * ablated):
             return stream_answer(model_context.language_model, encoded, min(tokens, room), on_text)
 
-    return result, say
+    return result, generate
 
 
-def compare(run_context: RunContext, trials: Sequence[int], asked: Sequence[str], tokens: int) -> list[dict[str, str]]:
-    """For every prompt the greedy answers of the original and of trials, by `original` and `trial N`."""
+def compare(
+    run_context: RunContext, trials: Sequence[int], prompts: Sequence[str], tokens: int
+) -> list[dict[str, str]]:
+    """Return for every prompt the greedy answers of the original and of trials, under `original` and `trial N`."""
     named = {f"trial {number}": run_context.result(number)[0] for number in trials}
     session = run_context.session()
     model_context, space = session.context, run_context.space
-    encoded = model_context.chat.encode(asked)
+    encoded = model_context.chat.encode(prompts)
     check_length("prompts", encoded, model_context.language_model.context, tokens)
-    found = [{"prompt": prompt} for prompt in asked]
+    rows = [{"prompt": prompt} for prompt in prompts]
 
     def step(batch: Batch) -> list[list[int]]:
         return decode(model_context.language_model.model, batch, tokens, model_context.language_model.end_tokens)
@@ -137,17 +139,16 @@ def compare(run_context: RunContext, trials: Sequence[int], asked: Sequence[str]
     for model, result in {"original": None, **named}.items():
         edits = [space.from_params(result.params)] if result else []
         with session.applied(*edits):
-            for row, said in zip(found, model_context.batcher.run(model, encoded, step), strict=True):
-                row[model] = model_context.chat.text(said)
-    return found
+            for row, answer in zip(rows, model_context.batcher.run(model, encoded, step), strict=True):
+                row[model] = model_context.chat.text(answer)
+    return rows
 
 
 def residual_geometry(
     settings: Settings, folder: RunFolder | None, *, wait: bool, reporter: StudyReporter, stop: StopSignal
 ) -> ResidualGeometry:
-    """How a model's residuals lie on the training prompts: as a run's folder holds it, else measured on the loaded model and, with
-    a folder, kept there."""
-    settings = settings.model_copy(update={"save_to": ""})  # nothing is written, so no place for it has to be free
+    """Return the residual geometry on the training prompts: stored in the run's folder, else measured and stored there."""
+    settings = settings.model_copy(update={"save_to": ""})  # nothing is exported, so the destination is not checked
     stored = folder.load_geometry() if folder else None
     if stored is not None:
         return stored
@@ -155,16 +156,15 @@ def residual_geometry(
         inputs = prepare_run(settings, force=False, reporter=reporter)
         model_context = load_model_context(settings, inputs.checkpoint, inputs.prompts, inputs.plan, reporter, stop)
         with unloaded_after(model_context.language_model.model):
-            found = measure_residual_geometry(model_context)
+            geometry = measure_residual_geometry(model_context)
         if folder is not None:
-            inputs.folder.save_geometry(found)
-        return found
+            inputs.folder.save_geometry(geometry)
+        return geometry
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model measured on the configured sets; `divergence` from `against` if that was given. `declined` has a digit for every
-    request, as in `Scores`."""
+    """Measurements of a model on the configured prompt sets."""
 
     model: str
     against: str | None
@@ -172,8 +172,8 @@ class Evaluation:
     refusals: int
     evasive: int
     total: int
-    refused: str
-    divergence: Divergence | None
+    refused: str  # a digit for every request, as in `Scores`
+    divergence: Divergence | None  # from `against`, if set
     harmless_metrics: HarmlessMetrics | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class Evaluation:
         shown.append(("evasive", f"{self.evasive} of {self.total}"))
         if self.harmless_metrics:
             shown.append(
-                ("harmless declined", f"{self.harmless_metrics.over_refusals} of {self.harmless_metrics.total}")
+                ("harmless refused", f"{self.harmless_metrics.over_refusals} of {self.harmless_metrics.total}")
             )
             shown.append(
                 ("harmless degenerate", f"{self.harmless_metrics.degenerate} of {self.harmless_metrics.total}")
@@ -198,7 +198,7 @@ class Evaluation:
 
 
 def evaluate_judge(settings: Settings, reporter: StudyReporter, stop: StopSignal) -> Agreement:
-    """The judge that the settings name, on the answers that ship with the project."""
+    """Measure the configured judge on the bundled hand-labeled answers."""
     return agreement(make_judge(settings, JudgeContext(None, reporter, stop)), labeled_answers())
 
 
@@ -211,21 +211,23 @@ def evaluate_model(
     reporter: StudyReporter,
     stop: StopSignal,
 ) -> Evaluation:
-    """Refusals of `settings.model`, and its divergence from `against`; one model is in memory at a time. `revisions` are those of
-    the two; left out: for both what the settings say."""
-    own, others = revisions or (settings.revision, settings.revision)
-    settings = settings.model_copy(update={"save_to": "", "revision": own})  # nothing is written
+    """Measure the refusals of `settings.model` and its divergence from `against`; one model is in memory at a time.
+
+    `revisions` are those of the model and of `against`; default: the settings' revision for both.
+    """
+    revision, against_revision = revisions or (settings.revision, settings.revision)
+    settings = settings.model_copy(update={"save_to": "", "revision": revision})  # nothing is exported
     with device_lock(settings, wait=wait, reporter=reporter, stop=stop):
         judge = make_judge(settings, JudgeContext(None, reporter, stop))
         baseline = start = None
         answered: Sequence[list[int]] = ()
         if against is not None:
-            original = settings.model_copy(update={"model": against, "revision": others})
-            model_context = _bench(original, reporter, stop, judge)
+            original = settings.model_copy(update={"model": against, "revision": against_revision})
+            model_context = _load_for_evaluation(original, reporter, stop, judge)
             with unloaded_after(model_context.language_model.model):
                 baseline, answered = original_log_probs(model_context)
             start = model_context.answer_start
-        model_context = _bench(settings, reporter, stop, judge, start)
+        model_context = _load_for_evaluation(settings, reporter, stop, judge, start)
         with unloaded_after(model_context.language_model.model):
             return _evaluate(model_context, against, baseline, answered)
 
@@ -260,7 +262,7 @@ def _evaluate(
     )
 
 
-def _bench(
+def _load_for_evaluation(
     settings: Settings, reporter: StudyReporter, stop: StopSignal, judge: Judge, start: AnswerStart | None = None
 ) -> ModelContext:
     inputs = prepare_run(settings, force=False, reporter=reporter)

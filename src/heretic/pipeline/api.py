@@ -1,9 +1,7 @@
-"""heretic from Python: in a few lines what the commands do, on the same paths. docs/python.md shows it.
+"""Python interface; see docs/python.md.
 
-with load("MODEL", n_trials=50) as lab:
-    edit = lab.ablation(attention=1.0)
-    with lab.attach(edit):
-        ...
+with load("MODEL", n_trials=50) as session:
+    with session.attach(session.ablation(attention=1.0)) as model: ...
 """
 
 from __future__ import annotations
@@ -47,10 +45,16 @@ from heretic.settings.sources import Resolved, resolve
 def study(
     model: str = "", *, config: str | Path | None = None, reporter: StudyReporter = NULL_REPORTER, **settings: Any
 ) -> Outcome:
-    """`heretic run`: directions, trials, choice, and export if `save_to` is set; resumes. Raises UserError.
+    """Run or resume a study like `heretic run`: directions, trials, selection, and export if `save_to` is set.
 
-    Settings are named as in a settings file, tables are dictionaries: `search={"start": "kernels"}`. As for the command, a
-    `config.toml` in the current folder and HERETIC_ variables count too.
+    Args:
+        model: Hub id, local folder or .gguf file.
+        config: Settings file; default: `config.toml` in the current folder. HERETIC_ variables apply too.
+        reporter: Receives progress and warnings.
+        settings: Settings by their names; tables are dictionaries: `search={"start": "kernels"}`.
+
+    Raises:
+        UserError: A setting, the model or the machine does not allow the run.
     """
     return run(_resolved(model, config, settings), reporter=reporter, stop=StopSignal())
 
@@ -58,27 +62,29 @@ def study(
 def load(
     model: str = "", *, config: str | Path | None = None, reporter: StudyReporter = NULL_REPORTER, **settings: Any
 ) -> AblationSession:
-    """A model ready for ablations: loaded, with its directions and its answers measured, or read from its run's folder if they
-    are there. Settings as for `study`. Its devices and its run are held until the lab is closed. Raises UserError."""
+    """Load a model with its directions and baseline, measured or read from its run's folder.
+
+    Arguments as for `study`. Holds the locks of the devices and of the run until the session is closed. Raises UserError.
+    """
     resolved, stop = _resolved(model, config, settings), StopSignal()
-    with ExitStack() as held:
-        held.enter_context(device_lock(resolved.settings, wait=False, reporter=reporter, stop=stop))
+    with ExitStack() as locks:
+        locks.enter_context(device_lock(resolved.settings, wait=False, reporter=reporter, stop=stop))
         inputs = prepare_run(resolved.settings, force=False, reporter=reporter)
         inputs.folder.create()
-        opened = held.enter_context(open_locked_study(inputs, wait=False, reporter=reporter, stop=stop))
-        run_context = RunContext(resolved, inputs, opened, reporter, stop)
+        open_study = locks.enter_context(open_locked_study(inputs, wait=False, reporter=reporter, stop=stop))
+        run_context = RunContext(resolved, inputs, open_study, reporter, stop)
         run_context.save_settings()
         run_context.session()
-        return AblationSession(run_context, held.pop_all())
+        return AblationSession(run_context, locks.pop_all())
 
 
 @dataclass
 class AblationSession:
-    """A loaded model and what is known of it; closed at the end of a `with`, or by `close`."""
+    """A loaded model with its directions and baseline; closed at the end of a `with` block or by `close`."""
 
     run_context: RunContext
-    _held: ExitStack = field(repr=False)
-    _own: Directions | None = field(default=None, repr=False)
+    _locks: ExitStack = field(repr=False)
+    _custom_directions: Directions | None = field(default=None, repr=False)
 
     def __enter__(self) -> AblationSession:
         return self
@@ -89,42 +95,44 @@ class AblationSession:
         self.close()
 
     def close(self) -> None:
-        """Let go of the model, of its devices and of its run."""
+        """Release the model, its devices and its run."""
         self.run_context.unload()
-        self._held.close()
+        self._locks.close()
 
     @property
     def session(self) -> Session:
-        """The model in memory with all that measures it; loaded again after an export."""
+        """The loaded model with everything that measures it; an export unloads it, the next use loads it again."""
         session = self.run_context.session()
-        if self._own is None or session.operator_factory.directions is self._own:
+        if self._custom_directions is None or session.operator_factory.directions is self._custom_directions:
             return session
-        self.run_context.loaded = replace(session, operator_factory=operator_factory_for(session.context, self._own))
+        self.run_context.loaded = replace(
+            session, operator_factory=operator_factory_for(session.context, self._custom_directions)
+        )
         return self.run_context.loaded
 
     @property
     def settings(self) -> Settings:
-        """What it was loaded with."""
+        """The settings of the session."""
         return self.run_context.settings
 
     @property
     def model(self) -> Any:
-        """The model itself, of transformers; within `attach` it is ablated."""
+        """The transformers model; ablated within `attach`."""
         return self.session.context.language_model.model
 
     @property
     def tokenizer(self) -> Any:
-        """Its tokenizer, of transformers."""
+        """The transformers tokenizer."""
         return self.session.context.language_model.tokenizer
 
     @property
     def num_layers(self) -> int:
-        """Number of its blocks."""
+        """Number of transformer blocks."""
         return self.session.context.language_model.structure.num_layers
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Kinds of writers that it has, such as attention and mlp."""
+        """Kinds of residual writers of the model, such as attention and mlp."""
         return self.session.context.language_model.structure.components
 
     @property
@@ -134,45 +142,51 @@ class AblationSession:
 
     @directions.setter
     def directions(self, vectors: Tensor) -> None:
-        """Go on with vectors of one's own [layers, width], which are scaled to norm 1. Raises UserError for another shape."""
-        wanted = tuple(self.directions.vectors.shape)
-        if tuple(vectors.shape) != wanted:
+        """Use custom directions [layers, width], normalized to 1. Raises UserError for another shape."""
+        expected = tuple(self.directions.vectors.shape)
+        if tuple(vectors.shape) != expected:
             raise UserError(
-                f"The directions have shape {tuple(vectors.shape)}, but this model needs {wanted}.",
+                f"The directions have shape {tuple(vectors.shape)}, but this model needs {expected}.",
                 code="shape-mismatch",
                 fix="pass one vector of the hidden size for each layer",
             )
-        self._own = Directions(torch.nn.functional.normalize(vectors.float(), dim=-1))
+        self._custom_directions = Directions(torch.nn.functional.normalize(vectors.float(), dim=-1))
 
     def geometry(self) -> ResidualGeometry:
-        """How harmful and harmless residuals lie to each other, layer by layer."""
+        """Return the geometry of harmful and harmless residuals in every layer."""
         stored = self.run_context.folder.load_geometry()
         return stored if stored is not None else measure_residual_geometry(self.session.context)
 
     def trial(self, number: int | None = None) -> Ablation:
-        """The ablation of a trial of its run, or of the one that the settings prefer. Raises UserError."""
+        """Return the ablation of a trial of the run, or of the selected one. Raises UserError."""
         return self.run_context.space.from_params(self.run_context.result(number)[0].params)
 
     def ablation(
         self, direction_index: float | None = None, **strengths: float | Sequence[float] | StrengthKernel
     ) -> Ablation:
-        """An ablation by its strengths, a component each: a number for all layers, one a layer, or a kernel.
+        """Create an ablation from the strengths of each component.
 
-        `direction_index` is the layer whose direction is removed everywhere; without it each layer's own is. Raises UserError for
-        a component that the model does not have, or a wrong number of layers.
+        Args:
+            direction_index: Layer whose direction is removed in all layers; None: each layer's own direction.
+            strengths: By component, one number for all layers, one number for each layer, or a kernel.
+
+        Raises:
+            UserError: The model lacks a component, or the number of strengths is not its number of layers.
         """
         profiles: dict[str, tuple[float, ...]] = {}
-        for component, given in strengths.items():
+        for component, strength in strengths.items():
             if component not in self.components:
                 raise UserError(
                     f"The model has no component '{component}'.",
                     code="unknown-component",
                     fix=f"one of: {', '.join(self.components)}",
                 )
-            if isinstance(given, StrengthKernel):
-                profile = tuple(given.strength(layer) for layer in range(self.num_layers))
+            if isinstance(strength, StrengthKernel):
+                profile = tuple(strength.strength(layer) for layer in range(self.num_layers))
+            elif isinstance(strength, (int, float)):
+                profile = (float(strength),) * self.num_layers
             else:
-                profile = (float(given),) * self.num_layers if isinstance(given, (int, float)) else tuple(given)
+                profile = tuple(strength)
             if len(profile) != self.num_layers:
                 raise UserError(
                     f"{component} has {len(profile)} strengths, but the model has {self.num_layers} layers.",
@@ -185,17 +199,17 @@ class AblationSession:
 
     @contextmanager
     def attach(self, ablation: Ablation) -> Iterator[Any]:
-        """Within the context the model is ablated; gives the model. The weights are not touched."""
+        """Ablate the model within the context and yield it; the weights stay unchanged."""
         with self.session.applied(ablation):
             yield self.model
 
     def score(self, ablation: Ablation | None = None) -> Scores:
-        """Refusals and KL divergence on the evaluation prompts, measured in full; without an ablation of the original."""
+        """Measure refusals and KL divergence on all evaluation prompts; without an ablation, those of the original."""
         with self.session.applied(*([] if ablation is None else [ablation])):
             return self.session.context.evaluator.score(self.session.baseline.log_probs)
 
     def answers(self, prompts: Sequence[str], ablation: Ablation | None = None, tokens: int = 100) -> list[str]:
-        """Greedy answers of at most so many tokens, through the chat template."""
+        """Return greedy answers of at most `tokens` tokens, through the chat template."""
         model_context = self.session.context
         encoded = model_context.chat.encode(prompts)
         check_length("prompts", encoded, model_context.language_model.context, tokens)
@@ -204,27 +218,27 @@ class AblationSession:
             return decode(model_context.language_model.model, batch, tokens, model_context.language_model.end_tokens)
 
         with self.session.applied(*([] if ablation is None else [ablation])):
-            return [model_context.chat.text(said) for said in model_context.batcher.run("Answers", encoded, step)]
+            return [model_context.chat.text(answer) for answer in model_context.batcher.run("Answers", encoded, step)]
 
     def export(self, ablation: Ablation, destination: str | Path) -> Export:
-        """`heretic export` of this ablation: write the model, load it again, prove it. Raises UserError and VerificationFailed."""
-        place, folder = expand_user(destination), self.run_context.folder
-        check_destination(place, folder.name)
-        given = Result(MANUAL_TRIAL, ablation.as_dict(), self.score(ablation))
+        """Write the ablated model like `heretic export`, and verify it. Raises UserError and VerificationFailed."""
+        target, folder = expand_user(destination), self.run_context.folder
+        check_destination(target, folder.name)
+        result = Result(MANUAL_TRIAL, ablation.as_dict(), self.score(ablation))
         space = _ManualSpace(self.settings.search, self.num_layers, self.components)
-        job = plan_export(self.session, self.run_context.inputs.plan, space, given, folder, place)
+        job = plan_export(self.session, self.run_context.inputs.plan, space, result, folder, target)
         self.run_context.unload()
         return write_export(job, self.run_context.reporter, self.run_context.stop)
 
 
-MANUAL_TRIAL = -1  # in place of a trial's number, of an ablation that no trial has drawn
+MANUAL_TRIAL = -1  # trial number of an ablation that no trial sampled
 
 
 class _ManualSpace(SearchSpace):
-    """Of ablations that no trial has drawn: their parameters are themselves."""
+    """Search space of ablations that no trial sampled: the parameters are the ablation itself."""
 
     def from_params(self, params: Mapping[str, Any]) -> Ablation:
-        """What `Ablation.as_dict` gave."""
+        """Return the ablation from `Ablation.as_dict`."""
         return Ablation(**params)
 
 

@@ -1,4 +1,4 @@
-"""lm-eval's tasks on a trial and on the original, on the same loaded weights, with standard errors of the difference."""
+"""lm-eval tasks on a trial and on the original, on the same loaded weights, with standard errors of the difference."""
 
 from __future__ import annotations
 
@@ -25,28 +25,27 @@ from heretic.progress import Stage
 from heretic.runs.environment import versions
 from heretic.session.session import Session
 
-MOST_ROWS = 16  # questions are longer than prompts
-LONGEST_NAME = 80  # characters of a file's name that tell the tasks
+MAX_ROWS = 16  # questions are longer than prompts
+MAX_LABEL_CHARACTERS = 80  # of the task names in a file's name
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Names of tasks, groups or tags; `include` is a folder with task files of one's own; `limit` questions of each task at
-    most; `chat`: ask through the chat template; `batch_size` 0: chosen."""
+    """The tasks to run and how to run them."""
 
-    names: Sequence[str]
-    include: Path | None = None
-    limit: int | None = None
-    chat: bool = False
-    batch_size: int = 0
+    names: Sequence[str]  # of tasks, groups or tags
+    include: Path | None = None  # folder with the user's own task files
+    limit: int | None = None  # maximum number of questions per task
+    chat: bool = False  # use the chat template
+    batch_size: int = 0  # 0: automatic
 
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one task. `difference` is ablated minus original; errors are standard errors, None where not known.
+    """One metric of one task; errors are standard errors, None if unknown.
 
-    The error of the difference is that of the questions' own differences where the metric is a mean over questions: both
-    models answer the same ones, so what makes a question hard cancels out.
+    If the metric is a mean over questions, the error of the difference is that of the paired differences: both models answer
+    the same questions, so that the questions' difficulty cancels.
     """
 
     task: str
@@ -67,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What came out, and the file in the run's folder that holds it."""
+    """Results, and the file in the run's folder that holds them."""
 
     trial: int
     rows: list[Row]
@@ -79,28 +78,25 @@ class Benchmark:
 
 
 def benchmark_trial(run_context: RunContext, trial: int | None, tasks: Tasks) -> Benchmark:
-    """Answer the tasks with the original and with a trial. Raises UserError where lm-eval is missing or refuses a task."""
-    manager = _manager(tasks)
+    """Run the tasks on the original and on a trial. Raises UserError if lm-eval is missing or a task fails."""
+    manager = _task_manager(tasks)
     result, _ = run_context.result(trial)
     session = run_context.session()
     measured = []
     for name, edits in (("Original", []), (f"Trial {result.number}", [run_context.space.from_params(result.params)])):
         with run_context.reporter.stage(f"{name}: {', '.join(tasks.names)}", None) as stage, session.applied(*edits):
             measured.append(_evaluate(session, run_context, manager, tasks, stage))
-    label = re.sub(r"[^\w.-]+", "-", "+".join(tasks.names))[:LONGEST_NAME]
-    found = Benchmark(
-        result.number,
-        compared(*measured),
-        run_context.folder.path / "benchmarks" / f"trial-{result.number}.{label}.json",
-    )
-    found.file.parent.mkdir(mode=0o700, exist_ok=True)
-    asked = {"limit": tasks.limit, "chat": tasks.chat, "versions": versions()}
-    write_text(found.file, json.dumps({**found.as_dict(), **asked}, indent=2) + "\n", private=True)
-    return found
+    label = re.sub(r"[^\w.-]+", "-", "+".join(tasks.names))[:MAX_LABEL_CHARACTERS]
+    file = run_context.folder.path / "benchmarks" / f"trial-{result.number}.{label}.json"
+    outcome = Benchmark(result.number, compare_results(*measured), file)
+    file.parent.mkdir(mode=0o700, exist_ok=True)
+    conditions = {"limit": tasks.limit, "chat": tasks.chat, "versions": versions()}
+    write_text(file, json.dumps({**outcome.as_dict(), **conditions}, indent=2) + "\n", private=True)
+    return outcome
 
 
-def compared(original: Mapping[str, Any], ablated: Mapping[str, Any]) -> list[Row]:
-    """Two results of lm-eval as rows, one a task and metric."""
+def compare_results(original: Mapping[str, Any], ablated: Mapping[str, Any]) -> list[Row]:
+    """Convert two results of lm-eval to rows, one for each task and metric."""
     rows = []
     for task, metrics in original["results"].items():
         for key, value in metrics.items():
@@ -108,8 +104,8 @@ def compared(original: Mapping[str, Any], ablated: Mapping[str, Any]) -> list[Ro
             other = ablated["results"].get(task, {}).get(key)
             if not kind or metric.endswith("_stderr") or not all(isinstance(v, (int, float)) for v in (value, other)):
                 continue
-            errors = [_number(r["results"][task].get(f"{metric}_stderr,{kind}")) for r in (original, ablated)]
-            pairs = [_answers(r, task, metric, kind, v) for r, v in ((original, value), (ablated, other))]
+            errors = [_finite_number(r["results"][task].get(f"{metric}_stderr,{kind}")) for r in (original, ablated)]
+            pairs = [_values_per_question(r, task, metric, kind, v) for r, v in ((original, value), (ablated, other))]
             questions = original["n-samples"].get(task, {}).get("effective", 0)
             paired = difference_error(*pairs)
             better = original["higher_is_better"].get(task, {}).get(metric)
@@ -122,7 +118,7 @@ def compared(original: Mapping[str, Any], ablated: Mapping[str, Any]) -> list[Ro
                     original_error=errors[0],
                     ablated=float(other),
                     ablated_error=errors[1],
-                    difference_error=_independent(*errors) if paired is None else paired,
+                    difference_error=_unpaired_error(*errors) if paired is None else paired,
                     higher_is_better=better is not False,
                 )
             )
@@ -130,36 +126,38 @@ def compared(original: Mapping[str, Any], ablated: Mapping[str, Any]) -> list[Ro
 
 
 def difference_error(before: Sequence[float] | None, after: Sequence[float] | None) -> float | None:
-    """Standard error of the mean of paired differences; None without pairs."""
+    """Return the standard error of the mean of paired differences; None without pairs."""
     if before is None or after is None or len(before) != len(after) or len(before) < 2:
         return None
     differences = [b - a for a, b in zip(before, after, strict=True)]
     return statistics.stdev(differences) / math.sqrt(len(differences))
 
 
-def _independent(a: float | None, b: float | None) -> float | None:
-    """Too large where both answered the same questions, but all that can be said of what is no mean over questions."""
+def _unpaired_error(a: float | None, b: float | None) -> float | None:
+    """Return the error for independent samples: an upper estimate if both models answered the same questions."""
     return None if a is None or b is None else math.hypot(a, b)
 
 
-def _answers(found: Mapping[str, Any], task: str, metric: str, kind: str, value: float) -> list[float] | None:
-    """The metric of every question, where the task's value is their mean."""
+def _values_per_question(
+    result: Mapping[str, Any], task: str, metric: str, kind: str, value: float
+) -> list[float] | None:
+    """Return the metric of every question if the task's value is their mean, otherwise None."""
     samples = sorted(
-        (s for s in found.get("samples", {}).get(task, []) if s["filter"] == kind), key=lambda s: s["doc_id"]
+        (s for s in result.get("samples", {}).get(task, []) if s["filter"] == kind), key=lambda s: s["doc_id"]
     )
-    answers = [_number(s.get(metric)) for s in samples]
-    known = [a for a in answers if a is not None]
-    if not known or len(known) < len(answers) or not math.isclose(statistics.fmean(known), value, abs_tol=1e-9):
+    values = [_finite_number(s.get(metric)) for s in samples]
+    known = [v for v in values if v is not None]
+    if not known or len(known) < len(values) or not math.isclose(statistics.fmean(known), value, abs_tol=1e-9):
         return None
     return known
 
 
-def _number(value: Any) -> float | None:
+def _finite_number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _manager(tasks: Tasks) -> Any:
-    """lm-eval's index of tasks. Raises UserError without lm-eval or without such a task."""
+def _task_manager(tasks: Tasks) -> Any:
+    """Return lm-eval's index of tasks. Raises UserError without lm-eval or for an unknown task."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
@@ -173,10 +171,10 @@ def _manager(tasks: Tasks) -> Any:
             where=str(tasks.include),
             fix="pass an existing folder to --include-path",
         )
-    own = str(tasks.include.resolve()) if tasks.include else None
-    manager = TaskManager(include_path=own, include_defaults=False)
-    if not set(tasks.names) <= set(manager.all_tasks):  # reading lm-eval's own thousands of tasks takes seconds
-        manager = TaskManager(include_path=own)
+    include_path = str(tasks.include.resolve()) if tasks.include else None
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not set(tasks.names) <= set(manager.all_tasks):  # reading lm-eval's thousands of tasks takes seconds
+        manager = TaskManager(include_path=include_path)
     for name in tasks.names:
         if name not in manager.all_tasks:
             raise UserError(
@@ -188,9 +186,11 @@ def _manager(tasks: Tasks) -> Any:
     return manager
 
 
-def question(chat: ChatFormat, messages: Sequence[Mapping[str, str]]) -> str:
-    """A conversation of a task, rendered as in the study: a thinking block that the template opens is closed. The study's own
-    beginning of answers and its system prompt are left out, since tasks have theirs."""
+def render_question(chat: ChatFormat, messages: Sequence[Mapping[str, str]]) -> str:
+    """Render a task's conversation as in the study: close a thinking block that the template opens.
+
+    Omits the study's response prefix and system prompt, since tasks have their own.
+    """
     text = replace(chat, system_prompt="", response_prefix="").conversation(messages)
     opened = open_block(text, messages[-1]["content"])
     closed = opened and MARKERS[opened].strip() in chat.response_prefix
@@ -198,32 +198,32 @@ def question(chat: ChatFormat, messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def _evaluate(session: Session, run_context: RunContext, manager: Any, tasks: Tasks, stage: Stage) -> Any:
-    """lm-eval's results of the model as it is at the moment. What it prints is left out; Ctrl-C is heeded at every pass."""
+    """Return lm-eval's results for the model in its current state; suppresses its output, checks for a stop at every pass."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     model_context = session.context
     model, settings = model_context.language_model, model_context.settings
     trusted = model.checkpoint.model in settings.trust_remote_code
-    tokenizer = load_tokenizer(model.checkpoint, trusted, read_template(settings))  # its own: it is changed
+    tokenizer = load_tokenizer(model.checkpoint, trusted, read_template(settings))  # a copy: lm-eval changes it
 
-    class Asked(HFLM):
+    class ChatModel(HFLM):
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             if add_generation_prompt:
-                return question(model_context.chat, chat_history)
+                return render_question(model_context.chat, chat_history)
             return str(super().apply_chat_template(chat_history, add_generation_prompt))
 
-    def heed(*_: object) -> None:
+    def before_forward(*_: object) -> None:
         run_context.stop.check()
         stage.advance()
 
     quiet = io.StringIO()
-    handle = model.model.register_forward_pre_hook(heed)
+    handle = model.model.register_forward_pre_hook(before_forward)
     try:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            rows = tasks.batch_size or min(MOST_ROWS, model_context.batcher.size)
+            rows = tasks.batch_size or min(MAX_ROWS, model_context.batcher.size)
             return simple_evaluate(
-                model=Asked(pretrained=model.model, tokenizer=tokenizer, batch_size=rows),
+                model=ChatModel(pretrained=model.model, tokenizer=tokenizer, batch_size=rows),
                 tasks=list(tasks.names),
                 task_manager=manager,
                 limit=tasks.limit,
@@ -235,7 +235,7 @@ def _evaluate(session: Session, run_context: RunContext, manager: Any, tasks: Ta
             )
     except (Interrupted, KeyboardInterrupt, UserError):
         raise
-    except Exception as error:  # whatever a task, its data set or its code raises: lm-eval has no errors of its own
+    except Exception as error:  # tasks, data sets and their code raise anything: lm-eval has no exceptions of its own
         if out_of_memory(error):
             raise UserError(
                 "Out of memory.", code="out-of-memory", where="the benchmark", fix="pass --batch-size 1"

@@ -1,4 +1,4 @@
-"""The walk of a study: read from it, gone on with from the run's folder, or made, on the prompts that give the direction."""
+"""Gradient search of a study on the training prompts: load its path, resume it from the run's folder, or run it."""
 
 from __future__ import annotations
 
@@ -30,26 +30,28 @@ from heretic.storage.compute_once import LOCAL, ComputeOnce
 
 log = logging.getLogger(__name__)
 
-ANSWER_TOKENS = 16  # in which an answer to a training prompt must have declined
-FEWEST_REFUSALS = 4  # of the training prompts
+ANSWER_TOKENS = 16  # tokens of an answer to a training prompt, in which it must refuse
+MIN_REFUSALS = 4  # refused training prompts that a search needs
 
 
 def run_gradient_search(
     study: optuna.Study, session: Session, folder: RunFolder, compute_once: ComputeOnce = LOCAL
 ) -> GradientPath | None:
-    """The study's walk, made if it has none yet and no other worker makes it; None where the search begins with kernels
-    alone."""
+    """Return the study's gradient path; run the search if the study has none, unless another worker runs it.
+
+    Returns None if the settings start with kernels only. A failed search gives a path with a `failure_reason`.
+    """
     settings = session.context.settings
     if settings.search.start == "kernels":
         return None
-    with compute_once.once("the walk", lambda: GradientPath.load(study) is not None):
+    with compute_once.once("the gradient path", lambda: GradientPath.load(study) is not None):
         gradient_path = GradientPath.load(study)
         if gradient_path is None:
             gradient_path = _search(session, folder)
-            free_memory()  # what its passes kept
+            free_memory()  # release the memory of its passes
             gradient_path.save(study)
     if gradient_path.failure_reason:
-        session.context.batcher.reporter.warning(f"The search begins with kernels: {gradient_path.failure_reason}")
+        session.context.batcher.reporter.warning(f"The search starts with kernels: {gradient_path.failure_reason}")
     return gradient_path
 
 
@@ -57,68 +59,66 @@ def _search(session: Session, folder: RunFolder) -> GradientPath:
     model_context = session.context
     structure = model_context.language_model.structure
     if size() > 1:
-        return GradientPath((), "under tensor parallelism it is not made; a study that has one keeps it.")
+        return GradientPath((), "gradient search does not support tensor parallelism.")
     if any(writer.offloaded for writer in structure.writers):
-        return GradientPath(
-            (), "part of the weights waits outside the devices, and gradients would bring all of it in."
-        )
+        return GradientPath((), "part of the weights is offloaded, and gradients need all weights on the devices.")
     problem = prepare(session)
     if problem is None:
-        return GradientPath((), "the model declines hardly any of the prompts that give the direction.")
+        return GradientPath((), f"the model refuses fewer than {MIN_REFUSALS} training prompts.")
     try:
         return GradientPath(tuple(_optimize(session, folder, problem)))
     except OutOfMemory as error:
         if problem.objective.checkpoints:
             return GradientPath((), error.what)
-        log.info("blocks are computed twice: %s", error.what)
+        log.info("gradient checkpointing: %s", error.what)
         try:
             return GradientPath(tuple(_optimize(session, folder, problem.with_gradient_checkpointing())))
-        except OutOfMemory as again:
-            return GradientPath((), again.what)
+        except OutOfMemory as second_error:
+            return GradientPath((), second_error.what)
     except (RuntimeError, NotImplementedError) as error:
-        if is_device_error(error):  # that passes, and a walk that was given up is given up for good
+        if is_device_error(error):  # temporary, while a failed search is final
             raise
-        log.info("no walk", exc_info=True)
-        return GradientPath((), f"this model cannot be run backwards ({str(error).splitlines()[0]}).")
+        log.info("gradient search failed", exc_info=True)
+        return GradientPath((), f"the model does not support gradients ({str(error).splitlines()[0]}).")
 
 
 @dataclass(frozen=True)
 class GradientProblem:
-    """What the walk learns from: the objective, the declined prompts in its order, their places in `harmful_train`, and how
-    passes over them keep what the original's blocks receive."""
+    """Objective of a gradient search and the prompts behind it."""
 
     session: Session
     objective: Objective
-    refused: Sequence[list[int]]
-    prompt_indices: Sequence[int]
-    reserved_bytes: Callable[[TeacherForcedTexts], TeacherForcedTexts]
+    refused: Sequence[list[int]]  # tokens of the refused prompts, in the objective's order
+    prompt_indices: Sequence[int]  # their indices in `harmful_train`
+    with_activation_cache: Callable[
+        [TeacherForcedTexts], TeacherForcedTexts
+    ]  # caches the inputs of the original's blocks
 
     def mine_refusals(self, ablation: Ablation) -> tuple[list[MinedRefusals], int]:
-        """What is still declined under an ablation in other words than those known from the original, and how many prompts are in
-        whatever words."""
+        """Return the refusals under an ablation that differ from the known ones, and the number of refused prompts."""
         model_context, known = self.session.context, self.objective.harmful.texts
         with self.session.applied(ablation):
             refusals = _refusals(model_context, self.refused)
-        found = zip(refusals.tokens, refusals.refused, strict=True)
-        words = [
-            (row, list(tokens[: len(known[row])])) for row, (tokens, refused) in enumerate(found) if refused and tokens
+        answers = zip(refusals.tokens, refusals.refused, strict=True)
+        texts = [
+            (row, list(tokens[: len(known[row])]))
+            for row, (tokens, refused) in enumerate(answers)
+            if refused and tokens
         ]
-        return [(row, text) for row, text in words if text != known[row]], refusals.count
+        return [(row, text) for row, text in texts if text != known[row]], refusals.count
 
-    def add_refusal_targets(self, heard: Sequence[MinedRefusals]) -> Objective:
-        """The objective with these refusals besides."""
+    def add_refusal_targets(self, mined: Sequence[MinedRefusals]) -> Objective:
+        """Return the objective with these refusals as additional targets."""
         known = self.objective.harmful
-        prompts = [*self.refused, *(self.refused[row] for row, _ in heard)]
-        return replace(
-            self.objective,
-            harmful=self.reserved_bytes(TeacherForcedTexts.of(prompts, [*known.texts, *(t for _, t in heard)])),
-        )
+        prompts = [*self.refused, *(self.refused[row] for row, _ in mined)]
+        texts = TeacherForcedTexts.of(prompts, [*known.texts, *(text for _, text in mined)])
+        return replace(self.objective, harmful=self.with_activation_cache(texts))
 
-    def optimizer(self, keep: Callable[[OptimizerState], None]) -> PathOptimizer:
-        """The walk as the settings say; `keep` receives its state after every step."""
+    def optimizer(self, save_state: Callable[[OptimizerState], None]) -> PathOptimizer:
+        """Return the optimizer with the run's settings; `save_state` receives its state after every step."""
         model_context = self.session.context
         gradient, components = model_context.settings.search.gradient, model_context.language_model.structure.components
-        listen = self.mine_refusals if gradient.mine_refusals else None
+        mine_refusals = self.mine_refusals if gradient.mine_refusals else None
         reporter, stop = model_context.batcher.reporter, model_context.batcher.stop
         return PathOptimizer(
             self.objective,
@@ -127,28 +127,29 @@ class GradientProblem:
             model_context.settings.seed,
             reporter,
             stop,
-            keep,
-            listen,
+            save_state,
+            mine_refusals,
             self.add_refusal_targets,
         )
 
     def with_gradient_checkpointing(self) -> GradientProblem:
-        """The same with blocks computed twice, from the first one on."""
-        known = self.objective
-        harmless, harmful = (replace(taught, entries=None) for taught in (known.harmless, known.harmful))
+        """Return the same problem with gradient checkpointing and without activation caches."""
+        harmless, harmful = (
+            replace(texts, entries=None) for texts in (self.objective.harmless, self.objective.harmful)
+        )
         objective = replace(self.objective, harmless=harmless, harmful=harmful, checkpoints=True)
-        return replace(self, objective=objective, reserved_bytes=lambda taught: taught)
+        return replace(self, objective=objective, with_activation_cache=lambda texts: texts)
 
 
 def _optimize(session: Session, folder: RunFolder, problem: GradientProblem) -> list[PathPoint]:
-    """From where an earlier session or try has come to."""
-    state = folder.load_path_state(session.context.batcher.reporter) or begin(session)
+    """Run the search from the stored state of an earlier session or attempt, if there is one."""
+    state = folder.load_path_state(session.context.batcher.reporter) or initial_state(session)
     state.counted_by(problem.prompt_indices)
     return problem.optimizer(folder.save_path_state).run(state)
 
 
-def begin(session: Session) -> OptimizerState:
-    """Where the walk begins."""
+def initial_state(session: Session) -> OptimizerState:
+    """Return the optimizer's initial state."""
     model_context = session.context
     kind = model_context.settings.search.gradient.direction
     return OptimizerState.begin(
@@ -157,44 +158,53 @@ def begin(session: Session) -> OptimizerState:
 
 
 def prepare(session: Session) -> GradientProblem | None:
-    """What the walk minimizes: prompts with the beginnings of the original's answers, and how to read an ablation off them.
+    """Return the problem of the gradient search: teacher-forced refusals and harmless answers of the original.
 
-    None where too few of the prompts are declined.
+    Returns None if the original refuses fewer than MIN_REFUSALS of the prompts.
     """
     model_context = session.context
     gradient, model = model_context.settings.search.gradient, model_context.language_model
-    asked, harmless = (model_context.encoded[role][: gradient.prompts] for role in ("harmful_train", "harmless_train"))
-    refusals = _refusals(model_context, asked)
-    places = [i for i, (d, t) in enumerate(zip(refusals.refused, refusals.tokens, strict=True)) if d and t]
-    if len(places) < FEWEST_REFUSALS:
+    # 1. Collect the original's refusals and the beginnings of its harmless answers
+    requests, harmless = (
+        model_context.encoded[role][: gradient.prompts] for role in ("harmful_train", "harmless_train")
+    )
+    refusals = _refusals(model_context, requests)
+    indices = [i for i, (r, t) in enumerate(zip(refusals.refused, refusals.tokens, strict=True)) if r and t]
+    if len(indices) < MIN_REFUSALS:
         return None
-    refused = [asked[i] for i in places]
-    harmful = TeacherForcedTexts.of(refused, [list(refusals.tokens[i][: gradient.refusal_tokens]) for i in places])
+    refused = [requests[i] for i in indices]
+    harmful = TeacherForcedTexts.of(refused, [list(refusals.tokens[i][: gradient.refusal_tokens]) for i in indices])
     answered = TeacherForcedTexts.of(
         harmless, answer_prefixes(model, harmless, model_context.batcher, gradient.kl_tokens)
     )
     original = log_probs_at(model, answered, model_context.batcher)
+    # 2. Fit the batches with gradients into memory
     rows, checkpoints = rows_with_gradients(model, max(map(len, (*harmful.sequences, *answered.sequences))))
     batcher = replace(model_context.batcher, size=min(rows, model_context.batcher.size))
-    log.info("%d rows in a pass with gradients%s", batcher.size, ", blocks computed twice" if checkpoints else "")
-    later = not checkpoints and supports_mid_stack_start(model.model, model.structure.blocks, harmless, batcher)
+    log.info("%d rows per pass with gradients%s", batcher.size, ", gradient checkpointing" if checkpoints else "")
+    cached = not checkpoints and supports_mid_stack_start(model.model, model.structure.blocks, harmless, batcher)
 
-    def kept(taught: TeacherForcedTexts) -> TeacherForcedTexts:
-        return (
-            replace(taught, entries=allocate_activation_cache(model, taught.sequences, batcher, with_cache=False))
-            if later
-            else taught
-        )
+    def with_activation_cache(texts: TeacherForcedTexts) -> TeacherForcedTexts:
+        if not cached:
+            return texts
+        return replace(texts, entries=allocate_activation_cache(model, texts.sequences, batcher, with_cache=False))
 
+    # 3. Build the objective
     objective = Objective(
-        model, session.operator_factory, batcher, kept(answered), kept(harmful), original, checkpoints
+        model,
+        session.operator_factory,
+        batcher,
+        with_activation_cache(answered),
+        with_activation_cache(harmful),
+        original,
+        checkpoints,
     )
-    return GradientProblem(session, objective, refused, places, kept)
+    return GradientProblem(session, objective, refused, indices, with_activation_cache)
 
 
-def _refusals(model_context: ModelContext, asked: Sequence[list[int]]) -> RefusalCount:
-    """Which of the prompts the model as it is now declines, and the words with which it does."""
-    fewest = model_context.settings.search.gradient.refusal_tokens
+def _refusals(model_context: ModelContext, requests: Sequence[list[int]]) -> RefusalCount:
+    """Return which prompts the model refuses in its current state, with the tokens of the answers."""
+    min_tokens = model_context.settings.search.gradient.refusal_tokens
     texts = dict(
         zip(
             map(tuple, model_context.encoded["harmful_train"]), model_context.prompts.harmful_train.prompts, strict=True
@@ -203,26 +213,26 @@ def _refusals(model_context: ModelContext, asked: Sequence[list[int]]) -> Refusa
     return count_refusals(
         model_context.language_model,
         model_context.chat,
-        asked,
+        requests,
         model_context.evaluator.judge,
         model_context.batcher,
         ANSWER_TOKENS,
-        requests=[texts[tuple(prompt)] for prompt in asked],
-        fewest_tokens=fewest,
+        requests=[texts[tuple(prompt)] for prompt in requests],
+        fewest_tokens=min_tokens,
     )
 
 
 def rows_with_gradients(model: LanguageModel, tokens: int) -> tuple[int, bool]:
-    """How many rows of so many tokens a pass with gradients takes, and whether blocks have to be computed twice for it."""
-    shape = ModelDims.of(model.model.config.get_text_config(decoder=True), model.model)
+    """Return the rows of `tokens` tokens that fit in a pass with gradients, and whether that needs gradient checkpointing."""
+    dims = ModelDims.of(model.model.config.get_text_config(decoder=True), model.model)
     budget = int(SHARE_FOR_GRADIENTS * _free_memory(model))
-    return shape.rows_with_gradients(budget, tokens, on_cpu=_on_cpu(model))
+    return dims.rows_with_gradients(budget, tokens, on_cpu=_on_cpu(model))
 
 
 def _free_memory(model: LanguageModel) -> int:
-    """Bytes free on the fullest device that the model runs on."""
-    devices = {block_device for block_device in _devices(model) if block_device.type == "cuda"}
-    return min((torch.cuda.mem_get_info(d)[0] for d in devices), default=memory()[1])
+    """Return the free bytes of the model's fullest device."""
+    gpus = {device for device in _devices(model) if device.type == "cuda"}
+    return min((torch.cuda.mem_get_info(gpu)[0] for gpu in gpus), default=memory()[1])
 
 
 def _on_cpu(model: LanguageModel) -> bool:

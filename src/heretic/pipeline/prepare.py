@@ -1,4 +1,4 @@
-"""Everything that is looked at before a run: checkpoint, prompts, devices, the memory plan and the preflight."""
+"""Preparation of a run: checkpoint, prompts, devices, memory plan and preflight."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from heretic.storage.url import on_server
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run works on, looked at but not loaded."""
+    """Inputs of a run; the model is not loaded yet."""
 
     settings: Settings
     checkpoint: Checkpoint
@@ -49,9 +49,11 @@ def prepare_run(
     reporter: ProgressReporter,
     on_report: Callable[[preflight.PreflightReport], None] = lambda _: None,
 ) -> RunInputs:
-    """Preflight, and the inputs that it looked at; the judge is tried where there is `judging` to do. Raises UserError if the run
-    would fail, unless forced."""
-    free_memory()  # reference cycles of an earlier model would count as memory that is taken
+    """Run the preflight and return its inputs; with `judging` it also tries the judge.
+
+    Raises UserError if the run would fail, unless `force` is set.
+    """
+    free_memory()  # reference cycles of an earlier model would count as used memory
     require_name(settings.model)  # before prompts are fetched from the hub
     read_prompts = functools.cache(lambda: load_all(settings.prompts))
     report = run_preflight(settings, read_prompts, judging=judging)
@@ -84,8 +86,7 @@ def run_preflight(
     *,
     judging: bool = True,
 ) -> preflight.PreflightReport:
-    """The preflight of these settings; `read_prompts` for a caller that goes on to use what was read, `imagined` GPUs for a
-    machine that is not this one."""
+    """Run the preflight; `read_prompts` lets the caller reuse the prompts, `virtual` GPUs stand for another machine."""
     return preflight.run_preflight(
         settings,
         checkpoint_loader=lambda: open_model(settings, download_weights=False),
@@ -99,11 +100,11 @@ def run_preflight(
 
 
 def check_storage(settings: Settings) -> None:
-    """Raise UserError if the study could not be stored."""
+    """Raise UserError if the study cannot be stored."""
     if on_server(settings.storage):
         connect(settings.storage)
         return
-    file = settings.storage.removeprefix("sqlite:///")  # looked at, not opened: opening would create it
+    file = settings.storage.removeprefix("sqlite:///")  # not opened: that would create it
     root = Path(file).parent if file else Path(settings.runs_dir)
     existing = next(p for p in (root, *root.resolve().parents) if p.exists())
     try:

@@ -1,12 +1,12 @@
-"""A model made again from its base and its manifest, without a study, and compared with the one that the manifest is of."""
+"""Rebuild of an exported model from its base and its manifest, without a study, and comparison of the two."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -55,16 +55,12 @@ WORDS: Mapping[Verdict, str] = {
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What the rebuilt weights are to those that the manifest was written for.
-
-    `files`: by name, whether a written file has the manifest's hash. `changed`: versions, device and files of the base that are not
-    what they were. `why`: what the verdict rests on, besides the hashes.
-    """
+    """Comparison of the rebuilt weights with the exported ones."""
 
     verdict: Verdict
-    files: Mapping[str, bool]
-    changed: tuple[str, ...]
-    why: str
+    files: Mapping[str, bool]  # by name, whether a written file has the manifest's hash
+    changed: tuple[str, ...]  # versions, device and base files that differ from the manifest's
+    why: str  # reason for the verdict
     difference: Difference | None
     destination: Path | None
 
@@ -98,63 +94,82 @@ def reproduce(
     reporter: ProgressReporter,
     stop: StopSignal,
 ) -> Reproduction:
-    """Make the model of a manifest again, in `destination` or only to compare it.
+    """Rebuild the model of a manifest and compare it with the exported one.
 
-    `base` is where the base model is now; `trust` lets it run Python code of its own, `allow_pickle` be read from pickle files;
-    `force` goes on where its files are not those of the manifest. Raises UserError: a manifest that cannot be used, a base that is
-    not to be had or not the same.
+    Args:
+        path: The manifest or the folder of the exported model.
+        destination: Folder for the rebuilt model; None: compare only.
+        base: Base model; None: the manifest's.
+        device_map: As the setting.
+        trust: Let the base model run its own Python code.
+        allow_pickle: Read base weights from pickle files.
+        force: Rebuild even if the base model's files differ from the manifest's.
+        wait: Wait for devices that another process holds.
+
+    Raises:
+        UserError: The manifest is unusable, or the base model is missing or differs.
     """
+    # 1. Read the manifest and check the base model
     manifest, data = read_manifest(path)
     home = path if path.is_dir() else path.parent
     destination = None if destination is None else expand_user(destination)
     directions = read_directions(manifest, home)
     if destination is not None:
-        _check_place(destination, home, manifest.run)
+        _check_rebuild_destination(destination, home, manifest.run)
     settings = _settings(manifest, base or manifest.model.name, device_map, template_file(manifest, home))
-    checkpoint = _open(manifest, base, trust, allow_pickle)
-    changed = _differs("base", *_base_files(manifest, checkpoint, reporter, stop))
+    checkpoint = _open_base(manifest, base, trust, allow_pickle)
+    changed = _changes("base", *_base_hashes(manifest, checkpoint, reporter, stop))
     if changed and not force:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UserError(
-            f"The base model differs from the manifest's: {'; '.join(changed[:3])}{more}.",
-            code="manifest-mismatch",
-            where=str(checkpoint.folder),
-            fix="name the right one with --base, or rebuild from this one anyway with --force",
-        )
+        _raise_changed_base(checkpoint, changed)
     with device_lock(settings, wait=wait, reporter=reporter, stop=stop):
-        place = (destination or Path("reproduced")).resolve()
+        target = (destination or Path("reproduced")).resolve()
         if destination is not None:
-            check_unchanged(place, stop)
-        partial = staging_dir(place)
+            check_unchanged(target, stop)
+        staging = staging_dir(target)
         try:
-            order, written, where = _rebuild(manifest, checkpoint, settings, directions, trust, partial, reporter, stop)
-            changed += _differs("versions", manifest.versions, versions())
-            changed += _differs("computed", {"on": manifest.computed_on}, {"on": where})
-            changed += _differs("base", manifest.copied.sha256, written.hashes.get("copied", {}))
+            # 2. Write the model
+            request, written, device = _rebuild(
+                manifest, checkpoint, settings, directions, trust, staging, reporter, stop
+            )
+            # 3. Compare it with the manifest
+            changed += _changes("versions", manifest.versions, versions())
+            changed += _changes("computed", {"on": manifest.computed_on}, {"on": device})
+            changed += _changes("base", manifest.copied.sha256, written.hashes.get("copied", {}))
             changed = list(dict.fromkeys(changed))
-            found = _verdict(manifest, home, partial, written, changed, destination, reporter, stop)
+            result = _compare(manifest, home, staging, written, changed, destination, reporter, stop)
+            # 4. Describe the model and move it to its destination
             if destination is not None:
-                told = {"from_sha256": sha256(_file(path)), **found.as_dict()}
-                describe_rebuilt(Rebuilt(data, home, told, found.words), partial, order, written, stop)
-                commit(partial, place, reporter)
+                description = {"from_sha256": sha256(_manifest_file(path)), **result.as_dict()}
+                describe_rebuilt(Rebuilt(data, home, description, result.words), staging, request, written, stop)
+                commit(staging, target, reporter)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"The model cannot be written: {error}",
                 code="file-unwritable",
-                where=str(partial.parent),
-                fix="make room, then run the same command again",
+                where=str(staging.parent),
+                fix="free disk space, then run the same command again",
             ) from None
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return found
+            shutil.rmtree(staging, ignore_errors=True)
+    return result
 
 
-def _file(path: Path) -> Path:
+def _raise_changed_base(checkpoint: Checkpoint, changed: Sequence[str]) -> NoReturn:
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    raise UserError(
+        f"The base model differs from the manifest's: {'; '.join(changed[:3])}{more}.",
+        code="manifest-mismatch",
+        where=str(checkpoint.folder),
+        fix="name the right base model with --base, or rebuild from this one with --force",
+    )
+
+
+def _manifest_file(path: Path) -> Path:
     return path / MANIFEST if path.is_dir() else path
 
 
-def _check_place(destination: Path, home: Path, run: str) -> None:
-    """Raise UserError if the destination holds anything but an earlier reproduction of this run."""
+def _check_rebuild_destination(destination: Path, home: Path, run: str) -> None:
+    """Raise UserError if the destination holds anything but an earlier rebuild of this run."""
     if destination.resolve() == home.resolve():
         raise UserError(
             "The destination is the manifest's own folder, which heretic does not overwrite.",
@@ -163,8 +178,8 @@ def _check_place(destination: Path, home: Path, run: str) -> None:
             fix="name another folder",
         )
     check_destination(destination, run)
-    held = destination / MANIFEST
-    if held.is_file() and '"reproduced": {' not in held.read_text(encoding="utf-8", errors="replace"):
+    existing = destination / MANIFEST
+    if existing.is_file() and '"reproduced": {' not in existing.read_text(encoding="utf-8", errors="replace"):
         raise UserError(
             "The destination holds an export, which heretic does not overwrite.",
             code="destination-is-export",
@@ -174,14 +189,16 @@ def _check_place(destination: Path, home: Path, run: str) -> None:
 
 
 def _settings(manifest: Manifest, source: str, device_map: str, template: Path | None) -> Settings:
-    """What of the manifest's settings writing depends on; never what code to trust or what files to read, but for the
-    template beside it, whose hash was checked."""
+    """Return the manifest's settings that affect writing.
+
+    A manifest never decides which code to trust or which files to read, except its own template, whose hash was checked.
+    """
     name = manifest.written.format
     if name not in FORMATS:
         raise UserError(
             f"The manifest's format {name[:40]!r} is unknown to this version of heretic.",
             code="unknown-format",
-            fix=f"one of: {', '.join(FORMATS)}; or install the version that the manifest names",
+            fix=f"one of: {', '.join(FORMATS)}; or install the version in the manifest",
         )
     return Settings.model_validate(
         {
@@ -198,7 +215,7 @@ def _settings(manifest: Manifest, source: str, device_map: str, template: Path |
     )
 
 
-def _open(manifest: Manifest, base: str | None, trust: bool, allow_pickle: bool) -> Checkpoint:
+def _open_base(manifest: Manifest, base: str | None, trust: bool, allow_pickle: bool) -> Checkpoint:
     source = base or manifest.model.name
     trusted = [source] if trust else []
     try:
@@ -210,19 +227,19 @@ def _open(manifest: Manifest, base: str | None, trust: bool, allow_pickle: bool)
         )
     except UserError as error:
         pickled = not allow_pickle and "allow_pickle" in (error.fix or "")
-        fix = error.fix if base else "name the place where the base model is now: --base FOLDER"
+        fix = error.fix if base else "name the base model's folder: --base FOLDER"
         if pickled:
-            fix = "--allow-pickle, which reads tensors and nothing else, if you trust who made the base model"
+            fix = "pass --allow-pickle, which reads only tensors, if you trust the base model's authors"
         raise UserError(error.what, code=error.code, where=error.where or "the base model", fix=fix) from None
 
 
-def _base_files(
+def _base_hashes(
     manifest: Manifest, checkpoint: Checkpoint, reporter: ProgressReporter, stop: StopSignal
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Hashes by name of the base's files, in the manifest and now."""
+    """Return the SHA-256 hashes of the base model's files by name: the manifest's and the current ones."""
     weights = [checkpoint.folder / checkpoint.gguf_file] if checkpoint.gguf_file else checkpoint.shards()
-    then, small = {**manifest.model.sha256, **manifest.copied.sha256}, copied_files(checkpoint.folder)
-    files = {file.name: file for file in weights} | {n: f for n, f in small.items() if n in then}
+    expected, companions = {**manifest.model.sha256, **manifest.copied.sha256}, copied_files(checkpoint.folder)
+    files = {file.name: file for file in weights} | {n: f for n, f in companions.items() if n in expected}
     hashes = {}
     with reporter.stage("Checking the base model", len(files)) as stage:
         for name, file in files.items():
@@ -230,12 +247,12 @@ def _base_files(
             hashes[name] = sha256(file)
             stage.advance()
     if checkpoint.gguf_file and set(hashes.values()) == set(manifest.model.sha256.values()):
-        return {}, {}  # one file, which may have been renamed
-    return then, hashes
+        return {}, {}  # the same single file, possibly renamed
+    return expected, hashes
 
 
 def _plan(settings: Settings, checkpoint: Checkpoint) -> LoadPlan:
-    """Where the base model goes: nothing is decoded, so that it needs little more than its weights. Raises UserError."""
+    """Plan the memory for the base model; without decoding it needs little more than its weights. Raises UserError."""
     plan = make_plan(
         checkpoint,
         Workload(prompt_tokens=8, new_tokens=1, needs_weight_stats=False),
@@ -255,11 +272,11 @@ def _rebuild(
     settings: Settings,
     directions: Directions | None,
     trust: bool,
-    partial: Path,
+    staging: Path,
     reporter: ProgressReporter,
     stop: StopSignal,
 ) -> tuple[WriteRequest, WriteResult, str]:
-    """Write the edited model as the export did, and say on what the edit was computed."""
+    """Write the edited model like the export; also returns the device that computed the edit."""
     plan = _plan(settings, checkpoint)
     model = load(
         checkpoint,
@@ -272,43 +289,42 @@ def _rebuild(
     )
     form = FORMATS[settings.export_format]
     with unloaded_after(model.model):
-        where = computed_on(model.device)
+        device = computed_on(model.device)
         operators = _operators(manifest, model, directions, reporter)
         prepared = form.prepare(model, operators, settings, reporter)
-    # A GGUF file is named after the base, and names it within.
-    (named, *_) = manifest.written.sha256 or ("",)
-    called = replace(checkpoint, called=named.removesuffix(f"-{manifest.written.type}.gguf"))
-    order = WriteRequest(
-        settings.export_format, settings, called if named.endswith(".gguf") else checkpoint, plan, operators, prepared
-    )
-    written = form.write(order, partial, reporter, stop)
-    return order, form.convert(order, partial, written, reporter, stop) if form.convert else written, where
+    # The name of a GGUF file and its metadata contain the base model's name.
+    (file_name, *_) = manifest.written.sha256 or ("",)
+    if file_name.endswith(".gguf"):
+        checkpoint = replace(checkpoint, called=file_name.removesuffix(f"-{manifest.written.type}.gguf"))
+    request = WriteRequest(settings.export_format, settings, checkpoint, plan, operators, prepared)
+    written = form.write(request, staging, reporter, stop)
+    return request, form.convert(request, staging, written, reporter, stop) if form.convert else written, device
 
 
 def _operators(
     manifest: Manifest, model: LanguageModel, directions: Directions | None, reporter: ProgressReporter
 ) -> dict[str, Operator]:
-    """The edit made anew from strengths and directions. Raises UserError where they do not fit the model."""
+    """Rebuild the edit from strengths and directions. Raises UserError if they do not match the model."""
     edit = manifest.ablation
     _check_fit(manifest, model, directions)
     if directions is None:
-        directions = Directions(torch.zeros(1, model.structure.width))  # nothing is taken from them
-    asked = manifest.settings.ablation
-    model_context = OperatorFactory.prepare(
+        directions = Directions(torch.zeros(1, model.structure.width))  # unused: the edit has its own vector
+    ablation = manifest.settings.ablation
+    factory = OperatorFactory.prepare(
         directions,
         model.structure.writers,
-        asked.geometry,
+        ablation.geometry,
         weight_reader(model),
         reporter,
-        norm_aware=asked.norm_aware,
+        norm_aware=ablation.norm_aware,
     )
-    return model_context.operators(edit.ablation)
+    return factory.operators(edit.ablation)
 
 
 def _check_fit(manifest: Manifest, model: LanguageModel, directions: Directions | None) -> None:
-    """Raise UserError where the edit names what the model does not have, or has other sizes than the model and the settings."""
+    """Raise UserError if the edit has unknown components, or sizes that differ from the model's or the settings'."""
     layers, width, edit = model.structure.num_layers, model.structure.width, manifest.ablation
-    each = manifest.settings.directions.per_layer  # several lie one behind the other
+    each = manifest.settings.directions.per_layer  # several directions of a layer are concatenated
     sizes = [(f"strengths.{component}", len(profile), layers) for component, profile in edit.strengths.items()]
     sizes += [("mixture", len(edit.mixture), layers)] if edit.mixture is not None else []
     sizes += [("vector", len(edit.vector), each * width)] if edit.vector is not None else []
@@ -321,7 +337,7 @@ def _check_fit(manifest: Manifest, model: LanguageModel, directions: Directions 
         if name not in model.structure.components
     ]
     problems += [
-        f"{what[:60]} has {found} numbers where {wanted} belong" for what, found, wanted in sizes if found != wanted
+        f"{what[:60]} has {size} numbers instead of {expected}" for what, size, expected in sizes if size != expected
     ]
     if problems:
         raise UserError(
@@ -332,48 +348,51 @@ def _check_fit(manifest: Manifest, model: LanguageModel, directions: Directions 
         )
 
 
-def _verdict(
+def _compare(
     manifest: Manifest,
     home: Path,
-    partial: Path,
-    made: WriteResult,
+    staging: Path,
+    written: WriteResult,
     changed: list[str],
     destination: Path | None,
     reporter: ProgressReporter,
     stop: StopSignal,
 ) -> Reproduction:
-    """Compare what was written with the manifest's hashes, and with the weights beside it where these differ."""
-    then, written = manifest.written.sha256, made.hashes["written"]
-    files = {name: then.get(name) == written.get(name) for name in sorted({*then, *written})}
-    others = all(
-        then_.sha256 == made.hashes.get(kind, {})
-        for kind, then_ in (("copied", manifest.copied), ("changed", manifest.changed))
+    """Compare the written files with the manifest's hashes and, if these differ, with the exported weights."""
+    expected, actual = manifest.written.sha256, written.hashes["written"]
+    files = {name: expected.get(name) == actual.get(name) for name in sorted({*expected, *actual})}
+    same_companions = all(
+        companions.sha256 == written.hashes.get(kind, {})
+        for kind, companions in (("copied", manifest.copied), ("changed", manifest.changed))
     )
 
-    def verdict(said: Verdict, why: str, apart: Difference | None = None) -> Reproduction:
-        if said != "different" and not others:
-            said, why = "different", f"the weights are {WORDS[said]}, but other files of the base are not the same"
-        return Reproduction(said, files, tuple(changed), why, apart, destination)
+    def reproduction(verdict: Verdict, why: str, difference: Difference | None = None) -> Reproduction:
+        if verdict != "different" and not same_companions:
+            why = f"the weights are {WORDS[verdict]}, but other files of the base model differ"
+            verdict = "different"
+        return Reproduction(verdict, files, tuple(changed), why, difference, destination)
 
+    # 1. Compare the hashes
     if all(files.values()):
-        return verdict("identical", "every file of the weights has the hash that the manifest names")
-    if set(then) != set(written):
-        return verdict("different", "the weights lie in other files")
-    if not all(name.endswith(".safetensors") for name in written):
-        return verdict("different", "the hashes differ; by how much is only said of safetensors files")
+        return reproduction("identical", "every weight file has the manifest's hash")
+    if set(expected) != set(actual):
+        return reproduction("different", "the weights are in other files")
+    if not all(name.endswith(".safetensors") for name in actual):
+        return reproduction("different", "the hashes differ; the size of the difference is known only for safetensors")
+    # 2. Compare the numbers
     with reporter.stage("Comparing with the exported weights", None):
-        apart = weight_difference(partial, home, written, stop)
-        spoilt = [n for n in written if (home / n).is_file() and sha256(home / n) != then[n]]
-    if isinstance(apart, str):
-        return verdict("different", f"the hashes differ, and by how much cannot be said: {apart}")
-    if spoilt:
-        return verdict("different", f"{spoilt[0]} beside the manifest is not the file that the manifest names", apart)
-    if apart.differing == 0:
-        return verdict("identical", "every number is the same; only the files' headers are not", apart)
-    if apart.within:
-        return verdict("equal", f"no number is further away than rounding explains: {apart}", apart)
-    return verdict("different", str(apart), apart)
+        difference = weight_difference(staging, home, actual, stop)
+        modified = [n for n in actual if (home / n).is_file() and sha256(home / n) != expected[n]]
+    if isinstance(difference, str):
+        return reproduction("different", f"the hashes differ, and the size of the difference is unknown: {difference}")
+    if modified:
+        return reproduction("different", f"{modified[0]} next to the manifest has been modified", difference)
+    if difference.differing == 0:
+        return reproduction("identical", "all numbers are equal; only file headers differ", difference)
+    if difference.within:
+        return reproduction("equal", f"all differences are within rounding: {difference}", difference)
+    return reproduction("different", str(difference), difference)
 
 
-def _differs(what: str, then: Mapping[str, str], now_: Mapping[str, str]) -> list[str]:
-    return differences({what: dict(then)}, {what: dict(now_)})
+def _changes(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    return differences({what: dict(before)}, {what: dict(now)})

@@ -1,4 +1,4 @@
-"""The main job, from top to bottom: settings, lock, preflight, model, study, choice, export, proof."""
+"""The complete run: locks, preflight, model, study, selection, export, verification."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: all results, the chosen one with the reason, and the export if one was made."""
+    """Result of a run: all results, the selected trial with the reason, and the export, if one was made."""
 
     folder: RunFolder
     results: list[Result]
@@ -90,13 +90,26 @@ def run(
     on_report: Callable[[preflight.PreflightReport], None] = lambda _: None,
     on_finished: Callable[[RunContext], None] | None = None,
 ) -> Outcome:
-    """Do the whole job, or what is left of it; with `add`, so many trials more than there are; with `workers`, the trials in so
-    many processes.
+    """Run a study to its end and export the selected trial; resumes an earlier session.
 
-    `then` gets the run when the job is done, and after a Ctrl-C, for a user who is asked what is next. Raises UserError and its
-    kinds, and Interrupted after a stop that left something undone.
+    Args:
+        resolved: The settings with their origins.
+        fresh: Archive an earlier run and start a new one.
+        force: Start even if the preflight fails.
+        wait: Wait for devices and runs that another process holds.
+        extra_trials: Trials to add to those already completed.
+        workers: Number of worker processes.
+        reporter: Receives progress and warnings.
+        stop: Requests a stop after the current batch.
+        on_report: Receives the preflight's report.
+        on_finished: Receives the open run at its end and after Ctrl-C, for the menu.
+
+    Raises:
+        UserError: The run cannot start or continue; also its subclasses.
+        Interrupted: A stop left work unfinished.
     """
     settings = resolved.settings
+    # 1. Lock the devices, prepare the inputs, and open the study
     with parallel.leader_scope(), device_lock(settings, wait=wait, reporter=reporter, stop=stop):
         inputs = prepare_run(settings, force=force, judging=True, reporter=reporter, on_report=on_report)
         folder = inputs.folder
@@ -107,59 +120,61 @@ def run(
             open_locked_study(inputs, wait=wait, reporter=reporter, stop=stop) as study,
             RunContext(resolved, inputs, study, reporter, stop) as run_context,
         ):
-            if not parent_pid():  # a worker was given its settings
+            if not parent_pid():  # a worker's parent has saved them
                 run_context.save_settings()
             if extra_trials:
                 run_context.set_n_trials(n_complete(study) + extra_trials)
-            export, cut_short = None, False
+            # 2. Run the trials and export
+            export, interrupted = None, False
             try:
                 export = execute(run_context, workers)
             except Interrupted:
                 if on_finished is None or not stop.from_keyboard:
                     raise
-                cut_short = True  # the exception itself is let go: it would keep the model in memory
+                interrupted = True  # the exception is not stored: it would keep the model in memory
+            # 3. Show the menu, and collect the outcome
             if on_finished is not None:
                 on_finished(run_context)
-            if cut_short and _undone(run_context):
+            if interrupted and _has_work_left(run_context):
                 raise Interrupted
-            picked = run_context.selected()
+            selected = run_context.selected()
             return Outcome(
                 folder,
                 run_context.results,
-                picked[0] if picked else None,
-                picked[1] if picked else "",
+                selected[0] if selected else None,
+                selected[1] if selected else "",
                 export,
                 run_context.original_refusals,
             )
 
 
-def _undone(run_context: RunContext) -> bool:
-    """Whether trials or the export that the settings ask for are still to be made."""
+def _has_work_left(run_context: RunContext) -> bool:
+    """Whether trials or the export in the settings are missing."""
     return _trials_left(run_context) or bool(
         run_context.settings.save_to and run_context.selected() and not _existing_export(run_context)
     )
 
 
 def _trials_left(run_context: RunContext) -> bool:
-    """Whether trials are still to be measured, the last ones for the front among them."""
+    """Whether trials are missing, including pending full evaluations of the Pareto front."""
     return n_complete(run_context.study) < run_context.settings.n_trials or bool(
         StudyHistory.of(run_context.study).pending_full_evaluations()
     )
 
 
 def _existing_export(run_context: RunContext) -> Export | None:
-    """The export of the chosen trial, if it lies already where the settings want it."""
-    picked, settings = run_context.selected(), run_context.settings
-    if not picked or not settings.save_to:
+    """Return the export of the selected trial if it is already in `save_to`."""
+    selected, settings = run_context.selected(), run_context.settings
+    if not selected or not settings.save_to:
         return None
-    return earlier_export(Path(settings.save_to), run_context.folder, picked[0].number, settings)
+    return earlier_export(Path(settings.save_to), run_context.folder, selected[0].number, settings)
 
 
 def archive_run(folder: RunFolder, settings: Settings, reporter: ProgressReporter) -> None:
-    """Make room for a new run; the old one is kept under another name. Raises UserError where that is not possible."""
+    """Rename an earlier run's folder to make room for a new run. Raises UserError if that is impossible."""
     if settings.storage:
         raise UserError(
-            "--fresh cannot set aside a study in a shared storage.",
+            "--fresh cannot archive a study in a shared storage.",
             code="conflicting-options",
             where="--fresh",
             fix="choose another run_name instead",
@@ -170,44 +185,43 @@ def archive_run(folder: RunFolder, settings: Settings, reporter: ProgressReporte
             where=str(folder.path),
             fix="wait until it ends, or choose another run_name",
         )
-    if aside := folder.archive():
-        reporter.info(f"The earlier run was set aside: {aside}")
+    if archived := folder.archive():
+        reporter.info(f"Archived the earlier run: {archived}")
 
 
 def execute(run_context: RunContext, workers: int = 1) -> Export | None:
-    """Do what is left of the study, choose, and export."""
-    settings, folder, study, reporter = (
-        run_context.settings,
-        run_context.folder,
-        run_context.study,
-        run_context.reporter,
-    )
+    """Run the missing trials, select one, and export it."""
+    settings, folder = run_context.settings, run_context.folder
+    study, reporter = run_context.study, run_context.reporter
+    # 1. Report the state of an earlier session
     if not run_context.shared:
         for number in fail_abandoned(study):
-            reporter.info(f"Trial {number} was cut off in an earlier session; it does not count.")
-    done = n_complete(study)
-    if done:
-        reporter.info(f"Resuming {folder.path}: {done} of {settings.n_trials} trials are done.")
-    wanted = Path(settings.save_to) if settings.save_to and not parent_pid() else None
-    export = _existing_export(run_context) if wanted else None
-    if (export or not wanted) and not _trials_left(run_context):
+            reporter.info(f"Trial {number} was interrupted in an earlier session and does not count.")
+    complete = n_complete(study)
+    if complete:
+        reporter.info(f"Resuming {folder.path}: {complete} of {settings.n_trials} trials are done.")
+    destination = Path(settings.save_to) if settings.save_to and not parent_pid() else None
+    export = _existing_export(run_context) if destination else None
+    if (export or not destination) and not _trials_left(run_context):
         reporter.info("The study is complete; nothing is left to do.")
         return export
-    if workers > 1 and done < settings.n_trials:
+    # 2. Measure the missing trials
+    if workers > 1 and complete < settings.n_trials:
         launch_workers(run_context, workers)
     else:
         run_trials(run_context)
-    picked = run_context.selected()
-    if not wanted or not picked:
+    # 3. Export the selected trial
+    selected = run_context.selected()
+    if not destination or not selected:
         return None
     if export := _existing_export(run_context):
-        reporter.info(f"Trial {picked[0].number} is still the chosen one, and lies in {wanted} already.")
+        reporter.info(f"Trial {selected[0].number} is still selected and already exported to {destination}.")
         return export
-    return export_once(run_context, picked[0], wanted)
+    return export_once(run_context, selected[0], destination)
 
 
 def run_trials(run_context: RunContext) -> None:
-    """The missing trials."""
+    """Run the gradient search and the missing trials in this process."""
     session = run_context.session()
     run_context.save_original_refusals()
     RunMetadata.from_model(session.context.language_model, session.baseline.refused).save(run_context.study)
@@ -232,24 +246,24 @@ def run_trials(run_context: RunContext) -> None:
 
 
 def export_once(run_context: RunContext, result: Result, destination: Path) -> Export | None:
-    """Export one trial, unless another worker of the study does or has done it."""
+    """Export one trial, unless another worker of the study exports it."""
     settings = run_context.settings
     kind = {"gguf": f"gguf {settings.gguf_type}", "lora": f"lora {settings.lora_rank}"}.get(settings.export_format, "")
-    what = f"{result.number} {kind}".strip()
+    key = f"{result.number} {kind}".strip()
     with run_context.compute_once.once(
-        f"the export of trial {result.number}", lambda: exported(run_context.study, what) is not None
+        f"the export of trial {result.number}", lambda: exported(run_context.study, key) is not None
     ):
-        if (by := exported(run_context.study, what)) is not None:
+        if (by := exported(run_context.study, key)) is not None:
             run_context.reporter.info(f"Trial {result.number} was exported by {by}.")
             return None
         export = export_trial(run_context, result, destination)
         if run_context.shared:
-            run_context.study.set_user_attr(EXPORTED + what, f"{socket.gethostname()}, in {destination.resolve()}")
+            run_context.study.set_user_attr(EXPORTED + key, f"{socket.gethostname()}, in {destination.resolve()}")
         return export
 
 
 def export_trial(run_context: RunContext, result: Result, destination: Path) -> Export:
-    """Export one trial. The model leaves memory for it, since the written one is loaded to prove it."""
+    """Export one trial; unloads the model, since the written model is loaded to verify it."""
     if run_context.loaded is None:
         parallel.release_followers()
     parallel.lead_export(result.params)
@@ -263,17 +277,16 @@ def export_trial(run_context: RunContext, result: Result, destination: Path) -> 
 
 @contextmanager
 def device_lock(settings: Settings, *, wait: bool, reporter: ProgressReporter, stop: StopSignal) -> Iterator[None]:
-    """Hold the locks of the devices that these settings may use. Raises BusyError naming the holder."""
+    """Hold the locks of the devices that the settings may use. Raises BusyError with the owner's name."""
     uuids = [gpu.uuid for gpu in gpus_for(settings.device_map, gpus_here())]
 
-    def say(path: Path, who: lock.LockOwner | None) -> None:
-        reporter.info(
-            f"Waiting for {path.stem}, held by {f'process {who.pid} ({who.model})' if who else 'another process'}."
-        )
+    def report_wait(path: Path, owner: lock.LockOwner | None) -> None:
+        name = f"process {owner.pid} ({owner.model})" if owner else "another process"
+        reporter.info(f"Waiting for {path.stem}, held by {name}.")
 
     paths = lock.device_locks(uuids)
     with lock.acquire_locks(
-        paths, model=settings.model, wait=wait, on_wait=say, while_waiting=stop.check, parent_pid=parent_pid()
+        paths, model=settings.model, wait=wait, on_wait=report_wait, while_waiting=stop.check, parent_pid=parent_pid()
     ):
         yield
 
@@ -284,16 +297,20 @@ def open_locked_study(
 ) -> Iterator[optuna.Study]:
     """Hold the run's lock, write its log, and open its study. Raises BusyError and StudyMismatch.
 
-    A study on a server may have many workers, so nobody holds it: there the storage says who does what.
+    A study on a database server has no lock: its workers coordinate through the storage.
     """
     settings, folder = inputs.settings, inputs.folder
     paths = [] if on_server(settings.storage) else [folder.lock]
-    held = lock.acquire_locks(paths, model=settings.model, wait=wait, while_waiting=stop.check, parent_pid=parent_pid())
-    with held, logging_to(folder):
+    run_lock = lock.acquire_locks(
+        paths, model=settings.model, wait=wait, while_waiting=stop.check, parent_pid=parent_pid()
+    )
+    with run_lock, logging_to(folder):
         url = storage_url(settings.storage, folder.path)
-        patience = RetryPolicy(settings.workers.retry_timeout, reporter, stop)
+        retry_policy = RetryPolicy(settings.workers.retry_timeout, reporter, stop)
         try:
-            study = open_study(url, study_name(settings.storage, folder.path), inputs.facts, settings.workers, patience)
+            study = open_study(
+                url, study_name(settings.storage, folder.path), inputs.facts, settings.workers, retry_policy
+            )
             with translate_storage_errors(url):
                 check_study(study)
             yield study

@@ -1,4 +1,4 @@
-"""A run at hand: its inputs, its study, and the model, which is loaded when it is first needed and stays until it is put away."""
+"""An open run: its inputs, its study, and the model, loaded on first use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from heretic.storage.url import on_server
 
 @dataclass
 class RunContext:
-    """One run, whose locks the caller holds. All that is done with its trials uses the one loaded model."""
+    """One run, whose locks the caller holds; all actions on its trials share one loaded model."""
 
     resolved: Resolved
     inputs: RunInputs
@@ -48,7 +48,7 @@ class RunContext:
 
     @property
     def folder(self) -> RunFolder:
-        """Where its files are."""
+        """The run's folder."""
         return self.inputs.folder
 
     @property
@@ -58,11 +58,11 @@ class RunContext:
 
     @property
     def original_refusals(self) -> int | None:
-        """How many requests the original declines; None while that is not known."""
+        """Number of requests that the original refuses; None until it is measured."""
         return refusals_before(self.study)
 
     def session(self) -> Session:
-        """The model in memory, with what the run's folder holds."""
+        """Return the loaded model with its directions and baseline; loads it on first use."""
         inputs = self.inputs
         if self.loaded is None:
             broadcast_from_rank0(lambda: inputs.plan)
@@ -80,7 +80,7 @@ class RunContext:
         return self.loaded
 
     def save_original_refusals(self) -> None:
-        """Store with the study how often the original declines."""
+        """Store the original's number of refusals in the study."""
         self.study.set_user_attr(REFUSALS_BEFORE, self.session().baseline.refusals)
 
     @property
@@ -90,7 +90,7 @@ class RunContext:
 
     @property
     def compute_once(self) -> ComputeOnce:
-        """What is made once for all workers of the study."""
+        """Coordinates computations that all workers of the study share."""
         if not self.shared:
             return LOCAL
         folder, settings = self.folder, self.settings
@@ -100,11 +100,11 @@ class RunContext:
 
     @property
     def space(self) -> SearchSpace:
-        """What the trials were drawn from."""
+        """The search space of the trials."""
         return self.session().space(GradientPath.load(self.study))
 
     def unload(self) -> None:
-        """Give back the model's memory."""
+        """Release the model's memory."""
         if self.loaded is not None:
             unload(self.loaded.context.language_model.model)
         self.loaded = None
@@ -118,51 +118,51 @@ class RunContext:
         self.unload()
 
     def selected(self) -> tuple[Result, str] | None:
-        """The trial that the settings prefer, and why."""
+        """Return the trial that the settings select, and the reason."""
         settings = self.settings
         return select_trial(self.results, settings.select, settings.max_kl, settings.max_refusals)
 
     def result(self, trial: int | None) -> tuple[Result, str]:
-        """A trial by its number, or the one that the settings prefer; why it is that one. Raises UserError."""
+        """Return a trial by its number, or the selected one, and the reason. Raises UserError."""
         if trial is not None:
             return _result_by_number(self.results, trial)
-        picked = self.selected()
-        if picked is None:
+        selected = self.selected()
+        if selected is None:
             raise UserError(
                 "The run has no finished trial yet.",
                 code="trial-not-found",
                 where=str(self.folder.path),
                 fix=f"continue it: heretic run {self.folder.path}",
             )
-        return picked
+        return selected
 
     def set_n_trials(self, n_trials: int) -> None:
-        """Let the study come to so many trials, now and when it is resumed."""
+        """Set the total number of trials, now and for later sessions."""
         settings = self.settings.model_copy(update={"n_trials": n_trials})
         self.inputs = replace(self.inputs, settings=settings)
-        origins = {**self.resolved.origins, "n_trials": "asked for later"}
+        origins = {**self.resolved.origins, "n_trials": "added later"}
         self.resolved = Resolved(settings, self.resolved.file, origins)
         self.save_settings()
 
     def set_export_format(self, form: str) -> None:
-        """Let exports be in this format from now on, as long as the desk is open. Raises UserError for one that there is not."""
+        """Set the format of exports until the run is closed. Raises UserError for an unknown format."""
         if form not in FORMATS:
-            raise UserError(f"There is no format {form!r}.", code="unknown-format", fix=f"one of: {', '.join(FORMATS)}")
+            raise UserError(f"Unknown format {form!r}.", code="unknown-format", fix=f"one of: {', '.join(FORMATS)}")
         settings = self.settings.model_copy(update={"export_format": form})
         self.inputs = replace(self.inputs, settings=settings)
         if self.loaded is not None:
             self.loaded = replace(self.loaded, context=replace(self.loaded.context, settings=settings))
 
     def save_settings(self) -> None:
-        """Write them to the run's folder, and to the storage for those who do not have the folder."""
+        """Write the settings to the run's folder and to the storage, for workers without the folder."""
         write_text(self.folder.path / "config.toml", settings_text(self.resolved), private=True)
         save_settings(self.study, self.settings)
 
 
-def _result_by_number(found: list[Result], number: int) -> tuple[Result, str]:
-    for result in found:
+def _result_by_number(finished: list[Result], number: int) -> tuple[Result, str]:
+    for result in finished:
         if result.number == number:
-            return result, "as asked"
-    numbers = [r.number for r in found]
+            return result, "as requested"
+    numbers = [r.number for r in finished]
     known = f"one of {numbers[0]} to {numbers[-1]}" if numbers else "continue the run: heretic run"
     raise UserError(f"There is no finished trial {number}.", code="trial-not-found", fix=known)

@@ -1,8 +1,7 @@
-"""Tensor parallelism: processes that torchrun starts, each with a share of every weight, which go through the same steps.
+"""Tensor parallelism: processes started by torchrun, each with a shard of every weight.
 
-The first one leads. It alone has the screen, the locks, the study and the files. It tells the others what to run next: all then
-do the same computation, so that each of its sums over the shares finds everybody there. Decisions that could fall out
-differently, such as those taken by the clock, are the leader's (`agree`).
+Rank 0 leads: it alone has the screen, the locks, the study and the files, and broadcasts what all ranks compute next.
+Decisions that could differ between ranks, such as those by the clock, are rank 0's (`broadcast_from_rank0`).
 """
 
 from __future__ import annotations
@@ -31,31 +30,31 @@ if TYPE_CHECKING:
 
 @contextmanager
 def leader_scope() -> Iterator[None]:
-    """Within the context the leader does its work; at its end the other processes are let go where they listen."""
+    """Connect the ranks; at the end of the context release the followers if they wait for a task."""
     init_process_group()
     try:
         yield
     except (Interrupted, UserError):
-        if _listening:
+        if _followers_waiting:
             release_followers()
         raise
     release_followers()
 
 
-_listening = True  # whether the other processes wait for what the leader tells them
+_followers_waiting = True  # whether the followers wait for a task from rank 0
 
 
 @contextmanager
 def opening_scope() -> Iterator[None]:
-    """Within the context all processes open the session, and the others do not listen."""
-    global _listening
-    _listening = False
+    """Mark the context in which all ranks open the session and the followers wait for no task."""
+    global _followers_waiting
+    _followers_waiting = False
     yield
-    _listening = True
+    _followers_waiting = True
 
 
 def init_process_group() -> None:
-    """Meet the other processes."""
+    """Connect to the other ranks."""
     import torch
     import torch.distributed as dist
 
@@ -66,21 +65,21 @@ def init_process_group() -> None:
 
 
 def check(checkpoint: Checkpoint, settings: Settings) -> None:
-    """Raise UserError where this model cannot be shared among so many processes, before anything is loaded."""
+    """Raise UserError if the model cannot be sharded among the ranks, before anything is loaded."""
     processes = size()
     if processes == 1:
         return
     where = f"torchrun --nproc-per-node {processes}"
     if settings.apply == "weights" or checkpoint.gguf_file:
         raise UserError(
-            "Tensor parallelism needs ablation by operators and a model in safetensors.",
+            "Tensor parallelism needs ablation by operators and a model in safetensors format.",
             code="tensor-parallel-unsupported",
             where=where,
             fix='apply = "operators", and no GGUF file; or run without torchrun',
         )
     if settings.quantization != "none" or settings.judge.kind != "markers":
         raise UserError(
-            "Tensor parallelism needs unquantized weights and the judge by markers.",
+            "Tensor parallelism needs unquantized weights and the markers judge.",
             code="tensor-parallel-unsupported",
             where=where,
             fix='quantization = "none" and judge.kind = "markers", or run without torchrun',
@@ -98,11 +97,13 @@ def check(checkpoint: Checkpoint, settings: Settings) -> None:
         "key-value heads": getattr(config, "num_key_value_heads", None),
         "intermediate features": getattr(config, "intermediate_size", None),
     }
-    odd = [f"{number} {what}" for what, number in parts.items() if isinstance(number, int) and number % processes]
-    if odd:
+    indivisible = [
+        f"{number} {what}" for what, number in parts.items() if isinstance(number, int) and number % processes
+    ]
+    if indivisible:
         fitting = [n for n in range(2, 65) if all(not isinstance(v, int) or v % n == 0 for v in parts.values())]
         raise UserError(
-            f"{' and '.join(odd)} of {checkpoint.model} cannot be divided evenly among {processes} processes.",
+            f"{' and '.join(indivisible)} of {checkpoint.model} cannot be divided evenly among {processes} processes.",
             code="tensor-parallel-unsupported",
             where=where,
             fix=f"--nproc-per-node {' or '.join(map(str, fitting))}" if fitting else 'device_map = "balanced" instead',
@@ -110,7 +111,7 @@ def check(checkpoint: Checkpoint, settings: Settings) -> None:
 
 
 def sharded_plan(plan: LoadPlan) -> LoadPlan:
-    """The same plan, each process loading its share."""
+    """Return the plan with which each rank loads its shards."""
     if size() == 1:
         return plan
     from transformers.distributed.configuration_utils import DistributedConfig
@@ -119,54 +120,54 @@ def sharded_plan(plan: LoadPlan) -> LoadPlan:
 
 
 class SynchronizedStop(StopSignal):
-    """A stop that all processes heed at the same batch, since one that stops alone leaves the others waiting for ever."""
+    """A stop at the same batch in all ranks: a rank that stops alone would leave the others waiting forever."""
 
-    def __init__(self, own: StopSignal) -> None:
+    def __init__(self, local: StopSignal) -> None:
         super().__init__()
-        self.own = own
+        self.local = local
 
     def check(self) -> None:
-        """Raise Interrupted in all processes if the leader was asked to stop."""
-        if broadcast_from_rank0(lambda: self.own.requested):
+        """Raise Interrupted in all ranks if rank 0 has a stop request."""
+        if broadcast_from_rank0(lambda: self.local.requested):
             raise Interrupted
 
 
 @dataclass
 class RankZeroTrials:
-    """Trials of the leader: the other processes are told what is measured, and measure it too."""
+    """Trials of rank 0, which broadcasts them so that all ranks measure them together."""
 
     trials: Trials
 
     def trials_per_batch(self, before: int | None) -> int:
-        """As the settings say, else one: what would pay is not measured, as clocks differ."""
+        """Return the setting, else an earlier session's value, else 1: timing would differ between ranks."""
         return self.trials.session.context.settings.trials_per_batch or before or 1
 
     def sample(self, trial: optuna.Trial) -> object:
-        """A trial's ablation."""
+        """Return a trial's ablation."""
         return self.trials.sample(trial)
 
     def initial_params(self) -> list[dict[str, Any]]:
-        """Parameters of the trials to begin with."""
+        """Return the parameters of the first trials."""
         return self.trials.initial_params()
 
-    def measure(self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]) -> list[Any]:
+    def measure(self, trials: Sequence[optuna.Trial], is_dominated: Callable[[float, float], bool]) -> list[Any]:
         """See Trials."""
         for trial in trials:
             self.trials.sample(trial)
-        broadcast_from_rank0(lambda: ("measure", [dict(trial.params) for trial in trials], beaten))
-        found = self.trials.measure(trials, beaten)
-        broadcast_from_rank0(lambda: [_signature(one) for one in found])
-        return found
+        broadcast_from_rank0(lambda: ("measure", [dict(trial.params) for trial in trials], is_dominated))
+        outcomes = self.trials.measure(trials, is_dominated)
+        broadcast_from_rank0(lambda: [_signature(outcome) for outcome in outcomes])
+        return outcomes
 
 
 def lead_export(params: dict[str, Any]) -> None:
-    """Have the other processes compute along while an export is planned."""
+    """Let the followers compute along while an export is planned."""
     if size() > 1:
         broadcast_from_rank0(lambda: ("export", [params], None))
 
 
 def release_followers() -> None:
-    """The leader goes on alone: the other processes end, and the model is loaded as without them from here on."""
+    """End the followers; from here on rank 0 loads models without tensor parallelism."""
     import torch.distributed as dist
 
     if size() > 1:
@@ -178,8 +179,8 @@ def release_followers() -> None:
 
 
 def follower_loop(settings: Settings) -> None:
-    """What every process but the leader does: load its share, compute along, end when it is told. Shows and stores nothing."""
-    with suppress(Interrupted, UserError):  # the leader says it
+    """Run a follower: load its shards and compute along until rank 0 releases it. Shows and stores nothing."""
+    with suppress(Interrupted, UserError):  # rank 0 reports it
         _follow(settings)
 
 
@@ -193,22 +194,24 @@ def _follow(settings: Settings) -> None:
     from heretic.session.session import open_session
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the leader is asked to stop, and says when
+        signal.signal(number, signal.SIG_IGN)  # rank 0 handles signals and broadcasts the stop
     init_process_group()
     plan = broadcast_from_rank0(lambda: None)
     if plan is None:
         return
     checkpoint = open_model(settings)
-    stop, nowhere = SynchronizedStop(StopSignal()), RunFolder(Path(os.devnull))
+    stop, null_folder = SynchronizedStop(StopSignal()), RunFolder(Path(os.devnull))
     session = open_session(
-        settings, checkpoint, load_all(settings.prompts), sharded_plan(plan), nowhere, NULL_REPORTER, stop
+        settings, checkpoint, load_all(settings.prompts), sharded_plan(plan), null_folder, NULL_REPORTER, stop
     )
     trials = Trials(session, session.space(broadcast_from_rank0(lambda: None)))
     while (task := broadcast_from_rank0(lambda: None)) is not None:
         _compute_along(session, trials, *task)
 
 
-def _compute_along(session: Session, trials: Trials, what: str, params: list[dict[str, Any]], beaten: Any) -> None:
+def _compute_along(
+    session: Session, trials: Trials, what: str, params: list[dict[str, Any]], is_dominated: Any
+) -> None:
     fixed: Any = [optuna.trial.FixedTrial(p) for p in params]
     try:
         if what == "export":
@@ -216,16 +219,16 @@ def _compute_along(session: Session, trials: Trials, what: str, params: list[dic
             session.operator_factory.operators(ablation)
             session.log_probs(ablation)
             return
-        mine = [_signature(one) for one in trials.measure(fixed, beaten)]
+        own = [_signature(outcome) for outcome in trials.measure(fixed, is_dominated)]
     except Interrupted:
         return
-    leaders = broadcast_from_rank0(lambda: mine)
-    if mine != leaders:
-        raise RuntimeError(f"process {rank()} measured {mine}, the leader {leaders}: their shares do not fit together")
+    expected = broadcast_from_rank0(lambda: own)
+    if own != expected:
+        raise RuntimeError(f"rank {rank()} measured {own}, rank 0 {expected}: the ranks are out of sync")
 
 
-def _signature(found: Any) -> tuple[Any, ...]:
-    """What must be the same in all processes."""
-    if isinstance(found, UserError):
-        return (found.what,)
-    return type(found).__name__, found.divergence.mean, getattr(found, "refusals", None)
+def _signature(outcome: Any) -> tuple[Any, ...]:
+    """Return the parts of an outcome that must be the same in all ranks."""
+    if isinstance(outcome, UserError):
+        return (outcome.what,)
+    return type(outcome).__name__, outcome.divergence.mean, getattr(outcome, "refusals", None)

@@ -1,4 +1,4 @@
-"""Trials on a session: draw their ablations, apply them together, measure each as far as it matters."""
+"""Trials on a session: sample their ablations, apply them together, and measure each until it is pruned."""
 
 from __future__ import annotations
 
@@ -26,25 +26,27 @@ class Trials:
     space: SearchSpace
 
     def trials_per_batch(self, before: int | None) -> int:
-        """How many to run at once: as the settings say; with `trials_per_batch = 0` what an earlier session measured to pay,
-        else it is measured now."""
+        """Return the number of trials per batch from the settings, else from an earlier session, else measure the fastest."""
         settings = self.session.context.settings
         if settings.apply == "weights":  # one edit at a time
             return 1
         return settings.trials_per_batch or before or tune_trials_per_batch(self.session.evaluator)
 
     def measure(
-        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
+        self, trials: Sequence[optuna.Trial], is_dominated: Callable[[float, float], bool]
     ) -> list[TrialOutcome | UserError]:
-        """Measure these trials in shared passes. `beaten(KL, unanswered requests to expect at least)` ends one that cannot matter
-        any more.
+        """Measure trials in shared forward passes; if a batch fails, measure each trial alone to isolate the failure.
 
-        Where they fail together each is measured alone, so that one's failure is not the others'. Raises JudgeFailed, which is the
-        failure of none.
+        Args:
+            trials: Trials of the study, whose parameters are sampled here.
+            is_dominated: Prunes a trial, from its KL and a lower bound of its unanswered requests.
+
+        Raises:
+            JudgeFailed: The judge gave no verdict, which is no trial's fault.
         """
         ablations = [self.sample(trial) for trial in trials]
         try:
-            return [*self._evaluate_batch(ablations, beaten)]
+            return [*self._evaluate_batch(ablations, is_dominated)]
         except JudgeFailed:
             raise
         except UserError as error:
@@ -56,33 +58,30 @@ class Trials:
             if len(trials) == 1:
                 return [memory_error(error)]
             free_memory()
-        return [found for trial in trials for found in self.measure([trial], beaten)]
+        return [outcome for trial in trials for outcome in self.measure([trial], is_dominated)]
 
     def sample(self, trial: optuna.Trial | optuna.trial.FixedTrial) -> Ablation:
-        """A trial's ablation; what was drawn once stays, and one that is fixed has it all. Raises UserError where the study's
-        parameters are of another search space."""
+        """Return a trial's ablation; keeps sampled parameters. Raises UserError if the study has another search space."""
         if isinstance(trial, optuna.trial.FixedTrial):
             return self.space.sample(trial)
         try:
             return self.space.sample(trial)
-        except (
-            ValueError
-        ) as error:  # Optuna's: another trial of the study has a parameter of this name and another kind
+        except ValueError as error:  # Optuna's: the study has a parameter of this name and another distribution
             raise foreign_parameters(error) from None
 
     def initial_params(self) -> list[dict[str, Any]]:
-        """Parameters of the trials to begin with."""
+        """Return the parameters of the first trials."""
         return self.space.initial_params()
 
     def _evaluate_batch(
-        self, ablations: Sequence[Ablation], beaten: Callable[[float, float], bool]
+        self, ablations: Sequence[Ablation], is_dominated: Callable[[float, float], bool]
     ) -> list[TrialOutcome]:
         session, log_probs = self.session, self.session.baseline.log_probs
         began = time.perf_counter()
         with session.applied(*ablations) as edited:
             prepared = time.perf_counter() - began
-            found = session.evaluator.score_trials(log_probs, edited, beaten)
-        for one in found:
-            one.seconds["prepare"] = prepared / len(ablations)
-            one.seconds["trial"] = (time.perf_counter() - began) / len(ablations)
-        return found
+            outcomes = session.evaluator.score_trials(log_probs, edited, is_dominated)
+        for outcome in outcomes:
+            outcome.seconds["prepare"] = prepared / len(ablations)
+            outcome.seconds["trial"] = (time.perf_counter() - began) / len(ablations)
+        return outcomes

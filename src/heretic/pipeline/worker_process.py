@@ -1,4 +1,4 @@
-"""What a worker process knows of the process that started it."""
+"""The worker's side of a worker process: its parent, and its exit when the parent ends."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from contextlib import contextmanager
 from heretic.interrupt import StopSignal
 
 PARENT_VARIABLE = (
-    "_HERETIC_WORKER_OF"  # environment of a worker: the process that started it and holds the locks for it
+    "_HERETIC_WORKER_OF"  # environment variable of a worker: process id of its parent, which holds the locks
 )
 POLL_SECONDS = 0.5
 
 
 def parent_pid() -> int:
-    """The process that started this one as a worker; 0 if it is none."""
-    given = os.environ.get(PARENT_VARIABLE, "")
-    return int(given) if given.isdigit() else 0
+    """Return the id of the process that started this worker; 0 if this is no worker."""
+    value = os.environ.get(PARENT_VARIABLE, "")
+    return int(value) if value.isdigit() else 0
 
 
 @contextmanager
 def exit_with_parent(stop: StopSignal) -> Iterator[None]:
-    """Within the context of a worker a stop is asked for once the process that started it is gone, and its locks with it."""
+    """Request a stop in a worker once its parent has ended, since the parent's locks end with it."""
     if not parent_pid():
         yield
         return
@@ -35,7 +35,7 @@ def exit_with_parent(stop: StopSignal) -> Iterator[None]:
                 stop.requested = True
                 return
 
-    threading.Thread(target=watch, daemon=True, name="lender").start()
+    threading.Thread(target=watch, daemon=True, name="parent-monitor").start()
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Several processes on one study on this machine: one a GPU, started and watched by the one that the user started."""
+"""Worker processes on this machine, one per GPU, started and monitored by the main process."""
 
 from __future__ import annotations
 
@@ -23,45 +23,44 @@ if TYPE_CHECKING:
     from heretic.pipeline.prepare import RunInputs
     from heretic.pipeline.run_context import RunContext
 
-LAST_LINES = 3  # of what a worker said before it died
+LAST_LINES = 3  # of the log of a worker that crashed
 
 
-def resolve_worker_count(wanted: str, settings: Settings) -> tuple[int, str]:
-    """The number of workers that `auto` or a number stands for, and what there is to say about it. Raises UserError."""
+def resolve_worker_count(option: str, settings: Settings) -> tuple[int, str]:
+    """Return the number of workers for `auto` or a number, and a warning or "". Raises UserError."""
     gpus = () if settings.device_map == "cpu" else gpus_here()
-    if wanted != "auto" and not re.fullmatch("0*[1-9][0-9]{0,3}", wanted):
+    if option != "auto" and not re.fullmatch("0*[1-9][0-9]{0,3}", option):
         raise UserError(
-            f"Invalid number of workers: {wanted!r}.",
+            f"Invalid number of workers: {option!r}.",
             code="invalid-option",
             where="--workers",
-            fix="auto, or a number such as 4",
+            fix="use auto, or a number such as 4",
         )
-    number = max(1, len(gpus)) if wanted == "auto" else int(wanted)
+    number = max(1, len(gpus)) if option == "auto" else int(option)
     if gpus and number > len(gpus):
         raise UserError(
             f"{number} workers need {number} GPUs, but only {len(gpus)} can be used.",
             code="too-many-workers",
             where="--workers",
-            fix="--workers auto",
+            fix="use --workers auto",
         )
     if number > 1 and gpus and settings.device_map not in ("planned", "auto", "balanced"):
         raise UserError(
             "Each worker uses one GPU of its own, so device_map cannot choose GPUs.",
             code="conflicting-settings",
             where="device_map",
-            fix='device_map = "planned", or leave --workers out',
+            fix='set device_map = "planned", or omit --workers',
         )
-    if wanted == "auto" and not gpus:
+    if option == "auto" and not gpus:
         return 1, "No GPU can be used, so there is one worker."
     cores = os.cpu_count() or 1
     if number > 1 and not gpus:
-        return number, f"{number} workers share {cores} cores and the memory: they are hardly faster than one."
+        return number, f"{number} workers share {cores} cores and the memory, so they are hardly faster than one."
     return number, ""
 
 
 def check_memory(settings: Settings, inputs: RunInputs, gpus: Sequence[Gpu], number: int) -> None:
-    """Raises UserError for a model that does not fit on every one of these GPUs, of which each worker has one of its own; or,
-    without GPUs, not so many times into the RAM."""
+    """Raise UserError if the model does not fit on each of these GPUs (one per worker) or, without GPUs, `number` times in RAM."""
     from heretic.hardware import host
     from heretic.planning.memory_plan import plan_for
     from heretic.planning.workload import Workload
@@ -73,78 +72,59 @@ def check_memory(settings: Settings, inputs: RunInputs, gpus: Sequence[Gpu], num
             "Each worker sees only its own GPU, as number 0, so max_memory cannot name GPUs.",
             code="conflicting-settings",
             where="max_memory",
-            fix="leave out max_memory or --workers",
+            fix="omit max_memory or --workers",
         )
     work = Workload.of(settings, inputs.prompts.longest)
     if gpus:
         devices = host.devices((min(gpus, key=lambda gpu: gpu.free),))
         what = "The model does not fit on one GPU, and each worker uses one GPU."
         fix = (
-            f"leave --workers out (one GPU computes at a time); or torchrun --nproc-per-node {len(gpus)} -m heretic run … (all "
-            'compute, without the walk); or quantization = "bnb_4bit", if preflight says that it then fits on one'
+            f"omit --workers (one GPU computes at a time); or torchrun --nproc-per-node {len(gpus)} -m heretic run … (all "
+            'compute, without gradient search); or quantization = "bnb_4bit", if the model then fits on one'
         )
     else:
         devices = [replace(device, free=device.free // number) for device in host.devices(())]
         settings = settings.model_copy(update={"dtypes": [inputs.plan.dtypes[0]]})
         what = f"The model does not fit {number} times into RAM, and each worker loads its own copy."
-        fix = "use fewer workers, or leave --workers out"
+        fix = "use fewer workers, or omit --workers"
     if not plan_for(settings, inputs.checkpoint, work, devices).largest_batch_size:
         raise UserError(what, code="too-many-workers", where="--workers", fix=fix)
 
 
 @dataclass
 class Worker:
-    """A started process, and the file that holds what it says."""
+    """A worker process and its log file."""
 
     process: subprocess.Popen[bytes]
     log_file: Path
 
     @property
     def log_tail(self) -> str:
-        """The last lines that it wrote."""
+        """The last lines of its log, in one line."""
         lines = [line.strip() for line in split_lines(self.log_file.read_text(encoding="utf-8", errors="replace"))]
         return " ".join([line for line in lines if line][-LAST_LINES:])
 
 
 def launch_workers(run_context: RunContext, number: int) -> None:
-    """Have the missing trials measured by so many processes, and show how they get on.
+    """Measure the missing trials in `number` worker processes and report their progress.
 
-    Each has one GPU of ours, or a share of the cores. What stops this process stops them. One that dies is not started again:
-    the others go on. Raises Interrupted, and UserError if the study is not complete when the last one has ended.
+    Each worker has one GPU, or a share of the cores. Stopping this process stops them. A worker that crashes is not
+    restarted; the others continue. Raises Interrupted, and UserError if all workers end before the study is complete.
     """
     from heretic.search.scheduler import n_complete
-    from heretic.search.summary import StudySummary
 
-    study, settings, reporter = run_context.study, run_context.settings, run_context.reporter
+    settings, reporter = run_context.settings, run_context.reporter
     gpus = () if settings.device_map == "cpu" else gpus_here()
-    gpus = tuple(sorted(gpus, key=lambda gpu: -gpu.free)[:number])  # the emptiest
+    gpus = tuple(sorted(gpus, key=lambda gpu: -gpu.free)[:number])  # those with the most free memory
     check_memory(settings, run_context.inputs, gpus, number)
     workers = [_start(run_context, i, number, gpus[i] if gpus else None) for i in range(number)]
     reporter.info(f"{number} workers: processes {', '.join(str(w.process.pid) for w in workers)}.")
     try:
-        with reporter.stage("Trials", settings.n_trials) as stage:
-            done = 0
-            gone: set[int] = set()
-            while len(gone) < number:
-                time.sleep(POLL_SECONDS)
-                if run_context.stop.requested:
-                    break
-                now = n_complete(study)
-                if now > done:
-                    stage.advance(now - done)
-                    done = now
-                    reporter.study_updated(StudySummary.of(study, settings))
-                for i, worker in enumerate(workers):
-                    if i not in gone and worker.process.poll() is not None:
-                        gone.add(i)
-                        if worker.process.returncode != 0:
-                            reporter.warning(
-                                f"Worker {i} ended with status {worker.process.returncode}: {worker.log_tail}"
-                            )
+        _monitor(run_context, workers)
     finally:
-        _end(workers)
+        _stop(workers)
     run_context.stop.check()
-    if n_complete(study) < settings.n_trials:
+    if n_complete(run_context.study) < settings.n_trials:
         statuses = {w.process.returncode for w in workers}
         if statuses == {Interrupted.exit_status}:
             raise Interrupted
@@ -156,8 +136,33 @@ def launch_workers(run_context: RunContext, number: int) -> None:
         )
 
 
+def _monitor(run_context: RunContext, workers: Sequence[Worker]) -> None:
+    """Report progress and crashed workers until all workers have ended or a stop is requested."""
+    from heretic.search.scheduler import n_complete
+    from heretic.search.summary import StudySummary
+
+    study, settings, reporter = run_context.study, run_context.settings, run_context.reporter
+    with reporter.stage("Trials", settings.n_trials) as stage:
+        reported = 0
+        ended: set[int] = set()
+        while len(ended) < len(workers):
+            time.sleep(POLL_SECONDS)
+            if run_context.stop.requested:
+                return
+            complete = n_complete(study)
+            if complete > reported:
+                stage.advance(complete - reported)
+                reported = complete
+                reporter.study_updated(StudySummary.of(study, settings))
+            for i, worker in enumerate(workers):
+                if i not in ended and worker.process.poll() is not None:
+                    ended.add(i)
+                    if worker.process.returncode != 0:
+                        reporter.warning(f"Worker {i} ended with status {worker.process.returncode}: {worker.log_tail}")
+
+
 def _start(run_context: RunContext, index: int, of: int, gpu: Gpu | None) -> Worker:
-    """One worker: the same run, told by environment what must not be seen among processes."""
+    """Start a worker on the same run; the storage URL goes through the environment to keep it out of the process list."""
     folder, settings = run_context.folder.path, run_context.settings
     environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
     if settings.storage:
@@ -166,28 +171,28 @@ def _start(run_context: RunContext, index: int, of: int, gpu: Gpu | None) -> Wor
         environment["CUDA_VISIBLE_DEVICES"] = gpu.uuid if gpu.uuid.startswith("GPU-") else _visible(gpu.index)
     else:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // of))
-    said = folder / f"worker-{index}.log"
+    log_file = folder / f"worker-{index}.log"
     arguments = ["run", str(folder), "--plain", "--no-menu", "--trials", str(settings.n_trials)]
-    with os.fdopen(open_private(said, "w"), "wb") as out:
+    with os.fdopen(open_private(log_file, "w"), "wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "heretic", *arguments],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C reaches it through us, once
+            start_new_session=True,  # Ctrl-C reaches it only through this process, once
         )
-    return Worker(process, said)
+    return Worker(process, log_file)
 
 
 def _visible(index: int) -> str:
-    """What CUDA_VISIBLE_DEVICES calls the GPU that is number `index` to us."""
-    given = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
-    return given[index] if index < len(given) else str(index)
+    """Return the entry of CUDA_VISIBLE_DEVICES for this process's GPU `index`."""
+    visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+    return visible[index] if index < len(visible) else str(index)
 
 
-def _end(workers: Sequence[Worker]) -> None:
-    """Ask those that still run to stop, and wait for it; who asks a second time is passed on too."""
+def _stop(workers: Sequence[Worker]) -> None:
+    """Interrupt the running workers and wait for them; a second Ctrl-C is passed on."""
     running = [w.process for w in workers if w.process.poll() is None]
     for process in running:
         process.send_signal(signal.SIGINT)

@@ -82,7 +82,7 @@ def test_brackets_in_an_answer_stay_as_they_are_side_by_side() -> None:
 
 def test_an_answer_cut_short_stays_in_the_conversation() -> None:
     text, model, _ = talk("long", "go on")
-    assert "(cut short)" in text and model.asked[1][0][1]["content"] == "yes 1"
+    assert "(interrupted)" in text and model.asked[1][0][1]["content"] == "yes 1"
 
 
 def test_saving_says_who_said_what_and_a_bad_place_is_no_end() -> None:

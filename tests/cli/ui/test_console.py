@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from heretic.cli.ui.chat import check_typed, typed
+from heretic.cli.ui.chat import input_lines, require_input
 from heretic.cli.ui.console import PlainReporter, is_interactive, non_interactive_reason, notebook
 from heretic.cli.ui.outcome import check_answerable
 from heretic.cli.ui.reporters import make_reporter
@@ -45,7 +45,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_a_terminal_is_asked(terminal: None) -> None:
     assert is_interactive() and not notebook()
-    check_typed()
+    require_input()
 
 
 @pytest.mark.parametrize(("name", "value"), NOBODY)
@@ -55,7 +55,7 @@ def test_a_pseudo_terminal_where_nobody_can_type_is_not_asked(
     monkeypatch.setenv(name, value)
     assert not is_interactive() and non_interactive_reason()
     with pytest.raises(UserError) as error:
-        check_typed()
+        require_input()
     assert error.value.code == "nobody-to-ask"
     with pytest.raises(UserError) as error:
         check_answerable(Console(force_terminal=True, file=io.StringIO()), yes=False)
@@ -78,10 +78,10 @@ def test_input_that_is_closed_or_none_is_not_asked(monkeypatch: pytest.MonkeyPat
     for stdin in (None, closed, io.StringIO("a line")):
         monkeypatch.setattr(sys, "stdin", stdin)
         assert not is_interactive()
-        check_typed()  # a pipe ends by itself
+        require_input()  # a pipe ends by itself
     for stdin in (None, closed):
         monkeypatch.setattr(sys, "stdin", stdin)
-        assert list(typed(Console(file=io.StringIO()))) == []
+        assert list(input_lines(Console(file=io.StringIO()))) == []
 
 
 def test_a_command_in_the_background_is_not_asked(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def dashboard(width: int = 100, height: int = 40) -> Dashboard:
 
 def seen(shown: Dashboard) -> str:
     console = Console(file=io.StringIO(), width=shown.console.width, color_system=None)
-    console.print(shown.picture())
+    console.print(shown.render())
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 

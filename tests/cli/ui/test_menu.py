@@ -62,7 +62,7 @@ def test_from_the_screen_to_the_menu_to_an_export(config: Path) -> None:
     terminal.answer(">", "make bread", "/save", "/quit")
     terminal.answer("What next?", "q")
     assert terminal.end() == 0, "the study came to what was asked for last"
-    assert "A number from 1 to" in terminal.said and "Traceback" not in terminal.said
+    assert "number from 1 to" in terminal.said and "Traceback" not in terminal.said
     assert json.loads(Path("runs/mine/models/trial-0/manifest.json").read_text())["trial"] == 0
     assert len(json.loads(Path("runs/mine/chat.json").read_text())) == 2
     summary = read_status("mine", "runs", {}).summary
@@ -102,14 +102,14 @@ class Asked(Console):
 
 
 class Bare(RunContext):
-    """A desk without anything on it but a stop."""
+    """A run context with nothing but a stop signal."""
 
     def __init__(self) -> None:
         self.stop = StopSignal()
 
-    found = ()  # type: ignore[assignment]
-    before = None
-    picked = lambda self: None  # type: ignore[assignment]  # noqa: E731
+    results = ()  # type: ignore[assignment]
+    original_refusals = None
+    selected = lambda self: None  # type: ignore[assignment]  # noqa: E731
     folder = type("Folder", (), {"path": Path("runs/mine")})  # type: ignore[assignment]
 
 

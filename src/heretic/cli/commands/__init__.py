@@ -1,1 +1,1 @@
-"""The commands, by subject; importing a module here adds its commands to the application."""
+"""Commands by subject; importing a module registers its commands."""

@@ -1,4 +1,4 @@
-"""The settings, and what a report of a fault should hold."""
+"""Commands `config` and `doctor`."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ def config(
     config_file: ConfigOption = None,
     assignments: SetOption = None,
     defaults: Annotated[
-        bool, typer.Option("--defaults", help="The documented defaults, as a file to start from.")
+        bool, typer.Option("--defaults", help="Print the documented defaults as a settings file.")
     ] = False,
-    schema: Annotated[bool, typer.Option("--schema", help="The JSON schema of the settings.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the settings.")] = False,
     manifest: Annotated[
-        Path | None, typer.Option("--from-manifest", help="The settings of an exported model's study.")
+        Path | None, typer.Option("--from-manifest", help="Print the settings of an exported model's study.")
     ] = None,
-    theirs: Annotated[
-        Path | None, typer.Option("--from-heretic", help="A config.toml of heretic-llm, said in these settings.")
+    heretic_llm_config: Annotated[
+        Path | None, typer.Option("--from-heretic", help="Convert a config.toml of heretic-llm.")
     ] = None,
 ) -> None:
-    """The resolved settings, each with where it came from."""
+    """Print the resolved settings, each with its source."""
     from heretic.settings import Settings
     from heretic.settings.migrate import from_heretic
     from heretic.settings.toml import defaults_text, resolved_text
 
-    if sum([defaults, schema, manifest is not None, theirs is not None]) > 1:
+    if sum([defaults, schema, manifest is not None, heretic_llm_config is not None]) > 1:
         raise UserError(
-            "These options exclude each other.", code="conflicting-options", fix="give one of them at a time"
+            "These options exclude each other.", code="conflicting-options", fix="use one of them at a time"
         )
     if schema:
         print(json.dumps(Settings.model_json_schema(), indent=2))
@@ -43,8 +43,8 @@ def config(
         from heretic.export.manifest import settings_of
 
         print(resolved_text(settings_of(manifest)), end="")
-    elif theirs is not None:
-        print(from_heretic(theirs), end="")
+    elif heretic_llm_config is not None:
+        print(from_heretic(heretic_llm_config), end="")
     elif defaults:
         print(defaults_text(), end="")
     else:
@@ -53,7 +53,7 @@ def config(
 
 @app.command()
 def doctor(config: ConfigOption = None, assignments: SetOption = None, as_json: JsonOption = False) -> None:
-    """What a report of a fault should hold: versions, devices and settings, without secrets."""
+    """Print what a bug report needs: versions, devices and settings, without secrets."""
     resolved, problem = None, ""
     try:
         resolved = read_settings(config, assignments, {}, quiet=True)
@@ -62,17 +62,17 @@ def doctor(config: ConfigOption = None, assignments: SetOption = None, as_json: 
     from heretic.cli.ui.tables import show_lines
     from heretic.runs.environment import collect
 
-    found = collect(resolved, problem)
+    environment = collect(resolved, problem)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(environment, indent=2))
         return
     rows = [
-        *found["versions"].items(),
-        ("cores", str(found["cpu_cores"])),
-        ("RAM", found["ram"]),
-        ("disk", found["disk"]),
+        *environment["versions"].items(),
+        ("cores", str(environment["cpu_cores"])),
+        ("RAM", environment["ram"]),
+        ("disk", environment["disk"]),
     ]
-    rows += [("GPU", gpu) for gpu in found["gpus"]] + list(found["environment"].items())
+    rows += [("GPU", gpu) for gpu in environment["gpus"]] + list(environment["environment"].items())
     show_lines(out, rows)
     out.print()
-    out.print(escape_terminal(found["settings"]), highlight=False, soft_wrap=True)
+    out.print(escape_terminal(environment["settings"]), highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Measuring any model."""
+"""Command `evaluate`."""
 
 from __future__ import annotations
 
@@ -32,13 +32,11 @@ if TYPE_CHECKING:
 def evaluate(
     model: ModelArgument = None,
     against: Annotated[
-        str | None, typer.Option("--against", help="The original, to measure KL divergence from.")
+        str | None, typer.Option("--against", help="Original model; adds the KL divergence from it.")
     ] = None,
     judge_agreement: Annotated[
         bool,
-        typer.Option(
-            "--judge-agreement", help="How the configured judge fares on hand-labeled answers; no model is needed."
-        ),
+        typer.Option("--judge-agreement", help="Measure the configured judge on hand-labeled answers; needs no model."),
     ] = False,
     config: ConfigOption = None,
     assignments: SetOption = None,
@@ -46,14 +44,14 @@ def evaluate(
     wait: WaitOption = False,
     plain: PlainOption = False,
 ) -> None:
-    """Refusals and KL of any model on the configured prompt sets, or what the judge of refusals is worth."""
+    """Measure refusals and KL of any model on the configured prompt sets, or the accuracy of the refusal judge."""
     resolved = read_settings(config, assignments, {"model": model}, quiet=as_json)
     if judge_agreement and (model or against):
         raise UserError(
             "--judge-agreement measures the judge, not a model.",
             code="conflicting-options",
             where="--judge-agreement",
-            fix="leave the model out",
+            fix="omit the model",
         )
     from heretic.cli.ui.tables import show_lines
     from heretic.pipeline.actions import evaluate_judge, evaluate_model
@@ -76,8 +74,10 @@ def evaluate(
 
 
 def _revisions(resolved: Resolved, model: str | None, against: str | None) -> tuple[str, str]:
-    """Of the model and of the original. One from a file belongs to the model that the file names; one that is given besides, to the
-    original if there is one."""
+    """Return the revisions of the model and of the original.
+
+    A revision in a settings file belongs to the model that the file names; any other to the original, if there is one.
+    """
     revision = resolved.settings.revision
     if resolved.file is None or not resolved.origin("revision").startswith(str(resolved.file)):
         return ("", revision) if against else (revision, "")

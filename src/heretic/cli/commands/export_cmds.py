@@ -1,4 +1,4 @@
-"""What is done with a model that has been exported."""
+"""Commands `reproduce` and `upload`, for exported models."""
 
 from __future__ import annotations
 
@@ -32,32 +32,28 @@ def reproduce(
         Path, typer.Argument(help="manifest.json of an exported model, or the model's folder.", metavar="MANIFEST")
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for the rebuilt model; left out: only compared.")
+        Path | None, typer.Option("--output", "-o", help="Folder for the rebuilt model; default: compare only.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="Where the base model is now; left out: as the manifest says.")
-    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base model; default: the manifest's.")] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Go on where the base model's files are not those of the manifest.")
+        bool, typer.Option("--force", help="Rebuild even if the base model's files differ from the manifest's.")
     ] = False,
     trust: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the base model run Python code that came with it.")
+        bool, typer.Option("--trust-remote-code", help="Let the base model run its own Python code.")
     ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read a base model whose weights are in pickle files.")
-    ] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read base weights from pickle files.")] = False,
     device_map: Annotated[str, typer.Option("--device-map", help="As the setting device_map.")] = "planned",
     wait: WaitOption = False,
     as_json: JsonOption = False,
     plain: PlainOption = False,
 ) -> None:
-    """Make an exported model again from its base and its manifest, without a study, and say whether it is the same."""
+    """Rebuild an exported model from its base and its manifest, without a study, and compare the two."""
     from heretic.cli.ui.outcome import show_reproduction
-    from heretic.pipeline.reproduce import reproduce as make_again
+    from heretic.pipeline.reproduce import reproduce as rebuild
 
     stop = StopSignal()
     with stop.on_signals():
-        found = make_again(
+        reproduction = rebuild(
             manifest,
             output,
             base=base,
@@ -70,13 +66,13 @@ def reproduce(
             stop=stop,
         )
     if as_json:
-        print(json.dumps(found.as_dict(), indent=2))
+        print(json.dumps(reproduction.as_dict(), indent=2))
     else:
-        show_reproduction(out, found)
-    if found.verdict == "different":
+        show_reproduction(out, reproduction)
+    if reproduction.verdict == "different":
         raise NotReproduced(
-            f"The rebuilt model is not the one of the manifest: {found.why}.",
-            fix="take the versions and the base model that the manifest names" if found.changed else None,
+            f"The rebuilt model differs from the manifest's: {reproduction.why}.",
+            fix="use the versions and the base model in the manifest" if reproduction.changed else None,
         )
 
 
@@ -85,25 +81,25 @@ def upload(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder of an exported model; or name or folder of a run, which has exported one.",
+            help="Folder of an exported model; or name or folder of a run with an exported model.",
             metavar="FOLDER",
             autocompletion=run_names,
         ),
     ],
-    repository: Annotated[str, typer.Argument(help="Where it goes on the hub.", metavar="USER/NAME")],
+    repository: Annotated[str, typer.Argument(help="Repository on the hub.", metavar="USER/NAME")],
     public: PublicOption = False,
     yes: YesOption = False,
     trial: Annotated[
-        int | None, typer.Option("--trial", help="Of a run that has exported several trials: the number of one.")
+        int | None, typer.Option("--trial", help="Number of the trial, if the run has exported several.")
     ] = None,
     runs_dir: RunsOption = None,
     as_json: JsonOption = False,
     plain: PlainOption = False,
 ) -> None:
-    """Send an exported model to the Hugging Face hub: private unless --public, and never without a yes."""
+    """Upload an exported model to the Hugging Face hub, after confirmation; private unless --public."""
     from heretic.cli.ui.outcome import confirm_upload, show_lines
     from heretic.export.upload import plan_upload
-    from heretic.export.upload import upload as send
+    from heretic.export.upload import upload as send_files
     from heretic.runs.folder import exported_folder
 
     stop = StopSignal()
@@ -112,7 +108,7 @@ def upload(
     with stop.on_signals():
         planned = plan_upload(folder, repository, public=public, reporter=reporter, stop=stop)
         confirm_upload(err if as_json else out, planned, yes=yes, stop=stop)
-        address = send(planned, reporter, stop)
+        address = send_files(planned, reporter, stop)
     if as_json:
         print(json.dumps({"folder": str(folder), "uploaded_to": address, "public": public}, indent=2))
         return

@@ -1,4 +1,4 @@
-"""Pages and tables about a run or a model."""
+"""Commands `report` and `geometry`."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from heretic.interrupt import StopSignal
 def report(
     name: RunArgument = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The file; left out: report.html in the run's folder.")
+        Path | None, typer.Option("--output", "-o", help="File to write; default: report.html in the run's folder.")
     ] = None,
     texts: Annotated[
-        bool, typer.Option("--texts", help="With the texts of the evaluation prompts, harmful ones too.")
+        bool, typer.Option("--texts", help="Include the texts of the evaluation prompts, also harmful ones.")
     ] = False,
-    show: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     runs_dir: RunsOption = None,
 ) -> None:
-    """Write the report of a run anew: one HTML file that works offline; also while the run goes on."""
+    """Write the report of a finished or running run: one HTML file that works offline."""
     from heretic.files import ensure_parent
     from heretic.report.report import load_report_input
     from heretic.report.reporter import write_report
@@ -53,7 +53,7 @@ def report(
     write_report(source, file)
     out.print(f"Written: {escape_terminal(str(file))}", soft_wrap=True)
     if show:
-        _open(file)
+        _open_in_browser(file)
 
 
 @app.command()
@@ -70,14 +70,14 @@ def geometry(
     config: ConfigOption = None,
     assignments: SetOption = None,
     html: Annotated[
-        Path | None, typer.Option("--html", help="Write the plots to this file, one page that works offline.")
+        Path | None, typer.Option("--html", help="Write the plots to this HTML file, which works offline.")
     ] = None,
-    show: Annotated[bool, typer.Option("--open", help="Show the page of --html in the browser.")] = False,
+    show: Annotated[bool, typer.Option("--open", help="Open the file of --html in the browser.")] = False,
     as_json: JsonOption = False,
     wait: WaitOption = False,
     plain: PlainOption = False,
 ) -> None:
-    """How the residuals of harmful and harmless prompts lie to each other, layer by layer; needs no study."""
+    """Compare the residuals of harmful and harmless prompts in every layer; needs no study."""
     from heretic.cli.ui.tables import show_geometry
     from heretic.files import ensure_parent, write_text
     from heretic.pipeline.actions import residual_geometry
@@ -97,23 +97,23 @@ def geometry(
         settings = load_settings(folder, os.environ).model_copy(update=fixed)
     else:
         settings = read_settings(config, assignments, {"model": name}, quiet=as_json).settings
-    if html is not None:  # what would stop it is said before the work
+    if html is not None:  # an unwritable file fails before the work
         html = ensure_parent(html)
     stop = StopSignal()
     with stop.on_signals():
-        found = residual_geometry(settings, folder, wait=wait, reporter=reporter_for(as_json, plain), stop=stop)
+        residuals = residual_geometry(settings, folder, wait=wait, reporter=reporter_for(as_json, plain), stop=stop)
     if html is not None:
-        write_text(html, geometry_page(found, settings.model))
+        write_text(html, geometry_page(residuals, settings.model))
     if as_json:
-        print(json.dumps(found.as_dict(), indent=2))
+        print(json.dumps(residuals.as_dict(), indent=2))
         return
-    show_geometry(out, found)
+    show_geometry(out, residuals)
     if html is not None:
         out.print(f"Written: {escape_terminal(str(html))}", soft_wrap=True)
         if show:
-            _open(html)
+            _open_in_browser(html)
 
 
-def _open(file: Path) -> None:
+def _open_in_browser(file: Path) -> None:
     if not webbrowser.open(file.resolve().as_uri()):
-        out.print("No browser could be started; open the file yourself.")
+        out.print("No browser could be started. Open the file by hand.")

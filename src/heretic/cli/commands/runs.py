@@ -1,4 +1,4 @@
-"""Making a run, checking it before, and watching it."""
+"""Commands `run`, `preflight`, `status` and `demo`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from heretic.cli.options import (
     app,
     configured_runs,
     err,
-    keep_off_the_command_line,
     out,
     read_settings,
+    reject_password_on_command_line,
     reporter_for,
     require_own_settings,
     run_names,
@@ -41,7 +41,7 @@ def run(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Hub id, local folder or .gguf file; or the name or folder of a run, to go on with it.",
+            help="Hub id, local folder or .gguf file; or name or folder of a run to resume.",
             metavar="MODEL or RUN",
             show_default=False,
             autocompletion=run_names,
@@ -51,30 +51,28 @@ def run(
     assignments: SetOption = None,
     trials: Annotated[
         str | None,
-        typer.Option("--trials", help="n_trials: trials in the finished study; +50: so many more than there are."),
+        typer.Option("--trials", help="n_trials: total number of trials; +50 adds 50 to those already completed."),
     ] = None,
     save_to: Annotated[str | None, typer.Option("--save-to", help="save_to: folder for the resulting model.")] = None,
     run_name: Annotated[str | None, typer.Option("--run-name", help="run_name: name of the run's folder.")] = None,
     storage: Annotated[str | None, typer.Option("--storage", help="storage: Optuna storage URL.")] = None,
     workers: Annotated[
         str | None,
-        typer.Option(
-            "--workers", help="Processes that share the trials: a number, or auto for one a GPU.", show_default=False
-        ),
+        typer.Option("--workers", help="Worker processes: a number, or auto for one per GPU.", show_default=False),
     ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Begin anew; an earlier run is set aside, not deleted.")
-    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start a new run; an earlier run is archived.")] = False,
     wait: WaitOption = False,
-    force: Annotated[bool, typer.Option("--force", help="Start even if preflight says that it will fail.")] = False,
-    no_menu: Annotated[bool, typer.Option("--no-menu", help="End without the menu, also on a terminal.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start even if preflight fails.")] = False,
+    no_menu: Annotated[bool, typer.Option("--no-menu", help="Show no menu after the run.")] = False,
     plain: PlainOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Find the direction, run the study, export the best trial; resumes an unfinished run. On a terminal a menu follows."""
-    total, add = _trials(trials)
+    # 1. Resolve the settings
+    total, extra_trials = _parse_trials(trials)
     options = {"model": model, "n_trials": total, "save_to": save_to, "run_name": run_name, "storage": storage}
-    resolved = _resolved(model, config, assignments, options, quiet=as_json or os.environ.get("RANK", "0") != "0")
+    quiet = as_json or os.environ.get("RANK", "0") != "0"
+    resolved = _resolve_run(model, config, assignments, options, quiet=quiet)
     from heretic.cli.ui.preflight_table import show
     from heretic.pipeline.run import run as run_job
     from heretic.pipeline.run_context import RunContext
@@ -86,59 +84,61 @@ def run(
         return
     stop = StopSignal()
     reporter = reporter_for(as_json, plain, resolved.settings.model, stop)
-    number = _workers(workers, resolved, reporter)
-    # Under torchrun the others wait for trials, and know nothing of what a menu does.
-    may_ask = not (no_menu or as_json) and on_terminal(out) and size() == 1
-    asks = may_ask and is_interactive()
+    n_workers = _worker_count(workers, resolved, reporter)
+    # Under torchrun the other ranks only measure trials, so that the menu's actions would deadlock.
+    menu_wanted = not (no_menu or as_json) and on_terminal(out) and size() == 1
+    show_menu = menu_wanted and is_interactive()
 
     def menu(run_context: RunContext) -> None:
         from heretic.cli.ui.menu import Menu
 
         Menu(out, run_context).run()
 
+    # 2. Run the study, export, and show the menu
     with stop.on_signals(), exit_with_parent(stop):
         outcome = run_job(
             resolved,
             fresh=fresh,
             force=force,
             wait=wait,
-            extra_trials=add,
-            workers=number,
+            extra_trials=extra_trials,
+            workers=n_workers,
             reporter=reporter,
             stop=stop,
             on_report=lambda report: show(report, err if as_json else out),
-            on_finished=menu if asks else None,
+            on_finished=menu if show_menu else None,
         )
+    # 3. Print the outcome
     if as_json:
         print(json.dumps(outcome.as_dict(), indent=2))
         return
     from heretic.cli.ui.outcome import show_outcome
 
-    show_outcome(out, outcome, seen=asks)
-    if may_ask and not asks:
-        out.print(
-            f"No menu, since {non_interactive_reason()}; heretic --help lists its actions as commands.", soft_wrap=True
-        )
+    show_outcome(out, outcome, with_pareto_front=not show_menu)
+    if menu_wanted and not show_menu:
+        out.print(f"No menu: {non_interactive_reason()}. heretic --help lists its actions as commands.", soft_wrap=True)
 
 
-def _workers(wanted: str | None, resolved: Resolved, reporter: ProgressReporter) -> int:
-    """--workers as a number, with a warning where it is hardly worth it."""
+def _worker_count(option: str | None, resolved: Resolved, reporter: ProgressReporter) -> int:
+    """Return --workers as a number; warn if more workers will not help or if the storage's password is visible."""
     from heretic.pipeline.workers import resolve_worker_count
     from heretic.storage.url import masked
 
     storage, origin = resolved.settings.storage, resolved.origins.get("storage", "")
     if masked(storage) != storage and (origin == "option" or origin.startswith("--set")):
-        reporter.warning("The storage's password is seen by everybody who lists processes: HERETIC_STORAGE hides it.")
-    if wanted is None:
+        reporter.warning(
+            "Every user of this machine can read the storage's password in the process list. Set HERETIC_STORAGE instead."
+        )
+    if option is None:
         return 1
-    number, warning = resolve_worker_count(wanted, resolved.settings)
+    number, warning = resolve_worker_count(option, resolved.settings)
     if warning:
         reporter.warning(warning)
     return number
 
 
-def _trials(text: str | None) -> tuple[int | None, int]:
-    """--trials as (trials in all, or more than there are)."""
+def _parse_trials(text: str | None) -> tuple[int | None, int]:
+    """Parse --trials as (total number of trials, number of extra trials)."""
     if text is None:
         return None, 0
     number = text.removeprefix("+")
@@ -152,16 +152,17 @@ def _trials(text: str | None) -> tuple[int | None, int]:
     return (None, int(number)) if text.startswith("+") else (int(number), 0)
 
 
-def _resolved(
+def _resolve_run(
     model: str | None, config: Path | None, assignments: list[str] | None, options: dict[str, Any], *, quiet: bool
 ) -> Resolved:
-    """The settings of a new run or of one that is named. Raises SettingsError."""
+    """Resolve the settings of a new or of an existing run. Raises SettingsError."""
     folder = None
     if model and not model.endswith(".gguf"):
         from heretic.runs.folder import find_existing_run, load_run_settings
 
-        where = [a for a in assignments or [] if a.partition("=")[0].strip() == "runs_dir"]
-        folder = find_existing_run(model, resolve(config, assignments=where, environment=os.environ).settings.runs_dir)
+        runs_dir = [a for a in assignments or [] if a.partition("=")[0].strip() == "runs_dir"]
+        located = resolve(config, assignments=runs_dir, environment=os.environ)
+        folder = find_existing_run(model, located.settings.runs_dir)
     if folder is None:
         return read_settings(config, assignments, options, quiet=quiet)
     if config is not None or options["run_name"]:
@@ -176,11 +177,9 @@ def preflight(
     config: ConfigOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
-    devices: Annotated[
-        str | None, typer.Option("--devices", help="Plan for GPUs that are not here, such as 4x24GiB.")
-    ] = None,
+    devices: Annotated[str | None, typer.Option("--devices", help="Plan for other GPUs, such as 4x24GiB.")] = None,
 ) -> None:
-    """Can this run succeed here? Exit status: 0 ready, 1 will fail, 2 risky."""
+    """Check whether a run can succeed on this machine. Exit status: 0 ready, 1 will fail, 2 risky."""
     resolved = read_settings(config, assignments, {"model": model}, quiet=as_json)
     from heretic.cli.ui.preflight_table import show
     from heretic.hardware.virtual_gpus import virtual_gpus
@@ -199,44 +198,42 @@ def status(
     name: RunArgument = None,
     runs_dir: RunsOption = None,
     storage: Annotated[
-        str | None, typer.Option("--storage", help="Storage URL of a run whose folder is not here; NAME is its name.")
+        str | None, typer.Option("--storage", help="Storage URL of a run without a local folder; RUN is its name.")
     ] = None,
-    watch: Annotated[
-        bool, typer.Option("--watch", "-w", help="Look again and again, until the study is complete.")
-    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh until the study is complete.")] = False,
     every: Annotated[
-        float, typer.Option("--every", min=0.1, max=86400, help="Seconds between two looks of --watch.")
+        float, typer.Option("--every", min=0.1, max=86400, help="Seconds between refreshes of --watch.")
     ] = 5.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Progress and front of a study, also while it runs, here or on another machine."""
+    """Show progress and Pareto front of a study, also while it runs, here or on another machine."""
     from heretic.cli.ui.status_view import show_status, watch_status
     from heretic.runs.status import Status, read_status
 
-    def look() -> Status:
+    def read() -> Status:
         return read_status(name or "", storage_dir, os.environ, storage or "")
 
-    keep_off_the_command_line(storage or "")
-    if every != every:  # what is no number is in no range
+    reject_password_on_command_line(storage or "")
+    if every != every:  # NaN passes the range check
         raise UserError("Invalid number of seconds.", code="invalid-option", where="--every", fix="write it like 5")
     storage_dir = "" if storage else configured_runs(runs_dir)
     if watch and not as_json:
-        watch_status(out, look, every)
+        watch_status(out, read, every)
     elif as_json:
-        print(json.dumps(look().as_dict(), indent=2))
+        print(json.dumps(read().as_dict(), indent=2))
     else:
-        show_status(out, look())
+        show_status(out, read())
 
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--folder", help="Where the demo's models and run go.")] = Path("demo"),
-    trials: Annotated[int | None, typer.Option("--trials", help="Trials of the demo's study.")] = None,
+    folder: Annotated[Path, typer.Option("--folder", help="Folder for the demo's models and run.")] = Path("demo"),
+    trials: Annotated[int | None, typer.Option("--trials", help="Number of trials.")] = None,
     assignments: SetOption = None,
     wait: WaitOption = False,
     plain: PlainOption = False,
 ) -> None:
-    """The whole job on a small bundled model that declines to talk about cooking."""
+    """Run the complete workflow on a small bundled model that refuses to talk about cooking."""
     from heretic.cli.ui.outcome import show_demo
     from heretic.cli.ui.preflight_table import show
     from heretic.pipeline.demo.demo import run_demo

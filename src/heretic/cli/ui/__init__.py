@@ -1,1 +1,1 @@
-"""Everything that is printed."""
+"""Screen output of the commands."""

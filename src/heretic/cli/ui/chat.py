@@ -1,4 +1,4 @@
-"""A conversation with a trial's model and the original, which are the same weights with and without the edit."""
+"""Chat with a trial's model and the original: the same weights with and without the edit."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from heretic.errors import UserError, first_line
 from heretic.files import expand_user, write_text
 
 Message = dict[str, str]
-# (messages, with the edit, what to do with every piece of text) -> the whole answer
-Answer = Callable[[Sequence[Message], bool, Callable[[str], None]], str]
+# (messages, with the edit, callback for each piece of text) -> the complete answer
+GenerateFn = Callable[[Sequence[Message], bool, Callable[[str], None]], str]
 STYLES = {"original": "bold", "ablated": "bold green"}
-BESIDE = 70  # columns of a terminal in which two answers have room beside each other
+SIDE_BY_SIDE_WIDTH = 70  # least columns for two answers side by side
 
-HELP = """/ablated  the trial answers (at the start)  /original  the original answers
-/both     both answer, side by side         /new       forget all that was said
-/save F   write the conversation to a file  /quit      leave (or end of input)"""
+HELP = """/ablated  the trial answers (default)       /original  the original answers
+/both     both answer, side by side         /new       start a new conversation
+/save F   write the conversation to a file  /quit      quit (or end of input)"""
 
 
 @dataclass
 class Chat:
-    """One conversation. Where both answer, it goes on from what the trial's model said."""
+    """One conversation. If both models answer, it continues from the ablated model's answer."""
 
     console: Console
-    answer: Answer
+    answer: GenerateFn
     messages: list[Message] = field(default_factory=list)
-    sides: tuple[bool, ...] = (True,)
+    sides: tuple[bool, ...] = (True,)  # for each answering model whether it is ablated
     shown: list[Message] = field(default_factory=list)
-    folder: Path = Path()  # where a conversation goes that is saved without a name
-    check: Callable[[], None] = lambda: None  # raises where the program is to end
+    folder: Path = Path()  # for a conversation saved without a file name
+    check: Callable[[], None] = lambda: None  # raises if the program has to stop
 
     def run(self, lines: Iterable[str]) -> None:
-        """Take lines until there are no more or one says /quit. Ctrl-C cuts an answer short; between answers it leaves."""
+        """Answer lines until the input ends or /quit. Ctrl-C interrupts an answer; between answers it quits."""
         self.console.print(HELP, style="dim", highlight=False)
         with suppress(KeyboardInterrupt):
             for line in lines:
@@ -59,10 +59,10 @@ class Chat:
         sides = {"ablated": (True,), "original": (False,), "both": (False, True)}
         if name in sides:
             self.sides = sides[name]
-            self._note(f"{' and '.join('ablated' if s else 'original' for s in self.sides)} from here on")
+            self._note(f"{' and '.join('ablated' if s else 'original' for s in self.sides)} from now on")
         elif name == "new":
             self.messages, self.shown = [], []
-            self._note("forgotten")
+            self._note("new conversation")
         elif name == "save":
             self._save(argument)
         elif name in ("quit", "exit"):
@@ -74,51 +74,51 @@ class Chat:
     def _turn(self, text: str) -> None:
         self.messages.append({"role": "user", "content": text})
         self.shown.append(self.messages[-1])
-        said: dict[str, str] = {}
-        beside = len(self.sides) > 1 and self.console.is_terminal and self.console.width >= BESIDE
-        columns = partial(_beside, said)
+        answers: dict[str, str] = {}
+        side_by_side = len(self.sides) > 1 and self.console.is_terminal and self.console.width >= SIDE_BY_SIDE_WIDTH
+        columns = partial(_answer_columns, answers)
         try:
-            with self._growing(columns) if beside else nullcontext():
+            with self._live_view(columns) if side_by_side else nullcontext():
                 for ablated in self.sides:
-                    self._one(said, "ablated" if ablated else "original", quiet=beside)
-        except UserError as error:  # longer than the model can hold: as if it had not been said
+                    self._generate(answers, "ablated" if ablated else "original", quiet=side_by_side)
+        except UserError as error:  # a message beyond the model's context is removed again
             self._note(str(error))
             del self.messages[-1], self.shown[-1]
             return
-        if beside:
+        if side_by_side:
             self.console.print(columns())
-        self.shown += [{"role": "assistant", "model": name, "content": text} for name, text in said.items()]
-        self.messages.append({"role": "assistant", "content": list(said.values())[-1]})
+        self.shown += [{"role": "assistant", "model": name, "content": text} for name, text in answers.items()]
+        self.messages.append({"role": "assistant", "content": list(answers.values())[-1]})
 
-    def _one(self, said: dict[str, str], name: str, *, quiet: bool) -> None:
-        """One side's answer, which grows in `said` and, unless quiet, on the screen."""
-        said[name] = ""
+    def _generate(self, answers: dict[str, str], name: str, *, quiet: bool) -> None:
+        """Stream one model's answer into `answers` and, unless quiet, to the screen."""
+        answers[name] = ""
 
-        def piece(text: str) -> None:
-            said[name] += text
+        def on_text(text: str) -> None:
+            answers[name] += text
             if not quiet:
                 self.console.print(escape_terminal(text), end="", highlight=False, soft_wrap=True)
 
         if not quiet:
             self.console.print(f"{name}: ", style=STYLES[name], end="")
         try:
-            said[name] = self.answer(self.messages, name == "ablated", piece)
+            answers[name] = self.answer(self.messages, name == "ablated", on_text)
             if not quiet:
                 self.console.print()
         except KeyboardInterrupt:
-            said[name] = said[name].strip()
+            answers[name] = answers[name].strip()
             self.check()
-            self._note("cut short")
+            self._note("interrupted")
 
-    def _growing(self, columns: Callable[[], Table]) -> AbstractContextManager[object]:
-        """Within the context both answers are shown as far as they have come."""
+    def _live_view(self, columns: Callable[[], Table]) -> AbstractContextManager[object]:
+        """Show both growing answers within the context."""
         return Live(get_renderable=columns, console=self.console, transient=True, refresh_per_second=8)
 
     def _save(self, name: str) -> None:
         try:
             file = expand_user(name) if name else self.folder / "chat.json"
             text = json.dumps(self.shown, indent=2, ensure_ascii=False) + "\n"
-            write_text(file, text, private=not name)  # what lies in a run's folder is its owner's
+            write_text(file, text, private=not name)  # files in a run's folder are private
         except (OSError, ValueError, UserError) as error:
             self._note(f"not saved: {first_line(error)}")
             return
@@ -128,28 +128,28 @@ class Chat:
         self.console.print(escape_terminal(f"({text})"), style="dim", highlight=False)
 
 
-def _beside(said: dict[str, str]) -> Table:
+def _answer_columns(answers: dict[str, str]) -> Table:
     table = Table.grid(expand=True, padding=(0, 2))
     for _ in STYLES:
         table.add_column(ratio=1)
     table.add_row(*(Text(name, style) for name, style in STYLES.items()))
-    table.add_row(*(Text.from_markup(escape_terminal(said.get(name, ""))) for name in STYLES))
+    table.add_row(*(Text.from_markup(escape_terminal(answers.get(name, ""))) for name in STYLES))
     return table
 
 
-def check_typed() -> None:
-    """Raise UserError at a terminal where nobody can type; a pipe or a file is another matter, and ends by itself."""
+def require_input() -> None:
+    """Raise UserError if input comes from a terminal that nobody can type in; pipes and files are fine."""
     if sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty() and (why := non_interactive_reason()):
         raise UserError(
-            f"Nobody can type here: {why}.",
+            f"Chat needs input, but {why}.",
             code="nobody-to-ask",
             where="heretic chat",
             fix="pipe the lines (echo 'hello' | heretic chat RUN), or: heretic compare RUN --trials N --prompts 'hello'",
         )
 
 
-def typed(console: Console) -> Iterable[str]:
-    """Lines that a user types, or that come through a pipe, which are shown; the end of either ends them."""
+def input_lines(console: Console) -> Iterable[str]:
+    """Yield lines from the terminal or from a pipe until the input ends; lines from a pipe are echoed."""
     while sys.stdin is not None and not sys.stdin.closed:
         try:
             line = console.input("[bold]> [/bold]" if console.is_terminal else "")

@@ -1,4 +1,4 @@
-"""How the work is shown: live progress on a terminal, plain lines elsewhere; everything also goes to the run's log."""
+"""Plain progress lines, and checks of what the console supports; all messages also go to the run's log."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RESUME_SECONDS = 0.5  # seconds in which what was done before is told
+RESUME_SECONDS = 0.5  # an advance within these seconds counts the steps of earlier sessions
 SECONDS_BETWEEN_LINES = 15
-# Variables, by how they begin, that the kernels of notebooks have, and what has them.
+# Prefixes of environment variables that notebook kernels set.
 NOTEBOOKS = {
     "JPY_PARENT_PID": "a notebook",
     "JPY_SESSION_NAME": "a notebook",
@@ -35,76 +35,76 @@ NOTEBOOKS = {
 
 
 def escape_terminal(text: str) -> str:
-    """Text that cannot steer the terminal: control characters are shown, not sent; markup is taken literally."""
+    """Escape control characters and rich markup."""
     return escape("\n".join(map(plain_line, text.split("\n"))))
 
 
 def on_terminal(console: Console) -> bool:
-    """Whether somebody sees this as a screen: FORCE_COLOR alone makes no terminal of a file."""
+    """Whether the console is a screen; a file is none, also with FORCE_COLOR."""
     return console.is_interactive and not console.is_dumb_terminal and console.file.isatty()
 
 
 def is_interactive() -> bool:
-    """Whether somebody can type an answer."""
+    """Whether a user can type an answer."""
     return not non_interactive_reason()
 
 
 def non_interactive_reason() -> str:
-    """Why nobody can type an answer, in a few words; empty where somebody can.
+    """Return why no user can type an answer, in a few words; empty if one can.
 
-    A pseudo-terminal alone says little: notebooks and CI give one to commands that nobody can type to.
+    A pseudo-terminal is not enough: notebooks and CI give one to commands without input.
     """
     try:
         if sys.stdin is None or not sys.stdin.isatty():
-            return "standard input is no terminal"
+            return "standard input is not a terminal"
     except ValueError:
         return "standard input is closed"
     if where := notebook():
         return f"this is {where}"
     if os.environ.get("CI", "").lower() not in ("", "0", "false"):
         return "this is a CI job (CI is set)"
-    # A kernel of Jupyter gives its commands the terminal xterm-color, which no terminal of today calls itself.
+    # Jupyter kernels set TERM=xterm-color, which no current terminal uses.
     if (terminal := os.environ.get("TERM", "")) in ("dumb", "unknown", "xterm-color"):
         return f"the terminal is {terminal}"
     return "the command runs in the background" if _in_background() else ""
 
 
 def notebook() -> str:
-    """The kind of notebook that this is a command of, told by its variables; empty if it is of none."""
-    given = [name for name, value in os.environ.items() if value]
-    return next((where for name, where in NOTEBOOKS.items() if any(g.startswith(name) for g in given)), "")
+    """Return the kind of notebook that runs this process, by its environment variables; empty if none does."""
+    variables = [name for name, value in os.environ.items() if value]
+    return next((kind for prefix, kind in NOTEBOOKS.items() if any(v.startswith(prefix) for v in variables)), "")
 
 
 def _in_background() -> bool:
-    """Whether the terminal listens to another group of processes: reading from it would stop this one."""
+    """Whether another process group is in the foreground: reading from the terminal would then stop this process."""
     try:
         return os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp()
-    except (AttributeError, OSError, ValueError):  # not on this system, or no terminal of this session
+    except (AttributeError, OSError, ValueError):  # unsupported by the system, or not this session's terminal
         return False
 
 
 class LineReporter:
-    """What all ways have in common: facts and warnings are lines."""
+    """Base of the reporters: print messages and warnings as lines."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
     def info(self, text: str) -> None:
-        """See Watcher."""
+        """See ProgressReporter."""
         log.info(text)
         self.console.print(escape_terminal(text), highlight=False, soft_wrap=True)
 
     def warning(self, text: str) -> None:
-        """See Watcher."""
+        """See ProgressReporter."""
         log.warning(text)
         self.console.print(f"[yellow]Warning:[/yellow] {escape_terminal(text)}", highlight=False, soft_wrap=True)
 
     def study_updated(self, summary: StudySummary) -> None:
-        """See Watcher; the lines of the trials say it already."""
+        """See StudyReporter; prints nothing, since each trial prints a line."""
 
 
 class PlainReporter(LineReporter):
-    """A line when an outermost stage ends, and now and then while a long one runs."""
+    """Print a line when an outermost stage ends, and every few seconds during a long one."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -112,14 +112,14 @@ class PlainReporter(LineReporter):
 
     @contextmanager
     def stage(self, name: str, total: int | None) -> Iterator[Stage]:
-        """See Watcher."""
+        """See ProgressReporter."""
         outermost = self.open == 0
         self.open += 1
-        lines, began = self, time.monotonic()
+        reporter, began = self, time.monotonic()
 
         class Counter:
             done = 0
-            before = 0  # of an earlier session: told at once, and says nothing of the pace
+            before = 0  # steps of earlier sessions, which do not count for the speed
             last = began
 
             def advance(self, steps: int = 1, note: str = "") -> None:
@@ -130,7 +130,7 @@ class PlainReporter(LineReporter):
                 if outermost and total and self.done < total and now - self.last > SECONDS_BETWEEN_LINES:
                     self.last = now
                     left = (now - began) / max(1, self.done - self.before) * (total - self.done)
-                    lines.console.print(
+                    reporter.console.print(
                         f"{escape_terminal(name)}: {self.done} of {total}{', ' if note else ''}{escape_terminal(note)}, "
                         f"about {format_duration(left)} left",
                         highlight=False,
@@ -148,7 +148,7 @@ class PlainReporter(LineReporter):
 
 
 def format_duration(seconds: float) -> str:
-    """A duration as people say it: '8 s', '3 min 20 s', '2 h 5 min'."""
+    """Format a duration: '8 s', '3 min 20 s', '2 h 5 min'."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

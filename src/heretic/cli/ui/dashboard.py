@@ -1,7 +1,7 @@
-"""The live screen: bars while things are made ready, and one calm full screen while a study runs.
+"""Live display: progress bars during preparation, a full screen while a study runs.
 
-The full screen is the terminal's alternate one, drawn anew as a whole, so that a change of its size leaves nothing behind and
-what was there before comes back at the end. Warnings are then printed once more, where they can be scrolled to.
+The full screen is the terminal's alternate screen, redrawn as a whole, so that resizing leaves no remains.
+At its end the warnings are printed once more on the ordinary screen.
 """
 
 from __future__ import annotations
@@ -39,33 +39,37 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REFRESH_RATE = 4  # times a second
-MEMORY_POLL_SECONDS = 3  # at memory
-LAST_LINES = 3
-TALLEST_PLOT = 16
-FEWEST_LINES = 5  # of a plot that is worth drawing
+MEMORY_POLL_SECONDS = 3
+LAST_LINES = 3  # messages and warnings shown on the full screen
+MAX_PLOT_LINES = 16
+MIN_PLOT_LINES = 5
 
 
 class Dashboard(LineReporter):
-    """Bars for the stages under way; from the first `stands` to the end of the outermost stage the full screen."""
+    """Progress bars of the open stages; a full screen from the first `study_updated` to the end of the outermost stage."""
 
     def __init__(
-        self, console: Console, title: str, stop: StopSignal, look: Callable[[], Sequence[MemoryUsage]] = memory_usage
+        self,
+        console: Console,
+        title: str,
+        stop: StopSignal,
+        read_memory: Callable[[], Sequence[MemoryUsage]] = memory_usage,
     ) -> None:
         super().__init__(console)
-        self.title, self.stop, self.read_memory = title, stop, look
+        self.title, self.stop, self.read_memory = title, stop, read_memory
         self.bars = _bars(console)
         self.summary: StudySummary | None = None
         self.live: Live | None = None
         self.open: list[TaskID] = []
-        self.said: list[str] = []
-        self.warned: list[str] = []
-        self.shown_warnings = 0  # how many of them are on the ordinary screen already
-        self.use: Sequence[MemoryUsage] = ()
-        self.looked = 0.0
+        self.messages: list[str] = []
+        self.warnings: list[str] = []
+        self.n_printed_warnings = 0  # warnings on the ordinary screen
+        self.memory: Sequence[MemoryUsage] = ()
+        self.memory_read_at = 0.0
 
     @contextmanager
     def stage(self, name: str, total: int | None) -> Iterator[Stage]:
-        """See Watcher."""
+        """See ProgressReporter."""
         began = time.monotonic()
         if not self.open:
             self.bars = _bars(self.console)
@@ -85,36 +89,36 @@ class Dashboard(LineReporter):
             self.open.remove(task)
             bars.remove_task(task)
             if not self.open:
-                self._leave()
+                self._close_full_screen()
                 bars.stop()
             log.info("%s: %.1f s", name, time.monotonic() - began)
 
     def info(self, text: str) -> None:
-        """See Watcher; while the full screen is on, the last lines stand there."""
+        """See ProgressReporter; the full screen shows the last lines."""
         if self.live is None:
             super().info(text)
             return
         log.info(text)
-        self.said.append(text)
+        self.messages.append(text)
 
     def warning(self, text: str) -> None:
-        """See Watcher."""
-        self.warned.append(text)
+        """See ProgressReporter."""
+        self.warnings.append(text)
         if self.live is None:
             super().warning(text)
-            self.shown_warnings = len(self.warned)
+            self.n_printed_warnings = len(self.warnings)
             return
         log.warning(text)
 
     def study_updated(self, summary: StudySummary) -> None:
-        """See Watcher."""
+        """See StudyReporter."""
         self.summary = summary
         if self.live is None and self.open:
             self.bars.stop()
-            self.said.clear()
+            self.messages.clear()
             live = Live(
                 console=self.console,
-                get_renderable=self.picture,
+                get_renderable=self.render,
                 screen=True,
                 refresh_per_second=REFRESH_RATE,
                 transient=True,
@@ -122,8 +126,8 @@ class Dashboard(LineReporter):
             live.start()
             self.live = live
 
-    def picture(self) -> RenderableType:
-        """The full screen as it is now, for the terminal's present size; what matters least is left out where it is small."""
+    def render(self) -> RenderableType:
+        """Render the full screen for the terminal's current size; a small terminal omits the least important parts."""
         width, height = self.console.size
         parts: list[RenderableType] = [Rule(Text(f"heretic · {self.title}" if self.title else "heretic"), style="dim")]
         used = 1
@@ -136,7 +140,7 @@ class Dashboard(LineReporter):
 
         add(self.bars.get_renderable(), min(len(self.open), 2))
         if self.stop.requested:
-            note = "Stopping after the batch under way; Ctrl-C again stops at once. Nothing that is finished is lost."
+            note = "Stopping after the current batch. Ctrl-C again stops at once. All finished work is kept."
             add(Text(note, style="bold yellow"), -(-len(note) // width))
         facts = aligned([*(rows(self.summary) if self.summary else []), *self._memory()])
         add(facts, facts.plain.count("\n") + 1)
@@ -144,39 +148,39 @@ class Dashboard(LineReporter):
         lines_height = len(lines.plain.splitlines())
         if self.summary:
             plot = pareto_plot(
-                self.summary, self.console, min(width, 100), min(TALLEST_PLOT, height - used - lines_height)
+                self.summary, self.console, min(width, 100), min(MAX_PLOT_LINES, height - used - lines_height)
             )
-            tall = len(plot.plain.splitlines())
-            if tall >= FEWEST_LINES:
-                add(plot, tall)
+            plot_height = len(plot.plain.splitlines())
+            if plot_height >= MIN_PLOT_LINES:
+                add(plot, plot_height)
         add(lines, lines_height)
         return Group(*parts)
 
-    def _leave(self) -> None:
-        """Back to the ordinary screen, with the warnings that were not seen there."""
+    def _close_full_screen(self) -> None:
+        """Return to the ordinary screen and print the warnings that it lacks."""
         if self.live is None:
             return
         self.live.stop()
         self.live = None
-        for text in self.warned[self.shown_warnings :]:
+        for text in self.warnings[self.n_printed_warnings :]:
             self.console.print(f"[yellow]Warning:[/yellow] {escape_terminal(text)}", highlight=False, soft_wrap=True)
-        self.shown_warnings = len(self.warned)
+        self.n_printed_warnings = len(self.warnings)
 
     def _memory(self) -> list[tuple[str, str]]:
-        """A row for every device."""
+        """Return a row for every device, with values at most MEMORY_POLL_SECONDS old."""
         now = time.monotonic()
-        if not self.use or now - self.looked > MEMORY_POLL_SECONDS:
-            self.use, self.looked = self.read_memory(), now
-        return [(use.device, str(use)) for use in self.use]
+        if not self.memory or now - self.memory_read_at > MEMORY_POLL_SECONDS:
+            self.memory, self.memory_read_at = self.read_memory(), now
+        return [(usage.device, str(usage)) for usage in self.memory]
 
     def _last_lines(self) -> Text:
-        """The last warnings and facts, a line each."""
+        """Return the last warnings and messages, a line each."""
         text = Text(no_wrap=True, overflow="ellipsis")
-        shown = [("Warning: " + one, "yellow") for one in self.warned[-LAST_LINES:]]
-        shown += [(one, "dim") for one in self.said[-LAST_LINES:]]
-        for i, (one, style) in enumerate(shown):
+        lines = [(f"Warning: {warning}", "yellow") for warning in self.warnings[-LAST_LINES:]]
+        lines += [(message, "dim") for message in self.messages[-LAST_LINES:]]
+        for i, (line, style) in enumerate(lines):
             text.append("\n" * (i > 0))
-            text.append_text(Text.from_markup(escape_terminal(one.replace("\n", " ")), style=style))
+            text.append_text(Text.from_markup(escape_terminal(line.replace("\n", " ")), style=style))
         return text
 
 

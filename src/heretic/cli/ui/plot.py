@@ -1,7 +1,6 @@
-"""A study's trials drawn in the terminal: refusals over KL divergence, the front marked.
+"""Plot of a study's trials in the terminal: refusals over KL divergence, with the Pareto front marked.
 
-Our own lines of characters: what it takes is a screenful of marks on a logarithmic axis, and the plotting libraries for
-terminals keep one figure in global state and print it themselves.
+Drawn without a plotting library: those for terminals use one global figure and print it themselves.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from heretic.search.pareto import Result, pareto_front
 MARKS = {"other": ("·", "dim"), "front": ("●", "bold cyan"), "best": ("◆", "bold green")}
 PLAIN_MARKS = {"other": ".", "front": "o", "best": "#"}  # for terminals that know ASCII only
 SMALLEST_KL = 1e-4
-EDGE = 8  # columns left of the plot, for the numbers of refusals
+EDGE = 8  # columns left of the plot, for the refusal counts
 
 
-def draw(found: Sequence[Result], best: Result | None, width: int, height: int, *, ascii_only: bool = False) -> Text:
-    """At most `height` lines of at most `width` columns; refusals go up, KL goes right on a logarithmic axis.
+def draw(results: Sequence[Result], best: Result | None, width: int, height: int, *, ascii_only: bool = False) -> Text:
+    """Draw at most `height` lines of at most `width` columns: refusals upward, KL to the right on a logarithmic axis.
 
-    Destroyed models (infinite KL) are left out. Empty where there is nothing to draw or no room.
+    Omits destroyed models (infinite KL). Returns an empty text without results or room.
     """
-    shown = [r for r in found if math.isfinite(r.point[0])]
+    shown = [r for r in results if math.isfinite(r.point[0])]
     columns, rows = width - EDGE - 1, height - 2
     if not shown or columns < 16 or rows < 3:
         return Text()

@@ -1,4 +1,4 @@
-"""The preflight's report on a terminal: devices, findings, verdict."""
+"""Preflight report on a terminal: devices, findings, verdict."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from heretic.planning.preflight_facts import Finding
 MARKS = {"failure": "[red]failure[/red]", "warning": "[yellow]warning[/yellow]", "ok": "[green]ok[/green]"}
 VERDICTS = {
     "ready": "[green]Ready.[/green]",
-    "risky": "[yellow]Risky:[/yellow] it can start, but look at the warnings first.",
+    "risky": "[yellow]Risky:[/yellow] the run can start, but read the warnings first.",
     "fail": "[red]This run would fail.[/red]",
 }
 
 
 def show(report: PreflightReport, console: Console) -> None:
-    """Print the report; 80 columns are enough."""
+    """Print the report within 80 columns."""
     if report.plan or report.gpus.gpus:
         console.print(_devices(report))
     console.print(_findings(report.findings))
@@ -28,7 +28,7 @@ def show(report: PreflightReport, console: Console) -> None:
 
 
 def _devices(report: PreflightReport) -> Table:
-    """A row for every visible GPU, and for the CPU if weights go there."""
+    """Return a row for every visible GPU, and for the CPU if it holds weights."""
     loads = {load.device.name: load for load in report.plan.loads} if report.plan else {}
     names = {f"cuda:{gpu.index}": gpu for gpu in report.gpus.gpus}
     table = Table(title=_title(report.plan), title_justify="left")
@@ -56,14 +56,14 @@ def _title(plan: MemoryPlan | None) -> str:
 
 
 def _numbers(load: DeviceMemory) -> list[str]:
-    """What is free, the weights, all that the run needs besides, the reserve, the sum, and what part of the model it is."""
+    """Return free memory, weights, other memory of the run, reserve, the total (GiB), and the model's part."""
     run = load.total - load.weights - load.headroom
     needed = _gib(load.total) if load.fits else f"[red]{_gib(load.total)}[/red]"
     return [_gib(load.device.free), _gib(load.weights), _gib(run), _gib(load.headroom), needed, load.layers]
 
 
 def _findings(findings: tuple[Finding, ...]) -> Table:
-    """What was found, the worst first, each remedy below what it remedies."""
+    """Return the findings, the worst first, each with its fix below."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for _ in range(2):
         table.add_column(no_wrap=True)

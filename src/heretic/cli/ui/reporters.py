@@ -1,4 +1,4 @@
-"""Which way of showing the work suits a console."""
+"""Choice of the progress reporter for a console."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def make_reporter(
     console: Console, *, plain: bool = False, title: str = "", stop: StopSignal | None = None
 ) -> StudyReporter:
-    """The watcher that suits the console; `title` says what is worked on, `stop` whether a stop is awaited."""
-    if plain or not on_terminal(console) or notebook():  # a cell shows what a terminal would obey
+    """Return the dashboard on a terminal, otherwise plain lines; `title` and the state of `stop` appear on the dashboard."""
+    if plain or not on_terminal(console) or notebook():  # a notebook cell would print control sequences
         return PlainReporter(console)
-    from heretic.cli.ui.dashboard import Dashboard  # with PyTorch, which takes seconds to import
+    from heretic.cli.ui.dashboard import Dashboard  # imports PyTorch, which takes seconds
 
     return Dashboard(console, title, stop or StopSignal())

@@ -1,4 +1,4 @@
-"""How a study stands, in a few lines and a drawing: the same on the live screen and in `heretic status`."""
+"""Summary lines and plot of a study, for the dashboard and for `heretic status`."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from heretic.search.summary import StudySummary
 
 
 def rows(summary: StudySummary) -> list[tuple[str, str]]:
-    """Names and values; what is not known yet is left out."""
+    """Return names and values; omits unknown values."""
     counts = [f"{summary.n_complete} of {summary.n_trials}"]
-    counts += [f"{n} {what}" for n, what in ((summary.n_pruned, "left early"), (summary.n_failed, "failed")) if n]
-    shown = [("trials", ", ".join(counts))]
+    counts += [f"{n} {what}" for n, what in ((summary.n_pruned, "pruned"), (summary.n_failed, "failed")) if n]
+    pairs = [("trials", ", ".join(counts))]
     if summary.trials_per_hour is not None:
-        shown.append(("speed", f"{_rounded(summary.trials_per_hour)} trials per hour"))
+        pairs.append(("speed", f"{_rounded(summary.trials_per_hour)} trials per hour"))
     if summary.seconds_left is not None:
-        shown.append(("time left", f"about {format_duration(summary.seconds_left)}"))
+        pairs.append(("time left", f"about {format_duration(summary.seconds_left)}"))
     if summary.original_refusals is not None and summary.results:
-        shown.append(("original", f"{summary.original_refusals} of {summary.results[0].scores.total} refused"))
+        pairs.append(("original", f"{summary.original_refusals} of {summary.results[0].scores.total} refused"))
     if summary.best is not None:
         best, _ = summary.best
         scores = best.scores
         evasive = f", {scores.evasive} evasive" if scores.evasive else ""
-        shown.append(
+        pairs.append(
             (
                 "best so far",
                 f"trial {best.number}: {scores.refusals} of {scores.total} refused{evasive}, KL {scores.divergence.mean:.4f}",
             )
         )
-    return shown
+    return pairs
 
 
 def aligned(pairs: list[tuple[str, str]]) -> Text:
-    """One line each, the values below each other."""
+    """Return a line for each pair, with aligned values."""
     width = max((len(name) for name, _ in pairs), default=0)
     text = Text(no_wrap=True, overflow="ellipsis")
     for i, (name, value) in enumerate(pairs):
@@ -45,7 +45,7 @@ def aligned(pairs: list[tuple[str, str]]) -> Text:
 
 
 def pareto_plot(summary: StudySummary, console: Console, width: int, height: int) -> Text:
-    """The front, in the characters that the console knows."""
+    """Draw the trials and the Pareto front, in ASCII if the console does not support Unicode."""
     best = summary.best[0] if summary.best else None
     return draw(summary.results, best, width, height, ascii_only=not console.encoding.startswith("utf"))
 

@@ -1,1 +1,1 @@
-"""The bundled harmless demo: a small model with a guard against cooking, and the prompt sets to find and remove it."""
+"""Harmless bundled demo: a small model that refuses to talk about cooking, and prompt sets to ablate that refusal."""

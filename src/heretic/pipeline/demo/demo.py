@@ -1,7 +1,6 @@
-"""`make demo`: the whole job on a model whose state before the guard is known.
+"""The demo: a complete run on a model whose state before the guard is known.
 
-Because it is known, the demo can say what no real case can: how close the ablated model came back to the model that never
-had the guard, on the very requests that the guard declines.
+It can therefore measure the ablated model's KL divergence from the model without the guard, on the guarded requests.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from heretic.settings.sources import resolve
 
 @dataclass(frozen=True)
 class DemoOutcome:
-    """The run's outcome, mean KL(unguarded || guarded) and KL(unguarded || ablated) on the guarded requests, and seconds taken."""
+    """The run's outcome and the distances from the unguarded model."""
 
     outcome: Outcome
-    guarded_from_base: float
-    ablated_from_base: float | None
+    guarded_from_base: float  # mean KL(unguarded || guarded) on the guarded requests
+    ablated_from_base: float | None  # mean KL(unguarded || ablated) on the guarded requests
     seconds: float
 
 
@@ -52,14 +51,14 @@ def run_demo(
 ) -> DemoOutcome:
     """Build the guarded model, run the study, export, and compare with the unguarded model. Resumes like any run.
 
-    `assignments` are settings as `--set` takes them, beside the demo's own.
+    `assignments` are additional settings in the form of `--set`.
     """
     began = time.monotonic()
     written = folder / "ablated-model"
     guarded = folder / "guarded-model"
-    places = {"model": str(guarded), "save_to": str(written), "runs_dir": str(folder / "runs"), "n_trials": trials}
+    options = {"model": str(guarded), "save_to": str(written), "runs_dir": str(folder / "runs"), "n_trials": trials}
     with resources.as_file(resources.files("heretic") / "pipeline" / "demo" / "demo.toml") as file:
-        resolved = resolve(file, places, assignments)  # what is wrong with them is said before the work
+        resolved = resolve(file, options, assignments)  # invalid settings fail before the work
     with reporter.stage("Unpacking SmolLM2-135M-Instruct and merging the guard", None):
         base = build_base(folder / "base-model")
         build_guarded(base, guarded)
@@ -80,7 +79,7 @@ def run_demo(
 
 
 def _log_probs(folder: Path, settings: Settings, stop: StopSignal) -> Tensor:
-    """Next-token log-probabilities on the guarded requests [prompts, vocabulary]."""
+    """Return next-token log-probabilities on the guarded requests [prompts, vocabulary]."""
     model = load(open_checkpoint(str(folder)), ["float32"], {"device_map": {"": "cpu"}})
     chat = ChatFormat(model.tokenizer, settings.system_prompt)
     sequences = chat.encode(load_all(settings.prompts).harmful_eval.prompts)
