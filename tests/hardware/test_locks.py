@@ -24,9 +24,9 @@ from tests.helpers.errors import raises
 HOLD = """
 import sys
 from pathlib import Path
-from heretic.hardware.locks import hold
+from heretic.hardware.locks import acquire_locks
 wait, model, *paths = sys.argv[1:]
-with hold([Path(p) for p in paths], model=model, wait=wait == "wait", on_wait=lambda *_: print("waiting", flush=True)):
+with acquire_locks([Path(p) for p in paths], model=model, wait=wait == "wait", on_wait=lambda *_: print("waiting", flush=True)):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -126,7 +126,7 @@ def test_waiting_can_be_interrupted(tmp_path: Path, start: Start) -> None:
 def test_untrustworthy_note_names_nobody(
     tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch, stale: str
 ) -> None:
-    monkeypatch.setattr(lock, "PATIENCE", 0.05)
+    monkeypatch.setattr(lock, "ACQUIRE_TIMEOUT", 0.05)
     path = tmp_path / "cpu.lock"
     assert says(start(path)) == "held"
     gone = subprocess.Popen([sys.executable, "-c", ""])

@@ -26,8 +26,8 @@ from tests.helpers.shapes import GIB, checkpoint_of, qwen_32b
 HOLD = """
 import sys
 from pathlib import Path
-from heretic.hardware.locks import hold
-with hold([Path(p) for p in sys.argv[1:]], model="owner/first"):
+from heretic.hardware.locks import acquire_locks
+with acquire_locks([Path(p) for p in sys.argv[1:]], model="owner/first"):
     print("held", flush=True)
     sys.stdin.read()
 """

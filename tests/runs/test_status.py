@@ -23,8 +23,8 @@ from tests.helpers.errors import raises
 HOLD = """
 import sys
 from pathlib import Path
-from heretic.hardware.locks import hold
-with hold([Path(sys.argv[1])], model="m"):
+from heretic.hardware.locks import acquire_locks
+with acquire_locks([Path(sys.argv[1])], model="m"):
     print("held", flush=True)
     sys.stdin.read()
 """
