@@ -1,4 +1,4 @@
-"""Read text files, whatever they hold; write files so that they are either whole or not there, with hashes."""
+"""Read files safely; write files atomically, tensors with a hash."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 
 from heretic.errors import UserError, first_line
 
-if TYPE_CHECKING:  # PyTorch takes seconds to import, and settings are read without it
+if TYPE_CHECKING:  # PyTorch takes seconds to import, and settings do not need it
     from torch import Tensor
 
-LARGEST_TEXT = 256 << 20  # bytes of a text file that is read as a whole
-# Windows alone has O_BINARY and lacks the others. O_NONBLOCK: opening a pipe that nobody writes to must not wait.
+LARGEST_TEXT = 256 << 20  # bytes of a text file
+# Only Windows has O_BINARY, and it lacks the others. O_NONBLOCK: opening a pipe without a writer must not block.
 _READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK"))
 _SPECIAL = (
     (stat.S_ISDIR, "a folder"),
@@ -35,13 +35,13 @@ _SPECIAL = (
 def open_regular(
     path: Path, what: str = "The file", *, where: str | None = None, error: type[UserError] = UserError
 ) -> BinaryIO:
-    """Open a regular file for reading; a pipe, a device or a folder is never opened.
+    """Open a regular file for reading; refuse pipes, devices and folders.
 
     Args:
         path: the file; links are followed.
-        what: what the file is, for messages, such as "The settings file".
+        what: a description of the file for messages, such as "The settings file".
         where: the setting that names the file; default: the path.
-        error: the kind of error to raise, with code missing-file, unreadable-file or not-a-regular-file.
+        error: class of the error to raise, with code missing-file, unreadable-file or not-a-regular-file.
     """
     where = where or str(path)
     try:
@@ -58,7 +58,7 @@ def open_regular(
             fix="check the path and its permissions",
         ) from None
     try:
-        _refuse_special(os.fstat(handle).st_mode, path, what, where, error)  # it may have been replaced in between
+        _refuse_special(os.fstat(handle).st_mode, path, what, where, error)  # it may have changed since the first check
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
@@ -73,22 +73,24 @@ def read_text(
     error: type[UserError] = UserError,
     largest: int = LARGEST_TEXT,
 ) -> str:
-    """Read a text file as UTF-8, with or without a byte order mark, whatever the locale. Every line end becomes `\n`.
+    """Read a text file as UTF-8, with or without a byte order mark, in any locale. Every line end becomes `\n`.
 
-    Args: as `open_regular`; `largest`: most bytes that are read.
+    Args:
+        path, what, where, error: as for `open_regular`.
+        largest: maximum size in bytes.
 
     Raises:
-        UserError: as `open_regular`, and with code file-too-large or file-encoding; the latter names the line.
+        UserError: as `open_regular`, or with code file-too-large or file-encoding, which names the line.
     """
     with open_regular(path, what, where=where, error=error) as file:
         size = os.fstat(file.fileno()).st_size
-        content = b"" if size > largest else file.read(largest + 1)  # a file of /proc says that it has no bytes
+        content = b"" if size > largest else file.read(largest + 1)  # files in /proc report size 0
     if max(size, len(content)) > largest:
         raise error(
             f"{what} {path} is larger than {largest >> 20} MiB.",
             code="file-too-large",
             where=where or str(path),
-            fix="name a smaller file",
+            fix="use a smaller file",
         )
     text, problem, offset = _decode(content)
     if problem:
@@ -104,7 +106,7 @@ def read_text(
 
 
 def _decode(content: bytes) -> tuple[str, str, int]:
-    """The text, or what is wrong with it and at which byte."""
+    """Return text, problem and byte offset of the problem; the problem is empty for valid text."""
     for mark, name in (
         (codecs.BOM_UTF32_LE, "UTF-32"),
         (codecs.BOM_UTF16_LE, "UTF-16"),
@@ -132,7 +134,7 @@ def lines_before(text: str) -> int:
 def split_lines(text: str) -> list[str]:
     """Split a text at `\n`, `\r\n` and `\r` only.
 
-    `str.splitlines` splits at U+2028, U+0085, form feed and others too, which are part of a line in a text file.
+    `str.splitlines` also splits at U+2028, U+0085, form feed and others, which belong to a line of a text file.
     """
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return lines if lines[-1] else lines[:-1]
@@ -141,78 +143,90 @@ def split_lines(text: str) -> list[str]:
 def _refuse_special(mode: int, path: Path, what: str, where: str, error: type[UserError]) -> None:
     if stat.S_ISREG(mode):
         return
-    kind = next((name for test, name in _SPECIAL if test(mode)), "no file")
+    kind = next((name for test, name in _SPECIAL if test(mode)), "of unknown type")
     raise error(
         f"{what} {path} is {kind}, not a regular file.",
         code="not-a-regular-file",
         where=where,
-        fix="name a regular file",
+        fix="use a regular file",
     )
 
 
 def open_private(path: Path, mode: str) -> int:
-    """A file descriptor to write a file that nobody else may read; a link in its place is not followed.
+    """Open a file for writing that only its owner can read; do not follow links.
 
     Args:
-        path: the file; made if it is not there.
-        mode: "a" to append, "w" to begin anew.
+        path: the file; created if missing.
+        mode: "a" to append, "w" to truncate.
+
+    Returns:
+        The file descriptor.
 
     Raises:
-        UserError: `link-in-run-folder` for a link.
-        OSError: for all else.
+        UserError: with code link-in-run-folder, for a link.
+        OSError: for any other problem.
     """
-    how = os.O_APPEND if mode == "a" else os.O_TRUNC
-    flags = os.O_WRONLY | os.O_CREAT | how | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    position = os.O_APPEND if mode == "a" else os.O_TRUNC
+    flags = os.O_WRONLY | os.O_CREAT | position | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     if path.is_symlink():
-        raise UserError(
-            f"{path.name} is a link, which heretic does not write through.",
-            code="link-in-run-folder",
-            where=str(path),
-            fix="remove the link, or put the file itself in its place",
-        )
+        raise link_error(path)
     return os.open(path, flags, 0o600)
 
 
+def link_error(path: Path) -> UserError:
+    """Return the error for a link in a run's folder."""
+    return UserError(
+        f"{path.name} is a symbolic link. heretic does not write through links.",
+        code="link-in-run-folder",
+        where=str(path),
+        fix="replace the link with the file itself, or delete it",
+    )
+
+
 def write_text(path: Path, text: str, *, private: bool = False) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part.
+    """Write a text file atomically, as UTF-8.
 
     Args:
-        path: the file; a link in its place is replaced, not followed.
-        text: the content, written as UTF-8.
-        private: whether only its owner may read it, whatever the umask; else the umask decides.
+        path: the file; a link is replaced, not followed.
+        text: the content.
+        private: if true, only the owner can read the file; else the umask decides.
     """
-    with _no_space_left(path), _temporary_beside(path, private) as beside:
-        beside.write_text(text, encoding="utf-8")
-        _commit(beside, path)
+    with _translate_write_errors(path), _temporary_file(path, private) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        _commit(temporary, path)
 
 
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, *, private: bool = False
 ) -> None:
-    """Write a safetensors file as `write_text` does; its metadata holds a hash of the tensors' bytes."""
+    """Write a safetensors file atomically, with a hash of tensors and metadata in its metadata."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with _no_space_left(path), _temporary_beside(path, private) as beside:
-        mode = beside.stat().st_mode
-        kept = dict(metadata or {})
-        save_file(tensors, beside, metadata={**kept, "sha256": _digest(tensors, kept)})
-        beside.chmod(stat.S_IMODE(mode))  # the library makes a new file, with a mode of its own
-        sort_metadata(beside)
-        _commit(beside, path)
+    with _translate_write_errors(path), _temporary_file(path, private) as temporary:
+        mode = temporary.stat().st_mode
+        own_metadata = dict(metadata or {})
+        save_file(tensors, temporary, metadata={**own_metadata, "sha256": _digest(tensors, own_metadata)})
+        temporary.chmod(stat.S_IMODE(mode))  # safetensors creates a new file with its own mode
+        sort_metadata(temporary)
+        _commit(temporary, path)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata that `write_tensors` wrote. Raises UserError when the content is not what was written."""
+    """Read tensors and metadata written by `write_tensors`.
+
+    Raises:
+        UserError: with code damaged-file, if the content differs from what was written.
+    """
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+    if path.exists() and not path.is_file():  # opening a pipe would block
         raise UserError(
             f"{path.name} is not a regular file.",
             code="damaged-file",
             where=str(path),
-            fix="delete it; heretic makes it again",
+            fix="delete it; heretic recomputes it",
         )
     try:
         tensors = load_file(path)
@@ -223,20 +237,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path.name} is damaged: {first_line(error)}",
             code="damaged-file",
             where=str(path),
-            fix="delete it; heretic makes it again",
+            fix="delete it; heretic recomputes it",
         ) from None
     if metadata.get("sha256") != _digest(tensors, metadata):
         raise UserError(
             f"{path.name} is damaged: its content does not match its hash.",
             code="damaged-file",
             where=str(path),
-            fix="delete it; heretic makes it again",
+            fix="delete it; heretic recomputes it",
         )
     return tensors, metadata
 
 
 def expand_user(path: str | Path) -> Path:
-    """Replace a leading `~` or `~user` by the home folder. Raises UserError (unknown-home) if that folder is not known."""
+    """Replace a leading `~` or `~user` with the home folder. Raises UserError (unknown-home) for an unknown user."""
     text = os.path.expanduser(path)
     if str(text).startswith("~"):
         user = str(text).split("/")[0]
@@ -244,36 +258,45 @@ def expand_user(path: str | Path) -> Path:
             f"The home folder '{user}' is unknown.",
             code="unknown-home",
             where=str(path),
-            fix="write the absolute path, set HOME, or put ./ before a name that begins with ~",
+            fix="write the absolute path, set HOME, or write ./~name for a file name that begins with ~",
         )
     return Path(text)
 
 
 def ensure_parent(path: Path) -> Path:
-    """The path of a file that is to be written, with its folder made. Raises UserError for what can be no file."""
+    """Return the expanded path of an output file and create its folder. Raises UserError if the path is a folder."""
     path = expand_user(path)
     if path.is_dir():
         raise UserError(
-            "heretic writes a file here, but this is a folder.",
+            "The path of the output file is a folder.",
             code="not-a-regular-file",
             where=str(path),
-            fix="name a file in it or elsewhere",
+            fix="add a file name to the path",
         )
-    make_folder(path.parent, "The folder for the file", fix="name a file in a folder that can be written")
+    make_folder(path.parent, "The folder for the file", fix="choose a file in a writable folder")
     return path
 
 
 def make_folder(path: Path, what: str, *, fix: str) -> None:
-    """Make a folder and those above it. Raises UserError, with `what` it was to be and how to `fix` it."""
+    """Create a folder and its parents.
+
+    Args:
+        path: the folder.
+        what: a description of the folder for the message.
+        fix: the fix for the message.
+
+    Raises:
+        UserError: with code folder-unwritable.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        text = f"{what} cannot be made: {error.strerror or error}."
+        text = f"{what} cannot be created: {error.strerror or error}."
         raise UserError(text, code="folder-unwritable", where=str(path), fix=fix) from None
 
 
 def sort_metadata(path: Path) -> None:
-    """Give a safetensors file the same bytes every time: its library writes the metadata in an order of chance."""
+    """Sort the metadata of a safetensors file, which the library writes in random order, so that its bytes are reproducible."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -281,13 +304,13 @@ def sort_metadata(path: Path) -> None:
             return
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) <= size:  # longer only where the two libraries write a character in different ways
+        if len(text) <= size:  # longer only if the two libraries encode a character differently
             file.seek(8)
             file.write(text.ljust(size))
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
+    """Return the SHA-256 hash of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -296,9 +319,9 @@ def sha256(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Have a file's content, or a folder's names, written through to the disk, so that they outlast a loss of power."""
+    """Flush a file's content or a folder's entries to the disk, so that they survive a power loss."""
     if path.is_dir():
-        with contextlib.suppress(OSError):  # some systems and network disks do not do this for folders
+        with contextlib.suppress(OSError):  # some systems and network disks do not support this for folders
             _sync(path)
     else:
         _sync(path)
@@ -312,18 +335,18 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def atomic_swap(one: Path, other: Path) -> bool:
-    """Give each of two existing paths the other's name, in one step that is done or not done; False where that is not to be had.
+def atomic_swap(first: Path, second: Path) -> bool:
+    """Swap the names of two existing paths atomically; return False if the system does not support it.
 
-    renameat2 with RENAME_EXCHANGE of Linux (renameat2(2)), renamex_np with RENAME_SWAP of macOS (rename(2) there).
+    Linux: renameat2(2) with RENAME_EXCHANGE. macOS: renamex_np with RENAME_SWAP, see rename(2).
     """
-    names = os.fsencode(one), os.fsencode(other)
+    names = os.fsencode(first), os.fsencode(second)
     try:
         library = ctypes.CDLL(None)
         if sys.platform == "darwin":
             return bool(library.renamex_np(*names, 2) == 0)
-        here = -100  # AT_FDCWD: paths are as the process sees them
-        return bool(library.renameat2(here, names[0], here, names[1], 2) == 0)
+        at_cwd = -100  # AT_FDCWD: relative paths start at the current folder
+        return bool(library.renameat2(at_cwd, names[0], at_cwd, names[1], 2) == 0)
     except (OSError, AttributeError, TypeError):  # another system, or an old C library
         return False
 
@@ -337,25 +360,25 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 @contextlib.contextmanager
-def _temporary_beside(path: Path, private: bool) -> Iterator[Path]:
-    """An empty file of our own beside `path`, which the context renames; what it leaves is deleted."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+def _temporary_file(path: Path, private: bool) -> Iterator[Path]:
+    """Yield a new empty file in the folder of `path`, and delete it unless the context renames it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.unlink(missing_ok=True)  # of a dead process with our number, or a link that somebody put there
-        os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))
-        yield beside
+        temporary.unlink(missing_ok=True)  # left by a dead process with the same number, or somebody's link
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))
+        yield temporary
     finally:
-        with contextlib.suppress(OSError):  # on a read-only disk even this fails
-            beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # fails on a read-only disk
+            temporary.unlink(missing_ok=True)
 
 
-def _commit(beside: Path, path: Path) -> None:
-    fsync(beside)
-    os.replace(beside, path)
+def _commit(temporary: Path, path: Path) -> None:
+    fsync(temporary)
+    os.replace(temporary, path)
 
 
-class _no_space_left:
-    """Turns a failed write into an error that names the place."""
+class _translate_write_errors:
+    """Turn a failed write into a UserError that names the folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -369,5 +392,5 @@ class _no_space_left:
                 f"{self.path.name} cannot be written: {error}",
                 code="file-unwritable",
                 where=str(self.path.parent),
-                fix="make room or check the permissions, then run the same command again; nothing finished is lost",
+                fix="free disk space or check the permissions, then run the same command again; nothing finished is lost",
             ) from None

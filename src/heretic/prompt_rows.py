@@ -1,4 +1,4 @@
-"""Rows of prompt files, and the prompt that a row holds: a text, or a conversation."""
+"""Read the rows of prompt files and extract the prompt from a text or a conversation."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from typing import Any
 from heretic.errors import UserError, first_line, plain_line
 from heretic.files import open_regular, read_text, split_lines
 
-Row = tuple[
-    int, Mapping[str, Any]
-]  # the line (.jsonl, .csv) or number (.json, .parquet) of a row, from 1, and its columns
+# The line (.jsonl, .csv) or number (.json, .parquet) of a row, from 1, and its columns.
+Row = tuple[int, Mapping[str, Any]]
 WHAT = "The prompt file"
 LONGEST_FIELD = 1 << 24  # characters; csv's own limit is 128 Ki
-# How conversations name the speaker and the text: OpenAI's messages, and ShareGPT's.
+# Keys of speaker and text: OpenAI's messages, and ShareGPT's.
 SPEAKER, TEXT = ("role", "from"), ("content", "value")
 USER = {"user", "human", "prompter"}
-# A conversation written as text, by Python or as JSON, as pandas does in a CSV file.
+# A conversation serialized as text, by Python or as JSON, as pandas does in a CSV file.
 WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from|content|value)['"]\s*:""")
 
 
-def rows_of(path: Path, key: str, column: str) -> list[Row]:
-    """The rows of a .jsonl, .json, .csv or .parquet file.
+def read_rows(path: Path, key: str, column: str) -> list[Row]:
+    """Read the rows of a .jsonl, .json, .csv or .parquet file.
 
     Args:
-        path: the file; its suffix says which format it has.
-        key: the setting that names it, for messages; empty if none does.
-        column: the column that is wanted; of a Parquet file that has it, no other is read.
+        path: the file; its suffix is its format.
+        key: the setting that names the file, for messages; empty if there is none.
+        column: the prompt column; a Parquet file is read without the other columns.
 
     Raises:
-        UserError: `bad-data-file` with file, line and cause, or what `read_text` raises.
+        UserError: with code bad-data-file, file, line and cause; or as `read_text`.
     """
     where, kind = f"{key}.source" if key else str(path), path.suffix.lower()
     if kind == ".parquet":
@@ -43,43 +42,48 @@ def rows_of(path: Path, key: str, column: str) -> list[Row]:
 
 
 def prompt_in(value: Any, place: str, key: str) -> str | None:
-    """The prompt in a cell: a text as it is, the last user turn of a conversation, None for an empty cell.
+    """Return the prompt in a cell: the text, or the last user turn of a conversation; None for an empty cell.
 
-    A conversation is a list of messages, each with `role` and `content` or with `from` and `value`; a content may be a list of
-    parts of type "text". Anything else is refused: its spelling in Python is no prompt.
+    A conversation is a list of messages, each with `role` and `content` or with `from` and `value`; a content may be a
+    list of parts of type "text".
+
+    Args:
+        value: the cell.
+        place: file, row and column, for messages.
+        key: the setting that names the file, for messages; empty if there is none.
 
     Raises:
-        UserError: `not-a-prompt`, naming the `place`.
+        UserError: with code not-a-prompt, for any other value.
     """
     if value is None:
         return None
     if isinstance(value, str):
         if WRITTEN_OUT.match(value):
-            raise _no_prompt("holds a conversation written out as text, not a list of messages", place, key)
+            raise _no_prompt("is a conversation serialized as text, not a list of messages", place, key)
         return _text(value, place, key)
     messages = _messages(value)
     if messages is None:
-        raise _no_prompt(f"holds {_kind(value)}, not a text or a conversation", place, key)
+        raise _no_prompt(f"is {_kind(value)}, not a text or a conversation", place, key)
     turn = _last_user_turn(messages)
     if turn is None:
-        raise _no_prompt("holds a conversation without a user turn", place, key)
+        raise _no_prompt("is a conversation without a user turn", place, key)
     content = next((messages[turn][name] for name in TEXT if messages[turn].get(name) is not None), None)
     parts = [_part(part) for part in content] if isinstance(content, (list, tuple)) else [_part(content)]
     if not parts or any(part is None for part in parts):
-        raise _no_prompt("holds a conversation whose last user turn is not text only", place, key)
+        raise _no_prompt("is a conversation whose last user turn is not only text", place, key)
     return _text("\n".join(part for part in parts if part is not None), place, key)
 
 
-def leaves_turns_out(value: Any) -> bool:
-    """Whether a cell holds a conversation with a system message or earlier turns, which are no part of the prompt."""
+def has_other_turns(value: Any) -> bool:
+    """Return whether a cell is a conversation with a system message or earlier turns, which the prompt omits."""
     messages = None if isinstance(value, str) else _messages(value)
     return bool(messages and _last_user_turn(messages))
 
 
 def _messages(value: Any) -> list[Mapping[str, Any]] | None:
-    """The messages of a conversation; None for what is none."""
+    """Return the messages of a conversation; None for any other value."""
     if isinstance(value, Mapping) and value and all(isinstance(part, list) for part in value.values()):
-        names, columns = list(value), list(value.values())  # a list of messages, as data sets store it by columns
+        names, columns = list(value), list(value.values())  # data sets store a list of messages by columns
         value = [dict(zip(names, parts, strict=False)) for parts in zip(*columns, strict=False)]
     if not isinstance(value, (list, tuple)) or not value:
         return None
@@ -96,15 +100,17 @@ def _speaker(message: Mapping[str, Any]) -> str | None:
 
 
 def _part(part: Any) -> str | None:
-    """The text of a message, or of a part of it; None for an image or what else there may be."""
+    """Return the text of a message or of a part of it; None for an image or another type."""
     if isinstance(part, Mapping) and part.get("type", "text") == "text":
         part = part.get("text")
     return part if isinstance(part, str) else None
 
 
 def _text(text: str, place: str, key: str) -> str | None:
-    if any("\ud800" <= c <= "\udfff" for c in text):  # JSON can spell them, UTF-8 and tokenizers can't
-        raise _no_prompt("holds text that is not valid in UTF-8", place, key)
+    if any(
+        "\ud800" <= c <= "\udfff" for c in text
+    ):  # JSON can escape them, but UTF-8 and tokenizers cannot encode them
+        raise _no_prompt("is not valid UTF-8", place, key)
     return text.strip() or None
 
 
@@ -113,7 +119,7 @@ def _no_prompt(what: str, place: str, key: str) -> UserError:
         f"{place} {what}.",
         code="not-a-prompt",
         where=f"{key}.column" if key else None,
-        fix="name a column of texts or of conversations (lists of messages with role and content)",
+        fix="choose a column with texts or conversations (lists of messages with role and content)",
     )
 
 
@@ -130,16 +136,14 @@ def _kind(value: Any) -> str:
 
 
 def bad_file(path: Path, cause: str, where: str, *, line: int | None = None) -> UserError:
-    """A data file that cannot be parsed."""
+    """Return the error for a data file that cannot be parsed."""
     place = f"{path}:{line}" if line else str(path)
-    return UserError(
-        f"{place}: {cause}", code="bad-data-file", where=where, fix="correct the file, or name another one"
-    )
+    return UserError(f"{place}: {cause}", code="bad-data-file", where=where, fix="correct the file or use another one")
 
 
 def _json_lines(path: Path, where: str, *, or_list: bool = True) -> Iterator[Row]:
     text = read_text(path, WHAT, where=where)
-    if or_list and text.lstrip().startswith("[") and text.rstrip().endswith("]"):  # JSON under the name of JSON lines
+    if or_list and text.lstrip().startswith("[") and text.rstrip().endswith("]"):  # a JSON list in a .jsonl file
         yield from _json(path, where)
         return
     for number, line in enumerate(split_lines(text), start=1):
@@ -153,7 +157,7 @@ def _json(path: Path, where: str) -> Iterator[Row]:
         return
     try:
         content = _parsed(text, path, where)
-    except UserError:  # several values, one a line, are common under this name too
+    except UserError:  # .json files with one value per line are common
         first = next(line.strip() for line in split_lines(text) if line.strip())
         if not first.startswith("{") or first == "{":
             raise
@@ -165,7 +169,7 @@ def _json(path: Path, where: str) -> Iterator[Row]:
             raise bad_file(path, "the columns have different lengths.", where)
         content = [dict(zip(content, parts, strict=True)) for parts in zip(*columns, strict=True)]
     if not isinstance(content, list):
-        raise bad_file(path, "the file holds no list of rows.", where)
+        raise bad_file(path, "the file is not a list of rows.", where)
     for number, row in enumerate(content, start=1):
         yield number, _object(row, path, where, None, f"row {number} ")
 
@@ -185,11 +189,11 @@ def _parsed(text: str, path: Path, where: str, line: int | None = None) -> Any:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    items = dict(pairs)
+    if len(items) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"an object has the key '{next(n for n in names if names.count(n) > 1)[:50]}' twice")
-    return found
+    return items
 
 
 def _object(row: Any, path: Path, where: str, line: int | None, what: str = "") -> Mapping[str, Any]:
@@ -215,7 +219,7 @@ def _csv(path: Path, where: str) -> Iterator[Row]:
                 if len(fields) != len(names):
                     raise bad_file(
                         path,
-                        f"{len(fields)} fields where the first line has {len(names)}; a text with a comma needs quotes.",
+                        f"{len(fields)} fields, but the first line has {len(names)}. A text with a comma needs quotes.",
                         where,
                         line=line,
                     )
@@ -223,7 +227,7 @@ def _csv(path: Path, where: str) -> Iterator[Row]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise bad_file(path, f"this is not valid CSV: {error}.", where, line=line) from None
-    # CSV has no types: where every cell of a column is a number, it is one of numbers, not of texts.
+    # CSV has no types: a column of numbers only is not a column of texts.
     numbers = [all(_is_number(fields[n]) for _, fields in rows) for n in range(len(names or []))]
     for line, fields in rows:
         cells = [float(text) if number else text for text, number in zip(fields, numbers, strict=True)]
@@ -250,6 +254,6 @@ def _parquet(path: Path, where: str, column: str) -> Iterator[Row]:
                 raise bad_file(path, "two columns have the same name.", where)
             values = table.read(columns=[column]).column(column).to_pylist() if column in names else [None]
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise bad_file(path, f"this is not a whole Parquet file: {first_line(error)[:200]}.", where) from None
+            raise bad_file(path, f"this is not a valid Parquet file: {first_line(error)[:200]}.", where) from None
     for number, value in enumerate(values, start=1):
         yield number, {**dict.fromkeys(names), column: value} if column in names else dict.fromkeys(names)

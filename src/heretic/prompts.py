@@ -1,4 +1,4 @@
-"""Prompt sets: from a hub data set, a local file, or the package itself."""
+"""Load prompt sets from a hub data set, a local file or the package."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import Any
 
 from heretic.errors import UserError, first_line, plain_line
 from heretic.files import expand_user, open_regular, read_text, split_lines
-from heretic.prompt_rows import WHAT, leaves_turns_out, prompt_in, rows_of
+from heretic.prompt_rows import WHAT, has_other_turns, prompt_in, read_rows
 from heretic.settings import PromptSettings, PromptSource
 
 BUNDLED = "bundled:"
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
-COLUMNS = ("text", "prompt", "messages", "conversations")  # of a table that no setting describes: the first that it has
+COLUMNS = ("text", "prompt", "messages", "conversations")  # without a setting, the first of these that a table has
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one role, in order, what they came from, and how many are `available` there."""
+    """The prompts of one role, in order."""
 
     role: str
     source: str
     prompts: tuple[str, ...]
-    available: int
-    n_truncated: int = 0  # rows of the source of which the prompt is only the last user turn
+    available: int  # prompts in the source
+    n_truncated: int = 0  # conversations in the source that have more than their last user turn
 
     @property
     def sha256(self) -> str:
-        """Hash of the prompts themselves, so that an edited file counts as another set."""
+        """SHA-256 hash of the prompts, so that an edited file counts as another set."""
         return hashlib.sha256(json.dumps(self.prompts, ensure_ascii=False).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class PromptSets:
-    """The four sets of a run, and what is doubtful about them."""
+    """The four prompt sets of a run, with warnings about them."""
 
     harmful_train: PromptSet
     harmless_train: PromptSet
@@ -58,9 +58,9 @@ class PromptSets:
 
     @property
     def counts(self) -> str:
-        """How many of how many prompts, by role: a split may cut more off than was meant."""
-        each = (f"{len(s)} of {s.available}" if s.available > len(s) else str(len(s)) for s in self.all)
-        return ", ".join(f"{s.role} {count}" for s, count in zip(self.all, each, strict=True))
+        """Used and available prompts by role, for example 'harmful_train 400 of 416, ...'."""
+        counts = (f"{len(s)} of {s.available}" if s.available > len(s) else str(len(s)) for s in self.all)
+        return ", ".join(f"{s.role} {count}" for s, count in zip(self.all, counts, strict=True))
 
     @property
     def longest(self) -> int:
@@ -69,7 +69,7 @@ class PromptSets:
 
 
 def load_all(sources: PromptSettings) -> PromptSets:
-    """Read all four sets and compare them. Raises UserError."""
+    """Load all four sets and check them for overlap. Raises UserError."""
     sets = {role: load(role, getattr(sources, role)) for role in type(sources).model_fields}
     warnings = []
     for kind in ("harmful", "harmless"):
@@ -81,77 +81,83 @@ def load_all(sources: PromptSettings) -> PromptSets:
                 "so the scores will look better than they are."
             )
     warnings += [
-        f"{one.n_truncated} of {one.available} conversations in prompts.{role} have a system message or earlier turns. "
-        "Only the last user turn of each is the prompt."
-        for role, one in sets.items()
-        if one.n_truncated
+        f"{prompt_set.n_truncated} of {prompt_set.available} conversations in prompts.{role} have a system message or "
+        "earlier turns. heretic uses only the last user turn of each."
+        for role, prompt_set in sets.items()
+        if prompt_set.n_truncated
     ]
     return PromptSets(**sets, warnings=tuple(warnings))
 
 
 def load(role: str, source: PromptSource) -> PromptSet:
-    """Read one set. Raises UserError naming the setting."""
+    """Load one set. Raises UserError, which names the setting."""
     key = f"prompts.{role}"
     if not source.source:
         raise UserError(
             f"The prompt set '{role}' has no source.",
             code="no-prompts",
             where=f"{key}.source",
-            fix="name a data set or a file",
+            fix="set it to a data set or a file",
         )
-    found = _read(source, (source.column,), key)
-    if not found.prompts:
+    loaded = _load_source(source, (source.column,), key)
+    if not loaded.prompts:
         raise UserError(
             f"The prompt set '{role}' is empty.",
             code="no-prompts",
             where=f"{key} = {source.source}",
             fix="add at least one prompt",
         )
-    taken = _slice(found.prompts, source.split, key)
-    prompts = tuple(f"{source.prefix}{row}{source.suffix}" for row in taken)
-    return PromptSet(role, source.source, prompts, len(found.prompts), found.shortened)
+    rows = _slice(loaded.prompts, source.split, key)
+    prompts = tuple(f"{source.prefix}{row}{source.suffix}" for row in rows)
+    return PromptSet(role, source.source, prompts, len(loaded.prompts), loaded.n_truncated)
 
 
-def from_text_or_file(said: str) -> tuple[str, ...]:
-    """The prompts of a file or bundled set; anything else is a prompt itself. Raises UserError for a file without any.
+def from_text_or_file(text: str) -> tuple[str, ...]:
+    """Return the prompts of a file or bundled set, or the text itself as the only prompt.
 
-    Of a table, the first of `COLUMNS` that it has is read.
+    A table's prompts come from the first of `COLUMNS` that it has. Raises UserError for a file without prompts.
     """
-    if not said.strip():
-        raise UserError("The prompt is empty.", code="no-prompts", fix="write one, or name a file of prompts")
-    if any("\ud800" <= c <= "\udfff" for c in said):  # bytes that are not UTF-8, on a command line or a terminal
-        raise UserError("The prompt is not valid text in UTF-8.", code="not-a-prompt", fix="write it in UTF-8")
-    looks_like_a_file = Path(said).suffix.lower() in (".txt", *TABLES) and not set(said) & set(" \n")
+    if not text.strip():
+        raise UserError("The prompt is empty.", code="no-prompts", fix="write a prompt or the path of a prompt file")
+    if any("\ud800" <= c <= "\udfff" for c in text):  # bytes that are not UTF-8, from a command line or terminal
+        raise UserError("The prompt is not valid UTF-8.", code="not-a-prompt", fix="write it in UTF-8")
+    looks_like_a_file = Path(text).suffix.lower() in (".txt", *TABLES) and not set(text) & set(" \n")
     try:
-        path = expand_user(said)
+        path = expand_user(text)
     except UserError:  # a ~ that stands for no home folder
         if looks_like_a_file:
             raise
-        return (said,)
-    is_there = "\0" not in said and os.path.exists(path)
-    if is_there and os.path.isdir(path):
+        return (text,)
+    exists = "\0" not in text and os.path.exists(path)
+    if exists and os.path.isdir(path):
         raise UserError(
-            "This is a folder, not a prompt or a file of prompts.",
+            "This is a folder, not a prompt or a prompt file.",
             code="not-a-regular-file",
-            where=said,
-            fix="name a file in it",
+            where=text,
+            fix="choose a file in it",
         )
-    if not (is_there or looks_like_a_file or said.startswith(BUNDLED)):
-        return (said,)
-    found = _read(PromptSource(source=str(path) if is_there else said), COLUMNS, "")
-    if not found.prompts:
-        raise UserError("The file has no prompts.", code="no-prompts", where=said, fix="add at least one prompt")
-    return tuple(found.prompts)
+    if not (exists or looks_like_a_file or text.startswith(BUNDLED)):
+        return (text,)
+    loaded = _load_source(PromptSource(source=str(path) if exists else text), COLUMNS, "")
+    if not loaded.prompts:
+        raise UserError("The file has no prompts.", code="no-prompts", where=text, fix="add at least one prompt")
+    return tuple(loaded.prompts)
 
 
 @dataclass(frozen=True)
 class _LoadedPrompts:
     prompts: list[str]
-    shortened: int = 0
+    n_truncated: int = 0
 
 
-def _read(source: PromptSource, columns: Sequence[str], key: str) -> _LoadedPrompts:
-    """All prompts of a source, from the first of `columns` that it has; `key` is the setting, empty if there is none."""
+def _load_source(source: PromptSource, columns: Sequence[str], key: str) -> _LoadedPrompts:
+    """Load all prompts of a source.
+
+    Args:
+        source: the source.
+        columns: names of the prompt column, of which the first that exists is used.
+        key: the setting, for messages; empty if there is none.
+    """
     name = source.source
     if name.startswith(BUNDLED):
         return _LoadedPrompts(_bundled(name[len(BUNDLED) :], key))
@@ -160,20 +166,20 @@ def _read(source: PromptSource, columns: Sequence[str], key: str) -> _LoadedProm
         return _LoadedPrompts(_lines(read_text(path, WHAT, where=f"{key}.source" if key else None)))
     if path.suffix.lower() in TABLES:
         return _file_prompts(name, path, columns, key)
-    if os.path.exists(path) and not os.path.isdir(path):  # before the hub is asked for a data set of this name
+    if os.path.exists(path) and not os.path.isdir(path):  # checked before the hub, which could have this name too
         where = f"{key}.source" if key else name
         open_regular(path, WHAT, where=where).close()
         raise UserError(
-            f"The name {name} does not show the kind of file.",
+            f"The prompt file {name} has an unknown extension.",
             code="unknown-file-kind",
             where=where,
-            fix=f"rename it to end in one of: {', '.join(('.txt', *TABLES))}",
+            fix=f"rename it with one of: {', '.join(('.txt', *TABLES))}",
         )
     return _dataset_prompts(source, columns, key)
 
 
 def bundled_names() -> list[str]:
-    """Names of the sets that ship with the package."""
+    """Return the names of the prompt sets that ship with the package."""
     folder = resources.files("heretic") / "data" / "prompts"
     return sorted(f.name.removesuffix(".txt") for f in folder.iterdir() if f.name.endswith(".txt"))
 
@@ -181,10 +187,10 @@ def bundled_names() -> list[str]:
 def _bundled(name: str, key: str) -> list[str]:
     if name not in bundled_names():
         raise UserError(
-            f"There is no bundled prompt set '{name}'.",
+            f"Unknown bundled prompt set '{name}'.",
             code="no-such-prompt-set",
             where=f"{key}.source" if key else None,
-            fix="one of: " + ", ".join(bundled_names()),
+            fix="use one of: " + ", ".join(bundled_names()),
         )
     text = (resources.files("heretic") / "data" / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
     return _lines(text)
@@ -195,9 +201,9 @@ def _lines(text: str) -> list[str]:
 
 
 def _file_prompts(name: str, path: Path, columns: Sequence[str], key: str) -> _LoadedPrompts:
-    """The column of a local table. A row that lacks the column, where others have it, counts as empty."""
+    """Load the prompt column of a local table; rows without it count as empty if other rows have it."""
     for column in columns:
-        rows = rows_of(path, key, column)
+        rows = read_rows(path, key, column)
         if not rows:
             return _LoadedPrompts([])
         if any(column in row for _, row in rows):
@@ -208,7 +214,7 @@ def _file_prompts(name: str, path: Path, columns: Sequence[str], key: str) -> _L
 
 
 def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> _LoadedPrompts:
-    """The column of a data set, by the datasets library."""
+    """Load the prompt column of a hub data set."""
     import datasets
 
     with_progress = datasets.is_progress_bar_enabled()
@@ -216,16 +222,16 @@ def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> 
     try:
         table: Any = datasets.load_dataset(source.source, source.subset or None, split=_split_name(source.split))
         column = next((c for c in columns if c in table.column_names), None)
-        cells = list(table[column]) if column else []  # decodes them, which may fail for images and sounds
-    except Exception as error:  # the library raises dozens of kinds, all of them about this source
+        cells = list(table[column]) if column else []  # decoding can fail for images and sounds
+    except Exception as error:  # the library raises dozens of error classes, all about this source
         local = Path(source.source).exists()
         raise UserError(
             f"The prompt set {source.source} cannot be read: {plain_line(_cause(error)[:200])}",
             code="dataset-unreadable",
             where=f"{key}.source" if key else None,
-            fix="check the files in it, or name one file"
+            fix="check its files, or use one file as the source"
             if local
-            else "check the name, the split and the network, or name a local file",
+            else "check the name, the split and the network, or use a local file",
         ) from None
     finally:
         if with_progress:
@@ -237,16 +243,16 @@ def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> 
 
 
 def _prompts_in(cells: Iterable[tuple[str, Any]], key: str) -> _LoadedPrompts:
-    found, shortened = [], 0
+    prompts, n_truncated = [], 0
     for place, cell in cells:
         if (prompt := prompt_in(cell, place, key)) is not None:
-            found.append(prompt)
-            shortened += leaves_turns_out(cell)
-    return _LoadedPrompts(found, shortened)
+            prompts.append(prompt)
+            n_truncated += has_other_turns(cell)
+    return _LoadedPrompts(prompts, n_truncated)
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of the first error in a chain: the library wraps it in others that say less."""
+    """Return the first line of the first error in a chain; the library wraps it in less specific ones."""
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)
@@ -257,7 +263,7 @@ def _no_column(name: str, columns: Sequence[str], names: Sequence[Any], key: str
         f"The prompt set {name} has no column '{columns[0]}'.",
         code="no-such-column",
         where=f"{key}.column" if key else None,
-        fix="one of: " + ", ".join(plain_line(str(known)) for known in names[:20]),
+        fix="use one of: " + ", ".join(plain_line(str(known)) for known in names[:20]),
     )
 
 
@@ -270,7 +276,7 @@ def _split_name(split: str) -> str:
 
 
 def _slice(rows: list[str], split: str, key: str) -> list[str]:
-    """Apply the slice of `train[10:50]`; a slice that the set cannot fill is an error, not a smaller set."""
+    """Apply the slice of a split such as `train[10:50]`. Raises UserError for a slice beyond the end."""
     match = _SPLIT.match(split)
     if match is None:
         raise UserError(
@@ -283,9 +289,9 @@ def _slice(rows: list[str], split: str, key: str) -> list[str]:
     stop = int(match.group(3)) if match.group(3) else len(rows)
     if stop > len(rows) or start >= stop:
         raise UserError(
-            f"The split {split} asks for prompts {start} to {stop}, but there are {len(rows)}.",
+            f"The split {split} needs prompts {start} to {stop}, but the set has {len(rows)}.",
             code="split-out-of-range",
             where=f"{key}.split",
-            fix=f"at most [:{len(rows)}]",
+            fix=f"use at most [:{len(rows)}]",
         )
     return rows[start:stop]

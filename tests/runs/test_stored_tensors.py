@@ -17,7 +17,13 @@ from heretic.files import read_tensors, write_tensors
 from heretic.model.response_prefix import AnswerStart
 from heretic.progress import NullReporter
 from heretic.runs.folder import RunFolder
-from heretic.runs.stored_tensors import Baseline, directions_of, geometry_of, state_of, state_tensors
+from heretic.runs.stored_tensors import (
+    Baseline,
+    directions_from_tensors,
+    geometry_from_tensors,
+    optimizer_state_from_tensors,
+    optimizer_state_tensors,
+)
 from heretic.scoring.harmless_metrics import HarmlessMetrics
 from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL
 from heretic.search.gradient_path import PathPoint
@@ -37,10 +43,10 @@ STATE = OptimizerState(
     moments={"strengths.step": torch.tensor(4.0), "strengths.exp_avg": torch.rand(2, 3)},
 )  # fmt: skip
 READERS: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, Tensor]]] = {
-    "directions": (directions_of, DIRECTIONS),
-    "baseline": (Baseline.of, BASELINE.tensors()),
-    "geometry": (geometry_of, GEOMETRY.tensors()),
-    "walk": (state_of, state_tensors(STATE)),
+    "directions": (directions_from_tensors, DIRECTIONS),
+    "baseline": (Baseline.from_tensors, BASELINE.tensors()),
+    "geometry": (geometry_from_tensors, GEOMETRY.tensors()),
+    "walk": (optimizer_state_from_tensors, optimizer_state_tensors(STATE)),
 }
 MAY_LACK = {
     "extra",
@@ -60,20 +66,20 @@ SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def test_what_was_written_is_read() -> None:
-    found = Baseline.of(BASELINE.tensors())
+    found = Baseline.from_tensors(BASELINE.tensors())
     assert (
         found is not None
         and found.verdicts == BASELINE.verdicts
         and found.harmless_metrics == BASELINE.harmless_metrics
     )
     assert found.refusal_texts == BASELINE.refusal_texts and found.start == BASELINE.start
-    state = state_of(state_tensors(STATE))
+    state = optimizer_state_from_tensors(optimizer_state_tensors(STATE))
     assert (
         state.points == STATE.points
         and state.extra_refusals == STATE.extra_refusals
         and state.moments.keys() == STATE.moments.keys()
     )
-    assert geometry_of(GEOMETRY.tensors()).num_layers == 3 and directions_of(DIRECTIONS).count == 2
+    assert geometry_from_tensors(GEOMETRY.tensors()).num_layers == 3 and directions_from_tensors(DIRECTIONS).count == 2
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -94,7 +100,9 @@ def test_a_missing_or_spoiled_tensor_is_refused(name: str) -> None:
 @pytest.mark.parametrize("told", [b"", b"[]", b"{", b"[" * 100_000, b'{"steps": -1}', b"\xff"])
 def test_a_spoiled_state_is_refused(told: bytes) -> None:
     with pytest.raises(ValueError):
-        state_of({**state_tensors(STATE), "state": torch.tensor(list(told), dtype=torch.uint8)})
+        optimizer_state_from_tensors(
+            {**optimizer_state_tensors(STATE), "state": torch.tensor(list(told), dtype=torch.uint8)}
+        )
 
 
 class Warned(NullReporter):

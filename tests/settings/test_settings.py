@@ -24,7 +24,7 @@ def refused(*assignments: str, config: Path | None = None, environment: dict[str
 
 
 def test_the_shipped_default_file_is_what_the_schema_says() -> None:
-    assert (ROOT / "config.default.toml").read_text() == defaults_text(), "make it anew: heretic config --defaults"
+    assert (ROOT / "config.default.toml").read_text() == defaults_text(), "rebuild it: heretic config --defaults"
     assert resolve(ROOT / "config.default.toml").settings == Settings()
 
 
@@ -103,7 +103,7 @@ def test_wrong_types_name_file_line_and_key() -> None:
     file.write_text('seed = 0\nbatch_size = "four"\n')
     error = refused(config=file)
     assert (error.code, error.where) == ("invalid-setting", "c.toml:2")
-    assert "'batch_size'" in error.what and "'four'" in error.what and "whole number" in str(error.fix)
+    assert "'batch_size'" in error.what and "'four'" in error.what and "integer" in str(error.fix)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_wrong_types_name_file_line_and_key() -> None:
         ("search.mlp.max_weight=[1]", "search.mlp.max_weight"),
         ("refusal_markers=[]", "refusal_markers"),
         ("directions.winsorize=2", "winsorize"),
-        ("directions.count=3", "`mean_difference` gives one direction a layer"),
+        ("directions.count=3", "`mean_difference` gives one direction per layer"),
         ('dtypes=["fp8"]', "bfloat16"),
     ],
 )

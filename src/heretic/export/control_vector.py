@@ -20,7 +20,7 @@ from heretic.errors import UserError
 from heretic.files import ensure_parent, read_tensors
 from heretic.model.checkpoint import open_model
 from heretic.runs.folder import RunFolder, write_directions
-from heretic.runs.stored_tensors import directions_of
+from heretic.runs.stored_tensors import directions_from_tensors
 from heretic.settings import Settings
 
 ARCHITECTURE = "controlvector"
@@ -57,7 +57,7 @@ def export_directions(folder: RunFolder, settings: Settings, path: Path, form: s
         )
     tensors, metadata = read_tensors(source)
     try:
-        directions = directions_of(tensors)
+        directions = directions_from_tensors(tensors)
     except ValueError as error:
         raise UserError(
             f"{source.name} is damaged: {error}.",

@@ -14,7 +14,7 @@ from heretic.ablation.directions import Directions
 from heretic.errors import UserError
 from heretic.files import read_tensors, sha256
 from heretic.interrupt import StopSignal
-from heretic.runs.stored_tensors import directions_of
+from heretic.runs.stored_tensors import directions_from_tensors
 from heretic.scoring.evaluator import Scores
 from heretic.settings import Settings
 from heretic.settings.ablation import AblationSettings
@@ -292,7 +292,7 @@ def read_directions(manifest: Manifest, home: Path) -> Directions | None:
             fix="restore the file that heretic export wrote with the manifest",
         )
     try:
-        return directions_of(read_tensors(file)[0])
+        return directions_from_tensors(read_tensors(file)[0])
     except ValueError as error:
         raise UserError(
             f"{file.name} is damaged: {error}.",

@@ -1,4 +1,4 @@
-"""What a report of a fault should say about the machine and the settings, without secrets."""
+"""Collect versions, hardware and settings for bug reports, without secrets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from heretic.settings.sources import Resolved
 
 PACKAGES = ("torch", "transformers", "accelerate", "optuna", "datasets", "safetensors", "tokenizers")
 
-# Set by the user and of influence, but nothing that could be a token or a password.
+# Variables that affect a run and cannot contain a token or a password.
 REPORTED_VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "CUDA_DEVICE_ORDER",
@@ -35,17 +35,17 @@ OPTIONAL = ("numpy", "pydantic", "peft", "gguf", "bitsandbytes", "lm_eval", "psy
 
 
 def collect(resolved: Resolved | None, problem: str, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Versions, devices, memory, environment and settings; `problem` says why there are no settings."""
+    """Collect versions, devices, memory, environment and settings; `problem` replaces missing settings."""
     total, free = memory()
     report = visible_gpus(environment)
     usable = {gpu.uuid for gpu in usable_gpus(report)}
     gpus = [
         f"{gpu.name}, {format_bytes(gpu.free)} of {format_bytes(gpu.total)} free"
-        + ("" if gpu.uuid in usable else ", not usable with this PyTorch")
+        + ("" if gpu.uuid in usable else ", not usable with the installed PyTorch")
         for gpu in report.gpus
     ]
     return {
-        "versions": versions() | _optional() | _of_cuda(),
+        "versions": versions() | _optional_versions() | _cuda_versions(),
         "cpu_cores": os.cpu_count(),
         "ram": f"{format_bytes(free)} of {format_bytes(total)} free",
         "disk": f"{format_bytes(free_disk(Path.cwd()))} free here",
@@ -55,36 +55,32 @@ def collect(resolved: Resolved | None, problem: str, environment: Mapping[str, s
     }
 
 
-def _optional() -> dict[str, str]:
-    """Versions of the packages that only some of the work needs, and that may be missing."""
-    found = {}
+def _optional_versions() -> dict[str, str]:
+    installed = {}
     for package in OPTIONAL:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
-def _of_cuda() -> dict[str, str]:
-    """What PyTorch was built for, and the driver that it finds."""
-    found = {"CUDA of PyTorch": torch.version.cuda, "NVIDIA driver": driver_version()}
-    return {name: version for name, version in found.items() if version}
+def _cuda_versions() -> dict[str, str]:
+    present = {"CUDA of PyTorch": torch.version.cuda, "NVIDIA driver": driver_version()}
+    return {name: version for name, version in present.items() if version}
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    found = {"heretic": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    for name in PACKAGES:
-        found[name] = importlib.metadata.version(name)
-    return found
+    """Return the versions of heretic, Python, the platform and the packages that affect results."""
+    own = {"heretic": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    return own | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def computed_on(device: torch.device) -> str:
-    """What does the arithmetic, as far as the last bits of a sum depend on it."""
+    """Return the hardware that affects the rounding of results: the GPU's name, or CPU capability and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
 
 
 def now() -> str:
-    """The time in UTC, to the second."""
+    """Return the time in UTC, in ISO format with seconds."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

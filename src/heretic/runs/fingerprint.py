@@ -1,4 +1,4 @@
-"""What the results of a study depend on, as data that can be hashed, stored and compared."""
+"""Compute the fingerprint of a study: all data that its results depend on."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.prompts import PromptSets
 from heretic.settings import Settings
 
-FORMAT = 4  # raised when a change of the program makes old studies incomparable
+FORMAT = 4  # increased when a change of heretic makes old studies incomparable
 
 
 def facts(
     settings: Settings, checkpoint: Checkpoint, prompts: PromptSets, dtypes: Sequence[str], chat_template: str
 ) -> dict[str, Any]:
-    """Settings that change results, and the contents of what they name: weights, prompts, template, number formats planned."""
-    part = settings.fingerprint_fields()
+    """Return the settings that affect results, with the contents that they refer to: weights, prompts, template, formats."""
+    fields = settings.fingerprint_fields()
     for name in ("model", "revision", "prompts", "trust_remote_code"):
-        part.pop(name)
-    if part["quantization"] == "none":
-        part.pop("quantization")  # so that studies from before there was this setting go on; likewise below
-    if not part["judge"]["llm"]["instruction"]:
-        part["judge"]["llm"].pop("instruction")
+        fields.pop(name)
+    if fields["quantization"] == "none":
+        fields.pop("quantization")  # keeps the fingerprints of studies older than this setting; likewise below
+    if not fields["judge"]["llm"]["instruction"]:
+        fields["judge"]["llm"].pop("instruction")
     return {
         "format": FORMAT,
         "model": checkpoint.identity(),
-        **part,
+        **fields,
         "dtypes": list(dtypes),
         "chat_template": hashlib.sha256(chat_template.encode()).hexdigest() if chat_template else "",
         "prompts": {s.role: s.sha256 for s in prompts.all},
-        **_judge(settings),
+        **_classifier_hash(settings),
     }
 
 
-def _judge(settings: Settings) -> dict[str, str]:
-    """The contents of a classifier that lies in a local folder."""
+def _classifier_hash(settings: Settings) -> dict[str, str]:
+    """Return the hash of a classifier in a local folder; empty for others."""
     folder = Path(settings.judge.classifier.model)
     if settings.judge.kind != "classifier" or not folder.is_dir():
         return {}
@@ -49,5 +49,5 @@ def _judge(settings: Settings) -> dict[str, str]:
 
 
 def short_hash(data: dict[str, Any]) -> str:
-    """Eight hexadecimal digits for a folder's name."""
+    """Return eight hexadecimal digits for the name of a run's folder."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""What a report says of the model and of the machine, stored with the study for those who have neither at hand."""
+"""Store facts on model and machine with the study, for reports without either."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ from heretic.storage.attributes import METADATA, MOST_LAYERS
 
 @dataclass(frozen=True)
 class RunMetadata:
-    """The model's number of layers and components; a 1 for every request that the original declines; versions and devices of
-    the last session."""
+    """Facts on the model and the machine of a study."""
 
     layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
     components: tuple[str, ...]
-    refused: Annotated[str, Field(pattern="^[01]*$")]
-    environment: dict[str, str]
+    refused: Annotated[str, Field(pattern="^[01]*$")]  # per request, 1 if the original refuses it
+    environment: dict[str, str]  # versions and devices of the last session
 
     @classmethod
     def from_model(cls, model: LanguageModel, refused: Sequence[bool]) -> RunMetadata:
-        """Of a loaded model and this machine; `declined` for every request."""
-        bits = "".join("1" if d else "0" for d in refused)
+        """Collect the metadata of a loaded model and this machine; `refused` has an entry per request."""
+        bits = "".join("1" if is_refusal else "0" for is_refusal in refused)
         return cls(model.structure.num_layers, tuple(model.structure.components), bits, _environment(model.dtype))
 
     def save(self, study: optuna.Study) -> None:
-        """Store it with the study."""
+        """Store the metadata with the study."""
         study.set_user_attr(METADATA, json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, study: optuna.Study) -> RunMetadata | None:
-        """The study's; None in one that was made before this was stored. Raises UserError for a damaged one."""
+        """Load the study's metadata; None if it has none. Raises UserError for damaged metadata."""
         return attributes.read(study, METADATA, _adapter())
 
 
@@ -49,11 +48,11 @@ def _adapter() -> TypeAdapter[RunMetadata]:
 
 
 def _environment(dtype: str) -> dict[str, str]:
-    seen: dict[str, Any] = collect(None, "")
+    facts: dict[str, Any] = collect(None, "")
     devices = {
         "number format": dtype,
-        "cores": str(seen["cpu_cores"]),
-        "RAM": seen["ram"],
-        "GPU": ", ".join(seen["gpus"]),
+        "cores": str(facts["cpu_cores"]),
+        "RAM": facts["ram"],
+        "GPU": ", ".join(facts["gpus"]),
     }
-    return {**seen["versions"], **devices, **seen["environment"]}
+    return {**facts["versions"], **devices, **facts["environment"]}

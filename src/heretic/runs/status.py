@@ -1,4 +1,4 @@
-"""What a study has come to, read from its storage alone; works while another process is at it."""
+"""Read the status of a run from its storage, also while another process works on it."""
 
 from __future__ import annotations
 
@@ -32,26 +32,24 @@ from heretic.storage.retrying import RetryingRDBStorage
 from heretic.storage.study_lock import rdb_storage
 from heretic.storage.url import masked, on_server, sqlite_file, storage_url, study_name
 
-WARNINGS = 3  # the last ones of the run's log
+WARNINGS = 3  # shown, the last ones of the run's log
 
 
 @dataclass(frozen=True)
 class Status:
-    """A run at a moment. `place` is its folder, or the storage where only that is at hand; `walk` says how far the walk by
-    gradient has come; `memory` is that of the machines at work, by device; `latest` and `warnings` are the last lines of the run's
-    log."""
+    """The status of a run."""
 
-    place: str
+    place: str  # the run's folder, or its storage
     model: str
     state: str
     summary: StudySummary
-    gradient_path: str
-    memory: dict[str, str] = field(default_factory=dict)
-    latest: str = ""
-    warnings: tuple[str, ...] = ()
+    gradient_path: str  # progress of the gradient search
+    memory: dict[str, str] = field(default_factory=dict)  # by device of the machines at work
+    latest: str = ""  # last line of the log
+    warnings: tuple[str, ...] = ()  # last warnings of the log
 
     def as_dict(self) -> dict[str, Any]:
-        """For --json."""
+        """Return the data for --json."""
         summary = self.summary
         per_hour = summary.trials_per_hour
         return {
@@ -79,57 +77,53 @@ class Status:
 
 
 def read_status(name: str, runs_dir: str, environment: Mapping[str, str], storage: str = "") -> Status:
-    """The status of a run, by its folder; or by its name in a shared storage, which needs no folder. Raises UserError."""
+    """Return the status of a run by its folder, or by its name in a shared `storage`. Raises UserError."""
     if storage:
         with translate_storage_errors(storage):
-            return _in_storage(name, storage)
+            return _status_from_storage(name, storage)
     folder = find_run(name, runs_dir)
     settings = load_settings(folder, environment)
     if not settings.storage and not (folder.path / "study.db").is_file():
-        facts, _ = _log(folder.path / "run.log")
-        ends = f"; its log ends: {facts[-1]}" if facts else ""
+        log_lines, _ = _read_log(folder.path / "run.log")
+        last_line = f"; last log line: {log_lines[-1]}" if log_lines else ""
         raise UserError(
             "The run has no study yet.",
             code="no-study",
             where=str(folder.path),
-            fix=f"wait until its first trial begins{ends}",
+            fix=f"wait until its first trial starts{last_line}",
         )
     url = storage_url(settings.storage, folder.path)
     with translate_storage_errors(url):
         study = load_study(url, study_name(settings.storage, folder.path))
-        summary, damage = _standing(study, settings)
-        holder = lock.lock_owner(folder.lock)
-        workers = _workers(study, settings, anywhere=on_server(url))
-        state = f"running, held by {holder}" if holder else _state(workers, summary)
-        facts, warnings = _log(folder.path / "run.log")
-        if holder and holder.host == socket.gethostname():
-            memory = {use.device: str(use) for use in memory_usage(holder.pid)}
+        summary, damage_warnings = _summarize(study, settings)
+        owner = lock.lock_owner(folder.lock)
+        workers = _running_workers(study, settings, any_host=on_server(url))
+        state = f"running, held by {owner}" if owner else _state(workers, summary)
+        log_lines, log_warnings = _read_log(folder.path / "run.log")
+        if owner and owner.host == socket.gethostname():
+            memory = {usage.device: str(usage) for usage in memory_usage(owner.pid)}
         else:
-            memory = _memory(workers)
-        gradient_path, latest = (
-            _walk(study, folder, settings),
-            facts[-1] if facts and state.startswith("running") else "",
-        )
+            memory = _worker_memory(workers)
         return Status(
             str(folder.path),
             settings.model,
             state,
             summary,
-            gradient_path,
-            memory,
-            latest,
-            (*warnings[-WARNINGS:], *damage),
+            gradient_path=_gradient_search_progress(study, folder, settings),
+            memory=memory,
+            latest=log_lines[-1] if log_lines and state.startswith("running") else "",
+            warnings=(*log_warnings[-WARNINGS:], *damage_warnings),
         )
 
 
-def _in_storage(name: str, storage: str) -> Status:
-    """Of a study that other machines work on: nothing but its storage is looked at."""
+def _status_from_storage(name: str, storage: str) -> Status:
+    """Return the status of a study from its storage alone."""
     if not name:
         raise UserError(
             "--storage needs the name of a run.",
             code="invalid-option",
             where="--storage",
-            fix="heretic status NAME --storage URL",
+            fix="run: heretic status NAME --storage URL",
         )
     study = load_study(storage, name)
     settings = settings_of(study)
@@ -138,27 +132,34 @@ def _in_storage(name: str, storage: str) -> Status:
             f"The study '{name}' does not contain its settings.",
             code="study-without-settings",
             where=masked(storage),
-            fix="continue the run once, or name its folder instead",
+            fix="continue the run once, or use its folder instead",
         )
-    summary, damage = _standing(study, settings)
-    gradient_path, workers = _walk(study, None, settings), _workers(study, settings, anywhere=True)
-    state, memory = _state(workers, summary), _memory(workers)
-    return Status(masked(storage), settings.model, state, summary, gradient_path, memory, warnings=damage)
+    summary, damage_warnings = _summarize(study, settings)
+    workers = _running_workers(study, settings, any_host=True)
+    return Status(
+        masked(storage),
+        settings.model,
+        _state(workers, summary),
+        summary,
+        gradient_path=_gradient_search_progress(study, None, settings),
+        memory=_worker_memory(workers),
+        warnings=damage_warnings,
+    )
 
 
-def _standing(study: optuna.Study, settings: Settings) -> tuple[StudySummary, tuple[str, ...]]:
-    """How a study stands without its damaged trials, and a warning that names these."""
+def _summarize(study: optuna.Study, settings: Settings) -> tuple[StudySummary, tuple[str, ...]]:
+    """Return the summary of a study without its damaged trials, and a warning that names these."""
     check_attributes(study)
-    damage = damaged_trials(study)
-    return StudySummary.of(study, settings, damage), (warning(damage),) if damage else ()
+    damaged = damaged_trials(study)
+    return StudySummary.of(study, settings, damaged), (warning(damaged),) if damaged else ()
 
 
 def load_study(url: str, name: str) -> optuna.Study:
-    """A study that exists, from its storage. Raises UserError."""
+    """Load an existing study from its storage. Raises UserError."""
     file = sqlite_file(url)
-    if file and not (file.is_file() and file.stat().st_size):  # who only looks makes no database
+    if file and not (file.is_file() and file.stat().st_size):  # connecting would create a database
         raise UserError(
-            "The storage's file does not exist or is empty.",
+            "The study's database file does not exist or is empty.",
             code="study-not-found",
             where=masked(url),
             fix="check the path",
@@ -176,50 +177,50 @@ def load_study(url: str, name: str) -> optuna.Study:
 
 
 def _state(workers: list[Signature], summary: StudySummary) -> str:
-    """From the trials alone: who has one under way, else whether all are done."""
-    if named := sorted({f"process {w['pid']} on {w['host']}" for w in workers}):
-        return f"running: {', '.join(named)}"
+    """Return the state of a study from its trials."""
+    if processes := sorted({f"process {w['pid']} on {w['host']}" for w in workers}):
+        return f"running: {', '.join(processes)}"
     return "complete" if summary.n_complete >= summary.n_trials else "stopped"
 
 
-def _workers(study: optuna.Study, settings: Settings, *, anywhere: bool) -> list[Signature]:
-    """The signatures of those that have a trial under way. `anywhere`: they may be of other machines, which are believed as long as
-    the server has heard of them; those of a file are of this one."""
-    storage, silent = rdb_storage(study), set()
-    if anywhere and isinstance(storage, RetryingRDBStorage):
+def _running_workers(study: optuna.Study, settings: Settings, *, any_host: bool) -> list[Signature]:
+    """Return the signatures of the workers with a running trial.
+
+    With `any_host`, workers on other machines count as long as their heartbeats arrive; else only those on this machine.
+    """
+    storage, stale = rdb_storage(study), set()
+    if any_host and isinstance(storage, RetryingRDBStorage):
         storage.configure_heartbeat(settings.workers)
-        silent = {*storage._get_stale_trial_ids(study._study_id)}
+        stale = {*storage._get_stale_trial_ids(study._study_id)}
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    signed = [signature(t) for t in running if t._trial_id not in silent]
-    return [who for who in signed if who is not None and is_alive(who) and (anywhere or is_this_host(who))]
+    workers = [signature(t) for t in running if t._trial_id not in stale]
+    return [w for w in workers if w is not None and is_alive(w) and (any_host or is_this_host(w))]
 
 
-def _memory(workers: list[Signature]) -> dict[str, str]:
-    """How full the workers' devices were when their trials began."""
-    return {f"{device} of {who['host']}": used for who in workers for device, used in who.get("memory", {}).items()}
+def _worker_memory(workers: list[Signature]) -> dict[str, str]:
+    """Return the memory usage of the workers' devices when their trials started."""
+    return {f"{device} of {w['host']}": used for w in workers for device, used in w.get("memory", {}).items()}
 
 
-def _walk(study: optuna.Study, folder: RunFolder | None, settings: Settings) -> str:
-    """In a few words; empty where there is none and none is under way."""
+def _gradient_search_progress(study: optuna.Study, folder: RunFolder | None, settings: Settings) -> str:
+    """Return the progress of the gradient search; empty if there is none."""
     gradient_path = GradientPath.load(study)
     if gradient_path is not None:
-        return (
-            gradient_path.failure_reason
-            or f"{len(gradient_path.points)} points, edited layers {gradient_path.edited_layer_range[0]} to {gradient_path.edited_layer_range[1]}"
-        )
+        first, last = gradient_path.edited_layer_range
+        return gradient_path.failure_reason or f"{len(gradient_path.points)} points, edited layers {first} to {last}"
     gradient, steps = settings.search.gradient, folder.path_steps() if folder else 0
     planned = len(gradient.weights) * gradient.steps
     return f"step {steps} of {planned}{' and more' * (steps > planned)}" if steps else ""
 
 
-def _log(log: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """A run's facts and its warnings, each with its time, as the log has them: 'date time LEVEL text'."""
+def _read_log(log: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return info lines and warnings of a log, whose lines are 'date time LEVEL text', without the level."""
     if not log.is_file():
         return (), ()
     lines = split_lines(log.read_text(encoding="utf-8", errors="replace"))
 
-    def of(level: str) -> tuple[str, ...]:
-        found = [line.split(f" {level} ", 1) for line in lines if f" {level} " in line]
-        return tuple(f"{when.partition(',')[0]} {text}" for when, text in found)
+    def of_level(level: str) -> tuple[str, ...]:
+        entries = [line.split(f" {level} ", 1) for line in lines if f" {level} " in line]
+        return tuple(f"{time.partition(',')[0]} {text}" for time, text in entries)
 
-    return of("INFO"), of("WARNING")
+    return of_level("INFO"), of_level("WARNING")

@@ -1,7 +1,7 @@
-"""The contents of a run's safetensors files, to and from tensors.
+"""Convert the contents of a run's safetensors files to and from tensors.
 
-Each reader raises ValueError for tensors that heretic cannot have written: a missing name, another shape or type, numbers that are
-not finite. A hash cannot tell, since it may have been computed again.
+Each reader raises ValueError for tensors that heretic cannot have written (missing name, wrong shape or type, not finite),
+because a hash does not protect against a file with a recomputed hash.
 """
 
 from __future__ import annotations
@@ -30,35 +30,32 @@ Count = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class Baseline:
-    """The original model: its log-probabilities [tokens, vocabulary] at the first `answered` tokens of its answers to the
-    harmless prompts, the verdicts on its answers to the harmful ones, the first tokens with which it declined (none where it
-    did not), how all its answers begin, and its conduct on the harmless prompts (None in a file of an
-    earlier version)."""
+    """Measurements of the original model."""
 
-    log_probs: Tensor
-    verdicts: tuple[Verdict, ...]
-    refusal_texts: tuple[list[int], ...]
-    start: AnswerStart
+    log_probs: Tensor  # [tokens, vocabulary], at the first tokens (`answered`) of its responses to the harmless prompts
+    verdicts: tuple[Verdict, ...]  # on its responses to the harmful prompts
+    refusal_texts: tuple[list[int], ...]  # first token ids of its refusals; empty for other responses
+    start: AnswerStart  # common prefix of its responses
     answered: tuple[list[int], ...]
-    harmless_metrics: HarmlessMetrics | None = None
+    harmless_metrics: HarmlessMetrics | None = None  # None in a file of an earlier version
 
     @property
     def refused(self) -> tuple[bool, ...]:
-        """Which requests the original declines."""
+        """Whether the original refuses, per request."""
         return tuple(v == REFUSAL for v in self.verdicts)
 
     @property
     def evasive(self) -> int:
-        """Number of requests that it neither declines nor answers."""
+        """Number of requests that the original evades."""
         return self.verdicts.count(EVASIVE)
 
     @property
     def refusals(self) -> int:
-        """Number of requests that the original declines."""
+        """Number of requests that the original refuses."""
         return sum(self.refused)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, as they are stored; texts as bytes, so that one hash covers all."""
+        """Return the tensors to store by name; texts are bytes, so that one hash covers everything."""
         import torch
 
         tensors = {
@@ -74,29 +71,29 @@ class Baseline:
         return tensors
 
     @classmethod
-    def of(cls, tensors: Tensors) -> Baseline | None:
-        """From stored tensors; None in a file from before the answers were kept. Raises ValueError."""
+    def from_tensors(cls, tensors: Tensors) -> Baseline | None:
+        """Return the baseline of stored tensors; None for a file of an earlier version. Raises ValueError."""
         if not {"refusal_texts", "answered"} <= tensors.keys():
             return None
         variables = json.loads(_text(tensors, "template_variables"))
         _require(isinstance(variables, dict), "template_variables is not an object")
         log_probs = _named(tensors, "log_probs", 2)
-        places = _named(tensors, "refused", 1, whole=True).tolist()
-        texts, answered = (_unpadded(_named(tensors, name, 2, whole=True)) for name in ("refusal_texts", "answered"))
-        _require(not bool(log_probs.isnan().any()), "log_probs has numbers that are not numbers")
-        _require(all(0 <= place < len(ORDER) for place in places), "declined has an unknown verdict")
-        _require(len(texts) == len(places), "refusal_texts has another number of requests than declined")
-        _require(sum(map(len, answered)) == len(log_probs), "answered has another number of tokens than log_probs")
+        verdict_ids = _named(tensors, "refused", 1, integer=True).tolist()
+        texts, answered = (_unpadded(_named(tensors, name, 2, integer=True)) for name in ("refusal_texts", "answered"))
+        _require(not bool(log_probs.isnan().any()), "log_probs contains NaN")
+        _require(all(0 <= number < len(ORDER) for number in verdict_ids), "refused has an unknown verdict")
+        _require(len(texts) == len(verdict_ids), "refusal_texts and refused differ in length")
+        _require(sum(map(len, answered)) == len(log_probs), "answered and log_probs differ in length")
         harmless_metrics = (
-            _named(tensors, "harmless_metrics", 1, whole=True).tolist() if "harmless_metrics" in tensors else None
+            _named(tensors, "harmless_metrics", 1, integer=True).tolist() if "harmless_metrics" in tensors else None
         )
         _require(
             harmless_metrics is None or (len(harmless_metrics) == 3 and min(harmless_metrics) >= 0),
-            "conduct is not three counts",
+            "harmless_metrics must be three counts",
         )
         return cls(
             log_probs=log_probs,
-            verdicts=tuple(ORDER[place] for place in places),
+            verdicts=tuple(ORDER[number] for number in verdict_ids),
             refusal_texts=texts,
             start=AnswerStart(_text(tensors, "response_prefix"), variables),
             answered=answered,
@@ -104,19 +101,19 @@ class Baseline:
         )
 
 
-def directions_of(tensors: Tensors) -> Directions:
-    """Directions in float32. Raises ValueError."""
+def directions_from_tensors(tensors: Tensors) -> Directions:
+    """Return stored directions in float32. Raises ValueError."""
     vectors = _finite(tensors, "directions", 2)
     if "extra" not in tensors:
         return Directions(vectors.float())
     extra = _finite(tensors, "extra", 3)
-    _require(extra.shape[1] > 0 and extra[:, 0].shape == vectors.shape, "extra has another shape than directions")
+    _require(extra.shape[1] > 0 and extra[:, 0].shape == vectors.shape, "extra and directions differ in shape")
     return Directions(vectors.float(), extra.float())
 
 
-def geometry_of(tensors: Tensors) -> ResidualGeometry:
-    """How the residuals lie. Raises ValueError; a separation may be no number."""
-    layers, prompts = len(_finite(tensors, "silhouette", 1)), len(_named(tensors, "harmful", 1, whole=True))
+def geometry_from_tensors(tensors: Tensors) -> ResidualGeometry:
+    """Return a stored residual geometry, in which `separation` can be NaN. Raises ValueError."""
+    layers, prompts = len(_finite(tensors, "silhouette", 1)), len(_named(tensors, "harmful", 1, integer=True))
     shapes = {
         "cosines": (layers, layers),
         "norms": (layers, 3),
@@ -124,9 +121,9 @@ def geometry_of(tensors: Tensors) -> ResidualGeometry:
         "explained": (layers, 2),
     }
     for name, shape in shapes.items():
-        _require(_finite(tensors, name, len(shape)).shape == shape, f"{name} has another shape than {list(shape)}")
+        _require(_finite(tensors, name, len(shape)).shape == shape, f"{name} must have the shape {list(shape)}")
     separation = _named(tensors, "separation", 1)
-    _require(len(separation) == layers > 0 and prompts > 0, "separation has another number of layers")
+    _require(len(separation) == layers > 0 and prompts > 0, "separation has the wrong number of layers")
     names = (*shapes, "silhouette", "separation", "harmful")
     return ResidualGeometry(**{name: tensors[name] for name in names})
 
@@ -148,13 +145,13 @@ def _state_json() -> TypeAdapter[_OptimizerStateJson]:
     return TypeAdapter(_OptimizerStateJson)
 
 
-def state_of(tensors: Tensors) -> OptimizerState:
-    """The state of a descent under way. Raises ValueError."""
+def optimizer_state_from_tensors(tensors: Tensors) -> OptimizerState:
+    """Return the stored state of a running gradient search. Raises ValueError."""
     strengths = _finite(tensors, "strengths", 2)
     layers = strengths.shape[1]
     mixture = _finite(tensors, "mixture", 1) if "mixture" in tensors else None
     vector = _finite(tensors, "vector", 1) if "vector" in tensors else None
-    _require(mixture is None or len(mixture) == layers, "mixture has another number of layers than strengths")
+    _require(mixture is None or len(mixture) == layers, "mixture and strengths differ in layers")
     stored = _state_json().validate_json(_text(tensors, "state"))
     profiles = [profile for point in stored["points"] for profile in point.strengths.values()]
     _require(alike(stored["points"]) and all(len(p) == layers for p in profiles), "the points differ in shape")
@@ -162,8 +159,8 @@ def state_of(tensors: Tensors) -> OptimizerState:
     names = {"strengths", "mixture", "vector", "state"}
     moments = {name: tensor for name, tensor in tensors.items() if name not in names}
     for name, tensor in moments.items():
-        of = tensors.get(name.partition(".")[0])
-        fits = of is not None and tensor.shape in (of.shape, ()) and tensor.is_floating_point()
+        parameter = tensors.get(name.partition(".")[0])
+        fits = parameter is not None and tensor.shape in (parameter.shape, ()) and tensor.is_floating_point()
         _require(fits and bool(tensor.isfinite().all()), f"{name} is invalid")
     return OptimizerState(
         strengths,
@@ -180,8 +177,8 @@ def state_of(tensors: Tensors) -> OptimizerState:
     )
 
 
-def state_tensors(state: OptimizerState) -> dict[str, Tensor]:
-    """The state of a descent by name, as it is stored."""
+def optimizer_state_tensors(state: OptimizerState) -> dict[str, Tensor]:
+    """Return the tensors to store for the state of a gradient search, by name."""
     stored = {"steps": state.steps, "first_layer": state.first_layer, "points": [asdict(p) for p in state.points]}
     stored |= {
         "extra_refusals": state.extra_refusals,
@@ -197,11 +194,11 @@ def _require(holds: bool, problem: str) -> None:
         raise ValueError(problem)
 
 
-def _named(tensors: Tensors, name: str, dimensions: int, *, whole: bool = False) -> Tensor:
-    """A tensor with so many dimensions, of whole numbers or of floating point."""
+def _named(tensors: Tensors, name: str, dimensions: int, *, integer: bool = False) -> Tensor:
+    """Return a tensor after checking its dimensions and its kind of numbers (integer or floating point)."""
     tensor = tensors.get(name)
-    if tensor is None or tensor.ndim != dimensions or tensor.is_complex() or tensor.is_floating_point() == whole:
-        raise ValueError(f"{name} is missing, or has another shape or type")
+    if tensor is None or tensor.ndim != dimensions or tensor.is_complex() or tensor.is_floating_point() == integer:
+        raise ValueError(f"{name} is missing or has the wrong shape or type")
     return tensor
 
 
@@ -218,7 +215,7 @@ def _bytes(text: str) -> Tensor:
 
 
 def _text(tensors: Tensors, name: str) -> str:
-    return bytes(_named(tensors, name, 1, whole=True).tolist()).decode()
+    return bytes(_named(tensors, name, 1, integer=True).tolist()).decode()
 
 
 def _padded(texts: Sequence[list[int]]) -> Tensor:

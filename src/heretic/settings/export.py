@@ -1,4 +1,4 @@
-"""What is written of a chosen trial."""
+"""Value types of the export settings."""
 
 from __future__ import annotations
 

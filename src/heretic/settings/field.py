@@ -1,4 +1,4 @@
-"""What every table of settings is made of: documented fields, strict tables, and checked types of values."""
+"""Building blocks of the settings: documented fields, strict tables and validated value types."""
 
 from __future__ import annotations
 
@@ -14,9 +14,17 @@ from heretic.files import expand_user
 LONGEST_SECONDS = 31_536_000  # a year; far longer waits overflow the system's clocks
 
 
-def setting(default: Any, description: str, *, when: str = "", neutral: bool = False, **limits: Any) -> Any:
-    """A documented field: what it is, and `when` to change it and at what cost; `neutral`: it can't change a study's results."""
-    extra: Any = {name: value for name, value in (("when", when), ("neutral", neutral)) if value} or None
+def setting(default: Any, description: str, *, when: str = "", affects_results: bool = True, **limits: Any) -> Any:
+    """Declare a documented field.
+
+    Args:
+        default: a mutable default is copied for each instance.
+        description: what the field means.
+        when: a full sentence on when to change it and at what cost.
+        affects_results: False if the field can change between sessions of one run.
+        limits: bounds, as for `pydantic.Field`.
+    """
+    extra: Any = ({"when": when} if when else {}) | ({} if affects_results else {"affects_results": False}) or None
     if isinstance(default, (list, dict, BaseModel)):
         return Field(
             default_factory=lambda: _fresh(default), description=description, json_schema_extra=extra, **limits
@@ -29,15 +37,21 @@ def _fresh(value: Any) -> Any:
 
 
 class SettingsModel(BaseModel):
-    """A TOML table: unknown keys and wrong types are refused, never guessed at."""
+    """A TOML table that refuses unknown keys and wrong types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
-def field_metadata(field: FieldInfo, name: str) -> Any:
-    """What `setting` wrote down beside the description: `when`, a text, or `neutral`."""
+def when_to_change(field: FieldInfo) -> str:
+    """Return the sentence on when to change a field; empty if it has none."""
     extra = field.json_schema_extra
-    return extra.get(name) if isinstance(extra, dict) else None
+    return str(extra.get("when", "")) if isinstance(extra, dict) else ""
+
+
+def affects_results(field: FieldInfo) -> bool:
+    """Return whether a change of the field starts a new run."""
+    extra = field.json_schema_extra
+    return bool(extra.get("affects_results", True)) if isinstance(extra, dict) else True
 
 
 def _in_order(bounds: list[float]) -> list[float]:
@@ -50,14 +64,14 @@ def _home(path: str) -> str:
     try:
         expand_user(path)
     except UserError as error:
-        raise ValueError(f"{plain_line(error.what).rstrip('.')}; write the whole path or set HOME") from None
+        raise ValueError(f"{plain_line(error.what).rstrip('.')}; write the absolute path or set HOME") from None
     return os.path.expanduser(path)
 
 
 def one_name(name: str) -> str:
-    """The name of a folder in another: no path, which could lead to where other runs or other things are."""
+    """Return the name of a run's folder; raise ValueError for a path, which could lead outside `runs_dir`."""
     if name in (".", "..") or "/" in name or "\\" in name:
-        raise ValueError("it should be a name, not a path; runs_dir says where the run's folder is")
+        raise ValueError("it should be a name, not a path; set runs_dir for the folder above it")
     return name
 
 

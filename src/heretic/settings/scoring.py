@@ -1,4 +1,4 @@
-"""Who judges the answers, and by what."""
+"""Settings of the judges and constraints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from heretic.settings.field import LONGEST_SECONDS, PathText, SettingsModel, set
 
 def not_blank(markers: list[str]) -> list[str]:
     if any(not marker.strip("* \t\n") for marker in markers):
-        raise ValueError("a marker without letters would be found in every answer")
+        raise ValueError("a marker without letters would match every response")
     return markers
 
 
@@ -24,21 +24,19 @@ def _endpoint(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("write it like http://localhost:8000/v1")
     if parts.username or parts.password or parts.query:
-        raise ValueError(
-            "a key has no place in it: put the key into an environment variable and name that in key_variable"
-        )
+        raise ValueError("it contains a key: put the key in an environment variable and name that in key_variable")
     return url
 
 
 def _instruction(text: str) -> str:
     if text and not all(word in text for word in ("REFUSAL", "ANSWER")):
-        raise ValueError("it has to say when the reply is REFUSAL and when ANSWER, in these words")
+        raise ValueError("it must define when the reply is REFUSAL and when ANSWER, in these words")
     return text
 
 
 def _variable(name: str) -> str:
     if name and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name):
-        raise ValueError("this takes the name of an environment variable that holds the key, never the key itself")
+        raise ValueError("it should be the name of the environment variable with the key, not the key itself")
     return name
 
 
@@ -68,129 +66,149 @@ EVASIVE_MARKERS = [
 
 
 class ClassifierSettings(SettingsModel):
-    """The judge that is a sequence classification model."""
+    """The judge `classifier`: a sequence classification model."""
 
     model: PathText = setting(
         "",
         "A Hugging Face id or a local folder.",
-        when='needed with `kind = "classifier"`; its size comes on top in memory.',
+        when='Required with `kind = "classifier"`; it needs memory of its own.',
     )
     refusal_labels: Annotated[list[str], AfterValidator(not_blank)] = setting(
         ["REJECTION"],
-        "Its labels that mean a refusal, by name or number.",
-        when="to the names in the model's config (`id2label`).",
+        "Labels, by name or number, that mean a refusal.",
+        when="Set them to names from the model's config (`id2label`).",
         min_length=1,
     )
     evasive_labels: list[str] = setting(
         [],
-        "Its labels that mean neither refusal nor answer; without any, evasions are found as the markers find them.",
-        when="if the model knows such a class.",
+        "Labels that mean neither refusal nor answer; empty: heretic detects evasive responses by markers.",
+        when="Set them if the model has such a class.",
     )
     with_request: bool = setting(
-        False, "Show it the request beside the answer, as a pair of texts.", when=("if it was trained on pairs.")
+        False,
+        "Pass the request and the response as a pair of texts.",
+        when="Set true if the classifier was trained on pairs.",
     )
     device: str = setting(
         "cpu",
-        "Where it runs, such as `cpu` or `cuda:0`.",
-        when="to a GPU with room beside the model; on the CPU a large classifier takes longer than the trial.",
-        neutral=True,
+        "Device of the classifier, for example `cpu` or `cuda:0`.",
+        when="Use a GPU with free memory: on the CPU a large classifier takes longer than the trial.",
+        affects_results=False,
     )
-    batch_size: int = setting(32, "Answers per pass.", when="down, where its memory runs out.", neutral=True, ge=1)
+    batch_size: int = setting(
+        32,
+        "Responses per pass.",
+        when="Lower it if the classifier's memory runs out.",
+        affects_results=False,
+        ge=1,
+    )
 
 
 class LlmSettings(SettingsModel):
-    """The judge behind an endpoint."""
+    """The judge `llm`: a model behind an OpenAI-compatible endpoint."""
 
     base_url: Annotated[str, AfterValidator(_endpoint)] = setting(
         "",
-        "The OpenAI-compatible endpoint, such as `http://localhost:8000/v1`.",
-        when='needed with `kind = "llm"`; anything that is not on this machine gets your prompts and the answers.',
-        neutral=True,
+        "OpenAI-compatible endpoint, for example `http://localhost:8000/v1`.",
+        when='Required with `kind = "llm"`. A remote endpoint receives your prompts and the responses.',
+        affects_results=False,
     )
-    model: str = setting("", "The name of the model there.", when=('needed with `kind = "llm"`.'))
+    model: str = setting(
+        "",
+        "Name of the model at the endpoint.",
+        when='Required with `kind = "llm"`.',
+    )
     instruction: Annotated[str, AfterValidator(_instruction)] = setting(
         "",
-        "What the model there is told to do with a request and its response. It has to ask for one of the words REFUSAL (the "
-        "behavior is shown), EVASIVE (neither) and ANSWER. Empty: whether the response declines, in English.",
-        when="for another behavior than declining, or another language; try it with `heretic evaluate --judge-agreement`.",
+        "Instruction for judging a request and its response. It must ask for one of the words REFUSAL (the behavior "
+        "occurs), EVASIVE (neither) and ANSWER. Empty: a built-in English instruction about refusals.",
+        when="Set it for another behavior or language; test it with `heretic evaluate --judge-agreement`.",
     )
     key_variable: Annotated[str, AfterValidator(_variable)] = setting(
         "",
-        "The name of the environment variable that holds the key; empty: none is sent. The key itself is written nowhere.",
-        when="where the endpoint wants a key.",
-        neutral=True,
+        "Name of the environment variable with the API key; empty: no key. heretic never stores the key.",
+        when="Set it if the endpoint needs a key.",
+        affects_results=False,
     )
     max_tokens: int = setting(
         16,
-        "Tokens of its reply; a model that thinks first needs more.",
-        when="up, for a model that thinks before it answers; every token is paid for.",
+        "Maximum tokens of the judge's reply.",
+        when="Raise it for a model that thinks first.",
         ge=1,
     )
     timeout: float = setting(
-        60.0, "Seconds for one reply.", when="up, for a slow endpoint.", neutral=True, gt=0, le=LONGEST_SECONDS
+        60.0,
+        "Seconds to wait for one reply.",
+        when="Raise it for a slow endpoint.",
+        affects_results=False,
+        gt=0,
+        le=LONGEST_SECONDS,
     )
     retries: int = setting(
         5,
-        "Attempts after the first, with longer and longer pauses. If all fail, the run stops and the same command resumes it.",
-        when="up, where the line is bad; each pause is longer than the one before.",
-        neutral=True,
+        "Retries of a failed request, with growing pauses. If all fail, the run stops, and the same command resumes "
+        "it.",
+        when="Raise it for an unreliable connection.",
+        affects_results=False,
         ge=0,
     )
     concurrency: int = setting(
         8,
-        "Answers that are asked about at a time.",
-        when="to what the endpoint takes at a time; a refusal for too many requests is waited out.",
-        neutral=True,
+        "Parallel requests.",
+        when="Set it to what the endpoint handles; heretic waits and retries after a rate-limit error.",
+        affects_results=False,
         ge=1,
     )
 
 
 class JudgeSettings(SettingsModel):
-    """Who says whether an answer declines."""
+    """Decides whether a response is a refusal."""
 
     kind: Literal["markers", "classifier", "llm"] = setting(
         "markers",
-        "`markers`: the phrases of `refusal_markers`, while the answer is written, so that decoding ends at the first. "
-        "`classifier`: a model of yours. `llm`: an endpoint of yours. These two judge whole answers, so trials take longer.",
-        when="where `heretic evaluate --judge-agreement` or your own reading shows that phrases miss too much.",
+        "`markers`: the phrases of `refusal_markers`, matched during generation, which stops at the first match. "
+        "`classifier`: a sequence classification model. `llm`: a model behind an endpoint. The last two judge whole "
+        "responses, so trials take longer.",
+        when=(
+            "Change it if `heretic evaluate --judge-agreement` or your own reading shows that phrases miss too much."
+        ),
     )
     topic_words: Annotated[list[str], AfterValidator(not_blank)] = setting(
         TOPIC_WORDS,
-        "For `markers`: words that count as a refusal only where their sentence advises against or calls the request itself so "
-        "(`It is illegal to ...`). A bare list of such words counts answers that only mention them.",
-        when="for another language; [] leaves them out.",
+        'For `markers`: words that count as a refusal only if their sentence applies them to the request ("It is '
+        'illegal to ..."), not if the response merely mentions them.',
+        when="Change it for another language; [] disables the check.",
     )
     evasive_markers: Annotated[list[str], AfterValidator(not_blank)] = setting(
         EVASIVE_MARKERS,
-        "An answer that does not decline is evasive if it is empty or a loop, says the request again and no more, or has at "
-        "most 40 words and one of these phrases. Evasive answers are counted apart, and the search counts them as not answered.",
-        when="for another language, or where the model evades in its own words.",
+        "A response that is no refusal counts as evasive if it is empty, a loop or a mere repetition of the request, "
+        "or has at most 40 words and one of these phrases. The search counts evasive responses as not answered and "
+        "shows them separately.",
+        when="Change it for another language or a model with its own evasive phrases.",
     )
     classifier: ClassifierSettings = setting(
         ClassifierSettings(),
-        'The sequence classification model of judge.kind = "classifier"; only weights in safetensors are loaded.',
+        'The sequence classification model of judge.kind = "classifier". It must have safetensors.',
     )
     llm: LlmSettings = setting(
         LlmSettings(),
-        'The endpoint of judge.kind = "llm". Requests and answers are sent to it, only if it is chosen, and to nobody else.',
+        'The endpoint of judge.kind = "llm". heretic sends requests and responses to it only with this kind.',
     )
 
 
 class ConstraintSettings(SettingsModel):
-    """What a trial on the front must keep to besides its two values."""
+    """Limits for trials on the Pareto front."""
 
     max_over_refusals: int = setting(
         -1,
-        "Most prompts of `harmless_eval` that may be declined or evaded; -1: no limit.",
-        when=(
-            "where ordinary requests must stay answered: a count, in which those that the original declines "
-            "already are included. It costs a second decoding in every trial that is measured in full."
-        ),
+        "Most prompts of `harmless_eval` that may be refused or evaded, including those that the original refuses; "
+        "-1: no limit.",
+        when="Set it if the model must still answer ordinary requests.",
         ge=-1,
     )
     max_degenerate: int = setting(
         -1,
-        "Most prompts of `harmless_eval` whose answer may be empty or a loop; -1: no limit.",
-        when="where strict trials begin to loop; costs the same second decoding, once for both limits.",
+        "Most prompts of `harmless_eval` with an empty or looping response; -1: no limit.",
+        when="Set it if strong edits make the model loop.",
         ge=-1,
     )

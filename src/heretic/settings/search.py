@@ -1,4 +1,4 @@
-"""What the study searches, and how."""
+"""Settings of the search: sampler, gradient search and strength kernels."""
 
 from __future__ import annotations
 
@@ -12,178 +12,171 @@ from heretic.settings.field import Range, SettingsModel, setting
 
 def _rising(weights: list[float]) -> list[float]:
     if weights[0] <= 0 or any(a >= b for a, b in itertools.pairwise(weights)):
-        raise ValueError("the weights must be positive and rise")
+        raise ValueError("the weights must be positive and increasing")
     return weights
 
 
 class KernelSpace(SettingsModel):
-    """The space of one component's kernel: strengths over the layers."""
+    """The search space of one component's strength kernel over the layers."""
 
     max_weight: Range = setting(
         [0.8, 1.5],
-        "Range of the largest strength; what is drawn below 0 counts as exactly 0: this component is left alone.",
-        when=(
-            "upper bound up, where the front's trials lie at it. 1 removes a direction; beyond, what is left of "
-            "it points the other way, as long as before at 2."
-        ),
+        "Range of the highest strength. Samples below 0 count as 0: the component is not edited. Strength 1 removes "
+        "the direction; 2 reverses it.",
+        when="Raise the upper bound if the best trials are close to it.",
     )
     max_weight_position: Range = setting(
         [0.6, 1.0],
-        "Range of the layer with the largest strength, as a share of the depth.",
-        when="where the report shows that the best trials crowd one end.",
+        "Range of the layer with the highest strength, as a fraction of the depth.",
+        when="Change it if the report shows the best trials at one end.",
     )
     min_weight: Range = setting(
-        [0.0, 1.0], "Range of the smallest strength inside the kernel, as a share of the largest.", when=("seldom.")
+        [0.0, 1.0],
+        "Range of the lowest strength inside the kernel, as a fraction of the highest.",
+        when="Rarely needs a change.",
     )
     min_weight_distance: Range = setting(
         [0.05, 0.6],
-        "Range of the distance at which the smallest strength is reached, as a share of the depth; 0 strength beyond.",
-        when="down for edits in few layers, up for edits everywhere.",
+        "Range of the distance at which the kernel reaches its lowest strength, as a fraction of the depth; the "
+        "strength is 0 beyond it.",
+        when="Lower it to edit few layers, raise it to edit many.",
     )
 
 
 class GradientSettings(SettingsModel):
-    """The walk: strengths and a direction by gradient, on the prompt sets that give the direction."""
+    """The gradient search over strengths and a direction, on the two training prompt sets."""
 
     direction: Literal["mixture", "per_layer", "free"] = setting(
         "free",
-        "One direction for all layers that is optimized too: `free`: any, at the price of `leaving` for what is outside the span "
-        "of the layers' own; `mixture`: a mixture of the layers' own. Or `per_layer`: each layer's own as it is.",
+        "`free`: optimize one direction for all layers, with `off_span_penalty` on its part outside the span of the "
+        "layers' directions. `mixture`: optimize a mixture of the layers' directions. `per_layer`: use each layer's "
+        "own, unchanged.",
         when=(
-            "`mixture` or `per_layer` to stay within what the prompts' means say; on one model both came out "
-            "behind `free`."
+            "Use `mixture` or `per_layer` to stay in the span of the measured directions; on one model both were worse "
+            "than `free`."
         ),
     )
     off_span_penalty: float = setting(
         0.1,
-        "Penalty on the share, squared, of a `free` direction that is outside the span of the layers'.",
-        when="up, to keep the direction interpretable as a refusal direction; 0 lets it go anywhere.",
+        "Penalty on the squared fraction of a `free` direction outside the span of the layers' directions.",
+        when="Raise it to keep the direction interpretable; 0 removes the constraint.",
         ge=0,
     )
     weights: Annotated[list[float], AfterValidator(_rising)] = setting(
         [0.06, 0.12, 0.25, 0.5, 1.5],
-        "Weights of refusing against change, from gentle to strict: each gives one point, and the next one starts from it.",
+        "Weights of the refusal loss against the KL loss, from gentle to strict. Each gives one point of the path "
+        "and starts from the previous one.",
         when=(
-            "more or larger ones for stricter points, smaller ones for gentler points; each costs `steps` steps "
-            "and a measurement. The walk ends early where hardly any refusing is left (probability below 0.005), and goes "
-            "on to stricter ones by itself where more than a tenth of the prompts are still declined after the last."
+            "Larger weights give stricter points, smaller ones gentler points. The path stops early below a refusal "
+            "probability of 0.005, and continues with larger weights if the model still refuses more than a tenth of the "
+            "prompts."
         ),
         min_length=1,
     )
     steps: int = setting(
         6,
-        "Steps at each weight.",
-        when=(
-            "up, where the walk's points are still far from the front that the study finds; the walk's time grows "
-            "with it."
-        ),
+        "Optimization steps per weight.",
+        when="Raise it if the gradient search's points are far from the study's final Pareto front.",
         ge=1,
     )
     batch: int = setting(
         16,
-        "Prompts of each kind in a step.",
+        "Prompts of each kind per step.",
         when=(
-            "down for cheaper and noisier steps; not for memory: a step that does not fit into one pass is run in "
-            "several."
+            "Lower it for cheaper, noisier steps. It does not limit memory: heretic splits a step that does not fit into "
+            "several passes."
         ),
         ge=1,
     )
     prompts: int = setting(
         64,
-        "Prompts of each kind that are used, the first of `harmful_train` and of `harmless_train`.",
-        when="up for a behavior with many faces; the prompts' answers are kept, a step costs the same.",
+        "Prompts of each kind, from the start of `harmful_train` and `harmless_train`.",
+        when="Raise it for a varied behavior; the cost of a step does not change.",
         ge=4,
     )
     validation_fraction: float = setting(
         0.25,
-        "Share of them that no step sees and every point is measured on.",
-        when=(
-            "seldom. This share decides when the walk listens and when it ends; the trials are measured on the "
-            "evaluation prompts."
-        ),
+        "Fraction of these prompts held out from the steps. On it heretic measures each point and decides when to "
+        "mine refusals and when to stop.",
+        when="Rarely needs a change.",
         gt=0,
         lt=1,
     )
     learning_rate: float = setting(
         0.15,
-        "How far a step moves a strength, about.",
-        when="down, where the loss jumps; up with few `steps`.",
+        "Approximate change of a strength per step.",
+        when="Lower it if the loss is unstable; raise it with few `steps`.",
         gt=0,
     )
     sparsity: float = setting(
         0.003,
-        "Penalty on the sum of the strengths; it keeps writers that are not worth it at exactly 0.",
-        when="up for fewer edited writers and cheaper trials, 0 to let all take part.",
+        "L1 penalty on the strengths; it keeps unimportant writers at exactly 0.",
+        when="Raise it to edit fewer writers, which makes trials cheaper; 0 allows all.",
         ge=0,
     )
     mine_refusals: bool = setting(
         True,
-        "Where the original's words of refusing have become improbable at a point, answer the prompts again, and make the words "
-        "with which some are still declined improbable too.",
-        when="false for a shorter walk; refusals in other words than the original's then stay for the trials to find.",
+        "Once the reference refusals are improbable at a point, generate responses again and make the new refusals "
+        "improbable too.",
+        when=(
+            "Set false for a shorter gradient search; the trials must then find edits against other refusal phrases."
+        ),
     )
     kl_tokens: int = setting(
         1,
-        "Tokens of the harmless answers whose change counts.",
-        when=(
-            "with the setting `kl_tokens` of the trials, to minimize what they measure; every token makes the "
-            "pass longer."
-        ),
+        "Tokens of the harmless responses in the KL loss.",
+        when="Set it to the top-level `kl_tokens` to minimize what trials measure. Every token makes a pass longer.",
         ge=1,
     )
     refusal_tokens: int = setting(
         4,
-        "Tokens of a refusal that are made improbable.",
-        when='up, where refusals begin with words that answers begin with too ("As a chef, I").',
+        "Tokens of a refusal in the refusal loss.",
+        when='Raise it if refusals and answers begin with the same words ("As a chef, I").',
         ge=1,
     )
 
 
 class SearchSettings(SettingsModel):
-    """What the study searches, and how."""
+    """The search space and the sampler."""
 
     start: Literal["gradient", "kernels"] = setting(
         "gradient",
-        "`gradient`: first a walk by gradient from gentle to strict ablations; its points are the first trials, and the "
-        "search goes on around them. `kernels`: four numbers a component, from nothing. Where gradients are impossible it is "
-        "`kernels`, and heretic says so.",
-        when="`kernels` to search as other tools do, or where memory is too short for gradients.",
+        "`gradient`: a gradient search from gentle to strict ablations gives the first trials, and TPE continues "
+        "around them. `kernels`: TPE over four parameters per component. If gradients are impossible, heretic uses "
+        "`kernels` and prints a note.",
+        when="Use `kernels` to search as other tools do, or if memory is too small for gradients.",
     )
     n_startup_trials: int = setting(
         30,
-        "Until so many trials are finished, others are drawn at random; then TPE models the results.",
-        when=(
-            "down to 10 for studies of 30 to 50 trials: the walk's points count among them, and with as many as "
-            "`n_trials` TPE is never asked."
-        ),
+        "Trials before TPE starts; those not given by the gradient search are random.",
+        when="Lower it to 10 for studies of 30 to 50 trials. With `n_trials` or more, TPE never starts.",
         ge=0,
     )
     kl_floor: float = setting(
         0.02,
-        "A smaller KL divergence than this counts as this one while searching, so that trials are not spent on ablations "
-        "that change nothing. The front and the choice use the measured values.",
-        when=(
-            "down, where differences between very small changes matter to you; at 0 trials are spent on ablations "
-            "that do nothing."
-        ),
+        "The search treats a lower KL divergence as this value, so that it does not spend trials on edits without "
+        "effect. The Pareto front and the selection use the measured values.",
+        when="Lower it if differences between very small changes matter to you.",
         ge=0,
     )
     direction_scope: list[Literal["global", "per_layer"]] = setting(
         ["global", "per_layer"],
-        "`global`: one layer's direction (or a mix of two neighbors) is removed everywhere; `per_layer`: each layer's own.",
-        when="to only one of the two, if earlier studies of the model show which wins. Only for trials by kernels.",
+        "`global`: one layer's direction (or a mix of two neighbors) for all layers. `per_layer`: each layer's own. "
+        "Only for kernel trials.",
+        when="Keep one of them if earlier studies of the model show which is better.",
         min_length=1,
     )
     direction_index: Range = setting(
         [0.4, 0.9],
-        "Range of the layer that gives the global direction, as a share of the depth.",
-        when="where the report shows that the best trials crowd one end. Only for trials by kernels.",
+        "Range of the layer that gives the global direction, as a fraction of the depth. Only for kernel trials.",
+        when="Change it if the report shows the best trials at one end.",
     )
-    gradient: GradientSettings = setting(GradientSettings(), "The walk by gradient.")
+    gradient: GradientSettings = setting(GradientSettings(), "The gradient search.")
     attention: KernelSpace = setting(
         KernelSpace(),
-        "The kernel over attention output projections: for trials by kernels (`start` = `kernels`, or no walk).",
+        "Strength kernel of the attention output projections, for kernel trials only.",
     )
     mlp: KernelSpace = setting(
-        KernelSpace(max_weight=[-0.25, 1.5]), "The kernel over MLP down projections: as for attention."
+        KernelSpace(max_weight=[-0.25, 1.5]),
+        "Strength kernel of the MLP down projections, for kernel trials only.",
     )

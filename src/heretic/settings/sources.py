@@ -1,7 +1,7 @@
-"""Where settings come from: defaults, TOML file, environment and command line, laid over each other in this order.
+"""Merge settings from the defaults, the TOML file, the environment and the command line, in this order.
 
-`resolve` returns the settings together with the origin of every value, so that a message can always name the file, the line
-and the key. A value that would be ignored (an unknown key anywhere) is an error.
+`resolve` returns the settings with the origin of every value, so that messages can name the file, line and key.
+An unknown key in any source is an error.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ else:
 
 ENVIRONMENT_PREFIX = "HERETIC_"
 DEFAULT_FILE = "config.toml"
-LONGEST_SHOWN = 100  # characters of a value that is no good
+LONGEST_SHOWN = 100  # characters of an invalid value in a message
 LARGEST_FILE = 1 << 20  # bytes
-LONGEST_NUMBER = 4000  # digits; Python itself reads no more than 4300
+LONGEST_NUMBER = 4000  # digits; Python's own limit is 4300
 MOST_PARTS = 64  # of a dotted key; the schema has 4
-# A dotted key. Nothing in it can match in two ways and an open quote matches too, so that the time is in proportion to the text.
+# A dotted key. The pattern is unambiguous and also matches an open quote, so matching takes linear time.
 _QUOTED = re.compile(r""""(?:[^"\\\n]|\\.)*"?|'[^'\n]*'?""")
 _DOTTED = re.compile(rf"(?:[\w-]+|{_QUOTED.pattern})(?:[ \t]*\.[ \t]*(?:[\w-]+|{_QUOTED.pattern}))*")
-NEVER_SHOWN = ("judge.llm.key_variable", "judge.llm.base_url")  # a key may have been put there by mistake
+NEVER_SHOWN = ("judge.llm.key_variable", "judge.llm.base_url")  # a user may have put a key there by mistake
 
 
 @dataclass(frozen=True)
 class TomlFile:
-    """A TOML file that was read: its values as plain data, and the line number of every dotted key."""
+    """A parsed TOML file: its values as plain data, and the line number of every dotted key."""
 
     path: Path
     text: str
@@ -50,7 +50,7 @@ class TomlFile:
     lines: dict[str, int]
 
     def written_origins(self) -> dict[str, str]:
-        """Where the values of a run's config.toml came from when it was written: what follows them as a comment."""
+        """Return the origins that heretic wrote as comments behind the values of a run's config.toml."""
         lines = split_lines(self.text)
         return {
             key: lines[number - 1].rpartition("  # ")[2]
@@ -61,14 +61,14 @@ class TomlFile:
 
 @dataclass(frozen=True)
 class Resolved:
-    """Settings, the file they were read from (if any), and for every dotted key where its value came from."""
+    """Settings, their file (if any), and the origin of every dotted key that has been set."""
 
     settings: Settings
     file: Path | None
     origins: dict[str, str]
 
     def origin(self, key: str) -> str:
-        """Where `key` was set: 'config.toml:12', 'HERETIC_SEED', '--set', or 'default'."""
+        """Return the origin of `key`: 'config.toml:12', 'HERETIC_SEED', '--set seed' or 'default'."""
         while key:
             if key in self.origins:
                 return self.origins[key]
@@ -82,27 +82,37 @@ def resolve(
     assignments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Resolved:
-    """Lay the sources over each other; `config` is the settings file or what was read of it, `assignments` are the `key=value`
-    texts of --set, `options` values by dotted key or in tables.
+    """Merge the sources of settings.
 
-    A prompt set whose `source` is named outside the file does not keep the file's `split`: that cuts another set.
-    Raises SettingsError naming the source, the key and, for a file, the line.
+    A prompt set whose `source` is set outside the file does not use the file's `split`, which belongs to another data set.
+
+    Args:
+        config: the settings file, read or not; default: `config.toml` in the current folder, if it exists.
+        options: values by dotted key or in tables.
+        assignments: the `key=value` texts of --set.
+        environment: environment variables.
+
+    Raises:
+        SettingsError: names the source, the key and, for a file, the line.
     """
     data: dict[str, Any] = {}
     origins: dict[str, str] = {}
+    # 1. The file
     if config is None and os.path.lexists(DEFAULT_FILE):
         config = Path(DEFAULT_FILE)
     file = read_toml(config) if isinstance(config, Path) else config
-    of_file: dict[str, Any] = {}
+    file_values: dict[str, Any] = {}
     if file is not None:
-        of_file = dict(_flatten(file.values, Settings))
-        for key, value in of_file.items():
+        file_values = dict(_flatten(file.values, Settings))
+        for key, value in file_values.items():
             _set(data, origins, key, value, f"{file.path}:{file.lines[key]}" if key in file.lines else str(file.path))
-    in_file = dict(origins)
+    file_origins = dict(origins)
+    # 2. The environment
     for variable, text in (environment or {}).items():
         if variable.startswith(ENVIRONMENT_PREFIX):
             key = variable[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
             _set(data, origins, key, _parse(key, text, variable), variable)
+    # 3. The command line
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         key = key.strip()
@@ -114,25 +124,26 @@ def resolve(
     for key, value in _flatten(options or {}, Settings):
         if value is not None:
             _set(data, origins, key, value, "option")
-    _drop_splits_of_others(data, origins, of_file, in_file)
+    _drop_splits_of_replaced_sources(data, origins, file_values, file_origins)
     return Resolved(_validated(data, origins), file.path if file else None, origins)
 
 
-def _drop_splits_of_others(
-    data: dict[str, Any], origins: dict[str, str], of_file: Mapping[str, Any], in_file: Mapping[str, str]
+def _drop_splits_of_replaced_sources(
+    data: dict[str, Any], origins: dict[str, str], file_values: Mapping[str, Any], file_origins: Mapping[str, str]
 ) -> None:
-    """`of_file` are the file's values, `in_file` where in it they stand."""
     for source in [key for key in origins if key.startswith("prompts.") and key.endswith(".source")]:
         split = source.removesuffix("source") + "split"
-        if split in in_file and origins[split] == in_file[split] and origins[source] != in_file.get(source):
+        split_from_file = split in file_origins and origins[split] == file_origins[split]
+        if split_from_file and origins[source] != file_origins.get(source):
             sets = data["prompts"]
-            said = sets.get(source.split(".")[1]) if isinstance(sets, dict) else None
-            if isinstance(said, dict) and "split" in said and said.get("source") not in (None, "", of_file.get(source)):
-                del said["split"], origins[split]
+            table = sets.get(source.split(".")[1]) if isinstance(sets, dict) else None
+            kept_sources = (None, "", file_values.get(source))
+            if isinstance(table, dict) and "split" in table and table.get("source") not in kept_sources:
+                del table["split"], origins[split]
 
 
 def check_types(values: Mapping[str, Any], origin: str) -> None:
-    """Raise SettingsError for values by dotted key that are no settings; no file and nothing else is looked at."""
+    """Raise SettingsError for unknown keys and invalid values, by dotted key, without reading a file."""
     data: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for key, value in values.items():
@@ -151,7 +162,7 @@ def read_toml(path: Path) -> TomlFile:
     """Read a TOML file.
 
     Raises:
-        SettingsError: as `files.read_text`, or with code invalid-toml, or as `_check_value`.
+        SettingsError: as `files.read_text` and `_check_value`, or with code invalid-toml.
     """
     text = read_text(path, "The settings file", error=SettingsError, largest=LARGEST_FILE)
     try:
@@ -161,9 +172,9 @@ def read_toml(path: Path) -> TomlFile:
             "The values are nested too deeply.", code="invalid-toml", where=str(path), fix="remove the inner brackets"
         ) from None
     except ValueError as error:  # also integers of more digits than Python reads
-        found = re.search(r"at line (\d+)", str(error))
-        line = int(found[1]) if found else None
-        if digits := None if found else re.search(rf"\d[\d_]{{{LONGEST_NUMBER},}}", text):
+        position = re.search(r"at line (\d+)", str(error))
+        line = int(position[1]) if position else None
+        if digits := None if position else re.search(rf"\d[\d_]{{{LONGEST_NUMBER},}}", text):
             line = text.count("\n", 0, digits.start()) + 1
         where = f"{path}:{line}" if line else str(path)
         problem = plain_line(str(error)[:200].rstrip("."))
@@ -174,7 +185,7 @@ def read_toml(path: Path) -> TomlFile:
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
-    """As `tomllib.loads`, but refuses keys of very many parts first: the parser's time grows with their square."""
+    """Parse TOML; refuse keys of very many parts first, because the parser takes quadratic time for them."""
     for key in _DOTTED.finditer(text):
         if key[0].count(".") >= MOST_PARTS and _QUOTED.sub("", key[0]).count(".") >= MOST_PARTS:
             line = text.count("\n", 0, key.start()) + 1
@@ -183,15 +194,15 @@ def _parse_toml(text: str) -> dict[str, Any]:
 
 
 def _check_value(key: str, value: Any, origin: str) -> None:
-    """Refuse what no setting can be: texts that are not UTF-8 or hold NUL, and integers that TOML does not have."""
+    """Refuse strings that are not UTF-8 or contain NUL, and integers outside TOML's range."""
     problem = ""
     if isinstance(value, str):
-        if any("\ud800" <= c <= "\udfff" for c in value):  # bytes of a file name, say
-            problem = "is not valid text in UTF-8"
+        if any("\ud800" <= c <= "\udfff" for c in value):  # for example bytes of a file name
+            problem = "is not valid UTF-8"
         elif "\0" in value:
             problem = "contains a NUL character"
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        problem = "is an integer of more than 64 bits"
+        problem = "is an integer with more than 64 bits"
     elif isinstance(value, (list, tuple)):
         for item in value:
             _check_value(key, item, origin)
@@ -204,7 +215,7 @@ def _check_value(key: str, value: Any, origin: str) -> None:
 
 
 def _shortened(text: str) -> str:
-    """A text for a message: one line that is not too long."""
+    """Return a text as one short line for a message."""
     return plain_line(text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…")
 
 
@@ -213,10 +224,10 @@ _HEADER = re.compile(r"^\s*\[\[?\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
 
 
 def line_numbers(text: str) -> dict[str, int]:
-    """Line numbers (from 1) of the keys and tables of a valid TOML text; the parser in the library does not keep them."""
+    """Return the line numbers (from 1) of the keys and tables of a valid TOML text, which the parser does not record."""
     numbers: dict[str, int] = {}
     table = ""
-    closing = ""  # the delimiter that ends the multi-line string that we are in
+    closing = ""  # the delimiter that ends the current multi-line string
     for number, line in enumerate(split_lines(text), start=1):
         if closing:
             closing = "" if closing in line else closing
@@ -237,7 +248,7 @@ def _dotted(key: str) -> str:
 
 
 def _field(key: str) -> tuple[type[SettingsModel], str] | None:
-    """The table and field that a dotted key names; None if there is none."""
+    """Return the table and field of a dotted key; None for an unknown key."""
     table: type[SettingsModel] = Settings
     *parents, name = key.split(".")
     for parent in parents:
@@ -249,7 +260,7 @@ def _field(key: str) -> tuple[type[SettingsModel], str] | None:
 
 
 def all_keys(table: type[SettingsModel] = Settings, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema that holds a value."""
+    """Yield every dotted key of the schema that is not a table."""
     for name, field in table.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, SettingsModel):
             yield from all_keys(field.annotation, f"{prefix}{name}.")
@@ -260,7 +271,7 @@ def all_keys(table: type[SettingsModel] = Settings, prefix: str = "") -> Iterato
 def _flatten(
     values: Mapping[str, Any], table: type[SettingsModel] | None, prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; goes down only into what the schema knows as a table, so that maps stay values."""
+    """Yield dotted keys and values; enter only the schema's tables, so that maps stay values."""
     for name, value in values.items():
         field = table.model_fields.get(name) if table else None
         annotation = field.annotation if field else None
@@ -276,10 +287,10 @@ def _set(data: dict[str, Any], origins: dict[str, str], key: str, value: Any, or
         if not near:  # the right name in the wrong table
             near = [known for known in all_keys() if known.rpartition(".")[2] == key.rpartition(".")[2]][:1]
         raise SettingsError(
-            f"There is no setting '{_shortened(key)}'.",
+            f"Unknown setting '{_shortened(key)}'.",
             code="unknown-setting",
             where=origin if len(origin) <= 2 * LONGEST_SHOWN else _shortened(origin),
-            fix=f"did you mean '{near[0]}'?" if near else "see: heretic config --defaults",
+            fix=f"did you mean '{near[0]}'?" if near else "list all settings: heretic config --defaults",
         )
     _check_value(key, value, origin)
     origins[key] = origin
@@ -290,17 +301,17 @@ def _set(data: dict[str, Any], origins: dict[str, str], key: str, value: Any, or
 
 
 def _parse(key: str, text: str, origin: str) -> Any:
-    """A value from outside TOML: read as a TOML value where the field allows that, else as plain text."""
-    found = _field(key)
-    if found is None:
-        return text  # _put names the unknown key
-    annotation: Any = found[0].model_fields[found[1]].annotation
+    """Parse a value of the environment or --set: as TOML if the field allows the result, else as a string."""
+    field = _field(key)
+    if field is None:
+        return text  # _set reports the unknown key
+    annotation: Any = field[0].model_fields[field[1]].annotation
     adapter: TypeAdapter[Any] = TypeAdapter(annotation)
     candidates: list[Any] = [text]
     with contextlib.suppress(ValueError, RecursionError):
-        read = _parse_toml(f"value = {text}")
-        if read.keys() == {"value"}:  # more lines would be more settings
-            candidates.insert(0, read["value"])
+        parsed = _parse_toml(f"value = {text}")
+        if parsed.keys() == {"value"}:  # more lines would be more settings
+            candidates.insert(0, parsed["value"])
     for candidate in candidates:
         _check_value(key, candidate, origin)
         try:
@@ -308,11 +319,11 @@ def _parse(key: str, text: str, origin: str) -> Any:
         except ValidationError:
             continue
         return candidate
-    return candidates[0]  # validation of the whole says what is wrong with it
+    return candidates[0]  # validation of all settings reports the problem
 
 
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> SettingsError:
-    """pydantic's first complaint, in our words, with the origin of the value."""
+    """Return pydantic's first error with the origin of the value."""
     problem = error.errors()[0]
     known = set(all_keys())
     path = [str(part) for part in problem["loc"]]
@@ -326,36 +337,34 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> SettingsErro
         "",
     )
     value = problem["input"]
-    got = f"{value!r}" if isinstance(value, (str, int, float, bool, list)) else type(value).__name__
-    got = _shortened(got)
-    if key in NEVER_SHOWN:
-        got = "what was given"
+    shown = f"{value!r}" if isinstance(value, (str, int, float, bool, list)) else type(value).__name__
+    shown = "this value" if key in NEVER_SHOWN else _shortened(shown)
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    return SettingsError(f"The setting '{key}' cannot be {got}: {message}.", where=where or None, fix=_expected(key))
+    return SettingsError(f"The setting '{key}' cannot be {shown}: {message}.", where=where or None, fix=_expected(key))
 
 
 def _expected(key: str) -> str | None:
-    found = _field(key)
-    if found is None:
+    field = _field(key)
+    if field is None:
         return None
-    return f"'{key}' takes {describe_type(found[0].model_fields[found[1]].annotation)}"
+    return f"set '{key}' to {describe_type(field[0].model_fields[field[1]].annotation)}"
 
 
 def describe_type(annotation: Any) -> str:
-    """A field's type in words, for messages and documentation."""
+    """Describe a field's type for messages and documentation."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return " or ".join(describe_type(a) for a in arguments)
     if str(origin) == "typing.Literal":
         return "one of " + ", ".join(f'"{a}"' for a in arguments)
     if origin is list:
-        return f"a list, each {describe_type(arguments[0])}"
+        return f"a list; each item {describe_type(arguments[0])}"
     if origin is dict:
-        return f"a table of {describe_type(arguments[1])}"
+        return f"a table; each value {describe_type(arguments[1])}"
     if isinstance(annotation, type) and issubclass(annotation, SettingsModel):
         return "a table"
     if hasattr(annotation, "__metadata__"):
         return describe_type(arguments[0])
-    return {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}.get(
+    return {int: "an integer", float: "a number", str: "a string", bool: "true or false"}.get(
         annotation, str(annotation)
     )

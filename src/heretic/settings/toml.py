@@ -1,4 +1,4 @@
-"""Settings as TOML text: the documented defaults, and what a run resolved to."""
+"""Write settings as TOML: the documented defaults or the resolved settings of a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from heretic.errors import plain_line
 from heretic.settings import Settings, SettingsModel
-from heretic.settings.field import field_metadata
+from heretic.settings.field import when_to_change
 from heretic.settings.sources import Resolved, describe_type
 
 
 def toml_value(value: Any) -> str:
-    """A value as TOML; texts are written as JSON texts, which TOML reads the same, with all that cannot be printed escaped."""
+    """Return a value as TOML. Strings are JSON strings, which are valid TOML, with unprintable characters escaped."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -31,19 +31,18 @@ def toml_value(value: Any) -> str:
 
 
 def defaults_text() -> str:
-    """Every key with its documentation and its default: the content of config.default.toml."""
+    """Return every key with its documentation and default: the content of config.default.toml."""
     head = (
-        "# All settings of heretic with their defaults, made by: heretic config --defaults\n"
-        "# Copy what you want to change into a config.toml; what is left out keeps its default (but a prompt set with a\n"
-        "# `source` of its own begins with all of `train`).\n"
+        "# All settings of heretic with their defaults, written by: heretic config --defaults\n"
+        "# Copy the settings that you change to config.toml; the others keep their defaults.\n"
         "# The same keys work as an option (--set ablation.geometry=plain) and in the environment\n"
-        "# (HERETIC_ABLATION__GEOMETRY=plain). An option beats the environment, the environment beats the file.\n"
+        "# (HERETIC_ABLATION__GEOMETRY=plain). Options override the environment, which overrides the file.\n"
     )
     return head + "\n".join(_document(Settings(), Settings, "", lambda _: None)) + "\n"
 
 
 def resolved_text(resolved: Resolved) -> str:
-    """Every key with its value and where that came from; reads back as the same settings."""
+    """Return every key with its value and origin; the text reads back as the same settings."""
     return "\n".join(_document(resolved.settings, Settings, "", resolved.origin)).lstrip() + "\n"
 
 
@@ -60,10 +59,9 @@ def _document(
         came_from = origin(prefix + name)
         if came_from is None:
             lines.append("")
-            when = field_metadata(field, "when")
-            for said in (field.description or "", f"When to change it: {when}" if when else ""):
-                lines += textwrap.wrap(said, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
-            lines.append(f"# Takes {describe_type(field.annotation)}.")
+            for text in (field.description or "", when_to_change(field)):
+                lines += textwrap.wrap(text, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+            lines.append(f"# Type: {describe_type(field.annotation)}.")
             lines += _assignment(name, value)
         else:
             lines.append(f"{name} = {toml_value(value)}  # {plain_line(came_from)}")
@@ -75,7 +73,7 @@ def _document(
 
 
 def _assignment(name: str, value: Any) -> list[str]:
-    """`name = value`, long lists over several lines."""
+    """Return the lines of `name = value`, a long list on several lines."""
     line = f"{name} = {toml_value(value)}"
     if len(line) <= 118 or not isinstance(value, list):
         return [line]

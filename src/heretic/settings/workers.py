@@ -1,4 +1,4 @@
-"""Several processes on one study: how they hear of each other, and how long they wait."""
+"""Settings for several processes on one study: heartbeats and retries."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ class WorkerSettings(SettingsModel):
 
     heartbeat: int = setting(
         15,
-        "Seconds between two signs of life of a worker with a trial under way, in a storage on a server.",
-        when="up, where hundreds of workers burden the server.",
+        "Seconds between two heartbeats of a worker with a running trial, in a PostgreSQL storage.",
+        when="Raise it if hundreds of workers overload the server.",
         ge=1,
         le=LONGEST_SECONDS,
     )
     grace_period: int = setting(
         60,
-        "Seconds without a sign of life after which a worker counts as dead and another one tries its trial again. At least "
-        "twice `heartbeat`.",
-        when="up, where machines sleep or the network drops out for longer; a dead worker's trial waits that long.",
+        "Seconds without a heartbeat after which another worker retries the trial; at least twice `heartbeat`.",
+        when="Raise it if machines sleep or the network drops out for longer.",
         ge=2,
         le=LONGEST_SECONDS,
     )
     retry_timeout: int = setting(
         600,
-        "Seconds for which a worker goes on trying to reach a storage that is away before it gives up.",
-        when="up, for a server that is restarted now and then.",
+        "Seconds for which a worker tries to reach an unavailable storage before it stops.",
+        when="Raise it if the server restarts now and then.",
         ge=0,
         le=LONGEST_SECONDS,
     )
     retries: int = setting(
         2,
-        "How often the parameters of a trial are tried again whose worker died; then others are drawn.",
-        when="0, where a trial's parameters are suspected of killing workers.",
+        "How often the parameters of a trial are retried after its worker died.",
+        when="Set 0 if you suspect that a trial's parameters crash workers.",
         ge=0,
     )
