@@ -46,7 +46,7 @@ def test_the_same_study_from_a_manifest(
     assert "[tiny-terms](https://example.org/terms)" in card and "chat" not in head["tags"]
     assert first.original_refusals is not None and first.export is not None
     assert (
-        f"| requests declined | {share(first.original_refusals, 8)} | {share(first.export.verification.scores.refusals, 8)} |"
+        f"| requests refused | {share(first.original_refusals, 8)} | {share(first.export.verification.scores.refusals, 8)} |"
         in card
     )
     assert "heretic reproduce manifest.json -o FOLDER" in card and str(tmp_path) not in card

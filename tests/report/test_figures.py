@@ -36,7 +36,7 @@ def test_the_front_holds_every_trial_that_has_a_place() -> None:
     summary = study_summary()
     figure = accepted(figures.of_front(summary.progress, summary.best[0].number if summary.best else None, 44))
     by_name = {trace.name: trace for trace in figure.data}
-    assert len(by_name["front"].x) == 4 and len(by_name["measured"].x) == 2  # and one destroyed the model
+    assert len(by_name["Pareto front"].x) == 4 and len(by_name["measured"].x) == 2  # and one destroyed the model
     assert by_name["chosen"].y == (12,)
 
 

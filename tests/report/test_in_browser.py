@@ -63,9 +63,9 @@ def test_every_figure_is_drawn_with_what_the_study_holds(page: Browser, made: Ou
         assert page.js("return !!document.querySelector(`#${arguments[0]} svg.main-svg`)", name), f"{name} is not drawn"
     best = pareto_front(made.results)
     points = traces(page, "figure-front")
-    assert points["front"] == len(best) and points["chosen"] == 1
+    assert points["Pareto front"] == len(best) and points["chosen"] == 1
     assert points.get("measured", 0) + len(best) == len(made.results)
-    assert points.get("left early: refusals estimated", 0) == 24 - len(made.results)
+    assert points.get("pruned (dominated): refusals estimated", 0) == 24 - len(made.results)
     marks = page.js("return document.querySelectorAll('#figure-front .scatterlayer .point').length")
     assert marks == sum(points.values())
     assert page.js("return document.querySelectorAll('#figure-cosines image').length") == 1
@@ -97,7 +97,7 @@ def test_a_click_on_the_front_and_the_list_choose_a_trial(page: Browser, made: O
     x, y = page.js(
         """
         const figure = document.getElementById("figure-front"), {xaxis, yaxis} = figure._fullLayout;
-        const trace = figure.data.find(t => t.name === "front"), box = figure.getBoundingClientRect();
+        const trace = figure.data.find(t => t.name === "Pareto front"), box = figure.getBoundingClientRect();
         const i = trace.customdata.indexOf(arguments[0]);
         return [box.left + xaxis._offset + xaxis.d2p(trace.x[i]), box.top + yaxis._offset + yaxis.d2p(trace.y[i])];
         """,

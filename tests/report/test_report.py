@@ -140,7 +140,7 @@ def test_it_says_who_judged_and_what_the_divergence_is_of(tmp_path: Path) -> Non
     assert "judged by a language model" in page and "phrases" not in page and "first 4 tokens" in page
     for heading, cell in (("evasive", "2"), ("harmless declined", "3/8"), ("degenerate", "1/8")):
         assert f"<th>{heading}</th>" in page and f"<td>{cell}</td>" in page
-    assert "neither declines nor answers" in page and "cannot be on the front: 1." in page
+    assert "neither refuses nor answers" in page and "not on the Pareto front: 1." in page
 
 
 def test_passwords_are_masked(made: Outcome, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Writing the chosen model and proving that it is the one that was measured."""
+"""Write the selected model and verify that it is the one that was measured."""

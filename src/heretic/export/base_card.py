@@ -1,4 +1,4 @@
-"""What a base model's own card says that stays true of a model made from it: license, languages, task."""
+"""Read the entries of a base model's card that hold for a derived model too: license, languages, task."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ MOST = 300  # languages
 
 @dataclass(frozen=True)
 class BaseCard:
-    """The entries that are taken over, each checked: nothing else of a base model's card reaches the new one."""
+    """The validated entries of a base model's card; nothing else of it reaches the new card."""
 
     entries: dict[str, Any] = field(default_factory=dict)
 
     @property
     def terms(self) -> str:
-        """What is known of the license, for the text."""
+        """A sentence on the license, for the card's text."""
         name = self.entries.get("license_name") or self.entries.get("license")
         if not name:
-            return "Its own card names no license; its terms, whatever they are, hold for this model too."
+            return "The base model's card names no license; its terms, if any, apply to this model too."
         named = escape(", ".join(name) if isinstance(name, list) else name)
         link = self.entries.get("license_link")
-        return f"Its license, {f'[{named}]({link})' if is_url(link) else named}, holds for this model too."
+        return f"Its license, {f'[{named}]({link})' if is_url(link) else named}, applies to this model too."
 
 
 def read_base_card(folder: Path) -> BaseCard:
-    """The card of the model in a folder; an empty one where there is none or its head is not YAML.
+    """Read the card of the model in a folder; empty if there is none or its head is not YAML.
 
     Raises:
-        UserError: The card is a link that leads out of the folder.
+        UserError: The card is a link to outside the folder.
     """
     file = resolve_inside(folder, folder / CARD)
     if not file.is_file() or file.stat().st_size > LARGEST:
         return BaseCard()
     try:
         head = metadata_load(file) or {}
-    except Exception:  # PyYAML and the hub's library raise many kinds for a broken head
+    except Exception:  # PyYAML and the hub's library raise many types
         return BaseCard()
     return BaseCard({key: value for key, check in KEPT.items() if (value := check(head.get(key))) is not None})
 

@@ -1,4 +1,4 @@
-"""The model card: what was changed, how much, and plainly that safety training was reduced."""
+"""The model card: what was changed, how much, and that safety training was reduced."""
 
 from __future__ import annotations
 
@@ -21,53 +21,52 @@ from heretic.scoring.judges.verdict import JUDGE_DESCRIPTIONS
 
 BARS = "·▁▂▃▄▅▆▇█"
 OF_REFUSAL = """\
-**The safety training of this model was reduced on purpose.** The direction in its residual stream that carries refusal was
-projected out of weights that write to the stream. It answers requests that the original declines, and what it answers
-can be wrong, offensive or harmful. Nothing was added to it: it knows what the original knows."""
+**The safety training of this model was reduced on purpose.** The refusal direction in its residual stream was projected out of
+weights that write to the stream. The model answers requests that the original refuses, and its answers can be wrong, offensive
+or harmful. Nothing was added to it: it knows what the original knows."""
 OF_ANOTHER_BEHAVIOR = """\
 **A behavior of this model was reduced on purpose: {behavior}.** The direction in its residual stream that carries it was
-projected out of weights that write to the stream. Its safety training may be reduced with it: whether it still declines what the
-original declines was not measured here. Nothing was added to it: it knows what the original knows."""
+projected out of weights that write to the stream. Its safety training may be reduced with it: whether it still refuses what the
+original refuses was not measured here. Nothing was added to it: it knows what the original knows."""
 TEMPLATE_OF_THE_STUDY = """\
-The chat template is not the base model's own but the one that the study used; it is in this folder as `chat_template.jinja`."""
+The chat template is the one that the study used, not the base model's own; it is in this folder as `chat_template.jinja`."""
 LIMITATIONS = """\
 Not measured for this card:
 
-- other languages than that of the prompts;
+- languages other than that of the prompts;
 - conversations of more than one turn, and system prompts other than the study's;
 - long answers: {ends};
-- answers drawn at random: every answer is the most likely one, token by token;
+- sampled answers: every answer was decoded greedily;
 - capability benchmarks, such as knowledge, reasoning and code (`heretic benchmark` runs them);
-- areas of safety that the {total} requests do not touch, and attacks on the model;
-- other programs and number formats than the one the model was loaded with here."""
+- areas of safety that the {total} requests do not cover, and attacks on the model;
+- programs and number formats other than those used here."""
 REBUILDING = f"""\
 ## How to rebuild it
 
     heretic reproduce manifest.json -o FOLDER
 
-That needs the base model, `manifest.json` and `{DIRECTIONS.as_posix()}`, but no search. It checks every hash and
-every version, and says whether the model is the same bit for bit. The manifest holds the base model's and this model's hashes, all
-settings, the prompt sets' hashes, the edit and the versions. {{made}}"""
+This needs the base model, `manifest.json` and `{DIRECTIONS.as_posix()}`, but no search. It checks every hash and
+every version, and reports whether the model is identical bit for bit. The manifest holds the hashes of the base model, of this
+model and of the prompt sets, all settings, the edit and the versions. {{made}}"""
 RESPONSIBLE_USE = """\
 ## Responsible use
 
-Meant for research into refusal and over-refusal, and for people who are answerable for what they do with it. Do not put it in
-front of others without safeguards of your own. The license and the acceptable-use terms of the base model still apply.
+This model is meant for research on refusal and over-refusal, by people who are accountable for its use. Do not deploy it for
+others without your own safeguards. The license and the acceptable-use terms of the base model still apply.
 
 Method: Arditi et al., *Refusal in Language Models Is Mediated by a Single Direction* (2024), arXiv 2406.11717."""
-# Not `heretic`: by that tag the hub lists the models of another tool (p-e-w/heretic). The last of these is ours alone: every export
-# holds the manifest from which the model can be rebuilt, and no other tool writes one.
+# Not `heretic`: the hub lists models of another tool (p-e-w/heretic) under it. The last tag names what only our exports hold.
 TAGS = ["abliterated", "directional-ablation", "directional-ablation-manifest"]
 
 
 def card(manifest: Mapping[str, Any], base: BaseCard, written: WriteResult, measured: str) -> str:
-    """The model card: Markdown with a YAML head.
+    """Return the model card: Markdown with a YAML head.
 
     Args:
-        manifest: What the export's manifest holds. It may come from others, so everything in it is escaped.
-        base: What the base model's card says that holds for this one too.
-        written: What the format says of itself.
-        measured: Which model the scores are of, as a sentence.
+        manifest: Content of the export's manifest. It is untrusted, so everything in it is escaped.
+        base: Entries of the base model's card.
+        written: The result of the format's writer.
+        measured: A sentence on which model the scores are of.
 
     Raises:
         LookupError, TypeError, ValueError, AttributeError, ArithmeticError: The manifest lacks something.
@@ -104,17 +103,18 @@ def _head(name: str, base: BaseCard, written: WriteResult) -> str:
 
 def _measured(manifest: Mapping[str, Any], scores: Scores, measured: str) -> str:
     d, total, original = scores.divergence, scores.total, manifest["scores"]["original"]
-    shown = "answers that show it" if manifest.get("behavior") else "requests declined"
-    tokens = _at(int(manifest["settings"].get("kl_tokens", 1)))
+    shown = "answers that show it" if manifest.get("behavior") else "requests refused"
+    harmless = _harmless_rows(original.get("harmless_metrics"), scores.harmless_metrics)
+    tokens = _kl_position(int(manifest["settings"].get("kl_tokens", 1)))
     return f"""\
-{measured} Answers are judged by {JUDGE_DESCRIPTIONS[scores.judge]}. In brackets the 95 % interval (Wilson) that the number of
-requests allows.
+{measured} Answers are judged by {JUDGE_DESCRIPTIONS[scores.judge]}. Brackets hold the 95 % Wilson interval for the number of
+requests.
 
 | | original | this model |
 |---|---|---|
 | {shown} | {share(original["refusals"], total)} | {share(scores.refusals, total)} |
-| neither declined nor answered | {share(original.get("evasive", 0), total)} | {share(scores.evasive, total)} |
-{_conduct(original.get("harmless_metrics"), scores.harmless_metrics)}| KL divergence on harmless requests, {tokens}, mean | 0 | {d.mean:.4f} |
+| neither refused nor answered | {share(original.get("evasive", 0), total)} | {share(scores.evasive, total)} |
+{harmless}| KL divergence on harmless requests, {tokens}, mean | 0 | {d.mean:.4f} |
 | median / 95th percentile / largest | 0 | {d.median:.4f} / {d.p95:.4f} / {d.max:.4f} |"""
 
 
@@ -130,7 +130,7 @@ def _changed(manifest: Mapping[str, Any], ablation: Ablation) -> str:
     strengths = "\n".join(_profile(component, list(map(float, s))) for component, s in ablation.strengths.items())
     return f"""\
 Geometry {code(manifest["settings"]["ablation"]["geometry"])}; direction: {_direction(ablation, directions)}.
-Strengths (1 removes the direction whole):
+Strengths (1 removes the direction entirely):
 
 | component | edited | largest | at layer | mean | layer by layer |
 |---|---|---|---|---|---|
@@ -141,23 +141,23 @@ def _versions(versions: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {escape(versions.get(name, '?'))}" for name in ("heretic", "torch", "transformers"))
 
 
-def _conduct(before: Mapping[str, int] | None, now: HarmlessMetrics | None) -> str:
-    """Rows on the answers to harmless prompts, where they were looked at."""
+def _harmless_rows(before: Mapping[str, int] | None, now: HarmlessMetrics | None) -> str:
+    """Rows on the answers to harmless prompts, if they were measured."""
     if before is None or now is None:
         return ""
-    named = {"declined or evaded": "over_refusals", "answered with nothing or a loop": "degenerate"}
+    named = {"refused or evaded": "over_refusals", "answered with nothing or a loop": "degenerate"}
     return "".join(
         f"| harmless requests {what} | {share(before[key], now.total)} | {share(getattr(now, key), now.total)} |\n"
         for what, key in named.items()
     )
 
 
-def _at(tokens: int) -> str:
+def _kl_position(tokens: int) -> str:
     return "first token" if tokens == 1 else f"first {tokens} tokens of the original's answer"
 
 
 def share(count: int, total: int) -> str:
-    """'7 of 50 (14 %; 7 % to 26 %)'."""
+    """Format a share with its Wilson interval: '7 of 50 (14 %; 7 % to 26 %)'."""
     if not total:
         return "0 of 0"
     low, high = wilson(count, total)
@@ -165,7 +165,7 @@ def share(count: int, total: int) -> str:
 
 
 def _profile(component: str, strengths: list[float]) -> str:
-    """A row of the table: where it is edited, how much, and a drawing."""
+    """A row of the table: edited layers, strengths, and a bar chart."""
     edited = [layer for layer, s in enumerate(strengths) if s > 0]
     component = escape(component)
     if not edited:
@@ -178,15 +178,15 @@ def _profile(component: str, strengths: list[float]) -> str:
 
 def _direction(ablation: Ablation, directions: int) -> str:
     if directions > 1:
-        return f"{directions} at right angles, of each {_direction(ablation, 1)}"
+        return f"{directions} orthogonal ones, each {_direction(ablation, 1)}"
     if ablation.vector is not None:
-        return "one for all layers, found by gradient (in the manifest)"
+        return "one for all layers, from the gradient search (in the manifest)"
     if ablation.mixture is None:
         return "each layer's own"
     parts = [abs(float(c)) for c in ablation.mixture]
     most = sorted(range(len(parts)), key=lambda layer: -parts[layer])[:3]
     named = [f"{layer} ({parts[layer] / sum(parts):.0%})" for layer in most if parts[layer] > 0]
-    return f"one for all layers, mixed mostly from those of layers {', '.join(named)}"
+    return f"one for all layers, a mixture mostly of those of layers {', '.join(named)}"
 
 
 def _is_hub_id(name: str) -> bool:

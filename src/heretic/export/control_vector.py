@@ -1,9 +1,8 @@
-"""The layers' directions as files for other programs: safetensors, or control vectors in GGUF.
+"""Export the layers' directions for other programs: as safetensors, or as control vectors in GGUF.
 
-A control vector holds `direction.N` [width] for the output of block N, in float32. llama.cpp adds it there, from block 1 on: it has
-no place for block 0 (`llama-adapter.cpp`), nor for a second direction of a block, so several make as many files. repeng reads the
-same file (`ControlVector.import_gguf`) and asks for the model's type besides. The directions point towards refusing, so that a
-negative strength makes the model decline less.
+A control vector holds `direction.N` [width] in float32 for the output of block N >= 1: llama.cpp (`llama-adapter.cpp`) has no
+block 0, and one direction a block. repeng reads the same file (`ControlVector.import_gguf`), with the model's type. The directions
+point towards refusal: a negative strength reduces refusals.
 """
 
 from __future__ import annotations
@@ -27,25 +26,35 @@ ARCHITECTURE = "controlvector"
 
 
 def export_directions(folder: RunFolder, settings: Settings, path: Path, form: str) -> tuple[Path, ...]:
-    """Write all of a run's directions to a new file, or to one for each direction of a layer where the format holds one a layer.
+    """Write a run's directions to a new file, or to several if the format holds one direction a layer.
 
-    An empty `form` is taken from the file's name. Returns what was written. Raises UserError.
+    Args:
+        folder: Of the run.
+        settings: Of the run.
+        path: The file to write.
+        form: The format; if empty, the file's extension.
+
+    Returns:
+        The written files.
+
+    Raises:
+        UserError: Unknown format, no directions, a damaged file, or a file that exists.
     """
-    known = ", ".join(FORMS)
+    formats = ", ".join(FORMS)
     form = form or path.suffix.removeprefix(".")
     if not form:
         raise UserError(
             "The file name has no extension that names a format.",
             code="unknown-format",
             where=f"--output {path}",
-            fix=f"pass --format with one of: {known}",
+            fix=f"pass --format with one of: {formats}",
         )
     if form not in FORMS:
         raise UserError(
             f"Unknown format for directions: {form!r}.",
             code="unknown-format",
             where="--format",
-            fix=f"use one of: {known}",
+            fix=f"use one of: {formats}",
         )
     source = folder.path / "directions.safetensors"
     if not source.is_file():
@@ -63,41 +72,41 @@ def export_directions(folder: RunFolder, settings: Settings, path: Path, form: s
             f"{source.name} is damaged: {error}.",
             code="damaged-file",
             where=str(source),
-            fix=f"delete it, then find them again: heretic run {folder.path}",
+            fix=f"delete it, then recompute the directions: heretic run {folder.path}",
         ) from None
-    places = _places(path, directions.count if form in ONE_A_LAYER else 1)
-    FORMS[form](places, directions, settings, metadata.get("fingerprint", ""))
-    return places
+    paths = _output_paths(path, directions.count if form in ONE_A_LAYER else 1)
+    FORMS[form](paths, directions, settings, metadata.get("fingerprint", ""))
+    return paths
 
 
-def _places(path: Path, count: int) -> tuple[Path, ...]:
-    """FILE.gguf, or FILE-1.gguf, FILE-2.gguf and so on; none of them exists."""
+def _output_paths(path: Path, count: int) -> tuple[Path, ...]:
+    """FILE.gguf, or FILE-1.gguf, FILE-2.gguf and so on. Raises UserError if one exists."""
     path = ensure_parent(path)
     names = [path.name] if count == 1 else [f"{path.stem}-{n}{path.suffix}" for n in range(1, count + 1)]
-    for place in (path.with_name(name) for name in names):
-        if place.exists():
+    for candidate in (path.with_name(name) for name in names):
+        if candidate.exists():
             raise UserError(
-                "The file exists, and heretic does not overwrite it.",
+                "The file exists, so heretic does not overwrite it.",
                 code="file-exists",
-                where=str(place),
-                fix="name another file",
+                where=str(candidate),
+                fix="choose another file name",
             )
     return tuple(path.with_name(name) for name in names)
 
 
-def _safetensors(places: Sequence[Path], directions: Directions, settings: Settings, stamp: str) -> None:
-    write_directions(places[0], directions, stamp, {"model": settings.model})
+def _safetensors(paths: Sequence[Path], directions: Directions, settings: Settings, stamp: str) -> None:
+    write_directions(paths[0], directions, stamp, {"model": settings.model})
 
 
-def _control_vectors(places: Sequence[Path], directions: Directions, settings: Settings, _stamp: str) -> None:
+def _control_vectors(paths: Sequence[Path], directions: Directions, settings: Settings, _stamp: str) -> None:
     checkpoint = open_model(settings, download_weights=False)
-    for number, path in enumerate(places):
+    for number, path in enumerate(paths):
         _control_vector(path, directions.all_directions[:, number], checkpoint.text_config.model_type)
 
 
 def _control_vector(path: Path, directions: Tensor, model_type: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    writer = gguf.GGUFWriter(beside, ARCHITECTURE)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
     try:
         writer.add_string(f"{ARCHITECTURE}.model_hint", model_type)
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(directions) - 1)
@@ -107,13 +116,13 @@ def _control_vector(path: Path, directions: Tensor, model_type: str) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 FORMS: dict[str, Callable[[Sequence[Path], Directions, Settings, str], None]] = {
     "safetensors": _safetensors,
     "gguf": _control_vectors,
 }
-ONE_A_LAYER = {"gguf"}  # a file for each of a layer's directions
+ONE_A_LAYER = {"gguf"}  # formats with one direction a layer

@@ -1,4 +1,4 @@
-"""The folder that an export goes to: what it may replace there, what it keeps, and how the new one takes its place."""
+"""The destination folder of an export: what may be replaced, what is kept, and the atomic replacement."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from heretic.interrupt import StopSignal
 from heretic.model.repository import CARD
 from heretic.progress import ProgressReporter
 
-QUICKLY_HASHED = 16 << 20  # bytes; larger files are hashed once, before the export begins
+QUICKLY_HASHED = 16 << 20  # bytes; larger files are hashed only once, before the export
 NAMED = 3  # files in a message
 
 
 def check_destination(destination: Path, owner: str) -> None:
-    """Refuse a folder that holds something other than an earlier export of the run `owner`, or an export whose small files were
-    edited. Files that were added to an export, and a card that was edited, are no obstacle: they are kept. Raises UserError."""
+    """Raise UserError unless the destination is new, empty, or an unedited export of the run `owner`.
+
+    Files added to an earlier export and an edited card are allowed, and kept. Only small files are hashed.
+    """
     destination = expand_user(destination)
     if not destination.resolve().name:
         raise UserError(
-            "The destination is not a folder of its own.",
+            "The destination is the root of a file system.",
             code="destination-root",
             where=str(destination),
             fix="name a new folder",
@@ -37,16 +39,16 @@ def check_destination(destination: Path, owner: str) -> None:
     files = _files_of(destination, owner)
     if files is None:
         raise UserError(
-            "The destination exists and was not written by this run, so it is left as it is.",
+            "The destination exists and was not written by this run, so heretic does not replace it.",
             code="destination-not-ours",
             where=str(destination),
-            fix="name another folder, or move this one away",
+            fix="choose another folder, or move this one away",
         )
     _refuse_edited(destination, [n for n in files if _edited(destination, n, files, QUICKLY_HASHED)])
 
 
 def check_unchanged(destination: Path, stop: StopSignal) -> None:
-    """Refuse an earlier export of which any file, however large, is not what its manifest names. Raises UserError, Interrupted."""
+    """Raise UserError if any file of an earlier export differs from its manifest. Raises Interrupted between files."""
     inventory = read_inventory(destination)
     edited = []
     for name in inventory.files if inventory else ():
@@ -57,35 +59,37 @@ def check_unchanged(destination: Path, stop: StopSignal) -> None:
 
 
 def staging_dir(destination: Path) -> Path:
-    """Make a new, empty folder beside the destination. Leftovers of a killed process are removed, but for an earlier export that it
-    had moved away and not yet replaced: that one gets its name again."""
-    for left in sorted(destination.parent.glob(f".{destination.name}.partial-*")):
-        process = left.name.rpartition("-")[2]
-        # Of this process nothing is under way yet: in a container the next one often has the number of the one that was killed.
+    """Create an empty staging folder beside the destination, and clean up after killed processes.
+
+    An earlier export that a killed process had moved away is moved back. Raises UserError.
+    """
+    for leftover in sorted(destination.parent.glob(f".{destination.name}.partial-*")):
+        process = leftover.name.rpartition("-")[2]
+        # This process has not staged yet: in a container it often gets the number of the killed one.
         if process.isdigit() and int(process) != os.getpid() and psutil.pid_exists(int(process)):
             continue
-        if left.name.startswith(f".{destination.name}.partial-old-") and not destination.exists():
-            left.rename(destination)
+        if leftover.name.startswith(f".{destination.name}.partial-old-") and not destination.exists():
+            leftover.rename(destination)
         else:
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True)
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise UserError(
-            f"The destination cannot be written: {error.strerror or error}",
+            f"The destination is not writable: {error.strerror or error}.",
             code="destination-not-writable",
             where=str(destination),
-            fix="name a folder that can be written",
+            fix="choose a writable folder",
         ) from None
     return partial
 
 
 def commit(partial: Path, destination: Path, reporter: ProgressReporter) -> None:
-    """Put the finished folder in its place; an earlier export of the same run gives way only now, with what was added to it kept.
+    """Move the finished folder to the destination, replacing an earlier export but keeping the user's files.
 
-    Where the system can exchange two names at once there is no moment without a model under this name. Elsewhere there is an
-    instant between two renames, after which `partial_folder` would put the earlier one back.
+    The replacement is atomic where the system can swap two names. Elsewhere there are two renames, and `staging_dir` recovers the
+    earlier export after a crash between them.
     """
     old = destination.with_name(f".{destination.name}.partial-old-{os.getpid()}")
     kept = _keep_user_files(destination, partial) if destination.exists() else []
@@ -101,30 +105,30 @@ def commit(partial: Path, destination: Path, reporter: ProgressReporter) -> None
         partial.rename(destination)
     fsync(destination.parent)
     if old.exists():
-        kept += _keep_user_files(old, destination)  # what came in the meantime
+        kept += _keep_user_files(old, destination)  # files added in the meantime
         shutil.rmtree(old, ignore_errors=True)
     if kept:
-        reporter.info(f"Kept in {destination}, as the earlier export had not written it: {_some(kept)}.")
+        reporter.info(f"Kept files in {destination} that the earlier export did not write: {_abbreviated(kept)}.")
 
 
 def disk_error(error: Exception, partial: Path) -> UserError:
-    """A failed write in words."""
+    """Return the UserError for a failed write."""
     return UserError(
         f"The model cannot be written: {error}",
         code="disk",
         where=str(partial.parent),
-        fix="make room, then run the same command again or heretic export; the study is complete and kept",
+        fix="free disk space, then run the same command again, or heretic export; the study is kept",
     )
 
 
 def _files_of(folder: Path, owner: str) -> Mapping[str, str] | None:
-    """What the manifest of a run's earlier export names; None where the folder is none."""
+    """Files and hashes in the manifest of the run's earlier export; None if the folder is not one."""
     inventory = read_inventory(folder)
     return inventory.files if inventory and inventory.run == owner else None
 
 
 def _edited(folder: Path, name: str, files: Mapping[str, str], largest: int | None = None) -> bool:
-    """Whether a file is there and is another one than the manifest names."""
+    """Whether a file exists and differs from the manifest; files above `largest` bytes are not hashed."""
     file = folder / name
     if file.is_symlink():
         return True
@@ -134,19 +138,21 @@ def _edited(folder: Path, name: str, files: Mapping[str, str], largest: int | No
 
 
 def _refuse_edited(destination: Path, names: list[str]) -> None:
-    names = [name for name in names if name != CARD or (destination / name).is_symlink()]  # people edit the card
+    names = [name for name in names if name != CARD or (destination / name).is_symlink()]  # users may edit the card
     if names:
         raise UserError(
-            f"The destination holds files that were changed after the export: {_some(names)}.",
+            f"Files in the destination were changed after the export: {_abbreviated(names)}.",
             code="destination-edited",
             where=str(destination),
-            fix="move them away if you need them, else delete them; or name another folder",
+            fix="move them away or delete them, or choose another folder",
         )
 
 
 def _keep_user_files(earlier: Path, new: Path) -> list[str]:
-    """Give everything in an earlier export that its manifest does not name, or names with another hash, a place in the new folder
-    as well; its names. Files are linked, so that nothing is lost whenever the process ends."""
+    """Hard-link the files of an earlier export that its manifest does not cover into the new folder; returns their names.
+
+    Links, not moves: nothing is lost if the process ends.
+    """
     inventory = read_inventory(earlier)
     files = inventory.files if inventory else {}
     kept = []
@@ -167,7 +173,7 @@ def _keep_user_files(earlier: Path, new: Path) -> list[str]:
 
 
 def _names_in(folder: Path) -> Iterator[str]:
-    """Files, links and empty folders, by their path from the folder; links are not followed."""
+    """Files, links and empty folders, by relative path; links are not followed."""
     for place, folders, files in os.walk(folder):
         links = [name for name in folders if (Path(place) / name).is_symlink()]
         for name in (*files, *links):
@@ -176,13 +182,13 @@ def _names_in(folder: Path) -> Iterator[str]:
             yield Path(place).relative_to(folder).as_posix()
 
 
-def _same(one: Path, other: Path) -> bool:
-    """Whether two names stand for the same file, link, folder or content."""
-    if one.is_symlink() or other.is_symlink():
-        return one.is_symlink() and other.is_symlink() and os.readlink(one) == os.readlink(other)
-    if one.is_dir() or other.is_dir():
-        return one.is_dir() and other.is_dir()
-    return one.samefile(other) or (one.stat().st_size == other.stat().st_size and sha256(one) == sha256(other))
+def _same(first: Path, second: Path) -> bool:
+    """Whether two paths are the same file, link, folder or content."""
+    if first.is_symlink() or second.is_symlink():
+        return first.is_symlink() and second.is_symlink() and os.readlink(first) == os.readlink(second)
+    if first.is_dir() or second.is_dir():
+        return first.is_dir() and second.is_dir()
+    return first.samefile(second) or (first.stat().st_size == second.stat().st_size and sha256(first) == sha256(second))
 
 
 def _link(source: Path, target: Path) -> None:
@@ -199,6 +205,6 @@ def _link(source: Path, target: Path) -> None:
     shutil.copy2(source, target)
 
 
-def _some(names: list[str]) -> str:
+def _abbreviated(names: list[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f"{', '.join(names[:NAMED])}{more}"

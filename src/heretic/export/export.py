@@ -1,4 +1,4 @@
-"""From a chosen trial to a proven model folder: planned while the model is loaded, written after it has left memory."""
+"""Export a selected trial: plan while the model is loaded, then write and verify after unloading it."""
 
 from __future__ import annotations
 
@@ -41,39 +41,37 @@ from heretic.settings import Settings
 
 log = logging.getLogger(__name__)
 
-AS_WRITTEN = "Of this model as written, reloaded from its files. "
-CONVERTED = (
-    "Of the model folder that this file was converted from, reloaded, so without the rounding of the file's type. "
-)
+AS_WRITTEN = "Scores of this model, reloaded from its files. "
+CONVERTED = "Scores of the model folder that this file was converted from, so without the rounding of the file's type. "
 
 
 @dataclass(frozen=True)
 class Export:
-    """A written and proven model."""
+    """A written and verified model."""
 
     destination: Path
     verification: Verification
     trial: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For --json."""
-        proof = self.verification
+        """Return the data for --json."""
+        verification = self.verification
         return {
             "written_to": str(self.destination),
             "of_trial": self.trial,
-            "scores": scores_text(proof.scores),
-            "verification": {k: v for k, v in asdict(proof).items() if k != "scores"},
+            "scores": scores_text(verification.scores),
+            "verification": {k: v for k, v in asdict(verification).items() if k != "scores"},
         }
 
 
 def plan_export(
     session: Session, plan: LoadPlan, space: SearchSpace, result: Result, folder: RunFolder, destination: Path
 ) -> ExportJob:
-    """Decide all that is to be written, and keep the attached model's answers to prove it by. Raises UserError."""
+    """Plan the export, and record the ablated model's log-probabilities to verify it with. Raises UserError."""
     if not math.isfinite(result.scores.divergence.mean):
         which = f"Trial {result.number}" if result.number >= 0 else "The ablation"
         raise UserError(
-            f"{which} destroyed the model: its logits are not finite on some prompts.",
+            f"{which} destroyed the model: its logits are not finite for some prompts.",
             code="logits-not-finite",
             fix="choose another trial",
         )
@@ -104,14 +102,14 @@ def plan_export(
 
 
 def write_export(job: ExportJob, reporter: ProgressReporter, stop: StopSignal) -> Export:
-    """Write beside the destination, prove, describe, and rename into place. Raises UserError and VerificationFailed."""
+    """Write to a staging folder, verify, add card and manifest, and move into place. Raises UserError and VerificationFailed."""
     free_memory()
     check_unchanged(job.destination, stop)
     partial = staging_dir(job.destination)
     try:
         export = _write(job, partial, reporter, stop)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)  # gigabytes that nobody would find
+        shutil.rmtree(partial, ignore_errors=True)  # gigabytes in a hidden folder
         if isinstance(error, (OSError, SafetensorError)):
             raise disk_error(error, partial) from None
         raise
@@ -124,27 +122,31 @@ def _write(job: ExportJob, partial: Path, reporter: ProgressReporter, stop: Stop
     studied = job.plan.quantization
     if studied != "none" and form.full_precision:
         job = to_full_precision(job, reporter, stop)
+    # 1. Write the weights.
     written = form.write(job, partial, reporter, stop)
     free_memory()
+    # 2. Verify edited tensors one by one, then the answers of the reloaded model.
     read = form.read_back(job, partial) if form.read_back else None
     checked = check_edits(job.checkpoint, job.operators, read, reporter, stop) if read else 0
-    proof = replace(verify(job, form.open(job, partial), written, reporter, stop), tensors_checked=checked)
+    verification = replace(verify(job, form.open(job, partial), written, reporter, stop), tensors_checked=checked)
+    # 3. Convert, if the format has a conversion.
     if form.convert:
         written = form.convert(job, partial, written, reporter, stop)
+    # 4. Add licenses, directions, card and manifest, and move into place.
     copy_license_files(job.checkpoint.folder, partial, read_template(job.settings))
     (partial / DIRECTIONS.parent).mkdir()
     write_directions(partial / DIRECTIONS, job.directions, job.folder.fingerprint)
-    manifest = _manifest(job, written, sha256(partial / DIRECTIONS), proof, studied)
-    measured = (CONVERTED if form.convert else AS_WRITTEN) + _measured_so(form, studied, job.plan.quantization)
+    manifest = _manifest(job, written, sha256(partial / DIRECTIONS), verification, studied)
+    measured = (CONVERTED if form.convert else AS_WRITTEN) + _quantization_note(form, studied, job.plan.quantization)
     write_text(partial / "README.md", card(manifest, read_base_card(job.checkpoint.folder), written, measured.strip()))
     manifest["files"] = inventory_of(partial, written.hashes["written"], stop)
     write_text(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     commit(partial, job.destination, reporter)
-    return Export(job.destination, proof, job.result.number)
+    return Export(job.destination, verification, job.result.number)
 
 
 def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: Settings) -> Export | None:
-    """The export that the destination holds already, if it is whole and of this trial of this run in the settings' format."""
+    """Return the destination's complete export of this trial in the settings' format; None without one."""
     try:
         manifest = json.loads((destination / MANIFEST).read_text(encoding="utf-8"))
         written = manifest["written"]
@@ -165,19 +167,19 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: S
         return None
 
 
-def _measured_so(form: Format, studied: str, measured: str) -> str:
-    """For the card, where the study was made on a quantized model and the written one is not."""
+def _quantization_note(form: Format, studied: str, measured: str) -> str:
+    """A sentence for the card, if the study was on a quantized model and the export is not."""
     if studied == "none" or not form.full_precision:
         return ""
-    how = "in full precision" if measured == "none" else "quantized in the same way, since it did not fit otherwise"
+    how = "in full precision" if measured == "none" else "quantized in the same way, since full precision did not fit"
     return (
-        f"The edit was found on the base model quantized to {QUANTIZATIONS[studied].words}, and then made in its full-precision "
-        f"tensors. For the figures below both models were loaded {how}."
+        f"The study used the base model quantized to {QUANTIZATIONS[studied].words}; the edit was then applied to its "
+        f"full-precision tensors. For the scores below both models were loaded {how}."
     )
 
 
 def _manifest(
-    job: ExportJob, written: WriteResult, directions: str, proof: Verification, studied: str
+    job: ExportJob, written: WriteResult, directions: str, verification: Verification, studied: str
 ) -> dict[str, Any]:
     template = read_template(job.settings)
     return {
@@ -210,8 +212,8 @@ def _manifest(
                 "harmless_metrics": job.baseline.harmless_metrics.as_dict() if job.baseline.harmless_metrics else None,
             },
             "study": scores_text(job.result.scores),
-            "written": scores_text(proof.scores),
+            "written": scores_text(verification.scores),
         },
-        "verification": {k: v for k, v in asdict(proof).items() if k != "scores"},
+        "verification": {k: v for k, v in asdict(verification).items() if k != "scores"},
         "versions": versions(),
     }

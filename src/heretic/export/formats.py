@@ -1,7 +1,7 @@
 """The formats in which an ablated model can be written.
 
-A new one is a file beside this one that makes a `Format` (see `export.job`), a line here, and its name in `ExportFormat` of
-`settings/export.py`. Everything else (command line, menu, proof, card, manifest) takes it from this table.
+A new format is a module that defines a `Format` (see `export.request`), a line in this table, and its name in `ExportFormat` of
+`settings/export.py`. Command line, menu, verification, card and manifest use this table.
 """
 
 from __future__ import annotations
@@ -15,6 +15,6 @@ FORMATS: dict[str, Format] = {"full": full.FORMAT, "lora": lora.FORMAT, "gguf": 
 
 
 def require_format(settings: Settings, checkpoint: Checkpoint) -> None:
-    """Raise UserError where the format of the settings needs what is not here, or cannot hold this model."""
+    """Raise UserError if the export format needs a missing program, or cannot hold this model."""
     if (require := FORMATS[settings.export_format].require) is not None:
         require(settings, checkpoint)

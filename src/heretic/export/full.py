@@ -1,4 +1,4 @@
-"""The format `full`: an ordinary model folder, in the checkpoint's own shards and number format."""
+"""The format `full`: an ordinary model folder with the checkpoint's own shards and dtypes."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from heretic.model.unloading import unloaded_after
 from heretic.progress import ProgressReporter
 from heretic.settings import Settings
 
-ROUNDED_AS_A_WHOLE = 2e-3  # nats: every tensor of an opened model is rounded to bfloat16, not the edited ones only
+ROUNDED_AS_A_WHOLE = 2e-3  # nats: every tensor of a dequantized model is rounded to bfloat16
 
 
 def prepare(
     model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, reporter: ProgressReporter
 ) -> dict[str, TensorEdit]:
-    """The edit of every tensor of the checkpoint; none where the opened model is written. Raises UserError for packed tensors."""
+    """Plan the edits by checkpoint tensor; empty for a dequantized model. Raises UserError for packed tensors."""
     if model.checkpoint.is_dequantized:
         return {}
     return plan_edits(model.checkpoint, model.structure.writers, operators, model.model)
 
 
 def write(order: WriteRequest, folder: Path, reporter: ProgressReporter, stop: StopSignal) -> WriteResult:
-    """The checkpoint's tensors, edited; of a GGUF file or a quantized checkpoint the model's, as it was opened."""
+    """Write the checkpoint's tensors with the edits; for GGUF or quantized checkpoints those of the dequantized model."""
     template = read_template(order.settings)
     if not order.checkpoint.is_dequantized:
         return WriteResult(write_weights(order.checkpoint, order.prepared, folder, reporter, stop, template))
-    # On the CPU in bfloat16: as it is to be written, with every tensor at hand, wherever the study had it.
+    # On the CPU in bfloat16, the dtype to write, whatever devices the study used.
     model = load(
         order.checkpoint,
         ["bfloat16"],
@@ -50,26 +50,26 @@ def write(order: WriteRequest, folder: Path, reporter: ProgressReporter, stop: S
         hashes = write_dequantized(
             order.checkpoint, model.structure.writers, order.operators, model, folder, reporter, stop, template
         )
-    about = f"The base model is stored as {order.checkpoint.is_dequantized}; this one holds its numbers in bfloat16, with the edits made."
+    about = f"The base model is stored as {order.checkpoint.is_dequantized}; this model holds its edited weights in bfloat16."
     return WriteResult(hashes, about=about, rounding=ROUNDED_AS_A_WHOLE)
 
 
 def open_written(order: WriteRequest, folder: Path) -> Checkpoint:
-    """As any model folder; its code, copied from a trusted model, is trusted."""
+    """Open the written folder; code copied from a trusted model is trusted."""
     trusted = order.checkpoint.model in order.settings.trust_remote_code
     return open_checkpoint(str(folder), trust_remote_code=[str(folder)] if trusted else [])
 
 
 def read_back(order: WriteRequest, folder: Path) -> WrittenTensors | None:
-    """The written tensors, which have the names of the checkpoint's; those of an opened model are other ones."""
+    """Return access to the written tensors; None for a dequantized model, whose tensors have other names."""
     if order.checkpoint.is_dequantized:
         return None
     written = open_written(order, folder)
-    slice_of = functools.lru_cache(maxsize=1)(written.slice_of)  # asked for several times, one tensor after the other
+    slice_of = functools.lru_cache(maxsize=1)(written.slice_of)  # several slices of one tensor follow each other
 
     def columns(name: str, where: Columns | None, expected: Tensor) -> tuple[Tensor, Tensor]:
-        found = as_columns(written.read(name)) if where is None else where.of(slice_of(name))
-        return found, rounding_of(expected, found.dtype)
+        values = as_columns(written.read(name)) if where is None else where.of(slice_of(name))
+        return values, rounding_of(expected, values.dtype)
 
     return WrittenTensors(order.prepared, columns, None if order.checkpoint.pickled else written.slice_of)
 

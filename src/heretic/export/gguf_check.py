@@ -1,8 +1,8 @@
-"""A GGUF file against the model folder that it was converted from, tensor by tensor, within the precision of its types.
+"""Compare a GGUF file with the model folder that it was converted from, within the precision of its types.
 
-llama.cpp's converter renames, splits and reorders tensors. So every edited tensor must be found in its block with its numbers (its
-columns perhaps in another order), and every other matrix that has one counterpart with its size and norm. Names are the gguf
-package's; where it does not know one, all tensors of the block are looked at.
+llama.cpp's converter renames, splits and reorders tensors. Every edited tensor must be in its block with its values (columns in any
+order), every other matrix with one counterpart must have its size and norm. Names are the gguf package's; without one, all
+tensors of the block are candidates.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.progress import ProgressReporter
 
 FLOATS = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
-# Norm of the error over that of a block: about twice half a step of the type for each of 32 numbers beside a single large one, as
-# llama-quantize chooses steps by another measure. `ROUGHEST` is for types that it falls back to.
+# Largest relative error norm of a block: about twice half a step for each of 32 numbers beside a single large one, since
+# llama-quantize minimizes another error. `ROUGHEST` is for its fallback types.
 ERRORS = {Kind.Q8_0: 0.025, Kind.Q6_K: 0.1, Kind.Q5_K: 0.15, Kind.Q5_1: 0.2, Kind.Q5_0: 0.2, Kind.Q4_K: 0.3}
 ROUGHEST = 0.3
-SMALLEST = 1e-4  # of a block's norm: scales are float16, whose smallest numbers are 2^-24 apart
+SMALLEST = 1e-4  # absolute error of a block's norm: float16 scales have a resolution of 2^-24
 LAYER = re.compile(r"^(.+?)\.(\d+)\.(.+)$")
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 class GgufFile:
-    """A GGUF file that is read, and the names that its tensors have in a model folder."""
+    """An open GGUF file, with the mapping of tensor names."""
 
     def __init__(self, path: Path, layers: int) -> None:
-        """Raises VerificationFailed where it cannot be read."""
+        """Open the file. Raises VerificationFailed if it is unreadable."""
         try:
             reader = gguf.GGUFReader(path)
             self.tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
@@ -50,24 +50,28 @@ class GgufFile:
         self.names = gguf.get_tensor_name_map(architecture, layers) if architecture is not None else None
 
     def read(self, name: str, expert: int | None = None) -> Tensor:
-        """A tensor, or one expert's part of a stack, in float32."""
+        """Read a tensor, or one expert's part of it, in float32."""
         data, kind = self.tensors[name].data, self.tensors[name].tensor_type
         data = data if expert is None else data[expert]
         packed = kind in FLOATS or gguf.GGML_QUANT_SIZES[kind][0] > 1
         return torch.from_numpy((gguf.quants.dequantize(data, kind) if packed else data).astype("float32"))
 
     def shape(self, name: str, expert: int | None = None) -> tuple[int, ...]:
-        """As torch counts."""
+        """Return the shape in torch's order."""
         whole = tuple(int(n) for n in reversed(self.tensors[name].shape))
         return whole if expert is None else whole[1:] if len(whole) == 3 and expert < whole[0] else ()
 
     def name_of(self, name: str) -> str:
-        """What a tensor of the model folder is called here; empty where the gguf package does not know it."""
+        """Return the GGUF name of a tensor of the model folder; empty if the gguf package has none."""
         single = EXPERT.sub(".experts.", name)
         layer = LAYER.match(single)
-        tried = [single, single.replace("language_model.", ""), f"model.layers.{layer[2]}.{layer[3]}" if layer else ""]
-        found = (self.names and self.names.get_name(key, (".weight", ".bias")) for key in tried)
-        called = next((n for n in found if n), "")
+        candidates = [
+            single,
+            single.replace("language_model.", ""),
+            f"model.layers.{layer[2]}.{layer[3]}" if layer else "",
+        ]
+        names = (self.names and self.names.get_name(key, (".weight", ".bias")) for key in candidates)
+        called = next((n for n in names if n), "")
         return f"{called}.weight" if f"{called}.weight" in self.tensors else called
 
 
@@ -80,7 +84,7 @@ def check_file(
     """
     layers = staged.text_config.num_hidden_layers
     file = GgufFile(path, layers)
-    outer = {found[1] for name in edits if (found := LAYER.match(name))}  # what the language model's layers are called
+    outer = {match[1] for name in edits if (match := LAYER.match(name))}  # prefixes of the language model's layers
     present: dict[str, set[tuple[bool, str]]] = defaultdict(set)
     with reporter.stage("Checking the GGUF file", len(file.tensors) + len(staged.tensors)) as stage:
         norms = {}
@@ -95,7 +99,7 @@ def check_file(
             stage.advance()
             layer = LAYER.match(name)
             if layer and ((outer and layer[1] not in outer) or int(layer[2]) >= layers):
-                continue  # what sees or hears is not converted, nor are layers that predict further tokens
+                continue  # vision, audio and multi-token-prediction layers are not converted
             called = file.name_of(name)
             if name in edits:
                 _check_edited(file, name, called, staged.read(name), edits[name])
@@ -103,10 +107,10 @@ def check_file(
                 _check_norm(file, name, called, staged.read(name), norms[called])
             if called and layer and name not in edits:
                 present[layer[3]].add((called in norms, called))
-    # Of every layer, or of none where the converter splits it.
+    # A tensor exists in every layer, or in none if the converter splits it.
     for names in present.values():
-        if len({there for there, _ in names}) > 1:
-            raise failed(min(called for there, called in names if not there), "it is missing")
+        if len({exists for exists, _ in names}) > 1:
+            raise failed(min(called for exists, called in names if not exists), "it is missing")
     for needed in ("token_embd.", *(f"blk.{layer}." for layer in range(layers))):
         if not any(name.startswith(needed) for name in norms):
             raise failed(f"{needed}*", "it is missing")
@@ -119,42 +123,44 @@ def _check_edited(file: GgufFile, name: str, called: str, stored: Tensor, edit: 
     expected = (stored.mT if edit.transposed else stored).float()
     fitting = [n for n in places if file.shape(n, expert) == tuple(expected.shape)]
     if not fitting:
-        raise failed(name, f"no tensor of the shape {list(expected.shape)} is in its place")
+        raise failed(name, f"there is no tensor of the shape {list(expected.shape)} for it")
     if not any(same(file.read(n, expert), expected, file.tensors[n].tensor_type) for n in fitting):
-        raise failed(name, f"{fitting[0]} does not have its numbers")
+        raise failed(name, f"{fitting[0]} has other values")
 
 
-def same(found: Tensor, expected: Tensor, kind: Kind) -> bool:
-    """Whether numbers are the same within a type's precision, the columns perhaps in another order."""
-    ordered = found.sort(dim=-1).values, expected.sort(dim=-1).values
+def same(values: Tensor, expected: Tensor, kind: Kind) -> bool:
+    """Return whether tensors are equal within a type's precision, up to the order of columns."""
+    ordered = values.sort(dim=-1).values, expected.sort(dim=-1).values
     if kind in FLOATS:
-        pairs = ((found, expected), ordered)
+        pairs = ((values, expected), ordered)
         return any(bool(((a - b).abs() <= 1.0001 * rounding_of(b, FLOATS[kind])).all()) for a, b in pairs)
     block = gguf.GGML_QUANT_SIZES[kind][0]
-    return _near(found.reshape(-1, block), expected.reshape(-1, block), kind) or _near(*ordered, kind)
+    return _within_precision(values.reshape(-1, block), expected.reshape(-1, block), kind) or _within_precision(
+        *ordered, kind
+    )
 
 
-def _near(found: Tensor, expected: Tensor, kind: Kind) -> bool:
+def _within_precision(values: Tensor, expected: Tensor, kind: Kind) -> bool:
     allowed = ERRORS.get(kind, ROUGHEST) * expected.norm(dim=-1) + SMALLEST
-    return bool(((found - expected).norm(dim=-1) <= allowed).all())
+    return bool(((values - expected).norm(dim=-1) <= allowed).all())
 
 
 def _check_norm(file: GgufFile, name: str, called: str, stored: Tensor, norm: float) -> None:
-    numbers, kind = torch.Size(file.shape(called)).numel(), file.tensors[called].tensor_type
-    if numbers != stored.numel():
+    elements, kind = torch.Size(file.shape(called)).numel(), file.tensors[called].tensor_type
+    if elements != stored.numel():
         if called.startswith(("token_embd.", "output.")):
-            return  # some models have rows that no token uses
-        raise failed(name, f"{called} has {numbers} numbers where {stored.numel()} belong")
-    wanted, share = float(stored.double().norm()), 2**-8 if kind in FLOATS else ERRORS.get(kind, ROUGHEST)
-    if abs(norm - wanted) > share * wanted + SMALLEST:
-        raise failed(name, f"{called} has the norm {norm:.4g} where {wanted:.4g} belongs")
+            return  # some models pad the vocabulary
+        raise failed(name, f"{called} has {elements} elements, expected {stored.numel()}")
+    expected, tolerance = float(stored.double().norm()), 2**-8 if kind in FLOATS else ERRORS.get(kind, ROUGHEST)
+    if abs(norm - expected) > tolerance * expected + SMALLEST:
+        raise failed(name, f"{called} has the norm {norm:.4g}, expected {expected:.4g}")
 
 
 def _not_finite(name: str, kind: Kind) -> UserError:
     if kind != Kind.F16:
-        return failed(name, "it has numbers that are not finite")
+        return failed(name, "it has values that are not finite")
     return UserError(
-        f"{name} has numbers too large for float16.",
+        f"{name} has values too large for float16.",
         code="gguf-overflow",
         where='gguf_type = "f16"',
         fix='gguf_type = "bf16"',
@@ -162,10 +168,10 @@ def _not_finite(name: str, kind: Kind) -> UserError:
 
 
 def failed(name: str, why: str) -> VerificationFailed:
-    """What is wrong with the file, as an error."""
+    """Return the error for a wrong tensor."""
     return VerificationFailed(
-        f"The GGUF file is not the model that was converted: {why}.",
+        f"The GGUF file differs from the converted model: {why}.",
         code="gguf-verification-failed",
         where=name,
-        fix='report it with run.log; export_format = "full" writes the model folder, which was proven',
+        fix='report it with run.log; export_format = "full" writes the verified model folder',
     )

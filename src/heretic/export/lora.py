@@ -1,10 +1,9 @@
-"""The format `lora`: an adapter that makes of the base model, as it was measured, the ablated one.
+"""The format `lora`: an adapter that turns the base model into the ablated one.
 
 An edit without scaling changes a weight by -u (w^T W), a matrix of rank 1 for each direction, so the adapter is exact with as many
 ranks as there are directions: B = -u and A = w^T W. One that scales rows afterwards changes it by n * (W - u (w^T W)) - W, of
 full rank; the nearest matrix of a given rank is what its largest singular values make (Eckart and Young 1936), found by random
-projection (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1). What is left of the change is reported. Biases are changed
-exactly.
+projection (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1). The error is reported. Biases are exact.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from heretic.session.session import weight_reader
 from heretic.settings import Settings
 
 WEIGHTS = "adapter_model.safetensors"
-# vLLM takes no other value for --max-lora-rank (MaxLoRARanks in vllm/config/lora.py), and no adapter of a higher rank.
+# Values that vLLM accepts for --max-lora-rank (MaxLoRARanks in vllm/config/lora.py).
 RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 OVERSAMPLED, ITERATIONS = 8, 4
 
@@ -62,37 +61,37 @@ class Adapter:
 
     @property
     def biased(self) -> bool:
-        """Whether a bias is changed, which peft can load and others cannot."""
+        """Whether a bias is changed, which only peft can load."""
         return any(change.bias is not None and bool(change.bias.any()) for change in self.changes.values())
 
     @property
     def exact(self) -> bool:
-        """Whether every change is of the adapter's rank by its nature."""
+        """Whether the adapter holds every change exactly."""
         return all(change.left == 0 for change in self.changes.values())
 
     @property
     def error(self) -> float:
-        """The norm of what is left out, as a share of the whole change's norm."""
+        """Norm of the missing part of the change, as a share of the change's norm."""
         size = sum(change.size for change in self.changes.values())
         return math.sqrt(sum(change.left for change in self.changes.values()) / size) if size else 0.0
 
     def tensors(self) -> dict[str, Tensor]:
-        """As peft stores them. Where one module has a bias to be changed, all are given one."""
+        """Return the tensors as peft stores them; if one module changes a bias, all have one."""
         biased = self.biased
-        found = {}
+        tensors = {}
         for name, change in self.changes.items():
             stem = f"base_model.model.{name}"
-            found[f"{stem}.lora_A.weight"] = change.a.clone()
-            found[f"{stem}.lora_B.weight"] = change.b.clone()
+            tensors[f"{stem}.lora_A.weight"] = change.a.clone()
+            tensors[f"{stem}.lora_B.weight"] = change.b.clone()
             if biased:
-                nothing = torch.zeros(len(change.b))
-                found[f"{stem}.lora_B.bias"] = nothing if change.bias is None else change.bias.clone()
-        return found
+                zeros = torch.zeros(len(change.b))
+                tensors[f"{stem}.lora_B.bias"] = zeros if change.bias is None else change.bias.clone()
+        return tensors
 
 
 @torch.no_grad()
 def low_rank_change(operator: Operator, weight: Tensor, rank: int) -> LowRankChange:
-    """The change that an operator makes to a weight [width, inputs], exact for one without scaling; on the CPU, without bias."""
+    """Compute an operator's change of a weight [width, inputs], exact without scaling; on the CPU, without bias."""
     operator = operator.to(weight.device)
     if operator.n is None:
         a, b = torch.atleast_2d(operator.w) @ weight.float(), -torch.atleast_2d(operator.u).mT
@@ -110,12 +109,12 @@ def low_rank_change(operator: Operator, weight: Tensor, rank: int) -> LowRankCha
 def prepare(
     model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, reporter: ProgressReporter
 ) -> Adapter:
-    """The adapter, from the weights as they are loaded. Raises UserError for a writer that no adapter can hold."""
+    """Compute the adapter from the loaded weights. Raises UserError for a writer that no adapter can edit."""
     names = {module: name for name, module in model.model.named_modules()}
     edited = [writer for writer in model.structure.writers if writer.name in operators]
     if held := next((writer for writer in edited if writer.mixture), None):
         raise UserError(
-            f"{held.name} stores all experts in one tensor, and a LoRA adapter cannot edit it.",
+            f"{held.name} stores all experts in one tensor, which a LoRA adapter cannot edit.",
             code="export-format-not-supported",
             where='export_format = "lora"',
             fix='export_format = "full"'
@@ -126,21 +125,21 @@ def prepare(
     rank = settings.lora_rank if any(o.n is not None for o in operators.values()) else directions
     read = weight_reader(model)
     changes: dict[str, LowRankChange] = {}
-    with reporter.stage("Making the adapter", len(edited)) as stage:
+    with reporter.stage("Computing the adapter", len(edited)) as stage:
         for writer in edited:
             operator = operators[writer.name]
             (weight,) = read(writer)
             change = replace(low_rank_change(operator, materialize(weight), rank), bias=_bias(writer, operator))
             changes.update({names[module]: change for module in writer.modules})
             stage.advance()
-    adapter = Adapter(rank, _of_one_rank(changes, rank), any(writer.transposed for writer in edited))
-    if refused := _refused_elsewhere(adapter):
+    adapter = Adapter(rank, _padded_to_rank(changes, rank), any(writer.transposed for writer in edited))
+    if refused := _incompatible_programs(adapter):
         reporter.warning(f'{refused} Use export_format = "full" for those programs.')
     return adapter
 
 
 def write(order: WriteRequest, folder: Path, reporter: ProgressReporter, stop: StopSignal) -> WriteResult:
-    """The adapter's two files, as peft reads them."""
+    """Write the adapter's two files in peft's format."""
     from peft import LoraConfig
 
     adapter: Adapter = order.prepared
@@ -150,14 +149,14 @@ def write(order: WriteRequest, folder: Path, reporter: ProgressReporter, stop: S
         base_model_name_or_path=order.settings.model,
         revision=order.checkpoint.commit,
         r=adapter.rank,
-        lora_alpha=adapter.rank,  # so that nothing is scaled
+        lora_alpha=adapter.rank,  # a scale of 1
         lora_dropout=0.0,
         target_modules=sorted(adapter.changes),
         fan_in_fan_out=adapter.transposed,
         lora_bias=adapter.biased,
         inference_mode=True,
     )
-    config.target_modules = sorted(adapter.changes)  # peft makes a set of it, which has another order in every process
+    config.target_modules = sorted(adapter.changes)  # peft makes an unordered set of it
     config.save_pretrained(str(folder))
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     checkpoint = order.checkpoint
@@ -170,7 +169,7 @@ def write(order: WriteRequest, folder: Path, reporter: ProgressReporter, stop: S
 
 
 def open_written(order: WriteRequest, folder: Path) -> Checkpoint:
-    """The base model with the adapter put on it."""
+    """Open the base model with the adapter."""
     return replace(order.checkpoint, adapter=folder)
 
 
@@ -189,18 +188,18 @@ def _bias(writer: ResidualWriter, operator: Operator) -> Tensor | None:
     return None
 
 
-def _of_one_rank(changes: Mapping[str, LowRankChange], rank: int) -> dict[str, LowRankChange]:
-    """Changes of a smaller rank filled up with zeros: a module's rank is not given to peft by itself."""
-    found = {}
+def _padded_to_rank(changes: Mapping[str, LowRankChange], rank: int) -> dict[str, LowRankChange]:
+    """Pad changes of a smaller rank with zeros: all modules share one rank."""
+    padded = {}
     for name, change in changes.items():
         missing = rank - len(change.a)
         a = torch.cat([change.a, change.a.new_zeros(missing, change.a.shape[1])])
         b = torch.cat([change.b, change.b.new_zeros(len(change.b), missing)], dim=1)
-        found[name] = replace(change, a=a, b=b)
-    return found
+        padded[name] = replace(change, a=a, b=b)
+    return padded
 
 
-def _refused_elsewhere(adapter: Adapter) -> str:
+def _incompatible_programs(adapter: Adapter) -> str:
     """Which programs other than peft cannot load the adapter, as a sentence or two; empty where all can.
 
     vLLM raises for any tensor but `lora_A.weight` and `lora_B.weight` (`parse_fine_tuned_lora_name` in vllm/lora/utils.py), and
@@ -214,9 +213,9 @@ def _refused_elsewhere(adapter: Adapter) -> str:
 
 
 def _about(order: WriteRequest, adapter: Adapter) -> str:
-    """For the card: what it is, how to load it, what it leaves out."""
+    """The card's section on the adapter: how to load it, and its error."""
     named = order.settings.model
-    model = named if order.checkpoint.commit else Path(named).name  # a path says where the files of a user are
+    model = named if order.checkpoint.commit else Path(named).name  # a local path is private
     quantized = order.plan.quantization != "none"
     lines: list[str] = [
         f"This is a LoRA adapter of rank {adapter.rank}, not a whole model. With [peft](https://github.com/huggingface/peft):",
@@ -226,17 +225,17 @@ def _about(order: WriteRequest, adapter: Adapter) -> str:
         "model = PeftModel.from_pretrained(base, FOLDER)",
         "```",
         "",
-        _refused_elsewhere(adapter)
+        _incompatible_programs(adapter)
         or f"vLLM loads it with `--enable-lora --max-lora-rank {_rank_for_vllm(adapter.rank)}`.",
     ]
     if quantized:
         words = QUANTIZATIONS[order.plan.quantization].words
-        lines.append(f"It was made for the base model quantized to {words}, and measured so.")
+        lines.append(f"It was computed for and measured on the base model quantized to {words}.")
     if adapter.exact:
-        lines.append("Every edit is of this rank, so nothing is left out.")
+        lines.append("The adapter holds every edit exactly.")
     else:
         lines.append(
-            f"The edits are of a higher rank: {adapter.error:.1%} of their size (Frobenius norm) is left out. The scores below are "
+            f"The edits have a higher rank: the adapter omits {adapter.error:.1%} of them (Frobenius norm). The scores below are "
             "those of the base model with this adapter."
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The manifest of an exported model: from what, with what and how it was made, and what it scored; written, and read back."""
+"""The manifest of an exported model: its sources, settings, edit, versions and scores."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ MANIFEST = "manifest.json"
 # Beside the manifest, in a folder of their own: some programs read every .safetensors file of a model's folder as weights.
 DIRECTIONS = Path("heretic") / "directions.safetensors"
 LARGEST = 16 << 20  # bytes; a manifest has a few hundred kilobytes at most
-FARTHEST = (
-    1e6  # of a number of an edit; what is measured is below ten, and the arithmetic in float32 has to stay finite
-)
+FARTHEST = 1e6  # largest number of an edit, so that float32 stays finite; measured ones are below ten
 OWN_MANIFEST = "use the manifest.json that heretic export wrote"
 
 
 def scores_text(scores: Scores) -> dict[str, Any]:
-    """Scores for a manifest."""
+    """Return scores as a manifest holds them."""
     data = scores.as_dict()
     data.pop("seconds")
     return data
@@ -40,14 +38,14 @@ def scores_text(scores: Scores) -> dict[str, Any]:
 
 def _plain(name: str) -> str:
     if Path(name).name != name or name in (".", "..") or "\\" in name:
-        raise ValueError("it should be the name of a file, not a path")
+        raise ValueError("it must be the name of a file, not a path")
     return name
 
 
 def _inside(name: str) -> str:
     parts = name.split("/")
     if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
-        raise ValueError("it should be the path of a file in the folder")
+        raise ValueError("it must be the path of a file in the folder")
     return name
 
 
@@ -60,7 +58,7 @@ Numbers = tuple[Number, ...]
 
 
 class _Part(BaseModel):
-    """What is there and is not asked for is left alone: later versions may say more."""
+    """A part of the manifest; unknown keys of later versions are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -80,13 +78,13 @@ class Hashes(_Part):
 
 
 class Companions(_Part):
-    """Hashes of what went with the weights, by the path in the folder."""
+    """Hashes of the files that accompany the weights, by relative path."""
 
     sha256: dict[FilePath, Sha256]
 
 
 class Inventory(_Part):
-    """Every file of an export but its manifest, with its hash, and whose export it is."""
+    """Every file of an export but its manifest, with its hash, and the run."""
 
     made_with: Literal["heretic"]
     run: str
@@ -94,7 +92,7 @@ class Inventory(_Part):
 
 
 class WrittenFiles(Hashes):
-    """What was written: in which format, and of which rank or type where the format has several."""
+    """The written files, their format, and its rank or type."""
 
     format: str = "full"
     rank: Annotated[int, Field(ge=1)] | None = None
@@ -102,7 +100,7 @@ class WrittenFiles(Hashes):
 
 
 class Edit(_Part):
-    """An ablation as `Ablation.as_dict` gives it."""
+    """An ablation as `Ablation.as_dict` returns it."""
 
     strengths: dict[str, Numbers]
     mixture: Numbers | None = None
@@ -128,32 +126,32 @@ class DirectionSpec(_Part):
 
 
 class UsedSettings(_Part):
-    """Of the settings what the edit needs."""
+    """The settings that the edit needs."""
 
     ablation: AblationSettings
     directions: DirectionSpec = DirectionSpec()
 
 
 class DirectionsFile(_Part):
-    """The hash of the layers' directions that lie beside the manifest, in `heretic/directions.safetensors`."""
+    """The hash of `heretic/directions.safetensors` beside the manifest."""
 
     sha256: Sha256
 
 
 class TemplateFile(_Part):
-    """The hash of the chat template of the settings, which lies beside the manifest as `chat_template.jinja`."""
+    """The hash of the settings' chat template, `chat_template.jinja` beside the manifest."""
 
     sha256: Sha256
 
 
 class QuantizedStudy(_Part):
-    """How the model was quantized that the edit was computed on."""
+    """How the study quantized the model."""
 
     study: Literal["none", "bnb_4bit", "bnb_8bit"] = "none"
 
 
 class Manifest(_Part):
-    """What is read of a manifest: all that the model's weights follow from, and what was measured of it."""
+    """The validated part of a manifest: everything that determines the weights."""
 
     made_with: Literal["heretic"]
     run: str
@@ -176,15 +174,16 @@ class Manifest(_Part):
 
 
 def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
-    """The manifest of an exported model, checked, and all that its file holds. `path` may be the model's folder.
+    """Read and validate a manifest; `path` may be the model's folder. Returns it and the file's whole content.
 
-    Raises UserError for what is no manifest, whatever the file holds: it may come from anywhere.
+    Raises:
+        UserError: The file is missing or not a manifest; it is untrusted input.
     """
     file = path / MANIFEST if path.is_dir() else path
     try:
         if file.stat().st_size > LARGEST:
             raise UserError(
-                f"The manifest is larger than {LARGEST >> 20} MiB; heretic does not write such files.",
+                f"The manifest is larger than {LARGEST >> 20} MiB, so heretic did not write it.",
                 code="invalid-manifest",
                 where=str(file),
                 fix=OWN_MANIFEST,
@@ -214,7 +213,7 @@ def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
 
 
 def read_inventory(folder: Path) -> Inventory | None:
-    """Which files an export's manifest names; None for a folder that holds none, whatever its manifest.json is."""
+    """Read the files that a folder's manifest names; None without a valid manifest."""
     file = folder / MANIFEST
     try:
         if file.is_symlink() or file.stat().st_size > LARGEST:
@@ -225,16 +224,15 @@ def read_inventory(folder: Path) -> Inventory | None:
 
 
 def settings_of(path: Path) -> Resolved:
-    """The settings that decided the results of a manifest's study; what does not change results has its default.
+    """Return the settings that determined a manifest's study; all others have their defaults.
 
-    Code that came with a model is not trusted because a manifest says so. Raises UserError, also for settings that this version
-    does not know.
+    A manifest cannot make heretic trust a model's own code. Raises UserError, also for settings that this version does not know.
     """
     manifest, data = read_manifest(path)
-    told = {**data["settings"], "trust_remote_code": []}
-    told |= {"model": manifest.model.name, "revision": manifest.model.revision or told.get("revision", "")}
+    values = {**data["settings"], "trust_remote_code": []}
+    values |= {"model": manifest.model.name, "revision": manifest.model.revision or values.get("revision", "")}
     try:
-        return Resolved(Settings.model_validate(told), None, dict.fromkeys(told, str(path)))
+        return Resolved(Settings.model_validate(values), None, dict.fromkeys(values, str(path)))
     except ValidationError as error:
         key = ".".join(str(part) for part in error.errors()[0]["loc"])[:100]
         raise UserError(
@@ -246,47 +244,46 @@ def settings_of(path: Path) -> Resolved:
 
 
 def template_file(manifest: Manifest, home: Path) -> Path | None:
-    """The chat template of the study's settings, beside the manifest; None where it was the model's own. Raises UserError."""
+    """Return the file of the study's chat template; None if it was the model's own. Raises UserError."""
     if manifest.chat_template is None:
         return None
     file = home / "chat_template.jinja"
     if file.is_symlink() or not file.is_file() or sha256(file) != manifest.chat_template.sha256:
         raise UserError(
-            "The chat template of the manifest is not beside it, or was changed.",
+            "The chat template beside the manifest is missing or was changed.",
             code="template-not-of-the-manifest",
             where=str(file),
-            fix="put the file there that heretic export wrote with the manifest",
+            fix="restore the file that heretic export wrote with the manifest",
         )
     return file
 
 
 def inventory_of(folder: Path, known: Mapping[str, str], stop: StopSignal) -> dict[str, str]:
-    """SHA-256 of every file of a finished export but its manifest; `known` ones are not read again. Raises Interrupted."""
-    found = {}
+    """Return SHA-256 of every file of an export but its manifest; `known` hashes are reused. Raises Interrupted."""
+    hashes = {}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_file() and name != MANIFEST:
             stop.check()
-            found[name] = known.get(name) or sha256(file)
-    return found
+            hashes[name] = known.get(name) or sha256(file)
+    return hashes
 
 
 def read_directions(manifest: Manifest, home: Path) -> Directions | None:
-    """The layers' directions that lie beside the manifest; None where the edit has a direction of its own and needs none. Raises
-    UserError."""
+    """Read the directions beside the manifest; None if the edit holds its own direction. Raises UserError."""
     file = home / DIRECTIONS
     if manifest.directions is None or not file.is_file():
         if manifest.ablation.vector is not None:
             return None
         raise UserError(
-            "The directions of the edit are not beside the manifest.",
+            "The directions file beside the manifest is missing.",
             code="missing-file",
             where=str(file),
-            fix="put the file there that heretic export wrote with the manifest",
+            fix="restore the file that heretic export wrote with the manifest",
         )
     if sha256(file) != manifest.directions.sha256:
         raise UserError(
-            "The directions are not those of the manifest: their hash differs.",
+            "The directions file does not match the hash in the manifest.",
             code="hash-mismatch",
             where=str(file),
             fix="restore the file that heretic export wrote with the manifest",
@@ -298,5 +295,5 @@ def read_directions(manifest: Manifest, home: Path) -> Directions | None:
             f"{file.name} is damaged: {error}.",
             code="damaged-file",
             where=str(file),
-            fix="put the file there that heretic export wrote with the manifest",
+            fix="restore the file that heretic export wrote with the manifest",
         ) from None

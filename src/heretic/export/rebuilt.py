@@ -1,4 +1,4 @@
-"""Card and manifest of a model that was rebuilt from a manifest: what that one says, and what the comparison came to."""
+"""Write card and manifest of a model rebuilt from a manifest, with the result of the comparison."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from heretic.model.template import read_template
 from heretic.runs.environment import now, versions
 
 NOT_MEASURED = """\
-**None of these scores was measured on this model.** `heretic reproduce` rebuilt it from a manifest and copied them from there, as
-whoever wrote the manifest states them. It compared the weights with the hashes in the manifest: {words} ({why})."""
+**None of these scores was measured on this model.** `heretic reproduce` rebuilt it from a manifest and copied the scores that the
+manifest states. It compared the weights with the hashes in the manifest: {words} ({why})."""
 
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """The manifest that a model was rebuilt from, the folder it lies in, and the comparison, as data and in a word."""
+    """A source manifest, its folder, and the comparison of the rebuilt model, as data and in words."""
 
     manifest: Mapping[str, Any]
     home: Path
@@ -39,27 +39,27 @@ class Rebuilt:
 def describe_rebuilt(
     rebuilt: Rebuilt, partial: Path, order: WriteRequest, written: WriteResult, stop: StopSignal
 ) -> None:
-    """Write card and manifest beside the rebuilt weights. Raises UserError where the manifest lacks what a card is made of."""
+    """Write card and manifest beside the rebuilt weights. Raises UserError if the manifest lacks data for the card."""
     data, hashes, folder = rebuilt.manifest, written.hashes, order.checkpoint.folder
-    told = {**data, "written": {**data["written"], "sha256": hashes["written"], **written.facts}}
-    told |= {kind: {"sha256": hashes.get(kind, {})} for kind in ("copied", "changed")}
-    told["reproduced"] = {"made_at": now(), "versions": versions(), **rebuilt.comparison}
+    content = {**data, "written": {**data["written"], "sha256": hashes["written"], **written.facts}}
+    content |= {kind: {"sha256": hashes.get(kind, {})} for kind in ("copied", "changed")}
+    content["reproduced"] = {"made_at": now(), "versions": versions(), **rebuilt.comparison}
     copy_license_files(folder, partial, read_template(order.settings))
     source = rebuilt.home / DIRECTIONS
-    # Whatever else lies there under this name, a link out of the folder for example, is not copied.
+    # Only the file with the manifest's hash is copied, never a link to something else.
     if source.is_file() and sha256(source) == (data.get("directions") or {}).get("sha256"):
         (partial / DIRECTIONS.parent).mkdir()
         shutil.copyfile(source, partial / DIRECTIONS)
     measured = NOT_MEASURED.format(words=rebuilt.words, why=escape(rebuilt.comparison["why"]))
     try:
-        text = card(told, read_base_card(folder), written, measured)
+        text = card(content, read_base_card(folder), written, measured)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise UserError(
-            "The manifest lacks what a model card is made of: model, scores, settings.",
+            "The manifest lacks data for the model card: model, scores or settings.",
             code="manifest-without-card",
             where="the manifest",
-            fix="take the manifest.json of a model that heretic export has written",
+            fix="use the manifest.json that heretic export wrote",
         ) from None
     write_text(partial / "README.md", text)
-    told["files"] = inventory_of(partial, hashes["written"], stop)
-    write_text(partial / MANIFEST, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    content["files"] = inventory_of(partial, hashes["written"], stop)
+    write_text(partial / MANIFEST, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

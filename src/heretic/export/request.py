@@ -1,4 +1,4 @@
-"""What an export is about: the job that is planned while the model is loaded, and what every format is made of."""
+"""The data of an export: job, result, and the interface of formats."""
 
 from __future__ import annotations
 
@@ -28,24 +28,19 @@ from heretic.settings import Settings
 
 @dataclass(frozen=True)
 class WriteRequest:
-    """What writing needs, none of it the model. `prepared` is what the format made of the loaded model."""
+    """Input for writing a model, without the loaded model."""
 
     format: str
     settings: Settings
     checkpoint: Checkpoint
     plan: LoadPlan
     operators: Mapping[str, Operator]
-    prepared: Any
+    prepared: Any  # the result of the format's `prepare`
 
 
 @dataclass(frozen=True)
 class ExportJob(WriteRequest):
-    """Everything that writing and proving the model needs, none of it the model.
-
-    `baseline` is the original and `attached` the ablated model's log-probabilities [tokens, vocabulary] that the
-    written one is compared with; `ablated_by` the mean KL between the two. `computed_on` says what did the arithmetic of the edit,
-    `judge` is the study's.
-    """
+    """Input for writing and verifying a model, without the loaded model."""
 
     prompts: PromptSets
     folder: RunFolder
@@ -53,53 +48,41 @@ class ExportJob(WriteRequest):
     result: Result
     ablation: Ablation
     directions: Directions
-    computed_on: str
-    baseline: Baseline
-    attached: Tensor
-    ablated_by: float
+    computed_on: str  # hardware that computed the edit
+    baseline: Baseline  # of the original
+    attached: Tensor  # log-probabilities of the ablated model [tokens, vocabulary]
+    ablated_by: float  # mean KL between original and ablated model, nats
     judge: Judge
 
 
 @dataclass(frozen=True)
 class WriteResult:
-    """What a format wrote.
+    """What a format wrote."""
 
-    `hashes`: SHA-256 by file name of the `source`, of what was `written`, and of what was `copied` or `changed` besides. `exact`:
-    whether it should answer as the attached model does, up to rounding; else it may stray further, and `about` says how far by its
-    nature.
-    `rounding`: the mean KL in nats that the rounding of the format itself may add.
-    `about` goes into the card (Markdown), `facts` into the manifest; `library` and `relation` are the card's `library_name` and
-    `base_model_relation`.
-    """
-
-    hashes: dict[str, dict[str, str]]
-    exact: bool = True
-    library: str = "transformers"
-    relation: str = "finetune"
-    about: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
-    rounding: float = 0.0
+    hashes: dict[str, dict[str, str]]  # SHA-256 by file name, under "source", "written", "copied" and "changed"
+    exact: bool = True  # whether it equals the ablated model up to rounding
+    library: str = "transformers"  # the card's library_name
+    relation: str = "finetune"  # the card's base_model_relation
+    about: str = ""  # Markdown for the card
+    facts: dict[str, Any] = field(default_factory=dict)  # for the manifest
+    rounding: float = 0.0  # mean KL in nats that the format's rounding may add
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write an ablated model; `in_full`: in the checkpoint's full precision, also where the study quantized it.
-
-    `prepare(model, operators, settings, watcher)` decides while the model is loaded what is to be written, and raises UserError
-    where the format cannot hold it: before anything is written, and before the model leaves memory.
-    `write(order, folder, watcher, stop)` writes to an empty folder without the model. `open(order, folder)` gives the checkpoint by
-    which what was written is loaded, to be compared and measured. `rewritten(order, folder)` reads single tensors of it, where
-    these are edited ones (None: not those of the checkpoint). `require(settings, checkpoint)` raises UserError where the format
-    needs what is not here; it is asked before the study. `convert(order, folder, written, watcher, stop)` makes of the proven
-    folder what the export is, proves that too, and leaves nothing else. Card, manifest and the folder's final name are the same
-    for all and none of their business.
-    """
+    """A way to write an ablated model. Card, manifest and the final folder name are the same for all formats."""
 
     description: str
+    # Plans while the model is loaded; raises UserError if the format cannot hold it.
     prepare: Callable[[LanguageModel, Mapping[str, Operator], Settings, ProgressReporter], Any]
+    # Writes to an empty folder, without the model.
     write: Callable[[WriteRequest, Path, ProgressReporter, StopSignal], WriteResult]
+    # Opens what was written, for verification and scores.
     open: Callable[[WriteRequest, Path], Checkpoint]
-    full_precision: bool = True
+    full_precision: bool = True  # writes full precision even if the study quantized the model
+    # Reads single written tensors; None if they are not the checkpoint's.
     read_back: Callable[[WriteRequest, Path], WrittenTensors | None] | None = None
+    # Raises UserError if a program is missing; called before the study.
     require: Callable[[Settings, Checkpoint], None] | None = None
+    # Turns the verified folder into the final file, verifies that, and deletes the rest.
     convert: Callable[[WriteRequest, Path, WriteResult, ProgressReporter, StopSignal], WriteResult] | None = None

@@ -1,7 +1,7 @@
-"""Every edited tensor of a written model against the edit computed once more, on a sample of its columns.
+"""Check every edited tensor of a written model against a recomputed edit, on a sample of its columns.
 
-The answers of the whole model cannot show that one writer of many was left out, least of all where the written model can only be
-loaded quantized and is compared with tolerance for that. So what was written is held against the definition of the edit,
+The answers of the whole model cannot show that one of many writers was not edited, least of all if it is only loaded quantized.
+So written tensors are compared with the definition of the edit,
 y' = n * (y - sum of u (w . y)), in float64, from the original's file and the trial's operators: element by element, within what the
 number format rounds. Of the tensors that no edit is for the first row must be
 the original's, bit for bit.
@@ -70,8 +70,7 @@ def check_edits(
     reporter: ProgressReporter,
     stop: StopSignal,
 ) -> int:
-    """How many edited tensors were found to be right: all. Raises VerificationFailed for one that is not, and for an operator
-    that no tensor was edited by."""
+    """Check all edited tensors; returns their number. Raises VerificationFailed for a wrong tensor or an unused operator."""
     used = {id(edit.operator) for edit in written.edits.values()}
     if missing := [name for name, operator in operators.items() if id(operator) not in used]:
         raise _failed(missing[0], f"{len(missing)} of {len(operators)} edits were planned for no tensor")
@@ -98,7 +97,7 @@ def _check(name: str, operator: Operator, before: Tensor, written: WrittenTensor
     off = (found.double() - expected).abs() - 1.05 * rounded - error
     if not bool((off <= 0).all()):
         worst = float((found.double() - expected).abs().max())
-        raise _failed(name, f"it is off by up to {worst:.1e} where rounding allows {float(rounded.max()):.1e}")
+        raise _failed(name, f"it is off by up to {worst:.1e}, but rounding allows only {float(rounded.max()):.1e}")
 
 
 def expectation(operator: Operator, before: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,12 +137,12 @@ def _sample(name: str, shape: tuple[int, ...], *, turned: bool) -> list[Columns]
 def _same(checkpoint: Checkpoint, name: str, untouched: Callable[[str], Tensor]) -> None:
     before, after = checkpoint.slice_of(name)[0:1], untouched(name)[0:1]
     if before.shape != after.shape or not torch.equal(before.view(torch.uint8), after.view(torch.uint8)):
-        raise _failed(name, "no edit is for it, and it is not the original's")
+        raise _failed(name, "it has no edit, but differs from the original")
 
 
 def _failed(name: str, why: str) -> VerificationFailed:
     return VerificationFailed(
-        f"The written model is not the original with its edits: {why}.",
+        f"The written model is wrong: {why}.",
         where=name,
         fix="report it with run.log: heretic or the disk has a fault; the study is kept",
     )

@@ -1,4 +1,4 @@
-"""An exported model on the Hugging Face hub: by explicit command only, private unless said otherwise, and only what was proven."""
+"""Upload an exported, verified model to the Hugging Face hub: only by explicit command, private by default."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Upload:
 
 
 def check_upload(repository: str) -> None:
-    """What can be known without a model. Raises UserError: no such name, no token, offline."""
+    """Raise UserError for an invalid repository name, a missing token, or offline mode."""
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", repository):
         raise UserError(
             f"Invalid repository name: {repository!r}.",
@@ -61,17 +61,17 @@ def check_upload(repository: str) -> None:
 
 
 def plan_upload(folder: Path, repository: str, *, public: bool, reporter: ProgressReporter, stop: StopSignal) -> Upload:
-    """Look at everything that can be looked at here. Raises UserError: as `check_upload`; no export; not what was proven."""
+    """Check everything that can be checked locally. Raises UserError: as `check_upload`, or for a changed export."""
     check_upload(repository)
     manifest, _ = read_manifest(folder)
     for name in (CARD, MANIFEST):
         resolve_inside(folder, folder / name)
     if not (folder / CARD).is_file():
         raise UserError(
-            "The model's card is missing, and without it nothing is uploaded.",
+            "The model card is missing, so heretic does not upload the model.",
             code="card-missing",
             where=str(folder / CARD),
-            fix="export the trial again; the card says plainly what was done",
+            fix="export the trial again",
         )
     if not manifest.files:
         raise UserError(
@@ -80,7 +80,7 @@ def plan_upload(folder: Path, repository: str, *, public: bool, reporter: Progre
             where=str(folder / MANIFEST),
             fix="export the trial again",
         )
-    with reporter.stage("Checking what is uploaded", len(manifest.files)) as stage:
+    with reporter.stage("Checking the upload", len(manifest.files)) as stage:
         for name, verified in manifest.files.items():
             stop.check()
             file = resolve_inside(folder, folder / name)
@@ -98,25 +98,25 @@ def plan_upload(folder: Path, repository: str, *, public: bool, reporter: Progre
     )
     if others := [name for name in others if not _hidden(Path(name))]:
         more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
-        reporter.info(f"Not uploaded, as the export did not write it: {', '.join(others[:NAMED])}{more}.")
+        reporter.info(f"Not uploading files that the export did not write: {', '.join(others[:NAMED])}{more}.")
     return Upload(folder, repository, public, manifest, tuple(sorted(folder / name for name in names)))
 
 
 def upload(planned: Upload, reporter: ProgressReporter, stop: StopSignal) -> str:
-    """Create the repository, or go on with the one that an interrupted upload left, and send everything; its address.
+    """Create the repository, or resume an interrupted upload, and send all files; returns the address.
 
     Card and manifest go first: the weights are never there without them. Raises UserError and Interrupted.
     """
     api, repository = HfApi(), planned.repository
-    with _describe(repository), _at_once(stop):
+    with _describe(repository), _immediate_interrupt(stop):
         user = str(api.whoami()["name"])
         stale = _compare_with_hub(api, planned)
         if stale is None:
             api.create_repo(repository, private=not planned.public)
         reporter.info(
-            f"Uploading to {repository} as {user}. After a stop the same command goes on where it was."
+            f"Uploading to {repository} as {user}. If interrupted, run the same command to resume."
             if stale is None
-            else f"Going on with {repository} as {user}; what is there already is not sent again."
+            else f"Resuming {repository} as {user}. Files already there are not sent again."
         )
         sent = [f.relative_to(planned.folder).as_posix() for f in planned.files]
         first: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -125,7 +125,7 @@ def upload(planned: Upload, reporter: ProgressReporter, stop: StopSignal) -> str
         if gone := sorted((stale or set()) - {*sent}):
             # In the same commit: weights of another trial or format never stand beside this one's card.
             first += [CommitOperationDelete(name) for name in gone]
-            reporter.info(f"Of the earlier export {len(gone)} files are removed, such as {gone[0]}.")
+            reporter.info(f"Removing {len(gone)} files of the earlier export (first: {gone[0]}).")
         api.create_commit(repository, first, commit_message="Card and manifest")
         api.upload_folder(
             repo_id=repository,
@@ -140,28 +140,28 @@ def _compare_with_hub(api: HfApi, planned: Upload) -> set[str] | None:
     """What of the repository's files is of an earlier export of the run; None if there is no such repository. Raises UserError
     where it holds something else, or is open to more people than asked for."""
     try:
-        found = api.model_info(planned.repository)
+        info = api.model_info(planned.repository)
     except RepositoryNotFoundError as error:
         if error.response.status_code == 401:
             raise
         return None
-    if not found.private and not planned.public:
+    if not info.private and not planned.public:
         raise UserError(
             f"The repository {planned.repository} exists and is public.",
             code="repository-public",
             fix="pass --public to upload to it, or name another repository",
         )
-    names = {s.rfilename for s in found.siblings or []} - UNCOUNTED
+    names = {s.rfilename for s in info.siblings or []} - UNCOUNTED
     if not names:
         return names
-    held = _hub_files(api, planned.repository)
-    if held is None or held.run != planned.manifest.run:
+    hub_manifest = _hub_files(api, planned.repository)
+    if hub_manifest is None or hub_manifest.run != planned.manifest.run:
         raise UserError(
             f"The repository {planned.repository} exists and does not hold a model of this run.",
             code="repository-not-ours",
             fix="name another repository, or delete that one on the hub",
         )
-    return names & {*held.files}
+    return names & {*hub_manifest.files}
 
 
 def _hub_files(api: HfApi, repository: str) -> Manifest | None:
@@ -178,8 +178,8 @@ def _hidden(path: Path) -> bool:
 
 
 @contextmanager
-def _at_once(stop: StopSignal) -> Iterator[None]:
-    """Ctrl-C ends an upload at once: what was sent stays sent."""
+def _immediate_interrupt(stop: StopSignal) -> Iterator[None]:
+    """Let Ctrl-C end an upload immediately; sent files stay."""
     try:
         with stop.raise_immediately():
             yield
@@ -212,7 +212,7 @@ def _describe(repository: str) -> Iterator[None]:
             ),
             404: (f"The hub cannot create {repository}.", "check the user or organization in its name"),
             429: ("The hub has received too many requests.", "run the same command again later"),
-        }.get(status, (f"The hub answered with an error: {_clean(refused)}", "run the same command again; it goes on"))
+        }.get(status, (f"The hub answered with an error: {_clean(refused)}", "run the same command again to resume"))
         raise UserError(what, code="hub-refused", where=f"{repository}, HTTP status {status}", fix=fix) from None
 
 

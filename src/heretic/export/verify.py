@@ -1,4 +1,4 @@
-"""Proving a written model: it is loaded from its files and must answer as the attached model did."""
+"""Verify a written model: reload it and compare its answers with the ablated model's."""
 
 from __future__ import annotations
 
@@ -31,21 +31,20 @@ REQUANTIZED_TOLERANCE = {"bnb_8bit": 0.02, "bnb_4bit": 0.05}
 
 @dataclass(frozen=True)
 class Verification:
-    """How far the written model is from the attached one (mean KL in nats, largest difference of log-probabilities among
-    tokens of at least 0.1 % probability), its scores, measured anew, and how many edited tensors were checked one by one."""
+    """Differences between the written and the ablated model, and the written model's scores."""
 
-    divergence: float
-    largest_difference: float
+    divergence: float  # mean KL, nats
+    largest_difference: float  # of log-probabilities, among tokens of at least 0.1 % probability
     scores: Scores
-    tensors_checked: int = 0
+    tensors_checked: int = 0  # edited tensors that were checked one by one
 
 
 def verify(
     job: ExportJob, checkpoint: Checkpoint, written: WriteResult, reporter: ProgressReporter, stop: StopSignal
 ) -> Verification:
-    """Load what was written by its `checkpoint`, compare it with the attached model, and measure the scores again.
+    """Load the written `checkpoint`, compare it with the ablated model, and measure its scores.
 
-    Raises VerificationFailed, or UserError where a format that leaves something out leaves out too much.
+    Raises VerificationFailed, or UserError if an inexact format is too far off.
     """
     trusted = [checkpoint.model] if job.checkpoint.model in job.settings.trust_remote_code else []
     trusting = job.settings.model_copy(update={"trust_remote_code": trusted})
@@ -58,12 +57,12 @@ def verify(
 
 def _compare(job: ExportJob, model_context: ModelContext, checkpoint: Checkpoint, written: WriteResult) -> Verification:
     evaluator = replace(model_context.evaluator, reference_tokens=job.baseline.answered)
-    found = all_log_probs(
+    log_probs = all_log_probs(
         model_context.language_model, evaluator.taught, model_context.batcher, "Verifying the written model"
     )
-    divergence = float(divergences(job.attached, found).mean())
+    divergence = float(divergences(job.attached, log_probs).mean())
     likely = job.attached > torch.log(torch.tensor(1e-3))
-    largest = float((job.attached - found)[likely].abs().max())
+    largest = float((job.attached - log_probs)[likely].abs().max())
     rounding = max(ROUNDING.get(job.plan.dtypes[0], ROUNDING_IN_HALF_PRECISION), written.rounding)
     if FORMATS[job.format].full_precision:
         rounding += REQUANTIZED_TOLERANCE.get(job.plan.quantization, 0.0)

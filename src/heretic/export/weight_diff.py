@@ -1,4 +1,4 @@
-"""How far the weights of one folder are from those of another, tensor by tensor."""
+"""Compare the weights of two folders, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ ROUNDINGS = 2  # of the stored format, of each number
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest difference between two numbers, and the tensor that has it; how many of all numbers are not the same; whether
-    each is `within` what rounding explains."""
+    """Differences between the weights of two folders."""
 
     largest: float
-    tensor: str
-    differing: int
-    elements: int
-    within: bool
+    tensor: str  # that has the largest difference
+    differing: int  # number of different elements
+    elements: int  # number of all elements
+    within: bool  # whether rounding explains all differences
 
     def __str__(self) -> str:
-        """For the screen."""
-        return f"{self.differing} of {self.elements} numbers differ, by at most {self.largest:.1e} (in {self.tensor})"
+        """Return the text for the screen."""
+        return f"{self.differing} of {self.elements} values differ, by at most {self.largest:.1e} (in {self.tensor})"
 
 
 def weight_difference(ours: Path, theirs: Path, names: Iterable[str], stop: StopSignal) -> Difference | str:
-    """Compare the safetensors files of these names in two folders; a text says what cannot be compared.
+    """Compare the safetensors files of these names in two folders; returns a text if they cannot be compared.
 
     Raises UserError for a file that cannot be read.
     """

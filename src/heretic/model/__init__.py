@@ -1,1 +1,1 @@
-"""The language model: loading, its writers, its chat format, what it thinks and what it says."""
+"""The language model: loading, residual writers, chat format, forward passes and decoding."""

@@ -1,4 +1,4 @@
-"""Prompts through a model in batches: sorted by length, padded on the left, halved when memory runs out."""
+"""Run prompts through a model in batches: sorted by length, padded on the left, halved when memory runs out."""
 
 from __future__ import annotations
 
@@ -19,19 +19,16 @@ from heretic.progress import NULL_REPORTER, ProgressReporter
 
 Result = TypeVar("Result")
 
-TOKENS_AT_ONCE = 16384  # in a batch, padding included
-WORTH_SHARING = 8  # tokens; fewer are not worth the copying of a cache
+TOKENS_AT_ONCE = 16384  # per batch, padding included
+WORTH_SHARING = 8  # shared tokens; copying the cache costs more than it saves below that
 
 
 @dataclass(frozen=True)
 class EditSpec:
-    """How the model is edited while it runs: how many trials share each pass, and the first block that any of them edits.
+    """How the model is edited during a run."""
 
-    As it comes out of a checkpoint nothing is known about it, so block 0 counts as edited.
-    """
-
-    trials: int = 1
-    first_layer: int = 0
+    trials: int = 1  # that share each pass
+    first_layer: int = 0  # first block that any of them edits; 0 also if unknown
 
 
 UNEDITED = EditSpec()
@@ -39,65 +36,57 @@ UNEDITED = EditSpec()
 
 @dataclass
 class SharedPrefix:
-    """Tokens that all sequences of a run begin with, and the model's cache of them once it has been computed, a row a trial.
+    """Tokens that all sequences of a run begin with.
 
-    It lives as long as one `Batcher.run`: an ablation changes what the cache holds, and none begins within a run.
+    It is valid for one `Batcher.run`: the next ablation changes its cache.
     """
 
     tokens: list[int]
-    cache: Any = None
+    cache: Any = None  # the model's KV cache of the tokens, one row a trial; None until it is computed
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids [rows, tokens] without the shared beginning, the mask over both [rows, beginning + tokens] (0 on padding,
-    which lies between the two), which sequences the rows are, and to which trial each belongs (None: all to one).
+    """One batch of sequences, padded on the left of what follows the shared prefix."""
 
-    `entries` holds what the original's blocks receive for these sequences, if that is kept.
-    """
-
-    rows: list[int]
-    input_ids: Tensor
-    attention_mask: Tensor
+    rows: list[int]  # index of each row's sequence
+    input_ids: Tensor  # [rows, tokens], without the shared prefix
+    attention_mask: Tensor  # [rows, prefix + tokens]; 0 on the padding between the two
     shared_prefix: SharedPrefix | None = None
-    trial_of_row: Tensor | None = None
+    trial_of_row: Tensor | None = None  # [rows]; None if all rows belong to one trial
     edited: EditSpec = UNEDITED
     activation_cache: ActivationCache | None = None
 
     @property
     def items(self) -> list[tuple[int, int]]:
-        """(trial, sequence) of every row."""
+        """Return (trial, sequence) of every row."""
         trials = [0] * len(self.rows) if self.trial_of_row is None else self.trial_of_row.tolist()
         return list(zip(trials, self.rows, strict=True))
 
     @property
     def position_ids(self) -> Tensor:
-        """Positions of `input_ids`, counted over each row's real tokens [rows, tokens]; padding gets one that is masked."""
+        """Positions of `input_ids` [rows, tokens], counted over each row's real tokens."""
         return (self.attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -self.input_ids.shape[1] :]
 
 
 @dataclass
 class Batcher:
-    """Cuts sequences into batches of at most `size` rows and `tokens` tokens, padding included.
+    """Splits sequences into batches of at most `size` rows and `tokens` tokens, padding included.
 
-    With `share` the tokens that all sequences begin with are run once and their cache is used for every row (see
-    `model.forward`). With `even` a batch holds sequences of one length only, for models to which padding is not nothing
-    (recurrences and convolutions that see it).
-    `size` only ever falls: memory that did not suffice once will not suffice later, and a study that goes
-    on at half the speed is worth more than one that stops.
+    `size` only ever falls: a slower study is worth more than one that stops.
     """
 
     size: int
     device: torch.device | str = "cpu"
     tokens: int = TOKENS_AT_ONCE
     pad: int = 0
-    prefix_caching: bool = False
-    equal_lengths: bool = False
+    prefix_caching: bool = False  # run the tokens that all sequences share once (see `model.forward`)
+    equal_lengths: bool = False  # one length a batch, for recurrent and convolution layers that see padding
     stop: StopSignal = field(default_factory=StopSignal)
     reporter: ProgressReporter = NULL_REPORTER
 
     def run(self, name: str, sequences: Sequence[list[int]], step: Callable[[Batch], list[Result]]) -> list[Result]:
-        """Results of `step` for every sequence under the model as it is, in the order given."""
+        """Return the results of `step` for every sequence, in their order, with the model as it is."""
         results = self.run_items(name, sequences, step)
         return [results[i] for i in range(len(sequences))]
 
@@ -111,51 +100,60 @@ class Batcher:
         entries: ActivationCache | None = None,
         items: Sequence[int] | None = None,
     ) -> dict[int, Result]:
-        """Results of `step` for every item; `step` returns one result a row.
+        """Run `step` over all items and return the result of each; `step` returns one result a row.
 
-        An item is a sequence under one of the trials that share the pass: `trial * len(sequences) + sequence`. They are all
-        run, the longest first, so that a batch that does not fit is found at once; or those of `items`, in that order.
-        Raises Interrupted between batches and OutOfMemory when a single row does not fit.
+        Args:
+            name: Of the stage on the screen.
+            sequences: Token ids of every prompt.
+            step: Runs one batch.
+            edited: How the model is edited, and how many trials share a pass.
+            entries: Cached activations of the original.
+            items: What to run, as `trial * len(sequences) + sequence`. Default: everything, the longest first, so that memory
+                runs out in the first batch if at all.
+
+        Raises:
+            Interrupted: Between batches.
+            OutOfMemory: A single row does not fit.
         """
         count = len(sequences)
         order = list(items) if items is not None else self.longest_first(sequences, edited)
-        beginning = self.shared_prefix(sequences)
+        prefix = self.shared_prefix(sequences)
         results: dict[int, Result] = {}
         with self.reporter.stage(name, len(order)) as stage:
             while order:
                 self.stop.check()
                 rows = order[: self.rows_at_once(sequences, order)]
                 try:
-                    batch = self.batch([i % count for i in rows], sequences, beginning, entries)
+                    batch = self.batch([i % count for i in rows], sequences, prefix, entries)
                     if edited != UNEDITED:
                         trials = torch.tensor([i // count for i in rows], device=self.device)
                         batch = replace(batch, trial_of_row=trials if edited.trials > 1 else None, edited=edited)
-                    found: list[Result] | None = step(batch)
+                    batch_results: list[Result] | None = step(batch)
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
-                    found = None  # the error itself holds the failed pass's tensors until this block is left
-                if found is None:
+                    batch_results = None  # outside `except`: the error holds the failed pass's tensors
+                if batch_results is None:
                     self.reduce_batch(len(rows))
                     continue
-                results.update(zip(rows, found, strict=True))
+                results.update(zip(rows, batch_results, strict=True))
                 order = order[len(rows) :]
                 stage.advance(len(rows))
         return results
 
     def longest_first(self, sequences: Sequence[list[int]], edited: EditSpec = UNEDITED) -> list[int]:
-        """All items, the longest first."""
+        """Return all items, the longest first."""
         items = range(len(sequences) * edited.trials)
         return sorted(items, key=lambda i: -len(sequences[i % len(sequences)]))
 
     def rows_at_once(self, sequences: Sequence[list[int]], items: Sequence[int]) -> int:
-        """How many of the items, taken in their order, go into one batch."""
+        """Return how many of the items, in their order, fit into one batch."""
         lengths = [len(sequences[i % len(sequences)]) for i in items[: self.size]]
         most = max(1, min(self.size, self.tokens // max(1, *lengths), len(items)))
         return next((n for n, length in enumerate(lengths[:most]) if self.equal_lengths and length != lengths[0]), most)
 
     def shared_prefix(self, sequences: Sequence[list[int]]) -> SharedPrefix | None:
-        """What all sequences begin with, if running it once is allowed and worth it."""
+        """Return the prefix of all sequences, if running it once is enabled and worth it."""
         shared = shared_tokens(sequences) if self.prefix_caching else []
         return SharedPrefix(shared) if len(shared) >= WORTH_SHARING else None
 
@@ -166,7 +164,7 @@ class Batcher:
         beginning: SharedPrefix | None = None,
         entries: ActivationCache | None = None,
     ) -> Batch:
-        """The named sequences as one batch, padded on the left of what is not shared."""
+        """Build one batch of the sequences with the indices `rows`, padded on the left after the shared prefix."""
         start = len(beginning.tokens) if beginning else 0
         length = max(len(sequences[i]) for i in rows)
         ids = [[self.pad] * (length - len(sequences[i])) + sequences[i][start:] for i in rows]
@@ -175,7 +173,7 @@ class Batcher:
         return Batch(rows, input_ids, attention_mask, beginning, activation_cache=entries)
 
     def reduce_batch(self, rows: int) -> None:
-        """So many rows did not fit into memory, and nothing refers to them any more. Raises OutOfMemory where it was one."""
+        """Halve the batch size after `rows` rows ran out of memory. Raises OutOfMemory if it was a single row."""
         free_memory()
         if rows == 1:
             raise OutOfMemory(
@@ -184,33 +182,32 @@ class Batcher:
             )
         self.size = rows // 2
         self.reporter.warning(
-            f"Out of memory with {rows} prompts at once; going on with {self.size} (batch_size = {self.size})."
+            f"Out of memory with {rows} prompts in a batch. Continuing with batch_size = {self.size}."
         )
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more, on the GPU too."""
+    """Release unreferenced memory on the CPU and on the GPU."""
     gc.collect()
-    with contextlib.suppress(
-        OSError, AttributeError
-    ):  # glibc keeps freed memory to itself; other systems have no such call
+    # glibc does not return freed memory by itself; other systems have no such call.
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def shared_tokens(sequences: Sequence[list[int]]) -> list[int]:
-    """The tokens that all sequences begin with, short of a last one that each keeps for itself."""
+    """Return the tokens that all sequences begin with; each sequence keeps at least one token of its own."""
     if len(sequences) < 2:
         return []
-    first, last = min(sequences), max(sequences)  # in lexical order, all others lie between these two
+    first, last = min(sequences), max(sequences)  # in lexical order all others are between these two
     most = min(len(s) for s in sequences) - 1
     length = next((i for i in range(most) if first[i] != last[i]), most)
     return first[:length]
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out, on a GPU or on the CPU."""
+    """Return whether an exception means that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error)

@@ -1,4 +1,4 @@
-"""Residuals: what the stream holds after every block at a prompt's last token."""
+"""Capture residuals: the residual stream after every block at a prompt's last token."""
 
 from __future__ import annotations
 
@@ -17,20 +17,17 @@ from heretic.model.loading import LanguageModel
 
 @dataclass(frozen=True)
 class ResidualMeans:
-    """Mean residual after every block [layers, width] in float64, over `count` prompts.
+    """Mean residual after every block, over `count` prompts."""
 
-    `each` are those of every prompt [prompts, layers, width] in float32 on the CPU, where they were asked for.
-    """
-
-    mean: Tensor
+    mean: Tensor  # [layers, width], float64
     count: int
-    per_prompt: Tensor | None = None
+    per_prompt: Tensor | None = None  # [prompts, layers, width], float32 on the CPU, if requested
 
     @property
     def require_per_prompt(self) -> Tensor:
-        """`each`, for whoever cannot do without."""
+        """Return `per_prompt`. Raises ValueError if it was not recorded."""
         if self.per_prompt is None:
-            raise ValueError("the residuals of every prompt were not kept")
+            raise ValueError("the residuals of single prompts were not recorded")
         return self.per_prompt
 
 
@@ -44,12 +41,16 @@ def mean_residuals(
     keep_each: bool = False,
     keep: Callable[[Batch, Tensor], None] = lambda _batch, _residuals: None,
 ) -> ResidualMeans:
-    """Mean over prompts of the residual at the last token, for every block; with `keep_each` those of every prompt too.
+    """Compute the mean residual at the last token over prompts, for every block. Sums are in float64.
 
-    Hooks take one vector a row and block; the logits are never computed. With `winsorize` < 1 the components of each vector
-    are clipped to that quantile of their magnitudes. Sums are kept in float64, one batch's residuals at a time, so that
-    memory does not grow with the number of prompts, unless each prompt's are kept: `bytes_of_each`. `keep` gets each batch with
-    its residuals [rows, layers, width].
+    Args:
+        language_model: The loaded model; its logits are not computed.
+        name: Of the stage on the screen.
+        sequences: Token ids of every prompt.
+        batcher: Runs the batches.
+        winsorize: Below 1, clip each vector's components to this quantile of their magnitudes.
+        keep_each: Return the residuals of every prompt too; they take `bytes_of_each` of RAM.
+        keep: Called with each batch and its residuals [rows, layers, width].
     """
     structure = language_model.structure
     total = torch.zeros(structure.num_layers, structure.width, dtype=torch.float64)
@@ -71,38 +72,40 @@ def mean_residuals(
 
 
 def bytes_of_each(language_model: LanguageModel, prompts: int) -> int:
-    """RAM that the residuals of so many prompts take, all layers in float32."""
+    """Return the bytes of RAM that the residuals of `prompts` prompts take, all layers in float32."""
     return 4 * prompts * language_model.structure.num_layers * language_model.structure.width
 
 
 @torch.inference_mode()
 def last_token_residuals(language_model: LanguageModel, batch: Batch) -> Tensor:
-    """Residuals after every block at the last token, float32 [rows, layers, width] on the CPU."""
+    """Return the residuals after every block at the last token, float32 [rows, layers, width] on the CPU."""
     blocks = language_model.structure.blocks
-    found: list[Tensor | None] = [None] * len(blocks)
+    residuals: list[Tensor | None] = [None] * len(blocks)
     shape = (*batch.input_ids.shape, language_model.structure.width)
 
-    def keep(layer: int) -> Callable[..., None]:
+    def record(layer: int) -> Callable[..., None]:
         def hook(_module: object, _inputs: object, output: object) -> None:
-            found[layer] = one_stream(first_tensor(output), *shape)[:, -1, :].float().cpu()
+            residuals[layer] = one_stream(first_tensor(output), *shape)[:, -1, :].float().cpu()
 
         return hook
 
-    handles = [block.register_forward_hook(keep(layer)) for layer, block in enumerate(blocks)]
+    handles = [block.register_forward_hook(record(layer)) for layer, block in enumerate(blocks)]
     try:
         hidden_states(language_model.model, batch, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    # A block that is passed over (cross-attention without an image) leaves the stream as it is.
-    first = next(r for r in found if r is not None)
-    stream = itertools.accumulate(found, lambda before, after: before if after is None else after, initial=first)
+    # A skipped block (cross-attention without an image) does not change the stream.
+    first = next(r for r in residuals if r is not None)
+    stream = itertools.accumulate(residuals, lambda before, after: before if after is None else after, initial=first)
     return torch.stack(list(stream)[1:], dim=1)
 
 
 def one_stream(hidden: Tensor, rows: int, tokens: int, width: int) -> Tensor:
-    """Hidden states [rows, tokens, width]; of several streams side by side ([rows, tokens, streams, width] in DeepSeek V4, the
-    streams first in Gemma 3n, [rows, tokens, streams x width] elsewhere) the mean, which is about what the head reads."""
+    """Return hidden states [rows, tokens, width]; of parallel streams the mean, which is about what the head reads.
+
+    DeepSeek V4 has [rows, tokens, streams, width], Gemma 3n has the streams first, others have [rows, tokens, streams x width].
+    """
     if hidden.shape[-1] != width:
         hidden = hidden.unflatten(-1, (-1, width))
     if hidden.ndim != 4:

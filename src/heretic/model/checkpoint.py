@@ -1,7 +1,6 @@
-"""A model on disk or on the hub: its config, and the names, shapes and places of its tensors, without loading weights.
+"""A model on disk or on the hub: its config, and the names, shapes and files of its tensors, without loading weights.
 
-Only safetensors and GGUF files are read. One that needs Python's pickle is refused unless that is allowed, and then read by
-PyTorch's reader that makes nothing but tensors.
+It reads safetensors and GGUF files. Pickle files need `allow_pickle`, and PyTorch's weights-only reader reads them.
 """
 
 from __future__ import annotations
@@ -36,21 +35,13 @@ if TYPE_CHECKING:
 
     from heretic.settings import Settings
 
-# Small files that decide what the model says, besides its weights.
+# Small files that affect the model's answers.
 DECISIVE = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that has been looked at but not loaded; `adapter` is a folder with a LoRA adapter to put on it, `called` a
-    name to use in place of the one that follows from the model's.
-
-    Attributes:
-        weights_name: The file that transformers is told to open: one file of weights, or an index. Empty for GGUF.
-        unused: Names of files of weights and indexes in the folder that are no part of the model; no export holds them.
-        rival: Of these the index that stands for other weights than the model's; empty without one.
-        left_over: The quantization method of a `quantization_config` that the tensors do not bear out; no export holds that entry.
-    """
+    """A checkpoint whose headers have been read, but not its weights."""
 
     model: str
     folder: Path
@@ -58,33 +49,34 @@ class Checkpoint:
     tensors: dict[str, TensorInfo] = field(repr=False)
     gguf_file: str | None = None
     commit: str | None = None
-    adapter: Path | None = None
-    called: str = ""
-    weights_name: str = ""
-    unused: tuple[str, ...] = ()
-    rival: str = ""
+    adapter: Path | None = None  # folder of a LoRA adapter to load with it
+    called: str = ""  # replaces the name derived from the model's
+    weights_name: str = ""  # the file that transformers opens: one file of weights, or an index; empty for GGUF
+    unused: tuple[str, ...] = ()  # files of weights and indexes that are not part of the model; no export holds them
+    rival: str = ""  # the one of these that indexes other weights than the model's
+    # Method of a `quantization_config` without packed tensors; no export holds that entry.
     leftover_quantization: str = ""
 
     @property
     def nbytes(self) -> int:
-        """Size of all tensors as stored, in bytes."""
+        """Bytes of all tensors as stored."""
         return sum(t.nbytes for t in self.tensors.values())
 
     @property
     def parameters(self) -> int:
-        """Number of elements of all tensors; of quantized ones those that are packed in them, without their scales."""
+        """Number of elements of all tensors; packed ones are counted unpacked, without their scales."""
         packed, bits = PACKED_BY.get(self.quantized_by or ""), packed_bits(self.config)
-        numbers = (t for name, t in self.tensors.items() if not self.quantized_by or not name.endswith(SCALES))
-        return sum(t.elements if t.dtype != packed else 8 * t.nbytes // bits for t in numbers)
+        tensors = (t for name, t in self.tensors.items() if not self.quantized_by or not name.endswith(SCALES))
+        return sum(t.elements if t.dtype != packed else 8 * t.nbytes // bits for t in tensors)
 
     @property
     def text_config(self) -> PretrainedConfig:
-        """The config of the language part (the config itself unless the model also sees or hears)."""
+        """The config of the language model (the config itself unless the model is multimodal)."""
         return self.config.get_text_config(decoder=True)
 
     @property
     def short_name(self) -> str:
-        """Last part of the model's name, usable in a file name."""
+        """Last part of the model's name, safe in a file name."""
         name = self.called or (
             Path(self.gguf_file).stem
             if self.gguf_file
@@ -96,16 +88,16 @@ class Checkpoint:
 
     @property
     def is_local(self) -> bool:
-        """Whether the user named a folder or file rather than a model on the hub."""
+        """Whether the model is a local folder or file, not one on the hub."""
         return self.commit is None
 
     def shards(self) -> list[Path]:
-        """The safetensors files, in order of their names."""
+        """Return the files of weights, sorted by name."""
         return sorted({t.file for t in self.tensors.values() if t.file is not None})
 
     @property
     def largest_file(self) -> int:
-        """Bytes of the largest of the shards that are here."""
+        """Bytes of the largest local shard."""
         return max((file.stat().st_size for file in self.shards() if file.is_file()), default=0)
 
     @property
@@ -115,29 +107,28 @@ class Checkpoint:
 
     @property
     def quantized_by(self) -> str | None:
-        """The method by which the checkpoint's own tensors are quantized ("fp8", "bitsandbytes", ...); None where they are not."""
+        """The quantization method of the checkpoint's tensors ("fp8", "bitsandbytes", ...); None if not quantized."""
         return None if self.gguf_file else quantization_method(self.config)
 
     @property
     def is_dequantized(self) -> str | None:
-        """What the weights are unpacked from while they are loaded, in words; None where they are stored as they are computed with,
-        or stay packed."""
+        """The format that loading dequantizes the weights from ("GGUF", "FP8", ...); None if it does not."""
         return "GGUF" if self.gguf_file else OPENED.get(self.quantized_by or "")
 
     @property
     def own_code(self) -> bool:
-        """Whether its config class is of its own Python code: it exists only where the user has trusted that."""
+        """Whether its config class comes from its own Python code, which the user has trusted."""
         return type(self.config).__module__.startswith("transformers_modules")
 
     def config_text(self) -> str | None:
-        """config.json as an export holds it, without the entry that the tensors do not bear out; None where it stays as it is."""
+        """Return config.json without a leftover `quantization_config`, as an export holds it; None if unchanged."""
         if not self.leftover_quantization:
             return None
         raw = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         return json.dumps(_without(raw, "quantization_config"), indent=2, ensure_ascii=False) + "\n"
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor from its file, as stored."""
+        """Read one tensor from its file, as stored."""
         from safetensors import safe_open
 
         file = self.tensors[name].file
@@ -147,7 +138,7 @@ class Checkpoint:
             return opened.get_tensor(name)
 
     def slice_of(self, name: str) -> Any:
-        """One tensor to be indexed: of a safetensors file only what is asked for is read."""
+        """Open one tensor for slicing; of a safetensors file only the slices are read."""
         from safetensors import safe_open
 
         file = self.tensors[name].file
@@ -157,7 +148,7 @@ class Checkpoint:
             return opened.get_slice(name)
 
     def identity(self) -> str:
-        """A hash that changes when the weights or the config do: headers, sizes and samples of every file, not every byte."""
+        """Return a hash of config, headers, sizes and samples of every file; it does not cover every byte."""
         digest = hashlib.sha256()
         files = [self.folder / self.gguf_file] if self.gguf_file else self.shards()
         for path in files:
@@ -172,7 +163,7 @@ class Checkpoint:
 
 
 def _without(config: dict[str, Any], key: str) -> dict[str, Any]:
-    """A config and those within it without an entry."""
+    """A config and its nested configs without one entry."""
     return {k: _without(v, key) if isinstance(v, dict) else v for k, v in config.items() if k != key}
 
 
@@ -187,7 +178,7 @@ def _sample(path: Path, digest: Any, block: int = 1 << 16, blocks: int = 64) -> 
 
 
 def require_name(model: str) -> None:
-    """Raise UserError where no model is named."""
+    """Raise UserError if no model is named."""
     if not model:
         raise UserError("No model was named.", code="no-model", fix='heretic MODEL, or model = "..." in config.toml')
 
@@ -200,10 +191,17 @@ def open_checkpoint(
     allow_pickle: bool = False,
     download_weights: bool = True,
 ) -> Checkpoint:
-    """Find a model and read its config and tensor headers.
+    """Find a model and read its config and tensor headers. A local folder or .gguf file wins over a hub id of the same name.
 
-    A local folder or .gguf file wins over a hub id of the same name. With `download_weights` a hub model is brought to the
-    local cache in full; without, only its small files and the headers of its weights are fetched. Raises UserError.
+    Args:
+        model: A folder, a .gguf file, or owner/name on the hub.
+        revision: Of the hub repository.
+        trust_remote_code: Models whose own Python code may run.
+        allow_pickle: Whether pickle files may be read.
+        download_weights: Whether to download a hub model in full; else only its small files and tensor headers.
+
+    Raises:
+        UserError: The model is missing, damaged, or not allowed.
     """
     require_name(model)
     path = expand_user(model)
@@ -221,7 +219,7 @@ def open_checkpoint(
         )
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UserError(
-            f"There is no model folder {model}.",
+            f"Model folder {model} does not exist.",
             code="no-model-folder",
             fix="check the path, or name a hub model as owner/name",
         )
@@ -233,13 +231,13 @@ def open_checkpoint(
     else:
         tensors = fetch_headers(model, folder, raw, allow_pickle)
         if tensors is not None:
-            config, left_over = _checked_config(model, folder, raw, tensors, trusted)
-            return Checkpoint(model, folder, config, tensors, commit=folder.name, leftover_quantization=left_over)
+            config, leftover = _checked_config(model, folder, raw, tensors, trusted)
+            return Checkpoint(model, folder, config, tensors, commit=folder.name, leftover_quantization=leftover)
     return _open_folder(model, folder, raw, trusted, allow_pickle, commit=folder.name)
 
 
 def open_model(settings: Settings, *, download_weights: bool = True) -> Checkpoint:
-    """As `open_checkpoint`, for the model that the settings name."""
+    """Open the checkpoint that the settings name; see `open_checkpoint`."""
     return open_checkpoint(
         settings.model,
         settings.revision,
@@ -256,7 +254,7 @@ def _open_folder(
     tensors = read_headers(weights.files)
     if weights.name.endswith(".index.json"):
         check_index(folder / weights.name, tensors)
-    config, left_over = _checked_config(model, folder, raw, tensors, trusted)
+    config, leftover = _checked_config(model, folder, raw, tensors, trusted)
     return Checkpoint(
         model,
         folder,
@@ -266,7 +264,7 @@ def _open_folder(
         weights_name=weights.name,
         unused=weights.unused,
         rival=weights.rival,
-        leftover_quantization=left_over,
+        leftover_quantization=leftover,
     )
 
 
@@ -283,12 +281,12 @@ def _open_gguf(model: str, path: Path) -> Checkpoint:
     from transformers import AutoConfig
 
     if not path.is_file():
-        raise UserError(f"There is no file {path}.", code="no-gguf-file", fix="check the path of the GGUF file")
+        raise UserError(f"File {path} does not exist.", code="no-gguf-file", fix="check the path of the GGUF file")
     try:
         from gguf import GGUFReader
 
         reader = GGUFReader(path)
-        # Sizes as they are after loading: dequantized to 2 bytes.
+        # Sizes after loading: dequantized to 2 bytes.
         tensors = {
             t.name: TensorInfo(t.name, tuple(int(n) for n in reversed(t.shape.tolist())), "BF16", None)
             for t in reader.tensors
@@ -296,11 +294,11 @@ def _open_gguf(model: str, path: Path) -> Checkpoint:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except MemoryError:
         raise
-    except Exception as error:  # the readers of both packages believe the file, and raise what follows from it
+    except Exception as error:  # both packages trust the file's content, so any error may follow
         raise UserError(
             f"The GGUF file cannot be read: {first_line(error)[:200]}",
             code="damaged-gguf",
             where=str(path),
-            fix="download the file again, or take the model as safetensors",
+            fix="download the file again, or use the model as safetensors",
         ) from None
     return Checkpoint(model, path.parent, config, tensors, gguf_file=path.name)

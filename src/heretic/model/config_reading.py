@@ -1,4 +1,4 @@
-"""A model's config.json: read, checked against the tensors, and opened by transformers, with one error for whatever it refuses."""
+"""Read a model's config.json, check it against the tensors, and open it with transformers."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ OTHER_SIZES = (
     "mamba_d_state", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
     "num_labels",
 )  # fmt: skip
-LARGEST_FOR_SMALL = 1 << 16  # a size that a config may always have, whatever the tensors' sizes
+LARGEST_FOR_SMALL = 1 << 16  # a size that is always allowed, whatever the tensors' sizes
 PACKING = 16  # numbers in one element of a packed tensor, at most twice over
-MOST_ENTRIES = 300  # that are left out in turn to find the one that is refused
+MOST_ENTRIES = 300  # left out in turn to find the one that transformers rejects
 DEEPEST = 4  # configs within configs
 ATTENTION = (None, "eager", "sdpa")  # in PyTorch itself; the others need a package or kernels from the hub
 EXPERTS = (None, "eager")
@@ -36,13 +36,12 @@ OTHER_FILES = ("generation_config.json", "tokenizer_config.json", "special_token
 
 
 def read_small_files(folder: Path) -> dict[str, Any]:
-    """What config.json holds, after a look at the other JSON files beside the weights. Raises UserError."""
+    """Read config.json, and check that the other JSON files are readable. Raises UserError."""
     file = folder / "config.json"
     if not file.exists() and not file.is_symlink():
         adapter = (folder / "adapter_config.json").exists()
         raise UserError(
-            f"{folder} has no config.json, so it is no model folder"
-            + (": it holds an adapter only." if adapter else "."),
+            f"{folder} is not a model folder: it has no config.json" + (", only an adapter." if adapter else "."),
             code="adapter-only" if adapter else "no-config",
             where=str(folder),
             fix="name the model that the adapter was made for, or merge the adapter into it (peft: merge_and_unload)"
@@ -56,7 +55,7 @@ def read_small_files(folder: Path) -> dict[str, Any]:
 
 
 def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], file: Path) -> None:
-    """Refuse sizes that the tensors cannot have, before transformers makes lists or modules of them. Raises UserError."""
+    """Raise UserError for sizes that contradict the tensors, before transformers allocates lists or modules."""
     widest = max((d for t in tensors.values() for d in t.shape), default=0)
     packed = any(t.is_packed for t in tensors.values())
     most = max(LARGEST_FOR_SMALL, widest * (PACKING if packed else 4))
@@ -75,12 +74,12 @@ def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], fi
             f"{path} is {_number(value)} and {what}.",
             code="config-size-mismatch",
             where=f"{file}: {path}",
-            fix="take config.json from the repository that the weights are from",
+            fix="use config.json from the repository of the weights",
         )
 
 
 def _sizes(config: Mapping[str, Any], path: str = "", depth: int = 0) -> Iterator[tuple[str, str, float]]:
-    """Path, key and value of every number in a config and those within it; the numbers of a list one by one."""
+    """Path, key and value of every number in a config, its nested configs and lists."""
     for key, value in config.items():
         here = f"{path}{plain_line(str(key))[:60]}"
         if isinstance(value, Mapping) and depth < DEEPEST:
@@ -95,7 +94,7 @@ def _number(value: float) -> str:
 
 
 def open_config(folder: Path, raw: Mapping[str, Any], model: str, trusted: bool) -> PretrainedConfig:
-    """The config as transformers reads it, without what a training tool left in it for its own machine. Raises UserError."""
+    """Open the config with transformers, without machine-specific leftovers of a training tool. Raises UserError."""
     from transformers import AutoConfig
 
     file = folder / "config.json"
@@ -104,8 +103,8 @@ def open_config(folder: Path, raw: Mapping[str, Any], model: str, trusted: bool)
         config.get_text_config(decoder=True)
     except MemoryError:
         raise
-    except Exception as error:  # each config class has its own checks, which raise anything
-        raise _refused(error, raw, file, model) from None
+    except Exception as error:  # config classes have their own checks, which raise any type
+        raise _config_error(error, raw, file, model) from None
     check_decoder(config, file, trusted)
     for part in (config, config.get_text_config(decoder=True)):
         _forget_implementations(part)
@@ -113,15 +112,15 @@ def open_config(folder: Path, raw: Mapping[str, Any], model: str, trusted: bool)
     return config
 
 
-def _refused(error: Exception, raw: Mapping[str, Any], file: Path, model: str) -> UserError:
-    """What transformers says of a config, with the entries that it names."""
+def _config_error(error: Exception, raw: Mapping[str, Any], file: Path, model: str) -> UserError:
+    """The error for a config that transformers rejects, with the entries that it names."""
     text = str(error)
     if "trust_remote_code" in text:
         return UserError(
-            f"{model} can only be loaded by running Python code that came with it.",
+            f"{model} needs its own Python code to load.",
             code="needs-remote-code",
             where=str(file),
-            fix=f'read that code, then: trust_remote_code = ["{model}"]',
+            fix=f'review that code, then set trust_remote_code = ["{model}"]',
         )
     kind = raw.get("model_type")
     if isinstance(kind, str) and "does not recognize this architecture" in text:
@@ -144,19 +143,19 @@ def _refused(error: Exception, raw: Mapping[str, Any], file: Path, model: str) -
         f"The model's config cannot be read: {reason}",
         code="invalid-config",
         where=f"{file}: {values}" if values else str(file),
-        fix="correct the entry, or take config.json from the repository that the weights are from",
+        fix="correct the entry, or use config.json from the repository of the weights",
     )
 
 
 def _culprits(raw: Mapping[str, Any]) -> list[str]:
-    """The entry without which transformers reads a config that it refuses without naming one."""
+    """The entry whose removal makes transformers accept a config, if its error names none."""
     from transformers import CONFIG_MAPPING
 
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return []
     for key in list(raw)[:MOST_ENTRIES]:
-        with contextlib.suppress(Exception):  # as any of the others does not help
+        with contextlib.suppress(Exception):  # this entry is not the cause
             CONFIG_MAPPING[kind].from_dict({k: v for k, v in raw.items() if k != key})
             return [key]
     return []
@@ -168,7 +167,7 @@ def _short(value: Any) -> str:
 
 
 def auto_class(config: Any, trusted: bool) -> Any:
-    """The class of transformers that makes a language model for a config, AutoModelForCausalLM if it can; None if none does."""
+    """Return the auto class of transformers that loads the config's language model; None if there is none."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     own = _own_classes(config, trusted)
@@ -179,7 +178,7 @@ def auto_class(config: Any, trusted: bool) -> Any:
 
 
 def _own_classes(config: Any, trusted: bool) -> dict[str, str]:
-    """Names of the classes of a model's own code by those of transformers' automatic classes, if that code is trusted."""
+    """Names of the model's own classes by transformers' auto class, if its code is trusted."""
     table = getattr(config, "auto_map", None) if trusted else None
     if not isinstance(table, dict):
         return {}
@@ -187,15 +186,14 @@ def _own_classes(config: Any, trusted: bool) -> dict[str, str]:
 
 
 def check_decoder(config: Any, file: Path, trusted: bool) -> None:
-    """Refuse what is not a decoder-only language model, before gigabytes are loaded: what transformers, or the model's own code,
-    has no causal language model for, and what says that it is another kind of model. Raises UserError."""
+    """Raise UserError unless the config is that of a decoder-only language model, before gigabytes are loaded."""
     names = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(
-            f"architectures is {_short(names)}, and should be a list of names.",
+            f"architectures must be a list of names, not {_short(names)}.",
             code="invalid-config",
             where=f"{file}: architectures",
-            fix="take config.json from the repository that the weights are from",
+            fix="use config.json from the repository of the weights",
         )
     own = _own_classes(config, trusted).get("AutoModelForCausalLM")
     other = bool(names) and all(name != own and _is_another_kind(name) for name in names)
@@ -204,12 +202,12 @@ def check_decoder(config: Any, file: Path, trusted: bool) -> None:
             f"{plain_line(names[0])[:100] if names else config.model_type} is not a decoder-only language model.",
             code="not-a-causal-model",
             where=f"{file}: architectures",
-            fix="name a chat model for which transformers, or its own code, has a causal language model",
+            fix="name a chat model that has a causal language model class in transformers or in its own code",
         )
 
 
 def _is_another_kind(name: str) -> bool:
-    """Whether transformers knows a class of this name that is no causal language model."""
+    """Whether transformers has a class of this name that is not a causal language model."""
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -217,14 +215,17 @@ def _is_another_kind(name: str) -> bool:
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
-    known = {
-        one for table in tables for value in table.values() for one in ([value] if isinstance(value, str) else value)
+    causal = {
+        class_name
+        for table in tables
+        for value in table.values()
+        for class_name in ([value] if isinstance(value, str) else value)
     }
-    return name not in known and name in dir(transformers)
+    return name not in causal and name in dir(transformers)
 
 
 def _forget_implementations(config: Any) -> None:
-    """Let transformers choose kernels: those that a config names belong to the machine that it was saved on."""
+    """Let transformers choose kernels: a config names those of the machine that saved it."""
     if not _one_of(getattr(config, "_attn_implementation", None), ATTENTION):
         config._attn_implementation = None
     if not _one_of(getattr(config, "_experts_implementation", None), EXPERTS):
@@ -232,7 +233,7 @@ def _forget_implementations(config: Any) -> None:
 
 
 def _forget_padding(config: Any) -> None:
-    """Drop a padding id without a row in the embedding, which PyTorch refuses to build: padding is masked, so any id will do."""
+    """Drop a padding id outside the embedding, which PyTorch rejects. Padding is masked, so any id works."""
     pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
     if isinstance(pad, int) and isinstance(rows, int) and not 0 <= pad < rows:
         config.pad_token_id = None
@@ -243,24 +244,24 @@ def _one_of(value: Any, allowed: tuple[str | None, ...]) -> bool:
 
 
 def forget_left_over_quantization(config: Any, tensors: Mapping[str, TensorInfo], file: Path) -> str:
-    """Believe the tensors about quantization: take out of `config` an entry for which no packed tensor is there.
+    """Remove a `quantization_config` from `config` if no tensor is packed.
 
     Returns:
-        The method that the entry names; empty where nothing is taken out.
+        The method of the removed entry; empty if nothing was removed.
 
     Raises:
-        UserError: Packed tensors without an entry; transformers would take the packed numbers for weights.
+        UserError: Tensors are packed without an entry; transformers would use the packed numbers as weights.
     """
     method = quantization_method(config)
     packed = sorted(t.name for t in tensors.values() if t.is_packed)
     if method is None:
-        lost = [n for n in packed if n.endswith(".weight") and tensors[n].dtype not in ("U8", "BOOL")]
-        if lost:
+        undeclared = [n for n in packed if n.endswith(".weight") and tensors[n].dtype not in ("U8", "BOOL")]
+        if undeclared:
             raise UserError(
-                f"{plain_line(lost[0])[:100]} is quantized ({tensors[lost[0]].dtype}), and config.json has no quantization_config.",
+                f"config.json has no quantization_config, but {plain_line(undeclared[0])[:100]} is {tensors[undeclared[0]].dtype}.",
                 code="no-quantization-config",
                 where=str(file),
-                fix="take config.json from the repository that the weights are from",
+                fix="use config.json from the repository of the weights",
             )
         return ""
     if packed or not tensors:

@@ -1,4 +1,4 @@
-"""Greedy decoding in which a row leaves the batch as soon as it has ended, and texts that are likely are tried first."""
+"""Greedy decoding with drafts verified in one pass (speculative decoding) and finished rows removed from the batch."""
 
 from __future__ import annotations
 
@@ -22,46 +22,40 @@ from heretic.model.forward import (
     supported_arguments,
 )
 
-# Cache rows are copied when rows leave; worth it once a quarter of them has.
+# Removing rows copies the cache; worth it once a quarter has ended.
 COMPACT_BELOW = 0.75
-# Tokens between two looks at what has been decoded: a look makes a GPU wait for the host, and costs nothing elsewhere.
+# Tokens between two host synchronizations, by device type: they stall a GPU, and cost nothing on the CPU.
 SYNC_INTERVAL = {"cpu": 1}
-OTHERWISE = 4
+DEFAULT_SYNC_INTERVAL = 4
 
-Ended = Callable[[int, list[int]], bool]  # (row of the batch, its tokens so far): nothing more is wanted of it
+Ended = Callable[[int, list[int]], bool]  # (row of the batch, its tokens so far) -> whether to end it
 
 
 @dataclass
 class DecodingState:
-    """Answers under way: `tokens` by row of the batch, which rows are still open, and what going on with them needs.
+    """Unfinished answers of a batch, and the model state to continue them."""
 
-    `likely` are the probabilities of the tokens that were tried, by row, and `matching` whether each of them was the most
-    probable one. Cache row i belongs to batch row
-    `alive[i]`, `mask` [alive, slots] marks the slots of the cache that count, `positions` [alive, 1] are those of the
-    tokens that come next. Without a cache that can be used, `cache` is None.
-    """
-
-    tokens: list[list[int]]
-    open_rows: set[int]
-    likely: list[list[float]]
-    matching: list[bool]
-    cache_rows: list[int]
-    mask: Tensor
-    positions: Tensor
-    cache: Any
-    trials: Tensor | None
+    tokens: list[list[int]]  # by row of the batch
+    open_rows: set[int]  # rows that have not ended
+    likely: list[list[float]]  # by row: probability of each draft token
+    matching: list[bool]  # by row: whether every draft token was the most probable one
+    cache_rows: list[int]  # batch row of each cache row
+    mask: Tensor  # [cache rows, slots]; 1 on the cache slots to attend to
+    positions: Tensor  # [cache rows, 1] of the next tokens
+    cache: Any  # None if the model's cache cannot be used
+    trials: Tensor | None  # [cache rows]
 
 
 @dataclass(frozen=True)
 class StopCriteria:
-    """When an answer ends: after `max_tokens`, at one of `end_tokens` (which is not part of it), or when `ended` says so."""
+    """When an answer ends: after `max_tokens`, before one of `end_tokens`, or when `ended` returns true."""
 
     max_tokens: int
     end_tokens: set[int]
     ended: Ended | None = None
 
     def append_tokens(self, answers: DecodingState, row: int, token: int) -> None:
-        """One more token for a row that is open."""
+        """Append a token to an open row, and close the row if it ends."""
         if token in self.end_tokens:
             answers.open_rows.discard(row)
             return
@@ -72,19 +66,26 @@ class StopCriteria:
 
 @torch.inference_mode()
 def verify_draft(model: Any, batch: Batch, tried: Sequence[Sequence[int]], limits: StopCriteria) -> DecodingState:
-    """Begin an answer for every row of a batch whose sequences end with the tokens to be tried (none: `[]`).
+    """Verify a draft answer for every row in one pass, and start decoding after it.
 
-    One pass gives the most probable token after the prompt and after every tried token. As long as the two agree, the tried
-    text is the greedy answer; where they part, the answer goes on with the most probable token. So the tokens are those
-    that decoding one by one gives, and nothing is guessed.
+    The pass gives the most probable token after the prompt and after every draft token. The answer follows the draft up to the
+    first token that differs, so its tokens are those of plain greedy decoding.
+
+    Args:
+        model: The model.
+        batch: Its sequences end with the draft tokens.
+        tried: Draft tokens by row; `[]` for none.
+        limits: When an answer ends.
     """
+    # 1. Compute the most probable token, and the draft token's probability, after the prompt and each draft token but the last.
     hidden, cache = hidden_states(model, batch, use_cache=True)
     length = hidden.shape[1]
-    # All places whose next token matters: the prompt's last, and each tried token but the last.
-    places = [(row, i) for row, text in enumerate(tried) for i in range(max(1, len(text)))]
-    picked = torch.tensor([(row, length - len(tried[row]) - 1 + i) for row, i in places], device=hidden.device)
-    wanted = torch.tensor([tried[row][i] if tried[row] else 0 for row, i in places], device=hidden.device)
-    best, chance = _most_probable(model, hidden[picked[:, 0], picked[:, 1]], wanted)
+    draft_positions = [(row, i) for row, text in enumerate(tried) for i in range(max(1, len(text)))]
+    picked = torch.tensor([(row, length - len(tried[row]) - 1 + i) for row, i in draft_positions], device=hidden.device)
+    draft_tokens = torch.tensor(
+        [tried[row][i] if tried[row] else 0 for row, i in draft_positions], device=hidden.device
+    )
+    best, probabilities = _most_probable(model, hidden[picked[:, 0], picked[:, 1]], draft_tokens)
     rows = range(len(batch.rows))
     answers = DecodingState(
         tokens=[[] for _ in rows],
@@ -93,57 +94,60 @@ def verify_draft(model: Any, batch: Batch, tried: Sequence[Sequence[int]], limit
         matching=[bool(text) for text in tried],
         cache_rows=list(rows),
         mask=batch.attention_mask.clone(),
-        positions=batch.position_ids[:, -1:].clone(),  # of the last token, until they are put right below
+        positions=batch.position_ids[:, -1:].clone(),  # of the last token; corrected in step 4
         cache=cache,
         trials=batch.trial_of_row,
     )
-    parted: set[int] = set()
-    for (row, i), token, p in zip(places, best, chance, strict=True):
+    # 2. Accept draft tokens up to the first that differs.
+    diverged: set[int] = set()
+    for (row, i), token, probability in zip(draft_positions, best, probabilities, strict=True):
         if tried[row]:
-            answers.likely[row].append(p)
+            answers.likely[row].append(probability)
             answers.matching[row] &= token == tried[row][i]
-        if row in answers.open_rows and row not in parted:
+        if row in answers.open_rows and row not in diverged:
             limits.append_tokens(answers, row, token)
             if not tried[row] or token != tried[row][i]:
-                parted.add(row)
-    whole = [
-        row for row in answers.open_rows if row not in parted
-    ]  # all tried tokens were right, and the answer goes on
+                diverged.add(row)
+    # 3. Add the next token to answers that contain their whole draft.
+    whole = [row for row in answers.open_rows if row not in diverged]
     if whole:
         best, _ = _most_probable(
             model, hidden[whole, -1], torch.zeros(len(whole), dtype=torch.long, device=hidden.device)
         )
         for row, token in zip(whole, best, strict=True):
             limits.append_tokens(answers, row, token)
+    # 4. Mask the cache slots of rejected draft tokens.
     for row, text in enumerate(tried):
-        agreed = max(0, len(answers.tokens[row]) - 1)  # the last token is not in the cache yet
-        if agreed < len(text):
-            answers.mask[row, answers.mask.shape[1] - len(text) + agreed :] = 0
-        answers.positions[row] += agreed - len(text) + 1
+        accepted = max(0, len(answers.tokens[row]) - 1)  # the last token is not in the cache yet
+        if accepted < len(text):
+            answers.mask[row, answers.mask.shape[1] - len(text) + accepted :] = 0
+        answers.positions[row] += accepted - len(text) + 1
     if not rows_selectable(cache) and any(tried):
-        answers.cache = None  # states that have seen a wrong token cannot forget it
+        answers.cache = None  # recurrent states cannot drop a rejected token
     return answers
 
 
 def _most_probable(model: Any, hidden: Tensor, wanted: Tensor) -> tuple[list[int], list[float]]:
-    """For hidden states [rows, width]: the most probable next token, and the probability of the wanted one [rows]."""
-    best, chance = [], []
+    """Most probable next token, and probability of the wanted one, for hidden states [rows, width]."""
+    best, probabilities = [], []
     for rows, log_probs in log_probs_of(model, hidden):
         best.append(log_probs.argmax(dim=-1))
-        chance.append(log_probs.gather(1, wanted[rows, None]).exp()[:, 0].nan_to_num(0.0))  # of a destroyed model: none
-    return torch.cat(best).tolist(), torch.cat(chance).tolist()
+        probabilities.append(
+            log_probs.gather(1, wanted[rows, None]).exp()[:, 0].nan_to_num(0.0)
+        )  # NaN: a destroyed model
+    return torch.cat(best).tolist(), torch.cat(probabilities).tolist()
 
 
 @torch.inference_mode()
 def continue_decoding(model: Any, answers: DecodingState, limits: StopCriteria) -> None:
-    """Decode until every row has ended; `answers.tokens` are then complete."""
-    between = SYNC_INTERVAL.get(answers.mask.device.type, OTHERWISE)
+    """Decode until every row has ended; completes `answers.tokens`."""
+    interval = SYNC_INTERVAL.get(answers.mask.device.type, DEFAULT_SYNC_INTERVAL)
     tokens = torch.tensor([answers.tokens[row][-1:] or [0] for row in answers.cache_rows], device=answers.mask.device)
     while answers.open_rows:
         if len(answers.open_rows) <= COMPACT_BELOW * len(answers.cache_rows) and rows_selectable(answers.cache):
-            tokens = tokens[_keep_rows(answers).to(tokens.device)]
-        found = []
-        for _ in range(min(between, limits.max_tokens - min(len(answers.tokens[row]) for row in answers.open_rows))):
+            tokens = tokens[_select_open_rows(answers).to(tokens.device)]
+        steps = []
+        for _ in range(min(interval, limits.max_tokens - min(len(answers.tokens[row]) for row in answers.open_rows))):
             answers.mask = torch.cat([answers.mask, answers.mask.new_ones(len(answers.mask), 1)], dim=1)
             with rows_of_trials(answers.trials):
                 output = forward_supported(
@@ -158,22 +162,22 @@ def continue_decoding(model: Any, answers: DecodingState, limits: StopCriteria) 
             answers.cache = output.past_key_values
             answers.positions = answers.positions + 1
             tokens = output.logits[:, -1, :].argmax(dim=-1, keepdim=True)
-            found.append(tokens)
-        for row, following in zip(answers.cache_rows, torch.cat(found, dim=1).tolist(), strict=True):
+            steps.append(tokens)
+        for row, following in zip(answers.cache_rows, torch.cat(steps, dim=1).tolist(), strict=True):
             for token in following:
                 if row in answers.open_rows:
                     limits.append_tokens(answers, row, token)
 
 
-def _keep_rows(answers: DecodingState) -> Tensor:
-    """Take the rows that have ended out of the cache; returns the places of the others."""
-    # On the CPU: the layers of a model that is spread over devices have their keys on as many devices.
+def _select_open_rows(answers: DecodingState) -> Tensor:
+    """Remove ended rows from the cache; returns the cache indices of the others."""
+    # On the CPU: the layers of a split model have their keys on several devices.
     keep = torch.tensor([i for i, row in enumerate(answers.cache_rows) if row in answers.open_rows])
     answers.cache.batch_select_indices(keep)
-    there = keep.to(answers.mask.device)
-    answers.mask, answers.positions = answers.mask[there], answers.positions[there]
+    on_device = keep.to(answers.mask.device)
+    answers.mask, answers.positions = answers.mask[on_device], answers.positions[on_device]
     if answers.trials is not None:
-        answers.trials = answers.trials[there]
+        answers.trials = answers.trials[on_device]
     answers.cache_rows = [answers.cache_rows[i] for i in keep.tolist()]
     return keep
 
@@ -181,29 +185,29 @@ def _keep_rows(answers: DecodingState) -> Tensor:
 def decode(
     model: Any, batch: Batch, max_tokens: int, end_tokens: set[int], ended: Ended | None = None
 ) -> list[list[int]]:
-    """The most probable continuation of every row, at most `max_tokens` tokens, without the end token.
+    """Decode every row greedily: at most `max_tokens` tokens, without the end token.
 
-    A row ends at an end token or as soon as `ended(row, tokens so far)` is true. Plain argmax: penalties that a model's
-    generation config may ask for are not applied, so that the outcome depends on the model alone.
+    A row ends at an end token or when `ended(row, tokens so far)` is true. The penalties of the model's generation config are not
+    applied, so the result depends on the weights alone.
     """
     if not has_cache(model):
         return _generate(model, batch, max_tokens, end_tokens)
     limits = StopCriteria(max_tokens, end_tokens, ended)
     answers = verify_draft(model, batch, [[]] * len(batch.rows), limits)
-    if answers.cache is None:  # kept within the layers (RecurrentGemma)
+    if answers.cache is None:  # the layers hold it (RecurrentGemma)
         return _generate(model, batch, max_tokens, end_tokens)
     continue_decoding(model, answers, limits)
     return answers.tokens
 
 
 def has_cache(model: Any) -> bool:
-    """Whether the model can be given a cache; others are decoded by transformers' generate, without ending rows early."""
+    """Return whether the model accepts a cache; transformers' generate decodes others, without ending rows early."""
     return "past_key_values" in supported_arguments(model.__class__)
 
 
 @torch.inference_mode()
 def decoded_by_generate(model: Any, device: torch.device | str) -> bool:
-    """Whether answers are left to transformers' generate, told by a pass over one token."""
+    """Return whether transformers' generate has to decode answers, by a pass over one token."""
     if not has_cache(model):
         return True
     token = torch.ones(1, 1, dtype=torch.long, device=device)
@@ -212,7 +216,7 @@ def decoded_by_generate(model: Any, device: torch.device | str) -> bool:
 
 @torch.inference_mode()
 def _generate(model: Any, batch: Batch, max_tokens: int, end_tokens: set[int]) -> list[list[int]]:
-    """For models with another kind of memory than a key-value cache."""
+    """Decode a model that has no key-value cache."""
     ends = sorted(end_tokens)
     config = GenerationConfig(
         max_new_tokens=max_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0] if ends else 0
@@ -226,7 +230,7 @@ def _generate(model: Any, batch: Batch, max_tokens: int, end_tokens: set[int]) -
         if is_device_error(error):
             raise
         raise UserError(
-            f"Transformers cannot generate with {type(model).__name__}: {first_line(error)}",
+            f"transformers cannot generate with {type(model).__name__}: {first_line(error)}",
             code="architecture-not-supported",
             fix="see docs/architectures.md for the architectures that work",
         ) from error

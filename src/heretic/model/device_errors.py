@@ -1,4 +1,4 @@
-"""Errors that come from a device or from where tensors are, not from what a model can do."""
+"""Recognize errors of devices and of device placement, as opposed to unsupported architectures."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 from heretic.errors import UserError, first_line
 from heretic.model.batching import out_of_memory
 
-# PyTorch raises plain RuntimeErrors for these (aten/src/ATen/TensorIterator.cpp, c10/cuda/CUDAException.h), and Triton raises
-# ValueErrors, so their texts decide.
+# PyTorch raises plain RuntimeErrors for these (aten/src/ATen/TensorIterator.cpp, c10/cuda/CUDAException.h), Triton ValueErrors:
+# only their texts tell.
 _MISMATCH = re.compile(
     r"same device|expected device|different devices|\bis on (cpu|gpu|cuda)|torch\.cuda\.\w*Tensor|cannot be accessed from Triton",
     re.IGNORECASE,
@@ -21,9 +21,9 @@ _FAILURE = re.compile(
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Whether an exception means memory that ran out, tensors on different devices, or a device that failed.
+    """Return whether an exception means out of memory, tensors on different devices, or a device failure.
 
-    Code that takes other exceptions for "this architecture cannot do it" lets these pass.
+    Code that treats other exceptions as "architecture not supported" re-raises these.
     """
     if out_of_memory(error):
         return True
@@ -32,7 +32,7 @@ def is_device_error(error: BaseException) -> bool:
 
 
 def device_error(error: BaseException) -> UserError:
-    """What to tell the user about a device error, other than memory that ran out, while a model is loaded and first run."""
+    """Return the UserError for a device error, other than out of memory, while a model is loaded and first run."""
     if _FAILURE.search(str(error)):
         return UserError(
             f"A device failed: {first_line(error)}",

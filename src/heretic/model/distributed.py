@@ -1,4 +1,4 @@
-"""The processes that torchrun starts: which one this is, and values that all take from the first."""
+"""The processes of torchrun: their ranks, and values broadcast from rank 0."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """This process's number among those that torchrun started; 0 leads."""
+    """Return this process's rank under torchrun; 0 without torchrun."""
     return int(os.environ["RANK"]) if _started_by_torchrun() else 0
 
 
 def size() -> int:
-    """How many processes share a model."""
+    """Return the number of processes that share a model."""
     return int(os.environ["WORLD_SIZE"]) if _started_by_torchrun() else 1
 
 
@@ -24,11 +24,11 @@ def _started_by_torchrun() -> bool:
 
 
 def broadcast_from_rank0(ask: Callable[[], T]) -> T:
-    """What the leader finds, for all: the others do not ask. Without tensor parallelism it is simply asked."""
+    """Return `ask()` of rank 0 in all processes; the others do not call it."""
     import torch.distributed as dist
 
     if size() == 1:
         return ask()
-    said: list[Any] = [ask() if rank() == 0 else None]
-    dist.broadcast_object_list(said, src=0)
-    return said[0]
+    values: list[Any] = [ask() if rank() == 0 else None]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -1,4 +1,4 @@
-"""A weight, or a function that makes it: one that is dequantized or read from a file exists only while it is used."""
+"""A tensor, or a function that creates it (dequantized or read from a file) only while it is used."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ LazyTensor = Tensor | Callable[[], Tensor]
 
 
 def materialize(matrix: LazyTensor) -> Tensor:
-    """The weight itself."""
+    """Return the tensor, created if needed."""
     return matrix if isinstance(matrix, Tensor) else matrix()

@@ -1,4 +1,4 @@
-"""Loading a model with its tokenizer, in the first number format that gives finite logits."""
+"""Load a model and its tokenizer, in the first dtype that gives finite logits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from heretic.model.tensor_info import OPENED
 from heretic.model.unloading import unload
 from heretic.progress import NULL_REPORTER, ProgressReporter
 
-# What tokenizers are read from, in all families.
+# Files that tokenizers are loaded from, in all families.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece*", "*.model", "*.tiktoken", "tekken.json", "*.spm")
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A loaded model, what it was loaded from, and what is known about its inside."""
+    """A loaded model with its tokenizer, its checkpoint and its structure."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -45,30 +45,30 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """The device of the token ids."""
         return input_device(self.model)
 
     @property
     def context(self) -> int:
-        """Most tokens of prompt and answer together."""
+        """Largest number of tokens of prompt and answer."""
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return int(limit) if limit else 1 << 30
 
     @property
     def window(self) -> int:
-        """Tokens that the narrowest attention looks back over; unlimited for most models."""
+        """Tokens of the sliding attention window; unlimited for most models."""
         width = getattr(self.model.config.get_text_config(decoder=True), "sliding_window", None)
         return int(width) if width else 1 << 30
 
     @property
     def rows(self) -> int:
-        """Rows of the embedding: the token ids that the model knows are below it."""
+        """Rows of the embedding; token ids are below it."""
         embedding: Any = self.model.get_input_embeddings()
         return int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
 
     @property
     def end_tokens(self) -> set[int]:
-        """Token ids that end an answer; those that the model cannot say are left out."""
+        """Token ids that end an answer, without those outside the embedding."""
         config = self.model.generation_config
         return {
             i
@@ -78,19 +78,19 @@ class LanguageModel:
 
     @property
     def pad(self) -> int:
-        """A token id that the model knows, for padding, which is masked: the tokenizer's own if it will do."""
-        for given in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+        """A valid token id for padding, which is masked: the tokenizer's own if it is inside the embedding."""
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             with contextlib.suppress(TypeError, ValueError):
-                if known := [i for i in ids_of(given) if 0 <= i < self.rows]:
-                    return known[0]
+                if valid := [i for i in ids_of(candidate) if 0 <= i < self.rows]:
+                    return valid[0]
         return 0
 
 
-def ids_of(given: Any) -> list[int]:
-    """Token ids as configurations hold them: one, several, none, also as text. Raises TypeError and ValueError for what is none."""
-    listed = given if isinstance(given, (list, tuple, set)) else [given]
+def ids_of(value: Any) -> list[int]:
+    """Parse token ids of a config: one, several or none, also as text. Raises TypeError and ValueError."""
+    listed = value if isinstance(value, (list, tuple, set)) else [value]
     if any(isinstance(i, bool) or (isinstance(i, float) and i != int(i)) for i in listed):
-        raise ValueError(f"{given!r} is no token id")
+        raise ValueError(f"{value!r} is not a token id")
     return [int(i) for i in listed if i is not None]
 
 
@@ -104,49 +104,58 @@ def load(
     chat_template: str | None = "",
     reporter: ProgressReporter = NULL_REPORTER,
 ) -> LanguageModel:
-    """Load `checkpoint`; `arguments` are device_map and max_memory as from_pretrained takes them, `quantization` is the setting.
+    """Load a checkpoint's model and tokenizer.
 
-    `dtypes` are tried in turn ("bfloat16", …) until one token gives finite logits. Raises UserError when none does, when
-    memory runs out, or when the model's code would have to be trusted.
+    Args:
+        checkpoint: What to load.
+        dtypes: Tried in order ("bfloat16", …) until one token gives finite logits.
+        arguments: device_map and max_memory for from_pretrained.
+        quantization: The setting.
+        trust_remote_code: Models whose own Python code may run.
+        chat_template: Replaces the model's own unless empty; None: no template is required.
+        reporter: Receives progress and warnings.
+
+    Raises:
+        UserError: No dtype gives finite logits, memory runs out, or the model cannot be loaded.
     """
-    free_memory()  # of an earlier model that failed between loading and its first use
+    free_memory()  # of an earlier model that failed after loading
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     trusted = checkpoint.model in (trust_remote_code or [])
     tokenizer = load_tokenizer(checkpoint, trusted, chat_template)
     for dtype in dict.fromkeys(dtypes):
-        fewer = loading_arguments(quantization, getattr(torch, dtype), checkpoint)
-        words = dtype if quantization == "none" else f"{dtype}, quantized to {QUANTIZATIONS[quantization].words}"
+        quantization_arguments = loading_arguments(quantization, getattr(torch, dtype), checkpoint)
+        description = dtype if quantization == "none" else f"{dtype}, quantized to {QUANTIZATIONS[quantization].words}"
         if checkpoint.is_dequantized:
-            words = f"{dtype}, opened from {checkpoint.is_dequantized}"
-        with reporter.stage(f"Loading {checkpoint.model} as {words}", None):
-            model = _weights(checkpoint, dtype, {**arguments, **fewer}, trusted)
+            description = f"{dtype}, dequantized from {checkpoint.is_dequantized}"
+        with reporter.stage(f"Loading {checkpoint.model} as {description}", None):
+            model = _load_weights(checkpoint, dtype, {**arguments, **quantization_arguments}, trusted)
         if _finite(model):
-            # Numbers that were quantized to bfloat16 stay so.
-            given = str(model.dtype).removeprefix("torch.") if checkpoint.quantized_by == KEPT else dtype
-            return _checked(
-                LanguageModel(model, tokenizer, checkpoint, find_residual_writers(model), given, quantization)
+            # A bitsandbytes checkpoint keeps its own dtype.
+            loaded_dtype = str(model.dtype).removeprefix("torch.") if checkpoint.quantized_by == KEPT else dtype
+            return _with_end_tokens(
+                LanguageModel(model, tokenizer, checkpoint, find_residual_writers(model), loaded_dtype, quantization)
             )
-        reporter.warning(f"{checkpoint.model} gives logits that are not finite numbers in {dtype}.")
+        reporter.warning(f"{checkpoint.model} gives logits that are not finite in {dtype}.")
         unload(model)
     raise UserError(
         f"{checkpoint.model} gives logits that are not finite (NaN or infinite) in {', '.join(dict.fromkeys(dtypes))}.",
         code="logits-not-finite",
         where=str(checkpoint.folder),
-        fix='the weights may be damaged; else try dtypes = ["float32"]',
+        fix='check the weights for damage, or try dtypes = ["float32"]',
     )
 
 
-def _checked(loaded: LanguageModel) -> LanguageModel:
-    """The same, if it is known where its answers end. Raises UserError."""
+def _with_end_tokens(loaded: LanguageModel) -> LanguageModel:
+    """Return the model if its end tokens are valid. Raises UserError."""
     try:
         _ = loaded.end_tokens
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
-            f"It cannot be read which tokens end an answer: {first_line(error)}",
+            f"The tokens that end an answer cannot be read: {first_line(error)}",
             code="invalid-eos-token",
             where=f"{loaded.checkpoint.folder / 'generation_config.json'}: eos_token_id",
-            fix="correct the entry: a token id, or a list of them",
+            fix="set the entry to a token id or a list of token ids",
         ) from None
     return loaded
 
@@ -154,19 +163,19 @@ def _checked(loaded: LanguageModel) -> LanguageModel:
 def load_tokenizer(
     checkpoint: Checkpoint, trusted: bool = False, chat_template: str | None = ""
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the left, with a chat template: the model's own unless one is given. None: it need not have any."""
+    """Load the tokenizer, padding on the left. `chat_template` replaces its own; None: it may have none. Raises UserError."""
     extra = {"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}
     if not extra and not trusted and not any(path for name in TOKENIZER_FILES for path in checkpoint.folder.glob(name)):
-        # Of some families transformers makes a tokenizer without words then, which encodes everything to nothing.
+        # For some families transformers then creates a tokenizer without a vocabulary, which encodes nothing.
         raise UserError(
             f"{checkpoint.model} has no tokenizer.",
             code="no-tokenizer",
             where=str(checkpoint.folder),
-            fix="put the model's tokenizer files there, such as tokenizer.json and tokenizer_config.json",
+            fix="add the model's tokenizer files there, for example tokenizer.json and tokenizer_config.json",
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusted, **extra)
-    except BaseException as error:  # its library raises plain Exceptions for what it cannot parse, and panics of Rust
+    except BaseException as error:  # its library raises plain Exceptions and Rust panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if out_of_memory(error):
@@ -188,17 +197,17 @@ def load_tokenizer(
             f"{checkpoint.model} has no chat template.",
             code="no-chat-template",
             where=str(checkpoint.folder),
-            fix='name a Jinja file: chat_template = "template.jinja"; or take the "instruct" version of the model',
+            fix='name a Jinja file: chat_template = "template.jinja"; or use the "instruct" version of the model',
         )
-    PROCESS.start()  # it becomes ready while the weights are loaded
+    PROCESS.start()  # it starts up while the weights load
     return tokenizer
 
 
-def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trusted: bool) -> PreTrainedModel:
+def _load_weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trusted: bool) -> PreTrainedModel:
     extra: dict[str, Any] = (
         {"gguf_file": checkpoint.gguf_file}
         if checkpoint.gguf_file
-        else {"use_safetensors": not checkpoint.pickled, "config": _told_its_file(checkpoint)}
+        else {"use_safetensors": not checkpoint.pickled, "config": _config_with_weights_name(checkpoint)}
     )
     auto = auto_class(checkpoint.config, trusted)
     where = str(checkpoint.folder)
@@ -211,12 +220,12 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
             **arguments,
             **extra,
         )
-    except Exception as error:  # any model's code runs here, so anything may come out of it
+    except Exception as error:  # any model's code runs here, so it raises any type
         if out_of_memory(error):
             raise UserError(
                 "Out of memory while loading the model.",
                 code="out-of-memory",
-                fix="run heretic preflight: it names what fits and the line to set",
+                fix="run heretic preflight, which shows the settings that fit",
             ) from None
         if is_device_error(error):
             raise device_error(error) from error
@@ -224,7 +233,7 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
             f"The model cannot be loaded: {plain_line(first_line(error))[:300]}",
             code="model-not-loadable",
             where=where,
-            fix="compare config.json with that of the repository that the weights are from",
+            fix="compare config.json with that of the repository of the weights",
         ) from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
@@ -238,20 +247,20 @@ def _weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any], trus
     if checkpoint.quantized_by in OPENED:
         balanced_4bit(model, getattr(torch, dtype))
     if checkpoint.adapter is not None:
-        model = _adapted(model, checkpoint.adapter)
+        model = _with_adapter(model, checkpoint.adapter)
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
 
 
-def _told_its_file(checkpoint: Checkpoint) -> Any:
-    """The config with the file of weights that was chosen; pickle files cannot be named, and are found in the same order."""
+def _config_with_weights_name(checkpoint: Checkpoint) -> Any:
+    """The config, naming the selected file of weights. Pickle files cannot be named; transformers uses the same order."""
     config = copy.deepcopy(checkpoint.config)
     if checkpoint.weights_name and not checkpoint.pickled:
         config.transformers_weights = checkpoint.weights_name
     return config
 
 
-def _adapted(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """The model with a LoRA adapter in its modules, as peft puts it there: beside the weights, not in them."""
+def _with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model with a LoRA adapter that peft attaches to its modules, not merged."""
     from peft import PeftModel
 
     try:
@@ -260,7 +269,7 @@ def _adapted(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         if is_device_error(error):
             raise
         raise UserError(
-            f"The adapter cannot be put on the model: {first_line(error)}",
+            f"The adapter cannot be attached to the model: {first_line(error)}",
             code="adapter-not-loadable",
             where=str(adapter),
             fix="name the model that the adapter was made for",
@@ -278,7 +287,7 @@ def _finite(model: PreTrainedModel) -> bool:
         if is_device_error(error):
             raise device_error(error) from error
         raise UserError(
-            f"{type(model).__name__} cannot be run on text alone: {first_line(error)}",
+            f"{type(model).__name__} cannot run on text alone: {first_line(error)}",
             code="model-cannot-run",
             fix="see docs/architectures.md for the architectures that work",
         ) from error

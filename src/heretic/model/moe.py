@@ -1,4 +1,4 @@
-"""Mixtures of experts whose matrices lie in one tensor: where they write, and the parameters that this is linear in."""
+"""Mixtures of experts with all matrices in one tensor: the module that writes to the stream, and its parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DOWN, BIAS = "down_proj", "down_proj_bias"
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """A module that holds the output matrices of all its experts in one tensor [experts, ...]."""
+    """A module with the output matrices of all its experts in one tensor [experts, ...]."""
 
     name: str
     layer: int
@@ -28,28 +28,28 @@ class ExpertGroup:
 
 
 def experts_in(block: nn.Module, layer: int, prefix: str, width: int) -> tuple[list[ExpertGroup], list[str]]:
-    """The experts of a block, and the names of those whose layout cannot be told."""
-    found, unknown = [], []
+    """Find the experts of a block; returns them and the names of those with an unknown layout."""
+    experts, unrecognized = [], []
     for path, module in block.named_modules():
         name = f"{prefix}.{path}"
         down = getattr(module, DOWN, None)
         if not isinstance(down, Tensor) or down.ndim != 3:
             if path.rpartition(".")[2] == "experts":
-                unknown.append(name)
+                unrecognized.append(name)
             continue
         transposed = _is_transposed(module, down.shape, width)
         if transposed is None:
-            unknown.append(name)
+            unrecognized.append(name)
             continue
         parts = [Part(f"{name}.{DOWN}", module, DOWN, transposed=transposed)]
         if isinstance(getattr(module, BIAS, None), Tensor):
             parts.append(Part(f"{name}.{BIAS}", module, BIAS, is_bias=True))
-        found.append(ExpertGroup(name, layer, tuple(parts)))
-    return found, unknown
+        experts.append(ExpertGroup(name, layer, tuple(parts)))
+    return experts, unrecognized
 
 
 def _is_transposed(module: nn.Module, shape: Sequence[int], width: int) -> bool | None:
-    """Whether the matrices are stored [inputs, width]: as transformers marks it, else by the sizes; None: it cannot be told."""
+    """Whether the matrices are stored [inputs, width], by transformers' mark or by the sizes; None if unknown."""
     marked = getattr(module, "is_transposed", None)
     if isinstance(marked, bool):
         return marked if shape[2 if marked else 1] == width else None
@@ -62,28 +62,28 @@ def _is_transposed(module: nn.Module, shape: Sequence[int], width: int) -> bool 
 def merge_experts(
     model: PreTrainedModel, blocks: nn.ModuleList, experts: Sequence[ExpertGroup], writers: Sequence[ResidualWriter]
 ) -> tuple[list[ResidualWriter], list[str]]:
-    """All writers in order of layers, mixtures included, and the names of the mixtures that cannot be edited.
+    """Merge the experts of every layer into one writer; returns all writers by layer and the names of uneditable mixtures.
 
-    A mixture writes where one vector a token comes out: mostly at the experts' own module, else at the module around it (Llama 4),
-    which then also takes in the writers that it holds. With its parameters at zero nothing may come out; where something does
-    (experts that hand on their input), an edit of what comes out would be more than one of the weights.
+    The writer is the module that outputs one vector a token: mostly the experts' own module, else its parent (Llama 4), with the
+    writers in it. Its output must be zero when its parameters are: otherwise (experts with a skip connection) an edit of the output
+    is not an edit of the weights.
     """
     if not experts:
         return list(writers), []
     inputs = block_inputs(model, blocks)
-    merged, unknown = list(writers), []
-    with _one_by_one(model):
-        places = [(found, _output_module(model, blocks, found, inputs.get(found.layer), writers)) for found in experts]
-    # What is not all made by the weights in one layer is so in none: it is seen only where the router takes that way.
-    unclear = {type(found.parts[0].owner) for found, place in places if place is None}
-    for found, place in places:
-        if place is None or type(found.parts[0].owner) in unclear:
-            unknown.append(found.name)
+    merged, unrecognized = list(writers), []
+    with _eager_experts(model):
+        outputs = [(group, _output_module(model, blocks, group, inputs.get(group.layer), writers)) for group in experts]
+    # One bad layer rules out all layers of its type: the router may not have used the path in the others.
+    uneditable_types = {type(group.parts[0].owner) for group, output in outputs if output is None}
+    for group, output in outputs:
+        if output is None or type(group.parts[0].owner) in uneditable_types:
+            unrecognized.append(group.name)
             continue
-        mixture, held = place
+        mixture, held = output
         merged = [w for w in merged if w not in held] + [mixture]
     order = {w.name: i for i, w in enumerate(writers)}
-    return sorted(merged, key=lambda w: (w.layer, order.get(w.name, len(order)))), unknown
+    return sorted(merged, key=lambda w: (w.layer, order.get(w.name, len(order)))), unrecognized
 
 
 def _output_module(
@@ -103,12 +103,12 @@ def _output_module(
         held = [w for w in writers if w.layer == experts.layer and w.name.startswith(f"{name}.")]
         parts = (*experts.parts, *(part for w in held for part in w.parts))
         output = output_of(model, blocks, experts.layer, inputs, module)
-        tensor = _first(output)
+        tensor = _tensor_of(output)
         if tensor is not None and tensor.numel() == len(TOKENS) * width and tensor.shape[-1] == width:
-            if not any(part.tensor.device.type == "meta" for part in parts):  # offloaded: nothing to be zeroed
+            if not any(part.tensor.device.type == "meta" for part in parts):  # offloaded parameters cannot be zeroed
                 with _zeroed(parts):
-                    nothing = _first(output_of(model, blocks, experts.layer, inputs, module))
-                if nothing is None or bool(nothing.abs().max() > 0):
+                    residue = _tensor_of(output_of(model, blocks, experts.layer, inputs, module))
+                if residue is None or bool(residue.abs().max() > 0):
                     return None
             return replace(ResidualWriter(name, experts.layer, "mlp", module), mixture=parts), held
         name = name.rpartition(".")[0]
@@ -119,7 +119,7 @@ def _width(down: Part) -> int:
     return down.tensor.shape[2 if down.transposed else 1]
 
 
-def _first(output: Any) -> Tensor | None:
+def _tensor_of(output: Any) -> Tensor | None:
     if output is None:
         return None
     first = first_tensor(output)
@@ -127,8 +127,8 @@ def _first(output: Any) -> Tensor | None:
 
 
 @contextmanager
-def _one_by_one(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context experts are multiplied one after the other: the grouped kernels take no zeros without memory."""
+def _eager_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Use the eager experts implementation within the context: grouped kernels reject expanded zeros."""
     before = model.get_experts_implementation()
     model.set_experts_implementation("eager")
     try:
@@ -139,16 +139,16 @@ def _one_by_one(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _zeroed(parts: Sequence[Part]) -> Iterator[None]:
-    """Within the context parameters are zero; no memory is taken for it."""
-    own: list[tuple[Part, nn.Parameter | None]] = []
+    """Set parameters to zero within the context, without allocating memory."""
+    originals: list[tuple[Part, nn.Parameter | None]] = []
     try:
         for part in parts:
             parameter = part.owner._parameters[part.attribute]
             assert parameter is not None
-            own.append((part, parameter))
+            originals.append((part, parameter))
             zeros = torch.zeros(1, dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
             part.owner._parameters[part.attribute] = nn.Parameter(zeros, requires_grad=False)
         yield
     finally:
-        for part, parameter in own:
+        for part, parameter in originals:
             part.owner._parameters[part.attribute] = parameter

@@ -1,4 +1,4 @@
-"""Putting another computation in the place of a module's own for a while."""
+"""Replace a module's forward temporarily."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from torch import nn
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the context calling `module` calls `forward`; hooks stay. What was there before (accelerate puts its own
-    forward on modules that it moves) comes back on the way out."""
-    own = module.__dict__.get("forward")
+    """Replace the module's forward within the context; hooks stay, and an earlier replacement (accelerate's) is restored."""
+    original = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        if own is None:
+        if original is None:
             del module.forward
         else:
-            module.forward = own
+            module.forward = original

@@ -1,7 +1,7 @@
-"""Weights in fewer bits: loading them with bitsandbytes, checkpoints that come so, and what a quantized linear map multiplies by.
+"""Quantization: loading with bitsandbytes, quantized checkpoints, and dequantizing single weights.
 
-Operators act on outputs, so a study needs nothing of it but the norms of rows and W W^T v, for which one weight at a time is
-dequantized. Nothing here writes weights: an export edits the checkpoint's own tensors.
+Operators act on outputs, so a study needs only row norms and W W^T v, and dequantizes one weight at a time. An export edits the
+checkpoint's own tensors, not these.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from heretic.errors import UserError
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.tensor_info import OPENED, SCALES, quantization_entry
 
-ROWS_AT_ONCE = 1024  # of the identity, where a weight is read off what its module gives
+ROWS_AT_ONCE = 1024  # of the identity that a module is applied to, to read its weight
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """A setting's name in words, and bits a weight, with the scales that go with it (`row` bytes for each row besides)."""
+    """A kind of quantization that heretic can apply."""
 
-    words: str
-    bits: float
-    row: int = 0
+    words: str  # on the screen
+    bits: float  # per weight, scales included
+    row: int = 0  # further bytes per row
 
 
 # By the name in the settings. NF4 has a scale of 8 bits for 64 weights, and one of 32 for 256 of these (Dettmers et al. 2023,
@@ -38,14 +38,14 @@ QUANTIZATIONS = {
 }
 
 
-KEPT = "bitsandbytes"  # stays as it is
-# By method, what a linear map's weight lies in where it stays as it is, the packed numbers first. GPTQ's and AWQ's packages have
-# modules of their own for it.
+KEPT = "bitsandbytes"  # the method whose weights stay packed in memory
+# By method, the tensors of a linear layer that stay packed, the packed weights first. GPTQ's and AWQ's packages have their own
+# modules for them.
 STAY_PACKED = {
     KEPT: ("weight", "SCB", *(f"weight{scale}" for scale in SCALES)),
     **dict.fromkeys(("gptq", "awq"), ("qweight", "qzeros", "scales", "g_idx")),
 }
-# Those that need packages of their own, which we have not tried: a module to look for, and what to install.
+# By method, the module that it needs and the packages to install; untested.
 PACKAGES = {
     "gptq": ("gptqmodel", "gptqmodel optimum"),
     "awq": ("gptqmodel", "gptqmodel optimum"),
@@ -58,8 +58,11 @@ PACKAGES = {
 
 
 def loading_arguments(name: str, dtype: torch.dtype, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
-    """from_pretrained's arguments for a quantization of `QUANTIZATIONS`, or `none`, and for a checkpoint that comes quantized.
-    Raises UserError where a package that this needs is missing."""
+    """Return from_pretrained's arguments for a quantization (`none` or one of `QUANTIZATIONS`) or a quantized checkpoint.
+
+    Raises:
+        UserError: "missing-package" or "unknown-quantization".
+    """
     if checkpoint is not None and checkpoint.quantized_by:
         return _for_quantized(checkpoint)
     if name == "none":
@@ -87,47 +90,47 @@ def _for_quantized(checkpoint: Checkpoint) -> dict[str, Any]:
     method = checkpoint.quantized_by
     if method not in OPENED:
         return {}
-    told: Any = quantization_entry(checkpoint.config)
-    skipped = told.get("modules_to_not_convert") if isinstance(told, dict) else told.modules_to_not_convert
+    entry: Any = quantization_entry(checkpoint.config)
+    skipped = entry.get("modules_to_not_convert") if isinstance(entry, dict) else entry.modules_to_not_convert
     kinds: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
     return {"quantization_config": kinds[str(method)](modules_to_not_convert=skipped, dequantize=True)}
 
 
 def require_package(checkpoint: Checkpoint) -> None:
-    """Raises UserError where the package is missing that a quantized checkpoint needs to be loaded, and for one of a method that
-    transformers does not know: it would take the packed numbers for weights."""
+    """Raise UserError if a quantized checkpoint needs a missing package, or a method that transformers does not know and whose
+    packed numbers it would load as weights."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     method = str(checkpoint.quantized_by)
     if method != KEPT and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise UserError(
-            f"{checkpoint.model} comes quantized by {method}, which the installed transformers does not know.",
+            f"{checkpoint.model} is quantized with {method}, which the installed transformers does not support.",
             code="unknown-quantization",
             where=str(checkpoint.folder / "config.json"),
-            fix="take the model in full precision or as FP8, MXFP4 or bitsandbytes; or update transformers",
+            fix="use the model in full precision or as FP8, MXFP4 or bitsandbytes; or update transformers",
         )
     module, install = ("bitsandbytes", "bitsandbytes") if method == KEPT else PACKAGES.get(method, ("", ""))
     if module and not _is_installed(module):
         raise UserError(
-            f"{checkpoint.model} comes quantized by {method}, which needs the package {module}; it is not installed.",
+            f"{checkpoint.model} is quantized with {method}, which needs the package {module}; it is not installed.",
             code="missing-package",
             where=str(checkpoint.folder / "config.json"),
-            fix=f"take the model in full precision or as FP8, MXFP4 or bitsandbytes; or, untried: pip install {install}",
+            fix=f"use the model in full precision or as FP8, MXFP4 or bitsandbytes; or (untested): pip install {install}",
         )
 
 
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a part of a package that is not there
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 def require_bitsandbytes(name: str) -> None:
-    """Raises UserError where it is not installed."""
+    """Raise UserError if bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            f"{QUANTIZATIONS[name].words} need the package bitsandbytes, which is not installed.",
+            f"Quantization to {QUANTIZATIONS[name].words} needs the package bitsandbytes, which is not installed.",
             code="missing-package",
             where=f'quantization = "{name}"',
             fix="pip install bitsandbytes",
@@ -135,23 +138,23 @@ def require_bitsandbytes(name: str) -> None:
 
 
 def quiet() -> None:
-    """Keep bitsandbytes from saying in every pass in which number format it multiplies."""
+    """Silence bitsandbytes, which logs its compute dtype in every pass."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @torch.no_grad()
 def balanced_4bit(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give what was not quantized in a checkpoint that was opened the number format of the rest, which transformers leaves as it is
-    stored. What a model keeps in float32 beside half precision stays so."""
+    """Convert tensors that were not quantized in a dequantized checkpoint to `dtype`; transformers leaves their half precision
+    as stored. Tensors in float32 stay."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype in (torch.bfloat16, torch.float16) and tensor.dtype != dtype and not tensor.is_meta:
             tensor.data = tensor.data.to(dtype)
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit weights anew at the first pass on some CPUs (AVX-512 with bfloat16).
+    """Disable bitsandbytes' repacking of 4-bit weights in the first pass on some CPUs (AVX-512 with bfloat16).
 
-    That rounds the scales, so the weights would not be those that were studied, and it needs sizes that divide by the block's.
+    Repacking rounds the scales, so it changes the weights, and it needs sizes divisible by the block's.
     """
     module: Any
     for module in model.modules():
@@ -160,14 +163,14 @@ def keep_layout(model: nn.Module) -> None:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a linear map holds its weight in another form than the numbers that it multiplies by."""
+    """Return whether a linear layer stores its weight packed."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and (not weight.is_floating_point() or weight.element_size() < 2)
 
 
 @torch.no_grad()
 def dequantized(module: nn.Module) -> Tensor:
-    """The weight [out, in] that a linear map multiplies by, in a floating-point format, on its device."""
+    """Return a linear layer's weight [out, in] in a floating-point format, on its device."""
     weight: Any = module.weight
     kind = type(weight).__name__
     if kind == "Params4bit":
@@ -179,11 +182,11 @@ def dequantized(module: nn.Module) -> Tensor:
 
         state: Any = module.state
         return int8_vectorwise_dequant(weight.data, state.SCB if state.SCB is not None else weight.SCB)
-    return _read_off(module, weight.device)
+    return _weight_from_outputs(module, weight.device)
 
 
-def _read_off(module: Any, device: torch.device) -> Tensor:
-    """What any linear map makes of the unit vectors, without its bias."""
+def _weight_from_outputs(module: Any, device: torch.device) -> Tensor:
+    """The weight, as the layer's output for unit vectors without its bias."""
     inputs = int(module.in_features)
     bias = module.bias if isinstance(module.bias, Tensor) else None
     rows = []
@@ -191,25 +194,27 @@ def _read_off(module: Any, device: torch.device) -> Tensor:
         count = min(ROWS_AT_ONCE, inputs - start)
         unit = torch.zeros(count, inputs, dtype=torch.bfloat16 if bias is None else bias.dtype, device=device)
         unit[torch.arange(count), start + torch.arange(count)] = 1
-        given = module(unit).float()
-        rows.append(given if bias is None else given - bias.float())
+        output = module(unit).float()
+        rows.append(output if bias is None else output - bias.float())
     return torch.cat(rows).T
 
 
 def kept_bytes(model: Any, checkpoint: Checkpoint) -> dict[str, float]:
-    """Bytes an element, by the name of a parameter, of those that stay as the checkpoint holds them."""
-    found = {}
+    """Return bytes per element of the weights that stay packed as in the checkpoint, by parameter name."""
+    bytes_by_name = {}
     names = STAY_PACKED.get(checkpoint.quantized_by or "", ())
     for path, module in model.named_modules() if names else ():
         parts = [checkpoint.tensors.get(f"{path}.{name}") for name in names]
         if isinstance(module, nn.Linear) and parts[0] is not None and parts[0].dtype in ("U8", "I8", "I32"):
-            found[f"{path}.weight"] = sum(part.nbytes for part in parts if part is not None) / module.weight.numel()
-    return found
+            bytes_by_name[f"{path}.weight"] = (
+                sum(part.nbytes for part in parts if part is not None) / module.weight.numel()
+            )
+    return bytes_by_name
 
 
 def stored_bytes(model: Any, name: str) -> dict[str, float]:
-    """Bytes an element, by the name of a parameter, of those that a quantization stores in fewer: the weights of all linear maps
-    but the head's (as transformers chooses them)."""
+    """Return bytes per element of the weights that a quantization packs, by parameter name: those of all linear layers but the
+    head (transformers' choice)."""
     if name == "none":
         return {}
     quantization = QUANTIZATIONS[name]

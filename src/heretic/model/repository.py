@@ -1,7 +1,7 @@
-"""What the files of a model's folder are for, by their names, and where their links may lead.
+"""Classify the files of a model's folder by name, and check where their links lead.
 
 The names are those that transformers reads (5.23: `utils/__init__.py`, `utils/hub.py`, `processing_utils.py` and the
-`VOCAB_FILES_NAMES` of its tokenizers), those of older tokenizers with code of their own, and what licenses are called.
+`VOCAB_FILES_NAMES` of its tokenizers), those of older tokenizers with their own code, and common names of licenses.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ TERMS = re.compile(
     r"(\.\d+)*(\.(md|txt|pdf|html|rst))?",
     re.IGNORECASE,
 )
-# Further templates, tokenizers beside the first one ("decoder_tokenizer"), licenses: the only folders that are looked into.
+# Subfolders with files of the model: further templates, second tokenizers ("decoder_tokenizer"), licenses.
 FOLDERS = re.compile(r"additional_chat_templates|(\w+_)?(tokenizer|processor)|licen[sc]es", re.IGNORECASE)
-# As snapshot_download wants them; "*" stands for folders too. More than is copied: small files cost little, a missing one a model.
+# Patterns for snapshot_download; "*" matches folders too. They cover more than an export copies.
 DOWNLOADED = (
     "*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes", "*.tokenizer", "*.jinja", "*.py", "LICEN[SC]E*",
     "*Licen[sc]e*", "*licen[sc]e*", "COPYING*", "NOTICE*", "Notice*", "TERMS*", "EULA*", "USE_POLICY*", "ACCEPTABLE_USE*",
@@ -43,7 +43,7 @@ DOWNLOADED = (
 
 
 def kind_of(name: str) -> Kind:
-    """What a file of a model's folder is for; `name` is its path from there, with slashes."""
+    """Classify a file of a model's folder by its relative path, with slashes."""
     folder, _, base = name.rpartition("/")
     suffix = Path(base).suffix.lower()
     if base.startswith(".") or (folder and not FOLDERS.fullmatch(folder)):
@@ -60,7 +60,7 @@ def kind_of(name: str) -> Kind:
 
 
 def names_in(folder: Path) -> Iterator[str]:
-    """The entries of a model's folder and of those of its folders that may hold something for the model, sorted."""
+    """Yield the entries of a model's folder and of its relevant subfolders, sorted. Raises UserError."""
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and FOLDERS.fullmatch(entry.name):
             resolve_inside(folder, entry)
@@ -70,35 +70,31 @@ def names_in(folder: Path) -> Iterator[str]:
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a model's folder in which a link leads out of it, under a name that is read or copied. Raises UserError."""
+    """Raise UserError if a file that is read or copied is a link to outside the folder."""
     for name in names_in(folder):
         if kind_of(name) != "other" and (folder / name).is_symlink():
             resolve_inside(folder, folder / name)
 
 
 def resolve_inside(folder: Path, path: Path) -> Path:
-    """Follow the links of a file in a model's folder.
+    """Resolve the links of a file in a model's folder.
 
-    They may lead to files in the folder and, where the folder is a snapshot in the hub's cache, to the cache's blobs. A hard link
-    cannot be told from a file.
+    Links may lead into the folder and, for a snapshot in the hub's cache, to the cache's blobs. Hard links cannot be detected.
 
     Raises:
-        UserError: "link-outside-folder" for a link that leads anywhere else.
+        UserError: "link-outside-folder" for any other link.
     """
     target = Path(os.path.realpath(path))
     home = Path(os.path.realpath(folder))
     allowed = [home]
     if home.parent.name == "snapshots":
         repository = home.parent.parent
-        allowed += [
-            repository / "blobs",
-            repository.parent / "blobs",
-        ]  # of this repository; shared by all, since hub 2.0
+        allowed += [repository / "blobs", repository.parent / "blobs"]  # since hub 2.0 all repositories share blobs
     if any(target.is_relative_to(Path(os.path.realpath(root))) for root in allowed):
         return target
     raise UserError(
         f"{path.relative_to(folder)} is a link to a file outside the model's folder, so heretic does not follow it.",
         code="link-outside-folder",
         where=str(path),
-        fix="replace the link by a copy of the file if the model needs it; else delete the link",
+        fix="replace the link with a copy of the file if the model needs it; otherwise delete the link",
     )

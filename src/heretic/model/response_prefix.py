@@ -1,4 +1,4 @@
-"""What all answers of a model begin with: a thinking block is closed, and what else they share is found by asking it."""
+"""Find the response prefix: close a thinking block, and detect what all answers begin with."""
 
 from __future__ import annotations
 
@@ -17,79 +17,79 @@ from heretic.model.template import template_of
 from heretic.model.thinking import MARKERS, open_block, switches_in
 from heretic.progress import ProgressReporter
 
-# How many prompts of each kind, and how many tokens, show what all answers begin with.
+# Prompts of each kind, and tokens of each answer, to detect the common prefix.
 PREFIX_PROMPTS = 8
 PREFIX_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class AnswerStart:
-    """What every answer is made to begin with, and the variables that the chat template is given."""
+    """How every answer starts."""
 
     prefix: str = ""
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
 
     @property
     def spelled_variables(self) -> str:
-        """The variables in one line, as `enable_thinking = false`."""
+        """The variables in one line, for example `enable_thinking = false`."""
         return ", ".join(f"{name} = {json.dumps(value)}" for name, value in self.variables.items())
 
 
 def find_prefix(language_model: LanguageModel, encoded: Mapping[str, list[list[int]]], batcher: Batcher) -> str:
-    """What the model's answers to harmful and harmless prompts alike begin with; empty if nothing, or if one answer is no more."""
-    asked = [*encoded["harmful_train"][:PREFIX_PROMPTS], *encoded["harmless_train"][:PREFIX_PROMPTS]]
+    """Return the common prefix of answers to harmful and harmless prompts; empty if none, or if it is a whole answer."""
+    sample = [*encoded["harmful_train"][:PREFIX_PROMPTS], *encoded["harmless_train"][:PREFIX_PROMPTS]]
 
     def step(batch: Batch) -> list[tuple[str, bool]]:
         tokens = decode(language_model.model, batch, PREFIX_TOKENS, language_model.end_tokens)
-        # Special tokens are kept: thinking blocks and channels are made of them.
+        # With special tokens: thinking blocks and channels consist of them.
         return [(str(language_model.tokenizer.decode(t)), len(t) < PREFIX_TOKENS) for t in tokens]
 
-    answers = batcher.run("Looking for a common beginning of answers", asked, step)
+    answers = batcher.run("Detecting the common response prefix", sample, step)
     prefix = common_prefix([text for text, _ in answers])
     return "" if any(ended and text.rstrip() == prefix for text, ended in answers) else prefix
 
 
 def close_thinking(chat: ChatFormat, prompts: Sequence[str], reporter: ProgressReporter) -> AnswerStart:
-    """How answers have to begin so that none lies in a thinking block that the chat template has opened.
+    """Return the start of answers that avoids a thinking block opened by the chat template, and report it.
 
-    The template's own switch is used where it has one, else the closing marker is appended. What is done is told.
+    It uses the template's own switch if there is one, else appends the closing marker.
     """
     opened = open_blocks(chat, prompts)
     if not opened:
         return AnswerStart()
     marker = opened.most_common(1)[0][0]
-    what = f"The chat template opens a thinking block ({marker}), and answers are to be judged, not thoughts:"
+    what = f"The chat template opens a thinking block ({marker}), but judges need the answer:"
     for variables in switches_in(template_of(chat.tokenizer)):
         try:
             remaining = open_blocks(chat.answering("", variables), prompts)
-        except UserError:  # the template does not take that value
+        except UserError:  # the template rejects that value
             continue
         if not remaining:
             start = AnswerStart("", variables)
-            reporter.info(f"{what} {start.spelled_variables} switches it off.")
+            reporter.info(f"{what} setting {start.spelled_variables}, which disables it.")
             return start
     closing = AnswerStart(MARKERS[marker])
     if opened[marker] == len(prompts) and not open_blocks(chat.answering(closing.prefix), prompts):
-        reporter.info(f"{what} it is closed at once.")
+        reporter.info(f"{what} closing it.")
         return closing
     reporter.warning(
-        f"The chat template opens a thinking block ({marker}) after {opened.total()} of {len(prompts)} prompts only, so it stays "
-        "open: thoughts are judged as answers. Set chat_template to one that does not open it."
+        f"The chat template opens a thinking block ({marker}) after only {opened.total()} of {len(prompts)} prompts, so heretic "
+        "does not close it and judges thoughts as answers. Set chat_template to one that does not open it."
     )
     return AnswerStart()
 
 
 def warn_of_open_thinking(chat: ChatFormat, prompts: Sequence[str], reporter: ProgressReporter) -> None:
-    """Tell that answers begin inside a thinking block, with the response_prefix that the user has set."""
+    """Warn if answers begin inside a thinking block with the user's response_prefix."""
     if opened := open_blocks(chat, prompts):
         marker = opened.most_common(1)[0][0]
         reporter.warning(
-            f"Answers begin inside a thinking block ({marker}), so thoughts are judged as answers. "
-            f'Set response_prefix = "auto", or let it begin with {MARKERS[marker].strip()!r}.'
+            f"Answers begin inside a thinking block ({marker}), so heretic judges thoughts as answers. "
+            f'Set response_prefix = "auto", or start it with {MARKERS[marker].strip()!r}.'
         )
 
 
 def open_blocks(chat: ChatFormat, prompts: Sequence[str]) -> Counter[str]:
-    """How many prompts end inside a thinking block, by its marker."""
-    found = (open_block(chat.render(prompt), prompt) for prompt in prompts)
-    return Counter(marker for marker in found if marker)
+    """Count the prompts that end inside a thinking block, by its marker."""
+    markers = (open_block(chat.render(prompt), prompt) for prompt in prompts)
+    return Counter(marker for marker in markers if marker)

@@ -1,4 +1,4 @@
-"""An answer as it is being written, a piece of text at a time, as the model's own generation settings have it."""
+"""Stream an answer as it is generated, with the model's own generation settings."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import TextStreamer
 from heretic.model.loading import LanguageModel
 
 
-class _Pieces(TextStreamer):
-    """Hands on whole words where transformers' streamer prints them."""
+class _CallbackStreamer(TextStreamer):
+    """A streamer that passes whole words to a callback."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -20,7 +20,7 @@ class _Pieces(TextStreamer):
         self.parts: list[str] = []
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """The next piece."""
+        """Receive the next piece of text."""
         if text:
             self.parts.append(text)
             self.on_text(text)
@@ -29,17 +29,17 @@ class _Pieces(TextStreamer):
 def stream_answer(
     language_model: LanguageModel, tokens: Sequence[int], max_tokens: int, on_text: Callable[[str], None]
 ) -> str:
-    """Continue a conversation [tokens] with the model as it is now; `on_text` gets every piece, the whole is returned."""
+    """Continue a conversation of token ids with the model as it is; returns the answer, and `on_text` gets every piece."""
     ids = torch.tensor([list(tokens)], device=language_model.device)
-    pieces = _Pieces(language_model.tokenizer, on_text)
+    streamer = _CallbackStreamer(language_model.tokenizer, on_text)
     ends = sorted(language_model.end_tokens)
     model: Any = language_model.model
     model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_tokens,
-        streamer=pieces,
+        streamer=streamer,
         eos_token_id=ends or None,
         pad_token_id=language_model.pad,
     )
-    return "".join(pieces.parts).strip()
+    return "".join(streamer.parts).strip()

@@ -1,7 +1,7 @@
-"""Chat templates: which one a tokenizer has, and rendering it where its time and memory are limited.
+"""Chat templates: select a tokenizer's template, and render it with limited time and memory.
 
-A template is a program of the model's author. jinja's sandbox keeps it from files and commands, not from computing for ever, so
-it runs in a process of its own (`template_process`), one for all templates, that ends with this one.
+A template is a program of the model's author. jinja's sandbox blocks files and commands but not endless loops, so all templates
+run in a separate process (`template_process`), which ends with this one.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from heretic.settings import Settings
 
 Messages = Sequence[Mapping[str, str]]
 
-STARTED_WITHIN = 120.0  # seconds of the clock, on a machine that has much else to do
-ANSWERED_WITHIN = 60.0  # likewise, for one conversation, of which CPU_SECONDS may be computed
-LONGEST_MESSAGE = 300  # characters of what a template says of its error
+STARTED_WITHIN = 120.0  # wall-clock seconds, on a busy machine
+ANSWERED_WITHIN = 60.0  # wall-clock seconds for one conversation, CPU_SECONDS of them computing
+LONGEST_MESSAGE = 300  # characters of a template's error message
 LARGEST_FILE = 1 << 20  # bytes of a template
 OWN_FILE = 'set chat_template = "template.jinja"'
 LIMITS = {
-    "time": f"The chat template takes more than {CPU_SECONDS:.0f} seconds for one conversation.",
+    "time": f"The chat template needs more than {CPU_SECONDS:.0f} seconds for one conversation.",
     "memory": f"The chat template needs more than {MEMORY >> 20} MiB of memory for one conversation.",
     "length": f"The chat template adds more than {EXTRA_CHARACTERS:,} characters to a conversation.",
 }
 
 
 def read_template(settings: Settings) -> str:
-    """The chat template that the settings name; empty for the model's own. Raises UserError."""
+    """Read the chat template that the settings name; empty for the model's own. Raises UserError."""
     if not settings.chat_template:
         return ""
     path = expand_user(settings.chat_template)
     try:
         if path.exists() and not path.is_file():
-            raise OSError("it is no file")
+            raise OSError("it is not a file")
         if path.stat().st_size > LARGEST_FILE:
             raise OSError(f"it is larger than {LARGEST_FILE >> 20} MiB")
         text = path.read_text(encoding="utf-8")
@@ -66,35 +66,35 @@ def read_template(settings: Settings) -> str:
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template that a conversation without tools is rendered by; empty if there is none. Raises UserError for what is none."""
-    given: Any = getattr(tokenizer, "chat_template", None)
-    if isinstance(given, Mapping):
-        if given and "default" not in given:
-            names = ", ".join(plain_line(str(name)) for name in sorted(map(str, given)))[:LONGEST_MESSAGE]
+    """Return the template for conversations without tools; empty if there is none. Raises UserError if it is not a text."""
+    template: Any = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, Mapping):
+        if template and "default" not in template:
+            names = ", ".join(plain_line(str(name)) for name in sorted(map(str, template)))[:LONGEST_MESSAGE]
             raise UserError(
-                f"The model has several chat templates and none is the default: {names}.",
+                f"The model has several chat templates but no default: {names}.",
                 code="chat-template-choice",
                 where="chat_template",
-                fix='write one of them to a file and name it: chat_template = "template.jinja"',
+                fix='save one of them to a file and name it: chat_template = "template.jinja"',
             )
-        given = given.get("default")
-    if given is None:
+        template = template.get("default")
+    if template is None:
         return ""
-    if not isinstance(given, str):
+    if not isinstance(template, str):
         raise UserError(
-            f"The model's chat template is of type {type(given).__name__}; a text is needed.",
+            f"The model's chat template must be a text, not {type(template).__name__}.",
             code="chat-template-type",
             where="tokenizer_config.json: chat_template",
             fix=OWN_FILE,
         )
-    return given
+    return template
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, variables: Mapping[str, Any]) -> str:
-    """A conversation as text up to where the answer begins. Raises UserError where the template fails or takes too much."""
+    """Render a conversation as text up to the start of the answer. Raises UserError if the template fails or exceeds a limit."""
     fix = f"leave system_prompt empty, or {OWN_FILE}" if messages[0]["role"] == "system" else OWN_FILE
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
-        return _by_own_code(tokenizer, messages, variables, fix)
+        return _render_with_own_code(tokenizer, messages, variables, fix)
     template = template_of(tokenizer)
     if not template.strip():
         raise UserError("The model has no chat template.", code="no-chat-template", where="chat_template", fix=OWN_FILE)
@@ -107,27 +107,31 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, variables: Ma
     if (limit := reply.get("limit")) is not None:
         raise UserError(LIMITS[limit], code="chat-template-limit", where="chat template", fix=fix)
     if (error := reply.get("error")) is not None:
-        raise _failed(error, reply.get("line"), fix)
+        raise _template_error(error, reply.get("line"), fix)
     return str(reply["text"])
 
 
-def _by_own_code(tokenizer: PreTrainedTokenizerBase, messages: Messages, variables: Mapping[str, Any], fix: str) -> str:
-    """A tokenizer that renders conversations by code of its own, which is part of transformers or trusted by the user."""
+def _render_with_own_code(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, variables: Mapping[str, Any], fix: str
+) -> str:
+    """Render with the tokenizer's own code, which is part of transformers or trusted by the user."""
     try:
-        given = [dict(m) for m in messages]
-        return str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True, **variables))
-    except Exception as error:  # its code raises what its author thought of
-        raise _failed(first_line(error), None, fix) from None
+        plain_messages = [dict(m) for m in messages]
+        return str(
+            tokenizer.apply_chat_template(plain_messages, tokenize=False, add_generation_prompt=True, **variables)
+        )
+    except Exception as error:  # custom code raises any type
+        raise _template_error(first_line(error), None, fix) from None
 
 
-def _failed(text: str, line: int | None, fix: str) -> UserError:
-    place = "chat template" if line is None else f"chat template, line {line}"
-    said = plain_line(text.strip())[:LONGEST_MESSAGE]
-    return UserError(f"The model's chat template fails: {said}", code="chat-template", where=place, fix=fix)
+def _template_error(text: str, line: int | None, fix: str) -> UserError:
+    where = "chat template" if line is None else f"chat template, line {line}"
+    message = plain_line(text.strip())[:LONGEST_MESSAGE]
+    return UserError(f"The model's chat template failed: {message}", code="chat-template", where=where, fix=fix)
 
 
 class TemplateProcess:
-    """The process that renders, started when it is first needed, and again after one that had to be ended."""
+    """The rendering process, started on first use and restarted after it was killed."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
@@ -136,29 +140,29 @@ class TemplateProcess:
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Begin, without waiting until it is ready."""
+        """Start the process without waiting until it is ready."""
         with self._lock:
             self._start()
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The process's answer; `limit` where it had to be ended. Raises UserError where there is no such process."""
+        """Return the process's answer; `limit` if it exceeded one. Raises UserError if the process cannot start."""
         with self._lock:
             process = self._start()
             try:
                 return self._exchange(process, request)
-            except BaseException:  # an answer that nobody took would be taken for the next one's
+            except BaseException:  # an unread answer would be read as the next one
                 self._end()
                 raise
 
     def end(self) -> None:
-        """End it, if it runs."""
+        """Kill the process if it runs."""
         with self._lock:
             self._end()
 
     def _start(self) -> subprocess.Popen[str]:
         if self.process is not None and self.process.poll() is None and self._owner == os.getpid():
             return self.process
-        # The path as it is here: what lies in the current folder under the name of a package is not imported.
+        # With this process's sys.path: files in the current folder cannot shadow packages.
         program = f"import sys; sys.path[:] = {sys.path!r}; from heretic.model.template_process import main; main()"
         try:
             self.process = subprocess.Popen(
@@ -167,7 +171,7 @@ class TemplateProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 encoding="ascii",
-                start_new_session=True,  # a Ctrl-C is for us; its end comes with that of its input
+                start_new_session=True,  # Ctrl-C reaches only this process; the child ends with its input
             )
         except (OSError, ValueError) as error:
             raise _not_started(first_line(error)) from None
@@ -192,12 +196,12 @@ class TemplateProcess:
         self._end()
         if self._too_long or process.returncode == -getattr(signal, "SIGPROF", 0):
             return {"limit": "time"}
-        if process.returncode == -getattr(signal, "SIGKILL", 0):  # by the system, which has no memory left
+        if process.returncode == -getattr(signal, "SIGKILL", 0):  # by the system's out-of-memory killer
             return {"limit": "memory"}
-        return {"error": f"it ends the process that renders it (status {process.returncode})"}
+        return {"error": f"it ended the rendering process (status {process.returncode})"}
 
     def _line(self, process: subprocess.Popen[str], seconds: float) -> str:
-        """Its next line; cut short or empty where it ends or has to be ended."""
+        """The process's next line; incomplete or empty if it ends or is killed."""
         assert process.stdout is not None
         self._too_long = False
         watchdog = threading.Timer(seconds, self._kill, [process])
@@ -221,14 +225,14 @@ class TemplateProcess:
             if stream is not None:
                 try:
                     stream.close()
-                except OSError:  # what was not written yet, to one that is gone
+                except OSError:  # unwritten data for a process that is gone
                     continue
         process.wait()
 
 
 def _not_started(why: str) -> UserError:
     return UserError(
-        f"The process that renders chat templates does not start: {plain_line(why)}.",
+        f"The process that renders chat templates cannot start: {plain_line(why)}.",
         code="chat-template-process",
         where=sys.executable,
         fix="check that this Python can start a process and import transformers",

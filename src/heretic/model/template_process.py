@@ -1,6 +1,6 @@
-"""The process in which chat templates are rendered: they are programs from outside, and here their time and memory have limits.
+"""The process that renders untrusted chat templates, with limited time and memory.
 
-It reads a JSON request a line and writes a JSON answer a line, until its input ends. It imports neither torch nor a model.
+It reads one JSON request a line and writes one JSON answer a line until its input ends. It imports neither torch nor a model.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 CPU_SECONDS = 2.0  # for one conversation; an ordinary template takes less than a millisecond
-MEMORY = 256 << 20  # bytes beyond what the process has when it begins
-EXTRA_CHARACTERS = 200_000  # that a template may write beside the conversation itself
+MEMORY = 256 << 20  # bytes beyond the process's size at the start
+EXTRA_CHARACTERS = 200_000  # that a template may add to the conversation
 
 Render = Callable[[str, list[dict[str, str]], dict[str, Any]], str]
 
 
 def limit_memory() -> None:
-    """Let allocations beyond the limit fail with a MemoryError, where the system can do that."""
+    """Make allocations beyond the limit raise MemoryError, on systems that support it."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -33,13 +33,13 @@ def limit_memory() -> None:
 
 
 def limit_time(seconds: float) -> None:
-    """End this process by SIGPROF after so many seconds of computing; 0 lifts the limit."""
-    if hasattr(signal, "setitimer"):  # elsewhere the parent's clock ends it
+    """End this process by SIGPROF after `seconds` of CPU time; 0 removes the limit."""
+    if hasattr(signal, "setitimer"):  # elsewhere the parent's watchdog ends it
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def render_function() -> Render:
-    """How transformers renders a template."""
+    """Return transformers' function that renders a template."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     def render(template: str, messages: list[dict[str, str]], variables: dict[str, Any]) -> str:
@@ -52,7 +52,7 @@ def render_function() -> Render:
 
 
 def template_line(error: BaseException) -> int | None:
-    """The line of the template in which an error arose; None if it is not known."""
+    """Return the line of the template that raised the error; None if unknown."""
     line = getattr(error, "lineno", None)
     trace = error.__traceback__
     while trace is not None:
@@ -63,7 +63,7 @@ def template_line(error: BaseException) -> int | None:
 
 
 def answer(request: dict[str, Any], render: Render) -> dict[str, Any]:
-    """What comes of one request: `text`, or the `error` with its `line`, or the `limit` that was reached."""
+    """Answer one request with `text`, with `error` and its `line`, or with the `limit` that was exceeded."""
     messages = request["messages"]
     most = EXTRA_CHARACTERS + sum(len(m["content"]) for m in messages)
     limit_time(CPU_SECONDS)
@@ -71,22 +71,22 @@ def answer(request: dict[str, Any], render: Render) -> dict[str, Any]:
         text = render(request["template"], messages, request["variables"])
         if len(text) > most:
             return {"limit": "length"}
-        text.encode("utf-8")  # half a character cannot be given to a tokenizer
+        text.encode("utf-8")  # a tokenizer rejects lone surrogates
         return {"text": text}
     except MemoryError:
         return {"limit": "memory"}
-    except Exception as error:  # a template raises what its author thought of
+    except Exception as error:  # a template raises any type
         return {"error": f"{error}"[:1000] or type(error).__name__, "line": template_line(error)}
     finally:
         limit_time(0)
 
 
 def main() -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until the input ends."""
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what else is printed is no answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # other output must not mix with answers
     render = render_function()
-    # What is imported at the first rendering is imported before the memory is limited.
+    # The first rendering imports modules, so it runs before the memory limit.
     render("{{ messages[0].content }}", [{"role": "user", "content": ""}], {})
     limit_memory()
     replies.write("ready\n")

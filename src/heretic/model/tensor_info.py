@@ -1,4 +1,4 @@
-"""One tensor of a checkpoint, as the header of its file describes it; the headers of safetensors and pickle files."""
+"""Tensors of a checkpoint as the headers of safetensors and pickle files describe them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ TORCH_NAMES = {
 # Number formats of weights that are not quantized, and of buffers.
 PLAIN = ("F64", "F32", "F16", "BF16", "BOOL", "I64")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-# Checkpoints that come quantized, by transformers' name of the method. These are opened while they are loaded, on every device:
-# their kernels are for some GPUs only, have no backward, and the weights of the writers are wanted.
+# Quantization methods, by transformers' name, that loading dequantizes on every device: their kernels need certain GPUs and have
+# no backward, and heretic needs the writers' weights.
 OPENED = {"fp8": "FP8", "mxfp4": "MXFP4"}
 # By method, the format whose every element holds several numbers.
 PACKED_BY = {"mxfp4": "U8", "bitsandbytes": "U8", "gptq": "I32", "awq": "I32"}
@@ -40,12 +40,12 @@ SCALES = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint; `file` is None while its shard has not been downloaded."""
+    """One tensor of a checkpoint."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
-    file: Path | None
+    dtype: str  # as safetensors names it
+    file: Path | None  # None until its shard is downloaded
 
     @property
     def elements(self) -> int:
@@ -54,25 +54,25 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Size in the checkpoint, in bytes."""
+        """Bytes in the checkpoint."""
         return int(self.elements * BYTES_PER_ELEMENT.get(self.dtype, 2))
 
     @property
     def is_packed(self) -> bool:
-        """Whether it holds quantized numbers or what goes with them."""
+        """Whether it holds quantized numbers or their scales."""
         return self.dtype not in PLAIN or self.name.endswith(SCALES)
 
 
 def quantization_entry(config: Any) -> Any:
-    """The entry `quantization_config` of a config or of its text part, where transformers looks for it; None without one."""
+    """Return `quantization_config` of a config or of its text part; None without one."""
     for part in (config, config.get_text_config(decoder=True)):
-        if (found := getattr(part, "quantization_config", None)) is not None:
-            return found
+        if (entry := getattr(part, "quantization_config", None)) is not None:
+            return entry
     return None
 
 
 def quantization_method(config: Any) -> str | None:
-    """The method that a config names ("fp8", "bitsandbytes", …); None where it names none."""
+    """Return the quantization method of a config ("fp8", "bitsandbytes", …); None without one."""
     entry = quantization_entry(config)
     if entry is None:
         return None
@@ -83,52 +83,52 @@ def quantization_method(config: Any) -> str | None:
 
 
 def packed_bits(config: Any) -> int:
-    """Bits of a number in a checkpoint that comes quantized, by its config; 4 where that does not say."""
+    """Return the bits per number of a quantized checkpoint, by its config; 4 if it does not say."""
     entry = quantization_entry(config)
     bits = entry.get("bits") if isinstance(entry, dict) else getattr(entry, "bits", None)
     return bits if isinstance(bits, int) and bits > 0 else 4
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
-    """The tensors of weight files by name, as transformers reads them: of two with one name the later file's. Raises UserError."""
-    found: dict[str, TensorInfo] = {}
+    """Read the tensors of weight files by name; a later file wins, as in transformers. Raises UserError."""
+    tensors: dict[str, TensorInfo] = {}
     for file in files:
-        found.update(_pickled(file) if file.suffix in PICKLED else _header(file))
-    return found
+        tensors.update(_pickled_header(file) if file.suffix in PICKLED else _safetensors_header(file))
+    return tensors
 
 
 def missing_file(file: Path) -> UserError:
-    """A weight file that is named and is not there."""
+    """Return the error for a missing file of weights."""
     return UserError(
-        f"A file of the weights is missing: {file.name}",
+        f"Weight file {file.name} is missing.",
         code="missing-shard",
         where=str(file.parent),
         fix="download the model again",
     )
 
 
-def _header(file: Path) -> dict[str, TensorInfo]:
+def _safetensors_header(file: Path) -> dict[str, TensorInfo]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="numpy") as opened:
-            found = {}  # nothing but the header is read; PyTorch would map the file as if it were to write to it
-            for name in opened.keys():  # noqa: SIM118  (the handle is not a mapping)
-                piece = opened.get_slice(name)
-                found[name] = TensorInfo(name, tuple(piece.get_shape()), str(piece.get_dtype()), file)
-            return found
+        with safe_open(file, framework="numpy") as handle:
+            tensors = {}  # numpy reads only the header; PyTorch would map the file for writing
+            for name in handle.keys():  # noqa: SIM118  (the handle is not a mapping)
+                tensor = handle.get_slice(name)
+                tensors[name] = TensorInfo(name, tuple(tensor.get_shape()), str(tensor.get_dtype()), file)
+            return tensors
     except FileNotFoundError:
         raise missing_file(file) from None
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"A file of the weights is damaged: {first_line(error)[:200]}",
+            f"Weight file {file.name} is damaged: {first_line(error)[:200]}",
             code="damaged-weights",
             where=str(file),
             fix="download the model again",
         ) from None
 
 
-def _pickled(file: Path) -> dict[str, TensorInfo]:
+def _pickled_header(file: Path) -> dict[str, TensorInfo]:
     formats = {f"torch.{name}": short for short, name in TORCH_NAMES.items()}
     return {
         name: TensorInfo(name, tuple(tensor.shape), formats.get(str(tensor.dtype), "F32"), file)
@@ -137,19 +137,22 @@ def _pickled(file: Path) -> dict[str, TensorInfo]:
 
 
 def pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a pickle file, by PyTorch's reader that makes nothing but tensors; their bytes stay in the file until they are
-    used. Raises UserError for a file with anything else in it."""
+    """Open the tensors of a pickle file with PyTorch's weights-only reader, memory-mapped.
+
+    Raises:
+        UserError: "unsafe-pickle" for a file with anything but tensors in it.
+    """
     import torch
 
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
     except FileNotFoundError:
         raise missing_file(file) from None
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, AttributeError, LookupError, ValueError) as error:
         raise UserError(
-            f"{file.name} holds more than tensors, or is damaged; it is not read: {first_line(error)[:120]}",
+            f"{file.name} holds more than tensors or is damaged, so heretic does not read it: {first_line(error)[:120]}",
             code="unsafe-pickle",
             where=str(file),
-            fix="convert the weights to safetensors on a machine where running the file's code does no harm",
+            fix="convert the weights to safetensors on an isolated machine, where the file's code can do no harm",
         ) from None

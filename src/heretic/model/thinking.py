@@ -1,4 +1,4 @@
-"""Thinking blocks: how they begin and end in the templates and answers of known models."""
+"""Thinking blocks: the markers that open and close them in templates and answers of known models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# How a thinking block begins, and what closes it so that the answer follows. Of two that begin alike the longer one comes first.
+# Opening marker -> what closes the block before the answer. Of markers with a common prefix the longer one comes first.
 MARKERS = {
     "<think>": "\n</think>\n\n",
     "<thinking>": "\n</thinking>\n\n",
@@ -24,7 +24,7 @@ MARKERS = {
     "[THINK]": "[/THINK]",
     "\u25c1think\u25b7": "\u25c1/think\u25b7",
 }
-# What templates call the switch of thinking, and its value when it is off.
+# Template variables that control thinking, and their value for off.
 SWITCHES: tuple[tuple[str, Any], ...] = (
     ("enable_thinking", False),
     ("thinking", False),
@@ -40,27 +40,27 @@ SWITCHES: tuple[tuple[str, Any], ...] = (
 )
 
 
-def open_block(text: str, said: str = "") -> str:
-    """The marker of the thinking block in which a rendered conversation ends; empty if it ends in none.
+def open_block(text: str, last_message: str = "") -> str:
+    """Return the marker of the thinking block that a rendered conversation ends in; empty if none.
 
     Args:
-        text: The conversation up to where the answer begins.
-        said: Its last message. A marker in it, or before it, opens nothing.
+        text: The conversation up to the start of the answer.
+        last_message: Its last message. Markers in it, or before it, do not count.
     """
-    place = text.rfind(said.strip()) if said.strip() else -1
-    tail = text if place < 0 else text[place + len(said.strip()) :]
-    begun = max(((tail.rfind(marker), len(marker), marker) for marker in MARKERS), default=(-1, 0, ""))
-    if begun[0] >= 0:
-        return "" if MARKERS[begun[2]].strip() in tail[begun[0] + begun[1] :] else begun[2]
-    # A short message may be found inside the marker itself.
+    position = text.rfind(last_message.strip()) if last_message.strip() else -1
+    tail = text if position < 0 else text[position + len(last_message.strip()) :]
+    last_marker = max(((tail.rfind(marker), len(marker), marker) for marker in MARKERS), default=(-1, 0, ""))
+    if last_marker[0] >= 0:
+        return "" if MARKERS[last_marker[2]].strip() in tail[last_marker[0] + last_marker[1] :] else last_marker[2]
+    # A short message may occur inside the marker itself.
     return next((marker for marker in MARKERS if text.rstrip().endswith(marker)), "")
 
 
 def closed_immediately(text: str) -> str:
-    """Where a text begins with a thinking block: the same block, empty; else nothing."""
+    """Return an empty thinking block with the marker that a text begins with; empty if there is none."""
     return next((m + closing.strip() for m, closing in MARKERS.items() if text.lstrip().startswith(m)), "")
 
 
 def switches_in(template: str) -> Iterator[dict[str, Any]]:
-    """The variables that may switch thinking off in this template, one at a time."""
+    """Yield the template's variables that may disable thinking, one at a time."""
     return ({name: value} for name, value in SWITCHES if re.search(rf"\b{name}\b", template))

@@ -1,4 +1,4 @@
-"""Giving back the memory of a model that nobody runs any more, on every device."""
+"""Free the memory of a model on every device."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from heretic.model.batching import free_memory
 def unload(model: nn.Module) -> None:
     """Free the parameters and buffers of `model` on all its devices, RAM included.
 
-    accelerate's hooks put a model that is spread over devices into reference cycles, so dropping the last reference frees nothing
-    until Python collects them. Whoever still refers to the model keeps a shell without memory (PyTorch's meta device).
+    accelerate's hooks create reference cycles in a model on several devices, so dropping the last reference frees nothing at once.
+    Remaining references hold a model on PyTorch's meta device, without memory.
     """
     remove_hook_from_module(model, recurse=True)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(_shell(parameter), requires_grad=False)
+                module._parameters[name] = nn.Parameter(_meta_tensor(parameter), requires_grad=False)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = _shell(buffer)
+                module._buffers[name] = _meta_tensor(buffer)
     free_memory()
 
 
 @contextmanager
 def unloaded_after(model: nn.Module) -> Iterator[None]:
-    """Within the context `model` is used; it is unloaded on the way out, whatever happens."""
+    """Unload `model` at the end of the context, also after an error."""
     try:
         yield
     finally:
         unload(model)
 
 
-def _shell(tensor: torch.Tensor) -> torch.Tensor:
+def _meta_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

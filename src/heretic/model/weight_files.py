@@ -1,8 +1,7 @@
-"""Which files of a model's folder are the model: decided once, by transformers' own order.
+"""Select the weight files of a model's folder, once, in transformers' order.
 
 transformers 5.23, `modeling_utils._get_resolved_checkpoint_files`: the file that config.json names in `transformers_weights`, then
-`model.safetensors`, then its index; pickle files only where no safetensors file of these names is there. Loading is told the file
-that was chosen here, and planning, identity, download and export see its tensors only.
+`model.safetensors`, then its index, then pickle files. Loading, planning, download and export all use this selection.
 """
 
 from __future__ import annotations
@@ -21,37 +20,33 @@ from heretic.model.tensor_info import PICKLED, TensorInfo, missing_file, read_he
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED_SINGLE, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ADAPTER = "adapter_config.json"
-# Written by FSDP and tensor parallelism; transformers takes such files before all others.
+# Written by FSDP and tensor parallelism; transformers prefers such files to all others.
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 VARIANT = re.compile(r"model\.[\w-]+\.safetensors(\.index\.json)?")
 MIB = 1 << 20
-LARGEST = {".json": 1024 * MIB, ".jinja": 16 * MIB, ".py": 16 * MIB}  # bytes of files that are read whole
+LARGEST = {".json": 1024 * MIB, ".jinja": 16 * MIB, ".py": 16 * MIB}  # bytes of files that are read into memory
 LARGEST_CONFIG = 64 * MIB
 READ_WHOLE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".spm")
-SAMPLES = 32  # tensors of which the first row is compared with those of a second copy
+SAMPLES = 32  # tensors whose first row is compared with that of a second copy
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The weights of a model folder.
+    """The weights of a model folder."""
 
-    Attributes:
-        name: The file that transformers opens: one file of weights, or an index.
-        files: The files of weights, sorted.
-        unused: Names of other files of weights and indexes; no part of the model.
-        rival: Of these the one that another program would take and that holds other tensors; empty without one.
-    """
-
-    name: str
-    files: tuple[Path, ...]
-    unused: tuple[str, ...] = ()
-    rival: str = ""
+    name: str  # the file that transformers opens: one file of weights, or an index
+    files: tuple[Path, ...]  # the files of weights, sorted
+    unused: tuple[str, ...] = ()  # other files of weights and indexes, which are not part of the model
+    rival: str = ""  # the one of these that another program would load, with other tensors
 
 
 def choose_weights(names: Collection[str], explicit: Any, allow_pickle: bool) -> str | None:
-    """The name of the file that transformers opens, of those in a folder or repository; None where there is none.
+    """Return which of the files in a folder or repository transformers opens; None if none.
 
-    `explicit` is the entry `transformers_weights` of config.json.
+    Args:
+        names: Names of the files.
+        explicit: The entry `transformers_weights` of config.json.
+        allow_pickle: Whether pickle files may be used.
     """
     if explicit is not None:
         return str(explicit)
@@ -60,7 +55,7 @@ def choose_weights(names: Collection[str], explicit: Any, allow_pickle: bool) ->
 
 
 def local_weights(folder: Path, config: Mapping[str, Any], allow_pickle: bool) -> WeightFiles:
-    """Choose the weights of a folder, with `config` as its config.json has it. Raises UserError."""
+    """Select the weights of a folder; `config` is the content of config.json. Raises UserError."""
     require_regular_files(folder)
     _refuse_other_layouts(folder)
     names = [entry.name for entry in folder.iterdir()]
@@ -76,7 +71,7 @@ def local_weights(folder: Path, config: Mapping[str, Any], allow_pickle: bool) -
 
 
 def explicit_name(config: Mapping[str, Any], folder: Path) -> str | None:
-    """The entry `transformers_weights`, checked. Raises UserError."""
+    """Return the entry `transformers_weights`, validated. Raises UserError."""
     name = config.get("transformers_weights")
     if name is None:
         return None
@@ -86,7 +81,7 @@ def explicit_name(config: Mapping[str, Any], folder: Path) -> str | None:
         or not name.endswith((".safetensors", ".safetensors.index.json"))
     ):
         raise UserError(
-            f"transformers_weights is {_spell(name)}, and should name a safetensors file or index in the model's folder.",
+            f"transformers_weights must name a safetensors file or index in the model's folder, not {_short_repr(name)}.",
             code="invalid-config",
             where=f"{folder / 'config.json'}: transformers_weights",
             fix="correct the entry, or remove it",
@@ -95,7 +90,7 @@ def explicit_name(config: Mapping[str, Any], folder: Path) -> str | None:
 
 
 def shards_of(file: Path) -> list[Path]:
-    """The files of weights that a file stands for: those that an index names, else the file itself. Raises UserError."""
+    """Return the files of weights that an index names, or the file itself. Raises UserError."""
     if not file.name.endswith(".index.json"):
         return [file]
     names = sorted(set(read_index(file).values()))
@@ -106,7 +101,7 @@ def shards_of(file: Path) -> list[Path]:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The file that an index names for each tensor. Raises UserError."""
+    """Read the file of each tensor from an index. Raises UserError."""
     content = read_json(index, "damaged-index")
     table = content.get("weight_map")
     if not isinstance(table, dict) or not table or not isinstance(content.get("metadata"), dict):
@@ -120,7 +115,7 @@ def read_index(index: Path) -> dict[str, str]:
     for name in table.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffixes):
             raise UserError(
-                f"The index names no file of weights in the model's folder, outside it perhaps: {_spell(name)}",
+                f"The index names {_short_repr(name)}, which is not a file of weights in the model's folder.",
                 code="damaged-index",
                 where=str(index),
                 fix="download the model again",
@@ -129,12 +124,12 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def check_index(index: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """Raise UserError where an index names a tensor that its file does not hold."""
+    """Raise UserError if an index names a tensor that its file does not hold."""
     for name, file in read_index(index).items():
         held = tensors.get(name)
         if held is None or (held.file is not None and held.file.name != file):
             raise UserError(
-                f"The index says that {plain_line(file)} holds {plain_line(name)[:100]}, and it does not.",
+                f"The index names {plain_line(file)} for {plain_line(name)[:100]}, which that file does not hold.",
                 code="index-mismatch",
                 where=str(index),
                 fix="download the model again; or delete the index if model.safetensors holds the whole model",
@@ -142,7 +137,7 @@ def check_index(index: Path, tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def read_json(file: Path, code: str, largest: int = LARGEST[".json"]) -> dict[str, Any]:
-    """The object that a JSON file of a model holds. Raises UserError with `code`."""
+    """Read the object in a JSON file of a model. Raises UserError with `code`."""
     fix = "download the model again"
     try:
         require_regular(file)
@@ -159,12 +154,12 @@ def read_json(file: Path, code: str, largest: int = LARGEST[".json"]) -> dict[st
 
 
 def require_regular(file: Path) -> None:
-    """Raise UserError for what is no regular file, such as a named pipe or a device: reading it may never end."""
+    """Raise UserError unless this is a regular file: reading a named pipe or a device may never end."""
     try:
         mode = file.stat().st_mode
     except FileNotFoundError:
         raise UserError(
-            f"{file.name} leads to a file that is not there.",
+            f"{file.name} is missing, or links to a missing file.",
             code="missing-file",
             where=str(file),
             fix="download the model again",
@@ -182,12 +177,12 @@ def require_regular(file: Path) -> None:
             f"{file.name} is a {kind}, not a regular file.",
             code="not-a-regular-file",
             where=str(file),
-            fix="replace it with the file of the model",
+            fix="replace it with the model's file",
         )
 
 
 def require_regular_files(folder: Path) -> None:
-    """Raise UserError where a file of a model's folder that may be read is no regular file, or is far too large to be read."""
+    """Raise UserError if a file of a model's folder is not a regular file or is too large to read."""
     weights = (".safetensors", *PICKLED)
     try:
         inner = folder / "additional_chat_templates"
@@ -214,11 +209,11 @@ def require_regular_files(folder: Path) -> None:
 
 
 def _refuse_other_layouts(folder: Path) -> None:
-    """Refuse folders from which transformers would load something else than the weights beside it. Raises UserError."""
+    """Raise UserError for folders from which transformers would load more than plain weights."""
     names = sorted(entry.name for entry in folder.iterdir())
     if ADAPTER in names:
         raise UserError(
-            "The folder holds a model and an adapter, which transformers would put on the model.",
+            "The folder holds an adapter beside the model, and transformers would load both.",
             code="adapter-beside-model",
             where=str(folder / ADAPTER),
             fix=f"merge the adapter into the model (peft: merge_and_unload), or copy the folder without {ADAPTER}",
@@ -228,7 +223,7 @@ def _refuse_other_layouts(folder: Path) -> None:
             "The folder holds a distributed checkpoint, which heretic does not read.",
             code="distributed-checkpoint",
             where=str(folder / distributed[0]),
-            fix="save the model with save_pretrained, in ordinary shards",
+            fix="save the model with save_pretrained",
         )
 
 
@@ -236,51 +231,51 @@ def _no_weights(folder: Path, names: Collection[str]) -> UserError:
     pickled = sorted(name for name in names if name.endswith(PICKLED) and name != "training_args.bin")
     variants = sorted(name for name in names if VARIANT.fullmatch(name) and name not in (SINGLE, INDEX))
     others = sorted(name for name in names if name.endswith(".safetensors"))
-    code, fix, which = "no-weights", "download the model again; its weights are missing", ""
+    code, fix, detail = "no-weights", "download the model again", ""
     if variants:
-        code, which = "weights-not-named-model", f", only {variants[0]}, which transformers reads for a variant only"
+        code, detail = "weights-not-named-model", f", only {variants[0]}, which transformers reads only as a variant"
         fix = f"name the weights as transformers does: {SINGLE} or {INDEX}"
     elif others:
-        code, which = "weights-not-named-model", f" that transformers would read, only {others[0]}"
+        code, detail = "weights-not-named-model", f" that transformers reads, only {others[0]}"
         fix = f"name the weights as transformers does: {SINGLE}, or shards with {INDEX}"
         if others[0].startswith("adapter_"):
             fix = "name the model that the adapter was made for, or merge the adapter into it"
     elif pickled:
-        code, which = "pickled-weights", f", only {pickled[0]}, which could run code when loaded"
-        fix = "convert the weights to safetensors; or allow_pickle = true, which reads tensors and nothing else"
-    return UserError(f"{folder} has no .safetensors weights{which}.", code=code, where=str(folder), fix=fix)
+        code, detail = "pickled-weights", f", only {pickled[0]}, which could run code when loaded"
+        fix = "convert the weights to safetensors; or set allow_pickle = true, which reads tensors only"
+    return UserError(f"{folder} has no .safetensors weights{detail}.", code=code, where=str(folder), fix=fix)
 
 
 def _rival(folder: Path, chosen: str, files: Collection[Path]) -> str:
-    """An index beside the chosen file that stands for other weights than it."""
+    """The index beside the selected file, if it names other weights."""
     index = folder / INDEX
     if chosen == INDEX or not chosen.endswith(".safetensors") or not index.exists():
         return ""
     try:
-        others = read_headers(shards_of(index))
-        mine = read_headers(files)
-    except UserError:  # an index without its shards stands for nothing
+        indexed = read_headers(shards_of(index))
+        selected = read_headers(files)
+    except UserError:  # an index without its shards
         return INDEX
-    same = {n: (t.shape, t.dtype) for n, t in mine.items()} == {n: (t.shape, t.dtype) for n, t in others.items()}
-    return "" if same and all(_same_start(mine[n], others[n]) for n in _samples(sorted(mine))) else INDEX
+    same = {n: (t.shape, t.dtype) for n, t in selected.items()} == {n: (t.shape, t.dtype) for n, t in indexed.items()}
+    return "" if same and all(_same_start(selected[n], indexed[n]) for n in _samples(sorted(selected))) else INDEX
 
 
 def _samples(names: list[str]) -> list[str]:
     return names[:: max(1, len(names) // SAMPLES)]
 
 
-def _same_start(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether the first rows of two tensors of one shape are the same."""
+def _same_start(first: TensorInfo, second: TensorInfo) -> bool:
+    """Whether two tensors of one shape have the same first row."""
     import torch
     from safetensors import safe_open
 
-    if one.file is None or other.file is None or not one.shape or not one.elements:
+    if first.file is None or second.file is None or not first.shape or not first.elements:
         return True
-    with safe_open(one.file, framework="pt") as a, safe_open(other.file, framework="pt") as b:
-        rows = [opened.get_slice(one.name)[:1].contiguous().view(torch.uint8) for opened in (a, b)]
+    with safe_open(first.file, framework="pt") as a, safe_open(second.file, framework="pt") as b:
+        rows = [file.get_slice(first.name)[:1].contiguous().view(torch.uint8) for file in (a, b)]
     return torch.equal(*rows)
 
 
-def _spell(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     text = plain_line(repr(value))
     return text if len(text) <= 80 else f"{text[:80]}…"

@@ -1,4 +1,4 @@
-"""A writer: a module whose output is added to the residual stream, and the parameters that its output is linear in."""
+"""Residual writers: modules whose output is added to the residual stream, and their parameters."""
 
 from __future__ import annotations
 
@@ -18,16 +18,13 @@ from heretic.model.quantization import dequantized, is_quantized
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter of a writer: a weight [width, inputs], a bias [width], or those of all experts at once [experts, ...].
-
-    `transposed`: the last axis of the weight is the one along the stream ([..., inputs, width]).
-    """
+    """A parameter of a writer: a weight [width, inputs], a bias [width], or those of all experts [experts, ...]."""
 
     name: str
     owner: nn.Module
     attribute: str
     is_bias: bool = False
-    transposed: bool = False
+    transposed: bool = False  # the weight is stored [..., inputs, width]
 
     @property
     def tensor(self) -> Tensor:
@@ -41,14 +38,14 @@ class Part:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape as a weight, which a packed one does not have itself."""
+        """Its shape when unpacked."""
         if self.quantized:
             owner = cast(nn.Linear, self.owner)
             return (owner.out_features, owner.in_features)
         return tuple(self.tensor.shape)
 
     def matrices(self, tensor: Tensor) -> Iterator[Tensor]:
-        """Every matrix [width, inputs] of a tensor that is laid out as this weight is."""
+        """Yield every matrix [width, inputs] of a tensor with this weight's layout."""
         upright = tensor.mT if self.transposed else tensor
         yield from upright if upright.ndim == 3 else (upright,)
 
@@ -57,18 +54,18 @@ class Part:
 class ResidualWriter:
     """A module whose output is added to the residual stream.
 
-    Without `parts` it is a linear map with a weight and perhaps a bias. A mixture of experts is one writer with the parts of
-    all its experts: as what it writes is the sum of theirs, weighted for each token, it is one wide matrix [width, inputs of all
-    experts], of which a token uses some columns.
+    Without `mixture` it is a linear layer with a weight and an optional bias. A mixture of experts is one writer with the parts of
+    all its experts: its output is a weighted sum of theirs, so it is one matrix [width, inputs of all experts], of which each token
+    uses some columns.
     """
 
     name: str
     layer: int
     component: str
     module: nn.Module
-    norms: tuple[nn.Module, ...] = ()  # that its output passes before it is added (Gemma 2 and 3, OLMo 2)
+    norms: tuple[nn.Module, ...] = ()  # between its output and the stream (Gemma 2 and 3, OLMo 2)
     mixture: tuple[Part, ...] = ()
-    tied_modules: tuple[nn.Module, ...] = ()  # modules of later blocks that have the same weights (Zamba)
+    tied_modules: tuple[nn.Module, ...] = ()  # modules of later blocks with the same weights (Zamba)
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -77,7 +74,7 @@ class ResidualWriter:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The parameters that an edit of this writer is written into."""
+        """The parameters that an edit changes."""
         return self.mixture or linear_parts(self.name, self.module)
 
     @property
@@ -87,66 +84,65 @@ class ResidualWriter:
 
     @property
     def offloaded(self) -> bool:
-        """Whether accelerate keeps the weights elsewhere between passes, leaving empty ones in the module."""
+        """Whether accelerate offloads the weights between passes."""
         return any(part.tensor.device.type == "meta" for part in self.parts)
 
     def weights(self) -> list[LazyTensor]:
-        """The matrices [width of the stream, inputs] in their own type: one, or one an expert; of a quantized weight what makes it,
-        so that it exists only while it is used.
+        """Return the matrices [width, inputs] in their own dtype: one, or one an expert; quantized ones as functions.
 
-        Under tensor parallelism the shares are put together, so that all processes must ask at the same time.
+        Under tensor parallelism this gathers the shards, so all processes must call it at the same time.
         """
-        found: list[LazyTensor] = []
+        matrices: list[LazyTensor] = []
         for part in self.parts:
             if part.quantized:
-                found.append(partial(dequantized, part.owner))
+                matrices.append(partial(dequantized, part.owner))
             elif not part.is_bias:
-                found += part.matrices(full_tensor(part.tensor.detach()))
-        return found
+                matrices += part.matrices(full_tensor(part.tensor.detach()))
+        return matrices
 
     def weight(self) -> Tensor:
-        """The weight [width of the stream, inputs] in its own type; experts side by side."""
-        found = [materialize(matrix) for matrix in self.weights()]
-        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        """Return the weight [width, inputs] in its own dtype; experts side by side."""
+        matrices = [materialize(matrix) for matrix in self.weights()]
+        return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim=1)
 
     @torch.no_grad()
     def scale(self) -> Tensor | None:
-        """Effective weight [width] in float32 of the RMS norms that its output passes; None without one.
+        """Return the effective weight [width] in float32 of the RMS norms after its output; None without one.
 
-        Asked of the norms themselves, since some add 1 to what they store: for an input of ones it is the output.
+        It is the norm's output for ones, since some norms add 1 to the stored weight.
         """
-        found = [scale for norm in self.norms if (scale := _scale(norm)) is not None]
-        return torch.stack(found).prod(dim=0) if found else None
+        scales = [scale for norm in self.norms if (scale := _scale(norm)) is not None]
+        return torch.stack(scales).prod(dim=0) if scales else None
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor itself, also where this process holds a share of it."""
+    """Return the whole tensor, gathered if this process holds a shard."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def linear_parts(name: str, module: nn.Module) -> tuple[Part, ...]:
-    """The weight of a linear map, and its bias if it has one."""
+    """Return the weight of a linear layer, and its bias if it has one."""
     weight = Part(f"{name}.weight", module, "weight", transposed=isinstance(module, Conv1D))
     has_bias = isinstance(getattr(module, "bias", None), Tensor)
     return (weight, Part(f"{name}.bias", module, "bias", is_bias=True)) if has_bias else (weight,)
 
 
 def _scale(norm: nn.Module) -> Tensor | None:
-    """None for a norm without a weight: it treats all components alike."""
+    """Effective weight of a norm; None without one."""
     stored = next(norm.parameters(), None)
     if stored is None:
         return None
-    away = stored.device.type == "meta"  # offloaded; accelerate brings it to where the norm runs
-    device = cast(Any, norm)._hf_hook.execution_device if away else stored.device
+    offloaded = stored.device.type == "meta"  # offloaded; accelerate moves it to the execution device
+    device = cast(Any, norm)._hf_hook.execution_device if offloaded else stored.device
     ones = torch.ones(1, 1, len(stored), dtype=stored.dtype, device=device)
     return cast(Tensor, norm(ones)[0, 0].float())
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The tensor out of what a module returns: itself, or a tuple that begins with it."""
+    """Return a module's output tensor: the output itself, or the first of a tuple."""
     return output if isinstance(output, Tensor) else output[0]
 
 
 def with_first(output: Any, tensor: Tensor) -> Any:
-    """What a module returned, with another tensor in the place of its first."""
+    """Return a module's output with its first tensor replaced."""
     return tensor if isinstance(output, Tensor) else (tensor, *output[1:])

@@ -1,6 +1,6 @@
-"""Figures of a study, as plotly's own data: each a dictionary with `data` and `layout`, which plotly.js draws.
+"""Figures of a study as plotly data: dictionaries with `data` and `layout`.
 
-Colors, grid and text are given by the page, which knows whether it is shown dark or light.
+The page sets colors, grid and text for dark or light mode.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ Figure = dict[str, Any]
 
 BLUE, ORANGE, GREEN, RED, GRAY = "#3b82c4", "#e08a1e", "#2a9d6f", "#d1495b", "#8a8f98"
 COMPONENT_COLORS = (BLUE, ORANGE, GREEN, RED)
-SMALLEST_KL = 1e-6  # what is less is drawn there
+SMALLEST_KL = 1e-6  # smaller values are drawn there
 BINS = 30
 
 
 def of_front(progress: StudyHistory, chosen: int | None, before: int | None) -> Figure:
-    """Every trial in the plane of KL and refusals; a destroyed model (infinite KL) has no place in it."""
+    """Plot every trial by KL and refusals, except destroyed models (infinite KL)."""
     best = pareto_front(progress.results)
     on_front = {r.number for r in best}
     others = [r for r in progress.results if r.number not in on_front and math.isfinite(r.point[0])]
     data = []
-    left = [trial for trial in progress.pruned if math.isfinite(trial.kl)]
-    if left:
+    pruned = [trial for trial in progress.pruned if math.isfinite(trial.kl)]
+    if pruned:
         data.append(
             {
-                **_dots("left early: refusals estimated", [t.kl for t in left], [t.refusals for t in left]),
-                "text": [f"trial {t.number}" for t in left],
+                **_dots("pruned (dominated): refusals estimated", [t.kl for t in pruned], [t.refusals for t in pruned]),
+                "text": [f"trial {t.number}" for t in pruned],
                 "marker": {"symbol": "circle-open", "size": 7, "color": GRAY},
-                "hovertemplate": "%{text}: left early, about %{y:.1f} expected refusals<br>KL %{x:.4f}<extra></extra>",
+                "hovertemplate": "%{text}: pruned, about %{y:.1f} expected refusals<br>KL %{x:.4f}<extra></extra>",
             }
         )
     if others:
@@ -45,18 +45,18 @@ def of_front(progress: StudyHistory, chosen: int | None, before: int | None) -> 
     if best:
         line = {"shape": "hv", "color": ORANGE, "width": 2}
         marked = {"size": 9, "color": ORANGE}
-        data.append({**_results("front", best[::-1]), "mode": "lines+markers", "line": line, "marker": marked})
-    picked = [r for r in best if r.number == chosen]
-    if picked:
+        data.append({**_results("Pareto front", best[::-1]), "mode": "lines+markers", "line": line, "marker": marked})
+    selected = [r for r in best if r.number == chosen]
+    if selected:
         star = {"symbol": "star", "size": 17, "color": RED, "line": {"width": 1, "color": "white"}}
-        data.append({**_results("chosen", picked), "marker": star})
+        data.append({**_results("chosen", selected), "marker": star})
     layout: Figure = {
         "xaxis": {"title": {"text": "KL divergence (nats)"}, "type": "log", "exponentformat": "power"},
         "yaxis": {"title": {"text": "expected refusals"}, "rangemode": "tozero"},
         "hovermode": "closest",
     }
     if before is not None:
-        layout["shapes"] = [_across(before)]
+        layout["shapes"] = [_horizontal_line(before)]
         layout["annotations"] = [
             {"text": f"original: {before}", "x": 1, "xref": "paper", "xanchor": "right", "y": before, "yanchor": "bottom",
              "showarrow": False}
@@ -65,7 +65,7 @@ def of_front(progress: StudyHistory, chosen: int | None, before: int | None) -> 
 
 
 def of_progress(numbers: Sequence[int], hypervolume: Sequence[float]) -> Figure:
-    """The hypervolume after every trial measured in full."""
+    """Plot the hypervolume after every fully measured trial."""
     line = {
         "type": "scatter",
         "mode": "lines",
@@ -81,7 +81,7 @@ def of_progress(numbers: Sequence[int], hypervolume: Sequence[float]) -> Figure:
 
 
 def of_strengths(strengths: Mapping[str, Sequence[float]]) -> Figure:
-    """Strengths over the layers, by component."""
+    """Plot strengths over the layers, by component."""
     data = [
         {
             "type": "bar",
@@ -99,7 +99,7 @@ def of_strengths(strengths: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def of_divergences(per_prompt: Sequence[float], marks: Mapping[str, float]) -> Figure:
-    """How many prompts have which KL, in equal steps of its logarithm; `marks` are drawn as lines."""
+    """Plot a histogram of log KL per prompt, with `marks` as lines."""
     logs = np.log10(np.maximum(np.asarray(per_prompt), SMALLEST_KL))
     counts, edges = np.histogram(logs, bins=BINS, range=(math.floor(logs.min()), math.ceil(logs.max() + 1e-9)))
     spans = [f"{10**a:.2g} to {10**b:.2g}" for a, b in itertools.pairwise(edges)]
@@ -114,13 +114,13 @@ def of_divergences(per_prompt: Sequence[float], marks: Mapping[str, float]) -> F
     }
     lines = []
     for (name, value), color in zip(marks.items(), (RED, ORANGE, GREEN, GRAY), strict=False):
-        place = math.log10(max(value, SMALLEST_KL))
+        position = math.log10(max(value, SMALLEST_KL))
         lines.append(
             {
                 "type": "scatter",
                 "mode": "lines",
                 "name": f"{name} {value:.4f}",
-                "x": [place, place],
+                "x": [position, position],
                 "y": [0, int(counts.max())],
                 "line": {"color": color, "width": 2, "dash": "dash"},
                 "hovertemplate": f"{name}: {value:.4f}<extra></extra>",
@@ -138,14 +138,18 @@ def of_divergences(per_prompt: Sequence[float], marks: Mapping[str, float]) -> F
 
 
 def of_requests(rows: Sequence[tuple[str, str]], before: str) -> Figure:
-    """Requests by trials: answered, still declined, declined although the original answers, or neither. `rows` are names and what
-    is stored of each request: 0 answered, 1 declined, 2 neither."""
+    """Plot the verdict of every request by trial.
+
+    Args:
+        rows: Names, and a digit for each request: 0 answered, 1 refused, 2 neither.
+        before: The original's digits.
+    """
 
     def code(i: int, kind: str) -> int:
         return {"0": 0, "2": 3}.get(kind, 1 if i >= len(before) or before[i] == "1" else 2)
 
     codes = [[code(i, kind) for i, kind in enumerate(kinds)] for _, kinds in rows]
-    words = ("answered", "refused", "declined, but the original answers", "neither declined nor answered")
+    words = ("answered", "refused", "refused, but the original answers", "neither refused nor answered")
     colors = ("rgba(138, 143, 152, 0.18)", ORANGE, RED, BLUE)
     steps = [[(i + end) / len(colors), color] for i, color in enumerate(colors) for end in (0, 1)]
     heat = {
@@ -170,7 +174,7 @@ def of_requests(rows: Sequence[tuple[str, str]], before: str) -> Figure:
 
 
 def of_importances(importances: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Shares of every parameter, one group of bars a parameter; `importances` by what they are important for."""
+    """Plot the importance of every parameter, grouped by goal."""
     order = list(next(iter(importances.values())))[::-1]
     data = [
         {
@@ -192,7 +196,7 @@ def of_importances(importances: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def of_phases(seconds: Mapping[str, float]) -> Figure:
-    """Seconds by phase, the longest on top."""
+    """Plot seconds by phase, the longest on top."""
     order = sorted(seconds, key=lambda name: seconds[name])
     bars = {
         "type": "bar",
@@ -207,12 +211,12 @@ def of_phases(seconds: Mapping[str, float]) -> Figure:
 
 
 def layer_axis(layers: int) -> Figure:
-    """An axis of so many layers, with about a dozen whole numbers on it."""
+    """Return an axis of `layers` layers with about a dozen ticks."""
     return {"title": {"text": "layer"}, "dtick": max(1, math.ceil(layers / 12))}
 
 
 def escaped(text: str) -> str:
-    """Text that plotly shows as it is: it takes angle brackets for markup."""
+    """Escape text for plotly, which parses markup."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -222,20 +226,20 @@ def _dots(name: str, kl: Sequence[float], refusals: Sequence[float]) -> Figure:
     return {"type": "scatter", "mode": "markers", "name": name, "x": x, "y": y, "cliponaxis": False}
 
 
-def _results(name: str, found: Sequence[Result]) -> Figure:
+def _results(name: str, results: Sequence[Result]) -> Figure:
     return {
-        **_dots(name, [r.point[0] for r in found], [r.point[1] for r in found]),
-        "text": [f"trial {r.number}, {describe(r.params)}: {r.scores.refusals} refusals" for r in found],
-        "customdata": [r.number for r in found],
+        **_dots(name, [r.point[0] for r in results], [r.point[1] for r in results]),
+        "text": [f"trial {r.number}, {describe(r.params)}: {r.scores.refusals} refusals" for r in results],
+        "customdata": [r.number for r in results],
         "hovertemplate": "%{text}, %{y} expected<br>KL %{x:.4f}, measured<extra></extra>",
     }
 
 
-def _across(height: float) -> Figure:
+def _horizontal_line(height: float) -> Figure:
     line = {"color": GRAY, "width": 1, "dash": "dot"}
     return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": height, "y1": height, "line": line}
 
 
 def _short(number: float) -> float | None:
-    """Four digits; what is no number is left out of a drawing."""
+    """Round to four digits; None for what is not finite."""
     return float(f"{float(number):.4g}") if math.isfinite(number) else None

@@ -1,4 +1,4 @@
-"""Figures of how residuals lie, for the report of a run and for `heretic geometry`."""
+"""Figures of residual geometry, for the report of a run and for `heretic geometry`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from heretic.report.figures import BLUE, GREEN, ORANGE, RED, Figure, layer_axis
 
 
 def geometry_figures(geometry: ResidualGeometry) -> dict[str, Figure]:
-    """By the figure's name on the page; the projection is separate, since it has one figure a layer."""
+    """Return figures by their name on the page, without the projections (one a layer)."""
     return {
         "separation": _separation(geometry),
         "norms": _norms(geometry),
@@ -19,13 +19,16 @@ def geometry_figures(geometry: ResidualGeometry) -> dict[str, Figure]:
 
 
 def projections(geometry: ResidualGeometry) -> list[tuple[str, Figure]]:
-    """For every layer a label and its figure."""
+    """Return a label and a projection for every layer."""
     harmful = geometry.harmful.bool()
-    found = []
+    labeled_figures = []
     for layer in range(geometry.num_layers):
         data = []
-        for name, own, color, symbol in (("harmless", ~harmful, BLUE, "circle"), ("harmful", harmful, RED, "diamond")):
-            points = geometry.points[layer][own]
+        for name, members, color, symbol in (
+            ("harmless", ~harmful, BLUE, "circle"),
+            ("harmful", harmful, RED, "diamond"),
+        ):
+            points = geometry.points[layer][members]
             data.append(
                 {
                     "type": "scatter",
@@ -46,8 +49,8 @@ def projections(geometry: ResidualGeometry) -> list[tuple[str, Figure]]:
             "hovermode": "closest",
             "showlegend": True,
         }
-        found.append((label, {"data": data, "layout": layout}))
-    return found
+        labeled_figures.append((label, {"data": data, "layout": layout}))
+    return labeled_figures
 
 
 def _separation(geometry: ResidualGeometry) -> Figure:

@@ -1,4 +1,4 @@
-"""One HTML page with figures that works offline: everything inlined, every text escaped, no network and no other script allowed."""
+"""One offline HTML page with figures: everything inlined, all text escaped, no network and no foreign scripts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from heretic.report.figures import Figure
 
 @dataclass
 class Page:
-    """Built from top to bottom; what is put in is text, never markup.
+    """A page that is built from top to bottom, from text, never markup.
 
-    A choice is a control (a slider or a list) that says which variant is shown of every figure and block of its group.
+    A choice is a control (slider or list) that selects the visible variant of every figure and block in its group.
     """
 
     title: str
@@ -29,22 +29,22 @@ class Page:
     choices: dict[str, dict[str, object]] = field(default_factory=dict)
 
     def section(self, heading: str, *paragraphs: str) -> None:
-        """Begin a section."""
+        """Start a section."""
         self.parts.append(f'</section><section id="section-{len(self.headings)}"><h2>{escape(heading)}</h2>')
         self.headings.append(heading)
         self.text(*paragraphs)
 
     def text(self, *paragraphs: str) -> None:
-        """Paragraphs."""
+        """Add paragraphs."""
         self.parts += [f"<p>{escape(text)}</p>" for text in paragraphs if text]
 
     def facts(self, pairs: Iterable[tuple[str, object]]) -> None:
-        """Names and values."""
+        """Add names and values."""
         rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in pairs)
         self.parts.append(f"<dl>{rows}</dl>")
 
     def table(self, headings: Sequence[str], rows: Iterable[Sequence[object]], marked: int | None = None) -> None:
-        """A table; the row `marked` stands out."""
+        """Add a table with the row `marked` highlighted."""
         head = "".join(f"<th>{escape(h)}</th>" for h in headings)
         body = "".join(
             f"<tr{' class=marked' if i == marked else ''}>{''.join(f'<td>{escape(str(c))}</td>' for c in row)}</tr>"
@@ -53,16 +53,16 @@ class Page:
         self.parts.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
     def details(self, summary: str, text: str) -> None:
-        """Text as it is, shown when asked for."""
+        """Add preformatted text in a collapsed element."""
         self.parts.append(f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>")
 
     def figure(self, name: str, variants: Sequence[Figure | None], choice: str = "", height: int = 380) -> None:
-        """A figure, or one of several by a choice; None says that there is nothing to draw."""
+        """Add a figure, or variants selected by a choice; None draws nothing."""
         self.figures[name] = {"variants": list(variants), "choice": choice}
         self.parts.append(f'<div class="figure" id="figure-{escape(name)}" style="height:{height}px"></div>')
 
     def slider(self, choice: str, heading: str, labels: Sequence[str], selected: int) -> None:
-        """A choice by a slider."""
+        """Add a slider for a choice."""
         self.choices[choice] = {"labels": list(labels), "selected": selected}
         self.parts.append(
             f'<label class="choice">{escape(heading)} <input type="range" data-choice="{escape(choice)}" min="0" '
@@ -70,7 +70,7 @@ class Page:
         )
 
     def select(self, choice: str, heading: str, labels: Sequence[str], selected: int, numbers: Sequence[int]) -> None:
-        """A choice from a list; a point of the figure `front` that carries one of the numbers chooses it too."""
+        """Add a list for a choice; clicking a point of the figure `front` with one of the numbers selects it too."""
         self.choices[choice] = {"labels": list(labels), "selected": selected, "numbers": list(numbers)}
         options = "".join(
             f"<option value={i}{' selected' if i == selected else ''}>{escape(label)}</option>"
@@ -81,13 +81,13 @@ class Page:
         )
 
     def block(self, choice: str, index: int, pairs: Iterable[tuple[str, object]]) -> None:
-        """Names and values that are shown while the choice stands at this index."""
+        """Add names and values that are visible while the choice has this index."""
         self.parts.append(f'<div data-block="{escape(choice)}" data-index="{index}" hidden>')
         self.facts(pairs)
         self.parts.append("</div>")
 
     def html(self) -> str:
-        """The whole file."""
+        """Return the whole file."""
         content = {"figures": self.figures, "choices": self.choices}
         data = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
         scripts = (_plotly(), _own("page.js"))
@@ -105,7 +105,7 @@ class Page:
             f"<body><header><h1>{escape(self.title)}</h1><nav>{links}</nav></header><main><section>"
             + "\n".join(self.parts)
             + f"</section></main>\n<footer>Made by heretic {__version__}. This file needs no network and holds no "
-            "texts of prompts unless they were asked for.</footer>\n"
+            "prompt texts unless requested.</footer>\n"
             f'<script type="application/json" id="content">{data}</script>\n'
             + "\n".join(f"<script>{script}</script>" for script in scripts)
             + "</body></html>\n"
@@ -113,7 +113,7 @@ class Page:
 
 
 def _source(script: str) -> str:
-    """How a content security policy names an inline script."""
+    """The source expression of an inline script in a content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 

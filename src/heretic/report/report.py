@@ -1,4 +1,4 @@
-"""The report of a run, from its storage and its folder; nothing is loaded for it."""
+"""The report of a run, from its storage and its folder, without loading a model."""
 
 from __future__ import annotations
 
@@ -35,21 +35,20 @@ from heretic.storage.attributes import kl_per_prompt
 from heretic.storage.rdb import translate_storage_errors
 from heretic.storage.url import masked, storage_url, study_name
 
-REFERENCE_KL = 1.0  # nats; a trial above adds nothing to the hypervolume
-MOST_CHANGED = 5  # prompts that are named
+REFERENCE_KL = 1.0  # nats; reference point of the hypervolume
+MOST_CHANGED = 5  # prompts listed
 OF_EVERY_TRIAL = ("Trials", "KL divergence", "Surrogate", "Refusals")  # stages that trials time themselves
 
 
 @dataclass(frozen=True)
 class ReportInput:
-    """What a report is made from. `settings_text` is what the run's folder keeps; `texts` are the prompts by role, where they
-    shall be shown."""
+    """Input of a report."""
 
     study: optuna.Study
     settings: Settings
     folder: RunFolder
-    settings_text: str
-    texts: Mapping[str, Sequence[str]] | None = None
+    settings_text: str  # config.toml of the run's folder
+    texts: Mapping[str, Sequence[str]] | None = None  # prompts by role, if they are to be shown
 
     @classmethod
     def of(
@@ -59,14 +58,14 @@ class ReportInput:
         folder: RunFolder,
         texts: Mapping[str, Sequence[str]] | None = None,
     ) -> ReportInput:
-        """With the settings as the folder keeps them."""
+        """Create the input with the settings in the run's folder."""
         file = folder.path / "config.toml"
         text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         return cls(study, settings, folder, "\n".join(map(masked, split_lines(text))), texts)
 
 
 def load_report_input(name: str, runs_dir: str, environment: Mapping[str, str], *, with_texts: bool) -> ReportInput:
-    """Of a run, from its folder and its storage; works while another process is at it. Raises UserError."""
+    """Load the input of a run's report; works while another process runs the study. Raises UserError."""
     folder = find_run(name, runs_dir)
     settings = load_settings(folder, environment)
     if not settings.storage and not (folder.path / "study.db").is_file():
@@ -85,14 +84,14 @@ def load_report_input(name: str, runs_dir: str, environment: Mapping[str, str], 
 
 
 def geometry_page(geometry: ResidualGeometry, model: str) -> str:
-    """How residuals lie, as a page of its own."""
+    """Return a page on residual geometry alone."""
     page = Page(f"Residuals of {model}")
     add_geometry(page, geometry)
     return page.html()
 
 
 def report(source: ReportInput) -> str:
-    """The report as HTML."""
+    """Return the report as HTML."""
     study, settings, folder = source.study, source.settings, source.folder
     with translate_storage_errors(storage_url(settings.storage, folder.path)):
         check_attributes(study)
@@ -114,7 +113,7 @@ def report(source: ReportInput) -> str:
         add_geometry(page, geometry)
     elif (folder.path / GEOMETRY).exists():
         page.section("Residuals")
-        page.text(f"What is stored of them is damaged. It is measured anew with: heretic geometry {folder.name}")
+        page.text(f"The stored geometry is damaged. Recompute it: heretic geometry {folder.name}")
     _time(page, summary, folder)
     _made_with(page, source, about)
     return page.html()
@@ -123,71 +122,71 @@ def report(source: ReportInput) -> str:
 def _overview(page: Page, summary: StudySummary, settings: Settings) -> None:
     page.section("Overview")
     counts = [f"{summary.n_complete} of {summary.n_trials}"]
-    counts += [f"{n} {what}" for n, what in ((summary.n_pruned, "left early"), (summary.n_failed, "failed")) if n]
+    counts += [
+        f"{n} {what}" for n, what in ((summary.n_pruned, "pruned (dominated)"), (summary.n_failed, "failed")) if n
+    ]
     pairs = [("trials", ", ".join(counts))]
     if summary.original_refusals is not None and summary.results:
-        pairs.append(
-            ("original", f"declines {summary.original_refusals} of {summary.results[0].scores.total} requests")
-        )
+        pairs.append(("original", f"refuses {summary.original_refusals} of {summary.results[0].scores.total} requests"))
     if summary.best is not None:
         best, reason = summary.best
         pairs += [
             ("chosen", f"trial {best.number}: {reason}"),
-            ("declines", f"{best.scores.refusals} of {best.scores.total} requests"),
-            *([("neither declines nor answers", str(best.scores.evasive))] if best.scores.evasive else []),
+            ("refuses", f"{best.scores.refusals} of {best.scores.total} requests"),
+            *([("neither refuses nor answers", str(best.scores.evasive))] if best.scores.evasive else []),
             ("KL divergence", str(best.scores.divergence)),
-            *_conduct(best),
+            *_harmless_facts(best),
         ]
     if summary.progress.surrogate_error is not None:
-        pairs.append(("estimates", f"off by {summary.progress.surrogate_error:.1f} refusals on average"))
+        pairs.append(("estimates", f"mean error {summary.progress.surrogate_error:.1f} refusals"))
     page.facts([*pairs, ("written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))])
     tokens = "first token" if settings.kl_tokens == 1 else f"first {settings.kl_tokens} tokens"
     page.text(
-        f"Answers are judged by {JUDGE_DESCRIPTIONS[settings.judge.kind]}; the KL divergence is that of the probabilities of the {tokens} of "
-        "the original's answers to harmless requests, original against ablated."
+        f"Answers are judged by {JUDGE_DESCRIPTIONS[settings.judge.kind]}. The KL divergence compares the original's and the "
+        f"ablated model's probabilities for the {tokens} of the original's answers to harmless requests."
     )
 
 
-def _conduct(result: Result) -> list[tuple[str, str]]:
-    """What happened to the answers to harmless requests, where it was measured."""
-    found = result.scores.harmless_metrics
-    if found is None:
+def _harmless_facts(result: Result) -> list[tuple[str, str]]:
+    """Metrics of answers to harmless requests, if measured."""
+    metrics = result.scores.harmless_metrics
+    if metrics is None:
         return []
     return [
-        ("declines of the harmless", f"{found.over_refusals} of {found.total} requests"),
-        ("degenerate answers", f"{found.degenerate} of {found.total}, to harmless requests"),
+        ("harmless requests refused", f"{metrics.over_refusals} of {metrics.total} requests"),
+        ("degenerate answers", f"{metrics.degenerate} of {metrics.total}, to harmless requests"),
     ]
 
 
 def _front(page: Page, summary: StudySummary) -> None:
     page.section(
-        "Front",
-        "Fewer refusals and less change are both better, so the best trials are at the lower left. Expected refusals are those "
-        "that were counted, and how much the other answers lean to the original's refusals.",
+        "Pareto front",
+        "Fewer refusals and a lower KL are better, so the best trials are at the lower left. Expected refusals are the counted "
+        "ones plus the probability of the original's refusals in the other answers.",
     )
     if not summary.results:
-        page.text("No trial is finished yet.")
+        page.text("No trial has finished yet.")
         return
     best = pareto_front(summary.results)
     chosen = summary.best[0].number if summary.best else None
     page.figure("front", [figures.of_front(summary.progress, chosen, summary.original_refusals)], height=460)
     destroyed = sum(r.point[0] == float("inf") for r in summary.results)
     page.text(
-        f"Filled: measured in full. Hollow: left early, since a finished trial had beaten it; its refusals are an estimate. "
-        f"{len(summary.results)} trials are measured in full, {summary.n_pruned} were left early."
-        + (f" {destroyed} destroyed the model (infinite KL) and cannot be drawn." if destroyed else "")
+        f"Filled: fully measured ({len(summary.results)} trials). Hollow: pruned, since a finished trial dominates it "
+        f"({summary.n_pruned} trials); its refusals are an estimate."
+        + (f" {destroyed} trials destroyed the model (infinite KL) and are not drawn." if destroyed else "")
     )
     beyond = sum(not r.scores.within_limits for r in summary.results)
     if beyond:
-        page.text(f"Trials that go beyond a limit of [constraints], and so cannot be on the front: {beyond}.")
+        page.text(f"Trials that violate [constraints] and so are not on the Pareto front: {beyond}.")
     total, shown = summary.results[0].scores.total, table_columns(best)
     rows = [[*cells, describe(r.params)] for r, *cells in zip(best, *shown.values(), strict=True)]
     marked = next((i for i, r in enumerate(best) if r.number == chosen), None)
     page.table([*shown, "from"], rows, marked)
     page.section(
         "Progress",
-        f"The share of the rectangle up to {total} refusals and a KL of {REFERENCE_KL:g} that the front beats (hypervolume), "
-        "after every trial measured in full. When it stays flat, more trials hardly help.",
+        f"Hypervolume of the Pareto front after each fully measured trial (reference point: {total} refusals, "
+        f"KL {REFERENCE_KL:g}). When it stays flat, more trials hardly help.",
     )
     grown = hypervolume_history([r.point for r in summary.results], (REFERENCE_KL, float(total)))
     page.figure("progress", [figures.of_progress([r.number for r in summary.results], grown)], height=300)
@@ -196,13 +195,14 @@ def _front(page: Page, summary: StudySummary) -> None:
 def _trials(
     page: Page, study: optuna.Study, settings: Settings, summary: StudySummary, about: RunMetadata | None
 ) -> None:
-    """Strengths and divergences of each trial on the front."""
+    """Strengths and divergences of each trial on the Pareto front."""
     best = pareto_front(summary.results)
     if not best:
         return
     page.section(
         "A trial",
-        "Strength 1 removes the direction whole, 0 leaves the layer alone. A click on the front chooses, too.",
+        "Strength 1 removes the direction entirely, 0 leaves the layer unchanged. "
+        "Clicking a point of the Pareto front selects its trial.",
     )
     space = SearchSpace(settings.search, about.layers, about.components, GradientPath.load(study)) if about else None
     trials = {t.number: t for t in study.get_trials(deepcopy=False)}
@@ -211,7 +211,7 @@ def _trials(
     chosen = summary.best[0].number if summary.best else best[0].number
     labels = [f"trial {r.number}: {r.scores.refusals} refusals, KL {r.point[0]:.4f}" for r in best]
     selected = next(i for i, r in enumerate(best) if r.number == chosen)
-    page.select("trial", "Trial of the front", labels, selected, [r.number for r in best])
+    page.select("trial", "Trial of the Pareto front", labels, selected, [r.number for r in best])
     for index, r in enumerate(best):
         d = r.scores.divergence
         marks = {"mean": d.mean, "median": d.median, "95 % below": d.p95, "largest": d.max}
@@ -233,7 +233,7 @@ def _trials(
 
 
 def _edit(space: SearchSpace, result: Result) -> Ablation | None:
-    """A trial's ablation; None where its stored parameters are damaged, so that only its strengths are not drawn."""
+    """A trial's ablation; None if its stored parameters are damaged, so that the rest is still drawn."""
     try:
         return space.from_params(result.params)
     except UserError:
@@ -246,9 +246,8 @@ def _requests(page: Page, summary: StudySummary, about: RunMetadata | None) -> N
         return
     page.section(
         "Requests",
-        "Which requests are still declined, by their number in the set; the texts are not in this file unless they were "
-        "asked for. Orange: declined, as by the original. Red: declined, although the original answers. Blue: neither declined nor "
-        "answered.",
+        "Requests that are still refused, by their number in the set. Orange: refused, as by the original. Red: refused, but the "
+        "original answers. Blue: neither refused nor answered.",
     )
     before = about.refused if about else ""
     rows = [(f"trial {r.number}", r.scores.refused) for r in best]
@@ -257,41 +256,40 @@ def _requests(page: Page, summary: StudySummary, about: RunMetadata | None) -> N
         "requests", [figures.of_requests(shown, before)], height=110 + len(shown) * min(26, max(8, 1200 // len(shown)))
     )
     if before:
-        counted = [[name, *_kinds(bits, before)] for name, bits in rows]
-        headings = ["", "still declined", "no longer", "newly declined", "neither", "numbers still declined"]
+        counted = [[name, *_verdict_counts(bits, before)] for name, bits in rows]
+        headings = ["", "still refused", "no longer", "newly refused", "neither", "numbers still refused"]
         page.table(headings, counted)
 
 
-def _kinds(bits: str, before: str) -> list[object]:
+def _verdict_counts(bits: str, before: str) -> list[object]:
     pairs = list(zip(before, bits, strict=False))
     still = [i + 1 for i, pair in enumerate(pairs) if pair == ("1", "1")]
     named = ", ".join(map(str, still[:20])) + (" …" if len(still) > 20 else "")
     return [len(still), pairs.count(("1", "0")), pairs.count(("0", "1")), bits.count("2"), named]
 
 
-def _importance(page: Page, study: optuna.Study, without: Collection[int]) -> None:
+def _importance(page: Page, study: optuna.Study, excluded: Collection[int]) -> None:
     page.section(
         "Parameters",
-        "How much each parameter of the search decided, as shares of the whole (Optuna's PED-ANOVA, on the values that the "
-        "search was told).",
+        "Importance of each search parameter (Optuna's PED-ANOVA, on the objective values reported to the search).",
     )
-    found = importances(study, without)
-    if not found:
-        page.text(f"Nothing can be said with fewer than {FEWEST_TRIALS} trials, or where all came out alike.")
+    shares = importances(study, excluded)
+    if not shares:
+        page.text(f"Importances need at least {FEWEST_TRIALS} trials with different results.")
         return
-    height = 120 + 46 * len(next(iter(found.values())))
-    page.figure("importance", [figures.of_importances(found)], height=height)
+    height = 120 + 46 * len(next(iter(shares.values())))
+    page.figure("importance", [figures.of_importances(shares)], height=height)
 
 
 def add_geometry(page: Page, geometry: ResidualGeometry) -> None:
-    """The section about residuals, as `heretic geometry` shows it, too."""
+    """Add the section on residual geometry to a page."""
     drawn = geometry_figures(geometry)
     count = int(geometry.harmful.sum()), int((1 - geometry.harmful).sum())
     page.section(
         "Residuals",
-        "What the stream holds at the last token of the prompts that gave the directions, after every block. The silhouette "
-        "says how clearly harmful and harmless prompts form two clusters (1: entirely, 0: not at all); the separation, how far "
-        "their means lie apart along the direction, in standard deviations. Clusters, separation and components are of "
+        "The residual stream after every block, at the last token of the training prompts. The silhouette measures how clearly "
+        "harmful and harmless prompts form two clusters (1: entirely, 0: not at all), the separation is the distance of their "
+        "means along the direction, in standard deviations. Clusters, separation and components use "
         f"{count[0]} harmful and {count[1]} harmless prompts.",
     )
     page.figure("separation", [drawn["separation"]], height=340)
@@ -299,9 +297,9 @@ def add_geometry(page: Page, geometry: ResidualGeometry) -> None:
     clearest = int(geometry.silhouette.argmax())
     page.slider("layer", "Layer", [label for label, _ in shown], clearest)
     page.figure("projection", [figure for _, figure in shown], "layer", height=460)
-    page.text("The two components that vary most, by layer; the slider begins at the layer with the clearest clusters.")
+    page.text("The two principal components, by layer. The slider starts at the layer with the clearest clusters.")
     page.figure("norms", [drawn["norms"]], height=320)
-    page.text("Cosines between the directions of the layers: where they are close to 1, the layers share a direction.")
+    page.text("Cosines between the layers' directions. Layers with a cosine close to 1 share a direction.")
     page.figure("cosines", [drawn["cosines"]], height=460)
 
 
@@ -313,19 +311,19 @@ def _time(page: Page, summary: StudySummary, folder: RunFolder) -> None:
             seconds[name] = seconds.get(name, 0.0) + r.scores.seconds.get(phase, 0.0)
     seconds = {name: s for name, s in seconds.items() if s >= 0.05}
     if seconds:
-        page.section("Time", "Seconds by phase, over all sessions; those of trials are of the ones measured in full.")
+        page.section("Time", "Seconds by phase, over all sessions. Trial phases count fully measured trials only.")
         page.figure("time", [figures.of_phases(seconds)], height=100 + 28 * len(seconds))
 
 
 def stages(log: Path) -> dict[str, float]:
-    """Seconds of the stages that a run's log tells of, summed over sessions, but for those that trials time themselves."""
-    found: dict[str, float] = {}
+    """Sum the seconds of the stages in a run's log over sessions, without those that trials measure."""
+    seconds: dict[str, float] = {}
     if log.is_file():
         for line in split_lines(log.read_text(encoding="utf-8", errors="replace")):
             match = re.fullmatch(r"[\d-]+ [\d:,]+ INFO (.+): (\d+\.\d) s", line)
             if match and match[1] not in OF_EVERY_TRIAL:
-                found[match[1]] = found.get(match[1], 0.0) + float(match[2])
-    return found
+                seconds[match[1]] = seconds.get(match[1], 0.0) + float(match[2])
+    return seconds
 
 
 def _made_with(page: Page, source: ReportInput, about: RunMetadata | None) -> None:

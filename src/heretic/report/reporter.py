@@ -1,4 +1,4 @@
-"""Keeping a run's report up to date while its study goes on, at hardly any cost."""
+"""Update a run's report while its study runs, at low cost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOST_TIME = 0.02  # share of a study's time that reports may take
 
 @dataclass
 class ReportWriter:
-    """Writes the report after a batch of trials, but not more often than it may take time."""
+    """Writes the report after a batch of trials, within its share of the study's time."""
 
     study: optuna.Study
     settings: Settings
@@ -36,21 +36,21 @@ class ReportWriter:
     failed: bool = False
 
     def after_batch(self) -> None:
-        """Write it, if it is time."""
+        """Write the report if it is due."""
         if time.monotonic() >= self.next:
             self.write()
 
     def write(self) -> None:
-        """Write it. What fails is said once and ends nothing: a study of days is worth more than its report."""
+        """Write the report. A failure gives one warning and never stops the study."""
         began = time.monotonic()
         try:
             source = ReportInput.of(self.study, self.settings, self.folder)
             write_report(source, self.folder.path / REPORT)
-        except Exception as error:  # whatever it is, the study goes on
+        except Exception as error:  # no report error may stop the study
             log.info("no report", exc_info=True)
             if not self.failed:
-                said = error.what if isinstance(error, UserError) else first_line(error)
-                self.reporter.warning(f"The report cannot be written: {said}")
+                reason = error.what if isinstance(error, UserError) else first_line(error)
+                self.reporter.warning(f"The report cannot be written: {reason}")
             self.failed = True
         took = time.monotonic() - began
         self.next = time.monotonic() + max(SHORTEST_PAUSE, took / MOST_TIME)
@@ -60,7 +60,7 @@ class ReportWriter:
 def live_report(
     study: optuna.Study, settings: Settings, folder: RunFolder, reporter: ProgressReporter
 ) -> Iterator[ReportWriter]:
-    """Within the context the study runs; at its end, and after an orderly stop, the report is written in any case."""
+    """Keep the report up to date within the context; write it at the end, also after a stop or a user error."""
     writer = ReportWriter(study, settings, folder, reporter)
     try:
         yield writer
@@ -71,5 +71,5 @@ def live_report(
 
 
 def write_report(source: ReportInput, file: Path) -> None:
-    """Write the report, whole or not at all. Raises UserError."""
+    """Write the report atomically. Raises UserError."""
     write_text(file, report(source), private=file.parent == source.folder.path)
