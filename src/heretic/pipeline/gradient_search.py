@@ -68,7 +68,7 @@ def _search(session: Session, folder: RunFolder) -> GradientPath:
     try:
         return GradientPath(tuple(_optimize(session, folder, problem)))
     except OutOfMemory as error:
-        if problem.objective.checkpoints:
+        if problem.objective.recompute_activations:
             return GradientPath((), error.what)
         log.info("blocks are computed twice: %s", error.what)
         try:
@@ -136,14 +136,14 @@ class GradientProblem:
         """The same with blocks computed twice, from the first one on."""
         known = self.objective
         harmless, harmful = (replace(taught, entries=None) for taught in (known.harmless, known.harmful))
-        objective = replace(self.objective, harmless=harmless, harmful=harmful, checkpoints=True)
+        objective = replace(self.objective, harmless=harmless, harmful=harmful, recompute_activations=True)
         return replace(self, objective=objective, reserved_bytes=lambda taught: taught)
 
 
 def _optimize(session: Session, folder: RunFolder, problem: GradientProblem) -> list[PathPoint]:
     """From where an earlier session or try has come to."""
     state = folder.load_path_state(session.context.batcher.reporter) or begin(session)
-    state.counted_by(problem.prompt_indices)
+    state.remap_extra_refusals(problem.prompt_indices)
     return problem.optimizer(folder.save_path_state).run(state)
 
 
@@ -151,7 +151,7 @@ def begin(session: Session) -> OptimizerState:
     """Where the walk begins."""
     model_context = session.context
     kind = model_context.settings.search.gradient.direction
-    return OptimizerState.begin(
+    return OptimizerState.initial(
         len(model_context.language_model.structure.components), session.operator_factory.directions, kind
     )
 
@@ -208,7 +208,7 @@ def _refusals(model_context: ModelContext, asked: Sequence[list[int]]) -> Refusa
         model_context.batcher,
         ANSWER_TOKENS,
         requests=[texts[tuple(prompt)] for prompt in asked],
-        fewest_tokens=fewest,
+        min_tokens=fewest,
     )
 
 

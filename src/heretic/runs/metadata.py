@@ -14,7 +14,7 @@ from pydantic import Field, Json, TypeAdapter
 from heretic.model.loading import LanguageModel
 from heretic.runs.environment import collect
 from heretic.storage import attributes
-from heretic.storage.attributes import METADATA, MOST_LAYERS
+from heretic.storage.attributes import MAX_LAYERS, METADATA
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RunMetadata:
     """The model's number of layers and components; a 1 for every request that the original declines; versions and devices of
     the last session."""
 
-    layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+    layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
     components: tuple[str, ...]
     refused: Annotated[str, Field(pattern="^[01]*$")]
     environment: dict[str, str]

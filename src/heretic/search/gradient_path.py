@@ -15,7 +15,7 @@ from pydantic import Json, TypeAdapter
 
 from heretic.ablation.ablation import Ablation
 from heretic.storage import attributes
-from heretic.storage.attributes import GRADIENT_PATH, MOST_LAYERS
+from heretic.storage.attributes import GRADIENT_PATH, MAX_LAYERS
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def alike(points: Sequence[PathPoint]) -> bool:
     return (
         len(shapes) <= 1
         and len(layers) <= 1
-        and max(layers, default=0) <= MOST_LAYERS
+        and max(layers, default=0) <= MAX_LAYERS
         and all(map(math.isfinite, itertools.chain(*numbers)))
     )
 

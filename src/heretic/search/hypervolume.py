@@ -16,7 +16,7 @@ def hypervolume_history(points: Iterable[tuple[float, float]], reference: tuple[
     right, top = reference
     xs: list[float] = []  # rising, while `ys` falls
     ys: list[float] = []
-    area, found = 0.0, []
+    area, history = 0.0, []
     for x, y in points:
         if math.isfinite(x) and x < right and y < top:
             first = bisect.bisect_left(xs, x)
@@ -29,5 +29,5 @@ def hypervolume_history(points: Iterable[tuple[float, float]], reference: tuple[
                     last += 1
                 area += ((xs[last] if last < len(xs) else right) - left) * (ceiling - y)
                 xs[first:last], ys[first:last] = [x], [y]
-        found.append(area / (right * top))
-    return found
+        history.append(area / (right * top))
+    return history

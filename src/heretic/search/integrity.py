@@ -15,7 +15,7 @@ from heretic.search.gradient_path import GradientPath
 from heretic.storage import attributes
 from heretic.storage.checksum import checksum_matches
 
-NAMED = 5  # damaged trials that a warning names
+MAX_NAMED_TRIALS = 5  # damaged trials that a warning names
 
 
 def check_study(study: optuna.Study) -> None:
@@ -37,15 +37,15 @@ def check_attributes(study: optuna.Study) -> None:
 
 def damaged_trials(study: optuna.Study) -> dict[int, UserError]:
     """What is wrong with each damaged trial, by its number."""
-    found: dict[int, UserError] = {}
-    kinds: dict[str, BaseDistribution] = {}
+    damage: dict[int, UserError] = {}
+    distributions: dict[str, BaseDistribution] = {}
     for trial in study.get_trials(deepcopy=False):
         try:
             _check_trial(study, trial)
-            _check_kinds(study, trial, kinds)
+            _check_distributions(study, trial, distributions)
         except UserError as error:
-            found[trial.number] = error
-    return found
+            damage[trial.number] = error
+    return damage
 
 
 def warning(damage: Mapping[int, UserError]) -> str:
@@ -53,8 +53,8 @@ def warning(damage: Mapping[int, UserError]) -> str:
     if not damage:
         return ""
     numbers = [str(number) for number in damage]
-    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
-    trials = f"trial{'s' * (len(numbers) > 1)} {', '.join(numbers[:NAMED])}{more}"
+    more = f" and {len(numbers) - MAX_NAMED_TRIALS} more" if len(numbers) > MAX_NAMED_TRIALS else ""
+    trials = f"trial{'s' * (len(numbers) > 1)} {', '.join(numbers[:MAX_NAMED_TRIALS])}{more}"
     return f"Leaving out {trials}. {next(iter(damage.values())).what} Restore a copy of the study."
 
 
@@ -78,7 +78,7 @@ def _check_trial(study: optuna.Study, trial: FrozenTrial) -> None:
         raise attributes.damaged(study, f"a parameter is invalid ({error})".splitlines()[0], trial) from None
 
 
-def _check_kinds(study: optuna.Study, trial: FrozenTrial, kinds: dict[str, BaseDistribution]) -> None:
+def _check_distributions(study: optuna.Study, trial: FrozenTrial, kinds: dict[str, BaseDistribution]) -> None:
     """A parameter must be of one kind in all trials; its bounds may differ."""
     for name, distribution in trial.distributions.items():
         try:

@@ -23,9 +23,9 @@ from heretic.search.gradient_path import PathPoint
 from heretic.settings import GradientSettings
 
 MIDDLE = (0.6, 0.85)  # the layers whose directions the mixture begins with, as shares of the depth
-STRONGEST = 2.5  # of a single writer; 1 removes the direction, 2 mirrors it
+MAX_STRENGTH = 2.5  # of a single writer; 1 removes the direction, 2 mirrors it
 CONVERGED_REFUSALS = 0.005  # mean probability of refusing at which nothing is left to push down
-STEPS_TO_TELL = 2  # steps from nothing after which a weight that raised no strength is taken to raise none
+MIN_STEPS_PER_WEIGHT = 2  # steps from nothing after which a weight that raised no strength is taken to raise none
 STILL_REFUSED = 0.1  # share of the prompts, in whatever words, above which the walk goes on to stricter weights
 EXTRA_FACTOR, MAX_EXTRA_WEIGHTS = 3.0, 4  # each that many times the one before, and at most so many
 MINE_BELOW = 0.1  # mean probability of refusing in the words known so far; above, others would hardly be heard
@@ -54,11 +54,11 @@ class OptimizerState:
     extra_refusals: list[MinedRefusals] = field(default_factory=list)
     has_new_refusals: bool = False
     extra_weights: int = 0
-    places: list[int] = field(default_factory=list)
+    prompt_indices: list[int] = field(default_factory=list)
     moments: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, components: int, directions: Directions, kind: str) -> OptimizerState:
+    def initial(cls, components: int, directions: Directions, kind: str) -> OptimizerState:
         """Nothing edited; the direction an equal mixture of those of the middle layers, or what that comes to."""
         layers = directions.num_layers
         strengths, mixture = torch.zeros(components, layers), torch.zeros(layers)
@@ -68,14 +68,14 @@ class OptimizerState:
             return cls(strengths, mixture)
         return cls(strengths, vector=orthonormal(directions.mixed_at(mixture))[0].flatten() if kind == "free" else None)
 
-    def counted_by(self, places: Sequence[int]) -> None:
+    def remap_extra_refusals(self, places: Sequence[int]) -> None:
         """Let `heard` count by these declined prompts, which may be others than in an earlier session: another judge, another
         batch size."""
         known = {place: row for row, place in enumerate(places)}
-        before = self.places or places
+        before = self.prompt_indices or places
         moved = [(known.get(before[row]) if row < len(before) else None, words) for row, words in self.extra_refusals]
         self.extra_refusals = [(row, words) for row, words in moved if row is not None]
-        self.places = list(places)
+        self.prompt_indices = list(places)
 
     @property
     def converged(self) -> bool:
@@ -105,7 +105,7 @@ class PathOptimizer:
     seed: int
     reporter: ProgressReporter
     stop: StopSignal
-    keep: Callable[[OptimizerState], None] = lambda _: None
+    save_state: Callable[[OptimizerState], None] = lambda _: None
     mine: Callable[[Ablation], tuple[Sequence[MinedRefusals], int]] | None = None
     add_targets: Callable[[Sequence[MinedRefusals]], Objective] | None = None
 
@@ -113,7 +113,7 @@ class PathOptimizer:
         self._refusals = len(self.objective.harmful.sequences)
         both = (self.objective.harmless, self.objective.harmful)
         parts = [_split(len(taught.sequences), self.settings.validation_fraction) for taught in both]
-        self.train, self.held = [train for train, _ in parts], [held for _, held in parts]
+        self.train, self.validation = [train for train, _ in parts], [held for _, held in parts]
 
     def run(self, state: OptimizerState) -> list[PathPoint]:
         """All points. Raises Interrupted after a stop, RuntimeError where a kernel of the model has no backward."""
@@ -121,7 +121,7 @@ class PathOptimizer:
         self._add_refusals(state)
         with self.reporter.stage("Strengths by gradient", len(self.settings.weights) * steps) as stage:
             stage.advance(state.steps)
-            while state.steps < self._end(state) and not state.converged:
+            while state.steps < self._last_step(state) and not state.converged:
                 self.stop.check()
                 done, weight = state.steps, self._weight(state.steps // steps)
                 reading = self.step(state, weight)
@@ -130,23 +130,23 @@ class PathOptimizer:
                     self.reporter.info(f"Weight {weight:g} is too gentle to change anything; on to the next.")
                 elif state.steps % steps == 0:
                     self._finish_point(state, weight)
-                    self._reachable_weights(state)
-                self.keep(state)
+                    self._prepare_next_weight(state)
+                self.save_state(state)
                 loss = reading.kl + weight * reading.refusing
                 note = f"loss {loss:.3f}, KL {reading.kl:.3f}, probability of refusing {reading.probability:.2f}"
                 stage.advance(state.steps - done, note=note)
         return state.points
 
-    def _reachable_weights(self, state: OptimizerState) -> None:
+    def _prepare_next_weight(self, state: OptimizerState) -> None:
         """After a point: learn from it for the next one, which is one more where the last has left too much."""
-        at_end = state.steps == self._end(state)
+        at_end = state.steps == self._last_step(state)
         if at_end and state.extra_weights == MAX_EXTRA_WEIGHTS:
             return
         if self._mine_refusals(state) > STILL_REFUSED and at_end:
             state.extra_weights += 1
             self.reporter.info("More than a tenth of the prompts are still declined; on to a stricter weight.")
 
-    def _end(self, state: OptimizerState) -> int:
+    def _last_step(self, state: OptimizerState) -> int:
         return (len(self.settings.weights) + state.extra_weights) * self.settings.steps
 
     def _weight(self, number: int) -> float:
@@ -159,7 +159,7 @@ class PathOptimizer:
         """Whether the rest of a weight's steps can be spared: refusing is not worth any strength's penalty. Never of the last."""
         steps = self.settings.steps
         at_last = state.steps > (len(self.settings.weights) - 1) * steps
-        told = steps > STEPS_TO_TELL and state.steps % steps == STEPS_TO_TELL
+        told = steps > MIN_STEPS_PER_WEIGHT and state.steps % steps == MIN_STEPS_PER_WEIGHT
         return told and not at_last and not state.strengths.any()
 
     def step(self, state: OptimizerState, weight: float) -> LossTerms:
@@ -167,8 +167,8 @@ class PathOptimizer:
         leaves = {name: t.detach().clone().requires_grad_() for name, t in state.tensors.items()}
         harmless, harmful = (self._minibatch(rows, state.steps) for rows in self.train)
         # Of the words that were heard some take part in every step, in the place of up to half of the others.
-        heard = self._minibatch(self._refusals_in(self.train[1], state), state.steps, most=len(harmful) // 2)
-        batch = [harmless, [*heard, *harmful][: len(harmful)]]
+        mined = self._minibatch(self._refusals_in(self.train[1], state), state.steps, most=len(harmful) // 2)
+        batch = [harmless, [*mined, *harmful][: len(harmful)]]
         ablation = self._ablation(leaves)
         reading = self.objective.evaluate(
             ablation, state.first_layer, *batch, weight=weight, wanted=list(leaves.values())
@@ -181,22 +181,22 @@ class PathOptimizer:
         for name, tensor in state.tensors.items():
             # A destroyed model has no slope; the momentum of the steps before leads on.
             self._adam(state, name, tensor, gradients[name].nan_to_num(0.0, 0.0, 0.0))
-        state.strengths.clamp_(0, STRONGEST)
+        state.strengths.clamp_(0, MAX_STRENGTH)
         state.strengths[:, : state.first_layer] = 0
         state.steps += 1
         return reading
 
-    def validation_prompts(self, state: OptimizerState) -> LossTerms:
+    def validate(self, state: OptimizerState) -> LossTerms:
         """The state on the prompts that no step sees."""
-        harmful = [*self.held[1], *self._refusals_in(self.held[1], state)]
-        return self.objective.evaluate(self._ablation(state.tensors), state.first_layer, self.held[0], harmful)
+        harmful = [*self.validation[1], *self._refusals_in(self.validation[1], state)]
+        return self.objective.evaluate(self._ablation(state.tensors), state.first_layer, self.validation[0], harmful)
 
     def _mine_refusals(self, state: OptimizerState) -> float:
         """Learn the words with which prompts are still declined at the last point; the share of the prompts that are."""
         if self.mine is None or state.points[-1].probability > MINE_BELOW:
             return 1.0 if self.mine else 0.0
-        found, refused = self.mine(state.points[-1].ablation)
-        new = [h for h in found if h not in state.extra_refusals]
+        mined, refused = self.mine(state.points[-1].ablation)
+        new = [h for h in mined if h not in state.extra_refusals]
         state.extra_refusals += new
         state.has_new_refusals = bool(new)
         self._add_refusals(state)
@@ -248,7 +248,7 @@ class PathOptimizer:
     def _finish_point(self, state: OptimizerState, weight: float) -> None:
         used = state.strengths.sum(dim=0).nonzero()
         state.first_layer = int(used[0]) if len(used) else state.first_layer
-        reading = self.validation_prompts(state)
+        reading = self.validate(state)
         strengths = {c: tuple(row) for c, row in zip(self.components, state.strengths.tolist(), strict=True)}
         mixture, vector = (None if t is None else tuple(t.tolist()) for t in (state.mixture, state.vector))
         state.points.append(PathPoint(weight, strengths, mixture, reading.kl, reading.probability, vector))

@@ -43,7 +43,7 @@ class PrunedResult:
     params: dict[str, Any]
     kl: float
     refusals: float  # expected, as the sampler was told
-    again: int | None  # the earlier trial that it measures again
+    reevaluates: int | None  # the earlier trial that it measures again
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class StudyHistory:
     def of(cls, study: optuna.Study, without: Collection[int] = ()) -> StudyHistory:
         """Read a study, but for the trials whose numbers are left out. Raises UserError for a damaged one."""
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        believed = [t for t in complete if t.number not in without]
-        known = [(t, attributes.pruned(study, t)) for t in believed]
-        stopped = [
+        included = [t for t in complete if t.number not in without]
+        known = [(t, attributes.pruned(study, t)) for t in included]
+        pruned = [
             PrunedResult(
                 t.number,
                 dict(t.params),
@@ -70,7 +70,7 @@ class StudyHistory:
             for t, beaten in known
             if beaten is not None
         ]
-        return cls(results_of(study, believed), stopped)
+        return cls(results_of(study, included), pruned)
 
     @property
     def threshold(self) -> ParetoThreshold:
@@ -89,24 +89,24 @@ class StudyHistory:
         """How far the estimates were off, in refusals, had the measured trials been estimated."""
         return prediction_error(self.surrogates, self.results[0].scores.total) if self.results else None
 
-    def estimate(self, found: PrunedTrial) -> float:
+    def estimate(self, trial: PrunedTrial) -> float:
         """Refusals expected of a trial that was stopped."""
-        return Calibration.fit(self.surrogates, found.total).estimate(found.surrogate, found.expected_at_least)
+        return Calibration.fit(self.surrogates, trial.total).estimate(trial.surrogate, trial.expected_at_least)
 
     def pending_full_evaluations(self) -> list[PrunedResult]:
         """Stopped trials whose estimate would put them on the front: they have to be measured in full before the study ends."""
-        repeated = {t.again for t in self.pruned} | {r.reevaluates for r in self.results}
+        repeated = {t.reevaluates for t in self.pruned} | {r.reevaluates for r in self.results}
         bar = self.threshold
         return [t for t in self.pruned if t.number not in repeated and not bar.dominates(t.kl, t.refusals)]
 
 
 def objective_values(
-    found: Scores | PrunedTrial, progress: StudyHistory, kl_floor: float, worst_kl: float
+    outcome: Scores | PrunedTrial, history: StudyHistory, kl_floor: float, worst_kl: float
 ) -> list[float]:
     """What the sampler is told of a trial: a KL within its bounds, and the requests declined or evaded, estimated where
     it was stopped. A destroyed model declines nothing, which is no merit: it is told as the worst. All values are finite, since
     Optuna takes a trial with another one for failed."""
-    refusals = found.expected if isinstance(found, Scores) else progress.estimate(found)
-    if not math.isfinite(refusals) or not math.isfinite(found.divergence.mean):
-        refusals = float(found.total)
-    return [min(max(found.divergence.mean, kl_floor), worst_kl), refusals]
+    refusals = outcome.expected if isinstance(outcome, Scores) else history.estimate(outcome)
+    if not math.isfinite(refusals) or not math.isfinite(outcome.divergence.mean):
+        refusals = float(outcome.total)
+    return [min(max(outcome.divergence.mean, kl_floor), worst_kl), refusals]

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from heretic.settings import Settings
 
-ENOUGH = 300  # finished trials that TPE is shown: half of them the best, half the latest
+MAX_SHOWN_TRIALS = 300  # finished trials that TPE is shown: half of them the best, half the latest
 
 
 def sampler(settings: Settings, number: int) -> BaseSampler:
@@ -39,7 +39,7 @@ def sampler(settings: Settings, number: int) -> BaseSampler:
 class BoundedTPESampler(BaseSampler):
     """Another sampler that is shown a bounded part of a study."""
 
-    def __init__(self, inner: BaseSampler, enough: int = ENOUGH) -> None:
+    def __init__(self, inner: BaseSampler, enough: int = MAX_SHOWN_TRIALS) -> None:
         self.inner, self.enough = inner, enough
         self._shown: tuple[int, optuna.Study] | None = None
 
@@ -80,38 +80,40 @@ class BoundedTPESampler(BaseSampler):
             return study
         if self._shown is None or self._shown[0] != trial.number:
             part = optuna.create_study(directions=study.directions, sampler=self.inner)
-            part.add_trials([_bare(t) for t in relevant_trials(known, self.enough) if t.number != trial.number])
+            part.add_trials(
+                [_without_attributes(t) for t in relevant_trials(known, self.enough) if t.number != trial.number]
+            )
             self._shown = trial.number, part
         return self._shown[1]
 
 
-def relevant_trials(trials: Sequence[FrozenTrial], enough: int) -> list[FrozenTrial]:
+def relevant_trials(trials: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:
     """All trials under way, and of the finished ones `enough`: half of them the latest, and of the others the best, by fronts,
     that keep to their constraints."""
     running = [t for t in trials if t.state == TrialState.RUNNING]
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
-    latest = complete[-(enough // 2) :]
+    latest = complete[-(count // 2) :]
     earlier = complete[: len(complete) - len(latest)]
     kept = [t for t in earlier if all(excess <= 0 for excess in t.constraints.values())]
-    order = by_pareto_rank(np.array([t.values for t in kept]).reshape(-1, 2), enough - len(latest))
+    order = by_pareto_rank(np.array([t.values for t in kept]).reshape(-1, 2), count - len(latest))
     best = [kept[i] for i in order]
     return [*sorted(best, key=lambda t: t.number), *latest, *running]
 
 
-def by_pareto_rank(values: np.ndarray, enough: int) -> list[int]:
+def by_pareto_rank(values: np.ndarray, count: int) -> list[int]:
     """So many indices of the rows (two values, both to be small): the Pareto front's, then those of the front without these, ..."""
     left = np.lexsort((values[:, 1], values[:, 0]))
-    found: list[int] = []
-    while len(left) and len(found) < enough:
+    ranked: list[int] = []
+    while len(left) and len(ranked) < count:
         second = values[left, 1]
         before = np.minimum.accumulate(np.concatenate(([np.inf], second[:-1])))
         on_front = second < before
-        found += left[on_front].tolist()
+        ranked += left[on_front].tolist()
         left = left[~on_front]
-    return found[:enough]
+    return ranked[:count]
 
 
-def _bare(trial: FrozenTrial) -> FrozenTrial:
+def _without_attributes(trial: FrozenTrial) -> FrozenTrial:
     """What TPE reads of a trial."""
     finished = trial.state == TrialState.COMPLETE
     return optuna.trial.create_trial(

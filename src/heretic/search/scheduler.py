@@ -67,47 +67,47 @@ class TrialScheduler:
     def next(self) -> list[optuna.Trial]:
         """The next trials, signed and drawn; once all are finished, one that was told with an estimate good enough for the
         front; then none. Raises Interrupted."""
-        together = self._trials_per_batch()
+        batch_size = self._trials_per_batch()
         signed = signature()  # before the turn, which others wait for: the drivers are asked for it
         while True:
             self.stop.check()
             asked: list[optuna.Trial] = []
             try:
                 with study_lock(self.study):
-                    others = self._decide(together, asked, signed)
+                    others = self._claim_trials(batch_size, asked, signed)
             except (
                 LockLost,
                 optuna.exceptions.UpdateFinishedTrialError,
             ):  # the connection was cut: others have decided too
-                self._give_back(asked)
+                self._fail_trials(asked)
                 continue
             except BaseException:
-                self._give_back(asked)
+                self._fail_trials(asked)
                 raise
             if asked or not others:
                 return asked
             self.reporter.study_updated(StudySummary.of(self.study, self.settings))
             time.sleep(POLL_SECONDS)
 
-    def _decide(self, together: int, asked: list[optuna.Trial], signed: dict[str, Any]) -> int:
+    def _claim_trials(self, batch_size: int, asked: list[optuna.Trial], signed: dict[str, Any]) -> int:
         """Within a turn: ask for what there is to do; how many trials others have under way."""
         running = self._running() if self.shared else []
-        repeated = {t.number: attributes.reevaluates(self.study, t) for t in running}
-        left = self.settings.n_trials - n_complete(self.study) - sum(number is None for number in repeated.values())
+        reevaluated = {t.number: attributes.reevaluates(self.study, t) for t in running}
+        left = self.settings.n_trials - n_complete(self.study) - sum(number is None for number in reevaluated.values())
         if left > 0:
-            for _ in range(min(together, left)):
-                self.study.sampler = sampler(self.settings, self._sampled())
+            for _ in range(min(batch_size, left)):
+                self.study.sampler = sampler(self.settings, self._sampler_number())
                 self._sign(self.study.ask(), asked, signed)
                 # At once: what is drawn at random comes from the study's sampler of the moment.
                 self.trials.sample(asked[-1])
-        elif None not in repeated.values():  # whatever is under way repeats another
-            under_way = set(repeated.values())
-            for unsettled in StudyHistory.of(self.study).pending_full_evaluations():
-                if unsettled.number not in under_way:
-                    self.study.enqueue_trial(unsettled.params, user_attrs={REEVALUATES: unsettled.number})
-                    again = claim_waiting_trial(self.study, self.study.get_trials(deepcopy=False)[-1])
-                    if again is not None:
-                        self._sign(again, asked, signed)
+        elif None not in reevaluated.values():  # whatever is under way repeats another
+            under_way = set(reevaluated.values())
+            for pending in StudyHistory.of(self.study).pending_full_evaluations():
+                if pending.number not in under_way:
+                    self.study.enqueue_trial(pending.params, user_attrs={REEVALUATES: pending.number})
+                    reevaluation = claim_waiting_trial(self.study, self.study.get_trials(deepcopy=False)[-1])
+                    if reevaluation is not None:
+                        self._sign(reevaluation, asked, signed)
                     break
         return len(running)
 
@@ -116,7 +116,7 @@ class TrialScheduler:
             self.reporter.warning(f"The worker of trial {dead.number} is gone; its parameters are tried again.")
         return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
-    def _sampled(self) -> int:
+    def _sampler_number(self) -> int:
         """What the next trial's sampler is seeded by. Beside others it must be a number that never comes twice; alone, a trial that
         was cut off is drawn again, and one that failed by itself is not."""
         trials = self.study.get_trials(deepcopy=False)
@@ -132,7 +132,7 @@ class TrialScheduler:
         if isinstance(storage, RetryingRDBStorage) and storage.get_heartbeat_interval():
             storage._retry(storage.record_heartbeat, trial._trial_id)
 
-    def _give_back(self, asked: Sequence[optuna.Trial]) -> None:
+    def _fail_trials(self, asked: Sequence[optuna.Trial]) -> None:
         for trial in asked:
             self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 

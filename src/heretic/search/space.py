@@ -42,8 +42,8 @@ class SearchSpace:
             ablation = self.sample(optuna.trial.FixedTrial(dict(params)))
         except (ValueError, LookupError, TypeError, OverflowError) as error:
             raise foreign_parameters(error) from None
-        given = [value for value in params.values() if isinstance(value, float)]
-        if not all(map(math.isfinite, given)) or not _finite(ablation):
+        numbers = [value for value in params.values() if isinstance(value, float)]
+        if not all(map(math.isfinite, numbers)) or not _finite(ablation):
             raise foreign_parameters("a number is not finite")
         return ablation
 

@@ -22,8 +22,8 @@ from heretic.storage.heartbeat import retry_of, signature, trial_heartbeats
 
 # An ablation that destroys the model has an infinite KL; TPE needs a number, and any this large is as bad as another.
 WORST_KL = 100.0
-FAILURES_IN_A_ROW = 3
-MOST_PROMPTS = 2000  # of which it is stored
+MAX_CONSECUTIVE_FAILURES = 3
+MAX_STORED_PROMPTS = 2000  # of which it is stored
 
 
 class TrialMeasurer(TrialSampler, Protocol):
@@ -33,7 +33,7 @@ class TrialMeasurer(TrialSampler, Protocol):
         """Parameters of the trials to begin with, which are measured in full."""
 
     def measure(
-        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
+        self, trials: Sequence[optuna.Trial], is_dominated: Callable[[float, float], bool]
     ) -> list[TrialOutcome | UserError]:
         """What came out of each; `beaten(KL, unanswered requests to expect at least)` says that one need not be measured any
         further."""
@@ -79,12 +79,12 @@ def run_study(
                             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                             failures += 1
                             reporter.warning(f"Trial {trial.number} failed: {found.what}")
-                            if failures == FAILURES_IN_A_ROW:
+                            if failures == MAX_CONSECUTIVE_FAILURES:
                                 raise found
                             continue
                         failures = 0
                         values = objective_values(found, progress, settings.search.kl_floor, WORST_KL)
-                        kept = _record(study, trials, trial, found, values, progress.threshold)
+                        kept = _store_outcome(study, trials, trial, found, values, progress.threshold)
                         if kept is None:
                             reporter.warning(
                                 f"Trial {trial.number} went to another worker: this one was silent for too long."
@@ -93,7 +93,7 @@ def run_study(
                         done = n_complete(study)
                         stage.advance(done - seen)  # with those of other workers
                         seen = done
-                        reporter.info(f"Trial {kept.number} ({done} of {settings.n_trials}): {_line(found)}")
+                        reporter.info(f"Trial {kept.number} ({done} of {settings.n_trials}): {_summary_line(found)}")
             except BaseException:
                 for trial in asked:
                     study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
@@ -102,13 +102,13 @@ def run_study(
             after_batch()
 
 
-def _record(
+def _store_outcome(
     study: optuna.Study,
     trials: TrialMeasurer,
     trial: optuna.Trial,
-    found: TrialOutcome,
+    outcome: TrialOutcome,
     values: list[float],
-    bar: ParetoThreshold,
+    threshold: ParetoThreshold,
 ) -> optuna.Trial | None:
     """Store what was measured; the trial that holds it, or None where it cannot count any more.
 
@@ -117,12 +117,12 @@ def _record(
     """
 
     def store(where: optuna.Trial) -> None:
-        kind = SCORES if isinstance(found, Scores) else PRUNED
-        where.set_user_attr(kind, with_checksum(found.as_dict(), where.params))
-        for name, excess in found.excess.items() if isinstance(found, Scores) else ():
+        kind = SCORES if isinstance(outcome, Scores) else PRUNED
+        where.set_user_attr(kind, with_checksum(outcome.as_dict(), where.params))
+        for name, excess in outcome.excess.items() if isinstance(outcome, Scores) else ():
             where.set_constraint(name, excess)
-        if isinstance(found, Scores) and not bar.dominates(found.divergence.mean, found.expected):
-            where.set_user_attr(KL_PER_PROMPT, rounded(found.divergence.per_prompt[:MOST_PROMPTS]))
+        if isinstance(outcome, Scores) and not threshold.dominates(outcome.divergence.mean, outcome.expected):
+            where.set_user_attr(KL_PER_PROMPT, rounded(outcome.divergence.per_prompt[:MAX_STORED_PROMPTS]))
         study.tell(where, values)
 
     try:
@@ -131,12 +131,12 @@ def _record(
     except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
         if study.get_trials(deepcopy=False)[trial.number].state != TrialState.FAIL:
             raise
-    again = retry_of(study, trial.number)
-    if again is not None:
-        again.set_user_attr(WORKER, signature())
-        trials.sample(again)
-        store(again)
-    return again
+    retry = retry_of(study, trial.number)
+    if retry is not None:
+        retry.set_user_attr(WORKER, signature())
+        trials.sample(retry)
+        store(retry)
+    return retry
 
 
 def rounded(numbers: Sequence[float]) -> list[float]:
@@ -144,13 +144,13 @@ def rounded(numbers: Sequence[float]) -> list[float]:
     return [float(f"{number:.4g}") for number in numbers]
 
 
-def _line(found: TrialOutcome) -> str:
+def _summary_line(outcome: TrialOutcome) -> str:
     """What came out, for the log."""
-    kl, seconds = found.divergence.mean, found.seconds.get("trial", 0.0)
-    if isinstance(found, Scores):
-        evasive = f", {found.evasive} evasive" if found.evasive else ""
+    kl, seconds = outcome.divergence.mean, outcome.seconds.get("trial", 0.0)
+    if isinstance(outcome, Scores):
+        evasive = f", {outcome.evasive} evasive" if outcome.evasive else ""
         beyond = "".join(
-            f", {name.replace('_', '-')} {n:g} over the limit" for name, n in found.excess.items() if n > 0
+            f", {name.replace('_', '-')} {n:g} over the limit" for name, n in outcome.excess.items() if n > 0
         )
-        return f"{found.refusals} of {found.total} refused, KL {kl:.4f}{evasive}{beyond} ({seconds:.1f} s)"
-    return f"beaten, with at least {found.at_least} of {found.total} refused at KL {kl:.4f} ({seconds:.1f} s)"
+        return f"{outcome.refusals} of {outcome.total} refused, KL {kl:.4f}{evasive}{beyond} ({seconds:.1f} s)"
+    return f"beaten, with at least {outcome.at_least} of {outcome.total} refused at KL {kl:.4f} ({seconds:.1f} s)"

@@ -28,7 +28,7 @@ class StudySummary:
     n_complete: int
     n_failed: int
     original_refusals: int | None
-    progress: StudyHistory
+    history: StudyHistory
     best: tuple[Result, str] | None
     trials_per_hour: float | None
 
@@ -37,26 +37,26 @@ class StudySummary:
         """Read a study; of the trials `without` only the number counts. Raises UserError for another damaged one."""
         trials = study.get_trials(deepcopy=False)
         complete = [t for t in trials if t.state == TrialState.COMPLETE]
-        progress = StudyHistory.of(study, without)
+        history = StudyHistory.of(study, without)
         return cls(
             n_trials=settings.n_trials,
             n_complete=len(complete),
             n_failed=sum(t.state == TrialState.FAIL for t in trials),
             original_refusals=refusals_before(study),
-            progress=progress,
-            best=select_trial(progress.results, settings.select, settings.max_kl, settings.max_refusals),
-            trials_per_hour=_per_hour(complete),
+            history=history,
+            best=select_trial(history.results, settings.select, settings.max_kl, settings.max_refusals),
+            trials_per_hour=_trials_per_hour(complete),
         )
 
     @property
     def results(self) -> list[Result]:
         """The fully measured trials."""
-        return self.progress.results
+        return self.history.results
 
     @property
     def n_pruned(self) -> int:
         """How many trials were left early."""
-        return len(self.progress.pruned)
+        return len(self.history.pruned)
 
     @property
     def seconds_left(self) -> float | None:
@@ -65,18 +65,18 @@ class StudySummary:
         return 3600 * left / self.trials_per_hour if left > 0 and self.trials_per_hour else None
 
 
-def _per_hour(complete: list[FrozenTrial]) -> float | None:
+def _trials_per_hour(complete: list[FrozenTrial]) -> float | None:
     """The last trials over the time in which at least one of them ran.
 
     So trials side by side, in a pass or on several machines, count for the speed, and a pause between two sessions does not.
     """
     timed = [(t.datetime_start, t.datetime_complete) for t in complete]
     recent = sorted(((a, b) for a, b in timed if a and b), key=lambda pair: pair[1])[-RECENT:]
-    seconds = _covered(recent)
+    seconds = _covered_seconds(recent)
     return 3600 * len(recent) / seconds if seconds > 0 else None
 
 
-def _covered(spans: Iterable[tuple[datetime, datetime]]) -> float:
+def _covered_seconds(spans: Iterable[tuple[datetime, datetime]]) -> float:
     """Seconds that at least one of the spans covers."""
     total, reached = 0.0, None
     for begin, end in sorted(spans):

@@ -24,7 +24,7 @@ from heretic.scoring.refusal_count import EncodedRequests
 log = logging.getLogger(__name__)
 
 MIN_SPEEDUP = 1.2  # more trials in a pass must decode so many times faster
-PROBED_STEPS = 3
+PROBE_STEPS = 3
 
 
 def enable_caching(evaluator: TrialEvaluator, refusal_texts: Sequence[list[int]]) -> TrialEvaluator:
@@ -34,11 +34,11 @@ def enable_caching(evaluator: TrialEvaluator, refusal_texts: Sequence[list[int]]
     """
     model = evaluator.language_model
     requests = EncodedRequests(evaluator.harmful, refusal_texts)
-    harmless = evaluator.taught.sequences
+    harmless = evaluator.harmless_texts.sequences
     if max(map(len, (*requests.with_drafts, *harmless))) + evaluator.max_tokens >= model.window:
         log.info("nothing is tried or kept: prompts and answers are longer than the attention's window")
         return evaluator
-    evaluator = replace(evaluator, tried=refusal_texts)
+    evaluator = replace(evaluator, drafts=refusal_texts)
     if not supports_mid_stack_start(model.model, model.structure.blocks, harmless, evaluator.batcher):
         return evaluator
     return replace(
@@ -55,7 +55,7 @@ def allocate_activation_cache(
     shape = ModelDims.of(model.model.config.get_text_config(decoder=True), model.model)
     shared = batcher.shared_prefix(sequences)
     budget = broadcast_from_rank0(lambda: min(MOST_KEPT, int(SHARE_KEPT * memory()[1] / size())))
-    found = allocate_cache(
+    cache = allocate_cache(
         model.structure.blocks,
         sequences,
         shared.tokens if shared else [],
@@ -63,9 +63,9 @@ def allocate_activation_cache(
         bytes_per_token=(shape.hidden * shape.element, shape.cache_per_token * shape.element),
         budget=budget,
     )
-    if found is None:
+    if cache is None:
         log.info("every pass begins with the first block: what is below does not fit into %s", format_bytes(budget))
-    return found
+    return cache
 
 
 def tune_trials_per_batch(evaluator: TrialEvaluator) -> int:
@@ -95,7 +95,7 @@ def _rows_per_second(model: LanguageModel, rows: int) -> float:
     tokens = torch.ones(rows, 1, dtype=torch.long, device=model.device)
     cache = None
     shortest = float("inf")
-    for _ in range(PROBED_STEPS):
+    for _ in range(PROBE_STEPS):
         began = time.perf_counter()
         output = forward_supported(model.model, tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = getattr(output, "past_key_values", None)

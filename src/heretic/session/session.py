@@ -39,7 +39,7 @@ from heretic.scoring.evaluator import TrialEvaluator
 from heretic.scoring.harmless_metrics import HarmlessLimits, HarmlessProbe
 from heretic.scoring.judges.registry import JudgeContext, make_judge
 from heretic.scoring.judges.verdict import Judge
-from heretic.scoring.refusal_proxy import FEWEST_TOKENS, MOST_TOKENS
+from heretic.scoring.refusal_proxy import MAX_DRAFT_TOKENS, MIN_DRAFT_TOKENS
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs, answer_prefixes
 from heretic.search.gradient_path import GradientPath
 from heretic.search.space import SearchSpace
@@ -50,7 +50,7 @@ from heretic.settings import Settings
 from heretic.storage.compute_once import LOCAL, ComputeOnce
 
 LOW_REFUSAL_FRACTION = 0.1  # share of the requests
-COPIES = 3  # of the log-probabilities: original, ablated, written
+LOG_PROB_COPIES = 3  # of the log-probabilities: original, ablated, written
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Session:
         with self.applied(ablation):
             return all_log_probs(
                 model_context.language_model,
-                model_context.evaluator.taught,
+                model_context.evaluator.harmless_texts,
                 model_context.batcher,
                 "Ablated model's answers",
             )
@@ -127,7 +127,7 @@ def load_model_context(
     plan: LoadPlan,
     reporter: ProgressReporter,
     stop: StopSignal,
-    start: AnswerStart | None = None,
+    answer_start: AnswerStart | None = None,
     judge: Judge | None = None,
 ) -> ModelContext:
     """Load the model and encode the evaluation prompts; the answers' common beginning is found unless it is given, and the judge
@@ -164,14 +164,14 @@ def load_model_context(
         reporter.warning(
             "Padding changes what this model answers, so only prompts of one length share a batch: this is slower."
         )
-    chat, encoded = start_answers(chat, encoded, start, prompts, language_model, settings, batcher)
+    chat, encoded = start_answers(chat, encoded, answer_start, prompts, language_model, settings, batcher)
     longest = max(len(tokens) for sequences in encoded.values() for tokens in sequences) + most_new_tokens(settings)
     model, window = language_model.model, language_model.window
     batcher.prefix_caching = supports_prefix_caching(
         model, encoded["harmless_eval"], batcher, longest=longest, window=window
     )
     limits = HarmlessLimits(settings.constraints.max_over_refusals, settings.constraints.max_degenerate)
-    bystanders = HarmlessProbe(encoded["harmless_eval"], prompts.harmless_eval.prompts, limits)
+    harmless_probe = HarmlessProbe(encoded["harmless_eval"], prompts.harmless_eval.prompts, limits)
     evaluator = TrialEvaluator(
         language_model,
         chat,
@@ -181,7 +181,7 @@ def load_model_context(
         batcher,
         settings.max_response_length,
         requests=prompts.harmful_eval.prompts,
-        harmless_probe=bystanders,
+        harmless_probe=harmless_probe,
     )
     return ModelContext(settings, language_model, chat, prompts, encoded, batcher, evaluator)
 
@@ -216,18 +216,18 @@ def open_session(
     with compute_once.shared_file("directions.safetensors"):
         directions = broadcast_from_rank0(lambda: folder.load_directions(reporter))
         if directions is None:
-            survey = GeometryRecorder()
-            directions = find_model_directions(model_context, survey)
+            recorder = GeometryRecorder()
+            directions = find_model_directions(model_context, recorder)
             if rank() == 0:
                 folder.save_directions(directions)
-                folder.save_geometry(survey.geometry(directions))
+                folder.save_geometry(recorder.geometry(directions))
     writers = model_context.language_model.structure.writers
     original = None
     if settings.apply == "weights":
         original = (
             copy_weights(writers)
             if settings.cache_weights
-            else read_from_checkpoint(_with_tensors(checkpoint), writers, model_context.language_model.model)
+            else read_from_checkpoint(_require_full_precision(checkpoint), writers, model_context.language_model.model)
         )
     operator_factory = operator_factory_for(model_context, directions)
     return with_baseline(
@@ -248,17 +248,17 @@ def with_baseline(session: Session, baseline: Baseline) -> Session:
     )
 
 
-def find_model_directions(model_context: ModelContext, survey: GeometryRecorder | None = None) -> Directions:
+def find_model_directions(model_context: ModelContext, recorder: GeometryRecorder | None = None) -> Directions:
     """Directions as the settings want them, from the prompt sets for it; `survey` sees what they are found in. Raises UserError."""
     harmful, harmless = (model_context.encoded[role] for role in ("harmful_train", "harmless_train"))
     wanted = model_context.settings.directions
-    return find_directions(model_context.language_model, harmful, harmless, model_context.batcher, wanted, survey)
+    return find_directions(model_context.language_model, harmful, harmless, model_context.batcher, wanted, recorder)
 
 
 def measure_residual_geometry(model_context: ModelContext) -> ResidualGeometry:
     """How the residuals that give the directions lie, measured anew."""
-    survey = GeometryRecorder()
-    return survey.geometry(find_model_directions(model_context, survey))
+    recorder = GeometryRecorder()
+    return recorder.geometry(find_model_directions(model_context, recorder))
 
 
 def operator_factory_for(model_context: ModelContext, directions: Directions) -> OperatorFactory:
@@ -273,10 +273,10 @@ def operator_factory_for(model_context: ModelContext, directions: Directions) ->
 def measure_baseline(model_context: ModelContext) -> Baseline:
     """Measure the original model."""
     log_probs, answered = original_log_probs(model_context)
-    counted = model_context.evaluator.refusals(fewest_tokens=FEWEST_TOKENS)
+    counted = model_context.evaluator.refusals(min_tokens=MIN_DRAFT_TOKENS)
     harmless_metrics = model_context.evaluator.harmless_metrics()
     texts = tuple(
-        list(tokens[:MOST_TOKENS]) if refused else []
+        list(tokens[:MAX_DRAFT_TOKENS]) if refused else []
         for tokens, refused in zip(counted.tokens, counted.refused, strict=True)
     )
     return Baseline(
@@ -302,7 +302,7 @@ def check_memory(tokens: int, model_context: ModelContext) -> None:
     """Raise UserError where log-probabilities at so many tokens do not fit into the RAM that is free: those of the original stay,
     those of the ablated and of the written model are compared with them at the end."""
     vocabulary = model_context.language_model.model.config.get_text_config(decoder=True).vocab_size
-    needed, free = COPIES * tokens * vocabulary * 4, memory()[1]
+    needed, free = LOG_PROB_COPIES * tokens * vocabulary * 4, memory()[1]
     if needed > free and model_context.settings.kl_tokens > 1:
         fitting = max(1, int(model_context.settings.kl_tokens * free / needed))
         raise UserError(
@@ -319,13 +319,15 @@ def weight_reader(language_model: LanguageModel) -> Callable[[ResidualWriter], S
     def read(writer: ResidualWriter) -> Sequence[LazyTensor]:
         if not writer.offloaded:
             return writer.weights()
-        original = read_from_checkpoint(_with_tensors(language_model.checkpoint), [writer], language_model.model)
+        original = read_from_checkpoint(
+            _require_full_precision(language_model.checkpoint), [writer], language_model.model
+        )
         return [m for part in writer.parts if not part.is_bias for m in part.matrices(original(part.name))]
 
     return read
 
 
-def _with_tensors(checkpoint: Checkpoint) -> Checkpoint:
+def _require_full_precision(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.gguf_file or checkpoint.quantized_by:
         raise UserError(
             "The checkpoint is quantized, so heretic cannot restore the original weights exactly from it.",

@@ -46,13 +46,13 @@ ERROR = "heretic:error"  # why it failed
 
 FIXED = "fixed_params"  # Optuna's own, of the trial: parameters given when it was enqueued
 
-MOST_LAYERS = 100_000
-MOST_REQUESTS = 10_000_000  # above that a table or a figure of them could take all memory
+MAX_LAYERS = 100_000
+MAX_REQUESTS = 10_000_000  # above that a table or a figure of them could take all memory
 SMALLEST_KL = -0.01  # below 0 by rounding only
 SHOWN = 200  # characters of a problem
 
 T = TypeVar("T")
-Count = Annotated[int, Field(strict=True, ge=0, le=MOST_REQUESTS)]
+Count = Annotated[int, Field(strict=True, ge=0, le=MAX_REQUESTS)]
 Number = Annotated[int, Field(strict=True, ge=0, lt=2**63)]  # of a trial
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Parameters = dict[str, Finite | str]
@@ -88,9 +88,9 @@ _SETTINGS = TypeAdapter[Settings](Json[Settings])
 _COUNT = TypeAdapter[int](Count)
 _NUMBER = TypeAdapter[int](Number)
 _TEXT = TypeAdapter[str](Annotated[str, Field(strict=True)])
-_TOGETHER = TypeAdapter[int](Annotated[int, Field(strict=True, ge=1, le=4096)])
+_BATCH_SIZE = TypeAdapter[int](Annotated[int, Field(strict=True, ge=1, le=4096)])
 _CLAIM = TypeAdapter[Claim](Json[Claim])
-_MADE = TypeAdapter[ComputedResult](Json[ComputedResult])
+_COMPUTED_RESULT = TypeAdapter[ComputedResult](Json[ComputedResult])
 _SIGNATURE = TypeAdapter[Signature](Signature)
 _PER_PROMPT = TypeAdapter[list[float]](list[Finite])
 _FIXED = TypeAdapter[dict[str, Any]](Parameters)
@@ -149,7 +149,7 @@ def refusals_before(study: optuna.Study) -> int | None:
 
 def trials_per_batch(study: optuna.Study) -> int | None:
     """How many trials share a pass."""
-    return read(study, TRIALS_PER_BATCH, _TOGETHER)
+    return read(study, TRIALS_PER_BATCH, _BATCH_SIZE)
 
 
 def exported(study: optuna.Study, kind: str) -> str | None:
@@ -164,61 +164,61 @@ def claim(study: optuna.Study, name: str) -> Claim | None:
 
 def computed_result(study: optuna.Study, name: str) -> ComputedResult | None:
     """What the file of this name came to."""
-    return read(study, RESULT + name, _MADE)
+    return read(study, RESULT + name, _COMPUTED_RESULT)
 
 
 @functools.cache
-def _scores() -> TypeAdapter[Scores]:
+def _scores_adapter() -> TypeAdapter[Scores]:
     return TypeAdapter(Scores)
 
 
 @functools.cache
-def _beaten() -> TypeAdapter[PrunedTrial]:
+def _pruned_adapter() -> TypeAdapter[PrunedTrial]:
     return TypeAdapter(PrunedTrial)
 
 
 def scores(study: optuna.Study, trial: FrozenTrial) -> Scores | None:
     """What was measured of a trial in full."""
-    found = read(study, SCORES, _scores(), trial)
-    if found is not None and (problem := _problem(found)):
+    stored = read(study, SCORES, _scores_adapter(), trial)
+    if stored is not None and (problem := _problem(stored)):
         raise damaged(study, f"'{SCORES}' is invalid ({problem})", trial)
-    return found
+    return stored
 
 
 def pruned(study: optuna.Study, trial: FrozenTrial) -> PrunedTrial | None:
     """What was known of a trial that was left early."""
-    found = read(study, PRUNED, _beaten(), trial)
-    if found is not None and (problem := _problem(found)):
+    stored = read(study, PRUNED, _pruned_adapter(), trial)
+    if stored is not None and (problem := _problem(stored)):
         raise damaged(study, f"'{PRUNED}' is invalid ({problem})", trial)
-    return found
+    return stored
 
 
-def _problem(found: Scores | PrunedTrial) -> str:
+def _problem(stored: Scores | PrunedTrial) -> str:
     """Why these numbers cannot have been measured; empty where they can."""
-    counts: tuple[int, ...] = (found.refusals, found.evasive) if isinstance(found, Scores) else (found.at_least,)
-    if not 0 < found.total <= MOST_REQUESTS:
+    counts: tuple[int, ...] = (stored.refusals, stored.evasive) if isinstance(stored, Scores) else (stored.at_least,)
+    if not 0 < stored.total <= MAX_REQUESTS:
         return "total"
-    if any(n < 0 for n in counts) or sum(counts) > found.total:
-        return f"counts {counts} of {found.total}"
-    if not _measurable(found.divergence):
+    if any(n < 0 for n in counts) or sum(counts) > stored.total:
+        return f"counts {counts} of {stored.total}"
+    if not _measurable(stored.divergence):
         return "divergence"
-    sums = list(found.seconds.values())  # of what a destroyed model gives, the rest may be no number
-    if isinstance(found, Scores):
-        if found.refused and (len(found.refused) != found.total or set(found.refused) - set("012")):
+    sums = list(stored.seconds.values())  # of what a destroyed model gives, the rest may be no number
+    if isinstance(stored, Scores):
+        if stored.refused and (len(stored.refused) != stored.total or set(stored.refused) - set("012")):
             return "refused"
-        harmless_metrics = found.harmless_metrics
+        harmless_metrics = stored.harmless_metrics
         if (
             harmless_metrics
             and not 0
             <= min(harmless_metrics.over_refusals, harmless_metrics.degenerate)
             <= harmless_metrics.total
-            <= MOST_REQUESTS
+            <= MAX_REQUESTS
         ):
             return "harmless_metrics"
-        sums += found.excess.values()
+        sums += stored.excess.values()
     if not all(map(math.isfinite, sums)):
         return "a number is not finite"
-    return "surrogate" if found.surrogate and not _possible(found.surrogate) else ""
+    return "surrogate" if stored.surrogate and not _possible(stored.surrogate) else ""
 
 
 def _measurable(divergence: Divergence) -> bool:
@@ -228,7 +228,7 @@ def _measurable(divergence: Divergence) -> bool:
 
 def _possible(surrogate: RefusalProxy) -> bool:
     likely = not (surrogate.probability < 0 or surrogate.probability > 1.01)
-    return likely and 0 <= surrogate.matching <= surrogate.refused <= MOST_REQUESTS
+    return likely and 0 <= surrogate.matching <= surrogate.refused <= MAX_REQUESTS
 
 
 def objective_values(study: optuna.Study, trial: FrozenTrial) -> tuple[float, float]:

@@ -24,8 +24,8 @@ def checksum_matches(trial: FrozenTrial) -> bool:
     """Whether the measurement of a trial matches its hash. Earlier versions stored no hash; their trials count as undamaged."""
     for kind in MEASURED:
         measured = dict(trial.user_attrs.get(kind) or {})
-        seal = measured.pop(CHECKSUM, None)
-        if seal is not None and seal != _digest(measured, trial.params):
+        stored = measured.pop(CHECKSUM, None)
+        if stored is not None and stored != _digest(measured, trial.params):
             return False
     return True
 

@@ -37,7 +37,7 @@ class ComputeOnce(Protocol):
     def shared_file(self, name: str) -> Any:
         """A context in which a file of the run's folder is there, or is to be made by us before the context ends."""
 
-    def once(self, name: str, there: Callable[[], bool]) -> Any:
+    def once(self, name: str, exists: Callable[[], bool]) -> Any:
         """A context in which something is there, or is to be made by us before the context ends."""
 
 
@@ -50,7 +50,7 @@ class LocalComputeOnce:
         yield
 
     @contextmanager
-    def once(self, name: str, there: Callable[[], bool]) -> Iterator[None]:
+    def once(self, name: str, exists: Callable[[], bool]) -> Iterator[None]:
         """See Shelf."""
         yield
 
@@ -64,37 +64,37 @@ class DistributedComputeOnce:
 
     study: optuna.Study
     folder: Path
-    stamp: str  # the fingerprint that the folder's files must carry
+    fingerprint: str  # the fingerprint that the folder's files must carry
     artifacts: str
     workers: WorkerSettings
     reporter: ProgressReporter
     stop: StopSignal
-    seen: dict[str, StalenessTimer] = field(default_factory=dict)
+    claim_timers: dict[str, StalenessTimer] = field(default_factory=dict)
 
     @contextmanager
     def shared_file(self, name: str) -> Iterator[None]:
         """See Shelf. Raises StudyMismatch if what we have, or make, is not what the other workers use."""
-        with self.once(name, lambda: self._here(name)):
+        with self.once(name, lambda: self._is_available(name)):
             yield
             self._register(name)
 
     @contextmanager
-    def once(self, name: str, there: Callable[[], bool]) -> Iterator[None]:
+    def once(self, name: str, exists: Callable[[], bool]) -> Iterator[None]:
         """See Shelf. Raises Interrupted."""
-        said = False
-        while not there():
+        reported = False
+        while not exists():
             self.stop.check()
-            if self._claimed(name, there):
+            if self._try_claim(name, exists):
                 with self._claim_heartbeat(name):
                     yield
                 return
-            if not said:
-                self.reporter.info(f"Waiting for {name}, which {self._maker(name)} makes.")
-                said = True
+            if not reported:
+                self.reporter.info(f"Waiting for {name}, which {self._claim_owner(name)} makes.")
+                reported = True
             time.sleep(POLL_SECONDS)
         yield
 
-    def _here(self, name: str) -> bool:
+    def _is_available(self, name: str) -> bool:
         """Whether the file is in the folder as the study knows it, fetched if that is possible; True also where only we
         can make it for ourselves, since it is made and out of reach."""
         made, path = attributes.computed_result(self.study, name), self.folder / name
@@ -105,7 +105,7 @@ class DistributedComputeOnce:
             return False
         if self._hash(path) != made["sha256"] and not self._fetch(name, made):
             if self._hash(path):
-                raise self._other(name, made)
+                raise self._mismatch(name, made)
             self.reporter.info(
                 f"{name} was made by another worker and cannot be had from it; it is made again and compared."
             )
@@ -135,7 +135,7 @@ class DistributedComputeOnce:
 
     def _register(self, name: str) -> None:
         """Say what the file came to, and publish it; the first one counts."""
-        found = self._hash(self.folder / name)
+        sha256 = self._hash(self.folder / name)
         made = attributes.computed_result(self.study, name)
         if made is None:
             artifact = ""
@@ -153,7 +153,7 @@ class DistributedComputeOnce:
                         where=self.artifacts,
                         fix="make the place writable, or leave artifacts empty",
                     ) from None
-            mine: ComputedResult = {"sha256": found, "artifact": artifact, "worker": _spelled(worker())}
+            mine: ComputedResult = {"sha256": sha256, "artifact": artifact, "worker": _process_name(worker())}
             try:
                 with study_lock(self.study):
                     made = attributes.computed_result(self.study, name)
@@ -162,8 +162,8 @@ class DistributedComputeOnce:
                         made = mine
             except LockLost:
                 made = attributes.computed_result(self.study, name) or mine
-        if made["sha256"] != found:
-            raise self._other(name, made)
+        if made["sha256"] != sha256:
+            raise self._mismatch(name, made)
 
     def _hash(self, path: Path) -> str:
         """The hash of the tensors in a file; empty where there is none that is whole and of these settings."""
@@ -173,9 +173,9 @@ class DistributedComputeOnce:
             _, kept = read_tensors(path)
         except UserError:
             return ""
-        return kept["sha256"] if kept.get("fingerprint") == self.stamp else ""
+        return kept["sha256"] if kept.get("fingerprint") == self.fingerprint else ""
 
-    def _other(self, name: str, made: ComputedResult) -> StudyMismatch:
+    def _mismatch(self, name: str, made: ComputedResult) -> StudyMismatch:
         return StudyMismatch(
             f"The {name} of this machine differs from the study's (made by {made['worker']}). Different hardware rounds "
             "differently, so the scores would not be comparable.",
@@ -186,12 +186,12 @@ class DistributedComputeOnce:
             else "delete the file here; heretic fetches the study's",
         )
 
-    def _claimed(self, name: str, there: Callable[[], bool]) -> bool:
+    def _try_claim(self, name: str, exists: Callable[[], bool]) -> bool:
         """Whether it falls to us to make it: nobody is at it, or who was is dead."""
         try:
             with study_lock(self.study):
                 claim = attributes.claim(self.study, name)
-                if there() or (claim and not self._claim_expired(name, claim)):
+                if exists() or (claim and not self._claim_expired(name, claim)):
                     return False
                 self._sign(name, 0)
                 return True
@@ -201,7 +201,7 @@ class DistributedComputeOnce:
     def _claim_expired(self, name: str, claim: Claim) -> bool:
         """A process of this machine that is gone; one elsewhere whose count of signs of life has stood still for the grace
         period, by our clock."""
-        silent = self.seen.setdefault(name, StalenessTimer()).seconds(claim)
+        silent = self.claim_timers.setdefault(name, StalenessTimer()).seconds(claim)
         return not is_alive(claim["worker"]) or silent > max(self.workers.grace_period, 2 * self.workers.heartbeat)
 
     @contextmanager
@@ -222,9 +222,9 @@ class DistributedComputeOnce:
     def _sign(self, name: str, count: int) -> None:
         self.study.set_user_attr(CLAIM + name, json.dumps({"worker": worker(), "signs": count}))
 
-    def _maker(self, name: str) -> str:
+    def _claim_owner(self, name: str) -> str:
         claim = attributes.claim(self.study, name)
-        return _spelled(claim["worker"]) if claim else "another worker"
+        return _process_name(claim["worker"]) if claim else "another worker"
 
 
 def artifact_store(place: str) -> Any:
@@ -247,11 +247,11 @@ def artifact_store(place: str) -> Any:
         raise UserError(
             "Artifacts on S3 need the package boto3.", code="missing-package", where=place, fix="pip install boto3"
         ) from None
-    return _Below(store, prefix) if prefix else store
+    return _PrefixedStore(store, prefix) if prefix else store
 
 
 @dataclass
-class _Below:
+class _PrefixedStore:
     """A part of an artifact store: all names begin with a prefix."""
 
     store: Any
@@ -267,5 +267,5 @@ class _Below:
         self.store.remove(f"{self.prefix}/{artifact_id}")
 
 
-def _spelled(who: Signature) -> str:
+def _process_name(who: Signature) -> str:
     return f"process {who['pid']} on {who['host']}"

@@ -81,8 +81,8 @@ def requeue_stale_trials(study: optuna.Study, workers: WorkerSettings) -> list[F
             dead.append(trial)
     storage = rdb_storage(study)
     if isinstance(storage, RetryingRDBStorage):
-        heard = time.monotonic() - storage.reachable_since > 2 * workers.heartbeat + 1
-        if heard:
+        reachable = time.monotonic() - storage.reachable_since > 2 * workers.heartbeat + 1
+        if reachable:
             storage.heartbeat_stale_trial_callback = lambda _study, trial: dead.append(trial)
             optuna.storages.fail_stale_trials(study)
     for trial in dead:

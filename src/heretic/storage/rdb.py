@@ -31,7 +31,7 @@ from heretic.storage.url import masked, on_server, sqlite_file
 METRICS = ["KL divergence", "refusals"]
 BUSY_TIMEOUT = 60  # for another process that has the SQLite file locked, or is making the tables on a server
 OPTUNA_TABLES = {"studies", "trials", "version_info", "alembic_version"}
-OPENING = int.from_bytes(b"heretic", "big")  # PostgreSQL's lock on making the tables
+TABLES_LOCK_KEY = int.from_bytes(b"heretic", "big")  # PostgreSQL's lock on making the tables
 # A connection whose other end is gone is noticed within half a minute, on both sides: the locks of a machine that lost its power
 # must not stay.
 SERVER_ARGUMENTS = {
@@ -42,7 +42,7 @@ SERVER_ARGUMENTS = {
 
 
 def connect(
-    url: str, workers: WorkerSettings | None = None, patience: RetryPolicy | None = None
+    url: str, workers: WorkerSettings | None = None, retry_policy: RetryPolicy | None = None
 ) -> optuna.storages.RDBStorage:
     """Open a storage. Raises UserError where it cannot be reached or written."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -55,10 +55,10 @@ def connect(
             return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT}})
         workers = workers or WorkerSettings()
         driven = _with_driver(url)
-        with _only_one_opens(driven):
+        with _table_creation_lock(driven):
             return RetryingRDBStorage(
                 driven,
-                patience or RetryPolicy(),
+                retry_policy or RetryPolicy(),
                 engine_kwargs={"pool_pre_ping": True, "connect_args": SERVER_ARGUMENTS},
                 heartbeat_interval=workers.heartbeat,
                 grace_period=effective_grace_period(workers),
@@ -89,9 +89,9 @@ def _check_file(url: str) -> None:
             fix="name a file, or leave storage empty for study.db in the run's folder",
         )
     try:
-        opened = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
-        with contextlib.closing(opened):
-            tables = {name for (name,) in opened.execute("select name from sqlite_master where type = 'table'")}
+        connection = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
+        with contextlib.closing(connection):
+            tables = {name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")}
     except sqlite3.Error as error:
         if "locked" in str(error):
             raise locked(url) from None
@@ -124,7 +124,7 @@ def _make_private(url: str) -> None:
 
 
 @contextmanager
-def _only_one_opens(url: str) -> Iterator[None]:
+def _table_creation_lock(url: str) -> Iterator[None]:
     """Within the context no other worker makes Optuna's tables in this database: of several that do so at the same moment all but
     one would fail. Where they are made nobody waits."""
     engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=SERVER_ARGUMENTS)
@@ -139,7 +139,7 @@ def _only_one_opens(url: str) -> Iterator[None]:
         return
     with engine.begin() as connection:  # the lock belongs to the transaction, and goes with the connection of who dies
         connection.exec_driver_sql(f"set local lock_timeout = '{BUSY_TIMEOUT}s'")
-        connection.exec_driver_sql(f"select pg_advisory_xact_lock({OPENING})")
+        connection.exec_driver_sql(f"select pg_advisory_xact_lock({TABLES_LOCK_KEY})")
         yield
 
 
@@ -192,7 +192,7 @@ def open_study(
     name: str,
     facts: dict[str, Any],
     workers: WorkerSettings | None = None,
-    patience: RetryPolicy | None = None,
+    retry_policy: RetryPolicy | None = None,
 ) -> optuna.Study:
     """Create the study or continue it; `facts` are what its results depend on.
 
@@ -201,7 +201,7 @@ def open_study(
     """
     if on_server(url):
         facts = {**facts, "versions": relevant_versions()}
-    storage = connect(url, workers, patience)
+    storage = connect(url, workers, retry_policy)
     with translate_storage_errors(url):
         try:
             study = optuna.create_study(
@@ -215,16 +215,16 @@ def open_study(
         except STORAGE_ERRORS as error:
             raise storage_error(url, error) from None
         before = stored or {}
-        found = differences(before, facts)
-    if found and before.get("format") != facts.get("format"):
+        changes = differences(before, facts)
+    if changes and before.get("format") != facts.get("format"):
         raise StudyMismatch(
             f"The study '{name}' was made by another version of heretic: it has format {before.get('format')}, this version "
             f"makes {facts.get('format')}.",
             where=masked(url),
             fix="use that version, choose another run_name, or start over with --fresh (heretic keeps the old run)",
         )
-    if found:
-        shown = "; ".join(found[:6]) + (f"; and {len(found) - 6} more" if len(found) > 6 else "")
+    if changes:
+        shown = "; ".join(changes[:6]) + (f"; and {len(changes) - 6} more" if len(changes) > 6 else "")
         raise StudyMismatch(
             f"The study '{name}' was made with other settings: {shown}.",
             where=masked(url),
@@ -235,8 +235,8 @@ def open_study(
 
 def save_settings(study: optuna.Study, settings: Settings) -> None:
     """Store the settings with the study, without the password of its storage."""
-    kept = settings.model_copy(update={"storage": masked(settings.storage)})
-    study.set_user_attr(SETTINGS, kept.model_dump_json())
+    stored = settings.model_copy(update={"storage": masked(settings.storage)})
+    study.set_user_attr(SETTINGS, stored.model_dump_json())
 
 
 def worker() -> Signature:
@@ -245,7 +245,7 @@ def worker() -> Signature:
         "host": socket.gethostname(),
         "machine": _machine(),
         "pid": os.getpid(),
-        "began": _began(os.getpid()),
+        "began": _process_start(os.getpid()),
     }
 
 
@@ -259,7 +259,7 @@ def _machine() -> str:
         return ""
 
 
-def _began(pid: int) -> float:
+def _process_start(pid: int) -> float:
     """When a process began, in seconds since the machine did: no clock that is set, and no sleep of a laptop, changes it."""
     return psutil.Process(pid).create_time() - psutil.boot_time()
 
@@ -288,7 +288,7 @@ def is_alive(who: Signature | None) -> bool:
     if not is_this_host(who):
         return True  # not ours to judge
     try:
-        return abs(_began(who["pid"]) - who["began"]) < 1
+        return abs(_process_start(who["pid"]) - who["began"]) < 1
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

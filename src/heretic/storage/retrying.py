@@ -46,9 +46,9 @@ def effective_grace_period(workers: WorkerSettings) -> int:
 class RetryingRDBStorage(optuna.storages.RDBStorage):
     """Optuna's storage in a database, for a server that restarts or a connection that is cut."""
 
-    def __init__(self, url: str, patience: RetryPolicy, **arguments: Any) -> None:
+    def __init__(self, url: str, policy: RetryPolicy, **arguments: Any) -> None:
         super().__init__(url, **arguments)
-        self.patience = patience
+        self.policy = policy
         self.gave_up = False
         self.outages = 0
         self.reachable_since = time.monotonic()
@@ -75,7 +75,7 @@ class RetryingRDBStorage(optuna.storages.RDBStorage):
         began: float | None = None
         while True:
             try:
-                found = call(*arguments, **named)
+                result = call(*arguments, **named)
             except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
                 if not is_connection_error(error) or self.gave_up:
                     raise
@@ -83,19 +83,19 @@ class RetryingRDBStorage(optuna.storages.RDBStorage):
                 if began is None:
                     began = now
                     self.outages += 1
-                    self.patience.reporter.warning(
-                        f"The storage is away ({reason(error)}); trying again for up to {self.patience.seconds:.0f} s."
+                    self.policy.reporter.warning(
+                        f"The storage is away ({reason(error)}); trying again for up to {self.policy.seconds:.0f} s."
                     )
-                stopped = self.patience.stop is not None and self.patience.stop.requested
-                if stopped or now - began >= self.patience.seconds:
+                stopped = self.policy.stop is not None and self.policy.stop.requested
+                if stopped or now - began >= self.policy.seconds:
                     self.gave_up = True  # what follows on the way out shall not wait again
                     raise
                 time.sleep(PAUSE)
             else:
                 if began is not None:
                     self.reachable_since = time.monotonic()
-                    self.patience.reporter.info(f"The storage is back after {self.reachable_since - began:.0f} s.")
-                return found
+                    self.policy.reporter.info(f"The storage is back after {self.reachable_since - began:.0f} s.")
+                return result
 
 
 def is_connection_error(error: BaseException) -> bool:

@@ -61,8 +61,8 @@ def study_lock(study: optuna.Study) -> Iterator[None]:
     else:
         assert isinstance(storage, RetryingRDBStorage)
         while (connection := storage._retry(_try_lock, storage, study.study_name)) is None:
-            if storage.patience.stop is not None:
-                storage.patience.stop.check()
+            if storage.policy.stop is not None:
+                storage.policy.stop.check()
         try:
             yield
             try:

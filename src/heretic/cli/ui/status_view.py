@@ -66,7 +66,7 @@ def _view(console: Console, seen: Status) -> Group:
     facts += list(seen.memory.items())
     if seen.latest:
         facts.append(("latest", seen.latest))
-    error = summary.progress.surrogate_error
+    error = summary.history.surrogate_error
     if error is not None:
         facts.append(("estimates", f"off by {error:.1f} refusals on average"))
     parts: list[object] = [aligned(facts)]
