@@ -111,7 +111,7 @@ class Constant(Trials):
             self.sample(trial)
         return [Scores(Divergence(0.1, 0.1, 0.1, 0.1), 1, 8, {}) for _ in trials]
 
-    def together(self, before: int | None) -> int:
+    def trials_per_batch(self, before: int | None) -> int:
         """One, or as before."""
         return before or 1
 

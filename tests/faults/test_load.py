@@ -111,9 +111,9 @@ from heretic.runs.status import look_at
 from heretic.settings import Settings, Search
 from heretic.interrupt import Stop
 class Fake:
-    def together(self, before): return 1
-    def starts(self): return []
-    def draw(self, trial): trial.suggest_float("x", 0, 1)
+    def trials_per_batch(self, before): return 1
+    def initial_params(self): return []
+    def sample(self, trial): trial.suggest_float("x", 0, 1)
     def measure(self, trials, beaten):
         x = trials[0].params["x"]
         return [Scores(Divergence(x, x, x, x), round(10 * (1 - x)), 10, {})]

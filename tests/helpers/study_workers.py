@@ -36,13 +36,13 @@ class Stub:
     def __init__(self, before: Callable[[optuna.Trial], object] = lambda _: None) -> None:
         self.before = before
 
-    def together(self, before: int | None) -> int:
+    def trials_per_batch(self, before: int | None) -> int:
         return 1
 
-    def starts(self) -> list[dict[str, float]]:
+    def initial_params(self) -> list[dict[str, float]]:
         return []
 
-    def draw(self, trial: optuna.Trial) -> float:
+    def sample(self, trial: optuna.Trial) -> float:
         return trial.suggest_float("x", 0.1, 1.0)
 
     def measure(
@@ -50,7 +50,7 @@ class Stub:
     ) -> list[TrialOutcome | UserError]:
         for trial in trials:
             self.before(trial)
-        return [Scores(Divergence(self.draw(t), 0, 0, 0), int(10 * self.draw(t)), 10, {}) for t in trials]
+        return [Scores(Divergence(self.sample(t), 0, 0, 0), int(10 * self.sample(t)), 10, {}) for t in trials]
 
 
 def settings(n: int, **workers: int) -> Settings:

@@ -70,5 +70,5 @@ def test_the_texts_are_the_original_s_own_greedy_answers(llama: Path) -> None:
 
 def test_a_baseline_of_other_texts_is_no_baseline(llama: Path) -> None:
     evaluator, _, baseline = model_context(llama, share=True)
-    with pytest.raises(ValueError, match="the baseline holds 10 tokens, the prompts' answers 20"):
+    with pytest.raises(ValueError):
         replace(evaluator, reference_tokens=[[5, 0]] * 10).score(baseline)

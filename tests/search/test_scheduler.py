@@ -37,7 +37,7 @@ def test_eight_workers_make_exactly_as_many_trials_as_wanted(kind: str, request:
     failures: list[BaseException] = []
 
     class Starting(Stub):
-        def starts(self) -> list[dict[str, float]]:
+        def initial_params(self) -> list[dict[str, float]]:
             return [{"x": 0.5}, {"x": 0.25}]
 
     def note(trial: optuna.Trial) -> None:

@@ -45,13 +45,13 @@ class Fake:
         self.one = measure
         self.came: list[int] = []
 
-    def together(self, before: int | None) -> int:
+    def trials_per_batch(self, before: int | None) -> int:
         return self.at_once or before or 1
 
-    def starts(self) -> list[dict[str, float]]:
+    def initial_params(self) -> list[dict[str, float]]:
         return self.first
 
-    def draw(self, trial: optuna.Trial) -> None:
+    def sample(self, trial: optuna.Trial) -> None:
         pass
 
     def measure(

@@ -1,4 +1,4 @@
-"""The directions of a model: residuals captured, directions found in them and cleaned, as many rounds as the settings say."""
+"""Compute a model's refusal directions from captured residuals, in one or more rounds."""
 
 from __future__ import annotations
 
@@ -29,11 +29,16 @@ def find_directions(
     settings: Wanted,
     recorder: GeometryRecorder | None = None,
 ) -> Directions:
-    """Directions from prompts of both kinds (token ids), one pass over them a round. Raises UserError.
+    """Compute directions from harmful and harmless prompts (token ids), one pass over them per round.
 
-    Every round after the first runs the model with all directions found so far removed: at strength 1, by the `plain` geometry,
-    from every writer, each layer's own. A round lets go of its residuals before the next captures its own. `survey` takes its
-    sample of the first one.
+    Every later round runs the model with each layer's previous directions removed from every writer (`plain` geometry,
+    strength 1).
+
+    Args:
+        recorder: receives the means and a sample of the residuals of the first round.
+
+    Raises:
+        UserError: if memory is short, residuals are not finite, or no direction exists.
     """
     method = METHODS[settings.method]
     keep_each = settings.keeps_each
