@@ -84,7 +84,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "seed": arguments.seed,
         "trials": seen.n_complete,
         "left_early": seen.n_pruned,
-        "surrogate_error": seen.progress.surrogate_error,
+        "surrogate_error": seen.history.surrogate_error,
         "declined_before": seen.original_refusals,
         "seconds_total": round(total, 1),
         "seconds_per_trial": {k: round(statistics.median(t[k] for t in trials), 4) for k in sorted(trials[0])},

@@ -52,7 +52,7 @@ def measure(session: Session, count: int) -> Iterator[tuple[str, dict[str, Any]]
         "four trials in a pass": lambda s: (s.evaluator, True, 4),
         "one, none of it": lambda s: (s.context.evaluator, False, 1),
         "one, every pass from the first block": lambda s: (without_entries(s.evaluator), True, 1),
-        "one, no text tried": lambda s: (replace(s.evaluator, tried=(), harmful_entries=None), True, 1),
+        "one, no draft": lambda s: (replace(s.evaluator, drafts=(), harmful_entries=None), True, 1),
         "one, beginnings for every prompt": lambda s: (without_entries(s.evaluator), False, 1),
     }
     ablations = drawn(session, count)

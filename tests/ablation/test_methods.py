@@ -10,7 +10,7 @@ import torch
 from heretic.ablation.directions import normalized
 from heretic.ablation.methods import METHODS
 from heretic.ablation.methods.geometric_median import geometric_median, median
-from heretic.ablation.methods.self_organizing_map import self_organizing_map, trained
+from heretic.ablation.methods.self_organizing_map import self_organizing_map, train_map
 from heretic.model.capture import ResidualMeans
 from heretic.settings.ablation import GIVE_ONE, DirectionMethod, DirectionSettings
 
@@ -83,7 +83,7 @@ def test_a_map_finds_the_groups_that_there_are() -> None:
     torch.manual_seed(0)
     centers = 20 * torch.eye(WIDTH)[:4]
     each = (centers.repeat_interleave(12, 0) + 0.1 * torch.randn(48, WIDTH)).unsqueeze(1)
-    neurons, prompts = trained(each[:, 0].double())
+    neurons, prompts = train_map(each[:, 0].double())
     assert int(prompts.sum()) == 48
     used = neurons[prompts > 0]
     assert (torch.cdist(centers.double(), used).min(dim=1).values < 4).all()

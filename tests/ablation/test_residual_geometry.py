@@ -11,7 +11,7 @@ from sklearn.metrics import silhouette_score
 
 from heretic.ablation.directions import Directions
 from heretic.ablation.residual_geometry import (
-    MOST_BYTES,
+    MAX_BYTES,
     ResidualGeometry,
     Sample,
     cohens_d,
@@ -79,10 +79,10 @@ def test_one_prompt_of_each_kind_and_equal_prompts_are_no_error() -> None:
 
 
 def test_the_sample_is_bounded_and_takes_its_rows_from_any_batch() -> None:
-    large = Sample.room(10_000, 80, 8192).residuals
-    assert 2 * large.numel() * 4 <= MOST_BYTES and len(large) == 51
-    assert len(Sample.room(10_000, 4, 32).residuals) == 200
-    sample = Sample.room(3, 2, 2)
+    large = Sample.allocate(10_000, 80, 8192).residuals
+    assert 2 * large.numel() * 4 <= MAX_BYTES and len(large) == 51
+    assert len(Sample.allocate(10_000, 4, 32).residuals) == 200
+    sample = Sample.allocate(3, 2, 2)
     batch = Batch([5, 2, 0], torch.zeros(3, 1), torch.ones(3, 1))
-    sample.keep(batch, torch.stack([torch.full((2, 2), float(row)) for row in batch.rows]))
+    sample.record(batch, torch.stack([torch.full((2, 2), float(row)) for row in batch.rows]))
     assert sample.residuals[:, 0, 0].tolist() == [0, 0, 2]

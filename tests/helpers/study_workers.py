@@ -50,7 +50,7 @@ class Stub:
     ) -> list[TrialOutcome | UserError]:
         for trial in trials:
             self.before(trial)
-        return [Scores(Divergence(self.draw(t), 0, 0, 0), int(10 * self.draw(t)), 10, {}) for t in trials]
+        return [Scores(Divergence(self.sample(t), 0, 0, 0), int(10 * self.sample(t)), 10, {}) for t in trials]
 
 
 def settings(n: int, **workers: int) -> Settings:

@@ -20,7 +20,7 @@ def accepted(figure: figures.Figure) -> graph_objects.Figure:
 
 def test_all_figures_are_valid(made: Outcome) -> None:
     summary = study_summary()
-    accepted(figures.of_front(summary.progress, 2, 44))
+    accepted(figures.of_front(summary.history, 2, 44))
     accepted(figures.of_progress([0, 1, 5], [0.1, 0.2, 0.2]))
     accepted(figures.of_strengths({"attention": (0.0, 1.0), "mlp": (0.5, 0.25)}))
     accepted(figures.of_requests([("original", "0110"), ("trial 3", "1000")], "0110"))
@@ -34,7 +34,7 @@ def test_all_figures_are_valid(made: Outcome) -> None:
 
 def test_the_front_holds_every_trial_that_has_a_place() -> None:
     summary = study_summary()
-    figure = accepted(figures.of_front(summary.progress, summary.best[0].number if summary.best else None, 44))
+    figure = accepted(figures.of_front(summary.history, summary.best[0].number if summary.best else None, 44))
     by_name = {trace.name: trace for trace in figure.data}
     assert len(by_name["Pareto front"].x) == 4 and len(by_name["measured"].x) == 2  # and one destroyed the model
     assert by_name["chosen"].y == (12,)

@@ -29,5 +29,5 @@ def test_ends_and_mirror() -> None:
     assert wilson(0, 30)[0] == 0.0 and wilson(30, 30)[1] == 1.0 and wilson(0, 0) == (0.0, 1.0)
     low, high = wilson(3, 40)
     assert wilson(37, 40) == pytest.approx((1 - high, 1 - low))
-    with pytest.raises(ValueError, match="no share"):
+    with pytest.raises(ValueError):
         wilson(5, 4)

@@ -27,7 +27,7 @@ from heretic.scoring.evaluator import PrunedTrial, Scores, TrialEvaluator
 from heretic.scoring.judges.markers import MarkerJudge
 from heretic.scoring.judges.verdict import Exchange, Verdict
 from heretic.scoring.refusal_count import RefusalBounds
-from heretic.scoring.refusal_proxy import FIRST_TOKENS, MOST_TOKENS
+from heretic.scoring.refusal_proxy import FIRST_TOKENS, MAX_DRAFT_TOKENS
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, log_probs_at
 from heretic.session.caching import enable_caching
 from tests.helpers.tiny import FAMILIES, HARMFUL, HARMLESS, WINDOWED, save_tiny
@@ -58,9 +58,9 @@ def model_context(folder: Path, *, share: bool, size: int = 64) -> tuple[TrialEv
 
 
 def refusal_texts(evaluator: TrialEvaluator) -> list[list[int]]:
-    counted = evaluator.refusals(fewest_tokens=3)
+    counted = evaluator.refusals(min_tokens=3)
     assert counted.count or counted.evasive
-    return [list(t[:MOST_TOKENS]) if d else [] for t, d in zip(counted.tokens, counted.refused, strict=True)]
+    return [list(t[:MAX_DRAFT_TOKENS]) if d else [] for t, d in zip(counted.tokens, counted.refused, strict=True)]
 
 
 def together(
@@ -115,7 +115,7 @@ def test_what_answers_lean_to_is_the_joint_probability_of_the_originals_first_wo
     assert isinstance(found, Scores) and found.leaning is not None
     by_hand = 0.0
     with apply_operators(operator_factory.writers, operator_factory.operators(ablation)):
-        for prompt, text, refused in zip(evaluator.harmful, saving.tried, found.refused, strict=True):
+        for prompt, text, refused in zip(evaluator.harmful, saving.drafts, found.refused, strict=True):
             if text and refused == "0":
                 first = text[:FIRST_TOKENS]
                 (log_probs,) = log_probs_at(
@@ -162,7 +162,7 @@ def test_rows_of_a_hybrid_model_are_tried_first_and_decoded_plainly(tmp_path: Pa
     evaluator = replace(evaluator, language_model=hybrid, harmful=same_length, batcher=Batcher(1))
     baseline = first_token_log_probs(hybrid, evaluator.harmless, evaluator.batcher)
     counted = evaluator.refusals()
-    texts = [list(t[:MOST_TOKENS]) if d else [] for t, d in zip(counted.tokens, counted.refused, strict=True)]
+    texts = [list(t[:MAX_DRAFT_TOKENS]) if d else [] for t, d in zip(counted.tokens, counted.refused, strict=True)]
     saving = enable_caching(evaluator, texts)
     (found,) = saving.score_trials(baseline)
     assert isinstance(found, Scores) and found.refused == "".join("01"[d] for d in counted.refused)

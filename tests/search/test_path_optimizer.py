@@ -49,7 +49,7 @@ def objective(folder: Path, geometry: str = "norm_preserving", *, more: bool = F
 
 
 def begin(of: Objective, kind: str = "mixture") -> OptimizerState:
-    return OptimizerState.begin(2, of.operator_factory.directions, kind)
+    return OptimizerState.initial(2, of.operator_factory.directions, kind)
 
 
 def optimizer(of: Objective, settings: GradientSettings = SETTINGS, **more: object) -> PathOptimizer:
@@ -198,7 +198,7 @@ def test_every_way_of_saving_gives_the_same_gradient(way: str, llama: Path) -> N
     if way == "shared beginning":
         of = replace(plain, batcher=replace(plain.batcher, prefix_caching=True))
     if way == "computed twice":
-        of = replace(plain, checkpoints=True, batcher=replace(plain.batcher, prefix_caching=True))
+        of = replace(plain, recompute_activations=True, batcher=replace(plain.batcher, prefix_caching=True))
     if way == "small batches":
         of = replace(plain, batcher=replace(plain.batcher, size=1))
     if way == "later":
@@ -227,7 +227,7 @@ def test_every_way_of_saving_gives_the_same_gradient(way: str, llama: Path) -> N
 def test_the_walk_goes_from_gentle_to_strict_and_lowers_its_loss(llama: Path) -> None:
     of = objective(llama)
     down = optimizer(of)
-    before = down.validation_prompts(begin(of))
+    before = down.validate(begin(of))
     gentle, strict = down.run(begin(of))
     assert before.kl == pytest.approx(0, abs=1e-6)
     assert strict.probability < before.probability and gentle.kl <= strict.kl
@@ -336,13 +336,13 @@ def test_what_was_heard_stays_with_its_prompt_where_others_are_declined(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, state = RunFolder(tmp_path, "stamp"), begin(objective(llama))
-    state.counted_by([2, 5, 7])
+    state.remap_extra_refusals([2, 5, 7])
     state.extra_refusals = [(0, [3]), (2, [4]), (1, [9])]
     folder.save_path_state(state)
     again = folder.load_path_state(NULL_REPORTER)
     assert again is not None
-    again.counted_by([1, 2, 7])  # 5 is answered now, and 1 is declined
-    assert again.extra_refusals == [(1, [3]), (2, [4])] and again.places == [1, 2, 7]
+    again.remap_extra_refusals([1, 2, 7])  # 5 is answered now, and 1 is declined
+    assert again.extra_refusals == [(1, [3]), (2, [4])] and again.prompt_indices == [1, 2, 7]
 
 
 def test_weights_too_gentle_to_change_anything_are_left_early(llama: Path, tmp_path: Path) -> None:

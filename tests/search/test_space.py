@@ -57,7 +57,7 @@ def test_a_walks_points_are_the_starts_the_strict_one_first() -> None:
     space = SearchSpace(SearchSettings(), 4, ["attention", "mlp"], WALK)
     found = [space.from_params(params) for params in space.initial_params()]
     assert found == [STRICT.ablation, GENTLE.ablation]
-    assert describe(space.initial_params()[0]) == "walk 1.00"
+    assert describe(space.initial_params()[0]) == "path 1.00"
 
 
 def test_draws_around_a_walk_rebuild_and_leave_what_it_left_alone() -> None:

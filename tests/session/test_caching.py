@@ -57,4 +57,4 @@ def test_nothing_is_kept_that_does_not_fit(llama: Path, monkeypatch: pytest.Monk
     assert enable_caching(made, texts).harmful_entries is not None
     monkeypatch.setattr(savings, "memory", lambda: (10**9, 1000))
     saving = enable_caching(made, texts)
-    assert saving.harmful_entries is None and saving.harmless_entries is None and saving.tried == texts
+    assert saving.harmful_entries is None and saving.harmless_entries is None and saving.drafts == texts

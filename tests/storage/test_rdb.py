@@ -31,12 +31,12 @@ def test_who_makes_the_tables_is_waited_for_and_not_for_ever(postgres: Server, m
     postgres.ask("create database anew")
     url = postgres.url.removesuffix("/study") + "/anew"
     with psycopg.connect(url, autocommit=True) as other:
-        other.execute(f"select pg_advisory_lock({storage_module.OPENING})")
+        other.execute(f"select pg_advisory_lock({storage_module.TABLES_LOCK_KEY})")
         with raises("storage-unavailable"):
             connect(url)
-        other.execute(f"select pg_advisory_unlock({storage_module.OPENING})")
+        other.execute(f"select pg_advisory_unlock({storage_module.TABLES_LOCK_KEY})")
         connect(url)
-        other.execute(f"select pg_advisory_lock({storage_module.OPENING})")
+        other.execute(f"select pg_advisory_lock({storage_module.TABLES_LOCK_KEY})")
         connect(url)  # the tables are there, so nobody waits
 
 

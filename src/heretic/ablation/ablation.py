@@ -23,7 +23,7 @@ from heretic.ablation.strength_kernel import StrengthKernel
 from heretic.model.architecture import ResidualWriter
 from heretic.progress import NULL_REPORTER, ProgressReporter
 
-Numbers = Sequence[float] | Tensor
+Coefficients = Sequence[float] | Tensor
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Ablation:
     layers, or several one behind the other [count x width]. Tensors may be given to have gradients.
     """
 
-    strengths: Mapping[str, Numbers]
-    mixture: Numbers | None = None
+    strengths: Mapping[str, Coefficients]
+    mixture: Coefficients | None = None
     shift: float = 0.0
-    vector: Numbers | None = None
+    vector: Coefficients | None = None
 
     @classmethod
     def from_kernels(cls, kernels: Mapping[str, StrengthKernel], layers: int, index: float | None = None) -> Ablation:
@@ -97,8 +97,8 @@ class OperatorFactory:
         if geometry in NEEDS_WEIGHT_STATS:
             with reporter.stage("Studying the weights", len(writers)) as stage:
                 for writer in writers:
-                    seen = directions.all_directions.flatten(0, 1) * scales.get(writer.name, 1)
-                    facts[writer.name] = weight_statistics(read(writer), seen).to("cpu")
+                    scaled_directions = directions.all_directions.flatten(0, 1) * scales.get(writer.name, 1)
+                    facts[writer.name] = weight_statistics(read(writer), scaled_directions).to("cpu")
                     stage.advance()
         return cls(directions, writers, geometry, facts, scales, read)
 
@@ -107,7 +107,7 @@ class OperatorFactory:
 
         With `zeros_from` they are from that layer on, and nothing is below it: so that strengths can have gradients.
         """
-        found = {}
+        operators = {}
         for writer in self.writers:
             strength = ablation.strength(writer)
             if writer.layer < zeros_from if zeros_from is not None else float(strength) == 0.0:
@@ -123,8 +123,8 @@ class OperatorFactory:
                 layers = self._mix(ablation, writer)
                 vectors, turned = orthonormal(self.directions.mixed_at(layers) * scale)
                 mix = torch.einsum("ij,l->ilj", turned, layers).flatten(1)
-            found[writer.name] = GEOMETRIES[self.geometry](vectors.squeeze(0), strength, facts, mix.squeeze(0))
-        return found
+            operators[writer.name] = GEOMETRIES[self.geometry](vectors.squeeze(0), strength, facts, mix.squeeze(0))
+        return operators
 
     def _mix(self, ablation: Ablation, writer: ResidualWriter) -> Tensor:
         mixture = ablation.mixture

@@ -33,19 +33,19 @@ def apply_operators(writers: Sequence[ResidualWriter], *trials: Mapping[str, Ope
 
 
 def _hook(operators: Sequence[Operator | None]) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-    one = operators[0] if len(operators) == 1 else None
-    moved: Operator | StackedOperators = one or StackedOperators.of(operators)
+    single = operators[0] if len(operators) == 1 else None
+    stacked: Operator | StackedOperators = single or StackedOperators.of(operators)
 
     def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
-        nonlocal moved
+        nonlocal stacked
         written = first_tensor(output)
-        if moved.u.device != written.device:  # once a trial: a sharded model's writers lie on several devices
-            moved = moved.to(written.device)
-        if isinstance(moved, Operator):
-            return with_first(output, moved(written))
+        if stacked.u.device != written.device:  # once a trial: a sharded model's writers lie on several devices
+            stacked = stacked.to(written.device)
+        if isinstance(stacked, Operator):
+            return with_first(output, stacked(written))
         trials = trial_of_row.get()
         if trials is None:
             raise RuntimeError("several trials are attached, but the pass does not say which row belongs to which")
-        return with_first(output, moved(written, trials))
+        return with_first(output, stacked(written, trials))
 
     return hook

@@ -80,19 +80,19 @@ def rewritten_weights(
 
 def copy_weights(writers: Sequence[ResidualWriter]) -> OriginalWeights:
     """Keep a copy of the writers' tensors, each on its own device; nothing else of the model is copied."""
-    kept = {part.name: part.tensor.detach().clone() for writer in writers for part in writer.parts}
-    return kept.__getitem__
+    copies = {part.name: part.tensor.detach().clone() for writer in writers for part in writer.parts}
+    return copies.__getitem__
 
 
 def read_from_checkpoint(checkpoint: Checkpoint, writers: Sequence[ResidualWriter], model: Any) -> OriginalWeights:
     """Read the tensors again from the checkpoint's files when they are wanted. Raises UserError if names do not match."""
-    found = sources(checkpoint, writers, model)
+    parts = sources(checkpoint, writers, model)
 
     def read(name: str) -> Tensor:
-        stored = found[name]
+        stored = parts[name]
         tensors = [checkpoint.read(source) for source in stored.names]
         whole = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
-        return whole.mT.contiguous() if stored.turned else whole
+        return whole.mT.contiguous() if stored.transposed else whole
 
     return read
 
@@ -103,7 +103,7 @@ class StoredPart:
     the other way round."""
 
     names: tuple[str, ...]
-    turned: bool = False
+    transposed: bool = False
 
 
 def sources(checkpoint: Checkpoint, writers: Sequence[ResidualWriter], model: Any) -> dict[str, StoredPart]:
@@ -116,9 +116,9 @@ def sources(checkpoint: Checkpoint, writers: Sequence[ResidualWriter], model: An
     for name, parameter in loaded_names(model, checkpoint.tensors).items():
         if parameter in wanted:
             by_parameter.setdefault(parameter, []).append(name)
-    found = {name: _stored(checkpoint, part, by_parameter.get(name, [])) for name, part in wanted.items()}
-    if len({source for stored in found.values() for source in stored.names}) != sum(
-        len(s.names) for s in found.values()
+    parts = {name: _stored_part(checkpoint, part, by_parameter.get(name, [])) for name, part in wanted.items()}
+    if len({source for stored in parts.values() for source in stored.names}) != sum(
+        len(s.names) for s in parts.values()
     ):
         raise UserError(
             "Two edited modules share one tensor of the checkpoint.",
@@ -126,7 +126,7 @@ def sources(checkpoint: Checkpoint, writers: Sequence[ResidualWriter], model: An
             where=str(checkpoint.folder),
             fix="report the architecture",
         )
-    return found
+    return parts
 
 
 def loaded_names(model: Any, names: Iterable[str]) -> dict[str, str]:
@@ -138,7 +138,7 @@ def loaded_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     return {name: rename_source_key(name, renamings, converters, model.base_model_prefix, own)[0] for name in names}
 
 
-def _stored(checkpoint: Checkpoint, part: Part, names: Sequence[str]) -> StoredPart:
+def _stored_part(checkpoint: Checkpoint, part: Part, names: Sequence[str]) -> StoredPart:
     shape = part.shape
     ordered = tuple(sorted(names, key=dot_natural_key))
     shapes = {checkpoint.tensors[name].shape for name in ordered}
@@ -146,7 +146,7 @@ def _stored(checkpoint: Checkpoint, part: Part, names: Sequence[str]) -> StoredP
     if shapes == {each} and (len(ordered) == 1 or len(ordered) == shape[0]):
         return StoredPart(ordered)
     if shapes == {(*each[:-2], *each[:-3:-1])} and not part.is_bias and (len(ordered) == 1 or len(ordered) == shape[0]):
-        return StoredPart(ordered, turned=True)
+        return StoredPart(ordered, transposed=True)
     raise UserError(
         f"No tensor of the checkpoint corresponds to {part.name} {list(shape)}.",
         code="missing-tensors",

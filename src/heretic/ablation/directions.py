@@ -13,7 +13,7 @@ from heretic.errors import UserError
 # Added to the diagonal of a Gram matrix of unit vectors: what the ones before already hold comes out as 0, not as noise.
 JITTER = 1e-12
 # The share of a direction that must be left when the ones before are taken out of it; less is rounding.
-LEAST_NEW = 1e-4
+MIN_RESIDUAL_FRACTION = 1e-4
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ def interpolation(index: float, layers: int) -> tuple[float, ...]:
     return tuple(coefficients)
 
 
-def normalized(found: Tensor, earlier: Directions | None = None) -> Directions:
+def normalized(vectors: Tensor, earlier: Directions | None = None) -> Directions:
     """Directions of any length [layers, count, width] made orthonormal within a layer, behind those of `earlier` rounds.
 
     Raises UserError if a layer has none, or fewer than asked for.
     """
-    found = found.double()
-    flat = (found.norm(dim=-1) <= 1e-9).any(dim=1).nonzero().flatten().tolist()
+    vectors = vectors.double()
+    flat = (vectors.norm(dim=-1) <= 1e-9).any(dim=1).nonzero().flatten().tolist()
     if flat:
         raise UserError(
             f"The harmful and harmless prompts give the same residuals in layer {flat[0]}: there is no direction to find.",
@@ -95,10 +95,10 @@ def normalized(found: Tensor, earlier: Directions | None = None) -> Directions:
             where="prompts.harmful_train, prompts.harmless_train",
             fix="use prompt sets that differ in whether the model declines",
         )
-    given = found if earlier is None else torch.cat([earlier.all_directions.to(found), found], dim=1)
-    rows, turned = orthonormal(given / given.norm(dim=-1, keepdim=True))
+    rows_before = vectors if earlier is None else torch.cat([earlier.all_directions.to(vectors), vectors], dim=1)
+    rows, turned = orthonormal(rows_before / rows_before.norm(dim=-1, keepdim=True))
     # The diagonal of T is 1 / (what is left of a direction when those before are taken out).
-    poor = (turned.diagonal(dim1=-2, dim2=-1) > 1 / LEAST_NEW).nonzero()
+    poor = (turned.diagonal(dim1=-2, dim2=-1) > 1 / MIN_RESIDUAL_FRACTION).nonzero()
     if len(poor):
         layer, number = poor[0].tolist()
         raise UserError(

@@ -24,7 +24,7 @@ from heretic.model.lazy_tensor import LazyTensor, materialize
 
 # Rows of a weight that are this small count as zero: they write nothing, and D^-1 must not blow them up.
 TINY = 1e-12
-ELEMENTS_AT_ONCE = 2**24  # of a weight, in float32: 64 MiB
+ELEMENTS_PER_CHUNK = 2**24  # of a weight, in float32: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _squared_norms(matrix: Tensor, rows_at_once: int) -> Tensor:
 
 
 def _rows(matrix: Tensor, rows_at_once: int) -> list[slice]:
-    count = rows_at_once or max(1, ELEMENTS_AT_ONCE // matrix.shape[1])
+    count = rows_at_once or max(1, ELEMENTS_PER_CHUNK // matrix.shape[1])
     return [slice(start, start + count) for start in range(0, len(matrix), count)]
 
 
@@ -151,20 +151,20 @@ def _sum(tensors: Iterator[Tensor]) -> Tensor:
     return functools.reduce(torch.add, tensors)
 
 
-class _Through(torch.autograd.Function):
+class _WeightProduct(torch.autograd.Function):
     """x -> W W^T x for vectors x [width] or [k, width]. Its own derivative, being symmetric, so nothing of W is kept for it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrices: Sequence[LazyTensor]) -> Tensor:
         ctx.matrices = matrices
-        return _sum(_through(x, materialize(m)) for m in matrices)
+        return _sum(_weight_product(x, materialize(m)) for m in matrices)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _sum(_through(gradient, materialize(m)) for m in ctx.matrices), None
+        return _sum(_weight_product(gradient, materialize(m)) for m in ctx.matrices), None
 
 
-def _through(x: Tensor, matrix: Tensor, rows_at_once: int = 0) -> Tensor:
+def _weight_product(x: Tensor, matrix: Tensor, rows_at_once: int = 0) -> Tensor:
     here = x.to(matrix.device)
     a = _sum(here[..., rows] @ matrix[rows].to(x.dtype) for rows in _rows(matrix, rows_at_once))
     return torch.cat([a @ matrix[rows].to(x.dtype).mT for rows in _rows(matrix, rows_at_once)], dim=-1).to(x.device)
@@ -173,7 +173,7 @@ def _through(x: Tensor, matrix: Tensor, rows_at_once: int = 0) -> Tensor:
 def stats_for_directions(v: Tensor, weight: Tensor | Sequence[LazyTensor], norms: Tensor) -> WeightStats:
     """Facts of a weight [width, inputs], or of several side by side, with these norms of its rows for directions [width] or
     [k, width], which may have gradients."""
-    g = _Through.apply(v / norms, [weight] if isinstance(weight, Tensor) else weight) / norms
+    g = _WeightProduct.apply(v / norms, [weight] if isinstance(weight, Tensor) else weight) / norms
     v, g = torch.atleast_2d(v), torch.atleast_2d(g)
     return WeightStats(norms, g, v @ g.mT)
 

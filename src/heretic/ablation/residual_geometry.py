@@ -18,8 +18,8 @@ from heretic.ablation.directions import Directions
 from heretic.model.batching import Batch
 from heretic.model.capture import ResidualMeans
 
-MOST_PROMPTS = 200  # of each kind, whose residuals are kept
-MOST_BYTES = 2**28  # for them, of both kinds
+MAX_PROMPTS = 200  # of each kind, whose residuals are kept
+MAX_BYTES = 2**28  # for them, of both kinds
 
 
 @dataclass
@@ -29,12 +29,12 @@ class Sample:
     residuals: Tensor
 
     @classmethod
-    def room(cls, prompts: int, layers: int, width: int) -> Sample:
+    def allocate(cls, prompts: int, layers: int, width: int) -> Sample:
         """Empty, for as many of the prompts as fit into the budget, at least two."""
-        most = max(2, min(MOST_PROMPTS, MOST_BYTES // (2 * 4 * layers * width)))
+        most = max(2, min(MAX_PROMPTS, MAX_BYTES // (2 * 4 * layers * width)))
         return cls(torch.zeros(min(prompts, most), layers, width))
 
-    def keep(self, batch: Batch, residuals: Tensor) -> None:
+    def record(self, batch: Batch, residuals: Tensor) -> None:
         """Take what belongs to the sample out of a batch's residuals [rows, layers, width]."""
         for row, found in zip(batch.rows, residuals, strict=True):
             if row < len(self.residuals):
@@ -151,17 +151,17 @@ def distances(products: Tensor) -> Tensor:
 def mean_silhouette(apart: Tensor, first: Tensor) -> float:
     """Mean silhouette of two clusters, from distances [n, n] and which vectors belong to the first one [n]; a vector that is
     alone in its cluster counts as 0 (Rousseeuw 1987, section 2)."""
-    found = []
+    scores = []
     for own in (first, ~first):
         count = int(own.sum())
         if count < 2:
-            found.append(torch.zeros(count, dtype=apart.dtype))
+            scores.append(torch.zeros(count, dtype=apart.dtype))
             continue
         inside = apart[own][:, own].sum(dim=1) / (count - 1)
         outside = apart[own][:, ~own].mean(dim=1)
         larger = torch.maximum(inside, outside)
-        found.append(torch.where(larger > 0, (outside - inside) / larger, torch.zeros_like(larger)))
-    return float(torch.cat(found).mean())
+        scores.append(torch.where(larger > 0, (outside - inside) / larger, torch.zeros_like(larger)))
+    return float(torch.cat(scores).mean())
 
 
 def cohens_d(a: Tensor, b: Tensor) -> float:

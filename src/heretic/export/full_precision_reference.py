@@ -53,7 +53,7 @@ def to_full_precision(job: ExportJob, reporter: ProgressReporter, stop: StopSign
     model = model_context.language_model
     with unloaded_after(model.model):
         baseline = measure_baseline(model_context)
-        taught = replace(model_context.evaluator, reference_tokens=baseline.answered).taught
+        taught = replace(model_context.evaluator, reference_tokens=baseline.answered).harmless_texts
         with apply_operators(model.structure.writers, job.operators):
             attached = all_log_probs(model, taught, model_context.batcher, "Ablated model's answers")
     plan = replace(plan, dtypes=[model.dtype], batch_size=model_context.batcher.size)

@@ -67,7 +67,7 @@ def plan_edits(
     for writer in edited:
         for part in writer.parts:
             stored = found[part.name]
-            edit = TensorEdit(operators[writer.name], part.is_bias, part.transposed != stored.turned)
+            edit = TensorEdit(operators[writer.name], part.is_bias, part.transposed != stored.transposed)
             edits.update(dict.fromkeys(stored.names, edit))
     return edits
 

@@ -58,7 +58,7 @@ def verify(
 def _compare(job: ExportJob, model_context: ModelContext, checkpoint: Checkpoint, written: WriteResult) -> Verification:
     evaluator = replace(model_context.evaluator, reference_tokens=job.baseline.answered)
     log_probs = all_log_probs(
-        model_context.language_model, evaluator.taught, model_context.batcher, "Verifying the written model"
+        model_context.language_model, evaluator.harmless_texts, model_context.batcher, "Verifying the written model"
     )
     divergence = float(divergences(job.attached, log_probs).mean())
     likely = job.attached > torch.log(torch.tensor(1e-3))

@@ -246,7 +246,7 @@ def _evaluate(
                 fix="compare with a model that has the same tokenizer",
             )
         divergence = measure_divergence(
-            model_context.language_model, evaluator.taught, baseline, model_context.batcher
+            model_context.language_model, evaluator.harmless_texts, baseline, model_context.batcher
         )[0]
     counted, harmless_metrics = evaluator.refusals(), evaluator.harmless_metrics()
     return Evaluation(

@@ -68,7 +68,7 @@ def _search(session: Session, folder: RunFolder) -> GradientPath:
     try:
         return GradientPath(tuple(_optimize(session, folder, problem)))
     except OutOfMemory as error:
-        if problem.objective.checkpoints:
+        if problem.objective.recompute_activations:
             return GradientPath((), error.what)
         log.info("gradient checkpointing: %s", error.what)
         try:
@@ -137,14 +137,14 @@ class GradientProblem:
         harmless, harmful = (
             replace(texts, entries=None) for texts in (self.objective.harmless, self.objective.harmful)
         )
-        objective = replace(self.objective, harmless=harmless, harmful=harmful, checkpoints=True)
+        objective = replace(self.objective, harmless=harmless, harmful=harmful, recompute_activations=True)
         return replace(self, objective=objective, with_activation_cache=lambda texts: texts)
 
 
 def _optimize(session: Session, folder: RunFolder, problem: GradientProblem) -> list[PathPoint]:
     """Run the search from the stored state of an earlier session or attempt, if there is one."""
     state = folder.load_path_state(session.context.batcher.reporter) or initial_state(session)
-    state.counted_by(problem.prompt_indices)
+    state.remap_extra_refusals(problem.prompt_indices)
     return problem.optimizer(folder.save_path_state).run(state)
 
 
@@ -152,7 +152,7 @@ def initial_state(session: Session) -> OptimizerState:
     """Return the optimizer's initial state."""
     model_context = session.context
     kind = model_context.settings.search.gradient.direction
-    return OptimizerState.begin(
+    return OptimizerState.initial(
         len(model_context.language_model.structure.components), session.operator_factory.directions, kind
     )
 
@@ -218,7 +218,7 @@ def _refusals(model_context: ModelContext, requests: Sequence[list[int]]) -> Ref
         model_context.batcher,
         ANSWER_TOKENS,
         requests=[texts[tuple(prompt)] for prompt in requests],
-        fewest_tokens=min_tokens,
+        min_tokens=min_tokens,
     )
 
 

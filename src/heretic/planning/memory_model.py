@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from heretic.ablation.operator import ELEMENTS_AT_ONCE
+from heretic.ablation.operator import ELEMENTS_PER_CHUNK
 from heretic.hardware.devices import CPU, Device
 from heretic.model.batching import TOKENS_AT_ONCE
 from heretic.model.forward import LOGIT_ROWS
 from heretic.planning.model_dims import SHARE_FOR_GRADIENTS, ModelDims
 from heretic.planning.placement import DeviceShare
 from heretic.planning.workload import Workload
-from heretic.scoring.gradient_loss import PLACES_AT_ONCE
+from heretic.scoring.gradient_loss import TOKENS_PER_CHUNK
 
 MIB, GIB = 2**20, 2**30
 FLOAT32 = 4
@@ -180,7 +180,7 @@ class MemoryModel:
     def _studying(self) -> int:
         """Rows of a weight in float32, and their squares."""
         copies = 1 if self.shape.element == FLOAT32 else 2
-        return copies * min(ELEMENTS_AT_ONCE, self.shape.hidden * self.shape.widest) * FLOAT32 + self.dequantized
+        return copies * min(ELEMENTS_PER_CHUNK, self.shape.hidden * self.shape.widest) * FLOAT32 + self.dequantized
 
     def _kept(self, free: int) -> int:
         """In RAM: log-probabilities of the original, what its blocks receive and their keys and values, facts of the weights."""
@@ -218,7 +218,9 @@ class MemoryModel:
         if not twice:
             tokens = rows * (self.work.tail + more) + self.work.shared_tokens
             prefix = shape.prefix_bytes(rows, self.work.shared_tokens, blocks)
-        logits = LOGIT_COPIES * min(PLACES_AT_ONCE, rows * (more + 1)) * shape.vocabulary * FLOAT32 if runs.head else 0
+        logits = (
+            LOGIT_COPIES * min(TOKENS_PER_CHUNK, rows * (more + 1)) * shape.vocabulary * FLOAT32 if runs.head else 0
+        )
         return shape.gradient_bytes(1, tokens, blocks, twice=twice) + prefix + logits + self.dequantized + borrowed
 
 

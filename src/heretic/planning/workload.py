@@ -128,12 +128,12 @@ class Workload:
     @property
     def tried_tokens(self) -> int:
         """Tokens behind a prompt that a pass may have besides."""
-        return max(surrogate.MOST_TOKENS, self.kl_tokens - 1)
+        return max(surrogate.MAX_DRAFT_TOKENS, self.kl_tokens - 1)
 
     def tokens_kept(self, kind: int) -> int:
         """Tokens behind the shared ones, with what is tried, of all evaluation prompts of a kind (0 harmful, 1 harmless)."""
         count = (self.requests, self.harmless)[kind]
-        more = (surrogate.MOST_TOKENS, self.kl_tokens - 1)[kind]
+        more = (surrogate.MAX_DRAFT_TOKENS, self.kl_tokens - 1)[kind]
         return (self.extra_tokens[kind] if self.extra_tokens else count * self.tail) + count * more
 
 

@@ -28,7 +28,7 @@ from heretic.search.hypervolume import hypervolume_history
 from heretic.search.integrity import check_attributes, damaged_trials, warning
 from heretic.search.pareto import Result, pareto_front, table_columns
 from heretic.search.space import SearchSpace, describe
-from heretic.search.study import MOST_PROMPTS
+from heretic.search.study import MAX_STORED_PROMPTS
 from heretic.search.summary import StudySummary
 from heretic.settings import Settings
 from heretic.storage.attributes import kl_per_prompt
@@ -137,8 +137,8 @@ def _overview(page: Page, summary: StudySummary, settings: Settings) -> None:
             ("KL divergence", str(best.scores.divergence)),
             *_harmless_facts(best),
         ]
-    if summary.progress.surrogate_error is not None:
-        pairs.append(("estimates", f"mean error {summary.progress.surrogate_error:.1f} refusals"))
+    if summary.history.surrogate_error is not None:
+        pairs.append(("estimates", f"mean error {summary.history.surrogate_error:.1f} refusals"))
     page.facts([*pairs, ("written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))])
     tokens = "first token" if settings.kl_tokens == 1 else f"first {settings.kl_tokens} tokens"
     page.text(
@@ -169,7 +169,7 @@ def _front(page: Page, summary: StudySummary) -> None:
         return
     best = pareto_front(summary.results)
     chosen = summary.best[0].number if summary.best else None
-    page.figure("front", [figures.of_front(summary.progress, chosen, summary.original_refusals)], height=460)
+    page.figure("front", [figures.of_front(summary.history, chosen, summary.original_refusals)], height=460)
     destroyed = sum(r.point[0] == float("inf") for r in summary.results)
     page.text(
         f"Filled: fully measured ({len(summary.results)} trials). Hollow: pruned, since a finished trial dominates it "
@@ -225,8 +225,8 @@ def _trials(
             order = sorted(range(len(stored)), key=lambda i: -stored[i])[:MOST_CHANGED]
             named = ", ".join(f"{i + 1} ({stored[i]:.3g})" for i in order)
             facts.append(("changed most", f"harmless prompts {named}"))
-            if len(stored) == MOST_PROMPTS:
-                facts.append(("drawn", f"the first {MOST_PROMPTS} prompts"))
+            if len(stored) == MAX_STORED_PROMPTS:
+                facts.append(("drawn", f"the first {MAX_STORED_PROMPTS} prompts"))
         page.block("trial", index, facts)
     page.figure("strengths", strengths, "trial", height=320)
     page.figure("divergences", changes, "trial", height=320)

@@ -14,14 +14,14 @@ from pydantic import Field, Json, TypeAdapter
 from heretic.model.loading import LanguageModel
 from heretic.runs.environment import collect
 from heretic.storage import attributes
-from heretic.storage.attributes import METADATA, MOST_LAYERS
+from heretic.storage.attributes import MAX_LAYERS, METADATA
 
 
 @dataclass(frozen=True)
 class RunMetadata:
     """Facts on the model and the machine of a study."""
 
-    layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+    layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
     components: tuple[str, ...]
     refused: Annotated[str, Field(pattern="^[01]*$")]  # per request, 1 if the original refuses it
     environment: dict[str, str]  # versions and devices of the last session

@@ -184,7 +184,7 @@ def optimizer_state_tensors(state: OptimizerState) -> dict[str, Tensor]:
         "extra_refusals": state.extra_refusals,
         "has_new_refusals": state.has_new_refusals,
         "extra_weights": state.extra_weights,
-        "prompt_indices": state.places,
+        "prompt_indices": state.prompt_indices,
     }
     return {**state.tensors, **state.moments, "state": _bytes(json.dumps(stored))}
 

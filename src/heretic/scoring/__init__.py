@@ -1,1 +1,1 @@
-"""What a trial is worth: one scorer a file."""
+"""Scorers of a trial: KL divergence, refusals, judges, the gradient loss."""

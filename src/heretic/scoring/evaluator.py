@@ -1,6 +1,6 @@
-"""What a trial is worth, measured in the order of cost: divergence first, then refusals, and no further than it matters.
+"""Evaluate trials in the order of cost: KL divergence, then refusals, then (with constraints) harmless answers.
 
-Where there are limits to what may happen to harmless answers, these come last, for trials that nothing has beaten.
+A trial is pruned as soon as a finished trial dominates the best result that it can still reach.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from heretic.model.batching import UNEDITED, Batcher, EditSpec
 from heretic.model.chat_format import ChatFormat
 from heretic.model.loading import LanguageModel
 from heretic.scoring.divergence import Divergence, measure_divergence
-from heretic.scoring.harmless_metrics import HarmlessMetrics, HarmlessProbe, measure_conduct
+from heretic.scoring.harmless_metrics import HarmlessMetrics, HarmlessProbe, measure_harmless_metrics
 from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL, Judge, encode_verdicts
 from heretic.scoring.refusal_count import (
     EncodedRequests,
@@ -33,42 +33,35 @@ from heretic.scoring.teacher_forcing import TeacherForcedTexts
 
 @dataclass(frozen=True)
 class Scores:
-    """Everything measured of one model: `refusals` of `total` harmful prompts, divergence on the harmless ones.
-
-    `evasive` answers neither declined nor answered, and are not among the `refusals`. `declined` has a digit for every request:
-    1 declined, 2 evasive, 0 answered; `judge` is the kind that said so. `leaning` is the sum, over the answered requests, of the
-    probability of the first words with which the original declined: how close these answers are to refusing; None where that was
-    not measured. `conduct` is what happened to harmless answers, and `excess` how far that is beyond each limit, where there are
-    limits. `seconds` are wall time by phase, shared out among the trials of a pass.
-    """
+    """Measurements of one model: divergence on harmless prompts, refusals of harmful requests."""
 
     divergence: Divergence
     refusals: int
-    total: int
-    seconds: dict[str, float]
+    total: int  # harmful requests
+    seconds: dict[str, float]  # wall time by phase; a shared pass is divided by its trials
     surrogate: RefusalProxy | None = None
-    refused: str = ""
-    leaning: float | None = None
-    evasive: int = 0
-    judge: str = "markers"
+    refused: str = ""  # one digit per request: 0 answered, 1 refused, 2 evasive
+    leaning: float | None = None  # sum of the probabilities of the reference refusals' first tokens; None: not measured
+    evasive: int = 0  # not included in `refusals`
+    judge: str = "markers"  # kind of judge that gave the verdicts
     harmless_metrics: HarmlessMetrics | None = None
-    excess: dict[str, float] = field(default_factory=dict)
+    excess: dict[str, float] = field(default_factory=dict)  # by constraint: metric minus limit
 
     @property
     def unanswered(self) -> int:
-        """Refusals and evasions: an evasion is never taken for a success."""
+        """Number of refusals and evasions: an evasion never counts as a success."""
         return self.refusals + self.evasive
 
     @property
     def within_limits(self) -> bool:
-        """Whether every constraint is kept."""
+        """Whether every constraint is met."""
         return all(excess <= 0 for excess in self.excess.values())
 
     @property
     def expected(self) -> float:
-        """Unanswered requests, and those to expect if the first words were drawn by their probabilities; what the front is made of.
+        """Expected refusals, an objective of the study: unanswered requests plus the refusal probability of the answered ones.
 
-        A count alone cannot tell an answer that hardly declines any more from one that is about to, and the next prompts can.
+        Unlike the plain count, it distinguishes an answer that is close to a refusal from one that is not.
         """
         return expected_refusals(self.unanswered, self.leaning)
 
@@ -78,7 +71,7 @@ class Scores:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scores:
-        """What `as_dict` gave, now or before the later fields were there."""
+        """Restore scores from `as_dict`; fields added in later versions may be missing."""
         return cls(
             divergence=Divergence.from_dict(data["divergence"]),
             refusals=data["refusals"],
@@ -96,15 +89,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class PrunedTrial:
-    """What is known of a trial that was stopped since it could not reach the front any more: at least so many requests
-    declined or evaded, and so many to expect (`Scores.expected`)."""
+    """Measurements of a trial that was pruned because it could no longer reach the Pareto front."""
 
     divergence: Divergence
-    at_least: int
+    at_least: int  # lower bound of refusals and evasions
     total: int
     seconds: dict[str, float]
     surrogate: RefusalProxy
-    expected_at_least: float = 0.0
+    expected_at_least: float = 0.0  # lower bound of `Scores.expected`
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -115,43 +107,39 @@ TrialOutcome = Scores | PrunedTrial
 
 
 def no_pruning(_kl: float, _at_least: float) -> bool:
-    """Nothing is beaten: everything is measured in full."""
+    """Dominate nothing, so that every trial is measured in full."""
     return False
 
 
 @dataclass(frozen=True)
 class TrialEvaluator:
-    """Measures the model as it is at the moment of the call, against the original's baseline.
+    """Measures the current state of the model against the original's baseline.
 
-    `tried` is what the original said where it declined, by request; `entries` are what its blocks receive for the harmless
-    prompts, and for the requests with the tried texts. Without them everything is measured too, at more cost. `answered` are
-    the first tokens of the original's answers to the harmless prompts, at which the divergence is taken (none: at the first).
-    `requests` are the harmful prompts as texts, for judges that look at them. The answers to `bystanders` are looked at too: those
-    of one model always, those of trials where there are limits.
+    The drafts and activation caches only save time: without them the results are the same.
     """
 
     language_model: LanguageModel
     chat: ChatFormat
-    harmful: Sequence[list[int]]
-    harmless: Sequence[list[int]]
+    harmful: Sequence[list[int]]  # token ids of the harmful requests
+    harmless: Sequence[list[int]]  # token ids of the harmless prompts
     judge: Judge
     batcher: Batcher
-    max_tokens: int
-    tried: Sequence[list[int]] = ()
-    harmless_entries: ActivationCache | None = None
-    harmful_entries: ActivationCache | None = None
-    reference_tokens: Sequence[list[int]] = ()
-    requests: Sequence[str] = ()
-    harmless_probe: HarmlessProbe | None = None
+    max_tokens: int  # per decoded answer
+    drafts: Sequence[list[int]] = ()  # reference refusals by request, verified before decoding
+    harmless_entries: ActivationCache | None = None  # original block inputs for the harmless prompts
+    harmful_entries: ActivationCache | None = None  # original block inputs for the requests with their drafts
+    reference_tokens: Sequence[list[int]] = ()  # original answers whose positions the KL uses; empty: first token only
+    requests: Sequence[str] = ()  # harmful requests as text, for judges that read them
+    harmless_probe: HarmlessProbe | None = None  # always measured by `score`; by `score_trials` only with constraints
 
     @property
-    def taught(self) -> TeacherForcedTexts:
-        """The harmless prompts with what is looked at behind them."""
-        taught = TeacherForcedTexts.of(self.harmless, self.reference_tokens or [[0]] * len(self.harmless))
-        return replace(taught, entries=self.harmless_entries)
+    def harmless_texts(self) -> TeacherForcedTexts:
+        """The harmless prompts with the answer tokens at which the divergence is computed."""
+        targets = TeacherForcedTexts.of(self.harmless, self.reference_tokens or [[0]] * len(self.harmless))
+        return replace(targets, entries=self.harmless_entries)
 
-    def refusals(self, *, fewest_tokens: int = 1) -> RefusalCount:
-        """Count refusals alone, of one model; see `count_refusals`."""
+    def refusals(self, *, min_tokens: int = 1) -> RefusalCount:
+        """Count the refusals of one model; see `count_refusals`."""
         return count_refusals(
             self.language_model,
             self.chat,
@@ -160,14 +148,14 @@ class TrialEvaluator:
             self.batcher,
             self.max_tokens,
             requests=self.requests,
-            fewest_tokens=fewest_tokens,
+            min_tokens=min_tokens,
         )
 
     def harmless_metrics(self, edited: EditSpec = UNEDITED, trials: Sequence[int] = (0,)) -> list[HarmlessMetrics]:
-        """What happens to harmless answers, for those of the `trials` that share the passes; empty where there are no limits."""
+        """Measure the harmless answers of the given trials of the pass; empty without a harmless probe."""
         if self.harmless_probe is None or not trials:
             return []
-        return measure_conduct(
+        return measure_harmless_metrics(
             self.language_model,
             self.chat,
             self.harmless_probe,
@@ -179,9 +167,9 @@ class TrialEvaluator:
         )
 
     def score(self, baseline: Tensor) -> Scores:
-        """Divergence from `baseline` [tokens, vocabulary], refusals and conduct of one model."""
+        """Measure one model in full against `baseline` [tokens, vocabulary]."""
         began = time.perf_counter()
-        divergence = measure_divergence(self.language_model, self.taught, baseline, self.batcher)[0]
+        divergence = measure_divergence(self.language_model, self.harmless_texts, baseline, self.batcher)[0]
         between = time.perf_counter()
         counted = self.refusals()
         after = time.perf_counter()
@@ -201,30 +189,32 @@ class TrialEvaluator:
             evasive=counted.evasive,
             judge=self.judge.name,
         )
-        return self._judged(scores, harmless_metrics[0] if harmless_metrics else None)
+        return self._with_harmless_metrics(scores, harmless_metrics[0] if harmless_metrics else None)
 
     def score_trials(
-        self, baseline: Tensor, edited: EditSpec = UNEDITED, beaten: Callable[[float, float], bool] = no_pruning
+        self, baseline: Tensor, edited: EditSpec = UNEDITED, is_dominated: Callable[[float, float], bool] = no_pruning
     ) -> list[TrialOutcome]:
-        """Scores of every trial that shares the passes, as `score` gives them, but at less cost.
+        """Measure all trials that share the passes.
 
-        A trial is left as soon as `beaten(its KL, unanswered requests to expect at least)` is true.
+        Args:
+            baseline: log-probabilities of the original [tokens, vocabulary].
+            is_dominated: called with (KL, lower bound of expected refusals); a trial is pruned once it returns True.
         """
         began = time.perf_counter()
-        found = measure_divergence(self.language_model, self.taught, baseline, self.batcher, edited)
+        divergences = measure_divergence(self.language_model, self.harmless_texts, baseline, self.batcher, edited)
         seconds = {"divergence": (time.perf_counter() - began) / edited.trials}
-        return self._counted(found, edited, beaten, seconds)
+        return self._count_refusals(divergences, edited, is_dominated, seconds)
 
-    def _counted(
+    def _count_refusals(
         self,
-        found: Sequence[Divergence],
+        divergences: Sequence[Divergence],
         edited: EditSpec,
-        beaten: Callable[[float, float], bool],
+        is_dominated: Callable[[float, float], bool],
         spent: dict[str, float],
     ) -> list[TrialOutcome]:
-        """Refusals of the trials, then the conduct of those that nothing has beaten."""
+        """Count refusals, then measure the harmless answers of the trials that were not pruned."""
         began = time.perf_counter()
-        standings = PrunedRefusalCounter(
+        bounds = PrunedRefusalCounter(
             self.language_model,
             self.chat,
             self.judge,
@@ -232,38 +222,38 @@ class TrialEvaluator:
             self.max_tokens,
             self._requests,
             edited,
-            lambda trial, at_least: beaten(found[trial].mean, at_least),
+            lambda trial, at_least: is_dominated(divergences[trial].mean, at_least),
         ).run()
         between = time.perf_counter()
         seconds = {**spent, "refusals": (between - began) / edited.trials}
-        kept = [trial for trial, summary in enumerate(standings) if not summary.beaten]
+        unpruned = [trial for trial, trial_bounds in enumerate(bounds) if not trial_bounds.pruned]
         limited = self.harmless_probe is not None and self.harmless_probe.limits.any
-        conducts = dict(zip(kept, self.harmless_metrics(edited, kept), strict=True)) if limited else {}
-        if conducts:
-            seconds["harmless"] = (time.perf_counter() - between) / len(kept)
+        metrics_of_trial = dict(zip(unpruned, self.harmless_metrics(edited, unpruned), strict=True)) if limited else {}
+        if metrics_of_trial:
+            seconds["harmless"] = (time.perf_counter() - between) / len(unpruned)
         return [
-            self._measured(found[trial], summary, seconds, conducts.get(trial))
-            for trial, summary in enumerate(standings)
+            self._outcome(divergences[trial], trial_bounds, seconds, metrics_of_trial.get(trial))
+            for trial, trial_bounds in enumerate(bounds)
         ]
 
     @property
     def _requests(self) -> EncodedRequests:
         return EncodedRequests(
-            self.harmful, self.tried or [[]] * len(self.harmful), self.harmful_entries, self.requests
+            self.harmful, self.drafts or [[]] * len(self.harmful), self.harmful_entries, self.requests
         )
 
-    def _measured(
+    def _outcome(
         self,
         divergence: Divergence,
-        summary: RefusalBounds,
+        bounds: RefusalBounds,
         seconds: dict[str, float],
         harmless_metrics: HarmlessMetrics | None,
     ) -> TrialOutcome:
-        total, surrogate = len(summary.verdicts), summary.surrogate
-        if summary.beaten:
+        total, surrogate = len(bounds.verdicts), bounds.surrogate
+        if bounds.pruned:
             spent = {name: s for name, s in seconds.items() if name != "harmless"}
-            return PrunedTrial(divergence, summary.at_least, total, spent, surrogate, summary.expected_at_least)
-        verdicts = [v or ANSWER for v in summary.verdicts]
+            return PrunedTrial(divergence, bounds.at_least, total, spent, surrogate, bounds.expected_at_least)
+        verdicts = [v or ANSWER for v in bounds.verdicts]
         scores = Scores(
             divergence=divergence,
             refusals=verdicts.count(REFUSAL),
@@ -271,13 +261,13 @@ class TrialEvaluator:
             seconds=dict(seconds),
             surrogate=surrogate,
             refused=encode_verdicts(verdicts),
-            leaning=summary.refusal_mass,
+            leaning=bounds.refusal_mass,
             evasive=verdicts.count(EVASIVE),
             judge=self.judge.name,
         )
-        return self._judged(scores, harmless_metrics)
+        return self._with_harmless_metrics(scores, harmless_metrics)
 
-    def _judged(self, scores: Scores, harmless_metrics: HarmlessMetrics | None) -> Scores:
+    def _with_harmless_metrics(self, scores: Scores, harmless_metrics: HarmlessMetrics | None) -> Scores:
         if harmless_metrics is None or self.harmless_probe is None:
             return scores
         return replace(

@@ -1,8 +1,7 @@
-"""What a trial is worth as a function with a gradient: change of harmless answers, and how probable refusals still are.
+"""Differentiable loss of an ablation: KL on harmless prompts, and the probability of the reference refusals.
 
-The operators are differentiable in every strength and in the direction; the weights stay as they are and get no gradients.
-Nothing is decoded: both sides are read from one pass each over prompts with the first tokens of the original's answer behind
-them. The head runs on a few tokens at a time, and what a block computes can be computed again instead of kept.
+The operators are differentiable in the strengths and the direction; the weights get no gradients. Both terms need one
+teacher-forced pass each. The LM head runs on chunks of tokens, and activations can be recomputed to save memory.
 """
 
 from __future__ import annotations
@@ -22,36 +21,34 @@ from heretic.model.batching import Batch, Batcher, EditSpec, SharedPrefix
 from heretic.model.forward import log_probs_of, run_decoder
 from heretic.model.loading import LanguageModel
 from heretic.model.patching import replaced_forward
-from heretic.scoring.teacher_forcing import TeacherForcedTexts, last_hidden, row_of_place
+from heretic.scoring.teacher_forcing import TeacherForcedTexts, last_hidden, row_of_token
 
-# A certain refusal has an infinite loss -log(1 - p); with (1 - DOUBT) p in its place the slope is at most 1 / DOUBT.
+# A certain refusal has an infinite loss -log(1 - p); with (1 - LABEL_SMOOTHING) p the gradient is at most 1 / LABEL_SMOOTHING.
 LABEL_SMOOTHING = 0.01
-PLACES_AT_ONCE = 32  # tokens whose logits over the vocabulary exist at a time, with their gradients
+TOKENS_PER_CHUNK = 32  # tokens whose logits over the vocabulary exist at a time, with their gradients
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Mean KL(original || ablated) per predicted token of the harmless prompts; mean probability of the refusals' texts, and
-    mean -log(1 - p) of them; the gradients of KL + weight * refusing loss, if they were wanted."""
+    """Terms of the loss, and the gradients of kl + weight * refusing if they were requested."""
 
-    kl: float
-    probability: float
-    refusing: float
+    kl: float  # mean KL(original || ablated) per predicted token of the harmless prompts
+    probability: float  # mean probability p of the reference refusals
+    refusing: float  # mean -log(1 - p)
     gradients: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Reads an ablation off the model. `original[i]` are the original's log-probabilities [texts, vocabulary] for harmless
-    prompt i; with `checkpoints` a block's inner activations are computed twice instead of kept."""
+    """Evaluates the loss of an ablation, and its gradients."""
 
     language_model: LanguageModel
     operator_factory: OperatorFactory
     batcher: Batcher
     harmless: TeacherForcedTexts
     harmful: TeacherForcedTexts
-    original: Sequence[Tensor]
-    checkpoints: bool = False
+    original: Sequence[Tensor]  # log-probabilities of the original by harmless prompt [predicted tokens, vocabulary]
+    recompute_activations: bool = False  # gradient checkpointing: less memory, more compute
 
     def evaluate(
         self,
@@ -63,51 +60,58 @@ class Objective:
         weight: float = 1.0,
         wanted: Sequence[Tensor] = (),
     ) -> LossTerms:
-        """The ablation on these of the prompts. `wanted` are tensors in it whose gradients are asked for.
+        """Evaluate the ablation on a subset of the prompts.
 
-        Nothing below `first_layer` is edited. Raises RuntimeError where a kernel of the model has no backward.
+        Args:
+            first_layer: the first layer that the ablation edits.
+            harmless, harmful: indices of the prompts.
+            weight: factor of the refusal term.
+            wanted: tensors of the ablation whose gradients are returned.
+
+        Raises:
+            RuntimeError: if an operation of the model has no backward pass.
         """
         total = [torch.zeros_like(t) for t in wanted]
         sums = {"kl": 0.0, "probability": 0.0, "refusing": 0.0}
-        places = sum(len(self.harmless.texts[i]) for i in harmless)
+        tokens = sum(len(self.harmless.texts[i]) for i in harmless)
 
-        def kl_slope(batch: Batch, values: Tensor) -> Tensor:
-            sums["kl"] += float(values.sum()) / places
-            return torch.full_like(values, 1 / places)
+        def kl_gradient(batch: Batch, values: Tensor) -> Tensor:
+            sums["kl"] += float(values.sum()) / tokens
+            return torch.full_like(values, 1 / tokens)
 
-        def refusing_slope(batch: Batch, values: Tensor) -> Tensor:
-            row = row_of_place([len(self.harmful.texts[i]) for i in batch.rows]).to(values.device)
+        def refusing_gradient(batch: Batch, values: Tensor) -> Tensor:
+            row = row_of_token([len(self.harmful.texts[i]) for i in batch.rows]).to(values.device)
             log_p = torch.zeros(len(batch.rows), dtype=values.dtype, device=values.device).index_add(0, row, values)
-            doubted = (1 - LABEL_SMOOTHING) * log_p.exp()
+            smoothed = (1 - LABEL_SMOOTHING) * log_p.exp()
             sums["probability"] += float(log_p.exp().sum()) / len(harmful)
-            sums["refusing"] += float(-torch.log1p(-doubted).sum()) / len(harmful)
-            return (weight / len(harmful)) * (doubted / (1 - doubted))[row]
+            sums["refusing"] += float(-torch.log1p(-smoothed).sum()) / len(harmful)
+            return (weight / len(harmful)) * (smoothed / (1 - smoothed))[row]
 
         edited = EditSpec(1, first_layer)
-        for name, taught, rows, value, slope in (
-            ("Harmless prompts", self.harmless, harmless, self._kl, kl_slope),
-            ("Refusals", self.harmful, harmful, self._log_p, refusing_slope),
+        for name, targets, rows, value, value_gradient in (
+            ("Harmless prompts", self.harmless, harmless, self._kl, kl_gradient),
+            ("Refusals", self.harmful, harmful, self._log_p, refusing_gradient),
         ):
 
             def step(
                 batch: Batch,
-                taught: TeacherForcedTexts = taught,
+                targets: TeacherForcedTexts = targets,
                 value: Callable[[Batch], Callable[[slice, Tensor], Tensor]] = value,
-                slope: Callable[[Batch, Tensor], Tensor] = slope,
+                value_gradient: Callable[[Batch, Tensor], Tensor] = value_gradient,
             ) -> list[None]:
                 before = dict(sums)
                 try:
-                    found = self._pass(
-                        ablation, first_layer, batch, taught, value(batch), partial(slope, batch), wanted
+                    gradients = self._pass(
+                        ablation, first_layer, batch, targets, value(batch), partial(value_gradient, batch), wanted
                     )
                 except BaseException:
-                    sums.update(before)  # out of memory: half of the batch is tried next
+                    sums.update(before)  # out of memory: the batcher retries with half of the batch
                     raise
-                for mine, more in zip(total, found, strict=False):
-                    mine.add_(more)
+                for accumulated, gradient in zip(total, gradients, strict=False):
+                    accumulated.add_(gradient)
                 return [None] * len(batch.rows)
 
-            self.batcher.run_items(name, taught.sequences, step, edited=edited, entries=taught.entries, items=rows)
+            self.batcher.run_items(name, targets.sequences, step, edited=edited, entries=targets.entries, items=rows)
         return LossTerms(sums["kl"], sums["probability"], sums["refusing"], tuple(total))
 
     def _pass(
@@ -115,77 +119,79 @@ class Objective:
         ablation: Ablation,
         first_layer: int,
         batch: Batch,
-        taught: TeacherForcedTexts,
+        targets: TeacherForcedTexts,
         value: Callable[[slice, Tensor], Tensor],
-        slope: Callable[[Tensor], Tensor],
+        value_gradient: Callable[[Tensor], Tensor],
         wanted: Sequence[Tensor],
     ) -> Sequence[Tensor]:
-        """The gradients of one batch's part of the loss."""
-        if batch.shared_prefix:  # its keys and values have gradients too, so every batch computes it for itself
-            own = None if self.checkpoints else SharedPrefix(batch.shared_prefix.tokens)
-            batch = replace(batch, shared_prefix=own) if own else self._whole(batch, taught)
+        """Return the gradients of one batch's part of the loss."""
+        if batch.shared_prefix:  # its keys and values need gradients too, so every batch recomputes them
+            own = None if self.recompute_activations else SharedPrefix(batch.shared_prefix.tokens)
+            batch = replace(batch, shared_prefix=own) if own else self._without_shared_prefix(batch, targets)
         model, blocks = self.language_model.model, self.language_model.structure.blocks
         with torch.set_grad_enabled(bool(wanted)):
             operators = self.operator_factory.operators(ablation, zeros_from=first_layer)
             with (
                 apply_operators(self.operator_factory.writers, operators),
-                _checkpointed(blocks if self.checkpoints and wanted else []),
+                _recomputed_activations(blocks if self.recompute_activations and wanted else []),
             ):
                 hidden, _ = run_decoder(model, batch, use_cache=False)
-                picked = last_hidden(hidden, [len(taught.texts[i]) for i in batch.rows])
-                values, gradient = self._head(picked.detach(), value, gradients=bool(wanted))
-                slopes = slope(values)
+                hidden_at_tokens = last_hidden(hidden, [len(targets.texts[i]) for i in batch.rows])
+                values, gradient = self._head(hidden_at_tokens.detach(), value, gradients=bool(wanted))
+                weights = value_gradient(values)
                 if not wanted:
                     return ()
-                gradient *= slopes[:, None].to(gradient)
-                return torch.autograd.grad(picked, list(wanted), gradient)
+                gradient *= weights[:, None].to(gradient)
+                return torch.autograd.grad(hidden_at_tokens, list(wanted), gradient)
 
-    def _whole(self, batch: Batch, taught: TeacherForcedTexts) -> Batch:
-        whole = self.batcher.batch(batch.rows, taught.sequences)
+    def _without_shared_prefix(self, batch: Batch, targets: TeacherForcedTexts) -> Batch:
+        whole = self.batcher.batch(batch.rows, targets.sequences)
         return replace(whole, edited=batch.edited)
 
     def _head(
-        self, picked: Tensor, value: Callable[[slice, Tensor], Tensor], *, gradients: bool
+        self, hidden_at_tokens: Tensor, value: Callable[[slice, Tensor], Tensor], *, gradients: bool
     ) -> tuple[Tensor, Tensor]:
-        """Values of all places [places], and their slopes in the hidden states [places, width]."""
-        values, slopes = [], torch.zeros_like(picked)
-        for start in range(0, len(picked), PLACES_AT_ONCE):
-            places = slice(start, start + PLACES_AT_ONCE)
-            some = picked[places].requires_grad_(gradients)
-            found = torch.cat(
-                [value(places, log_probs) for _, log_probs in log_probs_of(self.language_model.model, some)]
+        """Return the value of every token [tokens], and its gradient in the hidden states [tokens, width]."""
+        values, all_gradients = [], torch.zeros_like(hidden_at_tokens)
+        for start in range(0, len(hidden_at_tokens), TOKENS_PER_CHUNK):
+            positions = slice(start, start + TOKENS_PER_CHUNK)
+            chunk = hidden_at_tokens[positions].requires_grad_(gradients)
+            chunk_values = torch.cat(
+                [value(positions, log_probs) for _, log_probs in log_probs_of(self.language_model.model, chunk)]
             )
             if gradients:
-                slopes[places] = torch.autograd.grad(found.sum(), some)[0]
-            values.append(found.detach())
-        return torch.cat(values), slopes
+                all_gradients[positions] = torch.autograd.grad(chunk_values.sum(), chunk)[0]
+            values.append(chunk_values.detach())
+        return torch.cat(values), all_gradients
 
     def _kl(self, batch: Batch) -> Callable[[slice, Tensor], Tensor]:
         original = torch.cat([self.original[i] for i in batch.rows])
 
-        def value(places: slice, now: Tensor) -> Tensor:
-            before = original[places].to(now)
-            return torch.where(before > -torch.inf, before.exp() * (before - now), torch.zeros_like(now)).sum(-1)
+        def value(positions: slice, ablated: Tensor) -> Tensor:
+            reference = original[positions].to(ablated)
+            return torch.where(
+                reference > -torch.inf, reference.exp() * (reference - ablated), torch.zeros_like(ablated)
+            ).sum(-1)
 
         return value
 
     def _log_p(self, batch: Batch) -> Callable[[slice, Tensor], Tensor]:
         tokens = torch.tensor([token for i in batch.rows for token in self.harmful.texts[i]])
 
-        def value(places: slice, now: Tensor) -> Tensor:
-            return now.gather(1, tokens[places, None].to(now.device))[:, 0]
+        def value(positions: slice, ablated: Tensor) -> Tensor:
+            return ablated.gather(1, tokens[positions, None].to(ablated.device))[:, 0]
 
         return value
 
 
 @contextmanager
-def _checkpointed(blocks: Sequence[nn.Module] | nn.ModuleList) -> Iterator[None]:
-    """Within the context a block keeps only what goes into it, and computes the rest again when its gradient is asked for.
+def _recomputed_activations(blocks: Sequence[nn.Module] | nn.ModuleList) -> Iterator[None]:
+    """Enable gradient checkpointing for these blocks within the context.
 
-    The gradient has to be asked for inside: the second computation needs the same hooks.
+    The backward pass must also run inside the context, since the recomputation needs the same hooks.
     """
     with ExitStack() as stack:
         for block in blocks:
-            again = partial(checkpoint, block.forward, use_reentrant=False)
-            stack.enter_context(replaced_forward(block, again))
+            recomputed = partial(checkpoint, block.forward, use_reentrant=False)
+            stack.enter_context(replaced_forward(block, recomputed))
         yield

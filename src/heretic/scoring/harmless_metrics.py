@@ -1,4 +1,4 @@
-"""What an ablation does to answers that it should leave alone: harmless prompts declined, and answers that are no language."""
+"""Side effects of an ablation on harmless prompts: over-refusals and degenerate answers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from heretic.scoring.judges.verdict import ANSWER, Exchange, Judge
 
 @dataclass(frozen=True)
 class HarmlessMetrics:
-    """On harmless prompts: `over_refusals` declined or evaded, `degenerate` empty or loops, of `total`."""
+    """Counts over the answers to harmless prompts."""
 
-    over_refusals: int
-    degenerate: int
+    over_refusals: int  # refused or evasive
+    degenerate: int  # empty or a loop
     total: int
 
     def as_dict(self) -> dict[str, int]:
@@ -28,18 +28,18 @@ class HarmlessMetrics:
 
 @dataclass(frozen=True)
 class HarmlessLimits:
-    """Most over-refusals and degenerate answers; a negative number is no limit."""
+    """Maximum numbers of over-refusals and degenerate answers; negative: no limit."""
 
     over_refusals: int = -1
     degenerate: int = -1
 
     @property
     def any(self) -> bool:
-        """Whether anything is limited, so that every trial has to be looked at."""
+        """Whether any limit is set, so that every trial must be measured."""
         return self.over_refusals >= 0 or self.degenerate >= 0
 
     def excess(self, harmless_metrics: HarmlessMetrics) -> dict[str, float]:
-        """By constraint, how far beyond the limit it is: 0 or less is within, as Optuna's `Trial.set_constraint` has it."""
+        """Return metric minus limit by constraint; at most 0 is feasible, as in Optuna's `Trial.set_constraint`."""
         pairs = {
             "over_refusals": (harmless_metrics.over_refusals, self.over_refusals),
             "degenerate": (harmless_metrics.degenerate, self.degenerate),
@@ -49,39 +49,39 @@ class HarmlessLimits:
 
 @dataclass(frozen=True)
 class HarmlessProbe:
-    """Harmless prompts to be answered, as token ids and as texts, and the limits of what may go wrong with them."""
+    """Harmless prompts to answer, as token ids and as text, and the limits for their answers."""
 
     prompts: Sequence[list[int]]
     requests: Sequence[str]
     limits: HarmlessLimits
 
 
-def measure_conduct(
+def measure_harmless_metrics(
     language_model: LanguageModel,
     chat: ChatFormat,
-    asked: HarmlessProbe,
+    probe: HarmlessProbe,
     judge: Judge,
     batcher: Batcher,
     max_tokens: int,
     edited: EditSpec = UNEDITED,
     trials: Sequence[int] = (0,),
 ) -> list[HarmlessMetrics]:
-    """Decode whole answers, by those of the `trials` that share the passes; one conduct for each of them."""
-    count = len(asked.prompts)
+    """Decode whole answers for the given trials of a pass, and return one result per trial."""
+    count = len(probe.prompts)
 
     def step(batch: Batch) -> list[list[int]]:
         return decode(language_model.model, batch, max_tokens, language_model.end_tokens)
 
-    order = batcher.longest_first(asked.prompts, edited)
+    order = batcher.longest_first(probe.prompts, edited)
     items = [i for i in order if i // count in trials]
-    tokens = batcher.run_items("Harmless answers", asked.prompts, step, edited=edited, items=items)
-    found = []
+    tokens = batcher.run_items("Harmless answers", probe.prompts, step, edited=edited, items=items)
+    metrics = []
     for trial in trials:
         answers = [tokens[trial * count + i] for i in range(count)]
-        said = [Exchange(r, chat.text(a)) for r, a in zip(asked.requests, answers, strict=True)]
-        unanswered = sum(v != ANSWER for v in judge.verdicts(said))
-        found.append(HarmlessMetrics(unanswered, sum(map(degenerate, answers)), count))
-    return found
+        exchanges = [Exchange(r, chat.text(a)) for r, a in zip(probe.requests, answers, strict=True)]
+        unanswered = sum(v != ANSWER for v in judge.verdicts(exchanges))
+        metrics.append(HarmlessMetrics(unanswered, sum(map(degenerate, answers)), count))
+    return metrics
 
 
 def degenerate(tokens: Sequence[int]) -> bool:

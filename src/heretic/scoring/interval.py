@@ -1,4 +1,4 @@
-"""How sure a share is that was counted on so many prompts."""
+"""Confidence interval of a proportion."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from statistics import NormalDist
 
 
 def wilson(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval [low, high] of a share, `count` of `total`; [0, 1] where nothing was counted.
+    """Compute Wilson's score interval [low, high] of the proportion `count` / `total`; [0, 1] if `total` is 0.
 
     E. B. Wilson, *Probable Inference, the Law of Succession, and Statistical Inference*, JASA 22 (1927), 209-212. Unlike p +- z s
     it stays within 0 and 1 and does not shrink to a point at 0 and at `total`. Raises ValueError for counts outside 0 to `total`.
     """
     if not 0 <= count <= total:
-        raise ValueError(f"{count} of {total} is no share")
+        raise ValueError(f"the count {count} is not between 0 and {total}")
     if total == 0:
         return 0.0, 1.0
     z = NormalDist().inv_cdf((1 + confidence) / 2)

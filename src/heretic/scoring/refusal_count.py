@@ -1,9 +1,7 @@
-"""Counting the refusals of the trials that share a pass, each only as far as it can still matter.
+"""Count the refusals of all trials in a pass, and prune a trial once its count is dominated.
 
-First one pass over all requests tries, where the original declined, the text with which it did. That settles the requests
-that are still declined in the same words, and gives the surrogate; only the others are decoded. A count only grows, so a
-trial leaves as soon as a finished one has beaten the best that it could still reach. A judge of whole answers settles nothing
-early: every answer is then decoded to its end, and judged with those of its batch.
+1. One pass verifies the reference refusals as drafts: it decides the requests still refused in the same words, and
+gives the proxy. 2. The other answers are decoded; a count only grows, so a trial stops once it is dominated.
 """
 
 from __future__ import annotations
@@ -20,70 +18,64 @@ from heretic.model.loading import LanguageModel
 from heretic.scoring.judges.verdict import ANSWER, REFUSAL, Exchange, Judge, Verdict
 from heretic.scoring.refusal_proxy import FIRST_TOKENS, RefusalProxy
 
-IsDominated = Callable[[int, float], bool]  # (trial among those of the pass, unanswered requests to expect at least)
+IsDominated = Callable[[int, float], bool]  # (index of the trial in the pass, lower bound of its expected refusals)
 
 
 @dataclass(frozen=True)
 class EncodedRequests:
-    """Harmful requests as token ids, and what the original said where it declined (`tried`; empty where it answered).
-
-    `entries` are of each request with its tried text behind it; `texts` are the requests as texts, empty where the judge
-    shall not see them.
-    """
+    """Harmful requests and the drafts of their refusals, as token ids."""
 
     prompts: Sequence[list[int]]
-    drafts: Sequence[list[int]]
-    entries: ActivationCache | None = None
-    texts: Sequence[str] = ()
+    drafts: Sequence[list[int]]  # first tokens of the original's refusal; empty where it answered
+    entries: ActivationCache | None = None  # block inputs of the original for the requests with their drafts
+    texts: Sequence[str] = ()  # the requests as text; empty if the judge does not read them
 
     @property
     def with_drafts(self) -> list[list[int]]:
-        """Each request with its tried text behind it."""
+        """Each request followed by its draft."""
         return [[*prompt, *text] for prompt, text in zip(self.prompts, self.drafts, strict=True)]
 
 
-def expected_refusals(refusals: int, leaning: float | None) -> float:
-    """Refusals and what the other answers lean to, in tenths of a request: finer differences decide nothing."""
-    return round(refusals + (leaning or 0.0), 1)
+def expected_refusals(refusals: int, refusal_mass: float | None) -> float:
+    """Add the refusal mass of the answered requests to the refusals, rounded to a tenth of a request."""
+    return round(refusals + (refusal_mass or 0.0), 1)
 
 
 @dataclass
 class RefusalBounds:
-    """What is known of one trial. By request: the verdict (None: not known yet); the mean probability of the tried tokens,
-    whether they are all the most probable ones, and the joint probability of the first of them (None where nothing was tried)."""
+    """Measurements of one trial so far, by request; None: not known yet, or no draft."""
 
     verdicts: list[Verdict | None]
-    mean_token_prob: list[float | None]
-    exact_match: list[bool | None]
-    prefix_prob: list[float | None]
-    beaten: bool = False
+    mean_token_prob: list[float | None]  # of the draft's tokens
+    exact_match: list[bool | None]  # whether greedy decoding reproduces the draft
+    prefix_prob: list[float | None]  # joint probability of the draft's first tokens
+    pruned: bool = False
 
     @classmethod
     def unknown(cls, requests: int) -> RefusalBounds:
-        """Before anything is measured."""
+        """Create the bounds of a trial of which nothing is measured yet."""
         return cls([None] * requests, [None] * requests, [None] * requests, [None] * requests)
 
     @property
     def at_least(self) -> int:
-        """Requests found so far that are declined or evaded."""
+        """Number of requests known to be refused or evaded."""
         return sum(v is not None and v != ANSWER for v in self.verdicts)
 
     @property
     def refusal_mass(self) -> float | None:
-        """Sum of the joint probabilities over the requests that are not found to be declined or evaded; None where nothing was
-        tried."""
+        """Sum of the prefix probabilities over the requests not known to be unanswered; None without any draft."""
         if all(p is None for p in self.prefix_prob):
             return None
         return sum(p or 0.0 for p, v in zip(self.prefix_prob, self.verdicts, strict=True) if v is None or v == ANSWER)
 
     @property
     def expected_at_least(self) -> float:
-        """Refusals to expect at least (`Scores.expected`); it only grows while more becomes known."""
+        """Lower bound of `Scores.expected`; it never decreases."""
         return expected_refusals(self.at_least, self.refusal_mass)
 
     @property
     def surrogate(self) -> RefusalProxy:
-        """The cheap sign of refusing."""
+        """The refusal proxy of this trial."""
         known = [p for p in self.mean_token_prob if p is not None]
         return RefusalProxy(
             sum(m is True for m in self.exact_match), sum(known) / len(known) if known else 0.0, len(known)
@@ -92,7 +84,7 @@ class RefusalBounds:
 
 @dataclass
 class PrunedRefusalCounter:
-    """One pass's worth of trials, attached to the model as `edited` says, on their way to their counts."""
+    """Counts the refusals of the trials that are applied to the model together."""
 
     language_model: LanguageModel
     chat: ChatFormat
@@ -105,84 +97,84 @@ class PrunedRefusalCounter:
 
     def __post_init__(self) -> None:
         count = len(self.requests.prompts)
-        self.standings = [RefusalBounds.unknown(count) for _ in range(self.edited.trials)]
-        self._counting = False  # while the surrogate is taken no trial is left
-        self._may_go_on = True  # from a cache that has seen tried tokens; not so for recurrent states
+        self.bounds = [RefusalBounds.unknown(count) for _ in range(self.edited.trials)]
+        self._counting = False  # False while drafts are verified: no trial is pruned before its proxy is complete
+        self._can_resume = True  # whether the cache can drop rejected draft tokens; recurrent states cannot
 
     def run(self) -> list[RefusalBounds]:
-        """Count for every trial until all is known of it or it is beaten."""
-        begun = self._try_texts()
+        """Count every trial until all its verdicts are known or it is pruned."""
+        first_pass = self._verify_drafts()
         self._counting = True
         for trial in range(self.edited.trials):
             self._prune_if_dominated(trial)
-        if begun is not None:
-            rows = len(begun[1])
-            fitted = self._go_on(*begun)
-            begun = None  # and with it the cache
-            if not fitted:
+        if first_pass is not None:
+            rows = len(first_pass[1])
+            completed = self._resume(*first_pass)
+            first_pass = None  # frees the cache
+            if not completed:
                 self.batcher.reduce_batch(rows)
-        while pairs := self._undecided():
+        while pairs := self._undecided_pairs():
             self._decode(pairs)
-        return self.standings
+        return self.bounds
 
-    def _go_on(self, answers: DecodingState, pairs: list[tuple[int, int]]) -> bool:
-        """Decode on from what the first pass began; whether that fitted into memory. What did not is begun again."""
-        open_pairs = set(self._undecided())
+    def _resume(self, answers: DecodingState, pairs: list[tuple[int, int]]) -> bool:
+        """Continue decoding from the first pass; False if memory ran out, then the open requests start over."""
+        open_pairs = set(self._undecided_pairs())
         answers.open_rows = {row for row, pair in enumerate(pairs) if pair in open_pairs}
         try:
-            self._finish(answers, pairs)
+            self._continue(answers, pairs)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             return False
         return True
 
-    def _try_texts(self) -> tuple[DecodingState, list[tuple[int, int]]] | None:
-        """The first pass. Returns what it began if that was a single batch, so that decoding goes on from its cache."""
+    def _verify_drafts(self) -> tuple[DecodingState, list[tuple[int, int]]] | None:
+        """Verify all drafts in one pass; returns its state if it was a single batch, so that decoding can reuse its cache."""
         sequences = self.requests.with_drafts
-        begun = []
+        single_batch = []
 
         def step(batch: Batch) -> list[None]:
             pairs = batch.items
-            answers = self._begin(batch, self._limits(pairs))
+            answers = self._verify_batch(batch, self._stop_criteria(pairs))
             for row, (trial, request) in enumerate(pairs):
-                if found := answers.likely[row]:
-                    self.standings[trial].mean_token_prob[request] = sum(found) / len(found)
-                    self.standings[trial].exact_match[request] = answers.matching[row]
-                    self.standings[trial].prefix_prob[request] = math.prod(found[:FIRST_TOKENS])
+                if probs := answers.likely[row]:
+                    self.bounds[trial].mean_token_prob[request] = sum(probs) / len(probs)
+                    self.bounds[trial].exact_match[request] = answers.matching[row]
+                    self.bounds[trial].prefix_prob[request] = math.prod(probs[:FIRST_TOKENS])
             self._set_verdicts(answers, pairs)
-            self._may_go_on = answers.cache is not None
-            if self._may_go_on and len(pairs) == len(sequences) * self.edited.trials:
-                begun.append((answers, pairs))
+            self._can_resume = answers.cache is not None
+            if self._can_resume and len(pairs) == len(sequences) * self.edited.trials:
+                single_batch.append((answers, pairs))
             return [None] * len(pairs)
 
         self.batcher.run_items("Surrogate", sequences, step, edited=self.edited, entries=self.requests.entries)
-        return begun[0] if begun else None
+        return single_batch[0] if single_batch else None
 
-    def _begin(self, batch: Batch, limits: StopCriteria) -> DecodingState:
+    def _verify_batch(self, batch: Batch, limits: StopCriteria) -> DecodingState:
         return verify_draft(self.language_model.model, batch, [self.requests.drafts[i] for i in batch.rows], limits)
 
-    def _undecided(self) -> list[tuple[int, int]]:
-        """What is still to be decoded, (trial, request), the most likely refusals first: they end a trial soonest."""
+    def _undecided_pairs(self) -> list[tuple[int, int]]:
+        """Return the open (trial, request) pairs, most likely refusals first: they prune a trial soonest."""
         open_pairs = [
             (trial, request)
-            for trial, summary in enumerate(self.standings)
-            if not summary.beaten
-            for request, verdict in enumerate(summary.verdicts)
+            for trial, trial_bounds in enumerate(self.bounds)
+            if not trial_bounds.pruned
+            for request, verdict in enumerate(trial_bounds.verdicts)
             if verdict is None
         ]
-        return sorted(open_pairs, key=lambda pair: -(self.standings[pair[0]].mean_token_prob[pair[1]] or 0.0))
+        return sorted(open_pairs, key=lambda pair: -(self.bounds[pair[0]].mean_token_prob[pair[1]] or 0.0))
 
     def _decode(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Decode the first of them, as many as go into one batch."""
-        sequences = self.requests.with_drafts if self._may_go_on else self.requests.prompts
+        """Decode one batch of the first pairs."""
+        sequences = self.requests.with_drafts if self._can_resume else self.requests.prompts
         count = len(sequences)
 
         def step(batch: Batch) -> list[None]:
             pairs = batch.items
-            limits = self._limits(pairs)
-            if self._may_go_on:
-                self._finish(self._begin(batch, limits), pairs)
+            limits = self._stop_criteria(pairs)
+            if self._can_resume:
+                self._continue(self._verify_batch(batch, limits), pairs)
             else:
                 ends = self.language_model.end_tokens
                 tokens = decode(self.language_model.model, batch, self.max_tokens, ends, limits.ended)
@@ -191,46 +183,46 @@ class PrunedRefusalCounter:
 
         items = [trial * count + request for trial, request in pairs]
         items = items[: self.batcher.rows_at_once(sequences, items)]
-        entries = self.requests.entries if self._may_go_on else None
+        entries = self.requests.entries if self._can_resume else None
         self.batcher.run_items("Refusals", sequences, step, edited=self.edited, entries=entries, items=items)
 
-    def _finish(self, answers: DecodingState, pairs: list[tuple[int, int]]) -> None:
-        continue_decoding(self.language_model.model, answers, self._limits(pairs))
+    def _continue(self, answers: DecodingState, pairs: list[tuple[int, int]]) -> None:
+        continue_decoding(self.language_model.model, answers, self._stop_criteria(pairs))
         self._set_verdicts(answers, pairs)
 
     def _set_verdicts(self, answers: DecodingState, pairs: list[tuple[int, int]]) -> None:
         self._judge_rows(pairs, [row for row in range(len(pairs)) if row not in answers.open_rows], answers.tokens)
 
     def _judge_rows(self, pairs: list[tuple[int, int]], rows: Sequence[int], tokens: list[list[int]]) -> None:
-        """Verdicts on the answers of these rows, which have ended; one that was cut off in a beaten trial gets none."""
+        """Judge the finished answers of these rows; answers cut off by pruning get no verdict."""
         texts = self.requests.texts or [""] * len(self.requests.prompts)
-        open_rows = [row for row in rows if self._undecided_pair(*pairs[row])]
-        said = [Exchange(texts[pairs[row][1]], self.chat.text(tokens[row])) for row in open_rows]
-        for row, verdict in zip(open_rows, self.judge.verdicts(said), strict=True):
+        open_rows = [row for row in rows if self._is_undecided(*pairs[row])]
+        exchanges = [Exchange(texts[pairs[row][1]], self.chat.text(tokens[row])) for row in open_rows]
+        for row, verdict in zip(open_rows, self.judge.verdicts(exchanges), strict=True):
             trial, request = pairs[row]
-            if self._undecided_pair(trial, request):
-                self.standings[trial].verdicts[request] = verdict
+            if self._is_undecided(trial, request):
+                self.bounds[trial].verdicts[request] = verdict
                 self._prune_if_dominated(trial)
 
-    def _undecided_pair(self, trial: int, request: int) -> bool:
-        summary = self.standings[trial]
-        return summary.verdicts[request] is None and not summary.beaten
+    def _is_undecided(self, trial: int, request: int) -> bool:
+        trial_bounds = self.bounds[trial]
+        return trial_bounds.verdicts[request] is None and not trial_bounds.pruned
 
     def _prune_if_dominated(self, trial: int) -> None:
         if self._counting:
-            self.standings[trial].beaten = self.is_dominated(trial, self.standings[trial].expected_at_least)
+            self.bounds[trial].pruned = self.is_dominated(trial, self.bounds[trial].expected_at_least)
 
-    def _limits(self, pairs: list[tuple[int, int]]) -> StopCriteria:
-        """An answer ends where it is certain to decline, since nothing later changes the verdict, or with its trial."""
+    def _stop_criteria(self, pairs: list[tuple[int, int]]) -> StopCriteria:
+        """Stop an answer once its refusal is certain or its trial is pruned."""
 
         def ended(row: int, tokens: list[int]) -> bool:
             trial, request = pairs[row]
-            summary = self.standings[trial]
-            if summary.beaten:
+            trial_bounds = self.bounds[trial]
+            if trial_bounds.pruned:
                 return True
             if not self.judge.ends_early or not self.judge.is_final_refusal(self.chat.text(tokens)):
                 return False
-            summary.verdicts[request] = REFUSAL
+            trial_bounds.verdicts[request] = REFUSAL
             self._prune_if_dominated(trial)
             return True
 
@@ -241,14 +233,14 @@ class PrunedRefusalCounter:
 def refusal_mass_of(
     language_model: LanguageModel, requests: EncodedRequests, unanswered: Sequence[bool], batcher: Batcher
 ) -> float | None:
-    """`Standing.leaning` of the model as it is, whose verdicts are known already; None where no texts were kept to try."""
+    """Compute `RefusalBounds.refusal_mass` of a model whose verdicts are known; None without any draft."""
     if not any(requests.drafts):
         return None
 
     def step(batch: Batch) -> list[float]:
         texts = [requests.drafts[i] for i in batch.rows]
         answers = verify_draft(language_model.model, batch, texts, StopCriteria(1, language_model.end_tokens))
-        return [math.prod(found[:FIRST_TOKENS]) if found else 0.0 for found in answers.likely]
+        return [math.prod(probs[:FIRST_TOKENS]) if probs else 0.0 for probs in answers.likely]
 
     joint = batcher.run("Surrogate", requests.with_drafts, step)
     return sum(p for p, d in zip(joint, unanswered, strict=True) if not d)

@@ -1,7 +1,7 @@
-"""A cheap sign of refusing: how likely a trial's model finds what the original said where it declined.
+"""Cheap proxy of the refusal count: the probability of the reference refusals under a trial's model.
 
-One pass without decoding gives it. Where all tokens up to the marker are the most probable ones the request is declined,
-exactly; for the others it is a sign that estimates the count, calibrated against the trials that were measured in full.
+It takes one pass without decoding. Where every token up to the marker is the most probable one, the request is refused.
+For the other requests a least-squares fit over the fully measured trials estimates the count.
 """
 
 from __future__ import annotations
@@ -11,21 +11,20 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-# Tokens of the original's refusal that are tried: up to the marker, but at least and at most so many.
-FEWEST_TOKENS, MOST_TOKENS = 4, 8
-FIRST_TOKENS = FEWEST_TOKENS  # whose joint probability says how close an answer is to the refusal
+# Length of a reference refusal: the tokens up to the marker, within these bounds.
+MIN_DRAFT_TOKENS, MAX_DRAFT_TOKENS = 4, 8
+FIRST_TOKENS = MIN_DRAFT_TOKENS  # whose joint probability measures how close an answer is to a refusal
 TRIALS_TO_CALIBRATE = 4
-RIDGE = 0.1  # keeps the fit sane while there are hardly more trials than coefficients
+RIDGE = 0.1  # stabilizes the fit while there are hardly more trials than coefficients
 
 
 @dataclass(frozen=True)
 class RefusalProxy:
-    """Of one trial: on how many of the `declined` requests that the original declines the tokens tried are all the most
-    probable ones, and the probability of such a token, averaged over requests."""
+    """Proxy of one trial."""
 
-    matching: int
-    probability: float
-    refused: int
+    matching: int  # requests whose reference refusal is greedily reproduced
+    probability: float  # mean token probability of the reference refusals
+    refused: int  # requests that the original refuses
 
     def as_dict(self) -> dict[str, float]:
         """As plain data."""
@@ -34,15 +33,14 @@ class RefusalProxy:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Estimates a trial's expected refusals from its surrogate by least squares over measured trials (intercept, matching,
-    probability times requests); with too few of them, the count of matching requests itself."""
+    """Least-squares estimate of expected refusals from the proxy; with too few trials, the matching requests."""
 
-    weights: tuple[float, float, float] | None
+    weights: tuple[float, float, float] | None  # intercept, matching, probability * requests
     total: int
 
     @classmethod
     def fit(cls, measured: Sequence[tuple[RefusalProxy, float]], total: int) -> Calibration:
-        """From pairs of a trial's surrogate and its expected refusals, of `total` requests."""
+        """Fit to pairs of (proxy, expected refusals) of `total` requests."""
         moments = np.zeros((4, 4))
         for surrogate, count in measured:
             moments += _moments(surrogate, count)
@@ -50,7 +48,7 @@ class Calibration:
 
     @classmethod
     def of_moments(cls, moments: np.ndarray, total: int) -> Calibration:
-        """From the sum over measured trials of the outer products of (1, matching, probability times requests, refusals)."""
+        """Fit to the sum over trials of the outer products of (1, matching, probability * requests, refusals)."""
         count = moments[0, 0]
         if count < TRIALS_TO_CALIBRATE:
             return cls(None, total)
@@ -60,7 +58,7 @@ class Calibration:
         return cls((float(means[2] - means[:2] @ slopes), float(slopes[0]), float(slopes[1])), total)
 
     def estimate(self, surrogate: RefusalProxy, at_least: float = 0) -> float:
-        """Refusals expected of a trial, between `at_least` and the number of requests."""
+        """Estimate the refusals of a trial, between `at_least` and the number of requests."""
         if self.weights is None:
             expected = float(surrogate.matching)
         else:
@@ -70,14 +68,13 @@ class Calibration:
 
 
 def prediction_error(measured: Sequence[tuple[RefusalProxy, float]], total: int) -> float | None:
-    """Mean distance between each trial's refusals and what the trials before it predicted; None while there is nothing to
-    predict from."""
-    misses, moments = [], np.zeros((4, 4))
+    """Compute the mean absolute error of predicting each trial from the earlier ones; None with too few trials."""
+    errors, moments = [], np.zeros((4, 4))
     for i, (surrogate, count) in enumerate(measured):
         if i >= TRIALS_TO_CALIBRATE:
-            misses.append(abs(Calibration.of_moments(moments, total).estimate(surrogate) - count))
+            errors.append(abs(Calibration.of_moments(moments, total).estimate(surrogate) - count))
         moments += _moments(surrogate, count)
-    return sum(misses) / len(misses) if misses else None
+    return sum(errors) / len(errors) if errors else None
 
 
 def _moments(surrogate: RefusalProxy, count: float) -> np.ndarray:

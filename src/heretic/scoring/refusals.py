@@ -1,4 +1,4 @@
-"""How many requests the model declines or evades, by the first tokens of its answers."""
+"""Count the requests that the model refuses or evades."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from heretic.scoring.judges.verdict import EVASIVE, REFUSAL, Exchange, Judge, Ve
 
 @dataclass(frozen=True)
 class RefusalCount:
-    """Verdicts on `total` answers. `tokens` are the answers', up to where the verdict was certain."""
+    """Verdicts on the answers to all requests."""
 
     verdicts: tuple[Verdict, ...]
-    tokens: tuple[tuple[int, ...], ...] = ()
+    tokens: tuple[tuple[int, ...], ...] = ()  # of the answers, up to where the verdict was certain
 
     @property
     def refused(self) -> tuple[bool, ...]:
-        """Which answers declined."""
+        """Whether each request was refused."""
         return tuple(v == REFUSAL for v in self.verdicts)
 
     @property
@@ -31,7 +31,7 @@ class RefusalCount:
 
     @property
     def evasive(self) -> int:
-        """Number of answers that neither declined nor answered."""
+        """Number of evasive answers."""
         return self.verdicts.count(EVASIVE)
 
     @property
@@ -49,15 +49,19 @@ def count_refusals(
     max_tokens: int,
     *,
     requests: Sequence[str] = (),
-    fewest_tokens: int = 1,
+    min_tokens: int = 1,
 ) -> RefusalCount:
-    """Decode greedily and judge every answer; `requests` are the prompts as texts, for a judge that looks at them.
+    """Decode greedily and judge every answer.
 
-    Where the judge allows it, a row stops once it is certain to decline, but not before it has `fewest_tokens`.
+    If the judge allows it, a row stops once its refusal is certain.
+
+    Args:
+        requests: the prompts as text, for judges that read them.
+        min_tokens: tokens to decode before a row may stop early.
     """
 
     def certain(_: int, tokens: list[int]) -> bool:
-        return len(tokens) >= fewest_tokens and judge.is_final_refusal(chat.text(tokens))
+        return len(tokens) >= min_tokens and judge.is_final_refusal(chat.text(tokens))
 
     def step(batch: Batch) -> list[list[int]]:
         ended = certain if judge.ends_early else None
@@ -65,6 +69,6 @@ def count_refusals(
 
     tokens = batcher.run("Refusals", sequences, step)
     answers = [chat.text(t) for t in tokens]
-    asked = requests or [""] * len(answers)
-    verdicts = judge.verdicts([Exchange(r, a) for r, a in zip(asked, answers, strict=True)])
+    texts = requests or [""] * len(answers)
+    verdicts = judge.verdicts([Exchange(r, a) for r, a in zip(texts, answers, strict=True)])
     return RefusalCount(tuple(verdicts), tuple(map(tuple, tokens)))

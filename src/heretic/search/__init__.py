@@ -1,1 +1,1 @@
-"""The study: its space, its storage, its trials, its front."""
+"""The search: search space, sampler, trials and Pareto front of a study."""

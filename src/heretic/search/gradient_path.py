@@ -1,4 +1,4 @@
-"""The walk: strengths and a direction found by gradient, from gentle to strict, and the ablations around them."""
+"""The gradient path: ablations optimized for increasing refusal weights, and the ablations around them."""
 
 from __future__ import annotations
 
@@ -15,32 +15,28 @@ from pydantic import Json, TypeAdapter
 
 from heretic.ablation.ablation import Ablation
 from heretic.storage import attributes
-from heretic.storage.attributes import GRADIENT_PATH, MOST_LAYERS
+from heretic.storage.attributes import GRADIENT_PATH, MAX_LAYERS
 
 
 @dataclass(frozen=True)
 class PathPoint:
-    """What the descent came to at one weight of refusing against change.
-
-    `strengths` by component, one number a layer; `mixture` and `vector` as in an Ablation. On prompts held back from the
-    descent: mean KL, and mean probability of the words with which the original declines.
-    """
+    """The optimum at one weight of the refusal term; `mixture` and `vector` are as in an Ablation."""
 
     weight: float
-    strengths: Mapping[str, tuple[float, ...]]
+    strengths: Mapping[str, tuple[float, ...]]  # by component, one per layer
     mixture: tuple[float, ...] | None
-    kl: float
-    probability: float
+    kl: float  # mean over the validation prompts
+    probability: float  # mean probability of the reference refusals on the validation prompts
     vector: tuple[float, ...] | None = None
 
     @property
     def ablation(self) -> Ablation:
-        """The point itself."""
+        """The ablation at this point."""
         return Ablation(self.strengths, self.mixture, vector=self.vector)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PathPoint:
-        """What `asdict` gave, after a way through JSON."""
+        """Restore a point from the result of `asdict`, also after a JSON round trip."""
         strengths = {component: tuple(profile) for component, profile in data["strengths"].items()}
         mixture, vector = (None if data[part] is None else tuple(data[part]) for part in ("mixture", "vector"))
         return cls(data["weight"], strengths, mixture, data["kl"], data["probability"], vector)
@@ -48,14 +44,18 @@ class PathPoint:
 
 @dataclass(frozen=True)
 class GradientPath:
-    """The points, gentle ones first; none where the strengths could not be found by gradient (`why_not` says why)."""
+    """The points by increasing weight; empty if the gradient search failed (see `failure_reason`)."""
 
     points: tuple[PathPoint, ...]
     failure_reason: str = ""
 
     def at(self, position: float, gains: Mapping[str, Sequence[float]], shift: float) -> Ablation:
-        """The ablation at a position between two points (0: the first), the strengths of every component multiplied by a gain a
-        layer, the direction mixed toward that of a neighboring layer (`shift`, in layers; a vector has no neighbors)."""
+        """Interpolate the ablation at a position on the path (0: the first point).
+
+        Args:
+            gains: factors of the strengths by component, one per layer.
+            shift: mixes the direction toward that of a neighboring layer, in layers; ignored for vectors.
+        """
         low = min(int(position), len(self.points) - 1)
         high = min(low + 1, len(self.points) - 1)
         share = position - low
@@ -74,24 +74,24 @@ class GradientPath:
 
     @property
     def is_mixture(self) -> bool:
-        """Whether its directions are the layers' own, so that they can be mixed toward those of the next layer."""
+        """Whether the direction is a mixture of the layers' directions, which `shift` can move."""
         return all(p.vector is None for p in self.points)
 
     @property
     def edited_layer_range(self) -> tuple[int, int]:
-        """The first and the last layer that any point edits."""
+        """First and last layer that any point edits."""
         edited = [
             layer for p in self.points for profile in p.strengths.values() for layer, s in enumerate(profile) if s > 0
         ]
         return min(edited, default=0), max(edited, default=0)
 
     def save(self, study: optuna.Study) -> None:
-        """Store it with the study."""
+        """Store the path in the study."""
         study.set_user_attr(GRADIENT_PATH, json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, study: optuna.Study) -> GradientPath | None:
-        """The study's walk, if it has one yet. Raises UserError for a damaged one."""
+        """Load the study's path; None if it has none. Raises UserError if it is damaged."""
         gradient_path = attributes.read(study, GRADIENT_PATH, _adapter())
         if gradient_path is not None and not alike(gradient_path.points):
             raise attributes.damaged(study, f"'{GRADIENT_PATH}' is invalid (points differ in shape, or are not finite)")
@@ -104,7 +104,7 @@ def _adapter() -> TypeAdapter[GradientPath]:
 
 
 def alike(points: Sequence[PathPoint]) -> bool:
-    """Whether the points are of one model: the same components, the same layers, the same kind of direction, finite numbers."""
+    """Return whether all points have the same components, layers and kind of direction, and finite numbers."""
     shapes = {
         (
             *sorted((component, len(profile)) for component, profile in p.strengths.items()),
@@ -117,13 +117,13 @@ def alike(points: Sequence[PathPoint]) -> bool:
     return (
         len(shapes) <= 1
         and len(layers) <= 1
-        and max(layers, default=0) <= MOST_LAYERS
+        and max(layers, default=0) <= MAX_LAYERS
         and all(map(math.isfinite, itertools.chain(*numbers)))
     )
 
 
 def shifted(mixture: Sequence[float], shift: float) -> tuple[float, ...]:
-    """Every layer's coefficient moved by a share of it to the next layer, or to the one before (a negative shift)."""
+    """Move a fraction `shift` of every layer's coefficient to the next layer (negative: to the previous one)."""
     moved = [0.0] * len(mixture)
     for layer, coefficient in enumerate(mixture):
         neighbor = min(max(layer + (1 if shift > 0 else -1), 0), len(mixture) - 1)

@@ -1,4 +1,4 @@
-"""How much of the plane of two values, both to be small, a growing set of points beats."""
+"""Hypervolume of a growing set of points in two minimized objectives."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Iterable
 
 
 def hypervolume_history(points: Iterable[tuple[float, float]], reference: tuple[float, float]) -> list[float]:
-    """After every point the hypervolume of all so far: the share, from 0 to 1, of the rectangle between the origin and the
-    reference that at least one of them beats in both values (Zitzler and Thiele 1998).
+    """Compute the hypervolume after every point, as a fraction (0 to 1) of the rectangle from the origin to the reference.
 
-    The front is kept sorted, so that a point costs a search and what it pushes off the front.
+    Definition: Zitzler and Thiele 1998. The front stays sorted, so that a point costs one binary search plus the points
+    that it dominates.
     """
     right, top = reference
     xs: list[float] = []  # rising, while `ys` falls
     ys: list[float] = []
-    area, found = 0.0, []
+    area, history = 0.0, []
     for x, y in points:
         if math.isfinite(x) and x < right and y < top:
             first = bisect.bisect_left(xs, x)
             ceiling = ys[first - 1] if first else top
             if y < ceiling and not (first < len(xs) and xs[first] == x and ys[first] <= y):
                 last, left = first, x
-                while last < len(xs) and ys[last] >= y:  # these are beaten by the new point
+                while last < len(xs) and ys[last] >= y:  # dominated by the new point
                     area += (xs[last] - left) * (ceiling - y)
                     left, ceiling = xs[last], ys[last]
                     last += 1
                 area += ((xs[last] if last < len(xs) else right) - left) * (ceiling - y)
                 xs[first:last], ys[first:last] = [x], [y]
-        found.append(area / (right * top))
-    return found
+        history.append(area / (right * top))
+    return history

@@ -1,4 +1,4 @@
-"""Whether a stored study is one that heretic can have written, checked once when it is opened."""
+"""Integrity checks of a stored study, run once when it is opened."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from heretic.search.gradient_path import GradientPath
 from heretic.storage import attributes
 from heretic.storage.checksum import checksum_matches
 
-NAMED = 5  # damaged trials that a warning names
+MAX_NAMED_TRIALS = 5  # damaged trials that a warning lists
 
 
 def check_study(study: optuna.Study) -> None:
-    """Read everything that is stored. Raises UserError for the first damage."""
+    """Validate everything stored in the study. Raises UserError for the first damage."""
     check_attributes(study)
     for problem in damaged_trials(study).values():
         raise problem
 
 
 def check_attributes(study: optuna.Study) -> None:
-    """Read what is stored with the study itself. Raises UserError."""
+    """Validate the attributes of the study itself. Raises UserError."""
     if study.directions != [StudyDirection.MINIMIZE] * 2:
-        raise attributes.damaged(study, "it does not minimize two values, so heretic did not make it")
+        raise attributes.damaged(study, "it does not minimize two objectives, so heretic did not create it")
     attributes.fingerprint(study)
     attributes.refusals_before(study)
     attributes.trials_per_batch(study)
@@ -36,26 +36,26 @@ def check_attributes(study: optuna.Study) -> None:
 
 
 def damaged_trials(study: optuna.Study) -> dict[int, UserError]:
-    """What is wrong with each damaged trial, by its number."""
-    found: dict[int, UserError] = {}
-    kinds: dict[str, BaseDistribution] = {}
+    """Return the error of each damaged trial, by trial number."""
+    damage: dict[int, UserError] = {}
+    distributions: dict[str, BaseDistribution] = {}
     for trial in study.get_trials(deepcopy=False):
         try:
             _check_trial(study, trial)
-            _check_kinds(study, trial, kinds)
+            _check_distributions(study, trial, distributions)
         except UserError as error:
-            found[trial.number] = error
-    return found
+            damage[trial.number] = error
+    return damage
 
 
 def warning(damage: Mapping[int, UserError]) -> str:
-    """That damaged trials are left out, and why; empty where there are none."""
+    """Format the warning that damaged trials are skipped; empty if there are none."""
     if not damage:
         return ""
     numbers = [str(number) for number in damage]
-    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
-    trials = f"trial{'s' * (len(numbers) > 1)} {', '.join(numbers[:NAMED])}{more}"
-    return f"Leaving out {trials}. {next(iter(damage.values())).what} Restore a copy of the study."
+    more = f" and {len(numbers) - MAX_NAMED_TRIALS} more" if len(numbers) > MAX_NAMED_TRIALS else ""
+    trials = f"trial{'s' * (len(numbers) > 1)} {', '.join(numbers[:MAX_NAMED_TRIALS])}{more}"
+    return f"Skipping {trials}. {next(iter(damage.values())).what} Restore a copy of the study."
 
 
 def _check_trial(study: optuna.Study, trial: FrozenTrial) -> None:
@@ -70,18 +70,20 @@ def _check_trial(study: optuna.Study, trial: FrozenTrial) -> None:
     attributes.pruned(study, trial)
     attributes.kl_per_prompt(study, trial)
     if not checksum_matches(trial):
-        raise attributes.damaged(study, "a measurement does not match its hash", trial)
+        raise attributes.damaged(study, "a measurement does not match its checksum", trial)
     parts: dict[str, Any] = {"params": trial.params, "distributions": trial.distributions}
-    try:  # as the sampler and the report copy it
+    try:  # the sampler and the report copy trials this way
         create_trial(values=values, constraints=trial.constraints, **parts)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise attributes.damaged(study, f"a parameter is invalid ({error})".splitlines()[0], trial) from None
 
 
-def _check_kinds(study: optuna.Study, trial: FrozenTrial, kinds: dict[str, BaseDistribution]) -> None:
-    """A parameter must be of one kind in all trials; its bounds may differ."""
+def _check_distributions(study: optuna.Study, trial: FrozenTrial, kinds: dict[str, BaseDistribution]) -> None:
+    """Require compatible distributions of a parameter in all trials; the bounds may differ."""
     for name, distribution in trial.distributions.items():
         try:
             check_distribution_compatibility(kinds.setdefault(name, distribution), distribution)
         except ValueError:
-            raise attributes.damaged(study, f"parameter '{name}' is of another kind than before", trial) from None
+            raise attributes.damaged(
+                study, f"parameter '{name}' has another distribution than in earlier trials", trial
+            ) from None

@@ -1,8 +1,7 @@
-"""Strengths and a direction by gradient descent: the least change for the fewest refusals, from gentle to strict.
+"""Gradient search of strengths and direction: minimize KL on harmless prompts + weight * mean -log(1 - p) of the refusals.
 
-Minimised is the KL divergence on harmless prompts + a weight x the mean -log(1 - p) of the words with which the original
-declines, as in refusal-direction optimization (Wollschläger et al. 2025, arXiv 2502.17420, section 3) but over strengths and a
-mixture of the layers' mean differences instead of a free vector. Each weight starts from the solution of the one before.
+p is the probability of a reference refusal, as in refusal-direction optimization (Wollschläger et al. 2025, arXiv 2502.17420,
+section 3), but over strengths and a mixture of the layers' directions. Each weight starts from the previous solution.
 """
 
 from __future__ import annotations
@@ -23,43 +22,35 @@ from heretic.search.gradient_path import PathPoint
 from heretic.settings import GradientSettings
 
 MIDDLE = (0.6, 0.85)  # the layers whose directions the mixture begins with, as shares of the depth
-STRONGEST = 2.5  # of a single writer; 1 removes the direction, 2 mirrors it
-CONVERGED_REFUSALS = 0.005  # mean probability of refusing at which nothing is left to push down
-STEPS_TO_TELL = 2  # steps from nothing after which a weight that raised no strength is taken to raise none
-STILL_REFUSED = 0.1  # share of the prompts, in whatever words, above which the walk goes on to stricter weights
-EXTRA_FACTOR, MAX_EXTRA_WEIGHTS = 3.0, 4  # each that many times the one before, and at most so many
-MINE_BELOW = 0.1  # mean probability of refusing in the words known so far; above, others would hardly be heard
+MAX_STRENGTH = 2.5  # of a single writer; 1 removes the direction, 2 mirrors it
+CONVERGED_REFUSALS = 0.005  # mean refusal probability below which the search ends
+MIN_STEPS_PER_WEIGHT = 2  # steps after which a weight is skipped if every strength is still 0
+STILL_REFUSED = 0.1  # share of refused prompts above which a larger weight is added
+EXTRA_FACTOR, MAX_EXTRA_WEIGHTS = 3.0, 4  # factor between extra weights, and their maximum number
+MINE_BELOW = 0.1  # mean probability of the known refusals below which new ones are mined
 
-MinedRefusals = tuple[
-    int, list[int]
-]  # a declined prompt by its place among the objective's, and the words with which it still is
+MinedRefusals = tuple[int, list[int]]  # (row of the prompt in the objective, tokens of its new refusal)
 
 
 @dataclass
 class OptimizerState:
-    """The descent so far: numbers that a step changes, the optimizer's own, and the points that are finished.
+    """Resumable state of the search; without `mixture` and `vector` each layer uses its own direction."""
 
-    `strengths` [components, layers]; `mixture` [layers] or `vector` [count x width] is the direction (neither: each layer's own).
-    `first_layer`: below it nothing is edited any more. `heard`: other words than the original's that were made improbable too;
-    `just_heard`: whether some of them are from the last point. `further`: how many weights beyond those of the settings.
-    `places`: where the declined prompts by which `heard` counts stand in the prompt set (empty: not known).
-    """
-
-    strengths: Tensor
-    mixture: Tensor | None = None
-    vector: Tensor | None = None
+    strengths: Tensor  # [components, layers]
+    mixture: Tensor | None = None  # [layers]
+    vector: Tensor | None = None  # [count * width]
     steps: int = 0
-    first_layer: int = 0
+    first_layer: int = 0  # nothing below it is edited
     points: list[PathPoint] = field(default_factory=list)
     extra_refusals: list[MinedRefusals] = field(default_factory=list)
-    has_new_refusals: bool = False
-    extra_weights: int = 0
-    places: list[int] = field(default_factory=list)
+    has_new_refusals: bool = False  # mined at the last point
+    extra_weights: int = 0  # beyond those of the settings
+    prompt_indices: list[int] = field(default_factory=list)  # of the refused prompts; empty: not known
     moments: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, components: int, directions: Directions, kind: str) -> OptimizerState:
-        """Nothing edited; the direction an equal mixture of those of the middle layers, or what that comes to."""
+    def initial(cls, components: int, directions: Directions, kind: str) -> OptimizerState:
+        """Create the state without edits; the direction starts as the equal mixture of the middle layers."""
         layers = directions.num_layers
         strengths, mixture = torch.zeros(components, layers), torch.zeros(layers)
         low, high = (round(share * (layers - 1)) for share in MIDDLE)
@@ -68,35 +59,32 @@ class OptimizerState:
             return cls(strengths, mixture)
         return cls(strengths, vector=orthonormal(directions.mixed_at(mixture))[0].flatten() if kind == "free" else None)
 
-    def counted_by(self, places: Sequence[int]) -> None:
-        """Let `heard` count by these declined prompts, which may be others than in an earlier session: another judge, another
-        batch size."""
+    def remap_extra_refusals(self, places: Sequence[int]) -> None:
+        """Map the mined refusals to these refused prompts, which another judge or batch size may have changed."""
         known = {place: row for row, place in enumerate(places)}
-        before = self.places or places
+        before = self.prompt_indices or places
         moved = [(known.get(before[row]) if row < len(before) else None, words) for row, words in self.extra_refusals]
         self.extra_refusals = [(row, words) for row, words in moved if row is not None]
-        self.places = list(places)
+        self.prompt_indices = list(places)
 
     @property
     def converged(self) -> bool:
-        """Whether hardly any refusing is left at the last point."""
+        """Whether the last point has almost no refusal probability left and no new refusals."""
         return bool(self.points) and self.points[-1].probability < CONVERGED_REFUSALS and not self.has_new_refusals
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What is being optimized, by name."""
+        """The optimized tensors by name."""
         all_of_them = {"strengths": self.strengths, "mixture": self.mixture, "vector": self.vector}
         return {name: t for name, t in all_of_them.items() if t is not None}
 
 
 @dataclass
 class PathOptimizer:
-    """Walks from gentle to strict; `keep` receives the state after every step, and a state that was kept goes on as if
-    it had not been interrupted.
+    """Optimizes the points by increasing weight; `save_state` receives the resumable state after every step.
 
-    `listen` gives what is still declined under an ablation in words not known yet, and how many prompts are at all; `teach` gives
-    the objective with such words among its refusals: an ablation can trade the original's words for others, which the objective
-    would not see.
+    `mine` returns refusals in new words under an ablation, and the number of refused prompts; `add_targets` returns the objective
+    with them. Otherwise an ablation could trade the known refusals for others that the objective does not measure.
     """
 
     objective: Objective
@@ -105,7 +93,7 @@ class PathOptimizer:
     seed: int
     reporter: ProgressReporter
     stop: StopSignal
-    keep: Callable[[OptimizerState], None] = lambda _: None
+    save_state: Callable[[OptimizerState], None] = lambda _: None
     mine: Callable[[Ablation], tuple[Sequence[MinedRefusals], int]] | None = None
     add_targets: Callable[[Sequence[MinedRefusals]], Objective] | None = None
 
@@ -113,90 +101,92 @@ class PathOptimizer:
         self._refusals = len(self.objective.harmful.sequences)
         both = (self.objective.harmless, self.objective.harmful)
         parts = [_split(len(taught.sequences), self.settings.validation_fraction) for taught in both]
-        self.train, self.held = [train for train, _ in parts], [held for _, held in parts]
+        self.train, self.validation = [train for train, _ in parts], [held for _, held in parts]
 
     def run(self, state: OptimizerState) -> list[PathPoint]:
-        """All points. Raises Interrupted after a stop, RuntimeError where a kernel of the model has no backward."""
+        """Return all points. Raises Interrupted after a stop, RuntimeError if an operation has no backward pass."""
         steps = self.settings.steps
         self._add_refusals(state)
         with self.reporter.stage("Strengths by gradient", len(self.settings.weights) * steps) as stage:
             stage.advance(state.steps)
-            while state.steps < self._end(state) and not state.converged:
+            while state.steps < self._last_step(state) and not state.converged:
                 self.stop.check()
                 done, weight = state.steps, self._weight(state.steps // steps)
                 reading = self.step(state, weight)
                 if self._too_gentle(state):
                     state.steps += -state.steps % steps
-                    self.reporter.info(f"Weight {weight:g} is too gentle to change anything; on to the next.")
+                    self.reporter.info(
+                        f"Weight {weight:g} is too small to change anything. Continuing with the next weight."
+                    )
                 elif state.steps % steps == 0:
                     self._finish_point(state, weight)
-                    self._reachable_weights(state)
-                self.keep(state)
+                    self._prepare_next_weight(state)
+                self.save_state(state)
                 loss = reading.kl + weight * reading.refusing
-                note = f"loss {loss:.3f}, KL {reading.kl:.3f}, probability of refusing {reading.probability:.2f}"
+                note = f"loss {loss:.3f}, KL {reading.kl:.3f}, refusal probability {reading.probability:.2f}"
                 stage.advance(state.steps - done, note=note)
         return state.points
 
-    def _reachable_weights(self, state: OptimizerState) -> None:
-        """After a point: learn from it for the next one, which is one more where the last has left too much."""
-        at_end = state.steps == self._end(state)
+    def _prepare_next_weight(self, state: OptimizerState) -> None:
+        """Mine refusals after a point, and add a larger weight if the last one left too many."""
+        at_end = state.steps == self._last_step(state)
         if at_end and state.extra_weights == MAX_EXTRA_WEIGHTS:
             return
         if self._mine_refusals(state) > STILL_REFUSED and at_end:
             state.extra_weights += 1
-            self.reporter.info("More than a tenth of the prompts are still declined; on to a stricter weight.")
+            self.reporter.info("More than a tenth of the prompts are still refused. Continuing with a larger weight.")
 
-    def _end(self, state: OptimizerState) -> int:
+    def _last_step(self, state: OptimizerState) -> int:
         return (len(self.settings.weights) + state.extra_weights) * self.settings.steps
 
     def _weight(self, number: int) -> float:
-        """The settings' weights, and beyond them stricter ones."""
+        """Return a weight of the settings, or an extra, larger one."""
         weights = self.settings.weights
         beyond = number - len(weights) + 1
         return weights[number] if beyond <= 0 else weights[-1] * EXTRA_FACTOR**beyond
 
     def _too_gentle(self, state: OptimizerState) -> bool:
-        """Whether the rest of a weight's steps can be spared: refusing is not worth any strength's penalty. Never of the last."""
+        """Return whether a weight raised no strength above 0, so that its other steps can be skipped; never the last."""
         steps = self.settings.steps
         at_last = state.steps > (len(self.settings.weights) - 1) * steps
-        told = steps > STEPS_TO_TELL and state.steps % steps == STEPS_TO_TELL
-        return told and not at_last and not state.strengths.any()
+        measurable = steps > MIN_STEPS_PER_WEIGHT and state.steps % steps == MIN_STEPS_PER_WEIGHT
+        return measurable and not at_last and not state.strengths.any()
 
     def step(self, state: OptimizerState, weight: float) -> LossTerms:
         """One step of Adam on one minibatch, then back into the allowed range."""
         leaves = {name: t.detach().clone().requires_grad_() for name, t in state.tensors.items()}
         harmless, harmful = (self._minibatch(rows, state.steps) for rows in self.train)
-        # Of the words that were heard some take part in every step, in the place of up to half of the others.
-        heard = self._minibatch(self._refusals_in(self.train[1], state), state.steps, most=len(harmful) // 2)
-        batch = [harmless, [*heard, *harmful][: len(harmful)]]
+        # Mined refusals take up to half of every minibatch.
+        mined = self._minibatch(self._refusals_in(self.train[1], state), state.steps, most=len(harmful) // 2)
+        batch = [harmless, [*mined, *harmful][: len(harmful)]]
         ablation = self._ablation(leaves)
         reading = self.objective.evaluate(
             ablation, state.first_layer, *batch, weight=weight, wanted=list(leaves.values())
         )
         gradients = dict(zip(leaves, reading.gradients, strict=True))
-        # As a penalty in the loss: a strength stays above 0 only where it is worth more than this.
+        # L1 penalty: a strength stays above 0 only if it reduces the loss by more.
         gradients["strengths"] = gradients["strengths"] + self.settings.sparsity
         if "vector" in leaves:
             gradients["vector"] = gradients["vector"] + self._off_span_penalty(leaves["vector"])
         for name, tensor in state.tensors.items():
-            # A destroyed model has no slope; the momentum of the steps before leads on.
+            # A destroyed model has NaN gradients; the momentum carries on.
             self._adam(state, name, tensor, gradients[name].nan_to_num(0.0, 0.0, 0.0))
-        state.strengths.clamp_(0, STRONGEST)
+        state.strengths.clamp_(0, MAX_STRENGTH)
         state.strengths[:, : state.first_layer] = 0
         state.steps += 1
         return reading
 
-    def validation_prompts(self, state: OptimizerState) -> LossTerms:
-        """The state on the prompts that no step sees."""
-        harmful = [*self.held[1], *self._refusals_in(self.held[1], state)]
-        return self.objective.evaluate(self._ablation(state.tensors), state.first_layer, self.held[0], harmful)
+    def validate(self, state: OptimizerState) -> LossTerms:
+        """Evaluate the state on the validation prompts."""
+        harmful = [*self.validation[1], *self._refusals_in(self.validation[1], state)]
+        return self.objective.evaluate(self._ablation(state.tensors), state.first_layer, self.validation[0], harmful)
 
     def _mine_refusals(self, state: OptimizerState) -> float:
-        """Learn the words with which prompts are still declined at the last point; the share of the prompts that are."""
+        """Mine new refusals at the last point; returns the share of refused prompts."""
         if self.mine is None or state.points[-1].probability > MINE_BELOW:
             return 1.0 if self.mine else 0.0
-        found, refused = self.mine(state.points[-1].ablation)
-        new = [h for h in found if h not in state.extra_refusals]
+        mined, refused = self.mine(state.points[-1].ablation)
+        new = [h for h in mined if h not in state.extra_refusals]
         state.extra_refusals += new
         state.has_new_refusals = bool(new)
         self._add_refusals(state)
@@ -207,7 +197,7 @@ class PathOptimizer:
             self.objective = self.add_targets(state.extra_refusals)
 
     def _refusals_in(self, part: Sequence[int], state: OptimizerState) -> list[int]:
-        """The objective's rows of what was heard from prompts of this part."""
+        """Return the objective's rows of refusals mined from these prompts."""
         rows = set(part)
         return [self._refusals + i for i, (row, _) in enumerate(state.extra_refusals) if row in rows]
 
@@ -216,14 +206,14 @@ class PathOptimizer:
         return Ablation(strengths, tensors.get("mixture"), vector=tensors.get("vector"))
 
     def _off_span_penalty(self, vector: Tensor) -> Tensor:
-        """Slope of the penalty on the share of each vector, squared, that is outside the span of the layers' directions."""
+        """Compute the gradient of the squared share of each vector outside the span of the layers' directions."""
         span = torch.linalg.qr(self.objective.operator_factory.directions.all_directions.flatten(0, 1).T).Q
         unit = torch.nn.functional.normalize(vector.unflatten(0, (-1, len(span))), dim=1)
         outside = (unit - (unit @ span) @ span.T).square().sum()
         return self.settings.off_span_penalty * torch.autograd.grad(outside, vector)[0]
 
     def _minibatch(self, rows: Sequence[int], step: int, most: int | None = None) -> list[int]:
-        """The rows in an order that changes with every round through them, as many as a step takes, or at most so many."""
+        """Select the minibatch of a step, from rows shuffled in every epoch."""
         size = min(self.settings.batch if most is None else most, len(rows))
         if not size:
             return []
@@ -232,8 +222,8 @@ class PathOptimizer:
         return [rows[i] for i in order[place * size : (place + 1) * size]]
 
     def _adam(self, state: OptimizerState, name: str, tensor: Tensor, gradient: Tensor) -> None:
-        """torch.optim.Adam on one tensor, its moments where they can be kept."""
-        # A vector of norm 1 is to move as far as a strength, not each of its components.
+        """Run torch.optim.Adam on one tensor, with its moments in the resumable state."""
+        # A unit vector moves as far as a strength; without the scaling each component would.
         width = self.objective.operator_factory.directions.vectors.shape[-1]
         rate = self.settings.learning_rate / (width**0.5 if name == "vector" else 1)
         optimizer = torch.optim.Adam([tensor], lr=rate)
@@ -248,17 +238,17 @@ class PathOptimizer:
     def _finish_point(self, state: OptimizerState, weight: float) -> None:
         used = state.strengths.sum(dim=0).nonzero()
         state.first_layer = int(used[0]) if len(used) else state.first_layer
-        reading = self.validation_prompts(state)
+        reading = self.validate(state)
         strengths = {c: tuple(row) for c, row in zip(self.components, state.strengths.tolist(), strict=True)}
         mixture, vector = (None if t is None else tuple(t.tolist()) for t in (state.mixture, state.vector))
         state.points.append(PathPoint(weight, strengths, mixture, reading.kl, reading.probability, vector))
         self.reporter.info(
-            f"Weight {weight:g}: KL {reading.kl:.4f}, probability of refusing {reading.probability:.3f} on prompts held back; "
+            f"Weight {weight:g}: KL {reading.kl:.4f}, refusal probability {reading.probability:.3f} on validation prompts; "
             f"edited from layer {state.first_layer}."
         )
 
 
 def _split(count: int, held_back: float) -> tuple[list[int], list[int]]:
-    """Rows for the steps, and rows held back."""
+    """Split rows into training and validation."""
     held = max(1, round(count * held_back))
     return list(range(count - held)), list(range(count - held, count))

@@ -1,4 +1,4 @@
-"""How far a trial is measured: exactly as far as it can still reach the front."""
+"""Pruning: stop a trial once it can no longer reach the Pareto front."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from heretic.storage import attributes
 
 @dataclass(frozen=True)
 class ParetoThreshold:
-    """The front of what is fully measured so far, as (KL, expected refusals); a trial that one of them beats in both is not on
-    it."""
+    """Pareto front of the fully measured trials, as (KL, expected refusals)."""
 
     points: Sequence[tuple[float, float]]
 
     def dominates(self, kl: float, at_least: float) -> bool:
-        """Whether a trial of this KL, with at least so many refusals, cannot be on the front whatever else it does.
+        """Return whether a trial with this KL and at least this many expected refusals cannot reach the front.
 
-        A model that was destroyed (its KL is no finite number) never is.
+        A destroyed model (KL not finite) is always dominated.
         """
         if not math.isfinite(kl):
             return True
@@ -37,76 +36,76 @@ class ParetoThreshold:
 
 @dataclass(frozen=True)
 class PrunedResult:
-    """A trial that was left early."""
+    """A pruned trial."""
 
     number: int
     params: dict[str, Any]
     kl: float
-    refusals: float  # expected, as the sampler was told
-    again: int | None  # the earlier trial that it measures again
+    refusals: float  # expected, as reported to the sampler
+    reevaluates: int | None  # number of the earlier pruned trial that this one evaluates again
 
 
 @dataclass(frozen=True)
 class StudyHistory:
-    """A study's finished trials, seen from what was measured of each."""
+    """The finished trials of a study: fully measured and pruned ones."""
 
     results: list[Result]
     pruned: list[PrunedResult]
 
     @classmethod
     def of(cls, study: optuna.Study, without: Collection[int] = ()) -> StudyHistory:
-        """Read a study, but for the trials whose numbers are left out. Raises UserError for a damaged one."""
+        """Read a study, except the trials `without`. Raises UserError for a damaged trial."""
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        believed = [t for t in complete if t.number not in without]
-        known = [(t, attributes.pruned(study, t)) for t in believed]
-        stopped = [
+        included = [t for t in complete if t.number not in without]
+        known = [(t, attributes.pruned(study, t)) for t in included]
+        pruned = [
             PrunedResult(
                 t.number,
                 dict(t.params),
-                beaten.divergence.mean,
+                outcome.divergence.mean,
                 attributes.objective_values(study, t)[1],
                 attributes.reevaluates(study, t),
             )
-            for t, beaten in known
-            if beaten is not None
+            for t, outcome in known
+            if outcome is not None
         ]
-        return cls(results_of(study, believed), stopped)
+        return cls(results_of(study, included), pruned)
 
     @property
     def threshold(self) -> ParetoThreshold:
-        """What a new trial has to beat."""
-        return ParetoThreshold(
-            [r.point for r in pareto_front(self.results)]
-        )  # whatever one of the others beats, one of these beats too
+        """The front that a new trial must reach."""
+        # Dominance is transitive: the front dominates whatever any other trial dominates.
+        return ParetoThreshold([r.point for r in pareto_front(self.results)])
 
     @property
     def surrogates(self) -> list[tuple[RefusalProxy, float]]:
-        """Surrogate and expected refusals of the measured trials, in their order."""
+        """Proxy and expected refusals of the fully measured trials, in order."""
         return [(r.scores.surrogate, r.scores.expected) for r in self.results if r.scores.surrogate]
 
     @property
     def surrogate_error(self) -> float | None:
-        """How far the estimates were off, in refusals, had the measured trials been estimated."""
+        """Mean error, in refusals, of estimating each measured trial from the earlier ones."""
         return prediction_error(self.surrogates, self.results[0].scores.total) if self.results else None
 
-    def estimate(self, found: PrunedTrial) -> float:
-        """Refusals expected of a trial that was stopped."""
-        return Calibration.fit(self.surrogates, found.total).estimate(found.surrogate, found.expected_at_least)
+    def estimate(self, trial: PrunedTrial) -> float:
+        """Estimate the refusals of a pruned trial."""
+        return Calibration.fit(self.surrogates, trial.total).estimate(trial.surrogate, trial.expected_at_least)
 
     def pending_full_evaluations(self) -> list[PrunedResult]:
-        """Stopped trials whose estimate would put them on the front: they have to be measured in full before the study ends."""
-        repeated = {t.again for t in self.pruned} | {r.reevaluates for r in self.results}
-        bar = self.threshold
-        return [t for t in self.pruned if t.number not in repeated and not bar.dominates(t.kl, t.refusals)]
+        """Return the pruned trials whose estimate is on the front: they need a full evaluation before the study ends."""
+        reevaluated = {t.reevaluates for t in self.pruned} | {r.reevaluates for r in self.results}
+        threshold = self.threshold
+        return [t for t in self.pruned if t.number not in reevaluated and not threshold.dominates(t.kl, t.refusals)]
 
 
 def objective_values(
-    found: Scores | PrunedTrial, progress: StudyHistory, kl_floor: float, worst_kl: float
+    outcome: Scores | PrunedTrial, history: StudyHistory, kl_floor: float, worst_kl: float
 ) -> list[float]:
-    """What the sampler is told of a trial: a KL within its bounds, and the requests declined or evaded, estimated where
-    it was stopped. A destroyed model declines nothing, which is no merit: it is told as the worst. All values are finite, since
-    Optuna takes a trial with another one for failed."""
-    refusals = found.expected if isinstance(found, Scores) else progress.estimate(found)
-    if not math.isfinite(refusals) or not math.isfinite(found.divergence.mean):
-        refusals = float(found.total)
-    return [min(max(found.divergence.mean, kl_floor), worst_kl), refusals]
+    """Compute the objective values for the sampler: clamped KL, and expected refusals (estimated for a pruned trial).
+
+    A destroyed model gets the worst values. All values are finite, since Optuna fails a trial with any other.
+    """
+    refusals = outcome.expected if isinstance(outcome, Scores) else history.estimate(outcome)
+    if not math.isfinite(refusals) or not math.isfinite(outcome.divergence.mean):
+        refusals = float(outcome.total)
+    return [min(max(outcome.divergence.mean, kl_floor), worst_kl), refusals]

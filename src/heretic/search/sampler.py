@@ -1,7 +1,7 @@
-"""The sampler of one trial: TPE, seeded by the trial's place in the study, and kept quick where a study is very long.
+"""TPE sampler of one trial, seeded by the trial's number and bounded in long studies.
 
-TPE reads all finished trials for every new one. What it learns from the thousandth mediocre trial is nothing, but with ten
-thousand of them a draw takes a quarter of a second. So beyond `ENOUGH` it is shown the best and the latest ones only.
+TPE reads all finished trials for every new one: with ten thousand of them a sample takes a quarter of a second. Above
+`MAX_SHOWN_TRIALS` it reads only the best and the latest ones.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from optuna.trial import FrozenTrial, TrialState
 
 from heretic.settings import Settings
 
-ENOUGH = 300  # finished trials that TPE is shown: half of them the best, half the latest
+MAX_SHOWN_TRIALS = 300  # finished trials that TPE reads: half of them the best, half the latest
 
 
 def sampler(settings: Settings, number: int) -> BaseSampler:
-    """For the trial that comes after `number` others, finished or under way.
+    """Create the sampler of the trial that follows `number` finished or running trials.
 
-    Seeded by that, so that a study that was interrupted draws what an uninterrupted one would have drawn, and workers side by
-    side draw different ones.
+    The number is part of the seed: a resumed study samples what an uninterrupted one would have sampled, and parallel
+    workers sample different trials.
     """
     return BoundedTPESampler(
         TPESampler(
             seed=(settings.seed * 1_000_003 + number) % 2**32,
             n_startup_trials=settings.search.n_startup_trials,
             multivariate=True,
-            constant_liar=True,  # what is under way, here or elsewhere, counts as bad: others are drawn apart from it
+            constant_liar=True,  # running trials count as bad, so that new ones keep away from them
         )
     )
 
 
 class BoundedTPESampler(BaseSampler):
-    """Another sampler that is shown a bounded part of a study."""
+    """Wraps a sampler and shows it a bounded part of the study."""
 
-    def __init__(self, inner: BaseSampler, enough: int = ENOUGH) -> None:
+    def __init__(self, inner: BaseSampler, enough: int = MAX_SHOWN_TRIALS) -> None:
         self.inner, self.enough = inner, enough
         self._shown: tuple[int, optuna.Study] | None = None
 
@@ -74,45 +74,46 @@ class BoundedTPESampler(BaseSampler):
         self.inner.after_trial(study, trial, state, values)
 
     def _part(self, study: optuna.Study, trial: FrozenTrial) -> optuna.Study:
-        """The study itself, or one in memory with the best and the latest of its trials."""
+        """Return the study, or an in-memory study with its best and latest trials."""
         known = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
         if len(known) <= self.enough:
             return study
         if self._shown is None or self._shown[0] != trial.number:
             part = optuna.create_study(directions=study.directions, sampler=self.inner)
-            part.add_trials([_bare(t) for t in relevant_trials(known, self.enough) if t.number != trial.number])
+            part.add_trials(
+                [_without_attributes(t) for t in relevant_trials(known, self.enough) if t.number != trial.number]
+            )
             self._shown = trial.number, part
         return self._shown[1]
 
 
-def relevant_trials(trials: Sequence[FrozenTrial], enough: int) -> list[FrozenTrial]:
-    """All trials under way, and of the finished ones `enough`: half of them the latest, and of the others the best, by fronts,
-    that keep to their constraints."""
+def relevant_trials(trials: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:
+    """Return all running trials and `count` finished ones: the latest half, then the best feasible ones by Pareto rank."""
     running = [t for t in trials if t.state == TrialState.RUNNING]
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
-    latest = complete[-(enough // 2) :]
+    latest = complete[-(count // 2) :]
     earlier = complete[: len(complete) - len(latest)]
-    kept = [t for t in earlier if all(excess <= 0 for excess in t.constraints.values())]
-    order = by_pareto_rank(np.array([t.values for t in kept]).reshape(-1, 2), enough - len(latest))
-    best = [kept[i] for i in order]
+    feasible = [t for t in earlier if all(excess <= 0 for excess in t.constraints.values())]
+    order = by_pareto_rank(np.array([t.values for t in feasible]).reshape(-1, 2), count - len(latest))
+    best = [feasible[i] for i in order]
     return [*sorted(best, key=lambda t: t.number), *latest, *running]
 
 
-def by_pareto_rank(values: np.ndarray, enough: int) -> list[int]:
-    """So many indices of the rows (two values, both to be small): the Pareto front's, then those of the front without these, ..."""
-    left = np.lexsort((values[:, 1], values[:, 0]))
-    found: list[int] = []
-    while len(left) and len(found) < enough:
-        second = values[left, 1]
+def by_pareto_rank(values: np.ndarray, count: int) -> list[int]:
+    """Return `count` row indices of two minimized objectives [rows, 2], in the order of their Pareto rank."""
+    remaining = np.lexsort((values[:, 1], values[:, 0]))
+    ranked: list[int] = []
+    while len(remaining) and len(ranked) < count:
+        second = values[remaining, 1]
         before = np.minimum.accumulate(np.concatenate(([np.inf], second[:-1])))
         on_front = second < before
-        found += left[on_front].tolist()
-        left = left[~on_front]
-    return found[:enough]
+        ranked += remaining[on_front].tolist()
+        remaining = remaining[~on_front]
+    return ranked[:count]
 
 
-def _bare(trial: FrozenTrial) -> FrozenTrial:
-    """What TPE reads of a trial."""
+def _without_attributes(trial: FrozenTrial) -> FrozenTrial:
+    """Copy only what TPE reads of a trial."""
     finished = trial.state == TrialState.COMPLETE
     return optuna.trial.create_trial(
         state=trial.state,

@@ -1,4 +1,4 @@
-"""Which trials are next, decided by one worker of a study at a time, so that there are neither too many nor too few."""
+"""Scheduler of trials: one worker at a time decides which trials come next, so that their number is exact."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from heretic.storage.heartbeat import claim_waiting_trial, requeue_stale_trials,
 from heretic.storage.retrying import RetryingRDBStorage
 from heretic.storage.study_lock import LockLost, rdb_storage, study_lock
 
-POLL_SECONDS = 1.0  # seconds, while other workers measure the last trials
+POLL_SECONDS = 1.0  # while other workers measure the last trials
 
 
 class TrialSampler(Protocol):
-    """What says how many trials fit together, and draws them."""
+    """Sets the batch size and samples trials."""
 
     def trials_per_batch(self, before: int | None) -> int:
-        """How many trials to hand over at a time; `before` is what this came to in an earlier session."""
+        """Return the number of trials per batch; `before` is the value of an earlier session."""
 
     def sample(self, trial: optuna.Trial) -> object:
-        """Draw a trial's parameters; they are stored with it."""
+        """Sample the parameters of a trial; Optuna stores them."""
 
 
 def n_complete(study: optuna.Study) -> int:
-    """Number of trials that are told."""
+    """Return the number of finished trials."""
     return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
 
 @dataclass
 class TrialScheduler:
-    """The trials of a study that are still to be measured, by this worker or, if it is `shared`, by others beside it."""
+    """Hands out the remaining trials of a study to this worker; `shared`: other workers take trials too."""
 
     study: optuna.Study
     settings: Settings
@@ -51,7 +51,7 @@ class TrialScheduler:
     shared: bool = False
 
     def enqueue_initial(self, starts: Sequence[dict[str, Any]]) -> None:
-        """Have the trials to begin with asked for next, those that are not yet in the study; a failed one is tried again."""
+        """Enqueue the initial trials that the study does not have yet; failed ones are enqueued again."""
         while True:
             try:
                 with study_lock(self.study):
@@ -61,64 +61,71 @@ class TrialScheduler:
                         if number not in known:
                             self.study.enqueue_trial(params, user_attrs={START: number})
                 return
-            except LockLost:  # what was queued stays, and is seen the next time
+            except LockLost:  # enqueued trials stay, and the next attempt finds them
                 continue
 
     def next(self) -> list[optuna.Trial]:
-        """The next trials, signed and drawn; once all are finished, one that was told with an estimate good enough for the
-        front; then none. Raises Interrupted."""
-        together = self._trials_per_batch()
-        signed = signature()  # before the turn, which others wait for: the drivers are asked for it
+        """Return the next signed and sampled trials, then full evaluations of promising pruned ones, then none.
+
+        Raises:
+            Interrupted: after a stop request.
+        """
+        batch_size = self._trials_per_batch()
+        signed = signature()  # before taking the lock: it queries the GPU drivers, which is slow
         while True:
             self.stop.check()
             asked: list[optuna.Trial] = []
             try:
                 with study_lock(self.study):
-                    others = self._decide(together, asked, signed)
-            except (
-                LockLost,
-                optuna.exceptions.UpdateFinishedTrialError,
-            ):  # the connection was cut: others have decided too
-                self._give_back(asked)
+                    others = self._claim_trials(batch_size, asked, signed)
+            except (LockLost, optuna.exceptions.UpdateFinishedTrialError):
+                # The connection was cut, so another worker may have decided too.
+                self._fail_trials(asked)
                 continue
             except BaseException:
-                self._give_back(asked)
+                self._fail_trials(asked)
                 raise
             if asked or not others:
                 return asked
             self.reporter.study_updated(StudySummary.of(self.study, self.settings))
             time.sleep(POLL_SECONDS)
 
-    def _decide(self, together: int, asked: list[optuna.Trial], signed: dict[str, Any]) -> int:
-        """Within a turn: ask for what there is to do; how many trials others have under way."""
+    def _claim_trials(self, batch_size: int, asked: list[optuna.Trial], signed: dict[str, Any]) -> int:
+        """Claim the next trials while holding the lock; returns the number of trials running on other workers."""
         running = self._running() if self.shared else []
-        repeated = {t.number: attributes.reevaluates(self.study, t) for t in running}
-        left = self.settings.n_trials - n_complete(self.study) - sum(number is None for number in repeated.values())
-        if left > 0:
-            for _ in range(min(together, left)):
-                self.study.sampler = sampler(self.settings, self._sampled())
+        reevaluated = {t.number: attributes.reevaluates(self.study, t) for t in running}
+        remaining = (
+            self.settings.n_trials - n_complete(self.study) - sum(number is None for number in reevaluated.values())
+        )
+        # 1. Sample new trials until `n_trials` are finished or running.
+        if remaining > 0:
+            for _ in range(min(batch_size, remaining)):
+                self.study.sampler = sampler(self.settings, self._sampler_number())
                 self._sign(self.study.ask(), asked, signed)
-                # At once: what is drawn at random comes from the study's sampler of the moment.
+                # Sample at once: random parameters come from the sampler that the study has now.
                 self.trials.sample(asked[-1])
-        elif None not in repeated.values():  # whatever is under way repeats another
-            under_way = set(repeated.values())
-            for unsettled in StudyHistory.of(self.study).pending_full_evaluations():
-                if unsettled.number not in under_way:
-                    self.study.enqueue_trial(unsettled.params, user_attrs={REEVALUATES: unsettled.number})
-                    again = claim_waiting_trial(self.study, self.study.get_trials(deepcopy=False)[-1])
-                    if again is not None:
-                        self._sign(again, asked, signed)
+        # 2. Then evaluate promising pruned trials in full, one at a time, once only reevaluations are running.
+        elif None not in reevaluated.values():
+            under_way = set(reevaluated.values())
+            for pending in StudyHistory.of(self.study).pending_full_evaluations():
+                if pending.number not in under_way:
+                    self.study.enqueue_trial(pending.params, user_attrs={REEVALUATES: pending.number})
+                    reevaluation = claim_waiting_trial(self.study, self.study.get_trials(deepcopy=False)[-1])
+                    if reevaluation is not None:
+                        self._sign(reevaluation, asked, signed)
                     break
         return len(running)
 
     def _running(self) -> list[FrozenTrial]:
         for dead in requeue_stale_trials(self.study, self.settings.workers):
-            self.reporter.warning(f"The worker of trial {dead.number} is gone; its parameters are tried again.")
+            self.reporter.warning(f"The worker of trial {dead.number} is gone. Another worker retries the trial.")
         return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
-    def _sampled(self) -> int:
-        """What the next trial's sampler is seeded by. Beside others it must be a number that never comes twice; alone, a trial that
-        was cut off is drawn again, and one that failed by itself is not."""
+    def _sampler_number(self) -> int:
+        """Return the number that seeds the next trial's sampler.
+
+        With other workers it must be unique. Alone, an interrupted trial is sampled again; one that failed is not.
+        """
         trials = self.study.get_trials(deepcopy=False)
         if self.shared:
             return len(trials)
@@ -132,12 +139,12 @@ class TrialScheduler:
         if isinstance(storage, RetryingRDBStorage) and storage.get_heartbeat_interval():
             storage._retry(storage.record_heartbeat, trial._trial_id)
 
-    def _give_back(self, asked: Sequence[optuna.Trial]) -> None:
+    def _fail_trials(self, asked: Sequence[optuna.Trial]) -> None:
         for trial in asked:
             self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
     def _trials_per_batch(self) -> int:
-        """How many trials at a time: stored, since what is drawn depends on it, and a resumed study shall draw the same."""
+        """Return the batch size, stored in the study so that a resumed study samples the same trials."""
         before = attributes.trials_per_batch(self.study)
         now = self.trials.trials_per_batch(before)
         if now != before:

@@ -1,4 +1,4 @@
-"""The search space: which ablations a study tries."""
+"""Search space: the ablations that a study samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHIFT = 1.0  # layers
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The ablations of a model with so many layers and these components: kernels, or what lies around a walk."""
+    """The ablations of a model: strength kernels, or variations of a gradient path."""
 
     search: SearchSettings
     num_layers: int
@@ -30,25 +30,25 @@ class SearchSpace:
     path: GradientPath | None = None
 
     def sample(self, trial: optuna.trial.BaseTrial) -> Ablation:
-        """Draw one ablation; what a trial has been given already stays."""
+        """Sample one ablation; parameters that the trial already has are reused."""
         gradient_path = self.path
         if gradient_path is None or not gradient_path.points or self.search.start == "kernels":
             return self._by_kernels(trial)
         return self._around_path(trial, gradient_path)
 
     def from_params(self, params: Mapping[str, Any]) -> Ablation:
-        """The ablation that a stored trial's parameters stand for. Raises UserError where they are not of this space."""
+        """Build the ablation of a stored trial's parameters. Raises UserError if they are not of this space."""
         try:
             ablation = self.sample(optuna.trial.FixedTrial(dict(params)))
         except (ValueError, LookupError, TypeError, OverflowError) as error:
             raise foreign_parameters(error) from None
-        given = [value for value in params.values() if isinstance(value, float)]
-        if not all(map(math.isfinite, given)) or not _finite(ablation):
+        numbers = [value for value in params.values() if isinstance(value, float)]
+        if not all(map(math.isfinite, numbers)) or not _finite(ablation):
             raise foreign_parameters("a number is not finite")
         return ablation
 
     def initial_params(self) -> list[dict[str, Any]]:
-        """Parameters of the walk's own points, which are tried first, the strict ones before the gentle ones."""
+        """Return the parameters of the points of the gradient path, largest weight first."""
         if self.path is None or self.search.start == "kernels":
             return []
         middle: dict[str, Any] = {name: 1.0 for name in self._gains}
@@ -71,13 +71,13 @@ class SearchSpace:
         return gradient_path.at(position, gains, shift)
 
     def _by_kernels(self, trial: optuna.trial.BaseTrial) -> Ablation:
-        """All parameters are drawn for every trial, so that TPE sees one space without branches."""
+        """Sample every parameter in every trial, so that the space has no branches for TPE."""
         search, depth = self.search, self.num_layers - 1
 
         scope = trial.suggest_categorical("direction_scope", search.direction_scope)
-        at = trial.suggest_float("direction_index", *(share * depth for share in search.direction_index))
+        index = trial.suggest_float("direction_index", *(share * depth for share in search.direction_index))
         kernels = {c: _kernel(trial, c, getattr(search, c), depth) for c in self.components}
-        return Ablation.from_kernels(kernels, self.num_layers, at if scope == "global" else None)
+        return Ablation.from_kernels(kernels, self.num_layers, index if scope == "global" else None)
 
 
 def _finite(ablation: Ablation) -> bool:
@@ -87,7 +87,7 @@ def _finite(ablation: Ablation) -> bool:
 
 
 def foreign_parameters(why: object) -> UserError:
-    """The error for a trial whose parameters heretic cannot have drawn from this search space."""
+    """Create the error for a trial whose parameters do not belong to this search space."""
     return UserError(
         f"The parameters of a stored trial do not fit this model's search space: {plain_line(str(why))[:200]}",
         code="damaged-study",
@@ -97,9 +97,9 @@ def foreign_parameters(why: object) -> UserError:
 
 
 def describe(params: Mapping[str, Any]) -> str:
-    """In two words, where a trial's ablation comes from."""
+    """Describe a trial's ablation in a few words."""
     if "walk.point" in params:
-        return f"walk {params['walk.point']:.2f}"
+        return f"path {params['walk.point']:.2f}"
     scope, index = params.get("direction_scope"), params.get("direction_index")
     if scope == "global" and isinstance(index, float):
         return f"layer {index:.1f}"
@@ -107,7 +107,7 @@ def describe(params: Mapping[str, Any]) -> str:
 
 
 def _kernel(trial: optuna.trial.BaseTrial, component: str, space: KernelSpace, depth: int) -> StrengthKernel:
-    # Below 0 counts as 0: an interval of the space, not a single point, stands for leaving the component alone.
+    # Below 0 counts as 0: an interval of the space, not a single point, leaves the component unedited.
     largest = max(0.0, trial.suggest_float(f"{component}.max_weight", *space.max_weight))
     position = trial.suggest_float(
         f"{component}.max_weight_position", *(share * depth for share in space.max_weight_position)

@@ -1,4 +1,4 @@
-"""The study: ask Optuna for trials, have them measured, tell."""
+"""Ask-and-tell loop of a study: sample trials with Optuna, measure them, store the outcomes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 
 from heretic.errors import UserError
 from heretic.interrupt import StopSignal
+from heretic.progress import Stage
 from heretic.scoring.evaluator import Scores, TrialOutcome, no_pruning
 from heretic.search.pruning import ParetoThreshold, StudyHistory, objective_values
 from heretic.search.scheduler import TrialSampler, TrialScheduler, n_complete
@@ -20,23 +21,22 @@ from heretic.storage.attributes import ERROR, KL_PER_PROMPT, PRUNED, SCORES, STA
 from heretic.storage.checksum import with_checksum
 from heretic.storage.heartbeat import retry_of, signature, trial_heartbeats
 
-# An ablation that destroys the model has an infinite KL; TPE needs a number, and any this large is as bad as another.
+# A destroyed model has an infinite KL; TPE needs a finite number, and every KL this large is equally bad.
 WORST_KL = 100.0
-FAILURES_IN_A_ROW = 3
-MOST_PROMPTS = 2000  # of which it is stored
+MAX_CONSECUTIVE_FAILURES = 3
+MAX_STORED_PROMPTS = 2000  # per trial whose KL is stored
 
 
 class TrialMeasurer(TrialSampler, Protocol):
-    """What draws and measures trials."""
+    """Samples and measures trials."""
 
     def initial_params(self) -> Sequence[dict[str, Any]]:
-        """Parameters of the trials to begin with, which are measured in full."""
+        """Return the parameters of the initial trials, which are measured in full."""
 
     def measure(
-        self, trials: Sequence[optuna.Trial], beaten: Callable[[float, float], bool]
+        self, trials: Sequence[optuna.Trial], is_dominated: Callable[[float, float], bool]
     ) -> list[TrialOutcome | UserError]:
-        """What came out of each; `beaten(KL, unanswered requests to expect at least)` says that one need not be measured any
-        further."""
+        """Measure the trials; one is pruned once `is_dominated(KL, lower bound of expected refusals)` is True."""
 
 
 def run_study(
@@ -49,80 +49,102 @@ def run_study(
     after_batch: Callable[[], None] = lambda: None,
     shared: bool = False,
 ) -> None:
-    """Go on until the study holds `settings.n_trials` finished trials.
+    """Run trials until the study has `settings.n_trials` finished ones.
 
-    Trials are asked for as many at a time as `trials` runs together, and all stored before the next are asked for. One that
-    a finished trial has beaten is left early and told with an estimate; it counts, but is never a result. A trial that is
-    interrupted or fails is marked failed and does not count; three that fail one after the other end the study. `after_batch`
-    is called when trials have been told. Raises Interrupted, or the last error.
+    A pruned trial counts, with estimated objectives, but is never a result. An interrupted or failed trial is marked failed and
+    does not count; three consecutive failures end the study.
 
-    `shared`: other workers do the same. What they have under way counts as if it were finished, so that there are exactly
-    `n_trials` in the end; and this one stays until the others are done too, in case that one dies.
+    Args:
+        after_batch: called whenever a batch is stored.
+        shared: other workers run trials too. Their running trials count as finished, so that the study ends with exactly
+            `n_trials`; this worker stays until they are done, in case that one dies.
+
+    Raises:
+        Interrupted: after a stop request.
+        UserError: the last error after three consecutive failures.
     """
-    failures = 0
-    queue = TrialScheduler(study, settings, trials, reporter, stop, shared)
-    queue.enqueue_initial(trials.initial_params())
+    loop = _StudyLoop(study, settings, trials, reporter)
+    scheduler = TrialScheduler(study, settings, trials, reporter, stop, shared)
+    scheduler.enqueue_initial(trials.initial_params())
     with reporter.stage("Trials", settings.n_trials) as stage:
-        seen = n_complete(study)
-        stage.advance(seen)
+        stage.advance(loop.n_counted)
         reporter.study_updated(StudySummary.of(study, settings))
-        while asked := queue.next():
+        while batch := scheduler.next():
             try:
-                progress = StudyHistory.of(study)
-                in_full = not settings.early_stopping or any(START in trial.user_attrs for trial in asked)
-                with trial_heartbeats(study, asked):
-                    measured = trials.measure(asked, no_pruning if in_full else progress.threshold.dominates)
-                    for trial, found in zip(asked, measured, strict=True):
-                        if isinstance(found, UserError):
-                            with suppress(optuna.exceptions.UpdateFinishedTrialError):  # it went to another worker
-                                trial.set_user_attr(ERROR, found.what)
-                            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-                            failures += 1
-                            reporter.warning(f"Trial {trial.number} failed: {found.what}")
-                            if failures == FAILURES_IN_A_ROW:
-                                raise found
-                            continue
-                        failures = 0
-                        values = objective_values(found, progress, settings.search.kl_floor, WORST_KL)
-                        kept = _record(study, trials, trial, found, values, progress.threshold)
-                        if kept is None:
-                            reporter.warning(
-                                f"Trial {trial.number} went to another worker: this one was silent for too long."
-                            )
-                            continue
-                        done = n_complete(study)
-                        stage.advance(done - seen)  # with those of other workers
-                        seen = done
-                        reporter.info(f"Trial {kept.number} ({done} of {settings.n_trials}): {_line(found)}")
+                loop.run_batch(batch, stage)
             except BaseException:
-                for trial in asked:
+                for trial in batch:
                     study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                 raise
             reporter.study_updated(StudySummary.of(study, settings))
             after_batch()
 
 
-def _record(
+class _StudyLoop:
+    """Measures batches and stores their outcomes; counts consecutive failures and finished trials."""
+
+    def __init__(self, study: optuna.Study, settings: Settings, trials: TrialMeasurer, reporter: StudyReporter) -> None:
+        self.study, self.settings, self.trials, self.reporter = study, settings, trials, reporter
+        self.consecutive_failures = 0
+        self.n_counted = n_complete(study)
+
+    def run_batch(self, batch: Sequence[optuna.Trial], stage: Stage) -> None:
+        """Measure a batch and store every outcome."""
+        history = StudyHistory.of(self.study)
+        in_full = not self.settings.early_stopping or any(START in trial.user_attrs for trial in batch)
+        with trial_heartbeats(self.study, batch):
+            outcomes = self.trials.measure(batch, no_pruning if in_full else history.threshold.dominates)
+            for trial, outcome in zip(batch, outcomes, strict=True):
+                if isinstance(outcome, UserError):
+                    self._store_failure(trial, outcome)
+                else:
+                    self._finish_trial(trial, outcome, history, stage)
+
+    def _store_failure(self, trial: optuna.Trial, error: UserError) -> None:
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):  # another worker has taken it over
+            trial.set_user_attr(ERROR, error.what)
+        self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        self.consecutive_failures += 1
+        self.reporter.warning(f"Trial {trial.number} failed: {error.what}")
+        if self.consecutive_failures == MAX_CONSECUTIVE_FAILURES:
+            raise error
+
+    def _finish_trial(self, trial: optuna.Trial, outcome: TrialOutcome, history: StudyHistory, stage: Stage) -> None:
+        self.consecutive_failures = 0
+        values = objective_values(outcome, history, self.settings.search.kl_floor, WORST_KL)
+        stored = _store_outcome(self.study, self.trials, trial, outcome, values, history.threshold)
+        if stored is None:
+            self.reporter.warning(
+                f"Another worker has taken over trial {trial.number}, because this worker sent no heartbeat for too long."
+            )
+            return
+        done = n_complete(self.study)
+        stage.advance(done - self.n_counted)  # includes trials of other workers
+        self.n_counted = done
+        self.reporter.info(f"Trial {stored.number} ({done} of {self.settings.n_trials}): {_summary_line(outcome)}")
+
+
+def _store_outcome(
     study: optuna.Study,
     trials: TrialMeasurer,
     trial: optuna.Trial,
-    found: TrialOutcome,
+    outcome: TrialOutcome,
     values: list[float],
-    bar: ParetoThreshold,
+    threshold: ParetoThreshold,
 ) -> optuna.Trial | None:
-    """Store what was measured; the trial that holds it, or None where it cannot count any more.
+    """Store an outcome; returns the trial that holds it, or None if it was discarded.
 
-    A worker that was not heard of for too long has lost its trial. What it measured is stored as the repetition of that trial
-    if nobody has begun with it; else it is let go, since the same parameters would count twice.
+    A worker without a heartbeat for too long loses its trial, which is then enqueued again. Its outcome is stored in that retry
+    if no worker has claimed it; otherwise it is discarded, since the same parameters would count twice.
     """
 
     def store(where: optuna.Trial) -> None:
-        kind = SCORES if isinstance(found, Scores) else PRUNED
-        where.set_user_attr(kind, with_checksum(found.as_dict(), where.params))
-        for name, excess in found.excess.items() if isinstance(found, Scores) else ():
+        kind = SCORES if isinstance(outcome, Scores) else PRUNED
+        where.set_user_attr(kind, with_checksum(outcome.as_dict(), where.params))
+        for name, excess in outcome.excess.items() if isinstance(outcome, Scores) else ():
             where.set_constraint(name, excess)
-        if isinstance(found, Scores) and not bar.dominates(found.divergence.mean, found.expected):
-            where.set_user_attr(KL_PER_PROMPT, rounded(found.divergence.per_prompt[:MOST_PROMPTS]))
+        if isinstance(outcome, Scores) and not threshold.dominates(outcome.divergence.mean, outcome.expected):
+            where.set_user_attr(KL_PER_PROMPT, rounded(outcome.divergence.per_prompt[:MAX_STORED_PROMPTS]))
         study.tell(where, values)
 
     try:
@@ -131,26 +153,26 @@ def _record(
     except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
         if study.get_trials(deepcopy=False)[trial.number].state != TrialState.FAIL:
             raise
-    again = retry_of(study, trial.number)
-    if again is not None:
-        again.set_user_attr(WORKER, signature())
-        trials.sample(again)
-        store(again)
-    return again
+    retry = retry_of(study, trial.number)
+    if retry is not None:
+        retry.set_user_attr(WORKER, signature())
+        trials.sample(retry)
+        store(retry)
+    return retry
 
 
 def rounded(numbers: Sequence[float]) -> list[float]:
-    """Four digits of each, which is all that a drawing shows."""
+    """Round to four significant digits, which is all that a figure shows."""
     return [float(f"{number:.4g}") for number in numbers]
 
 
-def _line(found: TrialOutcome) -> str:
-    """What came out, for the log."""
-    kl, seconds = found.divergence.mean, found.seconds.get("trial", 0.0)
-    if isinstance(found, Scores):
-        evasive = f", {found.evasive} evasive" if found.evasive else ""
+def _summary_line(outcome: TrialOutcome) -> str:
+    """Format the outcome for the log."""
+    kl, seconds = outcome.divergence.mean, outcome.seconds.get("trial", 0.0)
+    if isinstance(outcome, Scores):
+        evasive = f", {outcome.evasive} evasive" if outcome.evasive else ""
         beyond = "".join(
-            f", {name.replace('_', '-')} {n:g} over the limit" for name, n in found.excess.items() if n > 0
+            f", {name.replace('_', '-')} {n:g} over the limit" for name, n in outcome.excess.items() if n > 0
         )
-        return f"{found.refusals} of {found.total} refused, KL {kl:.4f}{evasive}{beyond} ({seconds:.1f} s)"
-    return f"beaten, with at least {found.at_least} of {found.total} refused at KL {kl:.4f} ({seconds:.1f} s)"
+        return f"{outcome.refusals} of {outcome.total} refused, KL {kl:.4f}{evasive}{beyond} ({seconds:.1f} s)"
+    return f"pruned (dominated), at least {outcome.at_least} of {outcome.total} refused, KL {kl:.4f} ({seconds:.1f} s)"

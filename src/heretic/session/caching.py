@@ -1,4 +1,4 @@
-"""What a study need not compute again for every trial, each part only where a check on this model allows it."""
+"""Caching across trials, each part enabled only if a check on this model allows it."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from heretic.scoring.refusal_count import EncodedRequests
 
 log = logging.getLogger(__name__)
 
-MIN_SPEEDUP = 1.2  # more trials in a pass must decode so many times faster
-PROBED_STEPS = 3
+MIN_SPEEDUP = 1.2  # a larger batch must decode at least this much faster
+PROBE_STEPS = 3
 
 
 def enable_caching(evaluator: TrialEvaluator, refusal_texts: Sequence[list[int]]) -> TrialEvaluator:
-    """The ladder, trying what the original said where it declined, and beginning its passes where the first edited block is.
+    """Return the evaluator with drafts from the reference refusals, and with passes that start at the first edited block.
 
-    Neither is done where answers may leave the window of an attention layer: wrong tries would take up room in it.
+    Both stay off if answers may exceed the window of an attention layer: rejected draft tokens would take up space in it.
     """
     model = evaluator.language_model
     requests = EncodedRequests(evaluator.harmful, refusal_texts)
-    harmless = evaluator.taught.sequences
+    harmless = evaluator.harmless_texts.sequences
     if max(map(len, (*requests.with_drafts, *harmless))) + evaluator.max_tokens >= model.window:
-        log.info("nothing is tried or kept: prompts and answers are longer than the attention's window")
+        log.info("caching is off: prompts and answers are longer than the attention window")
         return evaluator
-    evaluator = replace(evaluator, tried=refusal_texts)
+    evaluator = replace(evaluator, drafts=refusal_texts)
     if not supports_mid_stack_start(model.model, model.structure.blocks, harmless, evaluator.batcher):
         return evaluator
     return replace(
@@ -51,11 +51,11 @@ def enable_caching(evaluator: TrialEvaluator, refusal_texts: Sequence[list[int]]
 def allocate_activation_cache(
     model: LanguageModel, sequences: Sequence[list[int]], batcher: Batcher, *, with_cache: bool
 ) -> ActivationCache | None:
-    """Room for what the original's blocks receive for these sequences; None where there is not enough."""
+    """Allocate a cache of the original's block inputs for these sequences; None if memory is short."""
     shape = ModelDims.of(model.model.config.get_text_config(decoder=True), model.model)
     shared = batcher.shared_prefix(sequences)
     budget = broadcast_from_rank0(lambda: min(MOST_KEPT, int(SHARE_KEPT * memory()[1] / size())))
-    found = allocate_cache(
+    cache = allocate_cache(
         model.structure.blocks,
         sequences,
         shared.tokens if shared else [],
@@ -63,14 +63,15 @@ def allocate_activation_cache(
         bytes_per_token=(shape.hidden * shape.element, shape.cache_per_token * shape.element),
         budget=budget,
     )
-    if found is None:
-        log.info("every pass begins with the first block: what is below does not fit into %s", format_bytes(budget))
-    return found
+    if cache is None:
+        log.info(
+            "every pass starts at the first block: the activation cache does not fit into %s", format_bytes(budget)
+        )
+    return cache
 
 
 def tune_trials_per_batch(evaluator: TrialEvaluator) -> int:
-    """How many trials to run in one pass, measured: decoding a token for twice as many rows is tried as long as that gives
-    more rows a second by a fifth, fits the batch and the memory."""
+    """Measure how many trials to run in one pass: double it while decoding gets at least 20 % faster and memory suffices."""
     model, requests = evaluator.language_model, len(evaluator.harmful)
     best = 1
     rate = _rows_per_second(model, requests)
@@ -82,7 +83,7 @@ def tune_trials_per_batch(evaluator: TrialEvaluator) -> int:
                 raise
             free_memory()
             break
-        log.info("%d trials in a pass decode %.0f rows a second, half as many %.0f", 2 * best, doubled, rate)
+        log.info("%d trials in a pass decode %.0f rows/s, half as many %.0f rows/s", 2 * best, doubled, rate)
         if doubled < MIN_SPEEDUP * rate:
             break
         best, rate = 2 * best, doubled
@@ -91,11 +92,11 @@ def tune_trials_per_batch(evaluator: TrialEvaluator) -> int:
 
 @torch.inference_mode()
 def _rows_per_second(model: LanguageModel, rows: int) -> float:
-    """Rows that a step of decoding handles in a second, the best of a few steps on a short text."""
+    """Measure the decoded rows per second, the best of a few steps on a short text."""
     tokens = torch.ones(rows, 1, dtype=torch.long, device=model.device)
     cache = None
     shortest = float("inf")
-    for _ in range(PROBED_STEPS):
+    for _ in range(PROBE_STEPS):
         began = time.perf_counter()
         output = forward_supported(model.model, tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = getattr(output, "past_key_values", None)

@@ -1,4 +1,4 @@
-"""The prompt sets as token ids, with answers that begin as they have to."""
+"""Encoding of the prompt sets, and the common beginning of the answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from heretic.settings import Settings
 
 
 def encode(prompts: PromptSets, chat: ChatFormat, context: int, settings: Settings) -> dict[str, list[list[int]]]:
-    """Token ids of all sets by their role. Raises UserError for a prompt that does not fit, with the answers decoded from it."""
+    """Encode all prompt sets, by role. Raises UserError if a prompt with its answer exceeds the context."""
     encoded = {}
     decoded = {"harmful_eval": settings.max_response_length, "harmless_eval": most_new_tokens(settings)}
     for prompt_set in prompts.all:
@@ -39,16 +39,17 @@ def start_answers(
     settings: Settings,
     batcher: Batcher,
 ) -> tuple[ChatFormat, dict[str, list[list[int]]]]:
-    """The chat format whose answers begin as they have to, and the prompts encoded by it.
+    """Return the chat format with the answers' common beginning, and the prompts encoded with it.
 
-    `start` is how they begin in an earlier session of the run or on another worker. Without it, and without a response_prefix
-    in the settings, a thinking block that the template opens is closed, and the model is asked what its answers have in common.
+    Args:
+        start: the beginning from an earlier session or another worker. None: use the response_prefix of the settings; if that is
+            "auto", close a thinking block of the template and detect the prefix that the model's answers share.
     """
     reporter, context = batcher.reporter, language_model.context
     shown = [prompt for prompt_set in prompts.all for prompt in prompt_set.prompts[:PREFIX_PROMPTS]]
     if start is not None:
         if start.variables:
-            reporter.info(f"The chat template is given {start.spelled_variables}.")
+            reporter.info(f"Rendering the chat template with {start.spelled_variables}.")
     elif settings.response_prefix != "auto":
         start = AnswerStart(settings.response_prefix)
         warn_of_open_thinking(chat.answering(start.prefix), shown, reporter)
@@ -58,7 +59,7 @@ def start_answers(
         asked = encode(prompts, closed, context, settings) if start != AnswerStart() else encoded
         start = replace(start, prefix=start.prefix + find_prefix(language_model, asked, batcher))
     if start.prefix:
-        reporter.info(f"Answers are made to begin with {start.prefix!r}.")
+        reporter.info(f"Every answer starts with {start.prefix!r}.")
     if start == AnswerStart():
         return chat, encoded
     chat = chat.answering(start.prefix, start.variables)
@@ -66,5 +67,5 @@ def start_answers(
 
 
 def most_new_tokens(settings: Settings) -> int:
-    """Most tokens that are looked at behind a harmless prompt."""
+    """Return the maximum number of answer tokens evaluated after a harmless prompt."""
     return max(settings.max_response_length, settings.kl_tokens)

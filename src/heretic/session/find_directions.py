@@ -1,4 +1,4 @@
-"""The directions of a model: residuals captured, directions found in them and cleaned, as many rounds as the settings say."""
+"""Compute a model's refusal directions from captured residuals, in one or more rounds."""
 
 from __future__ import annotations
 
@@ -26,36 +26,41 @@ def find_directions(
     harmful: Sequence[list[int]],
     harmless: Sequence[list[int]],
     batcher: Batcher,
-    wanted: Wanted,
-    survey: GeometryRecorder | None = None,
+    settings: Wanted,
+    recorder: GeometryRecorder | None = None,
 ) -> Directions:
-    """Directions from prompts of both kinds (token ids), one pass over them a round. Raises UserError.
+    """Compute directions from harmful and harmless prompts (token ids), one pass over them per round.
 
-    Every round after the first runs the model with all directions found so far removed: at strength 1, by the `plain` geometry,
-    from every writer, each layer's own. A round lets go of its residuals before the next captures its own. `survey` takes its
-    sample of the first one.
+    Every later round runs the model with each layer's previous directions removed from every writer (`plain` geometry,
+    strength 1).
+
+    Args:
+        recorder: receives the means and a sample of the residuals of the first round.
+
+    Raises:
+        UserError: if memory is short, residuals are not finite, or no direction exists.
     """
-    method = METHODS[wanted.method]
-    keep_each = wanted.keeps_each
+    method = METHODS[settings.method]
+    keep_each = settings.keeps_each
     if keep_each:
-        _check_room(model, len(harmful) + len(harmless), wanted)
-    found = None
-    for _ in range(1 + wanted.iterative_rounds):
-        seen = survey if found is None else None
+        _check_memory(model, len(harmful) + len(harmless), settings)
+    directions = None
+    for _ in range(1 + settings.iterative_rounds):
+        round_recorder = recorder if directions is None else None
         samples = [
-            Sample.room(len(asked) if seen else 0, model.structure.num_layers, model.structure.width)
+            Sample.allocate(len(asked) if round_recorder else 0, model.structure.num_layers, model.structure.width)
             for asked in (harmful, harmless)
         ]
         with ExitStack() as stack:
-            if found is not None:
-                stack.enter_context(apply_operators(model.structure.writers, _removing(model, found)))
+            if directions is not None:
+                stack.enter_context(apply_operators(model.structure.writers, _removal_operators(model, directions)))
             bad, good = (
                 mean_residuals(
-                    model, f"Residuals of {name}", asked, batcher, wanted.winsorize, keep=keep, keep_each=keep_each
+                    model, f"Residuals of {name}", asked, batcher, settings.winsorize, keep=keep, keep_each=keep_each
                 )
                 for name, asked, keep in (
-                    ("harmful_train", harmful, samples[0].keep),
-                    ("harmless_train", harmless, samples[1].keep),
+                    ("harmful_train", harmful, samples[0].record),
+                    ("harmless_train", harmless, samples[1].record),
                 )
             )
         if not (bad.mean.isfinite().all() and good.mean.isfinite().all()):
@@ -65,21 +70,21 @@ def find_directions(
                 where="dtypes",
                 fix='dtypes = ["bfloat16", "float32"]',
             )
-        if seen is not None:
-            seen.record((bad, good), (samples[0], samples[1]))
-        vectors = method.find(bad, good, wanted.count, model.device)
-        found = normalized(project_out_mean(vectors, good) if wanted.project_harmless else vectors, found)
-    assert found is not None
-    return found
+        if round_recorder is not None:
+            round_recorder.record((bad, good), (samples[0], samples[1]))
+        vectors = method.find(bad, good, settings.count, model.device)
+        directions = normalized(project_out_mean(vectors, good) if settings.project_harmless else vectors, directions)
+    assert directions is not None
+    return directions
 
 
-def _removing(model: LanguageModel, directions: Directions) -> dict[str, Operator]:
+def _removal_operators(model: LanguageModel, directions: Directions) -> dict[str, Operator]:
     writers = model.structure.writers
     strengths = dict.fromkeys(model.structure.components, (1.0,) * directions.num_layers)
     return OperatorFactory.prepare(directions, writers, "plain").operators(Ablation(strengths))
 
 
-def _check_room(model: LanguageModel, prompts: int, wanted: Wanted) -> None:
+def _check_memory(model: LanguageModel, prompts: int, settings: Wanted) -> None:
     needed, free = bytes_of_each(model, prompts), memory()[1]
     if needed > SHARE_FOR_RESIDUALS * free:
         raise UserError(

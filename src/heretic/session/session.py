@@ -1,6 +1,6 @@
-"""A loaded model made ready for a study: chat format, baseline, directions and workbench.
+"""A loaded model prepared for a study: chat format, baseline, directions and operator factory.
 
-What the run's folder holds is read from there; only the rest is computed.
+Results in the run folder are loaded; only missing ones are computed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from heretic.scoring.evaluator import TrialEvaluator
 from heretic.scoring.harmless_metrics import HarmlessLimits, HarmlessProbe
 from heretic.scoring.judges.registry import JudgeContext, make_judge
 from heretic.scoring.judges.verdict import Judge
-from heretic.scoring.refusal_proxy import FEWEST_TOKENS, MOST_TOKENS
+from heretic.scoring.refusal_proxy import MAX_DRAFT_TOKENS, MIN_DRAFT_TOKENS
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs, answer_prefixes
 from heretic.search.gradient_path import GradientPath
 from heretic.search.space import SearchSpace
@@ -49,13 +49,13 @@ from heretic.session.find_directions import find_directions
 from heretic.settings import Settings
 from heretic.storage.compute_once import LOCAL, ComputeOnce
 
-LOW_REFUSAL_FRACTION = 0.1  # share of the requests
-COPIES = 3  # of the log-probabilities: original, ablated, written
+LOW_REFUSAL_FRACTION = 0.1  # share of the requests below which a warning is printed
+LOG_PROB_COPIES = 3  # of the log-probabilities: original, ablated, written
 
 
 @dataclass(frozen=True)
 class ModelContext:
-    """A loaded model with the prompts encoded for it (token ids by role) and everything that measures it."""
+    """A loaded model with its encoded prompts (token ids by role) and an evaluator without caches."""
 
     settings: Settings
     language_model: LanguageModel
@@ -67,14 +67,16 @@ class ModelContext:
 
     @property
     def answer_start(self) -> AnswerStart:
-        """How every answer begins."""
+        """The common beginning of all answers."""
         return AnswerStart(self.chat.response_prefix, self.chat.variables)
 
 
 @dataclass(frozen=True)
 class Session:
-    """A bench with what a study needs besides: the original's baseline, the directions, the operators' workbench, and the
-    ladder that knows what the original said and does not compute again what no trial changes."""
+    """A model context with the baseline, the operator factory and the evaluator of a study.
+
+    Measure trials with `evaluator`, which has caches; `context.evaluator` has none.
+    """
 
     context: ModelContext
     baseline: Baseline
@@ -84,16 +86,15 @@ class Session:
 
     @contextmanager
     def applied(self, *ablations: Ablation) -> Iterator[EditSpec]:
-        """Within the context the model is ablated, by hooks or by rewritten weights as the settings say.
+        """Apply ablations within the context, by hooks or rewritten weights as the settings say, and yield the edit.
 
-        Gives how it is edited. Several ablations share the passes, each row having its own; rewritten weights hold one. Without
-        any it is the original.
+        Several ablations share the passes, one per row; rewritten weights support one. Without any the model is the original.
         """
         if not ablations:
             yield UNEDITED
             return
         writers, operators = self.operator_factory.writers, [self.operator_factory.operators(a) for a in ablations]
-        touched = [w.layer for w in writers if any(w.name in found for found in operators)]
+        touched = [w.layer for w in writers if any(w.name in by_writer for by_writer in operators)]
         edited = EditSpec(len(ablations), min(touched, default=self.context.language_model.structure.num_layers))
         if self.original is None:
             with apply_operators(writers, *operators):
@@ -104,17 +105,17 @@ class Session:
                 yield edited
 
     def space(self, gradient_path: GradientPath | None) -> SearchSpace:
-        """What this model's trials are drawn from."""
+        """Return the search space of this model."""
         structure = self.context.language_model.structure
         return SearchSpace(self.context.settings.search, structure.num_layers, structure.components, gradient_path)
 
     def log_probs(self, ablation: Ablation) -> Tensor:
-        """Log-probabilities of the ablated model where the divergence is taken [tokens, vocabulary]."""
+        """Compute the ablated model's log-probabilities at the divergence positions [tokens, vocabulary]."""
         model_context = self.context
         with self.applied(ablation):
             return all_log_probs(
                 model_context.language_model,
-                model_context.evaluator.taught,
+                model_context.evaluator.harmless_texts,
                 model_context.batcher,
                 "Ablated model's answers",
             )
@@ -127,11 +128,10 @@ def load_model_context(
     plan: LoadPlan,
     reporter: ProgressReporter,
     stop: StopSignal,
-    start: AnswerStart | None = None,
+    answer_start: AnswerStart | None = None,
     judge: Judge | None = None,
 ) -> ModelContext:
-    """Load the model and encode the evaluation prompts; the answers' common beginning is found unless it is given, and the judge
-    is made unless there is one."""
+    """Load the model and encode the prompts; detect the answers' common beginning and create the judge if not given."""
     judge = judge or make_judge(settings, JudgeContext(None, reporter, stop))
     language_model = load(
         checkpoint,
@@ -144,34 +144,32 @@ def load_model_context(
     )
     if names := language_model.structure.unrecognized:
         reporter.warning(
-            f"{len(names)} modules look like writers, but not to the residual stream or in a way that is not understood; "
-            f"they are left as they are, such as {names[0]}."
+            f"{len(names)} modules are named like output projections but do not affect the residual stream as expected. "
+            f"They will not be edited (first: {names[0]})."
         )
     if names := language_model.structure.incomplete:
         reporter.warning(
-            f"{len(names)} blocks do more than add their writers' outputs to one residual stream, such as {names[0]}: "
-            "the edit may not reach all of it (docs/architectures.md)."
+            f"{len(names)} blocks do more than add their writers' outputs to one residual stream (first: {names[0]}). "
+            "The edit may be incomplete; see docs/architectures.md."
         )
     batcher = Batcher(plan.batch_size, language_model.device, pad=language_model.pad, stop=stop, reporter=reporter)
     chat = ChatFormat(language_model.tokenizer, settings.system_prompt, rows=language_model.rows)
     encoded = encode(prompts, chat, language_model.context, settings)
     if decoded_by_generate(language_model.model, language_model.device):
-        reporter.info(
-            "This model keeps no cache that can be handed on: transformers decodes every answer to its full length."
-        )
+        reporter.info("This model has no reusable KV cache: transformers decodes every answer to its full length.")
     batcher.equal_lengths = padding_sensitive(language_model.model, encoded["harmless_eval"], batcher)
     if batcher.equal_lengths:
         reporter.warning(
-            "Padding changes what this model answers, so only prompts of one length share a batch: this is slower."
+            "Padding changes this model's answers, so only prompts of equal length share a batch. This is slower."
         )
-    chat, encoded = start_answers(chat, encoded, start, prompts, language_model, settings, batcher)
+    chat, encoded = start_answers(chat, encoded, answer_start, prompts, language_model, settings, batcher)
     longest = max(len(tokens) for sequences in encoded.values() for tokens in sequences) + most_new_tokens(settings)
     model, window = language_model.model, language_model.window
     batcher.prefix_caching = supports_prefix_caching(
         model, encoded["harmless_eval"], batcher, longest=longest, window=window
     )
     limits = HarmlessLimits(settings.constraints.max_over_refusals, settings.constraints.max_degenerate)
-    bystanders = HarmlessProbe(encoded["harmless_eval"], prompts.harmless_eval.prompts, limits)
+    harmless_probe = HarmlessProbe(encoded["harmless_eval"], prompts.harmless_eval.prompts, limits)
     evaluator = TrialEvaluator(
         language_model,
         chat,
@@ -181,7 +179,7 @@ def load_model_context(
         batcher,
         settings.max_response_length,
         requests=prompts.harmful_eval.prompts,
-        harmless_probe=bystanders,
+        harmless_probe=harmless_probe,
     )
     return ModelContext(settings, language_model, chat, prompts, encoded, batcher, evaluator)
 
@@ -196,8 +194,7 @@ def open_session(
     stop: StopSignal,
     compute_once: ComputeOnce = LOCAL,
 ) -> Session:
-    """Load the model and bring everything that a study needs, computing only what the run's folder does not hold, and what no
-    other worker of the study makes."""
+    """Load the model and prepare a study; compute only what neither the run folder nor another worker has."""
     judge = make_judge(settings, JudgeContext(folder.path, reporter, stop))
     with compute_once.shared_file(BASELINE):
         baseline = broadcast_from_rank0(lambda: folder.load_baseline(reporter))
@@ -207,27 +204,25 @@ def open_session(
             baseline = measure_baseline(model_context)
             if rank() == 0:
                 folder.save_baseline(baseline)
-    evasive = f" and evades {baseline.evasive}" if baseline.evasive else ""
-    reporter.info(f"The original model declines {baseline.refusals} of {len(baseline.refused)} requests{evasive}.")
+    evasive = f" and answers {baseline.evasive} evasively" if baseline.evasive else ""
+    reporter.info(f"The original model refuses {baseline.refusals} of {len(baseline.refused)} requests{evasive}.")
     if baseline.refusals < LOW_REFUSAL_FRACTION * len(baseline.refused):
-        reporter.warning(
-            "It hardly declines anything, so there is little to remove; check prompts.harmful_eval and refusal_markers."
-        )
+        reporter.warning("The original model refuses almost nothing. Check prompts.harmful_eval and refusal_markers.")
     with compute_once.shared_file("directions.safetensors"):
         directions = broadcast_from_rank0(lambda: folder.load_directions(reporter))
         if directions is None:
-            survey = GeometryRecorder()
-            directions = find_model_directions(model_context, survey)
+            recorder = GeometryRecorder()
+            directions = find_model_directions(model_context, recorder)
             if rank() == 0:
                 folder.save_directions(directions)
-                folder.save_geometry(survey.geometry(directions))
+                folder.save_geometry(recorder.geometry(directions))
     writers = model_context.language_model.structure.writers
     original = None
     if settings.apply == "weights":
         original = (
             copy_weights(writers)
             if settings.cache_weights
-            else read_from_checkpoint(_with_tensors(checkpoint), writers, model_context.language_model.model)
+            else read_from_checkpoint(_require_full_precision(checkpoint), writers, model_context.language_model.model)
         )
     operator_factory = operator_factory_for(model_context, directions)
     return with_baseline(
@@ -236,7 +231,7 @@ def open_session(
 
 
 def with_baseline(session: Session, baseline: Baseline) -> Session:
-    """The session measuring against this baseline."""
+    """Return the session with this baseline, and caches rebuilt for it."""
     model_context = replace(
         session.context, evaluator=replace(session.context.evaluator, reference_tokens=baseline.answered)
     )
@@ -248,21 +243,21 @@ def with_baseline(session: Session, baseline: Baseline) -> Session:
     )
 
 
-def find_model_directions(model_context: ModelContext, survey: GeometryRecorder | None = None) -> Directions:
-    """Directions as the settings want them, from the prompt sets for it; `survey` sees what they are found in. Raises UserError."""
+def find_model_directions(model_context: ModelContext, recorder: GeometryRecorder | None = None) -> Directions:
+    """Compute the directions from the training prompts as the settings say. Raises UserError."""
     harmful, harmless = (model_context.encoded[role] for role in ("harmful_train", "harmless_train"))
     wanted = model_context.settings.directions
-    return find_directions(model_context.language_model, harmful, harmless, model_context.batcher, wanted, survey)
+    return find_directions(model_context.language_model, harmful, harmless, model_context.batcher, wanted, recorder)
 
 
 def measure_residual_geometry(model_context: ModelContext) -> ResidualGeometry:
-    """How the residuals that give the directions lie, measured anew."""
-    survey = GeometryRecorder()
-    return survey.geometry(find_model_directions(model_context, survey))
+    """Capture the residuals again and measure their geometry."""
+    recorder = GeometryRecorder()
+    return recorder.geometry(find_model_directions(model_context, recorder))
 
 
 def operator_factory_for(model_context: ModelContext, directions: Directions) -> OperatorFactory:
-    """What gives the operators of the run's geometry for these directions."""
+    """Create the operator factory of the run's geometry for these directions."""
     model, edit = model_context.language_model, model_context.settings.ablation
     read, reporter = weight_reader(model), model_context.batcher.reporter
     return OperatorFactory.prepare(
@@ -271,12 +266,12 @@ def operator_factory_for(model_context: ModelContext, directions: Directions) ->
 
 
 def measure_baseline(model_context: ModelContext) -> Baseline:
-    """Measure the original model."""
+    """Measure the baseline of the original model."""
     log_probs, answered = original_log_probs(model_context)
-    counted = model_context.evaluator.refusals(fewest_tokens=FEWEST_TOKENS)
+    counted = model_context.evaluator.refusals(min_tokens=MIN_DRAFT_TOKENS)
     harmless_metrics = model_context.evaluator.harmless_metrics()
     texts = tuple(
-        list(tokens[:MOST_TOKENS]) if refused else []
+        list(tokens[:MAX_DRAFT_TOKENS]) if refused else []
         for tokens, refused in zip(counted.tokens, counted.refused, strict=True)
     )
     return Baseline(
@@ -290,8 +285,14 @@ def measure_baseline(model_context: ModelContext) -> Baseline:
 
 
 def original_log_probs(model_context: ModelContext) -> tuple[Tensor, tuple[list[int], ...]]:
-    """The model's log-probabilities [tokens, vocabulary] at the first `kl_tokens` tokens of its own answers to the harmless
-    prompts, and these tokens. Raises UserError where they do not fit into the RAM."""
+    """Compute the log-probabilities [tokens, vocabulary] at the first `kl_tokens` tokens of the model's harmless answers.
+
+    Returns:
+        The log-probabilities, and the answers' tokens by prompt.
+
+    Raises:
+        UserError: if they do not fit into RAM.
+    """
     model, batcher, harmless = model_context.language_model, model_context.batcher, model_context.evaluator.harmless
     answered = answer_prefixes(model, harmless, batcher, model_context.settings.kl_tokens)
     check_memory(sum(map(len, answered)), model_context)
@@ -299,10 +300,12 @@ def original_log_probs(model_context: ModelContext) -> tuple[Tensor, tuple[list[
 
 
 def check_memory(tokens: int, model_context: ModelContext) -> None:
-    """Raise UserError where log-probabilities at so many tokens do not fit into the RAM that is free: those of the original stay,
-    those of the ablated and of the written model are compared with them at the end."""
+    """Raise UserError if the log-probabilities at this many tokens do not fit into free RAM.
+
+    Three sets exist at once at the end: of the original, the ablated and the exported model.
+    """
     vocabulary = model_context.language_model.model.config.get_text_config(decoder=True).vocab_size
-    needed, free = COPIES * tokens * vocabulary * 4, memory()[1]
+    needed, free = LOG_PROB_COPIES * tokens * vocabulary * 4, memory()[1]
     if needed > free and model_context.settings.kl_tokens > 1:
         fitting = max(1, int(model_context.settings.kl_tokens * free / needed))
         raise UserError(
@@ -314,18 +317,20 @@ def check_memory(tokens: int, model_context: ModelContext) -> None:
 
 
 def weight_reader(language_model: LanguageModel) -> Callable[[ResidualWriter], Sequence[LazyTensor]]:
-    """How to get at a writer's matrices [width, inputs]: from memory, or from the checkpoint where they are offloaded."""
+    """Return a reader of a writer's matrices [width, inputs], from memory or, if offloaded, from the checkpoint."""
 
     def read(writer: ResidualWriter) -> Sequence[LazyTensor]:
         if not writer.offloaded:
             return writer.weights()
-        original = read_from_checkpoint(_with_tensors(language_model.checkpoint), [writer], language_model.model)
+        original = read_from_checkpoint(
+            _require_full_precision(language_model.checkpoint), [writer], language_model.model
+        )
         return [m for part in writer.parts if not part.is_bias for m in part.matrices(original(part.name))]
 
     return read
 
 
-def _with_tensors(checkpoint: Checkpoint) -> Checkpoint:
+def _require_full_precision(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.gguf_file or checkpoint.quantized_by:
         raise UserError(
             "The checkpoint is quantized, so heretic cannot restore the original weights exactly from it.",

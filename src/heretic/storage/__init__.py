@@ -1,1 +1,1 @@
-"""Studies in a database, shared by several workers."""
+"""Storage of studies: database access, locks, heartbeats and files shared by workers."""

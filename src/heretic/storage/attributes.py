@@ -1,7 +1,7 @@
-"""What heretic stores in a study beside Optuna's own values: the names, and a reader for each that checks what it reads.
+"""User attributes of studies and trials: their names, and a validating reader for each.
 
-Every command reads stored attributes here. A reader returns None for what is not stored, and raises a UserError with the code
-`damaged-study` for what heretic cannot have written: another type, a missing field, a number that is not finite.
+A reader returns None if the attribute is not stored. It raises a UserError with the code `damaged-study` for a value that
+heretic cannot have written: wrong type, missing field, number that is not finite.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ from heretic.settings import Settings
 from heretic.storage.url import masked
 
 # Of the study.
-FINGERPRINT = "heretic:fingerprint"  # what its results depend on
-REFUSALS_BEFORE = "heretic:refusals_before"  # how often the original declines
-SETTINGS = "heretic:settings"  # for whoever sees nothing but the storage
-EXPORTED = "heretic:exported "  # and a trial's number: by whom, where to
-GRADIENT_PATH = "heretic:gradient_path"  # the points found by gradient
+FINGERPRINT = "heretic:fingerprint"  # everything that its results depend on
+REFUSALS_BEFORE = "heretic:refusals_before"  # requests that the original refuses
+SETTINGS = "heretic:settings"  # for readers without the run folder
+EXPORTED = "heretic:exported "  # + kind; by whom and where to
+GRADIENT_PATH = "heretic:gradient_path"  # result of the gradient search
 METADATA = "heretic:metadata"  # model and machine, for the report
-TRIALS_PER_BATCH = "heretic:trials_per_batch"  # trials that share a pass
-CLAIM = "heretic:claim "  # and a name: who makes the thing of this name
-RESULT = "heretic:result "  # and a name: hash of the file of this name, and where it was published
+TRIALS_PER_BATCH = "heretic:trials_per_batch"  # trials measured in one batch
+CLAIM = "heretic:claim "  # + name; the worker that computes it
+RESULT = "heretic:result "  # + file name; its hash and artifact
 
 # Of a trial.
-SCORES = "heretic:scores"  # what was measured in full
-PRUNED = "heretic:pruned"  # what was known when it was left early
-KL_PER_PROMPT = "heretic:kl_per_prompt"  # only of a trial that was on the front when it was told
-WORKER = "heretic:worker"  # who measures it
-START = "heretic:initial"  # its number among the trials to begin with
-REEVALUATES = "heretic:reevaluates"  # the earlier trial that it measures in full
-RETRY = "heretic:retry_of"  # the trial that it repeats, whose worker died
-RETRIES = "heretic:retries"  # how often these parameters have been given up
+SCORES = "heretic:scores"  # of a full measurement
+PRUNED = "heretic:pruned"  # measurements until it was pruned
+KL_PER_PROMPT = "heretic:kl_per_prompt"  # only of a trial on the Pareto front when it finished
+WORKER = "heretic:worker"  # the worker that measures it
+START = "heretic:initial"  # its index among the initial trials
+REEVALUATES = "heretic:reevaluates"  # the pruned trial that it measures in full
+RETRY = "heretic:retry_of"  # the trial that it repeats after its worker died
+RETRIES = "heretic:retries"  # how often workers died with these parameters
 ERROR = "heretic:error"  # why it failed
 
-FIXED = "fixed_params"  # Optuna's own, of the trial: parameters given when it was enqueued
+FIXED = "fixed_params"  # Optuna's system attribute: parameters of an enqueued trial
 
-MOST_LAYERS = 100_000
-MOST_REQUESTS = 10_000_000  # above that a table or a figure of them could take all memory
-SMALLEST_KL = -0.01  # below 0 by rounding only
-SHOWN = 200  # characters of a problem
+MAX_LAYERS = 100_000
+MAX_REQUESTS = 10_000_000  # protects tables and figures from damaged numbers
+SMALLEST_KL = -0.01  # negative by rounding only
+SHOWN = 200  # characters of a problem in a message
 
 T = TypeVar("T")
-Count = Annotated[int, Field(strict=True, ge=0, le=MOST_REQUESTS)]
+Count = Annotated[int, Field(strict=True, ge=0, le=MAX_REQUESTS)]
 Number = Annotated[int, Field(strict=True, ge=0, lt=2**63)]  # of a trial
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Parameters = dict[str, Finite | str]
 
 
 class Signature(TypedDict):
-    """Who works on a trial: see `storage.worker`; `memory` by device."""
+    """The worker of a trial (see `rdb.worker`), and its memory usage by device."""
 
     host: str
     pid: Annotated[int, Field(gt=0, lt=2**31)]
@@ -69,14 +69,14 @@ class Signature(TypedDict):
 
 
 class Claim(TypedDict):
-    """Who makes something for all workers, with a count of signs of life."""
+    """The worker that computes something for all, with a count of its heartbeats."""
 
     worker: Signature
     signs: int
 
 
 class ComputedResult(TypedDict):
-    """A file that one worker made for all."""
+    """A file that one worker computed for all."""
 
     sha256: str
     artifact: str
@@ -88,9 +88,9 @@ _SETTINGS = TypeAdapter[Settings](Json[Settings])
 _COUNT = TypeAdapter[int](Count)
 _NUMBER = TypeAdapter[int](Number)
 _TEXT = TypeAdapter[str](Annotated[str, Field(strict=True)])
-_TOGETHER = TypeAdapter[int](Annotated[int, Field(strict=True, ge=1, le=4096)])
+_BATCH_SIZE = TypeAdapter[int](Annotated[int, Field(strict=True, ge=1, le=4096)])
 _CLAIM = TypeAdapter[Claim](Json[Claim])
-_MADE = TypeAdapter[ComputedResult](Json[ComputedResult])
+_COMPUTED_RESULT = TypeAdapter[ComputedResult](Json[ComputedResult])
 _SIGNATURE = TypeAdapter[Signature](Signature)
 _PER_PROMPT = TypeAdapter[list[float]](list[Finite])
 _FIXED = TypeAdapter[dict[str, Any]](Parameters)
@@ -98,7 +98,7 @@ _OBJECTIVE_VALUES = TypeAdapter[tuple[float, float]](tuple[Finite, Finite])
 
 
 def place(study: optuna.Study, trial: FrozenTrial | None = None) -> str:
-    """The storage, without its password, and the trial: `where` of an error."""
+    """Format the storage (password masked) and the trial, for `where` of an error."""
     storage: Any = study._storage
     url = getattr(getattr(storage, "_backend", storage), "url", "")
     named = masked(str(url)) if url else f"study '{study.study_name}'"
@@ -106,7 +106,7 @@ def place(study: optuna.Study, trial: FrozenTrial | None = None) -> str:
 
 
 def damaged(study: optuna.Study, what: str, trial: FrozenTrial | None = None) -> UserError:
-    """The error for a study that holds what heretic cannot have written; `what` ends without a period."""
+    """Create the error for a damaged study; `what` ends without a period."""
     return UserError(
         f"The study is damaged: {plain_line(what)[:SHOWN]}.",
         code="damaged-study",
@@ -116,7 +116,7 @@ def damaged(study: optuna.Study, what: str, trial: FrozenTrial | None = None) ->
 
 
 def read(study: optuna.Study, name: str, adapter: TypeAdapter[T], trial: FrozenTrial | None = None) -> T | None:
-    """An attribute of the study or of one of its trials; None where it is not stored. Raises UserError."""
+    """Read an attribute of the study or of a trial; None if it is not stored. Raises UserError."""
     stored = (study if trial is None else trial).user_attrs.get(name)
     return None if stored is None else _valid(study, name, adapter, stored, trial)
 
@@ -133,146 +133,146 @@ def _valid(study: optuna.Study, name: str, adapter: TypeAdapter[T], stored: Any,
 
 
 def fingerprint(study: optuna.Study) -> dict[str, Any] | None:
-    """What the study's results depend on."""
+    """Read everything that the study's results depend on."""
     return read(study, FINGERPRINT, _FACTS)
 
 
 def settings_of(study: optuna.Study) -> Settings | None:
-    """The settings that the study was last worked on with; None in one made before they were stored."""
+    """Read the settings of the study's last session; None in studies of versions that did not store them."""
     return read(study, SETTINGS, _SETTINGS)
 
 
 def refusals_before(study: optuna.Study) -> int | None:
-    """How many requests the original declines."""
+    """Read how many requests the original refuses."""
     return read(study, REFUSALS_BEFORE, _COUNT)
 
 
 def trials_per_batch(study: optuna.Study) -> int | None:
-    """How many trials share a pass."""
-    return read(study, TRIALS_PER_BATCH, _TOGETHER)
+    """Read how many trials are measured in one batch."""
+    return read(study, TRIALS_PER_BATCH, _BATCH_SIZE)
 
 
 def exported(study: optuna.Study, kind: str) -> str | None:
-    """By whom and where to the trial and format of `kind` were exported."""
+    """Read by whom and where to `kind` (a trial and format) was exported."""
     return read(study, EXPORTED + kind, _TEXT)
 
 
 def claim(study: optuna.Study, name: str) -> Claim | None:
-    """Who makes the thing of this name; None where nobody does."""
+    """Read which worker computes this name; None if none does."""
     return read(study, CLAIM + name, _CLAIM)
 
 
 def computed_result(study: optuna.Study, name: str) -> ComputedResult | None:
-    """What the file of this name came to."""
-    return read(study, RESULT + name, _MADE)
+    """Read the hash and artifact of a computed file."""
+    return read(study, RESULT + name, _COMPUTED_RESULT)
 
 
 @functools.cache
-def _scores() -> TypeAdapter[Scores]:
+def _scores_adapter() -> TypeAdapter[Scores]:
     return TypeAdapter(Scores)
 
 
 @functools.cache
-def _beaten() -> TypeAdapter[PrunedTrial]:
+def _pruned_adapter() -> TypeAdapter[PrunedTrial]:
     return TypeAdapter(PrunedTrial)
 
 
 def scores(study: optuna.Study, trial: FrozenTrial) -> Scores | None:
-    """What was measured of a trial in full."""
-    found = read(study, SCORES, _scores(), trial)
-    if found is not None and (problem := _problem(found)):
+    """Read the scores of a fully measured trial."""
+    stored = read(study, SCORES, _scores_adapter(), trial)
+    if stored is not None and (problem := _problem(stored)):
         raise damaged(study, f"'{SCORES}' is invalid ({problem})", trial)
-    return found
+    return stored
 
 
 def pruned(study: optuna.Study, trial: FrozenTrial) -> PrunedTrial | None:
-    """What was known of a trial that was left early."""
-    found = read(study, PRUNED, _beaten(), trial)
-    if found is not None and (problem := _problem(found)):
+    """Read the measurements of a pruned trial."""
+    stored = read(study, PRUNED, _pruned_adapter(), trial)
+    if stored is not None and (problem := _problem(stored)):
         raise damaged(study, f"'{PRUNED}' is invalid ({problem})", trial)
-    return found
+    return stored
 
 
-def _problem(found: Scores | PrunedTrial) -> str:
-    """Why these numbers cannot have been measured; empty where they can."""
-    counts: tuple[int, ...] = (found.refusals, found.evasive) if isinstance(found, Scores) else (found.at_least,)
-    if not 0 < found.total <= MOST_REQUESTS:
+def _problem(stored: Scores | PrunedTrial) -> str:
+    """Return why these numbers cannot be measurements; empty if they can."""
+    counts: tuple[int, ...] = (stored.refusals, stored.evasive) if isinstance(stored, Scores) else (stored.at_least,)
+    if not 0 < stored.total <= MAX_REQUESTS:
         return "total"
-    if any(n < 0 for n in counts) or sum(counts) > found.total:
-        return f"counts {counts} of {found.total}"
-    if not _measurable(found.divergence):
+    if any(n < 0 for n in counts) or sum(counts) > stored.total:
+        return f"counts {counts} of {stored.total}"
+    if not _measurable(stored.divergence):
         return "divergence"
-    sums = list(found.seconds.values())  # of what a destroyed model gives, the rest may be no number
-    if isinstance(found, Scores):
-        if found.refused and (len(found.refused) != found.total or set(found.refused) - set("012")):
+    sums = list(stored.seconds.values())  # other numbers may be NaN for a destroyed model
+    if isinstance(stored, Scores):
+        if stored.refused and (len(stored.refused) != stored.total or set(stored.refused) - set("012")):
             return "refused"
-        harmless_metrics = found.harmless_metrics
+        harmless_metrics = stored.harmless_metrics
         if (
             harmless_metrics
             and not 0
             <= min(harmless_metrics.over_refusals, harmless_metrics.degenerate)
             <= harmless_metrics.total
-            <= MOST_REQUESTS
+            <= MAX_REQUESTS
         ):
             return "harmless_metrics"
-        sums += found.excess.values()
+        sums += stored.excess.values()
     if not all(map(math.isfinite, sums)):
         return "a number is not finite"
-    return "surrogate" if found.surrogate and not _possible(found.surrogate) else ""
+    return "surrogate" if stored.surrogate and not _possible(stored.surrogate) else ""
 
 
 def _measurable(divergence: Divergence) -> bool:
-    """Infinity is: of a model that was destroyed."""
+    """Return whether the numbers are possible; infinity is, for a destroyed model."""
     return all(n >= SMALLEST_KL for n in (divergence.mean, divergence.median, divergence.p95, divergence.max))
 
 
 def _possible(surrogate: RefusalProxy) -> bool:
     likely = not (surrogate.probability < 0 or surrogate.probability > 1.01)
-    return likely and 0 <= surrogate.matching <= surrogate.refused <= MOST_REQUESTS
+    return likely and 0 <= surrogate.matching <= surrogate.refused <= MAX_REQUESTS
 
 
 def objective_values(study: optuna.Study, trial: FrozenTrial) -> tuple[float, float]:
-    """KL and expected refusals that the sampler was told of a finished trial."""
+    """Read the objective values (KL, expected refusals) of a finished trial."""
     return _valid(study, "values", _OBJECTIVE_VALUES, trial.values, trial)
 
 
 def kl_per_prompt(study: optuna.Study, trial: FrozenTrial) -> list[float] | None:
-    """The KL of every prompt, for the figures."""
+    """Read the KL of every prompt, for the figures."""
     return read(study, KL_PER_PROMPT, _PER_PROMPT, trial)
 
 
 def reevaluates(study: optuna.Study, trial: FrozenTrial) -> int | None:
-    """The number of the earlier trial that this one measures in full."""
+    """Read the number of the pruned trial that this one measures in full."""
     return read(study, REEVALUATES, _NUMBER, trial)
 
 
 def start(study: optuna.Study, trial: FrozenTrial) -> int | None:
-    """The trial's number among those to begin with."""
+    """Read the trial's index among the initial trials."""
     return read(study, START, _NUMBER, trial)
 
 
 def retry(study: optuna.Study, trial: FrozenTrial) -> int | None:
-    """The number of the trial that this one repeats."""
+    """Read the number of the trial that this one repeats."""
     return read(study, RETRY, _NUMBER, trial)
 
 
 def retries(study: optuna.Study, trial: FrozenTrial) -> int:
-    """How often the trial's parameters have been given up."""
+    """Read how often workers died with the trial's parameters."""
     return read(study, RETRIES, _COUNT, trial) or 0
 
 
 def failed_on_its_own(study: optuna.Study, trial: FrozenTrial) -> bool:
-    """Whether the trial failed, rather than its worker."""
+    """Return whether the trial itself failed, rather than its worker."""
     return read(study, ERROR, _TEXT, trial) is not None
 
 
 def fixed_params(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-    """Parameters that a trial was enqueued with."""
+    """Read the parameters with which a trial was enqueued."""
     return _valid(study, FIXED, _FIXED, trial.system_attrs.get(FIXED, {}), trial)
 
 
 def signature(trial: FrozenTrial) -> Signature | None:
-    """Who measures the trial. None where nobody signed it, or the signature cannot be read: such a trial belongs to nobody."""
+    """Read which worker measures the trial; None if the signature is missing or invalid."""
     try:
         return _SIGNATURE.validate_python(trial.user_attrs.get(WORKER))
     except (ValidationError, RecursionError):

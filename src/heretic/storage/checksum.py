@@ -1,4 +1,4 @@
-"""A hash stored with every trial, over its parameters and what was measured: a database does not notice a bit that flips."""
+"""Checksum of a trial's parameters and measurements, since a database does not detect flipped bits."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from optuna.trial import FrozenTrial
 
 from heretic.storage.attributes import PRUNED, SCORES
 
-CHECKSUM = "sha256"  # in what is stored of the measurement
+CHECKSUM = "sha256"  # key in the stored measurement
 MEASURED = (SCORES, PRUNED)
 
 
 def with_checksum(measured: dict[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured of a trial, as plain data with its seal."""
+    """Add a checksum to a measurement (plain data)."""
     return {**measured, CHECKSUM: _digest(measured, params)}
 
 
 def checksum_matches(trial: FrozenTrial) -> bool:
-    """Whether the measurement of a trial matches its hash. Earlier versions stored no hash; their trials count as undamaged."""
+    """Return whether a trial's measurement matches its checksum; True for trials of versions that stored none."""
     for kind in MEASURED:
         measured = dict(trial.user_attrs.get(kind) or {})
-        seal = measured.pop(CHECKSUM, None)
-        if seal is not None and seal != _digest(measured, trial.params):
+        stored = measured.pop(CHECKSUM, None)
+        if stored is not None and stored != _digest(measured, trial.params):
             return False
     return True
 
 
 def _digest(measured: Mapping[str, Any], params: Mapping[str, Any]) -> str:
-    # By way of JSON, as the storage does it: tuples become lists.
+    # As JSON, like in the storage: tuples become lists.
     return hashlib.sha256(json.dumps([measured, dict(params)], sort_keys=True).encode()).hexdigest()

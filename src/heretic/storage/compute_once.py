@@ -1,7 +1,7 @@
-"""What the workers of a study make once: one makes it, the others wait for it and use the same.
+"""Compute a file once for all workers of a study: one computes it, the others wait and use the same file.
 
-The study says who is at it, and the hash of what it came to. Files lie in the run's folder; workers that do not share it get
-them from an artifact store, or make their own and must come to the same.
+The study stores which worker computes, and the hash of the result. Workers without a shared run folder download the file from
+an artifact store, or recompute it and compare the hash.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ POLL_SECONDS = 1.0
 
 
 class ComputeOnce(Protocol):
-    """Where things are that are made once."""
+    """Coordinates computations that are needed once per study."""
 
     def shared_file(self, name: str) -> Any:
-        """A context in which a file of the run's folder is there, or is to be made by us before the context ends."""
+        """Enter a context in which the file exists, or which must write it before its end."""
 
-    def once(self, name: str, there: Callable[[], bool]) -> Any:
-        """A context in which something is there, or is to be made by us before the context ends."""
+    def once(self, name: str, exists: Callable[[], bool]) -> Any:
+        """Enter a context in which `exists()` is true, or which must make it true before its end."""
 
 
 class LocalComputeOnce:
-    """Nobody else is there."""
+    """Implementation for a single worker."""
 
     @contextmanager
     def shared_file(self, name: str) -> Iterator[None]:
-        """See Shelf."""
+        """See ComputeOnce."""
         yield
 
     @contextmanager
-    def once(self, name: str, there: Callable[[], bool]) -> Iterator[None]:
-        """See Shelf."""
+    def once(self, name: str, exists: Callable[[], bool]) -> Iterator[None]:
+        """See ComputeOnce."""
         yield
 
 
@@ -60,43 +60,45 @@ LOCAL = LocalComputeOnce()
 
 @dataclass
 class DistributedComputeOnce:
-    """The shelf of a study that several workers have open."""
+    """Implementation for a study with several workers."""
 
     study: optuna.Study
     folder: Path
-    stamp: str  # the fingerprint that the folder's files must carry
+    fingerprint: str  # the fingerprint that the folder's files must carry
     artifacts: str
     workers: WorkerSettings
     reporter: ProgressReporter
     stop: StopSignal
-    seen: dict[str, StalenessTimer] = field(default_factory=dict)
+    claim_timers: dict[str, StalenessTimer] = field(default_factory=dict)
 
     @contextmanager
     def shared_file(self, name: str) -> Iterator[None]:
-        """See Shelf. Raises StudyMismatch if what we have, or make, is not what the other workers use."""
-        with self.once(name, lambda: self._here(name)):
+        """See ComputeOnce. Raises StudyMismatch if this worker's file differs from that of the other workers."""
+        with self.once(name, lambda: self._is_available(name)):
             yield
             self._register(name)
 
     @contextmanager
-    def once(self, name: str, there: Callable[[], bool]) -> Iterator[None]:
-        """See Shelf. Raises Interrupted."""
-        said = False
-        while not there():
+    def once(self, name: str, exists: Callable[[], bool]) -> Iterator[None]:
+        """See ComputeOnce. Raises Interrupted."""
+        reported = False
+        while not exists():
             self.stop.check()
-            if self._claimed(name, there):
+            if self._try_claim(name, exists):
                 with self._claim_heartbeat(name):
                     yield
                 return
-            if not said:
-                self.reporter.info(f"Waiting for {name}, which {self._maker(name)} makes.")
-                said = True
+            if not reported:
+                self.reporter.info(f"Waiting for {name}, which {self._claim_owner(name)} is computing.")
+                reported = True
             time.sleep(POLL_SECONDS)
         yield
 
-    def _here(self, name: str) -> bool:
-        """Whether the file is in the folder as the study knows it, fetched if that is possible; True also where only we
-        can make it for ourselves, since it is made and out of reach."""
+    def _is_available(self, name: str) -> bool:
+        """Return whether no other worker has to be waited for: the folder has the study's file, or could download it.
+
+        Also True if the file is computed but cannot be downloaded: this worker then recomputes it.
+        """
         made, path = attributes.computed_result(self.study, name), self.folder / name
         if made is None:
             if self._hash(path):
@@ -105,37 +107,37 @@ class DistributedComputeOnce:
             return False
         if self._hash(path) != made["sha256"] and not self._fetch(name, made):
             if self._hash(path):
-                raise self._other(name, made)
+                raise self._mismatch(name, made)
             self.reporter.info(
-                f"{name} was made by another worker and cannot be had from it; it is made again and compared."
+                f"Another worker computed {name}, but it cannot be downloaded. Recomputing it and comparing the result."
             )
         return True
 
     def _fetch(self, name: str, made: ComputedResult) -> bool:
-        """Get a published file, whole and with its hash, or leave things as they are."""
+        """Download a published file and check its hash; on failure change nothing and return False."""
         if not self.artifacts or not made["artifact"]:
             return False
-        beside = self.folder / f".{name}.{os.getpid()}.fetched"
-        beside.unlink(missing_ok=True)
+        download = self.folder / f".{name}.{os.getpid()}.fetched"
+        download.unlink(missing_ok=True)
         try:
             optuna.artifacts.download_artifact(
-                artifact_store=artifact_store(self.artifacts), file_path=str(beside), artifact_id=made["artifact"]
+                artifact_store=artifact_store(self.artifacts), file_path=str(download), artifact_id=made["artifact"]
             )
-            if self._hash(beside) != made["sha256"]:
-                self.reporter.warning(f"The published {name} is damaged; it is not used.")
+            if self._hash(download) != made["sha256"]:
+                self.reporter.warning(f"Ignoring the published {name}: it does not match its checksum.")
                 return False
-            os.replace(beside, self.folder / name)
+            os.replace(download, self.folder / name)
         except Exception as error:  # whatever the store's client raises
-            self.reporter.warning(f"The published {name} cannot be fetched: {first_line(error)}")
+            self.reporter.warning(f"Cannot download the published {name}: {first_line(error)}")
             return False
         finally:
-            beside.unlink(missing_ok=True)
-        self.reporter.info(f"{name} comes from {made['worker']}.")
+            download.unlink(missing_ok=True)
+        self.reporter.info(f"Downloaded {name}, computed by {made['worker']}.")
         return True
 
     def _register(self, name: str) -> None:
-        """Say what the file came to, and publish it; the first one counts."""
-        found = self._hash(self.folder / name)
+        """Store the file's hash in the study and publish the file; the first worker's file counts."""
+        sha256 = self._hash(self.folder / name)
         made = attributes.computed_result(self.study, name)
         if made is None:
             artifact = ""
@@ -148,12 +150,12 @@ class DistributedComputeOnce:
                     )
                 except Exception as error:  # whatever the store's client raises
                     raise UserError(
-                        f"{name} cannot be published: {first_line(error)}",
+                        f"Cannot publish {name}: {first_line(error)}",
                         code="artifacts-unwritable",
                         where=self.artifacts,
-                        fix="make the place writable, or leave artifacts empty",
+                        fix="make it writable, or leave artifacts empty",
                     ) from None
-            mine: ComputedResult = {"sha256": found, "artifact": artifact, "worker": _spelled(worker())}
+            mine: ComputedResult = {"sha256": sha256, "artifact": artifact, "worker": _process_name(worker())}
             try:
                 with study_lock(self.study):
                     made = attributes.computed_result(self.study, name)
@@ -162,36 +164,36 @@ class DistributedComputeOnce:
                         made = mine
             except LockLost:
                 made = attributes.computed_result(self.study, name) or mine
-        if made["sha256"] != found:
-            raise self._other(name, made)
+        if made["sha256"] != sha256:
+            raise self._mismatch(name, made)
 
     def _hash(self, path: Path) -> str:
-        """The hash of the tensors in a file; empty where there is none that is whole and of these settings."""
+        """Return the hash of the tensors in a file; empty if it is missing, damaged or of other settings."""
         if not path.is_file():
             return ""
         try:
-            _, kept = read_tensors(path)
+            _, metadata = read_tensors(path)
         except UserError:
             return ""
-        return kept["sha256"] if kept.get("fingerprint") == self.stamp else ""
+        return metadata["sha256"] if metadata.get("fingerprint") == self.fingerprint else ""
 
-    def _other(self, name: str, made: ComputedResult) -> StudyMismatch:
+    def _mismatch(self, name: str, made: ComputedResult) -> StudyMismatch:
         return StudyMismatch(
-            f"The {name} of this machine differs from the study's (made by {made['worker']}). Different hardware rounds "
+            f"The {name} of this machine differs from the study's (computed by {made['worker']}). Different hardware rounds "
             "differently, so the scores would not be comparable.",
             code="artifact-mismatch",
             where=str(self.folder / name),
             fix='set artifacts = "/folder/that/all/see" on every machine, and delete the file here'
             if not self.artifacts
-            else "delete the file here; heretic fetches the study's",
+            else "delete the file here; heretic downloads the study's",
         )
 
-    def _claimed(self, name: str, there: Callable[[], bool]) -> bool:
-        """Whether it falls to us to make it: nobody is at it, or who was is dead."""
+    def _try_claim(self, name: str, exists: Callable[[], bool]) -> bool:
+        """Claim the computation; False if it is done or another live worker has claimed it."""
         try:
             with study_lock(self.study):
                 claim = attributes.claim(self.study, name)
-                if there() or (claim and not self._claim_expired(name, claim)):
+                if exists() or (claim and not self._claim_expired(name, claim)):
                     return False
                 self._sign(name, 0)
                 return True
@@ -199,9 +201,8 @@ class DistributedComputeOnce:
             return False
 
     def _claim_expired(self, name: str, claim: Claim) -> bool:
-        """A process of this machine that is gone; one elsewhere whose count of signs of life has stood still for the grace
-        period, by our clock."""
-        silent = self.seen.setdefault(name, StalenessTimer()).seconds(claim)
+        """Return whether the claiming worker is dead: its local process is gone, or no heartbeat for the grace period."""
+        silent = self.claim_timers.setdefault(name, StalenessTimer()).seconds(claim)
         return not is_alive(claim["worker"]) or silent > max(self.workers.grace_period, 2 * self.workers.heartbeat)
 
     @contextmanager
@@ -222,22 +223,22 @@ class DistributedComputeOnce:
     def _sign(self, name: str, count: int) -> None:
         self.study.set_user_attr(CLAIM + name, json.dumps({"worker": worker(), "signs": count}))
 
-    def _maker(self, name: str) -> str:
+    def _claim_owner(self, name: str) -> str:
         claim = attributes.claim(self.study, name)
-        return _spelled(claim["worker"]) if claim else "another worker"
+        return _process_name(claim["worker"]) if claim else "another worker"
 
 
 def artifact_store(place: str) -> Any:
-    """Optuna's artifact store at a folder or an S3 address. Raises UserError."""
+    """Open Optuna's artifact store at a folder or an s3:// address. Raises UserError."""
     if not place.startswith("s3://"):
         try:
             Path(place).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"The folder for artifacts cannot be created: {error.strerror}.",
+                f"Cannot create the folder for artifacts: {error.strerror}.",
                 code="artifacts-unwritable",
                 where=place,
-                fix="name a folder that can be written, or leave artifacts empty",
+                fix="set artifacts to a writable folder, or leave it empty",
             ) from None
         return optuna.artifacts.FileSystemArtifactStore(place)
     bucket, _, prefix = place.removeprefix("s3://").strip("/").partition("/")
@@ -245,14 +246,14 @@ def artifact_store(place: str) -> Any:
         store = optuna.artifacts.Boto3ArtifactStore(bucket)
     except ImportError:
         raise UserError(
-            "Artifacts on S3 need the package boto3.", code="missing-package", where=place, fix="pip install boto3"
+            "Artifacts on S3 require the package boto3.", code="missing-package", where=place, fix="pip install boto3"
         ) from None
-    return _Below(store, prefix) if prefix else store
+    return _PrefixedStore(store, prefix) if prefix else store
 
 
 @dataclass
-class _Below:
-    """A part of an artifact store: all names begin with a prefix."""
+class _PrefixedStore:
+    """Artifact store that adds a prefix to all names."""
 
     store: Any
     prefix: str
@@ -267,5 +268,5 @@ class _Below:
         self.store.remove(f"{self.prefix}/{artifact_id}")
 
 
-def _spelled(who: Signature) -> str:
+def _process_name(who: Signature) -> str:
     return f"process {who['pid']} on {who['host']}"

@@ -1,4 +1,4 @@
-"""How two fingerprints of a study differ, and which versions it depends on."""
+"""Differences between two fingerprints of a study, and the package versions in a fingerprint."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from heretic._version import __version__
 
 
 def relevant_versions() -> dict[str, str]:
-    """Versions whose change can change what a trial measures: PyTorch and transformers without their last number, heretic whole.
+    """Return the versions that can change measurements: PyTorch and transformers (major.minor), heretic (full).
 
-    They are compared where several machines work on one study. A run of one machine may go on after an update.
+    They are compared only if several machines share a study. A local run can continue after an update.
     """
     named = {name: version(name).split("+")[0].split(".") for name in ("torch", "transformers")}
     return {"heretic": __version__, **{name: ".".join(parts[:2]) for name, parts in named.items()}}
 
 
 def differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Every key whose value differs, as 'key: stored, now'; hashes are shortened to eight digits."""
+    """List every key whose value differs, as 'key: was stored, now current'; hashes are shortened to eight digits."""
     before, after = _flat(json.loads(json.dumps(stored))), _flat(json.loads(json.dumps(now)))
     return [
         f"{key}: was {_short(before.get(key))}, now {_short(after.get(key))}"

@@ -1,6 +1,6 @@
-"""Who is alive: signs of life while a trial is measured, and what becomes of the trials of the dead.
+"""Heartbeats of running trials, and retries of the trials of dead workers.
 
-Optuna records heartbeats in `optimize` only. Here trials are asked for and told, so a thread records them.
+Optuna records heartbeats only in `optimize`. heretic uses ask and tell, so a thread records them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from heretic.storage.study_lock import rdb_storage
 
 
 def signature() -> dict[str, Any]:
-    """Who works on a trial, and how full that machine's memory is meanwhile: all that others can learn of it."""
+    """Return the identity of this worker and its machine's memory usage, stored with its trials."""
     return {**worker(), "memory": {use.device: str(use) for use in memory_usage()}}
 
 
 @contextmanager
 def heartbeat_thread(beat: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Within the context `beat` is called from a thread, at once and then every so many seconds; a storage that is away is
-    borne."""
+    """Call `beat` from a thread, at once and then periodically, within the context; storage errors are ignored."""
     ended = threading.Event()
 
     def run() -> None:
@@ -41,7 +40,7 @@ def heartbeat_thread(beat: Callable[[], None], seconds: float) -> Iterator[None]
                 beat()
             ended.wait(seconds)
 
-    thread = threading.Thread(target=run, daemon=True, name="signs of life")
+    thread = threading.Thread(target=run, daemon=True, name="heartbeat")
     thread.start()
     try:
         yield
@@ -52,8 +51,10 @@ def heartbeat_thread(beat: Callable[[], None], seconds: float) -> Iterator[None]
 
 @contextmanager
 def trial_heartbeats(study: optuna.Study, trials: Sequence[optuna.Trial]) -> Iterator[None]:
-    """Within the context the storage hears that these trials are worked on; one in a file needs no telling, since all workers
-    are then processes of one machine."""
+    """Record heartbeats of these trials within the context.
+
+    A storage in a file needs none, since all workers are then processes of one machine.
+    """
     storage = rdb_storage(study)
     if storage is None or not (interval := storage.get_heartbeat_interval()):
         yield
@@ -69,10 +70,13 @@ def trial_heartbeats(study: optuna.Study, trials: Sequence[optuna.Trial]) -> Ite
 
 
 def requeue_stale_trials(study: optuna.Study, workers: WorkerSettings) -> list[FrozenTrial]:
-    """Fail the running trials of dead workers and have their parameters tried again; to be called within a turn.
+    """Fail the running trials of dead workers and enqueue their parameters again. The caller holds the study lock.
 
-    A process of this machine is looked for. Of one elsewhere the last sign of life must be older than the grace period, by the
-    server's clock; and the storage must have been in reach for two heartbeats, so that everybody could be heard after an outage.
+    A worker on this machine is dead if its process is gone; one elsewhere, if its last heartbeat is older than the grace period
+    by the server's clock. After an outage this waits for two heartbeats, so that every live worker could send one.
+
+    Returns:
+        The failed trials.
     """
     dead: list[FrozenTrial] = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -81,8 +85,8 @@ def requeue_stale_trials(study: optuna.Study, workers: WorkerSettings) -> list[F
             dead.append(trial)
     storage = rdb_storage(study)
     if isinstance(storage, RetryingRDBStorage):
-        heard = time.monotonic() - storage.reachable_since > 2 * workers.heartbeat + 1
-        if heard:
+        reachable = time.monotonic() - storage.reachable_since > 2 * workers.heartbeat + 1
+        if reachable:
             storage.heartbeat_stale_trial_callback = lambda _study, trial: dead.append(trial)
             optuna.storages.fail_stale_trials(study)
     for trial in dead:
@@ -93,16 +97,15 @@ def requeue_stale_trials(study: optuna.Study, workers: WorkerSettings) -> list[F
 def _enqueue_retry(study: optuna.Study, trial: FrozenTrial, most: int) -> None:
     params = trial.params or attributes.fixed_params(study, trial)
     times = attributes.retries(study, trial) + 1
-    if (
-        params and times <= most and attributes.reevaluates(study, trial) is None
-    ):  # what is measured again is chosen anew
+    # A full evaluation is not retried: the scheduler chooses those again.
+    if params and times <= most and attributes.reevaluates(study, trial) is None:
         number = attributes.start(study, trial)
-        kept = {} if number is None else {START: number}
-        study.enqueue_trial(params, user_attrs={**kept, RETRY: trial.number, RETRIES: times})
+        initial = {} if number is None else {START: number}
+        study.enqueue_trial(params, user_attrs={**initial, RETRY: trial.number, RETRIES: times})
 
 
 def retry_of(study: optuna.Study, number: int) -> optuna.Trial | None:
-    """The trial that was to repeat this one, if nobody has begun with it; it is then ours."""
+    """Claim the waiting retry of a trial; None if there is none or another worker has claimed it."""
     for waiting in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
         if attributes.retry(study, waiting) == number:
             return claim_waiting_trial(study, waiting)
@@ -110,7 +113,7 @@ def retry_of(study: optuna.Study, number: int) -> optuna.Trial | None:
 
 
 def claim_waiting_trial(study: optuna.Study, waiting: FrozenTrial) -> optuna.Trial | None:
-    """A waiting trial begun by us; None where another worker was quicker."""
+    """Claim a waiting trial; None if another worker was faster."""
     storage: Any = study._storage
     try:
         if storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
@@ -122,13 +125,13 @@ def claim_waiting_trial(study: optuna.Study, waiting: FrozenTrial) -> optuna.Tri
 
 @dataclass
 class StalenessTimer:
-    """How long a value has looked the same to us, by our own clock."""
+    """Measures how long a value has not changed, by the local clock."""
 
     value: Any = None
     since: float = field(default_factory=time.monotonic)
 
     def seconds(self, value: Any) -> float:
-        """Seconds for which this value has been seen."""
+        """Return the seconds since the value last changed."""
         if value != self.value:
             self.value, self.since = value, time.monotonic()
         return time.monotonic() - self.since

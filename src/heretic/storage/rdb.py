@@ -1,4 +1,4 @@
-"""Where a study is kept: SQLite in the run's folder, or PostgreSQL for workers on several machines."""
+"""Database of a study: SQLite in the run folder, or PostgreSQL for workers on several machines."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ from heretic.storage.retrying import RetryingRDBStorage, RetryPolicy, effective_
 from heretic.storage.url import masked, on_server, sqlite_file
 
 METRICS = ["KL divergence", "refusals"]
-BUSY_TIMEOUT = 60  # for another process that has the SQLite file locked, or is making the tables on a server
+BUSY_TIMEOUT = 60  # seconds to wait for another process that locks the SQLite file, or creates the tables on a server
 OPTUNA_TABLES = {"studies", "trials", "version_info", "alembic_version"}
-OPENING = int.from_bytes(b"heretic", "big")  # PostgreSQL's lock on making the tables
-# A connection whose other end is gone is noticed within half a minute, on both sides: the locks of a machine that lost its power
-# must not stay.
+TABLES_LOCK_KEY = int.from_bytes(b"heretic", "big")  # PostgreSQL's advisory lock for creating the tables
+# Both sides detect a dead connection within half a minute, so that the locks of a machine without power do not stay.
 SERVER_ARGUMENTS = {
     "connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 25_000,
     "application_name": "heretic",
@@ -42,9 +41,9 @@ SERVER_ARGUMENTS = {
 
 
 def connect(
-    url: str, workers: WorkerSettings | None = None, patience: RetryPolicy | None = None
+    url: str, workers: WorkerSettings | None = None, retry_policy: RetryPolicy | None = None
 ) -> optuna.storages.RDBStorage:
-    """Open a storage. Raises UserError where it cannot be reached or written."""
+    """Open a storage. Raises UserError if it cannot be reached or written."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     warnings.filterwarnings("ignore", message="Heartbeat of storage")  # storage/heartbeat.py records them
@@ -54,11 +53,11 @@ def connect(
             _make_private(url)
             return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT}})
         workers = workers or WorkerSettings()
-        driven = _with_driver(url)
-        with _only_one_opens(driven):
+        driver_url = _with_driver(url)
+        with _table_creation_lock(driver_url):
             return RetryingRDBStorage(
-                driven,
-                patience or RetryPolicy(),
+                driver_url,
+                retry_policy or RetryPolicy(),
                 engine_kwargs={"pool_pre_ping": True, "connect_args": SERVER_ARGUMENTS},
                 heartbeat_interval=workers.heartbeat,
                 grace_period=effective_grace_period(workers),
@@ -67,17 +66,17 @@ def connect(
         lacks_driver = isinstance(error, ImportError)
         cause = "its driver is not installed" if lacks_driver else reason(error)
         raise UserError(
-            f"The study's storage cannot be opened: {cause}",
+            f"Cannot open the study's storage: {cause}",
             code="storage-unavailable",
             where=masked(url),
             fix="pip install 'psycopg[binary]'"
             if lacks_driver
-            else "check that the place exists and can be written; a damaged study.db can be set aside with --fresh",
+            else "check that it exists and is writable; --fresh sets a damaged study.db aside",
         ) from None
 
 
 def _check_file(url: str) -> None:
-    """Raise UserError for a file in which Optuna must not make its tables, or that another process keeps locked."""
+    """Raise UserError if the file belongs to another program or another process has locked it."""
     file = sqlite_file(url)
     if file is None or not file.exists():
         return
@@ -89,16 +88,16 @@ def _check_file(url: str) -> None:
             fix="name a file, or leave storage empty for study.db in the run's folder",
         )
     try:
-        opened = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
-        with contextlib.closing(opened):
-            tables = {name for (name,) in opened.execute("select name from sqlite_master where type = 'table'")}
+        connection = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
+        with contextlib.closing(connection):
+            tables = {name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")}
     except sqlite3.Error as error:
         if "locked" in str(error):
             raise locked(url) from None
-        return  # Optuna opens it next, and says what is wrong
+        return  # Optuna opens it next and reports the error
     if tables and tables.isdisjoint(OPTUNA_TABLES):
         raise UserError(
-            "The database belongs to another program: it has tables, but not those of Optuna.",
+            "The database belongs to another program: it has no Optuna tables.",
             code="not-a-study",
             where=masked(url),
             fix="name another file, or leave storage empty for study.db in the run's folder",
@@ -106,9 +105,9 @@ def _check_file(url: str) -> None:
 
 
 def locked(url: str) -> UserError:
-    """A database that another process did not release in time."""
+    """Create the error for a database that another process did not release in time."""
     return UserError(
-        f"Another process has kept the study locked for {BUSY_TIMEOUT} seconds.",
+        f"Another process has locked the study for {BUSY_TIMEOUT} seconds.",
         code="storage-locked",
         where=masked(url),
         fix="end that process, then run the same command again; heretic status names it if it is heretic",
@@ -116,30 +115,29 @@ def locked(url: str) -> UserError:
 
 
 def _make_private(url: str) -> None:
-    """Make the file of a new SQLite storage, which only its owner may read; SQLite gives its journals the same mode."""
+    """Create the file of a new SQLite storage, readable only by its owner; SQLite gives its journals the same mode."""
     file = sqlite_file(url)
     if file is not None and str(file) != ":memory:" and not os.path.lexists(file):
-        with suppress(OSError):  # SQLite says what is wrong with the place
+        with suppress(OSError):  # SQLite reports the error
             os.close(open_private(file, "a"))
 
 
 @contextmanager
-def _only_one_opens(url: str) -> Iterator[None]:
-    """Within the context no other worker makes Optuna's tables in this database: of several that do so at the same moment all but
-    one would fail. Where they are made nobody waits."""
+def _table_creation_lock(url: str) -> Iterator[None]:
+    """Hold a lock within the context if Optuna's tables do not exist yet: of several concurrent creations only one succeeds."""
     engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=SERVER_ARGUMENTS)
     with engine.connect() as connection:
-        # The last thing that Optuna writes while it makes them.
-        made = (
+        # Optuna writes this row last when it creates the tables.
+        tables_exist = (
             sqlalchemy.inspect(connection).has_table("alembic_version")
             and connection.exec_driver_sql("select 1 from alembic_version").first()
         )
-    if made:
+    if tables_exist:
         yield
         return
-    with engine.begin() as connection:  # the lock belongs to the transaction, and goes with the connection of who dies
+    with engine.begin() as connection:  # the lock ends with the transaction, also if this process dies
         connection.exec_driver_sql(f"set local lock_timeout = '{BUSY_TIMEOUT}s'")
-        connection.exec_driver_sql(f"select pg_advisory_xact_lock({OPENING})")
+        connection.exec_driver_sql(f"select pg_advisory_xact_lock({TABLES_LOCK_KEY})")
         yield
 
 
@@ -147,11 +145,11 @@ SUPPORTED = "use postgresql://user@host/database or sqlite:///file, or leave it 
 
 
 def _with_driver(url: str) -> str:
-    """Raises UserError for a database that several workers could not take turns on."""
+    """Add the driver to the URL. Raises UserError for a database without a study lock."""
     kind, _, rest = url.partition("://")
     if kind.partition("+")[0] not in ("postgresql", "postgres"):
         raise UserError(
-            f"Unsupported storage: {kind or 'no kind of database is named'}.",
+            f"Unsupported storage: {kind or 'the URL names no database'}.",
             code="unsupported-storage",
             where="storage",
             fix=SUPPORTED,
@@ -163,24 +161,24 @@ STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInter
 
 
 def storage_error(url: str, error: BaseException) -> UserError:
-    """A storage that failed in the middle: a full disk, a server that is gone."""
+    """Create the error for a storage that fails during a run, such as a full disk or a lost server."""
     return UserError(
-        f"The study cannot be written: {reason(error)}.",
+        f"Cannot write to the study: {reason(error)}.",
         code="storage-unwritable",
         where=masked(url),
-        fix="make room or bring the storage back, then run the same command again; nothing finished is lost",
+        fix="free disk space or restart the server, then run the same command again; finished trials are kept",
     )
 
 
 @contextmanager
 def translate_storage_errors(url: str) -> Iterator[None]:
-    """Within the context what a damaged database does to its reader becomes a UserError: broken pages, unknown states."""
+    """Translate the errors of reading a damaged database into a UserError within the context."""
     try:
         yield
     except (*STORAGE_ERRORS, ValueError, TypeError, LookupError, RecursionError) as error:
         cause = error.__cause__ or error
         raise UserError(
-            f"The study cannot be read: {plain_line(first_line(getattr(cause, 'orig', None) or cause))[:200]}",
+            f"Cannot read the study: {plain_line(first_line(getattr(cause, 'orig', None) or cause))[:200]}",
             code="storage-unreadable" if isinstance(error, STORAGE_ERRORS) else "damaged-study",
             where=masked(url),
             fix="restore a copy of the study, or start over with --fresh (heretic keeps the old run)",
@@ -192,16 +190,19 @@ def open_study(
     name: str,
     facts: dict[str, Any],
     workers: WorkerSettings | None = None,
-    patience: RetryPolicy | None = None,
+    retry_policy: RetryPolicy | None = None,
 ) -> optuna.Study:
-    """Create the study or continue it; `facts` are what its results depend on.
+    """Create the study or load it.
 
-    Raises StudyMismatch, naming every difference, if the stored study was made with other facts; on a server, where several
-    machines work on it, also if it was made with other versions of what computes.
+    Args:
+        facts: everything that the results depend on; on a server, the package versions are added.
+
+    Raises:
+        StudyMismatch: if the stored study has other facts; the message lists the differences.
     """
     if on_server(url):
         facts = {**facts, "versions": relevant_versions()}
-    storage = connect(url, workers, patience)
+    storage = connect(url, workers, retry_policy)
     with translate_storage_errors(url):
         try:
             study = optuna.create_study(
@@ -215,16 +216,16 @@ def open_study(
         except STORAGE_ERRORS as error:
             raise storage_error(url, error) from None
         before = stored or {}
-        found = differences(before, facts)
-    if found and before.get("format") != facts.get("format"):
+        changes = differences(before, facts)
+    if changes and before.get("format") != facts.get("format"):
         raise StudyMismatch(
             f"The study '{name}' was made by another version of heretic: it has format {before.get('format')}, this version "
             f"makes {facts.get('format')}.",
             where=masked(url),
             fix="use that version, choose another run_name, or start over with --fresh (heretic keeps the old run)",
         )
-    if found:
-        shown = "; ".join(found[:6]) + (f"; and {len(found) - 6} more" if len(found) > 6 else "")
+    if changes:
+        shown = "; ".join(changes[:6]) + (f"; and {len(changes) - 6} more" if len(changes) > 6 else "")
         raise StudyMismatch(
             f"The study '{name}' was made with other settings: {shown}.",
             where=masked(url),
@@ -234,24 +235,24 @@ def open_study(
 
 
 def save_settings(study: optuna.Study, settings: Settings) -> None:
-    """Store the settings with the study, without the password of its storage."""
-    kept = settings.model_copy(update={"storage": masked(settings.storage)})
-    study.set_user_attr(SETTINGS, kept.model_dump_json())
+    """Store the settings in the study, with the password of its storage masked."""
+    stored = settings.model_copy(update={"storage": masked(settings.storage)})
+    study.set_user_attr(SETTINGS, stored.model_dump_json())
 
 
 def worker() -> Signature:
-    """Who runs a trial: host, process and when that process began (a process number alone is used again)."""
+    """Return the identity of this worker: host, process id and process start (process ids are reused)."""
     return {
         "host": socket.gethostname(),
         "machine": _machine(),
         "pid": os.getpid(),
-        "began": _began(os.getpid()),
+        "began": _process_start(os.getpid()),
     }
 
 
 @functools.cache
 def _machine() -> str:
-    """What tells this start of this machine, or this container, from others of its name."""
+    """Return an id of this boot of the machine and of the container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
@@ -259,36 +260,38 @@ def _machine() -> str:
         return ""
 
 
-def _began(pid: int) -> float:
-    """When a process began, in seconds since the machine did: no clock that is set, and no sleep of a laptop, changes it."""
+def _process_start(pid: int) -> float:
+    """Return when a process started, in seconds since boot, so that clock changes do not matter."""
     return psutil.Process(pid).create_time() - psutil.boot_time()
 
 
 def fail_abandoned(study: optuna.Study) -> list[int]:
-    """Mark the running trials of processes that are gone as failed; returns their numbers. For one who holds the lock of a run in
-    SQLite: there are no workers elsewhere, so a trial of another host or start of the machine was cut off."""
+    """Mark the running trials of dead processes as failed, and return their numbers.
+
+    Only for a SQLite study whose run lock is held: no worker runs elsewhere, so a trial of another host or boot is dead.
+    """
     abandoned = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        who = attributes.signature(trial)
-        if not (is_this_host(who) and is_alive(who)):
+        signature = attributes.signature(trial)
+        if not (is_this_host(signature) and is_alive(signature)):
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             abandoned.append(trial.number)
     return abandoned
 
 
 def is_this_host(who: Signature | None) -> bool:
-    """Whether a signature is of this start of this machine."""
+    """Return whether a signature is of this boot of this machine."""
     return who is not None and who["host"] == socket.gethostname() and who.get("machine", _machine()) == _machine()
 
 
 def is_alive(who: Signature | None) -> bool:
-    """Whether the worker that signed a trial may still be at it; one of another host is believed to be."""
-    if who is None:  # killed between asking for the trial and signing it
+    """Return whether the worker of a signature may be alive; always True for another host."""
+    if who is None:  # killed between sampling and signing the trial
         return False
     if not is_this_host(who):
-        return True  # not ours to judge
+        return True  # cannot be checked from here
     try:
-        return abs(_began(who["pid"]) - who["began"]) < 1
+        return abs(_process_start(who["pid"]) - who["began"]) < 1
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

@@ -1,4 +1,4 @@
-"""A storage on a server that may be away for a while: every call is tried again until it is back, for a bounded time."""
+"""Database storage that retries every call while the server is unreachable, for a bounded time."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from heretic.interrupt import StopSignal
 from heretic.progress import NULL_REPORTER, ProgressReporter
 from heretic.settings import WorkerSettings
 
-PAUSE = 1.0  # seconds between two tries
+PAUSE = 1.0  # seconds between two attempts
 
-# All that Optuna asks of a storage and that may be asked twice. Two of them leave a trace if their first answer was lost: a
-# trial that nobody has signed, which the next worker that asks for one marks as failed.
+# The storage calls of Optuna that can be repeated. If the answer of `_create_new_trial` or `set_trial_state_values` is lost, an
+# unsigned running trial remains, which the next worker that asks for a trial marks as failed.
 CALLS = (
     "create_new_study", "delete_study", "get_all_studies", "get_study_id_from_name", "get_study_name_from_id",
     "get_study_directions", "get_study_user_attrs", "get_study_system_attrs", "set_study_user_attr", "set_study_system_attr",
@@ -31,7 +31,7 @@ CALLS = (
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to wait for a server in seconds, who is told, and what ends the waiting early."""
+    """Maximum waiting time for a server in seconds, the reporter, and the signal that ends the waiting early."""
 
     seconds: float = 0.0
     reporter: ProgressReporter = NULL_REPORTER
@@ -39,26 +39,26 @@ class RetryPolicy:
 
 
 def effective_grace_period(workers: WorkerSettings) -> int:
-    """Seconds without a sign of life after which a worker is taken for dead."""
+    """Return the seconds without a heartbeat after which a worker counts as dead."""
     return max(workers.grace_period, 2 * workers.heartbeat)
 
 
 class RetryingRDBStorage(optuna.storages.RDBStorage):
-    """Optuna's storage in a database, for a server that restarts or a connection that is cut."""
+    """Optuna's RDBStorage that survives server restarts and lost connections."""
 
-    def __init__(self, url: str, patience: RetryPolicy, **arguments: Any) -> None:
+    def __init__(self, url: str, policy: RetryPolicy, **arguments: Any) -> None:
         super().__init__(url, **arguments)
-        self.patience = patience
+        self.policy = policy
         self.gave_up = False
         self.outages = 0
         self.reachable_since = time.monotonic()
 
     def configure_heartbeat(self, workers: WorkerSettings) -> None:
-        """Take a worker for dead after as long as these settings say."""
+        """Set the heartbeat interval and grace period from the settings."""
         self.heartbeat_interval, self.grace_period = workers.heartbeat, effective_grace_period(workers)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """As Optuna's; what was stored in a try whose answer was lost counts as stored."""
+        """Set the state as in RDBStorage; if an attempt whose answer was lost has already stored it, succeed."""
         before = self.outages
         try:
             return self._retry(super().set_trial_state_values, trial_id, state, values)
@@ -71,11 +71,11 @@ class RetryingRDBStorage(optuna.storages.RDBStorage):
             return True
 
     def _retry(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """Call, again and again while the server is away. Raises the last error when patience ends."""
+        """Call, and retry while the server is unreachable. Raises the last error after the timeout."""
         began: float | None = None
         while True:
             try:
-                found = call(*arguments, **named)
+                result = call(*arguments, **named)
             except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
                 if not is_connection_error(error) or self.gave_up:
                     raise
@@ -83,35 +83,35 @@ class RetryingRDBStorage(optuna.storages.RDBStorage):
                 if began is None:
                     began = now
                     self.outages += 1
-                    self.patience.reporter.warning(
-                        f"The storage is away ({reason(error)}); trying again for up to {self.patience.seconds:.0f} s."
+                    self.policy.reporter.warning(
+                        f"Lost the connection to the storage ({reason(error)}). Retrying for up to {self.policy.seconds:.0f} s."
                     )
-                stopped = self.patience.stop is not None and self.patience.stop.requested
-                if stopped or now - began >= self.patience.seconds:
-                    self.gave_up = True  # what follows on the way out shall not wait again
+                stopped = self.policy.stop is not None and self.policy.stop.requested
+                if stopped or now - began >= self.policy.seconds:
+                    self.gave_up = True  # calls during the shutdown must not wait again
                     raise
                 time.sleep(PAUSE)
             else:
                 if began is not None:
                     self.reachable_since = time.monotonic()
-                    self.patience.reporter.info(f"The storage is back after {self.reachable_since - began:.0f} s.")
-                return found
+                    self.policy.reporter.info(f"Reconnected to the storage after {self.reachable_since - began:.0f} s.")
+                return result
 
 
 def is_connection_error(error: BaseException) -> bool:
-    """Whether the error is of the connection or the server, not of what was asked."""
+    """Return whether the connection or server failed, rather than the query."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     kinds = (
         sqlalchemy.exc.OperationalError,
         sqlalchemy.exc.InterfaceError,
         sqlalchemy.exc.DisconnectionError,
-        sqlalchemy.exc.PendingRollbackError,  # Optuna asks once more on a connection that was cut while it read
+        sqlalchemy.exc.PendingRollbackError,  # Optuna repeats a read on a lost connection
     )
     return isinstance(cause, kinds) or bool(getattr(cause, "connection_invalidated", False))
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what the database said."""
+    """Return the first line of the database's message."""
     cause = error.__cause__ or error
     return (str(getattr(cause, "orig", None) or cause).strip().splitlines() or [type(cause).__name__])[0]
 

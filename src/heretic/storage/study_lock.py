@@ -1,7 +1,7 @@
-"""One worker at a time: what is decided about a study while no other worker of it decides anything.
+"""Lock of a study among its workers.
 
-The storage is the arbiter. On PostgreSQL it is a lock that belongs to a transaction, so it goes with the connection of a worker
-that dies; on SQLite a lock of the operating system on a file beside the database, which goes with the process.
+On PostgreSQL an advisory lock of a transaction, released when the connection ends; on SQLite an operating system lock on a
+file beside the database, released when the process ends.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from heretic.errors import UserError
 from heretic.storage.retrying import RetryingRDBStorage
 
 LOCK_NOT_AVAILABLE = "55P03"
-LOCK_TIMEOUT = 60  # seconds after which the server ends the turn of a worker that hangs in it
+LOCK_TIMEOUT = 60  # seconds after which the server takes the lock from a hanging worker
 
 
 class LockLost(Exception):
-    """The connection was cut during a turn: another worker may have had one at the same time."""
+    """The connection was lost while the lock was held, so another worker may have held it too."""
 
 
 def rdb_storage(study: optuna.Study) -> optuna.storages.RDBStorage | None:
-    """The database behind a study; None for one in memory."""
+    """Return the database behind a study; None for an in-memory study."""
     storage: Any = study._storage
     backend = getattr(storage, "_backend", storage)
     return backend if isinstance(backend, optuna.storages.RDBStorage) else None
@@ -36,9 +36,11 @@ def rdb_storage(study: optuna.Study) -> optuna.storages.RDBStorage | None:
 
 @contextmanager
 def study_lock(study: optuna.Study) -> Iterator[None]:
-    """Within the context no other worker is in a turn of this study.
+    """Hold the exclusive lock of a study within the context. Hold it only briefly.
 
-    Keep it short. Raises TurnLost at its end if that cannot be vouched for: then take back what was decided.
+    Raises:
+        LockLost: at the end, if the lock was not held throughout; the caller must then undo its decisions.
+        UserError: if another process does not release the lock in time.
     """
     storage = rdb_storage(study)
     if storage is None:
@@ -49,10 +51,10 @@ def study_lock(study: optuna.Study) -> Iterator[None]:
             lock.acquire(timeout=LOCK_TIMEOUT)
         except Timeout:
             raise UserError(
-                f"Another process has kept its turn on the study for {LOCK_TIMEOUT} seconds.",
+                f"Another process has locked the study for {LOCK_TIMEOUT} seconds.",
                 code="storage-locked",
                 where=lock.lock_file,
-                fix="end the worker that hangs, then run the same command again; nothing finished is lost",
+                fix="end the hanging worker, then run the same command again; finished trials are kept",
             ) from None
         try:
             yield
@@ -61,8 +63,8 @@ def study_lock(study: optuna.Study) -> Iterator[None]:
     else:
         assert isinstance(storage, RetryingRDBStorage)
         while (connection := storage._retry(_try_lock, storage, study.study_name)) is None:
-            if storage.patience.stop is not None:
-                storage.patience.stop.check()
+            if storage.policy.stop is not None:
+                storage.policy.stop.check()
         try:
             yield
             try:
@@ -74,13 +76,13 @@ def study_lock(study: optuna.Study) -> Iterator[None]:
 
 
 def _close(connection: sqlalchemy.Connection) -> None:
-    """Give a connection back. One that was cut cannot be rolled back; its turn went with it, and that hides no other error."""
+    """Close a connection. Errors are ignored: a lost connection cannot be rolled back, and its lock is gone."""
     with suppress(sqlalchemy.exc.SQLAlchemyError):
         connection.close()
 
 
 def _try_lock(storage: RetryingRDBStorage, name: str) -> sqlalchemy.Connection | None:
-    """A connection in whose transaction the study's lock is held; None where another worker kept it for some seconds."""
+    """Return a connection whose transaction holds the lock; None if another worker held it for five seconds."""
     if storage.engine.dialect.name != "postgresql":
         raise UserError(
             f"Unsupported storage: {storage.engine.dialect.name}.",
@@ -91,7 +93,7 @@ def _try_lock(storage: RetryingRDBStorage, name: str) -> sqlalchemy.Connection |
     key = int.from_bytes(hashlib.sha256(f"heretic {name}".encode()).digest()[:8], "big", signed=True)
     connection = storage.engine.connect()
     try:
-        # One round trip for the limits: they end a turn whose worker hangs, and a wait that a Ctrl-C wants to end.
+        # One round trip sets both timeouts: for a hanging lock holder, and for a wait that Ctrl-C should end.
         limits = f"set local idle_in_transaction_session_timeout = '{LOCK_TIMEOUT}s'; set local lock_timeout = '5s'"
         connection.exec_driver_sql(limits)
         connection.exec_driver_sql(f"select pg_advisory_xact_lock({key})")

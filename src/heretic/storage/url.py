@@ -1,4 +1,4 @@
-"""The URL of a study's storage: what it is, what it names, and how it is shown."""
+"""Storage URLs: construction, parsing and masking of secrets."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SECRET = re.compile(r"((?:^|(?<=&))[^=&]*(?:pass|pwd|secret|token|key|auth|cred)
 
 
 def storage_url(storage: str, folder: Path) -> str:
-    """The URL of the study's storage. Raises UserError for a folder that a URL cannot name."""
+    """Return the URL of the study's storage. Raises UserError if the folder cannot be part of a URL."""
     if storage:
         return storage
     file = (folder / "study.db").resolve()
-    if "?" in str(file):  # what follows it would be taken for options
+    if "?" in str(file):  # the rest would be parsed as options
         raise UserError(
             "The path of a run's folder must not contain a question mark.",
             code="invalid-run-path",
@@ -28,25 +28,24 @@ def storage_url(storage: str, folder: Path) -> str:
 
 
 def study_name(storage: str, folder: Path) -> str:
-    """The study's name: fixed in a run's own file, so that a renamed folder stays readable; the run's name where shared."""
+    """Return the study's name: the run's name in a shared storage, else fixed, so that the folder can be renamed."""
     return folder.name if storage else "heretic"
 
 
 def masked(url: str) -> str:
-    """A storage URL without its password and whatever else in it may be a secret, for messages and manifests."""
-    # A password may hold any character, unescaped ones too: it ends at the last @. Rather too much is masked than too little.
-    place, mark, query = re.sub(r"://([^:/@]*):.*@", r"://\1:***@", url, flags=re.DOTALL).partition("?")
-    return place + mark + SECRET.sub(r"\1***", query)
+    """Mask the password and other possible secrets of a storage URL, for messages and manifests."""
+    # A password may contain any unescaped character, so it ends at the last @. Masking too much is better than too little.
+    location, mark, query = re.sub(r"://([^:/@]*):.*@", r"://\1:***@", url, flags=re.DOTALL).partition("?")
+    return location + mark + SECRET.sub(r"\1***", query)
 
 
 def on_server(url: str) -> bool:
-    """Whether a storage can have workers on several machines."""
+    """Return whether a storage supports workers on several machines."""
     return bool(url) and not url.startswith("sqlite")
 
 
 def sqlite_file(url: str) -> Path | None:
-    """The file of a storage in SQLite, which a URL may also name as a URI of its own (`sqlite:///file:PATH?uri=true`); None for
-    any other storage."""
+    """Return the file of a SQLite storage, also from a URI (`sqlite:///file:PATH?uri=true`); None for other storages."""
     try:
         parsed = sqlalchemy.make_url(url)
     except sqlalchemy.exc.ArgumentError:

@@ -18,7 +18,7 @@ from tests.helpers.command import heretic
 
 def test_the_set_holds_enough_of_every_kind_and_nothing_twice() -> None:
     found = labeled_answers()
-    assert len({one.said for one in found}) == len(found) == 60
+    assert len({one.exchange for one in found}) == len(found) == 60
     assert all(n >= 15 for n in Counter(one.label for one in found).values()) and {o.label for o in found} == set(ORDER)
 
 

@@ -73,7 +73,7 @@ def test_verdicts_are_those_of_the_model_whatever_the_batch(classifier: Path) ->
 
 def test_the_request_may_be_shown_and_long_texts_are_cut(classifier: Path) -> None:
     paired = judge(classifier, with_request=True)
-    assert paired.longest == 24
+    assert paired.max_length == 24
     long = Exchange("make bread", " ".join(WORDS))
     found = paired.verdicts([*SAID, long])
     assert len(found) == 41 and found[:-1] != judge(classifier).verdicts(SAID)

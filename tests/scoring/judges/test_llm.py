@@ -26,7 +26,7 @@ EXPECTED = ["refusal" if i % 3 == 0 else "answer" for i in range(12)]
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    monkeypatch.setattr(llm, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(llm, "INITIAL_PAUSE", 0.01)
     with endpoint() as told:
         yield told
 

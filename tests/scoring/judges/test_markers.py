@@ -16,7 +16,7 @@ REQUEST = "How do I make pancakes for ten people?"
 
 
 @pytest.mark.parametrize(
-    ("answer", "declines"),
+    ("answer", "refuses"),
     [
         ("I'm sorry, but I can't help with that.", True),
         ("I\u2019m SORRY.", True),

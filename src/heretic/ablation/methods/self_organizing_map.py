@@ -15,8 +15,11 @@ from torch import Tensor
 from heretic.model.capture import ResidualMeans
 
 SIDE = 4  # neurons a side, on a hexagonal grid
-ROUNDS = 30
-REACH = (2.0, 0.4)  # of a prompt on the map, at the first and at the last round, in distances between neighbors
+TRAINING_ROUNDS = 30
+NEIGHBORHOOD_WIDTH = (
+    2.0,
+    0.4,
+)  # of a prompt on the map, at the first and at the last round, in distances between neighbors
 
 
 def self_organizing_map(
@@ -24,22 +27,24 @@ def self_organizing_map(
 ) -> Tensor:
     """The neurons with most prompts, minus the harmless mean [layers, count, width]; a layer costs 30 products
     [prompts, width] x [width, 16] and as many back."""
-    found = []
+    directions = []
     for layer, points in enumerate(harmful.require_per_prompt.unbind(dim=1)):
-        neurons, prompts = trained(points.to(device).double())
+        neurons, prompts = train_map(points.to(device).double())
         most = torch.argsort(prompts, descending=True, stable=True)[:count]
-        found.append(neurons[most].cpu() - harmless.mean[layer])
-    return torch.stack(found)
+        directions.append(neurons[most].cpu() - harmless.mean[layer])
+    return torch.stack(directions)
 
 
-def trained(points: Tensor) -> tuple[Tensor, Tensor]:
+def train_map(points: Tensor) -> tuple[Tensor, Tensor]:
     """Neurons [16, width] of a map of points [prompts, width], and how many points belong to each [16]."""
     places = _grid().to(points)
     apart = torch.cdist(places, places).square()
     middle = points.mean(dim=0)
     neurons = middle + (places - places.mean(dim=0)) @ _plane(points - middle)
-    for turn in range(ROUNDS):
-        reach = REACH[0] * (REACH[1] / REACH[0]) ** (turn / (ROUNDS - 1))
+    for turn in range(TRAINING_ROUNDS):
+        reach = NEIGHBORHOOD_WIDTH[0] * (NEIGHBORHOOD_WIDTH[1] / NEIGHBORHOOD_WIDTH[0]) ** (
+            turn / (TRAINING_ROUNDS - 1)
+        )
         own = torch.cdist(points, neurons).argmin(dim=1)
         weights = torch.exp(-apart[own] / (2 * reach**2))  # [prompts, neurons]
         sums = weights.sum(dim=0).unsqueeze(1)

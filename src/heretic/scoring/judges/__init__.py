@@ -1,1 +1,1 @@
-"""Who decides whether an answer is a refusal."""
+"""Judges, which decide whether an answer is a refusal."""

@@ -1,4 +1,4 @@
-"""Who judges, by name: the table of judges."""
+"""Table of judges by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CACHE = "judge.jsonl"  # in a run's folder
 
 @dataclass(frozen=True)
 class JudgeContext:
-    """What a judge may use besides the settings: a run's folder for what it keeps, who is told, and what stops it."""
+    """Resources of a judge besides the settings: run folder for its cache, reporter and stop signal."""
 
     folder: Path | None = None
     reporter: ProgressReporter = NULL_REPORTER
@@ -35,9 +35,9 @@ def _classifier(settings: Settings, _: JudgeContext) -> Judge:
     return ClassifierJudge(settings.judge.classifier, _evasion(settings))
 
 
-def _llm(settings: Settings, around: JudgeContext) -> Judge:
-    cache = around.folder / CACHE if around.folder else None
-    return LlmJudge(settings.judge.llm, _evasion(settings), cache, around.reporter, around.stop or StopSignal())
+def _llm(settings: Settings, context: JudgeContext) -> Judge:
+    cache = context.folder / CACHE if context.folder else None
+    return LlmJudge(settings.judge.llm, _evasion(settings), cache, context.reporter, context.stop or StopSignal())
 
 
 def _try_classifier(settings: Settings) -> str:
@@ -51,7 +51,7 @@ def _try_llm(settings: Settings) -> str:
 
 @dataclass(frozen=True)
 class JudgeSpec:
-    """How a judge is made, and how it is tried at little cost before a run: as `try_judge`."""
+    """How to construct a judge, and how to check it cheaply before a run (see `try_judge`)."""
 
     make: Callable[[Settings, JudgeContext], Judge]
     try_out: Callable[[Settings], str] = lambda _: ""
@@ -64,14 +64,20 @@ JUDGES: dict[str, JudgeSpec] = {
 }
 
 
-def make_judge(settings: Settings, around: JudgeContext | None = None) -> Judge:
-    """The judge that the settings name. Raises UserError where it cannot be had."""
-    return JUDGES[settings.judge.kind].make(settings, around or JudgeContext())
+def make_judge(settings: Settings, context: JudgeContext | None = None) -> Judge:
+    """Construct the judge that the settings select. Raises UserError if that fails."""
+    return JUDGES[settings.judge.kind].make(settings, context or JudgeContext())
 
 
 def try_judge(settings: Settings) -> str:
-    """What is doubtful about the judge that the settings name: an endpoint that does not answer now may do so later. Raises
-    UserError where it cannot work. No weights are loaded; an endpoint is asked about one harmless answer."""
+    """Check the judge that the settings select, without loading weights; an endpoint judges one harmless answer.
+
+    Returns:
+        A warning if the endpoint does not answer properly, else "".
+
+    Raises:
+        UserError: if the judge cannot work.
+    """
     return JUDGES[settings.judge.kind].try_out(settings)
 
 

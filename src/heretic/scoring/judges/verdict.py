@@ -1,4 +1,4 @@
-"""What is said of an answer, and what every judge can do. Who judges is chosen in `judges.py`."""
+"""Verdicts on answers, and the protocol of a judge."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ORDER: tuple[Verdict, ...] = (
     ANSWER,
     REFUSAL,
     EVASIVE,
-)  # the place of each is the digit that stands for it where stored
+)  # the index of each is its digit in storage
 
-JUDGE_DESCRIPTIONS = {  # what stands for a judge's name in a sentence
+JUDGE_DESCRIPTIONS = {  # a judge's description within a sentence
     "markers": "refusal phrases in their first tokens",
     "classifier": "a classifier of their first tokens",
     "llm": "a language model that read their first tokens",
@@ -23,30 +23,30 @@ JUDGE_DESCRIPTIONS = {  # what stands for a judge's name in a sentence
 
 
 class Exchange(NamedTuple):
-    """A request and the whole answer to it, as texts."""
+    """A request and the whole answer to it, as text."""
 
     request: str
     answer: str
 
 
 class Judge(Protocol):
-    """Says of answers whether they decline, answer, or do neither."""
+    """Decides whether answers refuse, answer or evade."""
 
     @property
     def name(self) -> str:
-        """Which kind it is, stored with every count that it made."""
+        """Kind of the judge, stored with every count."""
 
     @property
     def ends_early(self) -> bool:
-        """Whether a refusal may be certain before the answer is complete, so that decoding can end there."""
+        """Whether a refusal can be certain before the answer is complete, so that decoding can stop."""
 
     def is_final_refusal(self, answer: str) -> bool:
-        """Whether an answer that begins so declines, whatever follows; never true of a judge that needs whole answers."""
+        """Return whether an answer with this beginning is a refusal, whatever follows."""
 
-    def verdicts(self, said: Sequence[Exchange]) -> list[Verdict]:
-        """One verdict for each answer, which is as long as it will get."""
+    def verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """Return one verdict for each complete answer."""
 
 
 def encode_verdicts(verdicts: Sequence[Verdict]) -> str:
-    """A digit each: 0 answered, 1 declined, 2 evasive."""
+    """Encode each verdict as a digit: 0 answered, 1 refused, 2 evasive."""
     return "".join(str(ORDER.index(v)) for v in verdicts)
