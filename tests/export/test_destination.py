@@ -54,7 +54,7 @@ def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     if request.param == "copied":
         monkeypatch.setattr("os.link", refuse)
     if request.param == "renamed":
-        monkeypatch.setattr(destination, "exchange", lambda one, other: False)
+        monkeypatch.setattr(destination, "atomic_swap", lambda one, other: False)
 
 
 def test_added_files_are_kept_and_the_earlier_export_goes(how: None) -> None:
