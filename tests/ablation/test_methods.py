@@ -52,7 +52,7 @@ def test_methods_that_need_every_prompt_say_so() -> None:
     for name, method in METHODS.items():
         assert DirectionSettings.model_validate({"method": name}).keeps_each == method.needs_each, "as the settings say"
         if method.needs_each:
-            with pytest.raises(ValueError, match="not kept"):
+            with pytest.raises(ValueError, match="not recorded"):
                 method.find(*bare, 1, "cpu")
         else:
             method.find(*bare, 1, "cpu")

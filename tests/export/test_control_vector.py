@@ -66,7 +66,7 @@ def test_several_directions_a_layer_are_all_written(
     with safe_open("d.safetensors", framework="pt") as file:
         assert torch.equal(file.get_tensor("directions"), directions.vectors)
         assert torch.equal(file.get_tensor("extra"), directions.extra)
-        assert "further: the others of each" in file.metadata()["layout"]
+        assert "extra: the others of each" in file.metadata()["layout"]
     said = heretic(capsys, monkeypatch, "directions", "mine", "-o", "d.gguf")
     assert (
         said.status == 0 and "has 4 directions" in said.out and "d-4.gguf" in said.out and not Path("d.gguf").exists()

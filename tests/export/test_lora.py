@@ -51,7 +51,7 @@ def test_an_adapter_of_rank_1_is_the_full_model(config: Path, tmp_path: Path, fa
     manifest = json.loads(Path("adapter/manifest.json").read_text())
     assert manifest["written"]["format"] == "lora" and manifest["written"]["rank"] == 1 and manifest["written"]["exact"]
     card = Path("adapter/README.md").read_text()
-    assert "library_name: peft" in card and "LoRA adapter of rank 1" in card and "nothing is left out" in card
+    assert "library_name: peft" in card and "LoRA adapter of rank 1" in card and "holds every edit exactly" in card
     assert {p.name for p in Path("adapter").iterdir()} == {
         "README.md", "manifest.json", "heretic", "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip

@@ -195,7 +195,10 @@ def test_a_study_in_4_bits_is_exported_in_full_precision(
 
     export = do(config, folder, "adapter", four, "export_format=lora", "lora_rank=128").export
     assert export is not None and export.verification.divergence < 1e-4, "of the quantized model it is exact"
-    assert "It was made for the base model quantized to 4 bits" in Path("adapter/README.md").read_text()
+    assert (
+        "It was computed for and measured on the base model quantized to 4 bits"
+        in Path("adapter/README.md").read_text()
+    )
 
     monkeypatch.setattr(reference, "full_precision_plan", lambda job: None)
     do(config, folder, "again", four, "run_name=again")

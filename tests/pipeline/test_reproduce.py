@@ -88,7 +88,7 @@ def test_several_directions_are_made_again(config: Path, llama: Path, more: tupl
     words = "refusal_markers=['sorry', 'bread', 'a', 'e', 'o']"
     export(config, llama, *wanted, "search.gradient.steps=3", words, *more)
     assert again(Path("out/manifest.json")).verdict == "identical"
-    assert "2 at right angles" in Path("out/README.md").read_text()
+    assert "2 orthogonal ones" in Path("out/README.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,7 @@ def test_limits_on_harmless_answers_hold_from_study_to_card(config: Path) -> Non
         kept.export is not None
         and kept.export.verification.scores.harmless_metrics == kept.selected.scores.harmless_metrics
     )  # type: ignore[union-attr]
-    assert "harmless requests declined or evaded" in Path("out/README.md").read_text()
+    assert "harmless requests refused or evaded" in Path("out/README.md").read_text()
     none = do(
         config, "n_trials=2", "constraints.max_degenerate=0", "constraints.max_over_refusals=0", 'run_name="none"'
     )
