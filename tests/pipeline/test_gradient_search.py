@@ -67,7 +67,9 @@ def test_a_run_walks_first_measures_the_points_and_searches_around_them(config: 
     found = manifest["ablation"]["vector" if direction == "free" else "mixture"]
     assert len(found) == (32 if direction == "free" else 4)
     assert all(("walk.shift" in r.params) == (direction == "mixture") for r in outcome.results)
-    told = {"free": "from the gradient search (in the manifest)", "mixture": "a mixture mostly of those of layers"}[direction]
+    told = {"free": "from the gradient search (in the manifest)", "mixture": "a mixture mostly of those of layers"}[
+        direction
+    ]
     assert told in Path("written/README.md").read_text()
     with open_run("run", "runs", [], wait=False, reporter=NULL_REPORTER, stop=StopSignal()) as run_context:
         later = export_from_run(run_context, 1, Path("gentle"))

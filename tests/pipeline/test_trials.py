@@ -71,7 +71,7 @@ def test_a_judge_that_fails_stops_the_study_and_the_same_command_finishes_it(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", "s3cret")
-    monkeypatch.setattr("heretic.scoring.judges.llm.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("heretic.scoring.judges.llm.INITIAL_PAUSE", 0.01)
     with endpoint() as server:
         every = (
             "judge.kind=llm", f"judge.llm.base_url={server.url}", "judge.llm.model=m", "judge.llm.key_variable=JUDGE_KEY",

@@ -130,7 +130,7 @@ def test_two_processes_on_one_gpu(
     ):
         pass
     assert str(neighbor.pid) in refused.value.what
-    assert found(planned(large), "lock") == ("warning", "heretic … --wait queues for it")
+    assert found(planned(large), "lock") == ("warning", "add --wait to wait until it is free")
     on(monkeypatch, cards(GpuProcess(77, "python", 5 * GIB), used=5.5))
     level, fix = found(planned(large), "GPUs")
     assert level == "warning" and "kill 77" in str(fix)

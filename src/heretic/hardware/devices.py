@@ -1,4 +1,4 @@
-"""A device that weights can be put on."""
+"""Devices for weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether it is not the CPU."""
+        """Whether the device is a GPU."""
         return self.name != CPU
 
     @property
     def key(self) -> int | str:
-        """The name as accelerate spells it: N for `cuda:N`."""
+        """Accelerate's name for the device: N for `cuda:N`."""
         return int(self.name.partition(":")[2]) if self.is_gpu else self.name

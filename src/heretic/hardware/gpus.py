@@ -1,10 +1,7 @@
-"""The NVIDIA GPUs that this process may use, and who else is on them, asked from the driver (NVML).
+"""Query NVIDIA GPUs and their processes through NVML, which needs no CUDA context and no GPU memory.
 
-Asking NVML loads no CUDA context, so looking costs no GPU memory and works while another process fills the device. What it
-cannot see is said in words instead of being guessed: no driver, MIG slices, GPUs of other makers.
-
-NVML numbers GPUs by their place on the bus. CUDA does so only with CUDA_DEVICE_ORDER=PCI_BUS_ID; by default it puts the
-fastest first. `usable_gpus` therefore numbers them as PyTorch does, matched by UUID.
+NVML numbers GPUs by bus position; CUDA by default puts the fastest first (CUDA_DEVICE_ORDER). `usable_gpus` uses
+PyTorch's numbers, matched by UUID. Anything that NVML cannot see (no driver, MIG slices, other vendors) is reported as text.
 """
 
 from __future__ import annotations
@@ -21,12 +18,12 @@ import psutil
 
 from heretic.errors import first_line
 
-MOST_GPUS, MOST_MEMORY = 1024, 1 << 50  # more than any machine has: a driver that says so is broken
+MOST_GPUS, MOST_MEMORY = 1024, 1 << 50  # beyond any machine: larger values mean a broken driver
 
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """Another process on a GPU; `used` is its GPU memory in bytes, None where the driver does not tell."""
+    """Another process on a GPU; `used` is its GPU memory in bytes, None if unknown."""
 
     pid: int
     name: str
@@ -35,7 +32,7 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU; `index` is its place among the visible ones (`cuda:index`), `total` and `free` are bytes."""
+    """One GPU; `index` is its number among the visible ones (`cuda:index`), `total` and `free` are bytes."""
 
     index: int
     uuid: str
@@ -47,14 +44,14 @@ class Gpu:
 
 @dataclass(frozen=True)
 class GpuReport:
-    """The visible GPUs, and what could not be seen, in words (None: everything was)."""
+    """The visible GPUs, and a text on what NVML could not see (None: nothing)."""
 
     gpus: tuple[Gpu, ...]
     problem: str | None = None
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> GpuReport:
-    """Ask NVML for the GPUs that CUDA_VISIBLE_DEVICES leaves. Never raises: what fails ends in `unseen`."""
+    """Return the GPUs in CUDA_VISIBLE_DEVICES according to NVML. Never raises; errors end in `problem`."""
     wanted = environment.get("CUDA_VISIBLE_DEVICES")
     if wanted is not None and wanted.strip() in ("", "-1"):
         return GpuReport((), f"no GPU is visible: CUDA_VISIBLE_DEVICES is {wanted.strip()!r}")
@@ -66,18 +63,18 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> GpuReport:
 
 
 def gpus_here() -> tuple[Gpu, ...]:
-    """The visible GPUs of this machine that PyTorch can use, numbered as it numbers them. Never raises."""
+    """Return the visible GPUs of this machine that PyTorch can use, with PyTorch's numbers. Never raises."""
     return usable_gpus(visible_gpus())
 
 
 def usable_gpus(report: GpuReport) -> tuple[Gpu, ...]:
-    """The GPUs that PyTorch can use, numbered as it numbers them; empty without CUDA. Never raises.
+    """Return the GPUs that PyTorch can use, with PyTorch's numbers; empty without CUDA. Never raises.
 
-    A device that NVML did not list is described by PyTorch itself, which opens a CUDA context on it and sees no processes.
+    For a GPU that NVML did not list, PyTorch opens a CUDA context and its processes are unknown.
     """
     import torch
 
-    found: list[Gpu] = []
+    usable: list[Gpu] = []
     with suppress(RuntimeError, AssertionError):  # a driver too old for this PyTorch
         if not torch.cuda.is_available():
             return ()
@@ -89,12 +86,12 @@ def usable_gpus(report: GpuReport) -> tuple[Gpu, ...]:
             if match is None:
                 free, total = torch.cuda.mem_get_info(index)
                 match = Gpu(index, uuid or f"cuda-{index}", properties.name, total, free)
-            found.append(replace(match, index=index))
-    return tuple(found)
+            usable.append(replace(match, index=index))
+    return tuple(usable)
 
 
 def driver_version() -> str | None:
-    """Of the NVIDIA driver; None where there is none."""
+    """Return the version of the NVIDIA driver; None without a driver."""
     try:
         with _nvml() as nvml:
             return _text(nvml.nvmlSystemGetDriverVersion())
@@ -115,38 +112,38 @@ def _nvml() -> Iterator[ModuleType]:
 def _query_gpus(nvml: ModuleType, wanted: str | None, order: str) -> GpuReport:
     count = nvml.nvmlDeviceGetCount()
     if not 0 <= count <= MOST_GPUS:
-        return GpuReport((), f"the NVIDIA driver reports {count} GPUs, which is not believed")
+        return GpuReport((), f"the NVIDIA driver reports an implausible number of GPUs: {count}")
     uuids = [_uuid(nvml, place) for place in range(count)]
     chosen, notes = _choose(wanted, uuids)
     gpus: list[Gpu] = []
     for place in chosen:
-        try:  # one that has fallen off the bus must not hide the others
+        try:  # a GPU that fell off the bus must not hide the others
             handle = nvml.nvmlDeviceGetHandleByIndex(place)
             name = _text(nvml.nvmlDeviceGetName(handle))
             if _has_mig(nvml, handle):
-                notes.append(f"{name} is divided into MIG slices, which are not looked into")
+                notes.append(f"{name} is divided into MIG slices, which heretic does not inspect")
                 continue
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)
             total, free = int(memory.total), int(memory.free)
             if not 0 <= free <= total < MOST_MEMORY or not total:
-                notes.append(f"{name} is said to have {free} of {total} bytes free, which is not believed")
+                notes.append(f"the NVIDIA driver reports implausible memory of {name}: {free} of {total} bytes free")
                 continue
             gpus.append(Gpu(len(gpus), uuids[place], name, total, free, _processes(nvml, handle)))
         except Exception as error:  # NVMLError and its like
-            notes.append(f"GPU {place} cannot be asked: {first_line(error)}")
+            notes.append(f"GPU {place} does not respond: {first_line(error)}")
     if not count:
         notes.append("the NVIDIA driver reports no GPU")
     numbered = wanted is None or any(token.strip().isdigit() for token in wanted.split(","))
     if numbered and order != "PCI_BUS_ID" and len({gpu.name for gpu in gpus}) > 1:
         notes.append(
-            "the GPUs differ, and CUDA numbers the fastest first while the driver numbers them by slot: "
-            "set CUDA_DEVICE_ORDER=PCI_BUS_ID to be sure which is cuda:0"
+            "the GPUs differ, and CUDA numbers the fastest first, but the driver numbers them by slot: "
+            "set CUDA_DEVICE_ORDER=PCI_BUS_ID for the same numbers"
         )
     return GpuReport(tuple(gpus), "; ".join(notes) or None)
 
 
 def _uuid(nvml: ModuleType, place: int) -> str:
-    """Empty for a GPU that does not answer."""
+    """Return the UUID of a GPU; empty if it does not respond."""
     try:
         return _text(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(place)))
     except nvml.NVMLError:
@@ -154,13 +151,13 @@ def _uuid(nvml: ModuleType, place: int) -> str:
 
 
 def _choose(wanted: str | None, uuids: list[str]) -> tuple[list[int], list[str]]:
-    """Places of the GPUs that CUDA_VISIBLE_DEVICES names, read as CUDA does: the first entry it does not know ends the list."""
+    """Return NVML's numbers of the GPUs in CUDA_VISIBLE_DEVICES, and notes; as for CUDA, the first unknown entry ends the list."""
     if wanted is None:
         return list(range(len(uuids))), []
     chosen: list[int] = []
     for token in (part.strip() for part in wanted.split(",")):
         if token.upper().startswith("MIG"):
-            return chosen, [f"CUDA_VISIBLE_DEVICES names the MIG slice {token}, which is not looked into"]
+            return chosen, [f"CUDA_VISIBLE_DEVICES has the MIG slice {token}, which heretic does not inspect"]
         if token.isdigit():
             matches = [int(token)] if int(token) < len(uuids) else []
         else:
@@ -170,32 +167,30 @@ def _choose(wanted: str | None, uuids: list[str]) -> tuple[list[int], list[str]]
         chosen += matches
     else:
         return chosen, []
-    return chosen, [f"CUDA_VISIBLE_DEVICES={wanted} stops being valid at {token!r}"]
+    return chosen, [f"CUDA_VISIBLE_DEVICES={wanted} has an invalid entry: {token!r}"]
 
 
 def _has_mig(nvml: ModuleType, handle: Any) -> bool:
     try:
         return bool(nvml.nvmlDeviceGetMigMode(handle)[0])
-    except (
-        Exception
-    ):  # NVMLError: most GPUs have no such mode; nvidia-ml-py's own where an old driver lacks the function
+    except Exception:  # NVMLError for most GPUs, or another error of nvidia-ml-py with an old driver
         return False
 
 
 def _processes(nvml: ModuleType, handle: Any) -> tuple[GpuProcess, ...]:
-    """All processes but this one, the largest first."""
-    found: dict[int, GpuProcess] = {}
-    for ask in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"):
-        with suppress(Exception):  # NVMLError, and nvidia-ml-py's own where an old driver lacks the function
-            for process in getattr(nvml, ask)(handle):
+    """Return all other processes on a GPU, the largest first."""
+    processes: dict[int, GpuProcess] = {}
+    for query in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"):
+        with suppress(Exception):  # NVMLError, or another error of nvidia-ml-py with an old driver
+            for process in getattr(nvml, query)(handle):
                 if process.pid != os.getpid():
                     name = _process_name(nvml, process.pid)
-                    found.setdefault(process.pid, GpuProcess(process.pid, name, process.usedGpuMemory))
-    return tuple(sorted(found.values(), key=lambda process: -(process.used or 0)))
+                    processes.setdefault(process.pid, GpuProcess(process.pid, name, process.usedGpuMemory))
+    return tuple(sorted(processes.values(), key=lambda process: -(process.used or 0)))
 
 
 def _process_name(nvml: ModuleType, pid: int) -> str:
-    """In a container NVML reports the host's process numbers, which psutil may not know."""
+    """Return a process's name; in a container NVML reports the host's process numbers, unknown to psutil."""
     with suppress(psutil.Error):
         return psutil.Process(pid).name()
     with suppress(nvml.NVMLError):
@@ -217,11 +212,11 @@ def _reason(error: Exception) -> str:
         return "no NVIDIA driver"
     if isinstance(error, ImportError):
         return "the package nvidia-ml-py is not installed"
-    return f"the NVIDIA driver could not be asked: {str(error) or kind}"
+    return f"the NVIDIA driver does not respond: {str(error) or kind}"
 
 
 def gpus_for(device_map: str | dict[str, int | str], usable: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
-    """The GPUs that a run with this `device_map` may use and therefore locks; none for a run on the CPU."""
+    """Return the GPUs that a run with this `device_map` can use and therefore locks; none for a run on the CPU."""
     if not isinstance(device_map, str):
         return usable
     if device_map.startswith("cuda:"):

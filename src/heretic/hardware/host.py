@@ -1,4 +1,4 @@
-"""The computer around the GPUs: memory as far as this process may use it, disks, and sizes in words."""
+"""Memory and disks of the machine, within the limits of this process."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from heretic.hardware.gpus import Gpu
 
 
 def devices(gpus: Sequence[Gpu]) -> list[Device]:
-    """What weights can be put on: the given GPUs, then the CPU."""
+    """Return the devices for weights: the given GPUs, then the CPU."""
     total, free = memory()
     return [*(Device(f"cuda:{gpu.index}", gpu.total, gpu.free) for gpu in gpus), Device(CPU, total, free)]
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int]:
-    """Total and available RAM in bytes, as far as the control groups (containers, job schedulers) allow."""
+    """Return total and available RAM in bytes, within the limits of control groups (containers, job schedulers)."""
     system = psutil.virtual_memory()
     total, available = system.total, system.available
     for limit, used in _group_limits(root):
@@ -30,9 +30,9 @@ def memory(root: Path = Path("/")) -> tuple[int, int]:
 
 
 def mappable(root: Path = Path("/")) -> int | None:
-    """Bytes that one file of weights may have, to be mapped by safetensors; None where nothing limits it.
+    """Return the maximum size in bytes of a file that safetensors can map; None without a limit.
 
-    PyTorch maps a file so that it might write to its own copy, and Linux refuses such a mapping if it could never be backed.
+    PyTorch creates a private writable mapping, which Linux refuses if RAM and swap can never back it.
     """
     try:
         mode = (root / "proc/sys/vm/overcommit_memory").read_text().strip()
@@ -44,7 +44,7 @@ def mappable(root: Path = Path("/")) -> int | None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The path itself or the nearest folder above it that exists."""
+    """Return the path itself or its nearest existing parent."""
     path = expand_user(path).absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -52,23 +52,23 @@ def existing_parent(path: Path) -> Path:
 
 
 def free_disk(path: Path) -> int:
-    """Free bytes on the disk where `path` is or would be."""
+    """Return the free bytes on the disk of `path`, which need not exist."""
     return shutil.disk_usage(existing_parent(path)).free
 
 
 def can_write(path: Path) -> bool:
-    """Whether files can be made in this folder, or the folder itself made."""
+    """Return whether a folder is writable or, if it does not exist, can be created."""
     parent = existing_parent(path)
     return parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
 
 
 def format_bytes(size: int) -> str:
-    """'61.0 GiB', '512 MiB'."""
+    """Format a size like '61.0 GiB' or '512 MiB'."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use in bytes of every memory control group around this process; cached files do not count as used."""
+    """Yield limit and usage in bytes of this process's memory control groups; cached files do not count as used."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -91,4 +91,4 @@ def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
                 cached = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
                 yield int(limit), int((folder / names[1]).read_text()) - int(cached.get(names[2], 0))
             except (OSError, ValueError):
-                continue  # the root group has no limit; inside a container the groups above are not to be seen
+                continue  # the root group has no limit; a container cannot see its parent groups

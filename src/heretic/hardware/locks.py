@@ -1,7 +1,6 @@
-"""One run per device: locks that the operating system frees when their holder dies, and notes that say who holds them.
+"""Lock devices and run folders; the operating system releases a lock when its owner dies.
 
-The lock decides, the note beside it only explains. A note is believed only while its lock is taken and the process it names
-still runs, so what a killed process left behind neither blocks nor misleads.
+A note beside each lock describes the owner. It counts only while the lock is taken and the owner's process runs.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from filelock import FileLock, Timeout
 from heretic.errors import BusyError, UserError
 
 COMMAND_LENGTH = 200
-# `holder` takes a lock for an instant to see whether it is free; a run that starts at that moment must not fail for it.
+# Seconds. `lock_owner` takes a lock for an instant to test it; a run that starts at that moment must not fail.
 ACQUIRE_TIMEOUT = 0.5
 POLL = 0.1
-# How much younger than its note a process may seem: start times are rounded, and both clocks are read separately.
+# Seconds by which a process can seem younger than its note: start times are rounded, and both clocks are read separately.
 CLOCK_SLACK = 5.0
 
 _CREDENTIALS = re.compile(r"://[^\s'\"]*@")
@@ -38,27 +37,27 @@ _SECRETS = re.compile(r"((?:password|passwd|token|secret|api_key)[^\s=&'\"]*[= ]
 
 @dataclass(frozen=True)
 class LockOwner:
-    """The process that holds a lock; `since` is ISO local time. A `pid` of 0 says that only the fact of holding is known."""
+    """The process that holds a lock."""
 
-    pid: int
+    pid: int  # 0 for an unknown process
     host: str
     command: str
     model: str
-    since: str
+    since: str  # local time in ISO format
 
     @property
     def known(self) -> bool:
-        """Whether more is known than that somebody holds the lock."""
+        """Whether the owner's process is known."""
         return self.pid > 0
 
     @property
     def is_this_process(self) -> bool:
-        """Whether the holder is the process that asks."""
+        """Whether the owner is the current process."""
         return self.pid == os.getpid() and self.host == socket.gethostname()
 
     def __str__(self) -> str:
         if not self.known:
-            return "another process, which left no note"
+            return "an unknown process"
         model = f", model {self.model}" if self.model else ""
         return f"process {self.pid} on {self.host}{model}, since {self.since}: {self.command}"
 
@@ -67,9 +66,9 @@ UNKNOWN = LockOwner(pid=0, host="", command="", model="", since="")
 
 
 def runtime_folder() -> Path:
-    """The user's folder for locks: the session's runtime folder if there is one, else one for this user beside /tmp.
+    """Return the user's folder for locks, in the session's runtime folder or the temporary folder.
 
-    Raises UserError where neither can be written, or where another user owns the folder (it could be a trap).
+    Raises UserError if it is not writable or belongs to another user, who could attack through it.
     """
     session = os.environ.get("XDG_RUNTIME_DIR")
     if session and os.access(session, os.W_OK):
@@ -85,20 +84,20 @@ def runtime_folder() -> Path:
             f"The folder for locks cannot be created: {error.strerror}.",
             code="lock-unavailable",
             where=str(folder),
-            fix="set XDG_RUNTIME_DIR or TMPDIR to a folder that you can write to",
+            fix="set XDG_RUNTIME_DIR or TMPDIR to a writable folder",
         ) from None
     if hasattr(os, "getuid") and owner != os.getuid():
         raise UserError(
             "The folder for locks belongs to another user.",
             code="lock-unavailable",
             where=str(folder),
-            fix="set XDG_RUNTIME_DIR or TMPDIR",
+            fix="set XDG_RUNTIME_DIR or TMPDIR to a folder of your own",
         )
     return folder
 
 
 def device_locks(gpu_uuids: Sequence[str]) -> list[Path]:
-    """The lock of every GPU, or the CPU's where no GPU is used."""
+    """Return the lock file of every GPU, or the CPU's for a run without GPUs."""
     folder = runtime_folder()
     names = [f"gpu-{re.sub(r'[^A-Za-z0-9-]', '-', uuid)}.lock" for uuid in gpu_uuids] or ["cpu.lock"]
     return [folder / name for name in names]
@@ -114,13 +113,19 @@ def acquire_locks(
     while_waiting: Callable[[], None] = lambda: None,
     parent_pid: int = 0,
 ) -> Iterator[None]:
-    """Hold all locks, each with a note saying who holds it, until the context ends.
+    """Hold all locks, each with a note on its owner, until the context ends.
 
-    What the process `lender` holds (0: none) is not taken but used with it: it has started this one as one of its workers.
+    Args:
+        paths: the lock files.
+        model: the model, for the notes.
+        wait: whether to wait for a taken lock.
+        on_wait: called before waiting for a lock, with its path and its owner (None if unknown).
+        while_waiting: called repeatedly while waiting; ends the wait by raising.
+        parent_pid: process that started this one as a worker and shares its locks; 0 for none.
 
-    A taken lock raises BusyError naming its holder; with `wait` it is queued for, after `on_wait` was told the path and the
-    holder (None if it is not known), once for each lock that is waited for; `while_waiting` is called again and again and ends
-    the waiting by raising. Raises UserError where a lock file cannot be written.
+    Raises:
+        BusyError: for a taken lock, without `wait`.
+        UserError: with code lock-unavailable, for an unwritable lock file.
     """
     with ExitStack() as held:
         for path in sorted(set(paths)):  # always in the same order, so that two processes never wait for each other
@@ -134,7 +139,7 @@ def acquire_locks(
 
 
 def lock_owner(path: Path) -> LockOwner | None:
-    """Who holds the lock now: None if it is free, a Holder that is not `known` if nobody can be named."""
+    """Return the lock's current owner: None for a free lock, `UNKNOWN` for an unknown owner."""
     if not path.exists():
         return None
     try:
@@ -142,7 +147,7 @@ def lock_owner(path: Path) -> LockOwner | None:
             return None
     except Timeout:
         return _read(_note(path)) or UNKNOWN
-    except OSError:  # a folder that only others may write to, or nobody now: only the note can tell
+    except OSError:  # an unwritable folder: only the note is available
         return _read(_note(path))
 
 
@@ -169,7 +174,7 @@ def _acquire(
         raise _unwritable(path, error) from None
     if not wait:
         raise BusyError(
-            f"{_thing(path)} is in use by {owner or UNKNOWN}",
+            f"{_locked_object(path)} is in use by {owner or UNKNOWN}",
             where=str(path),
             fix="wait for it with --wait" + (f", or end it: kill {owner.pid} (on {owner.host})" if owner else ""),
         )
@@ -182,7 +187,7 @@ def _acquire(
             return
 
 
-def _thing(path: Path) -> str:
+def _locked_object(path: Path) -> str:
     if path.name == "cpu.lock":
         return "The CPU"
     return f"GPU {path.stem.removeprefix('gpu-')}" if path.name.startswith("gpu-") else f"The folder {path.parent}"
@@ -190,7 +195,7 @@ def _thing(path: Path) -> str:
 
 def _unwritable(path: Path, error: OSError) -> UserError:
     return UserError(
-        f"The lock cannot be taken: {error.strerror or error}.",
+        f"The lock cannot be acquired: {error.strerror or error}.",
         code="lock-unavailable",
         where=str(path),
         fix="make this folder writable",
@@ -206,7 +211,7 @@ def _now() -> str:
 
 
 def _command() -> str:
-    """This process's command line without secrets, shortened."""
+    """Return this process's command line without secrets, shortened."""
     words = [Path(sys.argv[0]).name or "python", *sys.argv[1:]]
     text = _SECRETS.sub(r"\1***", _CREDENTIALS.sub("://***@", shlex.join(words)))
     return text if len(text) <= COMMAND_LENGTH else text[: COMMAND_LENGTH - 1] + "…"
@@ -219,14 +224,14 @@ def _write(note: Path, content: LockOwner) -> None:
 
 
 def _read(note: Path) -> LockOwner | None:
-    """The note's holder if it can be the one that holds the lock now."""
+    """Return the note's owner if it can be the lock's current owner."""
     try:
-        found = LockOwner(**json.loads(note.read_text(encoding="utf-8")))
-        written = datetime.fromisoformat(found.since).timestamp()
-        if found.host != socket.gethostname():
-            return found  # a folder shared by several machines
-        process = psutil.Process(found.pid)
-        younger = process.create_time() > written + CLOCK_SLACK  # the number was given to another process since
-        return None if younger or process.status() == psutil.STATUS_ZOMBIE else found
+        owner = LockOwner(**json.loads(note.read_text(encoding="utf-8")))
+        written = datetime.fromisoformat(owner.since).timestamp()
+        if owner.host != socket.gethostname():
+            return owner  # a folder shared by several machines
+        process = psutil.Process(owner.pid)
+        is_other_process = process.create_time() > written + CLOCK_SLACK  # the system reused the process number
+        return None if is_other_process or process.status() == psutil.STATUS_ZOMBIE else owner
     except (OSError, ValueError, TypeError, psutil.Error):
-        return None  # no note, not one of ours, or its process is dead
+        return None  # no note, an invalid note, or a dead process

@@ -1,4 +1,4 @@
-"""How full the devices are at this moment, for whoever watches a run."""
+"""Measure the current memory usage of all devices."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from heretic.hardware.host import format_bytes, memory
 
 @dataclass(frozen=True)
 class MemoryUsage:
-    """Bytes in use on a device, by everybody; for RAM also how much of it the run takes."""
+    """The memory usage of a device in bytes."""
 
     device: str
-    used: int
+    used: int  # by all processes
     total: int
-    own: int | None = None
+    own: int | None = None  # by the run; RAM only
 
     def __str__(self) -> str:
         own = f", {format_bytes(self.own)} by this run" if self.own is not None else ""
@@ -25,7 +25,11 @@ class MemoryUsage:
 
 
 def memory_usage(pid: int | None = None) -> list[MemoryUsage]:
-    """RAM, and every GPU that this process may use, as the driver numbers them. `pid`: the run's process, if it is another."""
+    """Return the usage of every visible GPU, with the driver's numbers, and of the RAM.
+
+    Args:
+        pid: the run's process; default: this one.
+    """
     total, free = memory()
     try:
         own = psutil.Process(pid).memory_info().rss

@@ -1,20 +1,20 @@
-"""How PyTorch's threads wait for each other, set before PyTorch reads it."""
+"""Set how PyTorch's threads wait for each other, before PyTorch reads the environment."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-# OMP_WAIT_POLICY is OpenMP's own. libgomp, which the wheels of PyTorch carry, then sleeps without spinning (GOMP_SPINCOUNT in its
-# manual). The runtimes of Intel and LLVM, which conda's PyTorch uses, still spin for KMP_BLOCKTIME milliseconds, by default 200.
+# With OMP_WAIT_POLICY, libgomp (in PyTorch's wheels) sleeps without spinning (GOMP_SPINCOUNT in its manual). The runtimes of
+# Intel and LLVM (in conda's PyTorch) still spin for KMP_BLOCKTIME milliseconds, by default 200.
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
-CHOICES = (*PASSIVE, "GOMP_SPINCOUNT", "KMP_LIBRARY")  # by which a user decides
+CHOICES = (*PASSIVE, "GOMP_SPINCOUNT", "KMP_LIBRARY")  # a user's own settings
 
 
 def wait_passively() -> None:
-    """Let threads that wait for others sleep instead of spinning, so that they leave the cores to other programs.
+    """Let waiting threads sleep instead of spin, so that other programs can use the cores.
 
-    Does nothing once PyTorch is imported, since it has read the environment then, or where the user has chosen.
+    Does nothing if PyTorch is already imported or the user has set one of `CHOICES`.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in CHOICES):
         os.environ.update(PASSIVE)

@@ -1,1 +1,1 @@
-"""What a run takes of memory and time, planned before anything is loaded."""
+"""Plan the memory and placement of a run before anything is loaded."""

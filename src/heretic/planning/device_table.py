@@ -1,4 +1,4 @@
-"""The user's own `device_map`, checked on the model without memory before anything is loaded."""
+"""Check a user's `device_map` table on the meta model, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ Table = Mapping[str, int | str]
 
 
 def explicit(model: PreTrainedModel, table: Table, devices: Sequence[Device], blocks: int) -> dict[str, int | str]:
-    """The user's table with its devices resolved; the model has so many decoder `blocks`.
+    """Return the user's table with its devices resolved.
 
-    Raises UserError for a device or module that is not there, a tensor without a place, tied weights on different devices, and a
-    block whose modules run on different devices.
+    Args:
+        model: the meta model.
+        table: devices by module name.
+        devices: the available devices.
+        blocks: number of decoder blocks.
+
+    Raises:
+        UserError: for an unknown device or module, a tensor without a device, tied weights on different devices, or a block
+            whose modules run on different devices.
     """
     resolved = {name: device_named(value, devices, "device_map").key for name, value in table.items()}
     _check_names(model, resolved)
@@ -32,7 +39,7 @@ def explicit(model: PreTrainedModel, table: Table, devices: Sequence[Device], bl
 
 
 def _check_names(model: nn.Module, table: Table) -> None:
-    """Accelerate only warns of a name that no module has, and the module that was meant goes elsewhere."""
+    """Refuse unknown module names, for which accelerate only prints a warning."""
     known = [name for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers())]
     for name in table:
         if name in known:
@@ -47,10 +54,10 @@ def _check_names(model: nn.Module, table: Table) -> None:
 
 
 def _check_complete(model: nn.Module, table: Table) -> None:
-    for name in model.state_dict():  # buffers that no checkpoint holds are put where they are used
+    for name in model.state_dict():  # buffers outside the checkpoint follow the modules that use them
         if lookup(table, name) is None:
             raise UserError(
-                f"The table 'device_map' has no place for {name}.",
+                f"The table 'device_map' has no device for {name}.",
                 code="module-without-device",
                 where="device_map",
                 fix=f'add "{name.rpartition(".")[0] or name}" = DEVICE, or "" = DEVICE for all the rest',
@@ -58,7 +65,7 @@ def _check_complete(model: nn.Module, table: Table) -> None:
 
 
 def _check_ties(model: Any, table: Table) -> None:
-    """A tied weight exists once, so all modules that use it must be where it is."""
+    """Refuse tied weights on different devices: a tied weight exists only once."""
     from accelerate.utils import find_tied_parameters
 
     for group in find_tied_parameters(model):
@@ -66,17 +73,17 @@ def _check_ties(model: Any, table: Table) -> None:
         first, *others = sorted(group, key=lambda tensor: tensor.rpartition(".")[0] not in embedding)
         for other in others:
             if _runs_on(table, first) != _runs_on(table, other):
-                one, two = first.rpartition(".")[0], other.rpartition(".")[0]
+                tied, module = first.rpartition(".")[0], other.rpartition(".")[0]
                 raise UserError(
-                    f"The table 'device_map' puts {one} and {two} on different devices, but they share one weight.",
+                    f"The table 'device_map' puts {tied} and {module} on different devices, but they share one weight.",
                     code="tied-weights-parted",
-                    where=f"device_map.{two}",
-                    fix=f'"{two}" = {_toml(_runs_on(table, first))}, the device of {one}',
+                    where=f"device_map.{module}",
+                    fix=f'"{module}" = {_toml(_runs_on(table, first))}, the device of {tied}',
                 )
 
 
 def _check_blocks(model: nn.Module, table: Table, blocks: int) -> None:
-    """Inside a block nobody moves tensors between devices: accelerate moves a module's inputs only."""
+    """Refuse a block on several devices: accelerate only moves a module's inputs, not tensors inside a block."""
     for block in block_names(model, blocks):
         tensors = [f"{block}.{name}" for name in model.get_submodule(block).state_dict()]
         places = {_runs_on(table, name) for name in tensors}
@@ -91,7 +98,7 @@ def _check_blocks(model: nn.Module, table: Table, blocks: int) -> None:
 
 
 def _runs_on(table: Table, name: str) -> int | str | None:
-    """Where accelerate runs what a table puts there: what waits in RAM runs on the table's first GPU."""
+    """Return the device that runs a module; modules in RAM run on the table's first GPU."""
     place = lookup(table, name)
     return next((p for p in table.values() if p != CPU), CPU) if place == CPU else place
 

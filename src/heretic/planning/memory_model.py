@@ -1,10 +1,7 @@
-"""What a run takes of every device, part by part: arithmetic on sizes.
+"""Compute the memory of a run on every device, as the maximum over its phases: capture, weight statistics, gradient search, trials.
 
-The phases of a run follow each other, so what counts of them is the largest: residuals captured, weights studied, the walk,
-trials. Counted exactly: the weights. Upper bounds: keys and values (sliding windows and linear attention keep less), captured
-residuals, operators of all trials of a pass, what is kept of the original. Estimates: the working memory of a pass, taken as
-`ACTIVATION_COPIES` tensors as wide as the widest layer, and what a block keeps for a gradient. An attention that does not store
-all scores is assumed (SDPA, flash attention); eager attention on long prompts takes more. Assumed: `CONTEXT`.
+Exact: weights. Upper bounds: KV cache, captured residuals, operators, cached data of the original. Estimates: activations
+(`ACTIVATION_COPIES` tensors of the widest layer) and tensors saved for gradients. Assumes SDPA or flash attention, and `CONTEXT`.
 """
 
 from __future__ import annotations
@@ -24,53 +21,50 @@ from heretic.scoring.gradient_loss import TOKENS_PER_CHUNK
 MIB, GIB = 2**20, 2**30
 FLOAT32 = 4
 
-# What a CUDA context takes of a GPU, with the kernels that a run loads into it. An assumption: none was measured here. Reported are
+# A CUDA context with the kernels of a run. An assumption, not a measurement. Reported are
 # 0.29 GB for a first kernel (pytorch/pytorch pull request 86509), about 400 MB (issue 109888) and 426 MiB for PyTorch 2.10 on an
 # RTX 6000 Ada (unslothai/unsloth-zoo pull request 1053).
 CONTEXT = 512 * MIB
-# What Python and the libraries take of RAM before anything is loaded, pages of files aside: 380 MB measured (dev/LOG.md).
+# RAM of Python and the libraries before loading, without file pages: 380 MB measured (dev/LOG.md).
 PROGRAM = 384 * MIB
 
 ACTIVATION_COPIES = 4  # gate, up, their product, and the residual stream with its norm
-# Of logits, while a divergence is measured: logits, log-softmax, the original's, its probabilities, the difference, the product.
+# While measuring the KL divergence: logits, log-softmax, the original's, its probabilities, the difference, the product.
 LOGIT_COPIES = 6
 TIGHT = 0.95  # of the free memory
-SHARE_FOR_RESIDUALS = 0.5  # of the free RAM, that the residuals of every prompt may take
-# Of the free RAM, that what is kept of the original's passes of each of the two prompt sets may take; and at most `MOST_KEPT`.
+SHARE_FOR_RESIDUALS = 0.5  # of the free RAM, for the residuals of all prompts
+# Limits of the activation cache for each of the two prompt sets: a share of the free RAM, and bytes.
 SHARE_KEPT = 0.05
 MOST_KEPT = 2 * GIB
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """What one device has to hold, in bytes; `layers` says in words which part of the model it holds.
-
-    At all times: `weights`, the CUDA `context` or the program itself, what is `kept` of the original, `copies` of edited weights.
-    A trial's are `cache` (keys and values), `operators`, what iterative `rounds` add, `activations` and `logits`. `capture`
-    is that of residuals, `gradients` the walk's with its logits, `studying` what looking at one weight takes, `loading`
-    what opening the largest quantized one takes. `headroom` is for fragmentation, on the CPU for all else.
-    """
+    """The memory that a run needs on one device, in bytes."""
 
     device: Device
-    layers: str
+    layers: str  # description of the part of the model on it
+    # In all phases
     weights: int = 0
-    context: int = 0
-    kept: int = 0
-    copies: int = 0
-    cache: int = 0
+    context: int = 0  # the CUDA context, or the program itself
+    kept: int = 0  # cached data of the original model
+    copies: int = 0  # of edited weights
+    # A trial
+    cache: int = 0  # KV cache
     operators: int = 0
-    rounds: int = 0
+    rounds: int = 0  # operators of the directions from iterative rounds
     activations: int = 0
     logits: int = 0
-    capture: int = 0
-    gradients: int = 0
-    weight_stats: int = 0
-    loading: int = 0
-    headroom: int = 0
+    # Other phases
+    capture: int = 0  # of residuals
+    gradients: int = 0  # gradient search with its logits
+    weight_stats: int = 0  # of one weight
+    loading: int = 0  # dequantizing the largest weight
+    headroom: int = 0  # for fragmentation; on the CPU for everything else
 
     @property
     def run(self) -> int:
-        """The most that any phase takes beside what stays, in bytes. The logits follow when the blocks are done."""
+        """Bytes of the largest phase, without the memory needed in all phases. Logits follow after the blocks."""
         trial = self.cache + self.operators + self.rounds + max(self.activations, self.logits)
         return max(
             trial, self.activations + self.capture + self.rounds, self.gradients, self.weight_stats, self.loading
@@ -78,17 +72,17 @@ class DeviceMemory:
 
     @property
     def peak(self) -> int:
-        """All that is expected to be in use at the fullest moment, in bytes."""
+        """Expected peak in bytes."""
         return self.weights + self.context + self.kept + self.copies + self.run
 
     @property
     def total(self) -> int:
-        """The same with the headroom."""
+        """Peak with headroom in bytes."""
         return self.peak + self.headroom
 
     @property
     def fits(self) -> bool:
-        """Whether it is at most what the device has free."""
+        """Whether the total fits in the device's free memory."""
         return self.total <= self.device.free
 
     @property
@@ -99,55 +93,61 @@ class DeviceMemory:
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """What is to be run: a model of this shape on this work. `opened`: bytes of the one quantized weight that exists in full while
-    it is multiplied by; `opening`: elements of the largest weight that is dequantized while it is loaded."""
+    """The memory model of a run: a model's dimensions and a workload."""
 
     shape: ModelDims
     work: Workload
     weight_copies: bool = False
-    dequantized: int = 0
-    dequantization: int = 0
+    dequantized: int = 0  # bytes of the largest quantized weight, dequantized for its multiplication
+    dequantization: int = 0  # elements of the largest weight that is dequantized during loading
 
     def device_memory(
         self, placed: Mapping[int | str, DeviceShare], devices: Sequence[Device], batch: int
     ) -> tuple[DeviceMemory, ...]:
-        """The load of every device that holds a part of the model."""
+        """Return the memory of every device that has a part of the model.
+
+        Args:
+            placed: share of the model by device.
+            devices: all devices.
+            batch: prompts per forward pass.
+        """
         used = [device for device in devices if device.key in placed]
         runs = {device.key: placed[device.key] for device in used}
         borrowed = 0
-        if CPU in runs and used[0].is_gpu:  # what waits in RAM runs on the first GPU, one block at a time
+        if CPU in runs and used[0].is_gpu:  # offloaded blocks run on the first GPU, one at a time
             first, waiting = used[0].key, placed[CPU]
             runs[first] = DeviceShare(0, runs[first].blocks + waiting.blocks, head=runs[first].head or waiting.head)
             runs[CPU] = DeviceShare()
             borrowed = waiting.weights // max(1, len(waiting.blocks))
-        # As `strengths` decides it when the weights are there: by the fullest of the devices that run blocks.
+        # Like the gradient search after loading: by the fullest of the devices that run blocks.
         room = [d.free - placed[d.key].weights - _context(d) for d in used if runs[d.key].blocks]
-        rows, twice = self._walk_rows(max(0, min(room, default=0)), batch, on_cpu=not used[0].is_gpu)
-        found = []
+        rows, twice = self._gradient_rows(max(0, min(room, default=0)), batch, on_cpu=not used[0].is_gpu)
+        loads = []
         for device in used:
-            more = borrowed if device is used[0] else 0
-            load = self._load(device, placed[device.key], runs[device.key], batch, more)
-            gradients = self._gradients(runs[device.key], rows, more, twice=twice)
-            if not replace(load, gradients=gradients).fits:  # it makes do with less where memory runs out
-                gradients = self._gradients(runs[device.key], 1, more, twice=True)
-            found.append(replace(load, gradients=gradients))
-        return tuple(found)
+            extra = borrowed if device is used[0] else 0
+            load = self._memory_without_gradients(device, placed[device.key], runs[device.key], batch, extra)
+            gradients = self._gradients(runs[device.key], rows, extra, twice=twice)
+            if not replace(load, gradients=gradients).fits:  # the gradient search uses one row when memory runs out
+                gradients = self._gradients(runs[device.key], 1, extra, twice=True)
+            loads.append(replace(load, gradients=gradients))
+        return tuple(loads)
 
     @property
     def minimum(self) -> int:
-        """Bytes that a device needs for the run whatever part of the model it holds, with one row: placing leaves them free."""
-        return max(self._studying() if self.work.needs_weight_stats else 0, self._working(1) + self.dequantized)
+        """Bytes that any device needs besides weights, with one row; the placement leaves them free."""
+        return max(self._weight_stats() if self.work.needs_weight_stats else 0, self._working(1) + self.dequantized)
 
     def largest_batch(self, placed: Mapping[int | str, DeviceShare], devices: Sequence[Device], largest: int) -> int:
-        """The largest power of two that fits with something to spare, else the largest that just fits, else 0."""
+        """Return the largest power of two that fits with memory to spare, else the largest that fits, else 0."""
         sizes = [2**n for n in reversed(range(largest.bit_length()))]
         loads = {size: self.device_memory(placed, devices, size) for size in sizes}
         fitting = [size for size in sizes if all(load.fits for load in loads[size])]
         roomy = [size for size in fitting if not any(load.tight for load in loads[size])]
         return next(iter(roomy or fitting), 0)
 
-    def _load(self, device: Device, holds: DeviceShare, runs: DeviceShare, batch: int, borrowed: int) -> DeviceMemory:
-        """All but the walk."""
+    def _memory_without_gradients(
+        self, device: Device, holds: DeviceShare, runs: DeviceShare, batch: int, borrowed: int
+    ) -> DeviceMemory:
         shape, work, blocks = self.shape, self.work, len(runs.blocks)
         rows, trials = work.trial_rows(batch), work.trials_per_batch(batch)
         length = work.prompt_tokens + work.tried_tokens + work.new_tokens
@@ -166,10 +166,9 @@ class MemoryModel:
             activations=(self._working(work.most_rows(batch)) + self.dequantized if blocks else 0) + borrowed,
             logits=shape.vocabulary * rows_of_logits if runs.head else 0,
             capture=blocks * shape.hidden * FLOAT32 * min(batch, work.training),
-            loading=self.dequantization * (2 * FLOAT32 + shape.element)
-            if holds.blocks
-            else 0,  # the numbers, scaled, and rounded
-            weight_stats=self._studying() if work.needs_weight_stats and blocks else 0,
+            # the numbers, scaled and rounded
+            loading=self.dequantization * (2 * FLOAT32 + shape.element) if holds.blocks else 0,
+            weight_stats=self._weight_stats() if work.needs_weight_stats and blocks else 0,
             headroom=headroom(device, holds.weights),
         )
 
@@ -177,13 +176,13 @@ class MemoryModel:
         tokens = min(rows * (self.work.tail + self.work.tried_tokens), max(TOKENS_AT_ONCE, self.work.tail))
         return ACTIVATION_COPIES * self.shape.widest * self.shape.element * tokens
 
-    def _studying(self) -> int:
-        """Rows of a weight in float32, and their squares."""
+    def _weight_stats(self) -> int:
+        """Return the bytes of rows of a weight in float32 and their squares."""
         copies = 1 if self.shape.element == FLOAT32 else 2
         return copies * min(ELEMENTS_PER_CHUNK, self.shape.hidden * self.shape.widest) * FLOAT32 + self.dequantized
 
     def _kept(self, free: int) -> int:
-        """In RAM: log-probabilities of the original, what its blocks receive and their keys and values, facts of the weights."""
+        """Return the bytes in RAM of the original's log-probabilities, the activation cache and the weight statistics."""
         shape, work = self.shape, self.work
         gradient_path = work.gradient_search
         places = work.harmless * work.kl_tokens + (
@@ -199,8 +198,8 @@ class MemoryModel:
         )
         return places * shape.vocabulary * FLOAT32 + entries + facts
 
-    def _walk_rows(self, free: int, batch: int, *, on_cpu: bool) -> tuple[int, bool]:
-        """Rows of a pass with gradients, and whether blocks are computed twice for it."""
+    def _gradient_rows(self, free: int, batch: int, *, on_cpu: bool) -> tuple[int, bool]:
+        """Return the rows of a pass with gradients, and whether it needs gradient checkpointing."""
         gradient_path = self.work.gradient_search
         if gradient_path is None:
             return 0, False
@@ -213,7 +212,7 @@ class MemoryModel:
         if gradient_path is None or not blocks:
             return 0
         more = max(gradient_path.refusal_tokens, gradient_path.kl_tokens) - 1
-        # What all prompts begin with is run once a pass, but for a pass whose blocks are computed twice.
+        # A pass computes the shared prefix once, except with gradient checkpointing.
         tokens, prefix = rows * (self.work.prompt_tokens + more), 0
         if not twice:
             tokens = rows * (self.work.tail + more) + self.work.shared_tokens
@@ -225,7 +224,7 @@ class MemoryModel:
 
 
 def headroom(device: Device, weights: int) -> int:
-    """For fragmentation on a GPU, for everything else that runs on the CPU."""
+    """Return the bytes reserved for fragmentation on a GPU, or for everything else on the CPU."""
     return max(GIB, device.total * 8 // 100) - CONTEXT if device.is_gpu else 512 * MIB + weights // 20 - PROGRAM
 
 
@@ -234,7 +233,7 @@ def _context(device: Device) -> int:
 
 
 def describe(share: DeviceShare) -> str:
-    """Which part of the model a share is, in words."""
+    """Describe a share, for example 'embedding, blocks 0-11'."""
     parts = ["embedding"] if share.embedding else []
     if share.blocks:
         parts.append(f"blocks {_ranges(share.blocks)}")
@@ -242,7 +241,7 @@ def describe(share: DeviceShare) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as '0-2, 5'."""
+    """Format [0, 1, 2, 5] as '0-2, 5'."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

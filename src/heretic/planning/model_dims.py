@@ -1,4 +1,4 @@
-"""The sizes of a language model that memory depends on, read from its config with the names that architectures use."""
+"""Read the dimensions of a language model from its config."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-SHARE_FOR_GRADIENTS = 0.3  # of the memory that is free beside the weights, for what a pass with gradients keeps
-FEWEST_ROWS = 4  # in such a pass; where fewer fit, blocks are computed twice instead
-# A CPU gains nothing from longer passes, and what they keep grows with them (Qwen2.5-Coder-0.5B: 1.5 GB for 32 prompts at once).
+SHARE_FOR_GRADIENTS = 0.3  # of the memory free beside the weights, for the tensors saved by a pass with gradients
+FEWEST_ROWS = 4  # in such a pass; if fewer fit, gradient checkpointing is used
+# Longer passes are not faster on a CPU, and they save more tensors (Qwen2.5-Coder-0.5B: 1.5 GB for 32 prompts at once).
 CPU_TOKENS_WITH_GRADIENTS = 512
 
 
@@ -23,35 +23,36 @@ class ModelDims:
     vocabulary: int
     widest: int  # elements per token of the widest tensor inside a block
     cache_per_token: int  # elements of keys and values per token and block
-    repeated_cache: (
-        int  # the same with keys and values repeated for every query head, as attention with a mask reads them
-    )
+    repeated_cache: int  # the same with keys and values repeated for every query head, as in masked attention
     edited: int  # elements of the weights of one block that an ablation edits
     element: int  # bytes
 
     @property
     def kept_for_gradients(self) -> int:
-        """Bytes a token that one block keeps for a gradient with frozen weights, an upper estimate: the norms, queries, keys and
-        values, the attention's output, the two writers' outputs and what their operators make of them; gate, up, product."""
+        """Bytes per token that one block saves for a gradient with frozen weights, an upper estimate.
+
+        Norms, queries, keys, values, attention output, both writers' outputs before and after their operators; gate, up, product.
+        """
         return 4 * (14 * self.hidden + 4 * self.widest)
 
     def gradient_bytes(self, rows: int, tokens: int, blocks: int, *, twice: bool = True) -> int:
-        """Bytes that a pass with gradients keeps for so many rows of so many tokens on a device with so many blocks.
+        """Return the bytes that a pass with gradients saves on a device with this number of blocks.
 
-        With `twice` the insides of a block are computed again when its gradient is wanted: only one block's exist at a time.
+        With `twice` (gradient checkpointing), only the activations of one block exist at a time.
         """
         if twice:
             return rows * tokens * (blocks * self.hidden * self.element + self.kept_for_gradients)
         return rows * tokens * blocks * self.kept_for_gradients
 
     def prefix_bytes(self, rows: int, tokens: int, blocks: int) -> int:
-        """Bytes of the keys and values of a shared prefix of so many tokens in a pass with gradients: every row's cache holds them,
-        and attention keeps what it has read for the backward pass."""
+        """Return the bytes of the keys and values of a shared prefix in a pass with gradients.
+
+        Every row's cache contains them, and attention saves them again for the backward pass.
+        """
         return rows * tokens * blocks * (self.cache_per_token + self.repeated_cache) * self.element
 
     def rows_with_gradients(self, budget: int, tokens: int, *, on_cpu: bool) -> tuple[int, bool]:
-        """How many rows of so many tokens a pass with gradients takes within `budget` bytes, at least one, and whether blocks have
-        to be computed twice for it."""
+        """Return the rows of a pass with gradients in `budget` bytes (at least 1), and whether it needs gradient checkpointing."""
         whole = budget // self.gradient_bytes(1, tokens, self.blocks, twice=False)
         if whole >= FEWEST_ROWS:
             enough = max(FEWEST_ROWS, CPU_TOKENS_WITH_GRADIENTS // tokens) if on_cpu else whole
@@ -60,7 +61,7 @@ class ModelDims:
 
     @classmethod
     def of(cls, config: PretrainedConfig, model: PreTrainedModel) -> ModelDims:
-        """Read the text part's config; the bytes of an element are those of the model's number format."""
+        """Read the dimensions from the text model's config, and the bytes per element from the model."""
         hidden = _size(config, "hidden_size")
         heads = _size(config, "num_attention_heads") or 1
         key = _size(config, "head_dim") or hidden // heads
@@ -85,7 +86,7 @@ class ModelDims:
 
 
 def _size(config: PretrainedConfig, *names: str) -> int:
-    """The first of these that the config has, 0 if none; where it differs by layer, the largest."""
+    """Return the config's first value of these names, 0 if there is none; the maximum if it differs by layer."""
     for name in names:
         value: Any = getattr(config, name, None)
         if isinstance(value, (list, tuple)) and value:

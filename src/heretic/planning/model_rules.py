@@ -1,4 +1,4 @@
-"""Rules of the preflight about the model itself: what it is, which files are it, how it is quantized, whether it is here."""
+"""Preflight rules about the model: its files, its quantization and its download."""
 
 from __future__ import annotations
 
@@ -11,58 +11,59 @@ from heretic.planning.preflight_facts import Finding, PreflightFacts
 
 
 def model(facts: PreflightFacts) -> Iterator[Finding]:
-    """What the model is, and whether it can be edited at all."""
+    """Report the model's size, and whether heretic can edit and export it."""
     checkpoint = facts.checkpoint
     if checkpoint is None:
         return
     size = f"{checkpoint.parameters / 1e9:.2f} billion parameters, {format_bytes(checkpoint.nbytes)} on disk"
     method = checkpoint.quantized_by
-    forms = ("full", "gguf", "lora") if checkpoint.is_dequantized else ("lora",)  # in which an export of it can be
+    forms = ("full", "gguf", "lora") if checkpoint.is_dequantized else ("lora",)  # possible export formats
     if method is None:
         yield Finding("ok", "model", f"{checkpoint.model}: {size}")
     elif facts.settings.quantization != "none":
-        text = f"{checkpoint.model} comes quantized ({method}) and cannot be quantized once more."
+        text = f"{checkpoint.model} is already quantized ({method}) and cannot be quantized again."
         yield Finding("failure", "quantization", text, 'quantization = "none"')
     elif facts.settings.save_to and facts.settings.export_format not in forms:
-        text = f"{checkpoint.model} exists only quantized ({method}): there are no full-precision weights to write an edit into."
+        text = f"{checkpoint.model} is quantized ({method}) and has no full-precision weights for this export format."
         yield Finding("failure", "export", text, f'export_format = "{forms[0]}"')
     else:
-        opened = ", opened while it is loaded" if checkpoint.is_dequantized else ""
+        dequantized = ", dequantized during loading" if checkpoint.is_dequantized else ""
         form = "a folder in bfloat16 or an adapter" if checkpoint.is_dequantized else "an adapter"
-        yield Finding("ok", "model", f"{checkpoint.model}: {size}, quantized ({method}{opened}); an export is {form}.")
+        text = f"{checkpoint.model}: {size}, quantized ({method}{dequantized}). The export will be {form}."
+        yield Finding("ok", "model", text)
 
 
 def other_weights(facts: PreflightFacts) -> Iterator[Finding]:
-    """Files in the model's folder that another program would take for the model, and entries that the tensors do not bear out."""
+    """Report ambiguous weight files, and a quantization in the config that the tensors do not have."""
     checkpoint = facts.checkpoint
     if checkpoint is None:
         return
     if checkpoint.rival:
         text = (
-            f"{checkpoint.weights_name} is the model, as transformers has it; {checkpoint.rival} names other weights."
+            f"heretic uses {checkpoint.weights_name}, as transformers does, but {checkpoint.rival} has other weights."
         )
-        yield Finding("warning", "model", text, "delete the file that is not meant, with its shards")
+        yield Finding("warning", "model", text, "delete the wrong file, with its shards")
     if checkpoint.leftover_quantization:
         text = (
-            f"config.json says quantized ({checkpoint.leftover_quantization}), but the tensors are not: they are taken as they are, "
-            "and an export leaves quantization_config out."
+            f"config.json has a quantization_config ({checkpoint.leftover_quantization}), but the tensors are not quantized. "
+            "heretic ignores it and omits it from exports."
         )
         yield Finding("ok", "model", text)
 
 
 def rewritten_while_quantized(facts: PreflightFacts) -> Iterator[Finding]:
-    """Trials that rewrite weights, where these are quantized."""
+    """Refuse trials that rewrite quantized weights."""
     settings, method = facts.settings, facts.checkpoint.quantized_by if facts.checkpoint else None
     quantized = settings.quantization != "none" or (
         method and not (facts.checkpoint and facts.checkpoint.is_dequantized)
     )
     if settings.apply == "weights" and (quantized or (method and not settings.cache_weights)):
-        text = "Quantized weights cannot be rewritten for a trial and put back."
+        text = "A trial cannot rewrite and restore quantized weights."
         yield Finding("failure", "apply", text, 'apply = "operators"')
 
 
 def missing_package(facts: PreflightFacts) -> Iterator[Finding]:
-    """Quantization without the package that does it."""
+    """Report a missing package for the quantization."""
     if facts.checkpoint and facts.checkpoint.quantized_by:
         try:
             require_package(facts.checkpoint)
@@ -76,13 +77,13 @@ def missing_package(facts: PreflightFacts) -> Iterator[Finding]:
 
 
 def download(facts: PreflightFacts) -> Iterator[Finding]:
-    """Room for weights that are still on the hub."""
+    """Check the disk space for weights that are not downloaded yet."""
     checkpoint = facts.checkpoint
     if checkpoint is None or checkpoint.is_local or any(tensor.file for tensor in checkpoint.tensors.values()):
         return
     cache, needed = facts.hub_cache, checkpoint.nbytes
     if cache.free < needed:
-        text = f"{format_bytes(needed)} are to be downloaded, but only {format_bytes(cache.free)} are free for {cache.path}."
+        text = f"The download needs {format_bytes(needed)}, but {cache.path} has only {format_bytes(cache.free)} free."
         yield Finding("failure", "model", text, "set HF_HUB_CACHE to a folder on a larger disk")
     else:
-        yield Finding("ok", "model", f"{format_bytes(needed)} are to be downloaded to {cache.path}.")
+        yield Finding("ok", "model", f"heretic will download {format_bytes(needed)} to {cache.path}.")

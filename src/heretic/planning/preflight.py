@@ -1,4 +1,4 @@
-"""Can this run succeed here? Looks at model, memory, GPUs, locks, disks, prompts and storage without loading anything."""
+"""Check whether a run can succeed: model, memory, GPUs, locks, disks, prompts and storage, without loading anything."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from heretic.planning.rules import RULES
 from heretic.planning.workload import Workload
 from heretic.settings import Settings
 
-USUAL_PROMPT = 600  # characters, where the prompts cannot be read
+USUAL_PROMPT = 600  # characters, if the prompts cannot be read
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """What the preflight found; `plan` is None where the model could not be looked at or placed."""
+    """The result of the preflight; `plan` is None if the model could not be read or placed."""
 
     model: str
     gpus: GpuReport
@@ -37,17 +37,17 @@ class PreflightReport:
 
     @property
     def verdict(self) -> Literal["ready", "risky", "fail"]:
-        """`fail` if anything is sure to go wrong, `risky` if something may."""
+        """`fail` if a finding is a failure, `risky` if one is a warning, else `ready`."""
         levels = {finding.level for finding in self.findings}
         return "fail" if "failure" in levels else "risky" if "warning" in levels else "ready"
 
     @property
     def exit_status(self) -> int:
-        """0 ready, 1 fail, 2 risky."""
+        """0 for ready, 1 for fail, 2 for risky."""
         return {"ready": 0, "fail": 1, "risky": 2}[self.verdict]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain data for JSON."""
+        """Return the report as plain data for JSON."""
         return {
             "model": self.model,
             "verdict": self.verdict,
@@ -69,35 +69,46 @@ def run_preflight(
     environment: Mapping[str, str] = os.environ,
     virtual: tuple[Gpu, ...] = (),
 ) -> PreflightReport:
-    """Find out what there is and apply all rules.
+    """Collect the facts and apply all rules.
 
-    `prompt_loader` returns an object with `warnings`, `counts` and `longest` (characters of the longest prompt), of
-    which `work_counter` knows more. `judge_check` returns what is doubtful about the judge. `export_check` is asked
-    where `save_to` is set. A UserError of any of them becomes a failure with its own remedy; other exceptions are defects and pass
-    through. With `imagined` GPUs the plan is for these, and nobody holds them.
+    A UserError of a callback becomes a failure with its fix; other exceptions are bugs and propagate.
+
+    Args:
+        settings: the settings of the run.
+        checkpoint_loader: opens the checkpoint.
+        prompt_loader: returns an object with `warnings`, `counts` and `longest` (characters of the longest prompt).
+        storage_check: checks the storage.
+        judge_check: returns a warning about the judge, or an empty text.
+        export_check: checks the export, if `save_to` is set.
+        work_counter: completes the workload with the real numbers of prompts and tokens.
+        environment: environment variables.
+        virtual: virtual GPUs to plan for, instead of the machine's.
     """
     problems: list[Finding] = []
 
-    def attempt(subject: str, ask: Callable[[], T]) -> T | None:
+    def attempt(subject: str, action: Callable[[], T]) -> T | None:
         try:
-            return ask()
+            return action()
         except UserError as error:
             where = f" ({error.where})" if error.where else ""
             problems.append(Finding("failure", subject, error.what + where, error.fix, error.code))
             return None
 
+    # 1. Devices
     report = GpuReport(virtual) if virtual else visible_gpus(environment)
     usable = virtual or usable_gpus(report)
-    if usable:  # numbered as PyTorch numbers them, and those that NVML does not know
+    if usable:  # with PyTorch's numbers, and with those that NVML does not list
         report = GpuReport(usable, report.problem)
     devices = host.devices(usable)
+    # 2. Model, prompts, storage and judge
     checkpoint = attempt("model", checkpoint_loader)
     prompts = attempt("prompts", prompt_loader)
     if prompts is not None:
         problems.append(Finding("ok", "prompts", prompts.counts))
     attempt("storage", storage_check)
-    if doubtful := attempt("judge", judge_check):
-        problems.append(Finding("warning", "judge", doubtful))
+    if judge_warning := attempt("judge", judge_check):
+        problems.append(Finding("warning", "judge", judge_warning))
+    # 3. Memory plan
     work = Workload.of(settings, prompts.longest if prompts else USUAL_PROMPT)
     plan = None
     if checkpoint is not None:
@@ -107,6 +118,7 @@ def run_preflight(
         if prompts is not None:
             work = attempt("chat template", lambda: work_counter(estimated, opened, prompts)) or work
         plan = attempt("memory", lambda: plan_for(settings, opened, work, devices))
+    # 4. Rules
     facts = PreflightFacts(
         settings=settings,
         report=report,
@@ -123,14 +135,14 @@ def run_preflight(
         largest_file=checkpoint.largest_file if checkpoint else 0,
         mappable=None if virtual else host.mappable(),
     )
-    found = [finding for rule in RULES for finding in rule(facts)]
-    return PreflightReport(settings.model, report, plan, (*problems, *found))
+    findings = [finding for rule in RULES for finding in rule(facts)]
+    return PreflightReport(settings.model, report, plan, (*problems, *findings))
 
 
 def _fitting(
     settings: Settings, checkpoint: Checkpoint | None, plan: MemoryPlan | None, work: Workload, devices: list[Device]
 ) -> str | None:
-    """A quantization with which the model fits, where it does not fit on GPUs as it is; the one with the most bits."""
+    """Return the quantization with the most bits that makes the model fit on the GPUs; None if it fits or none helps."""
     if checkpoint is None or plan is None or (plan.fits and not plan.in_ram) or not devices[0].is_gpu:
         return None
     if settings.quantization != "none" or checkpoint.quantized_by or checkpoint.gguf_file:
@@ -143,13 +155,13 @@ def _fitting(
 
 
 def _holders(settings: Settings, usable: tuple[Gpu, ...]) -> tuple[tuple[str, LockOwner], ...]:
-    """Devices that another process holds: those that this run would lock."""
+    """Return the devices of this run that another process has locked, with the lock owners."""
     gpus = gpus_for(settings.device_map, usable)
     names = [f"cuda:{gpu.index}" for gpu in gpus] or ["The CPU"]
-    asked = [
+    owners = [
         (name, lock_owner(path)) for name, path in zip(names, device_locks([gpu.uuid for gpu in gpus]), strict=True)
     ]
-    return tuple((name, found) for name, found in asked if found and not found.is_this_process)
+    return tuple((name, owner) for name, owner in owners if owner and not owner.is_this_process)
 
 
 def _folder(path: Path) -> Folder:

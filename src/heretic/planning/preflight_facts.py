@@ -1,4 +1,4 @@
-"""What the preflight found out, and what rules say of it."""
+"""Facts and findings of the preflight."""
 
 from __future__ import annotations
 
@@ -18,29 +18,28 @@ Level = Literal["ok", "warning", "failure"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One result of the preflight; `fix` is a line for the config where one helps, else what to do. `code` is that of the
-    UserError that it stands for; empty without one."""
+    """One result of the preflight."""
 
     level: Level
     subject: str
     text: str
-    fix: str | None = None
-    code: str | None = None  # of the error that it was, if any
+    fix: str | None = None  # a line for the config, or an instruction
+    code: str | None = None  # of the UserError that it comes from, if any
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A place on disk that the run writes to: `free` in bytes; `occupied` by files that are not an earlier export."""
+    """A folder that the run writes to."""
 
     path: str
-    free: int
+    free: int  # bytes
     writable: bool = True
-    occupied: bool = False
+    occupied: bool = False  # by files that are not an earlier export
 
 
 @dataclass(frozen=True)
 class PreflightFacts:
-    """Everything that rules look at; None where it could not be found out."""
+    """The facts for the rules; None for unknown facts."""
 
     settings: Settings
     report: GpuReport
@@ -53,29 +52,29 @@ class PreflightFacts:
     run_folder: Folder
     export_folder: Folder | None
     hub_cache: Folder
-    fitting_quantization: str | None = None  # with which a model fits that does not fit as it is
+    fitting_quantization: str | None = None  # makes a model fit that does not fit otherwise
     largest_file: int = 0  # of the weights, in bytes
-    mappable: int | None = None  # bytes that it may have; None: any
+    mappable: int | None = None  # largest mappable file in bytes; None: no limit
 
     @property
     def used_gpus(self) -> tuple[Gpu, ...]:
-        """The GPUs that the plan puts weights on."""
+        """The GPUs with weights in the plan."""
         names = {load.device.name for load in self.plan.loads} if self.plan else set()
         return tuple(gpu for gpu in self.usable if f"cuda:{gpu.index}" in names)
 
     @property
     def fits_without_copies(self) -> bool:
-        """Whether the plan does not fit only because of the copies that `cache_weights` keeps."""
+        """Whether the plan fits without the copies of `cache_weights`, and not with them."""
         return self._fits_without(lambda load: load.copies)
 
     @property
     def fits_without_rounds(self) -> bool:
-        """Whether the plan does not fit only because of what iterative rounds add."""
+        """Whether the plan fits without the iterative rounds, and not with them."""
         return self._fits_without(lambda load: load.rounds)
 
     @property
     def all_on_one_of_several(self) -> bool:
-        """Whether one GPU has to hold everything, too much for it, beside others that hold nothing."""
+        """Whether the settings put everything on one of several GPUs, and it does not fit or is tight."""
         plan = self.plan
         if plan is None or self.settings.device_map == "planned" or len(self.usable) < 2:
             return False
@@ -83,7 +82,7 @@ class PreflightFacts:
 
     @property
     def covered_by_other_rule(self) -> bool:
-        """Whether another rule says why it does not fit, with the better remedy."""
+        """Whether a more specific rule explains why the plan does not fit."""
         return self.fits_without_copies or self.fits_without_rounds or self.all_on_one_of_several
 
     def _fits_without(self, part: Callable[[DeviceMemory], int]) -> bool:

@@ -1,6 +1,6 @@
-"""What can go wrong before it does: each rule looks at the facts and says what it finds, with the line to put in the config.
+"""Preflight rules: each yields findings from the facts, with a line for the config as the fix.
 
-A rule is a function of `Facts` and one line in `RULES`. It reads nothing else, so every rule can be tried on made-up facts.
+A rule is a function of `PreflightFacts` with an entry in `RULES`. It reads nothing else, so tests can use made-up facts.
 """
 
 from __future__ import annotations
@@ -17,63 +17,65 @@ from heretic.planning.placement import MODES
 from heretic.planning.preflight_facts import Finding, Level, PreflightFacts
 from heretic.settings import Settings
 
-BUSY = 500 * MIB  # GPU memory that another process may hold without being worth a word
-UNSEEN_USE = 2 * GIB  # used memory that belongs to no visible process; the driver keeps up to about 1 GiB for itself
+BUSY = 500 * MIB  # GPU memory of another process from which a warning is printed
+UNSEEN_USE = 2 * GIB  # used memory without a visible process; the driver itself uses up to about 1 GiB
 LARGE = 3_000_000_000  # parameters, for a CPU
-WHY_NO_GPU = "if there are GPUs, heretic doctor says why they are not seen; on a CPU a model of this size takes days"
+WHY_NO_GPU = "if the machine has GPUs, run heretic doctor; on a CPU a model of this size takes days"
 RUN_FOLDER = GIB
 SPARE_DISK = 1.05
-GGUF_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9}  # a number
+GGUF_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9}  # per weight
 
 
 Rule = Callable[[PreflightFacts], Iterator[Finding]]
 
 
 def unseen_gpus(facts: PreflightFacts) -> Iterator[Finding]:
-    """What NVML cannot tell."""
+    """Report what NVML cannot see."""
     unseen = facts.report.problem
     if not facts.usable and not facts.report.gpus:
         why = f" ({unseen})" if unseen else ""
         large = facts.checkpoint is not None and facts.checkpoint.parameters > LARGE
-        text = f"No GPU is used{why}; everything runs on the CPU, slowly."
+        text = f"heretic uses no GPU{why}. Everything runs on the CPU, which is slow."
         yield Finding("warning" if large else "ok", "GPUs", text, WHY_NO_GPU if large else None)
     elif unseen:
-        yield Finding("ok", "GPUs", f"Not looked into: {unseen}.")
+        yield Finding("ok", "GPUs", f"Not inspected: {unseen}.")
 
 
 def unusable_gpus(facts: PreflightFacts) -> Iterator[Finding]:
-    """GPUs that PyTorch cannot use."""
+    """Report GPUs that PyTorch cannot use."""
     if facts.report.gpus and not facts.usable:
-        text = f"{facts.report.gpus[0].name} is there, but the installed PyTorch cannot use it; everything runs on the CPU."
+        text = f"The installed PyTorch cannot use {facts.report.gpus[0].name}. Everything runs on the CPU."
         yield Finding(
             "warning", "GPUs", text, "install PyTorch with CUDA for your driver: https://pytorch.org/get-started"
         )
 
 
 def idle_gpus(facts: PreflightFacts) -> Iterator[Finding]:
-    """A GPU that the settings leave unused."""
+    """Report a GPU that the settings leave unused."""
     if facts.usable and facts.plan and not facts.plan.on_gpu:
-        text = f"The model is put on the CPU although {facts.usable[0].name} could be used."
+        text = f"The settings put the model on the CPU, but {facts.usable[0].name} is available."
         yield Finding("warning", "device_map", text, 'device_map = "planned"')
 
 
 def weights_do_not_fit(facts: PreflightFacts) -> Iterator[Finding]:
-    """Not even one prompt at a time fits."""
+    """Report that not even one prompt at a time fits."""
     plan = facts.plan
     if plan is None or plan.largest_batch_size or facts.covered_by_other_rule:
         return
     if plan.offloaded:
-        text = f"{format_bytes(plan.offloaded)} of {format_bytes(plan.weights)} of weights in {plan.dtype} fit on no device."
+        text = f"{format_bytes(plan.offloaded)} of the {format_bytes(plan.weights)} of weights in {plan.dtype} fit on no device."
     else:
         text = _shortage(plan)
-    fix = "a smaller model, or a machine with more memory"
+    fix = "use a smaller model or a machine with more memory"
     if plan.on_gpu and facts.settings.device_map == "planned" and facts.settings.quantization == "none":
-        fix = 'device_map = "auto" keeps the rest in RAM (every pass becomes many times slower); or a smaller model'
+        fix = (
+            'device_map = "auto" (leaves the rest in RAM; every pass becomes many times slower), or use a smaller model'
+        )
     yield Finding("failure", "memory", text, _smaller_weights(facts) or _fewer_bits(facts) or fix)
 
 
 def everything_on_one_gpu(facts: PreflightFacts) -> Iterator[Finding]:
-    """GPU 0 full, the others empty."""
+    """Report one overfull GPU beside empty ones."""
     plan = facts.plan
     if plan and facts.all_on_one_of_several:
         short = "It barely fits." if plan.fits else _shortage(plan)
@@ -83,54 +85,50 @@ def everything_on_one_gpu(facts: PreflightFacts) -> Iterator[Finding]:
 
 
 def cached_weights(facts: PreflightFacts) -> Iterator[Finding]:
-    """Copies of the edited weights do not fit beside the model; each lies on its original's device, sharded or not."""
+    """Report copies of the edited weights that do not fit; each copy is on its original's device."""
     if facts.plan and facts.fits_without_copies:
         copies = sum(load.copies for load in facts.plan.loads)
         text = f"The copies of the edited weights ({format_bytes(copies)}) do not fit beside a batch of {facts.plan.batch_size}."
         level: Level = "warning" if facts.plan.largest_batch_size else "failure"
-        fix = 'cache_weights = false; or apply = "operators", which needs no copies'
+        fix = 'cache_weights = false, or apply = "operators", which needs no copies'
         yield Finding(level, "cache_weights", text, fix)
 
 
 def iterative_rounds(facts: PreflightFacts) -> Iterator[Finding]:
-    """Rounds of finding directions that run out of memory.
+    """Report iterative rounds that do not fit.
 
-    They follow each other, each with the memory of one pass. What they leave behind are directions, which every operator of a trial
-    then holds; what is kept of every prompt stays for as long as a round lasts.
+    Each round needs the memory of one pass and of all prompts' residuals. Its directions add to every operator of a trial.
     """
     rounds, plan = facts.settings.directions.iterative_rounds, facts.plan
     if plan is None:
         return
     if facts.fits_without_rounds:
         added = sum(load.rounds for load in plan.loads)
-        text = f"What {rounds} iterative rounds add to the operators ({format_bytes(added)}) does not fit. {_shortage(plan)}"
+        text = f"The operators of {rounds} iterative rounds ({format_bytes(added)}) do not fit. {_shortage(plan)}"
         fix = "directions.iterative_rounds = 0, or trials_per_batch = 1"
         yield Finding("warning" if plan.largest_batch_size else "failure", "iterative rounds", text, fix)
     if plan.residuals > SHARE_FOR_RESIDUALS * facts.ram:
         text = (
-            f"The residuals of every prompt take {format_bytes(plan.residuals)} in each of {1 + rounds} rounds; of RAM, "
-            f"{format_bytes(facts.ram)} are free, and half of that may be used."
+            f"The residuals of all prompts need {format_bytes(plan.residuals)} in each of {1 + rounds} rounds. heretic uses at "
+            f"most half of the free RAM ({format_bytes(facts.ram)})."
         )
-        fix = 'directions.method = "mean_difference", or fewer prompts to train on'
+        fix = 'directions.method = "mean_difference", or fewer training prompts'
         yield Finding("failure", "directions", text, fix)
     elif rounds and plan.fits:
-        yield Finding(
-            "ok", "iterative rounds", f"{rounds} more, one after the other: each needs the memory of one pass."
-        )
+        yield Finding("ok", "iterative rounds", f"{rounds} further rounds, each with the memory of one pass.")
 
 
 def weights_in_ram(facts: PreflightFacts) -> Iterator[Finding]:
-    """Weights that are moved to a GPU in every pass."""
+    """Report weights that every pass moves to a GPU."""
     plan = facts.plan
     if plan and plan.in_ram:
-        text = f"{format_bytes(plan.in_ram)} of weights wait in RAM; moving them to a GPU makes every pass many times slower."
-        yield Finding(
-            "warning", "memory", text, _smaller_weights(facts) or _fewer_bits(facts) or "a smaller model, or more GPUs"
-        )
+        text = f"{format_bytes(plan.in_ram)} of weights stay in RAM. Moving them to a GPU makes every pass many times slower."
+        fix = _smaller_weights(facts) or _fewer_bits(facts) or "use a smaller model or more GPUs"
+        yield Finding("warning", "memory", text, fix)
 
 
 def batch_too_large(facts: PreflightFacts) -> Iterator[Finding]:
-    """The batch asked for does not fit, a smaller one does."""
+    """Report a batch size that does not fit although a smaller one does."""
     plan = facts.plan
     if plan and facts.settings.batch_size and not plan.fits and plan.largest_batch_size:
         if facts.covered_by_other_rule:
@@ -140,15 +138,15 @@ def batch_too_large(facts: PreflightFacts) -> Iterator[Finding]:
 
 
 def batch_too_small(facts: PreflightFacts) -> Iterator[Finding]:
-    """One prompt at a time, where a GPU would do many in the same time."""
+    """Report a batch size of 1 on a GPU that fits more."""
     plan = facts.plan
     if plan and facts.settings.batch_size == 1 and plan.on_gpu and plan.largest_batch_size > 1:
-        text = f"One prompt at a time leaves the GPU idle; {plan.largest_batch_size} fit."
+        text = f"A batch size of 1 leaves the GPU mostly idle; {plan.largest_batch_size} fit."
         yield Finding("warning", "batch size", text, f"batch_size = {plan.largest_batch_size}")
 
 
 def memory(facts: PreflightFacts) -> Iterator[Finding]:
-    """It fits; whether there is anything to spare."""
+    """Report a plan that fits, and whether it is tight."""
     plan = facts.plan
     if plan is None or not plan.fits:
         return
@@ -157,98 +155,101 @@ def memory(facts: PreflightFacts) -> Iterator[Finding]:
     if not plan.tight:
         yield Finding("ok", "memory", f"{text}.")
     elif not facts.all_on_one_of_several:
-        yield Finding("warning", "memory", f"{text}: it fits, with less than 5 % to spare.", _more_room(facts, plan))
+        yield Finding("warning", "memory", f"{text}. It fits with less than 5 % to spare.", _more_room(facts, plan))
 
 
 def ignored_limits(facts: PreflightFacts) -> Iterator[Finding]:
-    """`max_memory` beside a placement that leaves nothing to choose."""
+    """Report a `max_memory` without effect."""
     device_map = facts.settings.device_map
     if facts.settings.max_memory and (not isinstance(device_map, str) or device_map not in MODES):
-        text = "max_memory has no effect, because device_map names the devices itself."
+        text = "max_memory has no effect, because device_map gives the devices."
         yield Finding("warning", "max_memory", text, 'device_map = "planned"')
 
 
 def opened_in_ram(facts: PreflightFacts) -> Iterator[Finding]:
-    """GGUF files are dequantized in RAM, in float32, before anything is placed; what was opened is written from RAM in bfloat16."""
+    """Check the RAM for a dequantized model: GGUF files are loaded in float32, exports are written in bfloat16."""
     checkpoint, settings = facts.checkpoint, facts.settings
     if checkpoint is None or not checkpoint.is_dequantized:
         return
     if checkpoint.gguf_file and (needed := checkpoint.parameters * FLOAT32) > facts.ram:
-        text = f"Reading the GGUF file takes {format_bytes(needed)} of RAM; {format_bytes(facts.ram)} are free."
-        yield Finding("warning", "model", text, 'model = "…": the safetensors version, which is read piece by piece')
+        text = f"Reading the GGUF file needs {format_bytes(needed)} of RAM; {format_bytes(facts.ram)} are free."
+        yield Finding("warning", "model", text, 'model = "…": the safetensors version, which needs less RAM')
     elif settings.save_to and settings.export_format == "full" and (needed := 2 * checkpoint.parameters) > facts.ram:
-        text = f"Writing the opened model takes at least {format_bytes(needed)} of RAM; {format_bytes(facts.ram)} are free."
+        text = f"Writing the dequantized model needs at least {format_bytes(needed)} of RAM; {format_bytes(facts.ram)} are free."
         yield Finding("warning", "export", text, 'export_format = "lora", or the model in full precision')
 
 
 def one_huge_file(facts: PreflightFacts) -> Iterator[Finding]:
-    """Weights in a file that the kernel does not let safetensors map."""
+    """Report a weights file that the kernel cannot map."""
     if facts.mappable is not None and facts.largest_file > facts.mappable:
         text = (
-            f"One file of the weights has {format_bytes(facts.largest_file)}; this machine maps at most "
-            f"{format_bytes(facts.mappable)} (RAM and swap) at once."
+            f"One weights file has {format_bytes(facts.largest_file)}, but this machine can map at most "
+            f"{format_bytes(facts.mappable)} (RAM and swap)."
         )
         fix = 'sudo sysctl vm.overcommit_memory=1, or save the model in shards (save_pretrained(..., max_shard_size="4GB"))'
         yield Finding("failure", "memory", text, fix)
 
 
 def busy_gpus(facts: PreflightFacts) -> Iterator[Finding]:
-    """Other processes on the GPUs that are to be used."""
+    """Report other processes on the GPUs of the plan."""
     for gpu in facts.used_gpus:
         known = sum(process.used or 0 for process in gpu.processes)
         for process in gpu.processes:
             if process.used is not None and process.used > BUSY:
-                text = f"Process {process.pid} ({process.name}) holds {format_bytes(process.used)} of cuda:{gpu.index}."
-                fix = f"wait for it, end it (kill {process.pid}), or leave this GPU out with CUDA_VISIBLE_DEVICES"
+                text = f"Process {process.pid} ({process.name}) uses {format_bytes(process.used)} of cuda:{gpu.index}."
+                fix = f"wait for it, end it (kill {process.pid}), or exclude this GPU with CUDA_VISIBLE_DEVICES"
                 yield Finding("warning", "GPUs", text, fix)
-        # In a container the driver names no processes; where it names them without their memory, nothing can be told.
+        # In a container the driver lists no processes; if it lists them without their memory, the rest is unknown.
         unseen = gpu.total - gpu.free - known
         if unseen > UNSEEN_USE and all(process.used is not None for process in gpu.processes):
-            text = f"{format_bytes(unseen)} of cuda:{gpu.index} are taken by processes that cannot be seen from here."
-            yield Finding("warning", "GPUs", text, "look with nvidia-smi on the host, or set CUDA_VISIBLE_DEVICES")
+            text = f"Processes that are not visible here use {format_bytes(unseen)} of cuda:{gpu.index}."
+            yield Finding("warning", "GPUs", text, "run nvidia-smi on the host, or set CUDA_VISIBLE_DEVICES")
 
 
 def held_locks(facts: PreflightFacts) -> Iterator[Finding]:
-    """Another run of ours on the same device."""
-    for name, holder in facts.holders:
-        yield Finding("warning", "lock", f"{name} is in use by {holder}", "heretic … --wait queues for it")
+    """Report another heretic run on the same device."""
+    for name, owner in facts.holders:
+        yield Finding("warning", "lock", f"{name} is in use by {owner}", "add --wait to wait until it is free")
 
 
 def run_folder(facts: PreflightFacts) -> Iterator[Finding]:
-    """Where the study is kept."""
+    """Check the folder of the runs."""
     folder = facts.run_folder
     if not folder.writable:
-        yield Finding("failure", "run folder", f"{folder.path} cannot be written.", 'runs_dir = "…": a folder of yours')
+        yield Finding("failure", "run folder", f"{folder.path} cannot be written.", 'runs_dir = "…": a writable folder')
     elif folder.free < RUN_FOLDER:
-        text = f"Only {format_bytes(folder.free)} are free for {folder.path}."
+        text = f"{folder.path} has only {format_bytes(folder.free)} free."
         yield Finding("warning", "run folder", text, 'runs_dir = "…": a folder on a disk with 1 GiB free')
 
 
 def export_folder(facts: PreflightFacts) -> Iterator[Finding]:
-    """Where the result is to be saved, hours later."""
+    """Check the folder of the export."""
     folder = facts.export_folder
     if folder is None:
         return
     if folder.occupied:
-        text = f"{folder.path} holds files that heretic did not write; it will not be overwritten."
+        text = f"{folder.path} contains files that heretic did not write and will not overwrite."
         yield Finding("failure", "export", text, f'save_to = "{folder.path}-2"')
         return
     if not folder.writable:
-        yield Finding("failure", "export", f"{folder.path} cannot be written.", 'save_to = "…": a folder of yours')
+        yield Finding("failure", "export", f"{folder.path} cannot be written.", 'save_to = "…": a writable folder')
     elif facts.checkpoint:
         needed = int(SPARE_DISK * _export_size(facts.checkpoint, facts.settings))
         if folder.free < needed:
-            text = f"The export takes {format_bytes(needed)}, but only {format_bytes(folder.free)} are free for {folder.path}."
+            text = (
+                f"The export needs {format_bytes(needed)}, but {folder.path} has only {format_bytes(folder.free)} free."
+            )
             yield Finding("failure", "export", text, 'save_to = "…": a folder on a larger disk')
         else:
-            yield Finding(
-                "ok", "export", f"{format_bytes(needed)} of {format_bytes(folder.free)} free for {folder.path}."
-            )
+            text = f"The export needs {format_bytes(needed)}; {folder.path} has {format_bytes(folder.free)} free."
+            yield Finding("ok", "export", text)
 
 
 def _export_size(checkpoint: Checkpoint, settings: Settings) -> float:
-    """Bytes of what is to be written; of an adapter, which is some megabytes, a gigabyte. A GGUF file is converted from a folder
-    that lies beside it, and quantized from a file as large as that."""
+    """Return the bytes of an export with its temporary files; 1 GiB for an adapter, which has some megabytes.
+
+    A GGUF file is converted from a temporary model folder, and quantized from a file of the same size.
+    """
     if settings.export_format == "lora":
         return GIB
     folder = 2 * checkpoint.parameters if checkpoint.is_dequantized else checkpoint.nbytes
@@ -260,7 +261,7 @@ def _export_size(checkpoint: Checkpoint, settings: Settings) -> float:
 
 
 def prompts(facts: PreflightFacts) -> Iterator[Finding]:
-    """What is doubtful about the prompt sets."""
+    """Report warnings about the prompt sets."""
     for warning in facts.prompt_warnings:
         yield Finding("warning", "prompts", warning, "[prompts]: choose splits that share no prompts")
 
@@ -294,7 +295,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def _smaller_weights(facts: PreflightFacts) -> str | None:
-    """The setting that takes more memory than it must, or leaves less than there is."""
+    """Return the setting that reduces the memory of the weights or lifts a limit; None if there is none."""
     plan, settings = facts.plan, facts.settings
     if plan and plan.dtype == "float32":
         return 'dtypes = ["bfloat16"]'
@@ -304,21 +305,21 @@ def _smaller_weights(facts: PreflightFacts) -> str | None:
 
 
 def _fewer_bits(facts: PreflightFacts) -> str | None:
-    """The quantization with the most bits with which the model would fit, as it was planned too."""
+    """Return the quantization with the most bits that makes the model fit; None if there is none."""
     name = facts.fitting_quantization
     return f'quantization = "{name}": {QUANTIZATIONS[name].words}' if name else None
 
 
 def _more_room(facts: PreflightFacts, plan: MemoryPlan) -> str:
-    """What leaves more to spare; `largest_batch_size` does, if any batch does."""
+    """Return the fix for a tight plan."""
     if plan.largest_batch_size < plan.batch_size:
         return f"batch_size = {plan.largest_batch_size}"
     halved = f"batch_size = {plan.batch_size // 2}" if plan.batch_size > 1 else None
-    return _smaller_weights(facts) or halved or "end other programs, or take a smaller model"
+    return _smaller_weights(facts) or halved or "end other programs, or use a smaller model"
 
 
 def _shortage(plan: MemoryPlan) -> str:
-    """The device that lacks most, in words."""
+    """Describe the device that lacks the most memory."""
     worst = max(plan.loads, key=lambda load: load.total - load.device.free)
     device = worst.device
-    return f"{device.name} would need {format_bytes(worst.total)}, but {format_bytes(device.free)} are free."
+    return f"{device.name} needs {format_bytes(worst.total)}, but has {format_bytes(device.free)} free."

@@ -1,4 +1,4 @@
-"""What a run puts through the model: how many prompts of how many tokens, how many trials at a time, and the walk's steps."""
+"""The workload of a run: numbers of prompts, tokens and trials per pass."""
 
 from __future__ import annotations
 
@@ -14,51 +14,46 @@ if TYPE_CHECKING:
     from heretic.model.checkpoint import Checkpoint
     from heretic.prompts import PromptSets
 
-CHARACTERS_PER_TOKEN = 3  # fewer than in English, so that the plan is on the safe side
+CHARACTERS_PER_TOKEN = 3  # fewer than in English, so that the plan overestimates
 TEMPLATE_TOKENS = 40
 USUAL_TRAINING = 400  # prompts of each kind
-MOST_TRIALS = 16  # that a run tries in one pass of its own accord: each is drawn without knowing how the others end
+MOST_TRIALS = 16  # automatic limit per pass, because trials in one pass are sampled without each other's results
 
 
 @dataclass(frozen=True)
 class GradientSearchWorkload:
-    """The walk by gradient: prompts of each kind in a step and in all, and tokens of their answers that are looked at."""
+    """The workload of the gradient search."""
 
-    batch: int
-    prompts: int
-    kl_tokens: int
-    refusal_tokens: int
+    batch: int  # prompts of each kind per step
+    prompts: int  # of each kind in total
+    kl_tokens: int  # per harmless response
+    refusal_tokens: int  # per refusal
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Lengths in tokens and numbers of prompts.
+    """Lengths in tokens and numbers of prompts."""
 
-    `prompt_tokens` are those of the longest prompt, `shared_tokens` begin all of them and are run once. `beyond` are, for the
-    `requests` (harmful) and the `harmless` prompts of the evaluation, the tokens of all of them behind these; None where they were
-    not counted. `training` prompts of each kind give the directions, `directions` of a layer in each of 1 + `rounds` rounds;
-    `every`: of so many prompts the residuals are kept in RAM, each. `trials` share a pass; 0: as many as
-    pay. `studied`: the geometry looks at the weights.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    shared_tokens: int = 0
-    requests: int = 100
-    harmless: int = 100
-    training: int = USUAL_TRAINING
-    extra_tokens: tuple[int, int] | None = None
+    prompt_tokens: int  # of the longest prompt
+    new_tokens: int  # generated per response
+    shared_tokens: int = 0  # common prefix of all prompts, computed once
+    requests: int = 100  # harmful evaluation prompts
+    harmless: int = 100  # harmless evaluation prompts
+    training: int = USUAL_TRAINING  # of each kind
+    extra_tokens: tuple[int, int] | None = (
+        None  # after the prefix, of all requests and all harmless prompts; None: unknown
+    )
     kl_tokens: int = 1
-    directions: int = 1
-    rounds: int = 0
-    every: int = 0
-    trials: int = 0
-    needs_weight_stats: bool = True
+    directions: int = 1  # per layer and round
+    rounds: int = 0  # iterative rounds after the first
+    every: int = 0  # prompts whose residuals are all kept in RAM
+    trials: int = 0  # per pass; 0: automatic
+    needs_weight_stats: bool = True  # of the geometry
     gradient_search: GradientSearchWorkload | None = None
 
     @classmethod
     def of(cls, settings: Settings, longest: int) -> Workload:
-        """From the settings and the longest prompt in characters; it has at most so many tokens with all that goes around it."""
+        """Estimate the workload from the settings and the length of the longest prompt in characters."""
         gradient = settings.search.gradient
         gradient_path = GradientSearchWorkload(
             gradient.batch, gradient.prompts, gradient.kl_tokens, gradient.refusal_tokens
@@ -76,12 +71,12 @@ class Workload:
         )
 
     def counted(self, settings: Settings, checkpoint: Checkpoint, prompts: PromptSets) -> Workload:
-        """The same with the prompts' real numbers, and with their real lengths where the model's tokenizer is at hand.
+        """Return the workload with the real numbers of prompts and, if the tokenizer is available, their real lengths.
 
         Raises UserError for a chat template that is missing or fails.
         """
         training = [len(prompts.harmful_train), len(prompts.harmless_train)]
-        there = replace(
+        counted = replace(
             self,
             requests=len(prompts.harmful_eval),
             harmless=len(prompts.harmless_eval),
@@ -93,11 +88,11 @@ class Workload:
         except UserError as error:
             if error.code not in ("no-tokenizer", "damaged-tokenizer"):
                 raise
-            return there  # it may not be downloaded yet; loading says it better
-        shared = len(_beginning([*harmful, *harmless, *others[0], *others[1]])) if len(harmful) > 1 else 0
+            return counted  # not downloaded yet, or loading will report it
+        shared = len(_shared_prefix([*harmful, *harmless, *others[0], *others[1]])) if len(harmful) > 1 else 0
         lengths = [len(tokens) for role in (harmful, harmless, *others) for tokens in role]
         return replace(
-            there,
+            counted,
             prompt_tokens=max(lengths),
             shared_tokens=shared,
             extra_tokens=(sum(len(t) - shared for t in harmful), sum(len(t) - shared for t in harmless)),
@@ -105,46 +100,49 @@ class Workload:
 
     @property
     def tail(self) -> int:
-        """Tokens of the longest prompt that every row has for itself, at least one."""
+        """Tokens of the longest prompt after the shared prefix, at least one."""
         return max(1, self.prompt_tokens - self.shared_tokens)
 
     def trials_per_batch(self, batch: int) -> int:
-        """Trials that share a pass, at most: as the settings say, else as many as a batch has room for."""
+        """Return the maximum number of trials per pass: from the settings, else as many as fit in a batch."""
         if self.trials:
             return self.trials
-        found = 1
-        while found < MOST_TRIALS and 2 * found * self.requests <= batch:
-            found *= 2
-        return found
+        count = 1
+        while count < MOST_TRIALS and 2 * count * self.requests <= batch:
+            count *= 2
+        return count
 
     def trial_rows(self, batch: int) -> int:
-        """Rows of a batch of a trial's passes."""
+        """Return the rows of a trial's passes."""
         return min(batch, self.trials_per_batch(batch) * max(self.requests, self.harmless))
 
     def most_rows(self, batch: int) -> int:
-        """Rows of the largest batch that is run."""
+        """Return the rows of the largest batch."""
         return max(self.trial_rows(batch), min(batch, self.training))
 
     @property
     def tried_tokens(self) -> int:
-        """Tokens behind a prompt that a pass may have besides."""
+        """Maximum tokens that a pass adds to a prompt."""
         return max(surrogate.MAX_DRAFT_TOKENS, self.kl_tokens - 1)
 
     def tokens_kept(self, kind: int) -> int:
-        """Tokens behind the shared ones, with what is tried, of all evaluation prompts of a kind (0 harmful, 1 harmless)."""
+        """Return the cached tokens after the shared prefix of all evaluation prompts of a kind (0 harmful, 1 harmless)."""
         count = (self.requests, self.harmless)[kind]
         more = (surrogate.MAX_DRAFT_TOKENS, self.kl_tokens - 1)[kind]
         return (self.extra_tokens[kind] if self.extra_tokens else count * self.tail) + count * more
 
 
 def prompt_tokens(settings: Settings, longest: int) -> int:
-    """Upper estimate of the tokens of a prompt of `longest` characters with system prompt, prefix and chat template."""
+    """Return an upper estimate of the tokens of a prompt with `longest` characters, including the chat template."""
     characters = longest + len(settings.system_prompt) + len(settings.response_prefix)
     return characters // CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
 
 
 def _encoded(settings: Settings, checkpoint: Checkpoint, prompts: PromptSets) -> list[list[list[int]]]:
-    """Token ids of harmful_eval, harmless_eval, harmful_train, harmless_train. Raises UserError where there is no tokenizer."""
+    """Return the token ids of harmful_eval, harmless_eval, harmful_train and harmless_train.
+
+    Raises UserError if there is no tokenizer.
+    """
     from heretic.model.chat_format import ChatFormat
     from heretic.model.loading import load_tokenizer
     from heretic.model.template import read_template
@@ -157,8 +155,8 @@ def _encoded(settings: Settings, checkpoint: Checkpoint, prompts: PromptSets) ->
     return [chat.encode(role.prompts) for role in sets]
 
 
-def _beginning(sequences: Sequence[list[int]]) -> list[int]:
-    """The tokens that all of them begin with, where it is worth running them once."""
+def _shared_prefix(sequences: Sequence[list[int]]) -> list[int]:
+    """Return the common prefix of all sequences, empty if it is too short to be worth sharing."""
     from heretic.model.batching import WORTH_SHARING, shared_tokens
 
     shared = shared_tokens(sequences)
