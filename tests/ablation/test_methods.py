@@ -12,7 +12,7 @@ from heretic.ablation.methods import METHODS
 from heretic.ablation.methods.geometric_median import geometric_median, median
 from heretic.ablation.methods.self_organizing_map import self_organizing_map, train_map
 from heretic.model.capture import ResidualMeans
-from heretic.settings.ablation import GIVE_ONE, DirectionMethod, DirectionSettings
+from heretic.settings.ablation import SINGLE_DIRECTION_METHODS, DirectionMethod, DirectionSettings
 
 LAYERS, WIDTH = 3, 24
 
@@ -26,12 +26,12 @@ def residuals(seed: int, prompts: int = 40, *, lean: float = 0.0) -> ResidualMea
 
 def test_the_table_and_the_settings_name_the_same() -> None:
     assert set(METHODS) == set(get_args(DirectionMethod))
-    assert set(METHODS) > GIVE_ONE
+    assert set(METHODS) > SINGLE_DIRECTION_METHODS
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_points_from_harmless_to_harmful_and_repeats_itself(name: str) -> None:
-    count = 1 if name in GIVE_ONE else 3
+    count = 1 if name in SINGLE_DIRECTION_METHODS else 3
     bad, good = residuals(1, lean=6.0), residuals(2)
     found = METHODS[name].find(bad, good, count, "cpu")
     assert found.shape == (LAYERS, count, WIDTH) and found.dtype == torch.float64
@@ -42,7 +42,7 @@ def test_every_method_points_from_harmless_to_harmful_and_repeats_itself(name: s
 
 @pytest.mark.parametrize("name", METHODS)
 def test_few_prompts_are_enough_for_as_many_directions(name: str) -> None:
-    count = 1 if name in GIVE_ONE else 2
+    count = 1 if name in SINGLE_DIRECTION_METHODS else 2
     found = METHODS[name].find(residuals(1, 3), residuals(2, 2), count, "cpu")
     assert normalized(found).count == count
 

@@ -168,7 +168,7 @@ def test_where_memory_is_short_blocks_are_computed_twice_and_then_it_is_kernels(
         return original(blocks)
 
     original = loss._recomputed_activations
-    monkeypatch.setattr(loss, "_checkpointed", checkpointed)
+    monkeypatch.setattr(loss, "_recomputed_activations", checkpointed)
     assert [r.params["walk.point"] for r in do(config).results][:2] == [1.0, 0.0] and max(twice) == 4
     fails["where"] = "everywhere"
     listener = Listener()
