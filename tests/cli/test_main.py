@@ -61,14 +61,14 @@ def test_a_whole_life(
     run = next(Path("runs").iterdir())
     assert "complete" in do("status")
     status = json.loads(do("status", run.name, "--json"))
-    assert status["done"] == 4 and status["front"]
+    assert status["n_complete"] == 4 and status["pareto_front"]
 
-    number = status["front"][0]["trial"]
+    number = status["pareto_front"][0]["trial"]
     exported = do("export", run.name, "--trial", str(number), "-o", "model")
     assert "verified" in exported and (Path("model") / "manifest.json").is_file()
     evaluated = json.loads(do("evaluate", "model", "--against", str(llama), "--json"))
-    assert evaluated["refusals"] == status["front"][0]["refusals"]
-    assert evaluated["divergence"]["mean"] == pytest.approx(status["front"][0]["divergence"]["mean"], rel=1e-2)
+    assert evaluated["refusals"] == status["pareto_front"][0]["refusals"]
+    assert evaluated["divergence"]["mean"] == pytest.approx(status["pareto_front"][0]["divergence"]["mean"], rel=1e-2)
     itself = json.loads(do("evaluate", str(llama), "--against", str(llama), "--json"))
     assert itself["divergence"]["max"] < 1e-6
 
@@ -125,7 +125,7 @@ def test_a_run_goes_on_by_its_name_and_says_so_to_scripts(
     more = do(
         "mine", "--trials", "+2", "--save-to", "model"
     )  # without `run`, without the settings file, with another seed
-    assert more["trials"] == 4 and more["front"]
+    assert more["trials"] == 4 and more["pareto_front"]
     assert Path(more["export"]["written_to"]) == Path("model").resolve()
     kept = Path("runs/mine/config.toml").read_text()
     assert "n_trials = 4  # added later" in kept and "seed = 7  # HERETIC_SEED" in kept
@@ -135,7 +135,7 @@ def test_a_run_goes_on_by_its_name_and_says_so_to_scripts(
     url = f"sqlite:///{Path('runs/mine/study.db').resolve()}"
     seen = do("status", "heretic", "--storage", url)
     assert (
-        seen["done"] == 4
+        seen["n_complete"] == 4
         and seen["state"] == "complete"
         and seen["model"] == resolve(Path("elsewhere.toml")).settings.model
     )

@@ -39,7 +39,7 @@ def front(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
     with pytest.raises(SystemExit):
         cli.main()
-    return json.loads(capsys.readouterr().out)["front"]
+    return json.loads(capsys.readouterr().out)["pareto_front"]
 
 
 def test_one_prompt_in_every_set(run, tally: Tally) -> None:  # type: ignore[no-untyped-def]

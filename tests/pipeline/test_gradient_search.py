@@ -60,13 +60,13 @@ def test_a_run_walks_first_measures_the_points_and_searches_around_them(config: 
     listener = Listener()
     outcome = do(config, 'save_to="written"', f'search.gradient.direction="{direction}"', reporter=listener)
     assert sum("probability of refusing" in line for line in listener.said) == 2
-    assert [r.params["walk.point"] for r in outcome.results][:2] == [1.0, 0.0]
+    assert [r.params["path.point"] for r in outcome.results][:2] == [1.0, 0.0]
     assert len(outcome.results) == 4 and outcome.export is not None
     manifest = json.loads(Path("written/manifest.json").read_text())
     assert {len(s) for s in manifest["ablation"]["strengths"].values()} == {4}
     found = manifest["ablation"]["vector" if direction == "free" else "mixture"]
     assert len(found) == (32 if direction == "free" else 4)
-    assert all(("walk.shift" in r.params) == (direction == "mixture") for r in outcome.results)
+    assert all(("path.shift" in r.params) == (direction == "mixture") for r in outcome.results)
     told = {"free": "from the gradient search (in the manifest)", "mixture": "a mixture mostly of those of layers"}[
         direction
     ]
@@ -169,7 +169,7 @@ def test_where_memory_is_short_blocks_are_computed_twice_and_then_it_is_kernels(
 
     original = loss._recomputed_activations
     monkeypatch.setattr(loss, "_recomputed_activations", checkpointed)
-    assert [r.params["walk.point"] for r in do(config).results][:2] == [1.0, 0.0] and max(twice) == 4
+    assert [r.params["path.point"] for r in do(config).results][:2] == [1.0, 0.0] and max(twice) == 4
     fails["where"] = "everywhere"
     listener = Listener()
     outcome = do(config, 'run_name="other"', reporter=listener)

@@ -67,10 +67,10 @@ class Outcome:
         return {
             "run": str(self.folder.path),
             "trials": len(self.results),
-            "before": self.original_refusals,
-            "chosen": self.selected.number if self.selected else None,
+            "original_refusals": self.original_refusals,
+            "selected": self.selected.number if self.selected else None,
             "reason": self.reason,
-            "front": [
+            "pareto_front": [
                 {"trial": r.number, "params": r.params, **r.scores.as_dict()} for r in pareto_front(self.results)
             ],
             "export": self.export.as_dict() if self.export else None,

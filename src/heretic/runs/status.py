@@ -57,20 +57,20 @@ class Status:
             "model": self.model,
             "state": self.state,
             "n_trials": summary.n_trials,
-            "done": summary.n_complete,
-            "stopped": summary.n_pruned,
-            "failed": summary.n_failed,
-            "before": summary.original_refusals,
+            "n_complete": summary.n_complete,
+            "n_pruned": summary.n_pruned,
+            "n_failed": summary.n_failed,
+            "original_refusals": summary.original_refusals,
             "trials_per_hour": per_hour,
             "seconds_per_trial": 3600 / per_hour if per_hour else None,
             "seconds_left": summary.seconds_left,
             "surrogate_error": summary.history.surrogate_error,
-            "walk": self.gradient_path,
+            "gradient_search": self.gradient_path,
             "memory": self.memory,
             "latest": self.latest,
             "warnings": list(self.warnings),
             "best": summary.best[0].number if summary.best else None,
-            "front": [
+            "pareto_front": [
                 {"trial": r.number, "params": r.params, **r.scores.as_dict()} for r in pareto_front(summary.results)
             ],
         }

@@ -53,21 +53,21 @@ class SearchSpace:
             return []
         middle: dict[str, Any] = {name: 1.0 for name in self._gains}
         if self.path.is_mixture:
-            middle["walk.shift"] = 0.0
-        return [middle | {"walk.point": float(i)} for i in reversed(range(len(self.path.points)))]
+            middle["path.shift"] = 0.0
+        return [middle | {"path.point": float(i)} for i in reversed(range(len(self.path.points)))]
 
     @property
     def _gains(self) -> list[str]:
-        return [f"walk.{part}" for part in (*self.components, "early", "middle", "late")]
+        return [f"path.{part}" for part in (*self.components, "early", "middle", "late")]
 
     def _around_path(self, trial: optuna.trial.BaseTrial, gradient_path: GradientPath) -> Ablation:
-        position = trial.suggest_float("walk.point", 0.0, float(len(gradient_path.points) - 1))
+        position = trial.suggest_float("path.point", 0.0, float(len(gradient_path.points) - 1))
         gain = {name: trial.suggest_float(name, *GAIN, log=True) for name in self._gains}
-        shift = trial.suggest_float("walk.shift", -SHIFT, SHIFT) if gradient_path.is_mixture else 0.0
+        shift = trial.suggest_float("path.shift", -SHIFT, SHIFT) if gradient_path.is_mixture else 0.0
         first, last = gradient_path.edited_layer_range
         third = max(1.0, (last - first + 1) / 3)
         thirds = [("early", "middle", "late")[min(2, max(0, int((n - first) / third)))] for n in range(self.num_layers)]
-        gains = {c: [gain[f"walk.{c}"] * gain[f"walk.{part}"] for part in thirds] for c in self.components}
+        gains = {c: [gain[f"path.{c}"] * gain[f"path.{part}"] for part in thirds] for c in self.components}
         return gradient_path.at(position, gains, shift)
 
     def _by_kernels(self, trial: optuna.trial.BaseTrial) -> Ablation:
@@ -98,8 +98,8 @@ def foreign_parameters(why: object) -> UserError:
 
 def describe(params: Mapping[str, Any]) -> str:
     """Describe a trial's ablation in a few words."""
-    if "walk.point" in params:
-        return f"path {params['walk.point']:.2f}"
+    if "path.point" in params:
+        return f"path {params['path.point']:.2f}"
     scope, index = params.get("direction_scope"), params.get("direction_index")
     if scope == "global" and isinstance(index, float):
         return f"layer {index:.1f}"
