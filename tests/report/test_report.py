@@ -138,7 +138,7 @@ def test_it_says_who_judged_and_what_the_divergence_is_of(tmp_path: Path) -> Non
     settings = Settings(model="m", kl_tokens=4, judge={"kind": "llm"})
     page = without_scripts(report(ReportInput(study, settings, RunFolder(tmp_path), "")))
     assert "judged by a language model" in page and "phrases" not in page and "first 4 tokens" in page
-    for heading, cell in (("evasive", "2"), ("harmless declined", "3/8"), ("degenerate", "1/8")):
+    for heading, cell in (("evasive", "2"), ("harmless refused", "3/8"), ("degenerate", "1/8")):
         assert f"<th>{heading}</th>" in page and f"<td>{cell}</td>" in page
     assert "neither refuses nor answers" in page and "not on the Pareto front: 1." in page
 

@@ -90,5 +90,5 @@ def test_columns_of_what_was_measured_and_found() -> None:
     ]
     shown = table_columns(more)
     assert (shown["evasive"], shown["expected"]) == (["0", "1"], ["1.0", "11.0"])
-    assert shown["harmless declined"] == ["3/40"] * 2 and shown["degenerate"] == ["1/40"] * 2
+    assert shown["harmless refused"] == ["3/40"] * 2 and shown["degenerate"] == ["1/40"] * 2
     assert "degenerate" not in table_columns([more[0], plain[1]]), "for one it was not measured"

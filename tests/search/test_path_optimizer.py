@@ -118,7 +118,7 @@ def test_a_walk_with_several_directions_goes_down_and_on_where_it_was_left(
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        optimizer(of, keep=cut).run(begin(of, kind))
+        optimizer(of, save_state=cut).run(begin(of, kind))
     state = folder.load_path_state(NULL_REPORTER)
     assert state is not None and optimizer(of).run(state) == whole
 
@@ -263,10 +263,10 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_walk(llama: Path, tmp_path:
 
     for _ in range(3):
         with pytest.raises(After):
-            optimizer(of, keep=cut).run(folder.load_path_state(NULL_REPORTER) or begin(of))
+            optimizer(of, save_state=cut).run(folder.load_path_state(NULL_REPORTER) or begin(of))
     state = folder.load_path_state(NULL_REPORTER)
     assert state is not None and state.steps == 6 and len(state.points) == 1
-    assert optimizer(of, keep=cut).run(state) == whole
+    assert optimizer(of, save_state=cut).run(state) == whole
     assert RunFolder(tmp_path, "another").load_path_state(NULL_REPORTER) is None
 
 
@@ -326,7 +326,7 @@ def test_what_was_heard_is_kept_with_the_walk(llama: Path, tmp_path: Path, monke
 
     for _ in range(2):
         with pytest.raises(Interrupted):
-            listening(of, keep=cut)[0].run(folder.load_path_state(NULL_REPORTER) or begin(of))
+            listening(of, save_state=cut)[0].run(folder.load_path_state(NULL_REPORTER) or begin(of))
     state = folder.load_path_state(NULL_REPORTER)
     assert state is not None and state.extra_refusals and state.has_new_refusals
     assert listening(of)[0].run(state) == whole
@@ -349,7 +349,7 @@ def test_weights_too_gentle_to_change_anything_are_left_early(llama: Path, tmp_p
     of = objective(llama)
     update = {"weights": [1e-9, 1e-8, 0.5, 2.0], "steps": 5, "sparsity": 1e-5}
     settings, state, seen = SETTINGS.model_copy(update=update), begin(of), []
-    points = optimizer(of, settings, keep=lambda now: seen.append(now.steps)).run(state)
+    points = optimizer(of, settings, save_state=lambda now: seen.append(now.steps)).run(state)
     assert [p.weight for p in points] == [0.5, 2.0]
     assert seen[:4] == [1, 5, 6, 10] and seen[-1] == 20 and len(seen) == 14
 
@@ -389,7 +389,7 @@ def test_it_goes_on_to_stricter_weights_while_prompts_are_declined(
         return told(said.pop(0) if said else [])
 
     with pytest.raises(Interrupted):
-        optimizer(of, mine=first, keep=cut).run(begin(of))
+        optimizer(of, mine=first, save_state=cut).run(begin(of))
     state = folder.load_path_state(NULL_REPORTER)
     assert state is not None and state.extra_weights == 1
     assert [p.weight for p in optimizer(of, mine=first).run(state)] == [0.5, 2.0, 6.0, 18.0]

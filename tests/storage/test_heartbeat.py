@@ -26,7 +26,7 @@ def begun(study: optuna.Study, **attributes: object) -> optuna.Trial:
     """A trial under way elsewhere, with one sign of life."""
     trial = study.ask()
     trial.suggest_float("x", 0.1, 1.0)
-    for name, value in {"worker": ELSEWHERE, **attributes}.items():
+    for name, value in {"heretic:worker": ELSEWHERE, **attributes}.items():
         trial.set_user_attr(name, value)
     study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
     return trial
@@ -54,7 +54,7 @@ def test_after_an_outage_everybody_is_given_time_to_be_heard(postgres: Server) -
 
     threading.Timer(2, lambda: postgres.control("start")).start()
     assert study.trials[trial.number].state == TrialState.RUNNING, "asked while the server was away"
-    assert any("is away" in line for line in heard.lines) and any("is back" in line for line in heard.lines)
+    assert len(heard.lines) == 2, "one line at the outage, one after it"
     assert requeue_stale_trials(study, QUICK) == [], "judged before it could be heard"
     time.sleep(2 * QUICK.heartbeat + 1.5)
     assert [t.number for t in requeue_stale_trials(study, QUICK)] == [trial.number]
@@ -91,9 +91,7 @@ def test_what_a_worker_measured_that_was_given_up_counts_once() -> None:
     complete = [t for t in study.trials if t.state == TrialState.COMPLETE]
     assert n_complete(study) == 4 and len({t.params["x"] for t in complete}) == 4
     assert study.trials[1].user_attrs["heretic:retry_of"] == 0 and study.trials[1].state == TrialState.COMPLETE
-    assert [line for line in heard.lines if "went to another worker" in line] == [
-        "Trial 2 went to another worker: this one was silent for too long."
-    ]
+    assert sum("trial 2" in line for line in heard.lines) == 1, "the loss of trial 2 is reported once"
 
 
 def test_a_process_of_the_same_name_on_another_machine_is_not_ours_to_judge() -> None:

@@ -1,1 +1,1 @@
-"""The edit itself: directions, kernels, operators, and the two ways to apply them."""
+"""The ablation: directions, strength kernels, operators, and two ways to apply them."""

@@ -1,4 +1,4 @@
-"""The whole edit of one trial, and its operators."""
+"""The ablation of one trial, and its operators."""
 
 from __future__ import annotations
 
@@ -28,32 +28,26 @@ Coefficients = Sequence[float] | Tensor
 
 @dataclass(frozen=True)
 class Ablation:
-    """A direction and a strength for every writer.
+    """A direction and a strength for every writer; tensors may require gradients."""
 
-    `strengths`: by component, one number a layer; exactly 0 leaves the writers there untouched. `mixture`: coefficients over
-    the layers' directions [layers] of the one direction that is removed everywhere; None: each layer's own is, mixed with its
-    neighbor's where `shift` is not 0 (in layers, to later ones). `vector`: a direction [width] of its own instead, for all
-    layers, or several one behind the other [count x width]. Tensors may be given to have gradients.
-    """
-
-    strengths: Mapping[str, Coefficients]
-    mixture: Coefficients | None = None
-    shift: float = 0.0
-    vector: Coefficients | None = None
+    strengths: Mapping[str, Coefficients]  # by component, one per layer; exactly 0 leaves the writers unedited
+    mixture: Coefficients | None = None  # [layers] of the one direction removed everywhere; None: each layer's own
+    shift: float = 0.0  # without a mixture: mixes each layer's direction with a neighbor's, in layers
+    vector: Coefficients | None = None  # [count * width]: explicit directions for all layers instead
 
     @classmethod
     def from_kernels(cls, kernels: Mapping[str, StrengthKernel], layers: int, index: float | None = None) -> Ablation:
-        """Strengths by kernels, one a component; the direction at a layer index for all, or each layer's own (None)."""
+        """Build an ablation from one kernel per component, with the direction at `index` or (None) each layer's own."""
         strengths = {c: tuple(kernel.strength(layer) for layer in range(layers)) for c, kernel in kernels.items()}
         return cls(strengths, None if index is None else interpolation(index, layers))
 
     def strength(self, writer: ResidualWriter) -> float | Tensor:
-        """Strength at a writer."""
+        """Return the strength at a writer."""
         profile = self.strengths.get(writer.component)
         return 0.0 if profile is None else profile[writer.layer]
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data, for manifests."""
+        """Return plain data for manifests."""
         strengths = {component: [float(s) for s in profile] for component, profile in self.strengths.items()}
         mixture, vector = (None if part is None else [float(c) for c in part] for part in (self.mixture, self.vector))
         return {"strengths": strengths, "mixture": mixture, "shift": self.shift, "vector": vector}
@@ -61,18 +55,17 @@ class Ablation:
 
 @dataclass(frozen=True)
 class OperatorFactory:
-    """Everything from which the operators of any ablation follow by vector arithmetic.
+    """Computes the operators of any ablation by vector arithmetic.
 
-    `scales` holds, by writer, the weight S [width] of an RMS norm that its output passes before it is added to the stream: what is
-    then along v was along S v before (up to the length), so that is what is taken out, in every geometry. `read` gets at a writer's
-    matrices [width, inputs], also where the module does not hold them.
+    If an RMS norm with the weight S follows a writer, its output along S v ends up along v in the stream. So S v is removed.
     """
 
     directions: Directions
     writers: tuple[ResidualWriter, ...]
     geometry: str
     weight_stats: Mapping[str, WeightStats]
-    scales: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]  # S [width] by writer
+    # Reads a writer's matrices [width, inputs], also if the module does not hold them.
     read: Callable[[ResidualWriter], Sequence[LazyTensor]] = field(
         default=ResidualWriter.weights, repr=False, compare=False
     )
@@ -88,14 +81,14 @@ class OperatorFactory:
         *,
         norm_aware: bool = True,
     ) -> OperatorFactory:
-        """Study every writer's weight once, against all layers' directions; geometries that need no facts skip it.
+        """Compute every writer's weight statistics once, if the geometry needs them.
 
-        `read` gets at a writer's matrices [width, inputs] where the module does not hold it (offloaded layers).
+        `read` returns a writer's matrices [width, inputs], also of offloaded layers.
         """
         facts: dict[str, WeightStats] = {}
         scales = {w.name: s.cpu() for w in writers if norm_aware and (s := w.scale()) is not None}
         if geometry in NEEDS_WEIGHT_STATS:
-            with reporter.stage("Studying the weights", len(writers)) as stage:
+            with reporter.stage("Weight statistics", len(writers)) as stage:
                 for writer in writers:
                     scaled_directions = directions.all_directions.flatten(0, 1) * scales.get(writer.name, 1)
                     facts[writer.name] = weight_statistics(read(writer), scaled_directions).to("cpu")
@@ -103,9 +96,9 @@ class OperatorFactory:
         return cls(directions, writers, geometry, facts, scales, read)
 
     def operators(self, ablation: Ablation, *, zeros_from: int | None = None) -> dict[str, Operator]:
-        """Operators by the writer's name; writers with strength 0 are not in it. A strength holds for all directions of a layer.
+        """Compute the operators by writer name, without writers of strength 0.
 
-        With `zeros_from` they are from that layer on, and nothing is below it: so that strengths can have gradients.
+        With `zeros_from`, include all writers from that layer on and none below, so that zero strengths get gradients.
         """
         operators = {}
         for writer in self.writers:

@@ -1,4 +1,4 @@
-"""Applying operators while the model runs, with the weights untouched."""
+"""Apply operators with forward hooks, without changing the weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from heretic.model.writer import ResidualWriter, first_tensor, with_first
 
 @contextmanager
 def apply_operators(writers: Sequence[ResidualWriter], *trials: Mapping[str, Operator]) -> Iterator[None]:
-    """Within the context every writer named in the operators of a trial writes what its operator makes of its output.
+    """Apply the operators to the writers' outputs within the context.
 
-    With several trials each row of a batch is edited by its own (`model.forward.trial_of_row` says which).
-    Hooks only, removed on the way out whatever happens; several contexts compose in the order in which they are entered.
+    With several trials each row of a batch has its own (`model.forward.trial_of_row`). Nested contexts compose in the order
+    in which they are entered.
     """
     handles = []
     try:
@@ -39,13 +39,13 @@ def _hook(operators: Sequence[Operator | None]) -> Callable[[nn.Module, tuple[An
     def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
         nonlocal stacked
         written = first_tensor(output)
-        if stacked.u.device != written.device:  # once a trial: a sharded model's writers lie on several devices
+        if stacked.u.device != written.device:  # once per trial: the writers of a sharded model are on several devices
             stacked = stacked.to(written.device)
         if isinstance(stacked, Operator):
             return with_first(output, stacked(written))
         trials = trial_of_row.get()
         if trials is None:
-            raise RuntimeError("several trials are attached, but the pass does not say which row belongs to which")
+            raise RuntimeError("several trials are applied, but trial_of_row is not set")
         return with_first(output, stacked(written, trials))
 
     return hook

@@ -1,4 +1,4 @@
-"""Writing operators into weights: in memory for a trial, or tensor by tensor for an export."""
+"""Bake operators into weights: in memory for a trial, or tensor by tensor for an export."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from heretic.model.writer import Part, ResidualWriter
 
 
 def bake_weight(operator: Operator, weight: Tensor, *, transposed: bool) -> Tensor:
-    """A weight, or those of all experts in one tensor, with the operator written into it: computed in float32, one matrix at a
-    time, returned in the weight's type and layout."""
+    """Apply the operator to a weight (3D: each expert) in float32; the result has the weight's dtype and layout."""
     if weight.ndim == 3:
         baked = torch.empty_like(weight)
         for expert, matrix in enumerate(weight):
@@ -31,13 +30,12 @@ def bake_weight(operator: Operator, weight: Tensor, *, transposed: bool) -> Tens
 
 
 def bake_bias(operator: Operator, bias: Tensor) -> Tensor:
-    """A bias [width], or those of all experts [experts, width], with the operator written into it: it is part of what is written to
-    the stream."""
+    """Apply the operator to a bias [width] or [experts, width], which is also added to the stream."""
     return operator(bias.float()).to(bias.dtype)
 
 
 def bake_part(operator: Operator, part: Part, tensor: Tensor) -> Tensor:
-    """A writer's parameter with the operator written into it."""
+    """Apply the operator to a parameter of a writer."""
     if part.is_bias:
         return bake_bias(operator, tensor)
     return bake_weight(operator, tensor, transposed=part.transposed)
@@ -51,10 +49,9 @@ OriginalWeights = Callable[[str], Tensor]
 def rewritten_weights(
     writers: Sequence[ResidualWriter], operators: Mapping[str, Operator], original: OriginalWeights
 ) -> Iterator[None]:
-    """Within the context the weights themselves are edited; on the way out they are what `original` says, bit for bit.
+    """Edit the weights within the context, and restore them bit for bit at its end.
 
-    `original` gives a parameter's tensor by its name in the model: from a copy (`copies`) or from the files
-    (`from_checkpoint`).
+    `original` returns a parameter's tensor by name: from a copy (`copy_weights`) or the files (`read_from_checkpoint`).
     """
     touched: list[tuple[str, Tensor]] = []
     try:
@@ -64,9 +61,9 @@ def rewritten_weights(
                 continue
             if writer.offloaded or any(part.quantized for part in writer.parts):
                 raise UserError(
-                    f"The weight of {writer.name} cannot be rewritten.",
+                    f"Cannot rewrite the weight of {writer.name}, which is offloaded or quantized.",
                     code="weight-not-editable",
-                    fix='set apply = "operators", which works with every weight',
+                    fix='set apply = "operators"',
                 )
             for part in writer.parts:
                 tensor = part.tensor
@@ -79,13 +76,13 @@ def rewritten_weights(
 
 
 def copy_weights(writers: Sequence[ResidualWriter]) -> OriginalWeights:
-    """Keep a copy of the writers' tensors, each on its own device; nothing else of the model is copied."""
+    """Copy the writers' tensors, each on its own device."""
     copies = {part.name: part.tensor.detach().clone() for writer in writers for part in writer.parts}
     return copies.__getitem__
 
 
 def read_from_checkpoint(checkpoint: Checkpoint, writers: Sequence[ResidualWriter], model: Any) -> OriginalWeights:
-    """Read the tensors again from the checkpoint's files when they are wanted. Raises UserError if names do not match."""
+    """Return a reader of the original tensors from the checkpoint. Raises UserError if names do not match."""
     parts = sources(checkpoint, writers, model)
 
     def read(name: str) -> Tensor:
@@ -99,17 +96,17 @@ def read_from_checkpoint(checkpoint: Checkpoint, writers: Sequence[ResidualWrite
 
 @dataclass(frozen=True)
 class StoredPart:
-    """The tensors of a checkpoint that a parameter was made of: one, or one an expert in order; `turned`: with the last two axes
-    the other way round."""
+    """The checkpoint tensors of a parameter: one, or one per expert in order; `transposed`: in the last two axes."""
 
     names: tuple[str, ...]
     transposed: bool = False
 
 
 def sources(checkpoint: Checkpoint, writers: Sequence[ResidualWriter], model: Any) -> dict[str, StoredPart]:
-    """Where each parameter of the writers came from, by its name: as transformers names things while it loads them.
+    """Map each parameter of the writers to its checkpoint tensors, with the renaming rules of transformers.
 
-    Raises UserError where a parameter has no tensor of its own shape, or not one for every expert.
+    Raises:
+        UserError: if a parameter has no tensor of its shape, or not one for every expert.
     """
     wanted = {part.name: part for writer in writers for part in writer.parts}
     by_parameter: dict[str, list[str]] = {}
@@ -130,7 +127,7 @@ def sources(checkpoint: Checkpoint, writers: Sequence[ResidualWriter], model: An
 
 
 def loaded_names(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """By the name of a checkpoint's tensor that of the model's parameter it is loaded into, alone or with others."""
+    """Map each checkpoint tensor to the model parameter that it is loaded into, alone or with others."""
     conversions = getattr(model, "_weight_conversions", None) or []
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]

@@ -1,4 +1,4 @@
-"""What harmless prompts need, taken out of directions before they are used."""
+"""Remove the harmless mean from directions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from heretic.model.capture import ResidualMeans
 
 
 def project_out_mean(vectors: Tensor, harmless: ResidualMeans) -> Tensor:
-    """Directions [layers, count, width] without their part along the harmless mean of their layer."""
+    """Project directions [layers, count, width] off the harmless mean of their layer."""
     common = torch.nn.functional.normalize(harmless.mean, dim=-1).unsqueeze(1)
     return vectors - (vectors * common).sum(-1, keepdim=True) * common

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from heretic.errors import UserError
 
-# Added to the diagonal of a Gram matrix of unit vectors: what the ones before already hold comes out as 0, not as noise.
+# Added to the diagonal of a Gram matrix of unit vectors: a dependent vector becomes 0 instead of noise.
 JITTER = 1e-12
-# The share of a direction that must be left when the ones before are taken out of it; less is rounding.
+# The share of a direction that must remain after the previous ones are projected out; less is rounding.
 MIN_RESIDUAL_FRACTION = 1e-4
 
 
@@ -20,7 +20,7 @@ MIN_RESIDUAL_FRACTION = 1e-4
 class Directions:
     """Unit vectors in float32: row l of `vectors` [layers, width] is the direction in the residual stream after block l.
 
-    Where a layer has several, `further` [layers, count - 1, width] are the others, all of a layer's at right angles.
+    `extra` [layers, count - 1, width] has the other directions; all of a layer are orthogonal.
     """
 
     vectors: Tensor
@@ -33,33 +33,31 @@ class Directions:
 
     @property
     def count(self) -> int:
-        """Number of directions of a layer."""
+        """Number of directions per layer."""
         return 1 if self.extra is None else 1 + self.extra.shape[1]
 
     @property
     def all_directions(self) -> Tensor:
-        """All of them [layers, count, width]."""
+        """All directions [layers, count, width]."""
         first = self.vectors.unsqueeze(1)
         return first if self.extra is None else torch.cat([first, self.extra], dim=1)
 
     def mixed_at(self, coefficients: Sequence[float] | Tensor) -> Tensor:
-        """The layers' directions mixed, first with first, second with second [count, width]; neither of length 1 nor at right
-        angles."""
+        """Mix the layers' directions by rank [count, width]; the result is neither normalized nor orthogonal."""
         mix = torch.as_tensor(coefficients, dtype=self.vectors.dtype)
         return torch.tensordot(mix, self.all_directions, 1)
 
     def unit(self, coefficients: Sequence[float] | Tensor) -> Tensor:
-        """Coefficients c [layers] scaled so that `c @ vectors` has norm 1."""
+        """Scale coefficients c [layers] so that `c @ vectors` has norm 1."""
         mix = torch.as_tensor(coefficients, dtype=self.vectors.dtype)
         return mix / (mix @ self.vectors).norm()
 
 
 def orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [..., k, width] made orthonormal one after the other (Gram-Schmidt), and the matrix T [..., k, k] with
-    which `T @ rows` is that.
+    """Orthonormalize rows [..., k, width] in order (Gram-Schmidt); returns them and T [..., k, k] with result = `T @ rows`.
 
-    The first keeps its direction; one that lies in the span of those before becomes 0. By Cholesky's decomposition of the Gram
-    matrix in float64, so it is differentiable, and it is k x k arithmetic however wide the rows are.
+    A row in the span of the previous ones becomes 0. Uses the Cholesky decomposition of the Gram matrix in float64:
+    differentiable, and k x k arithmetic for any width.
     """
     full = rows.double()
     lengths = full.norm(dim=-1).clamp_min(1e-30)
@@ -71,7 +69,7 @@ def orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def interpolation(index: float, layers: int) -> tuple[float, ...]:
-    """Coefficients [layers] of the direction at a layer index that may lie between two layers; outside, the nearest layer's."""
+    """Return coefficients [layers] that interpolate the direction at a fractional layer index, clamped to the layers."""
     index = min(max(index, 0.0), layers - 1.0)
     low = int(index)
     coefficients = [0.0] * layers
@@ -82,9 +80,10 @@ def interpolation(index: float, layers: int) -> tuple[float, ...]:
 
 
 def normalized(vectors: Tensor, earlier: Directions | None = None) -> Directions:
-    """Directions of any length [layers, count, width] made orthonormal within a layer, behind those of `earlier` rounds.
+    """Orthonormalize directions [layers, count, width] within each layer, after those of `earlier` rounds.
 
-    Raises UserError if a layer has none, or fewer than asked for.
+    Raises:
+        UserError: if a direction is 0, or depends on the others of its layer.
     """
     vectors = vectors.double()
     flat = (vectors.norm(dim=-1) <= 1e-9).any(dim=1).nonzero().flatten().tolist()
@@ -93,19 +92,19 @@ def normalized(vectors: Tensor, earlier: Directions | None = None) -> Directions
             f"The harmful and harmless prompts give the same residuals in layer {flat[0]}: there is no direction to find.",
             code="no-direction",
             where="prompts.harmful_train, prompts.harmless_train",
-            fix="use prompt sets that differ in whether the model declines",
+            fix="use prompt sets that differ in whether the model refuses",
         )
     rows_before = vectors if earlier is None else torch.cat([earlier.all_directions.to(vectors), vectors], dim=1)
     rows, turned = orthonormal(rows_before / rows_before.norm(dim=-1, keepdim=True))
-    # The diagonal of T is 1 / (what is left of a direction when those before are taken out).
+    # The diagonal of T is 1 / (remainder of a direction after the previous ones are projected out).
     poor = (turned.diagonal(dim1=-2, dim2=-1) > 1 / MIN_RESIDUAL_FRACTION).nonzero()
     if len(poor):
         layer, number = poor[0].tolist()
         raise UserError(
-            f"Layer {layer} has only {number} different directions.",
+            f"Layer {layer} has only {number} independent directions.",
             code="too-few-directions",
             where="directions",
-            fix="lower directions.count or directions.iterative_rounds, or give more prompts to harmful_train",
+            fix="lower directions.count or directions.iterative_rounds, or add prompts to prompts.harmful_train",
         )
     rows = torch.nn.functional.normalize(rows, dim=-1).float()
     return Directions(rows[:, 0].contiguous(), rows[:, 1:].contiguous() if rows.shape[1] > 1 else None)

@@ -1,13 +1,7 @@
 """The ablation of one writer, as an operator on its output: y' = n * (y - u (w . y)), or with the sum of several u (w . y).
 
-Every geometry is one function that gives u, w and n for a direction and a strength. What needs the writer's weight is
-computed once per study (`WeightStats`), linear in the direction, so that preparing a trial is vector arithmetic.
-The formulas, and the check that attached and baked models agree, are in the design; `row_normalized` is the edit that
-`(I - s v vT)` makes on rows of norm 1, `norm_preserving` gives each row its old norm again.
-
-Several directions compose: operators one after the other. For orthonormal v_j the product of all (I - s v_j v_jT) is I - s VT V
-(V [k, width], their rows), so they are one operator with k rows in u and w, exactly; the rows of a weight get their old norm
-once, after the last.
+Each geometry is one function that returns u, w and n for a direction and a strength. `WeightStats` are computed once per study.
+For orthonormal v_j the product of all (I - s v_j v_jT) is I - s VT V with V [k, width]: one operator with k rows in u and w.
 """
 
 from __future__ import annotations
@@ -22,22 +16,21 @@ from torch import Tensor
 
 from heretic.model.lazy_tensor import LazyTensor, materialize
 
-# Rows of a weight that are this small count as zero: they write nothing, and D^-1 must not blow them up.
+# Rows of a weight with a smaller norm count as zero, so that D^-1 stays finite.
 TINY = 1e-12
 ELEMENTS_PER_CHUNK = 2**24  # of a weight, in float32: 64 MiB
 
 
 @dataclass(frozen=True)
 class Operator:
-    """u, w and n of one writer, each [width] in float32; u and w [k, width] for k directions; n is None where no scaling
-    follows."""
+    """u, w and n of one writer in float32."""
 
-    u: Tensor
-    w: Tensor
-    n: Tensor | None = None
+    u: Tensor  # [width], or [k, width] for k directions
+    w: Tensor  # like u
+    n: Tensor | None = None  # [width]; None: no scaling
 
     def __call__(self, y: Tensor) -> Tensor:
-        """Apply to outputs [..., width]; computed in float32 or better, returned in the type of `y`."""
+        """Apply to outputs [..., width], in float32 or better; the result has the dtype of `y`."""
         full = y.to(torch.promote_types(y.dtype, torch.float32))
         edited = full - (full @ torch.atleast_2d(self.w).mT) @ torch.atleast_2d(self.u)
         if self.n is not None:
@@ -45,21 +38,23 @@ class Operator:
         return edited.to(y.dtype)
 
     def on_weight(self, weight: Tensor) -> Tensor:
-        """The same edit written into a weight [width, inputs], in float32."""
+        """Apply to a weight [width, inputs], in float32."""
         edited = weight.float() - torch.atleast_2d(self.u).mT @ (torch.atleast_2d(self.w) @ weight.float())
         if self.n is not None:
             edited = edited * self.n.unsqueeze(-1)
         return edited
 
     def to(self, device: torch.device | str) -> Operator:
-        """The same operator on another device."""
+        """Move the operator to a device."""
         return Operator(self.u.to(device), self.w.to(device), None if self.n is None else self.n.to(device))
 
 
 @dataclass(frozen=True)
 class StackedOperators:
-    """The operators of several trials for one writer, u and w [trials, k, width], n [trials, width] in float32; each row of a
-    batch gets its own."""
+    """The operators of several trials for one writer in float32; each row of a batch uses its own.
+
+    Shapes: u and w [trials, k, width], n [trials, width].
+    """
 
     u: Tensor
     w: Tensor
@@ -67,15 +62,15 @@ class StackedOperators:
 
     @classmethod
     def of(cls, operators: Sequence[Operator | None]) -> StackedOperators:
-        """Stack operators, at least one of them not None; None leaves its rows as they are."""
+        """Stack operators, at least one of them not None; None leaves its rows unedited."""
         some = next(o for o in operators if o is not None)
         most = max(len(torch.atleast_2d(o.u)) for o in operators if o is not None)
         nothing, ones = some.u.new_zeros(most, some.u.shape[-1]), some.u.new_ones(some.u.shape[-1])
 
         def rows(of: Tensor) -> Tensor:
-            """With rows of zeros for what others have more."""
-            given = torch.atleast_2d(of)
-            return torch.cat([given, nothing[len(given) :]])
+            """Pad with rows of zeros to the largest number of directions."""
+            matrix = torch.atleast_2d(of)
+            return torch.cat([matrix, nothing[len(matrix) :]])
 
         return cls(
             torch.stack([nothing if o is None else rows(o.u) for o in operators]),
@@ -86,7 +81,7 @@ class StackedOperators:
         )
 
     def __call__(self, y: Tensor, trial_of_row: Tensor) -> Tensor:
-        """Apply to outputs [rows, ..., width] (or [rows x tokens, width], as some models hand them through their MLPs)."""
+        """Apply to outputs [rows, ..., width] (or [rows * tokens, width], as in the MLPs of some models)."""
         trial = trial_of_row.to(y.device)
         full = y.float().view(len(trial), -1, y.shape[-1])
         edited = full - (full @ self.w[trial].mT) @ self.u[trial]
@@ -95,34 +90,33 @@ class StackedOperators:
         return edited.to(y.dtype).view(y.shape)
 
     def to(self, device: torch.device | str) -> StackedOperators:
-        """The same operators on another device."""
+        """Move the operators to a device."""
         return StackedOperators(self.u.to(device), self.w.to(device), None if self.n is None else self.n.to(device))
 
 
 @dataclass(frozen=True)
 class WeightStats:
-    """What the geometries need to know of one writer's weight W [width, inputs], for a set of k directions.
+    """Statistics of one writer's weight W [width, inputs] for k directions V [k, width].
 
-    A mixture of experts has the matrices of all of them side by side as one W: an operator on the sum of what they write is the
-    same edit of each, so the norms of rows that a geometry uses or keeps can only be those over all experts.
-
-    `norms` is D, the norms of W's rows [width]. With Wn = W / D and the directions V [k, width]: `a = V Wn` would be [k, inputs];
-    kept are `g` = (Wn a^T)^T [k, width] and `gram` = a a^T [k, k], from which any mix of the directions follows.
+    The experts of a MoE writer count as one W, side by side: the operator edits their sum. With Wn = W / D and a = V Wn, `g` and
+    `gram` suffice for any mix of the directions.
     """
 
-    norms: Tensor
-    g: Tensor
-    gram: Tensor
+    norms: Tensor  # D, the norms of W's rows [width]
+    g: Tensor  # (Wn a^T)^T [k, width]
+    gram: Tensor  # a a^T [k, k]
 
     def to(self, device: torch.device | str) -> WeightStats:
-        """The same facts on another device."""
+        """Move the statistics to a device."""
         return replace(self, norms=self.norms.to(device), g=self.g.to(device), gram=self.gram.to(device))
 
 
 @torch.no_grad()
 def weight_statistics(weight: Tensor | Sequence[LazyTensor], directions: Tensor, rows_at_once: int = 0) -> WeightStats:
-    """Facts of a weight [width, inputs], or of several side by side, for directions [k, width]; only `rows_at_once` rows exist in
-    float32 at a time (0: as many as are `ELEMENTS_AT_ONCE`)."""
+    """Compute the statistics of a weight [width, inputs], or of several side by side, for directions [k, width].
+
+    Only `rows_at_once` rows exist in float32 at a time (0: `ELEMENTS_PER_CHUNK` elements).
+    """
     matrices = [weight] if isinstance(weight, Tensor) else weight
     squares = [_squared_norms(materialize(m), rows_at_once) for m in matrices]
     norms = _sum(s.to(squares[0].device) for s in squares).sqrt().clamp_min(TINY)
@@ -152,7 +146,7 @@ def _sum(tensors: Iterator[Tensor]) -> Tensor:
 
 
 class _WeightProduct(torch.autograd.Function):
-    """x -> W W^T x for vectors x [width] or [k, width]. Its own derivative, being symmetric, so nothing of W is kept for it."""
+    """x -> W W^T x for vectors x [width] or [k, width]. It is symmetric and thus its own derivative, so nothing is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrices: Sequence[LazyTensor]) -> Tensor:
@@ -171,15 +165,14 @@ def _weight_product(x: Tensor, matrix: Tensor, rows_at_once: int = 0) -> Tensor:
 
 
 def stats_for_directions(v: Tensor, weight: Tensor | Sequence[LazyTensor], norms: Tensor) -> WeightStats:
-    """Facts of a weight [width, inputs], or of several side by side, with these norms of its rows for directions [width] or
-    [k, width], which may have gradients."""
+    """Compute statistics as `weight_statistics`, from known row norms, for directions [width] or [k, width] with gradients."""
     g = _WeightProduct.apply(v / norms, [weight] if isinstance(weight, Tensor) else weight) / norms
     v, g = torch.atleast_2d(v), torch.atleast_2d(g)
     return WeightStats(norms, g, v @ g.mT)
 
 
-# In all of them v is [width], or [k, width] for k directions at right angles, and mix says what they are made of: [directions of
-# the facts], or [k, directions of the facts].
+# In all geometries v is [width], or [k, width] for k orthogonal directions; mix has its coefficients in the directions of the
+# statistics: [directions] or [k, directions].
 
 
 def plain(v: Tensor, strength: float | Tensor, facts: WeightStats | None, mix: Tensor) -> Operator:

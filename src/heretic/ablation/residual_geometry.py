@@ -1,8 +1,7 @@
-"""How the residuals of harmful and harmless prompts lie to each other, layer by layer: what can be said of a direction before
-any ablation.
+"""Geometry of the residuals of harmful and harmless prompts, by layer, before any ablation.
 
-Everything but the means is taken from a sample of the prompts, whose residuals are kept whole in bounded memory; distances,
-components and silhouettes all follow from the products of a layer's residuals with each other.
+Everything but the means uses a sample of the prompts in bounded memory: distances, principal components and silhouettes
+follow from the Gram matrix of a layer's residuals.
 """
 
 from __future__ import annotations
@@ -18,47 +17,40 @@ from heretic.ablation.directions import Directions
 from heretic.model.batching import Batch
 from heretic.model.capture import ResidualMeans
 
-MAX_PROMPTS = 200  # of each kind, whose residuals are kept
-MAX_BYTES = 2**28  # for them, of both kinds
+MAX_PROMPTS = 200  # sampled prompts of each kind
+MAX_BYTES = 2**28  # for the samples of both kinds
 
 
 @dataclass
 class Sample:
-    """Residuals of the first prompts of a set, float32 [prompts, layers, width], filled while they are captured."""
+    """Residuals of the first prompts of a set, float32 [prompts, layers, width], recorded during capture."""
 
     residuals: Tensor
 
     @classmethod
     def allocate(cls, prompts: int, layers: int, width: int) -> Sample:
-        """Empty, for as many of the prompts as fit into the budget, at least two."""
+        """Allocate a sample for as many of the prompts as fit into the budget, at least two."""
         most = max(2, min(MAX_PROMPTS, MAX_BYTES // (2 * 4 * layers * width)))
         return cls(torch.zeros(min(prompts, most), layers, width))
 
     def record(self, batch: Batch, residuals: Tensor) -> None:
-        """Take what belongs to the sample out of a batch's residuals [rows, layers, width]."""
-        for row, found in zip(batch.rows, residuals, strict=True):
+        """Record the sampled prompts of a batch, residuals [rows, layers, width]."""
+        for row, residual in zip(batch.rows, residuals, strict=True):
             if row < len(self.residuals):
-                self.residuals[row] = found
+                self.residuals[row] = residual
 
 
 @dataclass(frozen=True)
 class ResidualGeometry:
-    """Per layer, in the stream after the block.
+    """Geometry by layer, in the residual stream after the block."""
 
-    `cosines` [layers, layers]: between the layers' directions. `norms` [layers, 3]: of the harmful mean, of the harmless mean, and
-    of their difference. `silhouette` [layers]: mean silhouette of the sample's two kinds, from -1 to 1 (Rousseeuw 1987).
-    `separation` [layers]: how far their means lie apart along the direction, in pooled standard deviations (Cohen's d).
-    `points` [layers, prompts, 2]: the first two principal components of the sample, `explained` [layers, 2] their shares of the
-    variance, and `harmful` [prompts] which of its prompts are harmful (1) or harmless (0).
-    """
-
-    cosines: Tensor
-    norms: Tensor
-    silhouette: Tensor
-    separation: Tensor
-    points: Tensor
-    explained: Tensor
-    harmful: Tensor
+    cosines: Tensor  # [layers, layers], between the layers' directions
+    norms: Tensor  # [layers, 3], of the harmful mean, the harmless mean and their difference
+    silhouette: Tensor  # [layers], mean silhouette of harmful and harmless prompts, -1 to 1 (Rousseeuw 1987)
+    separation: Tensor  # [layers], distance of the means along the direction in pooled standard deviations (Cohen's d)
+    points: Tensor  # [layers, prompts, 2], first two principal components of the sample
+    explained: Tensor  # [layers, 2], their shares of the variance
+    harmful: Tensor  # [prompts], 1 harmful, 0 harmless
 
     @property
     def num_layers(self) -> int:
@@ -67,11 +59,11 @@ class ResidualGeometry:
 
     @property
     def next_cosines(self) -> list[float | None]:
-        """Cosine of every layer's direction with that of the next layer; None for the last."""
+        """Cosines between each layer's direction and the next layer's; None for the last layer."""
         return [*torch.diagonal(self.cosines, 1).tolist(), None]
 
     def as_dict(self) -> dict[str, Any]:
-        """For --json: a list of layers, and the cosines of all of them with each other; None for what is no number."""
+        """Return the data that --json prints; None in place of NaN."""
         columns = zip(
             self.next_cosines, self.norms.tolist(), self.silhouette.tolist(), self.separation.tolist(), strict=True
         )
@@ -90,24 +82,24 @@ class ResidualGeometry:
         return {"layers": layers, "cosines": self.cosines.tolist()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, as they are stored."""
+        """Return the tensors by name, as they are stored."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass
 class GeometryRecorder:
-    """What a capture leaves behind for the geometry: means and samples of the harmful and of the harmless prompts."""
+    """Records the means and samples of harmful and harmless prompts during capture."""
 
     means: tuple[ResidualMeans, ResidualMeans] | None = None
     samples: tuple[Sample, Sample] | None = None
 
     def record(self, means: tuple[ResidualMeans, ResidualMeans], samples: tuple[Sample, Sample]) -> None:
-        """Keep these, but not the residuals of every prompt."""
+        """Store means and samples, without the residuals of every prompt."""
         self.means = (replace(means[0], per_prompt=None), replace(means[1], per_prompt=None))
         self.samples = samples
 
     def geometry(self, directions: Directions) -> ResidualGeometry:
-        """With the directions that were found in them."""
+        """Measure the geometry with the directions computed from these residuals."""
         assert self.means is not None and self.samples is not None
         return measure_geometry(directions, self.means, self.samples)
 
@@ -115,7 +107,7 @@ class GeometryRecorder:
 def measure_geometry(
     directions: Directions, means: tuple[ResidualMeans, ResidualMeans], samples: tuple[Sample, Sample]
 ) -> ResidualGeometry:
-    """From the directions, and the means and samples of the harmful and the harmless prompts."""
+    """Measure the geometry from directions, means and samples of (harmful, harmless) prompts."""
     harmful, harmless = (m.mean for m in means)
     norms = torch.stack([t.norm(dim=-1) for t in (harmful, harmless, harmful - harmless)], dim=-1)
     kinds = torch.cat([torch.full((len(s.residuals),), kind) for s, kind in zip(samples, (1, 0), strict=True)])
@@ -143,14 +135,16 @@ def measure_geometry(
 
 
 def distances(products: Tensor) -> Tensor:
-    """Distances between vectors [n, n] from their products with each other [n, n]."""
+    """Compute distances [n, n] from a Gram matrix [n, n]."""
     squares = torch.diagonal(products)
     return (squares[:, None] + squares[None, :] - 2 * products).clamp_min(0).sqrt()
 
 
 def mean_silhouette(apart: Tensor, first: Tensor) -> float:
-    """Mean silhouette of two clusters, from distances [n, n] and which vectors belong to the first one [n]; a vector that is
-    alone in its cluster counts as 0 (Rousseeuw 1987, section 2)."""
+    """Compute the mean silhouette of two clusters from distances [n, n] and membership in the first cluster [n].
+
+    A vector that is alone in its cluster counts as 0 (Rousseeuw 1987, section 2).
+    """
     scores = []
     for own in (first, ~first):
         count = int(own.sum())
@@ -165,7 +159,7 @@ def mean_silhouette(apart: Tensor, first: Tensor) -> float:
 
 
 def cohens_d(a: Tensor, b: Tensor) -> float:
-    """Difference of means in pooled standard deviations; not a number where there is no deviation to speak of."""
+    """Compute the difference of means in pooled standard deviations; NaN without any deviation."""
     degrees = len(a) + len(b) - 2
     if degrees < 1:
         return float("nan")
@@ -174,11 +168,9 @@ def cohens_d(a: Tensor, b: Tensor) -> float:
 
 
 def principal_components(products: Tensor, harmful: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Coordinates [n, 2] along the first two principal components of centered vectors, from their products with each other
-    [n, n], and the components' shares of the variance [2].
+    """Compute coordinates [n, 2] on the first two principal components from a Gram matrix [n, n], and their variance shares [2].
 
-    A component's sign is free, so it is chosen: harmful prompts to the right, and the rest as in the layer `before`, so that
-    layers can be compared one after the other.
+    Signs are chosen so that layers are comparable: harmful prompts to the right, the second axis as in the layer `before`.
     """
     values, vectors = torch.linalg.eigh(products)
     values, vectors = values.flip(0)[:2].clamp_min(0), vectors.flip(1)[:, :2]

@@ -1,4 +1,4 @@
-"""The profile of an ablation's strengths over the layers."""
+"""Strength kernel: the profile of an ablation's strengths over the layers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class StrengthKernel:
-    """Largest at one layer, falling linearly on both sides, and nothing beyond `min_weight_distance` layers.
+    """Largest at one layer, decreasing linearly on both sides, 0 beyond `min_weight_distance` layers.
 
-    Positions and distances are in layers; weights are strengths, 1 removing the direction whole.
+    Positions and distances are in layers; weights are strengths; 1 removes the direction completely.
     """
 
     max_weight: float
@@ -18,7 +18,7 @@ class StrengthKernel:
     min_weight_distance: float
 
     def strength(self, layer: int) -> float:
-        """Strength at a layer; exactly 0 where the layer is left alone."""
+        """Return the strength at a layer; exactly 0 leaves it unedited."""
         distance = abs(layer - self.max_weight_position)
         if self.max_weight <= 0 or distance > self.min_weight_distance:
             return 0.0
@@ -26,5 +26,5 @@ class StrengthKernel:
         return max(0.0, self.max_weight + slope * distance)
 
     def as_dict(self) -> dict[str, float]:
-        """As plain data."""
+        """Return plain data."""
         return asdict(self)

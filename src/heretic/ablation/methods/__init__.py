@@ -1,9 +1,7 @@
-"""Ways to find the directions of every layer: one small file each, and a line in `METHODS`.
+"""Methods that compute the directions of every layer: one file each, and an entry in `METHODS`.
 
-A method is a function of the residuals of harmful and of harmless prompts, of how many directions a layer is to have, and of
-the device to compute on. It gives them [layers, count, width] in float64 on the CPU, of any length, the most important first;
-what is common to all (projections, right angles, length 1) is done with them afterwards. The work of each is bounded by the
-sizes alone: nothing runs until it converges.
+A method maps (harmful residuals, harmless residuals, count, device) to directions [layers, count, width] in float64 on the CPU,
+most important first; the caller projects and normalizes them. Iterations have a fixed number of steps.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ Find = Callable[[ResidualMeans, ResidualMeans, int, "torch.device | str"], Tenso
 
 @dataclass(frozen=True)
 class Method:
-    """A way to find directions, and whether it needs every prompt's residuals (`ResidualMeans.each`) or only their means."""
+    """A method, and whether it needs every prompt's residuals (`ResidualMeans.per_prompt`) or only their means."""
 
     find: Find
     needs_each: bool = True

@@ -1,4 +1,4 @@
-"""The difference of mean residuals (Arditi et al. 2024, arXiv 2406.11717, section 2.3)."""
+"""Difference of mean residuals (Arditi et al. 2024, arXiv 2406.11717, section 2.3)."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from heretic.model.capture import ResidualMeans
 
 
 def mean_difference(harmful: ResidualMeans, harmless: ResidualMeans, count: int, device: torch.device | str) -> Tensor:
-    """Mean residual of the harmful prompts minus that of the harmless ones, one direction a layer [layers, 1, width]."""
+    """Compute the mean residual of harmful minus that of harmless prompts [layers, 1, width]."""
     return (harmful.mean - harmless.mean).unsqueeze(1)

@@ -1,10 +1,8 @@
-"""Directions from a self-organizing map of the harmful prompts (Piras et al. 2025, arXiv 2511.08379): a map of 4 x 4 neurons is
-trained on their residuals; each neuron minus the harmless mean is a direction.
+"""Directions from a 4 x 4 self-organizing map of the harmful prompts (Piras et al. 2025, arXiv 2511.08379).
 
-The paper searches the subset of neurons by Bayesian optimization. Here, and this is our choice, it is the neurons that most
-prompts belong to. The map is trained by the batch rule (Kohonen 2013, Neural Networks 37, section 4.2): every neuron becomes the
-mean of the prompts weighted by how near their own neuron lies to it on the map. It begins in the plane of the two largest
-principal components, so nothing is drawn at random.
+A neuron minus the harmless mean is a direction. The paper selects neurons by Bayesian optimization; here those with the most
+prompts are used. Batch training (Kohonen 2013, Neural Networks 37, section 4.2) starts in the plane of the first two principal
+components, so it is deterministic.
 """
 
 from __future__ import annotations
@@ -14,19 +12,18 @@ from torch import Tensor
 
 from heretic.model.capture import ResidualMeans
 
-SIDE = 4  # neurons a side, on a hexagonal grid
+SIDE = 4  # neurons per side of the hexagonal grid
 TRAINING_ROUNDS = 30
 NEIGHBORHOOD_WIDTH = (
     2.0,
     0.4,
-)  # of a prompt on the map, at the first and at the last round, in distances between neighbors
+)  # in the first and the last round, in distances between neighbors
 
 
 def self_organizing_map(
     harmful: ResidualMeans, harmless: ResidualMeans, count: int, device: torch.device | str
 ) -> Tensor:
-    """The neurons with most prompts, minus the harmless mean [layers, count, width]; a layer costs 30 products
-    [prompts, width] x [width, 16] and as many back."""
+    """Return the neurons with the most prompts, minus the harmless mean [layers, count, width]."""
     directions = []
     for layer, points in enumerate(harmful.require_per_prompt.unbind(dim=1)):
         neurons, prompts = train_map(points.to(device).double())
@@ -36,7 +33,7 @@ def self_organizing_map(
 
 
 def train_map(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Neurons [16, width] of a map of points [prompts, width], and how many points belong to each [16]."""
+    """Train a map on points [prompts, width]; returns the neurons [16, width] and the number of points of each [16]."""
     places = _grid().to(points)
     apart = torch.cdist(places, places).square()
     middle = points.mean(dim=0)
@@ -54,12 +51,12 @@ def train_map(points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _grid() -> Tensor:
-    """Places of the neurons [16, 2], neighbors at distance 1."""
+    """Return the grid positions of the neurons [16, 2], neighbors at distance 1."""
     return torch.tensor([(x + 0.5 * (y % 2), y * 0.75**0.5) for y in range(SIDE) for x in range(SIDE)])
 
 
 def _plane(centered: Tensor) -> Tensor:
-    """The two largest principal axes [2, width], a standard deviation long, each with its largest component positive."""
+    """Return the two largest principal axes [2, width], one standard deviation long, largest component positive."""
     _, spread, axes = torch.linalg.svd(centered, full_matrices=False)
     axes = axes[:2] * (spread[:2, None] / len(centered) ** 0.5)
     axes = torch.cat([axes, axes.new_zeros(2 - len(axes), axes.shape[1])])
