@@ -48,7 +48,7 @@ def test_trials_together_come_to_what_each_comes_to_alone_and_beaten_ones_are_sp
         )  # type: ignore[union-attr]
         assert Scores.from_dict(one.as_dict()) == one
     worst = max(e.refusals for e in expected)
-    for one in together(evaluator, operator_factory, baseline, ABLATIONS, beaten=lambda _, n: n >= worst):
+    for one in together(evaluator, operator_factory, baseline, ABLATIONS, is_dominated=lambda _, n: n >= worst):
         assert isinstance(one, PrunedTrial) or one.harmless_metrics in {e.harmless_metrics for e in expected}  # type: ignore[attr-defined]
 
 

@@ -193,7 +193,7 @@ def test_a_judge_of_whole_answers_gives_the_verdicts_of_each_alone(llama: Path, 
         assert isinstance(found, Scores) and (found.refused, found.judge) == (reference.refused, "whole")
     assert len({e.refused for e in expected}) > 1
     most = max(e.refusals for e in expected)
-    left = together(saving, operator_factory, baseline, ABLATIONS, beaten=lambda _, at_least: at_least >= most)
+    left = together(saving, operator_factory, baseline, ABLATIONS, is_dominated=lambda _, at_least: at_least >= most)
     for found, reference in zip(left, expected, strict=True):
         assert isinstance(found, PrunedTrial) is (reference.refusals == most)
         assert not isinstance(found, PrunedTrial) or found.at_least == most
@@ -212,7 +212,7 @@ def test_a_trial_is_left_as_soon_as_it_is_beaten_and_its_neighbors_are_not(llama
         operator_factory,
         baseline,
         ABLATIONS[:3],
-        beaten=lambda k, at_least: abs(k - kl) < 1e-4 * kl and at_least >= limit,
+        is_dominated=lambda k, at_least: abs(k - kl) < 1e-4 * kl and at_least >= limit,
     )
     for i, one in enumerate(found):
         if i == most:

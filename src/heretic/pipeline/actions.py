@@ -52,7 +52,12 @@ class ExportResult:
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
-        return {"trial": self.result.number, "reason": self.reason, "original_refusals": self.before, **self.export.as_dict()}
+        return {
+            "trial": self.result.number,
+            "reason": self.reason,
+            "original_refusals": self.before,
+            **self.export.as_dict(),
+        }
 
 
 @contextmanager
