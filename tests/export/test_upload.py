@@ -149,7 +149,7 @@ def test_it_goes_on_where_it_stopped(hub: Hub, out: Path, upload: Upload) -> Non
     assert len(hub.blobs) == shards
     assert hub.count("PUT", "/store/") <= shards + 1 + (shards - sent), "what was there was sent again"
     before = hub.count("PUT", "/store/")
-    assert "Going on with" in upload("out", "someone/tiny", "--yes").out
+    assert "Resuming" in upload("out", "someone/tiny", "--yes").out
     assert hub.count("PUT", "/store/") == before
 
 
@@ -163,7 +163,7 @@ def test_weights_of_another_trial_do_not_stay_beside_the_card(hub: Hub, out: Pat
     manifest["files"] |= dict.fromkeys(earlier, "0" * 64)
     files |= {**earlier, "manifest.json": json.dumps(manifest).encode(), "picture.png": b"of the user"}
     again = upload("out", "someone/tiny", "--yes")
-    assert again.status == 0 and "2 files are removed" in again.out
+    assert again.status == 0 and "Removing 2 files" in again.out
     assert set(files) == {*whole, "picture.png"}
 
 

@@ -59,7 +59,7 @@ def do(config: Path, *assignments: str, reporter: object = None) -> Outcome:
 def test_a_run_walks_first_measures_the_points_and_searches_around_them(config: Path, direction: str) -> None:
     listener = Listener()
     outcome = do(config, 'save_to="written"', f'search.gradient.direction="{direction}"', reporter=listener)
-    assert sum("probability of refusing" in line for line in listener.said) == 2
+    assert sum("refusal probability" in line for line in listener.said) == 2
     assert [r.params["path.point"] for r in outcome.results][:2] == [1.0, 0.0]
     assert len(outcome.results) == 4 and outcome.export is not None
     manifest = json.loads(Path("written/manifest.json").read_text())
