@@ -13,6 +13,64 @@ from tests.helpers.postgres import Server, programs, server
 from tests.helpers.pretend_cuda import has_compiler
 from tests.helpers.tiny import save_prompts, save_tiny
 
+# Files of the rooms that run whole studies, start other processes, or take seconds; everything in cli/ and pipeline/ does.
+INTEGRATION = {
+    "ablation/test_apply_bake.py",
+    "ablation/test_bake.py",
+    "export/test_control_vector.py",
+    "export/test_export.py",
+    "export/test_gguf.py",
+    "export/test_lora.py",
+    "export/test_manifest.py",
+    "export/test_spot_check.py",
+    "export/test_upload.py",
+    "hardware/test_locks.py",
+    "model/test_batching.py",
+    "model/test_capture.py",
+    "model/test_config_reading.py",
+    "model/test_forward.py",
+    "model/test_loading.py",
+    "model/test_moe.py",
+    "model/test_quantization.py",
+    "model/test_quantized_checkpoints.py",
+    "model/test_weight_files.py",
+    "planning/test_five_errors.py",
+    "planning/test_memory_plan.py",
+    "report/test_figures.py",
+    "report/test_in_browser.py",
+    "report/test_report.py",
+    "runs/test_status.py",
+    "scoring/test_refusal_count.py",
+    "scoring/test_teacher_forcing.py",
+    "search/test_path_optimizer.py",
+    "search/test_scheduler.py",
+    "search/test_study.py",
+    "session/test_caching.py",
+    "session/test_encoding.py",
+    "session/test_find_directions.py",
+    "session/test_session.py",
+    "storage/test_compute_once.py",
+    "storage/test_compute_once_s3.py",
+    "storage/test_heartbeat.py",
+    "storage/test_rdb.py",
+    "test_dist.py",
+    "test_supply.py",
+}
+INTEGRATION_ROOMS = ("cli", "pipeline", "helpers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test as `unit`, `integration`, `faults` or `docs` by its file."""
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent)
+        room = path.parts[0]
+        if room in ("faults", "docs"):
+            item.add_marker(room)
+        elif room in INTEGRATION_ROOMS or path.as_posix() in INTEGRATION:
+            item.add_marker("integration")
+        else:
+            item.add_marker("unit")
+
 
 @pytest.fixture(autouse=True)
 def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
