@@ -39,7 +39,7 @@ from heretic.pipeline.actions import load_model_context
 from heretic.pipeline.gradient_search import run_gradient_search
 from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.trials import Trials
-from heretic.prompts import load as load_prompts
+from heretic.prompts.sets import load as load_prompts
 from heretic.runs.folder import RunFolder
 from heretic.scoring.divergence import measure_divergence
 from heretic.scoring.evaluator import Scores, TrialEvaluator, TrialOutcome

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from heretic.cli.ui.console import escape_terminal
 from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
-from heretic.prompts import load
+from heretic.prompts.sets import load
 from heretic.settings import PromptSource
 from heretic.settings.sources import all_keys, resolve
 from tests.faults.conftest import FULL, Tally

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from heretic.prompts import load_all
+from heretic.prompts.sets import load_all
 from heretic.settings.sources import resolve
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel
 from heretic.planning.memory_plan import LoadPlan
 from heretic.progress import ProgressReporter
-from heretic.prompts import PromptSets
+from heretic.prompts.sets import PromptSets
 from heretic.runs.folder import RunFolder
 from heretic.runs.stored_tensors import Baseline
 from heretic.scoring.judges.verdict import Judge

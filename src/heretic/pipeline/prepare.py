@@ -20,7 +20,7 @@ from heretic.pipeline.worker_process import parent_pid
 from heretic.planning import preflight
 from heretic.planning.memory_plan import LoadPlan
 from heretic.progress import ProgressReporter
-from heretic.prompts import PromptSets, load_all
+from heretic.prompts.sets import PromptSets, load_all
 from heretic.runs import fingerprint
 from heretic.runs.folder import RunFolder, check_writable
 from heretic.scoring.judges.registry import try_judge

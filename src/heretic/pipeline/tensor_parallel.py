@@ -189,7 +189,7 @@ def _follow(settings: Settings) -> None:
 
     from heretic.model.checkpoint import open_model
     from heretic.pipeline.trials import Trials
-    from heretic.prompts import load_all
+    from heretic.prompts.sets import load_all
     from heretic.runs.folder import RunFolder
     from heretic.session.session import open_session
 

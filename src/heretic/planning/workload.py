@@ -12,7 +12,7 @@ from heretic.settings import Settings
 
 if TYPE_CHECKING:
     from heretic.model.checkpoint import Checkpoint
-    from heretic.prompts import PromptSets
+    from heretic.prompts.sets import PromptSets
 
 CHARACTERS_PER_TOKEN = 3  # fewer than in English, so that the plan overestimates
 TEMPLATE_TOKENS = 40

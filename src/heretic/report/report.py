@@ -14,7 +14,7 @@ from heretic.ablation.ablation import Ablation
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import UserError
 from heretic.files import split_lines
-from heretic.prompts import load
+from heretic.prompts.sets import load
 from heretic.report import figures
 from heretic.report.geometry_figures import geometry_figures, projections
 from heretic.report.importance import FEWEST_TRIALS, importances

@@ -10,7 +10,7 @@ from typing import Any
 
 from heretic.files import sha256
 from heretic.model.checkpoint import Checkpoint
-from heretic.prompts import PromptSets
+from heretic.prompts.sets import PromptSets
 from heretic.settings import Settings
 
 FORMAT = 4  # increased when a change of heretic makes old studies incomparable

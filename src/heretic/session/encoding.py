@@ -14,7 +14,7 @@ from heretic.model.response_prefix import (
     find_prefix,
     warn_of_open_thinking,
 )
-from heretic.prompts import PromptSets
+from heretic.prompts.sets import PromptSets
 from heretic.settings import Settings
 
 

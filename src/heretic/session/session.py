@@ -32,7 +32,7 @@ from heretic.model.response_prefix import AnswerStart
 from heretic.model.template import read_template
 from heretic.planning.memory_plan import LoadPlan
 from heretic.progress import ProgressReporter
-from heretic.prompts import PromptSets
+from heretic.prompts.sets import PromptSets
 from heretic.runs.folder import BASELINE, RunFolder
 from heretic.runs.stored_tensors import Baseline
 from heretic.scoring.evaluator import TrialEvaluator

@@ -159,7 +159,7 @@ def compare(
     from heretic.cli.ui.tables import show_lines
     from heretic.pipeline.actions import compare as compare_trials
     from heretic.pipeline.actions import open_run
-    from heretic.prompts import from_text_or_file
+    from heretic.prompts.sets import from_text_or_file
 
     try:
         numbers = [int(number) for number in trials.split(",")]

@@ -118,7 +118,7 @@ def chat(menu: Menu) -> None:
 def compare(menu: Menu) -> None:
     """Print the answers of the original and of trials to a prompt or to a file of prompts."""
     from heretic.pipeline.actions import compare as compare_trials
-    from heretic.prompts import from_text_or_file
+    from heretic.prompts.sets import from_text_or_file
 
     selected = menu.run_context.selected()
     numbers = menu.ask("Which trials (such as 3,7)?", str(selected[0].number) if selected else "")

@@ -22,7 +22,7 @@ from heretic.model.unloading import unloaded_after
 from heretic.pipeline.demo.guarded_model import build_base, build_guarded
 from heretic.pipeline.run import Outcome, run
 from heretic.planning import preflight
-from heretic.prompts import load_all
+from heretic.prompts.sets import load_all
 from heretic.scoring.divergence import divergences, first_token_log_probs
 from heretic.search.summary import StudyReporter
 from heretic.settings import Settings

@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from heretic.errors import UserError
-from heretic.prompt_rows import prompt_in
-from heretic.prompts import from_text_or_file, load
+from heretic.prompts.rows import prompt_in
+from heretic.prompts.sets import from_text_or_file, load
 from heretic.settings import PromptSource
 
 TURNS = [

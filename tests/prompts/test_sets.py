@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from heretic.errors import UserError
-from heretic.prompts import bundled_names, from_text_or_file, load, load_all
+from heretic.prompts.sets import bundled_names, from_text_or_file, load, load_all
 from heretic.settings import PromptSettings, PromptSource
 
 

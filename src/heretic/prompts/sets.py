@@ -14,7 +14,7 @@ from typing import Any
 
 from heretic.errors import UserError, first_line, plain_line
 from heretic.files import expand_user, open_regular, read_text, split_lines
-from heretic.prompt_rows import WHAT, has_other_turns, prompt_in, read_rows
+from heretic.prompts.rows import WHAT, has_other_turns, prompt_in, read_rows
 from heretic.settings import PromptSettings, PromptSource
 
 BUNDLED = "bundled:"

@@ -1,0 +1,1 @@
+"""Prompt sets: hub, file or bundled."""
