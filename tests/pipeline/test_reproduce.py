@@ -375,7 +375,7 @@ def test_scores_of_a_manifest_are_not_called_measured(out: Path) -> None:
     assert again(out).verdict == "identical"
     first, rebuilt = ((Path(folder) / "README.md").read_text() for folder in ("out", "again"))
     measured = [text.partition("## What was measured\n")[2].lstrip().partition(" ")[0] for text in (first, rebuilt)]
-    assert measured == ["Of", "**None"] and "](https://evil" not in rebuilt
+    assert measured[0] != "**None" and measured[1] == "**None" and "](https://evil" not in rebuilt
 
 
 def test_link_in_the_place_of_directions_that_are_not_needed_is_not_copied(out: Path) -> None:
