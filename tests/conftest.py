@@ -11,7 +11,7 @@ import torch
 
 from tests.helpers.postgres import Server, programs, server
 from tests.helpers.pretend_cuda import has_compiler
-from tests.helpers.tiny import save_prompts, save_tiny
+from tests.tiny import save_prompts, save_tiny
 
 # Files of the rooms that run whole studies, start other processes, or take seconds; everything in cli/ and pipeline/ does.
 INTEGRATION = {

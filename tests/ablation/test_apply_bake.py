@@ -15,7 +15,7 @@ from heretic.ablation.operator import GEOMETRIES
 from heretic.ablation.strength_kernel import StrengthKernel
 from heretic.model.architecture import find_residual_writers
 from heretic.model.forward import trial_of_row
-from tests.helpers.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, tiny_model
 
 TOKENS = torch.tensor([[5, 9, 17, 33, 41], [7, 8, 11, 60, 3]])
 

@@ -12,7 +12,7 @@ from heretic.ablation.operator import Operator
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
 from tests.helpers.errors import raises
-from tests.helpers.tiny import save_tiny
+from tests.tiny import save_tiny
 
 
 def random_operators(names: list[str]) -> dict[str, Operator]:

@@ -21,7 +21,7 @@ from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
 from heretic.storage.attributes import FINGERPRINT
 from tests.helpers.command import Ran, heretic
-from tests.helpers.tiny import save_prompts, save_tiny
+from tests.tiny import save_prompts, save_tiny
 
 Command = Callable[..., Ran]
 ODD = "mödel ★ $(touch executed) 'a'"

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from heretic.errors import UserError
 from heretic.export.companions import copied_files, copy_companions, copy_license_files, find_companions
 from heretic.files import sha256
-from tests.helpers.tiny import TEMPLATE, tiny_tokenizer
+from tests.tiny import TEMPLATE, tiny_tokenizer
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ from heretic.scoring.evaluator import Scores
 from heretic.search.pareto import Result
 from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
-from tests.helpers.tiny import MIXED, save_tiny
 from tests.helpers.tiny_gguf import save_tiny_gguf
+from tests.tiny import MIXED, save_tiny
 
 
 def do(config: Path, model: Path, *assignments: str) -> Outcome:

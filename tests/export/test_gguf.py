@@ -33,7 +33,7 @@ from heretic.settings import Settings
 from heretic.settings.sources import resolve
 from tests.helpers import stand_in_converter as stand_in
 from tests.helpers.command import heretic
-from tests.helpers.tiny import save_tiny, tiny_model
+from tests.tiny import save_tiny, tiny_model
 
 SCRIPT = Path(stand_in.__file__)
 

@@ -19,7 +19,7 @@ from heretic.pipeline.run import Outcome, run
 from heretic.progress import NULL_REPORTER, NullReporter
 from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
-from tests.helpers.tiny import save_tiny
+from tests.tiny import save_tiny
 
 STRONG = ("search.attention.max_weight=[1.4, 1.5]", "search.mlp.max_weight=[1.4, 1.5]")
 

@@ -22,7 +22,7 @@ from heretic.planning.memory_plan import LoadPlan
 from heretic.progress import NULL_REPORTER
 from heretic.settings import Settings
 from tests.helpers.errors import raises
-from tests.helpers.tiny import save_tiny
+from tests.tiny import save_tiny
 
 FAMILIES = ["qwen2", "gpt2", "gemma3", "mixtral", "gpt_oss"]
 

@@ -19,7 +19,7 @@ from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
 from tests.helpers.command import Ran, heretic
 from tests.helpers.hub import TOKEN, Hub, Repository, running
-from tests.helpers.tiny import save_tiny
+from tests.tiny import save_tiny
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ import pytest
 
 from heretic.errors import UserError
 from heretic.files import read_tensors, sha256
+from heretic.search.integrity import check_study
 from heretic.search.pareto import results
 from heretic.storage.attributes import FINGERPRINT
-from heretic.storage.rdb import open_study
+from heretic.storage.rdb import open_study, translate_storage_errors
 from tests.faults.conftest import Amount, Tally
 from tests.helpers.command import heretic, start
 
@@ -164,7 +165,7 @@ def test_bits_that_flip_in_the_study_are_never_believed(
 ) -> None:
     assert heretic(capsys, monkeypatch, "run", "--run-name", "mine").status == 0
     database = Path("runs/mine/study.db")
-    kept, wanted = database.read_bytes(), measured(database)
+    kept, wanted, url = database.read_bytes(), measured(database), f"sqlite:///{database.resolve()}"
     chance, refused, times = random.Random(5), 0, amount(20, 500)
     used = [i for i in range(len(kept)) if kept[i]]  # most of a new database is zeros that mean nothing
     for _ in range(times):
@@ -174,7 +175,9 @@ def test_bits_that_flip_in_the_study_are_never_believed(
         ran = heretic(capsys, monkeypatch, "status", "mine")
         assert ran.status in (0, 1) and len(ran.err) < 900, ran.err
         try:
-            study = open_study(f"sqlite:///{database.resolve()}", "heretic", wanted[1])
+            study = open_study(url, "heretic", wanted[1])
+            with translate_storage_errors(url):
+                check_study(study)
         except UserError as error:
             refused += 1
             assert len(str(error)) < 2000

@@ -37,7 +37,7 @@ from heretic.storage.heartbeat import requeue_stale_trials
 from heretic.storage.rdb import fail_abandoned, open_study, translate_storage_errors
 from tests.faults.conftest import FULL, Tally
 from tests.helpers.command import heretic
-from tests.helpers.tiny import save_prompts, save_tiny
+from tests.tiny import save_prompts, save_tiny
 
 TIMES = 200 if FULL else 40
 pytestmark = pytest.mark.timeout(1800)  # in full, on a busy machine

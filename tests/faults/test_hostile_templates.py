@@ -12,7 +12,7 @@ from heretic.errors import UserError
 from heretic.model.template import PROCESS, render
 from heretic.model.template_process import CPU_SECONDS, EXTRA_CHARACTERS
 from tests.faults.conftest import FULL, Amount, Tally
-from tests.helpers.tiny import TEMPLATE, tiny_tokenizer
+from tests.tiny import TEMPLATE, tiny_tokenizer
 
 TIMES = 2000 if FULL else 30
 MANY = settings(max_examples=TIMES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

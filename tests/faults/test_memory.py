@@ -57,7 +57,7 @@ def test_it_runs_out_in_the_middle(
     module, name = {
         "capture": (capture, "last_token_residuals"),
         "prefill": (divergence, "hidden_states"),
-        "decoding": (race, "begin"),
+        "decoding": (race, "verify_draft"),
     }[where]
     for i in range(times):
         Path("runs").rename(f"runs-{i}")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults.conftest import Amount, Tally
 from tests.helpers.command import Ran, heretic
-from tests.helpers.tiny import HARMFUL, HARMLESS, TEXT
+from tests.tiny import HARMFUL, HARMLESS, TEXT
 
 
 @pytest.fixture

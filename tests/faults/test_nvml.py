@@ -55,7 +55,7 @@ for kind, after in json.loads(sys.argv[1]):
     report = visible_gpus({})
     library.set_lie(kind.encode(), after)
     use = memory_usage()
-    told.append([kind, after, len(report.gpus), report.unseen, [[u.used, u.total] for u in use]])
+    told.append([kind, after, len(report.gpus), report.problem, [[u.used, u.total] for u in use]])
 print(json.dumps(told))
 """
 TWO = """

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.helpers.tiny import COMMON, EXPERTS, tiny_tokenizer
+from tests.tiny import COMMON, EXPERTS, tiny_tokenizer
 
 WIDE = {**COMMON, "hidden_size": 128, "intermediate_size": 256}
 BLOCK = 32

@@ -11,7 +11,7 @@ from heretic.model.activation_cache import ActivationCache, allocate_cache
 from heretic.model.batching import Batch, Batcher, EditSpec, SharedPrefix, shared_tokens
 from heretic.model.forward import hidden_states, supports_mid_stack_start
 from heretic.model.patching import replaced_forward
-from tests.helpers.tiny import tiny_model
+from tests.tiny import tiny_model
 
 START = [5, 9, 17, 33, 41, 60, 61, 62]
 PROMPTS = [START + rest for rest in ([7], [8, 9, 10, 11], [8, 9], [20, 21, 22])]

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BertConfig
 
 from heretic.model.architecture import find_residual_writers
 from tests.helpers.errors import raises
-from tests.helpers.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,7 +11,7 @@ from heretic.model.batching import Batcher
 from heretic.model.capture import last_token_residuals, mean_residuals
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
-from tests.helpers.tiny import FAMILIES, save_tiny
+from tests.tiny import FAMILIES, save_tiny
 
 SEQUENCES = [[5, 9, 17], [7, 8, 11, 60, 3], [40], [21, 22], [33, 34, 35, 36]]
 

@@ -6,7 +6,7 @@ import pytest
 
 from heretic.errors import UserError
 from heretic.model.chat_format import ChatFormat, check_different, check_length, common_prefix
-from tests.helpers.tiny import tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 
 
 def test_system_prompt_and_prefix_are_in_the_text() -> None:

@@ -12,7 +12,7 @@ import torch
 from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
 from tests.helpers.errors import raises
-from tests.helpers.tiny import save_tiny, tiny_model
+from tests.tiny import save_tiny, tiny_model
 
 
 @pytest.fixture

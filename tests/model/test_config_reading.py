@@ -14,7 +14,7 @@ from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
 from heretic.planning.placement import meta_model
-from tests.helpers.tiny import save_tiny
+from tests.tiny import save_tiny
 
 
 @pytest.fixture

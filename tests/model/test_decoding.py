@@ -11,7 +11,7 @@ from heretic.model.batching import Batcher
 from heretic.model.decoding import decode
 from heretic.model.forward import padding_sensitive
 from tests.helpers.errors import raises
-from tests.helpers.tiny import COMMON, FAMILIES, WINDOWED, tiny_model
+from tests.tiny import COMMON, FAMILIES, WINDOWED, tiny_model
 
 PROMPTS = [[5, 9, 17], [7, 8, 11, 60, 3, 22, 41, 33, 9, 10, 12, 13], [40], [21, 22, 23, 24, 25]]
 

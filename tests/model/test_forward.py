@@ -16,7 +16,7 @@ from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import decode
 from heretic.model.forward import next_token_log_probs, supports_prefix_caching
 from heretic.model.loading import load
-from tests.helpers.tiny import FAMILIES, WINDOWED, save_tiny, tiny_model
+from tests.tiny import FAMILIES, WINDOWED, save_tiny, tiny_model
 
 START = [5, 9, 17, 33, 41, 60, 61, 62, 63, 64]
 PROMPTS = [START + rest for rest in ([7], [8, 9, 10, 11, 12, 13], [8, 9], [20, 21, 22])]

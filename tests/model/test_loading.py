@@ -12,7 +12,7 @@ import pytest
 from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import LanguageModel, ids_of, load
-from tests.helpers.tiny import VOCABULARY
+from tests.tiny import VOCABULARY
 
 
 @pytest.mark.parametrize(

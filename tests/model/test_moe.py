@@ -24,7 +24,7 @@ from heretic.model.loading import load
 from heretic.pipeline.run import run
 from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
-from tests.helpers.tiny import MIXED, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import MIXED, save_tiny, tiny_model, tiny_tokenizer
 
 SEQUENCES = [[5, 9, 17, 33, 41], [7, 8, 11, 60, 3]]
 TOKENS = torch.tensor(SEQUENCES)

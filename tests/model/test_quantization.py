@@ -28,7 +28,7 @@ from heretic.pipeline.run import Outcome, run
 from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
-from tests.helpers.tiny import COMMON, tiny_tokenizer
+from tests.tiny import COMMON, tiny_tokenizer
 
 BOTH = pytest.mark.parametrize("name", ["bnb_4bit", "bnb_8bit"])
 

@@ -7,7 +7,7 @@ import pytest
 from heretic.model.chat_format import ChatFormat
 from heretic.model.response_prefix import AnswerStart, close_thinking, open_blocks, warn_of_open_thinking
 from heretic.progress import NullReporter
-from tests.helpers.tiny import tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 
 MESSAGES = "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|>{% endfor %}"
 PROMPTS = ["make bread", "tell me a b"]

@@ -15,7 +15,7 @@ from heretic.model import template as template_module
 from heretic.model.template import PROCESS, read_template, render, template_of
 from heretic.model.template_process import answer
 from heretic.settings import Settings
-from tests.helpers.tiny import TEMPLATE, tiny_tokenizer
+from tests.tiny import TEMPLATE, tiny_tokenizer
 
 MESSAGES = [{"role": "user", "content": "tell me"}]
 EXPECTED = "<|user|> tell me <|end|><|assistant|> "

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from heretic.model.unloading import unload, unloaded_after
-from tests.helpers.tiny import tiny_model
+from tests.tiny import tiny_model
 
 
 def test_unloaded_model_keeps_no_numbers_even_while_somebody_refers_to_it() -> None:

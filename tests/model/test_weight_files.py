@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from heretic.errors import UserError
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import load
-from tests.helpers.tiny import save_tiny, tiny_model
+from tests.tiny import save_tiny, tiny_model
 
 PROBED = "model.layers.0.mlp.down_proj.weight"
 

@@ -11,7 +11,7 @@ import pytest
 from heretic.model.chat_format import ChatFormat
 from heretic.pipeline.benchmark import compare_results, difference_error, render_question
 from tests.helpers.command import heretic
-from tests.helpers.tiny import TEMPLATE, tiny_tokenizer
+from tests.tiny import TEMPLATE, tiny_tokenizer
 
 TASK = """
 task: {name}

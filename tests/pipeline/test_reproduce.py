@@ -21,9 +21,9 @@ from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
 from tests.helpers.command import heretic
 from tests.helpers.errors import raises
-from tests.helpers.tiny import TEMPLATE, save_tiny
 from tests.helpers.tiny_gguf import save_tiny_gguf
 from tests.helpers.tiny_quantized import save_fp8, save_mxfp4
+from tests.tiny import TEMPLATE, save_tiny
 
 
 def export(config: Path, model: Path, *assignments: str) -> Path:

@@ -30,7 +30,7 @@ from heretic.scoring.gradient_loss import Objective
 from heretic.search import path_optimizer as gradient
 from heretic.settings.sources import resolve
 from tests.helpers.pretend_gpus import PretendGpus
-from tests.helpers.tiny import FAMILIES, MIXED, save_prompts, save_tiny
+from tests.tiny import FAMILIES, MIXED, save_prompts, save_tiny
 
 pytestmark = pytest.mark.usefixtures("cuda")
 

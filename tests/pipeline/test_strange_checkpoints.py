@@ -18,8 +18,8 @@ from heretic.pipeline.run import Outcome, run
 from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
-from tests.helpers.tiny import COMMON, TEMPLATE, save_tiny
 from tests.helpers.tiny_quantized import save_fp8
+from tests.tiny import COMMON, TEMPLATE, save_tiny
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -8,7 +8,7 @@ from heretic.interrupt import StopSignal
 from heretic.pipeline.run import Outcome, run
 from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
-from tests.helpers.tiny import HARMFUL, HARMLESS, save_tiny
+from tests.tiny import HARMFUL, HARMLESS, save_tiny
 
 SCRIPT = "</pre></script><script>window.hit=1</script><img src=x onerror=window.hit=1>"
 SECRET = "hunter2"

@@ -30,7 +30,7 @@ from heretic.scoring.refusal_count import RefusalBounds
 from heretic.scoring.refusal_proxy import FIRST_TOKENS, MAX_DRAFT_TOKENS
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, log_probs_at
 from heretic.session.caching import enable_caching
-from tests.helpers.tiny import FAMILIES, HARMFUL, HARMLESS, WINDOWED, save_tiny
+from tests.tiny import FAMILIES, HARMFUL, HARMLESS, WINDOWED, save_tiny
 
 ABLATIONS = [
     Ablation.from_kernels({c: StrengthKernel(strength, 3.0, 0.4, reach) for c in ("attention", "mlp")}, 4)
@@ -146,7 +146,7 @@ def test_rows_of_a_hybrid_model_are_tried_first_and_decoded_plainly(tmp_path: Pa
     from transformers import AutoModelForCausalLM, Lfm2Config
 
     from heretic.model.architecture import find_residual_writers
-    from tests.helpers.tiny import COMMON, tiny_tokenizer
+    from tests.tiny import COMMON, tiny_tokenizer
 
     evaluator, _, _ = model_context(save_tiny(tmp_path / "m"), share=False)
     torch.manual_seed(1)

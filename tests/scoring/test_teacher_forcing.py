@@ -13,8 +13,8 @@ from heretic.model.batching import EditSpec
 from heretic.scoring.evaluator import Scores
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs, answer_prefixes
 from heretic.session.caching import enable_caching
-from tests.helpers.tiny import WINDOWED, save_tiny
 from tests.scoring.test_refusal_count import ABLATIONS, model_context, refusal_texts
+from tests.tiny import WINDOWED, save_tiny
 
 TOKENS = 4
 

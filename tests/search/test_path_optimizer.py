@@ -28,7 +28,7 @@ from heretic.scoring.teacher_forcing import TeacherForcedTexts, log_probs_at
 from heretic.search import path_optimizer as gradient
 from heretic.search.path_optimizer import MinedRefusals, OptimizerState, PathOptimizer
 from heretic.settings import GradientSettings
-from tests.helpers.tiny import FAMILIES, HARMFUL, HARMLESS, save_tiny
+from tests.tiny import FAMILIES, HARMFUL, HARMLESS, save_tiny
 
 SETTINGS = GradientSettings(weights=[0.5, 2.0], steps=4, batch=4, prompts=8, sparsity=0.0, refusal_tokens=2)
 

@@ -14,7 +14,7 @@ from heretic.scoring.evaluator import TrialEvaluator
 from heretic.scoring.judges.markers import MarkerJudge
 from heretic.session import caching as savings
 from heretic.session.caching import enable_caching, tune_trials_per_batch
-from tests.helpers.tiny import HARMFUL, HARMLESS
+from tests.tiny import HARMFUL, HARMLESS
 
 
 def evaluator(llama: Path, size: int) -> TrialEvaluator:

@@ -10,7 +10,7 @@ import pytest
 
 from heretic.files import read_tensors
 from tests.helpers.command import heretic
-from tests.helpers.tiny import TEMPLATE, VOCABULARY, save_tiny, tiny_tokenizer
+from tests.tiny import TEMPLATE, VOCABULARY, save_tiny, tiny_tokenizer
 
 OPENS = TEMPLATE.replace("<|assistant|> ", "<|assistant|> <think>SWITCH")
 SWITCH = "{% if enable_thinking is false %} </think>{% endif %}"

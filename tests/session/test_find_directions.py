@@ -19,7 +19,7 @@ from heretic.model.loading import LanguageModel, load
 from heretic.session.find_directions import find_directions
 from heretic.settings import DirectionSettings as Wanted
 from tests.helpers.errors import raises
-from tests.helpers.tiny import HARMFUL, HARMLESS
+from tests.tiny import HARMFUL, HARMLESS
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from heretic.model.architecture import find_residual_writers
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
 from heretic.session.session import weight_reader
-from tests.helpers.tiny import save_tiny
+from tests.tiny import save_tiny
 
 TOKENS = torch.tensor([[5, 9, 17, 33, 41]])
 ABLATION = Ablation.from_kernels({c: StrengthKernel(1.2, 2.0, 0.4, 3.0) for c in ("attention", "mlp")}, 4)

@@ -14,7 +14,7 @@ from heretic.scoring.judges.evasion import Evasion
 from heretic.scoring.judges.verdict import Exchange
 from heretic.settings import ClassifierSettings
 from tests.helpers.errors import raises
-from tests.helpers.tiny import TEXT, VOCABULARY, tiny_tokenizer
+from tests.tiny import TEXT, VOCABULARY, tiny_tokenizer
 
 
 @pytest.fixture(scope="session")
