@@ -24,10 +24,10 @@ from heretic.errors import UserError, plain_line
 from heretic.export import full
 from heretic.export.gguf_check import check_file
 from heretic.export.request import Format, WriteRequest, WriteResult
-from heretic.export.save import TensorEdit
-from heretic.files import expand_user, sha256, write_text
+from heretic.export.save import TensorEdit, hashed
+from heretic.files import expand_user, write_text
 from heretic.interrupt import StopSignal
-from heretic.model.checkpoint import Checkpoint, open_checkpoint
+from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel
 from heretic.planning.memory_plan import stored_dtype
 from heretic.progress import ProgressReporter
@@ -119,7 +119,7 @@ def convert(
     # 1. Prepare the folder for the converter.
     chosen, command = order.settings.gguf_type, converter(order.settings)
     trusted = order.checkpoint.own_code or order.checkpoint.model in order.settings.trust_remote_code
-    staged = open_checkpoint(str(folder), trust_remote_code=[str(folder)] if trusted else [])
+    staged = full.open_written(order, folder)
     if not trusted:
         _remove_code(folder)
     file = folder / f"{order.checkpoint.short_name}-{chosen}.gguf"
@@ -142,7 +142,7 @@ def convert(
         elif path != file:
             path.unlink()
     with reporter.stage("Hashing", None):
-        hashes = {"source": written.hashes["source"], "written": {file.name: sha256(file)}}
+        hashes = {"source": written.hashes["source"], "written": hashed([file], stop)}
     description = (
         "One GGUF file for [llama.cpp](https://github.com/ggml-org/llama.cpp) and programs built on it; matrices are stored as "
         f"`{chosen}`. It holds only the language model. heretic compared its tensors with those of the model folder that it was "
