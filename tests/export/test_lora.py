@@ -16,9 +16,10 @@ from heretic.export.lora import low_rank_change
 from heretic.export.save import TensorEdit
 from heretic.interrupt import StopSignal
 from heretic.pipeline.run import Outcome, run
-from heretic.progress import NULL_REPORTER, NullReporter
+from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
+from tests.helpers.reporters import RecordingReporter
 from tests.tiny import save_tiny
 
 STRONG = ("search.attention.max_weight=[1.4, 1.5]", "search.mlp.max_weight=[1.4, 1.5]")
@@ -116,17 +117,6 @@ def test_another_format_is_another_export(config: Path, llama: Path) -> None:
     assert Path("out/adapter_model.safetensors").is_file() and not Path("out/model.safetensors").exists()
 
 
-class Warned(NullReporter):
-    """Keeps the warnings."""
-
-    def __init__(self) -> None:
-        self.warned: list[str] = []
-
-    def warning(self, text: str) -> None:
-        """See Watcher."""
-        self.warned.append(text)
-
-
 def refused_by_vllm(folder: Path) -> list[str]:
     """What vLLM's loader raises for (vllm/lora/utils.py, vllm/lora/peft_helper.py, vllm/config/lora.py)."""
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -139,7 +129,7 @@ def refused_by_vllm(folder: Path) -> list[str]:
 
 def test_adapter_without_biases_is_one_that_vllm_loads(config: Path, tmp_path: Path) -> None:
     for family in ("llama", "gpt2"):
-        reporter = Warned()
+        reporter = RecordingReporter()
         folder = save_tiny(tmp_path / family, family)
         resolved = resolve(
             config,
@@ -149,6 +139,6 @@ def test_adapter_without_biases_is_one_that_vllm_loads(config: Path, tmp_path: P
         run(resolved, reporter=reporter, stop=StopSignal())
         biased = bool(refused_by_vllm(Path(family)))
         assert biased == (family == "gpt2")
-        assert any("vLLM" in text for text in reporter.warned) == biased
+        assert any("vLLM" in text for text in reporter.warnings) == biased
         card = (Path(family) / "README.md").read_text()
         assert ("--max-lora-rank 1`" in card) != biased and str(tmp_path) not in card

@@ -8,26 +8,14 @@ import optuna
 
 from heretic.errors import UserError
 from heretic.interrupt import StopSignal
-from heretic.progress import NullReporter
 from heretic.scoring.divergence import Divergence
 from heretic.scoring.evaluator import Scores, TrialOutcome
 from heretic.settings import SearchSettings, Settings, WorkerSettings
 from heretic.storage.rdb import open_study
 from heretic.storage.retrying import RetryPolicy
+from tests.helpers.reporters import RecordingReporter
 
 QUICK = WorkerSettings(heartbeat=1, grace_period=2, retry_timeout=30)
-
-
-class Heard(NullReporter):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def info(self, text: str) -> None:
-        self.lines.append(text)
-
-    warning = info
 
 
 class Stub:
@@ -58,6 +46,6 @@ def settings(n: int, **workers: int) -> Settings:
     return Settings(n_trials=n, early_stopping=False, search=search, workers=QUICK.model_copy(update=workers))
 
 
-def opened(url: str, reporter: Heard | None = None) -> optuna.Study:
+def opened(url: str, reporter: RecordingReporter | None = None) -> optuna.Study:
     """The study `s`, through a connection of its own."""
-    return open_study(url, "s", {"a": 1}, QUICK, RetryPolicy(30, reporter or Heard(), StopSignal()))
+    return open_study(url, "s", {"a": 1}, QUICK, RetryPolicy(30, reporter or RecordingReporter(), StopSignal()))

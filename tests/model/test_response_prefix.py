@@ -6,26 +6,12 @@ import pytest
 
 from heretic.model.chat_format import ChatFormat
 from heretic.model.response_prefix import AnswerStart, close_thinking, open_blocks, warn_of_open_thinking
-from heretic.progress import NullReporter
+from tests.helpers.reporters import RecordingReporter
 from tests.tiny import tiny_tokenizer
 
 MESSAGES = "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|>{% endfor %}"
 PROMPTS = ["make bread", "tell me a b"]
 OFF = " </think>"
-
-
-class Recording(NullReporter):
-    """Keeps what is told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-        self.warned: list[str] = []
-
-    def info(self, text: str) -> None:
-        self.said.append(text)
-
-    def warning(self, text: str) -> None:
-        self.warned.append(text)
 
 
 def chat_of(opening: str, system_prompt: str = "") -> ChatFormat:
@@ -51,10 +37,10 @@ def closed(chat: ChatFormat, start: AnswerStart) -> bool:
     ],
 )
 def test_the_template_switches_its_own_thinking_off(opening: str, variables: dict[str, object]) -> None:
-    chat, reporter = chat_of(opening), Recording()
+    chat, reporter = chat_of(opening), RecordingReporter()
     start = close_thinking(chat, PROMPTS, reporter)
     assert start == AnswerStart("", variables) and closed(chat, start)
-    assert len(reporter.said) == 1 and start.spelled_variables in reporter.said[0] and not reporter.warned
+    assert len(reporter.infos) == 1 and start.spelled_variables in reporter.infos[0] and not reporter.warnings
 
 
 @pytest.mark.parametrize(
@@ -69,34 +55,34 @@ def test_the_template_switches_its_own_thinking_off(opening: str, variables: dic
     ],
 )
 def test_without_a_switch_the_closing_marker_is_appended(opening: str, prefix: str) -> None:
-    chat, reporter = chat_of(opening), Recording()
+    chat, reporter = chat_of(opening), RecordingReporter()
     start = close_thinking(chat, PROMPTS, reporter)
     assert start == AnswerStart(prefix) and closed(chat, start)
-    assert len(reporter.said) == 1 and not reporter.warned
+    assert len(reporter.infos) == 1 and not reporter.warnings
 
 
 def test_a_closed_block_and_none_at_all_are_left_alone() -> None:
     for opening in ("", "<think>\n\n</think>\n\n", "<think></think>", "{% if enable_thinking %}<think>{% endif %}"):
-        reporter = Recording()
-        assert close_thinking(chat_of(opening), PROMPTS, reporter) == AnswerStart() and not reporter.said
+        reporter = RecordingReporter()
+        assert close_thinking(chat_of(opening), PROMPTS, reporter) == AnswerStart() and not reporter.infos
 
 
 def test_thinking_that_a_system_prompt_opens_is_closed_with_that_prompt_only() -> None:
     opening = "{% if messages[0].role == 'system' %}<think>{% endif %}"
-    assert close_thinking(chat_of(opening), PROMPTS, Recording()) == AnswerStart()
-    assert close_thinking(chat_of(opening, "be good"), PROMPTS, Recording()).prefix == "\n</think>\n\n"
+    assert close_thinking(chat_of(opening), PROMPTS, RecordingReporter()) == AnswerStart()
+    assert close_thinking(chat_of(opening, "be good"), PROMPTS, RecordingReporter()).prefix == "\n</think>\n\n"
 
 
 def test_a_block_after_some_prompts_only_is_told() -> None:
-    reporter = Recording()
+    reporter = RecordingReporter()
     opening = "{% if 'bread' in messages[-1].content %}<think>{% endif %}"
     assert close_thinking(chat_of(opening), PROMPTS, reporter) == AnswerStart()
-    assert len(reporter.warned) == 1
+    assert len(reporter.warnings) == 1
 
 
 def test_a_prefix_of_the_user_that_leaves_the_block_open_is_told() -> None:
     chat = chat_of("<think>")
     for prefix, warnings in (("", 1), ("sure", 1), (OFF, 0)):
-        reporter = Recording()
+        reporter = RecordingReporter()
         warn_of_open_thinking(chat.answering(prefix), PROMPTS, reporter)
-        assert len(reporter.warned) == warnings
+        assert len(reporter.warnings) == warnings

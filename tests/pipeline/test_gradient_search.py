@@ -11,20 +11,21 @@ from safetensors import safe_open
 
 from heretic.errors import Interrupted, UserError
 from heretic.interrupt import StopSignal
-from heretic.pipeline import gradient_search as strengths
+from heretic.pipeline import gradient_search
 from heretic.pipeline.actions import export_from_run, open_run
 from heretic.pipeline.run import Outcome, run
-from heretic.progress import NULL_REPORTER, NullReporter
+from heretic.progress import NULL_REPORTER
 from heretic.runs.folder import RunFolder
 from heretic.runs.status import read_status
-from heretic.scoring import gradient_loss as loss
-from heretic.search import path_optimizer as gradient
+from heretic.scoring import gradient_loss
+from heretic.search import path_optimizer
 from heretic.search.path_optimizer import OptimizerState
 from heretic.settings.sources import resolve
 from heretic.storage.attributes import GRADIENT_PATH
 from heretic.storage.rdb import connect
 from heretic.storage.url import storage_url
 from tests.helpers.errors import raises
+from tests.helpers.reporters import RecordingReporter
 
 WALKING = (
     'search.start="gradient"', "search.gradient.weights=[0.5, 2.0]", "search.gradient.steps=3", "search.gradient.batch=4",
@@ -35,31 +36,19 @@ WALKING = (
 @pytest.fixture(autouse=True)
 def _no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     """These models "decline" with the letter e, whatever is taken out: without this the walk would go on to the last weight."""
-    monkeypatch.setattr(gradient, "MAX_EXTRA_WEIGHTS", 0)
-
-
-class Listener(NullReporter):
-    """Stores messages and warnings."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def info(self, text: str) -> None:
-        self.said.append(text)
-
-    warning = info
+    monkeypatch.setattr(path_optimizer, "MAX_EXTRA_WEIGHTS", 0)
 
 
 def do(config: Path, *assignments: str, reporter: object = None) -> Outcome:
     resolved = resolve(config, assignments=[*WALKING, *assignments])
-    return run(resolved, reporter=reporter or Listener(), stop=StopSignal())  # type: ignore[arg-type]
+    return run(resolved, reporter=reporter or RecordingReporter(), stop=StopSignal())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("direction", ["free", "mixture"])
 def test_a_run_walks_first_measures_the_points_and_searches_around_them(config: Path, direction: str) -> None:
-    listener = Listener()
+    listener = RecordingReporter()
     outcome = do(config, 'save_to="written"', f'search.gradient.direction="{direction}"', reporter=listener)
-    assert sum("refusal probability" in line for line in listener.said) == 2
+    assert sum("refusal probability" in line for line in listener.lines) == 2
     assert [r.params["path.point"] for r in outcome.results][:2] == [1.0, 0.0]
     assert len(outcome.results) == 4 and outcome.export is not None
     manifest = json.loads(Path("written/manifest.json").read_text())
@@ -96,8 +85,10 @@ def test_stopped_in_the_middle_of_the_walk_the_same_command_goes_on(
     assert study.get_n_trials(1) == 0 and GRADIENT_PATH not in study.get_study_user_attrs(1)
     assert read_status("run", "runs", {}).gradient_path == "step 4 of 6"
     calls = []
-    read = loss.Objective.evaluate
-    monkeypatch.setattr(loss.Objective, "evaluate", lambda self, *a, **k: calls.append(1) or read(self, *a, **k))
+    read = gradient_loss.Objective.evaluate
+    monkeypatch.setattr(
+        gradient_loss.Objective, "evaluate", lambda self, *a, **k: calls.append(1) or read(self, *a, **k)
+    )
     again = do(config)
     assert len(calls) == 2 + 1, "the two steps that were left, and the second point on prompts held back"
     assert [(r.params, r.scores.refused) for r in again.results] == [
@@ -115,19 +106,19 @@ def test_a_model_that_cannot_run_backwards_is_searched_with_kernels(
         raise RuntimeError("derivative for aten::special is not implemented\nand more")
 
     monkeypatch.setattr(torch.autograd, "grad", refuse)
-    listener = Listener()
+    listener = RecordingReporter()
     outcome = do(config, reporter=listener)
     assert any(
-        "does not support gradients (derivative for aten::special is not implemented)" in s for s in listener.said
+        "does not support gradients (derivative for aten::special is not implemented)" in s for s in listener.lines
     )
     assert len(outcome.results) == 4 and "direction_scope" in outcome.results[0].params
 
 
 def test_a_model_that_hardly_declines_is_searched_with_kernels(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listener = Listener()
-    monkeypatch.setattr(strengths, "MIN_REFUSALS", 1000)
+    listener = RecordingReporter()
+    monkeypatch.setattr(gradient_search, "MIN_REFUSALS", 1000)
     outcome = do(config, reporter=listener)
-    assert any("refuses fewer than" in s for s in listener.said)
+    assert any("refuses fewer than" in s for s in listener.lines)
     assert len(outcome.results) == 4
 
 
@@ -167,11 +158,11 @@ def test_where_memory_is_short_blocks_are_computed_twice_and_then_it_is_kernels(
         monkeypatch.setattr(torch.autograd, "grad", real if twice[-1] and fails["where"] == "kept" else short)
         return original(blocks)
 
-    original = loss._recomputed_activations
-    monkeypatch.setattr(loss, "_recomputed_activations", checkpointed)
+    original = gradient_loss._recomputed_activations
+    monkeypatch.setattr(gradient_loss, "_recomputed_activations", checkpointed)
     assert [r.params["path.point"] for r in do(config).results][:2] == [1.0, 0.0] and max(twice) == 4
     fails["where"] = "everywhere"
-    listener = Listener()
+    listener = RecordingReporter()
     outcome = do(config, 'run_name="other"', reporter=listener)
-    assert any("kernels: Out of memory with a single prompt" in line for line in listener.said)
+    assert any("kernels: Out of memory with a single prompt" in line for line in listener.lines)
     assert len(outcome.results) == 4 and "direction_scope" in outcome.results[0].params

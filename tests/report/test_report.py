@@ -16,7 +16,6 @@ import pytest
 
 from heretic.errors import UserError
 from heretic.pipeline.run import Outcome
-from heretic.progress import NullReporter
 from heretic.report.importance import FEWEST_TRIALS, importances
 from heretic.report.page import Page
 from heretic.report.report import ReportInput, load_report_input, report, stages
@@ -31,6 +30,7 @@ from heretic.search.pareto import pareto_front
 from heretic.settings import SearchSettings, Settings
 from heretic.storage.attributes import KL_PER_PROMPT, PRUNED
 from tests.helpers.command import heretic
+from tests.helpers.reporters import RecordingReporter
 from tests.report.runs import SCRIPT, SECRET
 
 MANY = 10_000
@@ -178,24 +178,14 @@ def test_importances_find_what_decides(tmp_path: Path) -> None:
     assert set(list(found["for few refusals"])[:2]) == {"x0", "x2"}
 
 
-class Heard(NullReporter):
-    """Keeps the warnings."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warning(self, text: str) -> None:
-        self.warnings.append(text)
-
-
-def reporter_of(made: Outcome, folder: Path, reporter: Heard) -> ReportWriter:
+def reporter_of(made: Outcome, folder: Path, reporter: RecordingReporter) -> ReportWriter:
     """A reporter that writes to this folder."""
     source = load_report_input(str(made.folder.path), "", os.environ, with_texts=False)
     return ReportWriter(source.study, source.settings, RunFolder(folder), reporter)
 
 
 def test_it_takes_a_small_share_of_the_time(made: Outcome, tmp_path: Path) -> None:
-    reporter = reporter_of(made, tmp_path, Heard())
+    reporter = reporter_of(made, tmp_path, RecordingReporter())
     began = time.monotonic()
     reporter.after_batch()
     first = (tmp_path / REPORT).stat()
@@ -208,7 +198,7 @@ def test_it_takes_a_small_share_of_the_time(made: Outcome, tmp_path: Path) -> No
 
 
 def test_a_report_that_cannot_be_written_is_said_once_and_ends_nothing(made: Outcome, tmp_path: Path) -> None:
-    reporter = Heard()
+    reporter = RecordingReporter()
     writer = reporter_of(made, tmp_path / "gone", reporter)
     writer.write()
     writer.write()

@@ -15,7 +15,6 @@ from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import UserError
 from heretic.files import read_tensors, write_tensors
 from heretic.model.response_prefix import AnswerStart
-from heretic.progress import NullReporter
 from heretic.runs.folder import RunFolder
 from heretic.runs.stored_tensors import (
     Baseline,
@@ -28,6 +27,7 @@ from heretic.scoring.harmless_metrics import HarmlessMetrics
 from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL
 from heretic.search.gradient_path import PathPoint
 from heretic.search.path_optimizer import OptimizerState
+from tests.helpers.reporters import RecordingReporter
 
 BASELINE = Baseline(
     torch.randn(5, 7).log_softmax(-1), (REFUSAL, ANSWER, EVASIVE), ([1, 2], [], []), AnswerStart("Sure", {"thinking": False}),
@@ -105,18 +105,8 @@ def test_a_spoiled_state_is_refused(told: bytes) -> None:
         )
 
 
-class Warned(NullReporter):
-    """Counts warnings."""
-
-    count = 0
-
-    def warning(self, text: str) -> None:
-        """One more."""
-        self.count += 1
-
-
 def test_a_run_folder_moves_such_a_file_aside(tmp_path: Path) -> None:
-    folder, reporter = RunFolder(tmp_path, "stamp"), Warned()
+    folder, reporter = RunFolder(tmp_path, "stamp"), RecordingReporter()
     for name, read in (
         ("directions", folder.load_directions),
         ("baseline", folder.load_baseline),
@@ -127,14 +117,14 @@ def test_a_run_folder_moves_such_a_file_aside(tmp_path: Path) -> None:
         if name == "baseline":  # without answers it would be of an earlier version
             write_tensors(file, {**BASELINE.tensors(), "refused": torch.ones(2)}, {"fingerprint": "stamp"})
         assert read(reporter) is None and not file.exists() and file.with_suffix(".damaged").is_file()
-    assert reporter.count == 3
+    assert len(reporter.warnings) == 3
     write_tensors(tmp_path / "geometry.safetensors", {"cosines": torch.ones(2)}, {"fingerprint": "stamp"})
     assert folder.load_geometry() is None and folder.path_steps() == 0
 
 
 def test_directions_of_another_model_are_not_used(tmp_path: Path) -> None:
     RunFolder(tmp_path, "another").save_directions(Directions(torch.eye(3)))
-    assert RunFolder(tmp_path, "stamp").load_directions(Warned()) is None
+    assert RunFolder(tmp_path, "stamp").load_directions(RecordingReporter()) is None
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from heretic.storage.attributes import CLAIM
 from heretic.storage.compute_once import DistributedComputeOnce
 from heretic.storage.url import storage_url
 from tests.helpers.errors import raises
-from tests.helpers.study_workers import QUICK, Heard, opened
+from tests.helpers.reporters import RecordingReporter
+from tests.helpers.study_workers import QUICK, opened
 
 NAME = "directions.safetensors"
 
@@ -31,7 +32,7 @@ def shelves(tmp_path: Path) -> list[DistributedComputeOnce]:
 def compute_once(folder: Path, artifacts: str = "") -> DistributedComputeOnce:
     folder.mkdir(exist_ok=True)
     study = opened(storage_url("", Path()))
-    return DistributedComputeOnce(study, folder, "stamp", artifacts, QUICK, Heard(), StopSignal())
+    return DistributedComputeOnce(study, folder, "stamp", artifacts, QUICK, RecordingReporter(), StopSignal())
 
 
 def make(on: DistributedComputeOnce, value: float = 1.0) -> bool:

@@ -17,7 +17,8 @@ from heretic.storage.rdb import connect, worker
 from heretic.storage.study_lock import rdb_storage
 from heretic.storage.url import storage_url
 from tests.helpers.postgres import Server
-from tests.helpers.study_workers import QUICK, Heard, Stub, opened, settings
+from tests.helpers.reporters import RecordingReporter
+from tests.helpers.study_workers import QUICK, Stub, opened, settings
 
 ELSEWHERE = {"host": "elsewhere", "machine": "", "pid": 1, "began": 1.0}
 
@@ -44,7 +45,7 @@ def test_a_trial_with_signs_of_life_stays_with_its_worker(postgres: Server) -> N
 
 
 def test_after_an_outage_everybody_is_given_time_to_be_heard(postgres: Server) -> None:
-    heard = Heard()
+    heard = RecordingReporter()
     study = opened(postgres.url, heard)
     trial = begun(study)
     time.sleep(3.5)
@@ -76,7 +77,7 @@ def test_parameters_that_kill_their_workers_are_not_tried_for_ever() -> None:
 def test_what_a_worker_measured_that_was_given_up_counts_once() -> None:
     """It is stored as the repetition if nobody has begun with that, else let go."""
     where = storage_url("", Path())
-    study, other, heard = opened(where), opened(where), Heard()
+    study, other, heard = opened(where), opened(where), RecordingReporter()
 
     def lose(trial: optuna.Trial) -> None:
         if trial.number in (0, 2):
