@@ -31,11 +31,11 @@ from heretic.pipeline.run import run
 from heretic.progress import NULL_REPORTER
 from heretic.settings import Settings
 from heretic.settings.sources import resolve
-from tests.helpers import stand_in_converter as stand_in
+from tests.helpers import stand_in_converter
 from tests.helpers.command import heretic
 from tests.tiny import save_tiny, tiny_model
 
-SCRIPT = Path(stand_in.__file__)
+SCRIPT = Path(stand_in_converter.__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,7 @@ def _edit() -> TensorEdit:
 
 def checked(folder: Path, kind: str) -> None:
     """A model folder made a GGUF file in this process, and compared."""
-    stand_in.convert(folder, folder / "x.gguf", stand_in.TYPES[kind])
+    stand_in_converter.convert(folder, folder / "x.gguf", stand_in_converter.TYPES[kind])
     checkpoint = open_checkpoint(str(folder))
     edits = {n: _edit() for n in checkpoint.tensors if "o_proj" in n or "down_proj" in n}
     check_file(folder / "x.gguf", checkpoint, edits, NULL_REPORTER, StopSignal())
@@ -143,20 +143,20 @@ def test_rebuilt_it_is_the_same(config: Path, llama: Path, monkeypatch: pytest.M
 def test_types(tmp_path: Path, quantize: Path, kind: str) -> None:
     folder = save_tiny(tmp_path / "m", "llama")
     stored = types(converted(folder, kind))
-    assert stored["blk.0.attn_output.weight"] == stand_in.TYPES.get(kind, Kind.Q5_0)
+    assert stored["blk.0.attn_output.weight"] == stand_in_converter.TYPES.get(kind, Kind.Q5_0)
     assert stored["blk.0.attn_norm.weight"] == Kind.F32
 
 
 @pytest.mark.parametrize("mode", ["columns", "unknown"])
 def test_what_the_converter_may_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    monkeypatch.setattr(stand_in, "MODE", mode)
+    monkeypatch.setattr(stand_in_converter, "MODE", mode)
     for kind in ("f16", "q8_0"):
         checked(save_tiny(tmp_path / kind, "llama"), kind)
 
 
 @pytest.mark.parametrize("mode", ["edited", "other", "zeros", "nan", "shape", "missing", "layer", "truncate"])
 def test_damage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    monkeypatch.setattr(stand_in, "MODE", mode)
+    monkeypatch.setattr(stand_in_converter, "MODE", mode)
     for kind in ("f16", "q8_0"):
         with pytest.raises(VerificationFailed) as error:
             checked(save_tiny(tmp_path / kind, "llama"), kind)
@@ -164,7 +164,7 @@ def test_damage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: 
 
 
 def test_numbers_too_large_for_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stand_in, "MODE", "overflow")
+    monkeypatch.setattr(stand_in_converter, "MODE", "overflow")
     with pytest.raises(UserError) as error:
         checked(save_tiny(tmp_path / "m", "llama"), "f16")
     assert error.value.code == "gguf-overflow"

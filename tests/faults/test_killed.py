@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from heretic.files import read_tensors, sha256
-from heretic.storage import rdb as storage
+from heretic.storage import rdb
 from tests.faults.conftest import Amount, Tally, only_full
 from tests.helpers.command import start
 
@@ -156,8 +156,8 @@ def test_the_clock_jumps(tally: Tally, tmp_path: Path, monkeypatch: pytest.Monke
     """A laptop that slept, or a clock that is set: the time at which this machine is said to have started moves along."""
     if sys.platform != "linux":
         pytest.skip("reads /proc")
-    before = storage.worker()
-    assert storage.is_alive(before)
+    before = rdb.worker()
+    assert rdb.is_alive(before)
     jumps = (-86400, -3600, -5, 5, 3600, 86400)
     for seconds in jumps:
         proc = tmp_path / f"proc{seconds}"
@@ -169,8 +169,8 @@ def test_the_clock_jumps(tally: Tally, tmp_path: Path, monkeypatch: pytest.Monke
         (proc / "stat").write_text("\n".join(moved) + "\n")
         with monkeypatch.context() as patched:
             patched.setattr(psutil, "PROCFS_PATH", str(proc))
-            assert storage.is_alive(before), f"a worker is taken for dead after a jump of {seconds} s"
-            assert storage.is_alive(storage.worker())
+            assert rdb.is_alive(before), f"a worker is taken for dead after a jump of {seconds} s"
+            assert rdb.is_alive(rdb.worker())
     tally("clock set while a worker runs: by 5 s, an hour, a day, forwards and back", len(jumps), "nothing")
 
 

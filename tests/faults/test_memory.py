@@ -14,8 +14,7 @@ import torch
 from heretic.files import sha256
 from heretic.model import capture
 from heretic.model.batching import Batch
-from heretic.scoring import divergence
-from heretic.scoring import refusal_count as race
+from heretic.scoring import divergence, refusal_count
 from tests.faults.conftest import Amount, Tally
 from tests.faults.room import Room, moments
 from tests.helpers.command import Ran, heretic
@@ -57,7 +56,7 @@ def test_it_runs_out_in_the_middle(
     module, name = {
         "capture": (capture, "last_token_residuals"),
         "prefill": (divergence, "hidden_states"),
-        "decoding": (race, "verify_draft"),
+        "decoding": (refusal_count, "verify_draft"),
     }[where]
     for i in range(times):
         Path("runs").rename(f"runs-{i}")

@@ -128,7 +128,7 @@ def test_none_declined_and_all_declined(run, tally: Tally, markers: str) -> None
 def test_trials_that_destroy_the_model_are_never_on_the_front(  # type: ignore[no-untyped-def]
     run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, amount: Amount, tally: Tally
 ) -> None:
-    from heretic.scoring import evaluator as evaluator
+    from heretic.scoring import evaluator
 
     times = amount(4, 40)
     calls = 0

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from heretic.errors import BusyError
-from heretic.hardware import locks as lock
+from heretic.hardware import locks
 from heretic.hardware.locks import LockOwner, acquire_locks, device_locks, lock_owner, runtime_folder
 from tests.helpers.errors import raises
 
@@ -126,13 +126,13 @@ def test_waiting_can_be_interrupted(tmp_path: Path, start: Start) -> None:
 def test_untrustworthy_note_names_nobody(
     tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch, stale: str
 ) -> None:
-    monkeypatch.setattr(lock, "ACQUIRE_TIMEOUT", 0.05)
+    monkeypatch.setattr(locks, "ACQUIRE_TIMEOUT", 0.05)
     path = tmp_path / "cpu.lock"
     assert says(start(path)) == "held"
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     # A process that runs, but began long after the note was written: the number was given out again.
-    pid, since = (gone.pid, lock._now()) if stale == "dead" else (os.getpid(), "2001-01-01T00:00:00+00:00")
+    pid, since = (gone.pid, locks._now()) if stale == "dead" else (os.getpid(), "2001-01-01T00:00:00+00:00")
     content = json.dumps(LockOwner(pid, socket.gethostname(), "old command", "old/model", since).__dict__)
     note_of(path).write_text("{" if stale == "broken" else content)
     if stale == "missing":
@@ -156,7 +156,7 @@ def test_untrustworthy_note_names_nobody(
 def test_note_of_another_machine_is_believed(tmp_path: Path, start: Start) -> None:
     path = tmp_path / ".lock"
     assert says(start(path)) == "held"
-    elsewhere = LockOwner(1, "another-host", "heretic", "owner/model", lock._now())
+    elsewhere = LockOwner(1, "another-host", "heretic", "owner/model", locks._now())
     note_of(path).write_text(json.dumps(elsewhere.__dict__))
     assert lock_owner(path) == elsewhere
 
@@ -204,10 +204,10 @@ def test_secrets_are_masked_and_the_command_is_short(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         sys, "argv", ["/usr/bin/heretic", "--set", storage, "--set", "hf_token=abc123", *["--long"] * 100]
     )
-    text = lock._command()
+    text = locks._command()
     assert text.startswith("heretic --set") and "://***@db.example" in text
     assert "pa@ss" not in text and "word" not in text and "abc123" not in text
-    assert len(text) == lock.COMMAND_LENGTH and text.endswith("…")
+    assert len(text) == locks.COMMAND_LENGTH and text.endswith("…")
 
 
 def test_runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

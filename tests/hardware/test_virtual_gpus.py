@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from heretic.hardware.virtual_gpus import virtual_gpus
-from heretic.planning.preflight import run_preflight
+from heretic.planning.preflight import build_report
 from heretic.settings import Settings
 from tests.helpers.errors import raises
 from tests.helpers.shapes import GIB, checkpoint_of, qwen_32b
@@ -38,7 +38,7 @@ def test_anything_else_is_refused_with_an_example(text: str) -> None:
 def test_the_reported_machine_is_planned_without_having_it(tmp_path: Path) -> None:
     """The seed's user saw 17 + 17 + 17 + 15 GB on four GPUs of 24 GB."""
     settings = Settings(model="a/b", runs_dir=str(tmp_path))
-    report = run_preflight(
+    report = build_report(
         settings,
         checkpoint_loader=lambda: checkpoint_of(qwen_32b()),
         prompt_loader=lambda: None,

@@ -17,8 +17,7 @@ from heretic.ablation.bake import rewritten_weights
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Operator
 from heretic.errors import VerificationFailed
-from heretic.export import full_precision_reference as reference
-from heretic.export import save
+from heretic.export import full_precision_reference, save
 from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import LanguageModel, load
@@ -155,7 +154,7 @@ def test_one_missing_edit_is_seen_where_answers_could_not_show_it(
     config: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The written model is compared quantized, with tolerance for that; a single writer's edit is left out."""
-    monkeypatch.setattr(reference, "full_precision_plan", lambda job: None)
+    monkeypatch.setattr(full_precision_reference, "full_precision_plan", lambda job: None)
     edited = save.TensorEdit.__call__
     left_out: list[object] = []
 
@@ -200,7 +199,7 @@ def test_a_study_in_4_bits_is_exported_in_full_precision(
         in Path("adapter/README.md").read_text()
     )
 
-    monkeypatch.setattr(reference, "full_precision_plan", lambda job: None)
+    monkeypatch.setattr(full_precision_reference, "full_precision_plan", lambda job: None)
     do(config, folder, "again", four, "run_name=again")
     manifest = json.loads(Path("again/manifest.json").read_text())
     assert manifest["quantization"] == {"study": "bnb_4bit", "measured": "bnb_4bit"}

@@ -27,7 +27,7 @@ from heretic.planning import memory_plan
 from heretic.planning.memory_plan import MemoryPlan
 from heretic.progress import NullReporter
 from heretic.scoring.gradient_loss import Objective
-from heretic.search import path_optimizer as gradient
+from heretic.search import path_optimizer
 from heretic.settings.sources import resolve
 from tests.helpers.pretend_gpus import PretendGpus
 from tests.tiny import FAMILIES, MIXED, save_prompts, save_tiny
@@ -103,7 +103,7 @@ def make(
     family: str, start: Start, placed: str, gpus: PretendGpus | None, *more: str, folder: Path, whole: bool = True
 ) -> Study:
     """Run a study in `folder`; a `whole` one chats and exports after it."""
-    found, plan, step = Study(), memory_plan.make_plan, gradient.PathOptimizer.step
+    found, plan, step = Study(), memory_plan.make_plan, path_optimizer.PathOptimizer.step
 
     def note(moment: str) -> None:
         found.bytes[moment] = list(gpus.used) if gpus else []
@@ -135,8 +135,8 @@ def make(
     torch.manual_seed(0)
     with (
         mock.patch.object(memory_plan, "make_plan", planned),
-        mock.patch.object(gradient.PathOptimizer, "step", stepped),
-        mock.patch.object(gradient, "MAX_EXTRA_WEIGHTS", 0),
+        mock.patch.object(path_optimizer.PathOptimizer, "step", stepped),
+        mock.patch.object(path_optimizer, "MAX_EXTRA_WEIGHTS", 0),
     ):
         resolved = resolve(folder / "config.toml", assignments=[*SETTINGS, *STARTS[start], placed, runs, *more])
         found.outcome = run(resolved, reporter=NullReporter(), stop=StopSignal(), on_finished=then)

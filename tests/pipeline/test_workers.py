@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from heretic.errors import BusyError, Interrupted
-from heretic.hardware import locks as lock
+from heretic.hardware import locks
 from heretic.hardware.gpus import Gpu
 from heretic.hardware.virtual_gpus import virtual_gpus
 from heretic.pipeline.workers import check_memory, resolve_worker_count
@@ -114,11 +114,11 @@ def test_all_workers_dead_is_an_error(config: Path) -> None:
 
 def test_a_lent_lock_is_used_with_its_holder_and_by_nobody_else(tmp_path: Path) -> None:
     path = tmp_path / "a.lock"
-    with lock.acquire_locks([path], model="m"):
-        with lock.acquire_locks([path], model="m", parent_pid=os.getpid()):
-            assert lock.lock_owner(path) is not None
-        assert lock.lock_owner(path) is not None, "the borrower let go of what is not its own"
-        with pytest.raises(BusyError), lock.acquire_locks([path], model="m", parent_pid=os.getpid() + 1):
+    with locks.acquire_locks([path], model="m"):
+        with locks.acquire_locks([path], model="m", parent_pid=os.getpid()):
+            assert locks.lock_owner(path) is not None
+        assert locks.lock_owner(path) is not None, "the borrower let go of what is not its own"
+        with pytest.raises(BusyError), locks.acquire_locks([path], model="m", parent_pid=os.getpid() + 1):
             pass
 
 

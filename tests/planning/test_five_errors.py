@@ -15,9 +15,9 @@ from heretic.hardware.gpus import Gpu, GpuProcess, GpuReport
 from heretic.hardware.locks import device_locks
 from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint
-from heretic.pipeline import run as runs
+from heretic.pipeline import run as run_module
 from heretic.planning import preflight
-from heretic.planning.preflight import PreflightReport, run_preflight
+from heretic.planning.preflight import PreflightReport, build_report
 from heretic.progress import NULL_REPORTER
 from heretic.settings import Settings
 from tests.helpers.errors import raises
@@ -56,11 +56,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def on(monkeypatch: pytest.MonkeyPatch, gpus: tuple[Gpu, ...]) -> None:
     monkeypatch.setattr(preflight, "visible_gpus", lambda _: GpuReport(gpus))
     monkeypatch.setattr(preflight, "usable_gpus", lambda _: gpus)
-    monkeypatch.setattr(runs, "gpus_here", lambda: gpus)
+    monkeypatch.setattr(run_module, "gpus_here", lambda: gpus)
 
 
 def planned(large: Checkpoint, **settings: Any) -> PreflightReport:
-    return run_preflight(
+    return build_report(
         Settings(model="owner/model", **settings),
         checkpoint_loader=lambda: large,
         prompt_loader=lambda: None,
@@ -126,7 +126,7 @@ def test_two_processes_on_one_gpu(
 ) -> None:
     with (
         raises("busy", BusyError) as refused,
-        runs.device_lock(Settings(model="owner/model"), wait=False, reporter=NULL_REPORTER, stop=StopSignal()),
+        run_module.device_lock(Settings(model="owner/model"), wait=False, reporter=NULL_REPORTER, stop=StopSignal()),
     ):
         pass
     assert str(neighbor.pid) in refused.value.what

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from heretic.errors import UserError
-from heretic.hardware import locks as lock
+from heretic.hardware import locks
 from heretic.hardware.gpus import Gpu, GpuReport
 from heretic.model.checkpoint import Checkpoint
 from heretic.planning import preflight
-from heretic.planning.preflight import PreflightReport, run_preflight
+from heretic.planning.preflight import PreflightReport, build_report
 from heretic.planning.workload import prompt_tokens
 from heretic.settings import Settings
 from tests.helpers.shapes import GIB, checkpoint_of, qwen_32b, small
@@ -51,7 +51,7 @@ def run(checkpoint: Checkpoint | None = None, **changes: Any) -> PreflightReport
         "judge_check": lambda: "",
     }
     replaced = {name: changes.pop(name) for name in list(changes) if name in callables}
-    return run_preflight(Settings(model="owner/model", **changes), **(callables | replaced))
+    return build_report(Settings(model="owner/model", **changes), **(callables | replaced))
 
 
 def texts(report: PreflightReport) -> str:
@@ -126,9 +126,9 @@ def test_unusable_gpus_leave_the_cpu(machine: Callable[..., None]) -> None:
 
 
 def test_lock_of_this_process_is_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    with lock.acquire_locks(lock.device_locks([]), model="owner/model"):
+    with locks.acquire_locks(locks.device_locks([]), model="owner/model"):
         assert run().verdict == "ready"
-        monkeypatch.setattr(lock.LockOwner, "is_this_process", False)
+        monkeypatch.setattr(locks.LockOwner, "is_this_process", False)
         report = run()
     assert report.exit_status == 2 and "The CPU is in use by process" in texts(report)
 

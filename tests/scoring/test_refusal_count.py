@@ -21,7 +21,7 @@ from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import DecodingState, StopCriteria, continue_decoding
 from heretic.model.loading import LanguageModel, load
-from heretic.scoring import refusal_count as race
+from heretic.scoring import refusal_count
 from heretic.scoring.divergence import first_token_log_probs
 from heretic.scoring.evaluator import PrunedTrial, Scores, TrialEvaluator
 from heretic.scoring.judges.markers import MarkerJudge
@@ -236,7 +236,7 @@ def test_memory_that_runs_out_while_decoding_goes_on_halves_the_batch(
             raise torch.OutOfMemoryError("out of memory")
         continue_decoding(model, answers, limits)
 
-    monkeypatch.setattr(race, "continue_decoding", short)
+    monkeypatch.setattr(refusal_count, "continue_decoding", short)
     (found,) = together(saving, operator_factory, baseline, ABLATIONS[:1])
     assert isinstance(found, Scores) and isinstance(expected, Scores) and found.refused == expected.refused
     assert sizes[:2] == [14, 7] and max(sizes[2:]) <= 4 and evaluator.batcher.size <= 4

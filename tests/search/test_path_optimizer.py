@@ -25,7 +25,7 @@ from heretic.progress import NULL_REPORTER
 from heretic.runs.folder import RunFolder
 from heretic.scoring.gradient_loss import Objective
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, log_probs_at
-from heretic.search import path_optimizer as gradient
+from heretic.search import path_optimizer
 from heretic.search.path_optimizer import MinedRefusals, OptimizerState, PathOptimizer
 from heretic.settings import GradientSettings
 from tests.tiny import FAMILIES, HARMFUL, HARMLESS, save_tiny
@@ -286,7 +286,7 @@ def listening(
 
 
 def test_words_that_are_heard_on_the_way_become_improbable_too(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradient, "MINE_BELOW", 1.0)
+    monkeypatch.setattr(path_optimizer, "MINE_BELOW", 1.0)
     of, settings = objective(llama), SETTINGS.model_copy(update={"weights": [0.5, 10.0], "steps": 10})
     listens, (row, text) = listening(of, settings)
 
@@ -310,12 +310,12 @@ def test_the_walk_listens_only_once_the_known_words_are_improbable(llama: Path) 
     of = objective(llama)
     listens, _ = listening(of)
     state = begin(of)
-    assert listens.run(state)[0].probability > gradient.MINE_BELOW / 10 or state.extra_refusals
-    assert bool(state.extra_refusals) == (state.points[0].probability <= gradient.MINE_BELOW)
+    assert listens.run(state)[0].probability > path_optimizer.MINE_BELOW / 10 or state.extra_refusals
+    assert bool(state.extra_refusals) == (state.points[0].probability <= path_optimizer.MINE_BELOW)
 
 
 def test_what_was_heard_is_kept_with_the_walk(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradient, "MINE_BELOW", 1.0)
+    monkeypatch.setattr(path_optimizer, "MINE_BELOW", 1.0)
     of, folder = objective(llama), RunFolder(tmp_path, "stamp")
     whole = listening(of)[0].run(begin(of))
 
@@ -360,7 +360,7 @@ def test_weights_too_gentle_to_change_anything_are_left_early(llama: Path, tmp_p
 def test_it_goes_on_to_stricter_weights_while_prompts_are_declined(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradient, "MINE_BELOW", 1.0)
+    monkeypatch.setattr(path_optimizer, "MINE_BELOW", 1.0)
     of = objective(llama)
     many: list[list[MinedRefusals]] = [
         [],

@@ -12,7 +12,7 @@ from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
 from heretic.scoring.evaluator import TrialEvaluator
 from heretic.scoring.judges.markers import MarkerJudge
-from heretic.session import caching as savings
+from heretic.session import caching
 from heretic.session.caching import enable_caching, tune_trials_per_batch
 from tests.tiny import HARMFUL, HARMLESS
 
@@ -43,18 +43,18 @@ def test_as_many_trials_as_pay(
             raise RuntimeError(rate)
         return rate
 
-    monkeypatch.setattr(savings, "_rows_per_second", measured)
+    monkeypatch.setattr(caching, "_rows_per_second", measured)
     assert tune_trials_per_batch(evaluator(llama, size)) == expected
 
 
 def test_the_rate_is_really_measured(llama: Path) -> None:
-    assert savings._rows_per_second(evaluator(llama, 64).language_model, 10) > 10
+    assert caching._rows_per_second(evaluator(llama, 64).language_model, 10) > 10
 
 
 def test_nothing_is_kept_that_does_not_fit(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = evaluator(llama, 64)
     texts = [[5, 6]] * 10
     assert enable_caching(made, texts).harmful_entries is not None
-    monkeypatch.setattr(savings, "memory", lambda: (10**9, 1000))
+    monkeypatch.setattr(caching, "memory", lambda: (10**9, 1000))
     saving = enable_caching(made, texts)
     assert saving.harmful_entries is None and saving.harmless_entries is None and saving.drafts == texts

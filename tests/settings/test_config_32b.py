@@ -9,7 +9,7 @@ import pytest
 
 from heretic.hardware.virtual_gpus import virtual_gpus
 from heretic.planning import preflight
-from heretic.planning.preflight import PreflightReport, run_preflight
+from heretic.planning.preflight import PreflightReport, build_report
 from heretic.settings import Settings
 from heretic.settings.sources import resolve
 from tests.helpers.shapes import GIB, checkpoint_of, qwen_32b
@@ -31,7 +31,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 def planned(settings: Settings, devices: str) -> PreflightReport:
     large = checkpoint_of(qwen_32b())
-    return run_preflight(
+    return build_report(
         settings,
         checkpoint_loader=lambda: large,
         prompt_loader=lambda: None,

@@ -13,8 +13,8 @@ import pytest
 from filelock import FileLock
 
 from heretic.errors import StudyMismatch, UserError
-from heretic.storage import rdb as storage_module
-from heretic.storage import study_lock as turns
+from heretic.storage import rdb
+from heretic.storage import study_lock as study_lock_module
 from heretic.storage.rdb import connect, open_study
 from tests.helpers.errors import raises
 from tests.helpers.postgres import Server
@@ -27,16 +27,16 @@ def test_several_open_a_new_database_at_once(postgres: Server) -> None:
 
 
 def test_who_makes_the_tables_is_waited_for_and_not_for_ever(postgres: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_module, "BUSY_TIMEOUT", 1)
+    monkeypatch.setattr(rdb, "BUSY_TIMEOUT", 1)
     postgres.ask("create database anew")
     url = postgres.url.removesuffix("/study") + "/anew"
     with psycopg.connect(url, autocommit=True) as other:
-        other.execute(f"select pg_advisory_lock({storage_module.TABLES_LOCK_KEY})")
+        other.execute(f"select pg_advisory_lock({rdb.TABLES_LOCK_KEY})")
         with raises("storage-unavailable"):
             connect(url)
-        other.execute(f"select pg_advisory_unlock({storage_module.TABLES_LOCK_KEY})")
+        other.execute(f"select pg_advisory_unlock({rdb.TABLES_LOCK_KEY})")
         connect(url)
-        other.execute(f"select pg_advisory_lock({storage_module.TABLES_LOCK_KEY})")
+        other.execute(f"select pg_advisory_lock({rdb.TABLES_LOCK_KEY})")
         connect(url)  # the tables are there, so nobody waits
 
 
@@ -49,8 +49,8 @@ def test_a_worker_with_other_versions_or_other_weights_is_refused(
     with raises("study-mismatch", StudyMismatch) as error:
         open_study(postgres.url, "shared", {**facts, "model": {"sha256": {"model.safetensors": "bb"}}})
     assert all(value in error.value.what for value in ("model.safetensors", "aa", "bb"))
-    other = {**storage_module.relevant_versions(), "torch": "1.0"}
-    monkeypatch.setattr(storage_module, "relevant_versions", lambda: other)
+    other = {**rdb.relevant_versions(), "torch": "1.0"}
+    monkeypatch.setattr(rdb, "relevant_versions", lambda: other)
     with raises("study-mismatch", StudyMismatch) as error:
         open_study(postgres.url, "shared", facts)
     assert "torch" in error.value.what
@@ -85,7 +85,7 @@ def test_the_database_of_another_program_gets_no_tables(tmp_path: Path) -> None:
 
 
 def test_a_database_that_stays_locked_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_module, "BUSY_TIMEOUT", 0.1)
+    monkeypatch.setattr(rdb, "BUSY_TIMEOUT", 0.1)
     file = tmp_path / "study.db"
     open_study(f"sqlite:///{file}", "s", {"a": 1})
     with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
@@ -97,11 +97,11 @@ def test_a_database_that_stays_locked_is_given_up(tmp_path: Path, monkeypatch: p
 
 
 def test_a_turn_that_another_worker_keeps_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(study_lock_module, "LOCK_TIMEOUT", 0.1)
     file = tmp_path / "study.db"
     study = open_study(f"sqlite:///{file}", "s", {"a": 1})
-    with FileLock(f"{file}.lock"), pytest.raises(UserError) as refused, turns.study_lock(study):
+    with FileLock(f"{file}.lock"), pytest.raises(UserError) as refused, study_lock_module.study_lock(study):
         raise AssertionError("two turns at once")
     assert refused.value.code == "storage-locked"
-    with turns.study_lock(study):
+    with study_lock_module.study_lock(study):
         pass

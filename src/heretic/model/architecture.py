@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from heretic.errors import UserError
-from heretic.model import moe as mixtures
+from heretic.model import moe
 from heretic.model.moe import ExpertGroup
 from heretic.model.probe import input_device, probe
 from heretic.model.writer import ResidualWriter, first_tensor
@@ -69,10 +69,10 @@ def find_residual_writers(model: PreTrainedModel) -> ModelStructure:
     for layer, block in enumerate(blocks):
         name = f"{prefix}.{layer}"
         writers = _merge_tied(writers, _candidates(block, layer, name, width))
-        block_experts, unclear = mixtures.experts_in(block, layer, name, width)
+        block_experts, unclear = moe.experts_in(block, layer, name, width)
         experts += [e for e in block_experts if all(e.parts[0].owner is not other.parts[0].owner for other in experts)]
         unrecognized += unclear
-    writers, unclear = mixtures.merge_experts(model, blocks, experts, writers)
+    writers, unclear = moe.merge_experts(model, blocks, experts, writers)
     probed = probe(model, prefix, blocks, writers)
     writers = probed.writers
     unrecognized += [*unclear, *sorted(probed.silent)]

@@ -15,7 +15,7 @@ from heretic.hardware.gpus import Gpu
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_model, require_name
 from heretic.model.template import read_template
-from heretic.pipeline import tensor_parallel as parallel
+from heretic.pipeline import tensor_parallel
 from heretic.pipeline.worker_process import parent_pid
 from heretic.planning import preflight
 from heretic.planning.memory_plan import LoadPlan
@@ -66,7 +66,7 @@ def prepare_run(
         fix = first.fix or "see heretic preflight; --force starts anyway"
         raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix, code=code)
     checkpoint = open_model(settings)
-    parallel.check(checkpoint, settings)
+    tensor_parallel.check(checkpoint, settings)
     prompts = read_prompts()
     for warning in prompts.warnings:
         reporter.warning(warning)
@@ -87,7 +87,7 @@ def run_preflight(
     judging: bool = True,
 ) -> preflight.PreflightReport:
     """Run the preflight; `read_prompts` lets the caller reuse the prompts, `virtual` GPUs stand for another machine."""
-    return preflight.run_preflight(
+    return preflight.build_report(
         settings,
         checkpoint_loader=lambda: open_model(settings, download_weights=False),
         prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),

@@ -14,11 +14,11 @@ import optuna
 
 from heretic.errors import BusyError, Interrupted, UserError
 from heretic.export.export import Export, earlier_export, plan_export, write_export
-from heretic.hardware import locks as lock
+from heretic.hardware import locks
 from heretic.hardware.gpus import gpus_for, gpus_here
 from heretic.interrupt import StopSignal
 from heretic.model.distributed import broadcast_from_rank0, size
-from heretic.pipeline import tensor_parallel as parallel
+from heretic.pipeline import tensor_parallel
 from heretic.pipeline.gradient_search import run_gradient_search
 from heretic.pipeline.prepare import RunInputs, prepare_run
 from heretic.pipeline.run_context import RunContext
@@ -110,7 +110,7 @@ def run(
     """
     settings = resolved.settings
     # 1. Lock the devices, prepare the inputs, and open the study
-    with parallel.leader_scope(), device_lock(settings, wait=wait, reporter=reporter, stop=stop):
+    with tensor_parallel.leader_scope(), device_lock(settings, wait=wait, reporter=reporter, stop=stop):
         inputs = prepare_run(settings, force=force, judging=True, reporter=reporter, on_report=on_report)
         folder = inputs.folder
         if fresh:
@@ -179,7 +179,7 @@ def archive_run(folder: RunFolder, settings: Settings, reporter: ProgressReporte
             where="--fresh",
             fix="choose another run_name instead",
         )
-    if folder.path.exists() and (holder := lock.lock_owner(folder.lock)):
+    if folder.path.exists() and (holder := locks.lock_owner(folder.lock)):
         raise BusyError(
             f"The run is in use by {holder}",
             where=str(folder.path),
@@ -230,7 +230,7 @@ def run_trials(run_context: RunContext) -> None:
     )
     space = session.space(gradient_path)
     trials = Trials(session, space)
-    measurer = parallel.RankZeroTrials(trials) if size() > 1 else trials
+    measurer = tensor_parallel.RankZeroTrials(trials) if size() > 1 else trials
     with live_report(
         run_context.study, run_context.settings, run_context.folder, run_context.reporter
     ) as report_writer:
@@ -265,13 +265,13 @@ def export_once(run_context: RunContext, result: Result, destination: Path) -> E
 def export_trial(run_context: RunContext, result: Result, destination: Path) -> Export:
     """Export one trial; unloads the model, since the written model is loaded to verify it."""
     if run_context.loaded is None:
-        parallel.release_followers()
-    parallel.lead_export(result.params)
+        tensor_parallel.release_followers()
+    tensor_parallel.lead_export(result.params)
     job = plan_export(
         run_context.session(), run_context.inputs.plan, run_context.space, result, run_context.folder, destination
     )
     run_context.unload()
-    parallel.release_followers()
+    tensor_parallel.release_followers()
     return write_export(job, run_context.reporter, run_context.stop)
 
 
@@ -280,12 +280,12 @@ def device_lock(settings: Settings, *, wait: bool, reporter: ProgressReporter, s
     """Hold the locks of the devices that the settings may use. Raises BusyError with the owner's name."""
     uuids = [gpu.uuid for gpu in gpus_for(settings.device_map, gpus_here())]
 
-    def report_wait(path: Path, owner: lock.LockOwner | None) -> None:
+    def report_wait(path: Path, owner: locks.LockOwner | None) -> None:
         name = f"process {owner.pid} ({owner.model})" if owner else "another process"
         reporter.info(f"Waiting for {path.stem}, held by {name}.")
 
-    paths = lock.device_locks(uuids)
-    with lock.acquire_locks(
+    paths = locks.device_locks(uuids)
+    with locks.acquire_locks(
         paths, model=settings.model, wait=wait, on_wait=report_wait, while_waiting=stop.check, parent_pid=parent_pid()
     ):
         yield
@@ -301,7 +301,7 @@ def open_locked_study(
     """
     settings, folder = inputs.settings, inputs.folder
     paths = [] if on_server(settings.storage) else [folder.lock]
-    run_lock = lock.acquire_locks(
+    run_lock = locks.acquire_locks(
         paths, model=settings.model, wait=wait, while_waiting=stop.check, parent_pid=parent_pid()
     )
     with run_lock, logging_to(folder):

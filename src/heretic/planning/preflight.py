@@ -57,7 +57,7 @@ class PreflightReport:
         }
 
 
-def run_preflight(
+def build_report(
     settings: Settings,
     *,
     checkpoint_loader: Callable[[], Checkpoint],

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from heretic.errors import UserError
-from heretic.scoring import refusal_proxy as surrogate
+from heretic.scoring import refusal_proxy
 from heretic.settings import Settings
 
 if TYPE_CHECKING:
@@ -123,12 +123,12 @@ class Workload:
     @property
     def tried_tokens(self) -> int:
         """Maximum tokens that a pass adds to a prompt."""
-        return max(surrogate.MAX_DRAFT_TOKENS, self.kl_tokens - 1)
+        return max(refusal_proxy.MAX_DRAFT_TOKENS, self.kl_tokens - 1)
 
     def tokens_kept(self, kind: int) -> int:
         """Return the cached tokens after the shared prefix of all evaluation prompts of a kind (0 harmful, 1 harmless)."""
         count = (self.requests, self.harmless)[kind]
-        more = (surrogate.MAX_DRAFT_TOKENS, self.kl_tokens - 1)[kind]
+        more = (refusal_proxy.MAX_DRAFT_TOKENS, self.kl_tokens - 1)[kind]
         return (self.extra_tokens[kind] if self.extra_tokens else count * self.tail) + count * more
 
 

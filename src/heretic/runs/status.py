@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from heretic.errors import UserError
 from heretic.files import split_lines
-from heretic.hardware import locks as lock
+from heretic.hardware import locks
 from heretic.hardware.memory_usage import memory_usage
 from heretic.runs.folder import RunFolder, find_run, load_settings
 from heretic.search.gradient_path import GradientPath
@@ -96,7 +96,7 @@ def read_status(name: str, runs_dir: str, environment: Mapping[str, str], storag
     with translate_storage_errors(url):
         study = load_study(url, study_name(settings.storage, folder.path))
         summary, damage_warnings = _summarize(study, settings)
-        owner = lock.lock_owner(folder.lock)
+        owner = locks.lock_owner(folder.lock)
         workers = _running_workers(study, settings, any_host=on_server(url))
         state = f"running, held by {owner}" if owner else _state(workers, summary)
         log_lines, log_warnings = _read_log(folder.path / "run.log")
