@@ -29,7 +29,8 @@ from language import answers, described
 from rich.console import Console
 from versus_heretic import hypervolume
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.cli.ui.console import PlainReporter
 from heretic.errors import UserError
 from heretic.interrupt import StopSignal
@@ -42,8 +43,9 @@ from heretic.pipeline.trials import Trials
 from heretic.prompts.sets import load as load_prompts
 from heretic.runs.folder import RunFolder
 from heretic.scoring.divergence import measure_divergence
-from heretic.scoring.evaluator import Scores, TrialEvaluator, TrialOutcome
+from heretic.scoring.evaluator import TrialEvaluator
 from heretic.scoring.refusals import count_refusals
+from heretic.scoring.scores import Scores, TrialOutcome
 from heretic.scoring.teacher_forcing import TeacherForcedTexts
 from heretic.search.pareto import Result, pareto_front, results
 from heretic.search.study import n_complete, run_study

@@ -19,7 +19,8 @@ import optuna
 from common import head, opened, options, write
 
 from heretic.ablation.ablation import Ablation
-from heretic.scoring.evaluator import Scores, TrialEvaluator
+from heretic.scoring.evaluator import TrialEvaluator
+from heretic.scoring.scores import Scores
 from heretic.session.caching import enable_caching, tune_trials_per_batch
 from heretic.session.session import Session
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from heretic.ablation.strength_kernel import StrengthKernel
     from heretic.errors import UserError
     from heretic.pipeline.api import AblationSession, load, study
-    from heretic.scoring.evaluator import Scores
+    from heretic.scoring.scores import Scores
 
 __all__ = [
     "Ablation",

@@ -22,10 +22,7 @@ from heretic.report.report import ReportInput, load_report_input, report, stages
 from heretic.report.reporter import ReportWriter, write_report
 from heretic.runs.folder import REPORT, RunFolder
 from heretic.runs.metadata import RunMetadata
-from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import PrunedTrial, Scores
-from heretic.scoring.harmless_metrics import HarmlessMetrics
-from heretic.scoring.refusal_proxy import RefusalProxy
+from heretic.scoring.scores import Divergence, HarmlessMetrics, PrunedTrial, RefusalProxy, Scores
 from heretic.search.pareto import pareto_front
 from heretic.settings import SearchSettings, Settings
 from heretic.storage.attributes import KL_PER_PROMPT, PRUNED

@@ -23,8 +23,8 @@ from heretic.runs.stored_tensors import (
     optimizer_state_from_tensors,
     optimizer_state_tensors,
 )
-from heretic.scoring.harmless_metrics import HarmlessMetrics
 from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL
+from heretic.scoring.scores import HarmlessMetrics
 from heretic.search.gradient_path import PathPoint
 from heretic.search.path_optimizer import OptimizerState
 from tests.helpers.reporters import RecordingReporter

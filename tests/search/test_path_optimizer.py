@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.directions import Directions, normalized, orthonormal
 from heretic.ablation.operator import GEOMETRIES, stats_for_directions, weight_statistics
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.errors import Interrupted
 from heretic.interrupt import StopSignal
 from heretic.model.activation_cache import allocate_cache

@@ -13,10 +13,7 @@ import pytest
 from heretic.errors import Interrupted, StudyMismatch, UserError
 from heretic.interrupt import StopSignal
 from heretic.progress import NULL_REPORTER
-from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import PrunedTrial, Scores, TrialOutcome
-from heretic.scoring.harmless_metrics import HarmlessMetrics
-from heretic.scoring.refusal_proxy import RefusalProxy
+from heretic.scoring.scores import Divergence, HarmlessMetrics, PrunedTrial, RefusalProxy, Scores, TrialOutcome
 from heretic.search.pareto import pareto_front, results
 from heretic.search.pruning import StudyHistory
 from heretic.search.sampler import BoundedTPESampler, relevant_trials

@@ -33,7 +33,7 @@ from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.run import Outcome, device_lock, open_locked_study, run
 from heretic.pipeline.run_context import RunContext
 from heretic.progress import NULL_REPORTER
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Scores
 from heretic.search.pareto import Result
 from heretic.search.space import SearchSpace
 from heretic.search.summary import StudyReporter

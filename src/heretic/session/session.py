@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.bake import OriginalWeights, copy_weights, read_from_checkpoint, rewritten_weights
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import LazyTensor
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.ablation.residual_geometry import GeometryRecorder, ResidualGeometry
 from heretic.errors import UserError
 from heretic.hardware.host import format_bytes, memory
