@@ -9,6 +9,8 @@ import pytest
 
 from heretic.hardware.virtual_gpus import virtual_gpus
 from heretic.planning.preflight import build_report
+from heretic.planning.preflight_facts import PreflightInputs
+from heretic.planning.workload import USUAL_PROMPT, Workload
 from heretic.settings import Settings
 from tests.helpers.errors import raises
 from tests.helpers.shapes import GIB, checkpoint_of, qwen_32b
@@ -40,9 +42,7 @@ def test_the_reported_machine_is_planned_without_having_it(tmp_path: Path) -> No
     settings = Settings(model="a/b", runs_dir=str(tmp_path))
     report = build_report(
         settings,
-        checkpoint_loader=lambda: checkpoint_of(qwen_32b()),
-        prompt_loader=lambda: None,
-        storage_check=lambda: None,
+        PreflightInputs(Workload.of(settings, USUAL_PROMPT), checkpoint_of(qwen_32b())),
         virtual=virtual_gpus("4x24GiB"),
     )
     assert report.plan is not None and report.plan.fits and report.plan.on_gpu
