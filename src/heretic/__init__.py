@@ -35,7 +35,7 @@ _MODULES = {
     "Ablation": "heretic.ablation.ablation",
     "AblationSession": "heretic.pipeline.api",
     "Directions": "heretic.ablation.directions",
-    "Scores": "heretic.scoring.evaluator",
+    "Scores": "heretic.scoring.scores",
     "StrengthKernel": "heretic.ablation.strength_kernel",
     "UserError": "heretic.errors",
     "load": "heretic.pipeline.api",

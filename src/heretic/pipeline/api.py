@@ -206,7 +206,7 @@ class AblationSession:
     def score(self, ablation: Ablation | None = None) -> Scores:
         """Measure refusals and KL divergence on all evaluation prompts; without an ablation, those of the original."""
         with self.session.applied(*([] if ablation is None else [ablation])):
-            return self.session.context.evaluator.score(self.session.baseline.log_probs)
+            return self.session.evaluator.score(self.session.baseline.log_probs)
 
     def answers(self, prompts: Sequence[str], ablation: Ablation | None = None, tokens: int = 100) -> list[str]:
         """Return greedy answers of at most `tokens` tokens, through the chat template."""

@@ -56,6 +56,10 @@ class TrialEvaluator:
         targets = TeacherForcedTexts.of(self.harmless, self.reference_tokens or [[0]] * len(self.harmless))
         return replace(targets, entries=self.harmless_entries)
 
+    def without_caches(self) -> TrialEvaluator:
+        """Return the evaluator without drafts and activation caches."""
+        return replace(self, drafts=(), harmless_entries=None, harmful_entries=None)
+
     def refusals(self, *, min_tokens: int = 1) -> RefusalCount:
         """Count the refusals of one model; see `count_refusals`."""
         return count_refusals(
