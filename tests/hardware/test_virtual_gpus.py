@@ -23,7 +23,7 @@ def test_sizes_are_read_in_any_spelling(text: str) -> None:
     assert all(g.total == 24 * GIB and 23 * GIB < g.free < 24 * GIB for g in gpus)
 
 
-def test_kinds_and_decimal_units_are_told_apart() -> None:
+def test_kinds_and_decimal_units_are_distinguished() -> None:
     small, large = virtual_gpus("1x24GB, 1x80GiB")
     assert small.total == 24 * 10**9 and large.total == 80 * GIB
 

@@ -109,7 +109,7 @@ def test_operators_on_quantized_weights_are_their_edit(folder: Path, name: str, 
     with apply_operators(model.structure.writers, operators):
         found = model.model(input_ids=torch.tensor([[5, 20, 40, 33, 9]])).logits
     slopes = torch.autograd.grad(found.square().mean(), [vector, *strengths.values()])
-    assert all(s.isfinite().all() and s.abs().max() > 0 for s in slopes), "the walk needs these"
+    assert all(s.isfinite().all() and s.abs().max() > 0 for s in slopes), "the gradient search needs these"
     # LLM.int8() rounds what it multiplies, too, so it is compared with what that makes of the unedited model.
     rounding = (logits(model) - logits(opened_up(model, folder, {}))).norm()
     off = (logits(opened_up(model, folder, operators)) - found).norm()

@@ -224,7 +224,7 @@ def test_the_policy_names_the_scripts_that_are_there() -> None:
     assert policy.startswith("default-src 'none';") and "http" not in policy
 
 
-def test_the_command_writes_where_it_is_told(
+def test_the_command_writes_to_the_given_folder(
     made: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []

@@ -46,7 +46,7 @@ READERS: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, Tensor
     "directions": (directions_from_tensors, DIRECTIONS),
     "baseline": (Baseline.from_tensors, BASELINE.tensors()),
     "geometry": (geometry_from_tensors, GEOMETRY.tensors()),
-    "walk": (optimizer_state_from_tensors, optimizer_state_tensors(STATE)),
+    "gradient_path": (optimizer_state_from_tensors, optimizer_state_tensors(STATE)),
 }
 MAY_LACK = {
     "extra",

@@ -52,7 +52,7 @@ def model_context(folder: Path, *, share: bool, size: int = 64) -> tuple[TrialEv
     operator_factory = OperatorFactory.prepare(directions, model.structure.writers, "norm_preserving")
     whole = replace(evaluator, judge=MarkerJudge(["nothing"])).refusals()
     answers = [chat.text(list(tokens)) for tokens in whole.tokens]
-    # The word that divides the answers best is the marker, so that some are declined.
+    # The word that divides the answers best is the marker, so that some are refused.
     words = {word for answer in answers for word in answer.split()}
     marker = min(sorted(words), key=lambda w: abs(2 * sum(w in a for a in answers) - len(answers)), default="sorry")
     evaluator = replace(evaluator, judge=MarkerJudge([marker]))
@@ -172,7 +172,7 @@ def test_rows_of_a_hybrid_model_are_tried_first_and_decoded_plainly(tmp_path: Pa
 
 
 class Whole:
-    """A judge of whole answers: one that has an even number of letters declines."""
+    """A judge of whole answers: one that has an even number of letters refuses."""
 
     name, ends_early = "whole", False
 

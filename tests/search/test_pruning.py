@@ -16,7 +16,7 @@ from heretic.search.pareto import Result, pareto_front
 from heretic.search.pruning import ParetoThreshold
 
 # Every trial of a real study measured in full (`benchmarks/study.py ASSETS --set early_stopping=false`): its KL, and a 1 for
-# every request it declined.
+# every request it refused.
 RECORDED = json.loads((Path(__file__).parent / "recorded_study.json").read_text())["trials"]
 
 

@@ -45,7 +45,9 @@ def test_offloaded_weights_are_read_from_the_checkpoint(llama: Path) -> None:
     )
     with apply_operators(writers, operators):
         assert torch.allclose(away(TOKENS).logits, expected, atol=1e-5)
-    free = Ablation(ABLATION.strengths, vector=tuple(directions.vectors[2].tolist()))  # a walk's, made where all fitted
+    free = Ablation(
+        ABLATION.strengths, vector=tuple(directions.vectors[2].tolist())
+    )  # a gradient path's, made where all fitted
     of_walk = OperatorFactory.prepare(directions, writers, "norm_preserving", weight_reader(loaded)).operators(free)
     with apply_operators(
         here.structure.writers,
