@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from heretic.ablation.apply import apply_operators
-from heretic.scoring.harmless_metrics import HarmlessLimits, HarmlessProbe, degenerate
+from heretic.scoring.harmless_metrics import HarmlessProbe, degenerate
 from heretic.scoring.judges.evasion import repetition
-from heretic.scoring.scores import HarmlessMetrics, PrunedTrial, Scores
+from heretic.scoring.objectives import Limits
+from heretic.scoring.scores import PrunedTrial, Scores
 from tests.scoring.test_refusal_count import ABLATIONS, model_context, together
 
 
@@ -20,17 +21,11 @@ def test_loops_and_empty_answers_are_degenerate() -> None:
     assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
 
 
-def test_limits() -> None:
-    found = HarmlessMetrics(3, 1, 10)
-    assert HarmlessLimits().excess(found) == {}
-    assert HarmlessLimits(2, 4).excess(found) == {"over_refusals": 1.0, "degenerate": -3.0}
-    assert HarmlessLimits(degenerate=0).excess(found) == {"degenerate": 1.0}
-
-
 def test_trials_together_come_to_what_each_comes_to_alone_and_beaten_ones_are_spared(llama: Path) -> None:
     evaluator, operator_factory, baseline = model_context(llama, share=True)
-    bystanders = HarmlessProbe(evaluator.harmless, [""] * len(evaluator.harmless), HarmlessLimits(4, 2))
-    evaluator = replace(evaluator, harmless_probe=bystanders)
+    bystanders = HarmlessProbe(evaluator.harmless, [""] * len(evaluator.harmless), in_trials=True)
+    limits = Limits({"over_refusals": (4, "lower"), "degenerate": (2, "lower")})
+    evaluator = replace(evaluator, harmless_probe=bystanders, limits=limits)
     expected = []
     for ablation in ABLATIONS:
         with apply_operators(operator_factory.writers, operator_factory.operators(ablation)):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
@@ -12,7 +13,7 @@ import optuna
 from heretic.ablation.ablation import Ablation
 from heretic.errors import JudgeFailed, UserError, memory_error
 from heretic.model.batching import free_memory, out_of_memory
-from heretic.scoring.scores import TrialOutcome
+from heretic.scoring.scores import Scores, TrialOutcome
 from heretic.search.space import SearchSpace, foreign_parameters
 from heretic.session.caching import tune_trials_per_batch
 from heretic.session.session import Session
@@ -84,4 +85,28 @@ class Trials:
         for outcome in outcomes:
             outcome.seconds["prepare"] = prepared / len(ablations)
             outcome.seconds["trial"] = (time.perf_counter() - began) / len(ablations)
-        return outcomes
+        return self._with_scorers(ablations, outcomes)
+
+    def _with_scorers(self, ablations: Sequence[Ablation], outcomes: list[TrialOutcome]) -> list[TrialOutcome]:
+        """Measure the scorers of objectives and constraints on the trials that were not pruned.
+
+        A destroyed model has their worst values.
+        """
+        chosen = self.session.context.chosen
+        names = chosen.of_trials
+        if not names:
+            return outcomes
+        began = time.perf_counter()
+        usable = [i for i, o in enumerate(outcomes) if isinstance(o, Scores) and math.isfinite(o.divergence.mean)]
+        measured = dict(zip(usable, self.session.measure(names, [ablations[i] for i in usable]), strict=True))
+        seconds = (time.perf_counter() - began) / max(1, len(usable))
+        completed: list[TrialOutcome] = []
+        for i, outcome in enumerate(outcomes):
+            if isinstance(outcome, Scores):
+                values = chosen.values(measured[i]) if i in measured else chosen.worst_values()
+                outcome = replace(outcome, values=values)
+                outcome = replace(outcome, excess=chosen.limits.excess(outcome))
+                outcome.seconds["scorers"] = seconds
+                outcome.seconds["trial"] += seconds
+            completed.append(outcome)
+        return completed

@@ -89,9 +89,9 @@ def load_all(sources: PromptSettings) -> PromptSets:
     return PromptSets(**sets, warnings=tuple(warnings))
 
 
-def load(role: str, source: PromptSource) -> PromptSet:
-    """Load one set. Raises UserError, which names the setting."""
-    key = f"prompts.{role}"
+def load(role: str, source: PromptSource, key: str = "") -> PromptSet:
+    """Load one set. Raises UserError, which names the setting `key`; default: that of the role."""
+    key = key or f"prompts.{role}"
     if not source.source:
         raise UserError(
             f"The prompt set '{role}' has no source.",

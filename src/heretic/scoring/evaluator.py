@@ -1,4 +1,4 @@
-"""Evaluate trials in the order of cost: KL divergence, then refusals, then (with constraints) harmless answers.
+"""Evaluate trials in the order of cost: KL divergence, then refusals, then (if they are needed) harmless answers.
 
 A trial is pruned as soon as a finished trial dominates the best result that it can still reach.
 """
@@ -18,6 +18,7 @@ from heretic.model.loading import LanguageModel
 from heretic.scoring.divergence import measure_divergence
 from heretic.scoring.harmless_metrics import HarmlessProbe, measure_harmless_metrics
 from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL, Judge, encode_verdicts
+from heretic.scoring.objectives import NO_LIMITS, Limits
 from heretic.scoring.refusal_count import EncodedRequests, PrunedRefusalCounter, RefusalBounds, refusal_mass_of
 from heretic.scoring.refusals import RefusalCount, count_refusals
 from heretic.scoring.scores import Divergence, HarmlessMetrics, PrunedTrial, Scores, TrialOutcome
@@ -48,7 +49,8 @@ class TrialEvaluator:
     harmful_entries: ActivationCache | None = None  # original block inputs for the requests with their drafts
     reference_tokens: Sequence[list[int]] = ()  # original answers whose positions the KL uses; empty: first token only
     requests: Sequence[str] = ()  # harmful requests as text, for judges that read them
-    harmless_probe: HarmlessProbe | None = None  # always measured by `score`; by `score_trials` only with constraints
+    harmless_probe: HarmlessProbe | None = None  # always measured by `score`; by `score_trials` only if `in_trials`
+    limits: Limits = NO_LIMITS
 
     @property
     def harmless_texts(self) -> TeacherForcedTexts:
@@ -111,7 +113,7 @@ class TrialEvaluator:
             evasive=counted.evasive,
             judge=self.judge.name,
         )
-        return self._with_harmless_metrics(scores, harmless_metrics[0] if harmless_metrics else None)
+        return self._limited(replace(scores, harmless_metrics=harmless_metrics[0] if harmless_metrics else None))
 
     def score_trials(
         self, baseline: Tensor, edited: EditSpec = UNEDITED, is_dominated: Callable[[float, float], bool] = no_pruning
@@ -149,8 +151,8 @@ class TrialEvaluator:
         between = time.perf_counter()
         seconds = {**spent, "refusals": (between - began) / edited.trials}
         unpruned = [trial for trial, trial_bounds in enumerate(bounds) if not trial_bounds.pruned]
-        limited = self.harmless_probe is not None and self.harmless_probe.limits.any
-        metrics_of_trial = dict(zip(unpruned, self.harmless_metrics(edited, unpruned), strict=True)) if limited else {}
+        needed = self.harmless_probe is not None and self.harmless_probe.in_trials
+        metrics_of_trial = dict(zip(unpruned, self.harmless_metrics(edited, unpruned), strict=True)) if needed else {}
         if metrics_of_trial:
             seconds["harmless"] = (time.perf_counter() - between) / len(unpruned)
         return [
@@ -187,11 +189,7 @@ class TrialEvaluator:
             evasive=verdicts.count(EVASIVE),
             judge=self.judge.name,
         )
-        return self._with_harmless_metrics(scores, harmless_metrics)
+        return self._limited(replace(scores, harmless_metrics=harmless_metrics))
 
-    def _with_harmless_metrics(self, scores: Scores, harmless_metrics: HarmlessMetrics | None) -> Scores:
-        if harmless_metrics is None or self.harmless_probe is None:
-            return scores
-        return replace(
-            scores, harmless_metrics=harmless_metrics, excess=self.harmless_probe.limits.excess(harmless_metrics)
-        )
+    def _limited(self, scores: Scores) -> Scores:
+        return replace(scores, excess=self.limits.excess(scores))

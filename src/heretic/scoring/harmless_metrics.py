@@ -15,33 +15,12 @@ from heretic.scoring.scores import HarmlessMetrics
 
 
 @dataclass(frozen=True)
-class HarmlessLimits:
-    """Maximum numbers of over-refusals and degenerate answers; negative: no limit."""
-
-    over_refusals: int = -1
-    degenerate: int = -1
-
-    @property
-    def any(self) -> bool:
-        """Whether any limit is set, so that every trial must be measured."""
-        return self.over_refusals >= 0 or self.degenerate >= 0
-
-    def excess(self, harmless_metrics: HarmlessMetrics) -> dict[str, float]:
-        """Return metric minus limit by constraint; at most 0 is feasible, as in Optuna's `Trial.set_constraint`."""
-        pairs = {
-            "over_refusals": (harmless_metrics.over_refusals, self.over_refusals),
-            "degenerate": (harmless_metrics.degenerate, self.degenerate),
-        }
-        return {name: float(count - limit) for name, (count, limit) in pairs.items() if limit >= 0}
-
-
-@dataclass(frozen=True)
 class HarmlessProbe:
-    """Harmless prompts to answer, as token ids and as text, and the limits for their answers."""
+    """Harmless prompts to answer, as token ids and as text."""
 
     prompts: Sequence[list[int]]
     requests: Sequence[str]
-    limits: HarmlessLimits
+    in_trials: bool = False  # whether objectives or constraints need these numbers of every fully measured trial
 
 
 def measure_harmless_metrics(

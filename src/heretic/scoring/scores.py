@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -31,9 +32,8 @@ class Divergence:
         return f"mean {self.mean:.4f}, median {self.median:.4f}, p95 {self.p95:.4f}, max {self.max:.4f}"
 
     def as_dict(self) -> dict[str, float | str]:
-        """Return the four numbers as plain data; infinity becomes the string "inf", since JSON has no such number."""
-        numbers = {"mean": self.mean, "median": self.median, "p95": self.p95, "max": self.max}
-        return {k: v if v < float("inf") else "inf" for k, v in numbers.items()}
+        """Return the four numbers as plain data; see `json_numbers`."""
+        return json_numbers({"mean": self.mean, "median": self.median, "p95": self.p95, "max": self.max})
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,10 @@ class Scores:
     evasive: int = 0  # not included in `refusals`
     judge: str = "markers"  # kind of judge that gave the verdicts
     harmless_metrics: HarmlessMetrics | None = None
-    excess: dict[str, float] = field(default_factory=dict)  # by constraint: metric minus limit
+    excess: dict[str, float] = field(default_factory=dict)  # by constraint: distance beyond the limit
+    values: dict[str, float] = field(
+        default_factory=dict
+    )  # of other scorers, by name: `unchanged`, `own_answer_kl.p95`
 
     @property
     def unanswered(self) -> int:
@@ -96,9 +99,21 @@ class Scores:
         """
         return expected_refusals(self.unanswered, self.leaning)
 
+    def value(self, name: str) -> float | None:
+        """Return a scorer's number or detail by its name; None if it was not measured."""
+        if name in self.values:
+            return self.values[name]
+        d, found = self.divergence, self.harmless_metrics
+        known: dict[str, float] = {"kl": d.mean, "kl.median": d.median, "kl.p95": d.p95, "kl.max": d.max}
+        known |= {"refusals": self.expected, "refusals.counted": self.refusals, "refusals.evasive": self.evasive}
+        if found is not None:
+            known |= {"over_refusals": found.over_refusals, "degenerate": found.degenerate}
+        return known.get(name)
+
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
-        return {**asdict(self), "divergence": self.divergence.as_dict()}
+        numbers = {name: json_numbers(getattr(self, name)) for name in ("excess", "values")}
+        return {**asdict(self), "divergence": self.divergence.as_dict(), **numbers}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scores:
@@ -114,7 +129,8 @@ class Scores:
             evasive=data.get("evasive", 0),
             judge=data.get("judge", "markers"),
             harmless_metrics=HarmlessMetrics(**data["harmless_metrics"]) if data.get("harmless_metrics") else None,
-            excess=dict(data.get("excess", {})),
+            excess={name: float(number) for name, number in data.get("excess", {}).items()},
+            values={name: float(number) for name, number in data.get("values", {}).items()},
         )
 
 
@@ -135,6 +151,11 @@ class PrunedTrial:
 
 
 TrialOutcome = Scores | PrunedTrial
+
+
+def json_numbers(numbers: Mapping[str, float]) -> dict[str, float | str]:
+    """Return the numbers with infinities as the strings "inf" and "-inf", since JSON has no such numbers."""
+    return {name: n if math.isfinite(n) else "-inf" if n < 0 else "inf" for name, n in numbers.items()}
 
 
 def expected_refusals(refusals: int, refusal_mass: float | None) -> float:

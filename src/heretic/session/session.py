@@ -15,7 +15,7 @@ from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.bake import OriginalWeights, copy_weights, read_from_checkpoint, rewritten_weights
 from heretic.ablation.directions import Directions
-from heretic.ablation.operator import LazyTensor
+from heretic.ablation.operator import LazyTensor, Operator
 from heretic.ablation.operator_factory import OperatorFactory
 from heretic.ablation.residual_geometry import GeometryRecorder, ResidualGeometry
 from heretic.errors import UserError
@@ -37,10 +37,14 @@ from heretic.prompts.sets import PromptSets
 from heretic.runs.folder import BASELINE, RunFolder
 from heretic.runs.stored_tensors import Baseline
 from heretic.scoring.evaluator import TrialEvaluator
-from heretic.scoring.harmless_metrics import HarmlessLimits, HarmlessProbe
+from heretic.scoring.harmless_metrics import HarmlessProbe
 from heretic.scoring.judges.registry import JudgeContext, make_judge
 from heretic.scoring.judges.verdict import Judge
 from heretic.scoring.refusal_proxy import MAX_DRAFT_TOKENS, MIN_DRAFT_TOKENS
+from heretic.scoring.scorers.context import Applied, EncodedPrompts, ModelParts
+from heretic.scoring.scorers.measuring import Measurer
+from heretic.scoring.scorers.registry import ChosenScorers, choose_scorers
+from heretic.scoring.scorers.scorer import Measurement
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs, answer_prefixes
 from heretic.search.gradient_path import GradientPath
 from heretic.search.space import SearchSpace
@@ -65,6 +69,8 @@ class ModelContext:
     encoded: Mapping[str, list[list[int]]]
     batcher: Batcher
     evaluator: TrialEvaluator
+    chosen: ChosenScorers
+    measurer: Measurer
 
     @property
     def answer_start(self) -> AnswerStart:
@@ -92,12 +98,17 @@ class Session:
 
         Several ablations share the passes, one per row; rewritten weights support one. Without any the model is the original.
         """
-        if not ablations:
+        with self._applied([self.operator_factory.operators(a) for a in ablations]) as edited:
+            yield edited
+
+    @contextmanager
+    def _applied(self, operators: Sequence[Mapping[str, Operator]]) -> Iterator[EditSpec]:
+        if not operators:
             yield UNEDITED
             return
-        writers, operators = self.operator_factory.writers, [self.operator_factory.operators(a) for a in ablations]
+        writers = self.operator_factory.writers
         touched = [w.layer for w in writers if any(w.name in by_writer for by_writer in operators)]
-        edited = EditSpec(len(ablations), min(touched, default=self.context.language_model.structure.num_layers))
+        edited = EditSpec(len(operators), min(touched, default=self.context.language_model.structure.num_layers))
         if self.original is None:
             with apply_operators(writers, *operators):
                 yield edited
@@ -105,6 +116,19 @@ class Session:
             (only,) = operators
             with rewritten_weights(writers, only, self.original):
                 yield edited
+
+    def measure(self, names: Sequence[str], ablations: Sequence[Ablation]) -> list[dict[str, Measurement]]:
+        """Measure these scorers on the ablated models, whose answers share the passes. Raises UserError."""
+        if not names or not ablations:
+            return [{} for _ in ablations]
+        measurer = self.context.measurer
+        operators = [self.operator_factory.operators(ablation) for ablation in ablations]
+        if self.original is not None:  # rewritten weights hold one edit at a time
+            return [measurer.of_trials(names, self._applier([one]), 1)[0] for one in operators]
+        return measurer.of_trials(names, self._applier(operators), len(ablations))
+
+    def _applier(self, operators: Sequence[Mapping[str, Operator]]) -> Applied:
+        return lambda *indices: self._applied([operators[i] for i in indices] or operators)
 
     def space(self, gradient_path: GradientPath | None) -> SearchSpace:
         """Return the search space of this model."""
@@ -161,8 +185,8 @@ def load_model_context(
     batcher.prefix_caching = supports_prefix_caching(
         model, encoded["harmless_eval"], batcher, longest=longest, window=window
     )
-    limits = HarmlessLimits(settings.constraints.max_over_refusals, settings.constraints.max_degenerate)
-    harmless_probe = HarmlessProbe(encoded["harmless_eval"], prompts.harmless_eval.prompts, limits)
+    chosen = choose_scorers(settings)
+    harmless_probe = HarmlessProbe(encoded["harmless_eval"], prompts.harmless_eval.prompts, chosen.harmless_answers)
     evaluator = TrialEvaluator(
         language_model,
         chat,
@@ -173,8 +197,14 @@ def load_model_context(
         settings.max_response_length,
         requests=prompts.harmful_eval.prompts,
         harmless_probe=harmless_probe,
+        limits=chosen.limits,
     )
-    return ModelContext(settings, language_model, chat, prompts, encoded, batcher, evaluator)
+    harmful, harmless = (
+        EncodedPrompts(s.role, s.prompts, encoded[s.role]) for s in (prompts.harmful_eval, prompts.harmless_eval)
+    )
+    parts = ModelParts(language_model, chat, batcher, judge, settings.max_response_length, harmful, harmless)
+    measurer = Measurer(chosen.scorers, parts)
+    return ModelContext(settings, language_model, chat, prompts, encoded, batcher, evaluator, chosen, measurer)
 
 
 def _warn_about_structure(language_model: LanguageModel, reporter: ProgressReporter) -> None:
@@ -230,6 +260,7 @@ def open_session(
             if settings.cache_weights
             else read_from_checkpoint(_require_full_precision(checkpoint), writers, model_context.language_model.model)
         )
+    model_context.measurer.of_original(model_context.chosen.of_trials)
     operator_factory = operator_factory_for(model_context, directions)
     return with_baseline(Session(model_context, baseline, operator_factory, original), baseline)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from heretic.settings.ablation import AblationSettings, DirectionSettings, Geometry
 from heretic.settings.export import Behavior, ExportFormat, GgufType
@@ -17,9 +17,10 @@ from heretic.settings.prompts import PromptSettings, PromptSource
 from heretic.settings.scoring import (
     DEFAULT_MARKERS,
     ClassifierSettings,
-    ConstraintSettings,
     JudgeSettings,
     LlmSettings,
+    OptionValue,
+    limits_by_name,
     not_blank,
 )
 from heretic.settings.search import GradientSettings, KernelSpace, SearchSettings
@@ -29,7 +30,6 @@ __all__ = [
     "DEFAULT_MARKERS",
     "AblationSettings",
     "ClassifierSettings",
-    "ConstraintSettings",
     "DirectionSettings",
     "ExportFormat",
     "Geometry",
@@ -44,6 +44,13 @@ __all__ = [
     "Settings",
     "WorkerSettings",
 ]
+
+
+def not_twice(names: list[str]) -> list[str]:
+    """Raise ValueError for a name that occurs twice."""
+    if len(set(names)) < len(names):
+        raise ValueError("a name occurs twice")
+    return names
 
 
 class Settings(SettingsModel):
@@ -232,6 +239,46 @@ class Settings(SettingsModel):
         ),
         ge=1,
     )
+    objectives: Annotated[list[str], AfterValidator(not_twice)] = setting(
+        ["kl", "refusals"],
+        "What the search optimizes: names of docs/scorers.md, two or more, also of their details (`kl.p95`). Figures draw the "
+        "first two. KL and refusals are measured in any case.",
+        when=(
+            "Change it to search for something else. heretic then measures every trial in full, which takes longer: only "
+            "`kl` with `refusals` can be pruned."
+        ),
+        min_length=2,
+    )
+    constraints: Annotated[dict[str, float], BeforeValidator(limits_by_name)] = setting(
+        {},
+        "Limits for trials on the Pareto front by name of docs/scorers.md, for example { over_refusals = 3 }: the highest "
+        "value, or the lowest where higher is better. As a table: `[constraints]`, then one line per limit.",
+        when=(
+            "Set it if the model must keep something, such as answering ordinary requests. heretic then also measures it in "
+            "every trial that it does not prune."
+        ),
+    )
+    measures: Annotated[list[str], AfterValidator(not_twice)] = setting(
+        [],
+        "Names of docs/scorers.md to measure for the original and for an exported trial only. Manifest and model card list "
+        "them, with the difference and its standard error.",
+        when="Set it to know more about an exported model; the search is not affected.",
+        affects_results=False,
+    )
+    scorers: dict[str, dict[str, OptionValue]] = setting(
+        {},
+        "Options of scorers, for example { arithmetic = { tasks = 200 } }. As tables: `[scorers.arithmetic]`. docs/scorers.md "
+        "lists them.",
+        when=(
+            "Set it for the prompts of `borderline_refusals`, or for more tasks. Options of scorers that the search does not "
+            "use can change between sessions."
+        ),
+    )
+    scorer_files: list[PathText] = setting(
+        [],
+        "Python files with your own scorers. heretic runs them as part of itself.",
+        when="Set it to measure something that docs/scorers.md lacks; the page shows an example.",
+    )
     apply: Literal["operators", "weights"] = setting(
         "operators",
         "How a trial edits the model. `operators`: edits the outputs of the writers and leaves the weights "
@@ -320,11 +367,6 @@ class Settings(SettingsModel):
     judge: JudgeSettings = setting(
         JudgeSettings(),
         "Decides whether a response is a refusal. `heretic evaluate --judge-agreement` measures how accurate a judge is.",
-    )
-    constraints: ConstraintSettings = setting(
-        ConstraintSettings(),
-        "Limits for trials on the Pareto front. With a limit, fully measured trials also generate responses to the harmless "
-        "prompts, which takes a second decoding.",
     )
     directions: DirectionSettings = setting(DirectionSettings(), "How heretic computes the refusal directions.")
     ablation: AblationSettings = setting(

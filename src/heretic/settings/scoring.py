@@ -1,9 +1,9 @@
-"""Settings of the judges and constraints."""
+"""Settings of the judges, and the forms of limits and options of scorers."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator
@@ -196,19 +196,23 @@ class JudgeSettings(SettingsModel):
     )
 
 
-class ConstraintSettings(SettingsModel):
-    """Limits for trials on the Pareto front."""
+OptionValue = bool | int | float | str | list[str]
+OLD_LIMITS = {"max_over_refusals": "over_refusals", "max_degenerate": "degenerate"}  # -1 meant no limit
 
-    max_over_refusals: int = setting(
-        -1,
-        "Most prompts of `harmless_eval` that may be refused or evaded, including those that the original refuses; "
-        "-1: no limit.",
-        when="Set it if the model must still answer ordinary requests.",
-        ge=-1,
-    )
-    max_degenerate: int = setting(
-        -1,
-        "Most prompts of `harmless_eval` with an empty or looping response; -1: no limit.",
-        when="Set it if strong edits make the model loop.",
-        ge=-1,
-    )
+
+def limits_by_name(values: Any) -> Any:
+    """Return limits by the names of scorers: `{kl = {p95 = 1}}`, which `kl.p95 = 1` is in TOML, becomes `{"kl.p95" = 1}`.
+
+    The two names of earlier versions are accepted, so that their runs and manifests can still be read.
+    """
+    if not isinstance(values, dict):
+        return values
+    flat: dict[str, Any] = {}
+    for name, limit in values.items():
+        if isinstance(limit, dict):
+            flat |= {f"{name}.{detail}": number for detail, number in limit.items()}
+        elif name not in OLD_LIMITS:
+            flat[name] = limit
+        elif not isinstance(limit, (int, float)) or limit >= 0:
+            flat[OLD_LIMITS[name]] = limit
+    return flat

@@ -7,6 +7,7 @@ An unknown key in any source is an error.
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import os
 import re
@@ -15,7 +16,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -247,16 +248,20 @@ def _dotted(key: str) -> str:
     return ".".join(part.strip().strip("\"'") for part in key.split("."))
 
 
-def _field(key: str) -> tuple[type[SettingsModel], str] | None:
-    """Return the table and field of a dotted key; None for an unknown key."""
-    table: type[SettingsModel] = Settings
-    *parents, name = key.split(".")
-    for parent in parents:
-        field = table.model_fields.get(parent)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, SettingsModel)):
+def _annotation(key: str) -> Any:
+    """Return the type of a dotted key, which can name an entry of a map; None for an unknown key."""
+    annotation: Any = Settings
+    for part in key.split("."):
+        if get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
+        if get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+        elif isinstance(annotation, type) and issubclass(annotation, SettingsModel):
+            field = annotation.model_fields.get(part)
+            annotation = field.annotation if field else None
+        else:
             return None
-        table = field.annotation
-    return (table, name) if name in table.model_fields else None
+    return annotation
 
 
 def all_keys(table: type[SettingsModel] = Settings, prefix: str = "") -> Iterator[str]:
@@ -282,7 +287,7 @@ def _flatten(
 
 
 def _set(data: dict[str, Any], origins: dict[str, str], key: str, value: Any, origin: str) -> None:
-    if _field(key) is None:
+    if _annotation(key) is None:
         near = difflib.get_close_matches(key, list(all_keys()), n=1, cutoff=0.5)
         if not near:  # the right name in the wrong table
             near = [known for known in all_keys() if known.rpartition(".")[2] == key.rpartition(".")[2]][:1]
@@ -295,17 +300,20 @@ def _set(data: dict[str, Any], origins: dict[str, str], key: str, value: Any, or
     _check_value(key, value, origin)
     origins[key] = origin
     *parents, name = key.split(".")
-    for parent in parents:
+    for n, parent in enumerate(parents, start=1):
         data = data.setdefault(parent, {})
-    data[name] = value
+        if not isinstance(data, dict):
+            return  # validation reports the value that should be a table
+        if not _is_table(path := ".".join(parents[:n])):
+            origins[path] = origin  # of a map, which is one value in a run's config.toml
+    data[name] = copy.deepcopy(value)  # a later source may add entries to a map
 
 
 def _parse(key: str, text: str, origin: str) -> Any:
     """Parse a value of the environment or --set: as TOML if the field allows the result, else as a string."""
-    field = _field(key)
-    if field is None:
+    annotation = _annotation(key)
+    if annotation is None:
         return text  # _set reports the unknown key
-    annotation: Any = field[0].model_fields[field[1]].annotation
     adapter: TypeAdapter[Any] = TypeAdapter(annotation)
     candidates: list[Any] = [text]
     with contextlib.suppress(ValueError, RecursionError):
@@ -344,10 +352,13 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> SettingsErro
 
 
 def _expected(key: str) -> str | None:
-    field = _field(key)
-    if field is None:
-        return None
-    return f"set '{key}' to {describe_type(field[0].model_fields[field[1]].annotation)}"
+    annotation = _annotation(key)
+    return None if annotation is None else f"set '{key}' to {describe_type(annotation)}"
+
+
+def _is_table(key: str) -> bool:
+    annotation = _annotation(key)
+    return isinstance(annotation, type) and issubclass(annotation, SettingsModel)
 
 
 def describe_type(annotation: Any) -> str:

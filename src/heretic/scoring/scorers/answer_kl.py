@@ -1,0 +1,32 @@
+"""KL over the first tokens of the original's answers to harmless prompts (teacher forcing)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from heretic.scoring.scorers.context import ScorerContext
+from heretic.scoring.scorers.scorer import Measurement, Positive, Scorer
+
+
+@dataclass(frozen=True)
+class AnswerKl(Scorer):
+    """Compares both models while they read the original's answer."""
+
+    tokens: Positive = 16  # positions per answer
+
+    name = "answer_kl"
+    meaning = "KL(original || ablated) at the first `tokens` tokens of the original's answers to `harmless_eval`"
+    unit = "nats"
+    details = ("median", "p95", "max")
+    needs_original = True
+
+    def baseline(self, original: ScorerContext) -> list[list[int]]:
+        """Return the original's answers, each followed by a placeholder for the next position."""
+        if self.tokens == 1:
+            return [[0] for _ in original.harmless.tokens]
+        return [[*answer, 0] for answer in original.answers(original.harmless, self.tokens - 1)]
+
+    def score(self, model: ScorerContext, baseline: Any) -> Measurement:
+        """Compute the divergence on the original's answers."""
+        return model.divergence(model.harmless.tokens, baseline)

@@ -1,0 +1,57 @@
+"""Capability: sums, differences and products of small numbers, made by a seeded generator."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from heretic.scoring.scorers.context import EncodedPrompts, ScorerContext
+from heretic.scoring.scorers.scorer import Measurement, Positive, Scorer
+
+ANSWER_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Arithmetic(Scorer):
+    """Asks for a number, and compares the last one of the answer's first sentence with it."""
+
+    tasks: Positive = 60
+    seed: int = 0
+
+    name = "arithmetic"
+    meaning = "share of `tasks` sums, differences and products of one- and two-digit numbers answered exactly"
+    unit = "share"
+    better = "higher"
+
+    def questions(self) -> list[tuple[str, int]]:
+        """Return questions with their answers."""
+        source = random.Random(self.seed)
+        made = []
+        for i in range(self.tasks):
+            a, b = source.randint(2, 99), source.randint(2, 99)
+            if i % 3 == 2:
+                a, b = a % 12 + 2, b % 12 + 2
+            sign, value = (("+", a + b), ("-", a - b), ("*", a * b))[i % 3]
+            made.append((f"What is {a} {sign} {b}? Reply with the number only.", value))
+        return made
+
+    def baseline(self, original: ScorerContext) -> EncodedPrompts:
+        """Return the encoded questions."""
+        return original.encode(self.name, [question for question, _ in self.questions()])
+
+    def score(self, model: ScorerContext, baseline: Any) -> Measurement:
+        """Count exact answers."""
+        answers = model.texts(baseline, ANSWER_TOKENS)
+        wanted = [value for _, value in self.questions()]
+        return Measurement.mean_of([float(number_in(a) == value) for a, value in zip(answers, wanted, strict=True)])
+
+
+def number_in(answer: str) -> int | None:
+    """Return the last integer of the first line that has one (an answer may repeat the question); None without any."""
+    for line in answer.splitlines():
+        numbers = re.findall(r"(?<![\w.])-?\d+(?![\w.]*\d)", line.replace(",", "").replace("\u2212", "-"))
+        if numbers:
+            return int(numbers[-1])
+    return None

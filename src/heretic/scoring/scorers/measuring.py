@@ -1,0 +1,118 @@
+"""Measures chosen scorers on the original and on ablated models that one batch of trials shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from heretic.errors import Interrupted, UserError, first_line, plain_line
+from heretic.model.batching import out_of_memory
+from heretic.model.device_errors import is_device_error
+from heretic.scoring.scorers.context import Applied, ModelParts, ScorerContext, TrialGroup
+from heretic.scoring.scorers.scorer import Measurement, Scorer
+
+T = TypeVar("T")
+
+
+@dataclass
+class Measurer:
+    """Measures scorers, with the original's answers and baselines kept for all later models."""
+
+    scorers: Mapping[str, Scorer]  # by name
+    parts: ModelParts
+    baselines: dict[str, Any] = field(default_factory=dict)
+    original_values: dict[str, Measurement] = field(default_factory=dict)
+    original: ScorerContext | None = None  # None until it is needed
+
+    def of_original(self, names: Iterable[str]) -> dict[str, Measurement]:
+        """Measure these scorers on the original; each only once. Raises UserError."""
+        for name in names:
+            if name not in self.original_values:
+                self.original_values[name] = self._measure(name, self._original())
+        return {name: self.original_values[name] for name in names}
+
+    def of_trials(self, names: Sequence[str], applied: Applied, count: int) -> list[dict[str, Measurement]]:
+        """Measure these scorers on the `count` trials that `applied` ablates.
+
+        Raises:
+            UserError: a scorer failed, or gave a number that is none.
+        """
+        for name in names:  # before the trials, so that nothing is decoded in vain if a baseline fails
+            self.baseline(name)
+        group = TrialGroup(self.parts, applied, count)
+        contexts = [ScorerContext(group, i, self._original()) for i in range(count)]
+        return [{name: self._measure(name, context) for name in names} for context in contexts]
+
+    def of_model(self, names: Sequence[str], baselines: Mapping[str, Any]) -> dict[str, Measurement]:
+        """Measure the loaded model itself against the baselines of another one, which is not in memory. Raises UserError."""
+        self.baselines.update(baselines)
+        context = ScorerContext(TrialGroup(self.parts))
+        return {name: self._measure(name, context) for name in names}
+
+    def baseline(self, name: str) -> Any:
+        """Return a scorer's baseline on the original, computed once. Raises UserError."""
+        if name not in self.baselines:
+            scorer = self.scorers[name]
+            self.baselines[name] = _called(name, lambda: scorer.baseline(self._original()))
+        return self.baselines[name]
+
+    def _original(self) -> ScorerContext:
+        if self.original is None:
+            self.original = ScorerContext(TrialGroup(self.parts))
+        return self.original
+
+    def _measure(self, name: str, context: ScorerContext) -> Measurement:
+        scorer, baseline = self.scorers[name], self.baseline(name)
+        return checked(scorer, _called(name, lambda: scorer.score(context, baseline)))
+
+
+def checked(scorer: Scorer, returned: Any) -> Measurement:
+    """Return what a scorer returned as a measurement with exactly the details that it declares.
+
+    Infinity is allowed, for a destroyed model. Raises UserError for anything else that is not a number.
+    """
+    found = returned if isinstance(returned, Measurement) else None
+    if found is None and isinstance(returned, (int, float)):
+        found = Measurement(float(returned))
+    if found is None:
+        raise UserError(
+            f"The scorer '{scorer.name}' returned {type(returned).__name__}, not a number or a Measurement.",
+            code="scorer-result",
+            where=f"scorer {scorer.name}",
+            fix="return one float for the model",
+        )
+    if set(found.details) != set(scorer.details):
+        raise UserError(
+            f"The scorer '{scorer.name}' returned the details {', '.join(sorted(found.details)) or 'none'}.",
+            code="scorer-result",
+            where=f"scorer {scorer.name}",
+            fix=f"return those that the class declares: {', '.join(scorer.details) or 'none'}",
+        )
+    numbers = found.named(scorer.name)
+    if wrong := [name for name, number in numbers.items() if math.isnan(number)]:
+        raise UserError(
+            f"The scorer '{scorer.name}' returned NaN for {wrong[0]}.",
+            code="scorer-result",
+            where=f"scorer {scorer.name}",
+            fix="return a number for every model, infinity for a destroyed one",
+        )
+    return found
+
+
+def _called(name: str, call: Callable[[], T]) -> T:
+    """Call a scorer, and translate the errors of its own code. Raises UserError."""
+    try:
+        return call()
+    except (UserError, Interrupted):
+        raise
+    except Exception as error:  # a user's file can raise anything
+        if out_of_memory(error) or is_device_error(error):
+            raise
+        raise UserError(
+            f"The scorer '{name}' failed with {type(error).__name__}: {plain_line(first_line(error))[:200]}",
+            code="scorer-failed",
+            where=f"scorer {name}",
+            fix="correct the scorer, or remove its name from the settings",
+        ) from error

@@ -1,0 +1,31 @@
+"""KL over the ablated model's own answers: damage that teacher forcing on the original's answers cannot show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from heretic.scoring.scorers.context import ScorerContext
+from heretic.scoring.scorers.scorer import Measurement, Positive, Scorer
+
+
+@dataclass(frozen=True)
+class OwnAnswerKl(Scorer):
+    """Compares both models while they read the answer of the measured one."""
+
+    tokens: Positive = 16  # positions per answer
+
+    name = "own_answer_kl"
+    meaning = (
+        "KL(original || ablated) at the first `tokens` tokens of the ablated model's own answers to `harmless_eval`"
+    )
+    unit = "nats"
+    details = ("median", "p95", "max")
+    needs_original = True
+
+    def score(self, model: ScorerContext, baseline: Any) -> Measurement:
+        """Decode the model's answers and compute the divergence on them."""
+        answers = (
+            model.answers(model.harmless, self.tokens - 1) if self.tokens > 1 else [[]] * len(model.harmless.tokens)
+        )
+        return model.divergence(model.harmless.tokens, [[*answer, 0] for answer in answers])

@@ -1,0 +1,67 @@
+"""The protocol of a scorer: what is measured of a model, as one number that the search can use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from heretic.scoring.objectives import Better
+
+if TYPE_CHECKING:
+    from heretic.scoring.scorers.context import ScorerContext
+
+Positive = Annotated[int, Field(ge=1)]  # type of an option
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A scorer's number for one model."""
+
+    value: float
+    details: Mapping[str, float] = field(default_factory=dict)  # further numbers; `median` of `x` is named `x.median`
+    # One number per prompt or task whose mean is `value`, in the same order for every model: gives the standard error.
+    items: Sequence[float] = field(default=(), repr=False)
+
+    @classmethod
+    def mean_of(cls, items: Sequence[float], details: Mapping[str, float] | None = None) -> Measurement:
+        """Create the measurement whose value is the mean of the items."""
+        return cls(sum(items) / len(items), details or {}, tuple(items))
+
+    def named(self, name: str) -> dict[str, float]:
+        """Return value and details by full name."""
+        return {name: self.value, **{f"{name}.{detail}": number for detail, number in self.details.items()}}
+
+
+class Scorer:
+    """Measures one number of a model. A subclass is a frozen dataclass if it has options: its fields are the options.
+
+    `score` is called for the original and for every ablated model that needs the number; see `ScorerContext` for what it can use.
+    """
+
+    name: ClassVar[str]  # in the settings; lower case, digits and underscores
+    meaning: ClassVar[str] = ""  # for tables and documents, in a few words
+    unit: ClassVar[str] = ""
+    better: ClassVar[Better] = "lower"
+    details: ClassVar[tuple[str, ...]] = ()  # names of the further numbers
+    needs_original: ClassVar[bool] = False  # runs the original after the ablated model, so both must be in memory
+    in_evaluator: ClassVar[bool] = False  # `TrialEvaluator` measures it, with pruning where `prunable`
+    prunable: ClassVar[bool] = False  # has a lower bound while it is measured, so that dominated trials stop early
+
+    def baseline(self, original: ScorerContext) -> Any:
+        """Return what `score` compares with; called once, on the original."""
+        return None
+
+    def score(self, model: ScorerContext, baseline: Any) -> float | Measurement:
+        """Measure the model.
+
+        Args:
+            model: the original or an ablated model.
+            baseline: the result of `baseline`.
+
+        Raises:
+            UserError: the scorer cannot measure this model.
+        """
+        raise NotImplementedError

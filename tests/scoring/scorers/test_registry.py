@@ -1,0 +1,146 @@
+"""The table of scorers, names and options of the settings, and a user's own files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heretic.scoring.objectives import Limits
+from heretic.scoring.scorers.measuring import checked
+from heretic.scoring.scorers.registry import choose_scorers, user_scorers
+from heretic.scoring.scorers.scorer import Measurement, Scorer
+from heretic.scoring.scores import Divergence, HarmlessMetrics, Scores
+from heretic.settings import Settings
+from tests.helpers.errors import raises
+
+OWN = """
+from heretic.scoring.scorers.scorer import Scorer
+
+class {name}(Scorer):
+    name = "{name}"
+    meaning = "a number"
+
+    def score(self, model, baseline):
+        return 1.0
+"""
+
+
+def chosen(**settings: Any) -> Any:
+    return choose_scorers(Settings.model_validate(settings))
+
+
+def test_the_search_measures_what_its_objectives_and_constraints_name() -> None:
+    assert chosen().of_trials == () and not chosen().harmless_answers
+    found = chosen(objectives=["kl.p95", "unchanged"], constraints={"own_answer_kl.max": 3, "degenerate": 2})
+    assert found.of_trials == ("unchanged", "own_answer_kl") and found.harmless_answers
+    assert [o.better for o in found.objectives] == ["lower", "higher"]
+    assert chosen(measures=["copying"]).of_trials == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        ({"objectives": ["kl", "refusal"]}, "unknown-scorer"),
+        ({"constraints": {"kl.p90": 1.0}}, "unknown-scorer"),
+        ({"measures": ["nothing_like_it"]}, "unknown-scorer"),
+        ({"measures": ["kl"]}, "unknown-scorer"),
+        ({"scorers": {"copying": {"task": 3}}, "measures": ["copying"]}, "scorer-option"),
+        ({"scorers": {"copying": {"tasks": 0}}, "measures": ["copying"]}, "scorer-option"),
+        ({"scorers": {"repetition": {"tasks": 3}}, "measures": ["repetition"]}, "scorer-option"),
+        ({"scorers": {"copy": {}}}, "unknown-scorer"),
+        ({"scorer_files": ["none.py"]}, "missing-file"),
+    ],
+)
+def test_wrong_names_options_and_files_are_refused(settings: dict[str, Any], code: str) -> None:
+    with raises(code):
+        chosen(**settings)
+
+
+def test_options_reach_the_scorer() -> None:
+    made = chosen(
+        measures=["copying", "own_answer_kl"], scorers={"copying": {"tasks": 5}, "own_answer_kl": {"tokens": 3}}
+    )
+    assert made.scorers["copying"].tasks == 5 and made.scorers["own_answer_kl"].tokens == 3
+
+
+def test_a_file_runs_only_if_the_settings_name_it_and_only_once(tmp_path: Path) -> None:
+    file, mark = tmp_path / "mine.py", tmp_path / "ran"
+    file.write_text(OWN.format(name="mine") + f"open({str(mark)!r}, 'a').write('x')\n", encoding="utf-8")
+    chosen()
+    assert not mark.exists()
+    for _ in range(2):
+        assert chosen(scorer_files=[str(file)], objectives=["kl", "mine"]).of_trials == ("mine",)
+    assert mark.read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("import nothing_of_this_name", "scorer-import"),
+        ("def broken(:", "scorer-import"),
+        ("raise SystemExit", "scorer-import"),
+        ("number = 3", "scorer-class"),
+        ("class Mine:\n    name = 'mine'\n", "scorer-class"),
+        (OWN.format(name="kl"), "scorer-class"),
+        (OWN.format(name="mine").replace('"mine"', '"My own"'), "scorer-class"),
+        (OWN.format(name="mine").replace("def score", "def scores"), "scorer-class"),
+        (OWN.format(name="mine").replace("meaning", 'better = "more"; meaning'), "scorer-class"),
+    ],
+)
+def test_files_without_a_complete_scorer_are_refused(tmp_path: Path, text: str, code: str) -> None:
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
+    with raises(code):
+        user_scorers([str(tmp_path / "mine.py")])
+
+
+class WithDetails(Scorer):
+    name = "with_details"
+    details = ("low",)
+
+
+class Plain(Scorer):
+    name = "plain"
+
+
+@pytest.mark.parametrize(
+    ("scorer", "returned"),
+    [
+        (Plain(), math.nan),
+        (Plain(), [1.0]),
+        (Plain(), None),
+        (Plain(), Measurement(1.0, {"more": 2.0})),
+        (WithDetails(), 1.0),
+        (WithDetails(), Measurement(1.0, {"low": math.nan})),
+    ],
+)
+def test_results_that_are_not_numbers_or_not_those_declared_are_refused(scorer: Scorer, returned: object) -> None:
+    with raises("scorer-result"):
+        checked(scorer, returned)
+
+
+def test_a_destroyed_model_may_have_infinite_numbers() -> None:
+    assert checked(Plain(), math.inf).value == math.inf
+    assert checked(Plain(), 3).value == 3.0
+    found = chosen(objectives=["unchanged", "answer_kl"]).worst_values()
+    assert found["unchanged"] == -math.inf and found["answer_kl"] == found["answer_kl.p95"] == math.inf
+
+
+def test_limits_are_the_worst_values_in_the_direction_of_each_scorer() -> None:
+    scores = Scores(
+        Divergence(0.5, 0.4, 0.9, 1.0),
+        3,
+        10,
+        {},
+        harmless_metrics=HarmlessMetrics(4, 0, 10),
+        values={"unchanged": 0.25},
+    )
+    limits = Limits({
+        "kl.p95": (1.0, "lower"), "over_refusals": (3, "lower"), "unchanged": (0.5, "higher"), "copying": (1, "higher")
+    })  # fmt: skip
+    assert limits.excess(scores) == pytest.approx({"kl.p95": -0.1, "over_refusals": 1, "unchanged": 0.25})
+    destroyed = Scores(scores.divergence, 3, 10, {}, values={"unchanged": -math.inf})
+    assert math.isfinite(limits.excess(destroyed)["unchanged"])
+    assert Scores.from_dict(destroyed.as_dict()) == destroyed
