@@ -14,6 +14,7 @@ from heretic.export.base_card import BaseCard
 from heretic.export.manifest import DIRECTIONS, Edit
 from heretic.export.markdown import code, escape
 from heretic.export.request import WriteResult
+from heretic.scoring.comparison import Comparison, number_text
 from heretic.scoring.interval import wilson
 from heretic.scoring.judges.verdict import JUDGE_DESCRIPTIONS
 from heretic.scoring.scores import HarmlessMetrics, Scores
@@ -29,6 +30,13 @@ projected out of weights that write to the stream. Its safety training may be re
 original refuses was not measured here. Nothing was added to it: it knows what the original knows."""
 TEMPLATE_OF_THE_STUDY = """\
 The chat template is the one that the study used, not the base model's own; it is in this folder as `chat_template.jinja`."""
+MEASURES = """\
+### Other measures
+
+Of the ablated model before it was written. The difference has its standard error where the value is a mean over prompts or tasks.
+
+| measure | unit | better | original | ablated | difference |
+|---|---|---|---|---|---|"""
 LIMITATIONS = """\
 Not measured for this card:
 
@@ -86,6 +94,7 @@ def card(manifest: Mapping[str, Any], base: BaseCard, written: WriteResult, meas
         written.about,
         template,
         f"## What was measured\n\n{_measured(manifest, scores, measured)}",
+        _measures(manifest.get("measures", [])),
         f"## Limitations\n\n{_limitations(manifest, scores)}",
         f"## What was changed\n\n{_changed(manifest, ablation)}",
         REBUILDING.format(made=f"{made} run {code(manifest['run'])}, trial {int(manifest['trial'])}."),
@@ -115,6 +124,19 @@ requests.
 | neither refused nor answered | {share(original.get("evasive", 0), total)} | {share(scores.evasive, total)} |
 {harmless}| KL divergence on harmless requests, {tokens}, mean | 0 | {d.mean:.4f} |
 | median / 95th percentile / largest | 0 | {d.median:.4f} / {d.p95:.4f} / {d.max:.4f} |"""
+
+
+def _measures(rows: list[Mapping[str, Any]]) -> str:
+    """A table of other scorers, if any were chosen."""
+    comparisons = [Comparison.from_dict(row) for row in rows]
+    if not comparisons:
+        return ""
+    lines = [
+        f"| {code(c.name)} | {escape(c.unit)} | {c.better} | {number_text(c.original)} | {number_text(c.ablated)} | "
+        f"{c.difference_text} |"
+        for c in comparisons
+    ]
+    return "\n".join([MEASURES, *lines])
 
 
 def _limitations(manifest: Mapping[str, Any], scores: Scores) -> str:

@@ -33,6 +33,8 @@ from heretic.planning.memory_plan import LoadPlan
 from heretic.progress import ProgressReporter
 from heretic.runs.environment import computed_on, now, versions
 from heretic.runs.folder import RunFolder, write_directions
+from heretic.scoring.comparison import Comparison
+from heretic.scoring.scorers.registry import choose_scorers
 from heretic.scoring.scores import Scores
 from heretic.search.pareto import Result
 from heretic.search.space import SearchSpace
@@ -52,6 +54,7 @@ class Export:
     destination: Path
     verification: Verification
     trial: int
+    comparisons: tuple[Comparison, ...] = ()  # other scorers, measured before it was written
 
     def as_dict(self) -> dict[str, Any]:
         """Return the data for --json."""
@@ -60,6 +63,7 @@ class Export:
             "written_to": str(self.destination),
             "of_trial": self.trial,
             "scores": scores_text(verification.scores),
+            "measures": [comparison.as_dict() for comparison in self.comparisons],
             "verification": {k: v for k, v in asdict(verification).items() if k != "scores"},
         }
 
@@ -98,6 +102,7 @@ def plan_export(
         attached=session.log_probs(ablation),
         ablated_by=result.scores.divergence.mean,
         judge=model_context.evaluator.judge,
+        comparisons=session.compare(ablation),
     )
 
 
@@ -142,7 +147,7 @@ def _write(job: ExportJob, partial: Path, reporter: ProgressReporter, stop: Stop
     manifest["files"] = inventory_of(partial, written.hashes["written"], stop)
     write_text(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     commit(partial, job.destination, reporter)
-    return Export(job.destination, verification, job.result.number)
+    return Export(job.destination, verification, job.result.number, job.comparisons)
 
 
 def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: Settings) -> Export | None:
@@ -161,8 +166,11 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: S
             return None
         if not all((destination / name).is_file() for name in written["sha256"]):
             return None
+        comparisons = tuple(map(Comparison.from_dict, manifest.get("measures", [])))
+        if {c.name.partition(".")[0] for c in comparisons} != {*choose_scorers(settings).exported}:
+            return None
         scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}})
-        return Export(destination, Verification(**manifest["verification"], scores=scores), trial)
+        return Export(destination, Verification(**manifest["verification"], scores=scores), trial, comparisons)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -214,6 +222,7 @@ def _manifest(
             "study": scores_text(job.result.scores),
             "written": scores_text(verification.scores),
         },
+        "measures": [comparison.as_dict() for comparison in job.comparisons],
         "verification": {k: v for k, v in asdict(verification).items() if k != "scores"},
         "versions": versions(),
     }

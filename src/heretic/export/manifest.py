@@ -226,10 +226,11 @@ def read_inventory(folder: Path) -> Inventory | None:
 def settings_of(path: Path) -> Resolved:
     """Return the settings that determined a manifest's study; all others have their defaults.
 
-    A manifest cannot make heretic trust a model's own code. Raises UserError, also for settings that this version does not know.
+    A manifest cannot make heretic run code, neither a model's own nor a scorer's. Raises UserError, also for settings that this
+    version does not know.
     """
     manifest, data = read_manifest(path)
-    values = {**data["settings"], "trust_remote_code": []}
+    values = {**data["settings"], "trust_remote_code": [], "scorer_files": []}
     values |= {"model": manifest.model.name, "revision": manifest.model.revision or values.get("revision", "")}
     try:
         return Resolved(Settings.model_validate(values), None, dict.fromkeys(values, str(path)))

@@ -21,6 +21,7 @@ from heretic.progress import ProgressReporter
 from heretic.prompts.sets import PromptSets
 from heretic.runs.folder import RunFolder
 from heretic.runs.stored_tensors import Baseline
+from heretic.scoring.comparison import Comparison
 from heretic.scoring.judges.verdict import Judge
 from heretic.search.pareto import Result
 from heretic.settings import Settings
@@ -53,6 +54,7 @@ class ExportJob(WriteRequest):
     attached: Tensor  # log-probabilities of the ablated model [tokens, vocabulary]
     ablated_by: float  # mean KL between original and ablated model, nats
     judge: Judge
+    comparisons: tuple[Comparison, ...] = ()  # other scorers: original and ablated model
 
 
 @dataclass(frozen=True)

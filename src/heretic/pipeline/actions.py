@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,14 @@ from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.run import device_lock, export_trial, open_locked_study
 from heretic.pipeline.run_context import RunContext
 from heretic.runs.folder import RunFolder, find_run, load_run_settings
+from heretic.scoring.comparison import Comparison, number_text
+from heretic.scoring.comparison import compare as compare_measurements
 from heretic.scoring.divergence import measure_divergence
 from heretic.scoring.judges.agreement import Agreement, agreement, labeled_answers
 from heretic.scoring.judges.registry import JudgeContext, make_judge
 from heretic.scoring.judges.verdict import Judge, encode_verdicts
-from heretic.scoring.scores import Divergence, HarmlessMetrics
+from heretic.scoring.scorers.scorer import Measurement
+from heretic.scoring.scores import Divergence, HarmlessMetrics, json_numbers
 from heretic.search.pareto import Result
 from heretic.search.summary import StudyReporter
 from heretic.session.session import ModelContext, load_model_context, measure_residual_geometry, original_log_probs
@@ -180,11 +183,14 @@ class Evaluation:
     refused: str  # a digit for every request, as in `Scores`
     divergence: Divergence | None  # from `against`, if set
     harmless_metrics: HarmlessMetrics | None
+    values: dict[str, float] = field(default_factory=dict)  # of the scorers of `measures`, by name
+    comparisons: tuple[Comparison, ...] = ()  # the same and those of `against`, if set
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
         parts = {"divergence": self.divergence, "harmless_metrics": self.harmless_metrics}
-        return {**vars(self), **{name: part.as_dict() if part else None for name, part in parts.items()}}
+        measured = {"values": json_numbers(self.values), "comparisons": [c.as_dict() for c in self.comparisons]}
+        return {**vars(self), **{name: part.as_dict() if part else None for name, part in parts.items()}, **measured}
 
     def rows(self) -> list[tuple[str, str]]:
         """For the screen."""
@@ -199,6 +205,8 @@ class Evaluation:
             )
         if self.divergence:
             shown.append((f"KL from {self.against}", str(self.divergence)))
+        if not self.comparisons:
+            shown += [(name, number_text(number)) for name, number in self.values.items()]
         return shown
 
 
@@ -224,25 +232,55 @@ def evaluate_model(
     settings = settings.model_copy(update={"save_to": "", "revision": revision})  # nothing is exported
     with device_lock(settings, wait=wait, reporter=reporter, stop=stop):
         judge = make_judge(settings, JudgeContext(None, reporter, stop))
-        baseline = start = None
-        answered: Sequence[list[int]] = ()
+        reference: Reference | None = None
+        start = None
         if against is not None:
             original = settings.model_copy(update={"model": against, "revision": against_revision})
             model_context = _load_for_evaluation(original, reporter, stop, judge)
             with unloaded_after(model_context.language_model.model):
-                baseline, answered = original_log_probs(model_context)
+                reference = _reference(model_context)
             start = model_context.answer_start
         model_context = _load_for_evaluation(settings, reporter, stop, judge, start)
         with unloaded_after(model_context.language_model.model):
-            return _evaluate(model_context, against, baseline, answered)
+            return _evaluate(model_context, against, reference)
 
 
-def _evaluate(
-    model_context: ModelContext, against: str | None, baseline: Tensor | None, answered: Sequence[list[int]]
-) -> Evaluation:
-    evaluator = replace(model_context.evaluator, reference_tokens=answered)
-    divergence = None
-    if baseline is not None:
+@dataclass(frozen=True)
+class Reference:
+    """What is kept of the model that another one is compared with."""
+
+    log_probs: Tensor  # [tokens, vocabulary]
+    answered: Sequence[list[int]]
+    baselines: dict[str, Any]  # of scorers
+    measured: dict[str, Measurement]
+
+
+def _reference(model_context: ModelContext) -> Reference:
+    log_probs, answered = original_log_probs(model_context)
+    names, measurer = _measurable(model_context), model_context.measurer
+    return Reference(
+        log_probs, answered, {name: measurer.baseline(name) for name in names}, measurer.of_original(names)
+    )
+
+
+def _measurable(model_context: ModelContext) -> list[str]:
+    """Return the scorers of `measures` that do not run two models at once."""
+    scorers = model_context.measurer.scorers
+    return [name for name in model_context.chosen.measures if not scorers[name].needs_original]
+
+
+def _evaluate(model_context: ModelContext, against: str | None, reference: Reference | None) -> Evaluation:
+    evaluator = replace(model_context.evaluator, reference_tokens=reference.answered if reference else ())
+    names, measurer = _measurable(model_context), model_context.measurer
+    divergence, comparisons = None, []
+    if omitted := [name for name in model_context.chosen.measures if name not in names]:
+        model_context.batcher.reporter.warning(
+            f"{', '.join(omitted)}: not measured, since both models would have to be in memory."
+        )
+    if reference is None:
+        measured = measurer.of_original(names)
+    else:
+        baseline = reference.log_probs
         if model_context.language_model.model.config.get_text_config().vocab_size != baseline.shape[1]:
             raise UserError(
                 "The two models have different vocabularies, so their answers cannot be compared.",
@@ -253,6 +291,9 @@ def _evaluate(
         divergence = measure_divergence(
             model_context.language_model, evaluator.harmless_texts, baseline, model_context.batcher
         )[0]
+        measured = measurer.of_model(names, reference.baselines)
+        for name in names:
+            comparisons += compare_measurements(measurer.scorers[name], reference.measured[name], measured[name])
     counted, harmless_metrics = evaluator.refusals(), evaluator.harmless_metrics()
     return Evaluation(
         model=model_context.settings.model,
@@ -264,6 +305,8 @@ def _evaluate(
         refused=encode_verdicts(counted.verdicts),
         divergence=divergence,
         harmless_metrics=harmless_metrics[0] if harmless_metrics else None,
+        values=model_context.chosen.values(measured),
+        comparisons=tuple(comparisons),
     )
 
 

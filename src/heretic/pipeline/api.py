@@ -33,6 +33,7 @@ from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.run import Outcome, device_lock, open_locked_study, run
 from heretic.pipeline.run_context import RunContext
 from heretic.progress import NULL_REPORTER
+from heretic.scoring.comparison import Comparison
 from heretic.scoring.scores import Scores
 from heretic.search.pareto import Result
 from heretic.search.space import SearchSpace
@@ -207,6 +208,10 @@ class AblationSession:
         """Measure refusals and KL divergence on all evaluation prompts; without an ablation, those of the original."""
         with self.session.applied(*([] if ablation is None else [ablation])):
             return self.session.evaluator.score(self.session.baseline.log_probs)
+
+    def compare(self, ablation: Ablation) -> tuple[Comparison, ...]:
+        """Measure the scorers of the setting `measures`, and those that the search uses, with and without the ablation."""
+        return self.session.compare(ablation)
 
     def answers(self, prompts: Sequence[str], ablation: Ablation | None = None, tokens: int = 100) -> list[str]:
         """Return greedy answers of at most `tokens` tokens, through the chat template."""

@@ -26,6 +26,7 @@ from heretic.prompts.sets import PromptSets, load_all
 from heretic.runs import fingerprint
 from heretic.runs.folder import RunFolder, check_writable
 from heretic.scoring.judges.registry import try_judge
+from heretic.scoring.scorers.registry import choose_scorers
 from heretic.settings import Settings
 from heretic.storage.rdb import connect
 from heretic.storage.url import on_server
@@ -102,6 +103,7 @@ def read_inputs(
     if prompts is not None:
         found.findings.append(Finding("ok", "prompts", prompts.counts))
     found.attempt("storage", lambda: check_storage(settings))
+    found.attempt("scorers", lambda: choose_scorers(settings))
     first_worker = not parent_pid()
     if judging and first_worker and (warning := found.attempt("judge", lambda: try_judge(settings))):
         found.findings.append(Finding("warning", "judge", warning))

@@ -30,6 +30,7 @@ from heretic.progress import ProgressReporter
 from heretic.report.reporter import live_report
 from heretic.runs.folder import RunFolder, log_to
 from heretic.runs.metadata import RunMetadata
+from heretic.scoring.scorers.registry import choose_scorers
 from heretic.search.integrity import check_study
 from heretic.search.pareto import Result, pareto_front
 from heretic.search.pruning import StudyHistory
@@ -223,7 +224,7 @@ def execute(run_context: RunContext, workers: int = 1) -> Export | None:
 def run_trials(run_context: RunContext) -> None:
     """Run the gradient search and the missing trials in this process."""
     session = run_context.session()
-    run_context.save_original_refusals()
+    run_context.save_original_scores()
     RunMetadata.from_model(session.context.language_model, session.baseline.refused).save(run_context.study)
     gradient_path = broadcast_from_rank0(
         lambda: run_gradient_search(run_context.study, session, run_context.folder, run_context.compute_once)
@@ -309,7 +310,12 @@ def open_locked_study(
         retry_policy = RetryPolicy(settings.workers.retry_timeout, reporter, stop)
         try:
             study = open_study(
-                url, study_name(settings.storage, folder.path), inputs.facts, settings.workers, retry_policy
+                url,
+                study_name(settings.storage, folder.path),
+                inputs.facts,
+                settings.workers,
+                retry_policy,
+                choose_scorers(settings).objectives,
             )
             with translate_storage_errors(url):
                 check_study(study)

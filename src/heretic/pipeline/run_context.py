@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 
@@ -17,6 +18,7 @@ from heretic.pipeline.prepare import RunInputs
 from heretic.pipeline.tensor_parallel import SynchronizedStop, opening_scope, sharded_plan
 from heretic.pipeline.worker_process import parent_pid
 from heretic.runs.folder import RunFolder, settings_text
+from heretic.scoring.scores import json_numbers
 from heretic.search.gradient_path import GradientPath
 from heretic.search.pareto import Result, results, select_trial
 from heretic.search.space import SearchSpace
@@ -24,7 +26,7 @@ from heretic.search.summary import StudyReporter
 from heretic.session.session import Session, open_session
 from heretic.settings import Settings
 from heretic.settings.sources import Resolved
-from heretic.storage.attributes import REFUSALS_BEFORE, refusals_before
+from heretic.storage.attributes import REFUSALS_BEFORE, VALUES_BEFORE, refusals_before
 from heretic.storage.compute_once import LOCAL, ComputeOnce, DistributedComputeOnce
 from heretic.storage.rdb import save_settings
 from heretic.storage.url import on_server
@@ -79,9 +81,13 @@ class RunContext:
                 )
         return self.loaded
 
-    def save_original_refusals(self) -> None:
-        """Store the original's number of refusals in the study."""
-        self.study.set_user_attr(REFUSALS_BEFORE, self.session().baseline.refusals)
+    def save_original_scores(self) -> None:
+        """Store the original's number of refusals, and its numbers of other scorers that the search uses, in the study."""
+        session = self.session()
+        self.study.set_user_attr(REFUSALS_BEFORE, session.baseline.refusals)
+        chosen = session.context.chosen
+        if values := chosen.values(session.context.measurer.of_original(chosen.of_trials)):
+            self.study.set_user_attr(VALUES_BEFORE, json.dumps(json_numbers(values)))
 
     @property
     def shared(self) -> bool:

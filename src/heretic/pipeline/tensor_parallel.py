@@ -218,6 +218,7 @@ def _compute_along(
             ablation = trials.sample(fixed[0])
             session.operator_factory.operators(ablation)
             session.log_probs(ablation)
+            session.compare(ablation)
             return
         own = [_signature(outcome) for outcome in trials.measure(fixed, is_dominated)]
     except Interrupted:

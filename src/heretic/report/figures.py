@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from heretic.search.pareto import Result, pareto_front
+from heretic.search.pareto import LABELS, Result, pareto_front
 from heretic.search.pruning import StudyHistory
 from heretic.search.space import describe
 
@@ -28,7 +28,7 @@ def of_front(progress: StudyHistory, chosen: int | None, before: int | None) -> 
     """Plot every trial by KL and refusals, except destroyed models (infinite KL)."""
     best = pareto_front(progress.results)
     on_front = {r.number for r in best}
-    others = [r for r in progress.results if r.number not in on_front and math.isfinite(r.point[0])]
+    others = [r for r in progress.results if r.number not in on_front and all(map(math.isfinite, r.drawn))]
     data = []
     pruned = [trial for trial in progress.pruned if math.isfinite(trial.kl)]
     if pruned:
@@ -50,12 +50,14 @@ def of_front(progress: StudyHistory, chosen: int | None, before: int | None) -> 
     if selected:
         star = {"symbol": "star", "size": 17, "color": RED, "line": {"width": 1, "color": "white"}}
         data.append({**_results("chosen", selected), "marker": star})
+    x, y = progress.results[0].axes if progress.results else (LABELS["kl"], LABELS["refusals"])
+    logarithmic = {"title": {"text": f"{x} (nats)"}, "type": "log", "exponentformat": "power"}
     layout: Figure = {
-        "xaxis": {"title": {"text": "KL divergence (nats)"}, "type": "log", "exponentformat": "power"},
-        "yaxis": {"title": {"text": "expected refusals"}, "rangemode": "tozero"},
+        "xaxis": logarithmic if x == LABELS["kl"] else {"title": {"text": x}},
+        "yaxis": {"title": {"text": y}, "rangemode": "tozero"},
         "hovermode": "closest",
     }
-    if before is not None:
+    if before is not None and y == LABELS["refusals"]:
         layout["shapes"] = [_horizontal_line(before)]
         layout["annotations"] = [
             {"text": f"original: {before}", "x": 1, "xref": "paper", "xanchor": "right", "y": before, "yanchor": "bottom",
@@ -228,7 +230,7 @@ def _dots(name: str, kl: Sequence[float], refusals: Sequence[float]) -> Figure:
 
 def _results(name: str, results: Sequence[Result]) -> Figure:
     return {
-        **_dots(name, [r.point[0] for r in results], [r.point[1] for r in results]),
+        **_dots(name, [r.drawn[0] for r in results], [r.drawn[1] for r in results]),
         "text": [f"trial {r.number}, {describe(r.params)}: {r.scores.refusals} refusals" for r in results],
         "customdata": [r.number for r in results],
         "hovertemplate": "%{text}, %{y} expected<br>KL %{x:.4f}, measured<extra></extra>",

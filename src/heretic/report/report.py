@@ -170,7 +170,7 @@ def _front(page: Page, summary: StudySummary) -> None:
     best = pareto_front(summary.results)
     chosen = summary.best[0].number if summary.best else None
     page.figure("front", [figures.of_front(summary.history, chosen, summary.original_refusals)], height=460)
-    destroyed = sum(r.point[0] == float("inf") for r in summary.results)
+    destroyed = sum(r.scores.divergence.mean == float("inf") for r in summary.results)
     page.text(
         f"Filled: fully measured ({len(summary.results)} trials). Hollow: pruned, since a finished trial dominates it "
         f"({summary.n_pruned} trials); its refusals are an estimate."
@@ -209,7 +209,7 @@ def _trials(
     strengths: list[figures.Figure | None] = []
     changes: list[figures.Figure | None] = []
     chosen = summary.best[0].number if summary.best else best[0].number
-    labels = [f"trial {r.number}: {r.scores.refusals} refusals, KL {r.point[0]:.4f}" for r in best]
+    labels = [f"trial {r.number}: {r.scores.refusals} refusals, KL {r.scores.divergence.mean:.4f}" for r in best]
     selected = next(i for i, r in enumerate(best) if r.number == chosen)
     page.select("trial", "Trial of the Pareto front", labels, selected, [r.number for r in best])
     for index, r in enumerate(best):

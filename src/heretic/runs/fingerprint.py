@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from heretic.files import sha256
+from heretic.files import expand_user, sha256
 from heretic.model.checkpoint import Checkpoint
 from heretic.prompts.sets import PromptSets
 from heretic.settings import Settings
@@ -27,6 +27,7 @@ def facts(
         fields.pop("quantization")  # keeps the fingerprints of studies older than this setting; likewise below
     if not fields["judge"]["llm"]["instruction"]:
         fields["judge"]["llm"].pop("instruction")
+    _set_scorers(fields, settings)
     return {
         "format": FORMAT,
         "model": checkpoint.identity(),
@@ -36,6 +37,23 @@ def facts(
         "prompts": {s.role: s.sha256 for s in prompts.all},
         **_classifier_hash(settings),
     }
+
+
+def _set_scorers(fields: dict[str, Any], settings: Settings) -> None:
+    """Replace the facts on scorers by those that the search depends on, in the form of studies older than the scorers."""
+    limits, files = fields.pop("constraints"), fields.pop("scorer_files")
+    old = {f"max_{name}": int(limits.pop(name, -1)) for name in ("over_refusals", "degenerate")}
+    fields["constraints"] = {**old, **limits}
+    if settings.objectives == ["kl", "refusals"]:
+        fields.pop("objectives")
+    used = {name.partition(".")[0] for name in (*settings.objectives, *settings.constraints)}
+    options = {name: table for name, table in fields.pop("scorers").items() if name in used}
+    if options:
+        fields["scorers"] = options
+    contents = [v for table in options.values() for v in table.values() if isinstance(v, str)]
+    named = {name: expand_user(name) for name in (*files, *contents) if name}
+    if hashes := {name: sha256(path) for name, path in named.items() if path.is_file()}:
+        fields["scorer_files"] = hashes
 
 
 def _classifier_hash(settings: Settings) -> dict[str, str]:

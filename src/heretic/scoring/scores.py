@@ -101,14 +101,18 @@ class Scores:
 
     def value(self, name: str) -> float | None:
         """Return a scorer's number or detail by its name; None if it was not measured."""
-        if name in self.values:
-            return self.values[name]
-        d, found = self.divergence, self.harmless_metrics
-        known: dict[str, float] = {"kl": d.mean, "kl.median": d.median, "kl.p95": d.p95, "kl.max": d.max}
-        known |= {"refusals": self.expected, "refusals.counted": self.refusals, "refusals.evasive": self.evasive}
-        if found is not None:
-            known |= {"over_refusals": found.over_refusals, "degenerate": found.degenerate}
-        return known.get(name)
+        if name == "kl":
+            return self.divergence.mean
+        if name == "refusals":
+            return self.expected
+        scorer, _, detail = name.partition(".")
+        if scorer == "kl" and detail in ("median", "p95", "max"):
+            return float(getattr(self.divergence, detail))
+        if scorer == "refusals" and detail in ("counted", "evasive"):
+            return float(self.refusals if detail == "counted" else self.evasive)
+        if name in ("over_refusals", "degenerate"):
+            return float(getattr(self.harmless_metrics, name)) if self.harmless_metrics else None
+        return self.values.get(name)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""

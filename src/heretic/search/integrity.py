@@ -27,8 +27,9 @@ def check_study(study: optuna.Study) -> None:
 
 def check_attributes(study: optuna.Study) -> None:
     """Validate the attributes of the study itself. Raises UserError."""
-    if study.directions != [StudyDirection.MINIMIZE] * 2:
-        raise attributes.damaged(study, "it does not minimize two objectives, so heretic did not create it")
+    if study.directions != [StudyDirection.MINIMIZE] * len(attributes.objectives(study)):
+        raise attributes.damaged(study, "it does not minimize its objectives, so heretic did not create it")
+    attributes.values_before(study)
     attributes.fingerprint(study)
     attributes.refusals_before(study)
     attributes.trials_per_batch(study)

@@ -1,4 +1,4 @@
-"""Results of a study, their Pareto front of KL and expected refusals, and the automatic selection of a trial."""
+"""Results of a study, the Pareto front of its objectives, and the automatic selection of a trial."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from heretic.scoring.comparison import number_text
+from heretic.scoring.objectives import DEFAULT_OBJECTIVES, Objective
 from heretic.scoring.scores import Scores
 from heretic.storage import attributes
 
 TIE_TOLERANCE = 0.5  # requests; closer trials are ranked by their KL
+
+
+LABELS = {"kl": "KL divergence", "refusals": "expected refusals"}  # of axes
 
 
 @dataclass(frozen=True)
@@ -24,11 +29,24 @@ class Result:
     params: dict[str, Any]
     scores: Scores
     reevaluates: int | None = None  # number of the pruned trial that this one measured in full
+    objectives: tuple[Objective, ...] = DEFAULT_OBJECTIVES
 
     @property
-    def point(self) -> tuple[float, float]:
-        """The objectives (KL, expected refusals), both minimized."""
-        return self.scores.divergence.mean, self.scores.expected
+    def point(self) -> tuple[float, ...]:
+        """The objectives, all minimized: (KL, expected refusals) unless the settings choose others."""
+        return tuple(objective.cost(self.scores) for objective in self.objectives)
+
+    @property
+    def drawn(self) -> tuple[float, float]:
+        """The values of the first two objectives, for figures; infinite if not measured."""
+        x, y = (self.scores.value(objective.name) for objective in self.objectives[:2])
+        return math.inf if x is None else x, math.inf if y is None else y
+
+    @property
+    def axes(self) -> tuple[str, str]:
+        """The labels of the first two objectives."""
+        x, y = (LABELS.get(objective.name, objective.name.replace("_", " ")) for objective in self.objectives[:2])
+        return x, y
 
 
 def results(study: optuna.Study, without: Collection[int] = ()) -> list[Result]:
@@ -40,19 +58,25 @@ def results(study: optuna.Study, without: Collection[int] = ()) -> list[Result]:
 def results_of(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[Result]:
     """Return the fully measured ones of these trials. Raises UserError for a damaged trial."""
     measured = [(trial, attributes.scores(study, trial)) for trial in trials]
+    objectives = attributes.objectives(study)
     return [
-        Result(trial.number, dict(trial.params), scores, attributes.reevaluates(study, trial))
+        Result(trial.number, dict(trial.params), scores, attributes.reevaluates(study, trial), objectives)
         for trial, scores in measured
         if scores is not None
     ]
 
 
 def pareto_front(candidates: Sequence[Result]) -> list[Result]:
-    """Return the non-dominated results, fewest refusals first; only those with a finite KL and within all limits."""
+    """Return the non-dominated results, the worst in the first objective first (for KL: fewest refusals first).
+
+    Only results with finite objectives and within all limits count.
+    """
     front: list[Result] = []
     usable = [r for r in candidates if all(map(math.isfinite, r.point)) and r.scores.within_limits]
     for candidate in sorted(usable, key=lambda r: (r.point, r.number)):
-        if not front or candidate.point[1] < front[-1].point[1]:
+        # With two objectives the last member has the best second value of all members.
+        rivals = front[-1:] if len(candidate.point) == 2 else front
+        if not any(all(a <= b for a, b in zip(r.point, candidate.point, strict=True)) for r in rivals):
             front.append(candidate)
     return front[::-1]
 
@@ -70,6 +94,9 @@ def table_columns(selection: Sequence[Result]) -> dict[str, list[str]]:
         harmless_metrics = [s.harmless_metrics for s in scores if s.harmless_metrics]
         columns["harmless refused"] = [f"{c.over_refusals}/{c.total}" for c in harmless_metrics]
         columns["degenerate"] = [f"{c.degenerate}/{c.total}" for c in harmless_metrics]
+    for name in dict.fromkeys(name for s in scores for name in s.values):
+        if "." not in name or any(name == objective.name for r in selection for objective in r.objectives):
+            columns[name.replace("_", " ")] = [number_text(s.values.get(name)) for s in scores]
     for heading, name in (("KL mean", "mean"), ("median", "median"), ("p95", "p95"), ("max", "max")):
         columns[heading] = [f"{getattr(d, name):.4f}" for d in divergences]
     return {heading: cells for heading, cells in columns.items() if cells}
@@ -82,13 +109,16 @@ def select_trial(
     front = pareto_front(candidates)
     if not front:
         return None
+    by_kl = sorted(front, key=lambda r: r.scores.divergence.mean)
+    fewest = min(front, key=lambda r: (r.scores.expected, r.scores.divergence.mean))
     if rule == "fewest_refusals_under_kl":
-        within = [r for r in front if r.point[0] <= max_kl]
+        within = [r for r in by_kl if r.scores.divergence.mean <= max_kl]
         if within:
-            tied = [r for r in within if r.point[1] <= within[0].point[1] + TIE_TOLERANCE]
-            return tied[-1], f"fewest refusals among the trials with a KL of at most {max_kl:g}"
-        return front[-1], f"lowest KL; no trial has a KL of at most {max_kl:g}"
-    within = [r for r in front if r.scores.unanswered <= max_refusals]
+            few = min(r.scores.expected for r in within) + TIE_TOLERANCE
+            tied = next(r for r in within if r.scores.expected <= few)
+            return tied, f"fewest refusals among the trials with a KL of at most {max_kl:g}"
+        return by_kl[0], f"lowest KL; no trial has a KL of at most {max_kl:g}"
+    within = [r for r in by_kl if r.scores.unanswered <= max_refusals]
     if within:
-        return within[-1], f"lowest KL among the trials with at most {max_refusals} refused or evaded requests"
-    return front[0], f"fewest refusals; no trial has at most {max_refusals} refused or evaded requests"
+        return within[0], f"lowest KL among the trials with at most {max_refusals} refused or evaded requests"
+    return fewest, f"fewest refusals; no trial has at most {max_refusals} refused or evaded requests"

@@ -10,10 +10,13 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from heretic.scoring.objectives import DEFAULT_OBJECTIVES, Objective
 from heretic.scoring.refusal_proxy import Calibration, prediction_error
 from heretic.scoring.scores import PrunedTrial, RefusalProxy, Scores
 from heretic.search.pareto import Result, pareto_front, results_of
 from heretic.storage import attributes
+
+WORST_COST = 1e6  # of a destroyed model, for objectives other than KL and refusals
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class StudyHistory:
     def threshold(self) -> ParetoThreshold:
         """The front that a new trial must reach."""
         # Dominance is transitive: the front dominates whatever any other trial dominates.
-        return ParetoThreshold([r.point for r in pareto_front(self.results)])
+        front = pareto_front(self.results)
+        return ParetoThreshold([(r.scores.divergence.mean, r.scores.expected) for r in front])
 
     @property
     def surrogates(self) -> list[tuple[RefusalProxy, float]]:
@@ -99,13 +103,23 @@ class StudyHistory:
 
 
 def objective_values(
-    outcome: Scores | PrunedTrial, history: StudyHistory, kl_floor: float, worst_kl: float
+    outcome: Scores | PrunedTrial,
+    history: StudyHistory,
+    kl_floor: float,
+    worst_kl: float,
+    objectives: Sequence[Objective] = DEFAULT_OBJECTIVES,
 ) -> list[float]:
-    """Compute the objective values for the sampler: clamped KL, and expected refusals (estimated for a pruned trial).
+    """Compute the objective values for the sampler: clamped KL, expected refusals (estimated for a pruned trial), others as costs.
 
     A destroyed model gets the worst values. All values are finite, since Optuna fails a trial with any other.
     """
     refusals = outcome.expected if isinstance(outcome, Scores) else history.estimate(outcome)
     if not math.isfinite(refusals) or not math.isfinite(outcome.divergence.mean):
         refusals = float(outcome.total)
-    return [min(max(outcome.divergence.mean, kl_floor), worst_kl), refusals]
+    known = {"kl": min(max(outcome.divergence.mean, kl_floor), worst_kl), "refusals": refusals}
+
+    def value(objective: Objective) -> float:
+        cost = objective.cost(outcome) if isinstance(outcome, Scores) else math.inf
+        return known.get(objective.name, min(max(cost, -WORST_COST), WORST_COST))
+
+    return [value(objective) for objective in objectives]

@@ -12,12 +12,15 @@ from optuna.trial import TrialState
 from heretic.errors import UserError
 from heretic.interrupt import StopSignal
 from heretic.progress import Stage
+from heretic.scoring.comparison import number_text
 from heretic.scoring.evaluator import no_pruning
+from heretic.scoring.objectives import DEFAULT_OBJECTIVES
 from heretic.scoring.scores import Scores, TrialOutcome
 from heretic.search.pruning import ParetoThreshold, StudyHistory, objective_values
 from heretic.search.scheduler import TrialSampler, TrialScheduler, n_complete
 from heretic.search.summary import StudyReporter, StudySummary
 from heretic.settings import Settings
+from heretic.storage import attributes
 from heretic.storage.attributes import ERROR, KL_PER_PROMPT, PRUNED, SCORES, START, WORKER
 from heretic.storage.checksum import with_checksum
 from heretic.storage.heartbeat import retry_of, signature, trial_heartbeats
@@ -88,11 +91,13 @@ class _StudyLoop:
         self.study, self.settings, self.trials, self.reporter = study, settings, trials, reporter
         self.consecutive_failures = 0
         self.n_counted = n_complete(study)
+        self.objectives = attributes.objectives(study)
 
     def run_batch(self, batch: Sequence[optuna.Trial], stage: Stage) -> None:
         """Measure a batch and store every outcome."""
         history = StudyHistory.of(self.study)
-        in_full = not self.settings.early_stopping or any(START in trial.user_attrs for trial in batch)
+        prunable = self.settings.early_stopping and self.objectives == DEFAULT_OBJECTIVES
+        in_full = not prunable or any(START in trial.user_attrs for trial in batch)
         with trial_heartbeats(self.study, batch):
             outcomes = self.trials.measure(batch, no_pruning if in_full else history.threshold.dominates)
             for trial, outcome in zip(batch, outcomes, strict=True):
@@ -112,7 +117,7 @@ class _StudyLoop:
 
     def _finish_trial(self, trial: optuna.Trial, outcome: TrialOutcome, history: StudyHistory, stage: Stage) -> None:
         self.consecutive_failures = 0
-        values = objective_values(outcome, history, self.settings.search.kl_floor, WORST_KL)
+        values = objective_values(outcome, history, self.settings.search.kl_floor, WORST_KL, self.objectives)
         stored = _store_outcome(self.study, self.trials, trial, outcome, values, history.threshold)
         if stored is None:
             self.reporter.warning(
@@ -175,5 +180,8 @@ def _summary_line(outcome: TrialOutcome) -> str:
         beyond = "".join(
             f", {name.replace('_', '-')} {n:g} over the limit" for name, n in outcome.excess.items() if n > 0
         )
-        return f"{outcome.refusals} of {outcome.total} refused, KL {kl:.4f}{evasive}{beyond} ({seconds:.1f} s)"
+        more = "".join(
+            f", {name.replace('_', ' ')} {number_text(n)}" for name, n in outcome.values.items() if "." not in name
+        )
+        return f"{outcome.refusals} of {outcome.total} refused, KL {kl:.4f}{evasive}{more}{beyond} ({seconds:.1f} s)"
     return f"pruned (dominated), at least {outcome.at_least} of {outcome.total} refused, KL {kl:.4f} ({seconds:.1f} s)"

@@ -36,6 +36,7 @@ from heretic.progress import ProgressReporter
 from heretic.prompts.sets import PromptSets
 from heretic.runs.folder import BASELINE, RunFolder
 from heretic.runs.stored_tensors import Baseline
+from heretic.scoring.comparison import Comparison, compare
 from heretic.scoring.evaluator import TrialEvaluator
 from heretic.scoring.harmless_metrics import HarmlessProbe
 from heretic.scoring.judges.registry import JudgeContext, make_judge
@@ -126,6 +127,12 @@ class Session:
         if self.original is not None:  # rewritten weights hold one edit at a time
             return [measurer.of_trials(names, self._applier([one]), 1)[0] for one in operators]
         return measurer.of_trials(names, self._applier(operators), len(ablations))
+
+    def compare(self, ablation: Ablation) -> tuple[Comparison, ...]:
+        """Measure the scorers that an export reports on the original and the ablated model. Raises UserError."""
+        measurer, names = self.context.measurer, self.context.chosen.exported
+        original, (ablated,) = measurer.of_original(names), self.measure(names, [ablation])
+        return tuple(c for name in names for c in compare(measurer.scorers[name], original[name], ablated[name]))
 
     def _applier(self, operators: Sequence[Mapping[str, Operator]]) -> Applied:
         return lambda *indices: self._applied([operators[i] for i in indices] or operators)

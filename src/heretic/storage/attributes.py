@@ -16,6 +16,7 @@ from pydantic import Field, Json, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
 from heretic.errors import UserError, plain_line
+from heretic.scoring.objectives import DEFAULT_OBJECTIVES, Objective
 from heretic.scoring.scores import Divergence, PrunedTrial, RefusalProxy, Scores
 from heretic.settings import Settings
 from heretic.storage.url import masked
@@ -25,6 +26,8 @@ FINGERPRINT = "heretic:fingerprint"  # everything that its results depend on
 REFUSALS_BEFORE = "heretic:refusals_before"  # requests that the original refuses
 SETTINGS = "heretic:settings"  # for readers without the run folder
 EXPORTED = "heretic:exported "  # + kind; by whom and where to
+OBJECTIVES = "heretic:objectives"  # missing in a study of KL and refusals
+VALUES_BEFORE = "heretic:values_before"  # numbers of scorers on the original, by name
 GRADIENT_PATH = "heretic:gradient_path"  # result of the gradient search
 METADATA = "heretic:metadata"  # model and machine, for the report
 TRIALS_PER_BATCH = "heretic:trials_per_batch"  # trials measured in one batch
@@ -92,7 +95,9 @@ _COMPUTED_RESULT = TypeAdapter[ComputedResult](Json[ComputedResult])
 _SIGNATURE = TypeAdapter[Signature](Signature)
 _PER_PROMPT = TypeAdapter[list[float]](list[Finite])
 _FIXED = TypeAdapter[dict[str, Any]](Parameters)
-_OBJECTIVE_VALUES = TypeAdapter[tuple[float, float]](tuple[Finite, Finite])
+_OBJECTIVE_VALUES = TypeAdapter[list[float]](Annotated[list[Finite], Field(min_length=2)])
+_OBJECTIVES = TypeAdapter[tuple[Objective, ...]](Json[Annotated[tuple[Objective, ...], Field(min_length=2)]])
+_VALUES = TypeAdapter[dict[str, float]](Json[dict[str, float]])
 
 
 def place(study: optuna.Study, trial: FrozenTrial | None = None) -> str:
@@ -143,6 +148,16 @@ def settings_of(study: optuna.Study) -> Settings | None:
 def refusals_before(study: optuna.Study) -> int | None:
     """Read how many requests the original refuses."""
     return read(study, REFUSALS_BEFORE, _COUNT)
+
+
+def objectives(study: optuna.Study) -> tuple[Objective, ...]:
+    """Read what the study optimizes."""
+    return read(study, OBJECTIVES, _OBJECTIVES) or DEFAULT_OBJECTIVES
+
+
+def values_before(study: optuna.Study) -> dict[str, float]:
+    """Read the numbers of the scorers on the original; empty if the search uses none."""
+    return read(study, VALUES_BEFORE, _VALUES) or {}
 
 
 def trials_per_batch(study: optuna.Study) -> int | None:
@@ -214,6 +229,8 @@ def _problem(stored: Scores | PrunedTrial) -> str:
         ):
             return "harmless_metrics"
         sums += stored.excess.values()
+        if any(map(math.isnan, stored.values.values())):
+            return "values"
     if not all(map(math.isfinite, sums)):
         return "a number is not finite"
     return "surrogate" if stored.surrogate and not _possible(stored.surrogate) else ""
@@ -229,9 +246,12 @@ def _possible(surrogate: RefusalProxy) -> bool:
     return likely and 0 <= surrogate.matching <= surrogate.refused <= MAX_REQUESTS
 
 
-def objective_values(study: optuna.Study, trial: FrozenTrial) -> tuple[float, float]:
-    """Read the objective values (KL, expected refusals) of a finished trial."""
-    return _valid(study, "values", _OBJECTIVE_VALUES, trial.values, trial)
+def objective_values(study: optuna.Study, trial: FrozenTrial) -> list[float]:
+    """Read the objective values of a finished trial, all minimized: (KL, expected refusals), or those of `objectives`."""
+    values = _valid(study, "values", _OBJECTIVE_VALUES, trial.values, trial)
+    if len(values) != len(study.directions):
+        raise damaged(study, f"it has {len(values)} values for {len(study.directions)} objectives", trial)
+    return values
 
 
 def kl_per_prompt(study: optuna.Study, trial: FrozenTrial) -> list[float] | None:

@@ -9,8 +9,9 @@ import os
 import socket
 import sqlite3
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from optuna.trial import TrialState
 
 from heretic.errors import StudyMismatch, UserError, first_line, plain_line
 from heretic.files import open_private
+from heretic.scoring.objectives import DEFAULT_OBJECTIVES, Objective
 from heretic.settings import Settings, WorkerSettings
 from heretic.storage import attributes
-from heretic.storage.attributes import FINGERPRINT, SETTINGS, Signature
+from heretic.storage.attributes import FINGERPRINT, OBJECTIVES, SETTINGS, Signature
 from heretic.storage.fingerprint_diff import differences, relevant_versions
 from heretic.storage.retrying import RetryingRDBStorage, RetryPolicy, effective_grace_period, reason
 from heretic.storage.url import masked, on_server, sqlite_file
 
-METRICS = ["KL divergence", "refusals"]
+METRICS = {"kl": "KL divergence"}  # names in Optuna's own tools that differ from those of the objectives
 BUSY_TIMEOUT = 60  # seconds to wait for another process that locks the SQLite file, or creates the tables on a server
 OPTUNA_TABLES = {"studies", "trials", "version_info", "alembic_version"}
 TABLES_LOCK_KEY = int.from_bytes(b"heretic", "big")  # PostgreSQL's advisory lock for creating the tables
@@ -191,11 +193,13 @@ def open_study(
     facts: dict[str, Any],
     workers: WorkerSettings | None = None,
     retry_policy: RetryPolicy | None = None,
+    objectives: Sequence[Objective] = DEFAULT_OBJECTIVES,
 ) -> optuna.Study:
     """Create the study or load it.
 
     Args:
         facts: everything that the results depend on; on a server, the package versions are added.
+        objectives: what a new study optimizes; a stored one has them among its facts.
 
     Raises:
         StudyMismatch: if the stored study has other facts; the message lists the differences.
@@ -206,12 +210,14 @@ def open_study(
     with translate_storage_errors(url):
         try:
             study = optuna.create_study(
-                storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=True
+                storage=storage, study_name=name, directions=["minimize"] * len(objectives), load_if_exists=True
             )
             stored = attributes.fingerprint(study)
             if stored is None and not study.get_trials(deepcopy=False):
                 study.set_user_attr(FINGERPRINT, json.dumps(facts))
-                study.set_metric_names(METRICS)
+                if tuple(objectives) != DEFAULT_OBJECTIVES:
+                    study.set_user_attr(OBJECTIVES, json.dumps([asdict(objective) for objective in objectives]))
+                study.set_metric_names([METRICS.get(objective.name, objective.name) for objective in objectives])
                 return study
         except STORAGE_ERRORS as error:
             raise storage_error(url, error) from None

@@ -34,6 +34,9 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option("--against", help="Original model; adds the KL divergence from it.")
     ] = None,
+    measures: Annotated[
+        str | None, typer.Option("--measures", help="Scorers to measure besides, such as `arithmetic,copying`.")
+    ] = None,
     judge_agreement: Annotated[
         bool,
         typer.Option("--judge-agreement", help="Measure the configured judge on hand-labeled answers; needs no model."),
@@ -45,15 +48,16 @@ def evaluate(
     plain: PlainOption = False,
 ) -> None:
     """Measure refusals and KL of any model on the configured prompt sets, or the accuracy of the refusal judge."""
-    resolved = read_settings(config, assignments, {"model": model}, quiet=as_json)
-    if judge_agreement and (model or against):
+    named = [name.strip() for name in measures.split(",")] if measures else None
+    resolved = read_settings(config, assignments, {"model": model, "measures": named}, quiet=as_json)
+    if judge_agreement and (model or against or measures):
         raise UserError(
             "--judge-agreement measures the judge, not a model.",
             code="conflicting-options",
             where="--judge-agreement",
             fix="omit the model",
         )
-    from heretic.cli.ui.tables import show_lines
+    from heretic.cli.ui.tables import show_comparisons, show_lines
     from heretic.pipeline.actions import evaluate_judge, evaluate_model
 
     stop = StopSignal()
@@ -71,6 +75,8 @@ def evaluate(
         print(json.dumps(result.as_dict(), indent=2))
         return
     show_lines(out, result.rows())
+    if comparisons := getattr(result, "comparisons", ()):
+        show_comparisons(out, comparisons)
 
 
 def _revisions(resolved: Resolved, model: str | None, against: str | None) -> tuple[str, str]:

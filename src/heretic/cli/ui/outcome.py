@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from heretic.cli.ui.console import escape_terminal, format_duration, is_interactive, non_interactive_reason, on_terminal
-from heretic.cli.ui.tables import show_lines, show_pareto_front
+from heretic.cli.ui.tables import show_comparisons, show_lines, show_pareto_front
 from heretic.errors import UserError
 from heretic.hardware.host import format_bytes
 from heretic.runs.folder import REPORT
@@ -73,6 +73,8 @@ def _show_export_summary(console: Console, export: Export, before: int | None) -
             ("verified", f"reloaded from disk; KL from the measured model {verification.divergence:.1e}"),
         ],
     )
+    if export.comparisons:
+        show_comparisons(console, export.comparisons)
 
 
 def show_reproduction(console: Console, reproduction: Reproduction) -> None:

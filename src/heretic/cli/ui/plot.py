@@ -1,4 +1,4 @@
-"""Plot of a study's trials in the terminal: refusals over KL divergence, with the Pareto front marked.
+"""Plot of a study's trials in the terminal: the first two objectives, with the Pareto front marked.
 
 Drawn without a plotting library: those for terminals use one global figure and print it themselves.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from heretic.search.pareto import Result, pareto_front
+from heretic.search.pareto import LABELS, Result, pareto_front
 
 MARKS = {"other": ("·", "dim"), "front": ("●", "bold cyan"), "best": ("◆", "bold green")}
 PLAIN_MARKS = {"other": ".", "front": "o", "best": "#"}  # for terminals that know ASCII only
@@ -19,39 +19,42 @@ EDGE = 8  # columns left of the plot, for the refusal counts
 
 
 def draw(results: Sequence[Result], best: Result | None, width: int, height: int, *, ascii_only: bool = False) -> Text:
-    """Draw at most `height` lines of at most `width` columns: refusals upward, KL to the right on a logarithmic axis.
+    """Draw at most `height` lines of at most `width` columns: the second objective upward, the first to the right.
 
     Omits destroyed models (infinite KL). Returns an empty text without results or room.
     """
-    shown = [r for r in results if math.isfinite(r.point[0])]
+    shown = [r for r in results if all(map(math.isfinite, r.drawn))]
     columns, rows = width - EDGE - 1, height - 2
     if not shown or columns < 16 or rows < 3:
         return Text()
-    kls = [_log(r) for r in shown]
-    low, high = min(kls), max(max(kls), min(kls) + 1)
-    counts = [r.point[1] for r in shown]
-    least, most = min(counts), max(max(counts), min(counts) + 1)
+    x_label, y_label = shown[0].axes
+    logarithmic = x_label == LABELS["kl"]
+    kls = [math.log10(max(r.drawn[0], SMALLEST_KL)) if logarithmic else r.drawn[0] for r in shown]
+    counts = [r.drawn[1] for r in shown]
+    low, high = _range(kls, 1 if logarithmic else 0)
+    least, most = _range(counts, 1 if y_label == LABELS["refusals"] else 0)
     marks = _kinds(shown, best)
     cells: dict[tuple[int, int], str] = {}
     for result, kl in zip(shown, kls, strict=True):
         column = round((kl - low) / (high - low) * (columns - 1))
-        row = round((most - result.point[1]) / (most - least) * (rows - 1))
+        row = round((most - result.drawn[1]) / (most - least) * (rows - 1))
         kind = marks[result.number]
         before = cells.get((row, column), "other")
         cells[row, column] = max(kind, before, key=list(MARKS).index)
     text = Text(no_wrap=True)
-    numbers = {0: f"{most:g}", rows - 1: f"{least:g}"}
+    label = "refusals" if y_label == LABELS["refusals"] else y_label[:EDGE]
+    numbers = {0: f"{most:.4g}", rows - 1: f"{least:.4g}"}
     side, corner, floor = ("|", "+", "-") if ascii_only else ("│", "└", "─")
     for row in range(rows):
-        text.append(f"{numbers.get(row, 'refusals' if row == 1 else '')!s:>{EDGE}}{side}", style="dim")
+        text.append(f"{numbers.get(row, label if row == 1 else '')!s:>{EDGE}}{side}", style="dim")
         for column in range(columns):
             cell = cells.get((row, column))
             mark, style = MARKS[cell] if cell else (" ", "")
             text.append(PLAIN_MARKS[cell] if cell and ascii_only else mark, style)
         text.append("\n")
     text.append(f"{'':>{EDGE}}{corner}{floor * columns}\n", style="dim")
-    first, last = f"{10**low:.2g}", f"{10**high:.2g}"
-    middle = f"{'KL divergence':^{max(13, columns - len(first) - len(last))}}"
+    first, last = (f"{10**end if logarithmic else end:.2g}" for end in (low, high))
+    middle = f"{x_label:^{max(len(x_label), columns - len(first) - len(last))}}"
     text.append(f"{'':>{EDGE}} {first}{middle}{last}"[:width], style="dim")
     return text
 
@@ -64,5 +67,7 @@ def _kinds(shown: Sequence[Result], best: Result | None) -> dict[int, str]:
     return kinds
 
 
-def _log(result: Result) -> float:
-    return math.log10(max(result.point[0], SMALLEST_KL))
+def _range(numbers: Sequence[float], least: float) -> tuple[float, float]:
+    """Return the lowest and highest number, at least `least` apart."""
+    low, high = min(numbers), max(numbers)
+    return low, max(high, low + (least or 1e-9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from heretic.cli.ui.console import escape_terminal
+from heretic.scoring.comparison import Comparison, number_text
 from heretic.search.pareto import Result, pareto_front, table_columns
 from heretic.search.space import describe
 
@@ -76,6 +78,17 @@ def show_geometry(console: Console, geometry: ResidualGeometry) -> None:
     console.print(
         "cosine: between a layer's direction and the next layer's; harmful, harmless, difference: norms of the means."
     )
+
+
+def show_comparisons(console: Console, comparisons: Sequence[Comparison]) -> None:
+    """Print the numbers of scorers for the original and the ablated model."""
+    table = Table(**COMPACT)
+    for heading in ("measure", "unit", "original", "ablated", "difference", "better"):
+        table.add_column(heading, justify="right" if heading in ("original", "ablated", "difference") else "left")
+    for c in comparisons:
+        numbers = number_text(c.original), number_text(c.ablated), c.difference_text
+        table.add_row(escape_terminal(c.name), escape_terminal(c.unit), *numbers, c.better)
+    console.print(table)
 
 
 def show_benchmark(console: Console, result: Benchmark) -> None:

@@ -72,6 +72,11 @@ class ChosenScorers:
         return tuple(name for name in wanted if not self.scorers[name].in_evaluator)
 
     @property
+    def exported(self) -> tuple[str, ...]:
+        """Scorers measured on the original and an exported trial, of which manifest and card tell."""
+        return tuple(dict.fromkeys((*self.of_trials, *self.measures)))
+
+    @property
     def harmless_answers(self) -> bool:
         """Whether objectives or constraints need the evaluator's numbers on answers to harmless prompts."""
         wanted = {*(o.name for o in self.objectives), *self.limits.bounds}
@@ -84,7 +89,7 @@ class ChosenScorers:
 
     def worst_values(self) -> dict[str, float]:
         """Return infinitely bad values of the scorers `of_trials`, for a destroyed model."""
-        worst = {}
+        worst: dict[str, float] = {}
         for name in self.of_trials:
             number = -math.inf if self.scorers[name].better == "higher" else math.inf
             worst |= Measurement(number, dict.fromkeys(self.scorers[name].details, number)).named(name)
