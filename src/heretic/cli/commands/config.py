@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from heretic.cli.options import ConfigOption, JsonOption, SetOption, app, out, read_settings
+from heretic.cli.options import (
+    ConfigOption,
+    JsonOption,
+    RunArgument,
+    RunsOption,
+    SetOption,
+    app,
+    configured_runs,
+    out,
+    read_settings,
+)
 from heretic.cli.ui.console import escape_terminal
 from heretic.errors import UserError
 
@@ -58,7 +69,17 @@ def config(
 
 
 @app.command()
-def doctor(config: ConfigOption = None, assignments: SetOption = None, as_json: JsonOption = False) -> None:
+def doctor(
+    run: RunArgument = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--bundle", help="Write this file for a bug report, with status and log of the run too."),
+    ] = None,
+    runs_dir: RunsOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Print what a bug report needs: versions, devices and settings, without secrets."""
     resolved, problem = None, ""
     try:
@@ -69,6 +90,13 @@ def doctor(config: ConfigOption = None, assignments: SetOption = None, as_json: 
     from heretic.runs.environment import collect
 
     environment = collect(resolved, problem)
+    if bundle is not None:
+        from heretic.files import write_text
+        from heretic.runs.bug_report import bug_report
+
+        write_text(bundle, bug_report(environment, run or "", configured_runs(runs_dir), os.environ), private=True)
+        out.print(f"Written: {escape_terminal(str(bundle))}. Read it before you send it.", soft_wrap=True)
+        return
     if as_json:
         print(json.dumps(environment, indent=2))
         return
