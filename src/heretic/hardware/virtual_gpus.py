@@ -33,7 +33,7 @@ def virtual_gpus(text: str) -> tuple[Gpu, ...]:
                 f"Invalid list of GPUs: {part.strip()!r}.",
                 code="invalid-option",
                 where="--devices",
-                fix='write it like "4x24GiB" or "xpu:1x16GiB"',
+                fix=f'write it like "4x24GiB"; before it may stand one of {", ".join(f"{kind}:" for kind in KINDS)}',
             )
         unit = match[3].upper().replace("I", "i")
         size = int(float(match[2]) * convert_file_size_to_int(f"1{unit}"))
