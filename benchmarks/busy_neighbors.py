@@ -120,8 +120,8 @@ def measure(folder: Path, name: str, budget: float) -> list[float]:
     """Seconds of a step of the gradient search, by repetition; a first step does not count."""
     import torch
 
-    from heretic.ablation.ablation import OperatorFactory
     from heretic.ablation.directions import Directions
+    from heretic.ablation.operator_factory import OperatorFactory
     from heretic.interrupt import StopSignal
     from heretic.model.batching import Batcher
     from heretic.model.checkpoint import open_checkpoint

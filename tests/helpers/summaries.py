@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Divergence, Scores
 from heretic.search.pareto import Result, select_trial
 from heretic.search.pruning import StudyHistory
 from heretic.search.summary import StudySummary

@@ -128,7 +128,7 @@ def test_a_study_of_other_settings_under_the_same_name_is_refused(config: Path) 
     assert len(list(Path("runs").glob("mine.*"))) == 1, "the old run was not kept"
 
 
-def test_damaged_files_of_a_run_are_made_anew(config: Path) -> None:
+def test_damaged_files_of_a_run_are_recomputed(config: Path) -> None:
     first = do(config, "n_trials=2")
     file = first.folder.path / "directions.safetensors"
     content = bytearray(file.read_bytes())

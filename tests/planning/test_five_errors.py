@@ -18,6 +18,8 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.pipeline import run as run_module
 from heretic.planning import preflight
 from heretic.planning.preflight import PreflightReport, build_report
+from heretic.planning.preflight_facts import PreflightInputs
+from heretic.planning.workload import USUAL_PROMPT, Workload
 from heretic.progress import NULL_REPORTER
 from heretic.settings import Settings
 from tests.helpers.errors import raises
@@ -58,12 +60,11 @@ def on(monkeypatch: pytest.MonkeyPatch, gpus: tuple[Gpu, ...]) -> None:
     monkeypatch.setattr(run_module, "gpus_here", lambda: gpus)
 
 
-def planned(large: Checkpoint, **settings: Any) -> PreflightReport:
+def planned(large: Checkpoint, **changes: Any) -> PreflightReport:
+    settings = Settings(model="owner/model", **changes)
     return build_report(
-        Settings(model="owner/model", **settings),
-        checkpoint_loader=lambda: large,
-        prompt_loader=lambda: None,
-        storage_check=lambda: None,
+        settings,
+        PreflightInputs(Workload.of(settings, USUAL_PROMPT), large),
     )
 
 

@@ -193,7 +193,7 @@ def test_copies_of_edited_weights_are_counted(little: Checkpoint) -> None:
     assert load.copies == sum(t.nbytes for t in edited)
 
 
-def test_the_walk_takes_what_the_program_would_give_it(little: Checkpoint, large: Checkpoint) -> None:
+def test_the_gradient_search_takes_arguments_from_the_settings(little: Checkpoint, large: Checkpoint) -> None:
     work = Workload(
         200, 100, gradient_search=GradientSearchWorkload(batch=16, prompts=64, kl_tokens=1, refusal_tokens=4)
     )

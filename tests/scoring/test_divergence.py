@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from heretic.scoring.divergence import Divergence, divergences, summarize
+from heretic.scoring.divergence import divergences, summarize
+from heretic.scoring.scores import Divergence
 
 
 def test_equals_pytorch() -> None:

@@ -15,7 +15,7 @@ from heretic.errors import UserError
 from heretic.files import read_tensors, sha256
 from heretic.interrupt import StopSignal
 from heretic.runs.stored_tensors import directions_from_tensors
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Scores
 from heretic.settings import Settings
 from heretic.settings.ablation import AblationSettings
 from heretic.settings.export import Behavior, GgufType

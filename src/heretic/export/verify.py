@@ -14,7 +14,7 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.model.unloading import unloaded_after
 from heretic.progress import ProgressReporter
 from heretic.scoring.divergence import divergences
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Scores
 from heretic.scoring.teacher_forcing import all_log_probs
 from heretic.session.session import ModelContext, load_model_context
 

@@ -33,7 +33,7 @@ from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.run import Outcome, device_lock, open_locked_study, run
 from heretic.pipeline.run_context import RunContext
 from heretic.progress import NULL_REPORTER
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Scores
 from heretic.search.pareto import Result
 from heretic.search.space import SearchSpace
 from heretic.search.summary import StudyReporter
@@ -206,7 +206,7 @@ class AblationSession:
     def score(self, ablation: Ablation | None = None) -> Scores:
         """Measure refusals and KL divergence on all evaluation prompts; without an ablation, those of the original."""
         with self.session.applied(*([] if ablation is None else [ablation])):
-            return self.session.context.evaluator.score(self.session.baseline.log_probs)
+            return self.session.evaluator.score(self.session.baseline.log_probs)
 
     def answers(self, prompts: Sequence[str], ablation: Ablation | None = None, tokens: int = 100) -> list[str]:
         """Return greedy answers of at most `tokens` tokens, through the chat template."""

@@ -11,9 +11,9 @@ from typing import Any, Literal, NoReturn
 import torch
 from safetensors import SafetensorError
 
-from heretic.ablation.ablation import OperatorFactory
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Operator
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.errors import UserError
 from heretic.export.companions import copied_files
 from heretic.export.destination import check_destination, check_unchanged, commit, staging_dir

@@ -12,7 +12,8 @@ from optuna.trial import TrialState
 from heretic.errors import UserError
 from heretic.interrupt import StopSignal
 from heretic.progress import Stage
-from heretic.scoring.evaluator import Scores, TrialOutcome, no_pruning
+from heretic.scoring.evaluator import no_pruning
+from heretic.scoring.scores import Scores, TrialOutcome
 from heretic.search.pruning import ParetoThreshold, StudyHistory, objective_values
 from heretic.search.scheduler import TrialSampler, TrialScheduler, n_complete
 from heretic.search.summary import StudyReporter, StudySummary

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.cleanup import project_out_mean
 from heretic.ablation.directions import Directions, normalized
 from heretic.ablation.methods import METHODS
 from heretic.ablation.operator import Operator
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.ablation.residual_geometry import GeometryRecorder, Sample
 from heretic.errors import UserError
 from heretic.hardware.devices import for_float64

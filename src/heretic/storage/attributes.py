@@ -16,9 +16,7 @@ from pydantic import Field, Json, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
 from heretic.errors import UserError, plain_line
-from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import PrunedTrial, Scores
-from heretic.scoring.refusal_proxy import RefusalProxy
+from heretic.scoring.scores import Divergence, PrunedTrial, RefusalProxy, Scores
 from heretic.settings import Settings
 from heretic.storage.url import masked
 

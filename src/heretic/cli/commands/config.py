@@ -21,6 +21,10 @@ def config(
         bool, typer.Option("--defaults", help="Print the documented defaults as a settings file.")
     ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the settings.")] = False,
+    explain: Annotated[
+        str | None,
+        typer.Option("--explain", metavar="KEY", help="Print what one setting means, its value and its source."),
+    ] = None,
     manifest: Annotated[
         Path | None, typer.Option("--from-manifest", help="Print the settings of an exported model's study.")
     ] = None,
@@ -31,9 +35,9 @@ def config(
     """Print the resolved settings, each with its source."""
     from heretic.settings import Settings
     from heretic.settings.migrate import from_heretic
-    from heretic.settings.toml import defaults_text, resolved_text
+    from heretic.settings.toml import defaults_text, explanation, resolved_text
 
-    if sum([defaults, schema, manifest is not None, heretic_llm_config is not None]) > 1:
+    if sum([defaults, schema, *(option is not None for option in (explain, manifest, heretic_llm_config))]) > 1:
         raise UserError(
             "These options exclude each other.", code="conflicting-options", fix="use one of them at a time"
         )
@@ -45,6 +49,8 @@ def config(
         print(resolved_text(settings_of(manifest)), end="")
     elif heretic_llm_config is not None:
         print(from_heretic(heretic_llm_config), end="")
+    elif explain is not None:
+        print(explanation(explain, read_settings(config_file, assignments, {}, quiet=True)), end="")
     elif defaults:
         print(defaults_text(), end="")
     else:
