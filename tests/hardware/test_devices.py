@@ -55,8 +55,9 @@ def test_an_accelerator_that_heretic_does_not_know_is_named_and_not_used(monkeyp
 def test_a_build_without_its_device_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, built_for="xpu")
     assert KINDS["xpu"].title in str(inspect_gpus({})[0].problem)
-    hide(monkeypatch)
-    assert devices.unavailable() is None
+    for built_for in ("cuda", None):  # NVML explains CUDA's
+        hide(monkeypatch, built_for=built_for)
+        assert devices.unavailable() is None
 
 
 def test_what_cannot_be_seen_is_said_only_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ def current() -> Kind | None:
 
 
 def unavailable() -> str | None:
-    """Explain why an accelerator that PyTorch is built for is not used; None if there is nothing to explain."""
+    """Explain why an accelerator that PyTorch is built for is not used; None if NVML explains it or there is nothing to explain."""
     import torch
 
     if current_kind() is not None:
@@ -193,7 +193,11 @@ def unavailable() -> str | None:
     built = _torch_type(available=False)
     kind = _known(available=False)
     if kind is not None:
-        return f"PyTorch is built for {KINDS[kind].title}, but finds no device{_failure_to_start()}"
+        return (
+            None
+            if KINDS[kind].in_nvml
+            else f"PyTorch is built for {KINDS[kind].title}, but finds no device{_failure_to_start()}"
+        )
     return f"heretic does not know PyTorch's accelerator {built!r} (PyTorch {torch.__version__})" if built else None
 
 
