@@ -28,8 +28,29 @@ def test_kinds_and_decimal_units_are_distinguished() -> None:
     assert small.total == 24 * 10**9 and large.total == 80 * GIB
 
 
+def test_another_kind_stands_before_the_list() -> None:
+    assert [gpu.device.name for gpu in virtual_gpus("xpu:2x16GiB")] == ["xpu:0", "xpu:1"]
+    assert [gpu.device.name for gpu in virtual_gpus("mps:1x64GiB")] == ["mps"]
+    assert [gpu.kind for gpu in virtual_gpus("ROCm:1x24GiB")] == ["rocm"]
+
+
 @pytest.mark.parametrize(
-    "text", ["", "24GiB", "4x", "0x24GiB", "4x0GiB", "x24GiB", "4x24", "-1x24GiB", "999x24GiB", "4x24GiB,"]
+    "text",
+    [
+        "mps:2x64GiB",
+        "tpu:1x8GiB",
+        "xpu:",
+        "",
+        "24GiB",
+        "4x",
+        "0x24GiB",
+        "4x0GiB",
+        "x24GiB",
+        "4x24",
+        "-1x24GiB",
+        "999x24GiB",
+        "4x24GiB,",
+    ],
 )
 def test_anything_else_is_refused_with_an_example(text: str) -> None:
     with raises("invalid-option") as caught:

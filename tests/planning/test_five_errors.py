@@ -56,8 +56,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on(monkeypatch: pytest.MonkeyPatch, gpus: tuple[Gpu, ...]) -> None:
-    monkeypatch.setattr(preflight, "visible_gpus", lambda _: GpuReport(gpus))
-    monkeypatch.setattr(preflight, "usable_gpus", lambda _: gpus)
+    monkeypatch.setattr(preflight, "inspect_gpus", lambda _: (GpuReport(gpus), gpus))
     monkeypatch.setattr(run_module, "gpus_here", lambda: gpus)
 
 

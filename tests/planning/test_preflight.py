@@ -31,8 +31,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 
     def give(number: int, gib: float, usable: bool = True) -> None:
         gpus = tuple(Gpu(i, f"GPU-{i}", "RTX", int(gib * GIB), int(gib * GIB)) for i in range(number))
-        monkeypatch.setattr(preflight, "visible_gpus", lambda _: GpuReport(gpus, None if gpus else "no NVIDIA driver"))
-        monkeypatch.setattr(preflight, "usable_gpus", lambda _: gpus if usable else ())
+        report = GpuReport(gpus, None if gpus else "no NVIDIA driver")
+        monkeypatch.setattr(preflight, "inspect_gpus", lambda _: (report, gpus if usable else ()))
 
     give(0, 0)
     return give

@@ -342,16 +342,28 @@ def test_mined_refusals_stay_with_their_prompts(llama: Path, tmp_path: Path, mon
     assert again.extra_refusals == [(1, [3]), (2, [4])] and again.prompt_indices == [1, 2, 7]
 
 
-def test_weights_too_gentle_to_change_anything_are_left_early(llama: Path, tmp_path: Path) -> None:
+def test_weights_too_gentle_to_change_anything_are_skipped_after_one_pass(llama: Path, tmp_path: Path) -> None:
     of = objective(llama)
     update = {"weights": [1e-9, 1e-8, 0.5, 2.0], "steps": 5, "sparsity": 1e-5}
     settings, state, seen = SETTINGS.model_copy(update=update), begin(of), []
     points = optimizer(of, settings, save_state=lambda now: seen.append(now.steps)).run(state)
     assert [p.weight for p in points] == [0.5, 2.0]
-    assert seen[:4] == [1, 5, 6, 10] and seen[-1] == 20 and len(seen) == 14
+    assert seen == list(range(11, 21)), "no step at the two gentle weights"
 
     few = settings.model_copy(update={"weights": [1e-9, 1e-8]})
     assert [p.weight for p in optimizer(of, few).run(begin(of))] == [1e-8], "the last weight gives a point in any case"
+
+
+def test_the_first_step_is_that_of_its_own_weight(llama: Path) -> None:
+    """At strengths of 0 the gradient is the weight times that of the refusals, so one pass serves every weight."""
+    of = objective(llama)
+    settings = SETTINGS.model_copy(update={"weights": [0.5], "sparsity": 1e-5})
+    state = begin(of)
+    down = optimizer(of, settings)
+    _, at_half = down._gradients(state, 0.5)
+    _, at_one = down._gradients(state, 1.0)
+    assert at_half["strengths"].abs().max() > 0
+    assert torch.allclose(at_half["strengths"], 0.5 * at_one["strengths"], rtol=1e-4, atol=1e-7)
 
 
 def test_it_goes_on_to_stricter_weights_while_prompts_are_refused(
@@ -403,11 +415,11 @@ def test_a_stop_ends_it_between_steps(llama: Path) -> None:
 def test_a_destroyed_model_does_not_poison_the_strengths(llama: Path) -> None:
     of = objective(llama)
     down, state = optimizer(of), begin(of)
-    down.step(state, 1.0)
+    down.step(state)
     head = of.language_model.model.lm_head.weight
     kept = head.clone()
     head.fill_(float("nan"))
-    down.step(state, 1.0)
+    down.step(state)
     head.copy_(kept)
     assert torch.isfinite(state.strengths).all() and state.mixture is not None and torch.isfinite(state.mixture).all()
-    assert math.isfinite(down.step(state, 1.0).kl)
+    assert math.isfinite(down.step(state).kl)

@@ -19,8 +19,8 @@ from heretic.cli.commands import (  # noqa: F401  each adds its commands to the 
     runs,
     trials,
 )
-from heretic.cli.options import app, err, run_names
-from heretic.cli.ui.console import escape_terminal
+from heretic.cli.options import app, err, out, run_names
+from heretic.cli.ui.console import escape_terminal, is_interactive, on_terminal
 from heretic.errors import DISK_ERRNOS, Interrupted, UserError, disk_error, memory_error
 from heretic.hardware.openmp import wait_passively
 from heretic.settings.sources import DEFAULT_FILE
@@ -110,6 +110,11 @@ def main() -> None:
     def command() -> None:
         if argv and (problem := mistyped(argv[0], commands)):
             raise problem
+        if not arguments and on_terminal(out) and is_interactive():
+            from heretic.cli.ui.first_run import write_first_config
+
+            write_first_config(out, Path(DEFAULT_FILE))
+            return
         app(args=arguments, prog_name="heretic")
 
     sys.exit(exit_status(command))

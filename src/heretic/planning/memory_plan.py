@@ -221,7 +221,8 @@ def _named_devices(device_map: str | Mapping[str, int | str], devices: Sequence[
     if device_map not in MODES:
         return [device_named(device_map, devices, "device_map")]
     gpus = [device for device in devices if device.is_gpu]
-    return gpus if gpus and device_map == "planned" else list(devices)
+    uses_ram = any(device.uses_ram for device in gpus)  # weights in RAM are then no relief
+    return gpus if gpus and (device_map == "planned" or uses_ram) else list(devices)
 
 
 def _one_device(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from heretic.files import expand_user
 from heretic.hardware import host
 from heretic.hardware.devices import Device
-from heretic.hardware.gpus import Gpu, GpuReport, gpus_for, usable_gpus, visible_gpus
+from heretic.hardware.gpus import Gpu, GpuReport, gpus_for, inspect_gpus
 from heretic.hardware.locks import LockOwner, device_locks, lock_owner
 from heretic.model.checkpoint import Checkpoint
 from heretic.planning.memory_plan import MemoryPlan, plan_for
@@ -70,8 +70,7 @@ def build_report(
     found = FindingList(list(inputs.findings))
     checkpoint, work = inputs.checkpoint, inputs.work
     # 1. Devices
-    report = GpuReport(virtual) if virtual else visible_gpus(environment)
-    usable = virtual or usable_gpus(report)
+    report, usable = (GpuReport(virtual), virtual) if virtual else inspect_gpus(environment)
     if usable:  # with PyTorch's numbers, and with those that NVML does not list
         report = GpuReport(usable, report.problem)
     devices = host.devices(usable)
@@ -119,7 +118,7 @@ def _fitting(
 def _holders(settings: Settings, usable: tuple[Gpu, ...]) -> tuple[tuple[str, LockOwner], ...]:
     """Return the devices of this run that another process has locked, with the lock owners."""
     gpus = gpus_for(settings.device_map, usable)
-    names = [f"cuda:{gpu.index}" for gpu in gpus] or ["The CPU"]
+    names = [gpu.device.name for gpu in gpus] or ["The CPU"]
     owners = [
         (name, lock_owner(path)) for name, path in zip(names, device_locks([gpu.uuid for gpu in gpus]), strict=True)
     ]

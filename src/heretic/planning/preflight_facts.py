@@ -90,7 +90,7 @@ class PreflightFacts:
     def used_gpus(self) -> tuple[Gpu, ...]:
         """The GPUs with weights in the plan."""
         names = {load.device.name for load in self.plan.loads} if self.plan else set()
-        return tuple(gpu for gpu in self.usable if f"cuda:{gpu.index}" in names)
+        return tuple(gpu for gpu in self.usable if gpu.device.name in names)
 
     @property
     def fits_without_copies(self) -> bool:

@@ -34,7 +34,9 @@ def of_front(progress: StudyHistory, chosen: int | None, before: int | None) -> 
     if pruned:
         data.append(
             {
-                **_dots("pruned (dominated): refusals estimated", [t.kl for t in pruned], [t.refusals for t in pruned]),
+                **_dots(
+                    "pruned (dominated): refusals estimated", [(t.kl, t.refusals) for t in pruned], logarithmic=True
+                ),
                 "text": [f"trial {t.number}" for t in pruned],
                 "marker": {"symbol": "circle-open", "size": 7, "color": GRAY},
                 "hovertemplate": "%{text}: pruned, about %{y:.1f} expected refusals<br>KL %{x:.4f}<extra></extra>",
@@ -222,18 +224,20 @@ def escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _dots(name: str, kl: Sequence[float], refusals: Sequence[float]) -> Figure:
-    x = [_short(max(value, SMALLEST_KL)) for value in kl]
-    y = [_short(r) for r in refusals]
+def _dots(name: str, points: Sequence[tuple[float, float]], *, logarithmic: bool) -> Figure:
+    x = [_short(max(value, SMALLEST_KL) if logarithmic else value) for value, _ in points]
+    y = [_short(value) for _, value in points]
     return {"type": "scatter", "mode": "markers", "name": name, "x": x, "y": y, "cliponaxis": False}
 
 
 def _results(name: str, results: Sequence[Result]) -> Figure:
+    x, y = results[0].axes
+    place = "%{y} expected<br>KL %{x:.4f}" if (x, y) == tuple(LABELS.values()) else f"{y} %{{y}}<br>{x} %{{x:.4g}}"
     return {
-        **_dots(name, [r.drawn[0] for r in results], [r.drawn[1] for r in results]),
+        **_dots(name, [r.drawn for r in results], logarithmic=x == LABELS["kl"]),
         "text": [f"trial {r.number}, {describe(r.params)}: {r.scores.refusals} refusals" for r in results],
         "customdata": [r.number for r in results],
-        "hovertemplate": "%{text}, %{y} expected<br>KL %{x:.4f}, measured<extra></extra>",
+        "hovertemplate": f"%{{text}}, {place}, measured<extra></extra>",
     }
 
 

@@ -149,8 +149,8 @@ class Settings(SettingsModel):
     device_map: str | dict[str, int | str] = setting(
         "planned",
         "`planned`: one device if the model fits, else `balanced`. Also: accelerate's `auto`, `balanced`, "
-        "`balanced_low_0` or `sequential` (these can leave weights in RAM), one device such as `cpu` or `cuda:1`, or "
-        "a table from module names to devices.",
+        "`balanced_low_0` or `sequential` (these can leave weights in RAM), one device such as `cpu`, `cuda:1`, `xpu:0` or "
+        "`mps`, or a table from module names to devices.",
         when=(
             "Set it to exclude a device or to place modules yourself. Weights left in RAM make every pass many times "
             "slower."
