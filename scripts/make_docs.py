@@ -1,4 +1,4 @@
-"""Generate docs/settings.md, docs/migrating.md and docs/errors.md from the code; a test compares them.
+"""Generate docs/settings.md, docs/scorers.md, docs/migrating.md and docs/errors.md from the code; a test compares them.
 
 python scripts/make_docs.py
 """
@@ -6,6 +6,7 @@ python scripts/make_docs.py
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from heretic.errors import UserError
+from heretic.scoring.scorers.registry import SCORERS
 from heretic.settings import Settings, SettingsModel
 from heretic.settings.field import affects_results, when_to_change
 from heretic.settings.migrate import DEFAULTS, PROMPT_KEYS, PROMPT_SETS, TABLE
@@ -31,7 +33,12 @@ def main() -> None:
 
 def documents() -> dict[str, str]:
     """Return the text of every generated document by file name."""
-    return {"settings.md": settings_page(), "migrating.md": migrating_page(), "errors.md": errors_page()}
+    return {
+        "settings.md": settings_page(),
+        "scorers.md": scorers_page(),
+        "migrating.md": migrating_page(),
+        "errors.md": errors_page(),
+    }
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,109 @@ def tables(table: Table) -> Iterator[Table]:
             prefix = f"{table.prefix}.{name}".lstrip(".")
             changeable = table.changeable or not affects_results(field)
             yield from tables(Table(prefix, inner, field.description or "", changeable))
+
+
+SCORERS_HEAD = """\
+# Scorers
+
+A scorer measures one number of a model. Its name is used in the settings:
+
+```toml
+objectives = ["kl", "refusals"]        # what the search optimizes; two or more
+measures = ["own_answer_kl", "arithmetic"]  # measured of the original and of an exported trial only
+
+[constraints]                          # limits for trials on the Pareto front
+over_refusals = 3
+unchanged = 0.5                        # higher is better, so this is the lowest value
+kl.p95 = 0.5                           # a detail of a scorer
+
+[scorers.arithmetic]                   # options
+tasks = 200
+```
+
+- Objectives and constraints are measured in every trial. With `objectives = ["kl", "refusals"]` heretic prunes dominated trials
+  before it measures anything else; with other objectives it measures every trial in full.
+- `measures` cost nothing during the search. The manifest, the model card and `heretic export` list them for the original and the
+  ablated model, with the difference and, where the value is a mean over prompts or tasks, its standard error.
+- `heretic evaluate MODEL --against ORIGINAL --measures arithmetic,copying` measures two models of files.
+- All scorers of a trial share one decoding per prompt set. Answers are greedy; their length is `max_response_length` unless the
+  table says otherwise.
+
+The table is generated from the code by `python scripts/make_docs.py`. A dagger marks scorers that `heretic evaluate` omits,
+because they run both models on the same text.
+
+| name | what it measures | unit | better | details | options |
+|---|---|---|---|---|---|
+"""
+SCORERS_FOOT = '''
+## Limitations
+
+- `language_switched` knows scripts, and eight languages in Latin script by frequent words. An answer of a few words is unclear.
+- `arithmetic` and `copying` are easy. They show damage, not progress: use `heretic benchmark` for capability.
+- `borderline_refusals` needs prompts: `source` is a file or a data set, as in `[prompts.harmless_eval]`. Public sets are XSTest
+  (Röttger et al. 2024) and OR-Bench (Cui et al. 2024); read their licenses.
+- Measures of an export are those of the ablated model before it was written. The export is then compared with it.
+
+## Your own scorer
+
+A Python file with a subclass of `Scorer`. heretic runs it only if the settings name it:
+
+```toml
+scorer_files = ["words.py"]
+objectives = ["kl", "refusals", "words"]
+```
+
+```python
+"""words.py: how much shorter answers to harmless prompts get."""
+from dataclasses import dataclass
+
+from heretic.scoring.scorers.scorer import Measurement, Scorer
+
+
+@dataclass(frozen=True)
+class Words(Scorer):
+    tokens: int = 100  # an option: [scorers.words] tokens = 50
+
+    name = "words"
+    meaning = "words in an answer to a harmless prompt, as a share of the original's"
+    better = "higher"
+
+    def baseline(self, original):
+        return [len(text.split()) for text in original.texts(original.harmless, self.tokens)]
+
+    def score(self, model, baseline):
+        counts = [len(text.split()) for text in model.texts(model.harmless, self.tokens)]
+        return Measurement.mean_of([now / max(1, before) for now, before in zip(counts, baseline)])
+```
+
+`model` is a `ScorerContext`: its prompts are `model.harmful` and `model.harmless`, and `model.encode(name, texts)` makes others.
+`answers` gives token ids, `texts` text, `verdicts` the judge's verdicts, `log_likelihoods` and `divergence` numbers of a pass.
+Within `with model.active():` the loaded model `model.parts.language_model.model` is the ablated one. Return a float or a
+`Measurement`; infinity is allowed, NaN is an error. A scorer that runs `model.original` after the ablated model sets
+`needs_original = True`.
+'''
+
+
+def scorers_page() -> str:
+    """Return the page on scorers: their table and a user's own."""
+    rows = []
+    for scorer in SCORERS.values():
+        options = dataclasses.fields(scorer) if dataclasses.is_dataclass(scorer) else ()
+        cells = [
+            f"`{scorer.name}`" + " †" * scorer.needs_original,
+            scorer.meaning.replace("|", "\\|"),
+            scorer.unit or "-",
+            scorer.better,
+            ", ".join(f"`.{detail}`" for detail in scorer.details) or "-",
+            ", ".join(f"`{f.name}`" + _default(f.default) for f in options) or "-",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return SCORERS_HEAD + "\n".join(rows) + "\n" + SCORERS_FOOT
+
+
+def _default(value: Any) -> str:
+    """Return an option's default; empty for a long list or no text."""
+    return "" if isinstance(value, tuple) or value == "" else f" = {toml_value(value)}"
 
 
 def migrating_page() -> str:

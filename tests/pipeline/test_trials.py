@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import optuna
@@ -9,17 +10,20 @@ import pytest
 
 from heretic.errors import UserError
 from heretic.interrupt import StopSignal
+from heretic.pipeline.actions import evaluate_model
 from heretic.pipeline.run import Outcome, run
 from heretic.progress import NULL_REPORTER
+from heretic.report.report import load_report_input, report
 from heretic.runs.status import read_status
 from heretic.scoring.evaluator import TrialEvaluator
 from heretic.search.pareto import pareto_front, results
 from heretic.settings.sources import resolve
-from heretic.storage.attributes import ERROR
+from heretic.storage.attributes import ERROR, values_before
 from heretic.storage.rdb import connect
 from heretic.storage.url import storage_url
 from tests.helpers.command import heretic
 from tests.helpers.endpoint import endpoint
+from tests.helpers.reporters import RecordingReporter
 
 
 def do(config: Path, *assignments: str) -> Outcome:
@@ -104,15 +108,13 @@ def test_a_judge_that_fails_stops_the_study_and_the_same_command_finishes_it(
 
 
 def test_limits_on_harmless_answers_hold_from_study_to_card(config: Path) -> None:
-    first = do(
-        config, "n_trials=6", "constraints.max_over_refusals=9", "constraints.max_degenerate=9", 'run_name="any"'
-    )
+    first = do(config, "n_trials=6", "constraints.over_refusals=9", "constraints.degenerate=9", 'run_name="any"')
     conducts = [r.scores.harmless_metrics for r in first.results]
     assert all(c is not None and c.total == 9 for c in conducts)
     counts = sorted(c.over_refusals + c.degenerate for c in conducts if c)
     assert counts[0] < counts[-1], "the trials should not all do the same"
     least = min(c.over_refusals for c in conducts if c)
-    every = ("n_trials=6", f"constraints.max_over_refusals={least}", 'run_name="few"', "save_to=out")
+    every = ("n_trials=6", f"constraints.over_refusals={least}", 'run_name="few"', "save_to=out")
     kept = do(config, *every)
     assert pareto_front(kept.results) and all(
         r.scores.harmless_metrics.over_refusals <= least for r in pareto_front(kept.results)
@@ -122,7 +124,57 @@ def test_limits_on_harmless_answers_hold_from_study_to_card(config: Path) -> Non
         and kept.export.verification.scores.harmless_metrics == kept.selected.scores.harmless_metrics
     )  # type: ignore[union-attr]
     assert "harmless requests refused or evaded" in Path("out/README.md").read_text()
-    none = do(
-        config, "n_trials=2", "constraints.max_degenerate=0", "constraints.max_over_refusals=0", 'run_name="none"'
-    )
+    none = do(config, "n_trials=2", "constraints.degenerate=0", "constraints.over_refusals=0", 'run_name="none"')
     assert none.selected is None or none.selected.scores.within_limits
+
+
+def test_chosen_scorers_reach_storage_front_manifest_and_card(config: Path) -> None:
+    chosen = (
+        'objectives=["kl", "refusals", "unchanged"]', "constraints.own_answer_kl.max=1e6", 'measures=["repetition"]',
+        "scorers.unchanged.tokens=2", "scorers.own_answer_kl.tokens=3", "n_trials=4", "early_stopping=true", "save_to=out",
+        'run_name="chosen"', "trials_per_batch=2",
+    )  # fmt: skip
+    made = do(config, *chosen)
+    assert len(made.results) == 4, "with these objectives no trial is pruned"
+    names = {"unchanged", "own_answer_kl", *(f"own_answer_kl.{d}" for d in ("median", "p95", "max"))}
+    assert all(set(r.scores.values) == names and 0 <= r.scores.values["unchanged"] <= 1 for r in made.results)
+    assert all(r.point[2] == -r.scores.values["unchanged"] for r in made.results)
+    assert all(r.scores.excess["own_answer_kl.max"] < 0 for r in made.results)
+    study = optuna.load_study(study_name="heretic", storage=storage_url("", made.folder.path))
+    assert len(study.directions) == 3 and study.metric_names == ["KL divergence", "refusals", "unchanged"]
+    assert values_before(study)["unchanged"] == 1 and values_before(study)["own_answer_kl"] == pytest.approx(
+        0, abs=1e-6
+    )
+    assert [t.values[2] for t in study.trials] == [-r.scores.values["unchanged"] for r in made.results]
+    assert made.export is not None and made.selected is not None
+    exported = {c.name: c for c in made.export.comparisons}
+    assert set(exported) == {*names, "repetition"}
+    assert exported["unchanged"].ablated == made.selected.scores.values["unchanged"]
+    assert exported["unchanged"].error is not None and exported["own_answer_kl.p95"].error is None
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert [row["name"] for row in manifest["measures"]] == list(exported)
+    card = Path("out/README.md").read_text()
+    assert all(f"| `{name}` |" in card for name in exported)
+    again = do(config, *chosen)
+    assert again.export is not None and again.export.comparisons == made.export.comparisons
+    assert read_status("chosen", "runs", {}).summary.n_pruned == 0
+    assert "unchanged" in report(load_report_input("chosen", "runs", {}, with_texts=False))
+
+
+def test_scorers_measure_the_same_of_trials_together_and_of_rewritten_weights(config: Path) -> None:
+    every = ("n_trials=3", "search.n_startup_trials=3", "batch_size=64", 'objectives=["own_answer_kl", "unchanged"]')
+    together = do(config, *every, 'run_name="together"', "trials_per_batch=3")
+    rewritten = do(config, *every, 'run_name="weights"', 'apply="weights"')
+    for ours, reference in zip(together.results, rewritten.results, strict=True):
+        assert ours.scores.values == pytest.approx(reference.scores.values, rel=1e-3, abs=1e-5)
+
+
+def test_two_models_of_files_are_compared_by_scorers(config: Path, llama: Path) -> None:
+    settings = resolve(
+        config, assignments=["measures=['unchanged', 'copying', 'own_answer_kl']", "scorers.copying.tasks=3"]
+    )
+    reporter = RecordingReporter()
+    found = evaluate_model(settings.settings, str(llama), wait=False, reporter=reporter, stop=StopSignal())
+    assert found.values == {"unchanged": 1.0, "copying": 0.0}
+    assert [(c.name, c.difference, c.error) for c in found.comparisons] == [("unchanged", 0, 0), ("copying", 0, 0)]
+    assert any("own_answer_kl" in warning for warning in reporter.warnings)

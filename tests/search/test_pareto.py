@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from heretic.scoring.objectives import Objective
 from heretic.scoring.scores import Divergence, HarmlessMetrics, Scores
 from heretic.search.pareto import Result, pareto_front, select_trial, table_columns
 
@@ -90,3 +91,21 @@ def test_columns_of_what_was_measured_and_found() -> None:
     assert (shown["evasive"], shown["expected"]) == (["0", "1"], ["1.0", "11.0"])
     assert shown["harmless refused"] == ["3/40"] * 2 and shown["degenerate"] == ["1/40"] * 2
     assert "degenerate" not in table_columns([more[0], plain[1]]), "for one it was not measured"
+
+
+def test_three_objectives_have_a_front_that_nothing_beats_in_the_direction_of_each() -> None:
+    objectives = (Objective("kl"), Objective("refusals"), Objective("unchanged", "higher"))
+    points = [(0.1, 5, 0.5), (0.2, 5, 0.5), (0.2, 5, 0.9), (0.3, 1, 0.1), (0.1, 5, 0.5), (0.05, 9, math.inf)]
+    found = [
+        replace(r, scores=replace(r.scores, values={"unchanged": kept}), objectives=objectives)
+        for r, (_, _, kept) in zip(results(*((kl, n) for kl, n, _ in points)), points, strict=True)
+    ]
+    assert [r.number for r in pareto_front(found)] == [3, 2, 0]
+    assert "unchanged" in table_columns(found)
+    assert select_trial(found, "fewest_refusals_under_kl", 0.25, 0)[0].number == 0  # type: ignore[index]
+    assert select_trial(found, "lowest_kl_under_refusals", 0, 3)[0].number == 3  # type: ignore[index]
+
+
+def test_a_number_that_was_not_measured_keeps_a_result_off_the_front() -> None:
+    (only,) = results((0.1, 5))
+    assert pareto_front([replace(only, objectives=(Objective("kl"), Objective("unchanged", "higher")))]) == []

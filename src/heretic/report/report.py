@@ -23,6 +23,7 @@ from heretic.runs.folder import GEOMETRY, RunFolder, find_run, load_settings
 from heretic.runs.metadata import RunMetadata
 from heretic.runs.status import load_study
 from heretic.scoring.judges.verdict import JUDGE_DESCRIPTIONS
+from heretic.scoring.objectives import DEFAULT_OBJECTIVES
 from heretic.search.gradient_path import GradientPath
 from heretic.search.hypervolume import hypervolume_history
 from heretic.search.integrity import check_attributes, damaged_trials, warning
@@ -158,11 +159,24 @@ def _harmless_facts(result: Result) -> list[tuple[str, str]]:
     ]
 
 
+_FRONT = (
+    "Fewer refusals and a lower KL are better, so the best trials are at the lower left. Expected refusals are the counted "
+    "ones plus the probability of the original's refusals in the other answers."
+)
+
+
+def _front_of_others(summary: StudySummary) -> str:
+    """A sentence on objectives that the settings chose."""
+    named = [f"{o.name} ({o.better} is better)" for o in summary.results[0].objectives]
+    return f"The search optimizes {', '.join(named)}. The figure shows the first two."
+
+
 def _front(page: Page, summary: StudySummary) -> None:
     page.section(
         "Pareto front",
-        "Fewer refusals and a lower KL are better, so the best trials are at the lower left. Expected refusals are the counted "
-        "ones plus the probability of the original's refusals in the other answers.",
+        _FRONT
+        if not summary.results or summary.results[0].objectives == DEFAULT_OBJECTIVES
+        else _front_of_others(summary),
     )
     if not summary.results:
         page.text("No trial has finished yet.")
@@ -183,12 +197,15 @@ def _front(page: Page, summary: StudySummary) -> None:
     rows = [[*cells, describe(r.params)] for r, *cells in zip(best, *shown.values(), strict=True)]
     marked = next((i for i, r in enumerate(best) if r.number == chosen), None)
     page.table([*shown, "from"], rows, marked)
+    if best[:1] and best[0].objectives != DEFAULT_OBJECTIVES:
+        return  # the hypervolume below is that of KL and refusals
     page.section(
         "Progress",
         f"Hypervolume of the Pareto front after each fully measured trial (reference point: {total} refusals, "
         f"KL {REFERENCE_KL:g}). When it stays flat, more trials hardly help.",
     )
-    grown = hypervolume_history([r.point for r in summary.results], (REFERENCE_KL, float(total)))
+    points = [(r.scores.divergence.mean, r.scores.expected) for r in summary.results]
+    grown = hypervolume_history(points, (REFERENCE_KL, float(total)))
     page.figure("progress", [figures.of_progress([r.number for r in summary.results], grown)], height=300)
 
 

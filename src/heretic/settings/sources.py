@@ -272,10 +272,20 @@ def field_of(key: str, origin: str) -> tuple[type[SettingsModel], str]:
     )
 
 
+def _parts(key: str) -> list[str]:
+    """Return the parts of a dotted key; the name of a map's entry is one part, so `constraints.kl.p95` has two."""
+    parts = key.split(".")
+    for n in range(1, len(parts) - 1):
+        annotation = _annotation(".".join(parts[:n]))
+        if get_origin(annotation) is dict and get_origin(get_args(annotation)[1]) is not dict:
+            return [*parts[:n], ".".join(parts[n:])]
+    return parts
+
+
 def _annotation(key: str) -> Any:
     """Return the type of a dotted key, which can name an entry of a map; None for an unknown key."""
     annotation: Any = Settings
-    for part in key.split("."):
+    for part in _parts(key):
         if get_origin(annotation) is Annotated:
             annotation = get_args(annotation)[0]
         if get_origin(annotation) is dict:
@@ -314,7 +324,7 @@ def _set(data: dict[str, Any], origins: dict[str, str], key: str, value: Any, or
     field_of(key, origin)
     _check_value(key, value, origin)
     origins[key] = origin
-    *parents, name = key.split(".")
+    *parents, name = _parts(key)
     for n, parent in enumerate(parents, start=1):
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):

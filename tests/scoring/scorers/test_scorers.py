@@ -28,11 +28,12 @@ from heretic.scoring.scorers.measuring import Measurer
 from heretic.scoring.scorers.own_answer_kl import OwnAnswerKl
 from heretic.scoring.scorers.own_perplexity import OwnPerplexity
 from heretic.scoring.scorers.refusals_by_length import LENGTHS, RefusalsByLength
-from heretic.scoring.scorers.registry import SCORERS
+from heretic.scoring.scorers.registry import SCORERS, choose_scorers
 from heretic.scoring.scorers.repetition import Repetition
 from heretic.scoring.scorers.scorer import Measurement, Scorer
 from heretic.scoring.scorers.text_perplexity import TextPerplexity
 from heretic.scoring.scorers.unchanged import Unchanged
+from heretic.settings import Settings
 from tests.helpers.errors import raises
 from tests.scoring.test_refusal_count import ABLATIONS, model_context
 from tests.tiny import HARMFUL, HARMLESS, TEXT
@@ -245,3 +246,11 @@ def test_the_table_describes_every_scorer() -> None:
             and scorer.better in ("lower", "higher")
             and "." not in "".join((scorer.name, *scorer.details))
         )
+
+
+def test_the_scorer_of_the_documentation_works_as_it_stands(tiny: Tiny, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "scorers.md").read_text(encoding="utf-8")
+    (tmp_path / "words.py").write_text(page.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    settings = Settings(scorer_files=[str(tmp_path / "words.py")], measures=["words"], scorers={"words": {"tokens": 4}})
+    original, trials = tiny.measure(choose_scorers(settings).scorers["words"])
+    assert original.value == 1 and trials[0].value > 0
