@@ -12,6 +12,7 @@ from typing import Any
 
 from heretic._version import __version__
 from heretic.cli.commands import (  # noqa: F401  each adds its commands to the application
+    ablate,
     config,
     evaluate,
     export_cmds,
@@ -27,8 +28,8 @@ from heretic.settings.sources import DEFAULT_FILE
 
 # Order of the commands in --help: the order of a run's workflow.
 ORDER = (
-    "run", "preflight", "status", "demo", "chat", "compare", "benchmark", "export", "upload", "reproduce", "directions", "report",
-    "geometry", "evaluate", "config", "doctor",
+    "run", "ablate", "preflight", "status", "demo", "chat", "compare", "benchmark", "export", "upload",
+    "reproduce", "directions", "report", "geometry", "evaluate", "config", "doctor",
 )  # fmt: skip
 app.registered_commands.sort(key=lambda c: ORDER.index(c.name or c.callback.__name__ if c.callback else ""))
 

@@ -69,7 +69,7 @@ def _compare(job: ExportJob, model_context: ModelContext, checkpoint: Checkpoint
     share = TOLERATED_SHARE if written.exact else TOLERATED_SHARE_OF_A_PART
     tolerated = share * job.ablated_by + rounding
     if divergence <= tolerated:
-        return Verification(divergence, largest, evaluator.score(job.baseline.log_probs))
+        return Verification(divergence, largest, evaluator.score(job.baseline.log_probs, log_probs))
     what = f"The written model differs from the measured one: mean KL {divergence:.1e}, tolerated {tolerated:.1e}."
     if not written.exact:
         raise UserError(

@@ -67,6 +67,11 @@ def measure_divergence(
     ]
 
 
+def divergence_of(original: Tensor, ablated: Tensor, counts: Sequence[int]) -> Divergence:
+    """Summarize log-probabilities that exist already [predicted tokens, vocabulary]; `counts` tokens by prompt."""
+    return summarize(torch.stack([part.double().mean() for part in divergences(original, ablated).split(list(counts))]))
+
+
 def divergences(original: Tensor, ablated: Tensor) -> Tensor:
     """Compute KL(original || ablated) per row from log-probabilities [rows, vocabulary]; at least 0, NaN becomes infinity."""
     # A token of probability 0 adds nothing; without the mask 0 * -inf would be NaN.

@@ -15,7 +15,7 @@ from heretic.model.activation_cache import ActivationCache
 from heretic.model.batching import UNEDITED, Batcher, EditSpec
 from heretic.model.chat_format import ChatFormat
 from heretic.model.loading import LanguageModel
-from heretic.scoring.divergence import measure_divergence
+from heretic.scoring.divergence import divergence_of, measure_divergence
 from heretic.scoring.harmless_metrics import HarmlessProbe, measure_harmless_metrics
 from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL, Judge, encode_verdicts
 from heretic.scoring.objectives import NO_LIMITS, Limits
@@ -90,10 +90,18 @@ class TrialEvaluator:
             trials,
         )
 
-    def score(self, baseline: Tensor) -> Scores:
-        """Measure one model in full against `baseline` [tokens, vocabulary]."""
+    def score(self, baseline: Tensor, log_probs: Tensor | None = None) -> Scores:
+        """Measure one model in full.
+
+        Args:
+            baseline: log-probabilities of the original [tokens, vocabulary].
+            log_probs: those of the model, if a pass has computed them already.
+        """
         began = time.perf_counter()
-        divergence = measure_divergence(self.language_model, self.harmless_texts, baseline, self.batcher)[0]
+        if log_probs is None:
+            divergence = measure_divergence(self.language_model, self.harmless_texts, baseline, self.batcher)[0]
+        else:
+            divergence = divergence_of(baseline, log_probs, self.harmless_texts.counts)
         between = time.perf_counter()
         counted = self.refusals()
         after = time.perf_counter()
