@@ -11,8 +11,9 @@ import pytest
 
 from heretic.errors import SettingsError
 from heretic.settings import Settings
-from heretic.settings.sources import all_keys, line_numbers, resolve, tomllib
+from heretic.settings.sources import all_keys, line_numbers, read_toml, resolve, tomllib
 from heretic.settings.toml import defaults_text, resolved_text, toml_value
+from tests.helpers.errors import raises
 
 ROOT = Path(__file__).parents[2]
 
@@ -268,3 +269,25 @@ def test_a_home_folder_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)
     assert code_of('"~/out"', "save_to") == ("invalid-setting", "c.toml:1")
     assert resolve(assignments=["save_to=./~/out"]).settings.save_to == "./~/out"
+
+
+def test_entries_of_maps_can_be_set_from_every_source() -> None:
+    Path("c.toml").write_text("[constraints]\nkl = 3\nown_answer_kl.p95 = 0.5\n[scorers.copying]\ntasks = 7\n", "utf-8")
+    found = resolve(
+        Path("c.toml"), assignments=["constraints.kl.p95=2", "scorers.copying.seed=1"],
+        environment={"HERETIC_CONSTRAINTS__UNCHANGED": "0.5"},
+    )  # fmt: skip
+    assert found.settings.constraints == {"kl": 3, "own_answer_kl.p95": 0.5, "unchanged": 0.5, "kl.p95": 2}
+    assert found.settings.scorers == {"copying": {"tasks": 7, "seed": 1}}
+    Path("again.toml").write_text(resolved_text(found), "utf-8")
+    assert resolve(Path("again.toml")).settings == found.settings
+    assert read_toml(Path("c.toml")).values["scorers"] == {"copying": {"tasks": 7}}
+    with raises("invalid-setting", SettingsError):
+        resolve(Path("c.toml"), assignments=["constraints.kl=many"])
+    with raises("invalid-setting", SettingsError):
+        resolve(None, {"constraints": 3}, ["constraints.kl=3"])
+
+
+def test_limits_of_earlier_versions_are_read() -> None:
+    old = {"max_over_refusals": -1, "max_degenerate": 4}
+    assert Settings.model_validate({"constraints": old}).constraints == {"degenerate": 4}

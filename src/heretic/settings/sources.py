@@ -16,7 +16,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -253,14 +253,14 @@ def field_of(key: str, origin: str) -> tuple[type[SettingsModel], str]:
 
     An entry of a map belongs to the map's field: `constraints.kl` to `constraints`.
     """
-    if _annotation(key) is not None:
+    *parents, (name, last) = _walk(key)
+    if last is not None:
         table: type[SettingsModel] = Settings
-        first, *rest = key.split(".")
-        while rest and first in table.model_fields and isinstance(inner := table.model_fields[first].annotation, type):
-            if not issubclass(inner, SettingsModel):
-                break
-            table, first, rest = inner, rest[0], rest[1:]
-        return table, first
+        for part, annotation in parents:
+            if not (isinstance(annotation, type) and issubclass(annotation, SettingsModel)):
+                return table, part
+            table = annotation
+        return table, name
     near = difflib.get_close_matches(key, list(all_keys()), n=1, cutoff=0.5)
     if not near:  # the right name in the wrong table
         near = [known for known in all_keys() if known.rpartition(".")[2] == key.rpartition(".")[2]][:1]
@@ -272,30 +272,30 @@ def field_of(key: str, origin: str) -> tuple[type[SettingsModel], str]:
     )
 
 
-def _parts(key: str) -> list[str]:
-    """Return the parts of a dotted key; the name of a map's entry is one part, so `constraints.kl.p95` has two."""
+def _walk(key: str) -> Iterator[tuple[str, Any]]:
+    """Yield the parts of a dotted key with their types, None for an unknown one, which is the last.
+
+    The name of a map's entry is one part, so `constraints.kl.p95` has two.
+    """
+    annotation: Any = Settings
     parts = key.split(".")
-    for n in range(1, len(parts) - 1):
-        annotation = _annotation(".".join(parts[:n]))
-        if get_origin(annotation) is dict and get_origin(get_args(annotation)[1]) is not dict:
-            return [*parts[:n], ".".join(parts[n:])]
-    return parts
+    while parts:
+        if get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+            part, parts = (parts[0], parts[1:]) if get_origin(annotation) is dict else (".".join(parts), [])
+        else:
+            part, parts = parts[0], parts[1:]
+            is_table = isinstance(annotation, type) and issubclass(annotation, SettingsModel)
+            field = annotation.model_fields.get(part) if is_table else None
+            annotation = field.annotation if field else None
+        yield part, annotation
+        if annotation is None:
+            return
 
 
 def _annotation(key: str) -> Any:
     """Return the type of a dotted key, which can name an entry of a map; None for an unknown key."""
-    annotation: Any = Settings
-    for part in _parts(key):
-        if get_origin(annotation) is Annotated:
-            annotation = get_args(annotation)[0]
-        if get_origin(annotation) is dict:
-            annotation = get_args(annotation)[1]
-        elif isinstance(annotation, type) and issubclass(annotation, SettingsModel):
-            field = annotation.model_fields.get(part)
-            annotation = field.annotation if field else None
-        else:
-            return None
-    return annotation
+    return [annotation for _, annotation in _walk(key)][-1]
 
 
 def all_keys(table: type[SettingsModel] = Settings, prefix: str = "") -> Iterator[str]:
@@ -324,13 +324,13 @@ def _set(data: dict[str, Any], origins: dict[str, str], key: str, value: Any, or
     field_of(key, origin)
     _check_value(key, value, origin)
     origins[key] = origin
-    *parents, name = _parts(key)
-    for n, parent in enumerate(parents, start=1):
-        data = data.setdefault(parent, {})
+    (*parents, (name, _)), path = _walk(key), ""
+    for parent, annotation in parents:
+        data, path = data.setdefault(parent, {}), f"{path}.{parent}".lstrip(".")
         if not isinstance(data, dict):
             return  # validation reports the value that should be a table
-        if not _is_table(path := ".".join(parents[:n])):
-            origins[path] = origin  # of a map, which is one value in a run's config.toml
+        if get_origin(annotation) is dict:
+            origins[path] = origin  # a map is one value in a run's config.toml
     data[name] = copy.deepcopy(value)  # a later source may add entries to a map
 
 
@@ -379,11 +379,6 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> SettingsErro
 def _expected(key: str) -> str | None:
     annotation = _annotation(key)
     return None if annotation is None else f"set '{key}' to {describe_type(annotation)}"
-
-
-def _is_table(key: str) -> bool:
-    annotation = _annotation(key)
-    return isinstance(annotation, type) and issubclass(annotation, SettingsModel)
 
 
 def describe_type(annotation: Any) -> str:
