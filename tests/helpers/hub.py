@@ -95,9 +95,10 @@ def running() -> Iterator[Hub]:  # noqa: C901  every address of the hub in one p
             return self.of_repository(hub.repositories[name], name, path, body)
 
         def of_repository(self, repository: Repository, name: str, path: str, body: bytes) -> None:
-            if path == f"/api/models/{name}":
+            if path == f"/api/models/{name}" or path.startswith(f"/api/models/{name}/revision/"):
                 siblings = [{"rfilename": f} for f in repository.files]
-                return self.answer(200, {"id": name, "private": repository.private, "siblings": siblings})
+                known = {"id": name, "private": repository.private, "sha": "c" * 40, "siblings": siblings}
+                return self.answer(200, known)
             if "/preupload/" in path:
                 found = [
                     {"path": f["path"], "shouldIgnore": False,
@@ -117,7 +118,7 @@ def running() -> Iterator[Hub]:  # noqa: C901  every address of the hub in one p
             if "/commit/" in path:
                 return self.commit(repository, name, body)
             if "/resolve/" in path:
-                file = path.partition("/resolve/main/")[2]
+                file = path.partition("/resolve/")[2].partition("/")[2]
                 if file not in repository.files:
                     return self.answer(404, {"error": "no"}, {"X-Error-Code": "EntryNotFound"})
                 content = repository.files[file]
