@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="extra")
     arguments = parser.parse_args()
     reporter = PlainReporter(Console())
-    common = ["max_response_length=32", "search.n_startup_trials=10"]
+    common = ["max_response_length=32", "search.n_startup_trials=10", "search.patience=0"]
     for role in ("harmful_eval", "harmless_eval"):
         common.append(f"prompts.{role}.split=train[:{arguments.evaluation}]")
     common += arguments.extra

@@ -126,7 +126,8 @@ tasks = 200
 ```
 
 - Objectives and constraints are measured in every trial. With `objectives = ["kl", "refusals"]` heretic prunes dominated trials
-  before it measures anything else; with other objectives it measures every trial in full.
+  before it measures anything else; with other objectives it measures every trial in full, and the
+  study ends after `n_trials`: whether it has converged (`search.patience`) is known for KL and refusals only.
 - `measures` cost nothing during the search. The manifest, the model card and `heretic export` list them for the original and the
   ablated model, with the difference and, where the value is a mean over prompts or tasks, its standard error.
 - `heretic evaluate MODEL --against ORIGINAL --measures arithmetic,copying` measures two models of files.
@@ -192,7 +193,7 @@ def scorers_page() -> str:
     """Return the page on scorers: their table and a user's own."""
     rows = []
     for scorer in SCORERS.values():
-        options = dataclasses.fields(scorer) if dataclasses.is_dataclass(scorer) else ()
+        options: tuple[Any, ...] = dataclasses.fields(scorer) if dataclasses.is_dataclass(scorer) else ()
         cells = [
             f"`{scorer.name}`" + " †" * scorer.needs_original,
             scorer.meaning.replace("|", "\\|"),

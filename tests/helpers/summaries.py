@@ -20,4 +20,4 @@ RESULTS = [result(i, kl, refusals) for i, (kl, refusals) in enumerate(POINTS)]
 
 def study_summary(found: list[Result] = RESULTS) -> StudySummary:
     best = select_trial(found, "fewest_refusals_under_kl", 0.1, 0)
-    return StudySummary(200, len(found), 1, 44, StudyHistory(found, []), best, 120.0)
+    return StudySummary(200, len(found), 1, 44, StudyHistory(found, []), best, 120.0, None)

@@ -78,7 +78,7 @@ def go(
     kl_floor: float = 0.0,
     early: bool = False,
 ) -> list[int]:
-    search = SearchSettings(n_startup_trials=3, kl_floor=kl_floor)
+    search = SearchSettings(n_startup_trials=3, kl_floor=kl_floor, patience=0)
     settings = Settings(n_trials=n, seed=seed, search=search, early_stopping=early)
     fake = Fake(measure, together)
     run_study(study, settings, fake, reporter=NULL_REPORTER, stop=StopSignal())

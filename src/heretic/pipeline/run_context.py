@@ -26,7 +26,7 @@ from heretic.search.summary import StudyReporter
 from heretic.session.session import Session, open_session
 from heretic.settings import Settings
 from heretic.settings.sources import Resolved
-from heretic.storage.attributes import REFUSALS_BEFORE, VALUES_BEFORE, refusals_before
+from heretic.storage.attributes import REFUSALS_BEFORE, REQUESTED_TRIALS, VALUES_BEFORE, refusals_before, values_before
 from heretic.storage.compute_once import LOCAL, ComputeOnce, DistributedComputeOnce
 from heretic.storage.rdb import save_settings
 from heretic.storage.url import on_server
@@ -62,6 +62,11 @@ class RunContext:
     def original_refusals(self) -> int | None:
         """Number of requests that the original refuses; None until it is measured."""
         return refusals_before(self.study)
+
+    @property
+    def original_values(self) -> dict[str, float]:
+        """Numbers of other scorers that the search uses, on the original, by name."""
+        return values_before(self.study)
 
     def session(self) -> Session:
         """Return the loaded model with its directions and baseline; loads it on first use."""
@@ -142,8 +147,9 @@ class RunContext:
             )
         return selected
 
-    def set_n_trials(self, n_trials: int) -> None:
-        """Set the total number of trials, now and for later sessions."""
+    def request_trials(self, n_trials: int) -> None:
+        """Set the total number of trials, now and for later sessions; the study does not converge before."""
+        self.study.set_user_attr(REQUESTED_TRIALS, n_trials)
         settings = self.settings.model_copy(update={"n_trials": n_trials})
         self.inputs = replace(self.inputs, settings=settings)
         origins = {**self.resolved.origins, "n_trials": "added later"}

@@ -112,7 +112,7 @@ def launch_workers(run_context: RunContext, number: int) -> None:
     Each worker has one GPU, or a share of the cores. Stopping this process stops them. A worker that crashes is not
     restarted; the others continue. Raises Interrupted, and UserError if all workers end before the study is complete.
     """
-    from heretic.search.scheduler import n_complete
+    from heretic.search.scheduler import trials_remain
 
     settings, reporter = run_context.settings, run_context.reporter
     gpus = () if settings.device_map == "cpu" else gpus_here()
@@ -125,7 +125,7 @@ def launch_workers(run_context: RunContext, number: int) -> None:
     finally:
         _stop(workers)
     run_context.stop.check()
-    if n_complete(run_context.study) < settings.n_trials:
+    if trials_remain(run_context.study, settings):
         statuses = {w.process.returncode for w in workers}
         if statuses == {Interrupted.exit_status}:
             raise Interrupted

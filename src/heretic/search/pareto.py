@@ -81,6 +81,11 @@ def pareto_front(candidates: Sequence[Result]) -> list[Result]:
     return front[::-1]
 
 
+def value_heading(name: str) -> str:
+    """Return the heading of a scorer's column."""
+    return name.replace("_", " ")
+
+
 def table_columns(selection: Sequence[Result]) -> dict[str, list[str]]:
     """Return the cells of a results table by heading, without columns that have no values."""
     divergences, scores = [r.scores.divergence for r in selection], [r.scores for r in selection]
@@ -96,7 +101,7 @@ def table_columns(selection: Sequence[Result]) -> dict[str, list[str]]:
         columns["degenerate"] = [f"{c.degenerate}/{c.total}" for c in harmless_metrics]
     for name in dict.fromkeys(name for s in scores for name in s.values):
         if "." not in name or any(name == objective.name for r in selection for objective in r.objectives):
-            columns[name.replace("_", " ")] = [number_text(s.values.get(name)) for s in scores]
+            columns[value_heading(name)] = [number_text(s.values.get(name)) for s in scores]
     for heading, name in (("KL mean", "mean"), ("median", "median"), ("p95", "p95"), ("max", "max")):
         columns[heading] = [f"{getattr(d, name):.4f}" for d in divergences]
     return {heading: cells for heading, cells in columns.items() if cells}

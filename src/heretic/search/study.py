@@ -53,14 +53,14 @@ def run_study(
     after_batch: Callable[[], None] = lambda: None,
     shared: bool = False,
 ) -> None:
-    """Run trials until the study has `settings.n_trials` finished ones.
+    """Run trials until the study has converged or has `settings.n_trials` finished ones.
 
     A pruned trial counts, with estimated objectives, but is never a result. An interrupted or failed trial is marked failed and
     does not count; three consecutive failures end the study.
 
     Args:
         after_batch: called whenever a batch is stored.
-        shared: other workers run trials too. Their running trials count as finished, so that the study ends with exactly
+        shared: other workers run trials too. Their running trials count as finished, so that the study ends with at most
             `n_trials`; this worker stays until they are done, in case that one dies.
 
     Raises:
@@ -82,6 +82,8 @@ def run_study(
                 raise
             reporter.study_updated(StudySummary.of(study, settings))
             after_batch()
+        if end := StudySummary.of(study, settings).end:
+            reporter.info(f"The study is complete: {end[1]}.")
 
 
 class _StudyLoop:

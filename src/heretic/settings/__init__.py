@@ -110,10 +110,10 @@ class Settings(SettingsModel):
     )
     n_trials: int = setting(
         200,
-        "Total number of trials of the study, over all sessions.",
+        "Largest number of trials of the study, over all sessions; it ends earlier if it converges (`search.patience`).",
         when=(
-            "Lower it for a first look (with the gradient search, 30 trials are informative). Raise it while the Pareto "
-            "front still improves."
+            "Lower it for a first look (with the gradient search, 30 trials are informative). Raise it if the study ends "
+            "before it has converged."
         ),
         affects_results=False,
         ge=1,

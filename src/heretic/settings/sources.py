@@ -249,10 +249,7 @@ def _dotted(key: str) -> str:
 
 
 def field_of(key: str, origin: str) -> tuple[type[SettingsModel], str]:
-    """Return the table and field of a dotted key. Raises SettingsError with code unknown-setting, naming the nearest key.
-
-    An entry of a map belongs to the map's field: `constraints.kl` to `constraints`.
-    """
+    """Return the table and field of a dotted key, or of the map with that entry. Raises SettingsError, naming the nearest key."""
     *parents, (name, last) = _walk(key)
     if last is not None:
         table: type[SettingsModel] = Settings

@@ -29,6 +29,8 @@ EXPORTED = "heretic:exported "  # + kind; by whom and where to
 OBJECTIVES = "heretic:objectives"  # missing in a study of KL and refusals
 VALUES_BEFORE = "heretic:values_before"  # numbers of scorers on the original, by name
 GRADIENT_PATH = "heretic:gradient_path"  # result of the gradient search
+CONVERGENCE = "heretic:convergence"  # when and by which settings it converged
+REQUESTED_TRIALS = "heretic:requested_trials"  # finished trials that the user asked for explicitly
 METADATA = "heretic:metadata"  # model and machine, for the report
 TRIALS_PER_BATCH = "heretic:trials_per_batch"  # trials measured in one batch
 CLAIM = "heretic:claim "  # + name; the worker that computes it
@@ -163,6 +165,11 @@ def values_before(study: optuna.Study) -> dict[str, float]:
 def trials_per_batch(study: optuna.Study) -> int | None:
     """Read how many trials are measured in one batch."""
     return read(study, TRIALS_PER_BATCH, _BATCH_SIZE)
+
+
+def requested_trials(study: optuna.Study) -> int | None:
+    """Read how many finished trials the user asked for explicitly, as by `--trials +50`."""
+    return read(study, REQUESTED_TRIALS, _COUNT)
 
 
 def exported(study: optuna.Study, kind: str) -> str | None:

@@ -109,6 +109,7 @@ class Bare(RunContext):
 
     results = ()  # type: ignore[assignment]
     original_refusals = None
+    original_values = {}  # type: ignore[assignment]
     selected = lambda self: None  # type: ignore[assignment]  # noqa: E731
     folder = type("Folder", (), {"path": Path("runs/mine")})  # type: ignore[assignment]
 

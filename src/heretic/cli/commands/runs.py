@@ -54,7 +54,7 @@ def run(
     assignments: SetOption = None,
     trials: Annotated[
         str | None,
-        typer.Option("--trials", help="n_trials: total number of trials; +50 adds 50 to those already completed."),
+        typer.Option("--trials", help="n_trials: largest number of trials; +50 adds 50 to those already completed."),
     ] = None,
     save_to: Annotated[str | None, typer.Option("--save-to", help="save_to: folder for the resulting model.")] = None,
     run_name: Annotated[str | None, typer.Option("--run-name", help="run_name: name of the run's folder.")] = None,

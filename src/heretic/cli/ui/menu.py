@@ -73,7 +73,11 @@ class Menu:
         selected = run_context.selected()
         self.console.print()
         show_pareto_front(
-            self.console, run_context.results, run_context.original_refusals, selected[0].number if selected else None
+            self.console,
+            run_context.results,
+            run_context.original_refusals,
+            selected[0].number if selected else None,
+            run_context.original_values,
         )
         for number, (name, description, _) in enumerate(ACTIONS, start=1):
             self.console.print(f"  [bold]{number}[/bold] {name:<10}[dim]{description}[/dim]")
@@ -191,7 +195,7 @@ def more(menu: Menu) -> None:
     count = _parse_number(menu.ask("How many more trials?", str(planned - done if planned > done else MORE_TRIALS)))
     if count < 1:
         raise _BackToMenu
-    menu.run_context.set_n_trials(done + count)
+    menu.run_context.request_trials(done + count)
     run_trials(menu.run_context)
 
 

@@ -26,8 +26,14 @@ def show_outcome(console: Console, outcome: Outcome, *, with_pareto_front: bool 
     """Print the Pareto front (the menu has shown it already), the selected trial and the written model."""
     if with_pareto_front:
         show_pareto_front(
-            console, outcome.results, outcome.original_refusals, outcome.selected.number if outcome.selected else None
+            console,
+            outcome.results,
+            outcome.original_refusals,
+            outcome.selected.number if outcome.selected else None,
+            outcome.summary.original_values,
         )
+    if (end := outcome.summary.end) is not None:
+        console.print(f"The study is complete: {end[1]}.", soft_wrap=True)
     if outcome.selected is None:
         if any(not r.scores.within_limits for r in outcome.results):
             console.print("No trial meets the limits of [constraints]. Raise them, or run more trials.", markup=False)

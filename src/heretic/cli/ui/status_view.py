@@ -58,7 +58,7 @@ def _full_screen(console: Console, read: Callable[[], Status], every: float) -> 
 
 
 def _complete(status: Status) -> bool:
-    return status.summary.n_complete >= status.summary.n_trials and not status.state.startswith("running")
+    return status.summary.end is not None and not status.state.startswith("running")
 
 
 def _view(console: Console, status: Status) -> Group:
@@ -78,7 +78,12 @@ def _view(console: Console, status: Status) -> Group:
         parts += [Text(), plot]
     parts += [
         Text(),
-        pareto_table(summary.results, summary.original_refusals, summary.best[0].number if summary.best else None),
+        pareto_table(
+            summary.results,
+            summary.original_refusals,
+            summary.best[0].number if summary.best else None,
+            summary.original_values,
+        ),
     ]
     parts += [Text.from_markup(f"[yellow]Warning:[/yellow] {escape_terminal(text)}") for text in status.warnings]
     return Group(*parts)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from heretic.cli.ui.console import escape_terminal
 from heretic.scoring.comparison import Comparison, number_text
-from heretic.search.pareto import Result, pareto_front, table_columns
+from heretic.search.pareto import Result, pareto_front, table_columns, value_heading
 from heretic.search.space import describe
 
 if TYPE_CHECKING:
@@ -24,13 +24,22 @@ COMPACT: dict[str, Any] = {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pa
 
 
 def show_pareto_front(
-    console: Console, results: list[Result], original_refusals: int | None, selected: int | None = None
+    console: Console,
+    results: list[Result],
+    original_refusals: int | None,
+    selected: int | None = None,
+    original_values: Mapping[str, float] | None = None,
 ) -> None:
     """Print the Pareto front, fewest refusals first; marks the selected trial."""
-    console.print(pareto_table(results, original_refusals, selected))
+    console.print(pareto_table(results, original_refusals, selected, original_values))
 
 
-def pareto_table(results: list[Result], original_refusals: int | None, selected: int | None = None) -> Table | Text:
+def pareto_table(
+    results: list[Result],
+    original_refusals: int | None,
+    selected: int | None = None,
+    original_values: Mapping[str, float] | None = None,
+) -> Table | Text:
     """Return the table that `show_pareto_front` prints, or a sentence if the front is empty."""
     best = pareto_front(results)
     if not best:
@@ -48,6 +57,7 @@ def pareto_table(results: list[Result], original_refusals: int | None, selected:
         table.add_row(*cells, describe(r.params) + mark, style="bold" if mark else "")
     if original_refusals is not None:
         original = {"trial": "original", "refusals": f"{original_refusals}/{best[0].scores.total}"}
+        original |= {value_heading(name): number_text(number) for name, number in (original_values or {}).items()}
         original |= dict.fromkeys(("KL mean", "median", "p95", "max"), "0")
         table.add_row(*(original.get(heading, "") for heading in shown), "", style="dim")
     return table
