@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import MappingProxyType
 
 import optuna
 import pytest
@@ -109,7 +110,7 @@ class Bare(RunContext):
 
     results = ()  # type: ignore[assignment]
     original_refusals = None
-    original_values = {}  # type: ignore[assignment]
+    original_values = MappingProxyType({})  # type: ignore[assignment]
     selected = lambda self: None  # type: ignore[assignment]  # noqa: E731
     folder = type("Folder", (), {"path": Path("runs/mine")})  # type: ignore[assignment]
 
