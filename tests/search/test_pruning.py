@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from heretic.scoring.objectives import Objective
 from heretic.scoring.scores import Divergence, Scores
 from heretic.search.pareto import Result, pareto_front
-from heretic.search.pruning import ParetoThreshold
+from heretic.search.pruning import WORST_COST, ParetoThreshold, StudyHistory, objective_values
 
 # Every trial of a real study measured in full (`benchmarks/study.py ASSETS --set early_stopping=false`): its KL, and a 1 for
 # every request it refused.
@@ -73,3 +74,14 @@ def test_only_what_is_no_worse_in_both_and_better_in_one_beats() -> None:
         and not bar.dominates(0.2, 4)
         and not bar.dominates(0.5, 1)
     )
+
+
+def test_objectives_of_the_sampler_are_costs_and_finite() -> None:
+    objectives = (Objective("unchanged", "higher"), Objective("kl"), Objective("own_answer_kl"))
+    measured = Scores(Divergence(1e-9, 0, 0, 0), 3, 10, {}, values={"unchanged": 0.25, "own_answer_kl": 0.5})
+    destroyed = Scores(
+        Divergence(math.inf, 0, 0, 0), 3, 10, {}, values={"unchanged": -math.inf, "own_answer_kl": math.inf}
+    )
+    history = StudyHistory([], [])
+    assert objective_values(measured, history, 0.01, 100.0, objectives) == [-0.25, 0.01, 0.5]
+    assert objective_values(destroyed, history, 0.01, 100.0, objectives) == [WORST_COST, 100.0, WORST_COST]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from heretic.scoring.scores import Scores
 
 Better = Literal["lower", "higher"]
+NAME = re.compile(r"[a-z][a-z0-9_]{0,39}(\.[a-z0-9_]{1,40})?")  # of a scorer, with a detail or not
 MOST_EXCESS = 1e9  # of a destroyed model, since Optuna stores finite numbers
 
 

@@ -16,7 +16,7 @@ from pydantic import Field, Json, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
 from heretic.errors import UserError, plain_line
-from heretic.scoring.objectives import DEFAULT_OBJECTIVES, Objective
+from heretic.scoring.objectives import DEFAULT_OBJECTIVES, NAME, Objective
 from heretic.scoring.scores import Divergence, PrunedTrial, RefusalProxy, Scores
 from heretic.settings import Settings
 from heretic.storage.url import masked
@@ -154,7 +154,10 @@ def refusals_before(study: optuna.Study) -> int | None:
 
 def objectives(study: optuna.Study) -> tuple[Objective, ...]:
     """Read what the study optimizes."""
-    return read(study, OBJECTIVES, _OBJECTIVES) or DEFAULT_OBJECTIVES
+    found = read(study, OBJECTIVES, _OBJECTIVES) or DEFAULT_OBJECTIVES
+    if not all(NAME.fullmatch(objective.name) for objective in found):
+        raise damaged(study, f"'{OBJECTIVES}' has an invalid name")
+    return found
 
 
 def values_before(study: optuna.Study) -> dict[str, float]:
@@ -236,7 +239,7 @@ def _problem(stored: Scores | PrunedTrial) -> str:
         ):
             return "harmless_metrics"
         sums += stored.excess.values()
-        if any(map(math.isnan, stored.values.values())):
+        if any(map(math.isnan, stored.values.values())) or not all(map(NAME.fullmatch, stored.values)):
             return "values"
     if not all(map(math.isfinite, sums)):
         return "a number is not finite"

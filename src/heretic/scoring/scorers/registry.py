@@ -7,7 +7,6 @@ import difflib
 import functools
 import importlib.util
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from heretic.errors import UserError, first_line, plain_line
 from heretic.files import expand_user, sha256
-from heretic.scoring.objectives import Limits, Objective
+from heretic.scoring.objectives import NAME, Limits, Objective
 from heretic.scoring.scorers.answer_kl import AnswerKl
 from heretic.scoring.scorers.arithmetic import Arithmetic
 from heretic.scoring.scorers.borderline_refusals import BorderlineRefusals
@@ -53,7 +52,6 @@ SCORERS: dict[str, type[Scorer]] = {
         Copying,
     )
 }
-NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 
 @dataclass(frozen=True)
@@ -244,8 +242,9 @@ def _scorers_in(path: str, digest: str) -> tuple[type[Scorer], ...]:
 
 def _problem(scorer: type[Scorer]) -> str:
     """Return what a user's class lacks; empty if nothing."""
-    if not NAME.fullmatch(str(getattr(scorer, "name", ""))):
-        return "`name` must be lower-case letters, digits and underscores"
+    names = [str(getattr(scorer, "name", "")), *(f"x.{detail}" for detail in scorer.details)]
+    if not all(map(NAME.fullmatch, names)) or "." in names[0]:
+        return "`name` and `details` must be lower-case letters, digits and underscores"
     if scorer.better not in ("lower", "higher"):
         return '`better` must be "lower" or "higher"'
     if scorer.score is Scorer.score:
