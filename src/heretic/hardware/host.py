@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from heretic.files import expand_user
+from heretic.hardware.cpu import native_bfloat16
 from heretic.hardware.devices import CPU, Device
 from heretic.hardware.gpus import Gpu
 
@@ -17,7 +18,10 @@ from heretic.hardware.gpus import Gpu
 def devices(gpus: Sequence[Gpu]) -> list[Device]:
     """Return the devices for weights: the given GPUs, then the CPU."""
     total, free = memory()
-    return [*(Device(f"cuda:{gpu.index}", gpu.total, gpu.free) for gpu in gpus), Device(CPU, total, free)]
+    return [
+        *(Device(f"cuda:{gpu.index}", gpu.total, gpu.free) for gpu in gpus),
+        Device(CPU, total, free, native_bfloat16()),
+    ]
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int]:
