@@ -1,6 +1,6 @@
 """Is bfloat16 right on this CPU? Seconds of a pass, noise of the KL and scores of the same trials, beside float32.
 
-    python benchmarks/dtype.py ASSETS [--trials 5] [--tokens 32] [--seconds 20] [--out benchmarks/results/dtype.json]
+    python benchmarks/dtype.py ASSETS [--trials 5] [--tokens 32] [--seconds 20] [--set SETTING] [--out FILE]
 
 100 + 100 direction prompts, 50 + 50 evaluation prompts. Both models are in memory at once, and their passes alternate.
 """
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32, help="of an answer")
     parser.add_argument("--seconds", type=float, default=20, help="for the passes of one format")
+    parser.add_argument("--set", action="append", default=[], dest="extra", help="a setting of both sessions")
     arguments = parser.parse_args()
     report: dict[str, Any] = head(arguments) | {
         "threads": torch.get_num_threads(),
@@ -48,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sessions = {}
         for name in FORMATS:
-            settings = [f"max_response_length={arguments.tokens}", f'dtypes=["{name}"]']
+            settings = [f"max_response_length={arguments.tokens}", f'dtypes=["{name}"]', *arguments.extra]
             sessions[name], _ = opened(arguments.assets, arguments.model, settings, Path(folder))
         report["caches"] = {name: caches(session) for name, session in sessions.items()}
         report["noise"] = noise(sessions)
@@ -56,10 +57,11 @@ def main() -> None:
         report["trials"] = trials(sessions, arguments.trials)
         write(report, arguments.out)
         problems = {name: prepare(session) for name, session in sessions.items()}
-        report["gradient"] = gradients(sessions, problems)
+        if all(problems.values()):  # else the model refuses too few prompts for a gradient search
+            report["gradient"] = gradients(sessions, problems)
         report["seconds"] = seconds(sessions, problems, arguments.seconds)
     write(report, arguments.out)
-    print({name: report[name] for name in ("caches", "noise", "gradient", "seconds")})
+    print({name: report.get(name) for name in ("caches", "noise", "gradient", "seconds")})
 
 
 def caches(session: Session) -> dict[str, bool]:
@@ -161,10 +163,11 @@ def seconds(sessions: dict[str, Session], problems: dict[str, Any], budget: floa
     return found
 
 
-def kinds(session: Session, problem: GradientProblem) -> Iterator[tuple[str, Callable[[], Any]]]:
+def kinds(session: Session, problem: GradientProblem | None) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The passes of a study, by what they do."""
     model: Any = session.context.language_model.model
-    ids = torch.randint(10, 1000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+    rows = session.context.language_model.rows  # of the embedding
+    ids = torch.randint(rows, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     state = initial_state(session)
     state.strengths.fill_(0.3)
 
@@ -178,7 +181,8 @@ def kinds(session: Session, problem: GradientProblem) -> Iterator[tuple[str, Cal
 
     yield f"forward, {ROWS} x {TOKENS} tokens", forward
     yield f"the same, then {DECODED} tokens decoded", decode
-    yield f"gradient step, {ROWS} + {ROWS} prompts", lambda: step(problem, state, ROWS)
+    if problem:
+        yield f"gradient step, {ROWS} + {ROWS} prompts", lambda: step(problem, state, ROWS)
 
 
 if __name__ == "__main__":

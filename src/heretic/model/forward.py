@@ -138,7 +138,8 @@ class _HiddenStatesOutput(BaseModelOutputWithPast):
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """Compute the logits [rows, vocabulary] for hidden states [rows, width], by the model's own forward."""
-    output = _HiddenStatesOutput(last_hidden_state=hidden[:, None])
+    # Contiguous: of a strided slice, PyTorch's CPU kernel takes 70 times as long in bfloat16, and 1.5 times in float32.
+    output = _HiddenStatesOutput(last_hidden_state=hidden.contiguous()[:, None])
     tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
     with replaced_forward(decoder_of(model), lambda *_, **__: output):
         return forward_supported(model, tokens, use_cache=False).logits[:, -1]
