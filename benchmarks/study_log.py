@@ -153,31 +153,31 @@ def sequences(count: int, tokens: int) -> list[list[int]]:
 
 
 class _Judge:
-    """Decides every fourth answer of the first pass, and none later."""
+    """Decides every fourth answer when the drafts are verified for the first time, and none later."""
 
     name, ends_early = "markers", True
 
-    def __init__(self) -> None:
-        self.asked, self.deciding = itertools.count(1), True
+    def __init__(self, rows: int) -> None:
+        self.rows, self.asked = rows, itertools.count(1)
 
     def is_final_refusal(self, answer: str) -> bool:
-        return self.deciding and next(self.asked) % DECIDED == 0
+        number = next(self.asked)
+        return number <= self.rows and number % DECIDED == 0
 
     def verdicts(self, exchanges: Any) -> list[str]:
         return [ANSWER] * len(exchanges)
 
 
-def trial_log(model: Placed, rows: int, trials: int = 1) -> dict[str, Section]:
-    """The launches of one batch of trials with every layer edited: KL, drafts, and four steps of decoding at mean length."""
+def trial_log(model: Placed, rows: int, trials: int, batch: int) -> dict[str, Section]:
+    """The launches of trials with every layer edited: operators, KL, drafts, and four steps of decoding at mean length."""
     log, requests = model.log, max(1, rows // trials)
     counter_class: Any = PrunedRefusalCounter  # with a chat and a judge that need no text
     ones = dict.fromkeys(("attention", "mlp"), (1.0,) * model.layers)
-    edited, judge, chat = EditSpec(trials), _Judge(), SimpleNamespace(text=lambda _: "")
+    edited, judge, chat = EditSpec(trials), _Judge(rows), SimpleNamespace(text=lambda _: "")
     vocabulary = model.language_model.model.lm_head.out_features
     targets = first_tokens(sequences(requests, PROMPT))
 
     def mid_answer(loaded: Any, answers: DecodingState, limits: Any) -> None:
-        judge.deciding = False
         lengthen(log, answers, (TOKENS - STEPS_LOGGED) // 2)
         with log.phase("decoding"):
             continue_decoding(loaded, answers, limits)
@@ -189,12 +189,12 @@ def trial_log(model: Placed, rows: int, trials: int = 1) -> dict[str, Section]:
     with apply_operators(model.factory.writers, *[operators] * trials):
         with log.phase("KL"):
             measure_divergence(
-                model.language_model, targets, torch.zeros(requests, vocabulary), model.batcher(rows), edited
+                model.language_model, targets, torch.zeros(requests, vocabulary), model.batcher(batch), edited
             )
         counted = EncodedRequests(sequences(requests, PROMPT), [[3] * DRAFT] * requests)
         with log.phase("drafts"), mock.patch("heretic.scoring.refusal_count.continue_decoding", mid_answer):
             counter = counter_class(
-                model.language_model, chat, judge, model.batcher(rows), 1 + STEPS_LOGGED, counted, edited,
+                model.language_model, chat, judge, model.batcher(batch), 1 + STEPS_LOGGED, counted, edited,
                 lambda _trial, _at_least: False,
             )  # fmt: skip
             counter.run()

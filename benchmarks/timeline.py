@@ -82,18 +82,17 @@ class Measured:
 
 
 @cache
-def trial_sections(setup: Setup, rows: int, trials: int) -> dict[str, Section]:
-    """The log of one batch of trials."""
+def trial_sections(setup: Setup, rows: int, trials: int, batch: int) -> dict[str, Section]:
+    """The log of trials that share their passes."""
     blocks = (setup.shape.blocks,) if setup.ranks > 1 else setup.blocks
     with placed(setup.shape, blocks, quantization=setup.quantization, ranks=setup.ranks) as model:
-        return trial_log(model, rows, trials)
+        return trial_log(model, rows, trials, batch)
 
 
 def measure(setup: Setup, way: Way, batch: int, assumptions: Assumptions) -> Measured:
-    """Measure trials in flight: operators trial by trial, then KL, drafts and decoding, in groups or batch by batch."""
+    """Measure trials in flight: operators trial by trial, then KL, drafts and decoding, in groups or one pass after the other."""
     rows = way.trials * EVALUATION // way.groups
-    batches = -(-rows // batch)
-    sections = trial_sections(setup, -(-rows // batches), max(1, way.trials // way.groups))
+    sections = trial_sections(setup, rows, max(1, way.trials // way.groups), min(batch, rows))
     intervals = (TOKENS - 1) / STEPS_LOGGED
     parts, busy = {}, [0.0] * len(setup.cards)
     decoding: list[float] = []
@@ -105,9 +104,9 @@ def measure(setup: Setup, way: Way, batch: int, assumptions: Assumptions) -> Mea
 
     for name, repeats, scale, groups in (
         ("operators", 1, way.trials, 1),
-        ("KL", 1, batches, way.groups),
-        ("drafts", 1, batches, way.groups),
-        ("decoding", INTERVALS, batches * intervals / INTERVALS, way.groups),
+        ("KL", 1, 1, way.groups),
+        ("drafts", 1, 1, way.groups),
+        ("decoding", INTERVALS, intervals / INTERVALS, way.groups),
     ):
         line = replayed(list(sections[name].events) * repeats, groups)
         parts[name] = line.end * scale / way.trials
@@ -194,7 +193,10 @@ def cache_per_card(shape: Shape, cards: int, rows: int) -> float:
 
 def studies(assumptions: Assumptions) -> list[dict[str, Any]]:
     """Simulate a study of every size on every machine as heretic runs it today."""
-    found = []
+    found: list[dict[str, Any]] = []
+    known: dict[
+        Setup, dict[str, Any]
+    ] = {}  # a model that fits on one card takes as long on a machine with more of them
     for size in SHAPES:
         for machine, cards in MACHINES:
             entry: dict[str, Any] = {"size": size, "cards": f"{len(cards)}x {cards[0].name}", "machine": machine}
@@ -202,9 +204,11 @@ def studies(assumptions: Assumptions) -> list[dict[str, Any]]:
                 name, memory, checkpoint = plan
                 blocks = tuple(blocks_of(memory, SHAPES[size]))
                 setup = Setup(SHAPES[size], cards[: len(blocks)], blocks, name)
-                way = tuned(setup, memory.batch_size, assumptions)
                 entry |= {"quantization": name, "batch": memory.batch_size, "blocks": blocks}
-                entry |= study(setup, memory, checkpoint, way, assumptions)
+                if setup not in known:
+                    way = tuned(setup, memory.batch_size, assumptions)
+                    known[setup] = study(setup, memory, checkpoint, way, assumptions)
+                entry |= known[setup]
             found.append(entry)
             print(size, entry["cards"], entry.get("seconds"), flush=True)
     return found
