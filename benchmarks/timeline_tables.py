@@ -6,6 +6,7 @@ from typing import Any
 
 from results_tables import Report, read, table, wrapped
 
+DEFAULT_STREAMS = "in turn, default streams"
 BITS = {"none": "", "bnb_8bit": " in 8 bits", "bnb_4bit": " in 4 bits"}
 
 
@@ -22,7 +23,7 @@ def simulated(rows: list[tuple[str, ...]], settings: str) -> str:
 
 
 def sizes() -> str:
-    """Return what fits where, and the hours of a study."""
+    """Return what fits where, and how long a study takes."""
     found: dict[str, dict[str, Report]] = {}
     for study in read("timeline")["studies"]:
         found.setdefault(study["size"], {})[study["cards"]] = study
@@ -32,7 +33,7 @@ def sizes() -> str:
     return simulated(
         rows,
         "Settings: the defaults, 200 trials, short prompts, every layer edited, no trial pruned, loading at 2 GB/s, without "
-        "download and export. Cells: hours, in brackets the batch size and, in several cards, their mean utilization during a "
+        "download and export. Cells: a study, in brackets the batch size and, in several cards, their mean utilization during a "
         f"trial. bfloat16 unless bits are given (`quantization`). Sources: {sources}.",
     )
 
@@ -43,7 +44,12 @@ def cell(study: Report) -> str:
         return "no"
     used = study["trial"]["utilization"]
     busy = f", {sum(used) / len(used):.0%}" if len(used) > 1 else ""
-    return f"{study['seconds'] / 3600:.1f}{BITS[study['quantization']]} ({study['batch']}{busy})"
+    return f"{lasting(study['seconds'])}{BITS[study['quantization']]} ({study['batch']}{busy})"
+
+
+def lasting(seconds: float) -> str:
+    """Return minutes, or hours from two on."""
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def scale() -> str:
@@ -54,7 +60,12 @@ def scale() -> str:
     ]
     for trials, each in report["busy_card"].items():
         rows.append(("one busy card with the whole model", trials, "1", *numbers(each, report)))
-    rows += [(row["kind"], str(row["trials"]), str(row["groups"]), *numbers(row, report)) for row in report["rows"]]
+    rows += [
+        (row["kind"], str(row["trials"]), str(row["groups"]), *numbers(row, report))
+        for row in report["rows"]
+        if row["trials"] == max(r["trials"] for r in report["rows"])
+        or row["kind"] != DEFAULT_STREAMS  # all are as slow
+    ]
     hosts = ", ".join(
         f"{1e6 * each['launch']:.0f} us: {each['today']:.1f} and {each['in_turn']:.1f} s"
         for each in read("timeline")["host_times"]
