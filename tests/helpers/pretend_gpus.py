@@ -341,7 +341,9 @@ class PretendGpus:
 
     def _backed(self, tensor: Tensor) -> Tensor:
         """The tensor that is computed with."""
-        return tensor.inner if isinstance(tensor, GpuTensor) else tensor.to(self.backing)
+        if isinstance(tensor, GpuTensor):
+            return tensor.inner
+        return tensor if tensor.is_meta else tensor.to(self.backing)
 
     def _on_gpu(self, inner: Tensor, gpu: int) -> GpuTensor:
         storage = inner.untyped_storage()
