@@ -18,9 +18,10 @@ from sizes import PROMPT, SHARED, Shape, checkpoint_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.directions import Directions
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.model.architecture import ModelStructure
 from heretic.model.batching import Batcher, EditSpec
 from heretic.model.capture import mean_residuals

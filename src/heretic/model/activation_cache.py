@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from heretic.hardware.devices import pins_memory
 from heretic.model.architecture import first_tensor
 from heretic.model.patching import replaced_forward
 
@@ -137,7 +138,7 @@ class ActivationCache:
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         with torch.inference_mode(False):  # passes with gradients read and write it too
-            return torch.zeros(int(self.lengths.sum()), *shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+            return torch.zeros(int(self.lengths.sum()), *shape, dtype=dtype, pin_memory=pins_memory())
 
     @staticmethod
     def _gather(stored: Tensor, indices: Tensor) -> Tensor:
