@@ -57,7 +57,7 @@ INTEGRATION = {
     "test_dist.py",
     "test_supply.py",
 }
-INTEGRATION_ROOMS = ("cli", "gpu", "helpers", "pipeline")
+INTEGRATION_ROOMS = ("benchmarks", "cli", "gpu", "helpers", "pipeline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
