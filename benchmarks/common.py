@@ -59,8 +59,8 @@ def write(report: Mapping[str, Any], out: Path) -> None:
 
 
 def prompt_settings(assets: Path, train: int = 100, evaluation: int = 50) -> list[str]:
-    """Assignments of the four prompt sets."""
-    found = []
+    """Assignments of the four prompt sets, and of float32, so that every CPU measures the same; later ones override it."""
+    found = ['dtypes=["float32"]']
     for role in ROLES:
         source = (assets / "prompts" / f"{role}.txt").resolve()
         wanted = train if role.endswith("train") else evaluation

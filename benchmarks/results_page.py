@@ -15,34 +15,10 @@ from functools import cache
 from pathlib import Path
 
 import results_tables as tables
-import scale
-import sizes
+import timeline_tables
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results:\2 -->)", re.S)
-CALCULATED = "Calculated, not measured. RTX 4090 for 24 GiB, A100 for 80 GiB, by their data sheets."
-
-
-def calculated_sizes() -> str:
-    """Return what fits where, and the hours of a study."""
-    text = (
-        f"{CALCULATED} `python benchmarks/results_page.py sizes`. Settings: the "
-        "defaults, 200 trials, prompts of up to 600 characters. Cells: batch size in "
-        "bfloat16, else with the most bits that fit (`quantization`). "
-        "Hours: from the floor of the data sheet to half of its speed, without download and export."
-    )
-    return f"{tables.table(sizes.rows())}\n\n{tables.wrapped(text)}"
-
-
-def calculated_scale() -> str:
-    """Return what a study of a 32B model costs."""
-    text = (
-        f"{CALCULATED} {scale.LARGE.name}, bfloat16. `python benchmarks/results_page.py scale`. Settings: the defaults, all rows "
-        "in one batch, no row or trial ends early, loading at 2 GB/s. Ranges: from the floor to half of its speed. Sources: "
-        f"{'; '.join(device.source for device in scale.DEVICES)}."
-    )
-    return f"{tables.table(scale.rows())}\n\n{tables.wrapped(text)}"
-
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "held_out": tables.held_out,
@@ -56,8 +32,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "residuals": tables.residuals,
     "busy": tables.busy,
     "llama_cpp": tables.llama_cpp,
-    "sizes": calculated_sizes,
-    "scale": calculated_scale,
+    "sizes": timeline_tables.sizes,
+    "scale": timeline_tables.scale,
+    "calibration": timeline_tables.calibration,
 }
 
 

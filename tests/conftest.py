@@ -57,7 +57,7 @@ INTEGRATION = {
     "test_dist.py",
     "test_supply.py",
 }
-INTEGRATION_ROOMS = ("cli", "gpu", "helpers", "pipeline")
+INTEGRATION_ROOMS = ("benchmarks", "cli", "gpu", "helpers", "pipeline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -88,6 +88,9 @@ def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(
+        "heretic.hardware.host.native_bfloat16", lambda: False
+    )  # every machine takes the same number format
     for name in ("CI", "JPY_PARENT_PID", "JPY_SESSION_NAME"):  # where nobody is asked anything
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")

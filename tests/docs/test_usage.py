@@ -17,6 +17,7 @@ from tests.helpers.command import heretic
 ELSEWHERE = {  # what cannot be run here in seconds, and where it is run
     "heretic benchmark RUN --tasks NAMES": "tests/pipeline/test_benchmark.py",
     "heretic": "tests/cli/ui/test_first_run.py",
+    "heretic serve [RUN]": "tests/report/test_server.py",
     "heretic demo": "tests/pipeline/demo/test_guarded_model.py",
 }
 NOT_DONE = {"heretic upload DIR user/name": "HF_HUB_OFFLINE"}  # named in its message

@@ -148,7 +148,7 @@ def _cuda(gpus: PretendGpus) -> dict[str, Any]:
         pass
 
     def synchronize(*_: object) -> None:
-        gpus.record_sync("synchronize")
+        gpus.record_sync("synchronize", gpus.current)
 
     def used(which: Any = None) -> int:
         return gpus.used[gpus.index_of(which)]

@@ -109,8 +109,8 @@ class GpuTensor(Tensor):
         return f"GpuTensor({self.inner!r}, device={self.device})"
 
     def tolist(self):
-        PretendGpus.entered().record_sync("tolist")
-        return self.inner.tolist()
+        PretendGpus.entered().record_sync("tolist", self.device.index)
+        return PretendGpus.entered().read(self.inner).tolist()
 
     def numpy(self, *_, **__):
         raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first.")
@@ -139,6 +139,7 @@ class PretendGpus:
     """The pretend machine; enter it before models are loaded. One at a time."""
 
     _entered: ClassVar[PretendGpus | None] = None
+    backing: ClassVar[str] = "cpu"  # the device that computes; benchmarks/launch_log.py has no values and takes "meta"
 
     def __init__(
         self,
@@ -209,8 +210,12 @@ class PretendGpus:
             frame = frame.f_back
         return library or "?"
 
-    def record_sync(self, what: str) -> None:
-        """The host waits."""
+    def read(self, inner: Tensor) -> Tensor:
+        """The values that a copy to RAM gives."""
+        return inner
+
+    def record_sync(self, what: str, gpu: int | str) -> None:
+        """The host waits for a GPU."""
         self.syncs[self.phase_name][what, self.caller()] += 1
 
     def reset(self) -> None:
@@ -278,13 +283,13 @@ class PretendGpus:
         if name in ("_to_copy", "copy_"):
             return self._count_copy(name, args, kwargs, target)
         if name in SYNCHRONIZING:
-            self.record_sync(name)
+            self.record_sync(name, target)
         elif name in INDEXING:
             for index in (i for i in args[1] if isinstance(i, Tensor)):
                 if not isinstance(index, GpuTensor):
-                    self.record_sync("index from RAM")
+                    self.record_sync("index from RAM", target)
                 elif index.dtype in (torch.bool, torch.uint8):
-                    self.record_sync("boolean index")
+                    self.record_sync("boolean index", target)
         return "" if name in WITHOUT_KERNEL else name
 
     def _count_copy(self, name: str, args: Any, kwargs: dict[str, Any], target: int | str) -> str:
@@ -304,18 +309,19 @@ class PretendGpus:
             pinned = not isinstance(in_ram, GpuTensor) and in_ram.untyped_storage()._cdata in self.pinned
             self.async_copies[f"{origin}>{target}", "pinned" if pinned else "pageable", self.caller()] += 1
         else:
-            self.record_sync(f"copy {'to RAM' if target == 'cpu' else 'to GPU'}")
+            self.record_sync(f"copy {'to RAM' if target == 'cpu' else 'to GPU'}", origin if target == "cpu" else target)
         return f"copy {origin}>{target}"
 
     def _compute(self, func: Any, name: str, args: Any, kwargs: Any, target: Any, device: Any, viewing: bool) -> Any:
-        inner, named = map_tensors(args, cpu_of), {key: map_tensors(value, cpu_of) for key, value in kwargs.items()}
+        inner = map_tensors(args, self._backed)
+        named = {key: map_tensors(value, self._backed) for key, value in kwargs.items()}
         if device is not None:
-            named["device"] = torch.device("cpu")
+            named["device"] = torch.device(self.backing)
         made = ON_CPU.get(name, lambda *_: None)(func, inner, named)
         if made is None:
             made = func(*inner, **named)
         if target == "cpu" and name != "copy_":
-            return made
+            return map_tensors(made, self.read)
         if torch.Tag.inplace_view in func.tags and isinstance(
             args[0], GpuTensor
         ):  # squeeze_ and the like: another shape
@@ -333,17 +339,18 @@ class PretendGpus:
                 return map_tensors(made, wrapped)
         return map_tensors(made, wrapped)
 
+    def _backed(self, tensor: Tensor) -> Tensor:
+        """The tensor that is computed with."""
+        if isinstance(tensor, GpuTensor):
+            return tensor.inner
+        return tensor if tensor.is_meta else tensor.to(self.backing)
+
     def _on_gpu(self, inner: Tensor, gpu: int) -> GpuTensor:
         storage = inner.untyped_storage()
         allocation = self.allocations.get((storage._cdata, gpu))
         if allocation is None:
             allocation = self.allocations[storage._cdata, gpu] = Allocation(self, gpu, storage.nbytes())
         return GpuTensor(inner, gpu, allocation)
-
-
-def cpu_of(tensor: Tensor) -> Tensor:
-    """The CPU tensor that holds the numbers."""
-    return tensor.inner if isinstance(tensor, GpuTensor) else tensor
 
 
 def pretend_attention(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -82,6 +82,6 @@ def gpus(number: int, gib: float, free: float | None = None) -> list[Device]:
     return [Device(f"cuda:{i}", total, int((gib if free is None else free) * GIB)) for i in range(number)]
 
 
-def cpu(gib: float) -> Device:
+def cpu(gib: float, *, native_bfloat16: bool = False) -> Device:
     """A CPU with so much RAM, all of it free."""
-    return Device("cpu", int(gib * GIB), int(gib * GIB))
+    return Device("cpu", int(gib * GIB), int(gib * GIB), native_bfloat16)

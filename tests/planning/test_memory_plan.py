@@ -142,15 +142,23 @@ def test_cpu_takes_float32_where_it_fits(little: Checkpoint) -> None:
     assert plan(little, [*gpus(1, 24), cpu(8)], device_map={"": "cpu"}).dtype == "float32"
 
 
+def test_cpu_with_native_bfloat16_takes_the_format_of_a_bfloat16_checkpoint(little: Checkpoint) -> None:
+    found = plan(little, [cpu(8, native_bfloat16=True)])
+    assert (found.dtype, found.loads[0].weights) == ("bfloat16", little.nbytes)
+    half, single = (checkpoint_of(small(), dtype) for dtype in (torch.float16, torch.float32))
+    assert [plan(c, [cpu(8, native_bfloat16=True)]).dtype for c in (half, single)] == ["float32", "float32"]
+    assert plan(little, [cpu(8, native_bfloat16=True)], dtypes=["float32"]).dtype == "float32"
+
+
 def test_dtype(little: Checkpoint) -> None:
-    float32 = little.parameters * 4
-    assert planned_dtype("auto", little, True, int(float32 / 0.69)) == "float32"
-    assert planned_dtype("auto", little, True, int(float32 / 0.71)) == "bfloat16"
-    assert planned_dtype("auto", little, False, 100 * GIB) == "bfloat16"
-    assert planned_dtype("float16", little, True, 100 * GIB) == "float16"
+    float32 = little.parameters * 4 / GIB
+    assert planned_dtype("auto", little, cpu(float32 / 0.69)) == "float32"
+    assert planned_dtype("auto", little, cpu(float32 / 0.71)) == "bfloat16"
+    assert planned_dtype("auto", little, None) == "bfloat16"
+    assert planned_dtype("float16", little, cpu(100)) == "float16"
     mixed = {n: TensorInfo(n, (size,), d, None) for n, size, d in (("a", 10, "F32"), ("b", 30, "F16"), ("c", 99, "I8"))}
-    assert planned_dtype("auto", Checkpoint("m", Path("."), small(), mixed), False, 0) == "float16"
-    assert planned_dtype("auto", Checkpoint("m", Path("."), small(), {}), False, 0) == "bfloat16"
+    assert planned_dtype("auto", Checkpoint("m", Path("."), small(), mixed), None) == "float16"
+    assert planned_dtype("auto", Checkpoint("m", Path("."), small(), {}), None) == "bfloat16"
 
 
 def test_parts_grow_as_they_should(little: Checkpoint) -> None:

@@ -29,7 +29,7 @@ from heretic.settings.sources import DEFAULT_FILE
 # Order of the commands in --help: the order of a run's workflow.
 ORDER = (
     "run", "ablate", "preflight", "status", "demo", "chat", "compare", "benchmark", "export", "upload",
-    "reproduce", "directions", "report", "geometry", "evaluate", "config", "doctor",
+    "reproduce", "directions", "report", "serve", "geometry", "evaluate", "config", "doctor",
 )  # fmt: skip
 app.registered_commands.sort(key=lambda c: ORDER.index(c.name or c.callback.__name__ if c.callback else ""))
 

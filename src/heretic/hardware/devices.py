@@ -128,6 +128,7 @@ class Device:
     name: str
     total: int
     free: int
+    native_bfloat16: bool = False  # of a CPU: whether it multiplies matrices in bfloat16 with its own instructions
 
     @property
     def is_gpu(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from heretic.files import expand_user
+from heretic.hardware.cpu import native_bfloat16
 from heretic.hardware.devices import CPU, Device
 from heretic.hardware.gpus import Gpu
 
@@ -17,7 +18,7 @@ from heretic.hardware.gpus import Gpu
 def devices(gpus: Sequence[Gpu]) -> list[Device]:
     """Return the devices for weights: the given GPUs, then the CPU."""
     total, free = memory()
-    return [*(gpu.device for gpu in gpus), Device(CPU, total, free)]
+    return [*(gpu.device for gpu in gpus), Device(CPU, total, free, native_bfloat16=native_bfloat16())]
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int]:

@@ -24,9 +24,9 @@ from heretic.model.patching import replaced_forward
 
 log = logging.getLogger(__name__)
 
-# Largest KL between two computations of the same answer; float32 gives 1e-9, bfloat16 up to 1e-4.
+# Largest KL between two computations of the same answer. Measured on Qwen2.5-Coder-0.5B: 6e-8 in float32, 1.6e-3 in bfloat16.
 SAME = {torch.float32: 1e-6, torch.float64: 1e-6}
-SAME_IN_HALF_PRECISION = 1e-3
+SAME_IN_HALF_PRECISION = 5e-3
 PADDED_IN_HALF_PRECISION = 1e-2  # a router may choose another expert for a token when a batch has another shape
 LOGIT_ROWS = 64  # rows whose logits over the vocabulary exist at a time
 
@@ -138,7 +138,8 @@ class _HiddenStatesOutput(BaseModelOutputWithPast):
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """Compute the logits [rows, vocabulary] for hidden states [rows, width], by the model's own forward."""
-    output = _HiddenStatesOutput(last_hidden_state=hidden[:, None])
+    # Contiguous: of a strided slice, PyTorch's CPU kernel takes 70 times as long in bfloat16, and 1.5 times in float32.
+    output = _HiddenStatesOutput(last_hidden_state=hidden.contiguous()[:, None])
     tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
     with replaced_forward(decoder_of(model), lambda *_, **__: output):
         return forward_supported(model, tokens, use_cache=False).logits[:, -1]

@@ -17,7 +17,7 @@ from heretic.model.checkpoint import Checkpoint, open_model, require_name
 from heretic.model.template import read_template
 from heretic.pipeline import tensor_parallel
 from heretic.pipeline.worker_process import parent_pid
-from heretic.planning.memory_plan import LoadPlan
+from heretic.planning.memory_plan import LoadPlan, MemoryPlan
 from heretic.planning.preflight import PreflightReport, build_report
 from heretic.planning.preflight_facts import Finding, FindingList, PreflightInputs
 from heretic.planning.workload import USUAL_PROMPT, Workload
@@ -25,11 +25,16 @@ from heretic.progress import ProgressReporter
 from heretic.prompts.sets import PromptSets, load_all
 from heretic.runs import fingerprint
 from heretic.runs.folder import RunFolder, check_writable
+from heretic.runs.status import load_study
 from heretic.scoring.judges.registry import try_judge
 from heretic.scoring.scorers.registry import choose_scorers
 from heretic.settings import Settings
-from heretic.storage.rdb import connect
-from heretic.storage.url import on_server
+from heretic.storage import attributes
+from heretic.storage.fingerprint_diff import differences
+from heretic.storage.rdb import connect, translate_storage_errors
+from heretic.storage.url import on_server, storage_url, study_name
+
+CPU_FORMATS = ("float32", "bfloat16", "float16")  # that `auto` may stand for on a CPU
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,14 @@ def prepare_run(
     settings: Settings,
     *,
     force: bool,
+    fresh: bool = False,
     judging: bool = False,
     reporter: ProgressReporter,
     on_report: Callable[[PreflightReport], None] = lambda _: None,
 ) -> RunInputs:
     """Run the preflight and return its inputs; with `judging` it also tries the judge.
+
+    An existing run keeps the number format that it began in, unless `fresh` starts it over.
 
     Raises UserError if the run would fail, unless `force` is set.
     """
@@ -61,13 +69,8 @@ def prepare_run(
     read_prompts = functools.cache(lambda: load_all(settings.prompts))
     report = run_preflight(settings, read_prompts, judging=judging)
     on_report(report)
-    failures = [f for f in report.findings if f.level == "failure"]
-    if failures and not force:
-        first = failures[0]
-        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-        code = first.code or "preflight-failed"
-        fix = first.fix or "see heretic preflight; --force starts anyway"
-        raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix, code=code)
+    if not force:
+        _raise_failure(report)
     checkpoint = open_model(settings)
     tensor_parallel.check(checkpoint, settings)
     prompts = read_prompts()
@@ -75,11 +78,74 @@ def prepare_run(
         reporter.warning(warning)
     plan = LoadPlan.of(settings, report.plan)
     facts = fingerprint.facts(settings, checkpoint, prompts, plan.dtypes, read_template(settings))
-    name = settings.run_name or f"{checkpoint.short_name}-{fingerprint.short_hash(facts)}"
-    folder = RunFolder(Path(settings.runs_dir) / name, fingerprint.short_hash(facts))
+    if not fresh and report.plan and (kept := _format_of_existing_run(settings, checkpoint, facts, report.plan)):
+        reporter.warning(_kept_format(kept, report.plan))
+        pinned = settings.model_copy(update={"dtypes": kept})
+        report = run_preflight(pinned, read_prompts, judging=False)
+        on_report(report)
+        if not force:
+            _raise_failure(report)
+        plan = LoadPlan.of(pinned, report.plan)
+        facts = {**facts, "dtypes": kept}
+    folder = _folder_of(settings, checkpoint, facts)
     if settings.save_to:
         check_destination(Path(settings.save_to), folder.name)
     return RunInputs(settings, checkpoint, prompts, plan, facts, folder)
+
+
+def _folder_of(settings: Settings, checkpoint: Checkpoint, facts: dict[str, Any]) -> RunFolder:
+    name = settings.run_name or f"{checkpoint.short_name}-{fingerprint.short_hash(facts)}"
+    return RunFolder(Path(settings.runs_dir) / name, fingerprint.short_hash(facts))
+
+
+def _raise_failure(report: PreflightReport) -> None:
+    """Raise UserError with the first failure of the preflight, if it has one."""
+    failures = [f for f in report.findings if f.level == "failure"]
+    if not failures:
+        return
+    first = failures[0]
+    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+    code = first.code or "preflight-failed"
+    fix = first.fix or "see heretic preflight; --force starts anyway"
+    raise UserError(f"{first.text}{more}", where=f"preflight: {first.subject}", fix=fix, code=code)
+
+
+def _format_of_existing_run(
+    settings: Settings, checkpoint: Checkpoint, facts: dict[str, Any], plan: MemoryPlan
+) -> list[str] | None:
+    """Return the number formats of a run that differs in nothing else, begun on a CPU with other instructions or more RAM.
+
+    None if the settings name a format, the model is on a GPU, or the run exists in the planned format or in none.
+    """
+    if settings.dtypes[0] != "auto" or plan.on_gpu:
+        return None
+    for dtype in (plan.dtype, *(name for name in CPU_FORMATS if name != plan.dtype)):
+        candidate = {**facts, "dtypes": [dtype, *facts["dtypes"][1:]]}
+        folder = _folder_of(settings, checkpoint, candidate)
+        if _has_study(settings, folder, candidate):
+            return None if dtype == plan.dtype else candidate["dtypes"]
+    return None
+
+
+def _has_study(settings: Settings, folder: RunFolder, facts: dict[str, Any]) -> bool:
+    """Return whether the run has a study that was made with these facts. Raises UserError if it cannot be read."""
+    url = storage_url(settings.storage, folder.path)
+    try:
+        with translate_storage_errors(url):
+            stored = attributes.fingerprint(load_study(url, study_name(settings.storage, folder.path)))
+    except UserError as error:
+        if error.code == "study-not-found":
+            return False
+        raise
+    return stored is not None and not differences({k: v for k, v in stored.items() if k != "versions"}, facts)
+
+
+def _kept_format(kept: list[str], plan: MemoryPlan) -> str:
+    text = f"The run continues in {kept[0]}, the number format that it began in."
+    (cpu, *_) = (load.device for load in plan.loads)
+    if cpu.native_bfloat16 == (kept[0] == "bfloat16"):
+        return text
+    return f"{text} This CPU is faster in {plan.dtype}: --fresh starts a new run in it."
 
 
 def run_preflight(

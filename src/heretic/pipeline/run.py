@@ -124,7 +124,7 @@ def run(
     settings = resolved.settings
     # 1. Lock the devices, prepare the inputs, and open the study
     with tensor_parallel.leader_scope(), device_lock(settings, wait=wait, reporter=reporter, stop=stop):
-        inputs = prepare_run(settings, force=force, judging=True, reporter=reporter, on_report=on_report)
+        inputs = prepare_run(settings, force=force, fresh=fresh, judging=True, reporter=reporter, on_report=on_report)
         folder = inputs.folder
         if fresh:
             archive_run(folder, settings, reporter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import webbrowser
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +55,28 @@ def report(
     out.print(f"Written: {escape_terminal(str(file))}", soft_wrap=True)
     if show:
         _open_in_browser(file)
+
+
+@app.command()
+def serve(
+    name: RunArgument = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port on 127.0.0.1; 0: a free one.")] = 0,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    runs_dir: RunsOption = None,
+) -> None:
+    """Show a run as a live page in the browser, on this machine only; the page can stop and continue it."""
+    from heretic.report.server import open_server
+    from heretic.runs.folder import find_run
+
+    folder = configured_runs(runs_dir)
+    server = open_server(find_run(name or "", folder), folder, os.environ, port)
+    out.print(
+        f"Open {server.url}\nThe address is a key: do not share it. Ctrl-C ends the page, not the run.", soft_wrap=True
+    )
+    if show:
+        webbrowser.open(server.url)
+    with server, suppress(KeyboardInterrupt):
+        server.serve_forever(poll_interval=0.2)
 
 
 @app.command()

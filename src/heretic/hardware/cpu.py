@@ -1,0 +1,42 @@
+"""What the CPU computes natively."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+# Instructions that multiply bfloat16 and add in float32, as PyTorch and as Linux name them.
+NATIVE_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16", "sve_bf16", "svebf16"})
+
+
+@functools.cache
+def native_bfloat16() -> bool:
+    """Return whether PyTorch multiplies bfloat16 matrices with this CPU's own instructions.
+
+    Elsewhere it converts every operand, which is slower than float32. PyTorch's own check for bfloat16 support says nothing
+    about speed: it is also true for a CPU with AVX-512 alone.
+    """
+    import torch
+
+    return torch.backends.mkldnn.is_available() and not NATIVE_BFLOAT16.isdisjoint(_features())
+
+
+def _features() -> set[str]:
+    """Return the names of the CPU's features, from PyTorch or, if it is too old for that, from Linux."""
+    import torch
+
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {name for name, value in torch.cpu.get_capabilities().items() if value is True}
+    return cpuinfo_features()
+
+
+def cpuinfo_features(file: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """Return the features that Linux lists for the first core (`flags` on x86, `Features` on ARM); empty elsewhere."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    return set(
+        next((text.split() for name, _, text in (line.partition(":") for line in lines)
+              if name.strip() in ("flags", "Features")), [])
+    )  # fmt: skip

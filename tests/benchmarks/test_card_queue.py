@@ -1,0 +1,94 @@
+"""The queues of benchmarks/card_queue.py: utilization of two cards that is known by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.docs.pages import ROOT
+
+pytestmark = pytest.mark.usefixtures("benchmarks")
+STAGE = 1e-3  # seconds of each card's part of a pass
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def timeline(*, side_streams: bool = True, launch: float = 0.0, cards: int = 2, ranks: int = 1):
+    """A timeline whose kernels of 1 FLOP take `STAGE`, and whose copies take no time."""
+    from card_queue import Assumptions, Card, Timeline
+
+    card = Card("test", 1 / STAGE, 1e18, 1e18, 1e18, "")
+    rates = Assumptions(launch=launch, compute=1.0, memory=1.0, links=1.0, kernel=0.0, hop=0.0)
+    return Timeline([card] * cards, rates, ranks=ranks, side_streams=side_streams)
+
+
+def decoding(passes: int) -> list:
+    """Passes through two cards; after each the tokens go back to the first, where the next one begins."""
+    from launch_log import Copy, Launch, Wait
+
+    one = [Launch(0, 1, 0, True), Copy(0, 1, 1), Launch(1, 1, 0, True), Copy(1, 0, 1)]
+    return [*one * passes, Wait(0, True)]
+
+
+@pytest.mark.parametrize("groups, elapsed", [(1, 20), (2, 21), (4, 41)])
+def test_groups_in_turn_keep_two_cards_busy(groups: int, elapsed: int) -> None:
+    line = timeline()
+    line.replay_in_turn([decoding(10)] * groups)
+    assert line.end == pytest.approx(elapsed * STAGE), (
+        "all passes of both cards at once, but for the filling of the pipeline"
+    )
+    assert line.busy == pytest.approx([10 * groups * STAGE] * 2)
+
+
+def test_copies_on_the_cards_own_streams_undo_the_turns() -> None:
+    line = timeline(side_streams=False)
+    line.replay_in_turn([decoding(10)] * 2)
+    assert line.end == pytest.approx(40 * STAGE), "each copy back holds the first card until the second is done"
+
+
+def test_a_slow_host_is_the_limit() -> None:
+    line = timeline(launch=STAGE)
+    line.replay_in_turn([decoding(10)] * 2)
+    assert line.end >= 2 * 10 * 4 * STAGE, "four launches a pass"
+
+
+def test_a_wait_stops_the_host_until_the_card_is_done() -> None:
+    from launch_log import Launch, Wait
+
+    line = timeline(launch=STAGE / 10)
+    line.replay([Launch(0, 5, 0, True), Wait(0, False), Launch(1, 1, 0, True)])
+    assert line.host == pytest.approx(5.2 * STAGE) and line.end == pytest.approx(6.2 * STAGE)
+
+
+def test_a_kernel_takes_the_longer_of_flops_and_bytes() -> None:
+    from card_queue import RTX_4090, Assumptions, Timeline
+    from launch_log import AllReduce, Launch
+
+    line = Timeline([RTX_4090], Assumptions(compute=0.5, memory=0.5, kernel=1e-6, links=1.0, hop=0.0), ranks=4)
+    assert line.seconds(Launch(0, RTX_4090.flops, 0, True), RTX_4090) == pytest.approx(2.0)
+    assert line.seconds(Launch(0, 0, RTX_4090.bandwidth, False), RTX_4090) == pytest.approx(2.0)
+    assert line.seconds(Launch(0, 1, 1, False), RTX_4090) == 1e-6
+    assert line.seconds(AllReduce(RTX_4090.link), RTX_4090) == pytest.approx(1.5), (
+        "a ring of four: 2 x 3/4 of the bytes"
+    )
+
+
+@pytest.mark.usefixtures("cuda")
+def test_the_log_of_a_model_of_shapes_repeats_its_blocks() -> None:
+    import torch
+    from launch_log import Launch
+    from sizes import Shape
+    from study_log import placed
+
+    shape = Shape("tiny", 4, 32, 64, 4, 2, 50)
+    with placed(shape, (3, 1)) as model, torch.inference_mode():
+        model.log.take()
+        ids = torch.zeros(2, 5, dtype=torch.long, device="cuda:0")
+        model.language_model.model(ids, use_cache=False)
+        (section,) = model.log.take()
+    flops = [sum(e.flops for e in section.events if isinstance(e, Launch) and e.card == card) for card in (0, 1)]
+    tokens, width, attention = 10, 32, 4 * 2 * 5 * 5 * 32
+    block = 2 * tokens * width * (32 + 16 + 16 + 32 + 3 * 64) + attention
+    assert flops == [3 * block, block + 2 * tokens * width * 50]
