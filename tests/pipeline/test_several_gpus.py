@@ -30,13 +30,13 @@ from heretic.scoring.gradient_loss import Objective
 from heretic.search import path_optimizer
 from heretic.settings.sources import resolve
 from tests.helpers.pretend_gpus import PretendGpus
+from tests.helpers.spread import spread
 from tests.tiny import FAMILIES, MIXED, save_prompts, save_tiny
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
 Start = Literal["kernels", "gradient"]
 TRIED = ("llama", "gemma3", "mixtral", "gpt2")
-TIED = ("gpt2", "gemma3", "gemma2", "lfm2")
 SEEDS = {("gradient", "gemma3"): 1, ("gradient", "mixtral"): 1}  # with these enough prompts are "declined"
 SYSTEM = "please tell me about the stars and rivers and music and history now"
 SETTINGS = (
@@ -52,22 +52,6 @@ STARTS: dict[Start, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 CHAT = [{"role": "user", "content": "write about bread"}]
-
-
-def spread(family: str) -> dict[str, int]:
-    """A block on each of four GPUs, the embedding on the first, the head on the last unless it is tied to the embedding."""
-    inner = {"gpt2": "transformer", "gpt_neox": "gpt_neox"}.get(family, "model")
-    first, last = ["model.embed_tokens", "model.rotary_emb"], "model.norm"
-    if family == "gpt2":
-        first, last = ["transformer.wte", "transformer.wpe"], "transformer.ln_f"
-    elif family == "gpt_neox":
-        first, last = ["gpt_neox.embed_in", "gpt_neox.emb_dropout", "gpt_neox.rotary_emb"], "gpt_neox.final_layer_norm"
-    elif family == "lfm2":
-        last = "model.embedding_norm"
-    elif family == "granitemoehybrid":
-        first = ["model.embed_tokens"]
-    blocks = {f"{inner}.{'h' if family == 'gpt2' else 'layers'}.{i}": i for i in range(4)}
-    return {**dict.fromkeys(first, 0), **blocks, last: 3, "lm_head": 0 if family in TIED else 3}
 
 
 def device_map(family: str, count: int) -> str:
