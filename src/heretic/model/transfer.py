@@ -29,9 +29,12 @@ def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
 
-def staging(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Allocate RAM for what is copied to a device: pinned for a GPU."""
-    return pinned(shape, dtype) if torch.device(device).type == "cuda" else torch.empty(tuple(shape), dtype=dtype)
+def rows_to_device(stored: Tensor, rows: Tensor, device: torch.device | str) -> Tensor:
+    """Copy some rows (an index in RAM) of a tensor in RAM to a device, without waiting for a GPU."""
+    if torch.device(device).type != "cuda":
+        return stored[rows].to(device)
+    selected = torch.index_select(stored, 0, rows, out=pinned((len(rows), *stored.shape[1:]), stored.dtype))
+    return selected.to(device, non_blocking=True)
 
 
 class HostCopies:
