@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -108,11 +109,11 @@ def passes(gpus: PretendGpus, model: LanguageModel, factory: OperatorFactory) ->
     objective = Objective(model, factory, batcher, harmless, harmful, original.split(harmless.counts))
     layers, rows = model.structure.num_layers, range(len(SEQUENCES))
 
-    def gradient() -> None:
+    def gradient(kind: str) -> None:
         strengths = torch.full((len(model.structure.components), layers), 0.5, requires_grad=True)
-        mixture = torch.ones(layers, requires_grad=True)
-        ablation = Ablation(dict(zip(model.structure.components, strengths, strict=True)), mixture)
-        objective.evaluate(ablation, 0, rows, rows, wanted=[strengths, mixture])
+        direction = torch.ones(layers if kind == "mixture" else model.structure.width, requires_grad=True)
+        ablation = Ablation(dict(zip(model.structure.components, strengths, strict=True)), **{kind: direction})
+        objective.evaluate(ablation, 0, rows, rows, wanted=[strengths, direction])
 
     def draft() -> None:
         texts = [[*sequence, *text] for sequence, text in zip(SEQUENCES, TEXTS, strict=True)]
@@ -122,7 +123,8 @@ def passes(gpus: PretendGpus, model: LanguageModel, factory: OperatorFactory) ->
         yield "divergence pass", of(gpus, lambda: measure_divergence(model, harmless, original, batcher))
         yield "draft pass", of(gpus, draft)
     yield "capture pass", of(gpus, lambda: last_token_residuals(model, batcher.batch(list(rows), SEQUENCES)))
-    yield "gradient pass", of(gpus, gradient, passes=2)
+    for kind in ("mixture", "vector"):
+        yield f"gradient pass, {kind}", of(gpus, partial(gradient, kind), passes=2)
 
 
 def of(gpus: PretendGpus, work: Callable[[], Any], passes: int = 1) -> dict[str, Any]:

@@ -29,12 +29,12 @@ class GrowingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Add the keys and values [rows, heads, new tokens, width]; returns all."""
-        before = self.keys.shape[-2]
-        after = before + key_states.shape[-2]
+        before, new = self.keys.shape[-2], key_states.shape[-2]
+        after = before + new
         if after > self.slots[0].shape[-2]:
             self._fill((self.keys, self.values), after)
-        for slots, states in zip(self.slots, (key_states, value_states), strict=True):
-            slots[..., before:after, :] = states
+        self.slots[0].narrow(-2, before, new).copy_(key_states)
+        self.slots[1].narrow(-2, before, new).copy_(value_states)
         self._show(after)
         return self.keys, self.values
 
@@ -49,11 +49,11 @@ class GrowingLayer(DynamicLayer):
         used = stored[0].shape[-2]
         self.slots = [t.new_empty(*t.shape[:-2], slots, t.shape[-1]) for t in stored]
         for room, tensor in zip(self.slots, stored, strict=True):
-            room[..., :used, :] = tensor
+            room.narrow(-2, 0, used).copy_(tensor)
         self._show(used)
 
     def _show(self, tokens: int) -> None:
-        self.keys, self.values = (slots[..., :tokens, :] for slots in self.slots)
+        self.keys, self.values = self.slots[0].narrow(-2, 0, tokens), self.slots[1].narrow(-2, 0, tokens)
 
 
 def rows_selectable(cache: Any) -> bool:
