@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,9 +39,10 @@ from heretic.model.loading import LanguageModel, load
 from heretic.scoring.divergence import measure_divergence
 from heretic.scoring.gradient_loss import Objective
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs
-from tests import tiny
-from tests.helpers.pretend_gpus import PretendGpus
-from tests.helpers.spread import spread
+
+tiny: Any = import_module("tests.tiny")
+spread: Any = import_module("tests.helpers.spread").spread
+PretendGpus: Any = import_module("tests.helpers.pretend_gpus").PretendGpus
 
 MODELS = ("llama", "gemma3", "mixtral", "gpt2")
 SEQUENCES = [[5 + (i * 7 + j) % 80 for j in range(8 + i % 3)] for i in range(8)]
@@ -56,8 +58,9 @@ def main() -> None:
     parser.add_argument("--name", default="after")
     arguments = parser.parse_args()
     arguments.model = "tiny random models"
-    report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"counted": {}}
-    counted = report["counted"][arguments.name] = {"models": {}}
+    report: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"counted": {}}
+    counted: dict[str, Any] = {"models": {}}
+    report["counted"][arguments.name] = counted
     for family in MODELS:
         for count in (1, 4):
             counted["models"][f"{family}, {count}"] = counts(family, count)
@@ -68,7 +71,7 @@ def main() -> None:
 
 
 @contextmanager
-def loaded(family: str, count: int, **changed: Any) -> Iterator[tuple[PretendGpus, LanguageModel]]:
+def loaded(family: str, count: int, **changed: Any) -> Iterator[tuple[Any, LanguageModel]]:
     """A tiny model of the family on so many pretend GPUs."""
     dtype = torch.bfloat16 if changed else torch.float32
     name, sizes = tiny.FAMILIES.get(family) or tiny.MIXED[family]
@@ -89,7 +92,7 @@ def counts(family: str, count: int) -> dict[str, Any]:
         torch.manual_seed(0)
         directions = Directions(torch.nn.functional.normalize(torch.randn(4, structure.width), dim=-1))
         factory = OperatorFactory.prepare(directions, structure.writers, "norm_preserving")
-        found = {"writers": len(structure.writers)} | dict(passes(gpus, model, factory))
+        found: dict[str, Any] = {"writers": len(structure.writers), **dict(passes(gpus, model, factory))}
         operators = factory.operators(Ablation(dict.fromkeys(structure.components, (1.0,) * 4)))
         for name, how, trials in (
             ("generate", generate, 0),
@@ -101,7 +104,7 @@ def counts(family: str, count: int) -> dict[str, Any]:
     return found
 
 
-def passes(gpus: PretendGpus, model: LanguageModel, factory: OperatorFactory) -> Iterator[tuple[str, dict[str, Any]]]:
+def passes(gpus: Any, model: LanguageModel, factory: OperatorFactory) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the counts of one pass of each kind."""
     batcher = Batcher(8, model.device)
     harmless, harmful = (TeacherForcedTexts.of(SEQUENCES, TEXTS) for _ in range(2))
@@ -112,7 +115,8 @@ def passes(gpus: PretendGpus, model: LanguageModel, factory: OperatorFactory) ->
     def gradient(kind: str) -> None:
         strengths = torch.full((len(model.structure.components), layers), 0.5, requires_grad=True)
         direction = torch.ones(layers if kind == "mixture" else model.structure.width, requires_grad=True)
-        ablation = Ablation(dict(zip(model.structure.components, strengths, strict=True)), **{kind: direction})
+        mixture, vector = (direction, None) if kind == "mixture" else (None, direction)
+        ablation = Ablation(dict(zip(model.structure.components, strengths, strict=True)), mixture, vector=vector)
         objective.evaluate(ablation, 0, rows, rows, wanted=[strengths, direction])
 
     def draft() -> None:
@@ -127,7 +131,7 @@ def passes(gpus: PretendGpus, model: LanguageModel, factory: OperatorFactory) ->
         yield f"gradient pass, {kind}", of(gpus, partial(gradient, kind), passes=2)
 
 
-def of(gpus: PretendGpus, work: Callable[[], Any], passes: int = 1) -> dict[str, Any]:
+def of(gpus: Any, work: Callable[[], Any], passes: int = 1) -> dict[str, Any]:
     """Return waits and launches of the second time that the work is done."""
     work()
     gpus.reset()
@@ -140,7 +144,7 @@ def of(gpus: PretendGpus, work: Callable[[], Any], passes: int = 1) -> dict[str,
 
 
 def by_token(
-    gpus: PretendGpus,
+    gpus: Any,
     model: LanguageModel,
     how: Callable[..., Any],
     trials: int,
@@ -180,7 +184,7 @@ def generate(model: Any, batch: Batch, tokens: int, _: object) -> None:
 def large_vocabulary() -> dict[str, Any]:
     """Return the bytes that reach the first of four GPUs by token, for many rows of a large vocabulary."""
     with loaded("llama", 4, vocab_size=LARGE_VOCABULARY) as (gpus, model):
-        ways = {"generate": generate, "decode": decode}
+        ways: dict[str, Callable[..., Any]] = {"generate": generate, "decode": decode}
         return {name: by_token(gpus, model, how, 0, LARGE_ROWS, (3, 5))["bytes_to_first"] for name, how in ways.items()}
 
 

@@ -20,9 +20,13 @@ class GrowingLayer(DynamicLayer):
     transformers' own layer copies everything at every token.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, layer: DynamicLayer, most: int) -> None:
-        """Take the keys and values of a layer, which may have `most` tokens in the end."""
+        """Take the keys and values of a layer that is in use and may have `most` tokens in the end."""
         super().__init__()
+        assert layer.keys is not None and layer.values is not None
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
         self.most = most
         self._fill((layer.keys, layer.values), layer.keys.shape[-2])
@@ -40,14 +44,14 @@ class GrowingLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
-        self.slots = [slots[indices] for slots in self.slots]
+        self.slots[:] = [slots[indices] for slots in self.slots]
         self._show(self.keys.shape[-2])
 
     def _fill(self, stored: tuple[Tensor, Tensor], needed: int) -> None:
         """Copy keys and values into more slots, at least as many as are needed."""
         slots = max(needed, min(needed + SLOTS_AT_ONCE - 1, self.most))
         used = stored[0].shape[-2]
-        self.slots = [t.new_empty(*t.shape[:-2], slots, t.shape[-1]) for t in stored]
+        self.slots: list[Tensor] = [t.new_empty(*t.shape[:-2], slots, t.shape[-1]) for t in stored]
         for room, tensor in zip(self.slots, stored, strict=True):
             room.narrow(-2, 0, used).copy_(tensor)
         self._show(used)
