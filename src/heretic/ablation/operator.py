@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from heretic.model.lazy_tensor import LazyTensor, materialize
-from heretic.model.transfer import to_devices, to_host
+from heretic.model.transfer import to_device, to_devices, to_host
 
 # Rows of a weight with a smaller norm count as zero, so that D^-1 stays finite.
 TINY = 1e-12
@@ -177,7 +177,7 @@ class _WeightProduct(torch.autograd.Function):
 
 
 def _weight_product(x: Tensor, matrix: Tensor, rows_at_once: int = 0) -> Tensor:
-    here = x.to(matrix.device, non_blocking=True)
+    here = to_device(x, matrix.device)
     a = _sum(here[..., rows] @ matrix[rows].to(x.dtype) for rows in _rows(matrix, rows_at_once))
     return torch.cat([a @ matrix[rows].to(x.dtype).mT for rows in _rows(matrix, rows_at_once)], dim=-1).to(x.device)
 

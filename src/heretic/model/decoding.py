@@ -136,7 +136,7 @@ def _most_probable(model: Any, hidden: Tensor, wanted: Tensor) -> tuple[list[int
     """Most probable next token, and probability of the wanted one, for hidden states [rows, width]; waits for the device once."""
     found = []
     for rows, log_probs in log_probs_of(model, hidden):
-        chosen = log_probs.gather(1, wanted[rows, None].to(log_probs.device, non_blocking=True))
+        chosen = log_probs.gather(1, to_device(wanted[rows, None], log_probs.device))
         probabilities = chosen.exp()[:, 0].nan_to_num(0.0)  # NaN: a destroyed model
         found.append(torch.stack([log_probs.argmax(dim=-1).double(), probabilities.double()]))
     best, probability = torch.cat(found, dim=1).tolist()
@@ -185,7 +185,7 @@ def _decode_tokens(model: Any, answers: DecodingState, tokens: Tensor, count: in
             answers.cache = output.past_key_values
             answers.positions = answers.positions + 1
             best = output.logits[:, -1, :].argmax(dim=-1, keepdim=True)
-            tokens = best.to(answers.mask.device, non_blocking=True)
+            tokens = to_device(best, answers.mask.device)
             steps.append(tokens)
     return steps
 

@@ -16,11 +16,14 @@ Values = Tensor | Sequence[Any]
 
 
 def to_device(values: Values, device: torch.device | str) -> Tensor:
-    """Copy numbers (nested) or a tensor in RAM to a device, without waiting for a GPU."""
+    """Copy numbers (nested) or a tensor to a device; to a GPU without waiting for it.
+
+    A copy from a GPU to RAM waits: nobody could tell when its values are there.
+    """
     tensor = values if isinstance(values, Tensor) else torch.tensor(values)
     target = torch.device(device)
     if target.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(target, non_blocking=True)
+        return tensor.to(target, non_blocking=target.type == "cuda")
     return pinned(tensor.shape, tensor.dtype).copy_(tensor).to(target, non_blocking=True)
 
 
