@@ -54,6 +54,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "savings": tables.savings,
     "residuals": tables.residuals,
     "busy": tables.busy,
+    "host_waits": tables.host_waits,
     "llama_cpp": tables.llama_cpp,
     "sizes": calculated_sizes,
     "scale": calculated_scale,
