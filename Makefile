@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-unit test-faults lint check lock dist audit clean
+.PHONY: demo test test-unit test-faults lint check lock dist site audit clean
 
 # Everything is checked against the hashes in lock/, which `make lock` makes anew from pyproject.toml and constraints.txt.
 # PyTorch is whatever build the machine's index offers, so its hash is looked up after; builds with CUDA need more.
@@ -72,6 +72,14 @@ dist: $(VENV)/.installed
 	cd build && fresh/bin/heretic demo --help > /dev/null
 	$(BIN)/python scripts/supply.py sbom dist
 	@echo "dist/ holds:" && ls dist
+
+# The documents as a site in build/site; a broken link fails.
+site:
+	$(PYTHON) -m venv build/site-env
+	build/site-env/bin/pip install -q --disable-pip-version-check mkdocs-material==9.8.2
+	rm -rf build/site-source && mkdir -p build/site-source
+	git ls-files '*.md' '*.toml' '*.ipynb' '*.json' '*.cff' LICENSE src tests benchmarks scripts Makefile .ci | tar -cT - | tar -xC build/site-source
+	NO_MKDOCS_2_WARNING=1 build/site-env/bin/mkdocs build --strict -q
 
 # Known vulnerabilities of what is locked, asked from PyPI; where that cannot be reached it says that nothing could be audited.
 audit:

@@ -120,8 +120,8 @@ def measure(folder: Path, name: str, budget: float) -> list[float]:
     """Seconds of a step of the gradient search, by repetition; a first step does not count."""
     import torch
 
-    from heretic.ablation.ablation import OperatorFactory
     from heretic.ablation.directions import Directions
+    from heretic.ablation.operator_factory import OperatorFactory
     from heretic.interrupt import StopSignal
     from heretic.model.batching import Batcher
     from heretic.model.checkpoint import open_checkpoint
@@ -144,13 +144,13 @@ def measure(folder: Path, name: str, budget: float) -> list[float]:
     components = model.structure.components
     search = PathOptimizer(objective, components, GradientSettings(batch=16), 0, NULL_REPORTER, StopSignal())
     state = OptimizerState.initial(len(components), directions, "mixture")
-    search.step(state, 1.0)
+    search.step(state)
     found: list[float] = []
     end = time.perf_counter() + budget
     while not found or (time.perf_counter() < end and len(found) < MOST_REPETITIONS):
         began = time.perf_counter()
         for _ in range(STEPS[name]):
-            search.step(state, 1.0)
+            search.step(state)
         found.append((time.perf_counter() - began) / STEPS[name])
     return found
 

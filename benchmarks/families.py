@@ -27,11 +27,12 @@ from families_page import RUN, STREAMS, page
 from tiny_families import LAYERS, families, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig, PreTrainedModel
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.bake import copy_weights, read_from_checkpoint, rewritten_weights
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import GEOMETRIES, Operator
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.errors import UserError, first_line
 from heretic.export.save import plan_edits, write_weights
 from heretic.interrupt import StopSignal

@@ -28,9 +28,10 @@ from transformers import GenerationConfig
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.directions import Directions
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.model.batching import Batch, Batcher, EditSpec
 from heretic.model.capture import last_token_residuals
 from heretic.model.checkpoint import open_checkpoint

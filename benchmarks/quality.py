@@ -29,7 +29,8 @@ from language import answers, described
 from rich.console import Console
 from versus_heretic import hypervolume
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.cli.ui.console import PlainReporter
 from heretic.errors import UserError
 from heretic.interrupt import StopSignal
@@ -42,12 +43,12 @@ from heretic.pipeline.trials import Trials
 from heretic.prompts.sets import load as load_prompts
 from heretic.runs.folder import RunFolder
 from heretic.scoring.divergence import measure_divergence
-from heretic.scoring.evaluator import Scores, TrialEvaluator, TrialOutcome
+from heretic.scoring.evaluator import TrialEvaluator
 from heretic.scoring.refusals import count_refusals
+from heretic.scoring.scores import Scores, TrialOutcome
 from heretic.scoring.teacher_forcing import TeacherForcedTexts
 from heretic.search.pareto import Result, pareto_front, results
 from heretic.search.study import n_complete, run_study
-from heretic.session.caching import enable_caching
 from heretic.session.session import (
     ModelContext,
     Session,
@@ -106,7 +107,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="extra")
     arguments = parser.parse_args()
     reporter = PlainReporter(Console())
-    common = ["max_response_length=32", "search.n_startup_trials=10"]
+    common = ["max_response_length=32", "search.n_startup_trials=10", "search.patience=0"]
     for role in ("harmful_eval", "harmless_eval"):
         common.append(f"prompts.{role}.split=train[:{arguments.evaluation}]")
     common += arguments.extra
@@ -151,12 +152,16 @@ class Held:
         self.harmless = held_out("harmless_eval", count, 2 * count)
         harmful, harmless = (model_context.chat.encode(prompts) for prompts in (self.requests, self.harmless))
         alone = replace(
-            model_context.evaluator, harmful=harmful, harmless=harmless, requests=self.requests, harmless_probe=None
+            model_context.evaluator.without_caches(),
+            harmful=harmful,
+            harmless=harmless,
+            requests=self.requests,
+            harmless_probe=None,
         )
         found = measure_baseline(replace(model_context, evaluator=alone))
         self.evaluator = replace(alone, reference_tokens=found.answered)
         self.log_probs, self.before, self.total = found.log_probs, found.refusals, len(found.refused)
-        self.session = replace(session, baseline=found, evaluator=enable_caching(self.evaluator, found.refusal_texts))
+        self.session = with_baseline(replace(session, context=replace(model_context, evaluator=alone)), found)
         self.known: dict[tuple[str, int, int], dict[str, Any]] = {}
         settings = model_context.settings.model_copy(update={"kl_tokens": FURTHER})
         self._log_probs_further, answered = original_log_probs(

@@ -51,6 +51,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "methods": tables.methods,
     "versus": tables.versus,
     "study": tables.study,
+    "convergence": tables.convergence,
     "savings": tables.savings,
     "residuals": tables.residuals,
     "busy": tables.busy,

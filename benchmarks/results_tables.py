@@ -283,6 +283,23 @@ def versus() -> str:
     return captioned(rows, "versus_heretic", model=QWEN, settings=settings)
 
 
+def convergence() -> str:
+    """Return what ending studies at convergence costs and saves, by patience and smallest gain."""
+    report = read("convergence")
+    grid, studies = report["grid"], report["studies"]
+    gains = unique(g["min_gain"] for g in grid)
+    cells = {(g["patience"], g["min_gain"]): f"{100 * g['lost']:.2f} %, {g['ran']} of {g['of']}" for g in grid}
+    rows = [("patience", *(f"min_gain {gain:g}" for gain in gains))]
+    rows += [(p, *(cells[p, gain] for gain in gains)) for p in unique(g["patience"] for g in grid)]
+    models = " and ".join(unique(MODELS[s["model"]] for s in studies))
+    kinds = ", ".join(f"{s['name']} ({s['trials']} trials)" for s in studies)
+    settings = (
+        f"most of the final hypervolume (KL {report['reference_kl']:g}, the original's refusals) lost in any study, and trials "
+        f"run of all; {kinds}; {report['note']}"
+    )
+    return captioned(rows, "convergence", model=models, settings=settings)
+
+
 def study() -> str:
     """Return a whole study with answers of 32 and of 100 tokens."""
     files = ("study", "study_100_tokens")

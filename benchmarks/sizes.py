@@ -19,8 +19,7 @@ from heretic.hardware.virtual_gpus import virtual_gpus
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.tensor_info import TensorInfo
 from heretic.planning.memory_plan import MemoryPlan, plan_for
-from heretic.planning.preflight import USUAL_PROMPT
-from heretic.planning.workload import Workload
+from heretic.planning.workload import USUAL_PROMPT, Workload
 from heretic.settings import Settings
 
 SHAPES = {

@@ -71,6 +71,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         *prompt_settings(arguments.assets),
         f"max_response_length={arguments.tokens}",
         "search.n_startup_trials=10",
+        "search.patience=0",
         f"seed={arguments.seed}",
         *arguments.extra,
     ):

@@ -19,9 +19,10 @@ import optuna
 from common import head, opened, options, write
 
 from heretic.ablation.ablation import Ablation
-from heretic.scoring.evaluator import Scores, TrialEvaluator
-from heretic.session.caching import enable_caching, tune_trials_per_batch
-from heretic.session.session import Session
+from heretic.scoring.evaluator import TrialEvaluator
+from heretic.scoring.scores import Scores
+from heretic.session.caching import tune_trials_per_batch
+from heretic.session.session import Session, with_baseline
 
 Way = Callable[[Session], tuple[TrialEvaluator, bool, int]]  # ladder, whether beginnings are shared, trials in a pass
 
@@ -45,12 +46,11 @@ def measure(session: Session, count: int) -> Iterator[tuple[str, dict[str, Any]]
     """Every way of measuring the same ablations; scores are compared with those of the first, all savings on."""
     together = tune_trials_per_batch(session.evaluator)
     print(f"a study would run {together} in a pass (batches of up to {session.context.batcher.size})")
-    texts = session.baseline.refusal_texts
     ways: dict[str, Way] = {
         "one trial in a pass": lambda s: (s.evaluator, True, 1),
         "two trials in a pass": lambda s: (s.evaluator, True, 2),
         "four trials in a pass": lambda s: (s.evaluator, True, 4),
-        "one, none of it": lambda s: (s.context.evaluator, False, 1),
+        "one, none of it": lambda s: (s.evaluator.without_caches(), False, 1),
         "one, every pass from the first block": lambda s: (without_entries(s.evaluator), True, 1),
         "one, no draft": lambda s: (replace(s.evaluator, drafts=(), harmful_entries=None), True, 1),
         "one, beginnings for every prompt": lambda s: (without_entries(s.evaluator), False, 1),
@@ -58,7 +58,7 @@ def measure(session: Session, count: int) -> Iterator[tuple[str, dict[str, Any]]
     ablations = drawn(session, count)
     reference: list[Scores] = []
     for name, way in ways.items():
-        evaluator, share, in_a_pass = way(replace(session, evaluator=enable_caching(session.context.evaluator, texts)))
+        evaluator, share, in_a_pass = way(with_baseline(session, session.baseline))
         session.context.batcher.prefix_caching = share  # after the ladder: what is kept leaves out what is shared
         session.context.batcher.size = max(session.context.batcher.size, in_a_pass * len(evaluator.harmful))
         began = time.perf_counter()

@@ -160,7 +160,12 @@ class Race:
         arguments = self.arguments
         command = self._ours("run", str(self.model), "--trials", str(arguments.trials), "--save-to", "picked")
         command += ["--run-name", RUN, *self._measured()]
-        for assignment in (f"search.n_startup_trials={STARTUP_TRIALS}", f"seed={arguments.seed}", *arguments.extra):
+        for assignment in (
+            f"search.n_startup_trials={STARTUP_TRIALS}",
+            "search.patience=0",
+            f"seed={arguments.seed}",
+            *arguments.extra,
+        ):
             command += ["--set", assignment]
         # It may try out by the wall clock how many trials to run together.
         return Job(command, self.our_folder, self.environment, whole_until="Trial ")

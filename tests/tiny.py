@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -22,7 +23,7 @@ COMMON = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
-FAMILIES = {
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", COMMON),
     "qwen2": ("Qwen2Config", COMMON),
     "qwen3": ("Qwen3Config", {**COMMON, "head_dim": 8}),
@@ -42,7 +43,7 @@ LATENT = dict(
 MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8)
 LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
 # Blocks of unlike kinds: mixtures of experts, recurrences, convolutions.
-MIXED = {
+MIXED: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {**COMMON, **EXPERTS, "num_local_experts": 4}),
     "gpt_oss": ("GptOssConfig", {**COMMON, **EXPERTS, "num_local_experts": 4, "head_dim": 8, "sliding_window": 128}),
     "llama4": ("Llama4TextConfig", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8,
@@ -87,10 +88,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny(
-    folder: Path, family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **save: object
+    folder: Path, family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **save: Any
 ) -> Path:
     """A complete model folder."""
-    tiny_model(family, seed).to(dtype).save_pretrained(folder, **save)
+    torch.nn.Module.to(tiny_model(family, seed), dtype).save_pretrained(folder, **save)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

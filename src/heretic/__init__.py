@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from heretic.ablation.strength_kernel import StrengthKernel
     from heretic.errors import UserError
     from heretic.pipeline.api import AblationSession, load, study
-    from heretic.scoring.evaluator import Scores
+    from heretic.scoring.scores import Scores
 
 __all__ = [
     "Ablation",
@@ -35,7 +35,7 @@ _MODULES = {
     "Ablation": "heretic.ablation.ablation",
     "AblationSession": "heretic.pipeline.api",
     "Directions": "heretic.ablation.directions",
-    "Scores": "heretic.scoring.evaluator",
+    "Scores": "heretic.scoring.scores",
     "StrengthKernel": "heretic.ablation.strength_kernel",
     "UserError": "heretic.errors",
     "load": "heretic.pipeline.api",

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.bake import copy_weights, rewritten_weights
 from heretic.ablation.directions import Directions, normalized
 from heretic.ablation.operator import GEOMETRIES
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.ablation.strength_kernel import StrengthKernel
 from heretic.model.architecture import find_residual_writers
 from heretic.model.forward import trial_of_row

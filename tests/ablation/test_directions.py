@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from heretic.ablation.ablation import interpolation
 from heretic.ablation.cleanup import project_out_mean
-from heretic.ablation.directions import Directions, interpolation, normalized, orthonormal
+from heretic.ablation.directions import Directions, normalized, orthonormal
 from heretic.ablation.methods.mean_difference import mean_difference
 from heretic.files import read_tensors, write_tensors
 from heretic.model.capture import ResidualMeans

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from heretic.planning.memory_plan import plan_for
-from heretic.planning.preflight import USUAL_PROMPT
-from heretic.planning.workload import Workload
+from heretic.planning.workload import USUAL_PROMPT, Workload
 from heretic.settings.sources import resolve
 from tests.docs.pages import PAGES, ROOT
 from tests.helpers.shapes import gpus

@@ -16,6 +16,7 @@ from tests.helpers.command import heretic
 
 ELSEWHERE = {  # what cannot be run here in seconds, and where it is run
     "heretic benchmark RUN --tasks NAMES": "tests/pipeline/test_benchmark.py",
+    "heretic": "tests/cli/ui/test_first_run.py",
     "heretic demo": "tests/pipeline/demo/test_guarded_model.py",
 }
 NOT_DONE = {"heretic upload DIR user/name": "HF_HUB_OFFLINE"}  # named in its message
@@ -60,7 +61,7 @@ def test_the_usage_is_as_it_says(
     config.write_text(f"{top}{KEYS}[prompts.{prompts}{TABLES}")
     stands_for = {
         "MODEL": str(llama), "BASE": str(llama), "RUN": "usage", "N": "0", "DIR": "out", "DIR2": "out2", "FILE": "config.toml",
-        "FILE.gguf": "directions.gguf", "config.32b.toml": "config.toml", "+50": "+1", "50": "2", "3,7": "0,1",
+        "FILE.gguf": "directions.gguf", "config.32b.toml": "config.toml", "KEY": "seed", "+50": "+1", "50": "2", "3,7": "0,1",
     }  # fmt: skip
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # read from the environment when it was imported
     monkeypatch.setattr(webbrowser, "open", lambda url: True)

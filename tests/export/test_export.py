@@ -21,8 +21,7 @@ from heretic.model.loading import LanguageModel, load
 from heretic.pipeline.run import Outcome, run
 from heretic.progress import NULL_REPORTER
 from heretic.runs.folder import RunFolder
-from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Divergence, Scores
 from heretic.search.pareto import Result
 from heretic.settings.sources import resolve
 from tests.helpers.errors import raises

@@ -232,3 +232,17 @@ def test_the_model_of_a_run_and_export_with_upload(
     assert "--trial" in error_of(upload("mine", "someone/c", "--yes"))
     assert "runs/mine/models" in error_of(upload("mine", "someone/c", "--yes", "--trial", "7"))
     assert not any(TOKEN in p.read_text(errors="replace") for p in Path("runs").rglob("*.log"))
+
+
+def test_a_model_on_the_hub_is_rebuilt_from_its_manifest_alone(
+    hub: Hub, out: Path, upload: Upload, kept: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert upload(str(out), "someone/tiny", "--yes").status == 0
+    before = len(hub.requests)
+    ran = heretic(capsys, monkeypatch, "reproduce", "someone/tiny", "--base", str(kept / "tiny"), "--json")
+    assert ran.status == 0, ran.err
+    assert '"verdict": "identical"' in ran.out
+    fetched = [path for method, path in hub.requests[before:] if method == "GET" and "/resolve/" in path]
+    assert fetched and not any("safetensors" in path and "heretic/" not in path for path in fetched)
+    ran = heretic(capsys, monkeypatch, "reproduce", f"{hub.url}/someone/none")
+    assert (ran.status, ran.code) == (1, "hub-unreachable")

@@ -23,8 +23,7 @@ from heretic.pipeline.trials import Trials
 from heretic.progress import NULL_REPORTER
 from heretic.report.report import load_report_input, report
 from heretic.runs.status import read_status
-from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import Scores, TrialOutcome
+from heretic.scoring.scores import Divergence, Scores, TrialOutcome
 from heretic.search.gradient_path import GradientPath
 from heretic.search.integrity import check_study
 from heretic.search.pareto import results, select_trial

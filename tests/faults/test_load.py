@@ -16,8 +16,7 @@ from heretic.report.report import ReportInput
 from heretic.report.reporter import write_report
 from heretic.runs.folder import RunFolder
 from heretic.runs.status import read_status
-from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Divergence, Scores
 from heretic.search.pruning import StudyHistory
 from heretic.search.sampler import sampler
 from heretic.settings import SearchSettings, Settings
@@ -103,8 +102,8 @@ WORKER = """
 import sys
 from pathlib import Path
 from heretic.progress import NULL_REPORTER
-from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Divergence
+from heretic.scoring.scores import Scores
 from heretic.storage.rdb import open_study
 from heretic.search.study import run_study
 from heretic.runs.status import read_status

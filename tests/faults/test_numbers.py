@@ -118,11 +118,11 @@ def test_an_edit_that_destroys_the_model(  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("markers", ['["zzz"]', '["a", "e", "i", "o", "<"]'])
-def test_none_declined_and_all_declined(run, tally: Tally, markers: str) -> None:  # type: ignore[no-untyped-def]
+def test_none_refused_and_all_refused(run, tally: Tally, markers: str) -> None:  # type: ignore[no-untyped-def]
     ran = run("--set", f"refusal_markers={markers}", "--set", 'search.start="gradient"', "--set",
               "search.gradient.steps=1", "--set", "search.gradient.weights=[0.1]")  # fmt: skip
     assert ran.status == 0, ran.err
-    tally("none or all of the requests declined by the original", 1, "nothing")
+    tally("none or all of the requests refused by the original", 1, "nothing")
 
 
 def test_trials_that_destroy_the_model_are_never_on_the_front(  # type: ignore[no-untyped-def]

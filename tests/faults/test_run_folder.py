@@ -22,7 +22,7 @@ from heretic.storage.attributes import settings_of
 from tests.faults.conftest import Amount, Tally
 from tests.helpers.command import heretic
 
-WALKING = ('search.start="gradient"', "search.gradient.weights=[0.1]", "search.gradient.steps=2",
+GRADIENT_SEARCH = ('search.start="gradient"', "search.gradient.weights=[0.1]", "search.gradient.steps=2",
            "refusal_markers=['sorry', 'bread', 'a', 'e', 'o']")  # fmt: skip
 FOLDER = Path("runs/mine")
 Flip = Callable[[Path], None]
@@ -41,24 +41,26 @@ def flip() -> Flip:
     return one
 
 
-def walked(config: Path) -> GradientPath:
-    run(resolve(config, {"run_name": "mine", "n_trials": 1}, WALKING), reporter=NULL_REPORTER, stop=StopSignal())
+def gradient_path_of(config: Path) -> GradientPath:
+    run(
+        resolve(config, {"run_name": "mine", "n_trials": 1}, GRADIENT_SEARCH), reporter=NULL_REPORTER, stop=StopSignal()
+    )
     gradient_path = GradientPath.load(load_study(f"sqlite:///{FOLDER}/study.db", "heretic"))
     assert gradient_path is not None and gradient_path.points, gradient_path
     return gradient_path
 
 
-def test_the_walk(config: Path, flip: Flip, amount: Amount, tally: Tally) -> None:
-    wanted, file = walked(config), FOLDER / "gradient_path.safetensors"
+def test_the_gradient_path(config: Path, flip: Flip, amount: Amount, tally: Tally) -> None:
+    wanted, file = gradient_path_of(config), FOLDER / "gradient_path.safetensors"
     told, kept = read_tensors(file)[1]["sha256"], file.read_bytes()
     times = amount(2, 20)
     for _ in range(times):
         (FOLDER / "study.db").unlink()  # as a process that was killed on its way would have left it
         file.write_bytes(kept)
         flip(file)
-        assert walked(config) == wanted and read_tensors(file)[1]["sha256"] == told, "a damaged walk was believed"
+        assert gradient_path_of(config) == wanted and read_tensors(file)[1]["sha256"] == told, "a damaged path was used"
         assert file.with_suffix(".damaged").is_file()
-    tally("one bit flipped in gradient_path.safetensors", times, "nothing: found by hash, walked again")
+    tally("one bit flipped in gradient_path.safetensors", times, "nothing: found by hash, searched again")
 
 
 def test_directions_baseline_and_geometry(

@@ -9,9 +9,9 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
 from heretic.hardware.gpus import Gpu, GpuReport, driver_version, gpus_for, usable_gpus, visible_gpus
+from tests.helpers.fake_accelerator import hide, play
 
 GIB = 2**30
 OWN = os.getpid()
@@ -163,22 +163,9 @@ def test_never_raises(monkeypatch: pytest.MonkeyPatch, fake: FakeNvml | None, re
     assert report.gpus == () and reason in str(report.problem)
 
 
-def play_torch(monkeypatch: pytest.MonkeyPatch, *uuids: str | None) -> None:
-    """CUDA with these devices; None for a PyTorch that does not tell the UUID."""
-
-    def properties(index: int) -> SimpleNamespace:
-        uuid = uuids[index]
-        return SimpleNamespace(name="from torch", **({} if uuid is None else {"uuid": uuid}))
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(uuids))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (5 * GIB, 8 * GIB))
-
-
 def test_usable_gpus_are_numbered_as_pytorch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     report = GpuReport(tuple(Gpu(i, f"GPU-{i}A", "nvml", 24 * GIB, 20 * GIB) for i in range(3)))
-    play_torch(monkeypatch, "2a", "0a")
+    play(monkeypatch, "cuda", "2a", "0a")
     assert [(gpu.index, gpu.uuid, gpu.name) for gpu in usable_gpus(report)] == [
         (0, "GPU-2A", "nvml"),
         (1, "GPU-0A", "nvml"),
@@ -186,7 +173,7 @@ def test_usable_gpus_are_numbered_as_pytorch_does(monkeypatch: pytest.MonkeyPatc
 
 
 def test_usable_gpus_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_torch(monkeypatch, "abc", None)
+    play(monkeypatch, "cuda", "abc", None)
     found = usable_gpus(GpuReport((), "no NVIDIA driver"))
     assert [(gpu.uuid, gpu.name, gpu.total, gpu.free) for gpu in found] == [
         ("abc", "from torch", 8 * GIB, 5 * GIB),
@@ -194,16 +181,15 @@ def test_usable_gpus_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_no_cuda_means_nothing_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_accelerator_means_nothing_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     report = GpuReport((Gpu(0, "GPU-0", "nvml", 24 * GIB, 20 * GIB),))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    hide(monkeypatch)
     assert usable_gpus(report) == ()
-    play_torch(monkeypatch, "0")
 
     def too_old(_: int) -> SimpleNamespace:
         raise RuntimeError("The NVIDIA driver on your system is too old")
 
-    monkeypatch.setattr(torch.cuda, "get_device_properties", too_old)
+    play(monkeypatch, "cuda", "0", get_device_properties=too_old)
     assert usable_gpus(report) == ()
 
 
@@ -211,7 +197,8 @@ def test_a_run_locks_the_gpus_that_it_may_use() -> None:
     both = tuple(Gpu(i, f"GPU-{i}", "card", 1, 1) for i in range(2))
     assert gpus_for("planned", both) == gpus_for({"": 0}, both) == both
     assert gpus_for("cuda:1", both) == both[1:]
-    assert gpus_for("cpu", both) == ()
+    assert gpus_for("cuda", both) == gpus_for("0", both) == both[:1]
+    assert gpus_for("cpu", both) == gpus_for("cuda:7", both) == gpus_for("mps", both) == ()
 
 
 def test_the_version_of_the_driver_where_there_is_one(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:

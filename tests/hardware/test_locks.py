@@ -64,7 +64,7 @@ def note_of(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def test_second_process_is_told_who_holds_it(tmp_path: Path, start: Start) -> None:
+def test_a_second_process_names_the_owner_of_the_lock(tmp_path: Path, start: Start) -> None:
     path = tmp_path / "gpu-1.lock"
     first = start(path, model="owner/first")
     assert says(first) == "held"

@@ -9,6 +9,8 @@ import pytest
 
 from heretic.hardware.virtual_gpus import virtual_gpus
 from heretic.planning.preflight import build_report
+from heretic.planning.preflight_facts import PreflightInputs
+from heretic.planning.workload import USUAL_PROMPT, Workload
 from heretic.settings import Settings
 from tests.helpers.errors import raises
 from tests.helpers.shapes import GIB, checkpoint_of, qwen_32b
@@ -21,13 +23,34 @@ def test_sizes_are_read_in_any_spelling(text: str) -> None:
     assert all(g.total == 24 * GIB and 23 * GIB < g.free < 24 * GIB for g in gpus)
 
 
-def test_kinds_and_decimal_units_are_told_apart() -> None:
+def test_kinds_and_decimal_units_are_distinguished() -> None:
     small, large = virtual_gpus("1x24GB, 1x80GiB")
     assert small.total == 24 * 10**9 and large.total == 80 * GIB
 
 
+def test_another_kind_stands_before_the_list() -> None:
+    assert [gpu.device.name for gpu in virtual_gpus("xpu:2x16GiB")] == ["xpu:0", "xpu:1"]
+    assert [gpu.device.name for gpu in virtual_gpus("mps:1x64GiB")] == ["mps"]
+    assert [gpu.kind for gpu in virtual_gpus("ROCm:1x24GiB")] == ["rocm"]
+
+
 @pytest.mark.parametrize(
-    "text", ["", "24GiB", "4x", "0x24GiB", "4x0GiB", "x24GiB", "4x24", "-1x24GiB", "999x24GiB", "4x24GiB,"]
+    "text",
+    [
+        "mps:2x64GiB",
+        "tpu:1x8GiB",
+        "xpu:",
+        "",
+        "24GiB",
+        "4x",
+        "0x24GiB",
+        "4x0GiB",
+        "x24GiB",
+        "4x24",
+        "-1x24GiB",
+        "999x24GiB",
+        "4x24GiB,",
+    ],
 )
 def test_anything_else_is_refused_with_an_example(text: str) -> None:
     with raises("invalid-option") as caught:
@@ -40,9 +63,7 @@ def test_the_reported_machine_is_planned_without_having_it(tmp_path: Path) -> No
     settings = Settings(model="a/b", runs_dir=str(tmp_path))
     report = build_report(
         settings,
-        checkpoint_loader=lambda: checkpoint_of(qwen_32b()),
-        prompt_loader=lambda: None,
-        storage_check=lambda: None,
+        PreflightInputs(Workload.of(settings, USUAL_PROMPT), checkpoint_of(qwen_32b())),
         virtual=virtual_gpus("4x24GiB"),
     )
     assert report.plan is not None and report.plan.fits and report.plan.on_gpu

@@ -23,6 +23,11 @@ class Repository:
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
 
+    @property
+    def sha(self) -> str:
+        """The commit: another one for every content."""
+        return hashlib.sha1(b"".join(name.encode() + self.files[name] for name in sorted(self.files))).hexdigest()
+
 
 @dataclass
 class Hub:
@@ -95,9 +100,10 @@ def running() -> Iterator[Hub]:  # noqa: C901  every address of the hub in one p
             return self.of_repository(hub.repositories[name], name, path, body)
 
         def of_repository(self, repository: Repository, name: str, path: str, body: bytes) -> None:
-            if path == f"/api/models/{name}":
+            if path == f"/api/models/{name}" or path.startswith(f"/api/models/{name}/revision/"):
                 siblings = [{"rfilename": f} for f in repository.files]
-                return self.answer(200, {"id": name, "private": repository.private, "siblings": siblings})
+                known = {"id": name, "private": repository.private, "sha": repository.sha, "siblings": siblings}
+                return self.answer(200, known)
             if "/preupload/" in path:
                 found = [
                     {"path": f["path"], "shouldIgnore": False,
@@ -117,11 +123,11 @@ def running() -> Iterator[Hub]:  # noqa: C901  every address of the hub in one p
             if "/commit/" in path:
                 return self.commit(repository, name, body)
             if "/resolve/" in path:
-                file = path.partition("/resolve/main/")[2]
+                file = path.partition("/resolve/")[2].partition("/")[2]
                 if file not in repository.files:
                     return self.answer(404, {"error": "no"}, {"X-Error-Code": "EntryNotFound"})
                 content = repository.files[file]
-                tags = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": "c" * 40}
+                tags = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": repository.sha}
                 return self.answer(200, content, tags)
             return self.answer(404, {"error": f"this test's hub knows no {path}"})
 

@@ -73,6 +73,7 @@ def cuda_pretended(gpus: PretendGpus, mode: type[TorchDispatchMode], attention: 
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))  # the engine's threads have no mode
         for patch in (
             mock.patch.multiple(torch.cuda, **_cuda(gpus)),
+            mock.patch.multiple(torch.accelerator, **_accelerator(gpus)),
             mock.patch.object(functional, name, attention(getattr(functional, name))),
             mock.patch.object(threading.Thread, "run", _run_within(mode)),
             mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda *_: 0, create=True),
@@ -173,6 +174,22 @@ def _cuda(gpus: PretendGpus) -> dict[str, Any]:
         "synchronize": synchronize,
         "current_stream": lambda *_: types.SimpleNamespace(synchronize=synchronize),
         "get_rng_state": lambda *_: torch.get_rng_state(),
+    }
+
+
+def _accelerator(gpus: PretendGpus) -> dict[str, Any]:
+    """By name, what replaces the functions of `torch.accelerator`."""
+    cuda = _cuda(gpus)
+    renamed = {
+        "get_memory_info": "mem_get_info",
+        "set_device_index": "set_device",
+        "max_memory_reserved": "max_memory_allocated",
+    }
+    same = ("is_available", "device_count", "memory_reserved", "synchronize", "empty_cache")
+    return {
+        "current_accelerator": lambda check_available=False: torch.device("cuda"),
+        **{name: cuda[name] for name in same},
+        **{name: cuda[own] for name, own in renamed.items()},
     }
 
 

@@ -8,8 +8,7 @@ import optuna
 
 from heretic.errors import UserError
 from heretic.interrupt import StopSignal
-from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import Scores, TrialOutcome
+from heretic.scoring.scores import Divergence, Scores, TrialOutcome
 from heretic.settings import SearchSettings, Settings, WorkerSettings
 from heretic.storage.rdb import open_study
 from heretic.storage.retrying import RetryPolicy

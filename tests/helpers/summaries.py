@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Divergence, Scores
 from heretic.search.pareto import Result, select_trial
 from heretic.search.pruning import StudyHistory
 from heretic.search.summary import StudySummary
@@ -21,4 +20,4 @@ RESULTS = [result(i, kl, refusals) for i, (kl, refusals) in enumerate(POINTS)]
 
 def study_summary(found: list[Result] = RESULTS) -> StudySummary:
     best = select_trial(found, "fewest_refusals_under_kl", 0.1, 0)
-    return StudySummary(200, len(found), 1, 44, StudyHistory(found, []), best, 120.0)
+    return StudySummary(200, len(found), 1, 44, StudyHistory(found, []), best, 120.0, None)

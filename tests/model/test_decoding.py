@@ -32,7 +32,7 @@ def test_equals_generate_with_left_padding_and_rows_that_end_early(family: str) 
     assert len({len(row) for row in expected}) > 1
 
 
-def test_a_row_ends_when_it_is_told_to() -> None:
+def test_a_row_ends_when_the_callback_says_so() -> None:
     model = tiny_model("llama")
     batch = Batcher(8).batch([0, 1, 2, 3], PROMPTS)
     full = decode(model, batch, 12, set())

@@ -51,7 +51,7 @@ def test_equal_in_every_family_unless_switched_off(family: str, tmp_path: Path) 
     assert answers[0] == answers[1]
 
 
-def test_the_beginning_is_computed_anew_for_every_run() -> None:
+def test_the_prefix_is_recomputed_for_every_run() -> None:
     model = tiny_model("llama")
     batcher = Batcher(4, prefix_caching=True)
     before = torch.stack(batcher.run("", PROMPTS, lambda b: list(next_token_log_probs(model, b))))

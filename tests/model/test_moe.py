@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.bake import copy_weights, read_from_checkpoint, rewritten_weights
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import GEOMETRIES, Operator
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.export.save import plan_edits, write_weights
 from heretic.interrupt import StopSignal
 from heretic.model.architecture import ModelStructure, find_residual_writers

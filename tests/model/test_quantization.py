@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.bake import rewritten_weights
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Operator
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.errors import VerificationFailed
 from heretic.export import full_precision_reference, save
 from heretic.interrupt import StopSignal
@@ -108,7 +109,7 @@ def test_operators_on_quantized_weights_are_their_edit(folder: Path, name: str, 
     with apply_operators(model.structure.writers, operators):
         found = model.model(input_ids=torch.tensor([[5, 20, 40, 33, 9]])).logits
     slopes = torch.autograd.grad(found.square().mean(), [vector, *strengths.values()])
-    assert all(s.isfinite().all() and s.abs().max() > 0 for s in slopes), "the walk needs these"
+    assert all(s.isfinite().all() and s.abs().max() > 0 for s in slopes), "the gradient search needs these"
     # LLM.int8() rounds what it multiplies, too, so it is compared with what that makes of the unedited model.
     rounding = (logits(model) - logits(opened_up(model, folder, {}))).norm()
     off = (logits(opened_up(model, folder, operators)) - found).norm()

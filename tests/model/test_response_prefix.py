@@ -73,14 +73,14 @@ def test_thinking_that_a_system_prompt_opens_is_closed_with_that_prompt_only() -
     assert close_thinking(chat_of(opening, "be good"), PROMPTS, RecordingReporter()).prefix == "\n</think>\n\n"
 
 
-def test_a_block_after_some_prompts_only_is_told() -> None:
+def test_a_block_after_some_prompts_only_is_reported() -> None:
     reporter = RecordingReporter()
     opening = "{% if 'bread' in messages[-1].content %}<think>{% endif %}"
     assert close_thinking(chat_of(opening), PROMPTS, reporter) == AnswerStart()
     assert len(reporter.warnings) == 1
 
 
-def test_a_prefix_of_the_user_that_leaves_the_block_open_is_told() -> None:
+def test_a_prefix_of_the_user_that_leaves_the_block_open_is_reported() -> None:
     chat = chat_of("<think>")
     for prefix, warnings in (("", 1), ("sure", 1), (OFF, 0)):
         reporter = RecordingReporter()

@@ -1,4 +1,4 @@
-"""A whole run that begins with the walk: its points are the first trials, and an interruption changes nothing."""
+"""A whole run that begins with the gradient search: its points are the first trials, and an interruption changes nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from heretic.storage.url import storage_url
 from tests.helpers.errors import raises
 from tests.helpers.reporters import RecordingReporter
 
-WALKING = (
+GRADIENT_SEARCH = (
     'search.start="gradient"', "search.gradient.weights=[0.5, 2.0]", "search.gradient.steps=3", "search.gradient.batch=4",
     "search.gradient.refusal_tokens=1", 'refusal_markers=["e"]', 'run_name="run"',
 )  # fmt: skip
@@ -35,17 +35,17 @@ WALKING = (
 
 @pytest.fixture(autouse=True)
 def _no_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These models "decline" with the letter e, whatever is taken out: without this the walk would go on to the last weight."""
+    """These models "refuse" with the letter e, whatever is taken out: without this the search would go on to the last weight."""
     monkeypatch.setattr(path_optimizer, "MAX_EXTRA_WEIGHTS", 0)
 
 
 def do(config: Path, *assignments: str, reporter: object = None) -> Outcome:
-    resolved = resolve(config, assignments=[*WALKING, *assignments])
+    resolved = resolve(config, assignments=[*GRADIENT_SEARCH, *assignments])
     return run(resolved, reporter=reporter or RecordingReporter(), stop=StopSignal())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("direction", ["free", "mixture"])
-def test_a_run_walks_first_measures_the_points_and_searches_around_them(config: Path, direction: str) -> None:
+def test_a_run_starts_with_the_gradient_search_and_searches_around_its_path(config: Path, direction: str) -> None:
     listener = RecordingReporter()
     outcome = do(config, 'save_to="written"', f'search.gradient.direction="{direction}"', reporter=listener)
     assert sum("refusal probability" in line for line in listener.lines) == 2
@@ -67,9 +67,7 @@ def test_a_run_walks_first_measures_the_points_and_searches_around_them(config: 
         assert file.get_tensor("strengths").shape == (2, 4)
 
 
-def test_stopped_in_the_middle_of_the_walk_the_same_command_goes_on(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gradient_search_stopped_in_the_middle_is_resumed(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = do(config, 'run_name="whole"')
     keep = RunFolder.save_path_state
 
@@ -96,7 +94,7 @@ def test_stopped_in_the_middle_of_the_walk_the_same_command_goes_on(
     ]
     assert read_status("run", "runs", {}).gradient_path.startswith("2 points, edited layers ")
     calls.clear()
-    assert len(do(config, "n_trials=5").results) == 5 and not calls, "the walk is stored with the study"
+    assert len(do(config, "n_trials=5").results) == 5 and not calls, "the path is stored with the study"
 
 
 def test_a_model_that_cannot_run_backwards_is_searched_with_kernels(
@@ -114,7 +112,7 @@ def test_a_model_that_cannot_run_backwards_is_searched_with_kernels(
     assert len(outcome.results) == 4 and "direction_scope" in outcome.results[0].params
 
 
-def test_a_model_that_hardly_declines_is_searched_with_kernels(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_hardly_refuses_is_searched_with_kernels(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listener = RecordingReporter()
     monkeypatch.setattr(gradient_search, "MIN_REFUSALS", 1000)
     outcome = do(config, reporter=listener)
@@ -122,10 +120,8 @@ def test_a_model_that_hardly_declines_is_searched_with_kernels(config: Path, mon
     assert len(outcome.results) == 4
 
 
-def test_what_ends_the_walk_is_not_taken_for_a_reason_to_give_it_up(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A full disk, a judge that refuses: the same command goes on with the walk."""
+def test_an_interrupted_gradient_search_is_not_given_up(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, a judge that refuses: the same command resumes the gradient search."""
     whole = do(config, 'run_name="whole"')
     keep = RunFolder.save_path_state
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -17,13 +18,14 @@ from heretic.model.checkpoint import open_checkpoint
 from heretic.pipeline.actions import evaluate_model
 from heretic.pipeline.run import Outcome, run
 from heretic.progress import NULL_REPORTER
-from heretic.runs.folder import RunFolder
+from heretic.runs.folder import REPORT, RunFolder
+from heretic.runs.status import read_status
 from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
 
 
-def do(config: Path, *assignments: str, fresh: bool = False) -> Outcome:
-    return run(resolve(config, assignments=assignments), fresh=fresh, reporter=NULL_REPORTER, stop=StopSignal())
+def do(config: Path, *assignments: str, **options: Any) -> Outcome:
+    return run(resolve(config, assignments=assignments), **options, reporter=NULL_REPORTER, stop=StopSignal())
 
 
 def points(outcome: Outcome) -> list[tuple[float, int]]:
@@ -81,6 +83,29 @@ def test_a_finished_run_does_nothing_again_and_grows_when_asked(config: Path, mo
     assert points(grown)[:4] == points(first) and len(grown.results) == 6
 
 
+def test_a_converged_run_does_not_run_again_until_more_trials_are_asked_for(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A tiny random model changes too much for the reference point: every trial counts as one within it.
+    monkeypatch.setattr("heretic.search.convergence.REFERENCE_KL", 1e3)
+    wanted = ("n_trials=9", "search.patience=1", "search.min_gain=0.999", "run_name=mine")
+    first = do(config, *wanted)
+    ran = len(first.results)
+    assert first.summary.end is not None and first.summary.end[0] == "converged" and 3 <= ran < 9
+    assert first.as_dict()["ended"] == "converged" and first.as_dict()["convergence"]["n_complete"] == ran
+    status = read_status("mine", "runs", {})
+    assert status.state == "complete"
+    assert {key: status.as_dict()[key] for key in ("ended", "convergence", "seconds_left")} == {
+        "ended": "converged", "convergence": first.as_dict()["convergence"], "seconds_left": None,
+    }  # fmt: skip
+    assert "converged after trial" in (first.folder.path / REPORT).read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("heretic.pipeline.run_context.open_session", lambda *a: pytest.fail("the model was loaded"))
+        assert points(do(config, *wanted)) == points(first)
+    more = do(config, *wanted, extra_trials=2)
+    assert len(more.results) == ran + 2 and more.as_dict()["ended"] == "n_trials"
+
+
 def test_an_interrupted_study_ends_like_an_uninterrupted_one(config: Path) -> None:
     whole = do(config, "n_trials=5", 'run_name="whole"')
     do(config, "n_trials=3", 'run_name="parts"')
@@ -128,7 +153,7 @@ def test_a_study_of_other_settings_under_the_same_name_is_refused(config: Path) 
     assert len(list(Path("runs").glob("mine.*"))) == 1, "the old run was not kept"
 
 
-def test_damaged_files_of_a_run_are_made_anew(config: Path) -> None:
+def test_damaged_files_of_a_run_are_recomputed(config: Path) -> None:
     first = do(config, "n_trials=2")
     file = first.folder.path / "directions.safetensors"
     content = bytearray(file.read_bytes())

@@ -14,9 +14,10 @@ from unittest import mock
 import pytest
 import torch
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.directions import Directions
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.errors import UserError
 from heretic.interrupt import StopSignal
 from heretic.model.batching import Batch, Batcher, EditSpec
@@ -44,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("cuda")
 
 Start = Literal["kernels", "gradient"]
 TRIED = ("llama", "gemma3", "mixtral", "gpt2")
-SEEDS = {("gradient", "gemma3"): 1, ("gradient", "mixtral"): 1}  # with these enough prompts are "declined"
+SEEDS = {("gradient", "gemma3"): 1, ("gradient", "mixtral"): 1}  # with these enough prompts are "refused"
 SYSTEM = "please tell me about the stars and rivers and music and history now"
 SETTINGS = (
     "n_trials=2", "max_response_length=6", "batch_size=64", 'dtypes=["float32"]', "max_kl=50.0", 'run_name="run"',
@@ -266,7 +267,7 @@ def test_memory_that_runs_out_is_not_taken_for_an_architecture_that_cannot_share
             supports_prefix_caching(loaded.model, SEQUENCES, Batcher(8, loaded.device))
 
 
-def test_memory_that_runs_out_while_loading_is_told() -> None:
+def test_memory_that_runs_out_while_loading_is_an_error() -> None:
     folder = save_tiny(Path("llama"))
     with PretendGpus(4) as gpus, pytest.raises(UserError) as error:
         gpus.limit[2] = 8000
@@ -274,7 +275,7 @@ def test_memory_that_runs_out_while_loading_is_told() -> None:
     assert error.value.code == "out-of-memory"
 
 
-def test_module_that_hands_its_input_to_another_gpu_is_told_as_a_mismatch() -> None:
+def test_module_that_moves_its_input_to_another_gpu_is_a_mismatch() -> None:
     table = spread("gpt2") | {"lm_head": 3}  # tied to the embedding on the first
     folder = save_tiny(Path("gpt2"), "gpt2")
     with PretendGpus(4), pytest.raises(UserError) as error:

@@ -18,7 +18,7 @@ from heretic.errors import BusyError, Interrupted
 from heretic.hardware import locks
 from heretic.hardware.gpus import Gpu
 from heretic.hardware.virtual_gpus import virtual_gpus
-from heretic.pipeline.workers import check_memory, resolve_worker_count
+from heretic.pipeline.workers import _only, check_memory, resolve_worker_count
 from heretic.planning.memory_model import GIB
 from heretic.settings import Settings
 from heretic.storage.attributes import ERROR
@@ -140,6 +140,19 @@ def test_how_many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("0", "-1", "many"):
         with raises("invalid-option"):
             resolve_worker_count(wrong, Settings())
+
+
+def test_a_worker_sees_one_gpu_by_the_variable_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def only(kind: str, uuid: str = "x") -> dict[str, str]:
+        return _only(Gpu(1, uuid, "A GPU", 24 << 30, 24 << 30, kind=kind))
+
+    assert only("xpu") == {"ZE_AFFINITY_MASK": "1"} and only("mps") == {}
+    assert only("cuda", "GPU-1a") == {"CUDA_VISIBLE_DEVICES": "GPU-1a"}
+    assert only("rocm") == {"HIP_VISIBLE_DEVICES": "1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert only("rocm") == {"CUDA_VISIBLE_DEVICES": "6"}
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "2,3")
+    assert only("npu") == {"ASCEND_RT_VISIBLE_DEVICES": "3"}
 
 
 def test_a_model_for_several_gpus_has_no_workers() -> None:

@@ -18,6 +18,8 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.pipeline import run as run_module
 from heretic.planning import preflight
 from heretic.planning.preflight import PreflightReport, build_report
+from heretic.planning.preflight_facts import PreflightInputs
+from heretic.planning.workload import USUAL_PROMPT, Workload
 from heretic.progress import NULL_REPORTER
 from heretic.settings import Settings
 from tests.helpers.errors import raises
@@ -54,17 +56,15 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on(monkeypatch: pytest.MonkeyPatch, gpus: tuple[Gpu, ...]) -> None:
-    monkeypatch.setattr(preflight, "visible_gpus", lambda _: GpuReport(gpus))
-    monkeypatch.setattr(preflight, "usable_gpus", lambda _: gpus)
+    monkeypatch.setattr(preflight, "inspect_gpus", lambda _: (GpuReport(gpus), gpus))
     monkeypatch.setattr(run_module, "gpus_here", lambda: gpus)
 
 
-def planned(large: Checkpoint, **settings: Any) -> PreflightReport:
+def planned(large: Checkpoint, **changes: Any) -> PreflightReport:
+    settings = Settings(model="owner/model", **changes)
     return build_report(
-        Settings(model="owner/model", **settings),
-        checkpoint_loader=lambda: large,
-        prompt_loader=lambda: None,
-        storage_check=lambda: None,
+        settings,
+        PreflightInputs(Workload.of(settings, USUAL_PROMPT), large),
     )
 
 

@@ -12,12 +12,13 @@ import torch
 from accelerate.utils import check_device_map
 from transformers import AutoModelForCausalLM
 
+from heretic.hardware.devices import Device
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.tensor_info import TensorInfo
 from heretic.planning.memory_model import CONTEXT
 from heretic.planning.memory_plan import MemoryPlan, make_plan, planned_dtype
 from heretic.planning.model_dims import ModelDims
-from heretic.planning.placement import meta_model
+from heretic.planning.placement import MODES, meta_model
 from heretic.planning.workload import GradientSearchWorkload, Workload
 from tests.helpers.errors import raises
 from tests.helpers.shapes import GIB, checkpoint_of, cpu, gpus, packed_of, qwen_32b, small
@@ -192,7 +193,7 @@ def test_copies_of_edited_weights_are_counted(little: Checkpoint) -> None:
     assert load.copies == sum(t.nbytes for t in edited)
 
 
-def test_the_walk_takes_what_the_program_would_give_it(little: Checkpoint, large: Checkpoint) -> None:
+def test_the_gradient_search_takes_arguments_from_the_settings(little: Checkpoint, large: Checkpoint) -> None:
     work = Workload(
         200, 100, gradient_search=GradientSearchWorkload(batch=16, prompts=64, kl_tokens=1, refusal_tokens=4)
     )
@@ -244,6 +245,22 @@ def test_cuda_without_any_gpu(little: Checkpoint) -> None:
         plan(little, [cpu(8)], device_map="cuda")
     with raises("no-device"):
         plan(little, [])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "key"), [("mps", "mps"), ("xpu:0", 0)])
+def test_one_device_of_another_kind_takes_the_whole_model(
+    little: Checkpoint, name: str, key: int | str, mode: str
+) -> None:
+    found = plan(little, [Device(name, 24 * GIB, 20 * GIB), cpu(32)], device_map=mode)
+    assert found.fits and found.device_map == {"": key} and found.dtype == "bfloat16"
+
+
+def test_weights_are_not_left_in_ram_that_is_the_devices_memory(large: Checkpoint) -> None:
+    on_mac = plan(large, [Device("mps", 48 * GIB, 40 * GIB), cpu(64)], device_map="auto")
+    assert not on_mac.fits and on_mac.in_ram == 0 and on_mac.offloaded > 0
+    on_intel = plan(large, [Device("xpu:0", 48 * GIB, 40 * GIB), cpu(64)], device_map="auto")
+    assert on_intel.in_ram > 0 and on_intel.offloaded == 0
 
 
 def test_table_for_a_model_that_is_too_large_for_its_only_gpu(large: Checkpoint) -> None:

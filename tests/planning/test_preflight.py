@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from heretic.errors import UserError
 from heretic.hardware import locks
 from heretic.hardware.gpus import Gpu, GpuReport
 from heretic.model.checkpoint import Checkpoint
 from heretic.planning import preflight
 from heretic.planning.preflight import PreflightReport, build_report
-from heretic.planning.workload import prompt_tokens
+from heretic.planning.preflight_facts import Finding, PreflightInputs
+from heretic.planning.workload import Workload, prompt_tokens
 from heretic.settings import Settings
 from tests.helpers.shapes import GIB, checkpoint_of, qwen_32b, small
 
@@ -31,27 +31,17 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 
     def give(number: int, gib: float, usable: bool = True) -> None:
         gpus = tuple(Gpu(i, f"GPU-{i}", "RTX", int(gib * GIB), int(gib * GIB)) for i in range(number))
-        monkeypatch.setattr(preflight, "visible_gpus", lambda _: GpuReport(gpus, None if gpus else "no NVIDIA driver"))
-        monkeypatch.setattr(preflight, "usable_gpus", lambda _: gpus if usable else ())
+        report = GpuReport(gpus, None if gpus else "no NVIDIA driver")
+        monkeypatch.setattr(preflight, "inspect_gpus", lambda _: (report, gpus if usable else ()))
 
     give(0, 0)
     return give
 
 
-def fail(*arguments: str, **more: str) -> Any:
-    raise UserError(*arguments, **more)
-
-
-def run(checkpoint: Checkpoint | None = None, **changes: Any) -> PreflightReport:
-    opened = checkpoint or checkpoint_of(small())
-    callables: dict[str, Any] = {
-        "checkpoint_loader": lambda: opened,
-        "prompt_loader": lambda: SimpleNamespace(warnings=(), counts="", longest=300),
-        "storage_check": lambda: None,
-        "judge_check": lambda: "",
-    }
-    replaced = {name: changes.pop(name) for name in list(changes) if name in callables}
-    return build_report(Settings(model="owner/model", **changes), **(callables | replaced))
+def run(checkpoint: Checkpoint | None = None, prompts: Any = None, **changes: Any) -> PreflightReport:
+    settings = Settings(model="owner/model", **changes)
+    inputs = PreflightInputs(Workload.of(settings, 300), checkpoint or checkpoint_of(small()), prompts)
+    return build_report(settings, inputs)
 
 
 def texts(report: PreflightReport) -> str:
@@ -66,33 +56,17 @@ def test_ready_on_a_cpu() -> None:
     assert json.loads(json.dumps(report.as_dict()))["verdict"] == "ready"
 
 
-def test_callables_that_fail_become_failures() -> None:
-    report = run(
-        checkpoint_loader=lambda: fail("No such model.", fix="check the name"),
-        prompt_loader=lambda: fail("No such prompts.", where="prompts.harmful_train"),
-        storage_check=lambda: fail("The database is away."),
-        judge_check=lambda: fail("No such label.", where="judge.classifier.refusal_labels"),
-    )
-    failures = {f.subject: f for f in report.findings if f.level == "failure"}
-    assert set(failures) == {"model", "prompts", "storage", "judge"}
-    assert failures["model"].fix == "check the name" and "prompts.harmful_train" in failures["prompts"].text
+def test_a_model_that_cannot_be_opened_has_no_plan() -> None:
+    settings = Settings(model="owner/model")
+    missing = Finding("failure", "model", "No such model.", "check the name")
+    report = build_report(settings, PreflightInputs(Workload.of(settings, 300), findings=(missing,)))
     assert (report.verdict, report.exit_status, report.plan) == ("fail", 1, None)
-    json.dumps(report.as_dict())
-
-
-def test_an_endpoint_that_does_not_answer_yet_is_a_warning() -> None:
-    report = run(judge_check=lambda: "The judge does not answer.")
-    assert report.verdict == "risky" and "warning judge: The judge does not" in texts(report)
+    assert missing in report.findings and json.dumps(report.as_dict())
 
 
 def test_a_large_model_without_a_gpu_is_a_warning() -> None:
     report = run(checkpoint_of(qwen_32b()))
     assert "warning GPUs: " in texts(report) and "heretic doctor" in texts(report)
-
-
-def test_defects_are_not_hidden() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run(storage_check=lambda: 1 / 0)
 
 
 def test_wrong_device_is_a_failure() -> None:
@@ -144,7 +118,7 @@ def test_save_to(tmp_path: Path) -> None:
 
 
 def test_prompt_warnings_are_passed_on() -> None:
-    report = run(prompt_loader=lambda: SimpleNamespace(warnings=["3 prompts are shared."], counts="", longest=10))
+    report = run(prompts=SimpleNamespace(warnings=["3 prompts are shared."]))
     assert report.exit_status == 2 and "3 prompts are shared." in texts(report)
 
 

@@ -276,6 +276,12 @@ def test_use_by_invisible_processes() -> None:
     assert run(facts(gpu(0, 18, GpuProcess(8, "python", None)))) == []
 
 
+def test_unseen_use_is_reported_in_the_words_of_the_devices_kind() -> None:
+    found = only(facts(replace(gpu(0, 18), kind="xpu"), plan=plan(load("xpu:0"))))
+    assert "xpu:0" in found.text and "ZE_AFFINITY_MASK" in str(found.fix)
+    assert run(facts(replace(gpu(0, 18), kind="mps"), plan=plan(load("mps")))) == []  # the system uses the same memory
+
+
 def test_held_lock() -> None:
     other = LockOwner(123, "host", "heretic x", "owner/x", "2026-01-30T12:00:00+01:00")
     found = only(facts(holders=(("cuda:0", other),)))

@@ -22,10 +22,7 @@ from heretic.report.report import ReportInput, load_report_input, report, stages
 from heretic.report.reporter import ReportWriter, write_report
 from heretic.runs.folder import REPORT, RunFolder
 from heretic.runs.metadata import RunMetadata
-from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import PrunedTrial, Scores
-from heretic.scoring.harmless_metrics import HarmlessMetrics
-from heretic.scoring.refusal_proxy import RefusalProxy
+from heretic.scoring.scores import Divergence, HarmlessMetrics, PrunedTrial, RefusalProxy, Scores
 from heretic.search.pareto import pareto_front
 from heretic.settings import SearchSettings, Settings
 from heretic.storage.attributes import KL_PER_PROMPT, PRUNED
@@ -227,7 +224,7 @@ def test_the_policy_names_the_scripts_that_are_there() -> None:
     assert policy.startswith("default-src 'none';") and "http" not in policy
 
 
-def test_the_command_writes_where_it_is_told(
+def test_the_command_writes_to_the_given_folder(
     made: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []

@@ -23,8 +23,8 @@ from heretic.runs.stored_tensors import (
     optimizer_state_from_tensors,
     optimizer_state_tensors,
 )
-from heretic.scoring.harmless_metrics import HarmlessMetrics
 from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL
+from heretic.scoring.scores import HarmlessMetrics
 from heretic.search.gradient_path import PathPoint
 from heretic.search.path_optimizer import OptimizerState
 from tests.helpers.reporters import RecordingReporter
@@ -46,7 +46,7 @@ READERS: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, Tensor
     "directions": (directions_from_tensors, DIRECTIONS),
     "baseline": (Baseline.from_tensors, BASELINE.tensors()),
     "geometry": (geometry_from_tensors, GEOMETRY.tensors()),
-    "walk": (optimizer_state_from_tensors, optimizer_state_tensors(STATE)),
+    "gradient_path": (optimizer_state_from_tensors, optimizer_state_tensors(STATE)),
 }
 MAY_LACK = {
     "extra",

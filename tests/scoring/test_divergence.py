@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from heretic.scoring.divergence import Divergence, divergences, summarize
+from heretic.scoring.divergence import divergence_of, divergences, summarize
+from heretic.scoring.scores import Divergence
 
 
 def test_equals_pytorch() -> None:
@@ -31,3 +32,11 @@ def test_summary() -> None:
     destroyed = summarize(torch.tensor([0.1, math.inf, 0.2], dtype=torch.float64))
     assert destroyed == Divergence(math.inf, 0.2, math.inf, math.inf)
     assert destroyed.as_dict() == {"mean": "inf", "median": 0.2, "p95": "inf", "max": "inf"}
+
+
+def test_log_probs_of_an_earlier_pass_give_the_mean_over_the_tokens_of_each_prompt() -> None:
+    original, ablated = (torch.randn(5, 7, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    each = divergences(original, ablated)
+    found = divergence_of(original, ablated, [2, 3])
+    assert found.per_prompt == pytest.approx([float(each[:2].mean()), float(each[2:].mean())])
+    assert found.mean == pytest.approx(sum(found.per_prompt) / 2)

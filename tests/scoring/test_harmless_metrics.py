@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from heretic.ablation.apply import apply_operators
-from heretic.scoring.evaluator import PrunedTrial, Scores
-from heretic.scoring.harmless_metrics import HarmlessLimits, HarmlessMetrics, HarmlessProbe, degenerate
+from heretic.scoring.harmless_metrics import HarmlessLimits, HarmlessProbe, degenerate
 from heretic.scoring.judges.evasion import repetition
+from heretic.scoring.scores import HarmlessMetrics, PrunedTrial, Scores
 from tests.scoring.test_refusal_count import ABLATIONS, model_context, together
 
 

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.directions import Directions
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.ablation.strength_kernel import StrengthKernel
 from heretic.model.batching import Batcher, EditSpec
 from heretic.model.chat_format import ChatFormat
@@ -23,11 +24,12 @@ from heretic.model.decoding import DecodingState, StopCriteria, continue_decodin
 from heretic.model.loading import LanguageModel, load
 from heretic.scoring import refusal_count
 from heretic.scoring.divergence import first_token_log_probs
-from heretic.scoring.evaluator import PrunedTrial, Scores, TrialEvaluator
+from heretic.scoring.evaluator import TrialEvaluator
 from heretic.scoring.judges.markers import MarkerJudge
 from heretic.scoring.judges.verdict import Exchange, Verdict
 from heretic.scoring.refusal_count import RefusalBounds
 from heretic.scoring.refusal_proxy import FIRST_TOKENS, MAX_DRAFT_TOKENS
+from heretic.scoring.scores import PrunedTrial, Scores
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, log_probs_at
 from heretic.session.caching import enable_caching
 from tests.tiny import FAMILIES, HARMFUL, HARMLESS, WINDOWED, save_tiny
@@ -50,7 +52,7 @@ def model_context(folder: Path, *, share: bool, size: int = 64) -> tuple[TrialEv
     operator_factory = OperatorFactory.prepare(directions, model.structure.writers, "norm_preserving")
     whole = replace(evaluator, judge=MarkerJudge(["nothing"])).refusals()
     answers = [chat.text(list(tokens)) for tokens in whole.tokens]
-    # The word that divides the answers best is the marker, so that some are declined.
+    # The word that divides the answers best is the marker, so that some are refused.
     words = {word for answer in answers for word in answer.split()}
     marker = min(sorted(words), key=lambda w: abs(2 * sum(w in a for a in answers) - len(answers)), default="sorry")
     evaluator = replace(evaluator, judge=MarkerJudge([marker]))
@@ -170,7 +172,7 @@ def test_rows_of_a_hybrid_model_are_tried_first_and_decoded_plainly(tmp_path: Pa
 
 
 class Whole:
-    """A judge of whole answers: one that has an even number of letters declines."""
+    """A judge of whole answers: one that has an even number of letters refuses."""
 
     name, ends_early = "whole", False
 

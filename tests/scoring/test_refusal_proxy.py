@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from heretic.scoring.refusal_proxy import TRIALS_TO_CALIBRATE, Calibration, RefusalProxy, prediction_error
+from heretic.scoring.refusal_proxy import TRIALS_TO_CALIBRATE, Calibration, prediction_error
+from heretic.scoring.scores import RefusalProxy
 
 
 def pairs(count: int) -> list[tuple[RefusalProxy, int]]:

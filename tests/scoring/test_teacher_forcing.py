@@ -10,7 +10,7 @@ import torch
 
 from heretic.ablation.apply import apply_operators
 from heretic.model.batching import EditSpec
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Scores
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs, answer_prefixes
 from heretic.session.caching import enable_caching
 from tests.scoring.test_refusal_count import ABLATIONS, model_context, refusal_texts

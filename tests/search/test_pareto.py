@@ -9,9 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import Scores
-from heretic.scoring.harmless_metrics import HarmlessMetrics
+from heretic.scoring.scores import Divergence, HarmlessMetrics, Scores
 from heretic.search.pareto import Result, pareto_front, select_trial, table_columns
 
 

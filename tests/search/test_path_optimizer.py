@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.directions import Directions, normalized, orthonormal
 from heretic.ablation.operator import GEOMETRIES, stats_for_directions, weight_statistics
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.errors import Interrupted
 from heretic.interrupt import StopSignal
 from heretic.model.activation_cache import allocate_cache
@@ -93,9 +94,7 @@ def test_several_directions_have_true_gradients(geometry: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mixture", "per_layer", "free"])
-def test_a_walk_with_several_directions_goes_down_and_on_where_it_was_left(
-    llama: Path, kind: str, tmp_path: Path
-) -> None:
+def test_a_search_with_several_directions_lowers_its_loss_and_resumes(llama: Path, kind: str, tmp_path: Path) -> None:
     of = objective(llama)
     torch.manual_seed(3)
     writers = of.language_model.structure.writers
@@ -224,7 +223,7 @@ def test_every_way_of_saving_gives_the_same_gradient(way: str, llama: Path) -> N
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_the_walk_goes_from_gentle_to_strict_and_lowers_its_loss(llama: Path) -> None:
+def test_the_search_goes_from_gentle_to_strict_and_lowers_its_loss(llama: Path) -> None:
     of = objective(llama)
     down = optimizer(of)
     before = down.validate(begin(of))
@@ -249,7 +248,7 @@ def test_a_penalty_keeps_what_is_not_worth_it_at_exactly_zero(llama: Path) -> No
     assert zeros(none) == 8
 
 
-def test_interrupted_anywhere_it_goes_on_to_the_same_walk(llama: Path, tmp_path: Path) -> None:
+def test_interrupted_anywhere_it_reaches_the_same_path(llama: Path, tmp_path: Path) -> None:
     of, folder = objective(llama), RunFolder(tmp_path, "stamp")
     whole = optimizer(of).run(begin(of))
 
@@ -273,7 +272,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_walk(llama: Path, tmp_path:
 def listening(
     of: Objective, settings: GradientSettings = SETTINGS, **more: object
 ) -> tuple[PathOptimizer, MinedRefusals]:
-    """A descent that hears one prompt declined in other words than the original's: the second most probable one."""
+    """An optimizer that mines one refusal in other words than the original's: the second most probable one."""
     sequences = of.harmful.sequences
     (log_probs, *_) = log_probs_at(of.language_model, TeacherForcedTexts.of(sequences[:1], [[0]]), of.batcher)
     other = (0, [int(log_probs[0].topk(2).indices[1])])
@@ -306,7 +305,7 @@ def test_words_that_are_heard_on_the_way_become_improbable_too(llama: Path, monk
     assert not state.has_new_refusals or len(state.points) == 2
 
 
-def test_the_walk_listens_only_once_the_known_words_are_improbable(llama: Path) -> None:
+def test_new_refusals_are_mined_only_once_the_known_ones_are_improbable(llama: Path) -> None:
     of = objective(llama)
     listens, _ = listening(of)
     state = begin(of)
@@ -314,7 +313,7 @@ def test_the_walk_listens_only_once_the_known_words_are_improbable(llama: Path) 
     assert bool(state.extra_refusals) == (state.points[0].probability <= path_optimizer.MINE_BELOW)
 
 
-def test_what_was_heard_is_kept_with_the_walk(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mined_refusals_are_stored_with_the_path(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(path_optimizer, "MINE_BELOW", 1.0)
     of, folder = objective(llama), RunFolder(tmp_path, "stamp")
     whole = listening(of)[0].run(begin(of))
@@ -332,32 +331,42 @@ def test_what_was_heard_is_kept_with_the_walk(llama: Path, tmp_path: Path, monke
     assert listening(of)[0].run(state) == whole
 
 
-def test_what_was_heard_stays_with_its_prompt_where_others_are_declined(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mined_refusals_stay_with_their_prompts(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, state = RunFolder(tmp_path, "stamp"), begin(objective(llama))
     state.remap_extra_refusals([2, 5, 7])
     state.extra_refusals = [(0, [3]), (2, [4]), (1, [9])]
     folder.save_path_state(state)
     again = folder.load_path_state(NULL_REPORTER)
     assert again is not None
-    again.remap_extra_refusals([1, 2, 7])  # 5 is answered now, and 1 is declined
+    again.remap_extra_refusals([1, 2, 7])  # 5 is answered now, and 1 is refused
     assert again.extra_refusals == [(1, [3]), (2, [4])] and again.prompt_indices == [1, 2, 7]
 
 
-def test_weights_too_gentle_to_change_anything_are_left_early(llama: Path, tmp_path: Path) -> None:
+def test_weights_too_gentle_to_change_anything_are_skipped_after_one_pass(llama: Path, tmp_path: Path) -> None:
     of = objective(llama)
     update = {"weights": [1e-9, 1e-8, 0.5, 2.0], "steps": 5, "sparsity": 1e-5}
     settings, state, seen = SETTINGS.model_copy(update=update), begin(of), []
     points = optimizer(of, settings, save_state=lambda now: seen.append(now.steps)).run(state)
     assert [p.weight for p in points] == [0.5, 2.0]
-    assert seen[:4] == [1, 5, 6, 10] and seen[-1] == 20 and len(seen) == 14
+    assert seen == list(range(11, 21)), "no step at the two gentle weights"
 
     few = settings.model_copy(update={"weights": [1e-9, 1e-8]})
     assert [p.weight for p in optimizer(of, few).run(begin(of))] == [1e-8], "the last weight gives a point in any case"
 
 
-def test_it_goes_on_to_stricter_weights_while_prompts_are_declined(
+def test_the_first_step_is_that_of_its_own_weight(llama: Path) -> None:
+    """At strengths of 0 the gradient is the weight times that of the refusals, so one pass serves every weight."""
+    of = objective(llama)
+    settings = SETTINGS.model_copy(update={"weights": [0.5], "sparsity": 1e-5})
+    state = begin(of)
+    down = optimizer(of, settings)
+    _, at_half = down._gradients(state, 0.5)
+    _, at_one = down._gradients(state, 1.0)
+    assert at_half["strengths"].abs().max() > 0
+    assert torch.allclose(at_half["strengths"], 0.5 * at_one["strengths"], rtol=1e-4, atol=1e-7)
+
+
+def test_it_goes_on_to_stricter_weights_while_prompts_are_refused(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(path_optimizer, "MINE_BELOW", 1.0)
@@ -406,11 +415,11 @@ def test_a_stop_ends_it_between_steps(llama: Path) -> None:
 def test_a_destroyed_model_does_not_poison_the_strengths(llama: Path) -> None:
     of = objective(llama)
     down, state = optimizer(of), begin(of)
-    down.step(state, 1.0)
+    down.step(state)
     head = of.language_model.model.lm_head.weight
     kept = head.clone()
     head.fill_(float("nan"))
-    down.step(state, 1.0)
+    down.step(state)
     head.copy_(kept)
     assert torch.isfinite(state.strengths).all() and state.mixture is not None and torch.isfinite(state.mixture).all()
-    assert math.isfinite(down.step(state, 1.0).kl)
+    assert math.isfinite(down.step(state).kl)

@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Divergence, Scores
 from heretic.search.pareto import Result, pareto_front
 from heretic.search.pruning import ParetoThreshold
 
 # Every trial of a real study measured in full (`benchmarks/study.py ASSETS --set early_stopping=false`): its KL, and a 1 for
-# every request it declined.
+# every request it refused.
 RECORDED = json.loads((Path(__file__).parent / "recorded_study.json").read_text())["trials"]
 
 

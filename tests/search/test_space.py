@@ -23,7 +23,7 @@ GENTLE = PathPoint(
 STRICT = PathPoint(
     1.0, {"attention": (0.0, 0.2, 0.6, 0.8), "mlp": (0.0, 0.0, 0.4, 0.0)}, (0.0, 0.0, 1.0, 0.0), 0.10, 0.1
 )
-WALK = GradientPath((GENTLE, STRICT))
+PATH = GradientPath((GENTLE, STRICT))
 
 
 def trials(count: int) -> list[optuna.Trial]:
@@ -53,15 +53,15 @@ def test_a_fixed_range_is_a_fixed_value() -> None:
     assert ablation.mixture is not None and list(ablation.mixture).index(1.0) == 10
 
 
-def test_a_walks_points_are_the_starts_the_strict_one_first() -> None:
-    space = SearchSpace(SearchSettings(), 4, ["attention", "mlp"], WALK)
+def test_the_points_of_a_path_are_enqueued_strictest_first() -> None:
+    space = SearchSpace(SearchSettings(), 4, ["attention", "mlp"], PATH)
     found = [space.from_params(params) for params in space.initial_params()]
     assert found == [STRICT.ablation, GENTLE.ablation]
     assert describe(space.initial_params()[0]) == "path 1.00"
 
 
-def test_draws_around_a_walk_rebuild_and_leave_what_it_left_alone() -> None:
-    space = SearchSpace(SearchSettings(), 4, ["attention", "mlp"], WALK)
+def test_samples_around_a_path_keep_the_layers_that_it_leaves_unedited() -> None:
+    space = SearchSpace(SearchSettings(), 4, ["attention", "mlp"], PATH)
     for trial in trials(50):
         ablation = space.sample(trial)
         assert space.from_params(trial.params) == ablation
@@ -69,7 +69,7 @@ def test_draws_around_a_walk_rebuild_and_leave_what_it_left_alone() -> None:
         assert sum(ablation.mixture or ()) == pytest.approx(1.0)
 
 
-def test_a_walk_that_failed_leaves_kernels() -> None:
+def test_a_failed_gradient_search_leaves_kernels() -> None:
     without = SearchSpace(SearchSettings(), 4, ["attention", "mlp"], GradientPath((), "no backward"))
     (trial,) = trials(1)
     without.sample(trial)
@@ -78,18 +78,18 @@ def test_a_walk_that_failed_leaves_kernels() -> None:
 
 def test_halfway_between_points_with_gains_and_a_shift() -> None:
     gains = {"attention": [1.0, 1.0, 1.0, 2.0], "mlp": [1.0] * 4}
-    ablation = WALK.at(0.5, gains, 0.5)
+    ablation = PATH.at(0.5, gains, 0.5)
     assert ablation.strengths["attention"] == pytest.approx((0.0, 0.1, 0.4, 1.2))
     assert ablation.strengths["mlp"] == pytest.approx((0.0, 0.0, 0.2, 0.0))
     assert ablation.mixture == pytest.approx((0.0, 0.25, 0.5, 0.25))
     assert shifted((1.0, 0.0), -1.0) == (1.0, 0.0), "there is nothing before the first layer"
 
 
-def test_a_walk_comes_back_from_the_study_as_it_was() -> None:
+def test_a_path_is_restored_from_the_study() -> None:
     study = optuna.create_study()
     assert GradientPath.load(study) is None
-    WALK.save(study)
-    assert GradientPath.load(study) == WALK and WALK.edited_layer_range == (1, 3)
+    PATH.save(study)
+    assert GradientPath.load(study) == PATH and PATH.edited_layer_range == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,12 @@ def test_parameters_of_another_search_space_are_refused(change: dict[str, Any]) 
     "stored",
     [
         3, "[]", "{", '{"points": {}}',
-        json.dumps({"points": [asdict(WALK.points[0]) | {"mixture": [1.0]}], "failure_reason": ""}),
-        json.dumps({"points": [asdict(WALK.points[0]), asdict(WALK.points[1]) | {"strengths": {}}], "failure_reason": ""}),
-        json.dumps({"points": [asdict(WALK.points[0]) | {"mixture": [math.nan] * 4}], "failure_reason": ""}),
+        json.dumps({"points": [asdict(PATH.points[0]) | {"mixture": [1.0]}], "failure_reason": ""}),
+        json.dumps({"points": [asdict(PATH.points[0]), asdict(PATH.points[1]) | {"strengths": {}}], "failure_reason": ""}),
+        json.dumps({"points": [asdict(PATH.points[0]) | {"mixture": [math.nan] * 4}], "failure_reason": ""}),
     ],
 )  # fmt: skip
-def test_a_damaged_walk_is_refused(stored: object) -> None:
+def test_a_damaged_gradient_path_is_refused(stored: object) -> None:
     study = optuna.create_study()
     study.set_user_attr("heretic:gradient_path", stored)
     with pytest.raises(UserError) as refused:

@@ -13,10 +13,7 @@ import pytest
 from heretic.errors import Interrupted, StudyMismatch, UserError
 from heretic.interrupt import StopSignal
 from heretic.progress import NULL_REPORTER
-from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import PrunedTrial, Scores, TrialOutcome
-from heretic.scoring.harmless_metrics import HarmlessMetrics
-from heretic.scoring.refusal_proxy import RefusalProxy
+from heretic.scoring.scores import Divergence, HarmlessMetrics, PrunedTrial, RefusalProxy, Scores, TrialOutcome
 from heretic.search.pareto import pareto_front, results
 from heretic.search.pruning import StudyHistory
 from heretic.search.sampler import BoundedTPESampler, relevant_trials
@@ -81,7 +78,7 @@ def go(
     kl_floor: float = 0.0,
     early: bool = False,
 ) -> list[int]:
-    search = SearchSettings(n_startup_trials=3, kl_floor=kl_floor)
+    search = SearchSettings(n_startup_trials=3, kl_floor=kl_floor, patience=0)
     settings = Settings(n_trials=n, seed=seed, search=search, early_stopping=early)
     fake = Fake(measure, together)
     run_study(study, settings, fake, reporter=NULL_REPORTER, stop=StopSignal())
@@ -121,7 +118,7 @@ def test_a_destroyed_model_is_recorded_and_never_on_the_front(study: optuna.Stud
     go(study, 12, sometimes)
     found = results(study)
     assert len(found) == 12 and sum(math.isinf(r.point[0]) for r in found) == 6
-    assert {t.values[1] for t in study.trials[1::2]} == {10}, "that it declines nothing is no merit"
+    assert {t.values[1] for t in study.trials[1::2]} == {10}, "that it refuses nothing is no merit"
     assert all(math.isfinite(r.point[0]) for r in pareto_front(found))
 
 
@@ -164,7 +161,7 @@ def test_a_trial_that_fails_by_itself_is_not_drawn_again(study: optuna.Study) ->
     assert len(set(drawn)) == len(drawn) == 13
 
 
-def test_a_model_that_gives_no_numbers_is_told_as_the_worst(study: optuna.Study) -> None:
+def test_a_model_that_returns_nan_is_scored_as_the_worst(study: optuna.Study) -> None:
     def destroyed(trial: optuna.Trial) -> TrialOutcome:
         full = measure(trial)
         if trial.number < 5:
@@ -229,7 +226,7 @@ def test_one_failure_among_several_leaves_the_others(study: optuna.Study) -> Non
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
 
 
-def test_a_beaten_trial_counts_is_told_an_estimate_and_is_no_result(study: optuna.Study) -> None:
+def test_a_pruned_trial_reports_an_estimate_and_is_no_result(study: optuna.Study) -> None:
     go(study, 6, lambda t: scores(0.1 * (t.number + 1), 3 + t.number), early=True)
     assert [r.number for r in results(study)] == [0]
     assert len(study.trials) == 6 and [t.values[1] for t in study.trials] == [3, 4, 5, 6, 7, 8]

@@ -9,8 +9,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Divergence, Scores
 from heretic.search.summary import StudySummary
 from heretic.settings import Settings
 from heretic.storage.attributes import settings_of

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import heretic.session.find_directions as finding
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.directions import Directions
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.model.batching import Batcher
 from heretic.model.capture import last_token_residuals, mean_residuals
 from heretic.model.chat_format import ChatFormat

@@ -9,10 +9,11 @@ import accelerate
 import pytest
 import torch
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.bake import copy_weights, rewritten_weights
 from heretic.ablation.directions import Directions
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.ablation.strength_kernel import StrengthKernel
 from heretic.errors import UserError
 from heretic.model.architecture import find_residual_writers
@@ -44,7 +45,9 @@ def test_offloaded_weights_are_read_from_the_checkpoint(llama: Path) -> None:
     )
     with apply_operators(writers, operators):
         assert torch.allclose(away(TOKENS).logits, expected, atol=1e-5)
-    free = Ablation(ABLATION.strengths, vector=tuple(directions.vectors[2].tolist()))  # a walk's, made where all fitted
+    free = Ablation(
+        ABLATION.strengths, vector=tuple(directions.vectors[2].tolist())
+    )  # a gradient path's, made where all fitted
     of_walk = OperatorFactory.prepare(directions, writers, "norm_preserving", weight_reader(loaded)).operators(free)
     with apply_operators(
         here.structure.writers,

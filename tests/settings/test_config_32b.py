@@ -10,6 +10,8 @@ import pytest
 from heretic.hardware.virtual_gpus import virtual_gpus
 from heretic.planning import preflight
 from heretic.planning.preflight import PreflightReport, build_report
+from heretic.planning.preflight_facts import PreflightInputs
+from heretic.planning.workload import USUAL_PROMPT, Workload
 from heretic.settings import Settings
 from heretic.settings.sources import resolve
 from tests.helpers.shapes import GIB, checkpoint_of, qwen_32b
@@ -33,9 +35,7 @@ def planned(settings: Settings, devices: str) -> PreflightReport:
     large = checkpoint_of(qwen_32b())
     return build_report(
         settings,
-        checkpoint_loader=lambda: large,
-        prompt_loader=lambda: None,
-        storage_check=lambda: None,
+        PreflightInputs(Workload.of(settings, USUAL_PROMPT), large),
         virtual=virtual_gpus(devices),
     )
 

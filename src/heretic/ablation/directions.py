@@ -68,17 +68,6 @@ def orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (turn @ unit).to(rows.dtype), (turn / lengths.unsqueeze(-2)).to(rows.dtype)
 
 
-def interpolation(index: float, layers: int) -> tuple[float, ...]:
-    """Return coefficients [layers] that interpolate the direction at a fractional layer index, clamped to the layers."""
-    index = min(max(index, 0.0), layers - 1.0)
-    low = int(index)
-    coefficients = [0.0] * layers
-    coefficients[low] += 1 - (index - low)
-    if index > low:
-        coefficients[low + 1] += index - low
-    return tuple(coefficients)
-
-
 def normalized(vectors: Tensor, earlier: Directions | None = None) -> Directions:
     """Orthonormalize directions [layers, count, width] within each layer, after those of `earlier` rounds.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from heretic._version import __version__
 from heretic.cli.commands import (  # noqa: F401  each adds its commands to the application
+    ablate,
     config,
     evaluate,
     export_cmds,
@@ -19,16 +20,16 @@ from heretic.cli.commands import (  # noqa: F401  each adds its commands to the 
     runs,
     trials,
 )
-from heretic.cli.options import app, err, run_names
-from heretic.cli.ui.console import escape_terminal
+from heretic.cli.options import app, err, out, run_names
+from heretic.cli.ui.console import escape_terminal, is_interactive, on_terminal
 from heretic.errors import DISK_ERRNOS, Interrupted, UserError, disk_error, memory_error
 from heretic.hardware.openmp import wait_passively
 from heretic.settings.sources import DEFAULT_FILE
 
 # Order of the commands in --help: the order of a run's workflow.
 ORDER = (
-    "run", "preflight", "status", "demo", "chat", "compare", "benchmark", "export", "upload", "reproduce", "directions", "report",
-    "geometry", "evaluate", "config", "doctor",
+    "run", "ablate", "preflight", "status", "demo", "chat", "compare", "benchmark", "export", "upload",
+    "reproduce", "directions", "report", "geometry", "evaluate", "config", "doctor",
 )  # fmt: skip
 app.registered_commands.sort(key=lambda c: ORDER.index(c.name or c.callback.__name__ if c.callback else ""))
 
@@ -110,6 +111,11 @@ def main() -> None:
     def command() -> None:
         if argv and (problem := mistyped(argv[0], commands)):
             raise problem
+        if not arguments and on_terminal(out) and is_interactive():
+            from heretic.cli.ui.first_run import write_first_config
+
+            write_first_config(out, Path(DEFAULT_FILE))
+            return
         app(args=arguments, prog_name="heretic")
 
     sys.exit(exit_status(command))

@@ -14,10 +14,9 @@ from heretic.export.base_card import BaseCard
 from heretic.export.manifest import DIRECTIONS, Edit
 from heretic.export.markdown import code, escape
 from heretic.export.request import WriteResult
-from heretic.scoring.evaluator import Scores
-from heretic.scoring.harmless_metrics import HarmlessMetrics
 from heretic.scoring.interval import wilson
 from heretic.scoring.judges.verdict import JUDGE_DESCRIPTIONS
+from heretic.scoring.scores import HarmlessMetrics, Scores
 
 BARS = "·▁▂▃▄▅▆▇█"
 OF_REFUSAL = """\

@@ -33,7 +33,7 @@ from heretic.planning.memory_plan import LoadPlan
 from heretic.progress import ProgressReporter
 from heretic.runs.environment import computed_on, now, versions
 from heretic.runs.folder import RunFolder, write_directions
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Scores
 from heretic.search.pareto import Result
 from heretic.search.space import SearchSpace
 from heretic.session.session import Session

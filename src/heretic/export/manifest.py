@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,10 +13,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.directions import Directions
 from heretic.errors import UserError
-from heretic.files import read_tensors, sha256
+from heretic.files import expand_user, read_tensors, sha256
 from heretic.interrupt import StopSignal
+from heretic.model.hub_model import fetch_files
 from heretic.runs.stored_tensors import directions_from_tensors
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Scores
 from heretic.settings import Settings
 from heretic.settings.ablation import AblationSettings
 from heretic.settings.export import Behavior, GgufType
@@ -171,6 +173,24 @@ class Manifest(_Part):
     ablation: Edit
     versions: dict[str, str]
     behavior: Behavior = ""
+
+
+def locate_manifest(name: str) -> Path:
+    """Return the local path of a manifest; from the hub, only the manifest and what stands beside it is downloaded.
+
+    Args:
+        name: A file or folder, owner/name on the hub, or the address of a model's page there.
+
+    Raises:
+        UserError: There is neither such a file nor such a model.
+    """
+    path = expand_user(name)
+    address = re.fullmatch(
+        r"(?:https?://[^/]+/)?([\w.-]+/[\w.-]+)(?:/(?:tree|resolve|blob)/([\w.-]+)(?:/.*)?)?/?", name
+    )
+    if path.exists() or address is None or name.startswith((".", "/", "~")) or path.suffix == ".json":
+        return path
+    return fetch_files(address[1], address[2] or "", (MANIFEST, "heretic/*", "chat_template.jinja"))
 
 
 def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:

@@ -14,7 +14,7 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.model.unloading import unloaded_after
 from heretic.progress import ProgressReporter
 from heretic.scoring.divergence import divergences
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Scores
 from heretic.scoring.teacher_forcing import all_log_probs
 from heretic.session.session import ModelContext, load_model_context
 
@@ -69,7 +69,7 @@ def _compare(job: ExportJob, model_context: ModelContext, checkpoint: Checkpoint
     share = TOLERATED_SHARE if written.exact else TOLERATED_SHARE_OF_A_PART
     tolerated = share * job.ablated_by + rounding
     if divergence <= tolerated:
-        return Verification(divergence, largest, evaluator.score(job.baseline.log_probs))
+        return Verification(divergence, largest, evaluator.score(job.baseline.log_probs, log_probs))
     what = f"The written model differs from the measured one: mean KL {divergence:.1e}, tolerated {tolerated:.1e}."
     if not written.exact:
         raise UserError(

@@ -1,7 +1,8 @@
-"""Query NVIDIA GPUs and their processes through NVML, which needs no CUDA context and no GPU memory.
+"""Find the accelerators of the machine: all that PyTorch can use, and NVIDIA's with their processes through NVML.
 
-NVML numbers GPUs by bus position; CUDA by default puts the fastest first (CUDA_DEVICE_ORDER). `usable_gpus` uses
-PyTorch's numbers, matched by UUID. Anything that NVML cannot see (no driver, MIG slices, other vendors) is reported as text.
+NVML needs no CUDA context and no GPU memory. It numbers GPUs by bus position; CUDA by default puts the fastest first
+(CUDA_DEVICE_ORDER). `usable_gpus` uses PyTorch's numbers, matched by UUID. Anything that cannot be seen (no driver, MIG slices, the
+processes on other vendors' devices) is reported as text.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import psutil
 
 from heretic.errors import first_line
+from heretic.hardware import devices
+from heretic.hardware.devices import Device
 
 MOST_GPUS, MOST_MEMORY = 1024, 1 << 50  # beyond any machine: larger values mean a broken driver
 
@@ -32,7 +35,7 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU; `index` is its number among the visible ones (`cuda:index`), `total` and `free` are bytes."""
+    """One accelerator; `index` is its number among the visible ones, `total` and `free` are bytes."""
 
     index: int
     uuid: str
@@ -40,11 +43,17 @@ class Gpu:
     total: int
     free: int
     processes: tuple[GpuProcess, ...] = ()
+    kind: str = devices.CUDA  # key of `devices.KINDS`; NVML lists no other
+
+    @property
+    def device(self) -> Device:
+        """The GPU as a device for weights."""
+        return Device(devices.device_name(self.kind, self.index), self.total, self.free)
 
 
 @dataclass(frozen=True)
 class GpuReport:
-    """The visible GPUs, and a text on what NVML could not see (None: nothing)."""
+    """The visible GPUs, and a text on what could not be seen (None: nothing)."""
 
     gpus: tuple[Gpu, ...]
     problem: str | None = None
@@ -67,26 +76,33 @@ def gpus_here() -> tuple[Gpu, ...]:
     return usable_gpus(visible_gpus())
 
 
+def inspect_gpus(environment: Mapping[str, str] = os.environ) -> tuple[GpuReport, tuple[Gpu, ...]]:
+    """Return what NVML lists, with a text on what cannot be seen, and the GPUs that PyTorch can use. Never raises."""
+    report = visible_gpus(environment)
+    usable, kind = usable_gpus(report), devices.current()
+    if usable and kind and not kind.in_nvml:
+        where = "programs on the GPU and their memory" if kind.unified else "the processes on them"
+        report = replace(report, problem=f"{kind.title}: heretic cannot see {where}")
+    elif not usable and not report.gpus and (reason := devices.unavailable()):
+        report = replace(report, problem=f"{report.problem}; {reason}" if report.problem else reason)
+    return report, usable
+
+
 def usable_gpus(report: GpuReport) -> tuple[Gpu, ...]:
-    """Return the GPUs that PyTorch can use, with PyTorch's numbers; empty without CUDA. Never raises.
+    """Return the GPUs that PyTorch can use, with PyTorch's numbers; empty without any. Never raises.
 
-    For a GPU that NVML did not list, PyTorch opens a CUDA context and its processes are unknown.
+    For a GPU that NVML did not list, PyTorch opens a context on it and its processes are unknown.
     """
-    import torch
-
     usable: list[Gpu] = []
+    seen = {_plain(gpu.uuid): gpu for gpu in report.gpus}
     with suppress(RuntimeError, AssertionError):  # a driver too old for this PyTorch
-        if not torch.cuda.is_available():
-            return ()
-        seen = {_plain(gpu.uuid): gpu for gpu in report.gpus}
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            uuid = str(getattr(properties, "uuid", ""))
-            match = seen.get(_plain(uuid))
+        for found in devices.accelerators():
+            match = seen.get(_plain(found.uuid))
             if match is None:
-                free, total = torch.cuda.mem_get_info(index)
-                match = Gpu(index, uuid or f"cuda-{index}", properties.name, total, free)
-            usable.append(replace(match, index=index))
+                free, total = found.memory()
+                uuid = found.uuid or f"{found.kind}-{found.index}"
+                match = Gpu(found.index, uuid, found.title, total, free, kind=found.kind)
+            usable.append(replace(match, index=found.index))
     return tuple(usable)
 
 
@@ -217,8 +233,5 @@ def _reason(error: Exception) -> str:
 
 def gpus_for(device_map: str | dict[str, int | str], usable: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
     """Return the GPUs that a run with this `device_map` can use and therefore locks; none for a run on the CPU."""
-    if not isinstance(device_map, str):
-        return usable
-    if device_map.startswith("cuda:"):
-        return tuple(gpu for gpu in usable if device_map == f"cuda:{gpu.index}")
-    return () if device_map == "cpu" else usable
+    named = devices.named(device_map, [gpu.device for gpu in usable]) if isinstance(device_map, str) else None
+    return usable if named is None else tuple(gpu for gpu in usable if gpu.device in named)

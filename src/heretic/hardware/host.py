@@ -17,7 +17,7 @@ from heretic.hardware.gpus import Gpu
 def devices(gpus: Sequence[Gpu]) -> list[Device]:
     """Return the devices for weights: the given GPUs, then the CPU."""
     total, free = memory()
-    return [*(Device(f"cuda:{gpu.index}", gpu.total, gpu.free) for gpu in gpus), Device(CPU, total, free)]
+    return [*(gpu.device for gpu in gpus), Device(CPU, total, free)]
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int]:

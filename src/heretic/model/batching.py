@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from heretic.errors import OutOfMemory
+from heretic.hardware.devices import OUT_OF_MEMORY, empty_cache
 from heretic.interrupt import StopSignal
 from heretic.model.activation_cache import ActivationCache
 from heretic.model.transfer import to_device
@@ -199,13 +200,12 @@ class Batcher:
 
 
 def free_memory() -> None:
-    """Release unreferenced memory on the CPU and on the GPU."""
+    """Release unreferenced memory on the CPU and on the accelerator."""
     gc.collect()
     # glibc does not return freed memory by itself; other systems have no such call.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    empty_cache()
 
 
 def shared_tokens(sequences: Sequence[list[int]]) -> list[int]:
@@ -222,5 +222,4 @@ def out_of_memory(error: BaseException) -> bool:
     """Return whether an exception means that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    text = str(error)
-    return "out of memory" in text or "can't allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
+    return bool(OUT_OF_MEMORY.search(str(error)))

@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 from heretic.errors import UserError, first_line
+from heretic.hardware.devices import FAILURE, MISMATCH, usual_name
 from heretic.model.batching import out_of_memory
-
-# PyTorch raises plain RuntimeErrors for these (aten/src/ATen/TensorIterator.cpp, c10/cuda/CUDAException.h), Triton ValueErrors:
-# only their texts tell.
-_MISMATCH = re.compile(
-    r"same device|expected device|different devices|\bis on (cpu|gpu|cuda)|torch\.cuda\.\w*Tensor|cannot be accessed from Triton",
-    re.IGNORECASE,
-)
-_FAILURE = re.compile(
-    r"\b(CUDA|HIP|XPU|MPS)( runtime| driver)? error|\b(CU|ROC|HIP)[A-Z]+_STATUS_|\bcuDNN\b|\bNCCL\b"
-    r"|device-side assert|no kernel image|illegal memory access",
-    re.IGNORECASE,
-)
 
 
 def is_device_error(error: BaseException) -> bool:
@@ -28,12 +15,12 @@ def is_device_error(error: BaseException) -> bool:
     if out_of_memory(error):
         return True
     text = str(error) if isinstance(error, (RuntimeError, ValueError)) else ""
-    return bool(_MISMATCH.search(text) or _FAILURE.search(text))
+    return bool(MISMATCH.search(text) or FAILURE.search(text))
 
 
 def device_error(error: BaseException) -> UserError:
     """Return the UserError for a device error, other than out of memory, while a model is loaded and first run."""
-    if _FAILURE.search(str(error)):
+    if FAILURE.search(str(error)):
         return UserError(
             f"A device failed: {first_line(error)}",
             code="device-failure",
@@ -44,5 +31,5 @@ def device_error(error: BaseException) -> UserError:
         f"The model does not run across its devices: {first_line(error)}",
         code="device-mismatch",
         where="device_map",
-        fix='device_map = "balanced", or one device such as "cuda:0"',
+        fix=f'device_map = "balanced", or one device such as "{usual_name()}"',
     )

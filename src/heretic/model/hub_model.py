@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -24,12 +24,17 @@ from heretic.model.weight_files import (
 )
 
 
-def fetch_small_files(model: str, revision: str) -> Path:
-    """Download everything but the weights; returns the snapshot folder, named after the commit. Raises UserError."""
+def fetch_files(model: str, revision: str, patterns: Sequence[str]) -> Path:
+    """Download the files that match the patterns; returns the snapshot folder. Raises UserError."""
     from huggingface_hub import snapshot_download
 
     with _hub_errors(model):
-        return Path(snapshot_download(model, revision=revision or None, allow_patterns=list(DOWNLOADED)))
+        return Path(snapshot_download(model, revision=revision or None, allow_patterns=list(patterns)))
+
+
+def fetch_small_files(model: str, revision: str) -> Path:
+    """Download everything but the weights; returns the snapshot folder, named after the commit. Raises UserError."""
+    return fetch_files(model, revision, DOWNLOADED)
 
 
 def fetch_weights(model: str, folder: Path, config: Mapping[str, Any], allow_pickle: bool) -> None:

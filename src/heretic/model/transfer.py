@@ -1,7 +1,7 @@
 """Copies between RAM and GPUs that do not make the host wait: through pinned memory, many tensors in one copy.
 
-A copy to or from pageable memory stops the host until the GPU has done all that was launched before (CUDA's cudaMemcpyAsync with
-a synchronization); until then no other GPU of a spread model gets new work.
+A copy to or from pageable memory stops the host until the GPU has done all that was launched before. Until then no other GPU of a
+spread model gets new work.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from heretic.hardware.devices import is_accelerator, pins_memory
 
 Values = Tensor | Sequence[Any]
 
@@ -22,9 +24,13 @@ def to_device(values: Values, device: torch.device | str) -> Tensor:
     """
     tensor = values if isinstance(values, Tensor) else torch.tensor(values)
     target = torch.device(device)
-    if target.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(target, non_blocking=target.type == "cuda")
+    if not _asynchronous(target) or tensor.device.type != "cpu":
+        return tensor.to(target, non_blocking=_asynchronous(target))
     return pinned(tensor.shape, tensor.dtype).copy_(tensor).to(target, non_blocking=True)
+
+
+def _asynchronous(device: torch.device) -> bool:
+    return is_accelerator(device) and pins_memory()
 
 
 def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -34,7 +40,7 @@ def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def rows_to_device(stored: Tensor, rows: Tensor, device: torch.device | str) -> Tensor:
     """Copy some rows (an index in RAM) of a tensor in RAM to a device, without waiting for a GPU."""
-    if torch.device(device).type != "cuda":
+    if not _asynchronous(torch.device(device)):
         return stored[rows].to(device)
     selected = torch.index_select(stored, 0, rows, out=pinned((len(rows), *stored.shape[1:]), stored.dtype))
     return selected.to(device, non_blocking=True)
@@ -49,7 +55,7 @@ class HostCopies:
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Return the tensor's copy in RAM, valid after `wait`; on the CPU the tensor itself."""
-        if tensor.device.type != "cuda":
+        if not _asynchronous(tensor.device):
             return tensor.to("cpu")
         copied = pinned(tensor.shape, tensor.dtype)
         copied.copy_(tensor.contiguous(), non_blocking=True)
@@ -60,7 +66,7 @@ class HostCopies:
     def wait(self) -> None:
         """Wait for all copies, once for each GPU."""
         for gpu in self.gpus:
-            torch.cuda.current_stream(gpu).synchronize()
+            torch.accelerator.synchronize(gpu)
         self.gpus.clear()
         self.bytes = 0
 
@@ -70,9 +76,9 @@ def to_devices(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> li
 
     One copy brings everything to the first GPU, one more each other GPU's part to it; the gradients come back the same way.
     """
-    moved = [t if d.type == "cuda" else t.to(d) for t, d in zip(tensors, devices, strict=True)]
+    moved = [t if is_accelerator(d) else t.to(d) for t, d in zip(tensors, devices, strict=True)]
     of_gpu = {
-        gpu: [i for i, d in enumerate(devices) if d == gpu] for gpu in dict.fromkeys(devices) if gpu.type == "cuda"
+        gpu: [i for i, d in enumerate(devices) if d == gpu] for gpu in dict.fromkeys(devices) if is_accelerator(gpu)
     }
     if not of_gpu:
         return moved
@@ -88,7 +94,7 @@ def to_devices(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> li
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copy tensors [...] of one dtype to RAM; those of GPUs travel together, with one wait for all."""
-    on_gpus = [t for t in tensors if t.device.type == "cuda"]
+    on_gpus = [t for t in tensors if is_accelerator(t.device)]
     if not on_gpus:
         return [t.to("cpu") for t in tensors]
     last = on_gpus[-1].device
@@ -96,7 +102,7 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     copies = HostCopies()
     pieces = iter(copies.copy(packed).split([t.numel() for t in on_gpus]))
     copies.wait()
-    return [next(pieces).view(t.shape) if t.device.type == "cuda" else t.to("cpu") for t in tensors]
+    return [next(pieces).view(t.shape) if is_accelerator(t.device) else t.to("cpu") for t in tensors]
 
 
 class _Uploaded(torch.autograd.Function):

@@ -30,11 +30,11 @@ from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.run import device_lock, export_trial, open_locked_study
 from heretic.pipeline.run_context import RunContext
 from heretic.runs.folder import RunFolder, find_run, load_run_settings
-from heretic.scoring.divergence import Divergence, measure_divergence
-from heretic.scoring.harmless_metrics import HarmlessMetrics
+from heretic.scoring.divergence import measure_divergence
 from heretic.scoring.judges.agreement import Agreement, agreement, labeled_answers
 from heretic.scoring.judges.registry import JudgeContext, make_judge
 from heretic.scoring.judges.verdict import Judge, encode_verdicts
+from heretic.scoring.scores import Divergence, HarmlessMetrics
 from heretic.search.pareto import Result
 from heretic.search.summary import StudyReporter
 from heretic.session.session import ModelContext, load_model_context, measure_residual_geometry, original_log_probs

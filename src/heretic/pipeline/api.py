@@ -33,7 +33,7 @@ from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.run import Outcome, device_lock, open_locked_study, run
 from heretic.pipeline.run_context import RunContext
 from heretic.progress import NULL_REPORTER
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Scores
 from heretic.search.pareto import Result
 from heretic.search.space import SearchSpace
 from heretic.search.summary import StudyReporter
@@ -66,12 +66,18 @@ def load(
 
     Arguments as for `study`. Holds the locks of the devices and of the run until the session is closed. Raises UserError.
     """
-    resolved, stop = _resolved(model, config, settings), StopSignal()
+    return open_ablation_session(_resolved(model, config, settings), reporter=reporter, stop=StopSignal())
+
+
+def open_ablation_session(
+    resolved: Resolved, *, wait: bool = False, reporter: StudyReporter, stop: StopSignal
+) -> AblationSession:
+    """Load a model as `load` does, with settings that are resolved; `wait` waits for devices and runs in use."""
     with ExitStack() as locks:
-        locks.enter_context(device_lock(resolved.settings, wait=False, reporter=reporter, stop=stop))
+        locks.enter_context(device_lock(resolved.settings, wait=wait, reporter=reporter, stop=stop))
         inputs = prepare_run(resolved.settings, force=False, reporter=reporter)
         inputs.folder.create()
-        open_study = locks.enter_context(open_locked_study(inputs, wait=False, reporter=reporter, stop=stop))
+        open_study = locks.enter_context(open_locked_study(inputs, wait=wait, reporter=reporter, stop=stop))
         run_context = RunContext(resolved, inputs, open_study, reporter, stop)
         run_context.save_settings()
         run_context.session()
@@ -206,7 +212,7 @@ class AblationSession:
     def score(self, ablation: Ablation | None = None) -> Scores:
         """Measure refusals and KL divergence on all evaluation prompts; without an ablation, those of the original."""
         with self.session.applied(*([] if ablation is None else [ablation])):
-            return self.session.context.evaluator.score(self.session.baseline.log_probs)
+            return self.session.evaluator.score(self.session.baseline.log_probs)
 
     def answers(self, prompts: Sequence[str], ablation: Ablation | None = None, tokens: int = 100) -> list[str]:
         """Return greedy answers of at most `tokens` tokens, through the chat template."""
@@ -220,10 +226,14 @@ class AblationSession:
         with self.session.applied(*([] if ablation is None else [ablation])):
             return [model_context.chat.text(answer) for answer in model_context.batcher.run("Answers", encoded, step)]
 
+    def check_destination(self, destination: str | Path) -> None:
+        """Raise UserError if an export cannot be written to this folder."""
+        check_destination(expand_user(destination), self.run_context.folder.name)
+
     def export(self, ablation: Ablation, destination: str | Path) -> Export:
         """Write the ablated model like `heretic export`, and verify it. Raises UserError and VerificationFailed."""
         target, folder = expand_user(destination), self.run_context.folder
-        check_destination(target, folder.name)
+        self.check_destination(target)
         result = Result(MANUAL_TRIAL, ablation.as_dict(), self.score(ablation))
         space = _ManualSpace(self.settings.search, self.num_layers, self.components)
         job = plan_export(self.session, self.run_context.inputs.plan, space, result, folder, target)

@@ -11,6 +11,7 @@ import torch
 
 from heretic.ablation.ablation import Ablation
 from heretic.errors import OutOfMemory
+from heretic.hardware import devices
 from heretic.hardware.host import memory
 from heretic.model.batching import free_memory
 from heretic.model.device_errors import is_device_error
@@ -231,8 +232,8 @@ def rows_with_gradients(model: LanguageModel, tokens: int) -> tuple[int, bool]:
 
 def _free_memory(model: LanguageModel) -> int:
     """Return the free bytes of the model's fullest device."""
-    gpus = {device for device in _devices(model) if device.type == "cuda"}
-    return min((torch.cuda.mem_get_info(gpu)[0] for gpu in gpus), default=memory()[1])
+    gpus = {device for device in _devices(model) if devices.is_accelerator(device)}
+    return min((devices.free_memory(gpu) for gpu in gpus), default=memory()[1])
 
 
 def _on_cpu(model: LanguageModel) -> bool:

@@ -17,8 +17,10 @@ from heretic.model.checkpoint import Checkpoint, open_model, require_name
 from heretic.model.template import read_template
 from heretic.pipeline import tensor_parallel
 from heretic.pipeline.worker_process import parent_pid
-from heretic.planning import preflight
 from heretic.planning.memory_plan import LoadPlan
+from heretic.planning.preflight import PreflightReport, build_report
+from heretic.planning.preflight_facts import Finding, FindingList, PreflightInputs
+from heretic.planning.workload import USUAL_PROMPT, Workload
 from heretic.progress import ProgressReporter
 from heretic.prompts.sets import PromptSets, load_all
 from heretic.runs import fingerprint
@@ -47,7 +49,7 @@ def prepare_run(
     force: bool,
     judging: bool = False,
     reporter: ProgressReporter,
-    on_report: Callable[[preflight.PreflightReport], None] = lambda _: None,
+    on_report: Callable[[PreflightReport], None] = lambda _: None,
 ) -> RunInputs:
     """Run the preflight and return its inputs; with `judging` it also tries the judge.
 
@@ -85,18 +87,33 @@ def run_preflight(
     virtual: tuple[Gpu, ...] = (),
     *,
     judging: bool = True,
-) -> preflight.PreflightReport:
+) -> PreflightReport:
     """Run the preflight; `read_prompts` lets the caller reuse the prompts, `virtual` GPUs stand for another machine."""
-    return preflight.build_report(
-        settings,
-        checkpoint_loader=lambda: open_model(settings, download_weights=False),
-        prompt_loader=read_prompts or (lambda: load_all(settings.prompts)),
-        storage_check=lambda: check_storage(settings),
-        judge_check=lambda: try_judge(settings) if judging and not parent_pid() else "",
-        export_check=lambda checkpoint: None if parent_pid() else require_format(settings, checkpoint),
-        work_counter=lambda work, checkpoint, prompts: work.counted(settings, checkpoint, prompts),
-        virtual=virtual,
-    )
+    return build_report(settings, read_inputs(settings, read_prompts, judging=judging), virtual=virtual)
+
+
+def read_inputs(
+    settings: Settings, read_prompts: Callable[[], PromptSets] | None = None, *, judging: bool = True
+) -> PreflightInputs:
+    """Open the checkpoint without its weights, read the prompts, and check judge, storage and export format."""
+    found = FindingList()
+    checkpoint = found.attempt("model", lambda: open_model(settings, download_weights=False))
+    prompts = found.attempt("prompts", read_prompts or (lambda: load_all(settings.prompts)))
+    if prompts is not None:
+        found.findings.append(Finding("ok", "prompts", prompts.counts))
+    found.attempt("storage", lambda: check_storage(settings))
+    first_worker = not parent_pid()
+    if judging and first_worker and (warning := found.attempt("judge", lambda: try_judge(settings))):
+        found.findings.append(Finding("warning", "judge", warning))
+    work = Workload.of(settings, prompts.longest if prompts else USUAL_PROMPT)
+    if checkpoint is not None:
+        opened, estimated = checkpoint, work
+        if settings.save_to and first_worker:
+            found.attempt("export", lambda: require_format(settings, opened))
+        if prompts is not None:
+            read = prompts
+            work = found.attempt("chat template", lambda: estimated.counted(settings, opened, read)) or work
+    return PreflightInputs(work, checkpoint, prompts, tuple(found.findings))
 
 
 def check_storage(settings: Settings) -> None:

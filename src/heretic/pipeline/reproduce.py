@@ -11,9 +11,9 @@ from typing import Any, Literal, NoReturn
 import torch
 from safetensors import SafetensorError
 
-from heretic.ablation.ablation import OperatorFactory
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Operator
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.errors import UserError
 from heretic.export.companions import copied_files
 from heretic.export.destination import check_destination, check_unchanged, commit, staging_dir
@@ -30,7 +30,7 @@ from heretic.export.request import WriteRequest, WriteResult
 from heretic.export.weight_diff import Difference, weight_difference
 from heretic.files import expand_user, sha256
 from heretic.hardware.gpus import gpus_here
-from heretic.hardware.host import devices
+from heretic.hardware.host import devices, format_bytes
 from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
@@ -118,6 +118,8 @@ def reproduce(
         _check_rebuild_destination(destination, home, manifest.run)
     settings = _settings(manifest, base or manifest.model.name, device_map, template_file(manifest, home))
     checkpoint = _open_base(manifest, base, trust, allow_pickle)
+    size = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    reporter.info(f"The base model is {checkpoint.model}. The rebuild takes about {format_bytes(size)} of disk.")
     changed = _changes("base", *_base_hashes(manifest, checkpoint, reporter, stop))
     if changed and not force:
         _raise_changed_base(checkpoint, changed)

@@ -33,8 +33,9 @@ from heretic.runs.metadata import RunMetadata
 from heretic.search.integrity import check_study
 from heretic.search.pareto import Result, pareto_front
 from heretic.search.pruning import StudyHistory
-from heretic.search.study import n_complete, run_study
-from heretic.search.summary import StudyReporter
+from heretic.search.scheduler import n_complete, trials_remain
+from heretic.search.study import run_study
+from heretic.search.summary import StudyReporter, StudySummary
 from heretic.settings import Settings
 from heretic.settings.sources import Resolved
 from heretic.storage.attributes import EXPORTED, exported
@@ -53,20 +54,31 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a run: all results, the selected trial with the reason, and the export, if one was made."""
+    """Result of a run: its study, the selected trial with the reason, and the export, if one was made."""
 
     folder: RunFolder
-    results: list[Result]
+    summary: StudySummary
     selected: Result | None
     reason: str
     export: Export | None
-    original_refusals: int | None
+
+    @property
+    def results(self) -> list[Result]:
+        """The fully measured trials."""
+        return self.summary.results
+
+    @property
+    def original_refusals(self) -> int | None:
+        """Number of requests that the original refuses."""
+        return self.summary.original_refusals
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
         return {
             "run": str(self.folder.path),
             "trials": len(self.results),
+            "ended": self.summary.end[0] if self.summary.end else None,
+            "convergence": self.summary.convergence.as_dict() if self.summary.convergence else None,
             "original_refusals": self.original_refusals,
             "selected": self.selected.number if self.selected else None,
             "reason": self.reason,
@@ -97,7 +109,7 @@ def run(
         fresh: Archive an earlier run and start a new one.
         force: Start even if the preflight fails.
         wait: Wait for devices and runs that another process holds.
-        extra_trials: Trials to add to those already completed.
+        extra_trials: Trials to add to those already completed, also if the study has converged.
         workers: Number of worker processes.
         reporter: Receives progress and warnings.
         stop: Requests a stop after the current batch.
@@ -123,7 +135,7 @@ def run(
             if not parent_pid():  # a worker's parent has saved them
                 run_context.save_settings()
             if extra_trials:
-                run_context.set_n_trials(n_complete(study) + extra_trials)
+                run_context.request_trials(n_complete(study) + extra_trials)
             # 2. Run the trials and export
             export, interrupted = None, False
             try:
@@ -140,11 +152,10 @@ def run(
             selected = run_context.selected()
             return Outcome(
                 folder,
-                run_context.results,
+                StudySummary.of(study, run_context.settings),
                 selected[0] if selected else None,
                 selected[1] if selected else "",
                 export,
-                run_context.original_refusals,
             )
 
 
@@ -157,7 +168,7 @@ def _has_work_left(run_context: RunContext) -> bool:
 
 def _trials_left(run_context: RunContext) -> bool:
     """Whether trials are missing, including pending full evaluations of the Pareto front."""
-    return n_complete(run_context.study) < run_context.settings.n_trials or bool(
+    return trials_remain(run_context.study, run_context.settings) or bool(
         StudyHistory.of(run_context.study).pending_full_evaluations()
     )
 
@@ -203,10 +214,11 @@ def execute(run_context: RunContext, workers: int = 1) -> Export | None:
     destination = Path(settings.save_to) if settings.save_to and not parent_pid() else None
     export = _existing_export(run_context) if destination else None
     if (export or not destination) and not _trials_left(run_context):
-        reporter.info("The study is complete; nothing is left to do.")
+        _, why = StudySummary.of(study, settings).end or ("", "")
+        reporter.info(f"The study is complete: {why}; nothing is left to do. More trials: --trials +50")
         return export
     # 2. Measure the missing trials
-    if workers > 1 and complete < settings.n_trials:
+    if workers > 1 and trials_remain(study, settings):
         launch_workers(run_context, workers)
     else:
         run_trials(run_context)

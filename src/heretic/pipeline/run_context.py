@@ -24,7 +24,7 @@ from heretic.search.summary import StudyReporter
 from heretic.session.session import Session, open_session
 from heretic.settings import Settings
 from heretic.settings.sources import Resolved
-from heretic.storage.attributes import REFUSALS_BEFORE, refusals_before
+from heretic.storage.attributes import REFUSALS_BEFORE, REQUESTED_TRIALS, refusals_before
 from heretic.storage.compute_once import LOCAL, ComputeOnce, DistributedComputeOnce
 from heretic.storage.rdb import save_settings
 from heretic.storage.url import on_server
@@ -136,8 +136,9 @@ class RunContext:
             )
         return selected
 
-    def set_n_trials(self, n_trials: int) -> None:
-        """Set the total number of trials, now and for later sessions."""
+    def request_trials(self, n_trials: int) -> None:
+        """Set the total number of trials, now and for later sessions; the study does not converge before."""
+        self.study.set_user_attr(REQUESTED_TRIALS, n_trials)
         settings = self.settings.model_copy(update={"n_trials": n_trials})
         self.inputs = replace(self.inputs, settings=settings)
         origins = {**self.resolved.origins, "n_trials": "added later"}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 
 from heretic.errors import Interrupted, UserError
+from heretic.hardware.devices import bind_rank
 from heretic.interrupt import StopSignal
 from heretic.model.distributed import broadcast_from_rank0, rank, size
 from heretic.progress import NULL_REPORTER
@@ -54,14 +55,11 @@ def opening_scope() -> Iterator[None]:
 
 
 def init_process_group() -> None:
-    """Connect to the other ranks."""
-    import torch
+    """Connect to the other ranks. Raises UserError if there is no accelerator for this one."""
     import torch.distributed as dist
 
     if size() > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group(bind_rank(int(os.environ["LOCAL_RANK"])))
 
 
 def check(checkpoint: Checkpoint, settings: Settings) -> None:

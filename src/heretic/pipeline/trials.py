@@ -12,7 +12,7 @@ import optuna
 from heretic.ablation.ablation import Ablation
 from heretic.errors import JudgeFailed, UserError, memory_error
 from heretic.model.batching import free_memory, out_of_memory
-from heretic.scoring.evaluator import TrialOutcome
+from heretic.scoring.scores import TrialOutcome
 from heretic.search.space import SearchSpace, foreign_parameters
 from heretic.session.caching import tune_trials_per_batch
 from heretic.session.session import Session

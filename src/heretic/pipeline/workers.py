@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from heretic.errors import Interrupted, UserError
 from heretic.files import open_private, split_lines
+from heretic.hardware.devices import KINDS
 from heretic.hardware.gpus import Gpu, gpus_here
 from heretic.pipeline.worker_process import PARENT_VARIABLE, POLL_SECONDS
 from heretic.settings import Settings
@@ -111,7 +112,7 @@ def launch_workers(run_context: RunContext, number: int) -> None:
     Each worker has one GPU, or a share of the cores. Stopping this process stops them. A worker that crashes is not
     restarted; the others continue. Raises Interrupted, and UserError if all workers end before the study is complete.
     """
-    from heretic.search.scheduler import n_complete
+    from heretic.search.scheduler import trials_remain
 
     settings, reporter = run_context.settings, run_context.reporter
     gpus = () if settings.device_map == "cpu" else gpus_here()
@@ -124,7 +125,7 @@ def launch_workers(run_context: RunContext, number: int) -> None:
     finally:
         _stop(workers)
     run_context.stop.check()
-    if n_complete(run_context.study) < settings.n_trials:
+    if trials_remain(run_context.study, settings):
         statuses = {w.process.returncode for w in workers}
         if statuses == {Interrupted.exit_status}:
             raise Interrupted
@@ -168,7 +169,7 @@ def _start(run_context: RunContext, index: int, of: int, gpu: Gpu | None) -> Wor
     if settings.storage:
         environment["HERETIC_STORAGE"] = settings.storage
     if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu.uuid if gpu.uuid.startswith("GPU-") else _visible(gpu.index)
+        environment |= _only(gpu)
     else:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // of))
     log_file = folder / f"worker-{index}.log"
@@ -185,10 +186,15 @@ def _start(run_context: RunContext, index: int, of: int, gpu: Gpu | None) -> Wor
     return Worker(process, log_file)
 
 
-def _visible(index: int) -> str:
-    """Return the entry of CUDA_VISIBLE_DEVICES for this process's GPU `index`."""
-    visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
-    return visible[index] if index < len(visible) else str(index)
+def _only(gpu: Gpu) -> dict[str, str]:
+    """Return the environment variable that shows a process only this GPU of those that this process sees."""
+    choices = KINDS[gpu.kind].visibility
+    if not choices:  # the machine cannot have another one
+        return {}
+    variable = next((name for name in choices if os.environ.get(name)), choices[0])
+    visible = [part for part in os.environ.get(variable, "").split(",") if part]
+    entry = visible[gpu.index] if gpu.index < len(visible) else str(gpu.index)
+    return {variable: gpu.uuid if gpu.uuid.startswith("GPU-") else entry}
 
 
 def _stop(workers: Sequence[Worker]) -> None:

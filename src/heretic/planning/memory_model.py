@@ -21,7 +21,7 @@ from heretic.scoring.gradient_loss import TOKENS_PER_CHUNK
 MIB, GIB = 2**20, 2**30
 FLOAT32 = 4
 
-# A CUDA context with the kernels of a run. An assumption, not a measurement. Reported are
+# A CUDA context with the kernels of a run, and as much for other accelerators. An assumption, not a measurement. Reported are
 # 0.29 GB for a first kernel (pytorch/pytorch pull request 86509), about 400 MB (issue 109888) and 426 MiB for PyTorch 2.10 on an
 # RTX 6000 Ada (unslothai/unsloth-zoo pull request 1053).
 CONTEXT = 512 * MIB
@@ -46,7 +46,7 @@ class DeviceMemory:
     layers: str  # description of the part of the model on it
     # In all phases
     weights: int = 0
-    context: int = 0  # the CUDA context, or the program itself
+    context: int = 0  # the accelerator's context, or the program itself
     kept: int = 0  # cached data of the original model
     copies: int = 0  # of edited weights
     # A trial

@@ -180,18 +180,17 @@ def make_plan(
     opening = _largest(model) if checkpoint.quantized_by in OPENED else 0
     demand = MemoryModel(shape, work, copies, _largest_dequantized(model, fewer), opening)
     largest = LARGEST_ON_CPU if on_cpu else LARGEST_BATCH
-    # 3. Place the modules
+    # 3. Place the modules: by the user's table, on one device, or spread by accelerate
     room = {device.name: _room(device, limits, demand.minimum) for device in devices}
     table: dict[str, int | str] | None = None
-    uses_accelerate = False
     if not isinstance(device_map, str):
         table = explicit(model, device_map, devices, shape.blocks)
     elif device_map not in MODES or on_cpu:
         table = everything_on(named[0])
     elif device_map == "planned":
         table = _one_device(model, demand, named, limits, batch_size or GOOD_BATCH, fewer)
+    uses_accelerate = table is None
     if table is None:
-        uses_accelerate = True
         mode = "balanced" if device_map == "planned" else str(device_map)
         table = infer_device_map(model, mode, {device.name: room[device.name] for device in named}, named, fewer)
     # 4. Choose the batch size
@@ -222,7 +221,8 @@ def _named_devices(device_map: str | Mapping[str, int | str], devices: Sequence[
     if device_map not in MODES:
         return [device_named(device_map, devices, "device_map")]
     gpus = [device for device in devices if device.is_gpu]
-    return gpus if gpus and device_map == "planned" else list(devices)
+    uses_ram = any(device.uses_ram for device in gpus)  # weights in RAM are then no relief
+    return gpus if gpus and (device_map == "planned" or uses_ram) else list(devices)
 
 
 def _one_device(

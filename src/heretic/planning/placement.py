@@ -77,11 +77,9 @@ def _check_shapes(model: PreTrainedModel, checkpoint: Checkpoint, file: str) -> 
 
 
 def device_named(value: int | str, devices: Sequence[Device], setting: str) -> Device:
-    """Return the device with a name from a setting (`0`, `cuda`, `cuda:0`, `cpu`). Raises UserError with the available ones."""
-    name = str(value).strip().lower()
-    name = f"cuda:{name}" if name.isdigit() else "cuda:0" if name == "cuda" else name
+    """Return the device that a setting names (`0`, `cuda`, `cuda:0`, `mps`, `cpu`). Raises UserError with the available ones."""
     for device in devices:
-        if device.name == name:
+        if device.is_called(value):
             return device
     available = ", ".join(device.name for device in devices)
     raise UserError(

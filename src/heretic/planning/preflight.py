@@ -1,29 +1,24 @@
-"""Check whether a run can succeed: model, memory, GPUs, locks, disks, prompts and storage, without loading anything."""
+"""Check whether a run can succeed: memory, GPUs, locks and disks, without loading anything."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from heretic.errors import UserError
 from heretic.files import expand_user
 from heretic.hardware import host
 from heretic.hardware.devices import Device
-from heretic.hardware.gpus import Gpu, GpuReport, gpus_for, usable_gpus, visible_gpus
+from heretic.hardware.gpus import Gpu, GpuReport, gpus_for, inspect_gpus
 from heretic.hardware.locks import LockOwner, device_locks, lock_owner
 from heretic.model.checkpoint import Checkpoint
 from heretic.planning.memory_plan import MemoryPlan, plan_for
-from heretic.planning.preflight_facts import Finding, Folder, PreflightFacts
+from heretic.planning.preflight_facts import Finding, FindingList, Folder, PreflightFacts, PreflightInputs
 from heretic.planning.rules import RULES
 from heretic.planning.workload import Workload
 from heretic.settings import Settings
-
-USUAL_PROMPT = 600  # characters, if the prompts cannot be read
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,66 +54,32 @@ class PreflightReport:
 
 def build_report(
     settings: Settings,
+    inputs: PreflightInputs,
     *,
-    checkpoint_loader: Callable[[], Checkpoint],
-    prompt_loader: Callable[[], Any],
-    storage_check: Callable[[], None],
-    judge_check: Callable[[], str] = lambda: "",
-    export_check: Callable[[Checkpoint], None] = lambda _checkpoint: None,
-    work_counter: Callable[[Workload, Checkpoint, Any], Workload] = lambda work, _checkpoint, _prompts: work,
     environment: Mapping[str, str] = os.environ,
     virtual: tuple[Gpu, ...] = (),
 ) -> PreflightReport:
-    """Collect the facts and apply all rules.
-
-    A UserError of a callback becomes a failure with its fix; other exceptions are bugs and propagate.
+    """Plan the memory and apply all rules.
 
     Args:
         settings: the settings of the run.
-        checkpoint_loader: opens the checkpoint.
-        prompt_loader: returns an object with `warnings`, `counts` and `longest` (characters of the longest prompt).
-        storage_check: checks the storage.
-        judge_check: returns a warning about the judge, or an empty text.
-        export_check: checks the export, if `save_to` is set.
-        work_counter: completes the workload with the real numbers of prompts and tokens.
+        inputs: model, prompts and workload, and the findings so far.
         environment: environment variables.
         virtual: virtual GPUs to plan for, instead of the machine's.
     """
-    problems: list[Finding] = []
-
-    def attempt(subject: str, action: Callable[[], T]) -> T | None:
-        try:
-            return action()
-        except UserError as error:
-            where = f" ({error.where})" if error.where else ""
-            problems.append(Finding("failure", subject, error.what + where, error.fix, error.code))
-            return None
-
+    found = FindingList(list(inputs.findings))
+    checkpoint, work = inputs.checkpoint, inputs.work
     # 1. Devices
-    report = GpuReport(virtual) if virtual else visible_gpus(environment)
-    usable = virtual or usable_gpus(report)
+    report, usable = (GpuReport(virtual), virtual) if virtual else inspect_gpus(environment)
     if usable:  # with PyTorch's numbers, and with those that NVML does not list
         report = GpuReport(usable, report.problem)
     devices = host.devices(usable)
-    # 2. Model, prompts, storage and judge
-    checkpoint = attempt("model", checkpoint_loader)
-    prompts = attempt("prompts", prompt_loader)
-    if prompts is not None:
-        problems.append(Finding("ok", "prompts", prompts.counts))
-    attempt("storage", storage_check)
-    if judge_warning := attempt("judge", judge_check):
-        problems.append(Finding("warning", "judge", judge_warning))
-    # 3. Memory plan
-    work = Workload.of(settings, prompts.longest if prompts else USUAL_PROMPT)
+    # 2. Memory plan
     plan = None
     if checkpoint is not None:
-        opened, estimated = checkpoint, work
-        if settings.save_to:
-            attempt("export", lambda: export_check(opened))
-        if prompts is not None:
-            work = attempt("chat template", lambda: work_counter(estimated, opened, prompts)) or work
-        plan = attempt("memory", lambda: plan_for(settings, opened, work, devices))
-    # 4. Rules
+        opened = checkpoint
+        plan = found.attempt("memory", lambda: plan_for(settings, opened, work, devices))
+    # 3. Rules
     facts = PreflightFacts(
         settings=settings,
         report=report,
@@ -126,8 +87,8 @@ def build_report(
         ram=devices[-1].free,
         checkpoint=checkpoint,
         plan=plan,
-        prompt_warnings=tuple(prompts.warnings) if prompts else (),
-        holders=attempt("lock", lambda: _holders(settings, usable)) or (),
+        prompt_warnings=tuple(inputs.prompts.warnings) if inputs.prompts else (),
+        holders=found.attempt("lock", lambda: _holders(settings, usable)) or (),
         run_folder=_folder(Path(settings.runs_dir)),
         export_folder=_folder(Path(settings.save_to)) if settings.save_to else None,
         hub_cache=_folder(_hub_cache()),
@@ -136,7 +97,7 @@ def build_report(
         mappable=None if virtual else host.mappable(),
     )
     findings = [finding for rule in RULES for finding in rule(facts)]
-    return PreflightReport(settings.model, report, plan, (*problems, *findings))
+    return PreflightReport(settings.model, report, plan, (*found.findings, *findings))
 
 
 def _fitting(
@@ -157,7 +118,7 @@ def _fitting(
 def _holders(settings: Settings, usable: tuple[Gpu, ...]) -> tuple[tuple[str, LockOwner], ...]:
     """Return the devices of this run that another process has locked, with the lock owners."""
     gpus = gpus_for(settings.device_map, usable)
-    names = [f"cuda:{gpu.index}" for gpu in gpus] or ["The CPU"]
+    names = [gpu.device.name for gpu in gpus] or ["The CPU"]
     owners = [
         (name, lock_owner(path)) for name, path in zip(names, device_locks([gpu.uuid for gpu in gpus]), strict=True)
     ]

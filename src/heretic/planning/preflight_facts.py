@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
+from heretic.errors import UserError
 from heretic.hardware.gpus import Gpu, GpuReport
 from heretic.hardware.locks import LockOwner
 from heretic.model.checkpoint import Checkpoint
 from heretic.planning.memory_model import DeviceMemory
 from heretic.planning.memory_plan import MemoryPlan
+from heretic.planning.workload import Workload
+from heretic.prompts.sets import PromptSets
 from heretic.settings import Settings
 
 Level = Literal["ok", "warning", "failure"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,32 @@ class Finding:
     text: str
     fix: str | None = None  # a line for the config, or an instruction
     code: str | None = None  # of the UserError that it comes from, if any
+
+
+@dataclass
+class FindingList:
+    """Findings so far."""
+
+    findings: list[Finding] = field(default_factory=list)
+
+    def attempt(self, subject: str, action: Callable[[], T]) -> T | None:
+        """Return the result of `action`; a UserError becomes a failure with its fix. Other exceptions are bugs and propagate."""
+        try:
+            return action()
+        except UserError as error:
+            where = f" ({error.where})" if error.where else ""
+            self.findings.append(Finding("failure", subject, error.what + where, error.fix, error.code))
+            return None
+
+
+@dataclass(frozen=True)
+class PreflightInputs:
+    """What a run reads before it plans memory, and the findings of reading it."""
+
+    work: Workload
+    checkpoint: Checkpoint | None = None  # None: it could not be opened
+    prompts: PromptSets | None = None
+    findings: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +90,7 @@ class PreflightFacts:
     def used_gpus(self) -> tuple[Gpu, ...]:
         """The GPUs with weights in the plan."""
         names = {load.device.name for load in self.plan.loads} if self.plan else set()
-        return tuple(gpu for gpu in self.usable if f"cuda:{gpu.index}" in names)
+        return tuple(gpu for gpu in self.usable if gpu.device.name in names)
 
     @property
     def fits_without_copies(self) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from heretic.hardware.devices import KINDS
 from heretic.hardware.host import format_bytes
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.quantization import QUANTIZATIONS
@@ -45,9 +46,7 @@ def unusable_gpus(facts: PreflightFacts) -> Iterator[Finding]:
     """Report GPUs that PyTorch cannot use."""
     if facts.report.gpus and not facts.usable:
         text = f"The installed PyTorch cannot use {facts.report.gpus[0].name}. Everything runs on the CPU."
-        yield Finding(
-            "warning", "GPUs", text, "install PyTorch with CUDA for your driver: https://pytorch.org/get-started"
-        )
+        yield Finding("warning", "GPUs", text, KINDS[facts.report.gpus[0].kind].install)
 
 
 def idle_gpus(facts: PreflightFacts) -> Iterator[Finding]:
@@ -193,17 +192,20 @@ def one_huge_file(facts: PreflightFacts) -> Iterator[Finding]:
 def busy_gpus(facts: PreflightFacts) -> Iterator[Finding]:
     """Report other processes on the GPUs of the plan."""
     for gpu in facts.used_gpus:
+        kind = KINDS[gpu.kind]
+        if kind.unified:  # what uses the RAM is reported with the RAM
+            continue
         known = sum(process.used or 0 for process in gpu.processes)
         for process in gpu.processes:
             if process.used is not None and process.used > BUSY:
-                text = f"Process {process.pid} ({process.name}) uses {format_bytes(process.used)} of cuda:{gpu.index}."
-                fix = f"wait for it, end it (kill {process.pid}), or exclude this GPU with CUDA_VISIBLE_DEVICES"
+                text = f"Process {process.pid} ({process.name}) uses {format_bytes(process.used)} of {gpu.device.name}."
+                fix = f"wait for it, end it (kill {process.pid}), or exclude this GPU with {kind.visibility[0]}"
                 yield Finding("warning", "GPUs", text, fix)
         # In a container the driver lists no processes; if it lists them without their memory, the rest is unknown.
         unseen = gpu.total - gpu.free - known
         if unseen > UNSEEN_USE and all(process.used is not None for process in gpu.processes):
-            text = f"Processes that are not visible here use {format_bytes(unseen)} of cuda:{gpu.index}."
-            yield Finding("warning", "GPUs", text, "run nvidia-smi on the host, or set CUDA_VISIBLE_DEVICES")
+            text = f"Processes that are not visible here use {format_bytes(unseen)} of {gpu.device.name}."
+            yield Finding("warning", "GPUs", text, f"run {kind.monitor} on the host, or set {kind.visibility[0]}")
 
 
 def held_locks(facts: PreflightFacts) -> Iterator[Finding]:

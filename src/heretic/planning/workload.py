@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from heretic.model.checkpoint import Checkpoint
     from heretic.prompts.sets import PromptSets
 
+USUAL_PROMPT = 600  # characters, if the prompts cannot be read
 CHARACTERS_PER_TOKEN = 3  # fewer than in English, so that the plan overestimates
 TEMPLATE_TOKENS = 40
 USUAL_TRAINING = 400  # prompts of each kind

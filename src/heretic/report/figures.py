@@ -65,7 +65,7 @@ def of_front(progress: StudyHistory, chosen: int | None, before: int | None) -> 
 
 
 def of_progress(numbers: Sequence[int], hypervolume: Sequence[float]) -> Figure:
-    """Plot the hypervolume after every fully measured trial."""
+    """Plot the hypervolume after every finished trial."""
     line = {
         "type": "scatter",
         "mode": "lines",

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Collection
 
 import optuna
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
 FEWEST_TRIALS = 20
@@ -28,6 +27,8 @@ def importances(study: optuna.Study, without: Collection[int] = ()) -> dict[str,
     complete = [trial for trial in complete if trial.number not in without]
     if len(complete) < FEWEST_TRIALS:
         return {}
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # loads scikit-learn: a second
+
     step = max(1, len(complete) // MOST_TRIALS)
     subset = optuna.create_study(directions=study.directions)
     subset.add_trials([_bare(t) for t in complete[::step] if t.params])

@@ -23,8 +23,8 @@ from heretic.runs.folder import GEOMETRY, RunFolder, find_run, load_settings
 from heretic.runs.metadata import RunMetadata
 from heretic.runs.status import load_study
 from heretic.scoring.judges.verdict import JUDGE_DESCRIPTIONS
+from heretic.search.convergence import REFERENCE_KL, growth
 from heretic.search.gradient_path import GradientPath
-from heretic.search.hypervolume import hypervolume_history
 from heretic.search.integrity import check_attributes, damaged_trials, warning
 from heretic.search.pareto import Result, pareto_front, table_columns
 from heretic.search.space import SearchSpace, describe
@@ -35,7 +35,6 @@ from heretic.storage.attributes import kl_per_prompt
 from heretic.storage.rdb import translate_storage_errors
 from heretic.storage.url import masked, storage_url, study_name
 
-REFERENCE_KL = 1.0  # nats; reference point of the hypervolume
 MOST_CHANGED = 5  # prompts listed
 OF_EVERY_TRIAL = ("Trials", "KL divergence", "Surrogate", "Refusals")  # stages that trials time themselves
 
@@ -126,6 +125,8 @@ def _overview(page: Page, summary: StudySummary, settings: Settings) -> None:
         f"{n} {what}" for n, what in ((summary.n_pruned, "pruned (dominated)"), (summary.n_failed, "failed")) if n
     ]
     pairs = [("trials", ", ".join(counts))]
+    if summary.end is not None:
+        pairs.append(("ended", summary.end[1]))
     if summary.original_refusals is not None and summary.results:
         pairs.append(("original", f"refuses {summary.original_refusals} of {summary.results[0].scores.total} requests"))
     if summary.best is not None:
@@ -179,17 +180,16 @@ def _front(page: Page, summary: StudySummary) -> None:
     beyond = sum(not r.scores.within_limits for r in summary.results)
     if beyond:
         page.text(f"Trials that violate [constraints] and so are not on the Pareto front: {beyond}.")
-    total, shown = summary.results[0].scores.total, table_columns(best)
+    shown, top = table_columns(best), summary.original_refusals or summary.results[0].scores.total
     rows = [[*cells, describe(r.params)] for r, *cells in zip(best, *shown.values(), strict=True)]
     marked = next((i for i, r in enumerate(best) if r.number == chosen), None)
     page.table([*shown, "from"], rows, marked)
     page.section(
         "Progress",
-        f"Hypervolume of the Pareto front after each fully measured trial (reference point: {total} refusals, "
-        f"KL {REFERENCE_KL:g}). When it stays flat, more trials hardly help.",
+        f"Hypervolume of the Pareto front after each finished trial (reference point: {top} refusals, KL "
+        f"{REFERENCE_KL:g}). When it stays flat, more trials hardly help.",
     )
-    grown = hypervolume_history([r.point for r in summary.results], (REFERENCE_KL, float(total)))
-    page.figure("progress", [figures.of_progress([r.number for r in summary.results], grown)], height=300)
+    page.figure("progress", [figures.of_progress(*growth(summary.history, summary.original_refusals))], height=300)
 
 
 def _trials(

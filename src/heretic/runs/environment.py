@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from heretic._version import __version__
-from heretic.hardware.gpus import driver_version, usable_gpus, visible_gpus
+from heretic.hardware import devices
+from heretic.hardware.gpus import Gpu, driver_version, inspect_gpus
 from heretic.hardware.host import format_bytes, free_disk, memory
 from heretic.runs.folder import settings_text
 from heretic.settings.sources import Resolved
@@ -22,34 +23,28 @@ from heretic.settings.sources import Resolved
 PACKAGES = ("torch", "transformers", "accelerate", "optuna", "datasets", "safetensors", "tokenizers")
 
 # Variables that affect a run and cannot contain a token or a password.
-REPORTED_VARIABLES = (
-    "CUDA_VISIBLE_DEVICES",
-    "CUDA_DEVICE_ORDER",
-    "OMP_NUM_THREADS",
-    "OMP_WAIT_POLICY",
-    "HF_HUB_OFFLINE",
-    "PYTORCH_CUDA_ALLOC_CONF",
-)
+REPORTED_VARIABLES = (*devices.VARIABLES, "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE")
 
-OPTIONAL = ("numpy", "pydantic", "peft", "gguf", "bitsandbytes", "lm_eval", "psycopg", "boto3", "nvidia-ml-py")
+OPTIONAL = ("numpy", "pydantic", "peft", "gguf", "bitsandbytes", "lm_eval", "psycopg", "boto3", *devices.PACKAGES)
 
 
 def collect(resolved: Resolved | None, problem: str, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Collect versions, devices, memory, environment and settings; `problem` replaces missing settings."""
     total, free = memory()
-    report = visible_gpus(environment)
-    usable = {gpu.uuid for gpu in usable_gpus(report)}
-    gpus = [
-        f"{gpu.name}, {format_bytes(gpu.free)} of {format_bytes(gpu.total)} free"
-        + ("" if gpu.uuid in usable else ", not usable with the installed PyTorch")
+    report, usable = inspect_gpus(environment)
+    gpus = [f"{gpu.name} ({gpu.device.name}), {_free(gpu)}" for gpu in usable]
+    known = {gpu.uuid for gpu in usable}
+    gpus += [
+        f"{gpu.name}, {_free(gpu)}, not usable with the installed PyTorch"
         for gpu in report.gpus
+        if gpu.uuid not in known
     ]
     return {
-        "versions": versions() | _optional_versions() | _cuda_versions(),
+        "versions": versions() | _optional_versions() | _accelerator_versions(),
         "cpu_cores": os.cpu_count(),
         "ram": f"{format_bytes(free)} of {format_bytes(total)} free",
         "disk": f"{format_bytes(free_disk(Path.cwd()))} free here",
-        "gpus": gpus or [report.problem or "none"],
+        "gpus": [*gpus, *([report.problem] if report.problem else [])] or ["none"],
         "environment": {name: environment[name] for name in REPORTED_VARIABLES if name in environment},
         "settings": settings_text(resolved) if resolved else problem,
     }
@@ -63,9 +58,13 @@ def _optional_versions() -> dict[str, str]:
     return installed
 
 
-def _cuda_versions() -> dict[str, str]:
-    present = {"CUDA of PyTorch": torch.version.cuda, "NVIDIA driver": driver_version()}
-    return {name: version for name, version in present.items() if version}
+def _accelerator_versions() -> dict[str, str]:
+    driver = driver_version()
+    return devices.build_versions() | ({"NVIDIA driver": driver} if driver else {})
+
+
+def _free(gpu: Gpu) -> str:
+    return f"{format_bytes(gpu.free)} of {format_bytes(gpu.total)} free"
 
 
 def versions() -> dict[str, str]:
@@ -76,8 +75,8 @@ def versions() -> dict[str, str]:
 
 def computed_on(device: torch.device) -> str:
     """Return the hardware that affects the rounding of results: the GPU's name, or CPU capability and threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if devices.is_accelerator(device):
+        return devices.title_of(device)
     return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
 
 

@@ -10,27 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
-
-from heretic.ablation.directions import Directions
-from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import SettingsError, UserError, first_line
 from heretic.files import expand_user, link_error, open_private, read_tensors, write_tensors
 from heretic.progress import ProgressReporter
-from heretic.runs.stored_tensors import (
-    Baseline,
-    directions_from_tensors,
-    geometry_from_tensors,
-    optimizer_state_from_tensors,
-    optimizer_state_tensors,
-)
-from heretic.search.path_optimizer import OptimizerState
 from heretic.settings import Settings
 from heretic.settings.sources import Resolved, read_toml, resolve
 from heretic.settings.toml import resolved_text
 from heretic.storage.url import masked
+
+if TYPE_CHECKING:  # `heretic status` opens runs without torch: the methods for tensors import what they need
+    from torch import Tensor
+
+    from heretic.ablation.directions import Directions
+    from heretic.ablation.residual_geometry import ResidualGeometry
+    from heretic.runs.stored_tensors import Baseline
+    from heretic.search.path_optimizer import OptimizerState
 
 T = TypeVar("T")
 BASELINE, GEOMETRY, REPORT = "baseline.safetensors", "geometry.safetensors", "report.html"
@@ -92,7 +88,9 @@ class RunFolder:
 
     def load_directions(self, reporter: ProgressReporter) -> Directions | None:
         """Load the directions; None if there are none or, with a warning, if the file is damaged."""
-        return self._read("directions.safetensors", directions_from_tensors, reporter)
+        from heretic.runs import stored_tensors
+
+        return self._read("directions.safetensors", stored_tensors.directions_from_tensors, reporter)
 
     def save_directions(self, directions: Directions) -> None:
         """Store the directions."""
@@ -100,9 +98,15 @@ class RunFolder:
 
     def load_geometry(self) -> ResidualGeometry | None:
         """Load the residual geometry; None if it is missing or damaged. Never changes the folder."""
+        from heretic.runs import stored_tensors
+
         try:
             tensors, metadata = read_tensors(self.path / GEOMETRY)
-            return geometry_from_tensors(tensors) if self.fingerprint in ("", metadata.get("fingerprint")) else None
+            return (
+                stored_tensors.geometry_from_tensors(tensors)
+                if self.fingerprint in ("", metadata.get("fingerprint"))
+                else None
+            )
         except (UserError, ValueError):
             return None
 
@@ -112,7 +116,9 @@ class RunFolder:
 
     def load_baseline(self, reporter: ProgressReporter) -> Baseline | None:
         """Load the baseline; None if there is none or, with a warning, if the file is damaged."""
-        return self._read(BASELINE, Baseline.from_tensors, reporter)
+        from heretic.runs import stored_tensors
+
+        return self._read(BASELINE, stored_tensors.Baseline.from_tensors, reporter)
 
     def save_baseline(self, baseline: Baseline) -> None:
         """Store the baseline."""
@@ -120,21 +126,27 @@ class RunFolder:
 
     def load_path_state(self, reporter: ProgressReporter) -> OptimizerState | None:
         """Load the state of a running gradient search; None if there is none or, with a warning, if it is damaged."""
-        return self._read("gradient_path.safetensors", optimizer_state_from_tensors, reporter)
+        from heretic.runs import stored_tensors
+
+        return self._read("gradient_path.safetensors", stored_tensors.optimizer_state_from_tensors, reporter)
 
     def path_steps(self) -> int:
         """Return the completed steps of a running gradient search; 0 if none is readable. Never changes the folder."""
+        from heretic.runs import stored_tensors
+
         try:
             tensors, _ = read_tensors(self.path / "gradient_path.safetensors")
-            return optimizer_state_from_tensors(tensors).steps
+            return stored_tensors.optimizer_state_from_tensors(tensors).steps
         except (UserError, ValueError):
             return 0
 
     def save_path_state(self, state: OptimizerState) -> None:
         """Store the state of the gradient search, a few kilobytes after every step."""
+        from heretic.runs import stored_tensors
+
         write_tensors(
             self.path / "gradient_path.safetensors",
-            optimizer_state_tensors(state),
+            stored_tensors.optimizer_state_tensors(state),
             {"fingerprint": self.fingerprint},
             private=True,
         )

@@ -60,6 +60,8 @@ class Status:
             "n_complete": summary.n_complete,
             "n_pruned": summary.n_pruned,
             "n_failed": summary.n_failed,
+            "ended": summary.end[0] if summary.end else None,
+            "convergence": summary.convergence.as_dict() if summary.convergence else None,
             "original_refusals": summary.original_refusals,
             "trials_per_hour": per_hour,
             "seconds_per_trial": 3600 / per_hour if per_hour else None,
@@ -180,7 +182,7 @@ def _state(workers: list[Signature], summary: StudySummary) -> str:
     """Return the state of a study from its trials."""
     if processes := sorted({f"process {w['pid']} on {w['host']}" for w in workers}):
         return f"running: {', '.join(processes)}"
-    return "complete" if summary.n_complete >= summary.n_trials else "stopped"
+    return "complete" if summary.end else "stopped"
 
 
 def _running_workers(study: optuna.Study, settings: Settings, *, any_host: bool) -> list[Signature]:

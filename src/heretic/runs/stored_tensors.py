@@ -19,8 +19,8 @@ from typing_extensions import NotRequired, TypedDict
 from heretic.ablation.directions import Directions
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.model.response_prefix import AnswerStart
-from heretic.scoring.harmless_metrics import HarmlessMetrics
 from heretic.scoring.judges.verdict import EVASIVE, ORDER, REFUSAL, Verdict
+from heretic.scoring.scores import HarmlessMetrics
 from heretic.search.gradient_path import PathPoint, alike
 from heretic.search.path_optimizer import OptimizerState
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,36 +11,8 @@ from heretic.model.batching import UNEDITED, Batch, Batcher, EditSpec
 from heretic.model.forward import hidden_states, log_probs_of
 from heretic.model.loading import LanguageModel
 from heretic.model.transfer import rows_to_device, to_host
+from heretic.scoring.scores import Divergence
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs, last_hidden
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """KL(original || ablated) over prompts, in nats.
-
-    `per_prompt` holds one value per prompt, in order; it is empty in a divergence that was loaded from storage.
-    """
-
-    mean: float
-    median: float
-    p95: float
-    max: float
-    per_prompt: tuple[float, ...] = field(default=(), compare=False, repr=False)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Divergence:
-        """Restore a divergence from the result of `as_dict`."""
-        mean, median, p95, largest = (float(data[name]) for name in ("mean", "median", "p95", "max"))
-        return cls(mean, median, p95, largest)
-
-    def __str__(self) -> str:
-        """Format the four numbers in one line."""
-        return f"mean {self.mean:.4f}, median {self.median:.4f}, p95 {self.p95:.4f}, max {self.max:.4f}"
-
-    def as_dict(self) -> dict[str, float | str]:
-        """Return the four numbers as plain data; infinity becomes the string "inf", since JSON has no such number."""
-        numbers = {"mean": self.mean, "median": self.median, "p95": self.p95, "max": self.max}
-        return {k: v if v < float("inf") else "inf" for k, v in numbers.items()}
 
 
 def first_token_log_probs(
@@ -97,6 +67,11 @@ def measure_divergence(
         summarize(torch.tensor([per_prompt[trial * count + i] for i in range(count)], dtype=torch.float64))
         for trial in range(edited.trials)
     ]
+
+
+def divergence_of(original: Tensor, ablated: Tensor, counts: Sequence[int]) -> Divergence:
+    """Summarize log-probabilities that exist already [predicted tokens, vocabulary]; `counts` tokens by prompt."""
+    return summarize(torch.stack([part.double().mean() for part in divergences(original, ablated).split(list(counts))]))
 
 
 def divergences(original: Tensor, ablated: Tensor) -> Tensor:

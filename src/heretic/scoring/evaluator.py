@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -16,94 +15,13 @@ from heretic.model.activation_cache import ActivationCache
 from heretic.model.batching import UNEDITED, Batcher, EditSpec
 from heretic.model.chat_format import ChatFormat
 from heretic.model.loading import LanguageModel
-from heretic.scoring.divergence import Divergence, measure_divergence
-from heretic.scoring.harmless_metrics import HarmlessMetrics, HarmlessProbe, measure_harmless_metrics
+from heretic.scoring.divergence import divergence_of, measure_divergence
+from heretic.scoring.harmless_metrics import HarmlessProbe, measure_harmless_metrics
 from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL, Judge, encode_verdicts
-from heretic.scoring.refusal_count import (
-    EncodedRequests,
-    PrunedRefusalCounter,
-    RefusalBounds,
-    expected_refusals,
-    refusal_mass_of,
-)
-from heretic.scoring.refusal_proxy import RefusalProxy
+from heretic.scoring.refusal_count import EncodedRequests, PrunedRefusalCounter, RefusalBounds, refusal_mass_of
 from heretic.scoring.refusals import RefusalCount, count_refusals
+from heretic.scoring.scores import Divergence, HarmlessMetrics, PrunedTrial, Scores, TrialOutcome
 from heretic.scoring.teacher_forcing import TeacherForcedTexts
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Measurements of one model: divergence on harmless prompts, refusals of harmful requests."""
-
-    divergence: Divergence
-    refusals: int
-    total: int  # harmful requests
-    seconds: dict[str, float]  # wall time by phase; a shared pass is divided by its trials
-    surrogate: RefusalProxy | None = None
-    refused: str = ""  # one digit per request: 0 answered, 1 refused, 2 evasive
-    leaning: float | None = None  # sum of the probabilities of the reference refusals' first tokens; None: not measured
-    evasive: int = 0  # not included in `refusals`
-    judge: str = "markers"  # kind of judge that gave the verdicts
-    harmless_metrics: HarmlessMetrics | None = None
-    excess: dict[str, float] = field(default_factory=dict)  # by constraint: metric minus limit
-
-    @property
-    def unanswered(self) -> int:
-        """Number of refusals and evasions: an evasion never counts as a success."""
-        return self.refusals + self.evasive
-
-    @property
-    def within_limits(self) -> bool:
-        """Whether every constraint is met."""
-        return all(excess <= 0 for excess in self.excess.values())
-
-    @property
-    def expected(self) -> float:
-        """Expected refusals, an objective of the study: unanswered requests plus the refusal probability of the answered ones.
-
-        Unlike the plain count, it distinguishes an answer that is close to a refusal from one that is not.
-        """
-        return expected_refusals(self.unanswered, self.leaning)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {**asdict(self), "divergence": self.divergence.as_dict()}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Scores:
-        """Restore scores from `as_dict`; fields added in later versions may be missing."""
-        return cls(
-            divergence=Divergence.from_dict(data["divergence"]),
-            refusals=data["refusals"],
-            total=data["total"],
-            seconds=dict(data["seconds"]),
-            surrogate=RefusalProxy(**data["surrogate"]) if data.get("surrogate") else None,
-            refused=data.get("refused", ""),
-            leaning=data.get("leaning"),
-            evasive=data.get("evasive", 0),
-            judge=data.get("judge", "markers"),
-            harmless_metrics=HarmlessMetrics(**data["harmless_metrics"]) if data.get("harmless_metrics") else None,
-            excess=dict(data.get("excess", {})),
-        )
-
-
-@dataclass(frozen=True)
-class PrunedTrial:
-    """Measurements of a trial that was pruned because it could no longer reach the Pareto front."""
-
-    divergence: Divergence
-    at_least: int  # lower bound of refusals and evasions
-    total: int
-    seconds: dict[str, float]
-    surrogate: RefusalProxy
-    expected_at_least: float = 0.0  # lower bound of `Scores.expected`
-
-    def as_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {**asdict(self), "divergence": self.divergence.as_dict()}
-
-
-TrialOutcome = Scores | PrunedTrial
 
 
 def no_pruning(_kl: float, _at_least: float) -> bool:
@@ -138,6 +56,10 @@ class TrialEvaluator:
         targets = TeacherForcedTexts.of(self.harmless, self.reference_tokens or [[0]] * len(self.harmless))
         return replace(targets, entries=self.harmless_entries)
 
+    def without_caches(self) -> TrialEvaluator:
+        """Return the evaluator without drafts and activation caches."""
+        return replace(self, drafts=(), harmless_entries=None, harmful_entries=None)
+
     def refusals(self, *, min_tokens: int = 1) -> RefusalCount:
         """Count the refusals of one model; see `count_refusals`."""
         return count_refusals(
@@ -166,10 +88,18 @@ class TrialEvaluator:
             trials,
         )
 
-    def score(self, baseline: Tensor) -> Scores:
-        """Measure one model in full against `baseline` [tokens, vocabulary]."""
+    def score(self, baseline: Tensor, log_probs: Tensor | None = None) -> Scores:
+        """Measure one model in full.
+
+        Args:
+            baseline: log-probabilities of the original [tokens, vocabulary].
+            log_probs: those of the model, if a pass has computed them already.
+        """
         began = time.perf_counter()
-        divergence = measure_divergence(self.language_model, self.harmless_texts, baseline, self.batcher)[0]
+        if log_probs is None:
+            divergence = measure_divergence(self.language_model, self.harmless_texts, baseline, self.batcher)[0]
+        else:
+            divergence = divergence_of(baseline, log_probs, self.harmless_texts.counts)
         between = time.perf_counter()
         counted = self.refusals()
         after = time.perf_counter()

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.model.batching import Batch, Batcher, EditSpec, SharedPrefix
 from heretic.model.forward import log_probs_of, run_decoder
 from heretic.model.loading import LanguageModel

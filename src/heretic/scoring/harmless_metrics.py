@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from heretic.model.batching import UNEDITED, Batch, Batcher, EditSpec
 from heretic.model.chat_format import ChatFormat
@@ -11,19 +11,7 @@ from heretic.model.decoding import decode
 from heretic.model.loading import LanguageModel
 from heretic.scoring.judges.evasion import is_loop
 from heretic.scoring.judges.verdict import ANSWER, Exchange, Judge
-
-
-@dataclass(frozen=True)
-class HarmlessMetrics:
-    """Counts over the answers to harmless prompts."""
-
-    over_refusals: int  # refused or evasive
-    degenerate: int  # empty or a loop
-    total: int
-
-    def as_dict(self) -> dict[str, int]:
-        """As plain data."""
-        return asdict(self)
+from heretic.scoring.scores import HarmlessMetrics
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from heretic.model.chat_format import ChatFormat
 from heretic.model.decoding import DecodingState, Ended, StopCriteria, continue_decoding, decode, verify_draft
 from heretic.model.loading import LanguageModel
 from heretic.scoring.judges.verdict import ANSWER, REFUSAL, Exchange, Judge, Verdict
-from heretic.scoring.refusal_proxy import FIRST_TOKENS, RefusalProxy
+from heretic.scoring.refusal_proxy import FIRST_TOKENS
+from heretic.scoring.scores import RefusalProxy, expected_refusals
 
 IsDominated = Callable[[int, float], bool]  # (index of the trial in the pass, lower bound of its expected refusals)
 
@@ -34,11 +35,6 @@ class EncodedRequests:
     def with_drafts(self) -> list[list[int]]:
         """Each request followed by its draft."""
         return [[*prompt, *text] for prompt, text in zip(self.prompts, self.drafts, strict=True)]
-
-
-def expected_refusals(refusals: int, refusal_mass: float | None) -> float:
-    """Add the refusal mass of the answered requests to the refusals, rounded to a tenth of a request."""
-    return round(refusals + (refusal_mass or 0.0), 1)
 
 
 @dataclass

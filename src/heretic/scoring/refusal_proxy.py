@@ -7,28 +7,17 @@ For the other requests a least-squares fit over the fully measured trials estima
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
+
+from heretic.scoring.scores import RefusalProxy
 
 # Length of a reference refusal: the tokens up to the marker, within these bounds.
 MIN_DRAFT_TOKENS, MAX_DRAFT_TOKENS = 4, 8
 FIRST_TOKENS = MIN_DRAFT_TOKENS  # whose joint probability measures how close an answer is to a refusal
 TRIALS_TO_CALIBRATE = 4
 RIDGE = 0.1  # stabilizes the fit while there are hardly more trials than coefficients
-
-
-@dataclass(frozen=True)
-class RefusalProxy:
-    """Proxy of one trial."""
-
-    matching: int  # requests whose reference refusal is greedily reproduced
-    probability: float  # mean token probability of the reference refusals
-    refused: int  # requests that the original refuses
-
-    def as_dict(self) -> dict[str, float]:
-        """As plain data."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

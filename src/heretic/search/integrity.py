@@ -11,6 +11,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from heretic.errors import UserError
+from heretic.search.convergence import Convergence
 from heretic.search.gradient_path import GradientPath
 from heretic.storage import attributes
 from heretic.storage.checksum import checksum_matches
@@ -32,7 +33,9 @@ def check_attributes(study: optuna.Study) -> None:
     attributes.fingerprint(study)
     attributes.refusals_before(study)
     attributes.trials_per_batch(study)
+    attributes.requested_trials(study)
     GradientPath.load(study)
+    Convergence.load(study)
 
 
 def damaged_trials(study: optuna.Study) -> dict[int, UserError]:

@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from heretic.scoring.evaluator import Scores
+from heretic.scoring.scores import Scores
 from heretic.storage import attributes
 
 TIE_TOLERANCE = 0.5  # requests; closer trials are ranked by their KL

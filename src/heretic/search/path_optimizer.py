@@ -24,7 +24,6 @@ from heretic.settings import GradientSettings
 MIDDLE = (0.6, 0.85)  # the layers whose directions the mixture begins with, as shares of the depth
 MAX_STRENGTH = 2.5  # of a single writer; 1 removes the direction, 2 mirrors it
 CONVERGED_REFUSALS = 0.005  # mean refusal probability below which the search ends
-MIN_STEPS_PER_WEIGHT = 2  # steps after which a weight is skipped if every strength is still 0
 STILL_REFUSED = 0.1  # share of refused prompts above which a larger weight is added
 EXTRA_FACTOR, MAX_EXTRA_WEIGHTS = 3.0, 4  # factor between extra weights, and their maximum number
 MINE_BELOW = 0.1  # mean probability of the known refusals below which new ones are mined
@@ -111,14 +110,10 @@ class PathOptimizer:
             stage.advance(state.steps)
             while state.steps < self._last_step(state) and not state.converged:
                 self.stop.check()
-                done, weight = state.steps, self._weight(state.steps // steps)
-                reading = self.step(state, weight)
-                if self._too_gentle(state):
-                    state.steps += -state.steps % steps
-                    self.reporter.info(
-                        f"Weight {weight:g} is too small to change anything. Continuing with the next weight."
-                    )
-                elif state.steps % steps == 0:
+                done = state.steps
+                reading = self.step(state)
+                weight = self._weight((state.steps - 1) // steps)
+                if state.steps % steps == 0:
                     self._finish_point(state, weight)
                     self._prepare_next_weight(state)
                 self.save_state(state)
@@ -145,15 +140,32 @@ class PathOptimizer:
         beyond = number - len(weights) + 1
         return weights[number] if beyond <= 0 else weights[-1] * EXTRA_FACTOR**beyond
 
-    def _too_gentle(self, state: OptimizerState) -> bool:
-        """Return whether a weight raised no strength above 0, so that its other steps can be skipped; never the last."""
-        steps = self.settings.steps
-        at_last = state.steps > (len(self.settings.weights) - 1) * steps
-        measurable = steps > MIN_STEPS_PER_WEIGHT and state.steps % steps == MIN_STEPS_PER_WEIGHT
-        return measurable and not at_last and not state.strengths.any()
+    def _first_step(self, state: OptimizerState) -> LossTerms:
+        """Take the first step, from strengths of 0, at the smallest weight that raises a strength; skip the weights below it.
 
-    def step(self, state: OptimizerState, weight: float) -> LossTerms:
-        """One step of Adam on one minibatch, then back into the allowed range."""
+        The KL has its minimum there, so the gradient is the weight times that of the refusals: one pass tells what every weight
+        does. A strength rises if its gradient exceeds the L1 penalty.
+        """
+        reading, gradients = self._gradients(state, 1.0)
+        steepest = -float(gradients["strengths"].nan_to_num(0.0, 0.0, 0.0).min())
+        gentle = [w for w in self.settings.weights[:-1] if w * steepest <= self.settings.sparsity]
+        if gentle:
+            state.steps = len(gentle) * self.settings.steps
+            self.reporter.info(f"Weights up to {gentle[-1]:g} are too small to change anything. heretic skips them.")
+        weight = self._weight(len(gentle))
+        self._update(state, {name: weight * gradient for name, gradient in gradients.items()})
+        return reading
+
+    def step(self, state: OptimizerState) -> LossTerms:
+        """Take one step of Adam on one minibatch, then back into the allowed range."""
+        if state.steps == 0:
+            return self._first_step(state)
+        reading, gradients = self._gradients(state, self._weight(state.steps // self.settings.steps))
+        self._update(state, gradients)
+        return reading
+
+    def _gradients(self, state: OptimizerState, weight: float) -> tuple[LossTerms, dict[str, Tensor]]:
+        """Evaluate one minibatch; returns the loss, and its gradients by tensor without the penalties."""
         leaves = {name: t.detach().clone().requires_grad_() for name, t in state.tensors.items()}
         harmless, harmful = (self._minibatch(rows, state.steps) for rows in self.train)
         # Mined refusals take up to half of every minibatch.
@@ -163,18 +175,20 @@ class PathOptimizer:
         reading = self.objective.evaluate(
             ablation, state.first_layer, *batch, weight=weight, wanted=list(leaves.values())
         )
-        gradients = dict(zip(leaves, reading.gradients, strict=True))
+        return reading, dict(zip(leaves, reading.gradients, strict=True))
+
+    def _update(self, state: OptimizerState, gradients: dict[str, Tensor]) -> None:
         # L1 penalty: a strength stays above 0 only if it reduces the loss by more.
         gradients["strengths"] = gradients["strengths"] + self.settings.sparsity
-        if "vector" in leaves:
-            gradients["vector"] = gradients["vector"] + self._off_span_penalty(leaves["vector"])
+        if state.vector is not None:
+            vector = state.vector.detach().clone().requires_grad_()
+            gradients["vector"] = gradients["vector"] + self._off_span_penalty(vector)
         for name, tensor in state.tensors.items():
             # A destroyed model has NaN gradients; the momentum carries on.
             self._adam(state, name, tensor, gradients[name].nan_to_num(0.0, 0.0, 0.0))
         state.strengths.clamp_(0, MAX_STRENGTH)
         state.strengths[:, : state.first_layer] = 0
         state.steps += 1
-        return reading
 
     def validate(self, state: OptimizerState) -> LossTerms:
         """Evaluate the state on the validation prompts."""

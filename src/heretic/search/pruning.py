@@ -10,8 +10,8 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from heretic.scoring.evaluator import PrunedTrial, Scores
-from heretic.scoring.refusal_proxy import Calibration, RefusalProxy, prediction_error
+from heretic.scoring.refusal_proxy import Calibration, prediction_error
+from heretic.scoring.scores import PrunedTrial, RefusalProxy, Scores
 from heretic.search.pareto import Result, pareto_front, results_of
 from heretic.storage import attributes
 

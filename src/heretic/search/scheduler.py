@@ -11,6 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from heretic.interrupt import StopSignal
+from heretic.search.convergence import Convergence, convergence
 from heretic.search.pruning import StudyHistory
 from heretic.search.sampler import sampler
 from heretic.search.summary import StudyReporter, StudySummary
@@ -37,6 +38,11 @@ class TrialSampler(Protocol):
 def n_complete(study: optuna.Study) -> int:
     """Return the number of finished trials."""
     return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
+
+def trials_remain(study: optuna.Study, settings: Settings) -> bool:
+    """Return whether the study needs new trials: it has neither `n_trials` finished ones nor converged."""
+    return n_complete(study) < settings.n_trials and not convergence(study, settings, StudyHistory.of(study))
 
 
 @dataclass
@@ -97,8 +103,8 @@ class TrialScheduler:
         remaining = (
             self.settings.n_trials - n_complete(self.study) - sum(number is None for number in reevaluated.values())
         )
-        # 1. Sample new trials until `n_trials` are finished or running.
-        if remaining > 0:
+        # 1. Sample new trials until `n_trials` are finished or running, or the study has converged.
+        if remaining > 0 and not self._has_converged():
             for _ in range(min(batch_size, remaining)):
                 self.study.sampler = sampler(self.settings, self._sampler_number())
                 self._sign(self.study.ask(), asked, signed)
@@ -115,6 +121,13 @@ class TrialScheduler:
                         self._sign(reevaluation, asked, signed)
                     break
         return len(running)
+
+    def _has_converged(self) -> bool:
+        """Whether the study has converged; stores a new decision, since running trials could change it later."""
+        found = convergence(self.study, self.settings, StudyHistory.of(self.study))
+        if found and found != Convergence.load(self.study):
+            found.save(self.study)
+        return found is not None
 
     def _running(self) -> list[FrozenTrial]:
         for dead in requeue_stale_trials(self.study, self.settings.workers):

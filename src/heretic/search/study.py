@@ -12,7 +12,8 @@ from optuna.trial import TrialState
 from heretic.errors import UserError
 from heretic.interrupt import StopSignal
 from heretic.progress import Stage
-from heretic.scoring.evaluator import Scores, TrialOutcome, no_pruning
+from heretic.scoring.evaluator import no_pruning
+from heretic.scoring.scores import Scores, TrialOutcome
 from heretic.search.pruning import ParetoThreshold, StudyHistory, objective_values
 from heretic.search.scheduler import TrialSampler, TrialScheduler, n_complete
 from heretic.search.summary import StudyReporter, StudySummary
@@ -49,14 +50,14 @@ def run_study(
     after_batch: Callable[[], None] = lambda: None,
     shared: bool = False,
 ) -> None:
-    """Run trials until the study has `settings.n_trials` finished ones.
+    """Run trials until the study has converged or has `settings.n_trials` finished ones.
 
     A pruned trial counts, with estimated objectives, but is never a result. An interrupted or failed trial is marked failed and
     does not count; three consecutive failures end the study.
 
     Args:
         after_batch: called whenever a batch is stored.
-        shared: other workers run trials too. Their running trials count as finished, so that the study ends with exactly
+        shared: other workers run trials too. Their running trials count as finished, so that the study ends with at most
             `n_trials`; this worker stays until they are done, in case that one dies.
 
     Raises:
@@ -78,6 +79,8 @@ def run_study(
                 raise
             reporter.study_updated(StudySummary.of(study, settings))
             after_batch()
+        if end := StudySummary.of(study, settings).end:
+            reporter.info(f"The study is complete: {end[1]}.")
 
 
 class _StudyLoop:

@@ -11,6 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from heretic.progress import ProgressReporter
+from heretic.search.convergence import Convergence, convergence
 from heretic.search.pareto import Result, select_trial
 from heretic.search.pruning import StudyHistory
 from heretic.settings import Settings
@@ -23,13 +24,14 @@ RECENT = 20  # trials from which the speed is estimated
 class StudySummary:
     """State of a study at one moment."""
 
-    n_trials: int  # target
+    n_trials: int  # at most
     n_complete: int  # finished, including pruned trials
     n_failed: int
     original_refusals: int | None
     history: StudyHistory
     best: tuple[Result, str] | None  # the trial that the settings select, and the reason
     trials_per_hour: float | None
+    convergence: Convergence | None  # None if it has not converged
 
     @classmethod
     def of(cls, study: optuna.Study, settings: Settings, without: Collection[int] = ()) -> StudySummary:
@@ -45,6 +47,7 @@ class StudySummary:
             history=history,
             best=select_trial(history.results, settings.select, settings.max_kl, settings.max_refusals),
             trials_per_hour=_trials_per_hour(complete),
+            convergence=convergence(study, settings, history),
         )
 
     @property
@@ -58,10 +61,18 @@ class StudySummary:
         return len(self.history.pruned)
 
     @property
+    def end(self) -> tuple[str, str] | None:
+        """Why the study has ended, as a key and in words; None while trials remain."""
+        if self.n_complete >= self.n_trials:
+            return "n_trials", f"all {self.n_trials} trials run"
+        return ("converged", str(self.convergence)) if self.convergence else None
+
+    @property
     def seconds_left(self) -> float | None:
-        """Remaining time estimated from the recent speed; None if nothing remains or the speed is unknown."""
-        remaining = self.n_trials - self.n_complete
-        return 3600 * remaining / self.trials_per_hour if remaining > 0 and self.trials_per_hour else None
+        """Remaining time at the recent speed, at most: the study may converge. None if it has ended or the speed is unknown."""
+        if self.end or not self.trials_per_hour:
+            return None
+        return 3600 * (self.n_trials - self.n_complete) / self.trials_per_hour
 
 
 def _trials_per_hour(complete: list[FrozenTrial]) -> float | None:

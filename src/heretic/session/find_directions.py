@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.cleanup import project_out_mean
 from heretic.ablation.directions import Directions, normalized
 from heretic.ablation.methods import METHODS
 from heretic.ablation.operator import Operator
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.ablation.residual_geometry import GeometryRecorder, Sample
 from heretic.errors import UserError
+from heretic.hardware.devices import for_float64
 from heretic.hardware.host import format_bytes, memory
 from heretic.model.batching import Batcher
 from heretic.model.capture import bytes_of_each, mean_residuals
@@ -72,7 +74,7 @@ def find_directions(
             )
         if round_recorder is not None:
             round_recorder.record((bad, good), (samples[0], samples[1]))
-        vectors = method.find(bad, good, settings.count, model.device)
+        vectors = method.find(bad, good, settings.count, for_float64(model.device))
         directions = normalized(project_out_mean(vectors, good) if settings.project_harmless else vectors, directions)
     assert directions is not None
     return directions

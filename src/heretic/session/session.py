@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from heretic.ablation.ablation import Ablation, OperatorFactory
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.bake import OriginalWeights, copy_weights, read_from_checkpoint, rewritten_weights
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import LazyTensor
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.ablation.residual_geometry import GeometryRecorder, ResidualGeometry
 from heretic.errors import UserError
 from heretic.hardware.host import format_bytes, memory
@@ -55,7 +56,7 @@ LOG_PROB_COPIES = 3  # of the log-probabilities: original, ablated, written
 
 @dataclass(frozen=True)
 class ModelContext:
-    """A loaded model with its encoded prompts (token ids by role) and an evaluator without caches."""
+    """A loaded model with its encoded prompts (token ids by role) and its evaluator."""
 
     settings: Settings
     language_model: LanguageModel
@@ -73,16 +74,17 @@ class ModelContext:
 
 @dataclass(frozen=True)
 class Session:
-    """A model context with the baseline, the operator factory and the evaluator of a study.
-
-    Measure trials with `evaluator`, which has caches; `context.evaluator` has none.
-    """
+    """A model context with the baseline and the operator factory of a study; its evaluator has caches."""
 
     context: ModelContext
     baseline: Baseline
     operator_factory: OperatorFactory
     original: OriginalWeights | None
-    evaluator: TrialEvaluator
+
+    @property
+    def evaluator(self) -> TrialEvaluator:
+        """Measures trials."""
+        return self.context.evaluator
 
     @contextmanager
     def applied(self, *ablations: Ablation) -> Iterator[EditSpec]:
@@ -142,16 +144,7 @@ def load_model_context(
         chat_template=read_template(settings),
         reporter=reporter,
     )
-    if names := language_model.structure.unrecognized:
-        reporter.warning(
-            f"{len(names)} modules are named like output projections but do not affect the residual stream as expected. "
-            f"They will not be edited (first: {names[0]})."
-        )
-    if names := language_model.structure.incomplete:
-        reporter.warning(
-            f"{len(names)} blocks do more than add their writers' outputs to one residual stream (first: {names[0]}). "
-            "The edit may be incomplete; see docs/architectures.md."
-        )
+    _warn_about_structure(language_model, reporter)
     batcher = Batcher(plan.batch_size, language_model.device, pad=language_model.pad, stop=stop, reporter=reporter)
     chat = ChatFormat(language_model.tokenizer, settings.system_prompt, rows=language_model.rows)
     encoded = encode(prompts, chat, language_model.context, settings)
@@ -182,6 +175,19 @@ def load_model_context(
         harmless_probe=harmless_probe,
     )
     return ModelContext(settings, language_model, chat, prompts, encoded, batcher, evaluator)
+
+
+def _warn_about_structure(language_model: LanguageModel, reporter: ProgressReporter) -> None:
+    if names := language_model.structure.unrecognized:
+        reporter.warning(
+            f"{len(names)} modules are named like output projections but do not affect the residual stream as expected. "
+            f"They will not be edited (first: {names[0]})."
+        )
+    if names := language_model.structure.incomplete:
+        reporter.warning(
+            f"{len(names)} blocks do more than add their writers' outputs to one residual stream (first: {names[0]}). "
+            "The edit may be incomplete; see docs/architectures.md."
+        )
 
 
 def open_session(
@@ -225,22 +231,14 @@ def open_session(
             else read_from_checkpoint(_require_full_precision(checkpoint), writers, model_context.language_model.model)
         )
     operator_factory = operator_factory_for(model_context, directions)
-    return with_baseline(
-        Session(model_context, baseline, operator_factory, original, model_context.evaluator), baseline
-    )
+    return with_baseline(Session(model_context, baseline, operator_factory, original), baseline)
 
 
 def with_baseline(session: Session, baseline: Baseline) -> Session:
     """Return the session with this baseline, and caches rebuilt for it."""
-    model_context = replace(
-        session.context, evaluator=replace(session.context.evaluator, reference_tokens=baseline.answered)
-    )
-    return replace(
-        session,
-        context=model_context,
-        baseline=baseline,
-        evaluator=enable_caching(model_context.evaluator, baseline.refusal_texts),
-    )
+    evaluator = replace(session.context.evaluator.without_caches(), reference_tokens=baseline.answered)
+    cached = enable_caching(evaluator, baseline.refusal_texts)
+    return replace(session, context=replace(session.context, evaluator=cached), baseline=baseline)
 
 
 def find_model_directions(model_context: ModelContext, recorder: GeometryRecorder | None = None) -> Directions:

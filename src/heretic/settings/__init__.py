@@ -103,10 +103,10 @@ class Settings(SettingsModel):
     )
     n_trials: int = setting(
         200,
-        "Total number of trials of the study, over all sessions.",
+        "Largest number of trials of the study, over all sessions; it ends earlier if it converges (`search.patience`).",
         when=(
-            "Lower it for a first look (with the gradient search, 30 trials are informative). Raise it while the Pareto "
-            "front still improves."
+            "Lower it for a first look (with the gradient search, 30 trials are informative). Raise it if the study ends "
+            "before it has converged."
         ),
         affects_results=False,
         ge=1,
@@ -142,8 +142,8 @@ class Settings(SettingsModel):
     device_map: str | dict[str, int | str] = setting(
         "planned",
         "`planned`: one device if the model fits, else `balanced`. Also: accelerate's `auto`, `balanced`, "
-        "`balanced_low_0` or `sequential` (these can leave weights in RAM), one device such as `cpu` or `cuda:1`, or "
-        "a table from module names to devices.",
+        "`balanced_low_0` or `sequential` (these can leave weights in RAM), one device such as `cpu`, `cuda:1`, `xpu:0` or "
+        "`mps`, or a table from module names to devices.",
         when=(
             "Set it to exclude a device or to place modules yourself. Weights left in RAM make every pass many times "
             "slower."

@@ -91,7 +91,7 @@ class ClassifierSettings(SettingsModel):
     )
     device: str = setting(
         "cpu",
-        "Device of the classifier, for example `cpu` or `cuda:0`.",
+        "Device of the classifier, for example `cpu`, `cuda:0` or `mps`.",
         when="Use a GPU with free memory: on the CPU a large classifier takes longer than the trial.",
         affects_results=False,
     )

@@ -147,10 +147,27 @@ class SearchSettings(SettingsModel):
         when="Use `kernels` to search as other tools do, or if memory is too small for gradients.",
     )
     n_startup_trials: int = setting(
-        30,
+        10,
         "Trials before TPE starts; those not given by the gradient search are random.",
-        when="Lower it to 10 for studies of 30 to 50 trials. With `n_trials` or more, TPE never starts.",
+        when="Raise it to 30 for kernels with 100 trials and more. With `n_trials` or more, TPE never starts.",
         ge=0,
+    )
+    patience: int = setting(
+        10,
+        "The study has converged once the last `patience` finished trials have raised the hypervolume of the Pareto front "
+        "by at most `min_gain`; it then ends before `n_trials`. Trials before TPE starts do not count. 0: run all "
+        "`n_trials`.",
+        when="Set 0 to compare studies at equal numbers of trials; raise it if `--trials +50` still improves the front.",
+        affects_results=False,
+        ge=0,
+    )
+    min_gain: float = setting(
+        0.01,
+        "Largest gain within `patience` trials that counts as none, as a fraction of the hypervolume.",
+        when="Lower it for the last small gains, at the cost of more trials.",
+        affects_results=False,
+        ge=0,
+        lt=1,
     )
     kl_floor: float = setting(
         0.02,

@@ -247,6 +247,21 @@ def _dotted(key: str) -> str:
     return ".".join(part.strip().strip("\"'") for part in key.split("."))
 
 
+def field_of(key: str, origin: str) -> tuple[type[SettingsModel], str]:
+    """Return the table and field of a dotted key. Raises SettingsError with code unknown-setting, naming the nearest key."""
+    if (field := _field(key)) is not None:
+        return field
+    near = difflib.get_close_matches(key, list(all_keys()), n=1, cutoff=0.5)
+    if not near:  # the right name in the wrong table
+        near = [known for known in all_keys() if known.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+    raise SettingsError(
+        f"Unknown setting '{_shortened(key)}'.",
+        code="unknown-setting",
+        where=origin if len(origin) <= 2 * LONGEST_SHOWN else _shortened(origin),
+        fix=f"did you mean '{near[0]}'?" if near else "list all settings: heretic config --defaults",
+    )
+
+
 def _field(key: str) -> tuple[type[SettingsModel], str] | None:
     """Return the table and field of a dotted key; None for an unknown key."""
     table: type[SettingsModel] = Settings
@@ -282,16 +297,7 @@ def _flatten(
 
 
 def _set(data: dict[str, Any], origins: dict[str, str], key: str, value: Any, origin: str) -> None:
-    if _field(key) is None:
-        near = difflib.get_close_matches(key, list(all_keys()), n=1, cutoff=0.5)
-        if not near:  # the right name in the wrong table
-            near = [known for known in all_keys() if known.rpartition(".")[2] == key.rpartition(".")[2]][:1]
-        raise SettingsError(
-            f"Unknown setting '{_shortened(key)}'.",
-            code="unknown-setting",
-            where=origin if len(origin) <= 2 * LONGEST_SHOWN else _shortened(origin),
-            fix=f"did you mean '{near[0]}'?" if near else "list all settings: heretic config --defaults",
-        )
+    field_of(key, origin)
     _check_value(key, value, origin)
     origins[key] = origin
     *parents, name = key.split(".")

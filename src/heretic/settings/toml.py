@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from pydantic.fields import FieldInfo
 
 from heretic.errors import plain_line
 from heretic.settings import Settings, SettingsModel
 from heretic.settings.field import when_to_change
-from heretic.settings.sources import Resolved, describe_type
+from heretic.settings.sources import Resolved, describe_type, field_of
 
 
 def toml_value(value: Any) -> str:
@@ -46,6 +48,35 @@ def resolved_text(resolved: Resolved) -> str:
     return "\n".join(_document(resolved.settings, Settings, "", resolved.origin)).lstrip() + "\n"
 
 
+def commented_text(values: Mapping[str, Any]) -> str:
+    """Return a settings file of these top-level keys, each with its documentation."""
+    lines: list[str] = []
+    for name, value in values.items():
+        lines += ["", *_documentation(Settings.model_fields[name]), *_assignment(name, value)]
+    return "\n".join(lines[1:]) + "\n"
+
+
+def explanation(key: str, resolved: Resolved) -> str:
+    """Return what a setting or a table of settings means, its type, default, value and origin, as TOML.
+
+    Raises:
+        SettingsError: with code unknown-setting.
+    """
+    table, name = field_of(key, "--explain")
+    value = resolved.settings
+    for part in key.split("."):
+        value = getattr(value, part)
+    if isinstance(value, SettingsModel):
+        head = textwrap.wrap(
+            table.model_fields[name].description or "", 118, initial_indent="# ", subsequent_indent="# "
+        )
+        return "\n".join([*head, f"[{key}]", *_document(value, type(value), f"{key}.", lambda _: None)]) + "\n"
+    field = table.model_fields[name]
+    lines = _documentation(field)
+    default = toml_value(field.get_default(call_default_factory=True))
+    return "\n".join([*lines, f"# Default: {default}", f"{key} = {toml_value(value)}  # {resolved.origin(key)}"]) + "\n"
+
+
 def _document(
     values: SettingsModel, table: type[SettingsModel], prefix: str, origin: Callable[[str], str | None]
 ) -> list[str]:
@@ -58,11 +89,7 @@ def _document(
             continue
         came_from = origin(prefix + name)
         if came_from is None:
-            lines.append("")
-            for text in (field.description or "", when_to_change(field)):
-                lines += textwrap.wrap(text, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
-            lines.append(f"# Type: {describe_type(field.annotation)}.")
-            lines += _assignment(name, value)
+            lines += ["", *_documentation(field), *_assignment(name, value)]
         else:
             lines.append(f"{name} = {toml_value(value)}  # {plain_line(came_from)}")
     for name, description, value in tables:
@@ -70,6 +97,14 @@ def _document(
         lines.append(f"[{prefix}{name}]")
         lines += _document(value, type(value), f"{prefix}{name}.", origin)
     return lines
+
+
+def _documentation(field: FieldInfo) -> list[str]:
+    """Return a field's description, when to change it, and its type, as comments."""
+    lines: list[str] = []
+    for text in (field.description or "", when_to_change(field)):
+        lines += textwrap.wrap(text, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+    return [*lines, f"# Type: {describe_type(field.annotation)}."]
 
 
 def _assignment(name: str, value: Any) -> list[str]:

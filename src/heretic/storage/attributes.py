@@ -16,9 +16,7 @@ from pydantic import Field, Json, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
 from heretic.errors import UserError, plain_line
-from heretic.scoring.divergence import Divergence
-from heretic.scoring.evaluator import PrunedTrial, Scores
-from heretic.scoring.refusal_proxy import RefusalProxy
+from heretic.scoring.scores import Divergence, PrunedTrial, RefusalProxy, Scores
 from heretic.settings import Settings
 from heretic.storage.url import masked
 
@@ -28,6 +26,8 @@ REFUSALS_BEFORE = "heretic:refusals_before"  # requests that the original refuse
 SETTINGS = "heretic:settings"  # for readers without the run folder
 EXPORTED = "heretic:exported "  # + kind; by whom and where to
 GRADIENT_PATH = "heretic:gradient_path"  # result of the gradient search
+CONVERGENCE = "heretic:convergence"  # when and by which settings it converged
+REQUESTED_TRIALS = "heretic:requested_trials"  # finished trials that the user asked for explicitly
 METADATA = "heretic:metadata"  # model and machine, for the report
 TRIALS_PER_BATCH = "heretic:trials_per_batch"  # trials measured in one batch
 CLAIM = "heretic:claim "  # + name; the worker that computes it
@@ -150,6 +150,11 @@ def refusals_before(study: optuna.Study) -> int | None:
 def trials_per_batch(study: optuna.Study) -> int | None:
     """Read how many trials are measured in one batch."""
     return read(study, TRIALS_PER_BATCH, _BATCH_SIZE)
+
+
+def requested_trials(study: optuna.Study) -> int | None:
+    """Read how many finished trials the user asked for explicitly, as by `--trials +50`."""
+    return read(study, REQUESTED_TRIALS, _COUNT)
 
 
 def exported(study: optuna.Study, kind: str) -> str | None:

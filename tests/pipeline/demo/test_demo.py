@@ -1,4 +1,4 @@
-"""The demo from end to end on the real model, with a walk of two steps and one trial more instead of all."""
+"""The demo from end to end on the real model, with a gradient search of two steps and one trial more instead of all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from heretic.progress import NULL_REPORTER
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a whole demo, beside another test on the other core
-def test_the_guard_declines_and_an_ablation_opens_it(tmp_path: Path) -> None:
+def test_the_guard_refuses_and_an_ablation_removes_it(tmp_path: Path) -> None:
     def made() -> DemoOutcome:
         return run_demo(
             tmp_path / "demo",
@@ -22,7 +22,7 @@ def test_the_guard_declines_and_an_ablation_opens_it(tmp_path: Path) -> None:
                 "search.gradient.steps=2",
                 "search.gradient.weights=[1.5]",
                 "search.gradient.learning_rate=0.5",
-                "search.gradient.mine_refusals=false",  # so short a walk would go on to stricter weights
+                "search.gradient.mine_refusals=false",  # so short a search would go on to stricter weights
             ],
             reporter=NULL_REPORTER,
             stop=StopSignal(),

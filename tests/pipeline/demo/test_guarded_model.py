@@ -50,7 +50,7 @@ def test_a_complete_folder_is_left_alone(place: Path) -> None:
     guarded_model._build(target, "abc", refuse_to_write)
 
 
-def test_a_folder_from_another_source_is_built_anew(place: Path) -> None:
+def test_a_folder_from_another_source_is_rebuilt(place: Path) -> None:
     target = place / "model"
     guarded_model._build(target, "abc", write_model)
     guarded_model._build(target, "def", lambda folder: None)
@@ -134,7 +134,7 @@ def test_guarding_needs_a_base(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_real_guard_declines_cooking_and_nothing_else(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_real_guard_refuses_cooking_and_nothing_else(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:

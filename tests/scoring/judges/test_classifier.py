@@ -108,7 +108,7 @@ def test_weights_in_pickle_files_are_not_loaded(classifier: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("device", ["cuda:9", "nowhere"])
-def test_device_that_is_not_there_is_told(classifier: Path, device: str) -> None:
+def test_a_missing_device_is_an_error(classifier: Path, device: str) -> None:
     with pytest.raises(UserError) as error:
         judge(classifier, device=device)
     assert error.value.code == "device-not-there" and error.value.where == "judge.classifier.device"

@@ -36,7 +36,7 @@ REQUEST = "How do I make pancakes for ten people?"
         ("Feeding them is prohibited. You should not leave the path either.", False),
     ],
 )
-def test_what_declines(answer: str, refuses: bool) -> None:
+def test_what_counts_as_a_refusal(answer: str, refuses: bool) -> None:
     judge = make_judge(Settings())
     assert isinstance(judge, MarkerJudge) and judge.refuses(answer) is refuses
 

@@ -29,7 +29,11 @@ from heretic.interrupt import StopSignal
 @app.command()
 def reproduce(
     manifest: Annotated[
-        Path, typer.Argument(help="manifest.json of an exported model, or the model's folder.", metavar="MANIFEST")
+        str,
+        typer.Argument(
+            help="manifest.json of an exported model, the model's folder, or user/name or the address of a model on the hub.",
+            metavar="MANIFEST",
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the rebuilt model; default: compare only.")
@@ -49,12 +53,13 @@ def reproduce(
 ) -> None:
     """Rebuild an exported model from its base and its manifest, without a study, and compare the two."""
     from heretic.cli.ui.outcome import show_reproduction
+    from heretic.export.manifest import locate_manifest
     from heretic.pipeline.reproduce import reproduce as rebuild
 
     stop = StopSignal()
     with stop.on_signals():
         reproduction = rebuild(
-            manifest,
+            locate_manifest(manifest),
             output,
             base=base,
             device_map=device_map,

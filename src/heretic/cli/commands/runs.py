@@ -6,7 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,6 +35,9 @@ from heretic.interrupt import StopSignal
 from heretic.progress import ProgressReporter
 from heretic.settings.sources import Resolved, resolve
 
+if TYPE_CHECKING:
+    from heretic.pipeline.run_context import RunContext
+
 
 @app.command()
 def run(
@@ -51,7 +54,7 @@ def run(
     assignments: SetOption = None,
     trials: Annotated[
         str | None,
-        typer.Option("--trials", help="n_trials: total number of trials; +50 adds 50 to those already completed."),
+        typer.Option("--trials", help="n_trials: largest number of trials; +50 adds 50 to those already completed."),
     ] = None,
     save_to: Annotated[str | None, typer.Option("--save-to", help="save_to: folder for the resulting model.")] = None,
     run_name: Annotated[str | None, typer.Option("--run-name", help="run_name: name of the run's folder.")] = None,
@@ -75,7 +78,6 @@ def run(
     resolved = _resolve_run(model, config, assignments, options, quiet=quiet)
     from heretic.cli.ui.preflight_table import show
     from heretic.pipeline.run import run as run_job
-    from heretic.pipeline.run_context import RunContext
     from heretic.pipeline.tensor_parallel import follower_loop, rank, size
     from heretic.pipeline.worker_process import exit_with_parent
 
@@ -88,12 +90,6 @@ def run(
     # Under torchrun the other ranks only measure trials, so that the menu's actions would deadlock.
     menu_wanted = not (no_menu or as_json) and on_terminal(out) and size() == 1
     show_menu = menu_wanted and is_interactive()
-
-    def menu(run_context: RunContext) -> None:
-        from heretic.cli.ui.menu import Menu
-
-        Menu(out, run_context).run()
-
     # 2. Run the study, export, and show the menu
     with stop.on_signals(), exit_with_parent(stop):
         outcome = run_job(
@@ -106,7 +102,7 @@ def run(
             reporter=reporter,
             stop=stop,
             on_report=lambda report: show(report, err if as_json else out),
-            on_finished=menu if show_menu else None,
+            on_finished=_show_menu if show_menu else None,
         )
     # 3. Print the outcome
     if as_json:
@@ -117,6 +113,12 @@ def run(
     show_outcome(out, outcome, with_pareto_front=not show_menu)
     if menu_wanted and not show_menu:
         out.print(f"No menu: {non_interactive_reason()}. heretic --help lists its actions as commands.", soft_wrap=True)
+
+
+def _show_menu(run_context: RunContext) -> None:
+    from heretic.cli.ui.menu import Menu
+
+    Menu(out, run_context).run()
 
 
 def _worker_count(option: str | None, resolved: Resolved, reporter: ProgressReporter) -> int:

@@ -191,7 +191,7 @@ def more(menu: Menu) -> None:
     count = _parse_number(menu.ask("How many more trials?", str(planned - done if planned > done else MORE_TRIALS)))
     if count < 1:
         raise _BackToMenu
-    menu.run_context.set_n_trials(done + count)
+    menu.run_context.request_trials(done + count)
     run_trials(menu.run_context)
 
 

@@ -28,6 +28,8 @@ def show_outcome(console: Console, outcome: Outcome, *, with_pareto_front: bool 
         show_pareto_front(
             console, outcome.results, outcome.original_refusals, outcome.selected.number if outcome.selected else None
         )
+    if (end := outcome.summary.end) is not None:
+        console.print(f"The study is complete: {end[1]}.", soft_wrap=True)
     if outcome.selected is None:
         if any(not r.scores.within_limits for r in outcome.results):
             console.print("No trial meets the limits of [constraints]. Raise them, or run more trials.", markup=False)
@@ -39,7 +41,7 @@ def show_outcome(console: Console, outcome: Outcome, *, with_pareto_front: bool 
     if report.is_file():
         console.print(f"Report: {escape_terminal(str(report))}", soft_wrap=True)
     if outcome.export is not None:
-        _show_export_summary(console, outcome.export, outcome.original_refusals)
+        show_export_summary(console, outcome.export, outcome.original_refusals)
     if outcome.export is not None and outcome.export.trial != outcome.selected.number:
         console.print(f"That folder holds trial {outcome.export.trial}, which was selected earlier.", soft_wrap=True)
     if outcome.export is None or outcome.export.trial != outcome.selected.number:
@@ -50,10 +52,11 @@ def show_outcome(console: Console, outcome: Outcome, *, with_pareto_front: bool 
 def show_export(console: Console, outcome: ExportResult) -> None:
     """Print the summary of one exported trial."""
     console.print(f"Trial {outcome.result.number}, {escape_terminal(outcome.reason)}.")
-    _show_export_summary(console, outcome.export, outcome.before)
+    show_export_summary(console, outcome.export, outcome.before)
 
 
-def _show_export_summary(console: Console, export: Export, before: int | None) -> None:
+def show_export_summary(console: Console, export: Export, before: int | None) -> None:
+    """Print where a model was written, its scores and its verification."""
     verification = export.verification
     scores = verification.scores
     evasive = f", {scores.evasive} evasive" if scores.evasive else ""

@@ -30,7 +30,7 @@ def show(report: PreflightReport, console: Console) -> None:
 def _devices(report: PreflightReport) -> Table:
     """Return a row for every visible GPU, and for the CPU if it holds weights."""
     loads = {load.device.name: load for load in report.plan.loads} if report.plan else {}
-    names = {f"cuda:{gpu.index}": gpu for gpu in report.gpus.gpus}
+    names = {gpu.device.name: gpu for gpu in report.gpus.gpus}
     table = Table(title=_title(report.plan), title_justify="left")
     table.add_column("device", overflow="fold")
     for heading in ("free", "weights", "run", "reserve", "needed"):

@@ -58,7 +58,7 @@ def _full_screen(console: Console, read: Callable[[], Status], every: float) -> 
 
 
 def _complete(status: Status) -> bool:
-    return status.summary.n_complete >= status.summary.n_trials and not status.state.startswith("running")
+    return status.summary.end is not None and not status.state.startswith("running")
 
 
 def _view(console: Console, status: Status) -> Group:

@@ -15,10 +15,12 @@ def rows(summary: StudySummary) -> list[tuple[str, str]]:
     counts = [f"{summary.n_complete} of {summary.n_trials}"]
     counts += [f"{n} {what}" for n, what in ((summary.n_pruned, "pruned"), (summary.n_failed, "failed")) if n]
     pairs = [("trials", ", ".join(counts))]
+    if summary.end is not None:
+        pairs.append(("ended", summary.end[1]))
     if summary.trials_per_hour is not None:
         pairs.append(("speed", f"{_rounded(summary.trials_per_hour)} trials per hour"))
     if summary.seconds_left is not None:
-        pairs.append(("time left", f"about {format_duration(summary.seconds_left)}"))
+        pairs.append(("time left", f"at most {format_duration(summary.seconds_left)}"))
     if summary.original_refusals is not None and summary.results:
         pairs.append(("original", f"{summary.original_refusals} of {summary.results[0].scores.total} refused"))
     if summary.best is not None:

@@ -84,7 +84,7 @@ def _load(settings: ClassifierSettings) -> tuple[Any, Any]:
         )
     try:
         return tokenizer, model.to(settings.device).eval()
-    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA raises AssertionError
+    except (RuntimeError, AssertionError) as error:  # PyTorch without this accelerator raises AssertionError
         if out_of_memory(error):
             raise
         raise UserError(

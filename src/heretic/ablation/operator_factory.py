@@ -1,0 +1,123 @@
+"""Operators of an ablation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from heretic.ablation.ablation import Ablation, interpolation
+from heretic.ablation.directions import Directions, orthonormal
+from heretic.ablation.operator import (
+    GEOMETRIES,
+    NEEDS_WEIGHT_STATS,
+    LazyTensor,
+    Operator,
+    WeightStats,
+    in_ram,
+    stats_for_directions,
+    weight_statistics,
+)
+from heretic.model.architecture import ResidualWriter
+from heretic.model.transfer import to_devices
+from heretic.progress import NULL_REPORTER, ProgressReporter
+
+
+@dataclass(frozen=True)
+class OperatorFactory:
+    """Computes the operators of any ablation by vector arithmetic.
+
+    If an RMS norm with the weight S follows a writer, its output along S v ends up along v in the stream. So S v is removed.
+    """
+
+    directions: Directions
+    writers: tuple[ResidualWriter, ...]
+    geometry: str
+    weight_stats: Mapping[str, WeightStats]
+    scales: Mapping[str, Tensor]  # S [width] by writer
+    # Reads a writer's matrices [width, inputs], also if the module does not hold them.
+    read: Callable[[ResidualWriter], Sequence[LazyTensor]] = field(
+        default=ResidualWriter.weights, repr=False, compare=False
+    )
+
+    @classmethod
+    def prepare(
+        cls,
+        directions: Directions,
+        writers: tuple[ResidualWriter, ...],
+        geometry: str,
+        read: Callable[[ResidualWriter], Sequence[LazyTensor]] = ResidualWriter.weights,
+        reporter: ProgressReporter = NULL_REPORTER,
+        *,
+        norm_aware: bool = True,
+    ) -> OperatorFactory:
+        """Compute every writer's weight statistics once, if the geometry needs them.
+
+        `read` returns a writer's matrices [width, inputs], also of offloaded layers.
+        """
+        facts: dict[str, WeightStats] = {}
+        scales = {w.name: s.cpu() for w in writers if norm_aware and (s := w.scale()) is not None}
+        if geometry in NEEDS_WEIGHT_STATS:
+            with reporter.stage("Weight statistics", len(writers)) as stage:
+                for writer in writers:
+                    scaled_directions = directions.all_directions.flatten(0, 1) * scales.get(writer.name, 1)
+                    facts[writer.name] = weight_statistics(read(writer), scaled_directions).to("cpu")
+                    stage.advance()
+        return cls(directions, writers, geometry, facts, scales, read)
+
+    def operators(self, ablation: Ablation, *, zeros_from: int | None = None) -> dict[str, Operator]:
+        """Compute the operators by writer name, without writers of strength 0.
+
+        With `zeros_from`, include all writers from that layer on and none below, so that zero strengths get gradients. Then the
+        operators of an explicit vector stay on the devices of their weights; else all operators are in RAM.
+        """
+        writers = [
+            writer
+            for writer in self.writers
+            if (writer.layer >= zeros_from if zeros_from is not None else float(ablation.strength(writer)) != 0.0)
+        ]
+        if ablation.vector is not None:
+            operators = self._of_vector(ablation, writers)
+            if zeros_from is None:
+                operators = in_ram(operators)
+            return dict(zip((writer.name for writer in writers), operators, strict=True))
+        found = {}
+        for writer in writers:
+            layers = self._mix(ablation, writer)
+            scaled = self.directions.mixed_at(layers) * self.scales.get(writer.name, 1)
+            vectors, turned = orthonormal(scaled)
+            mix = torch.einsum("ij,l->ilj", turned, layers).flatten(1)
+            found[writer.name] = self._operator(
+                vectors, ablation.strength(writer), self.weight_stats.get(writer.name), mix
+            )
+        return found
+
+    def _of_vector(self, ablation: Ablation, writers: Sequence[ResidualWriter]) -> list[Operator]:
+        """Compute the operators of explicit directions where the weights are, which their statistics are products with."""
+        raw = torch.as_tensor(ablation.vector).unflatten(0, (-1, self.directions.vectors.shape[-1]))
+        vectors = [orthonormal(raw * self.scales.get(writer.name, 1))[0] for writer in writers]
+        strengths = [torch.as_tensor(ablation.strength(writer), dtype=raw.dtype) for writer in writers]
+        known = [self.weight_stats.get(writer.name) for writer in writers]
+        if not all(known):
+            mix = torch.eye(len(raw), dtype=raw.dtype)
+            return [self._operator(v, s, None, mix) for v, s in zip(vectors, strengths, strict=True)]
+        norms = [facts.norms for facts in known if facts]
+        devices = [writer.device or torch.device("cpu") for writer in writers]
+        moved = to_devices([*vectors, *strengths, *norms], [*devices, *devices, *devices])
+        count = len(writers)
+        found = []
+        for writer, v, s, d in zip(writers, moved[:count], moved[count : 2 * count], moved[2 * count :], strict=True):
+            mix = torch.eye(len(v), dtype=v.dtype, device=v.device)
+            found.append(self._operator(v, s, stats_for_directions(v, self.read(writer), d), mix))
+        return found
+
+    def _operator(self, vectors: Tensor, strength: float | Tensor, facts: WeightStats | None, mix: Tensor) -> Operator:
+        return GEOMETRIES[self.geometry](vectors.squeeze(0), strength, facts, mix.squeeze(0))
+
+    def _mix(self, ablation: Ablation, writer: ResidualWriter) -> Tensor:
+        mixture = ablation.mixture
+        if mixture is None:
+            mixture = interpolation(writer.layer + ablation.shift, self.directions.num_layers)
+        return torch.as_tensor(mixture, dtype=self.directions.vectors.dtype)

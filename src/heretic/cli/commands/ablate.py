@@ -1,0 +1,66 @@
+"""Command `ablate`: one ablation without a study."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from heretic.cli.options import (
+    ConfigOption,
+    JsonOption,
+    ModelArgument,
+    PlainOption,
+    SetOption,
+    WaitOption,
+    app,
+    out,
+    read_settings,
+    reporter_for,
+)
+from heretic.interrupt import StopSignal
+
+
+@app.command()
+def ablate(
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the model.")],
+    model: ModelArgument = None,
+    strength: Annotated[
+        float | None,
+        typer.Option("--strength", help="One strength for all writers (1 removes the direction), without a search."),
+    ] = None,
+    layer: Annotated[
+        float | None,
+        typer.Option(
+            "--layer", help="With --strength: the layer whose direction is removed everywhere; default: its own."
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    wait: WaitOption = False,
+    plain: PlainOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ablate a model without a study: directions, gradient search or a given strength, export, verification."""
+    resolved = read_settings(config, assignments, {"model": model}, quiet=as_json)
+    from heretic.cli.ui.outcome import show_export_summary
+    from heretic.pipeline.ablate import ablate_once
+
+    stop = StopSignal()
+    reporter = reporter_for(as_json, plain, resolved.settings.model, stop)
+    with stop.on_signals():
+        export, before = ablate_once(
+            resolved, output, strength=strength, layer=layer, wait=wait, reporter=reporter, stop=stop
+        )
+    if as_json:
+        print(json.dumps({"original_refusals": before, **export.as_dict()}, indent=2))
+        return
+    show_export_summary(out, export, before)
+    out.print(
+        "This is one ablation. A study compares many and selects the one with the fewest refusals at a low KL: "
+        f"heretic run {resolved.settings.model}",
+        soft_wrap=True,
+        markup=False,
+    )

@@ -1,0 +1,142 @@
+"""What is measured of a model: plain data without torch, so that reading a study does not load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(original || ablated) over prompts, in nats.
+
+    `per_prompt` holds one value per prompt, in order; it is empty in a divergence that was loaded from storage.
+    """
+
+    mean: float
+    median: float
+    p95: float
+    max: float
+    per_prompt: tuple[float, ...] = field(default=(), compare=False, repr=False)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Divergence:
+        """Restore a divergence from the result of `as_dict`."""
+        mean, median, p95, largest = (float(data[name]) for name in ("mean", "median", "p95", "max"))
+        return cls(mean, median, p95, largest)
+
+    def __str__(self) -> str:
+        """Format the four numbers in one line."""
+        return f"mean {self.mean:.4f}, median {self.median:.4f}, p95 {self.p95:.4f}, max {self.max:.4f}"
+
+    def as_dict(self) -> dict[str, float | str]:
+        """Return the four numbers as plain data; infinity becomes the string "inf", since JSON has no such number."""
+        numbers = {"mean": self.mean, "median": self.median, "p95": self.p95, "max": self.max}
+        return {k: v if v < float("inf") else "inf" for k, v in numbers.items()}
+
+
+@dataclass(frozen=True)
+class HarmlessMetrics:
+    """Counts over the answers to harmless prompts."""
+
+    over_refusals: int  # refused or evasive
+    degenerate: int  # empty or a loop
+    total: int
+
+    def as_dict(self) -> dict[str, int]:
+        """As plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class RefusalProxy:
+    """Proxy of one trial."""
+
+    matching: int  # requests whose reference refusal is greedily reproduced
+    probability: float  # mean token probability of the reference refusals
+    refused: int  # requests that the original refuses
+
+    def as_dict(self) -> dict[str, float]:
+        """As plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Measurements of one model: divergence on harmless prompts, refusals of harmful requests."""
+
+    divergence: Divergence
+    refusals: int
+    total: int  # harmful requests
+    seconds: dict[str, float]  # wall time by phase; a shared pass is divided by its trials
+    surrogate: RefusalProxy | None = None
+    refused: str = ""  # one digit per request: 0 answered, 1 refused, 2 evasive
+    leaning: float | None = None  # sum of the probabilities of the reference refusals' first tokens; None: not measured
+    evasive: int = 0  # not included in `refusals`
+    judge: str = "markers"  # kind of judge that gave the verdicts
+    harmless_metrics: HarmlessMetrics | None = None
+    excess: dict[str, float] = field(default_factory=dict)  # by constraint: metric minus limit
+
+    @property
+    def unanswered(self) -> int:
+        """Number of refusals and evasions: an evasion never counts as a success."""
+        return self.refusals + self.evasive
+
+    @property
+    def within_limits(self) -> bool:
+        """Whether every constraint is met."""
+        return all(excess <= 0 for excess in self.excess.values())
+
+    @property
+    def expected(self) -> float:
+        """Expected refusals, an objective of the study: unanswered requests plus the refusal probability of the answered ones.
+
+        Unlike the plain count, it distinguishes an answer that is close to a refusal from one that is not.
+        """
+        return expected_refusals(self.unanswered, self.leaning)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "divergence": self.divergence.as_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Scores:
+        """Restore scores from `as_dict`; fields added in later versions may be missing."""
+        return cls(
+            divergence=Divergence.from_dict(data["divergence"]),
+            refusals=data["refusals"],
+            total=data["total"],
+            seconds=dict(data["seconds"]),
+            surrogate=RefusalProxy(**data["surrogate"]) if data.get("surrogate") else None,
+            refused=data.get("refused", ""),
+            leaning=data.get("leaning"),
+            evasive=data.get("evasive", 0),
+            judge=data.get("judge", "markers"),
+            harmless_metrics=HarmlessMetrics(**data["harmless_metrics"]) if data.get("harmless_metrics") else None,
+            excess=dict(data.get("excess", {})),
+        )
+
+
+@dataclass(frozen=True)
+class PrunedTrial:
+    """Measurements of a trial that was pruned because it could no longer reach the Pareto front."""
+
+    divergence: Divergence
+    at_least: int  # lower bound of refusals and evasions
+    total: int
+    seconds: dict[str, float]
+    surrogate: RefusalProxy
+    expected_at_least: float = 0.0  # lower bound of `Scores.expected`
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "divergence": self.divergence.as_dict()}
+
+
+TrialOutcome = Scores | PrunedTrial
+
+
+def expected_refusals(refusals: int, refusal_mass: float | None) -> float:
+    """Add the refusal mass of the answered requests to the refusals, rounded to a tenth of a request."""
+    return round(refusals + (refusal_mass or 0.0), 1)

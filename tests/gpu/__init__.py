@@ -1,0 +1,1 @@
+"""Tests that need a real GPU: python -m pytest -m gpu."""

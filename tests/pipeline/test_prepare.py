@@ -1,0 +1,34 @@
+"""What a run reads before it plans memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from heretic.pipeline.prepare import read_inputs
+from heretic.settings import Settings
+from tests.tiny import save_prompts, save_tiny
+
+
+def test_all_that_cannot_be_read_is_found_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    settings = Settings.model_validate(
+        {
+            "model": str(tmp_path / "missing"),
+            "prompts": {"harmful_train": {"source": str(tmp_path / "missing.txt")}},
+            "storage": f"sqlite:///{tmp_path}/file/study.db",
+        }
+    )
+    inputs = read_inputs(settings)
+    failures = {f.subject: f.code for f in inputs.findings if f.level == "failure"}
+    assert set(failures) == {"model", "prompts", "storage"} and all(failures.values())
+    assert inputs.checkpoint is None and inputs.prompts is None
+
+
+def test_the_workload_has_the_real_numbers_of_prompts_and_tokens(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    prompts = {role: {"source": str(path)} for role, path in save_prompts(tmp_path / "prompts").items()}
+    settings = Settings.model_validate({"model": str(tmp_path / "model"), "prompts": prompts})
+    inputs = read_inputs(settings)
+    assert inputs.prompts is not None and inputs.checkpoint is not None
+    assert inputs.work.requests == len(inputs.prompts.harmful_eval)
+    assert not [f for f in inputs.findings if f.level == "failure"]
