@@ -225,9 +225,8 @@ class Subject:
         for operators in both:
             with apply_operators(writers, operators):
                 alone.append(next_token_log_probs(self.model, self.even))
-        trials = torch.tensor([0, 1, 0, 1])
         rows = Batcher(8).batch([0, 0, 1, 1], [PROMPTS[1], PROMPTS[1][::-1]])
-        batch = type(rows)(rows.rows, rows.input_ids, rows.attention_mask, None, trials, EditSpec(2))
+        batch = type(rows)(rows.rows, rows.input_ids, rows.attention_mask, None, [0, 1, 0, 1], EditSpec(2))
         with apply_operators(writers, *both):
             together = next_token_log_probs(self.model, batch)
         expected = torch.stack([alone[0][0], alone[1][0], alone[0][1], alone[1][1]])

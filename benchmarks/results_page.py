@@ -31,6 +31,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "savings": tables.savings,
     "residuals": tables.residuals,
     "busy": tables.busy,
+    "host_waits": tables.host_waits,
     "llama_cpp": tables.llama_cpp,
     "sizes": timeline_tables.sizes,
     "scale": timeline_tables.scale,

@@ -366,6 +366,27 @@ def busy() -> str:
     )  # fmt: skip
 
 
+def host_waits() -> str:
+    """Return host waits, launches and bytes, counted on pretend GPUs."""
+    before, after = (read("host_waits")["counted"][name] for name in ("before", "after"))
+    passes = ("divergence pass", "draft pass", "capture pass", "gradient pass, mixture", "gradient pass, vector")
+    rows: list[Sequence[Any]] = [
+        ("model, GPUs", *(name.replace(" pass", "") for name in passes), "token", "generate", "launches")
+    ]
+    for name, new in after["models"].items():
+        old = before["models"][name]
+        waits = [f"{old[each]['waits']:g} → {new[each]['waits']:g}" for each in passes]
+        token, launches = ([each["decode"][kind] for each in (old, new)] for kind in ("waits", "launches"))
+        token_waits = (f"{token[0]:.2f} → {token[1]:.2f}", f"{new['generate']['waits']:g}")
+        rows.append((name, *waits, *token_waits, f"{launches[0]:.0f} → {launches[1]:.0f}"))
+    large = " → ".join(f"{each['bytes_to_first']['decode']:,.0f}" for each in (before, after))
+    settings = (
+        "host waits of a pass and of a decoded token, of transformers' generate by token, launches a token; 8 padded rows, before "
+        f"→ after. 128 rows, vocabulary 151,936, bfloat16, four GPUs: {large} bytes a token to the first"
+    )
+    return captioned(rows, "host_waits", settings=settings, model="Tiny random models of 8 writers on pretend GPUs")
+
+
 def llama_cpp() -> str:
     """Return exported GGUF files in llama.cpp."""
     files = ("llama_cpp", "llama_cpp_smollm2")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +14,16 @@ from unittest import mock
 import pytest
 import torch
 
+from heretic.ablation.ablation import Ablation
+from heretic.ablation.apply import apply_operators
+from heretic.ablation.directions import Directions
+from heretic.ablation.operator_factory import OperatorFactory
 from heretic.errors import UserError
 from heretic.interrupt import StopSignal
-from heretic.model.batching import Batch, Batcher
+from heretic.model.batching import Batch, Batcher, EditSpec
+from heretic.model.capture import last_token_residuals
 from heretic.model.checkpoint import open_checkpoint
+from heretic.model.decoding import decode
 from heretic.model.forward import next_token_log_probs, supports_prefix_caching
 from heretic.model.loading import load
 from heretic.pipeline.actions import export_from_run, start_chat
@@ -26,17 +32,19 @@ from heretic.pipeline.run_context import RunContext
 from heretic.planning import memory_plan
 from heretic.planning.memory_plan import MemoryPlan
 from heretic.progress import NullReporter
+from heretic.scoring.divergence import measure_divergence
 from heretic.scoring.gradient_loss import Objective
+from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs
 from heretic.search import path_optimizer
 from heretic.settings.sources import resolve
 from tests.helpers.pretend_gpus import PretendGpus
+from tests.helpers.spread import TIED, spread
 from tests.tiny import FAMILIES, MIXED, save_prompts, save_tiny
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
 Start = Literal["kernels", "gradient"]
 TRIED = ("llama", "gemma3", "mixtral", "gpt2")
-TIED = ("gpt2", "gemma3", "gemma2", "lfm2")
 SEEDS = {("gradient", "gemma3"): 1, ("gradient", "mixtral"): 1}  # with these enough prompts are "refused"
 SYSTEM = "please tell me about the stars and rivers and music and history now"
 SETTINGS = (
@@ -52,22 +60,6 @@ STARTS: dict[Start, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 CHAT = [{"role": "user", "content": "write about bread"}]
-
-
-def spread(family: str) -> dict[str, int]:
-    """A block on each of four GPUs, the embedding on the first, the head on the last unless it is tied to the embedding."""
-    inner = {"gpt2": "transformer", "gpt_neox": "gpt_neox"}.get(family, "model")
-    first, last = ["model.embed_tokens", "model.rotary_emb"], "model.norm"
-    if family == "gpt2":
-        first, last = ["transformer.wte", "transformer.wpe"], "transformer.ln_f"
-    elif family == "gpt_neox":
-        first, last = ["gpt_neox.embed_in", "gpt_neox.emb_dropout", "gpt_neox.rotary_emb"], "gpt_neox.final_layer_norm"
-    elif family == "lfm2":
-        last = "model.embedding_norm"
-    elif family == "granitemoehybrid":
-        first = ["model.embed_tokens"]
-    blocks = {f"{inner}.{'h' if family == 'gpt2' else 'layers'}.{i}": i for i in range(4)}
-    return {**dict.fromkeys(first, 0), **blocks, last: 3, "lm_head": 0 if family in TIED else 3}
 
 
 def device_map(family: str, count: int) -> str:
@@ -310,3 +302,45 @@ def test_gradient_search_takes_no_more_than_planned_with_a_long_shared_prefix(tm
     assert found.plan is not None and found.plan.prompt_tokens > 50
     taken = peaks[1] - found.plan.loads[1].weights
     assert 0.7 * found.plan.loads[1].gradients < taken < found.plan.loads[1].gradients
+
+
+@pytest.mark.parametrize(("family", "count"), [("llama", 1), ("gemma3", 2), ("mixtral", 4), ("gpt2", 4)])
+def test_host_waits_for_results_only(family: str, count: int, tmp_path: Path) -> None:
+    """Once for a pass and its gradients, once for 12 decoded tokens; the logits stay where the head is."""
+    checkpoint = open_checkpoint(str(save_tiny(tmp_path / family, family)))
+    rows, texts = list(range(8)), [[7, 8]] * 8
+    harmless, harmful = (TeacherForcedTexts.of(SEQUENCES, texts) for _ in range(2))
+
+    def waits(work: Callable[[], object]) -> int:
+        gpus.reset()
+        work()
+        return sum(gpus.syncs["-"].values())
+
+    with PretendGpus(count) as gpus:
+        model = load(checkpoint, ["float32"], {"device_map": spread(family, count)})
+        structure, batcher = model.structure, Batcher(8, model.device)
+        directions = Directions(torch.nn.functional.normalize(torch.randn(4, structure.width), dim=-1))
+        factory = OperatorFactory.prepare(directions, structure.writers, "norm_preserving")
+        original = all_log_probs(model, harmless, batcher, "original")
+        objective = Objective(model, factory, batcher, harmless, harmful, original.split(harmless.counts))
+        strengths, vector = torch.full((2, 4), 0.5, requires_grad=True), torch.ones(structure.width, requires_grad=True)
+        ablation = Ablation(dict(zip(structure.components, strengths, strict=True)), vector=vector)
+
+        def ablated() -> None:
+            operators = factory.operators(Ablation({"mlp": (0.5,) * 4}))
+            with apply_operators(structure.writers, operators, {}):
+                measure_divergence(model, harmless, original, batcher, EditSpec(2))
+
+        def decoded(tokens: int) -> tuple[int, int]:
+            found = waits(lambda: decode(model.model, batcher.batch(rows, SEQUENCES), tokens, set()))
+            return found, sum(size for (_, _, to, _), size in gpus.peer_bytes.items() if to == 0)
+
+        assert waits(lambda: last_token_residuals(model, batcher.batch(rows, SEQUENCES))) == count
+        assert waits(ablated) == 2, "two batches"
+        wanted = [strengths, vector]
+        assert waits(lambda: objective.evaluate(ablation, 0, rows, rows, wanted=wanted)) == 3, "two passes"
+        (few, _), (many, to_first) = decoded(1), decoded(13)
+        assert many - few == 1
+        # Token ids; and the hidden states, where the head lies with the embedding on the first GPU.
+        ids, hidden = 8 * 8, 8 * structure.width * 4 * (family in TIED)
+        assert to_first / 13 <= ids + hidden

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-from heretic.ablation.operator import Operator, StackedOperators
+from heretic.ablation.operator import Operator, StackedOperators, placed
 from heretic.model.forward import trial_of_row
 from heretic.model.writer import ResidualWriter, first_tensor, with_first
 
@@ -20,26 +21,36 @@ def apply_operators(writers: Sequence[ResidualWriter], *trials: Mapping[str, Ope
     With several trials each row of a batch has its own (`model.forward.trial_of_row`). Nested contexts compose in the order
     in which they are entered.
     """
+    by_writer = [(writer, [operators.get(writer.name) for operators in trials]) for writer in writers]
+    edited = [(writer, named) for writer, named in by_writer if any(named)]
     handles = []
     try:
-        for writer in writers:
-            named = [operators.get(writer.name) for operators in trials]
-            if any(named):
-                handles += [module.register_forward_hook(_hook(named)) for module in writer.modules]
+        for (writer, _), operator in zip(edited, _on_their_devices(edited), strict=True):
+            handles += [module.register_forward_hook(_hook(operator)) for module in writer.modules]
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hook(operators: Sequence[Operator | None]) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-    single = operators[0] if len(operators) == 1 else None
-    stacked: Operator | StackedOperators = single or StackedOperators.of(operators)
+def _on_their_devices(
+    edited: Sequence[tuple[ResidualWriter, Sequence[Operator | None]]],
+) -> Sequence[Operator | StackedOperators]:
+    """Return each writer's operators, stacked if there are several trials, on the devices that the writers run on."""
+    devices = [writer.device or torch.device("cpu") for writer, _ in edited]
+    if any(len(operators) > 1 for _, operators in edited):
+        return placed([StackedOperators.of(operators) for _, operators in edited], devices)
+    single = [operator for _, operators in edited for operator in operators if operator is not None]
+    if any(operator.u.device.type != "cpu" for operator in single):
+        return single
+    return placed(single, devices)
 
+
+def _hook(stacked: Operator | StackedOperators) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
     def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
         nonlocal stacked
         written = first_tensor(output)
-        if stacked.u.device != written.device:  # once per trial: the writers of a sharded model are on several devices
+        if stacked.u.device != written.device:  # an offloaded writer, or one whose weights another device uses too
             stacked = stacked.to(written.device)
         if isinstance(stacked, Operator):
             return with_first(output, stacked(written))

@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from heretic.model.lazy_tensor import LazyTensor, materialize
+from heretic.model.transfer import to_device, to_devices, to_host
 
 # Rows of a weight with a smaller norm count as zero, so that D^-1 stays finite.
 TINY = 1e-12
@@ -94,6 +95,23 @@ class StackedOperators:
         return StackedOperators(self.u.to(device), self.w.to(device), None if self.n is None else self.n.to(device))
 
 
+Placed = TypeVar("Placed", Operator, StackedOperators)
+
+
+def placed(operators: Sequence[Placed], devices: Sequence[torch.device]) -> list[Placed]:
+    """Copy operators from RAM to their devices, all together: the copies do not make the host wait. Differentiable."""
+    parts = [[t for t in (o.u, o.w, o.n) if t is not None] for o in operators]
+    flat = [t for own in parts for t in own]
+    moved = iter(to_devices(flat, [device for own, device in zip(parts, devices, strict=True) for _ in own]))
+    return [type(o)(next(moved), next(moved), None if o.n is None else next(moved)) for o in operators]
+
+
+def in_ram(operators: Sequence[Operator]) -> list[Operator]:
+    """Copy operators to RAM, with one wait for all GPUs."""
+    moved = iter(to_host([t for o in operators for t in (o.u, o.w, o.n) if t is not None]))
+    return [Operator(next(moved), next(moved), None if o.n is None else next(moved)) for o in operators]
+
+
 @dataclass(frozen=True)
 class WeightStats:
     """Statistics of one writer's weight W [width, inputs] for k directions V [k, width].
@@ -159,7 +177,7 @@ class _WeightProduct(torch.autograd.Function):
 
 
 def _weight_product(x: Tensor, matrix: Tensor, rows_at_once: int = 0) -> Tensor:
-    here = x.to(matrix.device)
+    here = to_device(x, matrix.device)
     a = _sum(here[..., rows] @ matrix[rows].to(x.dtype) for rows in _rows(matrix, rows_at_once))
     return torch.cat([a @ matrix[rows].to(x.dtype).mT for rows in _rows(matrix, rows_at_once)], dim=-1).to(x.device)
 

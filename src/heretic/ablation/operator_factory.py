@@ -16,10 +16,12 @@ from heretic.ablation.operator import (
     LazyTensor,
     Operator,
     WeightStats,
+    in_ram,
     stats_for_directions,
     weight_statistics,
 )
 from heretic.model.architecture import ResidualWriter
+from heretic.model.transfer import to_devices
 from heretic.progress import NULL_REPORTER, ProgressReporter
 
 
@@ -68,26 +70,51 @@ class OperatorFactory:
     def operators(self, ablation: Ablation, *, zeros_from: int | None = None) -> dict[str, Operator]:
         """Compute the operators by writer name, without writers of strength 0.
 
-        With `zeros_from`, include all writers from that layer on and none below, so that zero strengths get gradients.
+        With `zeros_from`, include all writers from that layer on and none below, so that zero strengths get gradients. Then the
+        operators of an explicit vector stay on the devices of their weights; else all operators are in RAM.
         """
-        operators = {}
-        for writer in self.writers:
-            strength = ablation.strength(writer)
-            if writer.layer < zeros_from if zeros_from is not None else float(strength) == 0.0:
-                continue
-            facts = self.weight_stats.get(writer.name)
-            scale = self.scales.get(writer.name, 1)
-            if ablation.vector is not None:
-                raw = torch.as_tensor(ablation.vector).unflatten(0, (-1, self.directions.vectors.shape[-1]))
-                vectors, _ = orthonormal(raw * scale)
-                mix = torch.eye(len(vectors), dtype=vectors.dtype)
-                facts = facts and stats_for_directions(vectors, self.read(writer), facts.norms)
-            else:
-                layers = self._mix(ablation, writer)
-                vectors, turned = orthonormal(self.directions.mixed_at(layers) * scale)
-                mix = torch.einsum("ij,l->ilj", turned, layers).flatten(1)
-            operators[writer.name] = GEOMETRIES[self.geometry](vectors.squeeze(0), strength, facts, mix.squeeze(0))
-        return operators
+        writers = [
+            writer
+            for writer in self.writers
+            if (writer.layer >= zeros_from if zeros_from is not None else float(ablation.strength(writer)) != 0.0)
+        ]
+        if ablation.vector is not None:
+            operators = self._of_vector(ablation, writers)
+            if zeros_from is None:
+                operators = in_ram(operators)
+            return dict(zip((writer.name for writer in writers), operators, strict=True))
+        found = {}
+        for writer in writers:
+            layers = self._mix(ablation, writer)
+            scaled = self.directions.mixed_at(layers) * self.scales.get(writer.name, 1)
+            vectors, turned = orthonormal(scaled)
+            mix = torch.einsum("ij,l->ilj", turned, layers).flatten(1)
+            found[writer.name] = self._operator(
+                vectors, ablation.strength(writer), self.weight_stats.get(writer.name), mix
+            )
+        return found
+
+    def _of_vector(self, ablation: Ablation, writers: Sequence[ResidualWriter]) -> list[Operator]:
+        """Compute the operators of explicit directions where the weights are, which their statistics are products with."""
+        raw = torch.as_tensor(ablation.vector).unflatten(0, (-1, self.directions.vectors.shape[-1]))
+        vectors = [orthonormal(raw * self.scales.get(writer.name, 1))[0] for writer in writers]
+        strengths = [torch.as_tensor(ablation.strength(writer), dtype=raw.dtype) for writer in writers]
+        known = [self.weight_stats.get(writer.name) for writer in writers]
+        if not all(known):
+            mix = torch.eye(len(raw), dtype=raw.dtype)
+            return [self._operator(v, s, None, mix) for v, s in zip(vectors, strengths, strict=True)]
+        norms = [facts.norms for facts in known if facts]
+        devices = [writer.device or torch.device("cpu") for writer in writers]
+        moved = to_devices([*vectors, *strengths, *norms], [*devices, *devices, *devices])
+        count = len(writers)
+        found = []
+        for writer, v, s, d in zip(writers, moved[:count], moved[count : 2 * count], moved[2 * count :], strict=True):
+            mix = torch.eye(len(v), dtype=v.dtype, device=v.device)
+            found.append(self._operator(v, s, stats_for_directions(v, self.read(writer), d), mix))
+        return found
+
+    def _operator(self, vectors: Tensor, strength: float | Tensor, facts: WeightStats | None, mix: Tensor) -> Operator:
+        return GEOMETRIES[self.geometry](vectors.squeeze(0), strength, facts, mix.squeeze(0))
 
     def _mix(self, ablation: Ablation, writer: ResidualWriter) -> Tensor:
         mixture = ablation.mixture

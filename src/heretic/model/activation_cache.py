@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heretic.hardware.devices import pins_memory
+from heretic.hardware.devices import is_accelerator
 from heretic.model.architecture import first_tensor
 from heretic.model.patching import replaced_forward
+from heretic.model.transfer import HostCopies, rows_to_device
 
 # With fewer cached layers the saved compute is not worth the memory.
 MIN_CACHED_LAYERS = 4
+STAGED_BYTES = 256 << 20  # of recorded tensors on their way to RAM; more makes the host wait within the pass
 
 
 class ActivationCache:
@@ -55,6 +57,8 @@ class ActivationCache:
         self.cache: dict[int, tuple[Tensor, Tensor]] = {}  # by block: keys and values [tokens, heads, width of a head]
         self.devices: dict[int, torch.device] = {}  # by block: the device it runs on
         self.also_returned: int | None = None  # if blocks return a tuple: its length less one
+        self._copies = HostCopies()
+        self._staged: list[tuple[Tensor, Tensor, Tensor]] = []  # where to store, token indices, what is being copied
 
     def resume_layer(self, rows: Sequence[int], first_edited: int) -> int:
         """Return the block at which a pass over these sequences can start; 0 means at the embeddings."""
@@ -70,9 +74,10 @@ class ActivationCache:
         first_run = self.resume_layer(rows, first_edited)
         last_recorded = min(first_edited, len(self.blocks) - 1)
         indices = self._token_indices(rows)
+        self._staged.clear()  # of a pass that failed
         with ExitStack() as stack:
             if first_run:
-                hidden = self._gather(self.hidden[first_run], indices).to(device, non_blocking=True)
+                hidden = self._gather(self.hidden[first_run], indices, device)
                 stack.enter_context(self._skipped(first_run, hidden))
             for layer in range(first_run + 1, last_recorded + 1):
                 if layer % self.stride == 0:
@@ -85,9 +90,8 @@ class ActivationCache:
         last_recorded = min(first_edited, len(self.blocks) - 1)
         if self.with_cache and cache is not None:
             for layer in range(first_run):
-                keys, values = (self._gather(t, indices).transpose(1, 2) for t in self.cache[layer])
-                target = self.devices[layer]
-                cache.update(keys.to(target, non_blocking=True), values.to(target, non_blocking=True), layer)
+                keys, values = (self._gather(t, indices, self.devices[layer]) for t in self.cache[layer])
+                cache.update(keys.transpose(1, 2), values.transpose(1, 2), layer)
             for layer in range(first_run, last_recorded):
                 if layer not in self.cache:
                     self.devices[layer] = cache.layers[layer].keys.device
@@ -98,7 +102,8 @@ class ActivationCache:
                 for stored, new in zip(
                     self.cache[layer], (cache.layers[layer].keys, cache.layers[layer].values), strict=True
                 ):
-                    self._scatter(stored, indices, new[:, :, -indices.shape[1] :].transpose(1, 2))
+                    self._store(stored, indices, new[:, :, -indices.shape[1] :].transpose(1, 2))
+        self._finish_copies()
         if cache is not None or not self.with_cache:
             index = torch.tensor(list(rows))
             self.depth[index] = torch.maximum(self.depth[index], torch.tensor(last_recorded))
@@ -111,7 +116,7 @@ class ActivationCache:
                 raise ValueError("expected blocks that return hidden states [rows, tokens, width]")
             if layer not in self.hidden:
                 self.hidden[layer] = self._empty(hidden.shape[2:], hidden.dtype)
-            self._scatter(self.hidden[layer], indices, hidden)
+            self._store(self.hidden[layer], indices, hidden)
             self.also_returned = len(output) - 1 if isinstance(output, tuple) else None
 
         handle = self.blocks[layer - 1].register_forward_hook(record)
@@ -138,16 +143,24 @@ class ActivationCache:
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         with torch.inference_mode(False):  # passes with gradients read and write it too
-            return torch.zeros(int(self.lengths.sum()), *shape, dtype=dtype, pin_memory=pins_memory())
+            return torch.zeros(int(self.lengths.sum()), *shape, dtype=dtype)
 
     @staticmethod
-    def _gather(stored: Tensor, indices: Tensor) -> Tensor:
-        return stored[indices.clamp_min(0)]
+    def _gather(stored: Tensor, indices: Tensor, device: torch.device) -> Tensor:
+        return rows_to_device(stored, indices.clamp_min(0).flatten(), device).unflatten(0, indices.shape)
 
-    @staticmethod
-    def _scatter(stored: Tensor, indices: Tensor, new: Tensor) -> None:
-        real = indices >= 0
-        stored[indices[real]] = new.to("cpu")[real]
+    def _store(self, stored: Tensor, indices: Tensor, new: Tensor) -> None:
+        """Store a batch's tensor [rows, tokens, ...]; from a GPU at the end of the pass."""
+        self._staged.append((stored, indices, self._copies.copy(new)))
+        if not is_accelerator(new.device) or self._copies.bytes > STAGED_BYTES:
+            self._finish_copies()
+
+    def _finish_copies(self) -> None:
+        self._copies.wait()
+        for stored, indices, new in self._staged:
+            real = indices >= 0
+            stored[indices[real]] = new[real]
+        self._staged.clear()
 
 
 def allocate_cache(

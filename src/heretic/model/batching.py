@@ -16,6 +16,7 @@ from heretic.errors import OutOfMemory
 from heretic.hardware.devices import OUT_OF_MEMORY, empty_cache
 from heretic.interrupt import StopSignal
 from heretic.model.activation_cache import ActivationCache
+from heretic.model.transfer import to_device
 from heretic.progress import NULL_REPORTER, ProgressReporter
 
 Result = TypeVar("Result")
@@ -54,15 +55,25 @@ class Batch:
     input_ids: Tensor  # [rows, tokens], without the shared prefix
     attention_mask: Tensor  # [rows, prefix + tokens]; 0 on the padding between the two
     shared_prefix: SharedPrefix | None = None
-    trial_of_row: Tensor | None = None  # [rows]; None if all rows belong to one trial
+    trials: Sequence[int] | None = None  # of each row; None if all rows belong to one trial
     edited: EditSpec = UNEDITED
     activation_cache: ActivationCache | None = None
+    padded_rows: Sequence[bool] | None = None  # whether a row's mask has zeros; None: not known without looking at it
 
     @property
     def items(self) -> list[tuple[int, int]]:
         """Return (trial, sequence) of every row."""
-        trials = [0] * len(self.rows) if self.trial_of_row is None else self.trial_of_row.tolist()
-        return list(zip(trials, self.rows, strict=True))
+        return list(zip(self.trials or [0] * len(self.rows), self.rows, strict=True))
+
+    @property
+    def padded(self) -> bool | None:
+        """Whether the mask has zeros; None: not known without looking at it."""
+        return None if self.padded_rows is None else any(self.padded_rows)
+
+    @property
+    def trial_of_row(self) -> Tensor | None:
+        """The trial of each row [rows] on the device of the token ids; None if all rows belong to one trial."""
+        return None if self.trials is None else to_device(self.trials, self.input_ids.device)
 
     @property
     def position_ids(self) -> Tensor:
@@ -127,8 +138,8 @@ class Batcher:
                 try:
                     batch = self.batch([i % count for i in rows], sequences, prefix, entries)
                     if edited != UNEDITED:
-                        trials = torch.tensor([i // count for i in rows], device=self.device)
-                        batch = replace(batch, trial_of_row=trials if edited.trials > 1 else None, edited=edited)
+                        trials = [i // count for i in rows] if edited.trials > 1 else None
+                        batch = replace(batch, trials=trials, edited=edited)
                     batch_results: list[Result] | None = step(batch)
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
@@ -170,8 +181,9 @@ class Batcher:
         length = max(len(sequences[i]) for i in rows)
         ids = [[self.pad] * (length - len(sequences[i])) + sequences[i][start:] for i in rows]
         mask = [[1] * start + [0] * (length - len(sequences[i])) + [1] * (len(sequences[i]) - start) for i in rows]
-        input_ids, attention_mask = torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
-        return Batch(rows, input_ids, attention_mask, beginning, activation_cache=entries)
+        padded = [len(sequences[i]) != length for i in rows]
+        input_ids, attention_mask = to_device(ids, self.device), to_device(mask, self.device)
+        return Batch(rows, input_ids, attention_mask, beginning, activation_cache=entries, padded_rows=padded)
 
     def reduce_batch(self, rows: int) -> None:
         """Halve the batch size after `rows` rows ran out of memory. Raises OutOfMemory if it was a single row."""

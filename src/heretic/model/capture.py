@@ -13,6 +13,7 @@ from heretic.model.architecture import first_tensor
 from heretic.model.batching import Batch, Batcher
 from heretic.model.forward import hidden_states
 from heretic.model.loading import LanguageModel
+from heretic.model.transfer import HostCopies
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,13 @@ def last_token_residuals(language_model: LanguageModel, batch: Batch) -> Tensor:
     """Return the residuals after every block at the last token, float32 [rows, layers, width] on the CPU."""
     blocks = language_model.structure.blocks
     residuals: list[Tensor | None] = [None] * len(blocks)
+    copies = HostCopies()
     shape = (*batch.input_ids.shape, language_model.structure.width)
 
     def record(layer: int) -> Callable[..., None]:
         def hook(_module: object, _inputs: object, output: object) -> None:
-            residuals[layer] = one_stream(first_tensor(output), *shape)[:, -1, :].float().cpu()
+            last = one_stream(first_tensor(output), *shape)[:, -1, :]
+            residuals[layer] = copies.copy(last.clone().float())  # a view would keep the states of all tokens
 
         return hook
 
@@ -95,6 +98,7 @@ def last_token_residuals(language_model: LanguageModel, batch: Batch) -> Tensor:
     finally:
         for handle in handles:
             handle.remove()
+    copies.wait()
     # A skipped block (cross-attention without an image) does not change the stream.
     first = next(r for r in residuals if r is not None)
     stream = itertools.accumulate(residuals, lambda before, after: before if after is None else after, initial=first)

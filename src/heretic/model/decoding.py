@@ -18,15 +18,19 @@ from heretic.model.forward import (
     hidden_states,
     log_probs_of,
     rows_of_trials,
-    rows_selectable,
     supported_arguments,
 )
+from heretic.model.kv_cache import make_room, rows_selectable, select_rows
+from heretic.model.masks import known_padding
+from heretic.model.patching import outputs_stay
+from heretic.model.transfer import to_device
 
 # Removing rows copies the cache; worth it once a quarter has ended.
 COMPACT_BELOW = 0.75
-# Tokens between two host synchronizations, by device type: they stall a GPU, and cost nothing on the CPU.
+# Tokens between two host synchronizations, by device type: they stall a GPU, and cost nothing on the CPU. An answer that has ended
+# is decoded until the next one.
 SYNC_INTERVAL = {"cpu": 1}
-DEFAULT_SYNC_INTERVAL = 4
+DEFAULT_SYNC_INTERVAL = 12
 
 Ended = Callable[[int, list[int]], bool]  # (row of the batch, its tokens so far) -> whether to end it
 
@@ -42,6 +46,7 @@ class DecodingState:
     cache_rows: list[int]  # batch row of each cache row
     mask: Tensor  # [cache rows, slots]; 1 on the cache slots to attend to
     positions: Tensor  # [cache rows, 1] of the next tokens
+    padded: list[bool] | None  # by row of the batch: whether its mask has zeros; None: not known without looking at it
     cache: Any  # None if the model's cache cannot be used
     trials: Tensor | None  # [cache rows]
 
@@ -81,11 +86,9 @@ def verify_draft(model: Any, batch: Batch, tried: Sequence[Sequence[int]], limit
     hidden, cache = hidden_states(model, batch, use_cache=True)
     length = hidden.shape[1]
     draft_positions = [(row, i) for row, text in enumerate(tried) for i in range(max(1, len(text)))]
-    picked = torch.tensor([(row, length - len(tried[row]) - 1 + i) for row, i in draft_positions], device=hidden.device)
-    draft_tokens = torch.tensor(
-        [tried[row][i] if tried[row] else 0 for row, i in draft_positions], device=hidden.device
-    )
-    best, probabilities = _most_probable(model, hidden[picked[:, 0], picked[:, 1]], draft_tokens)
+    picked = [(row, length - len(tried[row]) - 1 + i, tried[row][i] if tried[row] else 0) for row, i in draft_positions]
+    row_of, position, draft_tokens = to_device(picked, hidden.device).unbind(1)
+    best, probabilities = _most_probable(model, hidden[row_of, position], draft_tokens)
     rows = range(len(batch.rows))
     answers = DecodingState(
         tokens=[[] for _ in rows],
@@ -93,8 +96,9 @@ def verify_draft(model: Any, batch: Batch, tried: Sequence[Sequence[int]], limit
         likely=[[] for _ in rows],
         matching=[bool(text) for text in tried],
         cache_rows=list(rows),
-        mask=batch.attention_mask.clone(),
-        positions=batch.position_ids[:, -1:].clone(),  # of the last token; corrected in step 4
+        mask=batch.attention_mask,  # these three are corrected in step 4
+        positions=batch.position_ids[:, -1:],
+        padded=None if batch.padded_rows is None else list(batch.padded_rows),
         cache=cache,
         trials=batch.trial_of_row,
     )
@@ -111,75 +115,91 @@ def verify_draft(model: Any, batch: Batch, tried: Sequence[Sequence[int]], limit
     # 3. Add the next token to answers that contain their whole draft.
     whole = [row for row in answers.open_rows if row not in diverged]
     if whole:
-        best, _ = _most_probable(
-            model, hidden[whole, -1], torch.zeros(len(whole), dtype=torch.long, device=hidden.device)
-        )
+        following = hidden[:, -1][to_device(whole, hidden.device)]
+        best, _ = _most_probable(model, following, torch.zeros_like(following[:, 0], dtype=torch.long))
         for row, token in zip(whole, best, strict=True):
             limits.append_tokens(answers, row, token)
-    # 4. Mask the cache slots of rejected draft tokens.
-    for row, text in enumerate(tried):
-        accepted = max(0, len(answers.tokens[row]) - 1)  # the last token is not in the cache yet
-        if accepted < len(text):
-            answers.mask[row, answers.mask.shape[1] - len(text) + accepted :] = 0
-        answers.positions[row] += accepted - len(text) + 1
+    # 4. Mask the cache slots of rejected draft tokens. Of an answer, the last token is not in the cache yet.
+    rejected = [len(text) - max(0, len(answers.tokens[row]) - 1) if text else 0 for row, text in enumerate(tried)]
+    by_row = to_device(rejected, answers.mask.device)[:, None]
+    slots = torch.arange(answers.mask.shape[1], device=answers.mask.device)
+    answers.mask = answers.mask * (slots < len(slots) - by_row)
+    answers.positions = answers.positions + 1 - by_row
+    if answers.padded is not None:
+        answers.padded = [padded or count > 0 for padded, count in zip(answers.padded, rejected, strict=True)]
     if not rows_selectable(cache) and any(tried):
         answers.cache = None  # recurrent states cannot drop a rejected token
     return answers
 
 
 def _most_probable(model: Any, hidden: Tensor, wanted: Tensor) -> tuple[list[int], list[float]]:
-    """Most probable next token, and probability of the wanted one, for hidden states [rows, width]."""
-    best, probabilities = [], []
+    """Most probable next token, and probability of the wanted one, for hidden states [rows, width]; waits for the device once."""
+    found = []
     for rows, log_probs in log_probs_of(model, hidden):
-        best.append(log_probs.argmax(dim=-1))
-        probabilities.append(
-            log_probs.gather(1, wanted[rows, None]).exp()[:, 0].nan_to_num(0.0)
-        )  # NaN: a destroyed model
-    return torch.cat(best).tolist(), torch.cat(probabilities).tolist()
+        chosen = log_probs.gather(1, to_device(wanted[rows, None], log_probs.device))
+        probabilities = chosen.exp()[:, 0].nan_to_num(0.0)  # NaN: a destroyed model
+        found.append(torch.stack([log_probs.argmax(dim=-1).double(), probabilities.double()]))
+    best, probability = torch.cat(found, dim=1).tolist()
+    return [int(token) for token in best], probability
 
 
 @torch.inference_mode()
 def continue_decoding(model: Any, answers: DecodingState, limits: StopCriteria) -> None:
     """Decode until every row has ended; completes `answers.tokens`."""
-    interval = SYNC_INTERVAL.get(answers.mask.device.type, DEFAULT_SYNC_INTERVAL)
-    tokens = torch.tensor([answers.tokens[row][-1:] or [0] for row in answers.cache_rows], device=answers.mask.device)
+    device = answers.mask.device
+    interval = SYNC_INTERVAL.get(device.type, DEFAULT_SYNC_INTERVAL)
+    tokens = to_device([answers.tokens[row][-1:] or [0] for row in answers.cache_rows], device)
     while answers.open_rows:
         if len(answers.open_rows) <= COMPACT_BELOW * len(answers.cache_rows) and rows_selectable(answers.cache):
-            tokens = tokens[_select_open_rows(answers).to(tokens.device)]
-        steps = []
-        for _ in range(min(interval, limits.max_tokens - min(len(answers.tokens[row]) for row in answers.open_rows))):
-            answers.mask = torch.cat([answers.mask, answers.mask.new_ones(len(answers.mask), 1)], dim=1)
-            with rows_of_trials(answers.trials):
-                output = forward_supported(
-                    model,
-                    tokens,
-                    attention_mask=answers.mask,
-                    position_ids=answers.positions,
-                    past_key_values=answers.cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-            answers.cache = output.past_key_values
-            answers.positions = answers.positions + 1
-            tokens = output.logits[:, -1, :].argmax(dim=-1, keepdim=True)
-            steps.append(tokens)
+            tokens = tokens[_select_open_rows(answers)]
+        remaining = limits.max_tokens - min(len(answers.tokens[row]) for row in answers.open_rows)
+        make_room(answers.cache, remaining)
+        steps = _decode_tokens(model, answers, tokens, min(interval, remaining))
+        tokens = steps[-1]
         for row, following in zip(answers.cache_rows, torch.cat(steps, dim=1).tolist(), strict=True):
             for token in following:
                 if row in answers.open_rows:
                     limits.append_tokens(answers, row, token)
 
 
+def _decode_tokens(model: Any, answers: DecodingState, tokens: Tensor, count: int) -> list[Tensor]:
+    """Decode so many tokens after `tokens` [cache rows, 1] without reading any; returns them, each like `tokens`.
+
+    They stay on the device of the model's inputs. The logits stay on that of its head.
+    """
+    slots = answers.mask.shape[1]
+    answers.mask = torch.cat([answers.mask, answers.mask.new_ones(len(answers.mask), count)], dim=1)
+    padded = None if answers.padded is None else any(answers.padded[row] for row in answers.cache_rows)
+    steps = []
+    with rows_of_trials(answers.trials), known_padding(padded), outputs_stay(model):
+        for step in range(count):
+            output = forward_supported(
+                model,
+                tokens,
+                attention_mask=answers.mask[:, : slots + step + 1],
+                position_ids=answers.positions,
+                past_key_values=answers.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            answers.cache = output.past_key_values
+            answers.positions = answers.positions + 1
+            best = output.logits[:, -1, :].argmax(dim=-1, keepdim=True)
+            tokens = to_device(best, answers.mask.device)
+            steps.append(tokens)
+    return steps
+
+
 def _select_open_rows(answers: DecodingState) -> Tensor:
     """Remove ended rows from the cache; returns the cache indices of the others."""
-    # On the CPU: the layers of a split model have their keys on several devices.
-    keep = torch.tensor([i for i, row in enumerate(answers.cache_rows) if row in answers.open_rows])
-    answers.cache.batch_select_indices(keep)
-    on_device = keep.to(answers.mask.device)
-    answers.mask, answers.positions = answers.mask[on_device], answers.positions[on_device]
+    keep = [i for i, row in enumerate(answers.cache_rows) if row in answers.open_rows]
+    select_rows(answers.cache, keep)
+    index = to_device(keep, answers.mask.device)
+    answers.mask, answers.positions = answers.mask[index], answers.positions[index]
     if answers.trials is not None:
-        answers.trials = answers.trials[on_device]
-    answers.cache_rows = [answers.cache_rows[i] for i in keep.tolist()]
-    return keep
+        answers.trials = answers.trials[index]
+    answers.cache_rows = [answers.cache_rows[i] for i in keep]
+    return index
 
 
 def decode(

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from heretic.model.activation_cache import ActivationCache
 from heretic.model.batching import Batch, Batcher, EditSpec, SharedPrefix, shared_tokens
 from heretic.model.device_errors import is_device_error
-from heretic.model.patching import replaced_forward
+from heretic.model.kv_cache import rows_selectable, select_rows
+from heretic.model.masks import known_padding
+from heretic.model.patching import outputs_stay, replaced_forward
+from heretic.model.transfer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ def run_decoder(model: Any, batch: Batch, *, use_cache: bool) -> tuple[Tensor, A
         if activations
         else nullcontext(0)
     )
-    with rows_of_trials(batch.trial_of_row), recording as first_run:
+    with rows_of_trials(batch.trial_of_row), known_padding(batch.padded), recording as first_run:
         output = forward_supported(
             decoder_of(model),
             batch.input_ids,
@@ -104,11 +106,17 @@ def _cache(model: Any, prefix: SharedPrefix, batch: Batch) -> Any:
     """The prefix cache for every row; computed with the first batch, once a trial."""
     if prefix.cache is None:
         trials = range(batch.edited.trials)
-        tokens = torch.tensor([prefix.tokens] * len(trials), device=batch.input_ids.device)
-        prefix_trials = None if batch.trial_of_row is None else torch.tensor(list(trials), device=tokens.device)
+        tokens = to_device([prefix.tokens] * len(trials), batch.input_ids.device)
+        prefix_trials = None if batch.trials is None else list(trials)
         cached = batch.activation_cache.beginning if batch.activation_cache else None
         prefix_batch = Batch(
-            [0] * len(trials), tokens, torch.ones_like(tokens), None, prefix_trials, batch.edited, cached
+            rows=[0] * len(trials),
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            trials=prefix_trials,
+            edited=batch.edited,
+            activation_cache=cached,
+            padded_rows=[False] * len(trials),
         )
         _, prefix.cache = run_decoder(model, prefix_batch, use_cache=True)
     if not rows_selectable(prefix.cache):
@@ -117,15 +125,8 @@ def _cache(model: Any, prefix: SharedPrefix, batch: Batch) -> Any:
         return cache
     cache = copy.copy(prefix.cache)
     cache.layers = [copy.copy(layer) for layer in cache.layers]  # selecting replaces tensors in the copies only
-    trial = torch.zeros(len(batch.rows), dtype=torch.long) if batch.trial_of_row is None else batch.trial_of_row.cpu()
-    cache.batch_select_indices(trial)
+    select_rows(cache, batch.trials or [0] * len(batch.rows))
     return cache
-
-
-def rows_selectable(cache: Any) -> bool:
-    """Return whether single rows of a cache can be selected: true for keys and values, not for recurrent states."""
-    layers = getattr(cache, "layers", None) or [None]
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 class _HiddenStatesOutput(BaseModelOutputWithPast):
@@ -137,11 +138,14 @@ class _HiddenStatesOutput(BaseModelOutputWithPast):
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
-    """Compute the logits [rows, vocabulary] for hidden states [rows, width], by the model's own forward."""
+    """Compute the logits [rows, vocabulary] for hidden states [rows, width], by the model's own forward.
+
+    They stay on the device of the head.
+    """
     # Contiguous: of a strided slice, PyTorch's CPU kernel takes 70 times as long in bfloat16, and 1.5 times in float32.
     output = _HiddenStatesOutput(last_hidden_state=hidden.contiguous()[:, None])
     tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
-    with replaced_forward(decoder_of(model), lambda *_, **__: output):
+    with replaced_forward(decoder_of(model), lambda *_, **__: output), outputs_stay(model):
         return forward_supported(model, tokens, use_cache=False).logits[:, -1]
 
 

@@ -87,6 +87,12 @@ class ResidualWriter:
         """Whether accelerate offloads the weights between passes."""
         return any(part.tensor.device.type == "meta" for part in self.parts)
 
+    @property
+    def device(self) -> torch.device | None:
+        """The device of the weights; None if they are offloaded between passes."""
+        devices = [part.tensor.device for part in self.parts]
+        return devices[0] if devices and devices[0].type != "meta" else None
+
     def weights(self) -> list[LazyTensor]:
         """Return the matrices [width, inputs] in their own dtype: one, or one an expert; quantized ones as functions.
 

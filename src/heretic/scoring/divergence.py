@@ -10,6 +10,7 @@ from torch import Tensor
 from heretic.model.batching import UNEDITED, Batch, Batcher, EditSpec
 from heretic.model.forward import hidden_states, log_probs_of
 from heretic.model.loading import LanguageModel
+from heretic.model.transfer import rows_to_device, to_host
 from heretic.scoring.scores import Divergence
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs, last_hidden
 
@@ -54,10 +55,11 @@ def measure_divergence(
         hidden = last_hidden(hidden_states(language_model.model, batch, use_cache=False)[0], lengths)
         positions = torch.tensor([starts[i] + n for i in batch.rows for n in range(counts[i])])
         per_token = [
-            divergences(baseline[positions[rows]].to(log_probs.device), log_probs).cpu()
+            divergences(rows_to_device(baseline, positions[rows], log_probs.device), log_probs)
             for rows, log_probs in log_probs_of(language_model.model, hidden)
         ]
-        return [float(of_prompt.mean()) for of_prompt in torch.cat(per_token).split(lengths)]
+        in_ram = to_host([torch.cat(per_token)])[0]
+        return [float(of_prompt.mean()) for of_prompt in in_ram.split(lengths)]
 
     per_prompt = batcher.run_items("KL divergence", targets.sequences, step, edited=edited, entries=targets.entries)
     count = len(counts)

@@ -22,6 +22,7 @@ from heretic.model.batching import Batch, Batcher, EditSpec, SharedPrefix
 from heretic.model.forward import log_probs_of, run_decoder
 from heretic.model.loading import LanguageModel
 from heretic.model.patching import replaced_forward
+from heretic.model.transfer import to_device, to_host
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, last_hidden, row_of_token
 
 # A certain refusal has an infinite loss -log(1 - p); with (1 - LABEL_SMOOTHING) p the gradient is at most 1 / LABEL_SMOOTHING.
@@ -73,47 +74,47 @@ class Objective:
             RuntimeError: if an operation of the model has no backward pass.
         """
         total = [torch.zeros_like(t) for t in wanted]
-        sums = {"kl": 0.0, "probability": 0.0, "refusing": 0.0}
         tokens = sum(len(self.harmless.texts[i]) for i in harmless)
+        # Sums by batch. They are read once, after all passes.
+        kl_sums: list[Tensor] = []  # KL [1]
+        refusal_sums: list[Tensor] = []  # p and -log(1 - p) [2]
 
-        def kl_gradient(batch: Batch, values: Tensor) -> Tensor:
-            sums["kl"] += float(values.sum()) / tokens
-            return torch.full_like(values, 1 / tokens)
+        def kl_gradient(batch: Batch, values: Tensor) -> tuple[Tensor, Tensor]:
+            return values.sum()[None], torch.full_like(values, 1 / tokens)
 
-        def refusing_gradient(batch: Batch, values: Tensor) -> Tensor:
-            row = row_of_token([len(self.harmful.texts[i]) for i in batch.rows]).to(values.device)
+        def refusing_gradient(batch: Batch, values: Tensor) -> tuple[Tensor, Tensor]:
+            row = to_device(row_of_token([len(self.harmful.texts[i]) for i in batch.rows]), values.device)
             log_p = torch.zeros(len(batch.rows), dtype=values.dtype, device=values.device).index_add(0, row, values)
             smoothed = (1 - LABEL_SMOOTHING) * log_p.exp()
-            sums["probability"] += float(log_p.exp().sum()) / len(harmful)
-            sums["refusing"] += float(-torch.log1p(-smoothed).sum()) / len(harmful)
-            return (weight / len(harmful)) * (smoothed / (1 - smoothed))[row]
+            sums = torch.stack([log_p.exp().sum(), -torch.log1p(-smoothed).sum()])
+            return sums, (weight / len(harmful)) * (smoothed / (1 - smoothed))[row]
 
         edited = EditSpec(1, first_layer)
-        for name, targets, rows, value, value_gradient in (
-            ("Harmless prompts", self.harmless, harmless, self._kl, kl_gradient),
-            ("Refusals", self.harmful, harmful, self._log_p, refusing_gradient),
+        for name, targets, rows, value, value_gradient, sums in (
+            ("Harmless prompts", self.harmless, harmless, self._kl, kl_gradient, kl_sums),
+            ("Refusals", self.harmful, harmful, self._log_p, refusing_gradient, refusal_sums),
         ):
 
             def step(
                 batch: Batch,
                 targets: TeacherForcedTexts = targets,
                 value: Callable[[Batch], Callable[[slice, Tensor], Tensor]] = value,
-                value_gradient: Callable[[Batch, Tensor], Tensor] = value_gradient,
+                value_gradient: Callable[[Batch, Tensor], tuple[Tensor, Tensor]] = value_gradient,
+                sums: list[Tensor] = sums,
             ) -> list[None]:
-                before = dict(sums)
-                try:
-                    gradients = self._pass(
-                        ablation, first_layer, batch, targets, value(batch), partial(value_gradient, batch), wanted
-                    )
-                except BaseException:
-                    sums.update(before)  # out of memory: the batcher retries with half of the batch
-                    raise
+                found, gradients = self._pass(
+                    ablation, first_layer, batch, targets, value(batch), partial(value_gradient, batch), wanted
+                )
+                sums.append(found)
                 for accumulated, gradient in zip(total, gradients, strict=False):
                     accumulated.add_(gradient)
                 return [None] * len(batch.rows)
 
             self.batcher.run_items(name, targets.sequences, step, edited=edited, entries=targets.entries, items=rows)
-        return LossTerms(sums["kl"], sums["probability"], sums["refusing"], tuple(total))
+        read = [found.tolist() for found in to_host([*kl_sums, *refusal_sums])]
+        kl = sum(found[0] for found in read[: len(kl_sums)]) / max(1, tokens)
+        probability, refusing = (sum(f[i] for f in read[len(kl_sums) :]) / max(1, len(harmful)) for i in (0, 1))
+        return LossTerms(kl, probability, refusing, tuple(total))
 
     def _pass(
         self,
@@ -122,10 +123,10 @@ class Objective:
         batch: Batch,
         targets: TeacherForcedTexts,
         value: Callable[[slice, Tensor], Tensor],
-        value_gradient: Callable[[Tensor], Tensor],
+        value_gradient: Callable[[Tensor], tuple[Tensor, Tensor]],
         wanted: Sequence[Tensor],
-    ) -> Sequence[Tensor]:
-        """Return the gradients of one batch's part of the loss."""
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return one batch's sums, and the gradients of its part of the loss."""
         if batch.shared_prefix:  # its keys and values need gradients too, so every batch recomputes them
             own = None if self.recompute_activations else SharedPrefix(batch.shared_prefix.tokens)
             batch = replace(batch, shared_prefix=own) if own else self._without_shared_prefix(batch, targets)
@@ -139,11 +140,11 @@ class Objective:
                 hidden, _ = run_decoder(model, batch, use_cache=False)
                 hidden_at_tokens = last_hidden(hidden, [len(targets.texts[i]) for i in batch.rows])
                 values, gradient = self._head(hidden_at_tokens.detach(), value, gradients=bool(wanted))
-                weights = value_gradient(values)
+                sums, weights = value_gradient(values)
                 if not wanted:
-                    return ()
+                    return sums, ()
                 gradient *= weights[:, None].to(gradient)
-                return torch.autograd.grad(hidden_at_tokens, list(wanted), gradient)
+                return sums, torch.autograd.grad(hidden_at_tokens, list(wanted), gradient)
 
     def _without_shared_prefix(self, batch: Batch, targets: TeacherForcedTexts) -> Batch:
         whole = self.batcher.batch(batch.rows, targets.sequences)
@@ -169,7 +170,7 @@ class Objective:
         original = torch.cat([self.original[i] for i in batch.rows])
 
         def value(positions: slice, ablated: Tensor) -> Tensor:
-            reference = original[positions].to(ablated)
+            reference = to_device(original[positions], ablated.device).to(ablated.dtype)
             return torch.where(
                 reference > -torch.inf, reference.exp() * (reference - ablated), torch.zeros_like(ablated)
             ).sum(-1)
@@ -180,7 +181,7 @@ class Objective:
         tokens = torch.tensor([token for i in batch.rows for token in self.harmful.texts[i]])
 
         def value(positions: slice, ablated: Tensor) -> Tensor:
-            return ablated.gather(1, tokens[positions, None].to(ablated.device))[:, 0]
+            return ablated.gather(1, to_device(tokens[positions, None], ablated.device))[:, 0]
 
         return value
 
@@ -193,6 +194,7 @@ def _recomputed_activations(blocks: Sequence[nn.Module] | nn.ModuleList) -> Iter
     """
     with ExitStack() as stack:
         for block in blocks:
-            recomputed = partial(checkpoint, block.forward, use_reentrant=False)
+            # Nothing is random here; reading the generator's state would wait for the GPU.
+            recomputed = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
             stack.enter_context(replaced_forward(block, recomputed))
         yield

@@ -13,6 +13,7 @@ from heretic.model.batching import Batch, Batcher
 from heretic.model.decoding import decode
 from heretic.model.forward import log_probs_of, run_decoder
 from heretic.model.loading import LanguageModel
+from heretic.model.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def last_hidden(hidden: Tensor, counts: Sequence[int]) -> Tensor:
     length = hidden.shape[1]
     rows = [row for row, count in enumerate(counts) for _ in range(count)]
     positions = [length - count + i for count in counts for i in range(count)]
-    return hidden[torch.tensor(rows, device=hidden.device), torch.tensor(positions, device=hidden.device)]
+    row, position = to_device([rows, positions], hidden.device)
+    return hidden[row, position]
 
 
 def row_of_token(counts: Sequence[int]) -> Tensor:

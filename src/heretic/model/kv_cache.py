@@ -1,0 +1,84 @@
+"""Key-value caches: selecting rows on several devices, and free slots for the tokens that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from heretic.model.transfer import to_device
+
+SLOTS_AT_ONCE = 64  # by which a growing layer grows
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values [rows, heads, tokens, width] in front of free slots: a token is written into one.
+
+    transformers' own layer copies everything at every token.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, layer: DynamicLayer, most: int) -> None:
+        """Take the keys and values of a layer that is in use and may have `most` tokens in the end."""
+        super().__init__()
+        assert layer.keys is not None and layer.values is not None
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.most = most
+        self._fill((layer.keys, layer.values), layer.keys.shape[-2])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Add the keys and values [rows, heads, new tokens, width]; returns all."""
+        before, new = self.keys.shape[-2], key_states.shape[-2]
+        after = before + new
+        if after > self.slots[0].shape[-2]:
+            self._fill((self.keys, self.values), after)
+        self.slots[0].narrow(-2, before, new).copy_(key_states)
+        self.slots[1].narrow(-2, before, new).copy_(value_states)
+        self._show(after)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.slots[:] = [slots[indices] for slots in self.slots]
+        self._show(self.keys.shape[-2])
+
+    def _fill(self, stored: tuple[Tensor, Tensor], needed: int) -> None:
+        """Copy keys and values into more slots, at least as many as are needed."""
+        slots = max(needed, min(needed + SLOTS_AT_ONCE - 1, self.most))
+        used = stored[0].shape[-2]
+        self.slots: list[Tensor] = [t.new_empty(*t.shape[:-2], slots, t.shape[-1]) for t in stored]
+        for room, tensor in zip(self.slots, stored, strict=True):
+            room.narrow(-2, 0, used).copy_(tensor)
+        self._show(used)
+
+    def _show(self, tokens: int) -> None:
+        self.keys, self.values = self.slots[0].narrow(-2, 0, tokens), self.slots[1].narrow(-2, 0, tokens)
+
+
+def rows_selectable(cache: Any) -> bool:
+    """Return whether single rows of a cache can be selected: true for keys and values, not for recurrent states."""
+    layers = getattr(cache, "layers", None) or [None]
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer) for layer in layers)
+
+
+def select_rows(cache: Any, rows: Sequence[int]) -> None:
+    """Keep these rows of a cache, in this order and also repeatedly; each device gets the index once."""
+    indices: dict[torch.device, Tensor] = {}
+    for layer in cache.layers:
+        if layer.get_seq_length():
+            device = layer.keys.device
+            if device not in indices:
+                indices[device] = to_device(rows, device)
+            layer.batch_select_indices(indices[device])
+
+
+def make_room(cache: Any, tokens: int) -> None:
+    """Give the layers of a cache free slots for at most so many tokens; those of a sliding window and others stay."""
+    for i, layer in enumerate(getattr(cache, "layers", ())):
+        if type(layer) is DynamicLayer and layer.get_seq_length():
+            cache.layers[i] = GrowingLayer(layer, layer.get_seq_length() + tokens)
