@@ -14,6 +14,7 @@ from heretic.model.chat_format import ChatFormat, check_length
 from heretic.model.decoding import decode
 from heretic.model.forward import hidden_states, log_probs_of
 from heretic.model.loading import LanguageModel
+from heretic.model.transfer import to_device, to_host
 from heretic.scoring.divergence import measure_divergence, summarize
 from heretic.scoring.judges.verdict import Exchange, Judge, Verdict
 from heretic.scoring.scorers.scorer import Measurement
@@ -146,11 +147,11 @@ class ScorerContext:
         def step(batch: Batch) -> list[Tensor]:
             counts = [len(texts[i]) for i in batch.rows]
             hidden = last_hidden(hidden_states(model, batch, use_cache=False)[0], counts)
-            wanted = torch.tensor([token for i in batch.rows for token in texts[i]], device=hidden.device)
+            wanted = torch.tensor([token for i in batch.rows for token in texts[i]])
             picked = [
-                p.gather(1, wanted[rows, None].to(p.device))[:, 0].cpu() for rows, p in log_probs_of(model, hidden)
+                p.gather(1, to_device(wanted[rows, None], p.device))[:, 0] for rows, p in log_probs_of(model, hidden)
             ]
-            return list(torch.cat(picked).float().split(counts))
+            return list(to_host([torch.cat(picked).float()])[0].split(counts))
 
         with self.active() as edited, _whole_texts(self.parts.batcher, prompts, targets.sequences):
             found = self.parts.batcher.run_items("Likelihoods", targets.sequences, step, edited=edited)
