@@ -27,7 +27,7 @@ from heretic.runs import fingerprint
 from heretic.runs.folder import RunFolder, check_writable
 from heretic.runs.status import load_study
 from heretic.scoring.judges.registry import try_judge
-from heretic.scoring.scorers.registry import choose_scorers
+from heretic.scoring.scorers.registry import check_scorers
 from heretic.settings import Settings
 from heretic.storage import attributes
 from heretic.storage.fingerprint_diff import differences
@@ -169,7 +169,7 @@ def read_inputs(
     if prompts is not None:
         found.findings.append(Finding("ok", "prompts", prompts.counts))
     found.attempt("storage", lambda: check_storage(settings))
-    found.attempt("scorers", lambda: choose_scorers(settings))
+    found.attempt("scorers", lambda: check_scorers(settings))
     first_worker = not parent_pid()
     if judging and first_worker and (warning := found.attempt("judge", lambda: try_judge(settings))):
         found.findings.append(Finding("warning", "judge", warning))

@@ -38,7 +38,13 @@ from heretic.storage.rdb import translate_storage_errors
 from heretic.storage.url import masked, storage_url, study_name
 
 MOST_CHANGED = 5  # prompts listed
-OF_EVERY_TRIAL = ("Trials", "KL divergence", "Surrogate", "Refusals")  # stages that trials time themselves
+OF_EVERY_TRIAL = (
+    "Trials",
+    "KL divergence",
+    "Surrogate",
+    "Refusals",
+    "Harmless answers",
+)  # stages that trials time themselves
 
 
 @dataclass(frozen=True)
@@ -332,7 +338,7 @@ def add_geometry(page: Page, geometry: ResidualGeometry) -> None:
 def _time(page: Page, summary: StudySummary, folder: RunFolder) -> None:
     seconds = stages(folder.path / "run.log")
     for r in summary.results:
-        for phase in ("prepare", "divergence", "refusals"):
+        for phase in ("prepare", "divergence", "refusals", "harmless", "scorers"):
             name = f"trials: {phase}"
             seconds[name] = seconds.get(name, 0.0) + r.scores.seconds.get(phase, 0.0)
     seconds = {name: s for name, s in seconds.items() if s >= 0.05}
@@ -347,7 +353,7 @@ def stages(log: Path) -> dict[str, float]:
     if log.is_file():
         for line in split_lines(log.read_text(encoding="utf-8", errors="replace")):
             match = re.fullmatch(r"[\d-]+ [\d:,]+ INFO (.+): (\d+\.\d) s", line)
-            if match and match[1] not in OF_EVERY_TRIAL:
+            if match and match[1] not in OF_EVERY_TRIAL and not match[1].startswith("Scorers: "):
                 seconds[match[1]] = seconds.get(match[1], 0.0) + float(match[2])
     return seconds
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from heretic.errors import UserError
 from heretic.scoring.objectives import Limits
 from heretic.scoring.scorers.measuring import checked
-from heretic.scoring.scorers.registry import choose_scorers, user_scorers
+from heretic.scoring.scorers.registry import check_scorers, choose_scorers, user_scorers
 from heretic.scoring.scorers.scorer import Measurement, Scorer
 from heretic.scoring.scores import Divergence, HarmlessMetrics, Scores
 from heretic.settings import Settings
@@ -57,6 +58,16 @@ def test_the_search_measures_what_its_objectives_and_constraints_name() -> None:
 def test_wrong_names_options_and_files_are_refused(settings: dict[str, Any], code: str) -> None:
     with raises(code):
         chosen(**settings)
+
+
+@pytest.mark.parametrize("settings", [
+    {"measures": ["borderline_refusals"]},
+    {"measures": ["text_perplexity"], "scorers": {"text_perplexity": {"file": "none.txt"}}},
+])  # fmt: skip
+def test_files_that_a_scorer_needs_are_looked_for_before_the_run(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as error:
+        check_scorers(Settings.model_validate(settings))
+    assert error.value.code in ("no-prompts", "missing-file")
 
 
 def test_options_reach_the_scorer() -> None:

@@ -254,3 +254,14 @@ def test_the_scorer_of_the_documentation_works_as_it_stands(tiny: Tiny, tmp_path
     settings = Settings(scorer_files=[str(tmp_path / "words.py")], measures=["words"], scorers={"words": {"tokens": 4}})
     original, trials = tiny.measure(choose_scorers(settings).scorers["words"])
     assert original.value == 1 and trials[0].value > 0
+
+
+def test_an_error_in_a_scorer_names_it(tiny: Tiny) -> None:
+    class Broken(Scorer):
+        name = "broken"
+
+        def score(self, model: ScorerContext, baseline: Any) -> float:
+            return 1 / 0
+
+    with raises("scorer-failed"):
+        tiny.measure(Broken())

@@ -33,6 +33,10 @@ class BorderlineRefusals(Scorer):
     unit = "prompts"
     details = ("newly_refused", "no_longer_refused", "total")
 
+    def check(self) -> None:
+        """Load the prompts once. Raises UserError."""
+        self.prompts()
+
     def prompts(self) -> tuple[str, ...]:
         """Load the prompts. Raises UserError."""
         key = f"scorers.{self.name}"

@@ -22,6 +22,8 @@ from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs, l
 
 LOG_PROBS_BYTES = 256 << 20  # of the original at once, while two models are compared
 
+STAGES = ("Scorers: answers", "Scorers: likelihoods", "Scorers: original")  # on the screen and in run.log
+
 # (indices of the trials) -> a context in which the model is ablated; without indices all trials share the passes.
 Applied = Callable[..., AbstractContextManager[EditSpec]]
 
@@ -80,7 +82,7 @@ class TrialGroup:
             return decode(model.model, batch, tokens, model.end_tokens)
 
         with self.applied() as edited:
-            found = batcher.run_items(f"Answers to {prompts.name}", prompts.tokens, step, edited=edited)
+            found = batcher.run_items(STAGES[0], prompts.tokens, step, edited=edited)
         return [[found[trial * count + i] for i in range(count)] for trial in range(self.count)]
 
 
@@ -154,7 +156,7 @@ class ScorerContext:
             return list(to_host([torch.cat(picked).float()])[0].split(counts))
 
         with self.active() as edited, _whole_texts(self.parts.batcher, prompts, targets.sequences):
-            found = self.parts.batcher.run_items("Likelihoods", targets.sequences, step, edited=edited)
+            found = self.parts.batcher.run_items(STAGES[1], targets.sequences, step, edited=edited)
         return [found[i] for i in range(len(texts))]
 
     def divergence(self, prompts: Sequence[list[int]], texts: Sequence[list[int]]) -> Measurement:
@@ -169,7 +171,7 @@ class ScorerContext:
             targets = TeacherForcedTexts.of([prompts[i] for i in some], [texts[i] for i in some])
             with _whole_texts(parts.batcher, [prompts[i] for i in some], targets.sequences):
                 with original.active():
-                    log_probs = all_log_probs(parts.language_model, targets, parts.batcher, "Original")
+                    log_probs = all_log_probs(parts.language_model, targets, parts.batcher, STAGES[2])
                 with self.active() as edited:
                     found = measure_divergence(parts.language_model, targets, log_probs, parts.batcher, edited)
             per_prompt += found[0].per_prompt

@@ -134,6 +134,12 @@ def choose_scorers(settings: Settings) -> ChosenScorers:
     )
 
 
+def check_scorers(settings: Settings) -> None:
+    """Check names, options and files of the scorers that the settings choose, without a model. Raises UserError."""
+    for scorer in choose_scorers(settings).scorers.values():
+        scorer.check()
+
+
 def _scorer_of(name: str) -> str:
     """Return the scorer's part of the name of a number: `kl` of `kl.p95`."""
     return name.partition(".")[0]

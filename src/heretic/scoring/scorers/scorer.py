@@ -50,6 +50,9 @@ class Scorer:
     in_evaluator: ClassVar[bool] = False  # `TrialEvaluator` measures it, with pruning where `prunable`
     prunable: ClassVar[bool] = False  # has a lower bound while it is measured, so that dominated trials stop early
 
+    def check(self) -> None:
+        """Raise UserError if the options cannot work; called before a run, without a model."""
+
     def baseline(self, original: ScorerContext) -> Any:
         """Return what `score` compares with; called once, on the original."""
         return None

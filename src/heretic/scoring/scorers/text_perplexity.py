@@ -22,6 +22,10 @@ class TextPerplexity(Scorer):
     name = "text_perplexity"
     meaning = "perplexity of neutral text (`file`, or paragraphs that ship with heretic) under the model"
 
+    def check(self) -> None:
+        """Read the file once. Raises UserError."""
+        self.paragraphs()
+
     def paragraphs(self) -> list[str]:
         """Return the paragraphs, each on one line. Raises UserError."""
         where = f"scorers.{self.name}.file"
