@@ -125,8 +125,8 @@ kl.p95 = 0.5                           # a detail of a scorer
 tasks = 200
 ```
 
-- Objectives and constraints are measured in every trial. With `objectives = ["kl", "refusals"]` heretic prunes dominated trials
-  before it measures anything else; with other objectives it measures every trial in full, and the
+- Objectives and constraints are measured in every trial that is not pruned. With `objectives = ["kl", "refusals"]` heretic prunes
+  dominated trials before it measures anything else; with other objectives it measures every trial in full, and the
   study ends after `n_trials`: whether it has converged (`search.patience`) is known for KL and refusals only.
 - `measures` cost nothing during the search. The manifest, the model card and `heretic export` list them for the original and the
   ablated model, with the difference and, where the value is a mean over prompts or tasks, its standard error.
@@ -143,6 +143,8 @@ because they run both models on the same text.
 SCORERS_FOOT = '''
 ## Limitations
 
+- The memory plan knows `max_response_length`, not the length of a scorer's own answers (256 tokens for `refusals_by_length`). If
+  memory runs out, heretic halves the batch.
 - `language_switched` knows scripts, and eight languages in Latin script by frequent words. An answer of a few words is unclear.
 - `arithmetic` and `copying` are easy. They show damage, not progress: use `heretic benchmark` for capability.
 - `borderline_refusals` needs prompts: `source` is a file or a data set, as in `[prompts.harmless_eval]`. Public sets are XSTest

@@ -16,11 +16,12 @@ def test_all_that_cannot_be_read_is_found_at_once(tmp_path: Path) -> None:
             "model": str(tmp_path / "missing"),
             "prompts": {"harmful_train": {"source": str(tmp_path / "missing.txt")}},
             "storage": f"sqlite:///{tmp_path}/file/study.db",
+            "objectives": ["kl", "no_such_scorer"],
         }
     )
     inputs = read_inputs(settings)
     failures = {f.subject: f.code for f in inputs.findings if f.level == "failure"}
-    assert set(failures) == {"model", "prompts", "storage"} and all(failures.values())
+    assert set(failures) == {"model", "prompts", "storage", "scorers"} and all(failures.values())
     assert inputs.checkpoint is None and inputs.prompts is None
 
 

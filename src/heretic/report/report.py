@@ -38,13 +38,7 @@ from heretic.storage.rdb import translate_storage_errors
 from heretic.storage.url import masked, storage_url, study_name
 
 MOST_CHANGED = 5  # prompts listed
-OF_EVERY_TRIAL = (
-    "Trials",
-    "KL divergence",
-    "Surrogate",
-    "Refusals",
-    "Harmless answers",
-)  # stages that trials time themselves
+OF_EVERY_TRIAL = ("Trials", "KL divergence", "Surrogate", "Refusals")  # stages that trials time themselves
 
 
 @dataclass(frozen=True)
@@ -338,7 +332,7 @@ def add_geometry(page: Page, geometry: ResidualGeometry) -> None:
 def _time(page: Page, summary: StudySummary, folder: RunFolder) -> None:
     seconds = stages(folder.path / "run.log")
     for r in summary.results:
-        for phase in ("prepare", "divergence", "refusals", "harmless", "scorers"):
+        for phase in ("prepare", "divergence", "refusals", "scorers"):
             name = f"trials: {phase}"
             seconds[name] = seconds.get(name, 0.0) + r.scores.seconds.get(phase, 0.0)
     seconds = {name: s for name, s in seconds.items() if s >= 0.05}
