@@ -17,7 +17,7 @@ QWEN, DEMO = "Qwen2.5-Coder-0.5B-Instruct", "Demo model (SmolLM2-135M-Instruct, 
 MODELS = {"qwen2.5-coder-0.5b-instruct": QWEN, "guarded-model": DEMO}
 SYSTEM_PROMPT = " --set 'system_prompt=You are a helpful assistant.'"
 # What all searches of quality.py, peer.py and versus_heretic.py change of the defaults.
-SHORT = "float32, 32 tokens (default 100), 10 startup trials (default 30; theirs 60), their system prompt"
+SHORT = "float32, 32 tokens (default 100), 10 startup trials (theirs 60), their system prompt"
 Report = Mapping[str, Any]
 Point = Mapping[str, Any]
 
