@@ -121,7 +121,7 @@ def config(llama: Path, prompt_files: dict[str, Path]) -> Path:
     path.write_text(
         f'model = "{llama}"\nn_trials = 4\nmax_response_length = 6\nbatch_size = 4\ndevice_map = "cpu"\nearly_stopping = false\n'
         f'refusal_markers = ["sorry", "cannot", "bread"]\nmax_kl = 5.0\n{sources}'
-        '[search]\nstart = "kernels"\nn_startup_trials = 2\n'
+        '[search]\nstart = "kernels"\nn_startup_trials = 2\npatience = 0\n'
     )
     return path
 

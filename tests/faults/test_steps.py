@@ -131,7 +131,7 @@ def test_an_export_in_the_place_of_another(
     status, steps = child(again)
     assert status == 0, Path("child.txt").read_text()
     assert whole(Path("out")) == other
-    chosen = spread(steps, amount(2, 30))
+    chosen = spread(steps, amount(1, 30))
     for step in chosen:
         assert child(back)[0] == 0 and whole(Path("out")) == first
         assert child(again, step)[0] == -signal.SIGKILL

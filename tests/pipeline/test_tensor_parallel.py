@@ -10,10 +10,14 @@ from pathlib import Path
 import optuna
 import pytest
 
+from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import open_checkpoint
+from heretic.pipeline.run import run
 from heretic.pipeline.tensor_parallel import broadcast_from_rank0, check, rank, size
+from heretic.progress import NULL_REPORTER
 from heretic.search.pareto import Result, results
 from heretic.settings import Settings
+from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
 
 
@@ -30,10 +34,7 @@ def found(name: str) -> list[Result]:
 
 
 def test_two_processes_come_to_what_one_comes_to(config: Path) -> None:
-    alone = subprocess.run(
-        [sys.executable, "-m", "heretic", "run", "--run-name", "alone"], capture_output=True, text=True, timeout=240
-    )
-    assert alone.returncode == 0, alone.stdout + alone.stderr
+    run(resolve(config, {"run_name": "alone"}), reporter=NULL_REPORTER, stop=StopSignal())
     both = torchrun("run", "--run-name", "both", "--save-to", "out", "--trials", "4")
     assert both.returncode == 0, both.stdout + both.stderr
     assert both.stdout.count("Trial 3 (4 of 4)") == 1, "both processes spoke"

@@ -30,6 +30,6 @@ def hostile_run(folder: Path, trials: int = 24) -> Outcome:
         file = folder / f"{role}.txt"
         file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
         lines += [f"[prompts.{role}]", f"source = '{file}'"]
-    lines += ["[search]", 'start = "kernels"', "n_startup_trials = 8"]
+    lines += ["[search]", 'start = "kernels"', "n_startup_trials = 8", "patience = 0"]
     (folder / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return run(resolve(folder / "config.toml"), reporter=NULL_REPORTER, stop=StopSignal())

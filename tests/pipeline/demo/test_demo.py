@@ -10,6 +10,8 @@ from heretic.interrupt import StopSignal
 from heretic.pipeline.demo.demo import DemoOutcome, run_demo
 from heretic.progress import NULL_REPORTER
 
+REQUESTS = 24
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a whole demo, beside another test on the other core
@@ -19,6 +21,9 @@ def test_the_guard_refuses_and_an_ablation_removes_it(tmp_path: Path) -> None:
             tmp_path / "demo",
             trials=2,
             assignments=[
+                *(f"prompts.{kind}_train.split=train[:40]" for kind in ("harmful", "harmless")),
+                *(f"prompts.{kind}_eval.split=train[:{REQUESTS}]" for kind in ("harmful", "harmless")),
+                "search.gradient.prompts=32",
                 "search.gradient.steps=2",
                 "search.gradient.weights=[1.5]",
                 "search.gradient.learning_rate=0.5",
@@ -31,7 +36,7 @@ def test_the_guard_refuses_and_an_ablation_removes_it(tmp_path: Path) -> None:
 
     demo = made()
     outcome = demo.outcome
-    assert outcome.original_refusals is not None and outcome.original_refusals >= 0.8 * 60
+    assert outcome.original_refusals is not None and outcome.original_refusals >= 0.8 * REQUESTS
     assert len(outcome.results) == 2 and outcome.export is not None
     proof = outcome.export.verification
     assert proof.scores.refusals < outcome.original_refusals
