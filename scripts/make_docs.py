@@ -119,20 +119,20 @@ measures = ["own_answer_kl", "arithmetic"]  # measured of the original and of an
 [constraints]                          # limits for trials on the Pareto front
 over_refusals = 3
 unchanged = 0.5                        # higher is better, so this is the lowest value
-kl.p95 = 0.5                           # a detail of a scorer
+"kl.p95" = 0.5                         # a detail of a scorer
 
 [scorers.arithmetic]                   # options
 tasks = 200
 ```
 
-- Objectives and constraints are measured in every trial that is not pruned. With `objectives = ["kl", "refusals"]` heretic prunes
-  dominated trials before it measures anything else; with other objectives it measures every trial in full, and the
+- Objectives and constraints are measured in every trial that is not pruned. With `objectives = ["kl", "refusals"]`, in this order,
+  heretic prunes dominated trials before it measures anything else; with other objectives it measures every trial in full, and the
   study ends after `n_trials`: whether it has converged (`search.patience`) is known for KL and refusals only.
 - `measures` cost nothing during the search. The manifest, the model card and `heretic export` list them for the original and the
   ablated model, with the difference and, where the value is a mean over prompts or tasks, its standard error.
-- `heretic evaluate MODEL --against ORIGINAL --measures arithmetic,copying` measures two models of files.
-- All scorers of a trial share one decoding per prompt set. Answers are greedy; their length is `max_response_length` unless the
-  table says otherwise.
+- `heretic evaluate MODEL --against ORIGINAL --measures arithmetic,copying` measures two saved models.
+- The scorers of a trial share their answers; a longer length is decoded anew, and `kl` to `degenerate` decode their own. Answers
+  are greedy; their length is `max_response_length` unless the table says otherwise.
 
 The table is generated from the code by `python scripts/make_docs.py`. A dagger marks scorers that `heretic evaluate` omits,
 because they run both models on the same text.
@@ -149,7 +149,7 @@ SCORERS_FOOT = '''
 - `arithmetic` and `copying` are easy. They show damage, not progress: use `heretic benchmark` for capability.
 - `borderline_refusals` needs prompts: `source` is a file or a data set, as in `[prompts.harmless_eval]`. Public sets are XSTest
   (Röttger et al. 2024) and OR-Bench (Cui et al. 2024); read their licenses.
-- Measures of an export are those of the ablated model before it was written. The export is then compared with it.
+- Measures of an export are taken before it is written; the written model is then compared with the measured one.
 
 ## Your own scorer
 

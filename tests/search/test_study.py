@@ -305,10 +305,22 @@ def test_constraints_are_kept_where_only_a_part_of_the_study_is_shown() -> None:
         trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
         trial.set_constraint("c", 1.0 if i < 10 else -1.0)
         study.tell(trial, [float(i), float(i)])
-    shown = relevant_trials(study.trials, 12)
+    shown = relevant_trials(study.trials, 12, study.directions)
     assert [t.number for t in shown] == [*range(10, 16), *range(24, 30)]
     part = BoundedTPESampler(optuna.samplers.RandomSampler(), 12)._part(study, study.trials[0])
     assert all(t.constraints == {"c": -1.0} for t in part.trials)
+
+
+def test_a_part_of_a_study_with_three_objectives_holds_its_best_trials() -> None:
+    study = optuna.create_study(directions=["minimize", "maximize", "minimize"])
+    for i in range(30):
+        trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
+        best = i in (2, 5)  # each the best in one objective
+        study.tell(trial, [0.0 if i == 2 else 1.0 + i, 9.0 if i == 5 else 1.0, 1.0] if best else [5.0, 0.0, 5.0])
+    shown = relevant_trials(study.trials, 4, study.directions)
+    assert [t.number for t in shown] == [2, 5, 28, 29]
+    part = BoundedTPESampler(optuna.samplers.RandomSampler(), 4)._part(study, study.trials[0])
+    assert len(part.trials) == 4
 
 
 def test_an_evasion_is_no_success(study: optuna.Study) -> None:

@@ -363,6 +363,7 @@ def _memory(kind: Kind, index: int) -> tuple[int, int]:
 def _memory_queries(module: Any) -> Iterator[Any]:
     import torch
 
-    yield torch.accelerator.get_memory_info
-    if query := getattr(module, "mem_get_info", None):  # a torch-npu without the common interface
-        yield query
+    # The common query is missing in older versions of PyTorch, the module's own in some kinds.
+    for owner, name in ((getattr(torch, "accelerator", None), "get_memory_info"), (module, "mem_get_info")):
+        if query := getattr(owner, name, None):
+            yield query

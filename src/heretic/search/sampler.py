@@ -13,6 +13,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, TPESampler
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from heretic.settings import Settings
@@ -81,35 +82,51 @@ class BoundedTPESampler(BaseSampler):
         if self._shown is None or self._shown[0] != trial.number:
             part = optuna.create_study(directions=study.directions, sampler=self.inner)
             part.add_trials(
-                [_without_attributes(t) for t in relevant_trials(known, self.enough) if t.number != trial.number]
+                _without_attributes(t)
+                for t in relevant_trials(known, self.enough, study.directions)
+                if t.number != trial.number
             )
             self._shown = trial.number, part
         return self._shown[1]
 
 
-def relevant_trials(trials: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:
+def relevant_trials(
+    trials: Sequence[FrozenTrial], count: int, directions: Sequence[StudyDirection]
+) -> list[FrozenTrial]:
     """Return all running trials and `count` finished ones: the latest half, then the best feasible ones by Pareto rank."""
     running = [t for t in trials if t.state == TrialState.RUNNING]
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     latest = complete[-(count // 2) :]
     earlier = complete[: len(complete) - len(latest)]
     feasible = [t for t in earlier if all(excess <= 0 for excess in t.constraints.values())]
-    order = by_pareto_rank(np.array([t.values for t in feasible]).reshape(-1, 2), count - len(latest))
+    signs = np.array([-1.0 if direction == StudyDirection.MAXIMIZE else 1.0 for direction in directions])
+    losses = np.array([t.values for t in feasible]).reshape(-1, len(signs)) * signs
+    order = by_pareto_rank(losses, count - len(latest))
     best = [feasible[i] for i in order]
     return [*sorted(best, key=lambda t: t.number), *latest, *running]
 
 
-def by_pareto_rank(values: np.ndarray, count: int) -> list[int]:
-    """Return `count` row indices of two minimized objectives [rows, 2], in the order of their Pareto rank."""
-    remaining = np.lexsort((values[:, 1], values[:, 0]))
+def by_pareto_rank(losses: np.ndarray, count: int) -> list[int]:
+    """Return `count` row indices of minimized objectives [rows, objectives], in the order of their Pareto rank."""
+    remaining = np.lexsort(losses.T[::-1])
     ranked: list[int] = []
     while len(remaining) and len(ranked) < count:
-        second = values[remaining, 1]
-        before = np.minimum.accumulate(np.concatenate(([np.inf], second[:-1])))
-        on_front = second < before
+        on_front = _non_dominated(losses[remaining])
         ranked += remaining[on_front].tolist()
         remaining = remaining[~on_front]
     return ranked[:count]
+
+
+def _non_dominated(losses: np.ndarray) -> np.ndarray:
+    """Return which rows no other row equals or beats everywhere [rows]; the rows are sorted, and the first of equal ones counts."""
+    if losses.shape[1] == 2:
+        before = np.minimum.accumulate(np.concatenate(([np.inf], losses[:-1, 1])))
+        return losses[:, 1] < before
+    on_front = np.ones(len(losses), dtype=bool)
+    for i in range(len(losses)):  # only an earlier row can dominate a later one
+        rivals = losses[:i][on_front[:i]]
+        on_front[i] = not (rivals <= losses[i]).all(axis=1).any()
+    return on_front
 
 
 def _without_attributes(trial: FrozenTrial) -> FrozenTrial:
