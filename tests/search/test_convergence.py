@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from heretic.progress import NULL_REPORTER
 from heretic.scoring.scores import Divergence, PrunedTrial, RefusalProxy, Scores, TrialOutcome
 from heretic.search.convergence import Convergence, convergence, final_gain, growth
 from heretic.search.integrity import check_study
+from heretic.search.pareto import Result
 from heretic.search.pruning import StudyHistory
 from heretic.search.scheduler import n_complete, trials_remain
 from heretic.search.study import run_study
@@ -232,6 +234,16 @@ def test_a_damaged_decision_is_reported(study: optuna.Study, stored: str) -> Non
     study.set_user_attr(CONVERGENCE, stored)
     with raises("damaged-study"):
         check_study(study)
+
+
+def test_growth_follows_the_ends_of_trials_not_their_numbers(study: optuna.Study) -> None:
+    """A slow worker's trial that ends last and raises the front is the last gain."""
+    history = StudyHistory(
+        [Result(n, {}, scores(*point)) for n, point in enumerate([(0.4, 5), (0.05, 1), (0.4, 6)])], []
+    )
+    ended = {n: datetime(2026, 1, 1, second=s) for n, s in ((0, 0), (2, 1), (1, 2))}
+    numbers, volumes = growth(history, 10, ended)
+    assert numbers == [0, 2, 1] and volumes[0] == volumes[1] < volumes[2]
 
 
 def test_growth_refers_to_the_refusals_of_the_original(study: optuna.Study) -> None:

@@ -18,6 +18,14 @@ def test_a_table_is_explained_with_all_its_settings() -> None:
     assert "[workers]" in text and "heartbeat = " in text and "grace_period = " in text
 
 
+def test_an_entry_of_a_map_is_explained_by_the_whole_map() -> None:
+    assert (
+        explanation("constraints.kl", resolve(assignments=["constraints.kl=0.5"]))
+        .splitlines()[-1]
+        .startswith("constraints = ")
+    )
+
+
 def test_an_unknown_setting_is_an_error_that_names_the_nearest() -> None:
     with raises("unknown-setting") as error:
         explanation("search.gradient.step", resolve())

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heretic.hardware.devices import is_accelerator
 from heretic.model.architecture import first_tensor
 from heretic.model.patching import replaced_forward
 from heretic.model.transfer import HostCopies, rows_to_device
@@ -152,7 +151,7 @@ class ActivationCache:
     def _store(self, stored: Tensor, indices: Tensor, new: Tensor) -> None:
         """Store a batch's tensor [rows, tokens, ...]; from a GPU at the end of the pass."""
         self._staged.append((stored, indices, self._copies.copy(new)))
-        if not is_accelerator(new.device) or self._copies.bytes > STAGED_BYTES:
+        if not self._copies.gpus or self._copies.bytes > STAGED_BYTES:  # nothing to wait for, or enough to wait
             self._finish_copies()
 
     def _finish_copies(self) -> None:

@@ -138,7 +138,8 @@ def _most_probable(model: Any, hidden: Tensor, wanted: Tensor) -> tuple[list[int
     for rows, log_probs in log_probs_of(model, hidden):
         chosen = log_probs.gather(1, to_device(wanted[rows, None], log_probs.device))
         probabilities = chosen.exp()[:, 0].nan_to_num(0.0)  # NaN: a destroyed model
-        found.append(torch.stack([log_probs.argmax(dim=-1).double(), probabilities.double()]))
+        # One copy for both: float32 holds every token id exactly, and not every kind of device has float64.
+        found.append(torch.stack([log_probs.argmax(dim=-1).float(), probabilities.float()]))
     best, probability = torch.cat(found, dim=1).tolist()
     return [int(token) for token in best], probability
 

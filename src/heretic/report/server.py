@@ -44,6 +44,7 @@ class LiveRun:
     def __init__(self, folder: RunFolder, runs_dir: str, environment: Mapping[str, str]) -> None:
         self.folder, self.runs_dir, self.environment = folder, runs_dir, environment
         self._lock = threading.Lock()
+        self._stopping = 0  # the process that was asked to stop
         self._report: tuple[str, bytes] = ("", b"")
 
     def state(self) -> dict[str, Any]:
@@ -59,7 +60,7 @@ class LiveRun:
             "status": status,
             "problem": problem,
             "log": self._log(),
-            "can_stop": owner is not None,
+            "can_stop": owner is not None and owner != self._stopping,
             "can_continue": owner is None and status is not None and not finished,
             "version": f"{status['n_complete']}+{status['n_pruned']}" if status else "",
         }
@@ -79,13 +80,17 @@ class LiveRun:
         return owner.pid if owner is not None and owner.known and owner.host == socket.gethostname() else None
 
     def stop(self) -> None:
-        """Ask the process that works on the run to stop after its batch, as Ctrl-C does. Raises UserError."""
+        """Ask the process that works on the run, once, to stop after its batch. Raises UserError.
+
+        SIGTERM: a process started in the background can ignore Ctrl-C's SIGINT, and on a terminal that would open its menu.
+        """
         pid = self.owner()
-        if pid is None:
+        if pid is None or pid == self._stopping:
             raise UserError(
                 "No process on this machine works on the run.", code="run-not-active", where=str(self.folder.path)
             )
-        os.kill(pid, signal.SIGINT)
+        self._stopping = pid
+        os.kill(pid, signal.SIGTERM)
 
     def resume(self) -> None:
         """Continue the run in a process of its own, which outlives this server. Raises UserError."""
@@ -120,6 +125,11 @@ class LiveServer(ThreadingHTTPServer):
     def __init__(self, run: LiveRun, port: int = 0) -> None:
         self.run, self.token = run, secrets.token_urlsafe(24)
         super().__init__((LOOPBACK, port), _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Ignore a browser that goes away while it is answered."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
     @property
     def port(self) -> int:

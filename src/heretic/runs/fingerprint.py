@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from heretic.errors import UserError
 from heretic.files import expand_user, sha256
 from heretic.model.checkpoint import Checkpoint
 from heretic.prompts.sets import PromptSets
@@ -51,8 +53,12 @@ def _set_scorers(fields: dict[str, Any], settings: Settings) -> None:
     if options:
         fields["scorers"] = options
     contents = [v for table in options.values() for v in table.values() if isinstance(v, str)]
-    named = {name: expand_user(name) for name in (*files, *contents) if name}
-    if hashes := {name: sha256(path) for name, path in named.items() if path.is_file()}:
+    hashes = {}
+    for name in (*files, *contents):
+        with suppress(OSError, UserError):  # a text option need not be a path
+            if name and (path := expand_user(name)).is_file():
+                hashes[name] = sha256(path)
+    if hashes:
         fields["scorer_files"] = hashes
 
 

@@ -46,10 +46,15 @@ class Limits:
         Numbers that were not measured are omitted.
         """
         return {
-            name: min(Objective(name, better).cost(scores) - (limit if better == "lower" else -limit), MOST_EXCESS)
+            name: _clamped(Objective(name, better).cost(scores) - (limit if better == "lower" else -limit))
             for name, (limit, better) in self.bounds.items()
             if scores.value(name) is not None
         }
+
+
+def _clamped(excess: float) -> float:
+    """Return a finite excess, as the storage holds it."""
+    return max(-MOST_EXCESS, min(excess, MOST_EXCESS))
 
 
 NO_LIMITS = Limits()

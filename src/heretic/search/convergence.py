@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Annotated, Any
 
 import optuna
@@ -71,7 +72,8 @@ def convergence(study: optuna.Study, settings: Settings, history: StudyHistory) 
     stored = Convergence.load(study)
     if stored and (stored.patience, stored.min_gain) == (patience, min_gain) and stored.n_complete >= requested:
         return stored
-    numbers, hypervolumes = growth(history, attributes.refusals_before(study))
+    ended = {t.number: t.datetime_complete for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
+    numbers, hypervolumes = growth(history, attributes.refusals_before(study), ended)
     gain = final_gain(hypervolumes, settings.search)
     if gain is None or len(numbers) < requested or _initial_trials_left(study):
         return None
@@ -79,8 +81,12 @@ def convergence(study: optuna.Study, settings: Settings, history: StudyHistory) 
     return Convergence(numbers[-1], len(numbers), gain, last_gain, patience, min_gain)
 
 
-def growth(history: StudyHistory, original_refusals: int | None) -> tuple[list[int], list[float]]:
+def growth(
+    history: StudyHistory, original_refusals: int | None, ended: Mapping[int, datetime | None] | None = None
+) -> tuple[list[int], list[float]]:
     """Return the numbers of the finished trials, and the hypervolume of the Pareto front after each (0 to 1).
+
+    They are in the order of their end if `ended` gives the times, since workers finish out of order, else of their numbers.
 
     Reference point: `REFERENCE_KL` and the original's refusals (all requests, if it refuses none or is not known). A pruned
     trial adds nothing, since the front dominates it; nor does one beyond the limits.
@@ -92,7 +98,8 @@ def growth(history: StudyHistory, original_refusals: int | None) -> tuple[list[i
         for r in history.results
     }
     top = original_refusals or (history.results[0].scores.total if history.results else 1)
-    numbers = sorted(points)
+    times = ended or {}
+    numbers = sorted(points, key=lambda number: (times.get(number) or datetime.min, number))
     return numbers, hypervolume_history((points[n] for n in numbers), (REFERENCE_KL, float(top)))
 
 

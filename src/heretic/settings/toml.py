@@ -63,8 +63,11 @@ def explanation(key: str, resolved: Resolved) -> str:
         SettingsError: with code unknown-setting.
     """
     table, name = field_of(key, "--explain")
-    value = resolved.settings
+    value: Any = resolved.settings
     for part in key.split("."):
+        if not isinstance(value, SettingsModel):  # an entry of a map: the whole map is explained
+            key = key[: key.index(f".{part}")] if f".{part}" in key else key
+            break
         value = getattr(value, part)
     if isinstance(value, SettingsModel):
         head = textwrap.wrap(

@@ -172,7 +172,7 @@ def trials_per_batch(study: optuna.Study) -> int | None:
 
 def requested_trials(study: optuna.Study) -> int | None:
     """Read how many finished trials the user asked for explicitly, as by `--trials +50`."""
-    return read(study, REQUESTED_TRIALS, _COUNT)
+    return read(study, REQUESTED_TRIALS, _NUMBER)
 
 
 def exported(study: optuna.Study, kind: str) -> str | None:

@@ -155,3 +155,64 @@ def test_limits_are_the_worst_values_in_the_direction_of_each_scorer() -> None:
     destroyed = Scores(scores.divergence, 3, 10, {}, values={"unchanged": -math.inf})
     assert math.isfinite(limits.excess(destroyed)["unchanged"])
     assert Scores.from_dict(destroyed.as_dict()) == destroyed
+
+
+HALF_DONE = """
+from dataclasses import dataclass
+from heretic.scoring.scorers.scorer import Scorer
+
+@dataclass(frozen=True)
+class Base(Scorer):
+    tokens: int{default}
+    name = "base"
+
+    def check(self):
+        if self.tokens == 3:
+            raise ValueError("three")
+
+class Mine(Base):
+    name = "mine"
+
+    def score(self, model, baseline):
+        return 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("default", "options", "code"),
+    [(" = 5", {}, ""), (" = 5", {"tokens": 3}, "scorer-failed"), ("", {}, "scorer-failed")],
+)
+def test_faults_of_a_user_s_scorer_are_errors_with_a_code(
+    tmp_path: Path, default: str, options: dict[str, int], code: str
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(HALF_DONE.format(default=default))
+    settings = Settings.model_validate(
+        {"scorer_files": [str(file)], "measures": ["mine"], "scorers": {"mine": options}}
+    )
+    if not code:
+        check_scorers(settings)
+        return
+    with raises(code):
+        check_scorers(settings)
+
+
+def test_numbers_of_other_libraries_become_python_s() -> None:
+    import numpy as np
+    import torch
+
+    class Mine(Scorer):
+        name = "mine"
+
+    for value in (np.float32(0.5), torch.tensor(0.5), 0.5):
+        found = checked(Mine(), Measurement(value, {}, (value,)))
+        assert type(found.value) is float and type(found.items[0]) is float and found.value == 0.5
+    for wrong in (None, "much", [1.0, 2.0], Measurement(None)):  # type: ignore[arg-type]
+        with raises("scorer-result"):
+            checked(Mine(), wrong)
+
+
+def test_an_infinite_value_gives_a_finite_excess() -> None:
+    limits = Limits({"mine": (1.0, "higher")})
+    scores = Scores(Divergence(0, 0, 0, 0), 0, 1, {}, values={"mine": math.inf})
+    assert all(map(math.isfinite, limits.excess(scores).values()))

@@ -7,6 +7,7 @@ import os
 import webbrowser
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -73,9 +74,13 @@ def serve(
     out.print(
         f"Open {server.url}\nThe address is a key: do not share it. Ctrl-C ends the page, not the run.", soft_wrap=True
     )
-    if show:
-        webbrowser.open(server.url)
-    with server, suppress(KeyboardInterrupt):
+    with server, TemporaryDirectory() as private, suppress(KeyboardInterrupt):
+        if (
+            show
+        ):  # by a file that only the user can read: all users see the browser's command line, and the address is a key
+            redirect = Path(private) / "open.html"
+            redirect.write_text(f'<meta http-equiv="refresh" content="0; url={server.url}">', encoding="utf-8")
+            _open_in_browser(redirect)
         server.serve_forever(poll_interval=0.2)
 
 

@@ -70,4 +70,4 @@ def _kinds(shown: Sequence[Result], best: Result | None) -> dict[int, str]:
 def _range(numbers: Sequence[float], least: float) -> tuple[float, float]:
     """Return the lowest and highest number, at least `least` apart."""
     low, high = min(numbers), max(numbers)
-    return low, max(high, low + (least or 1e-9))
+    return low, max(high, low + max(least, 1e-9, 1e-9 * abs(low)))

@@ -55,7 +55,7 @@ class Measurer:
         """Return a scorer's baseline on the original, computed once. Raises UserError."""
         if name not in self.baselines:
             scorer = self.scorers[name]
-            self.baselines[name] = _called(name, lambda: scorer.baseline(self._original()))
+            self.baselines[name] = called(name, lambda: scorer.baseline(self._original()))
         return self.baselines[name]
 
     def _original(self) -> ScorerContext:
@@ -65,7 +65,7 @@ class Measurer:
 
     def _measure(self, name: str, context: ScorerContext) -> Measurement:
         scorer, baseline = self.scorers[name], self.baseline(name)
-        return checked(scorer, _called(name, lambda: scorer.score(context, baseline)))
+        return checked(scorer, called(name, lambda: scorer.score(context, baseline)))
 
 
 def checked(scorer: Scorer, returned: Any) -> Measurement:
@@ -73,16 +73,17 @@ def checked(scorer: Scorer, returned: Any) -> Measurement:
 
     Infinity is allowed, for a destroyed model. Raises UserError for anything else that is not a number.
     """
-    found = returned if isinstance(returned, Measurement) else None
-    if found is None and isinstance(returned, (int, float)):
-        found = Measurement(float(returned))
-    if found is None:
+    given = returned if isinstance(returned, Measurement) else Measurement(returned)
+    try:  # numbers of NumPy and PyTorch become Python's
+        details = {str(name): float(number) for name, number in given.details.items()}
+        found = Measurement(float(given.value), details, tuple(float(item) for item in given.items))
+    except (TypeError, ValueError, AttributeError, RuntimeError):
         raise UserError(
-            f"The scorer '{scorer.name}' returned {type(returned).__name__}, not a number or a Measurement.",
+            f"The scorer '{scorer.name}' returned {type(given.value).__name__}, not a number or a Measurement of numbers.",
             code="scorer-result",
             where=f"scorer {scorer.name}",
             fix="return one float for the model",
-        )
+        ) from None
     if set(found.details) != set(scorer.details):
         raise UserError(
             f"The scorer '{scorer.name}' returned the details {', '.join(sorted(found.details)) or 'none'}.",
@@ -101,7 +102,7 @@ def checked(scorer: Scorer, returned: Any) -> Measurement:
     return found
 
 
-def _called(name: str, call: Callable[[], T]) -> T:
+def called(name: str, call: Callable[[], T]) -> T:
     """Call a scorer, and translate the errors of its own code. Raises UserError."""
     try:
         return call()

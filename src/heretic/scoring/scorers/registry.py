@@ -23,6 +23,7 @@ from heretic.scoring.scorers.borderline_refusals import BorderlineRefusals
 from heretic.scoring.scorers.copying import Copying
 from heretic.scoring.scorers.evaluated import Degenerate, Kl, OverRefusals, Refusals
 from heretic.scoring.scorers.language import LanguageSwitched
+from heretic.scoring.scorers.measuring import called
 from heretic.scoring.scorers.own_answer_kl import OwnAnswerKl
 from heretic.scoring.scorers.own_perplexity import OwnPerplexity
 from heretic.scoring.scorers.refusals_by_length import RefusalsByLength
@@ -119,7 +120,7 @@ def choose_scorers(settings: Settings) -> ChosenScorers:
             fix="remove it from measures",
         )
     made = {
-        name: _make(table[name], settings.scorers.get(name, {}))
+        name: called(name, functools.partial(_make, table[name], settings.scorers.get(name, {})))
         for name in dict.fromkeys(_scorer_of(name) for names in named.values() for name in names)
     }
 
@@ -136,8 +137,8 @@ def choose_scorers(settings: Settings) -> ChosenScorers:
 
 def check_scorers(settings: Settings) -> None:
     """Check names, options and files of the scorers that the settings choose, without a model. Raises UserError."""
-    for scorer in choose_scorers(settings).scorers.values():
-        scorer.check()
+    for name, scorer in choose_scorers(settings).scorers.items():
+        called(name, scorer.check)
 
 
 def _scorer_of(name: str) -> str:
@@ -235,6 +236,8 @@ def _scorers_in(path: str, digest: str) -> tuple[type[Scorer], ...]:
             where=path,
             fix="define a subclass of heretic.scoring.scorers.scorer.Scorer; see docs/scorers.md",
         )
+    bases = {base for scorer in own for base in scorer.__mro__[1:]}
+    own = [scorer for scorer in own if scorer not in bases]  # what others derive from is a helper
     for scorer in own:
         if problem := _problem(scorer):
             raise UserError(
