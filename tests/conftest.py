@@ -40,6 +40,7 @@ INTEGRATION = {
     "report/test_figures.py",
     "report/test_in_browser.py",
     "report/test_report.py",
+    "report/test_server.py",
     "runs/test_status.py",
     "scoring/test_refusal_count.py",
     "scoring/test_teacher_forcing.py",
