@@ -234,7 +234,7 @@ def test_tasks_are_the_same_every_time_and_judged_exactly(tiny: Tiny) -> None:
         None,
     ]
     assert copied("Sure: Apple, river.", ["apple", "river"]) and not copied("apple stone river", ["apple", "river"])
-    assert all(len(set(words)) == len(words) for words in Copying(6).lists())
+    assert all(len(set(words)) == len(words) for _, words in Copying(6).questions())
     assert tiny.measure(Arithmetic(4))[0].value == 0 and len(tiny.measure(Copying(3))[0].items) == 3
 
 

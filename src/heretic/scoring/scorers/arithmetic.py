@@ -5,25 +5,17 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
-from typing import Any
 
-from heretic.scoring.scorers.context import EncodedPrompts, ScorerContext
-from heretic.scoring.scorers.scorer import Measurement, Positive, Scorer
-
-ANSWER_TOKENS = 24
+from heretic.scoring.scorers.tasks import TaskScorer
 
 
 @dataclass(frozen=True)
-class Arithmetic(Scorer):
+class Arithmetic(TaskScorer):
     """Asks for a number, and compares the last one of the answer's first sentence with it."""
-
-    tasks: Positive = 60
-    seed: int = 0
 
     name = "arithmetic"
     meaning = "share of `tasks` sums, differences and products of one- and two-digit numbers answered exactly"
-    unit = "share"
-    better = "higher"
+    answer_tokens = 24
 
     def questions(self) -> list[tuple[str, int]]:
         """Return questions with their answers."""
@@ -37,15 +29,9 @@ class Arithmetic(Scorer):
             made.append((f"What is {a} {sign} {b}? Reply with the number only.", value))
         return made
 
-    def baseline(self, original: ScorerContext) -> EncodedPrompts:
-        """Return the encoded questions."""
-        return original.encode(self.name, [question for question, _ in self.questions()])
-
-    def score(self, model: ScorerContext, baseline: Any) -> Measurement:
-        """Count exact answers."""
-        answers = model.texts(baseline, ANSWER_TOKENS)
-        wanted = [value for _, value in self.questions()]
-        return Measurement.mean_of([float(number_in(a) == value) for a, value in zip(answers, wanted, strict=True)])
+    def is_right(self, answer: str, wanted: int) -> bool:
+        """Compare the number."""
+        return number_in(answer) == wanted
 
 
 def number_in(answer: str) -> int | None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
-from typing import Any
 
-from heretic.scoring.scorers.context import EncodedPrompts, ScorerContext
-from heretic.scoring.scorers.scorer import Measurement, Positive, Scorer
+from heretic.scoring.scorers.tasks import TaskScorer
 
 WORDS = [
     "apple", "river", "stone", "cloud", "green", "window", "paper", "garden", "silver", "bridge", "candle", "forest",
@@ -16,35 +14,25 @@ WORDS = [
     "velvet", "winter", "yellow", "anchor", "basket", "copper",
 ]  # fmt: skip
 LENGTHS = (4, 6, 8)  # words; longer lists are harder
-ANSWER_TOKENS = 48
 
 
 @dataclass(frozen=True)
-class Copying(Scorer):
+class Copying(TaskScorer):
     """Asks for a list of words, and compares the words of the answer with it."""
-
-    tasks: Positive = 60
-    seed: int = 0
 
     name = "copying"
     meaning = "share of `tasks` lists of four to eight words repeated exactly"
-    unit = "share"
-    better = "higher"
+    answer_tokens = 48
 
-    def lists(self) -> list[list[str]]:
-        """Return the lists of words."""
+    def questions(self) -> list[tuple[str, list[str]]]:
+        """Return requests with the lists of words."""
         source = random.Random(self.seed)
-        return [source.sample(WORDS, LENGTHS[i % len(LENGTHS)]) for i in range(self.tasks)]
+        lists = [source.sample(WORDS, LENGTHS[i % len(LENGTHS)]) for i in range(self.tasks)]
+        return [(f"Repeat these words exactly, and write nothing else: {' '.join(words)}", words) for words in lists]
 
-    def baseline(self, original: ScorerContext) -> EncodedPrompts:
-        """Return the encoded requests."""
-        asked = [f"Repeat these words exactly, and write nothing else: {' '.join(words)}" for words in self.lists()]
-        return original.encode(self.name, asked)
-
-    def score(self, model: ScorerContext, baseline: Any) -> Measurement:
-        """Count answers that contain the words in order, one after the other."""
-        answers = model.texts(baseline, ANSWER_TOKENS)
-        return Measurement.mean_of([float(copied(a, words)) for a, words in zip(answers, self.lists(), strict=True)])
+    def is_right(self, answer: str, wanted: list[str]) -> bool:
+        """Look for the words in order, one after the other."""
+        return copied(answer, wanted)
 
 
 def copied(answer: str, words: list[str]) -> bool:
