@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,26 +26,21 @@ from tests.helpers.browser import browser as open_browser
 from tests.helpers.browser import missing
 from tests.helpers.command import start
 from tests.helpers.errors import raises
+from tests.helpers.serving import serving
 
 
 @contextmanager
-def serving(folder: RunFolder) -> Iterator[LiveServer]:
+def page_of(folder: RunFolder) -> Iterator[LiveServer]:
     server = open_server(folder, "runs", os.environ)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with serving(server):
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture
 def finished(config: Path) -> Iterator[LiveServer]:
     """The page of a finished run of two trials."""
     run(resolve(config, {"n_trials": 2, "run_name": "mine"}), reporter=NULL_REPORTER, stop=StopSignal())
-    with serving(find_run("mine", "runs")) as server:
+    with page_of(find_run("mine", "runs")) as server:
         yield server
 
 
@@ -114,7 +108,7 @@ def test_in_a_browser_a_study_is_watched_and_stopped(config: Path, tmp_path: Pat
     while not Path("runs/mine/config.toml").exists():
         assert time.monotonic() < end and study.poll() is None
         time.sleep(0.1)
-    with serving(find_run("mine", "runs")) as server, open_browser(tmp_path / "profile") as browser:
+    with page_of(find_run("mine", "runs")) as server, open_browser(tmp_path / "profile") as browser:
         browser.command("POST", "/url", url=server.url)
         browser.wait("return document.getElementById('facts').textContent.includes('of 40')", 60)
         browser.wait(
