@@ -15,9 +15,7 @@ from heretic.search.summary import StudyReporter
 from heretic.settings.sources import Resolved
 
 MOST_STRENGTH = 10.0  # 1 removes the direction, 2 mirrors it
-FEW_REFUSALS = (
-    0.05  # refusal probability on validation prompts from which a gentler point is preferred to a stricter one
-)
+FEW_REFUSALS = 0.05  # refusal probability on validation prompts below which a gentler point is preferred
 
 
 def ablate_once(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def prepare_run(
     """
     free_memory()  # reference cycles of an earlier model would count as used memory
     require_name(settings.model)  # before prompts are fetched from the hub
-    read_prompts = functools.cache(lambda: load_all(settings.prompts))
+    read_prompts = cache(lambda: load_all(settings.prompts))
     report = run_preflight(settings, read_prompts, judging=judging)
     on_report(report)
     if not force:
@@ -175,12 +175,10 @@ def read_inputs(
         found.findings.append(Finding("warning", "judge", warning))
     work = Workload.of(settings, prompts.longest if prompts else USUAL_PROMPT)
     if checkpoint is not None:
-        opened, estimated = checkpoint, work
         if settings.save_to and first_worker:
-            found.attempt("export", lambda: require_format(settings, opened))
+            found.attempt("export", partial(require_format, settings, checkpoint))
         if prompts is not None:
-            read = prompts
-            work = found.attempt("chat template", lambda: estimated.counted(settings, opened, read)) or work
+            work = found.attempt("chat template", partial(work.counted, settings, checkpoint, prompts)) or work
     return PreflightInputs(work, checkpoint, prompts, tuple(found.findings))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,8 +78,7 @@ def build_report(
     # 2. Memory plan
     plan = None
     if checkpoint is not None:
-        opened = checkpoint
-        plan = found.attempt("memory", lambda: plan_for(settings, opened, work, devices))
+        plan = found.attempt("memory", partial(plan_for, settings, checkpoint, work, devices))
     # 3. Rules
     facts = PreflightFacts(
         settings=settings,

@@ -23,7 +23,7 @@ from importlib import resources
 from typing import Any
 
 from heretic.errors import UserError
-from heretic.files import open_private, split_lines
+from heretic.files import open_private
 from heretic.hardware import locks
 from heretic.report.report import load_report_input, report
 from heretic.runs.folder import RunFolder
@@ -59,7 +59,7 @@ class LiveRun:
         return {
             "status": status,
             "problem": problem,
-            "log": self._log(),
+            "log": self.folder.log_end(LOG_LINES),
             "can_stop": owner is not None and owner != self._stopping,
             "can_continue": owner is None and status is not None and not finished,
             "version": f"{status['n_complete']}+{status['n_pruned']}" if status else "",
@@ -107,14 +107,6 @@ class LiveRun:
             )
         finally:
             os.close(output)
-
-    def _log(self) -> list[str]:
-        file = self.folder.path / "run.log"
-        if not file.is_file():
-            return []
-        with file.open("rb") as opened:
-            opened.seek(max(0, file.stat().st_size - (64 << 10)))
-            return split_lines(opened.read().decode("utf-8", "replace"))[-LOG_LINES:]
 
 
 class LiveServer(ThreadingHTTPServer):

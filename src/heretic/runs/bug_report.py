@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from heretic.errors import UserError
-from heretic.files import split_lines
 from heretic.runs.folder import find_run
 from heretic.runs.status import read_status
 from heretic.storage.url import masked
@@ -48,6 +47,5 @@ def _of_run(name: str, runs_dir: str, environment: Mapping[str, str]) -> list[tu
         status = json.dumps(read_status(str(folder.path), runs_dir, environment).as_dict(), indent=2)
     except UserError as error:
         status = str(error)
-    file = folder.path / "run.log"
-    log = split_lines(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else ["none"]
-    return [(f"Status of {folder.name}", status), ("run.log, the end", "\n".join(map(masked, log[-LOG_LINES:])))]
+    log = folder.log_end(LOG_LINES) or ["none"]
+    return [(f"Status of {folder.name}", status), ("run.log, the end", "\n".join(map(masked, log)))]

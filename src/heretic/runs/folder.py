@@ -13,7 +13,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from heretic.errors import SettingsError, UserError, first_line
-from heretic.files import expand_user, link_error, open_private, read_tensors, write_tensors
+from heretic.files import expand_user, link_error, open_private, read_tensors, split_lines, write_tensors
 from heretic.progress import ProgressReporter
 from heretic.settings import Settings
 from heretic.settings.sources import Resolved, read_toml, resolve
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # `heretic status` opens runs without torch: the methods for 
     from heretic.search.path_optimizer import OptimizerState
 
 T = TypeVar("T")
+MOST_LOG_READ = 64 << 10  # bytes from its end
 BASELINE, GEOMETRY, REPORT = "baseline.safetensors", "geometry.safetensors", "report.html"
 
 
@@ -85,6 +86,15 @@ class RunFolder:
                 break
         self.path.rename(archive)
         return archive
+
+    def log_end(self, lines: int) -> list[str]:
+        """Return the last lines of the run's log; empty without one."""
+        file = self.path / "run.log"
+        if not file.is_file():
+            return []
+        with file.open("rb") as opened:
+            opened.seek(max(0, file.stat().st_size - MOST_LOG_READ))
+            return split_lines(opened.read().decode("utf-8", "replace"))[-lines:]
 
     def load_directions(self, reporter: ProgressReporter) -> Directions | None:
         """Load the directions; None if there are none or, with a warning, if the file is damaged."""

@@ -75,9 +75,8 @@ def serve(
         f"Open {server.url}\nThe address is a key: do not share it. Ctrl-C ends the page, not the run.", soft_wrap=True
     )
     with server, TemporaryDirectory() as private, suppress(KeyboardInterrupt):
-        if (
-            show
-        ):  # by a file that only the user can read: all users see the browser's command line, and the address is a key
+        if show:
+            # By a file that only the user can read: all users see the browser's command line, and the address is a key.
             redirect = Path(private) / "open.html"
             redirect.write_text(f'<meta http-equiv="refresh" content="0; url={server.url}">', encoding="utf-8")
             _open_in_browser(redirect)
