@@ -161,7 +161,7 @@ class Accelerator:
     kind: str  # key of KINDS
     index: int
     title: str
-    uuid: str  # empty if PyTorch does not tell it
+    uuid: str  # empty if PyTorch does not report it
 
     def memory(self) -> tuple[int, int]:
         """Return free and total memory in bytes, as PyTorch reports them."""

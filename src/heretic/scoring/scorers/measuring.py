@@ -37,7 +37,7 @@ class Measurer:
         """Measure these scorers on the `count` trials that `applied` ablates.
 
         Raises:
-            UserError: a scorer failed, or gave a number that is none.
+            UserError: a scorer failed, or did not return a number.
         """
         for name in names:  # before the trials, so that nothing is decoded in vain if a baseline fails
             self.baseline(name)
