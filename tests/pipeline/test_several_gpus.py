@@ -23,7 +23,7 @@ from heretic.interrupt import StopSignal
 from heretic.model.batching import Batch, Batcher, EditSpec
 from heretic.model.capture import last_token_residuals
 from heretic.model.checkpoint import open_checkpoint
-from heretic.model.decoding import decode
+from heretic.model.decoding import StopCriteria, decode, verify_draft
 from heretic.model.forward import next_token_log_probs, supports_prefix_caching
 from heretic.model.loading import load
 from heretic.pipeline.actions import export_from_run, start_chat
@@ -335,6 +335,11 @@ def test_host_waits_for_results_only(family: str, count: int, tmp_path: Path) ->
             found = waits(lambda: decode(model.model, batcher.batch(rows, SEQUENCES), tokens, set()))
             return found, sum(size for (_, _, to, _), size in gpus.peer_bytes.items() if to == 0)
 
+        def verified() -> None:
+            batch = batcher.batch(rows, [[*sequence, *text] for sequence, text in zip(SEQUENCES, texts, strict=True)])
+            verify_draft(model.model, batch, texts, StopCriteria(1, set()))
+
+        assert waits(verified) == 1
         assert waits(lambda: last_token_residuals(model, batcher.batch(rows, SEQUENCES))) == count
         assert waits(ablated) == 2, "two batches"
         wanted = [strengths, vector]
