@@ -283,27 +283,6 @@ def test_module_that_moves_its_input_to_another_gpu_is_a_mismatch() -> None:
     assert error.value.code == "device-mismatch" and error.value.where == "device_map"
 
 
-def test_gradient_search_takes_no_more_than_planned_with_a_long_shared_prefix(tmp_path: Path) -> None:
-    wide = dict(hidden_size=256, intermediate_size=768, num_attention_heads=8, num_key_value_heads=4)
-    name, sizes = FAMILIES["llama"]
-    own, peaks = Objective._pass, [0] * 4
-
-    def passed(*args: object) -> object:
-        gpus.reset()
-        found = own(*args)  # type: ignore[arg-type]
-        peaks[:] = [max(pair) for pair in zip(peaks, gpus.peak, strict=True)]
-        return found
-
-    long = (f'system_prompt="{" ".join([SYSTEM] * 4)}"', "batch_size=32", "search.gradient.batch=16")
-    with mock.patch.dict(FAMILIES, llama=(name, {**sizes, **wide})), mock.patch.object(Objective, "_pass", passed):
-        save_tiny(tmp_path / "tiny-llama")
-        with PretendGpus(4) as gpus:
-            found = make("llama", "gradient", device_map("llama", 4), gpus, *long, folder=tmp_path, whole=False)
-    assert found.plan is not None and found.plan.prompt_tokens > 50
-    taken = peaks[1] - found.plan.loads[1].weights
-    assert 0.7 * found.plan.loads[1].gradients < taken < found.plan.loads[1].gradients
-
-
 @pytest.mark.parametrize(("family", "count"), [("llama", 1), ("gemma3", 2), ("mixtral", 4), ("gpt2", 4)])
 def test_host_waits_for_results_only(family: str, count: int, tmp_path: Path) -> None:
     """Once for a pass and its gradients, once for 12 decoded tokens; the logits stay where the head is."""

@@ -18,7 +18,8 @@ from heretic.model.device_errors import is_device_error
 from heretic.model.forward import supports_mid_stack_start
 from heretic.model.loading import LanguageModel
 from heretic.pipeline.tensor_parallel import size
-from heretic.planning.model_dims import SHARE_FOR_GRADIENTS, ModelDims
+from heretic.planning import pass_memory
+from heretic.planning.model_dims import ModelDims
 from heretic.runs.folder import RunFolder
 from heretic.scoring.gradient_loss import Objective
 from heretic.scoring.refusals import RefusalCount, count_refusals
@@ -226,8 +227,8 @@ def _refusals(model_context: ModelContext, requests: Sequence[list[int]]) -> Ref
 def rows_with_gradients(model: LanguageModel, tokens: int) -> tuple[int, bool]:
     """Return the rows of `tokens` tokens that fit in a pass with gradients, and whether that needs gradient checkpointing."""
     dims = ModelDims.of(model.model.config.get_text_config(decoder=True), model.model)
-    budget = int(SHARE_FOR_GRADIENTS * _free_memory(model))
-    return dims.rows_with_gradients(budget, tokens, on_cpu=_on_cpu(model))
+    budget = int(pass_memory.SHARE_FOR_GRADIENTS * _free_memory(model))
+    return pass_memory.rows_with_gradients(dims, budget, tokens, on_cpu=_on_cpu(model))
 
 
 def _free_memory(model: LanguageModel) -> int:

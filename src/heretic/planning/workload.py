@@ -117,10 +117,6 @@ class Workload:
         """Return the rows of a trial's passes."""
         return min(batch, self.trials_per_batch(batch) * max(self.requests, self.harmless))
 
-    def most_rows(self, batch: int) -> int:
-        """Return the rows of the largest batch."""
-        return max(self.trial_rows(batch), min(batch, self.training))
-
     @property
     def tried_tokens(self) -> int:
         """Maximum tokens that a pass adds to a prompt."""
