@@ -279,7 +279,8 @@ class _Passes:
 
     def divergence(self, rows: int, trials: int = 1, *, hooked: bool = True) -> int:
         """Bytes of the pass for the KL divergence; without operators of that for the log-probabilities alone."""
-        texts, places = self._rows(rows, self.work.kl_tokens - 1), self.work.kl_tokens
+        places = max(self.work.kl_tokens, self.work.read_tokens)
+        texts = self._rows(rows, places - 1)
         shared = bool(self.work.shared_tokens)
         cached = self.memory.cache(texts) + self._prefix(trials) if shared else 0
         logits = 0
