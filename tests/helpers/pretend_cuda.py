@@ -198,6 +198,7 @@ def _accelerator(gpus: PretendGpus) -> dict[str, Any]:
     same = ("is_available", "device_count", "memory_reserved", "synchronize", "empty_cache")
     return {
         "current_accelerator": lambda check_available=False: torch.device("cuda"),
+        "empty_host_cache": cuda["empty_cache"],
         **{name: cuda[name] for name in same},
         **{name: cuda[own] for name, own in renamed.items()},
     }

@@ -201,7 +201,7 @@ class MemoryModel:
         converted = chunk * (shape.element != FLOAT32)
         directions = shape.blocks * work.directions * (1 + work.rounds)
         products = directions * (3 * shape.hidden + shape.widest_writer) * FLOAT32
-        return max(converted + chunk + 2 * shape.hidden * FLOAT32, converted + products) + self.dequantized
+        return max(converted + chunk + 4 * shape.hidden * FLOAT32, converted + products) + self.dequantized
 
     def _kept(self, free: int) -> int:
         """Return the bytes in RAM of the original's log-probabilities, the activation cache and the weight statistics."""

@@ -107,7 +107,11 @@ class PassMemory:
         """Bytes of the masks and of the rotary embedding's cosines and sines, which all blocks use; windows have their own."""
         head = self.dims.query // self.dims.heads
         kinds = 1 + self.dims.windowed
-        return kinds * (2 * rows.new * rows.length + 2 * rows.new * head * self.dims.element)
+        return kinds * (2 * rows.new * rows.length + 2 * rows.new * head * self.dims.element) + self._ids(rows)
+
+    def _ids(self, rows: Rows) -> int:
+        """Bytes of token ids, their positions and the mask of the tokens."""
+        return INT64 * rows.count * (2 * rows.tokens + rows.length)
 
     def _attention(self, rows: Rows) -> int:
         """Bytes of keys and values repeated for every query head, of the mask as numbers, and of attention weights."""
@@ -173,7 +177,7 @@ class PassMemory:
     def head(self, rows: Rows, places: int, at_once: int, per_logit: int) -> int:
         """Bytes of the logits at so many places of the rows, `at_once` at a time, with the hidden states that they come from."""
         dims, element = self.dims, self.dims.element
-        hidden = element * dims.hidden * (rows.new + places)
+        hidden = element * dims.hidden * (rows.new + places) + 3 * INT64 * places + self._ids(rows)
         return hidden + min(places, at_once) * dims.vocabulary * (element + per_logit)
 
     def log_probs(self, rows: Rows, places: int, at_once: int) -> int:
