@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from heretic.export import export, verify
 from heretic.interrupt import StopSignal
-from heretic.model import capture, decoding
+from heretic.model import capture, decoding, forward
 from heretic.pipeline.prepare import run_preflight
 from heretic.pipeline.run import run
 from heretic.planning.memory_model import DeviceMemory
@@ -40,6 +40,7 @@ from heretic.progress import NullReporter
 from heretic.scoring import divergence, evaluator, gradient_loss, refusal_count
 from heretic.scoring.judges.markers import MarkerJudge
 from heretic.scoring.judges.verdict import REFUSAL
+from heretic.scoring.refusal_proxy import MAX_DRAFT_TOKENS
 from heretic.search import path_optimizer
 from heretic.session import session
 from heretic.settings.sources import resolve
@@ -64,6 +65,7 @@ PROMPTS = 32  # in each of the four sets
 WORDS = 24  # of the longest prompt
 SHARED = 64  # words of the system prompt
 EXPORT = "export"
+UNLIKELY = 7  # a token id
 SETTINGS = (
     "run_name=run", "n_trials=1", "max_response_length=24", "batch_size=32", 'dtypes=["bfloat16"]', "max_kl=1000.0",
     "trials_per_batch=1", 'response_prefix=""', "search.n_startup_trials=2", 'search.start="gradient"',
@@ -123,7 +125,7 @@ def case(folder: Path, family: str, count: int, shared: int, before: Any) -> dic
         device_map(count, tied=bool(sizes["tie_word_embeddings"])),
     ]
     resolved = resolve(None, assignments=assignments)
-    with PretendGpus(count) as gpus, phases(gpus), no_answer_ends_early():
+    with PretendGpus(count) as gpus, phases(gpus), largest_workload():
         plan = run_preflight(resolved.settings).plan
         if before is None:
             run(resolved, reporter=NullReporter(), stop=StopSignal())
@@ -160,13 +162,24 @@ def planned(load: DeviceMemory, phase: str) -> int:
 
 
 @contextmanager
-def no_answer_ends_early() -> Iterator[None]:
-    """Every answer refuses, which is known only at its end, and exports are not compared: the weights are random."""
+def largest_workload() -> Iterator[None]:
+    """What the plan has to assume: answers of full length, drafts of full length that are rejected, prompts that share batches.
+
+    Random weights in bfloat16 would not pass the checks of padding, prefix caching and export.
+    """
+    enable_caching = session.enable_caching
+
+    def rejected_drafts(measuring: Any, texts: Sequence[Any]) -> Any:
+        return enable_caching(measuring, [[UNLIKELY] * MAX_DRAFT_TOKENS for _ in texts])
+
     with ExitStack() as stack:
         for owner, name, value in (
             (path_optimizer, "MAX_EXTRA_WEIGHTS", 0),
             (MarkerJudge, "ends_early", False),
             (MarkerJudge, "verdicts", lambda _, exchanges: [REFUSAL] * len(exchanges)),
+            (session, "enable_caching", rejected_drafts),
+            (forward, "SAME_IN_HALF_PRECISION", 10.0),
+            (forward, "PADDED_IN_HALF_PRECISION", 10.0),
             (verify, "ROUNDING_IN_HALF_PRECISION", 10.0),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))

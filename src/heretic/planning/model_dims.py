@@ -27,6 +27,7 @@ class ModelDims:
     attended: int  # elements per token of attention's output
     cache_per_token: int  # elements of keys and values per token and block
     repeated_cache: int  # the same with keys and values repeated for every query head, as in masked attention
+    expanded: int  # elements per token that latent attention expands and then copies into queries and keys; else 0
     heads: int  # query heads
     normalized: int  # elements per token that the norms of one block read
     edited: int  # elements of the weights of one block that an ablation edits
@@ -49,8 +50,9 @@ class ModelDims:
         heads = _size(config, "num_attention_heads") or 1
         key = _size(config, "head_dim") or hidden // heads
         value, key_heads = key, _size(config, "num_key_value_heads") or heads
-        if _size(config, "qk_nope_head_dim"):  # latent attention: transformers keeps the expanded keys and values
-            key = _size(config, "qk_nope_head_dim") + _size(config, "qk_rope_head_dim")
+        without_position = _size(config, "qk_nope_head_dim")
+        if without_position:  # latent attention: transformers keeps the expanded keys and values
+            key = without_position + _size(config, "qk_rope_head_dim")
             value, key_heads = _size(config, "v_head_dim"), heads
         intermediate = _size(config, "intermediate_size", "ffn_dim", "n_inner") or 4 * hidden
         dense = max(intermediate, _size(config, "intermediate_size_mlp"))
@@ -71,6 +73,7 @@ class ModelDims:
             attended=heads * value,
             cache_per_token=key_heads * (key + value),
             repeated_cache=heads * (key + value),
+            expanded=heads * (key + without_position) if without_position else 0,
             heads=heads,
             normalized=_normalized(model, {key, value}, heads, key_heads, hidden),
             edited=hidden * (heads * value + (expert * experts or intermediate)),

@@ -96,9 +96,8 @@ class PassMemory:
                 used * stream * (2 * element + 2 * FLOAT32) + element * 3 * stream + router,
             ]
         new_keys = 0 if cached else keys
-        attention = element * (dims.query + new_keys + 2 * dims.attended + 2 * stream) * rows.new + self._attention(
-            rows
-        )
+        own = dims.query + dims.expanded + new_keys + 2 * dims.attended + 2 * stream
+        attention = element * own * rows.new + self._attention(rows)
         adding = element * (dims.query + keys + 2 * stream) * rows.new + self.layer(rows.count * rows.shared) * cached
         working = max(rows.new * max(moments), attention, adding)
         return working + rows.new * element * stream * self.embedding + self._positions(rows)
