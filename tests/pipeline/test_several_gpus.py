@@ -319,6 +319,7 @@ def test_host_waits_for_results_only(family: str, count: int, tmp_path: Path) ->
             verify_draft(model.model, batch, texts, StopCriteria(1, set()))
 
         assert waits(verified) == 1
+        assert not {key for key in gpus.peer_bytes if key[1] > key[2]} or family in TIED, "nothing returns to a GPU"
         assert waits(lambda: last_token_residuals(model, batcher.batch(rows, SEQUENCES))) == count
         assert waits(ablated) == 2, "two batches"
         wanted = [strengths, vector]
