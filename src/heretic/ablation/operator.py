@@ -45,6 +45,17 @@ class Operator:
             edited = edited * self.n.unsqueeze(-1)
         return edited
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Return u, w and, if there is one, n."""
+        return [t for t in (self.u, self.w, self.n) if t is not None]
+
+    def as_leaf(self) -> Operator:
+        """Return a detached copy; those of its tensors that have gradients collect their own."""
+        u, w, n = (None if t is None else t.detach().requires_grad_(t.requires_grad) for t in (self.u, self.w, self.n))
+        assert u is not None and w is not None
+        return Operator(u, w, n)
+
     def to(self, device: torch.device | str) -> Operator:
         """Move the operator to a device."""
         return Operator(self.u.to(device), self.w.to(device), None if self.n is None else self.n.to(device))
@@ -90,6 +101,11 @@ class StackedOperators:
             edited = edited * self.n[trial].unsqueeze(1)
         return edited.to(y.dtype).view(y.shape)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Return u, w and, if there is one, n."""
+        return [t for t in (self.u, self.w, self.n) if t is not None]
+
     def to(self, device: torch.device | str) -> StackedOperators:
         """Move the operators to a device."""
         return StackedOperators(self.u.to(device), self.w.to(device), None if self.n is None else self.n.to(device))
@@ -100,7 +116,7 @@ Placed = TypeVar("Placed", Operator, StackedOperators)
 
 def placed(operators: Sequence[Placed], devices: Sequence[torch.device]) -> list[Placed]:
     """Copy operators from RAM to their devices, all together: the copies do not make the host wait. Differentiable."""
-    parts = [[t for t in (o.u, o.w, o.n) if t is not None] for o in operators]
+    parts = [o.tensors for o in operators]
     flat = [t for own in parts for t in own]
     moved = iter(to_devices(flat, [device for own, device in zip(parts, devices, strict=True) for _ in own]))
     return [type(o)(next(moved), next(moved), None if o.n is None else next(moved)) for o in operators]
@@ -108,7 +124,7 @@ def placed(operators: Sequence[Placed], devices: Sequence[torch.device]) -> list
 
 def in_ram(operators: Sequence[Operator]) -> list[Operator]:
     """Copy operators to RAM, with one wait for all GPUs."""
-    moved = iter(to_host([t for o in operators for t in (o.u, o.w, o.n) if t is not None]))
+    moved = iter(to_host([t for o in operators for t in o.tensors]))
     return [Operator(next(moved), next(moved), None if o.n is None else next(moved)) for o in operators]
 
 
