@@ -338,7 +338,9 @@ def test_host_waits_for_results_only(family: str, count: int, tmp_path: Path) ->
         assert waits(lambda: last_token_residuals(model, batcher.batch(rows, SEQUENCES))) == count
         assert waits(ablated) == 2, "two batches"
         wanted = [strengths, vector]
-        assert waits(lambda: objective.evaluate(ablation, 0, rows, rows, wanted=wanted)) == 2, "gradients, then the sums"
+        assert waits(lambda: objective.evaluate(ablation, 0, rows, rows, wanted=wanted)) == 2, (
+            "gradients, then the sums"
+        )
         (few, _), (many, to_first) = decoded(1), decoded(13)
         assert many - few == 1
         # Token ids; and the hidden states, where the head lies with the embedding on the first GPU.
