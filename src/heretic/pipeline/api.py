@@ -112,9 +112,8 @@ class AblationSession:
         session = self.run_context.session()
         if self._custom_directions is None or session.operator_factory.directions is self._custom_directions:
             return session
-        self.run_context.loaded = replace(
-            session, operator_factory=operator_factory_for(session.context, self._custom_directions)
-        )
+        factory = operator_factory_for(session.context, self._custom_directions, session.operator_factory.input_maps)
+        self.run_context.loaded = replace(session, operator_factory=factory)
         return self.run_context.loaded
 
     @property

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # `heretic status` opens runs without torch: the methods for 
     from torch import Tensor
 
     from heretic.ablation.directions import Directions
+    from heretic.ablation.geometries.conditional import InputMap
     from heretic.ablation.residual_geometry import ResidualGeometry
     from heretic.runs.stored_tensors import Baseline
     from heretic.search.path_optimizer import OptimizerState
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # `heretic status` opens runs without torch: the methods for 
 T = TypeVar("T")
 MOST_LOG_READ = 64 << 10  # bytes from its end
 BASELINE, GEOMETRY, REPORT = "baseline.safetensors", "geometry.safetensors", "report.html"
+INPUT_MAPS = "input_maps.safetensors"
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,19 @@ class RunFolder:
     def save_directions(self, directions: Directions) -> None:
         """Store the directions."""
         write_directions(self.path / "directions.safetensors", directions, self.fingerprint, private=True)
+
+    def load_input_maps(self, reporter: ProgressReporter) -> dict[str, InputMap] | None:
+        """Load the input maps of the writers; None if there are none or, with a warning, if the file is damaged."""
+        from heretic.runs import stored_tensors
+
+        return self._read(INPUT_MAPS, stored_tensors.input_maps_from_tensors, reporter)
+
+    def save_input_maps(self, input_maps: Mapping[str, InputMap]) -> None:
+        """Store the input maps of the writers."""
+        from heretic.runs import stored_tensors
+
+        tensors = stored_tensors.input_map_tensors(input_maps)
+        write_tensors(self.path / INPUT_MAPS, tensors, {"fingerprint": self.fingerprint}, private=True)
 
     def load_geometry(self) -> ResidualGeometry | None:
         """Load the residual geometry; None if it is missing or damaged. Never changes the folder."""

@@ -17,6 +17,8 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from heretic.ablation.directions import Directions
+from heretic.ablation.geometries.conditional import InputMap
+from heretic.ablation.operator import Operator
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.model.response_prefix import AnswerStart
 from heretic.scoring.judges.verdict import EVASIVE, ORDER, REFUSAL, Verdict
@@ -109,6 +111,42 @@ def directions_from_tensors(tensors: Tensors) -> Directions:
     extra = _finite(tensors, "extra", 3)
     _require(extra.shape[1] > 0 and extra[:, 0].shape == vectors.shape, "extra and directions differ in shape")
     return Directions(vectors.float(), extra.float())
+
+
+def input_map_tensors(input_maps: Mapping[str, InputMap]) -> dict[str, Tensor]:
+    """Return the tensors to store for the input maps of writers, by name."""
+    return {f"{name}.{part}": getattr(own, part) for name, own in input_maps.items() for part in ("outputs", "inputs")}
+
+
+def input_maps_from_tensors(tensors: Tensors) -> dict[str, InputMap]:
+    """Return stored input maps by writer. Raises ValueError."""
+    names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    found = {n: InputMap(*(_finite(tensors, f"{n}.{part}", 2) for part in ("outputs", "inputs"))) for n in names}
+    _require(2 * len(found) == len(tensors), "it has tensors of no input map")
+    _require(all(len(own.outputs) == len(own.inputs) for own in found.values()), "outputs and inputs differ in keys")
+    return found
+
+
+def operator_tensors(operators: Mapping[str, Operator]) -> dict[str, Tensor]:
+    """Return the tensors to store for operators, by name."""
+    return {f"{name}.{part}": tensor for name, own in operators.items() for part, tensor in own.tensors.items()}
+
+
+def operators_from_tensors(tensors: Tensors) -> dict[str, Operator]:
+    """Return stored operators by writer. Raises ValueError."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name in tensors:
+        writer, _, part = name.rpartition(".")
+        _require(part in ("u", "w", "n", "a"), f"{name} is no part of an operator")
+        parts.setdefault(writer, {})[part] = _finite(tensors, name, tensors[name].ndim).float()
+    for writer, own in parts.items():
+        _require("u" in own and ("w" in own or "a" in own), f"{writer} lacks u, or w and a")
+        shape = own["u"].shape
+        _require(len(shape) in (1, 2), f"{writer}.u has the wrong shape")
+        _require("w" not in own or own["w"].shape == shape, f"{writer}.w and u differ in shape")
+        _require("n" not in own or own["n"].shape == shape[-1:], f"{writer}.n and u differ in shape")
+        _require("a" not in own or own["a"].shape[:-1] == shape[:-1], f"{writer}.a and u differ in directions")
+    return {writer: Operator(own["u"], own.get("w"), own.get("n"), own.get("a")) for writer, own in parts.items()}
 
 
 def geometry_from_tensors(tensors: Tensors) -> ResidualGeometry:
