@@ -21,6 +21,7 @@ from heretic.ablation.geometries.conditional import InputMap
 from heretic.ablation.operator import Operator
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.model.response_prefix import AnswerStart
+from heretic.scoring.direction_effects import DirectionEffects
 from heretic.scoring.judges.verdict import EVASIVE, ORDER, REFUSAL, Verdict
 from heretic.scoring.scores import HarmlessMetrics
 from heretic.search.gradient_path import PathPoint, alike
@@ -164,6 +165,17 @@ def geometry_from_tensors(tensors: Tensors) -> ResidualGeometry:
     _require(len(separation) == layers > 0 and prompts > 0, "separation has the wrong number of layers")
     names = (*shapes, "silhouette", "separation", "harmful")
     return ResidualGeometry(**{name: tensors[name] for name in names})
+
+
+def effects_from_tensors(tensors: Tensors) -> DirectionEffects:
+    """Return stored effects of the layers' directions. Raises ValueError."""
+    found = DirectionEffects(
+        **{name: _finite(tensors, name, 1) for name in ("necessity", "sufficiency", "kl", "original")}
+    )
+    layers = len(found.kl)
+    _require(layers == len(found.necessity) == len(found.sufficiency), "the effects differ in layers")
+    _require(len(found.original) == 2, "original must be two probabilities")
+    return found
 
 
 class _OptimizerStateJson(TypedDict):

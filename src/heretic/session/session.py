@@ -18,7 +18,7 @@ from heretic.ablation.directions import Directions
 from heretic.ablation.geometries.conditional import InputMap
 from heretic.ablation.operator import Operator
 from heretic.ablation.operator_factory import OperatorFactory
-from heretic.ablation.residual_geometry import GeometryRecorder, ResidualGeometry
+from heretic.ablation.residual_geometry import GeometryRecorder
 from heretic.errors import UserError
 from heretic.hardware.host import format_bytes, memory
 from heretic.interrupt import StopSignal
@@ -289,12 +289,6 @@ def find_model_directions(model_context: ModelContext, recorder: GeometryRecorde
     harmful, harmless = (model_context.encoded[role] for role in ("harmful_train", "harmless_train"))
     wanted = model_context.settings.directions
     return find_directions(model_context.language_model, harmful, harmless, model_context.batcher, wanted, recorder)
-
-
-def measure_residual_geometry(model_context: ModelContext) -> ResidualGeometry:
-    """Capture the residuals again and measure their geometry."""
-    recorder = GeometryRecorder()
-    return recorder.geometry(find_model_directions(model_context, recorder))
 
 
 def operator_factory_for(
