@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING
 
 from heretic.ablation.geometries import GEOMETRIES
 from heretic.ablation.geometries.conditional import BENIGN_KEYS, HARMFUL_KEYS, InputMap, input_map
-from heretic.errors import UserError
 from heretic.hardware.host import memory
 from heretic.model.architecture import ResidualWriter
-from heretic.model.distributed import size
 from heretic.model.input_capture import input_width, writer_inputs
 from heretic.model.lazy_tensor import LazyTensor, materialize
 from heretic.planning.key_prompts import key_prompts
@@ -51,17 +49,9 @@ def open_input_maps(
 def find_input_maps(model_context: ModelContext, read: Read) -> dict[str, InputMap]:
     """Compute the map of every writer with a plain input, a few layers at a time.
 
-    Raises:
-        UserError: Too few prompts are left beside those of the gradient search, or the model is sharded.
+    Raises UserError if too few prompts are left beside those of the gradient search.
     """
-    settings, language_model = model_context.settings, model_context.language_model
-    if size() > 1:
-        raise UserError(
-            "A process with a shard of the weights does not see the whole input of a writer.",
-            code="tensor-parallel-unsupported",
-            where=f'ablation.geometry = "{settings.ablation.geometry}"',
-            fix='ablation.geometry = "plain", or run without torchrun',
-        )
+    language_model = model_context.language_model
     batcher, structure = model_context.batcher, language_model.structure
     harmful, benign = keys_of_model(model_context)
     sequences, offsets = [*harmful[0], *benign[0]], [*harmful[1], *benign[1]]
