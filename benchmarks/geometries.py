@@ -2,9 +2,9 @@
 
     python benchmarks/geometries.py ASSETS [--geometries norm_preserving conditional] [--directions 1] [--seeds 0]
 
-Every point of the path, and halfway between two, is measured on the evaluation prompts: refusals, KL at the first token, over the
-original's answers and over the model's own. The baseline is measured once. Prompt files as in benchmarks/study.py; harmless_train
-may be completed by --more FILE, since a conditional edit needs prompts that the search does not use.
+Every point of the path is measured on the evaluation prompts, with --halfway also what lies between two: refusals, KL at the first
+token, over the original's answers and over the model's own. The baseline is measured once. Prompt files as in benchmarks/study.py;
+harmless_train may be completed by --more FILE, since a conditional edit needs prompts that the search does not use.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--evaluation", type=int, default=50, help="evaluation prompts of each kind")
     parser.add_argument("--more", type=Path, help="a text file with further harmless training prompts")
+    parser.add_argument("--halfway", action="store_true", help="measure halfway between two points too")
     parser.add_argument("--set", action="append", default=[], dest="extra")
     arguments = parser.parse_args()
     reporter = PlainReporter(Console())
@@ -57,9 +58,10 @@ def main() -> None:
         for seed in arguments.seeds:
             for geometry in arguments.geometries:
                 search = _searched(session, geometry, [*common, f"seed={seed}"], Path(scratch))
+                step = 1 if arguments.halfway else 2
                 found: dict[str, Any] = {"geometry": geometry, "seed": seed, "points": []}
                 report["searches"].append(found)
-                for name, searched, ablation in search:
+                for name, searched, ablation in list(search)[::step]:
                     found["points"].append({"point": name, **_measured(searched, ablation)})
                     print(geometry, seed, found["points"][-1], flush=True)
                     write(report, arguments.out)
