@@ -31,8 +31,8 @@ class DirectionSettings(SettingsModel):
         1,
         "Directions per layer, all with the same strength. More than one needs `self_organizing_map`.",
         when=(
-            "Raise it with `self_organizing_map`. More directions change the model more: watch the KL. Geometries other "
-            "than `plain` take more RAM for them (layers x directions x width x 4 bytes)."
+            "Raise it with `self_organizing_map`. More directions change the model more: watch the KL. `row_normalized` and "
+            "`norm_preserving` take more RAM for them (layers x directions x width x 4 bytes)."
         ),
         ge=1,
         le=8,
