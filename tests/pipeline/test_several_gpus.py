@@ -35,7 +35,7 @@ from heretic.planning import memory_plan
 from heretic.planning.memory_plan import MemoryPlan
 from heretic.progress import NullReporter
 from heretic.scoring.divergence import measure_divergence
-from heretic.scoring.gradient_loss import Objective
+from heretic.scoring.gradient_loss import Objective, _Passes
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs
 from heretic.search import path_optimizer
 from heretic.settings.sources import resolve
@@ -288,7 +288,7 @@ def test_module_that_moves_its_input_to_another_gpu_is_a_mismatch() -> None:
 def test_gradient_search_takes_no_more_than_planned_with_a_long_shared_prefix(tmp_path: Path) -> None:
     wide = dict(hidden_size=256, intermediate_size=768, num_attention_heads=8, num_key_value_heads=4)
     name, sizes = FAMILIES["llama"]
-    own, peaks = Objective._pass, [0] * 4
+    own, peaks = _Passes._pass, [0] * 4
 
     def passed(*args: object) -> object:
         gpus.reset()
@@ -297,7 +297,7 @@ def test_gradient_search_takes_no_more_than_planned_with_a_long_shared_prefix(tm
         return found
 
     long = (f'system_prompt="{" ".join([SYSTEM] * 4)}"', "batch_size=32", "search.gradient.batch=16")
-    with mock.patch.dict(FAMILIES, llama=(name, {**sizes, **wide})), mock.patch.object(Objective, "_pass", passed):
+    with mock.patch.dict(FAMILIES, llama=(name, {**sizes, **wide})), mock.patch.object(_Passes, "_pass", passed):
         save_tiny(tmp_path / "tiny-llama")
         with PretendGpus(4) as gpus:
             found = make("llama", "gradient", device_map("llama", 4), gpus, *long, folder=tmp_path, whole=False)
@@ -340,7 +340,9 @@ def test_host_waits_for_results_only(family: str, count: int, tmp_path: Path) ->
         assert waits(lambda: last_token_residuals(model, batcher.batch(rows, SEQUENCES))) == count
         assert waits(ablated) == 2, "two batches"
         wanted = [strengths, vector]
-        assert waits(lambda: objective.evaluate(ablation, 0, rows, rows, wanted=wanted)) == 3, "two passes"
+        assert waits(lambda: objective.evaluate(ablation, 0, rows, rows, wanted=wanted)) == 2, (
+            "gradients, then the sums"
+        )
         (few, _), (many, to_first) = decoded(1), decoded(13)
         assert many - few == 1
         # Token ids; and the hidden states, where the head lies with the embedding on the first GPU.

@@ -68,13 +68,22 @@ class Operator:
         return replace(self, a=None if columns is None else self.a[..., columns])
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
+    def parts(self) -> dict[str, Tensor]:
         """The tensors that the operator has, by name."""
-        return _tensors(self)
+        return _parts(self)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that the operator has."""
+        return list(self.parts.values())
+
+    def as_leaf(self) -> Operator:
+        """Return a detached copy; those of its tensors that have gradients collect their own."""
+        return replace(self, **{name: t.detach().requires_grad_(t.requires_grad) for name, t in self.parts.items()})
 
     def to(self, device: torch.device | str) -> Operator:
         """Move the operator to a device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.parts.items()})
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class StackedOperators:
 
         def stacked(name: str) -> Tensor | None:
             """Stack one tensor of all operators, padded with rows of zeros to the largest number of directions."""
-            found = [None if o is None else o.tensors.get(name) for o in operators]
+            found = [None if o is None else o.parts.get(name) for o in operators]
             known = next((t for t in found if t is not None), None)
             if known is None:
                 return None
@@ -129,13 +138,13 @@ class StackedOperators:
         return edited.to(y.dtype).view(y.shape)
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
+    def parts(self) -> dict[str, Tensor]:
         """The tensors that the operators have, by name."""
-        return _tensors(self)
+        return _parts(self)
 
     def to(self, device: torch.device | str) -> StackedOperators:
         """Move the operators to a device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.parts.items()})
 
 
 class _InnerProducts(torch.autograd.Function):
@@ -168,7 +177,7 @@ def _rows_at_once(x: Tensor) -> int:
     return max(1, ELEMENTS_PER_CHUNK // x.shape[-1])
 
 
-def _tensors(operator: Operator | StackedOperators) -> dict[str, Tensor]:
+def _parts(operator: Operator | StackedOperators) -> dict[str, Tensor]:
     return {f.name: tensor for f in fields(operator) if (tensor := getattr(operator, f.name)) is not None}
 
 
@@ -177,7 +186,7 @@ Placed = TypeVar("Placed", Operator, StackedOperators)
 
 def placed(operators: Sequence[Placed], devices: Sequence[torch.device]) -> list[Placed]:
     """Copy operators from RAM to their devices, all together: the copies do not make the host wait. Differentiable."""
-    parts = [o.tensors for o in operators]
+    parts = [o.parts for o in operators]
     flat = [t for own in parts for t in own.values()]
     moved = iter(to_devices(flat, [device for own, device in zip(parts, devices, strict=True) for _ in own]))
     return [replace(o, **{name: next(moved) for name in own}) for o, own in zip(operators, parts, strict=True)]
@@ -185,5 +194,5 @@ def placed(operators: Sequence[Placed], devices: Sequence[torch.device]) -> list
 
 def in_ram(operators: Sequence[Operator]) -> list[Operator]:
     """Copy operators to RAM, with one wait for all GPUs."""
-    moved = iter(to_host([t for o in operators for t in o.tensors.values()]))
-    return [replace(o, **{name: next(moved) for name in o.tensors}) for o in operators]
+    moved = iter(to_host([t for o in operators for t in o.tensors]))
+    return [replace(o, **{name: next(moved) for name in o.parts}) for o in operators]

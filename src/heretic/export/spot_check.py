@@ -102,7 +102,7 @@ def _check(name: str, operator: Operator, before: Tensor, written: WrittenTensor
 
 def expectation(operator: Operator, before: Tensor) -> tuple[Tensor, Tensor]:
     """The edit of columns [width, columns] in float64, and how far arithmetic in float32 may be from it."""
-    y, parts = before.double(), {name: t.double().cpu() for name, t in operator.tensors.items()}
+    y, parts = before.double(), {name: t.double().cpu() for name, t in operator.parts.items()}
     u = torch.atleast_2d(parts["u"]).mT
     after, terms = y, y.abs()
     if "w" in parts:

@@ -223,8 +223,10 @@ class MemoryModel:
         gradient_path = self.work.gradient_search
         if gradient_path is None:
             return 0, False
-        length = self.work.prompt_tokens + max(gradient_path.refusal_tokens, gradient_path.kl_tokens) - 1
-        rows, twice = self.shape.rows_with_gradients(int(SHARE_FOR_GRADIENTS * free), length, on_cpu=on_cpu)
+        more = max(gradient_path.refusal_tokens, gradient_path.kl_tokens) - 1
+        rows, twice = self.shape.rows_with_gradients(
+            int(SHARE_FOR_GRADIENTS * free), self.work.prompt_tokens + more, self.work.tail + more, on_cpu=on_cpu
+        )
         return min(rows, batch, gradient_path.batch), twice
 
     def _gradients(self, runs: DeviceShare, rows: int, borrowed: int, *, twice: bool) -> int:

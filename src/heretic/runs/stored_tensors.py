@@ -130,7 +130,7 @@ def input_maps_from_tensors(tensors: Tensors) -> dict[str, InputMap]:
 
 def operator_tensors(operators: Mapping[str, Operator]) -> dict[str, Tensor]:
     """Return the tensors to store for operators, by name."""
-    return {f"{name}.{part}": tensor for name, own in operators.items() for part, tensor in own.tensors.items()}
+    return {f"{name}.{part}": tensor for name, own in operators.items() for part, tensor in own.parts.items()}
 
 
 def operators_from_tensors(tensors: Tensors) -> dict[str, Operator]:
