@@ -99,7 +99,7 @@ class GradientProblem:
         """Return the refusals under an ablation that differ from the known ones, and the number of refused prompts."""
         model_context, known = self.session.context, self.objective.harmful.texts
         with self.session.applied(ablation):
-            refusals = _refusals(model_context, self.refused)
+            refusals = find_refusals(model_context, self.refused)
         answers = zip(refusals.tokens, refusals.refused, strict=True)
         texts = [
             (row, list(tokens[: len(known[row])]))
@@ -169,7 +169,7 @@ def prepare(session: Session) -> GradientProblem | None:
     requests, harmless = (
         model_context.encoded[role][: gradient.prompts] for role in ("harmful_train", "harmless_train")
     )
-    refusals = _refusals(model_context, requests)
+    refusals = find_refusals(model_context, requests)
     indices = [i for i, (r, t) in enumerate(zip(refusals.refused, refusals.tokens, strict=True)) if r and t]
     if len(indices) < MIN_REFUSALS:
         return None
@@ -203,8 +203,8 @@ def prepare(session: Session) -> GradientProblem | None:
     return GradientProblem(session, objective, refused, indices, with_activation_cache)
 
 
-def _refusals(model_context: ModelContext, requests: Sequence[list[int]]) -> RefusalCount:
-    """Return which prompts the model refuses in its current state, with the tokens of the answers."""
+def find_refusals(model_context: ModelContext, requests: Sequence[list[int]]) -> RefusalCount:
+    """Return which training prompts the model refuses in its current state, with the tokens of the answers."""
     min_tokens = model_context.settings.search.gradient.refusal_tokens
     texts = dict(
         zip(
