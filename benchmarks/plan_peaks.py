@@ -78,7 +78,7 @@ PHASES: dict[str, Sequence[tuple[Any, str]]] = {
     "loading": [(session, "load")],
     "weight_stats": [(session, "operator_factory_for")],
     "residuals": [(capture, "last_token_residuals")],
-    "gradients": [(gradient_loss.Objective, "_pass")],
+    "gradients": [(gradient_loss.Objective, "evaluate")],
     "prefill": [
         (evaluator, "measure_divergence"),
         (divergence, "all_log_probs"),

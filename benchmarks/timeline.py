@@ -145,7 +145,7 @@ def rows_with_gradients(setup: Setup, plan: MemoryPlan, checkpoint: Any) -> tupl
     dims = ModelDims.of(checkpoint.config, meta_model(checkpoint, "bfloat16"))
     free = min(load.device.free - load.weights for load in plan.loads if load.weights)
     budget = int(pass_memory.SHARE_FOR_GRADIENTS * free)
-    return pass_memory.rows_with_gradients(dims, budget, PROMPT + 4, on_cpu=False)
+    return pass_memory.rows_with_gradients(dims, budget, PROMPT + 4, PROMPT + 4, on_cpu=False)
 
 
 @cache

@@ -131,8 +131,8 @@ def test_rows_with_gradients_fill_the_budget() -> None:
         LlamaConfig(), SimpleNamespace(dtype=torch.bfloat16, named_modules=lambda: [], named_parameters=lambda: [])
     )  # type: ignore[arg-type]
     row = PassMemory(dims, dims.blocks).gradients(Rows(1, 100), twice=False)
-    assert rows_with_gradients(dims, 9 * row, 100, on_cpu=False) == (9, False)
-    assert rows_with_gradients(dims, 9 * row, 100, on_cpu=True) == (5, False), "512 tokens"
-    fewer, twice = rows_with_gradients(dims, 3 * row, 100, on_cpu=False)
+    assert rows_with_gradients(dims, 9 * row, 100, 100, on_cpu=False) == (9, False)
+    assert rows_with_gradients(dims, 9 * row, 100, 100, on_cpu=True) == (5, False), "512 tokens"
+    fewer, twice = rows_with_gradients(dims, 3 * row, 100, 100, on_cpu=False)
     assert twice and fewer > 9
-    assert rows_with_gradients(dims, 1, 100, on_cpu=False) == (1, True)
+    assert rows_with_gradients(dims, 1, 100, 100, on_cpu=False) == (1, True)

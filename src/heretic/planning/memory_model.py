@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from heretic.ablation.operator import ELEMENTS_PER_CHUNK
+from heretic.ablation.geometries.conditional import BENIGN_KEYS, HARMFUL_KEYS
+from heretic.ablation.weight_stats import ELEMENTS_PER_CHUNK
 from heretic.hardware.devices import CPU, Device
 from heretic.model.batching import TOKENS_AT_ONCE
 from heretic.model.forward import LOGIT_ROWS
@@ -45,6 +46,7 @@ PROGRAM = 384 * MIB
 MASKS = 4  # of the cache's slots, while decoding: before and after each change
 TIGHT = 0.95  # of the free memory
 SHARE_FOR_RESIDUALS = 0.5  # of the free RAM, for the residuals of all prompts
+MOST_CAPTURED = GIB  # of RAM, for the keys of input maps that are computed together
 # Limits of the activation cache for each of the two prompt sets: a share of the free RAM, and bytes.
 SHARE_KEPT = 0.05
 MOST_KEPT = 2 * GIB
@@ -171,7 +173,7 @@ class MemoryModel:
         shape, work, blocks = self.shape, self.work, len(runs.blocks)
         vectors = WRITERS * blocks * work.trials_per_batch(batch) * shape.hidden * FLOAT32
         run = _Passes(PassMemory(shape, blocks, runs.embedding), work, runs.head)
-        more = borrowed + (self.dequantized if blocks else 0)
+        more = borrowed + (self.dequantized + self._converted(batch) if blocks else 0)
         captured = 0 if device.is_gpu else blocks * shape.hidden * FLOAT32 * min(batch, work.training)
         # Of quantized weights the numbers, scaled and rounded.
         loading = max(self.dequantization * (2 * FLOAT32 + shape.element), self.merged) if holds.blocks else 0
@@ -189,7 +191,7 @@ class MemoryModel:
             prefill=max(run.divergence(rows, trials), run.drafts(rows, trials)) + more,
             decoding=run.decoding(rows, trials) + more,
             verification=max(loading, run.verification(min(batch, max(work.requests, work.harmless))) + more),
-            operators=vectors * (2 * work.directions + 1),  # u and w for every direction, and n
+            operators=vectors * (2 * work.directions + 1) + self._input_vectors(blocks, trials),  # u, w, n; a
             rounds=vectors * 2 * work.directions * work.rounds,
             headroom=headroom(device, holds.weights),
         )
@@ -218,15 +220,38 @@ class MemoryModel:
             if work.needs_weight_stats
             else 0
         )
-        return places * shape.vocabulary * FLOAT32 + entries + facts
+        return places * shape.vocabulary * FLOAT32 + entries + facts + self._input_maps()
+
+    def _input_maps(self) -> int:
+        """Return the bytes in RAM of all writers' input maps, and of the keys while they are computed."""
+        if not self.work.needs_input_maps:
+            return 0
+        numbers = FLOAT32 * self.shape.blocks * (self._inputs + 2 * self.shape.hidden)
+        return HARMFUL_KEYS * numbers + min(MOST_CAPTURED, (HARMFUL_KEYS + BENIGN_KEYS) * numbers)
+
+    def _converted(self, batch: int) -> int:
+        """Return the bytes of a part of a writer's inputs in float32, for operators that read them."""
+        inputs = min(batch * (self.work.tail + self.work.tried_tokens), TOKENS_AT_ONCE) * self.shape.widest_writer
+        return FLOAT32 * min(inputs, ELEMENTS_PER_CHUNK) if self.work.needs_input_maps else 0
+
+    @property
+    def _inputs(self) -> int:
+        """Inputs of an attention output projection and of an MLP down projection, together."""
+        return self.shape.attended + max(self.shape.intermediate, self.shape.experts_used * self.shape.expert)
+
+    def _input_vectors(self, blocks: int, trials: int) -> int:
+        """Return the bytes of the vectors of operators that read the writers' inputs."""
+        return FLOAT32 * blocks * trials * self.work.directions * self._inputs if self.work.needs_input_maps else 0
 
     def _gradient_rows(self, free: int, batch: int, *, on_cpu: bool) -> tuple[int, bool]:
         """Return the rows of a pass with gradients, and whether it needs gradient checkpointing."""
         gradient_path = self.work.gradient_search
         if gradient_path is None:
             return 0, False
-        length = self.work.prompt_tokens + max(gradient_path.refusal_tokens, gradient_path.kl_tokens) - 1
-        rows, twice = rows_with_gradients(self.shape, int(SHARE_FOR_GRADIENTS * free), length, on_cpu=on_cpu)
+        more = max(gradient_path.refusal_tokens, gradient_path.kl_tokens) - 1
+        budget = int(SHARE_FOR_GRADIENTS * free)
+        lengths = (self.work.prompt_tokens + more, self.work.tail + more)
+        rows, twice = rows_with_gradients(self.shape, budget, *lengths, on_cpu=on_cpu)
         return min(rows, batch, gradient_path.batch), twice
 
     def _gradients(self, runs: DeviceShare, rows: int, borrowed: int, *, twice: bool) -> int:

@@ -185,13 +185,14 @@ class PassMemory:
         return self.head(rows, places, at_once, tensors * FLOAT32)
 
 
-def rows_with_gradients(dims: ModelDims, budget: int, tokens: int, *, on_cpu: bool) -> tuple[int, bool]:
+def rows_with_gradients(dims: ModelDims, budget: int, tokens: int, own: int, *, on_cpu: bool) -> tuple[int, bool]:
     """Return the rows of a pass with gradients in `budget` bytes (at least 1), and whether it needs gradient checkpointing.
 
     Args:
         dims: the model's dimensions.
         budget: bytes.
-        tokens: per row.
+        tokens: of the longest row.
+        own: of these, the tokens after the shared prefix.
         on_cpu: whether the model runs on the CPU.
     """
     memory = PassMemory(dims, dims.blocks)
@@ -201,6 +202,6 @@ def rows_with_gradients(dims: ModelDims, budget: int, tokens: int, *, on_cpu: bo
 
     whole = budget // row(twice=False)
     if whole >= FEWEST_ROWS:
-        enough = max(FEWEST_ROWS, CPU_TOKENS_WITH_GRADIENTS // tokens) if on_cpu else whole
+        enough = max(FEWEST_ROWS, CPU_TOKENS_WITH_GRADIENTS // own) if on_cpu else whole
         return min(whole, enough), False
     return max(1, budget // row(twice=True)), True
