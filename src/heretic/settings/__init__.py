@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from heretic.settings.ablation import AblationSettings, DirectionSettings, Geometry
 from heretic.settings.export import Behavior, ExportFormat, GgufType
 from heretic.settings.field import PathText, SettingsModel, affects_results, one_name, setting
+from heretic.settings.languages import ENGLISH, LANGUAGES, known_language
 from heretic.settings.prompts import PromptSettings, PromptSource
 from heretic.settings.scoring import (
     DEFAULT_MARKERS,
@@ -234,6 +235,14 @@ class Settings(SettingsModel):
         ),
         min_length=1,
     )
+    language: Annotated[str, AfterValidator(known_language)] = setting(
+        ENGLISH,
+        "Language of the requests and responses: "
+        + ", ".join(f"`{code}` {name}" for code, name in LANGUAGES.items())
+        + ". Its refusal and evasive phrases count beside those of the settings, and prompt sets without a `source` become "
+        "small bundled sets in it (docs/languages.md).",
+        when="Change it if the model is asked in another language; set your own prompt sets for a result.",
+    )
     kl_tokens: int = setting(
         1,
         "Response tokens over which the KL divergence to the original is averaged, for each prompt of "
@@ -382,6 +391,22 @@ class Settings(SettingsModel):
     workers: WorkerSettings = setting(
         WorkerSettings(), "Several processes on one study (docs/workers.md).", affects_results=False
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _use_prompts_of_the_language(cls, values: Any) -> Any:
+        """Complete the prompt sets without a `source` from the sets of the language."""
+        if not isinstance(values, dict):
+            return values
+        code, prompts = values.get("language", ENGLISH), values.get("prompts", {})
+        if code == ENGLISH or code not in LANGUAGES or not isinstance(prompts, dict):
+            return values
+        completed = dict(prompts)
+        for role in PromptSettings.model_fields:
+            table = prompts.get(role, {})
+            if isinstance(table, dict) and not table.get("source"):
+                completed[role] = {"split": "train", **table, "source": f"bundled:{code}/{role}"}
+        return {**values, "prompts": completed}
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return the settings that affect the results, as plain data."""
