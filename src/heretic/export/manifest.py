@@ -99,6 +99,7 @@ class WrittenFiles(Hashes):
     format: str = "full"
     rank: Annotated[int, Field(ge=1)] | None = None
     type: GgufType = "f16"
+    imatrix: bool = False
 
 
 class Edit(_Part):
