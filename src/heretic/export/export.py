@@ -163,6 +163,8 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: S
             return None
         if "imatrix" in written and settings.gguf_type in QUANTIZED and written["imatrix"] != settings.gguf_imatrix:
             return None
+        if written.get("bits", settings.mlx_bits) != settings.mlx_bits:
+            return None
         if not written.get("exact", True) and written["rank"] != settings.lora_rank:
             return None
         if manifest.get("behavior", "") != settings.behavior:

