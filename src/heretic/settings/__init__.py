@@ -12,9 +12,9 @@ from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from heretic.settings.ablation import AblationSettings, DirectionSettings, Geometry
 from heretic.settings.export import Behavior, ExportFormat, GgufType, MlxBits
-from heretic.settings.field import PathText, SettingsModel, affects_results, one_name, setting
+from heretic.settings.field import PathText, SettingsModel, fields_that_affect_results, not_twice, one_name, setting
 from heretic.settings.languages import ENGLISH, LANGUAGES, known_language
-from heretic.settings.prompts import PromptSettings, PromptSource
+from heretic.settings.prompts import PromptSettings, PromptSource, with_prompts_of_language
 from heretic.settings.scoring import (
     DEFAULT_MARKERS,
     ClassifierSettings,
@@ -28,30 +28,10 @@ from heretic.settings.search import GradientSettings, KernelSpace, SearchSetting
 from heretic.settings.workers import WorkerSettings
 
 __all__ = [
-    "DEFAULT_MARKERS",
-    "AblationSettings",
-    "ClassifierSettings",
-    "DirectionSettings",
-    "ExportFormat",
-    "Geometry",
-    "GgufType",
-    "GradientSettings",
-    "JudgeSettings",
-    "KernelSpace",
-    "LlmSettings",
-    "PromptSettings",
-    "PromptSource",
-    "SearchSettings",
-    "Settings",
-    "WorkerSettings",
-]
-
-
-def not_twice(names: list[str]) -> list[str]:
-    """Raise ValueError for a name that occurs twice."""
-    if len(set(names)) < len(names):
-        raise ValueError("a name occurs twice")
-    return names
+    "DEFAULT_MARKERS", "AblationSettings", "ClassifierSettings", "DirectionSettings", "ExportFormat", "Geometry",
+    "GgufType", "GradientSettings", "JudgeSettings", "KernelSpace", "LlmSettings", "PromptSettings", "PromptSource",
+    "SearchSettings", "Settings", "WorkerSettings",
+]  # fmt: skip
 
 
 class Settings(SettingsModel):
@@ -409,30 +389,8 @@ class Settings(SettingsModel):
     @model_validator(mode="before")
     @classmethod
     def _use_prompts_of_the_language(cls, values: Any) -> Any:
-        """Complete the prompt sets without a `source` from the sets of the language."""
-        if not isinstance(values, dict):
-            return values
-        code, prompts = values.get("language", ENGLISH), values.get("prompts", {})
-        if code == ENGLISH or code not in LANGUAGES or not isinstance(prompts, dict):
-            return values
-        completed = dict(prompts)
-        for role in PromptSettings.model_fields:
-            table = prompts.get(role, {})
-            if isinstance(table, dict) and not table.get("source"):
-                completed[role] = {"split": "train", **table, "source": f"bundled:{code}/{role}"}
-        return {**values, "prompts": completed}
+        return with_prompts_of_language(values)
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return the settings that affect the results, as plain data."""
-        return _fields_that_affect_results(self)
-
-
-def _fields_that_affect_results(table: SettingsModel) -> dict[str, Any]:
-    fields = {}
-    for name, field in type(table).model_fields.items():
-        if not affects_results(field):
-            continue
-        value = getattr(table, name)
-        is_table = isinstance(value, SettingsModel)
-        fields[name] = _fields_that_affect_results(value) if is_table else table.model_dump(include={name})[name]
-    return fields
+        return fields_that_affect_results(self)
