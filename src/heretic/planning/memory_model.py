@@ -43,7 +43,7 @@ CONTEXT = 512 * MIB
 # RAM of Python and the libraries before loading, without file pages: 380 MB measured (dev/LOG.md).
 PROGRAM = 384 * MIB
 
-MASKS = 4  # of the cache's slots, while decoding: before and after each change
+MASKS = 5  # of the slots of the cache, while decoding: before and after each change, and the ids of the tokens
 TIGHT = 0.95  # of the free memory
 SHARE_FOR_RESIDUALS = 0.5  # of the free RAM, for the residuals of all prompts
 MOST_CAPTURED = GIB  # of RAM, for the keys of input maps that are computed together
