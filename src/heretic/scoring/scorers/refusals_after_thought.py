@@ -31,6 +31,10 @@ class RefusalsAfterThought(Scorer):
     unit = "requests"
     details = ("undecided", "without_thought", "thought")
 
+    def most_tokens(self, response: int) -> int:
+        """Return the tokens of thought and answer."""
+        return self.thought_tokens + response
+
     def score(self, model: ScorerContext, baseline: Any) -> Measurement:
         """Decode thought and answer at once, then judge the answers of those that ended their thought."""
         chat = model.parts.chat.answering("", dict(self.variables))
