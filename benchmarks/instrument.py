@@ -14,8 +14,10 @@ import before_torch  # isort: skip  # noqa: F401
 
 import argparse
 import json
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +30,7 @@ from instrument_measures import MEASURES, Original
 from rich.console import Console
 
 from heretic.cli.ui.console import PlainReporter
+from heretic.errors import UserError
 from heretic.settings import Settings
 from heretic.settings.sources import resolve
 
@@ -68,8 +71,8 @@ class Instrument:
         self.how = self._how()
         self.original: Original | None = None
         known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-        self.report: dict[str, Any] = head(arguments) | {"rows": known.get("rows", [])}
-        self.report["commands"] = sorted({*known.get("commands", []), self.report.pop("command")})
+        self.report: dict[str, Any] = {**head(arguments), "rows": known.get("rows", [])}
+        self.report["commands"] = sorted({*known.get("commands", []), without_places(self.report.pop("command"))})
 
     def run(self) -> None:
         """Make and measure what the report does not hold. A tool that fails is named and left out."""
@@ -79,11 +82,10 @@ class Instrument:
             for tool in (each for each in ORDER if each in self.arguments.tools):
                 try:
                     self._row(self.arguments.label if tool == "ours" else tool, seed, self._made(tool, seed, prompts))
-                except SystemExit as ended:
-                    if not isinstance(ended.code, str):  # a signal to this program
+                except (SystemExit, UserError, subprocess.CalledProcessError) as error:
+                    if isinstance(error, SystemExit) and not isinstance(error.code, str):  # a signal to this program
                         raise
-                    print(f"{tool}, seed {seed}: {ended.code}", file=sys.stderr, flush=True)
-        self._row(ORIGINAL, None, None)
+                    print(f"{tool}, seed {seed}: {error}", file=sys.stderr, flush=True)
 
     def _made(self, tool: str, seed: int, prompts: Path) -> dict[str, Any]:
         place = self.folder / f"seed-{seed}"
@@ -109,6 +111,7 @@ class Instrument:
             return
         if self.original is None:
             self.original = Original.load(self.settings, PlainReporter(Console(stderr=True)))
+            self._row(ORIGINAL, None, None)
         told = {k: v for k, v in (made or {}).items() if k != "model"}
         settings = {"settings": self.arguments.extra} if tool == self.arguments.label != "ours" else {}
         measured = self.original.compared(Path(made["model"]) if made else None)
@@ -148,6 +151,12 @@ class Instrument:
             words.append(f"scorers.borderline_refusals.source={arguments.borderline.resolve()}")
         given = {"model": str(self.model), "runs_dir": str(scratch)}
         return resolve(None, given, [*words, *arguments.measure_set], {}).settings
+
+
+def without_places(command: str) -> str:
+    """Return a command without its folders for work and result, and with the names of its other files only."""
+    words = re.sub(r" --(?:work|out) \S+", "", command).split(" ")
+    return " ".join(Path(word).name if word.startswith("/") else word for word in words)
 
 
 if __name__ == "__main__":
