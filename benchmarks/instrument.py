@@ -36,6 +36,7 @@ from heretic.settings.sources import resolve
 
 SYSTEM_PROMPT = "You are a helpful assistant."  # default of both peers
 ORIGINAL = "original"
+TIMED = ("heretic-llm", "temaq")
 ORDER = ("ours", "arditi", "heretic-llm", "temaq")  # ours first: its time is the others' limit
 
 
@@ -50,8 +51,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--harmful", type=Path, help="held-out harmful prompts, one a line, of another source")
     parser.add_argument("--borderline", type=Path, help="harmless prompts that sound dangerous, one a line")
     parser.add_argument("--dtype", default="float32", help="number format of the measurement")
-    parser.add_argument("--set", action="append", default=[], dest="extra", help="a setting of ours; name it: --label")
+    parser.add_argument("--set", action="append", default=[], dest="extra", help="a setting of ours, with --label")
     parser.add_argument("--label", default="ours", help="name of our row with these settings")
+    parser.add_argument("--factor", type=float, default=1, help="time of heretic-llm and temaq, as a multiple of ours")
     parser.add_argument("--measure-set", action="append", default=[], help="a setting of the measurement")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "instrument")
     arguments = parser.parse_args(words)
@@ -81,25 +83,32 @@ class Instrument:
         for seed in self.arguments.seeds:
             for tool in (each for each in ORDER if each in self.arguments.tools):
                 try:
-                    self._row(self.arguments.label if tool == "ours" else tool, seed, self._made(tool, seed, prompts))
+                    self._row(self._named(tool), seed, self._made(tool, seed, prompts))
                 except (SystemExit, UserError, subprocess.CalledProcessError) as error:
                     if isinstance(error, SystemExit) and not isinstance(error.code, str):  # a signal to this program
                         raise
                     print(f"{tool}, seed {seed}: {error}", file=sys.stderr, flush=True)
 
+    def _named(self, tool: str) -> str:
+        """Return the name of a tool's row and folder."""
+        if tool == "ours":
+            return str(self.arguments.label)
+        return tool if tool not in TIMED or self.arguments.factor == 1 else f"{tool} x{self.arguments.factor:g}"
+
     def _made(self, tool: str, seed: int, prompts: Path) -> dict[str, Any]:
         place = self.folder / f"seed-{seed}"
-        times = place / "ours" / "made.json"
-        if tool in ("heretic-llm", "temaq") and not times.exists():
+        record = place / "ours" / "made.json"
+        if tool in TIMED and not record.exists():
             sys.exit("run ours first: its time is the limit")
+        times = json.loads(record.read_text()) if record.exists() else {}
         task = tools.Task(
             model=self.model,
             prompts=prompts,
-            folder=place / (self.arguments.label if tool == "ours" else tool),
+            folder=place / self._named(tool),
             environments=self.arguments.work.resolve(),
             seed=seed,
             system_prompt=SYSTEM_PROMPT,
-            times=json.loads(times.read_text()) if times.exists() else {},
+            limits={name: times[name] * self.arguments.factor for name in ("seconds", "cpu_seconds") if name in times},
             extra=self.arguments.extra if tool == "ours" else (),
         )
         return tools.made(task, tool)

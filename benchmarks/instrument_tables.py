@@ -12,10 +12,11 @@ TOOLS = {
     "original": "original",
     "arditi": "one direction",
     "heretic-llm": "heretic-llm 1.4.0",
+    "heretic-llm x2": "heretic-llm, twice the time",
     "temaq": "temaq-abliterated 1.1.1",
     "ours": "heretic",
 }
-PEERS = ("arditi", "heretic-llm", "temaq")
+PEERS = tuple(tool for tool in TOOLS if tool not in ("original", "ours"))
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Task:
     environments: Path  # of peers
     seed: int
     system_prompt: str
-    times: Mapping[str, float]  # of our tool with this seed: `seconds` and `cpu_seconds`; empty for our tool itself
+    limits: Mapping[str, float]  # `seconds` and `cpu_seconds` for tools that can be limited
     extra: Sequence[str] = ()  # further settings of ours
 
     def settings(self) -> list[str]:
@@ -111,13 +111,18 @@ def arditi(task: Task) -> tuple[Job, dict[str, Any]]:
 
 
 def heretic_llm(task: Task) -> tuple[Job, dict[str, Any]]:
-    """Run heretic-llm, interrupted after our tool's CPU seconds as by Ctrl+C; the model with the fewest refusals at KL <= 0.1."""
+    """Run heretic-llm until the limit, then press Ctrl+C; save the model with the fewest refusals at a KL of at most 0.1.
+
+    CPU seconds, because neighbors slow the tools down unequally; at least one trial.
+    """
     python = peer.install(task.environments / "heretic-llm-env")
     text = peer.default_configuration(task.model, task.prompts, seed=task.seed, system_prompt=task.system_prompt)
     (task.folder / "config.toml").write_text(text)
     menus = peer.Menus(task.folder, 1)
     job = Job([str(python.with_name("heretic"))], task.folder, peer.environment(os.environ), menus)
-    finished(job, task.times["cpu_seconds"], ready=lambda: any("Running trial 2 of" in line.text for line in job.lines))
+    finished(
+        job, task.limits["cpu_seconds"], ready=lambda: any("Running trial 2 of" in line.text for line in job.lines)
+    )
     if not menus.saved:
         sys.exit(f"heretic-llm saved no model, see {task.folder / 'output.txt'}")
     ((trial, folder),) = menus.saved.items()
@@ -133,7 +138,7 @@ def heretic_llm(task: Task) -> tuple[Job, dict[str, Any]]:
 
 
 def temaq(task: Task) -> tuple[Job, dict[str, Any]]:
-    """Run temaq-abliterated, its search limited to our tool's seconds; it picks the model itself."""
+    """Run temaq-abliterated with the limit as its search's time budget; it picks the model itself."""
     program = installed_temaq(task.environments / "temaq-env")
     for kind, roles in TEXTS.items():
         texts = [(task.prompts / f"{role}.txt").read_text(encoding="utf-8") for role in roles]
@@ -141,7 +146,7 @@ def temaq(task: Task) -> tuple[Job, dict[str, Any]]:
     words = [str(task.model), "--workdir", str(task.folder / "work"), "--output", str(task.folder / "model")]
     words += ["--select", "auto", "--verify", "full", "--seed", str(task.seed), "--eval-dtype", "bfloat16"]
     words += ["--harmful-file", str(task.folder / "harmful.txt"), "--harmless-file", str(task.folder / "harmless.txt")]
-    words += ["--time-budget-min", f"{task.times['seconds'] / 60:.1f}"]
+    words += ["--time-budget-min", f"{task.limits['seconds'] / 60:.1f}"]
     job = finished(Job([str(program), *words], task.folder, peer.environment(os.environ)))
     summary = json.loads((task.folder / "work" / "report" / "run_summary.json").read_text())
     selected: dict[str, Any] = next((each for each in summary["candidates"] if each["selected"]), {})
