@@ -31,7 +31,8 @@ from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.bake import copy_weights, read_from_checkpoint, rewritten_weights
 from heretic.ablation.directions import Directions
-from heretic.ablation.operator import GEOMETRIES, Operator
+from heretic.ablation.geometries import GEOMETRIES
+from heretic.ablation.operator import Operator
 from heretic.ablation.operator_factory import OperatorFactory
 from heretic.errors import UserError, first_line
 from heretic.export.save import plan_edits, write_weights

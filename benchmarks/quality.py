@@ -30,6 +30,7 @@ from rich.console import Console
 from versus_heretic import hypervolume
 
 from heretic.ablation.ablation import Ablation
+from heretic.ablation.geometries import GEOMETRIES
 from heretic.ablation.operator_factory import OperatorFactory
 from heretic.cli.ui.console import PlainReporter
 from heretic.errors import UserError
@@ -49,6 +50,7 @@ from heretic.scoring.scores import Scores, TrialOutcome
 from heretic.scoring.teacher_forcing import TeacherForcedTexts
 from heretic.search.pareto import Result, pareto_front, results
 from heretic.search.study import n_complete, run_study
+from heretic.session.input_maps import find_input_maps
 from heretic.session.session import (
     ModelContext,
     Session,
@@ -56,6 +58,7 @@ from heretic.session.session import (
     measure_baseline,
     operator_factory_for,
     original_log_probs,
+    weight_reader,
     with_baseline,
 )
 from heretic.settings import PromptSource
@@ -76,6 +79,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "unprojected": {"directions.project_harmless": False},
     # And with one part of it changed.
     "plain": {"ablation.geometry": "plain"},
+    "conditional": {"ablation.geometry": "conditional"},
     "row_normalized": {"ablation.geometry": "row_normalized"},
     "winsorized": {"directions.winsorize": 0.995},
     "kl_tokens_4": {"kl_tokens": 4, "search.gradient.kl_tokens": 4},
@@ -230,7 +234,11 @@ class Search:
             session.operator_factory,
         )
         if (settings.directions, settings.ablation) != (before.directions, before.ablation):
-            operator_factory = operator_factory_for(model_context, find_model_directions(model_context))
+            directions = find_model_directions(model_context)
+            read = weight_reader(model_context.language_model)
+            needed = GEOMETRIES[settings.ablation.geometry].needs == "input_map"
+            input_maps = find_input_maps(model_context, read) if needed else {}
+            operator_factory = operator_factory_for(model_context, directions, input_maps)
         self.session = replace(session, context=model_context, operator_factory=operator_factory)
         if settings.kl_tokens != before.kl_tokens:
             self.session = with_baseline(self.session, measure_baseline(model_context))

@@ -143,7 +143,7 @@ def rows_with_gradients(setup: Setup, plan: MemoryPlan, checkpoint: Any) -> tupl
     """As heretic decides: rows of a pass with gradients, and whether activations are computed again."""
     dims = ModelDims.of(checkpoint.config, meta_model(checkpoint, "bfloat16"))
     free = min(load.device.free - load.weights for load in plan.loads if load.weights)
-    return dims.rows_with_gradients(int(SHARE_FOR_GRADIENTS * free), PROMPT + 4, on_cpu=False)
+    return dims.rows_with_gradients(int(SHARE_FOR_GRADIENTS * free), PROMPT + 4, PROMPT + 4, on_cpu=False)
 
 
 @cache

@@ -210,7 +210,7 @@ def scorers_page() -> str:
 
 def _default(value: Any) -> str:
     """Return an option's default; empty for a long list or no text."""
-    return "" if isinstance(value, tuple) or value == "" else f" = {toml_value(value)}"
+    return "" if value is dataclasses.MISSING or isinstance(value, tuple) or value == "" else f" = {toml_value(value)}"
 
 
 def migrating_page() -> str:

@@ -11,11 +11,12 @@ from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.bake import copy_weights, rewritten_weights
 from heretic.ablation.directions import Directions, normalized
-from heretic.ablation.operator import GEOMETRIES
+from heretic.ablation.geometries import GEOMETRIES
 from heretic.ablation.operator_factory import OperatorFactory
 from heretic.ablation.strength_kernel import StrengthKernel
 from heretic.model.architecture import find_residual_writers
 from heretic.model.forward import trial_of_row
+from tests.helpers.facts import factory_for
 from tests.tiny import FAMILIES, tiny_model
 
 TOKENS = torch.tensor([[5, 9, 17, 33, 41], [7, 8, 11, 60, 3]])
@@ -47,7 +48,7 @@ ABLATIONS = {
 def test_attached_and_baked_logits_agree_and_differ_from_the_original(family: str, geometry: str) -> None:
     model = tiny_model(family)
     structure = find_residual_writers(model)
-    operator_factory = OperatorFactory.prepare(random_directions(4, 32), structure.writers, geometry)
+    operator_factory = factory_for(random_directions(4, 32), structure.writers, geometry)
     original = model(TOKENS).logits
     for name, ablation in ABLATIONS.items():
         operators = operator_factory.operators(ablation)
@@ -177,8 +178,8 @@ def several(layers: int = 4, width: int = 32, count: int = 3) -> Directions:
 def test_several_directions_attached_and_baked_are_the_same_edit(family: str, geometry: str) -> None:
     model = tiny_model(family)
     structure = find_residual_writers(model)
-    operator_factory = OperatorFactory.prepare(several(), structure.writers, geometry)
-    one = OperatorFactory.prepare(Directions(several().vectors), structure.writers, geometry)
+    operator_factory = factory_for(several(), structure.writers, geometry)
+    one = factory_for(Directions(several().vectors), structure.writers, geometry)
     vector = torch.randn(2 * 32, generator=torch.Generator().manual_seed(2))
     original = model(TOKENS).logits
     for name, ablation in (ABLATIONS | {"of its own": replace(ABLATIONS["neighbors"], vector=vector)}).items():
@@ -201,7 +202,8 @@ def test_several_directions_are_operators_one_after_the_other(family: str, geome
     structure = find_residual_writers(tiny_model(family))
     directions = several()
     ablation = Ablation.from_kernels({c: StrengthKernel(1.2, 2.0, 0.4, 3.0) for c in ("attention", "mlp")}, 4)
-    operators = OperatorFactory.prepare(directions, structure.writers, geometry).operators(ablation)
+    factory = factory_for(directions, structure.writers, geometry)
+    operators = factory.operators(ablation)
     for writer in structure.writers:
         strength = float(ablation.strength(writer))
         if strength == 0:
@@ -210,10 +212,16 @@ def test_several_directions_are_operators_one_after_the_other(family: str, geome
         rows = directions.all_directions[writer.layer].double()
         if (scale := writer.scale()) is not None:
             rows = torch.linalg.qr((rows * scale.double()).T).Q.T
-        norms = weight.norm(dim=1, keepdim=True) if geometry != "plain" else torch.ones(32, 1, dtype=torch.float64)
+        norms = torch.ones(32, 1, dtype=torch.float64)
+        if GEOMETRIES[geometry].needs == "weight_stats":
+            norms = weight.norm(dim=1, keepdim=True)
         edited = weight / norms
         for v in rows.flip(0):
-            edited = edited - strength * torch.outer(v, v @ edited)
+            if geometry == "conditional":  # the map stays that of the original weight
+                facts = factory.input_maps[writer.name].double()
+                edited = edited - strength * torch.outer(v, v @ facts.outputs.mT @ facts.inputs)
+            else:
+                edited = edited - strength * torch.outer(v, v @ edited)
         edited = edited * norms
         if geometry == "norm_preserving":
             edited = edited * norms / edited.norm(dim=1, keepdim=True)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from heretic.ablation.operator import GEOMETRIES, Operator, StackedOperators, weight_statistics
+from heretic.ablation.geometries import GEOMETRIES
+from heretic.ablation.operator import Operator, StackedOperators
+from heretic.ablation.weight_stats import weight_statistics
+from tests.helpers.facts import facts_for
 
 
-def by_definition(geometry: str, weight: torch.Tensor, v: torch.Tensor, strength: float) -> torch.Tensor:
+def by_definition(geometry: str, weight: torch.Tensor, v: torch.Tensor, strength: float, facts: Any) -> torch.Tensor:
     """The edit as the papers write it: on the matrix, with no shortcut."""
     weight, v = weight.double(), v.double()
     identity = torch.eye(len(v), dtype=torch.float64)
+    if geometry == "conditional":
+        return weight - strength * torch.outer(v, v) @ facts.outputs.double().mT @ facts.inputs.double()
     if geometry == "plain":
         return (identity - strength * torch.outer(v, v)) @ weight
     norms = weight.norm(dim=1, keepdim=True)
@@ -30,11 +37,12 @@ def test_equals_its_definition_for_mixed_directions(geometry: str, strength: flo
     mix = torch.tensor([0.0, 0.3, 0.9, 0.0, 0.0])
     mix = mix / (mix @ directions).norm()
     v = mix @ directions
-    operator = GEOMETRIES[geometry](v, strength, weight_statistics(weight, directions, rows_at_once=7), mix)
+    facts = facts_for(geometry, weight, directions, rows_at_once=7)
+    operator = GEOMETRIES[geometry](v, strength, facts, mix)
     baked = operator.on_weight(weight)
-    assert torch.allclose(baked.double(), by_definition(geometry, weight, v, strength), atol=1e-5)
+    assert torch.allclose(baked.double(), by_definition(geometry, weight, v, strength, facts), atol=1e-5)
     x = torch.randn(3, 40)
-    assert torch.allclose(operator(x @ weight.T), x @ baked.T, atol=1e-4)
+    assert torch.allclose(operator(x @ weight.T, x), x @ baked.T, atol=1e-4)
 
 
 def test_rows_of_zeros_do_no_harm() -> None:
@@ -55,12 +63,16 @@ def test_half_precision_goes_in_and_out() -> None:
 
 def test_stacked_operators_give_each_row_its_own_trial() -> None:
     torch.manual_seed(4)
-    some = [Operator(torch.randn(8), torch.randn(8), n) for n in (torch.rand(8), None)]
-    stacked = StackedOperators.of([some[0], None, some[1]])
-    rows = torch.tensor([2, 0, 1, 0])
-    y = torch.randn(4, 5, 8)
-    expected = torch.stack([some[1](y[0]), some[0](y[1]), y[2], some[0](y[3])])
-    assert torch.allclose(stacked(y, rows), expected, atol=1e-6)
-    assert torch.allclose(stacked(y.view(20, 8), rows).view(4, 5, 8), expected, atol=1e-6), (
+    some = [
+        Operator(torch.randn(8), torch.randn(8), torch.rand(8)),
+        Operator(torch.randn(8), torch.randn(8)),
+        Operator(torch.randn(2, 8), None, a=torch.randn(2, 6)),
+    ]
+    stacked = StackedOperators.of([some[0], None, *some[1:]])
+    rows = torch.tensor([2, 0, 1, 3])
+    y, x = torch.randn(4, 5, 8), torch.randn(4, 5, 6)
+    expected = torch.stack([some[1](y[0]), some[0](y[1]), y[2], some[2](y[3], x[3])])
+    assert torch.allclose(stacked(y, rows, x), expected, atol=1e-6)
+    assert torch.allclose(stacked(y.view(20, 8), rows, x.view(20, 6)).view(4, 5, 8), expected, atol=1e-6), (
         "tokens of all rows in one list"
     )

@@ -11,7 +11,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from heretic.ablation.operator import Operator, norm_preserving, weight_statistics
+from heretic.ablation.geometries.norm_preserving import norm_preserving
+from heretic.ablation.operator import Operator
+from heretic.ablation.weight_stats import weight_statistics
 from heretic.export.lora import low_rank_change
 from heretic.export.save import TensorEdit
 from heretic.interrupt import StopSignal

@@ -13,8 +13,8 @@ from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.bake import copy_weights, read_from_checkpoint, rewritten_weights
 from heretic.ablation.directions import Directions
-from heretic.ablation.operator import GEOMETRIES, Operator
-from heretic.ablation.operator_factory import OperatorFactory
+from heretic.ablation.geometries import GEOMETRIES
+from heretic.ablation.operator import Operator
 from heretic.export.save import plan_edits, write_weights
 from heretic.interrupt import StopSignal
 from heretic.model.architecture import ModelStructure, find_residual_writers
@@ -25,6 +25,7 @@ from heretic.model.loading import load
 from heretic.pipeline.run import run
 from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
+from tests.helpers.facts import factory_for
 from tests.tiny import MIXED, save_tiny, tiny_model, tiny_tokenizer
 
 SEQUENCES = [[5, 9, 17, 33, 41], [7, 8, 11, 60, 3]]
@@ -45,7 +46,7 @@ def operators_of(structure: ModelStructure, geometry: str, strength: float = 1.1
     torch.manual_seed(1)
     directions = Directions(torch.nn.functional.normalize(torch.randn(4, 32), dim=-1))
     strengths = {c: [strength] * 4 for c in structure.components}
-    return OperatorFactory.prepare(directions, structure.writers, geometry).operators(Ablation(strengths, None, 0.4))
+    return factory_for(directions, structure.writers, geometry).operators(Ablation(strengths, None, 0.4))
 
 
 @pytest.mark.parametrize("family", MIXED)

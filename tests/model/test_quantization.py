@@ -28,6 +28,7 @@ from heretic.pipeline.run import Outcome, run
 from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
+from tests.helpers.facts import factory_for
 from tests.tiny import COMMON, tiny_tokenizer
 
 BOTH = pytest.mark.parametrize("name", ["bnb_4bit", "bnb_8bit"])
@@ -98,11 +99,11 @@ def test_a_map_of_unknown_make_is_read_off_what_it_gives() -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("geometry", ["plain", "norm_preserving"])
+@pytest.mark.parametrize("geometry", ["plain", "norm_preserving", "conditional"])
 def test_operators_on_quantized_weights_are_their_edit(folder: Path, name: str, geometry: str) -> None:
     model = loaded(folder, name)
     directions = Directions(nn.functional.normalize(torch.randn(4, 128), dim=1))
-    model_context = OperatorFactory.prepare(directions, model.structure.writers, geometry)
+    model_context = factory_for(directions, model.structure.writers, geometry)
     vector = nn.functional.normalize(torch.randn(128), dim=0).requires_grad_(True)
     strengths = {c: torch.full((4,), 0.9, requires_grad=True) for c in ("attention", "mlp")}
     operators = model_context.operators(Ablation(strengths, vector=vector), zeros_from=0)

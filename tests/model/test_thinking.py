@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from heretic.model.thinking import MARKERS, closed_immediately, open_block, switches_in
+from heretic.model.thinking import MARKERS, closed_immediately, open_block, switches_in, thought_length
 
 
 @pytest.mark.parametrize("marker", MARKERS)
@@ -43,3 +43,28 @@ def test_the_last_of_several_blocks_decides() -> None:
 def test_only_switches_that_the_template_names_are_tried() -> None:
     assert list(switches_in("{% if enable_thinking %}{% endif %}")) == [{"enable_thinking": False}]
     assert list(switches_in("{{ messages }}")) == []
+
+
+WORDS = ["<think>", "hmm", "</think>", "sure", "."]
+
+
+def decode(tokens: list[int]) -> str:
+    return " ".join(WORDS[token] for token in tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "opened", "length"),
+    [
+        ([0, 1, 1, 2, 3, 4], "", 4),
+        ([1, 2, 3], "<think>", 2),
+        ([2], "<think>", 1),
+        ([0, 1, 1], "", None),
+        ([1, 1, 3], "<think>", None),
+        ([3, 4], "", 0),
+        ([3, 0, 1, 2], "", 0),
+        ([], "", 0),
+        ([], "<think>", None),
+    ],
+)
+def test_length_of_a_thought(tokens: list[int], opened: str, length: int | None) -> None:
+    assert thought_length(tokens, decode, opened) == length

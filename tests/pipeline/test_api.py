@@ -15,6 +15,8 @@ from heretic import StrengthKernel, load
 from heretic.errors import BusyError
 from heretic.export.export import Export
 from heretic.model.checkpoint import open_checkpoint
+from heretic.scoring.judges.verdict import REFUSAL
+from heretic.scoring.refusals import RefusalCount
 from tests.helpers.errors import raises
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
@@ -38,7 +40,9 @@ def test_the_examples_run_as_they_stand(llama: Path, given: dict[str, Any], caps
     assert any(not torch.equal(before.read(n), after.read(n)) for n in before.tensors)
 
 
-def test_a_lab_does_what_it_says(llama: Path, given: dict[str, Any]) -> None:
+def test_a_lab_does_what_it_says(llama: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = RefusalCount((REFUSAL,) * 16, ((7, 8),) * 16)
+    monkeypatch.setattr("heretic.pipeline.geometry.find_refusals", lambda _context, _requests: asked)
     with load(str(llama), **given) as lab:
         ids = torch.tensor([[5, 6, 7]])
         with torch.no_grad():
@@ -53,6 +57,7 @@ def test_a_lab_does_what_it_says(llama: Path, given: dict[str, Any]) -> None:
         assert lab.score(edit).divergence.mean > 1e-4
         assert len(lab.answers(["tell me", "why"], edit, tokens=3)) == 2
         assert lab.geometry().num_layers == lab.num_layers == 4
+        assert len(lab.direction_effects().sufficiency) == 4
 
 
 def test_directions_of_ones_own_count_in_the_model_and_in_the_export(llama: Path, given: dict[str, Any]) -> None:

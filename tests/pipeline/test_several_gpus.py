@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from unittest import mock
 
 import pytest
@@ -16,7 +16,8 @@ import torch
 
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
-from heretic.ablation.directions import Directions
+from heretic.ablation.directions import Directions, normalized
+from heretic.ablation.geometries.conditional import input_map
 from heretic.ablation.operator_factory import OperatorFactory
 from heretic.errors import UserError
 from heretic.interrupt import StopSignal
@@ -25,6 +26,7 @@ from heretic.model.capture import last_token_residuals
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import decode
 from heretic.model.forward import next_token_log_probs, supports_prefix_caching
+from heretic.model.input_capture import writer_inputs
 from heretic.model.loading import load
 from heretic.pipeline.actions import export_from_run, start_chat
 from heretic.pipeline.run import Outcome, run
@@ -33,7 +35,7 @@ from heretic.planning import memory_plan
 from heretic.planning.memory_plan import MemoryPlan
 from heretic.progress import NullReporter
 from heretic.scoring.divergence import measure_divergence
-from heretic.scoring.gradient_loss import Objective
+from heretic.scoring.gradient_loss import Objective, _Passes
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs
 from heretic.search import path_optimizer
 from heretic.settings.sources import resolve
@@ -286,7 +288,7 @@ def test_module_that_moves_its_input_to_another_gpu_is_a_mismatch() -> None:
 def test_gradient_search_takes_no_more_than_planned_with_a_long_shared_prefix(tmp_path: Path) -> None:
     wide = dict(hidden_size=256, intermediate_size=768, num_attention_heads=8, num_key_value_heads=4)
     name, sizes = FAMILIES["llama"]
-    own, peaks = Objective._pass, [0] * 4
+    own, peaks = _Passes._pass, [0] * 4
 
     def passed(*args: object) -> object:
         gpus.reset()
@@ -295,7 +297,7 @@ def test_gradient_search_takes_no_more_than_planned_with_a_long_shared_prefix(tm
         return found
 
     long = (f'system_prompt="{" ".join([SYSTEM] * 4)}"', "batch_size=32", "search.gradient.batch=16")
-    with mock.patch.dict(FAMILIES, llama=(name, {**sizes, **wide})), mock.patch.object(Objective, "_pass", passed):
+    with mock.patch.dict(FAMILIES, llama=(name, {**sizes, **wide})), mock.patch.object(_Passes, "_pass", passed):
         save_tiny(tmp_path / "tiny-llama")
         with PretendGpus(4) as gpus:
             found = make("llama", "gradient", device_map("llama", 4), gpus, *long, folder=tmp_path, whole=False)
@@ -338,9 +340,39 @@ def test_host_waits_for_results_only(family: str, count: int, tmp_path: Path) ->
         assert waits(lambda: last_token_residuals(model, batcher.batch(rows, SEQUENCES))) == count
         assert waits(ablated) == 2, "two batches"
         wanted = [strengths, vector]
-        assert waits(lambda: objective.evaluate(ablation, 0, rows, rows, wanted=wanted)) == 3, "two passes"
+        assert waits(lambda: objective.evaluate(ablation, 0, rows, rows, wanted=wanted)) == 2, (
+            "gradients, then the sums"
+        )
         (few, _), (many, to_first) = decoded(1), decoded(13)
         assert many - few == 1
         # Token ids; and the hidden states, where the head lies with the embedding on the first GPU.
         ids, hidden = 8 * 8, 8 * structure.width * 4 * (family in TIED)
         assert to_first / 13 <= ids + hidden
+
+
+def test_conditional_edit_over_four_gpus_has_the_cpu_s_inputs_losses_and_gradients(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(save_tiny(tmp_path / "m", "llama")))
+    texts = TeacherForcedTexts.of(SEQUENCES, [[7, 8]] * 8)
+    directions = normalized(torch.randn(4, 2, 32, generator=torch.Generator().manual_seed(1)))
+
+    def measured(placed: dict[str, Any]) -> list[torch.Tensor]:
+        model = load(checkpoint, ["float32"], placed)
+        writers, batcher = model.structure.writers, Batcher(8, model.device)
+        keys = writer_inputs(model, writers, "Inputs", SEQUENCES, [[1, 2, 3]] * 8, batcher)
+        maps = {w.name: input_map(w.weight(), keys[w.name][:12], keys[w.name][12:]) for w in writers}
+        factory = OperatorFactory.prepare(directions, writers, "conditional", input_maps=maps)
+        original = all_log_probs(model, texts, batcher, "original")
+        strengths, vector = torch.full((2, 4), 0.5, requires_grad=True), torch.ones(64, requires_grad=True)
+        ablation = Ablation(dict(zip(model.structure.components, strengths, strict=True)), vector=vector)
+        objective = Objective(model, factory, batcher, texts, texts, original.split(texts.counts))
+        found = objective.evaluate(ablation, 0, range(8), range(8), wanted=[strengths, vector])
+        with apply_operators(writers, factory.operators(Ablation({"mlp": (0.5,) * 4})), {}):
+            trials = measure_divergence(model, texts, original, batcher, EditSpec(2))
+        kls = torch.tensor([found.kl, found.probability, *(d.mean for d in trials)])
+        return [kls, *found.gradients, *(keys[w.name] for w in writers)]
+
+    expected = measured({})
+    assert expected[0].min() < 1e-6 < 1e-3 < expected[0].max(), "the second trial edits nothing"
+    with PretendGpus(4):
+        for found, on_cpu in zip(measured({"device_map": spread("llama", 4)}), expected, strict=True):
+            assert torch.allclose(found, on_cpu, rtol=1e-3, atol=1e-6)

@@ -61,3 +61,5 @@ def test_what_cannot_be_shared_is_said_before_anything_is_loaded(llama: Path, mo
     check(checkpoint, Settings())
     with raises("tensor-parallel-unsupported"):
         check(checkpoint, Settings(apply="weights"))
+    with raises("tensor-parallel-unsupported"):
+        check(checkpoint, Settings.model_validate({"ablation": {"geometry": "conditional"}}))

@@ -22,6 +22,8 @@ from heretic.report.report import ReportInput, load_report_input, report, stages
 from heretic.report.reporter import ReportWriter, write_report
 from heretic.runs.folder import REPORT, RunFolder
 from heretic.runs.metadata import RunMetadata
+from heretic.scoring.judges.verdict import REFUSAL
+from heretic.scoring.refusals import RefusalCount
 from heretic.scoring.scores import Divergence, HarmlessMetrics, PrunedTrial, RefusalProxy, Scores
 from heretic.search.pareto import pareto_front
 from heretic.settings import SearchSettings, Settings
@@ -268,7 +270,7 @@ def test_geometry_of_a_run_and_of_a_model_is_the_same(
     assert layers[-1]["cosine_with_next"] is None and not Path("elsewhere").exists()
 
 
-def test_a_run_without_stored_geometry_gets_it_again(
+def test_a_run_without_stored_geometry_gets_it_again_and_the_effects_that_are_asked_for(
     made: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(shutil.copytree(made.folder.path, tmp_path / made.folder.name))
@@ -277,7 +279,21 @@ def test_a_run_without_stored_geometry_gets_it_again(
     whole[-3] ^= 1
     file.write_bytes(whole)
     assert folder.load_geometry() is None, "a damaged file was believed"
-    ran = heretic(capsys, monkeypatch, "geometry", str(folder.path), "--plain")
+    ran = heretic(capsys, monkeypatch, "geometry", str(folder.path), "--plain", "--effects")
+    assert ran.status == 1 and "[too-few-refusals]" in ran.err
+    refused = RefusalCount((REFUSAL,) * 32, ((7, 8),) * 32)
+    monkeypatch.setattr(
+        "heretic.pipeline.geometry.find_refusals",
+        lambda _context, asked: RefusalCount(refused.verdicts[: len(asked)], refused.tokens[: len(asked)]),
+    )
+    ran = heretic(capsys, monkeypatch, "geometry", str(folder.path), "--plain", "--effects")
     assert ran.status == 0, ran.err
+    effects = folder.load_effects()
+    assert effects is not None and len(effects.kl) == 4 and "of Arditi et al. 2024" in ran.out
+    monkeypatch.setattr("heretic.pipeline.geometry.load_model_context", None)  # everything is stored now
+    again = heretic(capsys, monkeypatch, "geometry", str(folder.path), "--json")
+    assert json.loads(again.out)["effects"]["kl"] == pytest.approx(effects.kl.tolist())
+    assert heretic(capsys, monkeypatch, "report", str(folder.path), "-o", "r.html").status == 0
+    assert "What each layer's direction does" in Path("r.html").read_text().replace("&#x27;", "'")
     found, before = folder.load_geometry(), made.folder.load_geometry()
     assert found is not None and before is not None and (found.silhouette - before.silhouette).abs().max() < 1e-5

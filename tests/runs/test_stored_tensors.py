@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from heretic.ablation.directions import Directions
+from heretic.ablation.geometries.conditional import InputMap
+from heretic.ablation.operator import Operator
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import UserError
 from heretic.files import read_tensors, write_tensors
@@ -19,10 +21,16 @@ from heretic.runs.folder import RunFolder
 from heretic.runs.stored_tensors import (
     Baseline,
     directions_from_tensors,
+    effects_from_tensors,
     geometry_from_tensors,
+    input_map_tensors,
+    input_maps_from_tensors,
+    operator_tensors,
+    operators_from_tensors,
     optimizer_state_from_tensors,
     optimizer_state_tensors,
 )
+from heretic.scoring.direction_effects import DirectionEffects
 from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL
 from heretic.scoring.scores import HarmlessMetrics
 from heretic.search.gradient_path import PathPoint
@@ -42,11 +50,20 @@ STATE = OptimizerState(
     torch.rand(2, 3), torch.rand(3), None, 4, 1, [PathPoint(0.5, {"mlp": (0.0, 0.1, 0.2)}, (0.1, 0.2, 0.3), 0.1, 0.2)], [(0, [3])],
     moments={"strengths.step": torch.tensor(4.0), "strengths.exp_avg": torch.rand(2, 3)},
 )  # fmt: skip
+INPUT_MAPS = {
+    "block.0.down": InputMap(torch.rand(5, 3), torch.rand(5, 4)),
+    "block.1.down": InputMap(*torch.rand(2, 5, 3)),
+}
+OPERATORS = {"block.0.down": Operator(torch.rand(2, 3), torch.rand(2, 3), torch.rand(3), torch.rand(2, 4))}
+EFFECTS = DirectionEffects(torch.rand(3), torch.rand(3), torch.rand(3), torch.rand(2))
 READERS: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, Tensor]]] = {
     "directions": (directions_from_tensors, DIRECTIONS),
     "baseline": (Baseline.from_tensors, BASELINE.tensors()),
     "geometry": (geometry_from_tensors, GEOMETRY.tensors()),
     "gradient_path": (optimizer_state_from_tensors, optimizer_state_tensors(STATE)),
+    "input_maps": (input_maps_from_tensors, input_map_tensors(INPUT_MAPS)),
+    "operators": (operators_from_tensors, operator_tensors(OPERATORS)),
+    "effects": (effects_from_tensors, EFFECTS.tensors()),
 }
 MAY_LACK = {
     "extra",
@@ -56,6 +73,9 @@ MAY_LACK = {
     "mixture",
     "strengths.step",
     "strengths.exp_avg",
+    "block.0.down.w",
+    "block.0.down.n",
+    "block.0.down.a",
 }
 SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
     "another type": lambda t: t.long() if t.is_floating_point() else t.float(),
@@ -80,6 +100,9 @@ def test_what_was_written_is_read() -> None:
         and state.moments.keys() == STATE.moments.keys()
     )
     assert geometry_from_tensors(GEOMETRY.tensors()).num_layers == 3 and directions_from_tensors(DIRECTIONS).count == 2
+    maps = input_maps_from_tensors(input_map_tensors(INPUT_MAPS))
+    assert all(torch.equal(maps[name].outputs, own.outputs) for name, own in INPUT_MAPS.items())
+    assert torch.equal(effects_from_tensors(EFFECTS.tensors()).kl, EFFECTS.kl)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -111,13 +134,14 @@ def test_a_run_folder_moves_such_a_file_aside(tmp_path: Path) -> None:
         ("directions", folder.load_directions),
         ("baseline", folder.load_baseline),
         ("gradient_path", folder.load_path_state),
+        ("input_maps", folder.load_input_maps),
     ):
         file = tmp_path / f"{name}.safetensors"
         write_tensors(file, {"of_another_program": torch.ones(2)}, {"fingerprint": "stamp"})
         if name == "baseline":  # without answers it would be of an earlier version
             write_tensors(file, {**BASELINE.tensors(), "refused": torch.ones(2)}, {"fingerprint": "stamp"})
         assert read(reporter) is None and not file.exists() and file.with_suffix(".damaged").is_file()
-    assert len(reporter.warnings) == 3
+    assert len(reporter.warnings) == 4
     write_tensors(tmp_path / "geometry.safetensors", {"cosines": torch.ones(2)}, {"fingerprint": "stamp"})
     assert folder.load_geometry() is None and folder.path_steps() == 0
 

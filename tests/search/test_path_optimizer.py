@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ import torch
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.directions import Directions, normalized, orthonormal
-from heretic.ablation.operator import GEOMETRIES, stats_for_directions, weight_statistics
+from heretic.ablation.geometries import GEOMETRIES
 from heretic.ablation.operator_factory import OperatorFactory
+from heretic.ablation.weight_stats import stats_for_directions
 from heretic.errors import Interrupted
 from heretic.interrupt import StopSignal
 from heretic.model.activation_cache import allocate_cache
@@ -29,6 +31,7 @@ from heretic.scoring.teacher_forcing import TeacherForcedTexts, log_probs_at
 from heretic.search import path_optimizer
 from heretic.search.path_optimizer import MinedRefusals, OptimizerState, PathOptimizer
 from heretic.settings import GradientSettings
+from tests.helpers.facts import facts_for, in_float64
 from tests.tiny import FAMILIES, HARMFUL, HARMLESS, save_tiny
 
 SETTINGS = GradientSettings(weights=[0.5, 2.0], steps=4, batch=4, prompts=8, sparsity=0.0, refusal_tokens=2)
@@ -62,14 +65,14 @@ def optimizer(of: Objective, settings: GradientSettings = SETTINGS, **more: obje
 def test_gradients_of_every_geometry_are_true_in_float64(geometry: str) -> None:
     torch.manual_seed(0)
     weight, vectors = torch.randn(12, 7), torch.nn.functional.normalize(torch.randn(3, 12), dim=-1)
-    facts = weight_statistics(weight, vectors)
-    facts = replace(facts, norms=facts.norms.double(), g=facts.g.double(), gram=facts.gram.double())
-    directions, y = Directions(vectors.double()), torch.randn(5, 12, dtype=torch.float64)
+    facts = in_float64(facts_for(geometry, weight, vectors))
+    directions, x = Directions(vectors.double()), torch.randn(5, 7, dtype=torch.float64)
+    y = x @ weight.double().mT
 
     def edited(strength: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
         mix = directions.unit(coefficients)
         vector = torch.nn.functional.normalize(mix @ directions.vectors, dim=0)
-        return GEOMETRIES[geometry](vector, strength, facts, mix)(y)
+        return GEOMETRIES[geometry](vector, strength, facts, mix)(y, x)
 
     for strength in (0.0, 0.6, 1.4):
         inputs = (
@@ -79,15 +82,23 @@ def test_gradients_of_every_geometry_are_true_in_float64(geometry: str) -> None:
         assert torch.autograd.gradcheck(edited, inputs)
 
 
+def facts_of_vectors(geometry: str, weight: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+    """The facts of a weight for directions with gradients."""
+    if GEOMETRIES[geometry].needs == "weight_stats":
+        return lambda vectors: stats_for_directions(vectors, weight, weight.norm(dim=1))
+    fixed = in_float64(facts_for(geometry, weight, torch.empty(0)))
+    return lambda _vectors: fixed
+
+
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_several_directions_have_true_gradients(geometry: str) -> None:
     torch.manual_seed(0)
-    weight, y = torch.randn(12, 7, dtype=torch.float64), torch.randn(5, 12, dtype=torch.float64)
-    norms = weight.norm(dim=1)
+    weight, x = torch.randn(12, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    facts = facts_of_vectors(geometry, weight)
 
     def edited(strength: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         rows, _ = orthonormal(vectors.unflatten(0, (3, 12)))
-        return GEOMETRIES[geometry](rows, strength, stats_for_directions(rows, weight, norms), torch.eye(3).double())(y)
+        return GEOMETRIES[geometry](rows, strength, facts(rows), torch.eye(3).double())(x @ weight.mT, x)
 
     vectors = torch.randn(36, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(edited, (torch.tensor(0.7, dtype=torch.float64, requires_grad=True), vectors))
@@ -126,11 +137,11 @@ def test_a_search_with_several_directions_lowers_its_loss_and_resumes(llama: Pat
 def test_a_direction_of_its_own_has_true_gradients_too(geometry: str) -> None:
     torch.manual_seed(0)
     weight, strength = torch.randn(12, 7, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64)
-    y, norms = torch.randn(5, 12, dtype=torch.float64), weight.norm(dim=1)
+    x, facts = torch.randn(5, 7, dtype=torch.float64), facts_of_vectors(geometry, weight)
 
     def edited(vector: torch.Tensor) -> torch.Tensor:
         unit = torch.nn.functional.normalize(vector, dim=0)
-        return GEOMETRIES[geometry](unit, strength, stats_for_directions(unit, weight, norms), unit.new_ones(1))(y)
+        return GEOMETRIES[geometry](unit, strength, facts(unit), unit.new_ones(1))(x @ weight.mT, x)
 
     vector = torch.randn(12, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(edited, (vector,))

@@ -47,16 +47,17 @@ def _on_their_devices(
 
 
 def _hook(stacked: Operator | StackedOperators) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-    def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
+    def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         nonlocal stacked
         written = first_tensor(output)
+        read = None if stacked.a is None else inputs[0].to(written.device)
         if stacked.u.device != written.device:  # an offloaded writer, or one whose weights another device uses too
             stacked = stacked.to(written.device)
         if isinstance(stacked, Operator):
-            return with_first(output, stacked(written))
+            return with_first(output, stacked(written, read))
         trials = trial_of_row.get()
         if trials is None:
             raise RuntimeError("several trials are applied, but trial_of_row is not set")
-        return with_first(output, stacked(written, trials))
+        return with_first(output, stacked(written, trials, read))
 
     return hook

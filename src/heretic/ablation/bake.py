@@ -31,7 +31,7 @@ def bake_weight(operator: Operator, weight: Tensor, *, transposed: bool) -> Tens
 
 def bake_bias(operator: Operator, bias: Tensor) -> Tensor:
     """Apply the operator to a bias [width] or [experts, width], which is also added to the stream."""
-    return operator(bias.float()).to(bias.dtype)
+    return operator.on_bias(bias.float()).to(bias.dtype)
 
 
 def bake_part(operator: Operator, part: Part, tensor: Tensor) -> Tensor:

@@ -10,17 +10,12 @@ from torch import Tensor
 
 from heretic.ablation.ablation import Ablation, interpolation
 from heretic.ablation.directions import Directions, orthonormal
-from heretic.ablation.operator import (
-    GEOMETRIES,
-    NEEDS_WEIGHT_STATS,
-    LazyTensor,
-    Operator,
-    WeightStats,
-    in_ram,
-    stats_for_directions,
-    weight_statistics,
-)
+from heretic.ablation.geometries import GEOMETRIES
+from heretic.ablation.geometries.conditional import InputMap
+from heretic.ablation.operator import Operator, in_ram
+from heretic.ablation.weight_stats import WeightStats, stats_for_directions, weight_statistics
 from heretic.model.architecture import ResidualWriter
+from heretic.model.lazy_tensor import LazyTensor
 from heretic.model.transfer import to_devices
 from heretic.progress import NULL_REPORTER, ProgressReporter
 
@@ -30,12 +25,13 @@ class OperatorFactory:
     """Computes the operators of any ablation by vector arithmetic.
 
     If an RMS norm with the weight S follows a writer, its output along S v ends up along v in the stream. So S v is removed.
+    A writer without the input map that its geometry needs has plain operators.
     """
 
     directions: Directions
     writers: tuple[ResidualWriter, ...]
     geometry: str
-    weight_stats: Mapping[str, WeightStats]
+    facts: Mapping[str, WeightStats | InputMap]  # that the geometry needs, by writer
     scales: Mapping[str, Tensor]  # S [width] by writer
     # Reads a writer's matrices [width, inputs], also if the module does not hold them.
     read: Callable[[ResidualWriter], Sequence[LazyTensor]] = field(
@@ -52,20 +48,28 @@ class OperatorFactory:
         reporter: ProgressReporter = NULL_REPORTER,
         *,
         norm_aware: bool = True,
+        input_maps: Mapping[str, InputMap] | None = None,
     ) -> OperatorFactory:
         """Compute every writer's weight statistics once, if the geometry needs them.
 
-        `read` returns a writer's matrices [width, inputs], also of offloaded layers.
+        `read` returns a writer's matrices [width, inputs], also of offloaded layers. `input_maps` are those of the writers that
+        have one, for a geometry that needs them.
         """
-        facts: dict[str, WeightStats] = {}
+        needs = GEOMETRIES[geometry].needs
+        facts: dict[str, WeightStats | InputMap] = {**(input_maps or {})} if needs == "input_map" else {}
         scales = {w.name: s.cpu() for w in writers if norm_aware and (s := w.scale()) is not None}
-        if geometry in NEEDS_WEIGHT_STATS:
+        if needs == "weight_stats":
             with reporter.stage("Weight statistics", len(writers)) as stage:
                 for writer in writers:
                     scaled_directions = directions.all_directions.flatten(0, 1) * scales.get(writer.name, 1)
                     facts[writer.name] = weight_statistics(read(writer), scaled_directions).to("cpu")
                     stage.advance()
         return cls(directions, writers, geometry, facts, scales, read)
+
+    @property
+    def input_maps(self) -> dict[str, InputMap]:
+        """The input maps by writer; none if the geometry needs none."""
+        return {name: facts for name, facts in self.facts.items() if isinstance(facts, InputMap)}
 
     def operators(self, ablation: Ablation, *, zeros_from: int | None = None) -> dict[str, Operator]:
         """Compute the operators by writer name, without writers of strength 0.
@@ -89,9 +93,7 @@ class OperatorFactory:
             scaled = self.directions.mixed_at(layers) * self.scales.get(writer.name, 1)
             vectors, turned = orthonormal(scaled)
             mix = torch.einsum("ij,l->ilj", turned, layers).flatten(1)
-            found[writer.name] = self._operator(
-                vectors, ablation.strength(writer), self.weight_stats.get(writer.name), mix
-            )
+            found[writer.name] = self._operator(vectors, ablation.strength(writer), self.facts.get(writer.name), mix)
         return found
 
     def _of_vector(self, ablation: Ablation, writers: Sequence[ResidualWriter]) -> list[Operator]:
@@ -99,11 +101,11 @@ class OperatorFactory:
         raw = torch.as_tensor(ablation.vector).unflatten(0, (-1, self.directions.vectors.shape[-1]))
         vectors = [orthonormal(raw * self.scales.get(writer.name, 1))[0] for writer in writers]
         strengths = [torch.as_tensor(ablation.strength(writer), dtype=raw.dtype) for writer in writers]
-        known = [self.weight_stats.get(writer.name) for writer in writers]
-        if not all(known):
+        known = [self.facts.get(writer.name) for writer in writers]
+        norms = [facts.norms for facts in known if isinstance(facts, WeightStats)]
+        if len(norms) < len(writers):
             mix = torch.eye(len(raw), dtype=raw.dtype)
-            return [self._operator(v, s, None, mix) for v, s in zip(vectors, strengths, strict=True)]
-        norms = [facts.norms for facts in known if facts]
+            return [self._operator(v, s, f, mix) for v, s, f in zip(vectors, strengths, known, strict=True)]
         devices = [writer.device or torch.device("cpu") for writer in writers]
         moved = to_devices([*vectors, *strengths, *norms], [*devices, *devices, *devices])
         count = len(writers)
@@ -113,8 +115,11 @@ class OperatorFactory:
             found.append(self._operator(v, s, stats_for_directions(v, self.read(writer), d), mix))
         return found
 
-    def _operator(self, vectors: Tensor, strength: float | Tensor, facts: WeightStats | None, mix: Tensor) -> Operator:
-        return GEOMETRIES[self.geometry](vectors.squeeze(0), strength, facts, mix.squeeze(0))
+    def _operator(
+        self, vectors: Tensor, strength: float | Tensor, facts: WeightStats | InputMap | None, mix: Tensor
+    ) -> Operator:
+        geometry = GEOMETRIES[self.geometry if facts else "plain"]
+        return geometry(vectors.squeeze(0), strength, facts, mix.squeeze(0))
 
     def _mix(self, ablation: Ablation, writer: ResidualWriter) -> Tensor:
         mixture = ablation.mixture

@@ -52,7 +52,7 @@ REBUILDING = f"""\
 
     heretic reproduce manifest.json -o FOLDER
 
-This needs the base model, `manifest.json` and `{DIRECTIONS.as_posix()}`, but no search. It checks every hash and
+This needs the base model, `manifest.json` and the folder `{DIRECTIONS.parent}`, but no search. It checks every hash and
 every version, and reports whether the model is identical bit for bit. The manifest holds the hashes of the base model, of this
 model and of the prompt sets, all settings, the edit and the versions. {{made}}"""
 RESPONSIBLE_USE = """\

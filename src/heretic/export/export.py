@@ -20,11 +20,11 @@ from heretic.export.companions import copy_license_files
 from heretic.export.destination import check_unchanged, commit, disk_error, staging_dir
 from heretic.export.formats import FORMATS
 from heretic.export.full_precision_reference import to_full_precision
-from heretic.export.manifest import DIRECTIONS, MANIFEST, inventory_of, scores_text
+from heretic.export.manifest import DIRECTIONS, MANIFEST, OPERATORS, inventory_of, scores_text
 from heretic.export.request import ExportJob, Format, WriteResult
 from heretic.export.spot_check import check_edits
 from heretic.export.verify import Verification, verify
-from heretic.files import expand_user, sha256, write_text
+from heretic.files import expand_user, sha256, write_tensors, write_text
 from heretic.interrupt import StopSignal
 from heretic.model.batching import free_memory
 from heretic.model.quantization import QUANTIZATIONS
@@ -33,6 +33,7 @@ from heretic.planning.memory_plan import LoadPlan
 from heretic.progress import ProgressReporter
 from heretic.runs.environment import computed_on, now, versions
 from heretic.runs.folder import RunFolder, write_directions
+from heretic.runs.stored_tensors import operator_tensors
 from heretic.scoring.comparison import Comparison
 from heretic.scoring.scorers.registry import choose_scorers
 from heretic.scoring.scores import Scores
@@ -141,7 +142,14 @@ def _write(job: ExportJob, partial: Path, reporter: ProgressReporter, stop: Stop
     copy_license_files(job.checkpoint.folder, partial, read_template(job.settings))
     (partial / DIRECTIONS.parent).mkdir()
     write_directions(partial / DIRECTIONS, job.directions, job.folder.fingerprint)
-    manifest = _manifest(job, written, sha256(partial / DIRECTIONS), verification, studied)
+    if any(operator.a is not None for operator in job.operators.values()):
+        write_tensors(partial / OPERATORS, operator_tensors(job.operators), {"fingerprint": job.folder.fingerprint})
+    beside = {
+        name: {"file": path.as_posix(), "sha256": sha256(partial / path)}
+        for name, path in (("directions", DIRECTIONS), ("operators", OPERATORS))
+        if (partial / path).is_file()
+    }
+    manifest = _manifest(job, written, beside, verification, studied)
     measured = (CONVERTED if form.convert else AS_WRITTEN) + _quantization_note(form, studied, job.plan.quantization)
     write_text(partial / "README.md", card(manifest, read_base_card(job.checkpoint.folder), written, measured.strip()))
     manifest["files"] = inventory_of(partial, written.hashes["written"], stop)
@@ -187,7 +195,7 @@ def _quantization_note(form: Format, studied: str, measured: str) -> str:
 
 
 def _manifest(
-    job: ExportJob, written: WriteResult, directions: str, verification: Verification, studied: str
+    job: ExportJob, written: WriteResult, beside: dict[str, Any], verification: Verification, studied: str
 ) -> dict[str, Any]:
     template = read_template(job.settings)
     return {
@@ -201,7 +209,7 @@ def _manifest(
         "copied": {"sha256": written.hashes.get("copied", {})},
         "changed": {"sha256": written.hashes.get("changed", {})},
         "chat_template": {"sha256": hashlib.sha256(template.encode()).hexdigest()} if template else None,
-        "directions": {"file": DIRECTIONS.as_posix(), "sha256": directions},
+        **beside,
         "prompts": {s.role: {"source": s.source, "count": len(s), "sha256": s.sha256} for s in job.prompts.all},
         "settings": job.settings.fingerprint_fields(),
         "dtype": job.plan.dtypes[0],

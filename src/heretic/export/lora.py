@@ -1,9 +1,10 @@
 """The format `lora`: an adapter that turns the base model into the ablated one.
 
-An edit without scaling changes a weight by -u (w^T W), a matrix of rank 1 for each direction, so the adapter is exact with as many
-ranks as there are directions: B = -u and A = w^T W. One that scales rows afterwards changes it by n * (W - u (w^T W)) - W, of
-full rank; the nearest matrix of a given rank is what its largest singular values make (Eckart and Young 1936), found by random
-projection (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1). The error is reported. Biases are exact.
+An edit without scaling changes a weight by -u (w^T W + a), a matrix of rank 1 for each direction, so the adapter is exact with as
+many ranks as there are directions: B = -u and A = w^T W + a. One that scales rows afterwards changes it by
+n * (W - u (w^T W)) - W, of full rank; the nearest matrix of a given rank is what its largest singular values make (Eckart and
+Young 1936), found by random projection (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1). The error is reported. Biases are
+exact.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor
 
 from heretic.ablation.bake import bake_bias
-from heretic.ablation.operator import Operator, materialize
+from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.export.request import Format, WriteRequest, WriteResult
 from heretic.export.save import hashed
 from heretic.files import write_tensors
 from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint
+from heretic.model.lazy_tensor import materialize
 from heretic.model.loading import LanguageModel
 from heretic.model.quantization import QUANTIZATIONS
 from heretic.model.writer import ResidualWriter
@@ -94,7 +96,7 @@ def low_rank_change(operator: Operator, weight: Tensor, rank: int) -> LowRankCha
     """Compute an operator's change of a weight [width, inputs], exact without scaling; on the CPU, without bias."""
     operator = operator.to(weight.device)
     if operator.n is None:
-        a, b = torch.atleast_2d(operator.w) @ weight.float(), -torch.atleast_2d(operator.u).mT
+        a, b = operator.reads(weight), -torch.atleast_2d(operator.u).mT
         return LowRankChange(a.cpu(), b.cpu(), None, float(((b.mT @ b) * (a @ a.mT)).sum()), 0.0)
     delta = operator.on_weight(weight) - weight.float()
     rank = min(rank, *delta.shape)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from torch import Tensor
 
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.directions import Directions
+from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.files import expand_user, read_tensors, sha256
 from heretic.interrupt import StopSignal
 from heretic.model.hub_model import fetch_files
-from heretic.runs.stored_tensors import directions_from_tensors
+from heretic.runs.stored_tensors import directions_from_tensors, operators_from_tensors
 from heretic.scoring.scores import Scores
 from heretic.settings import Settings
 from heretic.settings.ablation import AblationSettings
@@ -26,9 +28,12 @@ from heretic.settings.sources import Resolved
 MANIFEST = "manifest.json"
 # Beside the manifest, in a folder of their own: some programs read every .safetensors file of a model's folder as weights.
 DIRECTIONS = Path("heretic") / "directions.safetensors"
+OPERATORS = Path("heretic") / "operators.safetensors"  # of an edit that reads the writers' inputs
 LARGEST = 16 << 20  # bytes; a manifest has a few hundred kilobytes at most
 FARTHEST = 1e6  # largest number of an edit, so that float32 stays finite; measured ones are below ten
 OWN_MANIFEST = "use the manifest.json that heretic export wrote"
+
+T = TypeVar("T")
 
 
 def scores_text(scores: Scores) -> dict[str, Any]:
@@ -134,8 +139,8 @@ class UsedSettings(_Part):
     directions: DirectionSpec = DirectionSpec()
 
 
-class DirectionsFile(_Part):
-    """The hash of `heretic/directions.safetensors` beside the manifest."""
+class TensorFile(_Part):
+    """The hash of `heretic/directions.safetensors` or `heretic/operators.safetensors` beside the manifest."""
 
     sha256: Sha256
 
@@ -165,7 +170,8 @@ class Manifest(_Part):
     changed: Companions = Companions(sha256={})
     files: dict[FilePath, Sha256] = {}
     chat_template: TemplateFile | None = None
-    directions: DirectionsFile | None = None
+    directions: TensorFile | None = None
+    operators: TensorFile | None = None
     settings: UsedSettings
     dtype: Literal["float16", "bfloat16", "float32"]
     quantization: QuantizedStudy = QuantizedStudy()
@@ -292,29 +298,31 @@ def inventory_of(folder: Path, known: Mapping[str, str], stop: StopSignal) -> di
 
 def read_directions(manifest: Manifest, home: Path) -> Directions | None:
     """Read the directions beside the manifest; None if the edit holds its own direction. Raises UserError."""
-    file = home / DIRECTIONS
-    if manifest.directions is None or not file.is_file():
-        if manifest.ablation.vector is not None:
-            return None
+    if manifest.ablation.vector is not None and not (manifest.directions and (home / DIRECTIONS).is_file()):
+        return None
+    return _read_beside(home / DIRECTIONS, manifest.directions, directions_from_tensors)
+
+
+def read_operators(manifest: Manifest, home: Path) -> dict[str, Operator] | None:
+    """Read the operators beside the manifest; None if strengths and directions determine the edit. Raises UserError."""
+    if manifest.operators is None:
+        return None
+    return _read_beside(home / OPERATORS, manifest.operators, operators_from_tensors)
+
+
+def _read_beside(file: Path, expected: TensorFile | None, convert: Callable[[Mapping[str, Tensor]], T]) -> T:
+    restore = "restore the file that heretic export wrote with the manifest"
+    if expected is None or not file.is_file():
         raise UserError(
-            "The directions file beside the manifest is missing.",
-            code="missing-file",
-            where=str(file),
-            fix="restore the file that heretic export wrote with the manifest",
+            f"The file {file.name} beside the manifest is missing.", code="missing-file", where=str(file), fix=restore
         )
-    if sha256(file) != manifest.directions.sha256:
+    if sha256(file) != expected.sha256:
         raise UserError(
-            "The directions file does not match the hash in the manifest.",
-            code="hash-mismatch",
-            where=str(file),
-            fix="restore the file that heretic export wrote with the manifest",
+            f"{file.name} does not match the hash in the manifest.", code="hash-mismatch", where=str(file), fix=restore
         )
     try:
-        return directions_from_tensors(read_tensors(file)[0])
+        return convert(read_tensors(file)[0])
     except ValueError as error:
         raise UserError(
-            f"{file.name} is damaged: {error}.",
-            code="damaged-file",
-            where=str(file),
-            fix="restore the file that heretic export wrote with the manifest",
+            f"{file.name} is damaged: {error}.", code="damaged-file", where=str(file), fix=restore
         ) from None

@@ -13,7 +13,7 @@ from heretic.errors import UserError
 from heretic.export.base_card import read_base_card
 from heretic.export.card import card
 from heretic.export.companions import copy_license_files
-from heretic.export.manifest import DIRECTIONS, MANIFEST, inventory_of
+from heretic.export.manifest import DIRECTIONS, MANIFEST, OPERATORS, inventory_of
 from heretic.export.markdown import escape
 from heretic.export.request import WriteRequest, WriteResult
 from heretic.files import sha256, write_text
@@ -45,11 +45,12 @@ def describe_rebuilt(
     content |= {kind: {"sha256": hashes.get(kind, {})} for kind in ("copied", "changed")}
     content["reproduced"] = {"made_at": now(), "versions": versions(), **rebuilt.comparison}
     copy_license_files(folder, partial, read_template(order.settings))
-    source = rebuilt.home / DIRECTIONS
-    # Only the file with the manifest's hash is copied, never a link to something else.
-    if source.is_file() and sha256(source) == (data.get("directions") or {}).get("sha256"):
-        (partial / DIRECTIONS.parent).mkdir()
-        shutil.copyfile(source, partial / DIRECTIONS)
+    for key, path in (("directions", DIRECTIONS), ("operators", OPERATORS)):
+        source = rebuilt.home / path
+        # Only the file with the manifest's hash is copied, never a link to something else.
+        if source.is_file() and sha256(source) == (data.get(key) or {}).get("sha256"):
+            (partial / path.parent).mkdir(exist_ok=True)
+            shutil.copyfile(source, partial / path)
     measured = NOT_MEASURED.format(words=rebuilt.words, why=escape(rebuilt.comparison["why"]))
     try:
         text = card(content, read_base_card(folder), written, measured)

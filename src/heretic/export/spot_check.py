@@ -1,10 +1,9 @@
 """Check every edited tensor of a written model against a recomputed edit, on a sample of its columns.
 
 The answers of the whole model cannot show that one of many writers was not edited, least of all if it is only loaded quantized.
-So written tensors are compared with the definition of the edit,
-y' = n * (y - sum of u (w . y)), in float64, from the original's file and the trial's operators: element by element, within what the
-number format rounds. Of the tensors that no edit is for the first row must be
-the original's, bit for bit.
+So written tensors are compared with the definition of the edit, y' = n * (y - sum of u (w . y + a . x)), in float64, from the
+original's file and the trial's operators: element by element, within what the number format rounds. Of the tensors that no edit is
+for the first row must be the original's, bit for bit.
 """
 
 from __future__ import annotations
@@ -92,7 +91,8 @@ def check_edits(
 
 
 def _check(name: str, operator: Operator, before: Tensor, written: WrittenTensors, columns: Columns | None) -> None:
-    expected, error = expectation(operator, before)
+    inputs = slice(columns.start, columns.end) if columns else None
+    expected, error = expectation(operator.at_inputs(inputs), before)
     found, rounded = written.columns(name, columns, expected)
     off = (found.double() - expected).abs() - 1.05 * rounded - error
     if not bool((off <= 0).all()):
@@ -102,12 +102,19 @@ def _check(name: str, operator: Operator, before: Tensor, written: WrittenTensor
 
 def expectation(operator: Operator, before: Tensor) -> tuple[Tensor, Tensor]:
     """The edit of columns [width, columns] in float64, and how far arithmetic in float32 may be from it."""
-    y, u, w = before.double(), *(torch.atleast_2d(t).double().cpu() for t in (operator.u, operator.w))
-    after, error = y - u.mT @ (w @ y), COMPUTED * (y.abs() + u.abs().mT @ (w.abs() @ y.abs()))
-    if operator.n is None:
-        return after, error
-    n = operator.n.double().cpu()[:, None]
-    return n * after, n.abs() * error
+    y, parts = before.double(), {name: t.double().cpu() for name, t in operator.parts.items()}
+    u = torch.atleast_2d(parts["u"]).mT
+    after, terms = y, y.abs()
+    if "w" in parts:
+        w = torch.atleast_2d(parts["w"])
+        after, terms = after - u @ (w @ y), terms + u.abs() @ (w.abs() @ y.abs())
+    if "a" in parts:
+        a = torch.atleast_2d(parts["a"])
+        after, terms = after - u @ a, terms + u.abs() @ a.abs()
+    if "n" not in parts:
+        return after, COMPUTED * terms
+    n = parts["n"][:, None]
+    return n * after, COMPUTED * n.abs() * terms
 
 
 def as_columns(bias: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 # Opening marker -> what closes the block before the answer. Of markers with a common prefix the longer one comes first.
@@ -59,6 +60,31 @@ def open_block(text: str, last_message: str = "") -> str:
 def closed_immediately(text: str) -> str:
     """Return an empty thinking block with the marker that a text begins with; empty if there is none."""
     return next((m + closing.strip() for m, closing in MARKERS.items() if text.lstrip().startswith(m)), "")
+
+
+def thought_length(tokens: Sequence[int], decode: Callable[[list[int]], Any], opened: str = "") -> int | None:
+    """Return how many of an answer's tokens its thinking block takes, markers included.
+
+    Args:
+        tokens: of the answer.
+        decode: returns the text of tokens, with special tokens.
+        opened: the marker that the prompt ends with, empty if none.
+
+    Returns:
+        0 if the answer has no thinking block, None if the block does not end.
+    """
+
+    def text(count: int) -> str:
+        return str(decode(list(tokens[:count])))
+
+    whole = text(len(tokens))
+    marker = opened or next((m for m in MARKERS if whole.lstrip().startswith(m)), "")
+    if not marker:
+        return 0
+    closing = MARKERS[marker].strip()
+    if closing not in whole:
+        return None
+    return bisect.bisect_left(range(len(tokens)), True, key=lambda count: closing in text(count))
 
 
 def switches_in(template: str) -> Iterator[dict[str, Any]]:

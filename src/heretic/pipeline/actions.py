@@ -1,4 +1,4 @@
-"""Actions on the trials of a run (export, chat, compare) and on any model (evaluate, residual geometry).
+"""Actions on the trials of a run (export, chat, compare) and on any model (evaluate).
 
 Actions on a trial take a `RunContext`, so that commands and the menu share them.
 """
@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import UserError
 from heretic.export.destination import check_destination
 from heretic.export.export import Export
@@ -29,7 +28,7 @@ from heretic.model.unloading import unloaded_after
 from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.run import device_lock, export_trial, open_locked_study
 from heretic.pipeline.run_context import RunContext
-from heretic.runs.folder import RunFolder, find_run, load_run_settings
+from heretic.runs.folder import find_run, load_run_settings
 from heretic.scoring.comparison import Comparison, number_text
 from heretic.scoring.comparison import compare as compare_measurements
 from heretic.scoring.divergence import measure_divergence
@@ -40,7 +39,7 @@ from heretic.scoring.scorers.scorer import Measurement
 from heretic.scoring.scores import Divergence, HarmlessMetrics, json_numbers
 from heretic.search.pareto import Result
 from heretic.search.summary import StudyReporter
-from heretic.session.session import ModelContext, load_model_context, measure_residual_geometry, original_log_probs
+from heretic.session.session import ModelContext, load_model_context, original_log_probs
 from heretic.settings import Settings
 
 
@@ -150,24 +149,6 @@ def compare(
             for row, answer in zip(rows, model_context.batcher.run(model, encoded, step), strict=True):
                 row[model] = model_context.chat.text(answer)
     return rows
-
-
-def residual_geometry(
-    settings: Settings, folder: RunFolder | None, *, wait: bool, reporter: StudyReporter, stop: StopSignal
-) -> ResidualGeometry:
-    """Return the residual geometry on the training prompts: stored in the run's folder, else measured and stored there."""
-    settings = settings.model_copy(update={"save_to": ""})  # nothing is exported, so the destination is not checked
-    stored = folder.load_geometry() if folder else None
-    if stored is not None:
-        return stored
-    with device_lock(settings, wait=wait, reporter=reporter, stop=stop):
-        inputs = prepare_run(settings, force=False, reporter=reporter)
-        model_context = load_model_context(settings, inputs.checkpoint, inputs.prompts, inputs.plan, reporter, stop)
-        with unloaded_after(model_context.language_model.model):
-            geometry = measure_residual_geometry(model_context)
-        if folder is not None:
-            inputs.folder.save_geometry(geometry)
-        return geometry
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.directions import Directions
-from heretic.ablation.residual_geometry import ResidualGeometry
+from heretic.ablation.residual_geometry import GeometryRecorder, ResidualGeometry
 from heretic.ablation.strength_kernel import StrengthKernel
 from heretic.errors import UserError
 from heretic.export.destination import check_destination
@@ -29,16 +29,18 @@ from heretic.interrupt import StopSignal
 from heretic.model.batching import Batch
 from heretic.model.chat_format import check_length
 from heretic.model.decoding import decode
+from heretic.pipeline.geometry import measure_effects
 from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.run import Outcome, device_lock, open_locked_study, run
 from heretic.pipeline.run_context import RunContext
 from heretic.progress import NULL_REPORTER
 from heretic.scoring.comparison import Comparison
+from heretic.scoring.direction_effects import DirectionEffects
 from heretic.scoring.scores import Scores
 from heretic.search.pareto import Result
 from heretic.search.space import SearchSpace
 from heretic.search.summary import StudyReporter
-from heretic.session.session import Session, measure_residual_geometry, operator_factory_for
+from heretic.session.session import Session, find_model_directions, operator_factory_for
 from heretic.settings import Settings
 from heretic.settings.sources import Resolved, resolve
 
@@ -112,9 +114,8 @@ class AblationSession:
         session = self.run_context.session()
         if self._custom_directions is None or session.operator_factory.directions is self._custom_directions:
             return session
-        self.run_context.loaded = replace(
-            session, operator_factory=operator_factory_for(session.context, self._custom_directions)
-        )
+        factory = operator_factory_for(session.context, self._custom_directions, session.operator_factory.input_maps)
+        self.run_context.loaded = replace(session, operator_factory=factory)
         return self.run_context.loaded
 
     @property
@@ -162,7 +163,17 @@ class AblationSession:
     def geometry(self) -> ResidualGeometry:
         """Return the geometry of harmful and harmless residuals in every layer."""
         stored = self.run_context.folder.load_geometry()
-        return stored if stored is not None else measure_residual_geometry(self.session.context)
+        if stored is None:
+            recorder = GeometryRecorder()
+            stored = recorder.geometry(find_model_directions(self.session.context, recorder))
+        return stored
+
+    def direction_effects(self) -> DirectionEffects:
+        """Measure whether each layer's direction carries refusal: with it removed, and added to harmless prompts.
+
+        Raises UserError if the model refuses too few training prompts.
+        """
+        return measure_effects(self.session.context, self.directions, self.geometry().norms[:, 2])
 
     def trial(self, number: int | None = None) -> Ablation:
         """Return the ablation of a trial of the run, or of the selected one. Raises UserError."""

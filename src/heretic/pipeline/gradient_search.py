@@ -13,7 +13,7 @@ from heretic.ablation.ablation import Ablation
 from heretic.errors import OutOfMemory
 from heretic.hardware import devices
 from heretic.hardware.host import memory
-from heretic.model.batching import free_memory
+from heretic.model.batching import Batcher, free_memory
 from heretic.model.device_errors import is_device_error
 from heretic.model.forward import supports_mid_stack_start
 from heretic.model.loading import LanguageModel
@@ -99,7 +99,7 @@ class GradientProblem:
         """Return the refusals under an ablation that differ from the known ones, and the number of refused prompts."""
         model_context, known = self.session.context, self.objective.harmful.texts
         with self.session.applied(ablation):
-            refusals = _refusals(model_context, self.refused)
+            refusals = find_refusals(model_context, self.refused)
         answers = zip(refusals.tokens, refusals.refused, strict=True)
         texts = [
             (row, list(tokens[: len(known[row])]))
@@ -169,7 +169,7 @@ def prepare(session: Session) -> GradientProblem | None:
     requests, harmless = (
         model_context.encoded[role][: gradient.prompts] for role in ("harmful_train", "harmless_train")
     )
-    refusals = _refusals(model_context, requests)
+    refusals = find_refusals(model_context, requests)
     indices = [i for i, (r, t) in enumerate(zip(refusals.refused, refusals.tokens, strict=True)) if r and t]
     if len(indices) < MIN_REFUSALS:
         return None
@@ -180,7 +180,7 @@ def prepare(session: Session) -> GradientProblem | None:
     )
     original = log_probs_at(model, answered, model_context.batcher)
     # 2. Fit the batches with gradients into memory
-    rows, checkpoints = rows_with_gradients(model, max(map(len, (*harmful.sequences, *answered.sequences))))
+    rows, checkpoints = rows_with_gradients(model, model_context.batcher, (harmful.sequences, answered.sequences))
     batcher = replace(model_context.batcher, size=min(rows, model_context.batcher.size))
     log.info("%d rows per pass with gradients%s", batcher.size, ", gradient checkpointing" if checkpoints else "")
     cached = not checkpoints and supports_mid_stack_start(model.model, model.structure.blocks, harmless, batcher)
@@ -203,8 +203,8 @@ def prepare(session: Session) -> GradientProblem | None:
     return GradientProblem(session, objective, refused, indices, with_activation_cache)
 
 
-def _refusals(model_context: ModelContext, requests: Sequence[list[int]]) -> RefusalCount:
-    """Return which prompts the model refuses in its current state, with the tokens of the answers."""
+def find_refusals(model_context: ModelContext, requests: Sequence[list[int]]) -> RefusalCount:
+    """Return which training prompts the model refuses in its current state, with the tokens of the answers."""
     min_tokens = model_context.settings.search.gradient.refusal_tokens
     texts = dict(
         zip(
@@ -223,11 +223,16 @@ def _refusals(model_context: ModelContext, requests: Sequence[list[int]]) -> Ref
     )
 
 
-def rows_with_gradients(model: LanguageModel, tokens: int) -> tuple[int, bool]:
-    """Return the rows of `tokens` tokens that fit in a pass with gradients, and whether that needs gradient checkpointing."""
+def rows_with_gradients(
+    model: LanguageModel, batcher: Batcher, kinds: Sequence[Sequence[list[int]]]
+) -> tuple[int, bool]:
+    """Return the rows of a pass with gradients that fit into memory, and whether that needs gradient checkpointing."""
     dims = ModelDims.of(model.model.config.get_text_config(decoder=True), model.model)
     budget = int(SHARE_FOR_GRADIENTS * _free_memory(model))
-    return dims.rows_with_gradients(budget, tokens, on_cpu=_on_cpu(model))
+    longest = [max(map(len, sequences)) for sequences in kinds]
+    prefixes = [len(prefix.tokens) if (prefix := batcher.shared_prefix(s)) else 0 for s in kinds]
+    own = max(length - prefix for length, prefix in zip(longest, prefixes, strict=True))
+    return dims.rows_with_gradients(budget, max(longest), own, on_cpu=_on_cpu(model))
 
 
 def _free_memory(model: LanguageModel) -> int:

@@ -17,6 +17,7 @@ from heretic.model.checkpoint import Checkpoint, open_model, require_name
 from heretic.model.template import read_template
 from heretic.pipeline import tensor_parallel
 from heretic.pipeline.worker_process import parent_pid
+from heretic.planning.key_prompts import check_key_prompts
 from heretic.planning.memory_plan import LoadPlan, MemoryPlan
 from heretic.planning.preflight import PreflightReport, build_report
 from heretic.planning.preflight_facts import Finding, FindingList, PreflightInputs
@@ -168,6 +169,7 @@ def read_inputs(
     prompts = found.attempt("prompts", read_prompts or (lambda: load_all(settings.prompts)))
     if prompts is not None:
         found.findings.append(Finding("ok", "prompts", prompts.counts))
+        found.attempt("prompts", partial(check_key_prompts, settings, prompts))
     found.attempt("storage", lambda: check_storage(settings))
     found.attempt("scorers", lambda: check_scorers(settings))
     first_worker = not parent_pid()

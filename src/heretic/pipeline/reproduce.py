@@ -8,12 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import torch
 from safetensors import SafetensorError
 
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Operator
-from heretic.ablation.operator_factory import OperatorFactory
 from heretic.errors import UserError
 from heretic.export.companions import copied_files
 from heretic.export.destination import check_destination, check_unchanged, commit, staging_dir
@@ -23,6 +21,7 @@ from heretic.export.manifest import (
     Manifest,
     read_directions,
     read_manifest,
+    read_operators,
     template_file,
 )
 from heretic.export.rebuilt import Rebuilt, describe_rebuilt
@@ -33,15 +32,15 @@ from heretic.hardware.gpus import gpus_here
 from heretic.hardware.host import devices, format_bytes
 from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
-from heretic.model.loading import LanguageModel, load
+from heretic.model.loading import load
 from heretic.model.template import read_template
 from heretic.model.unloading import unloaded_after
 from heretic.pipeline.run import device_lock
+from heretic.pipeline.stored_edit import stored_edit
 from heretic.planning.memory_plan import LoadPlan, make_plan
 from heretic.planning.workload import Workload
 from heretic.progress import ProgressReporter
 from heretic.runs.environment import computed_on, versions
-from heretic.session.session import weight_reader
 from heretic.settings import Settings
 from heretic.storage.fingerprint_diff import differences
 
@@ -113,7 +112,7 @@ def reproduce(
     manifest, data = read_manifest(path)
     home = path if path.is_dir() else path.parent
     destination = None if destination is None else expand_user(destination)
-    directions = read_directions(manifest, home)
+    directions, operators = read_directions(manifest, home), read_operators(manifest, home)
     if destination is not None:
         _check_rebuild_destination(destination, home, manifest.run)
     settings = _settings(manifest, base or manifest.model.name, device_map, template_file(manifest, home))
@@ -131,7 +130,7 @@ def reproduce(
         try:
             # 2. Write the model
             request, written, device = _rebuild(
-                manifest, checkpoint, settings, directions, trust, staging, reporter, stop
+                manifest, checkpoint, settings, (directions, operators), trust, staging, reporter, stop
             )
             # 3. Compare it with the manifest
             changed += _changes("versions", manifest.versions, versions())
@@ -272,7 +271,7 @@ def _rebuild(
     manifest: Manifest,
     checkpoint: Checkpoint,
     settings: Settings,
-    directions: Directions | None,
+    edit: tuple[Directions | None, dict[str, Operator] | None],
     trust: bool,
     staging: Path,
     reporter: ProgressReporter,
@@ -292,7 +291,7 @@ def _rebuild(
     form = FORMATS[settings.export_format]
     with unloaded_after(model.model):
         device = computed_on(model.device)
-        operators = _operators(manifest, model, directions, reporter)
+        operators = stored_edit(manifest, model, *edit, reporter)
         prepared = form.prepare(model, operators, settings, reporter)
     # The name of a GGUF file and its metadata contain the base model's name.
     (file_name, *_) = manifest.written.sha256 or ("",)
@@ -301,53 +300,6 @@ def _rebuild(
     request = WriteRequest(settings.export_format, settings, checkpoint, plan, operators, prepared)
     written = form.write(request, staging, reporter, stop)
     return request, form.convert(request, staging, written, reporter, stop) if form.convert else written, device
-
-
-def _operators(
-    manifest: Manifest, model: LanguageModel, directions: Directions | None, reporter: ProgressReporter
-) -> dict[str, Operator]:
-    """Rebuild the edit from strengths and directions. Raises UserError if they do not match the model."""
-    edit = manifest.ablation
-    _check_fit(manifest, model, directions)
-    if directions is None:
-        directions = Directions(torch.zeros(1, model.structure.width))  # unused: the edit has its own vector
-    ablation = manifest.settings.ablation
-    factory = OperatorFactory.prepare(
-        directions,
-        model.structure.writers,
-        ablation.geometry,
-        weight_reader(model),
-        reporter,
-        norm_aware=ablation.norm_aware,
-    )
-    return factory.operators(edit.ablation)
-
-
-def _check_fit(manifest: Manifest, model: LanguageModel, directions: Directions | None) -> None:
-    """Raise UserError if the edit has unknown components, or sizes that differ from the model's or the settings'."""
-    layers, width, edit = model.structure.num_layers, model.structure.width, manifest.ablation
-    each = manifest.settings.directions.per_layer  # several directions of a layer are concatenated
-    sizes = [(f"strengths.{component}", len(profile), layers) for component, profile in edit.strengths.items()]
-    sizes += [("mixture", len(edit.mixture), layers)] if edit.mixture is not None else []
-    sizes += [("vector", len(edit.vector), each * width)] if edit.vector is not None else []
-    if directions is not None:
-        sizes += [("directions", directions.num_layers, layers), ("each direction", directions.vectors.shape[1], width)]
-        sizes += [("each layer", directions.count * width, each * width)]
-    problems = [
-        f"there is no component {name[:60]!r}; it has {', '.join(model.structure.components)}"
-        for name in edit.strengths
-        if name not in model.structure.components
-    ]
-    problems += [
-        f"{what[:60]} has {size} numbers instead of {expected}" for what, size, expected in sizes if size != expected
-    ]
-    if problems:
-        raise UserError(
-            f"The manifest does not match the model: {problems[0]}.",
-            code="manifest-mismatch",
-            where=str(model.checkpoint.folder),
-            fix="use manifest.json and heretic/directions.safetensors as heretic export wrote them",
-        )
 
 
 def _compare(

@@ -64,6 +64,8 @@ def init_process_group() -> None:
 
 def check(checkpoint: Checkpoint, settings: Settings) -> None:
     """Raise UserError if the model cannot be sharded among the ranks, before anything is loaded."""
+    from heretic.ablation.geometries import GEOMETRIES
+
     processes = size()
     if processes == 1:
         return
@@ -81,6 +83,13 @@ def check(checkpoint: Checkpoint, settings: Settings) -> None:
             code="tensor-parallel-unsupported",
             where=where,
             fix='quantization = "none" and judge.kind = "markers", or run without torchrun',
+        )
+    if GEOMETRIES[settings.ablation.geometry].needs == "input_map":
+        raise UserError(
+            "A process with a shard of the weights does not see the whole input of a writer.",
+            code="tensor-parallel-unsupported",
+            where=f'ablation.geometry = "{settings.ablation.geometry}"',
+            fix='ablation.geometry = "plain", or run without torchrun',
         )
     config: Any = checkpoint.config.get_text_config(decoder=True)
     if not getattr(config, "base_model_tp_plan", None):

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from heretic.ablation.operator import ELEMENTS_PER_CHUNK
+from heretic.ablation.geometries.conditional import BENIGN_KEYS, HARMFUL_KEYS
+from heretic.ablation.weight_stats import ELEMENTS_PER_CHUNK
 from heretic.hardware.devices import CPU, Device
 from heretic.model.batching import TOKENS_AT_ONCE
 from heretic.model.forward import LOGIT_ROWS
@@ -33,6 +34,7 @@ ACTIVATION_COPIES = 4  # gate, up, their product, and the residual stream with i
 LOGIT_COPIES = 6
 TIGHT = 0.95  # of the free memory
 SHARE_FOR_RESIDUALS = 0.5  # of the free RAM, for the residuals of all prompts
+MOST_CAPTURED = GIB  # of RAM, for the keys of input maps that are computed together
 # Limits of the activation cache for each of the two prompt sets: a share of the free RAM, and bytes.
 SHARE_KEPT = 0.05
 MOST_KEPT = 2 * GIB
@@ -161,7 +163,7 @@ class MemoryModel:
             kept=0 if device.is_gpu else self._kept(max(0, device.free - holds.weights)),
             copies=len(holds.blocks) * shape.edited * shape.element if self.weight_copies else 0,
             cache=blocks * shape.cache_per_token * shape.element * rows * length,
-            operators=vectors * (2 * work.directions + 1),  # u and w for every direction, and n
+            operators=vectors * (2 * work.directions + 1) + self._input_vectors(blocks, trials),  # u, w, n; a
             rounds=vectors * 2 * work.directions * work.rounds,
             activations=(self._working(work.most_rows(batch)) + self.dequantized if blocks else 0) + borrowed,
             logits=shape.vocabulary * rows_of_logits if runs.head else 0,
@@ -174,7 +176,9 @@ class MemoryModel:
 
     def _working(self, rows: int) -> int:
         tokens = min(rows * (self.work.tail + self.work.tried_tokens), max(TOKENS_AT_ONCE, self.work.tail))
-        return ACTIVATION_COPIES * self.shape.widest * self.shape.element * tokens
+        # What reads a writer's inputs converts a part of them to float32 at a time.
+        converted = FLOAT32 * min(tokens * self.shape.widest, ELEMENTS_PER_CHUNK) if self.work.needs_input_maps else 0
+        return ACTIVATION_COPIES * self.shape.widest * self.shape.element * tokens + converted
 
     def _weight_stats(self) -> int:
         """Return the bytes of rows of a weight in float32 and their squares."""
@@ -196,15 +200,33 @@ class MemoryModel:
             if work.needs_weight_stats
             else 0
         )
-        return places * shape.vocabulary * FLOAT32 + entries + facts
+        return places * shape.vocabulary * FLOAT32 + entries + facts + self._input_maps()
+
+    def _input_maps(self) -> int:
+        """Return the bytes in RAM of all writers' input maps, and of the keys while they are computed."""
+        if not self.work.needs_input_maps:
+            return 0
+        numbers = FLOAT32 * self.shape.blocks * (self._inputs + 2 * self.shape.hidden)
+        return HARMFUL_KEYS * numbers + min(MOST_CAPTURED, (HARMFUL_KEYS + BENIGN_KEYS) * numbers)
+
+    @property
+    def _inputs(self) -> int:
+        """Inputs of an attention output projection and of an MLP down projection, together."""
+        return self.shape.repeated_cache // 2 + self.shape.widest
+
+    def _input_vectors(self, blocks: int, trials: int) -> int:
+        """Return the bytes of the vectors of operators that read the writers' inputs."""
+        return FLOAT32 * blocks * trials * self.work.directions * self._inputs if self.work.needs_input_maps else 0
 
     def _gradient_rows(self, free: int, batch: int, *, on_cpu: bool) -> tuple[int, bool]:
         """Return the rows of a pass with gradients, and whether it needs gradient checkpointing."""
         gradient_path = self.work.gradient_search
         if gradient_path is None:
             return 0, False
-        length = self.work.prompt_tokens + max(gradient_path.refusal_tokens, gradient_path.kl_tokens) - 1
-        rows, twice = self.shape.rows_with_gradients(int(SHARE_FOR_GRADIENTS * free), length, on_cpu=on_cpu)
+        more = max(gradient_path.refusal_tokens, gradient_path.kl_tokens) - 1
+        rows, twice = self.shape.rows_with_gradients(
+            int(SHARE_FOR_GRADIENTS * free), self.work.prompt_tokens + more, self.work.tail + more, on_cpu=on_cpu
+        )
         return min(rows, batch, gradient_path.batch), twice
 
     def _gradients(self, runs: DeviceShare, rows: int, borrowed: int, *, twice: bool) -> int:

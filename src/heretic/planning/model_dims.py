@@ -51,11 +51,16 @@ class ModelDims:
         """
         return rows * tokens * blocks * (self.cache_per_token + self.repeated_cache) * self.element
 
-    def rows_with_gradients(self, budget: int, tokens: int, *, on_cpu: bool) -> tuple[int, bool]:
-        """Return the rows of a pass with gradients in `budget` bytes (at least 1), and whether it needs gradient checkpointing."""
+    def rows_with_gradients(self, budget: int, tokens: int, own: int, *, on_cpu: bool) -> tuple[int, bool]:
+        """Return the rows of a pass with gradients in `budget` bytes (at least 1), and whether it needs gradient checkpointing.
+
+        Args:
+            tokens: of the longest row.
+            own: of these, the tokens after the shared prefix.
+        """
         whole = budget // self.gradient_bytes(1, tokens, self.blocks, twice=False)
         if whole >= FEWEST_ROWS:
-            enough = max(FEWEST_ROWS, CPU_TOKENS_WITH_GRADIENTS // tokens) if on_cpu else whole
+            enough = max(FEWEST_ROWS, CPU_TOKENS_WITH_GRADIENTS // own) if on_cpu else whole
             return min(whole, enough), False
         return max(1, budget // self.gradient_bytes(1, tokens, self.blocks)), True
 

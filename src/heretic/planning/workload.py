@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from heretic.ablation.geometries import GEOMETRIES
 from heretic.errors import UserError
 from heretic.scoring import refusal_proxy
 from heretic.settings import Settings
@@ -50,12 +51,13 @@ class Workload:
     every: int = 0  # prompts whose residuals are all kept in RAM
     trials: int = 0  # per pass; 0: automatic
     needs_weight_stats: bool = True  # of the geometry
+    needs_input_maps: bool = False  # likewise
     gradient_search: GradientSearchWorkload | None = None
 
     @classmethod
     def of(cls, settings: Settings, longest: int) -> Workload:
         """Estimate the workload from the settings and the length of the longest prompt in characters."""
-        gradient = settings.search.gradient
+        gradient, needs = settings.search.gradient, GEOMETRIES[settings.ablation.geometry].needs
         gradient_path = GradientSearchWorkload(
             gradient.batch, gradient.prompts, gradient.kl_tokens, gradient.refusal_tokens
         )
@@ -67,7 +69,8 @@ class Workload:
             rounds=settings.directions.iterative_rounds,
             every=2 * USUAL_TRAINING if settings.directions.keeps_each else 0,
             trials=1 if settings.apply == "weights" else settings.trials_per_batch,
-            needs_weight_stats=settings.ablation.geometry != "plain",
+            needs_weight_stats=needs == "weight_stats",
+            needs_input_maps=needs == "input_map",
             gradient_search=None if settings.search.start == "kernels" else gradient_path,
         )
 

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.report.figures import BLUE, GREEN, ORANGE, RED, Figure, layer_axis
+from heretic.scoring.direction_effects import DirectionEffects
+
+SECOND_AXIS = {"overlaying": "y", "side": "right", "showgrid": False, "tickmode": "auto", "rangemode": "tozero"}
 
 
 def geometry_figures(geometry: ResidualGeometry) -> dict[str, Figure]:
@@ -16,6 +19,22 @@ def geometry_figures(geometry: ResidualGeometry) -> dict[str, Figure]:
         "norms": _norms(geometry),
         "cosines": _cosines(geometry),
     }
+
+
+def effects_figure(effects: DirectionEffects) -> Figure:
+    """Return refusal probabilities and KL by layer, with the direction removed or added."""
+    data = [
+        _line("removed", effects.necessity.tolist(), RED),
+        _line("added", effects.sufficiency.tolist(), BLUE),
+        {**_line("KL (right)", effects.kl.tolist(), ORANGE), "yaxis": "y2"},
+    ]
+    layout = {
+        "xaxis": layer_axis(len(effects.kl)),
+        "yaxis": {"title": {"text": "refusal probability"}, "rangemode": "tozero"},
+        "yaxis2": {**SECOND_AXIS, "title": {"text": "KL"}},
+        "showlegend": True,
+    }
+    return {"data": data, "layout": layout}
 
 
 def projections(geometry: ResidualGeometry) -> list[tuple[str, Figure]]:
@@ -58,18 +77,10 @@ def _separation(geometry: ResidualGeometry) -> Figure:
         _line("silhouette", geometry.silhouette.tolist(), BLUE),
         {**_line("separation (right)", geometry.separation.tolist(), ORANGE), "yaxis": "y2"},
     ]
-    second = {
-        "title": {"text": "separation"},
-        "overlaying": "y",
-        "side": "right",
-        "showgrid": False,
-        "tickmode": "auto",
-        "rangemode": "tozero",
-    }
     layout = {
         "xaxis": layer_axis(geometry.num_layers),
         "yaxis": {"title": {"text": "silhouette"}},
-        "yaxis2": second,
+        "yaxis2": {**SECOND_AXIS, "title": {"text": "separation"}},
         "showlegend": True,
     }
     return {"data": data, "layout": layout}

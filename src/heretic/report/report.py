@@ -16,13 +16,14 @@ from heretic.errors import UserError
 from heretic.files import split_lines
 from heretic.prompts.sets import load
 from heretic.report import figures
-from heretic.report.geometry_figures import geometry_figures, projections
+from heretic.report.geometry_figures import effects_figure, geometry_figures, projections
 from heretic.report.importance import FEWEST_TRIALS, importances
 from heretic.report.page import Page
 from heretic.runs.folder import GEOMETRY, RunFolder, find_run, load_settings
 from heretic.runs.metadata import RunMetadata
 from heretic.runs.status import load_study
 from heretic.scoring.comparison import number_text
+from heretic.scoring.direction_effects import DirectionEffects
 from heretic.scoring.judges.verdict import JUDGE_DESCRIPTIONS
 from heretic.scoring.objectives import DEFAULT_OBJECTIVES
 from heretic.search.convergence import REFERENCE_KL, growth
@@ -84,10 +85,10 @@ def load_report_input(name: str, runs_dir: str, environment: Mapping[str, str], 
     return ReportInput.of(study, settings, folder, texts)
 
 
-def geometry_page(geometry: ResidualGeometry, model: str) -> str:
+def geometry_page(geometry: ResidualGeometry, model: str, effects: DirectionEffects | None = None) -> str:
     """Return a page on residual geometry alone."""
     page = Page(f"Residuals of {model}")
-    add_geometry(page, geometry)
+    add_geometry(page, geometry, effects)
     return page.html()
 
 
@@ -111,7 +112,7 @@ def report(source: ReportInput) -> str:
     _requests(page, summary, about)
     _importance(page, study, damage)
     if geometry is not None:
-        add_geometry(page, geometry)
+        add_geometry(page, geometry, folder.load_effects())
     elif (folder.path / GEOMETRY).exists():
         page.section("Residuals")
         page.text(f"The stored geometry is damaged. Recompute it: heretic geometry {folder.name}")
@@ -307,7 +308,7 @@ def _importance(page: Page, study: optuna.Study, excluded: Collection[int]) -> N
     page.figure("importance", [figures.of_importances(shares)], height=height)
 
 
-def add_geometry(page: Page, geometry: ResidualGeometry) -> None:
+def add_geometry(page: Page, geometry: ResidualGeometry, effects: DirectionEffects | None) -> None:
     """Add the section on residual geometry to a page."""
     drawn = geometry_figures(geometry)
     count = int(geometry.harmful.sum()), int((1 - geometry.harmful).sum())
@@ -327,6 +328,13 @@ def add_geometry(page: Page, geometry: ResidualGeometry) -> None:
     page.figure("norms", [drawn["norms"]], height=320)
     page.text("Cosines between the layers' directions. Layers with a cosine close to 1 share a direction.")
     page.figure("cosines", [drawn["cosines"]], height=460)
+    if effects is not None and len(effects.kl) == geometry.num_layers:
+        page.figure("effects", [effects_figure(effects)], height=340)
+        page.text(
+            "What each layer's direction does. Removed: probability that a refused prompt is still refused after its removal from "
+            "every writer. Added: probability that a harmless prompt is refused after its addition to the layer's output. KL: "
+            "of harmless answers after the removal."
+        )
 
 
 def _time(page: Page, summary: StudySummary, folder: RunFolder) -> None:

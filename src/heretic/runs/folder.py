@@ -24,13 +24,16 @@ if TYPE_CHECKING:  # `heretic status` opens runs without torch: the methods for 
     from torch import Tensor
 
     from heretic.ablation.directions import Directions
+    from heretic.ablation.geometries.conditional import InputMap
     from heretic.ablation.residual_geometry import ResidualGeometry
     from heretic.runs.stored_tensors import Baseline
+    from heretic.scoring.direction_effects import DirectionEffects
     from heretic.search.path_optimizer import OptimizerState
 
 T = TypeVar("T")
 MOST_LOG_READ = 64 << 10  # bytes from its end
 BASELINE, GEOMETRY, REPORT = "baseline.safetensors", "geometry.safetensors", "report.html"
+INPUT_MAPS, EFFECTS = "input_maps.safetensors", "effects.safetensors"
 
 
 @dataclass(frozen=True)
@@ -106,23 +109,45 @@ class RunFolder:
         """Store the directions."""
         write_directions(self.path / "directions.safetensors", directions, self.fingerprint, private=True)
 
+    def load_input_maps(self, reporter: ProgressReporter) -> dict[str, InputMap] | None:
+        """Load the input maps of the writers; None if there are none or, with a warning, if the file is damaged."""
+        from heretic.runs import stored_tensors
+
+        return self._read(INPUT_MAPS, stored_tensors.input_maps_from_tensors, reporter)
+
+    def save_input_maps(self, input_maps: Mapping[str, InputMap]) -> None:
+        """Store the input maps of the writers."""
+        from heretic.runs import stored_tensors
+
+        tensors = stored_tensors.input_map_tensors(input_maps)
+        write_tensors(self.path / INPUT_MAPS, tensors, {"fingerprint": self.fingerprint}, private=True)
+
     def load_geometry(self) -> ResidualGeometry | None:
         """Load the residual geometry; None if it is missing or damaged. Never changes the folder."""
         from heretic.runs import stored_tensors
 
+        return self._peek(GEOMETRY, stored_tensors.geometry_from_tensors)
+
+    def load_effects(self) -> DirectionEffects | None:
+        """Load the effects of the directions; None if they are missing or damaged. Never changes the folder."""
+        from heretic.runs import stored_tensors
+
+        return self._peek(EFFECTS, stored_tensors.effects_from_tensors)
+
+    def _peek(self, name: str, reader: Callable[[Mapping[str, Tensor]], T]) -> T | None:
         try:
-            tensors, metadata = read_tensors(self.path / GEOMETRY)
-            return (
-                stored_tensors.geometry_from_tensors(tensors)
-                if self.fingerprint in ("", metadata.get("fingerprint"))
-                else None
-            )
+            tensors, metadata = read_tensors(self.path / name)
+            return reader(tensors) if self.fingerprint in ("", metadata.get("fingerprint")) else None
         except (UserError, ValueError):
             return None
 
     def save_geometry(self, geometry: ResidualGeometry) -> None:
         """Store the residual geometry for the report and `heretic geometry`."""
         write_tensors(self.path / GEOMETRY, geometry.tensors(), {"fingerprint": self.fingerprint}, private=True)
+
+    def save_effects(self, effects: DirectionEffects) -> None:
+        """Store the effects of the directions for the report and `heretic geometry`."""
+        write_tensors(self.path / EFFECTS, effects.tensors(), {"fingerprint": self.fingerprint}, private=True)
 
     def load_baseline(self, reporter: ProgressReporter) -> Baseline | None:
         """Load the baseline; None if there is none or, with a warning, if the file is damaged."""

@@ -17,8 +17,11 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from heretic.ablation.directions import Directions
+from heretic.ablation.geometries.conditional import InputMap
+from heretic.ablation.operator import Operator
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.model.response_prefix import AnswerStart
+from heretic.scoring.direction_effects import DirectionEffects
 from heretic.scoring.judges.verdict import EVASIVE, ORDER, REFUSAL, Verdict
 from heretic.scoring.scores import HarmlessMetrics
 from heretic.search.gradient_path import PathPoint, alike
@@ -111,6 +114,42 @@ def directions_from_tensors(tensors: Tensors) -> Directions:
     return Directions(vectors.float(), extra.float())
 
 
+def input_map_tensors(input_maps: Mapping[str, InputMap]) -> dict[str, Tensor]:
+    """Return the tensors to store for the input maps of writers, by name."""
+    return {f"{name}.{part}": getattr(own, part) for name, own in input_maps.items() for part in ("outputs", "inputs")}
+
+
+def input_maps_from_tensors(tensors: Tensors) -> dict[str, InputMap]:
+    """Return stored input maps by writer. Raises ValueError."""
+    names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    found = {n: InputMap(*(_finite(tensors, f"{n}.{part}", 2) for part in ("outputs", "inputs"))) for n in names}
+    _require(2 * len(found) == len(tensors), "it has tensors of no input map")
+    _require(all(len(own.outputs) == len(own.inputs) for own in found.values()), "outputs and inputs differ in keys")
+    return found
+
+
+def operator_tensors(operators: Mapping[str, Operator]) -> dict[str, Tensor]:
+    """Return the tensors to store for operators, by name."""
+    return {f"{name}.{part}": tensor for name, own in operators.items() for part, tensor in own.parts.items()}
+
+
+def operators_from_tensors(tensors: Tensors) -> dict[str, Operator]:
+    """Return stored operators by writer. Raises ValueError."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name in tensors:
+        writer, _, part = name.rpartition(".")
+        _require(part in ("u", "w", "n", "a"), f"{name} is no part of an operator")
+        parts.setdefault(writer, {})[part] = _finite(tensors, name, tensors[name].ndim).float()
+    for writer, own in parts.items():
+        _require("u" in own and ("w" in own or "a" in own), f"{writer} lacks u, or w and a")
+        shape = own["u"].shape
+        _require(len(shape) in (1, 2), f"{writer}.u has the wrong shape")
+        _require("w" not in own or own["w"].shape == shape, f"{writer}.w and u differ in shape")
+        _require("n" not in own or own["n"].shape == shape[-1:], f"{writer}.n and u differ in shape")
+        _require("a" not in own or own["a"].shape[:-1] == shape[:-1], f"{writer}.a and u differ in directions")
+    return {writer: Operator(own["u"], own.get("w"), own.get("n"), own.get("a")) for writer, own in parts.items()}
+
+
 def geometry_from_tensors(tensors: Tensors) -> ResidualGeometry:
     """Return a stored residual geometry, in which `separation` can be NaN. Raises ValueError."""
     layers, prompts = len(_finite(tensors, "silhouette", 1)), len(_named(tensors, "harmful", 1, integer=True))
@@ -126,6 +165,17 @@ def geometry_from_tensors(tensors: Tensors) -> ResidualGeometry:
     _require(len(separation) == layers > 0 and prompts > 0, "separation has the wrong number of layers")
     names = (*shapes, "silhouette", "separation", "harmful")
     return ResidualGeometry(**{name: tensors[name] for name in names})
+
+
+def effects_from_tensors(tensors: Tensors) -> DirectionEffects:
+    """Return stored effects of the layers' directions. Raises ValueError."""
+    found = DirectionEffects(
+        **{name: _finite(tensors, name, 1) for name in ("necessity", "sufficiency", "kl", "original")}
+    )
+    layers = len(found.kl)
+    _require(layers == len(found.necessity) == len(found.sufficiency), "the effects differ in layers")
+    _require(len(found.original) == 2, "original must be two probabilities")
+    return found
 
 
 class _OptimizerStateJson(TypedDict):

@@ -6,7 +6,7 @@ teacher-forced pass each. The LM head runs on chunks of tokens, and activations 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
+from heretic.ablation.operator import Operator
 from heretic.ablation.operator_factory import OperatorFactory
 from heretic.model.batching import Batch, Batcher, EditSpec, SharedPrefix
 from heretic.model.forward import log_probs_of, run_decoder
@@ -73,11 +74,14 @@ class Objective:
         Raises:
             RuntimeError: if an operation of the model has no backward pass.
         """
-        total = [torch.zeros_like(t) for t in wanted]
+        # 1. Compute the operators once. The passes differentiate the loss in copies of them.
+        with torch.set_grad_enabled(bool(wanted)):
+            operators = self.operator_factory.operators(ablation, zeros_from=first_layer)
+        applied = {name: operator.as_leaf() for name, operator in operators.items()} if wanted else operators
+        passes = _Passes(self, applied, first_layer)
+
+        # 2. Run both terms. Their sums are read once, after all passes.
         tokens = sum(len(self.harmless.texts[i]) for i in harmless)
-        # Sums by batch. They are read once, after all passes.
-        kl_sums: list[Tensor] = []  # KL [1]
-        refusal_sums: list[Tensor] = []  # p and -log(1 - p) [2]
 
         def kl_gradient(batch: Batch, values: Tensor) -> tuple[Tensor, Tensor]:
             return values.sum()[None], torch.full_like(values, 1 / tokens)
@@ -89,82 +93,16 @@ class Objective:
             sums = torch.stack([log_p.exp().sum(), -torch.log1p(-smoothed).sum()])
             return sums, (weight / len(harmful)) * (smoothed / (1 - smoothed))[row]
 
-        edited = EditSpec(1, first_layer)
-        for name, targets, rows, value, value_gradient, sums in (
-            ("Harmless prompts", self.harmless, harmless, self._kl, kl_gradient, kl_sums),
-            ("Refusals", self.harmful, harmful, self._log_p, refusing_gradient, refusal_sums),
-        ):
+        # KL [1] by batch, then p and -log(1 - p) [2]
+        kl_sums = passes.run("Harmless prompts", self.harmless, harmless, self._kl, kl_gradient)
+        refusal_sums = passes.run("Refusals", self.harmful, harmful, self._log_p, refusing_gradient)
 
-            def step(
-                batch: Batch,
-                targets: TeacherForcedTexts = targets,
-                value: Callable[[Batch], Callable[[slice, Tensor], Tensor]] = value,
-                value_gradient: Callable[[Batch, Tensor], tuple[Tensor, Tensor]] = value_gradient,
-                sums: list[Tensor] = sums,
-            ) -> list[None]:
-                found, gradients = self._pass(
-                    ablation, first_layer, batch, targets, value(batch), partial(value_gradient, batch), wanted
-                )
-                sums.append(found)
-                for accumulated, gradient in zip(total, gradients, strict=False):
-                    accumulated.add_(gradient)
-                return [None] * len(batch.rows)
-
-            self.batcher.run_items(name, targets.sequences, step, edited=edited, entries=targets.entries, items=rows)
+        # 3. Differentiate the operators.
+        gradients = passes.gradients_in(operators, wanted)
         read = [found.tolist() for found in to_host([*kl_sums, *refusal_sums])]
         kl = sum(found[0] for found in read[: len(kl_sums)]) / max(1, tokens)
         probability, refusing = (sum(f[i] for f in read[len(kl_sums) :]) / max(1, len(harmful)) for i in (0, 1))
-        return LossTerms(kl, probability, refusing, tuple(total))
-
-    def _pass(
-        self,
-        ablation: Ablation,
-        first_layer: int,
-        batch: Batch,
-        targets: TeacherForcedTexts,
-        value: Callable[[slice, Tensor], Tensor],
-        value_gradient: Callable[[Tensor], tuple[Tensor, Tensor]],
-        wanted: Sequence[Tensor],
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return one batch's sums, and the gradients of its part of the loss."""
-        if batch.shared_prefix:  # its keys and values need gradients too, so every batch recomputes them
-            own = None if self.recompute_activations else SharedPrefix(batch.shared_prefix.tokens)
-            batch = replace(batch, shared_prefix=own) if own else self._without_shared_prefix(batch, targets)
-        model, blocks = self.language_model.model, self.language_model.structure.blocks
-        with torch.set_grad_enabled(bool(wanted)):
-            operators = self.operator_factory.operators(ablation, zeros_from=first_layer)
-            with (
-                apply_operators(self.operator_factory.writers, operators),
-                _recomputed_activations(blocks if self.recompute_activations and wanted else []),
-            ):
-                hidden, _ = run_decoder(model, batch, use_cache=False)
-                hidden_at_tokens = last_hidden(hidden, [len(targets.texts[i]) for i in batch.rows])
-                values, gradient = self._head(hidden_at_tokens.detach(), value, gradients=bool(wanted))
-                sums, weights = value_gradient(values)
-                if not wanted:
-                    return sums, ()
-                gradient *= weights[:, None].to(gradient)
-                return sums, torch.autograd.grad(hidden_at_tokens, list(wanted), gradient)
-
-    def _without_shared_prefix(self, batch: Batch, targets: TeacherForcedTexts) -> Batch:
-        whole = self.batcher.batch(batch.rows, targets.sequences)
-        return replace(whole, edited=batch.edited)
-
-    def _head(
-        self, hidden_at_tokens: Tensor, value: Callable[[slice, Tensor], Tensor], *, gradients: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return the value of every token [tokens], and its gradient in the hidden states [tokens, width]."""
-        values, all_gradients = [], torch.zeros_like(hidden_at_tokens)
-        for start in range(0, len(hidden_at_tokens), TOKENS_PER_CHUNK):
-            positions = slice(start, start + TOKENS_PER_CHUNK)
-            chunk = hidden_at_tokens[positions].requires_grad_(gradients)
-            chunk_values = torch.cat(
-                [value(positions, log_probs) for _, log_probs in log_probs_of(self.language_model.model, chunk)]
-            )
-            if gradients:
-                all_gradients[positions] = torch.autograd.grad(chunk_values.sum(), chunk)[0]
-            values.append(chunk_values.detach())
-        return torch.cat(values), all_gradients
+        return LossTerms(kl, probability, refusing, gradients)
 
     def _kl(self, batch: Batch) -> Callable[[slice, Tensor], Tensor]:
         original = torch.cat([self.original[i] for i in batch.rows])
@@ -184,6 +122,105 @@ class Objective:
             return ablated.gather(1, to_device(tokens[positions, None], ablated.device))[:, 0]
 
         return value
+
+
+# (batch, values of its tokens) -> (sums for the report, gradient of the loss in the values)
+ValueGradient = Callable[[Batch, Tensor], tuple[Tensor, Tensor]]
+# batch -> (tokens, their log-probabilities over the vocabulary) -> the term's value of each token
+TokenValues = Callable[[Batch], Callable[[slice, Tensor], Tensor]]
+
+
+class _Passes:
+    """Passes of one evaluation with the same operators, and the loss's gradients in these, summed over the batches.
+
+    Args:
+        operators: by writer; those that are leaves with gradients are differentiated.
+    """
+
+    def __init__(self, objective: Objective, operators: Mapping[str, Operator], first_layer: int) -> None:
+        self.objective, self.operators, self.edited = objective, operators, EditSpec(1, first_layer)
+        self._leaves = [t for operator in operators.values() for t in operator.tensors if t.requires_grad]
+        self._totals: list[Tensor | None] = [None] * len(self._leaves)
+
+    def run(
+        self, name: str, targets: TeacherForcedTexts, rows: Sequence[int], values: TokenValues, gradient: ValueGradient
+    ) -> list[Tensor]:
+        """Run the texts with these indices; returns the sums of every batch."""
+        sums: list[Tensor] = []
+
+        def step(batch: Batch) -> list[None]:
+            found, gradients = self._pass(batch, targets, values(batch), partial(gradient, batch))
+            sums.append(found)
+            for i, added in enumerate(gradients):
+                if added is not None:
+                    total = self._totals[i]
+                    self._totals[i] = added if total is None else total.add_(added)
+            return [None] * len(batch.rows)
+
+        self.objective.batcher.run_items(
+            name, targets.sequences, step, edited=self.edited, entries=targets.entries, items=rows
+        )
+        return sums
+
+    def gradients_in(self, operators: Mapping[str, Operator], wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the loss's gradients in the tensors that the operators were computed from."""
+        if not wanted:
+            return ()
+        computed = [t for operator in operators.values() for t in operator.tensors if t.requires_grad]
+        used = [(t, total) for t, total in zip(computed, self._totals, strict=True) if total is not None]
+        found = torch.autograd.grad([t for t, _ in used], list(wanted), [g for _, g in used], allow_unused=True)
+        return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True))
+
+    def _pass(
+        self,
+        batch: Batch,
+        targets: TeacherForcedTexts,
+        value: Callable[[slice, Tensor], Tensor],
+        value_gradient: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Return one batch's sums, and the gradients of its part of the loss in the operators."""
+        objective, differentiate = self.objective, bool(self._leaves)
+        if batch.shared_prefix:  # its keys and values need gradients too, so every batch recomputes them
+            own = None if objective.recompute_activations else SharedPrefix(batch.shared_prefix.tokens)
+            batch = replace(batch, shared_prefix=own) if own else self._without_shared_prefix(batch, targets)
+        model, blocks = objective.language_model.model, objective.language_model.structure.blocks
+        with (
+            torch.set_grad_enabled(differentiate),
+            apply_operators(objective.operator_factory.writers, self.operators),
+            _recomputed_activations(blocks if objective.recompute_activations and differentiate else []),
+        ):
+            hidden, _ = run_decoder(model, batch, use_cache=False)
+            hidden_at_tokens = last_hidden(hidden, [len(targets.texts[i]) for i in batch.rows])
+            values, gradient = self._head(hidden_at_tokens.detach(), value, gradients=differentiate)
+            sums, weights = value_gradient(values)
+            if not differentiate:
+                return sums, ()
+            gradient *= weights[:, None].to(gradient)
+            # A module that a pass does not reach, such as an expert without tokens, has no gradient.
+            return sums, torch.autograd.grad(hidden_at_tokens, self._leaves, gradient, allow_unused=True)
+
+    def _without_shared_prefix(self, batch: Batch, targets: TeacherForcedTexts) -> Batch:
+        whole = self.objective.batcher.batch(batch.rows, targets.sequences)
+        return replace(whole, edited=batch.edited)
+
+    def _head(
+        self, hidden_at_tokens: Tensor, value: Callable[[slice, Tensor], Tensor], *, gradients: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the value of every token [tokens], and its gradient in the hidden states [tokens, width]."""
+        values, all_gradients = [], torch.zeros_like(hidden_at_tokens)
+        for start in range(0, len(hidden_at_tokens), TOKENS_PER_CHUNK):
+            positions = slice(start, start + TOKENS_PER_CHUNK)
+            chunk = hidden_at_tokens[positions].requires_grad_(gradients)
+            chunk_values = torch.cat(
+                [
+                    value(positions, log_probs)
+                    for _, log_probs in log_probs_of(self.objective.language_model.model, chunk)
+                ]
+            )
+            if gradients:
+                all_gradients[positions] = torch.autograd.grad(chunk_values.sum(), chunk)[0]
+            values.append(chunk_values.detach())
+        return torch.cat(values), all_gradients
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.bake import OriginalWeights, copy_weights, read_from_checkpoint, rewritten_weights
 from heretic.ablation.directions import Directions
-from heretic.ablation.operator import LazyTensor, Operator
+from heretic.ablation.geometries.conditional import InputMap
+from heretic.ablation.operator import Operator
 from heretic.ablation.operator_factory import OperatorFactory
-from heretic.ablation.residual_geometry import GeometryRecorder, ResidualGeometry
+from heretic.ablation.residual_geometry import GeometryRecorder
 from heretic.errors import UserError
 from heretic.hardware.host import format_bytes, memory
 from heretic.interrupt import StopSignal
@@ -28,6 +29,7 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.model.decoding import decoded_by_generate
 from heretic.model.distributed import broadcast_from_rank0, rank
 from heretic.model.forward import padding_sensitive, supports_prefix_caching
+from heretic.model.lazy_tensor import LazyTensor
 from heretic.model.loading import LanguageModel, load
 from heretic.model.response_prefix import AnswerStart
 from heretic.model.template import read_template
@@ -52,6 +54,7 @@ from heretic.search.space import SearchSpace
 from heretic.session.caching import enable_caching
 from heretic.session.encoding import encode, most_new_tokens, start_answers
 from heretic.session.find_directions import find_directions
+from heretic.session.input_maps import open_input_maps
 from heretic.settings import Settings
 from heretic.storage.compute_once import LOCAL, ComputeOnce
 
@@ -268,7 +271,9 @@ def open_session(
             else read_from_checkpoint(_require_full_precision(checkpoint), writers, model_context.language_model.model)
         )
     model_context.measurer.of_original(model_context.chosen.of_trials)
-    operator_factory = operator_factory_for(model_context, directions)
+    read = weight_reader(model_context.language_model)
+    input_maps = open_input_maps(model_context, folder, compute_once, read)
+    operator_factory = operator_factory_for(model_context, directions, input_maps)
     return with_baseline(Session(model_context, baseline, operator_factory, original), baseline)
 
 
@@ -286,18 +291,20 @@ def find_model_directions(model_context: ModelContext, recorder: GeometryRecorde
     return find_directions(model_context.language_model, harmful, harmless, model_context.batcher, wanted, recorder)
 
 
-def measure_residual_geometry(model_context: ModelContext) -> ResidualGeometry:
-    """Capture the residuals again and measure their geometry."""
-    recorder = GeometryRecorder()
-    return recorder.geometry(find_model_directions(model_context, recorder))
-
-
-def operator_factory_for(model_context: ModelContext, directions: Directions) -> OperatorFactory:
+def operator_factory_for(
+    model_context: ModelContext, directions: Directions, input_maps: Mapping[str, InputMap]
+) -> OperatorFactory:
     """Create the operator factory of the run's geometry for these directions."""
     model, edit = model_context.language_model, model_context.settings.ablation
     read, reporter = weight_reader(model), model_context.batcher.reporter
     return OperatorFactory.prepare(
-        directions, model.structure.writers, edit.geometry, read, reporter, norm_aware=edit.norm_aware
+        directions,
+        model.structure.writers,
+        edit.geometry,
+        read,
+        reporter,
+        norm_aware=edit.norm_aware,
+        input_maps=input_maps,
     )
 
 

@@ -10,7 +10,7 @@ from heretic.settings.field import SettingsModel, setting
 
 DirectionMethod = Literal["mean_difference", "geometric_median", "self_organizing_map"]
 SINGLE_DIRECTION_METHODS = {"mean_difference", "geometric_median"}
-Geometry = Literal["plain", "row_normalized", "norm_preserving"]
+Geometry = Literal["plain", "row_normalized", "norm_preserving", "conditional"]
 
 
 class DirectionSettings(SettingsModel):
@@ -31,8 +31,8 @@ class DirectionSettings(SettingsModel):
         1,
         "Directions per layer, all with the same strength. More than one needs `self_organizing_map`.",
         when=(
-            "Raise it with `self_organizing_map`. More directions change the model more: watch the KL. Geometries other "
-            "than `plain` take more RAM for them (layers x directions x width x 4 bytes)."
+            "Raise it with `self_organizing_map`. More directions change the model more: watch the KL. `row_normalized` and "
+            "`norm_preserving` take more RAM for them (layers x directions x width x 4 bytes)."
         ),
         ge=1,
         le=8,
@@ -83,8 +83,12 @@ class AblationSettings(SettingsModel):
     geometry: Geometry = setting(
         "norm_preserving",
         "`plain`: W' = (I - s v vT) W. `row_normalized`: the same on rows scaled to norm 1, then scaled back. "
-        "`norm_preserving`: the same, and every row gets its original norm.",
-        when="Use `plain` or `row_normalized` for a LoRA adapter that is exact at rank 1, or for comparison.",
+        "`norm_preserving`: the same, and every row gets its original norm. `conditional`: W' = W - s v aT, an edit that "
+        "fires on inputs of harmful prompts and stays silent on those of harmless ones (docs/how.md).",
+        when=(
+            "Use `plain`, `row_normalized` or `conditional` for a LoRA adapter that is exact at rank 1. `conditional` needs "
+            "training prompts beyond those of `search.gradient.prompts`, the more and the more varied the better, and RAM."
+        ),
     )
     norm_aware: bool = setting(
         True,

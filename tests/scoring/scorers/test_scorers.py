@@ -27,6 +27,7 @@ from heretic.scoring.scorers.language import LanguageSwitched, language_of
 from heretic.scoring.scorers.measuring import Measurer
 from heretic.scoring.scorers.own_answer_kl import OwnAnswerKl
 from heretic.scoring.scorers.own_perplexity import OwnPerplexity
+from heretic.scoring.scorers.refusals_after_thought import RefusalsAfterThought
 from heretic.scoring.scorers.refusals_by_length import LENGTHS, RefusalsByLength
 from heretic.scoring.scorers.registry import SCORERS, choose_scorers
 from heretic.scoring.scorers.repetition import Repetition
@@ -36,7 +37,7 @@ from heretic.scoring.scorers.unchanged import Unchanged
 from heretic.settings import Settings
 from tests.helpers.errors import raises
 from tests.scoring.test_refusal_count import ABLATIONS, model_context
-from tests.tiny import HARMFUL, HARMLESS, TEXT
+from tests.tiny import HARMFUL, HARMLESS, TEXT, tiny_tokenizer
 
 TRIALS = ABLATIONS[:2]
 
@@ -265,3 +266,24 @@ def test_an_error_in_a_scorer_names_it(tiny: Tiny) -> None:
 
     with raises("scorer-failed"):
         tiny.measure(Broken())
+
+
+def test_only_the_answer_after_a_thought_that_ended_is_judged(tiny: Tiny) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>", "sorry,", "I", "cannot", "sure"])
+    answers = [
+        "<think> sure sure </think> sorry, I cannot",
+        "<think> sorry, I cannot </think> sure",
+        "sorry, I cannot",
+        "<think> sure sure",
+        "<think> sure sure sure sure sure sure sure </think> sure",
+    ]
+    chat = replace(tiny.parts.chat, tokenizer=tokenizer, rows=0, response_prefix="<think> </think>")
+    scorer, harmful = RefusalsAfterThought(8), tiny.parts.harmful
+    prompts = EncodedPrompts("harmful_eval", harmful.texts[: len(answers)], harmful.tokens[: len(answers)])
+    group = TrialGroup(replace(tiny.parts, chat=chat, judge=MarkerJudge(["sorry"]), harmful=prompts))
+    known = [[tokenizer.convert_tokens_to_ids(word) for word in answer.split()] for answer in answers]
+    group.decoded[scorer.name, tuple(prompts.texts)] = (8 + tiny.parts.max_tokens, [known])
+    found = scorer.score(ScorerContext(group), None)
+    assert isinstance(found, Measurement) and found.value == 2
+    assert found.details == {"undecided": 2, "without_thought": 1, "thought": 4.5}

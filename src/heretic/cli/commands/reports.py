@@ -100,6 +100,10 @@ def geometry(
         Path | None, typer.Option("--html", help="Write the plots to this HTML file, which works offline.")
     ] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the file of --html in the browser.")] = False,
+    effects: Annotated[
+        bool,
+        typer.Option("--effects", help="Also remove and add each layer's direction, and measure refusals and KL."),
+    ] = False,
     as_json: JsonOption = False,
     wait: WaitOption = False,
     plain: PlainOption = False,
@@ -107,7 +111,7 @@ def geometry(
     """Compare the residuals of harmful and harmless prompts in every layer; needs no study."""
     from heretic.cli.ui.tables import show_geometry
     from heretic.files import ensure_parent, write_text
-    from heretic.pipeline.actions import residual_geometry
+    from heretic.pipeline.geometry import residual_geometry
     from heretic.report.report import geometry_page
     from heretic.runs.folder import find_existing_run, load_settings
     from heretic.settings.sources import resolve
@@ -128,13 +132,15 @@ def geometry(
         html = ensure_parent(html)
     stop = StopSignal()
     with stop.on_signals():
-        residuals = residual_geometry(settings, folder, wait=wait, reporter=reporter_for(as_json, plain), stop=stop)
+        residuals, measured = residual_geometry(
+            settings, folder, effects=effects, wait=wait, reporter=reporter_for(as_json, plain), stop=stop
+        )
     if html is not None:
-        write_text(html, geometry_page(residuals, settings.model))
+        write_text(html, geometry_page(residuals, settings.model, measured))
     if as_json:
-        print(json.dumps(residuals.as_dict(), indent=2))
+        print(json.dumps({**residuals.as_dict(), "effects": measured.as_dict() if measured else None}, indent=2))
         return
-    show_geometry(out, residuals)
+    show_geometry(out, residuals, measured)
     if html is not None:
         out.print(f"Written: {escape_terminal(str(html))}", soft_wrap=True)
         if show:

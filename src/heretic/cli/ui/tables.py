@@ -18,6 +18,7 @@ from heretic.search.space import describe
 if TYPE_CHECKING:
     from heretic.ablation.residual_geometry import ResidualGeometry
     from heretic.pipeline.benchmark import Benchmark
+    from heretic.scoring.direction_effects import DirectionEffects
 
 
 COMPACT: dict[str, Any] = {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}  # fits 80 columns
@@ -70,24 +71,38 @@ def show_lines(console: Console, rows: list[tuple[str, str]]) -> None:
         console.print(f"{escape_terminal(name):<{width}}  {escape_terminal(value)}", highlight=False, soft_wrap=True)
 
 
-def show_geometry(console: Console, geometry: ResidualGeometry) -> None:
-    """Print the residual geometry, a line per layer; the layer with the highest silhouette is bold."""
+def show_geometry(console: Console, geometry: ResidualGeometry, effects: DirectionEffects | None = None) -> None:
+    """Print the residual geometry, a line per layer; the layer with the highest silhouette is bold.
+
+    With `effects` the table has what each layer's direction does, and a line names the best one.
+    """
     n_harmful = int(geometry.harmful.sum())
     n_harmless = len(geometry.harmful) - n_harmful
     title = f"Residuals after each block; clusters of {n_harmful} harmful and {n_harmless} harmless prompts"
     table = Table(title=title, title_justify="left")
-    for heading in ("layer", "cosine", "harmful", "harmless", "difference", "silhouette", "separation"):
+    headings = ["layer", "cosine", "harmful", "harmless", "difference", "silhouette", "separation"]
+    for heading in (*headings, *(("removed", "added", "KL") if effects else ())):
         table.add_column(heading, justify="right")
     clearest = int(geometry.silhouette.argmax())
     for layer, cosine in enumerate(geometry.next_cosines):
         row = [str(layer), "" if cosine is None else f"{cosine:.3f}"]
         row += [f"{norm:.4g}" for norm in geometry.norms[layer].tolist()]
         row += [f"{float(geometry.silhouette[layer]):.3f}", f"{float(geometry.separation[layer]):.2f}"]
+        if effects:
+            row += [f"{float(values[layer]):.3f}" for values in (effects.necessity, effects.sufficiency, effects.kl)]
         table.add_row(*row, style="bold" if layer == clearest else "")
     console.print(table)
     console.print(
         "cosine: between a layer's direction and the next layer's; harmful, harmless, difference: norms of the means."
     )
+    if effects:
+        before = [f"{number:.3f}" for number in effects.original.tolist()]
+        best = "No layer's direction" if effects.best is None else f"The direction of layer {effects.best} best"
+        console.print(
+            f"removed: refusal probability of refused prompts without the direction ({before[0]} with it); added: of harmless "
+            f"prompts with it ({before[1]} without); KL: on harmless prompts without it."
+        )
+        console.print(f"{best} meets the criteria of Arditi et al. 2024 for carrying refusal.")
 
 
 def show_comparisons(console: Console, comparisons: Sequence[Comparison]) -> None:

@@ -26,6 +26,7 @@ from heretic.scoring.scorers.language import LanguageSwitched
 from heretic.scoring.scorers.measuring import called
 from heretic.scoring.scorers.own_answer_kl import OwnAnswerKl
 from heretic.scoring.scorers.own_perplexity import OwnPerplexity
+from heretic.scoring.scorers.refusals_after_thought import RefusalsAfterThought
 from heretic.scoring.scorers.refusals_by_length import RefusalsByLength
 from heretic.scoring.scorers.repetition import Repetition
 from heretic.scoring.scorers.scorer import Measurement, Scorer
@@ -43,6 +44,7 @@ SCORERS: dict[str, type[Scorer]] = {
         AnswerKl,
         OwnAnswerKl,
         RefusalsByLength,
+        RefusalsAfterThought,
         BorderlineRefusals,
         OwnPerplexity,
         TextPerplexity,
