@@ -78,7 +78,7 @@ site:
 	$(PYTHON) -m venv build/site-env
 	build/site-env/bin/pip install -q --disable-pip-version-check mkdocs-material==9.8.2
 	rm -rf build/site-source && mkdir -p build/site-source
-	git ls-files '*.md' '*.toml' '*.ipynb' '*.json' '*.cff' LICENSE src tests benchmarks scripts Makefile .ci | tar -cT - | tar -xC build/site-source
+	git ls-files '*.md' '*.toml' '*.ipynb' '*.json' '*.cff' LICENSE Dockerfile src tests benchmarks scripts Makefile .ci | tar -cT - | tar -xC build/site-source
 	NO_MKDOCS_2_WARNING=1 build/site-env/bin/mkdocs build --strict -q
 
 # Known vulnerabilities of what is locked, asked from PyPI; where that cannot be reached it says that nothing could be audited.

@@ -34,6 +34,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "residuals": tables.residuals,
     "busy": tables.busy,
     "host_waits": tables.host_waits,
+    "plan_peaks": tables.plan_peaks,
     "llama_cpp": tables.llama_cpp,
     "sizes": timeline_tables.sizes,
     "scale": timeline_tables.scale,

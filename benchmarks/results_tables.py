@@ -387,6 +387,28 @@ def host_waits() -> str:
     return captioned(rows, "host_waits", settings=settings, model="Tiny random models of 8 writers on pretend GPUs")
 
 
+def plan_peaks() -> str:
+    """Return the memory plan against the peaks of studies on pretend GPUs."""
+    report = read("plan_peaks")
+    phases = list(next(iter(report["cases"].values()))["phases"])
+    rows: list[Sequence[Any]] = [("model, GPUs, shared tokens", *(phase.replace("_", " ") for phase in phases))]
+    for name, found in report["cases"].items():
+        rows.append((name, *(_over(found["phases"][phase]) for phase in phases)))
+    settings = (
+        "MB beside the weights on the fullest GPU, and by how much the plan was over on the GPUs, least to most; bfloat16, "
+        "8 blocks, width 512, vocabulary 32,768, 32 rows of up to 27 tokens after the shared ones, answers of 24 tokens"
+    )
+    return captioned(rows, "plan_peaks", settings=settings, model="Random models on pretend GPUs")
+
+
+def _over(phase: Mapping[str, Sequence[int]]) -> str:
+    """Return the measured peak, and the plan's range above it."""
+    over = sorted(
+        {f"{100 * (p / m - 1):+.0f}" for p, m in zip(phase["planned"], phase["measured"], strict=True)}, key=float
+    )
+    return f"{max(phase['measured']) / 1e6:.1f}, {' to '.join(unique((over[0], over[-1])))} %"
+
+
 def llama_cpp() -> str:
     """Return exported GGUF files in llama.cpp."""
     files = ("llama_cpp", "llama_cpp_smollm2")

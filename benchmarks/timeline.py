@@ -25,8 +25,9 @@ from launch_log import Event, Section
 from sizes import EVALUATION, SHAPES, Shape, blocks_of, planned
 from study_log import DECIDED, PROMPT, STEPS_LOGGED, TOKENS, gradient_log, placed, residuals_log, trial_log
 
+from heretic.planning import pass_memory
 from heretic.planning.memory_plan import MemoryPlan
-from heretic.planning.model_dims import SHARE_FOR_GRADIENTS, ModelDims
+from heretic.planning.model_dims import ModelDims
 from heretic.planning.placement import meta_model
 from heretic.session.caching import MIN_SPEEDUP
 from heretic.settings import Settings
@@ -143,7 +144,8 @@ def rows_with_gradients(setup: Setup, plan: MemoryPlan, checkpoint: Any) -> tupl
     """As heretic decides: rows of a pass with gradients, and whether activations are computed again."""
     dims = ModelDims.of(checkpoint.config, meta_model(checkpoint, "bfloat16"))
     free = min(load.device.free - load.weights for load in plan.loads if load.weights)
-    return dims.rows_with_gradients(int(SHARE_FOR_GRADIENTS * free), PROMPT + 4, PROMPT + 4, on_cpu=False)
+    budget = int(pass_memory.SHARE_FOR_GRADIENTS * free)
+    return pass_memory.rows_with_gradients(dims, budget, PROMPT + 4, PROMPT + 4, on_cpu=False)
 
 
 @cache

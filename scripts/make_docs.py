@@ -143,8 +143,8 @@ because they run both models on the same text.
 SCORERS_FOOT = '''
 ## Limitations
 
-- The memory plan knows `max_response_length`, not the length of a scorer's own answers (256 tokens for `refusals_by_length`). If
-  memory runs out, heretic halves the batch.
+- The memory plan counts the longest answers of the chosen scorers, not prompts of their own: the questions of tasks, `source`, the
+  paragraphs of `text_perplexity`. If memory runs out, heretic halves the batch.
 - `language_switched` knows scripts, and eight languages in Latin script by frequent words. An answer of a few words is unclear.
 - `arithmetic` and `copying` are easy. They show damage, not progress: use `heretic benchmark` for capability.
 - `borderline_refusals` needs prompts: `source` is a file or a data set, as in `[prompts.harmless_eval]`. Public sets are XSTest
@@ -186,7 +186,8 @@ class Words(Scorer):
 `model` is a `ScorerContext`: its prompts are `model.harmful` and `model.harmless`, and `model.encode(name, texts)` makes others.
 `answers` gives token ids, `texts` text, `verdicts` the judge's verdicts, `log_likelihoods` and `divergence` numbers of a pass.
 Within `with model.active():` the loaded model `model.parts.language_model.model` is the ablated one. Return a float or a
-`Measurement`; infinity is allowed, NaN is an error. A scorer that runs `model.original` after the ablated model sets
+`Measurement`; infinity is allowed, NaN is an error. If the answers are longer than `max_response_length`, let the method
+`most_tokens(response)` return their length, for the memory plan. A scorer that runs `model.original` after the ablated model sets
 `needs_original = True`.
 '''
 

@@ -23,6 +23,7 @@ INTEGRATION = {
     "export/test_gguf.py",
     "export/test_lora.py",
     "export/test_manifest.py",
+    "export/test_mlx.py",
     "export/test_spot_check.py",
     "export/test_upload.py",
     "hardware/test_locks.py",

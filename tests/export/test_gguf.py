@@ -147,6 +147,20 @@ def test_types(tmp_path: Path, quantize: Path, kind: str) -> None:
     assert stored["blk.0.attn_norm.weight"] == Kind.F32
 
 
+def test_an_importance_matrix_is_measured_for_k_quants(
+    config: Path, llama: Path, quantize: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = (f"gguf_converter={SCRIPT}", "gguf_type=q4_k_m", "gguf_imatrix=true", "run_name=mine")
+    with pytest.raises(UserError) as error:
+        export(config, llama, *wanted)
+    assert error.value.code == "gguf-imatrix-missing" and not list(Path().glob("runs/*")), "known before the study"
+    shutil.copy(quantize, quantize.with_name("llama-imatrix"))
+    export(config, llama, *wanted)
+    assert "INFO with an importance matrix" in Path("runs/mine/run.log").read_text()
+    assert json.loads(Path("out/manifest.json").read_text())["written"]["imatrix"] is True
+    assert [file.suffix for file in Path("out").iterdir() if file.suffix in (".gguf", ".txt")] == [".gguf"]
+
+
 @pytest.mark.parametrize("mode", ["columns", "unknown"])
 def test_what_the_converter_may_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setattr(stand_in_converter, "MODE", mode)

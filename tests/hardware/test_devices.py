@@ -128,7 +128,10 @@ def test_cache_pins_and_hardware_name_follow_the_kind(monkeypatch: pytest.Monkey
     emptied: list[str] = []
     for prefix in ("cuda", "xpu", "mps", "npu"):
         play(monkeypatch, prefix, None, empty_cache=lambda prefix=prefix: emptied.append(prefix))
+        host: list[str] = []
+        monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda host=host: host.append("RAM"), raising=False)
         free_memory()
+        assert bool(host) == KINDS[prefix].pinned
         assert devices.pins_memory() == KINDS[prefix].pinned
     assert emptied == ["cuda", "xpu", "mps", "npu"]
     assert computed_on(torch.device("mps")) == "Apple M3" and computed_on(torch.device("xpu")) == "from torch"

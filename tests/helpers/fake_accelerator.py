@@ -44,6 +44,7 @@ def play(
         "get_memory_info": lambda index: sizes,
         "memory_reserved": lambda index: sizes[1] - sizes[0],
         "max_memory_reserved": lambda index: sizes[1],
+        "empty_host_cache": lambda: None,
     }
     for name, value in accelerator.items():
         monkeypatch.setattr(torch.accelerator, name, value)

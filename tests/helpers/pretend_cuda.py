@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import import_utils
 
@@ -71,6 +72,9 @@ def cuda_pretended(gpus: PretendGpus, mode: type[TorchDispatchMode], attention: 
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))  # the engine's threads have no mode
+        kernels = torch.library.Library("aten", "IMPL")
+        stack.callback(kernels._destroy)
+        kernels.impl("silu_backward", _silu_backward, "AutogradCUDA")
         for patch in (
             mock.patch.multiple(torch.cuda, **_cuda(gpus)),
             mock.patch.multiple(torch.accelerator, **_accelerator(gpus)),
@@ -83,6 +87,12 @@ def cuda_pretended(gpus: PretendGpus, mode: type[TorchDispatchMode], attention: 
         _forget_availability()
         stack.enter_context(mode())
         yield
+
+
+def _silu_backward(gradient: Tensor, given: Tensor) -> Tensor:
+    """Without a kernel for CUDA, as in PyTorch's CPU build, autograd would compose it of four operators."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.aten.silu_backward(gradient, given)
 
 
 def _forget_availability() -> None:
@@ -188,6 +198,7 @@ def _accelerator(gpus: PretendGpus) -> dict[str, Any]:
     same = ("is_available", "device_count", "memory_reserved", "synchronize", "empty_cache")
     return {
         "current_accelerator": lambda check_available=False: torch.device("cuda"),
+        "empty_host_cache": cuda["empty_cache"],
         **{name: cuda[name] for name in same},
         **{name: cuda[own] for name, own in renamed.items()},
     }

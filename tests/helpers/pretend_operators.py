@@ -32,7 +32,8 @@ WITHOUT_KERNEL = {
 def traits(func: Any) -> tuple[str, bool, bool, bool]:
     """An operator's name, whether it is composed of others, whether a kernel is launched for it, whether it only views."""
     name = func.overloadpacket.__name__
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    composite = has_kernel(func.name(), "CompositeImplicitAutograd") and not has_kernel(func.name(), "CPU")
     view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     return name, composite, not view and name not in WITHOUT_KERNEL, view
 

@@ -82,7 +82,18 @@ def quantize(source: Path, out: Path) -> None:
 
 
 def main() -> None:
+    if Path(sys.argv[0]).name == "llama-imatrix":
+        given = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+        assert (
+            gguf.GGUFReader(given["-m"]).tensors and len(Path(given["-f"]).read_text(encoding="utf-8").split()) > 4000
+        )
+        Path(given["-o"]).write_bytes(b"matrix")
+        return None
     if Path(sys.argv[0]).name == "llama-quantize":
+        if sys.argv[1] == "--imatrix":
+            assert Path(sys.argv[2]).read_bytes() == b"matrix"
+            print("with an importance matrix", flush=True)
+            del sys.argv[1:3]
         if sys.argv[3] not in ("Q4_K_M", "Q5_K_M", "Q6_K"):
             sys.exit(1)
         return quantize(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +64,54 @@ def save_named(folder: Path, method: str) -> Path:
     return save(folder, model, {**model.state_dict(), **packed}, told)
 
 
+def save_compressed(folder: Path, preset: str = "W4A16") -> Path:
+    """A Llama with its linear maps but the head's quantized by compressed-tensors, as llm-compressor saves it."""
+    from compressed_tensors import quantization
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    model = model_of("LlamaConfig", WIDE)
+    scheme = quantization.preset_name_to_scheme(preset, ["Linear"])
+    told = quantization.QuantizationConfig(
+        config_groups={"group_0": scheme}, ignore=["lm_head"], quantization_status="initialized"
+    )
+    quantization.apply_quantization_config(model, told)
+    for module in (m for m in model.modules() if hasattr(m, "quantization_scheme")):
+        how, weight = module.quantization_scheme.weights, module.weight.detach().float()
+        more = {}
+        if hasattr(module, "weight_global_scale"):
+            more["global_scale"] = generate_gparam(weight.min(), weight.max())
+            module.weight_global_scale.data.copy_(more["global_scale"])
+        groups = weight.reshape(*module.weight_scale.shape, -1) if module.weight_scale.dim() == 2 else weight.flatten()
+        scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), how, **more)
+        module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    entry = json.loads(json.dumps(compressor.quantization_config.model_dump(), default=str))
+    formats = {m.quantization_scheme.format.value for m in model.modules() if hasattr(m, "quantization_scheme")}
+    entry |= {"quant_method": "compressed-tensors", "quantization_status": "compressed", "format": formats.pop()}
+    return save(folder, model, dict(model.state_dict()), entry)
+
+
+def save_mlx(folder: Path) -> Path:
+    """A Llama as `mlx_lm.convert -q` writes it: 8 numbers of 4 bits in a U32, scales and biases by group, no method's name."""
+    model = model_of("LlamaConfig", WIDE)
+    tensors = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            rows, columns = module.weight.shape
+            tensors[f"{name}.weight"] = torch.zeros(rows, columns // 8, dtype=torch.uint32)
+            for part in ("scales", "biases"):
+                tensors[f"{name}.{part}"] = torch.zeros(rows, columns // 64, dtype=torch.bfloat16)
+    save(folder, model, tensors, told := {"group_size": 64, "bits": 4, "mode": "affine"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization": told}))
+    return folder
+
+
 SAVED: dict[str, Callable[[Path], Path]] = {"fp8": save_fp8, "mxfp4": save_mxfp4, "bitsandbytes": save_bnb}
+if importlib.util.find_spec("compressed_tensors") is not None:
+    SAVED["compressed-tensors"] = save_compressed
 
 
 def model_of(config: str, sizes: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,19 @@ from heretic.settings import Settings
 from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
 from tests.helpers.shapes import cpu, gpus
-from tests.helpers.tiny_quantized import SAVED, mxfp4, save_bnb, save_mxfp4, save_named, unpacked
+from tests.helpers.tiny_quantized import (
+    FP4,
+    SAVED,
+    mxfp4,
+    save_bnb,
+    save_compressed,
+    save_mlx,
+    save_mxfp4,
+    save_named,
+    unpacked,
+)
 
+NEEDS_COMPRESSED_TENSORS = pytest.mark.skipif("compressed-tensors" not in SAVED, reason="needs compressed-tensors")
 ALL = pytest.mark.parametrize("method", SAVED)
 
 
@@ -76,6 +88,35 @@ def test_mxfp4_is_opened_to_its_numbers(folders: dict[str, Path], dtype: str) ->
     for name in ("model.layers.1.mlp.experts.down_proj", "model.layers.0.mlp.experts.gate_up_proj"):
         expected = unpacked(*(model.checkpoint.read(f"{name}_{part}") for part in ("blocks", "scales"))).mT
         assert torch.equal(model.model.get_parameter(name).float(), expected), "exact: 2 bits and an exponent"
+
+
+def dense(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The weight that compressed-tensors has packed in the tensors of one layer, by the formulas of its formats."""
+    scale = tensors["weight_scale"].float()
+    if "weight" in tensors:  # int8 with a scale for a row, or e4m3 with one for all
+        return tensors["weight"].float() * scale
+    packed = tensors["weight_packed"]
+    if packed.dtype == torch.int32:  # 8 numbers of 4 bits plus 8
+        numbers = torch.stack([(packed >> 4 * i) & 15 for i in range(8)], dim=-1).flatten(-2).float() - 8
+    else:  # NVFP4: two e2m1 numbers in a byte
+        codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).long()
+        numbers = FP4[codes % 8] * (1 - 2 * (codes // 8))
+        scale = scale / tensors["weight_global_scale"]
+    return numbers * scale.repeat_interleave(numbers.shape[1] // scale.shape[1], dim=1)
+
+
+@pytest.mark.parametrize("preset", ["W4A16", "W8A8", "FP8", "NVFP4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compressed_tensors_are_opened_to_their_numbers(tmp_path: Path, preset: str, dtype: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    model = loaded(save_compressed(tmp_path / "m", preset), dtype)
+    layer = "model.layers.1.mlp.down_proj"
+    names = [n.rpartition(".") for n in model.checkpoint.tensors if n.startswith(f"{layer}.")]
+    expected = dense({part: model.checkpoint.read(f"{path}.{part}") for path, _, part in names})
+    found = model.model.get_parameter(f"{layer}.weight")
+    assert found.dtype == getattr(torch, dtype) == model.model.dtype
+    assert torch.allclose(found.float(), expected, rtol=2**-8, atol=1e-6)
+    assert model.checkpoint.parameters == sum(p.numel() for p in model.model.parameters())
 
 
 @ALL
@@ -145,7 +186,15 @@ def test_one_that_stays_packed_has_no_weights_to_edit(config: Path, folders: dic
     assert 'export_format = "lora"' in str(caught.value.fix)
 
 
-@pytest.mark.parametrize(("method", "dtype"), [("fp8", "auto"), ("fp8", "bfloat16"), ("mxfp4", "bfloat16")])
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        ("fp8", "auto"),
+        ("fp8", "bfloat16"),
+        ("mxfp4", "bfloat16"),
+        pytest.param("compressed-tensors", "bfloat16", marks=NEEDS_COMPRESSED_TENSORS),
+    ],
+)
 def test_an_opened_one_is_exported_as_a_folder_in_bfloat16(
     config: Path, folders: dict[str, Path], method: str, dtype: str
 ) -> None:
@@ -160,7 +209,7 @@ def test_an_opened_one_is_exported_as_a_folder_in_bfloat16(
     down = "mlp.experts.down_proj" if method == "mxfp4" else "mlp.down_proj.weight"
     assert changed and all(n.endswith(("o_proj.weight", "o_proj.bias", down, f"{down}_bias")) for n in changed)
     assert any(n.endswith(down) for n in changed)
-    assert f"stored as {method.upper()}" in Path("out/README.md").read_text()
+    assert f"stored as {OPENED[method]}" in Path("out/README.md").read_text()
 
 
 def test_experts_in_one_tensor_take_no_adapter_and_that_is_said(config: Path, folders: dict[str, Path]) -> None:
@@ -180,7 +229,10 @@ def test_8_bits_of_bitsandbytes_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "hqq"])
-def test_a_missing_package_is_named_before_anything_is_loaded(method: str, tmp_path: Path) -> None:
+def test_a_missing_package_is_named_before_anything_is_loaded(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("heretic.model.quantization._is_installed", lambda _: False)
     folder = save_named(tmp_path / "m", method)
     with raises("missing-package") as caught:
         loaded(folder)
@@ -201,6 +253,22 @@ def test_a_method_that_nobody_knows_is_an_error_without_a_traceback(tmp_path: Pa
     with raises("unknown-quantization") as caught:
         loaded(save_named(tmp_path / "m", "magic"))
     assert "magic" in caught.value.what and len(str(caught.value).splitlines()) <= 3
+
+
+def test_nvfp4_of_modelopt_is_refused(tmp_path: Path) -> None:
+    with raises("unknown-quantization"):
+        loaded(save_named(tmp_path / "m", "modelopt"))
+
+
+def test_a_model_that_mlx_has_quantized_is_refused(tmp_path: Path) -> None:
+    folder = save_mlx(tmp_path / "m")
+    with raises("unknown-quantization"):
+        loaded(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]  # older versions write `quantization` alone
+    (folder / "config.json").write_text(json.dumps(config))
+    with raises("no-quantization-config"):
+        loaded(folder)
 
 
 def test_weights_are_not_put_back_from_quantized_files(config: Path, tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from heretic.pipeline.prepare import read_inputs
-from heretic.settings import Settings
+from heretic.settings import PromptSettings, Settings
 from tests.tiny import save_prompts, save_tiny
 
 
@@ -33,3 +36,18 @@ def test_the_workload_has_the_real_numbers_of_prompts_and_tokens(tmp_path: Path)
     assert inputs.prompts is not None and inputs.checkpoint is not None
     assert inputs.work.requests == len(inputs.prompts.harmful_eval)
     assert not [f for f in inputs.findings if f.level == "failure"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"language": "en"}, 'language = "fr"'),
+        ({"language": "de"}, 'language = "fr"'),
+        ({"language": "fr"}, None),
+        ({"refusal_markers": ["désolé"]}, None),
+    ],
+)
+def test_prompts_in_another_language_than_the_setting_are_noticed(changes: dict[str, Any], hint: str | None) -> None:
+    prompts = {role: {"source": f"bundled:fr/{role}"} for role in PromptSettings.model_fields}
+    inputs = read_inputs(Settings.model_validate({"prompts": prompts, **changes}))
+    assert next((f.fix for f in inputs.findings if f.subject == "language"), None) == hint

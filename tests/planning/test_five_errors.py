@@ -98,7 +98,7 @@ def test_iterative_rounds_out_of_memory(large: Checkpoint) -> None:
     assert plan is not None and not any(load.rounds for load in plan.loads), "there are none by default"
     assert rounds is not None and rounds.fits, "and four would fit"
     assert all(0 < load.rounds < GIB // 8 for load in rounds.loads)
-    many = planned(large, directions={"iterative_rounds": 4}, trials_per_batch=400, batch_size=32)
+    many = planned(large, directions={"iterative_rounds": 4}, trials_per_batch=500, batch_size=64)
     level, fix = found(many, "iterative rounds")
     assert level == "warning" and str(fix).startswith("directions.iterative_rounds = 0")
 
@@ -106,7 +106,7 @@ def test_iterative_rounds_out_of_memory(large: Checkpoint) -> None:
 def test_batch_size_too_small_or_too_large(large: Checkpoint) -> None:
     plan = planned(large).plan
     assert plan is not None and 8 <= plan.batch_size == plan.largest_batch_size and plan.fits and not plan.tight
-    assert found(planned(large, batch_size=512), "batch size") == ("warning", f"batch_size = {plan.batch_size}")
+    assert found(planned(large, batch_size=2048), "batch size") == ("warning", f"batch_size = {plan.batch_size}")
     assert found(planned(large, batch_size=1), "batch size") == ("warning", f"batch_size = {plan.batch_size}")
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from heretic.hardware import locks
 from heretic.interrupt import StopSignal
+from heretic.pipeline.browser_chat import BrowserChat
 from heretic.pipeline.run import run
 from heretic.progress import NULL_REPORTER
 from heretic.report.server import LiveServer, open_server
@@ -31,7 +32,7 @@ from tests.helpers.serving import serving
 
 @contextmanager
 def page_of(folder: RunFolder) -> Iterator[LiveServer]:
-    server = open_server(folder, "runs", os.environ)
+    server = open_server(folder, "runs", os.environ, BrowserChat(folder))
     with serving(server):
         yield server
 
@@ -98,7 +99,7 @@ def test_stop_reaches_the_process_that_holds_the_run(finished: LiveServer) -> No
 
 def test_a_port_in_use_is_an_error(finished: LiveServer) -> None:
     with raises("port-unavailable"):
-        open_server(finished.run.folder, "runs", os.environ, finished.port)
+        open_server(finished.run.folder, "runs", os.environ, finished.run.chat, finished.port)
 
 
 @pytest.mark.skipif(bool(missing()) and not os.environ.get("CI"), reason=missing())

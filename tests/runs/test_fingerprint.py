@@ -50,3 +50,9 @@ def test_objectives_limits_options_and_files_make_another_run(facts_of: Any, tmp
     file.write_text("x = 2", encoding="utf-8")
     found.append(facts_of(**every))
     assert all(one != other for i, one in enumerate(found) for other in found[:i])
+
+
+def test_a_language_and_its_phrases_make_another_run(facts_of: Any) -> None:
+    assert not {"language", "language_markers"} & set(facts_of()), "a run older than the setting can be continued"
+    german = facts_of(language="de")
+    assert german["language"] == "de" and "tut mir leid" in german["language_markers"]

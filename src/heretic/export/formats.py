@@ -6,12 +6,12 @@ A new format is a module that defines a `Format` (see `export.request`), a line 
 
 from __future__ import annotations
 
-from heretic.export import full, gguf, lora
+from heretic.export import full, gguf, lora, mlx
 from heretic.export.request import Format
 from heretic.model.checkpoint import Checkpoint
 from heretic.settings import Settings
 
-FORMATS: dict[str, Format] = {"full": full.FORMAT, "lora": lora.FORMAT, "gguf": gguf.FORMAT}
+FORMATS: dict[str, Format] = {"full": full.FORMAT, "lora": lora.FORMAT, "gguf": gguf.FORMAT, "mlx": mlx.FORMAT}
 
 
 def require_format(settings: Settings, checkpoint: Checkpoint) -> None:

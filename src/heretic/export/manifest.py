@@ -22,7 +22,7 @@ from heretic.runs.stored_tensors import directions_from_tensors, operators_from_
 from heretic.scoring.scores import Scores
 from heretic.settings import Settings
 from heretic.settings.ablation import AblationSettings
-from heretic.settings.export import Behavior, GgufType
+from heretic.settings.export import Behavior, GgufType, MlxBits
 from heretic.settings.sources import Resolved
 
 MANIFEST = "manifest.json"
@@ -104,6 +104,8 @@ class WrittenFiles(Hashes):
     format: str = "full"
     rank: Annotated[int, Field(ge=1)] | None = None
     type: GgufType = "f16"
+    imatrix: bool = False
+    bits: MlxBits = 16
 
 
 class Edit(_Part):

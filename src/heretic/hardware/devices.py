@@ -259,11 +259,13 @@ def pins_memory() -> bool:
 
 
 def empty_cache() -> None:
-    """Release the accelerator's memory that PyTorch holds for later tensors."""
+    """Release what PyTorch holds for later tensors: memory of the accelerator, and pinned RAM."""
     import torch
 
     if kind := current():
         torch.get_device_module(kind.prefix).empty_cache()
+        if kind.pinned and hasattr(torch.accelerator, "empty_host_cache"):  # missing in older versions of PyTorch
+            torch.accelerator.empty_host_cache()
 
 
 def bind_rank(local_rank: int) -> str:

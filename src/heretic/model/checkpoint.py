@@ -65,9 +65,9 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """Number of elements of all tensors; packed ones are counted unpacked, without their scales."""
-        packed, bits = PACKED_BY.get(self.quantized_by or ""), packed_bits(self.config)
+        packed, bits = PACKED_BY.get(self.quantized_by or "", ()), packed_bits(self.config)
         tensors = (t for name, t in self.tensors.items() if not self.quantized_by or not name.endswith(SCALES))
-        return sum(t.elements if t.dtype != packed else 8 * t.nbytes // bits for t in tensors)
+        return sum(t.elements if t.dtype not in packed else 8 * t.nbytes // bits for t in tensors)
 
     @property
     def text_config(self) -> PretrainedConfig:

@@ -22,6 +22,7 @@ from heretic.model.device_errors import is_device_error
 from heretic.model.kv_cache import rows_selectable, select_rows
 from heretic.model.masks import known_padding
 from heretic.model.patching import outputs_stay, replaced_forward
+from heretic.model.probe import input_device
 from heretic.model.transfer import to_device
 
 log = logging.getLogger(__name__)
@@ -144,7 +145,8 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """
     # Contiguous: of a strided slice, PyTorch's CPU kernel takes 70 times as long in bfloat16, and 1.5 times in float32.
     output = _HiddenStatesOutput(last_hidden_state=hidden.contiguous()[:, None])
-    tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
+    # On the device of the inputs: accelerate would copy them there, and such a copy waits for both devices.
+    tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=input_device(model))
     with replaced_forward(decoder_of(model), lambda *_, **__: output), outputs_stay(model):
         return forward_supported(model, tokens, use_cache=False).logits[:, -1]
 

@@ -13,6 +13,9 @@ from heretic.model.transfer import to_device
 
 SLOTS_AT_ONCE = 64  # by which a growing layer grows
 
+# Its own copies the window's size to the GPU for every new cache, which makes the host wait; no pass reads it there.
+DynamicSlidingWindowLayer.lazy_initialization = DynamicLayer.lazy_initialization  # type: ignore[method-assign]
+
 
 class GrowingLayer(DynamicLayer):
     """Keys and values [rows, heads, tokens, width] in front of free slots: a token is written into one.

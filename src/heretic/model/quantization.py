@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ STAY_PACKED = {
     KEPT: ("weight", "SCB", *(f"weight{scale}" for scale in SCALES)),
     **dict.fromkeys(("gptq", "awq"), ("qweight", "qzeros", "scales", "g_idx")),
 }
-# By method, the module that it needs and the packages to install; untested.
+# By method, the module that it needs and the packages to install; tested only for the methods in OPENED.
 PACKAGES = {
     "gptq": ("gptqmodel", "gptqmodel optimum"),
     "awq": ("gptqmodel", "gptqmodel optimum"),
@@ -83,13 +84,15 @@ def loading_arguments(name: str, dtype: torch.dtype, checkpoint: Checkpoint | No
 
 
 def _for_quantized(checkpoint: Checkpoint) -> dict[str, Any]:
-    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+    from transformers.utils.quantization_config import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 
     require_package(checkpoint)
     quiet()
     method = checkpoint.quantized_by
     if method not in OPENED:
         return {}
+    if method == "compressed-tensors":  # its NVFP4 is opened too
+        return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     entry: Any = quantization_entry(checkpoint.config)
     skipped = entry.get("modules_to_not_convert") if isinstance(entry, dict) else entry.modules_to_not_convert
     kinds: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
@@ -111,11 +114,12 @@ def require_package(checkpoint: Checkpoint) -> None:
         )
     module, install = ("bitsandbytes", "bitsandbytes") if method == KEPT else PACKAGES.get(method, ("", ""))
     if module and not _is_installed(module):
+        untested = "" if method in (*OPENED, KEPT) else " (untested)"
         raise UserError(
             f"{checkpoint.model} is quantized with {method}, which needs the package {module}; it is not installed.",
             code="missing-package",
             where=str(checkpoint.folder / "config.json"),
-            fix=f"use the model in full precision or as FP8, MXFP4 or bitsandbytes; or (untested): pip install {install}",
+            fix=f"use the model in full precision or as FP8, MXFP4 or bitsandbytes; or{untested}: pip install {install}",
         )
 
 
@@ -138,7 +142,9 @@ def require_bitsandbytes(name: str) -> None:
 
 
 def quiet() -> None:
-    """Silence bitsandbytes, which logs its compute dtype in every pass."""
+    """Silence bitsandbytes, which logs its compute dtype in every pass, and transformers' warning that a checkpoint's own
+    `quantization_config` counts."""
+    warnings.filterwarnings("ignore", message="You passed `quantization_config`")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 

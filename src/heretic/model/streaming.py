@@ -12,12 +12,17 @@ from heretic.model.loading import LanguageModel
 
 
 class _CallbackStreamer(TextStreamer):
-    """A streamer that passes whole words to a callback."""
+    """A streamer that passes whole words to a callback, and calls another one at every token."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], check: Callable[[], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
+        self.on_text, self.check = on_text, check
         self.parts: list[str] = []
+
+    def put(self, value: Any) -> None:
+        """Receive the next token."""
+        self.check()
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Receive the next piece of text."""
@@ -27,11 +32,18 @@ class _CallbackStreamer(TextStreamer):
 
 
 def stream_answer(
-    language_model: LanguageModel, tokens: Sequence[int], max_tokens: int, on_text: Callable[[str], None]
+    language_model: LanguageModel,
+    tokens: Sequence[int],
+    max_tokens: int,
+    on_text: Callable[[str], None],
+    check: Callable[[], None],
 ) -> str:
-    """Continue a conversation of token ids with the model as it is; returns the answer, and `on_text` gets every piece."""
+    """Continue a conversation of token ids with the model as it is.
+
+    `on_text` gets every piece of the answer. `check` is called at every token and ends the answer by raising.
+    """
     ids = torch.tensor([list(tokens)], device=language_model.device)
-    streamer = _CallbackStreamer(language_model.tokenizer, on_text)
+    streamer = _CallbackStreamer(language_model.tokenizer, on_text, check)
     ends = sorted(language_model.end_tokens)
     model: Any = language_model.model
     model.generate(

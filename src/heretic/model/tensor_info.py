@@ -28,13 +28,20 @@ PLAIN = ("F64", "F32", "F16", "BF16", "BOOL", "I64")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # Quantization methods, by transformers' name, that loading dequantizes on every device: their kernels need certain GPUs and have
 # no backward, and heretic needs the writers' weights.
-OPENED = {"fp8": "FP8", "mxfp4": "MXFP4"}
-# By method, the format whose every element holds several numbers.
-PACKED_BY = {"mxfp4": "U8", "bitsandbytes": "U8", "gptq": "I32", "awq": "I32"}
+OPENED = {"fp8": "FP8", "mxfp4": "MXFP4", "compressed-tensors": "compressed-tensors"}
+# By method, the formats whose every element holds several numbers.
+PACKED_BY = {
+    "mxfp4": ("U8",),
+    "bitsandbytes": ("U8",),
+    "gptq": ("I32",),
+    "awq": ("I32",),
+    "compressed-tensors": ("I32", "U8"),
+}
 SCALES = (
     "_scales", ".weight_scale_inv", ".weight_scale", ".activation_scale", ".SCB", ".weight_format", ".absmax", ".quant_map",
     ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4",
     ".scales", ".qzeros", ".g_idx",
+    ".weight_zero_point", ".weight_global_scale", ".weight_shape", ".weight_g_idx", ".input_scale", ".input_global_scale",
 )  # fmt: skip
 
 
@@ -86,6 +93,9 @@ def packed_bits(config: Any) -> int:
     """Return the bits per number of a quantized checkpoint, by its config; 4 if it does not say."""
     entry = quantization_entry(config)
     bits = entry.get("bits") if isinstance(entry, dict) else getattr(entry, "bits", None)
+    if isinstance(entry, dict) and isinstance(groups := entry.get("config_groups"), dict):  # compressed-tensors
+        weights: Any = next((g["weights"] for g in groups.values() if isinstance(g, dict) and g.get("weights")), None)
+        bits = weights.get("num_bits") if isinstance(weights, dict) else None
     return bits if isinstance(bits, int) and bits > 0 else 4
 
 

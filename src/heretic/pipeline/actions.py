@@ -109,7 +109,10 @@ GenerateFn = Callable[[Sequence[dict[str, str]], bool, Callable[[str], None]], s
 
 
 def start_chat(run_context: RunContext, trial: int | None, tokens: int) -> tuple[Result, GenerateFn]:
-    """Return a trial and a function that answers with its model or the original, in at most `tokens` tokens."""
+    """Return a trial and a function that answers with its model or the original, in at most `tokens` tokens.
+
+    A requested stop ends an answer with Interrupted.
+    """
     result, _ = run_context.result(trial)
     session = run_context.session()
     model_context, ablation = session.context, run_context.space.from_params(result.params)
@@ -121,10 +124,12 @@ def start_chat(run_context: RunContext, trial: int | None, tokens: int) -> tuple
             raise UserError(
                 f"The conversation has {len(encoded)} tokens, more than the model's context.",
                 code="prompt-too-long",
-                fix="start a new one: /new",
+                fix="start a new one",
             )
         with session.applied(*[ablation] * ablated):
-            return stream_answer(model_context.language_model, encoded, min(tokens, room), on_text)
+            return stream_answer(
+                model_context.language_model, encoded, min(tokens, room), on_text, run_context.stop.check
+            )
 
     return result, generate
 

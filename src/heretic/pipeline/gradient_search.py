@@ -18,7 +18,8 @@ from heretic.model.device_errors import is_device_error
 from heretic.model.forward import supports_mid_stack_start
 from heretic.model.loading import LanguageModel
 from heretic.pipeline.tensor_parallel import size
-from heretic.planning.model_dims import SHARE_FOR_GRADIENTS, ModelDims
+from heretic.planning import pass_memory
+from heretic.planning.model_dims import ModelDims
 from heretic.runs.folder import RunFolder
 from heretic.scoring.gradient_loss import Objective
 from heretic.scoring.refusals import RefusalCount, count_refusals
@@ -228,11 +229,11 @@ def rows_with_gradients(
 ) -> tuple[int, bool]:
     """Return the rows of a pass with gradients that fit into memory, and whether that needs gradient checkpointing."""
     dims = ModelDims.of(model.model.config.get_text_config(decoder=True), model.model)
-    budget = int(SHARE_FOR_GRADIENTS * _free_memory(model))
+    budget = int(pass_memory.SHARE_FOR_GRADIENTS * _free_memory(model))
     longest = [max(map(len, sequences)) for sequences in kinds]
     prefixes = [len(prefix.tokens) if (prefix := batcher.shared_prefix(s)) else 0 for s in kinds]
     own = max(length - prefix for length, prefix in zip(longest, prefixes, strict=True))
-    return dims.rows_with_gradients(budget, max(longest), own, on_cpu=_on_cpu(model))
+    return pass_memory.rows_with_gradients(dims, budget, max(longest), own, on_cpu=_on_cpu(model))
 
 
 def _free_memory(model: LanguageModel) -> int:

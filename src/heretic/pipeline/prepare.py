@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -28,13 +29,16 @@ from heretic.runs import fingerprint
 from heretic.runs.folder import RunFolder, check_writable
 from heretic.runs.status import load_study
 from heretic.scoring.judges.registry import try_judge
+from heretic.scoring.scorers.language import language_of
 from heretic.scoring.scorers.registry import check_scorers
-from heretic.settings import Settings
+from heretic.settings import DEFAULT_MARKERS, Settings
+from heretic.settings.languages import ENGLISH, LANGUAGES
 from heretic.storage import attributes
 from heretic.storage.fingerprint_diff import differences
 from heretic.storage.rdb import connect, translate_storage_errors
 from heretic.storage.url import on_server, storage_url, study_name
 
+KANA = re.compile("[\u3040-\u30ff]")  # Japanese
 CPU_FORMATS = ("float32", "bfloat16", "float16")  # that `auto` may stand for on a CPU
 
 
@@ -169,6 +173,7 @@ def read_inputs(
     prompts = found.attempt("prompts", read_prompts or (lambda: load_all(settings.prompts)))
     if prompts is not None:
         found.findings.append(Finding("ok", "prompts", prompts.counts))
+        found.findings += _other_language(settings, prompts)
         found.attempt("prompts", partial(check_key_prompts, settings, prompts))
     found.attempt("storage", lambda: check_storage(settings))
     found.attempt("scorers", lambda: check_scorers(settings))
@@ -182,6 +187,18 @@ def read_inputs(
         if prompts is not None:
             work = found.attempt("chat template", partial(work.counted, settings, checkpoint, prompts)) or work
     return PreflightInputs(work, checkpoint, prompts, tuple(found.findings))
+
+
+def _other_language(settings: Settings, prompts: PromptSets) -> list[Finding]:
+    """Report requests in a language of the table that is not the setting's, unless the user chose the markers."""
+    text = " ".join(prompt for prompt_set in prompts.all for prompt in prompt_set.prompts)
+    known = language_of(text)
+    code = "zh" if known == "CJK" and not KANA.search(text) else known
+    own_markers = settings.refusal_markers != DEFAULT_MARKERS
+    if code not in LANGUAGES or code == settings.language or (own_markers and settings.language == ENGLISH):
+        return []
+    text = f"The prompts look {LANGUAGES[code]}; heretic would miss refusals in that language."
+    return [Finding("warning", "language", text, f'language = "{code}"')]
 
 
 def check_storage(settings: Settings) -> None:

@@ -209,6 +209,8 @@ def _settings(manifest: Manifest, source: str, device_map: str, template: Path |
             "export_format": name,
             "lora_rank": manifest.written.rank or 1,
             "gguf_type": manifest.written.type,
+            "gguf_imatrix": manifest.written.imatrix,
+            "mlx_bits": manifest.written.bits,
             "behavior": manifest.behavior,
             "quantization": manifest.quantization.study,
             "chat_template": str(template or ""),

@@ -261,7 +261,12 @@ def run_trials(run_context: RunContext) -> None:
 def export_once(run_context: RunContext, result: Result, destination: Path) -> Export | None:
     """Export one trial, unless another worker of the study exports it."""
     settings = run_context.settings
-    kind = {"gguf": f"gguf {settings.gguf_type}", "lora": f"lora {settings.lora_rank}"}.get(settings.export_format, "")
+    kinds = {
+        "gguf": f"gguf {settings.gguf_type}",
+        "lora": f"lora {settings.lora_rank}",
+        "mlx": f"mlx {settings.mlx_bits}",
+    }
+    kind = kinds.get(settings.export_format, "")
     key = f"{result.number} {kind}".strip()
     with run_context.compute_once.once(
         f"the export of trial {result.number}", lambda: exported(run_context.study, key) is not None

@@ -1,7 +1,7 @@
-"""Compute the memory of a run on every device, as the maximum over its phases: capture, weight statistics, gradient search, trials.
+"""Compute the memory of a run on every device: what stays, and the largest of its phases.
 
-Exact: weights. Upper bounds: KV cache, captured residuals, operators, cached data of the original. Estimates: activations
-(`ACTIVATION_COPIES` tensors of the widest layer) and tensors saved for gradients. Assumes SDPA or flash attention, and `CONTEXT`.
+Exact: weights. Counted from the code that uses them, at their largest: the passes (`planning.pass_memory`), cached data of the
+original, operators. Assumes SDPA or flash attention unless the model has neither, and `CONTEXT`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,27 @@ from heretic.ablation.weight_stats import ELEMENTS_PER_CHUNK
 from heretic.hardware.devices import CPU, Device
 from heretic.model.batching import TOKENS_AT_ONCE
 from heretic.model.forward import LOGIT_ROWS
-from heretic.planning.model_dims import SHARE_FOR_GRADIENTS, ModelDims
+from heretic.model.kv_cache import SLOTS_AT_ONCE
+from heretic.model.probe import TOKENS as PROBE_TOKENS
+from heretic.planning.model_dims import ModelDims
+from heretic.planning.pass_memory import (
+    DIVERGENCE,
+    DIVERGENCE_WITH_GRADIENTS,
+    FLOAT32,
+    INT64,
+    SHARE_FOR_GRADIENTS,
+    TOKENS_WITH_GRADIENTS,
+    WRITERS,
+    PassMemory,
+    Rows,
+    rows_with_gradients,
+)
 from heretic.planning.placement import DeviceShare
 from heretic.planning.workload import Workload
 from heretic.scoring.gradient_loss import TOKENS_PER_CHUNK
+from heretic.scoring.refusal_proxy import MAX_DRAFT_TOKENS
 
 MIB, GIB = 2**20, 2**30
-FLOAT32 = 4
 
 # A CUDA context with the kernels of a run, and as much for other accelerators. An assumption, not a measurement. Reported are
 # 0.29 GB for a first kernel (pytorch/pytorch pull request 86509), about 400 MB (issue 109888) and 426 MiB for PyTorch 2.10 on an
@@ -29,9 +43,7 @@ CONTEXT = 512 * MIB
 # RAM of Python and the libraries before loading, without file pages: 380 MB measured (dev/LOG.md).
 PROGRAM = 384 * MIB
 
-ACTIVATION_COPIES = 4  # gate, up, their product, and the residual stream with its norm
-# While measuring the KL divergence: logits, log-softmax, the original's, its probabilities, the difference, the product.
-LOGIT_COPIES = 6
+MASKS = 5  # of the slots of the cache, while decoding: before and after each change, and the ids of the tokens
 TIGHT = 0.95  # of the free memory
 SHARE_FOR_RESIDUALS = 0.5  # of the free RAM, for the residuals of all prompts
 MOST_CAPTURED = GIB  # of RAM, for the keys of input maps that are computed together
@@ -51,25 +63,29 @@ class DeviceMemory:
     context: int = 0  # the accelerator's context, or the program itself
     kept: int = 0  # cached data of the original model
     copies: int = 0  # of edited weights
-    # A trial
-    cache: int = 0  # KV cache
-    operators: int = 0
-    rounds: int = 0  # operators of the directions from iterative rounds
-    activations: int = 0
-    logits: int = 0
-    # Other phases
-    capture: int = 0  # of residuals
-    gradients: int = 0  # gradient search with its logits
+    # The phases, besides these
+    loading: int = 0  # merging or dequantizing the largest weight
     weight_stats: int = 0  # of one weight
-    loading: int = 0  # dequantizing the largest weight
+    residuals: int = 0  # capturing them
+    gradients: int = 0  # gradient search with its logits
+    prefill: int = 0  # of a trial: KL divergence and drafts
+    decoding: int = 0
+    verification: int = 0  # of the export
+    # Attached in some phases
+    operators: int = 0  # of a trial
+    rounds: int = 0  # operators of the directions from iterative rounds
     headroom: int = 0  # for fragmentation; on the CPU for everything else
 
     @property
+    def trial(self) -> int:
+        """Bytes of a trial."""
+        return self.operators + self.rounds + max(self.prefill, self.decoding)
+
+    @property
     def run(self) -> int:
-        """Bytes of the largest phase, without the memory needed in all phases. Logits follow after the blocks."""
-        trial = self.cache + self.operators + self.rounds + max(self.activations, self.logits)
+        """Bytes of the largest phase, without the memory needed in all phases."""
         return max(
-            trial, self.activations + self.capture + self.rounds, self.gradients, self.weight_stats, self.loading
+            self.loading, self.weight_stats, self.rounds + self.residuals, self.gradients, self.trial, self.verification
         )
 
     @property
@@ -102,6 +118,7 @@ class MemoryModel:
     weight_copies: bool = False
     dequantized: int = 0  # bytes of the largest quantized weight, dequantized for its multiplication
     dequantization: int = 0  # elements of the largest weight that is dequantized during loading
+    merged: int = 0  # bytes of the largest weight that loading makes of several tensors of the checkpoint
 
     def device_memory(
         self, placed: Mapping[int | str, DeviceShare], devices: Sequence[Device], batch: int
@@ -137,7 +154,10 @@ class MemoryModel:
     @property
     def minimum(self) -> int:
         """Bytes that any device needs besides weights, with one row; the placement leaves them free."""
-        return max(self._weight_stats() if self.work.needs_weight_stats else 0, self._working(1) + self.dequantized)
+        one_row = PassMemory(self.shape, 1).forward(
+            Rows(1, self.work.tail + self.work.tried_tokens, self.work.shared_tokens)
+        )
+        return max(self._weight_stats() if self.work.needs_weight_stats else 0, one_row + self.dequantized)
 
     def largest_batch(self, placed: Mapping[int | str, DeviceShare], devices: Sequence[Device], largest: int) -> int:
         """Return the largest power of two that fits with memory to spare, else the largest that fits, else 0."""
@@ -151,10 +171,13 @@ class MemoryModel:
         self, device: Device, holds: DeviceShare, runs: DeviceShare, batch: int, borrowed: int
     ) -> DeviceMemory:
         shape, work, blocks = self.shape, self.work, len(runs.blocks)
+        vectors = WRITERS * blocks * work.trials_per_batch(batch) * shape.hidden * FLOAT32
+        run = _Passes(PassMemory(shape, blocks, runs.embedding), work, runs.head)
+        more = borrowed + (self.dequantized + self._converted(batch) if blocks else 0)
+        captured = 0 if device.is_gpu else blocks * shape.hidden * FLOAT32 * min(batch, work.training)
+        # Of quantized weights the numbers, scaled and rounded.
+        loading = max(self.dequantization * (2 * FLOAT32 + shape.element), self.merged) if holds.blocks else 0
         rows, trials = work.trial_rows(batch), work.trials_per_batch(batch)
-        length = work.prompt_tokens + work.tried_tokens + work.new_tokens
-        vectors = 2 * blocks * trials * shape.hidden * FLOAT32  # one of every writer's, for every trial
-        rows_of_logits = max(LOGIT_COPIES * FLOAT32 * min(rows, LOGIT_ROWS), shape.element * rows)
         return DeviceMemory(
             device=device,
             layers=describe(holds),
@@ -162,28 +185,25 @@ class MemoryModel:
             context=_context(device),
             kept=0 if device.is_gpu else self._kept(max(0, device.free - holds.weights)),
             copies=len(holds.blocks) * shape.edited * shape.element if self.weight_copies else 0,
-            cache=blocks * shape.cache_per_token * shape.element * rows * length,
+            loading=max(loading, run.probe()),
+            weight_stats=self._weight_stats() if work.needs_weight_stats and blocks else 0,
+            residuals=run.prompts(min(batch, work.training), hooked=work.rounds > 0) + captured + more,
+            prefill=max(run.divergence(rows, trials), run.drafts(rows, trials)) + more,
+            decoding=run.decoding(rows, trials) + more,
+            verification=max(loading, run.verification(min(batch, max(work.requests, work.harmless))) + more),
             operators=vectors * (2 * work.directions + 1) + self._input_vectors(blocks, trials),  # u, w, n; a
             rounds=vectors * 2 * work.directions * work.rounds,
-            activations=(self._working(work.most_rows(batch)) + self.dequantized if blocks else 0) + borrowed,
-            logits=shape.vocabulary * rows_of_logits if runs.head else 0,
-            capture=blocks * shape.hidden * FLOAT32 * min(batch, work.training),
-            # the numbers, scaled and rounded
-            loading=self.dequantization * (2 * FLOAT32 + shape.element) if holds.blocks else 0,
-            weight_stats=self._weight_stats() if work.needs_weight_stats and blocks else 0,
             headroom=headroom(device, holds.weights),
         )
 
-    def _working(self, rows: int) -> int:
-        tokens = min(rows * (self.work.tail + self.work.tried_tokens), max(TOKENS_AT_ONCE, self.work.tail))
-        # What reads a writer's inputs converts a part of them to float32 at a time.
-        converted = FLOAT32 * min(tokens * self.shape.widest, ELEMENTS_PER_CHUNK) if self.work.needs_input_maps else 0
-        return ACTIVATION_COPIES * self.shape.widest * self.shape.element * tokens + converted
-
     def _weight_stats(self) -> int:
-        """Return the bytes of rows of a weight in float32 and their squares."""
-        copies = 1 if self.shape.element == FLOAT32 else 2
-        return copies * min(ELEMENTS_PER_CHUNK, self.shape.hidden * self.shape.widest) * FLOAT32 + self.dequantized
+        """Return the bytes of rows of a weight in float32 and their squares, or of its products with all directions."""
+        shape, work = self.shape, self.work
+        chunk = min(ELEMENTS_PER_CHUNK, shape.hidden * shape.widest_writer) * FLOAT32
+        converted = chunk * (shape.element != FLOAT32)
+        directions = shape.blocks * work.directions * (1 + work.rounds)
+        products = directions * (3 * shape.hidden + shape.widest_writer) * FLOAT32
+        return max(converted + chunk + 4 * shape.hidden * FLOAT32, converted + products) + self.dequantized
 
     def _kept(self, free: int) -> int:
         """Return the bytes in RAM of the original's log-probabilities, the activation cache and the weight statistics."""
@@ -209,10 +229,15 @@ class MemoryModel:
         numbers = FLOAT32 * self.shape.blocks * (self._inputs + 2 * self.shape.hidden)
         return HARMFUL_KEYS * numbers + min(MOST_CAPTURED, (HARMFUL_KEYS + BENIGN_KEYS) * numbers)
 
+    def _converted(self, batch: int) -> int:
+        """Return the bytes of a part of a writer's inputs in float32, for operators that read them."""
+        inputs = min(batch * (self.work.tail + self.work.tried_tokens), TOKENS_AT_ONCE) * self.shape.widest_writer
+        return FLOAT32 * min(inputs, ELEMENTS_PER_CHUNK) if self.work.needs_input_maps else 0
+
     @property
     def _inputs(self) -> int:
         """Inputs of an attention output projection and of an MLP down projection, together."""
-        return self.shape.repeated_cache // 2 + self.shape.widest
+        return self.shape.attended + max(self.shape.intermediate, self.shape.experts_used * self.shape.expert)
 
     def _input_vectors(self, blocks: int, trials: int) -> int:
         """Return the bytes of the vectors of operators that read the writers' inputs."""
@@ -224,25 +249,100 @@ class MemoryModel:
         if gradient_path is None:
             return 0, False
         more = max(gradient_path.refusal_tokens, gradient_path.kl_tokens) - 1
-        rows, twice = self.shape.rows_with_gradients(
-            int(SHARE_FOR_GRADIENTS * free), self.work.prompt_tokens + more, self.work.tail + more, on_cpu=on_cpu
-        )
+        budget = int(SHARE_FOR_GRADIENTS * free)
+        lengths = (self.work.prompt_tokens + more, self.work.tail + more)
+        rows, twice = rows_with_gradients(self.shape, budget, *lengths, on_cpu=on_cpu)
         return min(rows, batch, gradient_path.batch), twice
 
     def _gradients(self, runs: DeviceShare, rows: int, borrowed: int, *, twice: bool) -> int:
-        gradient_path, shape, blocks = self.work.gradient_search, self.shape, len(runs.blocks)
-        if gradient_path is None or not blocks:
+        gradient_path, work, blocks = self.work.gradient_search, self.work, len(runs.blocks)
+        if gradient_path is None or not (blocks or runs.head):
             return 0
-        more = max(gradient_path.refusal_tokens, gradient_path.kl_tokens) - 1
         # A pass computes the shared prefix once, except with gradient checkpointing.
-        tokens, prefix = rows * (self.work.prompt_tokens + more), 0
-        if not twice:
-            tokens = rows * (self.work.tail + more) + self.work.shared_tokens
-            prefix = shape.prefix_bytes(rows, self.work.shared_tokens, blocks)
-        logits = (
-            LOGIT_COPIES * min(TOKENS_PER_CHUNK, rows * (more + 1)) * shape.vocabulary * FLOAT32 if runs.head else 0
+        shared = 0 if twice else work.shared_tokens
+        passes = PassMemory(self.shape, blocks, runs.embedding)
+        found = 0
+        for places, per_logit in (
+            (gradient_path.kl_tokens, DIVERGENCE_WITH_GRADIENTS),
+            (gradient_path.refusal_tokens, TOKENS_WITH_GRADIENTS),
+        ):
+            taken = Rows(rows, max(1, work.prompt_tokens - shared) + places - 1, shared)
+            head = passes.head(taken, rows * places, TOKENS_PER_CHUNK, per_logit) if runs.head else 0
+            found = max(found, passes.gradients(taken, twice=twice, head=head))
+        return found + self.dequantized + borrowed
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """The passes of a run on one device."""
+
+    memory: PassMemory
+    work: Workload
+    head: bool
+
+    def _rows(self, rows: int, more: int) -> Rows:
+        """Return prompts of the largest length with so many tokens more, at most `rows` and as many as share a batch."""
+        most = max(1, TOKENS_AT_ONCE // (self.work.prompt_tokens + more))
+        return Rows(min(rows, most), self.work.tail + more, self.work.shared_tokens)
+
+    def _prefix(self, trials: int = 1) -> int:
+        """Bytes of the shared prefix's keys and values, of which every trial has its own."""
+        return self.memory.blocks * self.memory.layer(self.work.shared_tokens * trials)
+
+    def probe(self) -> int:
+        """Bytes of the passes that find the writers after loading; the logits return to the device of the embedding."""
+        rows, dims = Rows(1, len(PROBE_TOKENS)), self.memory.dims
+        kept = rows.new * dims.element * ((self.memory.blocks + 4) * dims.hidden + 2 * dims.normalized)
+        logits = rows.new * dims.vocabulary * dims.element if self.head or self.memory.embedding else 0
+        return kept + max(self.memory.forward(rows), logits)
+
+    def prompts(self, rows: int, *, hooked: bool) -> int:
+        """Bytes of a pass over prompts without logits."""
+        prompts, shared = self._rows(rows, 0), bool(self.work.shared_tokens)
+        cached = self.memory.cache(prompts) + self._prefix() if shared else 0
+        return cached + self.memory.forward(prompts, hooked=hooked, cached=shared)
+
+    def divergence(self, rows: int, trials: int = 1, *, hooked: bool = True) -> int:
+        """Bytes of the pass for the KL divergence; without operators of that for the log-probabilities alone."""
+        places = max(self.work.kl_tokens, self.work.read_tokens)
+        texts = self._rows(rows, places - 1)
+        shared = bool(self.work.shared_tokens)
+        cached = self.memory.cache(texts) + self._prefix(trials) if shared else 0
+        logits = 0
+        if self.head and hooked:
+            logits = self.memory.head(texts, texts.count * places, LOGIT_ROWS, DIVERGENCE)
+        elif self.head:
+            logits = self.memory.log_probs(texts, texts.count * places, LOGIT_ROWS)
+        return cached + max(self.memory.forward(texts, hooked=hooked, cached=shared), logits)
+
+    def drafts(self, rows: int, trials: int = 1, tokens: int = MAX_DRAFT_TOKENS, *, hooked: bool = True) -> int:
+        """Bytes of the pass over requests with drafts of so many tokens, whose keys and values decoding needs."""
+        texts = self._rows(rows, tokens)
+        logits = self.memory.log_probs(texts, texts.count * max(1, tokens), LOGIT_ROWS) if self.head else 0
+        return self.memory.cache(texts) + self._prefix(trials) + max(self.memory.forward(texts, hooked=hooked), logits)
+
+    def decoding(self, rows: int, trials: int = 1, drafts: int = MAX_DRAFT_TOKENS, *, hooked: bool = True) -> int:
+        """Bytes of decoding the last tokens of answers, none of which has ended."""
+        memory, work, dims = self.memory, self.work, self.memory.dims
+        length = work.prompt_tokens + drafts + work.new_tokens - 1
+        # A batch of short prompts has the most rows, and each gets as many new tokens as a long one.
+        slots = min(rows * length, max(TOKENS_AT_ONCE, work.prompt_tokens + drafts) + rows * work.new_tokens)
+        step = Rows(rows, 1, slots // rows - 1)
+        # While a layer grows, its old keys and values exist too; a sliding window grows at every token.
+        old = slots - rows * (1 if dims.windowed else min(work.new_tokens, SLOTS_AT_ONCE))
+        growing = memory.layer(old) if memory.blocks else 0
+        logits = rows * dims.vocabulary * dims.element if self.head else 0  # those of the token before stay meanwhile
+        working = logits + max(memory.forward(step, hooked=hooked, cached=False), growing, logits)
+        masks = MASKS * (1 + dims.windowed) * INT64 * slots if memory.blocks else 0
+        return memory.blocks * memory.layer(slots) + self._prefix(trials) + working + masks
+
+    def verification(self, rows: int) -> int:
+        """Bytes of measuring an exported model: without operators and drafts."""
+        return max(
+            self.divergence(rows, hooked=False),
+            self.drafts(rows, tokens=0, hooked=False),
+            self.decoding(rows, drafts=0, hooked=False),
         )
-        return shape.gradient_bytes(1, tokens, blocks, twice=twice) + prefix + logits + self.dequantized + borrowed
 
 
 def headroom(device: Device, weights: int) -> int:

@@ -15,8 +15,9 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.model.quantization import KEPT, kept_bytes, stored_bytes
 from heretic.model.tensor_info import OPENED, SCALES
 from heretic.planning.device_table import explicit
-from heretic.planning.memory_model import CONTEXT, FLOAT32, MIB, DeviceMemory, MemoryModel, headroom
+from heretic.planning.memory_model import CONTEXT, MIB, DeviceMemory, MemoryModel, headroom
 from heretic.planning.model_dims import ModelDims
+from heretic.planning.pass_memory import FLOAT32
 from heretic.planning.placement import (
     MODES,
     UNPLACED,
@@ -178,7 +179,8 @@ def make_plan(
     fewer = kept_bytes(model, checkpoint) or stored_bytes(model, quantization)
     shape = ModelDims.of(checkpoint.text_config, model)
     opening = _largest(model) if checkpoint.quantized_by in OPENED else 0
-    demand = MemoryModel(shape, work, copies, _largest_dequantized(model, fewer), opening)
+    merged = _largest_merged(model, checkpoint)
+    demand = MemoryModel(shape, work, copies, _largest_dequantized(model, fewer), opening, merged)
     largest = LARGEST_ON_CPU if on_cpu else LARGEST_BATCH
     # 3. Place the modules: by the user's table, on one device, or spread by accelerate
     room = {device.name: _room(device, limits, demand.minimum) for device in devices}
@@ -252,6 +254,12 @@ def _largest(model: Any) -> int:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     excluded = {id(end.weight) for end in ends if end is not None}
     return max((p.numel() for p in model.parameters() if id(p) not in excluded), default=0)
+
+
+def _largest_merged(model: Any, checkpoint: Checkpoint) -> int:
+    """Return the bytes of the largest weight of all experts that loading makes of single experts' tensors; 0 without one."""
+    experts = (p for name, p in model.named_parameters() if p.ndim == 3 and name not in checkpoint.tensors)
+    return max((p.numel() * p.element_size() for p in experts), default=0)
 
 
 def _room(device: Device, limits: Mapping[str, int], least: int) -> int:

@@ -17,7 +17,7 @@ def model(facts: PreflightFacts) -> Iterator[Finding]:
         return
     size = f"{checkpoint.parameters / 1e9:.2f} billion parameters, {format_bytes(checkpoint.nbytes)} on disk"
     method = checkpoint.quantized_by
-    forms = ("full", "gguf", "lora") if checkpoint.is_dequantized else ("lora",)  # possible export formats
+    forms = ("full", "gguf", "lora", "mlx") if checkpoint.is_dequantized else ("lora",)  # possible export formats
     if method is None:
         yield Finding("ok", "model", f"{checkpoint.model}: {size}")
     elif facts.settings.quantization != "none":

@@ -250,11 +250,13 @@ def export_folder(facts: PreflightFacts) -> Iterator[Finding]:
 def _export_size(checkpoint: Checkpoint, settings: Settings) -> float:
     """Return the bytes of an export with its temporary files; 1 GiB for an adapter, which has some megabytes.
 
-    A GGUF file is converted from a temporary model folder, and quantized from a file of the same size.
+    GGUF and MLX are converted from a temporary model folder, and a GGUF file is quantized from a file of the same size.
     """
     if settings.export_format == "lora":
         return GIB
     folder = 2 * checkpoint.parameters if checkpoint.is_dequantized else checkpoint.nbytes
+    if settings.export_format == "mlx":
+        return folder * (1 + settings.mlx_bits / 16)
     if settings.export_format != "gguf":
         return folder
     if settings.gguf_type.endswith(("_m", "_k")):

@@ -14,6 +14,7 @@ from heretic.settings import Settings
 if TYPE_CHECKING:
     from heretic.model.checkpoint import Checkpoint
     from heretic.prompts.sets import PromptSets
+    from heretic.scoring.scorers.scorer import Scorer
 
 USUAL_PROMPT = 600  # characters, if the prompts cannot be read
 CHARACTERS_PER_TOKEN = 3  # fewer than in English, so that the plan overestimates
@@ -46,6 +47,7 @@ class Workload:
         None  # after the prefix, of all requests and all harmless prompts; None: unknown
     )
     kl_tokens: int = 1
+    read_tokens: int = 1  # of an answer that both models read, for the KL divergence or another scorer
     directions: int = 1  # per layer and round
     rounds: int = 0  # iterative rounds after the first
     every: int = 0  # prompts whose residuals are all kept in RAM
@@ -61,10 +63,13 @@ class Workload:
         gradient_path = GradientSearchWorkload(
             gradient.batch, gradient.prompts, gradient.kl_tokens, gradient.refusal_tokens
         )
+        response = settings.max_response_length
+        scorers = _scorers(settings)
         return cls(
             prompt_tokens=prompt_tokens(settings, longest),
-            new_tokens=settings.max_response_length,
+            new_tokens=max([response, *(scorer.most_tokens(response) for scorer in scorers)]),
             kl_tokens=settings.kl_tokens,
+            read_tokens=max([settings.kl_tokens, *(s.most_tokens(response) for s in scorers if s.needs_original)]),
             directions=settings.directions.count,
             rounds=settings.directions.iterative_rounds,
             every=2 * USUAL_TRAINING if settings.directions.keeps_each else 0,
@@ -120,20 +125,27 @@ class Workload:
         """Return the rows of a trial's passes."""
         return min(batch, self.trials_per_batch(batch) * max(self.requests, self.harmless))
 
-    def most_rows(self, batch: int) -> int:
-        """Return the rows of the largest batch."""
-        return max(self.trial_rows(batch), min(batch, self.training))
-
     @property
     def tried_tokens(self) -> int:
         """Maximum tokens that a pass adds to a prompt."""
-        return max(refusal_proxy.MAX_DRAFT_TOKENS, self.kl_tokens - 1)
+        return max(refusal_proxy.MAX_DRAFT_TOKENS, self.kl_tokens - 1, self.read_tokens - 1)
 
     def tokens_kept(self, kind: int) -> int:
         """Return the cached tokens after the shared prefix of all evaluation prompts of a kind (0 harmful, 1 harmless)."""
         count = (self.requests, self.harmless)[kind]
         more = (refusal_proxy.MAX_DRAFT_TOKENS, self.kl_tokens - 1)[kind]
         return (self.extra_tokens[kind] if self.extra_tokens else count * self.tail) + count * more
+
+
+def _scorers(settings: Settings) -> list[Scorer]:
+    """Return the scorers that decode or read answers of their own; none if the settings name an invalid one."""
+    from heretic.scoring.scorers.registry import choose_scorers
+
+    try:
+        chosen = choose_scorers(settings).scorers.values()
+    except UserError:
+        return []  # the preflight reports it
+    return [scorer for scorer in chosen if not scorer.in_evaluator]
 
 
 def prompt_tokens(settings: Settings, longest: int) -> int:

@@ -16,6 +16,7 @@ from heretic.errors import UserError, first_line, plain_line
 from heretic.files import expand_user, open_regular, read_text, split_lines
 from heretic.prompts.rows import WHAT, has_other_turns, prompt_in, read_rows
 from heretic.settings import PromptSettings, PromptSource
+from heretic.settings.languages import LANGUAGES, language
 
 BUNDLED = "bundled:"
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
@@ -179,9 +180,10 @@ def _load_source(source: PromptSource, columns: Sequence[str], key: str) -> _Loa
 
 
 def bundled_names() -> list[str]:
-    """Return the names of the prompt sets that ship with the package."""
+    """Return the names of the prompt sets that ship with the package, also of the languages', such as `de/harmful_train`."""
     folder = resources.files("heretic") / "data" / "prompts"
-    return sorted(f.name.removesuffix(".txt") for f in folder.iterdir() if f.name.endswith(".txt"))
+    files = sorted(f.name.removesuffix(".txt") for f in folder.iterdir() if f.name.endswith(".txt"))
+    return files + [f"{code}/{role}" for code in LANGUAGES for role in language(code).prompts]
 
 
 def _bundled(name: str, key: str) -> list[str]:
@@ -192,6 +194,9 @@ def _bundled(name: str, key: str) -> list[str]:
             where=f"{key}.source" if key else None,
             fix="use one of: " + ", ".join(bundled_names()),
         )
+    code, slash, role = name.partition("/")
+    if slash:
+        return list(language(code).prompts[role])
     text = (resources.files("heretic") / "data" / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
     return _lines(text)
 

@@ -1,4 +1,4 @@
-"""The report as a live page on loopback: progress, front, trials and log, from the storage alone.
+"""The report as a live page on loopback: progress, front, trials and log, from the storage alone; and a chat with the trials.
 
 The address holds a secret token, requests must name a loopback host (against DNS rebinding), and actions need a header that no
 page of another site can send.
@@ -15,7 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing, suppress
 from functools import cached_property
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,6 +26,7 @@ from typing import Any
 from heretic.errors import UserError
 from heretic.files import open_private
 from heretic.hardware import locks
+from heretic.report.chat import ChatModel, Question
 from heretic.report.report import load_report_input, report
 from heretic.runs.folder import RunFolder
 from heretic.runs.status import read_status
@@ -32,6 +34,7 @@ from heretic.runs.status import read_status
 LOOPBACK = "127.0.0.1"
 SECONDS_BETWEEN_EVENTS = 1.0
 LOG_LINES = 30
+MOST_BODY = 4 << 20  # bytes of a question with its conversations
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
     "frame-src 'self'"
@@ -41,27 +44,28 @@ POLICY = (
 class LiveRun:
     """What the page shows of one run, and what it can do with it."""
 
-    def __init__(self, folder: RunFolder, runs_dir: str, environment: Mapping[str, str]) -> None:
-        self.folder, self.runs_dir, self.environment = folder, runs_dir, environment
+    def __init__(self, folder: RunFolder, runs_dir: str, environment: Mapping[str, str], chat: ChatModel) -> None:
+        self.folder, self.runs_dir, self.environment, self.chat = folder, runs_dir, environment, chat
         self._lock = threading.Lock()
         self._stopping = 0  # the process that was asked to stop
         self._report: tuple[str, bytes] = ("", b"")
 
     def state(self) -> dict[str, Any]:
-        """Return status, log, possible actions, and the version of the report."""
+        """Return status, log, possible actions, the state of the chat, and the version of the report."""
         status, problem = None, ""
         try:
             status = read_status(str(self.folder.path), self.runs_dir, self.environment).as_dict()
         except UserError as error:
             problem = str(error)
-        owner = self.owner()
+        owner, chat = self.owner(), self.chat.state()
         finished = status is not None and status["ended"] is not None
         return {
             "status": status,
             "problem": problem,
             "log": self.folder.log_end(LOG_LINES),
             "can_stop": owner is not None and owner != self._stopping,
-            "can_continue": owner is None and status is not None and not finished,
+            "can_continue": owner is None and chat["phase"] == "off" and status is not None and not finished,
+            "chat": chat,
             "version": f"{status['n_complete']}+{status['n_pruned']}" if status else "",
         }
 
@@ -75,9 +79,11 @@ class LiveRun:
             return self._report[1]
 
     def owner(self) -> int | None:
-        """Return the process on this machine that works on the run; None if there is none."""
+        """Return the other process on this machine that works on the run; None if there is none."""
         owner = locks.lock_owner(self.folder.lock)
-        return owner.pid if owner is not None and owner.known and owner.host == socket.gethostname() else None
+        if owner is None or not owner.known or owner.is_this_process:  # this process holds it while its chat is loaded
+            return None
+        return owner.pid if owner.host == socket.gethostname() else None
 
     def stop(self) -> None:
         """Ask the process that works on the run, once, to stop after its batch. Raises UserError.
@@ -117,6 +123,11 @@ class LiveServer(ThreadingHTTPServer):
     def __init__(self, run: LiveRun, port: int = 0) -> None:
         self.run, self.token = run, secrets.token_urlsafe(24)
         super().__init__((LOOPBACK, port), _Handler)
+
+    def server_close(self) -> None:
+        """Stop listening and release the chat's model."""
+        super().server_close()
+        self.run.chat.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore a browser that goes away while it is answered."""
@@ -159,12 +170,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND)
 
     def do_POST(self) -> None:
-        """Stop or continue the run."""
-        actions = {"stop": self.server.run.stop, "continue": self.server.run.resume}
+        """Stop or continue the run; load, ask, stop or unload the chat's model."""
+        run, chat = self.server.run, self.server.run.chat
+        actions = {
+            "stop": run.stop,
+            "continue": run.resume,
+            "chat/load": chat.load,
+            "chat/stop": chat.stop,
+            "chat/unload": chat.unload,
+        }
         path = self._path()
         if path is None:
             return
-        if path not in actions or self.headers.get("X-Heretic") != "yes":
+        if path not in (*actions, "chat/ask") or self.headers.get("X-Heretic") != "yes":
             self.send_error(HTTPStatus.FORBIDDEN)
             return
 
@@ -172,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
             actions[path]()
             self._send(b"", "text/plain; charset=utf-8")
 
-        self._attempt(act)
+        self._attempt(self._answer if path == "chat/ask" else act)
 
     def _path(self) -> str | None:
         """Return the path behind the token; None, after the answer, if token or host are wrong."""
@@ -204,29 +222,46 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _events(self) -> None:
-        """Send the state whenever it changes (server-sent events), until the browser goes away."""
+        """Send the state whenever it changes, until the browser goes away."""
+
+        def states() -> Generator[dict[str, Any] | None]:
+            last = None
+            while True:
+                state = self.server.run.state()
+                yield state if state != last else None
+                last = state
+                time.sleep(SECONDS_BETWEEN_EVENTS)
+
+        self._stream(states())
+
+    def _answer(self) -> None:
+        """Send the answers to a question while they grow; if the browser goes away, they end. Raises UserError."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > MOST_BODY:
+            self.send_error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+            return
+        self._stream(self.server.run.chat.answer(Question.read(self.rfile.read(int(length)))))
+
+    def _stream(self, events: Generator[dict[str, Any] | None]) -> None:
+        """Send server-sent events; None, a sign of life, shows whether the browser is still there."""
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-store")
         self.send_header("Connection", "close")
         self.end_headers()
         self.close_connection = True
-        last = ""
-        try:
-            while True:
-                text = json.dumps(self.server.run.state())
-                self.wfile.write(f"data: {text}\n\n".encode() if text != last else b": still here\n\n")
+        with closing(events), suppress(OSError):
+            for event in events:
+                self.wfile.write(b": still here\n\n" if event is None else f"data: {json.dumps(event)}\n\n".encode())
                 self.wfile.flush()
-                last = text
-                time.sleep(SECONDS_BETWEEN_EVENTS)
-        except OSError:
-            return
 
 
-def open_server(folder: RunFolder, runs_dir: str, environment: Mapping[str, str], port: int = 0) -> LiveServer:
+def open_server(
+    folder: RunFolder, runs_dir: str, environment: Mapping[str, str], chat: ChatModel, port: int = 0
+) -> LiveServer:
     """Return a server of a run, listening. Raises UserError if the port is taken."""
     try:
-        return LiveServer(LiveRun(folder, runs_dir, environment), port)
+        return LiveServer(LiveRun(folder, runs_dir, environment, chat), port)
     except (OSError, OverflowError) as error:
         raise UserError(
             f"heretic cannot listen on port {port}: {error}",

@@ -14,6 +14,7 @@ from heretic.files import expand_user, sha256
 from heretic.model.checkpoint import Checkpoint
 from heretic.prompts.sets import PromptSets
 from heretic.settings import Settings
+from heretic.settings.languages import ENGLISH, language
 
 FORMAT = 4  # increased when a change of heretic makes old studies incomparable
 
@@ -29,6 +30,11 @@ def facts(
         fields.pop("quantization")  # keeps the fingerprints of studies older than this setting; likewise below
     if not fields["judge"]["llm"]["instruction"]:
         fields["judge"]["llm"].pop("instruction")
+    if settings.language == ENGLISH:
+        fields.pop("language")
+    else:
+        phrases = language(settings.language)
+        fields["language_markers"] = [*phrases.refusal_markers, *phrases.evasive_markers]
     _set_scorers(fields, settings)
     return {
         "format": FORMAT,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from heretic.settings.ablation import AblationSettings, DirectionSettings, Geometry
-from heretic.settings.export import Behavior, ExportFormat, GgufType
-from heretic.settings.field import PathText, SettingsModel, affects_results, one_name, setting
-from heretic.settings.prompts import PromptSettings, PromptSource
+from heretic.settings.export import Behavior, ExportFormat, GgufType, MlxBits
+from heretic.settings.field import PathText, SettingsModel, fields_that_affect_results, not_twice, one_name, setting
+from heretic.settings.languages import ENGLISH, LANGUAGES, known_language
+from heretic.settings.prompts import PromptSettings, PromptSource, with_prompts_of_language
 from heretic.settings.scoring import (
     DEFAULT_MARKERS,
     ClassifierSettings,
@@ -27,30 +28,10 @@ from heretic.settings.search import GradientSettings, KernelSpace, SearchSetting
 from heretic.settings.workers import WorkerSettings
 
 __all__ = [
-    "DEFAULT_MARKERS",
-    "AblationSettings",
-    "ClassifierSettings",
-    "DirectionSettings",
-    "ExportFormat",
-    "Geometry",
-    "GgufType",
-    "GradientSettings",
-    "JudgeSettings",
-    "KernelSpace",
-    "LlmSettings",
-    "PromptSettings",
-    "PromptSource",
-    "SearchSettings",
-    "Settings",
-    "WorkerSettings",
-]
-
-
-def not_twice(names: list[str]) -> list[str]:
-    """Raise ValueError for a name that occurs twice."""
-    if len(set(names)) < len(names):
-        raise ValueError("a name occurs twice")
-    return names
+    "DEFAULT_MARKERS", "AblationSettings", "ClassifierSettings", "DirectionSettings", "ExportFormat", "Geometry",
+    "GgufType", "GradientSettings", "JudgeSettings", "KernelSpace", "LlmSettings", "PromptSettings", "PromptSource",
+    "SearchSettings", "Settings", "WorkerSettings",
+]  # fmt: skip
 
 
 class Settings(SettingsModel):
@@ -82,8 +63,9 @@ class Settings(SettingsModel):
     )
     export_format: ExportFormat = setting(
         "full",
-        "Format of the export. `full`: a model folder. `lora`: an adapter for peft. `gguf`: one file for llama.cpp.",
-        when="Use `lora` for a small file that can be detached from the base model, `gguf` for llama.cpp.",
+        "Format of the export. `full`: a model folder. `lora`: an adapter for peft. `gguf`: one file for llama.cpp. "
+        "`mlx`: a folder for mlx-lm.",
+        when="Use `lora` for a small file that can be detached from the base model, `gguf` for llama.cpp, `mlx` for Macs.",
         affects_results=False,
     )
     lora_rank: int = setting(
@@ -99,6 +81,13 @@ class Settings(SettingsModel):
         "Number format in a GGUF file, with bits per weight: `f32` 32, `f16` and `bf16` 16, `q8_0` 8.5, `q6_k` 6.6, "
         "`q5_k_m` 5.7, `q4_k_m` 4.9. The last three need the program `llama-quantize`.",
         when="Use `q8_0` or fewer bits for a smaller, less accurate file.",
+        affects_results=False,
+    )
+    gguf_imatrix: bool = setting(
+        False,
+        "Quantize to `q6_k`, `q5_k_m` and `q4_k_m` with an importance matrix, which the program `llama-imatrix` measures on "
+        "bundled texts.",
+        when="Set true for a more accurate file with 4 or 5 bits; the model then reads about 6000 tokens in llama.cpp.",
         affects_results=False,
     )
     gguf_converter: PathText = setting(
@@ -177,6 +166,12 @@ class Settings(SettingsModel):
         ),
         min_length=1,
     )
+    mlx_bits: MlxBits = setting(
+        16,
+        "Bits per weight in an MLX folder: 4 or 8, with 0.5 more for the scales; 16: the number format of the model folder.",
+        when="Set 4 or 8 for a smaller, less accurate model.",
+        affects_results=False,
+    )
     quantization: Literal["none", "bnb_4bit", "bnb_8bit"] = setting(
         "none",
         "Load the weights quantized with bitsandbytes (`pip install bitsandbytes`). The study then measures the "
@@ -233,6 +228,14 @@ class Settings(SettingsModel):
             "compare`."
         ),
         min_length=1,
+    )
+    language: Annotated[str, AfterValidator(known_language)] = setting(
+        ENGLISH,
+        "Language of the requests and responses: "
+        + ", ".join(f"`{code}` {name}" for code, name in LANGUAGES.items())
+        + ". Its refusal and evasive phrases count beside those of the settings, and prompt sets without a `source` become "
+        "small bundled sets in it (docs/languages.md).",
+        when="Change it if the model is asked in another language; set your own prompt sets for a result.",
     )
     kl_tokens: int = setting(
         1,
@@ -383,17 +386,11 @@ class Settings(SettingsModel):
         WorkerSettings(), "Several processes on one study (docs/workers.md).", affects_results=False
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _use_prompts_of_the_language(cls, values: Any) -> Any:
+        return with_prompts_of_language(values)
+
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return the settings that affect the results, as plain data."""
-        return _fields_that_affect_results(self)
-
-
-def _fields_that_affect_results(table: SettingsModel) -> dict[str, Any]:
-    fields = {}
-    for name, field in type(table).model_fields.items():
-        if not affects_results(field):
-            continue
-        value = getattr(table, name)
-        is_table = isinstance(value, SettingsModel)
-        fields[name] = _fields_that_affect_results(value) if is_table else table.model_dump(include={name})[name]
-    return fields
+        return fields_that_affect_results(self)

@@ -54,6 +54,25 @@ def affects_results(field: FieldInfo) -> bool:
     return bool(extra.get("affects_results", True)) if isinstance(extra, dict) else True
 
 
+def fields_that_affect_results(table: SettingsModel) -> dict[str, Any]:
+    """Return the values that affect results, as plain data."""
+    fields = {}
+    for name, field in type(table).model_fields.items():
+        if not affects_results(field):
+            continue
+        value = getattr(table, name)
+        is_table = isinstance(value, SettingsModel)
+        fields[name] = fields_that_affect_results(value) if is_table else table.model_dump(include={name})[name]
+    return fields
+
+
+def not_twice(names: list[str]) -> list[str]:
+    """Raise ValueError for a name that occurs twice."""
+    if len(set(names)) < len(names):
+        raise ValueError("a name occurs twice")
+    return names
+
+
 def _in_order(bounds: list[float]) -> list[float]:
     if bounds[0] > bounds[1]:
         raise ValueError(f"the first number is the lower bound, but {bounds[0]:g} > {bounds[1]:g}")

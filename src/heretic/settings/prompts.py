@@ -7,6 +7,22 @@ from typing import Any
 from pydantic import model_validator
 
 from heretic.settings.field import SettingsModel, setting
+from heretic.settings.languages import ENGLISH, LANGUAGES
+
+
+def with_prompts_of_language(values: Any) -> Any:
+    """Complete the prompt sets without a `source`, in the values of all settings, from the sets of the language."""
+    if not isinstance(values, dict):
+        return values
+    code, prompts = values.get("language", ENGLISH), values.get("prompts", {})
+    if code == ENGLISH or code not in LANGUAGES or not isinstance(prompts, dict):
+        return values
+    completed = dict(prompts)
+    for role in PromptSettings.model_fields:
+        table = prompts.get(role, {})
+        if isinstance(table, dict) and not table.get("source"):
+            completed[role] = {"split": "train", **table, "source": f"bundled:{code}/{role}"}
+    return {**values, "prompts": completed}
 
 
 class PromptSource(SettingsModel):

@@ -65,12 +65,14 @@ def serve(
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     runs_dir: RunsOption = None,
 ) -> None:
-    """Show a run as a live page in the browser, on this machine only; the page can stop and continue it."""
+    """Show a run as a live page in the browser, on this machine only; it can stop and continue the run, and chat."""
+    from heretic.pipeline.browser_chat import BrowserChat
     from heretic.report.server import open_server
     from heretic.runs.folder import find_run
 
     folder = configured_runs(runs_dir)
-    server = open_server(find_run(name or "", folder), folder, os.environ, port)
+    run = find_run(name or "", folder)
+    server = open_server(run, folder, os.environ, BrowserChat(run), port)
     out.print(
         f"Open {server.url}\nThe address is a key: do not share it. Ctrl-C ends the page, not the run.", soft_wrap=True
     )

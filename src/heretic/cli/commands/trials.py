@@ -44,7 +44,7 @@ def export(
     form: Annotated[
         str | None,
         typer.Option(
-            "--format", help="full, lora (an adapter) or gguf (for llama.cpp); default: the setting export_format."
+            "--format", help="full, lora (an adapter), gguf (for llama.cpp) or mlx; default: the setting export_format."
         ),
     ] = None,
     runs_dir: RunsOption = None,

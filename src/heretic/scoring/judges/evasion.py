@@ -55,8 +55,13 @@ def normalize(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+# Characters of scripts without spaces between words: kana and Chinese characters. Each counts as a word.
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+(?:'[^\W_{_UNSPACED}]+)*")
+
+
 def _words(normalized: str) -> list[str]:
-    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", normalized)
+    return _WORD.findall(normalized)
 
 
 def _repeats(words: list[str], asked: list[str]) -> bool:

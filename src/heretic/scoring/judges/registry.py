@@ -14,6 +14,7 @@ from heretic.scoring.judges.llm import LlmJudge
 from heretic.scoring.judges.markers import MarkerJudge
 from heretic.scoring.judges.verdict import Judge
 from heretic.settings import Settings
+from heretic.settings.languages import language
 
 CACHE = "judge.jsonl"  # in a run's folder
 
@@ -28,7 +29,8 @@ class JudgeContext:
 
 
 def _markers(settings: Settings, _: JudgeContext) -> MarkerJudge:
-    return MarkerJudge(settings.refusal_markers, settings.judge.topic_words, _evasion(settings))
+    markers = [*settings.refusal_markers, *language(settings.language).refusal_markers]
+    return MarkerJudge(markers, settings.judge.topic_words, _evasion(settings))
 
 
 def _classifier(settings: Settings, _: JudgeContext) -> Judge:
@@ -82,4 +84,4 @@ def try_judge(settings: Settings) -> str:
 
 
 def _evasion(settings: Settings) -> Evasion:
-    return Evasion(settings.judge.evasive_markers)
+    return Evasion([*settings.judge.evasive_markers, *language(settings.language).evasive_markers])

@@ -21,6 +21,10 @@ class AnswerKl(Scorer):
     details = ("median", "p95", "max")
     needs_original = True
 
+    def most_tokens(self, response: int) -> int:
+        """Return the option."""
+        return self.tokens
+
     def baseline(self, original: ScorerContext) -> list[list[int]]:
         """Return the original's answers, each followed by a placeholder for the next position."""
         if self.tokens == 1:

@@ -16,9 +16,9 @@ WORDS = {
     "de": "der die und das ist nicht ein eine den von mit sich auf für auch als dem zu im werden",
     "fr": "le les des est une dans pour que qui pas sur avec ce sont vous nous au aux cette du",
     "es": "el los las una por para con como más pero sus este esta son también muy hay del y",
-    "it": "il di che è per non sono con gli della questo anche più nel una alla dei si ma lo",
+    "it": "il di che è per non gli della questo anche più nel alla dei si ma lo sono",
     "pt": "o os uma não em para com mais por como mas foi ao ele das tem seu sua são você",
-    "nl": "de het een van en dat niet zijn op voor met te aan ook maar als bij naar er wordt",
+    "nl": "het een van dat ik je niet zijn op voor met te aan ook maar als bij naar er wordt",
     "pl": "nie się na jest że do jak to po co ale są przez dla od tym oraz być który",
 }
 FREQUENT = {language: frozenset(words.split()) for language, words in WORDS.items()}

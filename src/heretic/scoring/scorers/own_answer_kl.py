@@ -23,6 +23,10 @@ class OwnAnswerKl(Scorer):
     details = ("median", "p95", "max")
     needs_original = True
 
+    def most_tokens(self, response: int) -> int:
+        """Return the option."""
+        return self.tokens
+
     def score(self, model: ScorerContext, baseline: Any) -> Measurement:
         """Decode the model's answers and compute the divergence on them."""
         answers = (

@@ -33,6 +33,10 @@ class RefusalsByLength(Scorer):
     unit = "requests"
     details = (*map(str, LENGTHS), "late", "turned_back")
 
+    def most_tokens(self, response: int) -> int:
+        """Return the longest of the lengths."""
+        return LENGTHS[-1]
+
     def score(self, model: ScorerContext, baseline: Any) -> Measurement:
         """Decode once, then judge the beginnings of the answers."""
         answers = model.answers(model.harmful, LENGTHS[-1])

@@ -53,6 +53,13 @@ class Scorer:
     def check(self) -> None:
         """Raise UserError if the options cannot work; called before a run, without a model."""
 
+    def most_tokens(self, response: int) -> int:
+        """Return the most tokens of an answer that `score` decodes or reads; `response` is `max_response_length`.
+
+        The memory plan counts with them.
+        """
+        return response
+
     def baseline(self, original: ScorerContext) -> Any:
         """Return what `score` compares with; called once, on the original."""
         return None

@@ -28,6 +28,10 @@ class TaskScorer(Scorer):
         """Return whether an answer is the wanted one."""
         raise NotImplementedError
 
+    def most_tokens(self, response: int) -> int:
+        """Return the length of an answer to a task."""
+        return self.answer_tokens
+
     def baseline(self, original: ScorerContext) -> EncodedPrompts:
         """Return the encoded questions."""
         return original.encode(self.name, [question for question, _ in self.questions()])

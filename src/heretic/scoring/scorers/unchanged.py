@@ -20,6 +20,10 @@ class Unchanged(Scorer):
     unit = "share"
     better = "higher"
 
+    def most_tokens(self, response: int) -> int:
+        """Return the option."""
+        return self.tokens
+
     def baseline(self, original: ScorerContext) -> list[list[int]]:
         """Return the original's answers."""
         return original.answers(original.harmless, self.tokens)

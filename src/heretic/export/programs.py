@@ -1,0 +1,88 @@
+"""Run a program that converts an export: without network, with its output in the log."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from heretic.errors import UserError, plain_line
+from heretic.files import write_text
+from heretic.interrupt import StopSignal
+
+log = logging.getLogger(__name__)
+
+SHOWN = 3  # last lines of output of a failed program
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def run_program(
+    command: list[str], made: Path | None, stop: StopSignal, failure: Callable[[list[str], str], UserError]
+) -> list[str]:
+    """Run a program, log its output, and return the output's lines.
+
+    Args:
+        command: the command line.
+        made: the file or folder that the program creates; None if it only prints.
+        stop: ends the program.
+        failure: makes the error from the command line and the program's last words.
+
+    Raises:
+        UserError: by `failure`, if the program fails or does not create `made`.
+        Interrupted: on a stop.
+    """
+    log.info("running %s", " ".join(command))
+    with tempfile.TemporaryFile() as out:
+        try:
+            process = subprocess.Popen(
+                command,
+                env=os.environ | OFFLINE,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # heretic forwards Ctrl-C
+            )
+        except OSError as error:
+            raise failure(command, error.strerror or "it cannot be started") from None
+        try:
+            while process.poll() is None:
+                stop.check()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+        finally:
+            _kill(process)
+            out.seek(0)
+            text = out.read().decode(errors="replace").replace("\r", "\n")
+            lines = [plain_line(line) for line in text.splitlines() if line.strip()]
+            for line in lines if made is not None or process.returncode else ():
+                log.info("%s", line)
+    if process.returncode or (made is not None and not made.exists()):
+        message = " | ".join(line.strip()[:160] for line in lines[-SHOWN:])
+        raise failure(command, message or f"exit status {process.returncode}, no output")
+    return lines
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a running program and its children."""
+    if process.poll() is None:
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()
+
+
+def remove_code(folder: Path) -> None:
+    """Delete the model's own Python code from the folder: a converter would run it, and the user has not trusted it."""
+    for path in folder.rglob("*.py"):
+        path.unlink()
+    for path in folder.rglob("*config.json"):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and data.pop("auto_map", None) is not None:
+            write_text(path, json.dumps(data))
