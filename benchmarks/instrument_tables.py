@@ -17,6 +17,10 @@ TOOLS = {
     "ours": "heretic",
 }
 PEERS = tuple(tool for tool in TOOLS if tool not in ("original", "ours"))
+LIMITS = {
+    "heretic-llm": "heretic-llm stopped after heretic's CPU time; ",
+    "temaq": "temaq's search limited to heretic's elapsed time; ",
+}
 
 
 @dataclass(frozen=True)
@@ -100,16 +104,18 @@ def table_of(model: str, source: str, format_of_search: str) -> str:
     rows = [row for row in report["rows"] if row["model"] == model]
     found = {tool: [row for row in rows if row["tool"] == tool] for tool in TOOLS}
     found = {tool: sorted(each, key=lambda row: row["seed"] or 0) for tool, each in found.items() if each}
-    lines = [("", *(TOOLS[tool] for tool in found), "better than heretic")]
+    peers = [tool for tool in PEERS if tool in found]
+    lines = [("", *(TOOLS[tool] for tool in found), *["better than heretic"][: len(peers)])]
     for measure in MEASURES:
-        lines.append((measure.title, *(joined(measure, found[tool]) for tool in found), ahead(measure, found)))
+        cells = [joined(measure, found[tool]) for tool in found]
+        lines.append((measure.title, *cells, *[ahead(measure, found)][: len(peers)]))
     how = rows[0]["how"]
     seeds = ", ".join(str(row["seed"]) for row in found["ours"])
+    limits = "".join(LIMITS.get(tool, "") for tool in peers)
     settings = (
         f"defaults of every tool, {format_of_search}; the system prompt of both peers; 100 + 100 prompts for the direction, seed "
-        f"{seeds}; heretic-llm stopped after heretic's CPU time, temaq's search limited to heretic's elapsed time; measured in "
-        f"{how['dtype']} on {held_out(rows[0])} harmful prompts ({source}) and as many harmless ones that no tool saw, refusals by "
-        f"{how['judge']}, other answers of {how['tokens']} tokens; ± standard error of the difference from the original"
+        f"{seeds}; {limits}measured in {how['dtype']} on {held_out(rows[0])} harmful prompts ({source}) and as many harmless "
+        f"ones that no tool saw, refusals by {how['judge']}, other answers of {how['tokens']} tokens; ± standard error of the difference from the original"
     )
     return captioned(
         lines, "instrument", model={"guarded-model": DEMO}.get(model, QWEN), settings=settings,
@@ -118,8 +124,9 @@ def table_of(model: str, source: str, format_of_search: str) -> str:
 
 
 def joined(measure: Measure, rows: Sequence[Report]) -> str:
-    """Return the cells of all seeds, equal ones once."""
-    return " / ".join(unique(measure.cell(row) for row in rows))
+    """Return the cells of all seeds; one if all are equal."""
+    cells = [measure.cell(row) for row in rows]
+    return cells[0] if len(unique(cells)) == 1 else " / ".join(cells)
 
 
 def ahead(measure: Measure, found: dict[str, list[Report]]) -> str:
