@@ -119,13 +119,23 @@ def environment(own: Mapping[str, str]) -> dict[str, str]:
 def configuration(
     *, model: Path, prompts: Path, trials: int, startup: int, tokens: int, seed: int, system_prompt: str
 ) -> str:
-    """Its config.toml. What is not named stays at its default; so does the batch size, which it finds by trying."""
-    settings = {
-        "model": str(model),
-        "dtypes": ["float32"],  # its default takes the checkpoint's bfloat16, which is slower on a CPU
+    """Its config.toml for a short study in float32."""
+    changed = {
+        "dtypes": ["float32"],  # its default takes the checkpoint's bfloat16, which is slower on most CPUs
         "max_response_length": tokens,
         "n_trials": trials,
         "n_startup_trials": startup,
+    }
+    return default_configuration(model, prompts, seed=seed, system_prompt=system_prompt, changed=changed)
+
+
+def default_configuration(
+    model: Path, prompts: Path, *, seed: int, system_prompt: str, changed: Mapping[str, Any] | None = None
+) -> str:
+    """Its config.toml. What is not named stays at its default; so does the batch size, which it finds by trying."""
+    settings = {
+        "model": str(model),
+        **(changed or {}),
         "seed": seed,
         "system_prompt": system_prompt,
         "export_strategy": "merge",  # the full model; otherwise one menu more

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import instrument_tables
 import results_tables as tables
 import timeline_tables
 
@@ -21,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results:\2 -->)", re.S)
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "instrument_qwen": instrument_tables.qwen,
+    "instrument_demo": instrument_tables.demo,
     "held_out": tables.held_out,
     "held_out_demo": tables.held_out_demo,
     "answers": tables.answers,

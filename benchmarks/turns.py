@@ -85,6 +85,20 @@ class Job:
             sys.exit(f"{shlex.join(self.command)}\nended with status {self._process.returncode}:\n{tail}{errors}")
         return True
 
+    def cpu_seconds(self) -> float:
+        """CPU seconds that its process has used, user and system."""
+        assert self._process is not None
+        with suppress(OSError):
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return 0.0
+
+    def signal(self, number: int) -> None:
+        """Send its whole group a signal."""
+        assert self._process is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
     def kill(self) -> None:
         """Make sure that nothing of it is left, stopped or running."""
         if self._process is None or self._process.poll() is not None:
