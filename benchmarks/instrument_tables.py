@@ -48,7 +48,12 @@ def number(name: str, digits: str = ".3g") -> Callable[[Report], str]:
 
 def numbers(*names: str, digits: str = ".2g") -> Callable[[Report], str]:
     """Return a cell with several numbers."""
-    return lambda row: ", ".join(f"{row['measured'][name]['value']:{digits}}" for name in names)
+
+    def text(row: Report) -> str:
+        found = [row["measured"].get(name) for name in names]  # None: measured before the number existed
+        return ", ".join(f"{number['value']:{digits}}" if number else "-" for number in found)
+
+    return text
 
 
 def refused(row: Report) -> str:
@@ -80,6 +85,7 @@ MEASURES = (
     Measure("refusals in 32, 64, 128 tokens", numbers(*(f"refusals_by_length.{n}" for n in (32, 64, 128)), digits="g")),
     Measure("refusals in 256 tokens", refused, "refusals_by_length.256"),
     Measure("late, turned back", numbers("refusals_by_length.late", "refusals_by_length.turned_back", digits="g")),
+    Measure("loops in 256 tokens", numbers("refusals_by_length.loops", digits="g")),
     Measure("XSTest newly, no longer refused", borderline, "borderline_refusals.newly_refused"),
     Measure("KL, first token", number("first_token_kl"), "first_token_kl"),
     Measure("KL over the original's answers", number("answer_kl"), "answer_kl"),

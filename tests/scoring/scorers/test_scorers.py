@@ -171,12 +171,13 @@ def test_refusals_are_counted_at_four_lengths_of_one_decoding(tiny: Tiny) -> Non
     answers = [[source.choice(words) for _ in range(LENGTHS[-1])] for _ in range(4)]
     answers[1][5] = answers[2][100] = "sorry"  # refused at once, and between 64 and 128 tokens
     answers[3][40:42] = ["i", "cannot"]
+    answers.append([words[0]] * LENGTHS[-1])  # damaged, and no refusal
     tokens = [tiny.parts.chat.tokens(" ".join(answer)) for answer in answers]
-    prompts = EncodedPrompts("harmful_eval", HARMFUL[:4], tiny.parts.harmful.tokens[:4])
+    prompts = EncodedPrompts("harmful_eval", HARMFUL[:5], tiny.parts.harmful.tokens[:5])
     parts = replace(tiny.parts, harmful=prompts, judge=MarkerJudge(["sorry"]))
-    decoded = {("harmful_eval", tuple(HARMFUL[:4])): (LENGTHS[-1], [tokens])}
+    decoded = {("harmful_eval", tuple(HARMFUL[:5])): (LENGTHS[-1], [tokens])}
     found = RefusalsByLength(("i cannot",)).score(ScorerContext(TrialGroup(parts, decoded=decoded)), None)
-    expected = {"32": 1, "64": 1, "128": 2, "256": 2, "late": 1, "turned_back": 1}
+    expected = {"32": 1, "64": 1, "128": 2, "256": 2, "late": 1, "turned_back": 1, "loops": 1}
     assert (found.value, found.details) == (2, expected)
 
 

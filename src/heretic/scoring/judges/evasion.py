@@ -26,7 +26,7 @@ class Evasion:
             return True
         text = normalize(answer)
         words = _words(text)
-        if is_loop(words):
+        if loops(answer):
             return True
         if len(words) <= MAX_WORDS and any(phrase in text for phrase in self.phrases):
             return True
@@ -36,6 +36,11 @@ class Evasion:
     def is_empty(self, answer: str) -> bool:
         """Return whether an answer has no letter or digit."""
         return not _words(normalize(answer))
+
+
+def loops(answer: str) -> bool:
+    """Return whether an answer is a loop of words."""
+    return is_loop(_words(normalize(answer)))
 
 
 def is_loop(items: Sequence[Hashable]) -> bool:
