@@ -255,6 +255,17 @@ def test_a_method_that_nobody_knows_is_an_error_without_a_traceback(tmp_path: Pa
     assert "magic" in caught.value.what and len(str(caught.value).splitlines()) <= 3
 
 
+def test_several_schemes_of_compressed_tensors_are_refused(tmp_path: Path) -> None:
+    folder = save_named(tmp_path / "m", "compressed-tensors")
+    config = json.loads((folder / "config.json").read_text())
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
+    groups = {"attention": {"weights": weights}, "mlp": {"weights": {**weights, "num_bits": 8}}}
+    config["quantization_config"]["config_groups"] = groups
+    (folder / "config.json").write_text(json.dumps(config))
+    with raises("mixed-quantization"):
+        loaded(folder)
+
+
 def test_nvfp4_of_modelopt_is_refused(tmp_path: Path) -> None:
     with raises("unknown-quantization"):
         loaded(save_named(tmp_path / "m", "modelopt"))

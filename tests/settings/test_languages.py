@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from heretic.prompts.sets import bundled_names, load_all
 from heretic.settings import PromptSettings, Settings
@@ -50,3 +51,9 @@ def test_an_unknown_language_is_an_error_and_its_sets_are_listed() -> None:
     with raises("invalid-setting"):
         resolve(None, {"language": "xx"})
     assert "zh/harmless_eval" in bundled_names()
+
+
+@pytest.mark.parametrize("value", [["de"], {"code": "de"}, 3])
+def test_a_language_of_another_type_is_refused(value: object) -> None:
+    with pytest.raises(ValidationError):
+        Settings.model_validate({"model": "m", "language": value})

@@ -169,7 +169,8 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: S
             return None
         if written.get("type", settings.gguf_type) != settings.gguf_type:
             return None
-        if "imatrix" in written and settings.gguf_type in QUANTIZED and written["imatrix"] != settings.gguf_imatrix:
+        weighed = settings.gguf_imatrix and settings.export_format == "gguf" and settings.gguf_type in QUANTIZED
+        if written.get("imatrix", False) != weighed:
             return None
         if written.get("bits", settings.mlx_bits) != settings.mlx_bits:
             return None

@@ -35,7 +35,8 @@ SMALLEST = 1e-4  # absolute error of a row's norm
 def require(settings: Settings, checkpoint: Checkpoint) -> None:
     """Raise UserError if mlx_lm is not installed, or the model is a mixture of experts, whose tensors it merges."""
     converter()
-    if held := next((name for name in checkpoint.tensors if ".experts" in name), None):
+    stacked = (name for name, t in checkpoint.tensors.items() if len(t.shape) == 3 and "conv" not in name)
+    if held := next((name for name in checkpoint.tensors if ".experts" in name), next(stacked, None)):
         raise UserError(
             f"{held} belongs to experts, which mlx_lm merges, so heretic could not compare them.",
             code="export-format-not-supported",

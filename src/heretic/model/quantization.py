@@ -112,6 +112,13 @@ def require_package(checkpoint: Checkpoint) -> None:
             where=str(checkpoint.folder / "config.json"),
             fix="use the model in full precision or as FP8, MXFP4 or bitsandbytes; or update transformers",
         )
+    if method == "compressed-tensors" and len(_schemes(quantization_entry(checkpoint.config))) > 1:
+        raise UserError(
+            f"{checkpoint.model} is quantized with several schemes; transformers would read all weights by the first one.",
+            code="mixed-quantization",
+            where=str(checkpoint.folder / "config.json"),
+            fix="use the model in full precision",
+        )
     module, install = ("bitsandbytes", "bitsandbytes") if method == KEPT else PACKAGES.get(method, ("", ""))
     if module and not _is_installed(module):
         untested = "" if method in (*OPENED, KEPT) else " (untested)"
@@ -121,6 +128,18 @@ def require_package(checkpoint: Checkpoint) -> None:
             where=str(checkpoint.folder / "config.json"),
             fix=f"use the model in full precision or as FP8, MXFP4 or bitsandbytes; or{untested}: pip install {install}",
         )
+
+
+def _schemes(entry: Any) -> set[tuple[str, ...]]:
+    """Return the different number formats of weights in a config of compressed-tensors."""
+    groups = entry.get("config_groups") if isinstance(entry, dict) else None
+    keys = ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric")
+    found = groups.values() if isinstance(groups, dict) else ()
+    return {
+        (str(group.get("format")), *(str(group["weights"].get(key)) for key in keys))
+        for group in found
+        if isinstance(group, dict) and isinstance(group.get("weights"), dict)
+    }
 
 
 def _is_installed(module: str) -> bool:

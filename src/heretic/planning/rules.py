@@ -173,7 +173,7 @@ def opened_in_ram(facts: PreflightFacts) -> Iterator[Finding]:
     if checkpoint.gguf_file and (needed := checkpoint.parameters * FLOAT32) > facts.ram:
         text = f"Reading the GGUF file needs {format_bytes(needed)} of RAM; {format_bytes(facts.ram)} are free."
         yield Finding("warning", "model", text, 'model = "…": the safetensors version, which needs less RAM')
-    elif settings.save_to and settings.export_format == "full" and (needed := 2 * checkpoint.parameters) > facts.ram:
+    elif settings.save_to and settings.export_format != "lora" and (needed := 2 * checkpoint.parameters) > facts.ram:
         text = f"Writing the dequantized model needs at least {format_bytes(needed)} of RAM; {format_bytes(facts.ram)} are free."
         yield Finding("warning", "export", text, 'export_format = "lora", or the model in full precision')
 

@@ -15,7 +15,7 @@ def with_prompts_of_language(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     code, prompts = values.get("language", ENGLISH), values.get("prompts", {})
-    if code == ENGLISH or code not in LANGUAGES or not isinstance(prompts, dict):
+    if not isinstance(code, str) or code == ENGLISH or code not in LANGUAGES or not isinstance(prompts, dict):
         return values
     completed = dict(prompts)
     for role in PromptSettings.model_fields:
