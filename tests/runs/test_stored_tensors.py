@@ -156,3 +156,9 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         read_tensors(tmp_path / "directions.safetensors")
     assert refused.value.code == "damaged-file"
+
+
+def test_operators_beyond_any_edit_are_refused() -> None:
+    far = {name: torch.full_like(tensor, 1e30) for name, tensor in operator_tensors(OPERATORS).items()}
+    with pytest.raises(ValueError, match="above"):
+        operators_from_tensors(far)

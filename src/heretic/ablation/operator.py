@@ -28,7 +28,7 @@ class Operator:
     a: Tensor | None = None  # [inputs], or [k, inputs]
 
     def __call__(self, y: Tensor, x: Tensor | None = None) -> Tensor:
-        """Apply to outputs [..., width] for inputs [..., inputs], in float32 or better; the result has the dtype of `y`.
+        """Apply to outputs [..., width] for inputs [..., inputs], in float32; the result has the dtype of `y`.
 
         Operators without `a` need no inputs.
         """
@@ -164,7 +164,9 @@ class _InnerProducts(torch.autograd.Function):
         x, a = ctx.saved_tensors
         of_x, of_a = None, None
         if ctx.needs_input_grad[0]:
-            of_x = (gradient @ a.to(gradient.dtype)).to(x.dtype)
+            of_x = torch.empty_like(x)
+            for part, own in zip(of_x.split(_rows_at_once(x)), gradient.split(_rows_at_once(x)), strict=True):
+                part.copy_(own @ a.to(gradient.dtype))
         if ctx.needs_input_grad[1]:
             of_a = torch.zeros_like(a, dtype=gradient.dtype)
             for part, own in zip(x.split(_rows_at_once(x)), gradient.split(_rows_at_once(x)), strict=True):

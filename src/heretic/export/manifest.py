@@ -18,7 +18,7 @@ from heretic.errors import UserError
 from heretic.files import expand_user, read_tensors, sha256
 from heretic.interrupt import StopSignal
 from heretic.model.hub_model import fetch_files
-from heretic.runs.stored_tensors import directions_from_tensors, operators_from_tensors
+from heretic.runs.stored_tensors import FARTHEST, directions_from_tensors, operators_from_tensors
 from heretic.scoring.scores import Scores
 from heretic.settings import Settings
 from heretic.settings.ablation import AblationSettings
@@ -30,7 +30,6 @@ MANIFEST = "manifest.json"
 DIRECTIONS = Path("heretic") / "directions.safetensors"
 OPERATORS = Path("heretic") / "operators.safetensors"  # of an edit that reads the writers' inputs
 LARGEST = 16 << 20  # bytes; a manifest has a few hundred kilobytes at most
-FARTHEST = 1e6  # largest number of an edit, so that float32 stays finite; measured ones are below ten
 OWN_MANIFEST = "use the manifest.json that heretic export wrote"
 
 T = TypeVar("T")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ def writer_inputs(
         name: Of the stage on the screen.
         sequences: Token ids.
         offsets: The chosen tokens of each sequence, counted from its end: 1 is the last one.
-        batcher: Runs the batches.
+        batcher: Runs the batches, without prefix caching: every pass needs all tokens.
     """
     starts = [sum(map(len, offsets[:i])) for i in range(len(offsets))]
     total = sum(map(len, offsets))
@@ -62,8 +61,7 @@ def writer_inputs(
             found[writer][places] = keys
         return [None] * len(batch.rows)
 
-    # Without a shared prefix, every pass has all tokens.
-    replace(batcher, prefix_caching=False).run(name, sequences, step)
+    batcher.run(name, sequences, step)
     return {writer: keys for writer, keys in found.items() if writer not in other}
 
 

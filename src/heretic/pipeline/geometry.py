@@ -45,12 +45,12 @@ def residual_geometry(
             recorder = GeometryRecorder()
             directions = find_model_directions(model_context, recorder)
             geometry = recorder.geometry(directions)
+            if folder is not None:
+                inputs.folder.save_geometry(geometry)
             if effects:
                 stored_effects = measure_effects(model_context, directions, geometry.norms[:, 2])
-        if folder is not None:
-            inputs.folder.save_geometry(geometry)
-            if stored_effects is not None:
-                inputs.folder.save_effects(stored_effects)
+        if folder is not None and stored_effects is not None:
+            inputs.folder.save_effects(stored_effects)
         return geometry, stored_effects
 
 
@@ -77,5 +77,11 @@ def measure_effects(model_context: ModelContext, directions: Directions, lengths
     refused = TeacherForcedTexts.of(*zip(*known, strict=True))
     harmless = encoded["harmless_train"][:PROMPTS]
     return direction_effects(
-        model_context.language_model, model_context.batcher, directions, lengths, refused, harmless
+        model_context.language_model,
+        model_context.batcher,
+        directions,
+        lengths,
+        refused,
+        harmless,
+        norm_aware=model_context.settings.ablation.norm_aware,
     )

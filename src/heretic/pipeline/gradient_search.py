@@ -10,6 +10,7 @@ import optuna
 import torch
 
 from heretic.ablation.ablation import Ablation
+from heretic.ablation.geometries import GEOMETRIES
 from heretic.errors import OutOfMemory
 from heretic.hardware import devices
 from heretic.hardware.host import memory
@@ -181,7 +182,9 @@ def prepare(session: Session) -> GradientProblem | None:
     )
     original = log_probs_at(model, answered, model_context.batcher)
     # 2. Fit the batches with gradients into memory
-    rows, checkpoints = rows_with_gradients(model, model_context.batcher, (harmful.sequences, answered.sequences))
+    reads_inputs = GEOMETRIES[model_context.settings.ablation.geometry].needs == "input_map"
+    texts = (harmful.sequences, answered.sequences)
+    rows, checkpoints = rows_with_gradients(model, model_context.batcher, texts, reads_inputs=reads_inputs)
     batcher = replace(model_context.batcher, size=min(rows, model_context.batcher.size))
     log.info("%d rows per pass with gradients%s", batcher.size, ", gradient checkpointing" if checkpoints else "")
     cached = not checkpoints and supports_mid_stack_start(model.model, model.structure.blocks, harmless, batcher)
@@ -225,15 +228,18 @@ def find_refusals(model_context: ModelContext, requests: Sequence[list[int]]) ->
 
 
 def rows_with_gradients(
-    model: LanguageModel, batcher: Batcher, kinds: Sequence[Sequence[list[int]]]
+    model: LanguageModel, batcher: Batcher, kinds: Sequence[Sequence[list[int]]], *, reads_inputs: bool = False
 ) -> tuple[int, bool]:
-    """Return the rows of a pass with gradients that fit into memory, and whether that needs gradient checkpointing."""
+    """Return the rows of a pass with gradients that fit into memory, and whether that needs gradient checkpointing.
+
+    `reads_inputs`: whether operators read the writers' inputs.
+    """
     dims = ModelDims.of(model.model.config.get_text_config(decoder=True), model.model)
     budget = int(pass_memory.SHARE_FOR_GRADIENTS * _free_memory(model))
     longest = [max(map(len, sequences)) for sequences in kinds]
     prefixes = [len(prefix.tokens) if (prefix := batcher.shared_prefix(s)) else 0 for s in kinds]
     own = max(length - prefix for length, prefix in zip(longest, prefixes, strict=True))
-    return pass_memory.rows_with_gradients(dims, budget, max(longest), own, on_cpu=_on_cpu(model))
+    return pass_memory.rows_with_gradients(dims, budget, max(longest), own, on_cpu=_on_cpu(model), inputs=reads_inputs)
 
 
 def _free_memory(model: LanguageModel) -> int:

@@ -174,7 +174,8 @@ def read_inputs(
     if prompts is not None:
         found.findings.append(Finding("ok", "prompts", prompts.counts))
         found.findings += _other_language(settings, prompts)
-        found.attempt("prompts", partial(check_key_prompts, settings, prompts))
+        if judging:  # a run
+            found.attempt("prompts", partial(check_key_prompts, settings, prompts))
     found.attempt("storage", lambda: check_storage(settings))
     found.attempt("scorers", lambda: check_scorers(settings))
     first_worker = not parent_pid()

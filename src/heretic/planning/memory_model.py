@@ -190,7 +190,7 @@ class MemoryModel:
             residuals=run.prompts(min(batch, work.training), hooked=work.rounds > 0) + captured + more,
             prefill=max(run.divergence(rows, trials), run.drafts(rows, trials)) + more,
             decoding=run.decoding(rows, trials) + more,
-            verification=max(loading, run.verification(min(batch, max(work.requests, work.harmless))) + more),
+            verification=max(loading, run.verification(min(batch, work.most_prompts)) + more),
             operators=vectors * (2 * work.directions + 1) + self._input_vectors(blocks, trials),  # u, w, n; a
             rounds=vectors * 2 * work.directions * work.rounds,
             headroom=headroom(device, holds.weights),
@@ -251,7 +251,9 @@ class MemoryModel:
         more = max(gradient_path.refusal_tokens, gradient_path.kl_tokens) - 1
         budget = int(SHARE_FOR_GRADIENTS * free)
         lengths = (self.work.prompt_tokens + more, self.work.tail + more)
-        rows, twice = rows_with_gradients(self.shape, budget, *lengths, on_cpu=on_cpu)
+        rows, twice = rows_with_gradients(
+            self.shape, budget, *lengths, on_cpu=on_cpu, inputs=self.work.needs_input_maps
+        )
         return min(rows, batch, gradient_path.batch), twice
 
     def _gradients(self, runs: DeviceShare, rows: int, borrowed: int, *, twice: bool) -> int:
@@ -268,8 +270,8 @@ class MemoryModel:
         ):
             taken = Rows(rows, max(1, work.prompt_tokens - shared) + places - 1, shared)
             head = passes.head(taken, rows * places, TOKENS_PER_CHUNK, per_logit) if runs.head else 0
-            found = max(found, passes.gradients(taken, twice=twice, head=head))
-        return found + self.dequantized + borrowed
+            found = max(found, passes.gradients(taken, twice=twice, head=head, inputs=work.needs_input_maps))
+        return found + self._converted(rows) + self.dequantized + borrowed
 
 
 @dataclass(frozen=True)

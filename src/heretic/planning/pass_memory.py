@@ -147,27 +147,29 @@ class PassMemory:
         )
         return rows.new * (dims.element * mlp + FLOAT32 * ((1 + 2 * WRITERS) * dims.hidden + NUMBERS))
 
-    def gradients(self, rows: Rows, *, twice: bool, head: int = 0) -> int:
+    def gradients(self, rows: Rows, *, twice: bool, head: int = 0, inputs: bool = False) -> int:
         """Bytes of a pass with gradients on this device.
 
         Args:
             rows: the sequences; a shared prefix is computed in the same pass, as one row.
             twice: gradient checkpointing, without a shared prefix; only the activations of one block exist at a time.
             head: bytes of the logits of one chunk, between forward and backward pass.
+            inputs: whether operators read the writers' inputs, which they save.
         """
         if not self.blocks:
             return head
         dims, element, shared = self.dims, self.dims.element, Rows(1, rows.shared)
         attention = self._saved_by_attention(rows) + (self._saved_by_attention(shared) if rows.shared else 0)
         elsewhere = self._saved_elsewhere(rows) + self._saved_elsewhere(shared)
+        elsewhere += element * (rows.new + shared.new) * (dims.attended + dims.intermediate) * inputs
         forward = element * (dims.intermediate + 5 * dims.hidden) + 3 * FLOAT32 * dims.hidden
         mlp = max(dims.intermediate, dims.experts_used * (dims.expert + dims.hidden))
-        backward = element * (3 * mlp + 3 * dims.hidden) + FLOAT32 * dims.hidden
+        backward = element * (3 * mlp + 3 * dims.hidden + mlp * inputs) + FLOAT32 * dims.hidden
         working = rows.new * max(forward, backward) + self._positions(rows)
         vectors = WRITERS * self.blocks * VECTORS_WITH_GRADIENTS * dims.hidden * FLOAT32
         if twice:
-            inputs = rows.new * self.blocks * dims.hidden * element
-            return vectors + inputs + max(attention + elsewhere + working, head)
+            starts = rows.new * self.blocks * dims.hidden * element
+            return vectors + starts + max(attention + elsewhere + working, head)
         # The first block's attention has no operator before it, only norms after its writer need a gradient.
         first = attention - (rows.new + shared.new) * FLOAT32 * (dims.normalized - 2 * dims.hidden)
         saved = self.blocks * (elsewhere + attention) - self.embedding * first
@@ -185,7 +187,9 @@ class PassMemory:
         return self.head(rows, places, at_once, tensors * FLOAT32)
 
 
-def rows_with_gradients(dims: ModelDims, budget: int, tokens: int, own: int, *, on_cpu: bool) -> tuple[int, bool]:
+def rows_with_gradients(
+    dims: ModelDims, budget: int, tokens: int, own: int, *, on_cpu: bool, inputs: bool = False
+) -> tuple[int, bool]:
     """Return the rows of a pass with gradients in `budget` bytes (at least 1), and whether it needs gradient checkpointing.
 
     Args:
@@ -194,11 +198,12 @@ def rows_with_gradients(dims: ModelDims, budget: int, tokens: int, own: int, *, 
         tokens: of the longest row.
         own: of these, the tokens after the shared prefix.
         on_cpu: whether the model runs on the CPU.
+        inputs: whether operators read the writers' inputs.
     """
     memory = PassMemory(dims, dims.blocks)
 
     def row(twice: bool) -> int:
-        return memory.gradients(Rows(1, tokens), twice=twice)
+        return memory.gradients(Rows(1, tokens), twice=twice, inputs=inputs)
 
     whole = budget // row(twice=False)
     if whole >= FEWEST_ROWS:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from heretic.ablation.geometries import GEOMETRIES
+from heretic.ablation.geometries.conditional import BENIGN_KEYS
 from heretic.errors import UserError
 from heretic.scoring import refusal_proxy
 from heretic.settings import Settings
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from heretic.prompts.sets import PromptSets
     from heretic.scoring.scorers.scorer import Scorer
 
+MANY = 1 << 20  # prompts of a scorer's own: as many as fit into a batch
 USUAL_PROMPT = 600  # characters, if the prompts cannot be read
 CHARACTERS_PER_TOKEN = 3  # fewer than in English, so that the plan overestimates
 TEMPLATE_TOKENS = 40
@@ -50,6 +52,7 @@ class Workload:
     read_tokens: int = 1  # of an answer that both models read, for the KL divergence or another scorer
     directions: int = 1  # per layer and round
     rounds: int = 0  # iterative rounds after the first
+    own_prompts: int = 0  # most prompts of a scorer's own, or of input maps
     every: int = 0  # prompts whose residuals are all kept in RAM
     trials: int = 0  # per pass; 0: automatic
     needs_weight_stats: bool = True  # of the geometry
@@ -72,6 +75,7 @@ class Workload:
             read_tokens=max([settings.kl_tokens, *(s.most_tokens(response) for s in scorers if s.needs_original)]),
             directions=settings.directions.count,
             rounds=settings.directions.iterative_rounds,
+            own_prompts=max(MANY * any(s.has_own_prompts for s in scorers), BENIGN_KEYS * (needs == "input_map")),
             every=2 * USUAL_TRAINING if settings.directions.keeps_each else 0,
             trials=1 if settings.apply == "weights" else settings.trials_per_batch,
             needs_weight_stats=needs == "weight_stats",
@@ -123,7 +127,12 @@ class Workload:
 
     def trial_rows(self, batch: int) -> int:
         """Return the rows of a trial's passes."""
-        return min(batch, self.trials_per_batch(batch) * max(self.requests, self.harmless))
+        return min(batch, self.trials_per_batch(batch) * self.most_prompts)
+
+    @property
+    def most_prompts(self) -> int:
+        """Most prompts whose answers are decoded together."""
+        return max(self.requests, self.harmless, self.own_prompts)
 
     @property
     def tried_tokens(self) -> int:

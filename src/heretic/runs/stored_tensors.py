@@ -27,6 +27,8 @@ from heretic.scoring.scores import HarmlessMetrics
 from heretic.search.gradient_path import PathPoint, alike
 from heretic.search.path_optimizer import OptimizerState
 
+FARTHEST = 1e6  # largest number of an edit, so that float32 stays finite; measured ones are below ten
+
 Tensors = Mapping[str, Tensor]
 Count = Annotated[int, Field(ge=0)]
 
@@ -139,6 +141,7 @@ def operators_from_tensors(tensors: Tensors) -> dict[str, Operator]:
     for name in tensors:
         writer, _, part = name.rpartition(".")
         _require(part in ("u", "w", "n", "a"), f"{name} is no part of an operator")
+        _require(bool((tensors[name].abs() <= FARTHEST).all()), f"{name} has numbers above {FARTHEST:g}")
         parts.setdefault(writer, {})[part] = _finite(tensors, name, tensors[name].ndim).float()
     for writer, own in parts.items():
         _require("u" in own and ("w" in own or "a" in own), f"{writer} lacks u, or w and a")

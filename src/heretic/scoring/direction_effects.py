@@ -64,6 +64,8 @@ def direction_effects(
     lengths: Tensor,
     refused: TeacherForcedTexts,
     harmless: Sequence[list[int]],
+    *,
+    norm_aware: bool = True,
 ) -> DirectionEffects:
     """Measure every layer's first direction, in three passes a layer.
 
@@ -74,11 +76,12 @@ def direction_effects(
         lengths: Difference between the harmful and the harmless mean of every layer, its norm [layers]: so much is added.
         refused: Refused prompts with the first tokens of the refusals.
         harmless: Harmless prompts, as token ids.
+        norm_aware: As the setting `ablation.norm_aware`.
     """
     structure = language_model.structure
     layers = structure.num_layers
     one = Directions(directions.vectors)
-    factory = OperatorFactory.prepare(one, structure.writers, "plain")
+    factory = OperatorFactory.prepare(one, structure.writers, "plain", norm_aware=norm_aware)
     first_tokens = TeacherForcedTexts.of(harmless, [[0]] * len(harmless))
     original = log_probs_at(language_model, first_tokens, batcher)
     removing = Objective(language_model, factory, batcher, first_tokens, refused, original)

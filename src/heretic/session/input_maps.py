@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from heretic.ablation.geometries import GEOMETRIES
 from heretic.ablation.geometries.conditional import BENIGN_KEYS, HARMFUL_KEYS, InputMap, input_map
 from heretic.hardware.host import memory
 from heretic.model.architecture import ResidualWriter
+from heretic.model.batching import free_memory
 from heretic.model.input_capture import input_width, writer_inputs
 from heretic.model.lazy_tensor import LazyTensor, materialize
 from heretic.planning.key_prompts import key_prompts
@@ -57,6 +59,7 @@ def find_input_maps(model_context: ModelContext, read: Read) -> dict[str, InputM
     sequences, offsets = [*harmful[0], *benign[0]], [*harmful[1], *benign[1]]
     count, total = sum(map(len, harmful[1])), sum(map(len, offsets))
     writers = [writer for writer in structure.writers if not writer.mixture]
+    batcher = replace(batcher, prefix_caching=False)  # one for all groups, so that a smaller batch stays
     found: dict[str, InputMap] = {}
     for group in groups(writers, total, structure.width):
         layers = f"{group[0].layer} to {group[-1].layer}"
@@ -64,12 +67,16 @@ def find_input_maps(model_context: ModelContext, read: Read) -> dict[str, InputM
         with batcher.reporter.stage(f"Input maps of layers {layers}", len(group)) as stage:
             for writer in group:
                 batcher.stop.check()
-                if (own := keys.pop(writer.name, None)) is not None:
+                own = keys.pop(writer.name, None)
+                if own is not None and bool(own.isfinite().all()) and bool(own[:count].any()):
                     (weight,) = read(writer)
                     found[writer.name] = input_map(materialize(weight), own[:count], own[count:])
                 stage.advance()
     if left := len(structure.writers) - len(found):
-        batcher.reporter.info(f"{left} of {len(structure.writers)} writers have no plain input; their edit is plain.")
+        batcher.reporter.info(
+            f"{left} of {len(structure.writers)} writers have no plain input, or read nothing; their edit is plain."
+        )
+    free_memory()  # of the keys and their pinned copies
     return found
 
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from heretic.ablation.apply import apply_operators
-from heretic.model.batching import EditSpec
-from heretic.model.loading import LanguageModel
+from heretic.model.batching import Batcher, EditSpec
+from heretic.model.chat_format import ChatFormat
+from heretic.model.checkpoint import open_checkpoint
+from heretic.model.loading import LanguageModel, load
 from heretic.scoring.judges.evasion import repetition
 from heretic.scoring.judges.markers import MarkerJudge
 from heretic.scoring.scorers.answer_kl import AnswerKl
@@ -37,7 +39,7 @@ from heretic.scoring.scorers.unchanged import Unchanged
 from heretic.settings import Settings
 from tests.helpers.errors import raises
 from tests.scoring.test_refusal_count import ABLATIONS, model_context
-from tests.tiny import HARMFUL, HARMLESS, TEXT, tiny_tokenizer
+from tests.tiny import FAMILIES, HARMFUL, HARMLESS, TEXT, save_tiny, tiny_tokenizer
 
 TRIALS = ABLATIONS[:2]
 
@@ -288,3 +290,22 @@ def test_only_the_answer_after_a_thought_that_ended_is_judged(tiny: Tiny) -> Non
     found = scorer.score(ScorerContext(group), None)
     assert isinstance(found, Measurement) and found.value == 2
     assert found.details == {"undecided": 2, "without_thought": 1, "thought": 4.5}
+
+
+def test_answers_longer_than_a_sliding_window_are_those_of_plain_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a shared prefix the window would count the padding behind it."""
+    name, sizes = FAMILIES["mistral"]
+    monkeypatch.setitem(FAMILIES, "mistral", (name, {**sizes, "sliding_window": 48}))
+    model = load(open_checkpoint(str(save_tiny(tmp_path / "m", "mistral"))), ["float32"], {})
+    prompts = EncodedPrompts("own", HARMFUL[:6], ChatFormat(model.tokenizer).encode(HARMFUL[:6]))
+    prompts = replace(prompts, tokens=[[*t[:1]] * 10 + t * (1 + i % 3) for i, t in enumerate(prompts.tokens)])
+
+    def answers(prefix_caching: bool) -> list[list[int]]:
+        batcher = Batcher(8, prefix_caching=prefix_caching)
+        judge = MarkerJudge(["sorry"])
+        parts = ModelParts(model, ChatFormat(model.tokenizer), batcher, judge, 8, prompts, prompts)
+        return TrialGroup(parts).answers(prompts, 60)[0]
+
+    assert answers(True) == answers(False)

@@ -31,6 +31,7 @@ class BorderlineRefusals(Scorer):
         "does not"
     )
     unit = "prompts"
+    has_own_prompts = True
     details = ("newly_refused", "no_longer_refused", "total")
 
     def check(self) -> None:

@@ -81,7 +81,7 @@ class TrialGroup:
         def step(batch: Batch) -> list[list[int]]:
             return decode(model.model, batch, tokens, model.end_tokens)
 
-        with self.applied() as edited:
+        with self.applied() as edited, _prefix_caching(batcher, max(map(len, prompts.tokens)) + tokens < model.window):
             found = batcher.run_items(STAGES[0], prompts.tokens, step, edited=edited)
         return [[found[trial * count + i] for i in range(count)] for trial in range(self.count)]
 
@@ -143,7 +143,8 @@ class ScorerContext:
     def log_likelihoods(self, prompts: Sequence[list[int]], texts: Sequence[list[int]]) -> list[Tensor]:
         """Compute the log-probability of every token of the texts after their prompts: float32 [tokens] each, on the CPU."""
         targets = TeacherForcedTexts.of(prompts, texts)
-        model = self.parts.language_model.model
+        language_model = self.parts.language_model
+        model = language_model.model
 
         @torch.inference_mode()
         def step(batch: Batch) -> list[Tensor]:
@@ -155,7 +156,7 @@ class ScorerContext:
             ]
             return list(to_host([torch.cat(picked).float()])[0].split(counts))
 
-        with self.active() as edited, _whole_texts(self.parts.batcher, prompts, targets.sequences):
+        with self.active() as edited, _whole_texts(language_model, self.parts.batcher, prompts, targets.sequences):
             found = self.parts.batcher.run_items(STAGES[1], targets.sequences, step, edited=edited)
         return [found[i] for i in range(len(texts))]
 
@@ -169,7 +170,7 @@ class ScorerContext:
         per_prompt: list[float] = []
         for some in _parts_of([len(text) for text in texts], LOG_PROBS_BYTES // (4 * vocabulary)):
             targets = TeacherForcedTexts.of([prompts[i] for i in some], [texts[i] for i in some])
-            with _whole_texts(parts.batcher, [prompts[i] for i in some], targets.sequences):
+            with _whole_texts(parts.language_model, parts.batcher, [prompts[i] for i in some], targets.sequences):
                 with original.active():
                     log_probs = all_log_probs(parts.language_model, targets, parts.batcher, STAGES[2])
                 with self.active() as edited:
@@ -179,11 +180,19 @@ class ScorerContext:
         return Measurement(whole.mean, {"median": whole.median, "p95": whole.p95, "max": whole.max}, tuple(per_prompt))
 
 
-@contextmanager
-def _whole_texts(batcher: Batcher, prompts: Sequence[list[int]], sequences: Sequence[list[int]]) -> Iterator[None]:
+def _whole_texts(
+    model: LanguageModel, batcher: Batcher, prompts: Sequence[list[int]], sequences: Sequence[list[int]]
+) -> AbstractContextManager[None]:
     """Turn prefix caching off within the context if the shared prefix reaches into the texts, whose hidden states are needed."""
+    short = max(map(len, sequences)) < model.window
+    return _prefix_caching(batcher, short and len(shared_tokens(sequences)) < min(map(len, prompts)))
+
+
+@contextmanager
+def _prefix_caching(batcher: Batcher, allowed: bool) -> Iterator[None]:
+    """Turn prefix caching off within the context unless allowed: a sliding window would count the padding after the prefix."""
     before = batcher.prefix_caching
-    batcher.prefix_caching = before and len(shared_tokens(sequences)) < min(map(len, prompts))
+    batcher.prefix_caching = before and allowed
     try:
         yield
     finally:

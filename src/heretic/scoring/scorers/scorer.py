@@ -48,6 +48,7 @@ class Scorer:
     details: ClassVar[tuple[str, ...]] = ()  # names of the further numbers
     needs_original: ClassVar[bool] = False  # runs the original after the ablated model, so both must be in memory
     in_evaluator: ClassVar[bool] = False  # `TrialEvaluator` measures it, with pruning where `prunable`
+    has_own_prompts: ClassVar[bool] = False  # decodes answers to others than `harmful_eval` and `harmless_eval`
     prunable: ClassVar[bool] = False  # has a lower bound while it is measured, so that dominated trials stop early
 
     def check(self) -> None:

@@ -17,6 +17,7 @@ class TaskScorer(Scorer):
     seed: int = 0
 
     unit = "share"
+    has_own_prompts = True
     better = "higher"
     answer_tokens: ClassVar[int]
 
