@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +17,16 @@ import pytest
 
 from heretic.hardware import locks
 from heretic.interrupt import StopSignal
-from heretic.pipeline.browser_chat import BrowserChat
+from heretic.pipeline.browser_chat import BrowserChat, _Asked
 from heretic.pipeline.run import run
 from heretic.progress import NULL_REPORTER
-from heretic.report.chat import ChatModel
+from heretic.report.chat import ChatModel, Question
 from heretic.report.server import LiveServer, open_server
 from heretic.runs.folder import RunFolder, find_run
 from heretic.settings.sources import resolve
 from tests.helpers.browser import browser as open_browser
 from tests.helpers.browser import missing
+from tests.helpers.errors import raises
 from tests.helpers.serving import serving
 
 PROMPT = "make a bread of stars"
@@ -54,8 +57,8 @@ def folder(llama: Path, prompt_files: dict[str, Path], tmp_path_factory: pytest.
 
 
 @contextmanager
-def page_of(folder: RunFolder) -> Iterator[LiveServer]:
-    server = open_server(folder, str(folder.path.parent), os.environ, BrowserChat(folder))
+def page_of(folder: RunFolder, chat: BrowserChat | None = None) -> Iterator[LiveServer]:
+    server = open_server(folder, str(folder.path.parent), os.environ, chat or BrowserChat(folder))
     with serving(server):
         yield server
 
@@ -161,6 +164,110 @@ def test_a_question_that_is_none_is_refused(folder: RunFolder) -> None:
         assert connection.getresponse().status == 403
 
 
+@pytest.fixture
+def ready(tmp_path: Path) -> BrowserChat:
+    """A chat that takes a question, but has no thread to answer it."""
+    chat = BrowserChat(RunFolder(tmp_path / "mine"))
+    chat._phase = "ready"
+    return chat
+
+
+ASKED = Question.model_validate(question())
+
+
+def test_an_answer_ends_if_the_page_goes_away_before_its_first_byte(ready: BrowserChat) -> None:
+    def gone(_: object) -> None:
+        raise BrokenPipeError
+
+    with page_of(ready.folder, ready) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("heretic.report.server._Handler.end_headers", gone)
+        with pytest.raises(http.client.RemoteDisconnected):
+            post(server, "chat/ask", question())
+        assert ready.state()["phase"] == "answering" and ready._stop.requested
+
+
+def test_no_question_is_taken_while_the_model_is_unloaded(ready: BrowserChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heretic.pipeline.actions.start_chat", lambda *_: (None, lambda *_: "a"))
+    ready.answer(ASKED)
+    asked = ready._asked.get()
+    ready.unload()
+    assert asked is not None
+    ready._reply(None, asked)  # type: ignore[arg-type]
+    assert ready.state()["phase"] == "unloading"
+    with raises("chat-not-loaded"):
+        ready.answer(ASKED)
+    with raises("chat-loaded"):
+        ready.load()
+
+
+def test_memory_is_freed_when_nothing_holds_the_failed_answer(
+    ready: BrowserChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches: list[weakref.ref[set[int]]] = []
+    held: list[bool] = []
+
+    def generate(*_: object) -> str:
+        cache = {1}
+        caches.append(weakref.ref(cache))
+        raise MemoryError
+
+    monkeypatch.setattr("heretic.pipeline.actions.start_chat", lambda *_: (None, generate))
+    monkeypatch.setattr("heretic.model.batching.free_memory", lambda: held.append(caches[0]() is not None))
+    asked = _Asked(ASKED)
+    ready._reply(None, asked)  # type: ignore[arg-type]
+    assert held == [False]
+    assert "[out-of-memory]" in (asked.events.get_nowait() or {})["error"]
+
+
+def test_it_opens_its_run_and_no_other_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def open_run(name: str, runs_dir: str, *_: object, **__: object) -> None:
+        opened.append(find_run(name, runs_dir).path)
+        raise ValueError("red \x1b[31m\nmore")
+
+    for place in ("runs/mine", "mine"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("heretic.pipeline.actions.open_run", open_run)
+    chat = BrowserChat(RunFolder(Path("runs/mine")))
+    chat.load()
+    assert wait_for(chat, "off")["problem"].endswith(r"red \x1b[31m")
+    assert opened == [Path("runs/mine")]
+
+
+def test_a_failed_import_ends_the_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "heretic.pipeline.actions", None)
+    chat = BrowserChat(RunFolder(tmp_path))
+    chat.load()
+    assert "heretic.pipeline.actions" in wait_for(chat, "off")["problem"]
+
+
+# One model answers, then none: whether one did, [messages, lines] of each model, and the error after a new state.
+HALF_AN_ANSWER = r"""
+const whole = post, count = () => MODELS.map(m => [conversations[m].length, byId(m).children.length]);
+post = async () => new Response('data: {"model": "original", "text": "a"}\n\ndata: {"error": "E"}\n\n');
+return ask('p').then(async one => {
+  const half = count();
+  post = async () => new Response('data: {"error": "E"}\n\n');
+  const none = await ask('p');
+  post = whole;
+  showChat({ ...chat, phase: 'answering' });
+  return [one, half, none, count(), byId('chat-problem').textContent];
+});
+"""
+WHILE_ANSWERING = """
+const found = [];
+for (const [here, phase] of [[true, 'answering'], [false, 'answering'], [false, 'ready']]) {
+  answering = here;
+  showChat({ ...chat, phase });
+  found.push([byId('trial').disabled, !byId('stop-answer').disabled]);
+}
+return found;
+"""
+
+
 @pytest.mark.skipif(bool(missing()) and not os.environ.get("CI"), reason=missing())
 def test_in_a_browser_two_columns_fill_and_texts_stay_texts(folder: RunFolder, tmp_path: Path) -> None:
     columns = "return ['original', 'ablated'].map(m => document.querySelectorAll(`#${m} .assistant`).length).join()"
@@ -176,7 +283,10 @@ def test_in_a_browser_two_columns_fill_and_texts_stay_texts(folder: RunFolder, t
         assert browser.js("return document.querySelector('#original .user').textContent") == SCRIPT
         assert not browser.js("return window.hit")
         browser.keys("#prompt", "and now\ue007")
-        browser.wait("return conversations.ablated.length === 4", 60)
+        browser.wait("return conversations.ablated.length === 4 && !answering", 60)
+        half = [[6, 6], [4, 4]]
+        assert browser.js(HALF_AN_ANSWER) == [True, half, False, half, "E"]
+        assert browser.js(WHILE_ANSWERING) == [[True, True], [False, True], [False, False]]
         browser.click("#new")
         assert browser.js(columns) == "0,0"
         browser.click("#unload")

@@ -5,7 +5,6 @@ Nothing of a conversation is stored: the page holds it and sends it with every q
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from heretic.errors import Interrupted, UserError, first_line, memory_error
+from heretic.errors import Interrupted, UserError, first_line, memory_error, plain_line
 from heretic.interrupt import StopSignal
 from heretic.progress import NullReporter, Stage
 from heretic.report.chat import Question
@@ -26,7 +25,6 @@ MODELS = ("original", "ablated")
 SECONDS_BETWEEN_SIGNS = 1.0  # of life, while there is no text: they show whether the page is still there
 SECONDS_TO_END = 20.0  # that closing waits for the thread
 
-log = logging.getLogger("heretic")
 Event = dict[str, str]
 
 
@@ -78,7 +76,12 @@ class BrowserChat:
         """See ChatModel."""
         with self._lock:
             if self._phase != "off":
-                raise UserError("The model is already loaded.", code="chat-loaded", fix="ask it, or unload it")
+                ending = self._phase == "unloading"
+                raise UserError(
+                    "The model is being unloaded." if ending else "The model is already loaded.",
+                    code="chat-loaded",
+                    fix="wait until it is unloaded" if ending else "ask it, or unload it",
+                )
             self._phase, self._problem = "loading", ""
             self._reporter, self._stop, self._asked = _NoteTaker(), StopSignal(), SimpleQueue()
             self._thread = threading.Thread(target=self._work, name="chat", daemon=True)
@@ -87,8 +90,9 @@ class BrowserChat:
     def unload(self) -> None:
         """See ChatModel."""
         with self._lock:
-            self._stop.requested = True
-            self._asked.put(None)
+            if self._phase != "off":
+                self._phase, self._stop.requested = "unloading", True
+                self._asked.put(None)
 
     def close(self) -> None:
         """Release the model and wait for the thread."""
@@ -116,10 +120,13 @@ class BrowserChat:
             self._stop.reset()
             self._phase, self._current = "answering", asked
             self._asked.put(asked)
-        return self._events(asked)
+        events = self._events(asked)
+        next(events)  # closing a generator that has not started would skip its `finally`
+        return events
 
     def _events(self, asked: _Asked) -> Generator[Event | None]:
         try:
+            yield None  # to `answer`
             while True:
                 try:
                     event = asked.events.get(timeout=SECONDS_BETWEEN_SIGNS)
@@ -136,23 +143,23 @@ class BrowserChat:
 
     def _work(self) -> None:
         """Open the run, load the model and answer until told to end; the only thread that touches run and model."""
-        from heretic.pipeline.actions import open_run
-
-        problem, folder, stop = "", self.folder, self._stop
+        problem, path = "", self.folder.path
         try:
-            opened = open_run(folder.name, str(folder.path.parent), (), wait=False, reporter=self._reporter, stop=stop)
+            from heretic.pipeline.actions import open_run
+
+            # By its path: a run of the same name in the current folder would come first.
+            opened = open_run(str(path), str(path.parent), (), wait=False, reporter=self._reporter, stop=self._stop)
             with opened as run_context:
                 run_context.session()
-                self._become("ready")
+                self._become_ready()
                 while (asked := self._asked.get()) is not None:
                     self._reply(run_context, asked)
         except Interrupted:
             pass
         except UserError as error:
             problem = str(error)
-        except Exception as error:  # a defect; its traceback is in the run's log
-            problem = f"The chat ended: {first_line(error)}"
-            log.exception("the chat ended")
+        except Exception as error:  # a defect; once the run is open, its traceback is in run.log
+            problem = f"The chat ended: {plain_line(first_line(error))}"
         finally:
             with self._lock:
                 self._phase, self._problem = "off", problem
@@ -160,14 +167,20 @@ class BrowserChat:
                     self._current.events.put(None)
                 self._current = None
 
-    def _become(self, phase: str) -> None:
+    def _become_ready(self) -> None:
+        """End the answer, if there is one, and take the next question, unless the model is being unloaded."""
         with self._lock:
-            self._phase = phase
+            if self._phase != "unloading":
+                self._phase = "ready"
+            if self._current is not None:
+                self._current.events.put(None)
+            self._current = None
 
     def _reply(self, run_context: RunContext, asked: _Asked) -> None:
         from heretic.model.batching import free_memory, out_of_memory
         from heretic.pipeline.actions import start_chat
 
+        ran_out = False
         try:
             _, generate = start_chat(run_context, asked.question.trial, asked.question.tokens)
             for model in MODELS:
@@ -186,7 +199,7 @@ class BrowserChat:
             if not out_of_memory(error):
                 raise
             asked.events.put({"error": str(memory_error(error))})
+            ran_out = True
+        if ran_out:  # only here: until the error is gone, its traceback holds the answer's tensors
             free_memory()
-        with self._lock:
-            self._phase, self._current = "ready", None
-            asked.events.put(None)
+        self._become_ready()

@@ -51,7 +51,9 @@ class ChatModel(Protocol):
     """A model of a run that answers, and its original."""
 
     def state(self) -> dict[str, Any]:
-        """Return `phase` (off, loading, ready or answering), the latest `note` of the loading, and `problem`."""
+        """Return `phase` (off, loading, ready, answering or unloading), the latest `note` of the loading,
+        and `problem`.
+        """
 
     def load(self) -> None:
         """Begin to load the model. Raises UserError if it is loaded."""
@@ -62,7 +64,8 @@ class ChatModel(Protocol):
     def answer(self, question: Question) -> Generator[dict[str, str] | None]:
         """Yield pieces (`model`, `text`), whole answers (`model`, `answer`) and errors; None while there is nothing new.
 
-        Closing the iterator ends the answer. Raises UserError if the model is not loaded or answers already.
+        Closing the iterator, even if nothing was read, ends the answer. Raises UserError if the model is not loaded or
+        answers already.
         """
 
     def stop(self) -> None:

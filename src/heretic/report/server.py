@@ -244,13 +244,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _stream(self, events: Generator[dict[str, Any] | None]) -> None:
         """Send server-sent events; None, a sign of life, shows whether the browser is still there."""
-        self.send_response(HTTPStatus.OK)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("Connection", "close")
-        self.end_headers()
         self.close_connection = True
         with closing(events), suppress(OSError):
+            self.send_response(HTTPStatus.OK)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("Connection", "close")
+            self.end_headers()
             for event in events:
                 self.wfile.write(b": still here\n\n" if event is None else f"data: {json.dumps(event)}\n\n".encode())
                 self.wfile.flush()
