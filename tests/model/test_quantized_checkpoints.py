@@ -141,7 +141,9 @@ def test_the_plan_counts_what_is_loaded(folders: dict[str, Path], method: str, d
         assert plan.dtype == "float32"  # type: ignore[attr-defined]
     if method != "bitsandbytes" or dtype != "float32":  # it is loaded as bfloat16 whatever is asked for
         assert plan.weights == pytest.approx(held, rel=0.001)  # type: ignore[attr-defined]
-    assert all((load.loading > 0) == (method in OPENED) for load in plan.loads)  # type: ignore[attr-defined]
+    if method in OPENED:  # its largest weight exists in float32 while it is dequantized
+        largest = max(part.tensor.numel() for writer in model.structure.writers for part in writer.parts)
+        assert all(load.loading > 4 * largest for load in plan.loads)  # type: ignore[attr-defined]
     on_gpu = planned(checkpoint, *gpus(1, 24), cpu(4))
     assert on_gpu.dtype == "bfloat16"  # type: ignore[attr-defined]
 

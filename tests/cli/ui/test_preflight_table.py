@@ -25,7 +25,7 @@ def printed(report: PreflightReport) -> str:
 
 def load(name: str, weights: int) -> DeviceMemory:
     device = Device(name, 24 * GIB, 23 * GIB)
-    return DeviceMemory(device, "embedding, blocks 0-13", weights * GIB, cache=GIB, activations=GIB, headroom=2 * GIB)
+    return DeviceMemory(device, "embedding, blocks 0-13", weights * GIB, decoding=2 * GIB, headroom=2 * GIB)
 
 
 def report(*findings: Finding, with_plan: bool = True) -> PreflightReport:
