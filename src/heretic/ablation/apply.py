@@ -11,6 +11,7 @@ from torch import nn
 
 from heretic.ablation.operator import Operator, StackedOperators, placed
 from heretic.model.forward import trial_of_row
+from heretic.model.patching import forward_hooks
 from heretic.model.writer import ResidualWriter, first_tensor, with_first
 
 
@@ -23,14 +24,10 @@ def apply_operators(writers: Sequence[ResidualWriter], *trials: Mapping[str, Ope
     """
     by_writer = [(writer, [operators.get(writer.name) for operators in trials]) for writer in writers]
     edited = [(writer, named) for writer, named in by_writer if any(named)]
-    handles = []
-    try:
-        for (writer, _), operator in zip(edited, _on_their_devices(edited), strict=True):
-            handles += [module.register_forward_hook(_hook(operator)) for module in writer.modules]
+    operators = zip(edited, _on_their_devices(edited), strict=True)
+    hooks = ((module, _hook(operator)) for (writer, _), operator in operators for module in writer.modules)
+    with forward_hooks(hooks):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _on_their_devices(

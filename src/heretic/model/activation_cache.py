@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from heretic.model.architecture import first_tensor
-from heretic.model.patching import replaced_forward
+from heretic.model.patching import forward_hooks, replaced_forward
 from heretic.model.transfer import HostCopies, rows_to_device
 
 # With fewer cached layers the saved compute is not worth the memory.
@@ -118,11 +118,8 @@ class ActivationCache:
             self._store(self.hidden[layer], indices, hidden)
             self.also_returned = len(output) - 1 if isinstance(output, tuple) else None
 
-        handle = self.blocks[layer - 1].register_forward_hook(record)
-        try:
+        with forward_hooks([(self.blocks[layer - 1], record)]):
             yield
-        finally:
-            handle.remove()
 
     @contextmanager
     def _skipped(self, first: int, hidden: Tensor) -> Iterator[None]:

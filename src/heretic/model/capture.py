@@ -13,6 +13,7 @@ from heretic.model.architecture import first_tensor
 from heretic.model.batching import Batch, Batcher
 from heretic.model.forward import hidden_states
 from heretic.model.loading import LanguageModel
+from heretic.model.patching import forward_hooks
 from heretic.model.transfer import HostCopies
 
 
@@ -92,12 +93,8 @@ def last_token_residuals(language_model: LanguageModel, batch: Batch) -> Tensor:
 
         return hook
 
-    handles = [block.register_forward_hook(record(layer)) for layer, block in enumerate(blocks)]
-    try:
+    with forward_hooks((block, record(layer)) for layer, block in enumerate(blocks)):
         hidden_states(language_model.model, batch, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     copies.wait()
     # A skipped block (cross-attention without an image) does not change the stream.
     first = next(r for r in residuals if r is not None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from heretic.model.batching import Batch, Batcher
 from heretic.model.forward import hidden_states
 from heretic.model.loading import LanguageModel
+from heretic.model.patching import forward_hooks
 from heretic.model.transfer import HostCopies
 from heretic.model.writer import ResidualWriter, first_tensor
 
@@ -45,15 +46,10 @@ def writer_inputs(
         places = torch.tensor([starts[i] + n for i in batch.rows for n in range(len(offsets[i]))], dtype=torch.long)
         captured: dict[str, Tensor] = {}
         copies = HostCopies()
-        handles = [
-            w.module.register_forward_hook(_recording(w, captured, copies, (rows, tokens), (row, token), other))
-            for w in writers
-        ]
-        try:
+        with forward_hooks(
+            (w.module, _recording(w, captured, copies, (rows, tokens), (row, token), other)) for w in writers
+        ):
             hidden_states(language_model.model, batch, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
         copies.wait()
         for writer, keys in captured.items():
             if writer not in found:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from heretic.model.patching import forward_hooks
 from heretic.model.writer import ResidualWriter, first_tensor, with_first
 
 TOKENS = tuple(range(1, 17))  # enough for a router to choose several experts
@@ -82,7 +83,7 @@ def block_inputs(model: PreTrainedModel, blocks: nn.ModuleList) -> dict[int, Arg
 def output_of(model: PreTrainedModel, blocks: nn.ModuleList, layer: int, inputs: Arguments, module: nn.Module) -> Any:
     """Return the output of a module inside a block in that pass; None if it is not called."""
     outputs: list[Any] = []
-    with _hooked([(module, lambda _m, _i, output: outputs.append(output))]):
+    with forward_hooks([(module, lambda _m, _i, output: outputs.append(output))]):
         blocks[layer](*inputs[0], **inputs[1])
     return outputs[0] if outputs else None
 
@@ -106,7 +107,7 @@ class _Runner:
     def __call__(self, hooks: Iterable[tuple[nn.Module, Callable[..., Any]]] = ()) -> Tensor:
         args, kwargs = self.inputs
         args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-        with _hooked(hooks):
+        with forward_hooks(hooks):
             return first_tensor(self.block(*args, **kwargs))
 
     def affects_stream(self, writer: ResidualWriter, others: Sequence[ResidualWriter]) -> bool:
@@ -167,11 +168,3 @@ def zero_ablate(_module: nn.Module, _inputs: object, output: Any) -> Any:
 
 def _is_zero(tensor: Tensor | None) -> bool:
     return tensor is not None and not bool(tensor.abs().max() > 0)
-
-
-@contextmanager
-def _hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for module, hook in hooks:
-            stack.callback(module.register_forward_hook(hook).remove)
-        yield

@@ -7,19 +7,19 @@ known refusals in place of their refusal tokens, and the writers' outputs in pla
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator_factory import OperatorFactory
 from heretic.model.batching import Batcher
 from heretic.model.loading import LanguageModel
+from heretic.model.patching import forward_hooks
 from heretic.model.writer import first_tensor, with_first
 from heretic.scoring.gradient_loss import Objective
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, log_probs_at
@@ -98,7 +98,7 @@ def direction_effects(
         for layer in range(layers):
             mixture = tuple(float(i == layer) for i in range(layers))
             found = removing.evaluate(Ablation(dict.fromkeys(structure.components, (1.0,) * layers), mixture), 0, *rows)
-            with _added(structure.blocks[layer], lengths[layer] * one.vectors[layer]):
+            with forward_hooks([(structure.blocks[layer], _adding(lengths[layer] * one.vectors[layer]))]):
                 sufficiency.append(induced())
             necessity.append(found.probability)
             kl.append(found.kl)
@@ -106,16 +106,11 @@ def direction_effects(
     return DirectionEffects(*(torch.tensor(numbers) for numbers in (necessity, sufficiency, kl, before)))
 
 
-@contextmanager
-def _added(block: nn.Module, vector: Tensor) -> Iterator[None]:
-    """Add a vector to a block's output at all tokens within the context."""
+def _adding(vector: Tensor) -> Callable[..., Any]:
+    """Return a hook that adds a vector to a block's output at all tokens."""
 
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
         stream = first_tensor(output)
         return with_first(output, stream + vector.to(stream))
 
-    handle = block.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hook
