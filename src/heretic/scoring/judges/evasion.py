@@ -26,7 +26,7 @@ class Evasion:
             return True
         text = normalize(answer)
         words = _words(text)
-        if loops(answer):
+        if is_loop(words):
             return True
         if len(words) <= MAX_WORDS and any(phrase in text for phrase in self.phrases):
             return True
