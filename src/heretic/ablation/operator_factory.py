@@ -55,10 +55,10 @@ class OperatorFactory:
         `read` returns a writer's matrices [width, inputs], also of offloaded layers. `input_maps` are those of the writers that
         have one, for a geometry that needs them.
         """
-        needs = GEOMETRIES[geometry].needs
-        facts: dict[str, WeightStats | InputMap] = {**(input_maps or {})} if needs == "input_map" else {}
+        form = GEOMETRIES[geometry]
+        facts: dict[str, WeightStats | InputMap] = {**(input_maps or {})} if form.reads_inputs else {}
         scales = {w.name: s.cpu() for w in writers if norm_aware and (s := w.scale()) is not None}
-        if needs == "weight_stats":
+        if form.needs == "weight_stats":
             with reporter.stage("Weight statistics", len(writers)) as stage:
                 for writer in writers:
                     scaled_directions = directions.all_directions.flatten(0, 1) * scales.get(writer.name, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -206,6 +206,20 @@ def free_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     empty_cache()
+
+
+def parts_within(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Split the indices of the sizes, in order, into parts of at most `most` together; at least one index each."""
+    part: list[int] = []
+    total = 0
+    for i, size in enumerate(sizes):
+        if part and total + size > most:
+            yield part
+            part, total = [], 0
+        part.append(i)
+        total += size
+    if part:
+        yield part
 
 
 def shared_tokens(sequences: Sequence[list[int]]) -> list[int]:

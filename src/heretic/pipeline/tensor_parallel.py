@@ -84,7 +84,7 @@ def check(checkpoint: Checkpoint, settings: Settings) -> None:
             where=where,
             fix='quantization = "none" and judge.kind = "markers", or run without torchrun',
         )
-    if GEOMETRIES[settings.ablation.geometry].needs == "input_map":
+    if GEOMETRIES[settings.ablation.geometry].reads_inputs:
         raise UserError(
             "A process with a shard of the weights does not see the whole input of a writer.",
             code="tensor-parallel-unsupported",

@@ -35,6 +35,6 @@ def key_prompts(settings: Settings, role: str, prompts: Sequence[T]) -> Sequence
 
 def check_key_prompts(settings: Settings, prompts: PromptSets) -> None:
     """Raise UserError if the geometry needs keys and the training sets have too few prompts for them."""
-    if GEOMETRIES[settings.ablation.geometry].needs == "input_map":
+    if GEOMETRIES[settings.ablation.geometry].reads_inputs:
         for prompt_set in (prompts.harmful_train, prompts.harmless_train):
             key_prompts(settings, prompt_set.role, prompt_set.prompts)

@@ -62,7 +62,7 @@ class Workload:
     @classmethod
     def of(cls, settings: Settings, longest: int) -> Workload:
         """Estimate the workload from the settings and the length of the longest prompt in characters."""
-        gradient, needs = settings.search.gradient, GEOMETRIES[settings.ablation.geometry].needs
+        gradient, geometry = settings.search.gradient, GEOMETRIES[settings.ablation.geometry]
         gradient_path = GradientSearchWorkload(
             gradient.batch, gradient.prompts, gradient.kl_tokens, gradient.refusal_tokens
         )
@@ -75,11 +75,11 @@ class Workload:
             read_tokens=max([settings.kl_tokens, *(s.most_tokens(response) for s in scorers if s.needs_original)]),
             directions=settings.directions.count,
             rounds=settings.directions.iterative_rounds,
-            own_prompts=max(MANY * any(s.has_own_prompts for s in scorers), BENIGN_KEYS * (needs == "input_map")),
+            own_prompts=max(MANY * any(s.has_own_prompts for s in scorers), BENIGN_KEYS * geometry.reads_inputs),
             every=2 * USUAL_TRAINING if settings.directions.keeps_each else 0,
             trials=1 if settings.apply == "weights" else settings.trials_per_batch,
-            needs_weight_stats=needs == "weight_stats",
-            needs_input_maps=needs == "input_map",
+            needs_weight_stats=geometry.needs == "weight_stats",
+            needs_input_maps=geometry.reads_inputs,
             gradient_search=None if settings.search.start == "kernels" else gradient_path,
         )
 

@@ -11,7 +11,7 @@ from heretic.ablation.geometries import GEOMETRIES
 from heretic.ablation.geometries.conditional import BENIGN_KEYS, HARMFUL_KEYS, InputMap, input_map
 from heretic.hardware.host import memory
 from heretic.model.architecture import ResidualWriter
-from heretic.model.batching import free_memory
+from heretic.model.batching import free_memory, parts_within
 from heretic.model.input_capture import input_width, writer_inputs
 from heretic.model.lazy_tensor import LazyTensor, materialize
 from heretic.planning.key_prompts import key_prompts
@@ -28,17 +28,15 @@ MOST_TEMPLATE_TOKENS = 16  # last tokens of a prompt that give keys, at most
 
 Keys = tuple[list[list[int]], list[list[int]]]  # sequences, and the tokens of each that give keys, counted from its end
 
-
-Read = Callable[
-    [ResidualWriter], Sequence[LazyTensor]
-]  # of a writer's matrices [width, inputs], also of offloaded layers
+# Returns a writer's matrices [width, inputs], also of offloaded layers.
+Read = Callable[[ResidualWriter], Sequence[LazyTensor]]
 
 
 def open_input_maps(
     model_context: ModelContext, folder: RunFolder, compute_once: ComputeOnce, read: Read
 ) -> dict[str, InputMap]:
     """Load the input maps from the run's folder or compute them, if the geometry needs them. Raises UserError."""
-    if GEOMETRIES[model_context.settings.ablation.geometry].needs != "input_map":
+    if not GEOMETRIES[model_context.settings.ablation.geometry].reads_inputs:
         return {}
     with compute_once.shared_file(INPUT_MAPS):
         input_maps = folder.load_input_maps(model_context.batcher.reporter)
@@ -122,16 +120,7 @@ def common_ending(sequences: Sequence[list[int]]) -> int:
 
 
 def groups(writers: Sequence[ResidualWriter], keys: int, width: int) -> Iterator[list[ResidualWriter]]:
-    """Yield the writers in groups whose keys and outputs fit into the RAM for them together; at least one writer each."""
+    """Return the writers in groups whose keys and outputs fit into the RAM for them together; at least one writer each."""
     budget = min(MOST_CAPTURED, int(SHARE_FOR_RESIDUALS * memory()[1]))
-    group: list[ResidualWriter] = []
-    used = 0
-    for writer in writers:
-        needed = 4 * keys * (input_width(writer) + width)
-        if group and used + needed > budget:
-            yield group
-            group, used = [], 0
-        group.append(writer)
-        used += needed
-    if group:
-        yield group
+    needed = [4 * keys * (input_width(writer) + width) for writer in writers]
+    return ([writers[i] for i in part] for part in parts_within(needed, budget))

@@ -26,6 +26,11 @@ class Geometry:
     operator: Callable[[Tensor, float | Tensor, Any, Tensor], Operator]
     needs: Literal["nothing", "weight_stats", "input_map"]
 
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether its operators read the writers' inputs."""
+        return self.needs == "input_map"
+
     def __call__(self, v: Tensor, strength: float | Tensor, facts: Any, mix: Tensor) -> Operator:
         """Return the operator of a writer for directions `v` and a strength."""
         return self.operator(v, strength, facts, mix)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from heretic.model.batching import UNEDITED, Batch, Batcher, EditSpec, shared_tokens
+from heretic.model.batching import UNEDITED, Batch, Batcher, EditSpec, parts_within, shared_tokens
 from heretic.model.chat_format import ChatFormat, check_length
 from heretic.model.decoding import decode
 from heretic.model.forward import hidden_states, log_probs_of
@@ -168,7 +168,7 @@ class ScorerContext:
         original, parts = self.original or self, self.parts
         vocabulary = parts.language_model.model.config.get_text_config(decoder=True).vocab_size
         per_prompt: list[float] = []
-        for some in _parts_of([len(text) for text in texts], LOG_PROBS_BYTES // (4 * vocabulary)):
+        for some in parts_within([len(text) for text in texts], LOG_PROBS_BYTES // (4 * vocabulary)):
             targets = TeacherForcedTexts.of([prompts[i] for i in some], [texts[i] for i in some])
             with _whole_texts(parts.language_model, parts.batcher, [prompts[i] for i in some], targets.sequences):
                 with original.active():
@@ -197,17 +197,3 @@ def _prefix_caching(batcher: Batcher, allowed: bool) -> Iterator[None]:
         yield
     finally:
         batcher.prefix_caching = before
-
-
-def _parts_of(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Split the indices into runs of at most `most` tokens, at least one index each."""
-    part: list[int] = []
-    tokens = 0
-    for i, length in enumerate(lengths):
-        if part and tokens + length > most:
-            yield part
-            part, tokens = [], 0
-        part.append(i)
-        tokens += length
-    if part:
-        yield part
