@@ -11,21 +11,18 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
-from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.export import full
 from heretic.export.gguf_check import check_file
-from heretic.export.programs import remove_code, run_program
-from heretic.export.request import Format, WriteRequest, WriteResult
-from heretic.export.save import TensorEdit, hashed
+from heretic.export.programs import converted_format, delete_others, remove_code, run_program
+from heretic.export.request import WriteRequest, WriteResult
+from heretic.export.save import hashed
 from heretic.files import expand_user, write_text
 from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint
-from heretic.model.loading import LanguageModel
 from heretic.planning.memory_plan import stored_dtype
 from heretic.progress import ProgressReporter
 from heretic.settings import Settings
@@ -113,14 +110,6 @@ def _beside(command: list[str], name: str) -> str | None:
     return next((program for path in paths if (program := shutil.which(name, path=path))), None)
 
 
-def prepare(
-    model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, reporter: ProgressReporter
-) -> dict[str, TensorEdit]:
-    """Plan the edits as `full` does, once the converter is found. Raises UserError."""
-    require(settings, model.checkpoint)
-    return full.prepare(model, operators, settings, reporter)
-
-
 def convert(
     order: WriteRequest, folder: Path, written: WriteResult, reporter: ProgressReporter, stop: StopSignal
 ) -> WriteResult:
@@ -149,11 +138,7 @@ def convert(
             first.unlink()
     # 3. Verify the file, and delete the folder's other files.
     check_file(file, staged, order.prepared, reporter, stop)
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path != file:
-            path.unlink()
+    delete_others(folder, file)
     with reporter.stage("Hashing", None):
         hashes = {"source": written.hashes["source"], "written": hashed([file], stop)}
     description = (
@@ -212,12 +197,4 @@ def _metadata(order: WriteRequest) -> dict[str, str]:
     }
 
 
-FORMAT = Format(
-    "one GGUF file for llama.cpp",
-    prepare,
-    full.write,
-    full.open_written,
-    read_back=full.read_back,
-    require=require,
-    convert=convert,
-)
+FORMAT = converted_format("one GGUF file for llama.cpp", require, convert)

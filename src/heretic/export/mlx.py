@@ -12,16 +12,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from heretic.ablation.operator import Operator
 from heretic.errors import UserError, VerificationFailed
 from heretic.export import full
-from heretic.export.programs import remove_code, run_program
-from heretic.export.request import Format, WriteRequest, WriteResult
+from heretic.export.programs import converted_format, delete_others, remove_code, run_program
+from heretic.export.request import WriteRequest, WriteResult
 from heretic.export.save import TensorEdit, hashed
 from heretic.export.spot_check import rounding_of
 from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint
-from heretic.model.loading import LanguageModel
 from heretic.progress import ProgressReporter
 from heretic.settings import Settings
 
@@ -59,14 +57,6 @@ def converter() -> list[str]:
     )
 
 
-def prepare(
-    model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, reporter: ProgressReporter
-) -> dict[str, TensorEdit]:
-    """Plan the edits as `full` does, once the converter is found. Raises UserError."""
-    require(settings, model.checkpoint)
-    return full.prepare(model, operators, settings, reporter)
-
-
 def convert(
     order: WriteRequest, folder: Path, written: WriteResult, reporter: ProgressReporter, stop: StopSignal
 ) -> WriteResult:
@@ -82,11 +72,7 @@ def convert(
         command = [*converter(), "--hf-path", str(folder), "--mlx-path", str(made), *options]
         run_program(command, made / "config.json", stop, _conversion_error)
     check_folder(made, staged, order.prepared, reporter, stop)
-    for path in folder.iterdir():
-        if path.is_dir() and path != made:
-            shutil.rmtree(path)
-        elif path != made:
-            path.unlink()
+    delete_others(folder, made)
     (made / "README.md").unlink(missing_ok=True)  # heretic's card takes its place
     for path in made.iterdir():
         path.rename(folder / path.name)
@@ -172,12 +158,4 @@ def _failed(name: str, what: str) -> VerificationFailed:
     )
 
 
-FORMAT = Format(
-    "a folder for mlx-lm",
-    prepare,
-    full.write,
-    full.open_written,
-    read_back=full.read_back,
-    require=require,
-    convert=convert,
-)
+FORMAT = converted_format("a folder for mlx-lm", require, convert)

@@ -1,4 +1,4 @@
-"""Run a program that converts an export: without network, with its output in the log."""
+"""What formats share that convert a verified model folder with a program: how it runs, and the rest of their `Format`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from heretic.ablation.operator import Operator
 from heretic.errors import UserError, plain_line
+from heretic.export import full
+from heretic.export.request import Format, WriteRequest, WriteResult
+from heretic.export.save import TensorEdit
 from heretic.files import write_text
 from heretic.interrupt import StopSignal
+from heretic.model.checkpoint import Checkpoint
+from heretic.model.loading import LanguageModel
+from heretic.progress import ProgressReporter
+from heretic.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +75,41 @@ def run_program(
         message = " | ".join(line.strip()[:160] for line in lines[-SHOWN:])
         raise failure(command, message or f"exit status {process.returncode}, no output")
     return lines
+
+
+def converted_format(
+    description: str,
+    require: Callable[[Settings, Checkpoint], None],
+    convert: Callable[[WriteRequest, Path, WriteResult, ProgressReporter, StopSignal], WriteResult],
+) -> Format:
+    """Return a format that writes and verifies as `full`, then converts; `require` is called before anything is planned."""
+
+    def prepare(
+        model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, reporter: ProgressReporter
+    ) -> dict[str, TensorEdit]:
+        require(settings, model.checkpoint)
+        return full.prepare(model, operators, settings, reporter)
+
+    return Format(
+        description,
+        prepare,
+        full.write,
+        full.open_written,
+        read_back=full.read_back,
+        require=require,
+        convert=convert,
+    )
+
+
+def delete_others(folder: Path, kept: Path) -> None:
+    """Delete everything in the folder but one file or folder."""
+    for path in folder.iterdir():
+        if path == kept:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
