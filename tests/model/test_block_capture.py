@@ -87,5 +87,5 @@ def test_blocks_that_depend_on_more_than_the_hidden_states_are_refused(llama: Pa
 
     model.structure.blocks[0].register_forward_hook(remember)
     model.structure.blocks[3].register_forward_hook(add_first)
-    with raises("not-readable-by-block"):
+    with raises("not-by-block"):
         mean_residuals_by_block(model, SETS, batcher())

@@ -138,7 +138,7 @@ def _check_same(language_model: LanguageModel, expected: Tensor, found: Tensor) 
     if not bool((difference <= SAME).all()):
         raise UserError(
             "The blocks of this model depend on more than the hidden states, so they cannot run one by one.",
-            code="not-readable-by-block",
+            code="not-by-block",
             where=str(language_model.checkpoint.folder),
             fix="use a machine that holds the model",
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -40,7 +40,7 @@ class BlockLoader:
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device) -> None:
-        self.model: Any = model
+        self.model = cast(Any, model)
         self.checkpoint = checkpoint
         self.device = device
         self.prefix, self.blocks = decoder_blocks(model)
@@ -170,7 +170,7 @@ def check_readable_by_block(checkpoint: Checkpoint) -> None:
     if how or checkpoint.adapter:
         raise UserError(
             f"A model cannot be read block by block from {how or 'an adapter'}.",
-            code="not-readable-by-block",
+            code="not-by-block",
             where=str(checkpoint.folder),
             fix="use the model as safetensors in full precision",
         )
@@ -183,7 +183,7 @@ def _check_unshared(blocks: nn.ModuleList, checkpoint: Checkpoint) -> None:
         if own & seen:
             raise UserError(
                 f"Block {layer} shares weights with an earlier one, so the blocks cannot be read one by one.",
-                code="not-readable-by-block",
+                code="not-by-block",
                 where=str(checkpoint.folder),
                 fix="use a machine that holds the model",
             )

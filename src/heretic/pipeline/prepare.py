@@ -75,7 +75,7 @@ def prepare_run(
     report = run_preflight(settings, read_prompts, judging=judging)
     on_report(report)
     if not force:
-        _raise_failure(report)
+        raise_failure(report)
     checkpoint = open_model(settings)
     tensor_parallel.check(checkpoint, settings)
     prompts = read_prompts()
@@ -89,7 +89,7 @@ def prepare_run(
         report = run_preflight(pinned, read_prompts, judging=False)
         on_report(report)
         if not force:
-            _raise_failure(report)
+            raise_failure(report)
         plan = LoadPlan.of(pinned, report.plan)
         facts = {**facts, "dtypes": kept}
     folder = _folder_of(settings, checkpoint, facts)
@@ -103,7 +103,7 @@ def _folder_of(settings: Settings, checkpoint: Checkpoint, facts: dict[str, Any]
     return RunFolder(Path(settings.runs_dir) / name, fingerprint.short_hash(facts))
 
 
-def _raise_failure(report: PreflightReport) -> None:
+def raise_failure(report: PreflightReport) -> None:
     """Raise UserError with the first failure of the preflight, if it has one."""
     failures = [f for f in report.findings if f.level == "failure"]
     if not failures:
