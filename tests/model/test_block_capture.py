@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import LanguageModel, load
 from heretic.progress import NULL_REPORTER
 from tests.helpers.errors import raises
+from tests.helpers.pretend_gpus import PretendGpus
 from tests.tiny import save_tiny
 
 SETS = (
@@ -89,3 +91,16 @@ def test_blocks_that_depend_on_more_than_the_hidden_states_are_refused(llama: Pa
     model.structure.blocks[3].register_forward_hook(add_first)
     with raises("not-by-block"):
         mean_residuals_by_block(model, SETS, batcher())
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_gpu_holds_one_block_and_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # pretend GPUs are those of one thread
+    checkpoint = open_checkpoint(str(save_tiny(tmp_path / "m", "mixtral")))
+    expected = mean_residuals_by_block(by_block(tmp_path / "m"), SETS, batcher())
+    with PretendGpus(1) as gpus:
+        model = load_by_block(checkpoint, "float32", torch.device("cuda:0"), reporter=NULL_REPORTER)
+        found = mean_residuals_by_block(model, SETS, replace(batcher(), device="cuda:0"))
+        used = gpus.used[0]
+    assert all(torch.allclose(a.mean, b.mean, atol=1e-5) for a, b in zip(found, expected, strict=True))
+    assert used < 0.5 * checkpoint.nbytes

@@ -174,6 +174,7 @@ def test_idle_gpu() -> None:
 def test_weights_that_do_not_fit(changes: dict[str, Any], fix: str) -> None:
     found = only(facts(**changes))
     assert found.level == "failure" and found.subject == "memory" and str(found.fix).startswith(fix)
+    assert ("--by-block" in str(found.fix)) == fix.startswith("use a smaller model"), "only where no setting helps"
 
 
 def test_everything_on_one_of_several_gpus() -> None:

@@ -129,12 +129,14 @@ def _prepare(settings: Settings, destination: Path, reporter: ProgressReporter) 
     exporting = settings.model_copy(update={"save_to": str(destination)})
     found = read_inputs(exporting, read_prompts, judging=False)
     raise_failure(build_report(exporting, found, placed=False))
-    checkpoint, prompts = open_model(settings), read_prompts()
+    assert found.checkpoint is not None
+    check_readable_by_block(found.checkpoint)
+    require_format(settings, found.checkpoint)
+    plan = plan_by_block(settings, found.checkpoint, found.work, devices(gpus_here()))
+    checkpoint, prompts = open_model(settings), read_prompts()  # this downloads the weights
     check_readable_by_block(checkpoint)
-    require_format(settings, checkpoint)
     for warning in prompts.warnings:
         reporter.warning(warning)
-    plan = plan_by_block(settings, checkpoint, found.work, devices(gpus_here()))
     facts = fingerprint.facts(settings, checkpoint, prompts, [plan.dtype], read_template(settings))
     name = fingerprint.short_hash({**facts, "by_block": True})  # without the prefix that a study detects in answers
     folder = RunFolder(Path(settings.runs_dir) / f"{checkpoint.short_name}-{name}", name)
@@ -182,7 +184,7 @@ def _plan_edit(
             norm_aware=settings.ablation.norm_aware,
         ).operators(ablation)
         assert model.loader is not None
-        log.info("read %s of blocks, of %s in all", format_bytes(model.loader.bytes_read), format_bytes(plan.total))
+        log.info("read %s of blocks before the export", format_bytes(model.loader.bytes_read))
         return EditJob(
             format=settings.export_format,
             settings=settings,

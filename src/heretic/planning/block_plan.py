@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from transformers import PreTrainedModel
+
 from heretic.errors import UserError
 from heretic.hardware.devices import Device
 from heretic.hardware.host import format_bytes
@@ -29,7 +31,6 @@ class BlockPlan:
     dtype: str
     batch_size: int
     weights: int  # bytes that are in memory at a time: the largest block, and all that is outside the blocks
-    total: int  # bytes of the whole model
     mixture: bool  # has fused experts, which takes more reads to find
 
 
@@ -45,29 +46,33 @@ def plan_by_block(settings: Settings, checkpoint: Checkpoint, work: Workload, de
     Raises:
         UserError: for an unknown device, or if no device has enough memory for a block with one prompt.
     """
-    named = _allowed(settings, devices)
-    for device in named:
+    for device in _allowed(settings, devices):
         dtype = planned_dtype(settings.dtypes[0], checkpoint, None if device.is_gpu else device)
         model = meta_model(checkpoint, dtype)
-        sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
-        prefix, blocks = decoder_blocks(model)
-        by_block = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
-        largest = max(size for name, size in sizes.items() if name.startswith(f"{prefix}."))
-        mixture = any(p.ndim == 3 for p in blocks.parameters())
-        weights, total = sum(sizes.values()) - sum(by_block) + max(by_block), sum(sizes.values())
-        # Fusing experts takes one tensor more, and so does reading a writer for its statistics.
+        weights, largest = _in_memory(model)
+        # Fusing experts takes one tensor more.
         fixed = weights + largest + (CONTEXT if device.is_gpu else PROGRAM) + headroom(device, weights)
         passes = PassMemory(ModelDims.of(checkpoint.text_config, model), 1, embedding=True)
         rows = [2**n for n in reversed(range(LARGEST_ON_CPU.bit_length()))]
         needed = {count: fixed + _pass(passes, count, work.prompt_tokens) for count in rows}
         if fitting := next((count for count in rows if needed[count] <= device.free), 0):
-            return BlockPlan(device, dtype, settings.batch_size or fitting, weights, total, mixture)
+            mixture = any(parameter.ndim == 3 for parameter in model.parameters())
+            return BlockPlan(device, dtype, settings.batch_size or fitting, weights, mixture)
     raise UserError(
         f"One block with one prompt needs {format_bytes(needed[1])}. {device.name} has {format_bytes(device.free)} free.",
         code="block-too-large",
         where="memory",
         fix='end other programs, or dtypes = ["bfloat16"], or use a machine with more memory',
     )
+
+
+def _in_memory(model: PreTrainedModel) -> tuple[int, int]:
+    """Return the bytes of the largest block with all that is outside the blocks, and of the largest tensor of a block."""
+    _, blocks = decoder_blocks(model)
+    sizes = [[p.numel() * p.element_size() for p in block.parameters()] for block in blocks]
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    by_block = [sum(block) for block in sizes]
+    return total - sum(by_block) + max(by_block), max(max(block) for block in sizes)
 
 
 def _allowed(settings: Settings, devices: Sequence[Device]) -> list[Device]:

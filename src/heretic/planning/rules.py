@@ -22,7 +22,6 @@ BUSY = 500 * MIB  # GPU memory of another process from which a warning is printe
 UNSEEN_USE = 2 * GIB  # used memory without a visible process; the driver itself uses up to about 1 GiB
 LARGE = 3_000_000_000  # parameters, for a CPU
 WHY_NO_GPU = "if the machine has GPUs, run heretic doctor; on a CPU a model of this size takes days"
-BY_BLOCK = "heretic ablate MODEL --strength 1 --by-block -o FOLDER"
 RUN_FOLDER = GIB
 SPARE_DISK = 1.05
 GGUF_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9}  # per weight
@@ -66,7 +65,8 @@ def weights_do_not_fit(facts: PreflightFacts) -> Iterator[Finding]:
         text = f"{format_bytes(plan.offloaded)} of the {format_bytes(plan.weights)} of weights in {plan.dtype} fit on no device."
     else:
         text = _shortage(plan)
-    fix = f"use a smaller model or a machine with more memory, or without scores: {BY_BLOCK}"
+    by_block = f"heretic ablate {facts.settings.model} --strength 1 --by-block -o FOLDER"
+    fix = f"use a smaller model or a machine with more memory; or without scores: {by_block}"
     if plan.on_gpu and facts.settings.device_map == "planned" and facts.settings.quantization == "none":
         fix = (
             'device_map = "auto" (leaves the rest in RAM; every pass becomes many times slower), or use a smaller model'
