@@ -24,7 +24,7 @@ from heretic.settings.toml import toml_value
 DOCS = Path(__file__).parents[1] / "docs"
 SOURCE = Path(__file__).parents[1] / "src" / "heretic"
 OBVIOUS_TYPES = ("string", "integer", "number", "true or false", "list; each item a string", "list; each item a number")
-MAX_WORDS = 14  # in a cell of the table of errors that shows several texts
+MAX_WORDS = 24  # of message and fix, in a row of the table of errors that shows several causes
 
 
 def main() -> None:
@@ -275,9 +275,9 @@ def errors_page() -> str:
         "code (`error.code` of `heretic.errors.UserError` in Python), because texts change. An error without a code is a bug:",
         "please report it. The exit status is 1 unless a number follows the code.",
         "",
-        "The table shortens the texts, and of a code with many causes it shows some; heretic prints the cause and fix of your case.",
-        '`…` stands for a name, a number or a list, `↻` for "then run the same command again; nothing finished is lost". Generated',
-        "from the code by `python scripts/make_docs.py`.",
+        "The table shortens the texts, and shows some causes of a code that has many; heretic prints cause and fix of your case.",
+        '`…` stands for a name, a number or a list, `↻` for "then run the same command again; nothing finished is lost". Made by',
+        "`python scripts/make_docs.py`.",
         "",
         "|code|message|fix|",
         "|---|---|---|",
@@ -285,8 +285,9 @@ def errors_page() -> str:
     for codes, own in _rows():
         statuses = sorted({site.exit_status for site in own} - {UserError.exit_status})
         code_cell = "<br>".join(f"`{code}`" for code in codes) + "".join(f" {status}" for status in statuses)
-        messages = dict.fromkeys(_short_message(text) for site in own for text in site.messages)
-        fixes = dict.fromkeys(_short_fix(text) for site in own for text in site.fixes)
+        shown = _sites_to_show(own)
+        messages = dict.fromkeys(_short_message(text) for site in shown for text in site.messages)
+        fixes = dict.fromkeys(_short_fix(text) for site in shown for text in site.fixes)
         lines.append(f"|{code_cell}|{_cell(messages) or 'the cause'}|{_cell(fixes)}|")
     return "\n".join(lines) + "\n"
 
@@ -306,6 +307,18 @@ def _rows() -> list[tuple[list[str], list[Site]]]:
     return sorted((sorted(codes), own) for codes, own in rows)
 
 
+def _sites_to_show(own: Sequence[Site]) -> list[Site]:
+    """Return one place for every code of a row, and further ones up to `MAX_WORDS`; short texts first."""
+    shown: list[Site] = []
+    for site in sorted(own, key=lambda site: len(" ".join((*site.messages, *site.fixes)))):
+        known = {code for other in shown for code in other.codes}
+        texts = [text for each in (*shown, site) for text in (*each.messages, *each.fixes)]
+        n_words = sum(len(_short_fix(_short_message(text)).split()) for text in dict.fromkeys(texts))
+        if set(site.codes) - known or n_words <= MAX_WORDS:
+            shown.append(site)
+    return shown
+
+
 def _short_message(message: str) -> str:
     """Return the first clause of a message, unless that says too little."""
     clause = re.split(r"[:;] |, (?:so|which heretic) |(?<=[\w)'…])\. (?=[A-Z…])", message)[0]
@@ -321,14 +334,9 @@ def _short_fix(fix: str) -> str:
 
 
 def _cell(texts: Iterable[str]) -> str:
-    """Return texts as one cell of a table, without those that another one contains, up to `MAX_WORDS`; at least one."""
+    """Return texts as one cell of a table, without those that another one contains."""
     known = list(texts)
-    own = [text for text in known if not any(text != longer and text.rstrip("↻ ") in longer for longer in known)]
-    shown, n_words = own[:1], len(" ".join(own[:1]).split())
-    for text in own[1:]:
-        n_words += len(text.split())
-        if n_words <= MAX_WORDS:
-            shown.append(text)
+    shown = [text for text in known if not any(text != longer and text.rstrip("↻ ") in longer for longer in known)]
     return "<br>".join(_escaped(text).replace("|", "\\|") for text in shown)
 
 
