@@ -291,7 +291,7 @@ def convergence() -> str:
     gains = [0.001, 0.01, 0.03]
     cells = {(g["patience"], g["min_gain"]): f"{100 * g['lost']:.2f} %, {g['ran']}" for g in grid}
     rows = [("patience", *(f"min_gain {gain:g}" for gain in gains))]
-    rows += [(p, *(cells[p, gain] for gain in gains)) for p in (5, 10, 20, 30)]
+    rows += [(str(p), *(cells[p, gain] for gain in gains)) for p in (5, 10, 20, 30)]
     models = " and ".join(unique(MODELS[s["model"]] for s in studies))
     kinds = ", ".join(f"{s['name']} ({s['trials']} trials)" for s in studies)
     settings = (
@@ -373,7 +373,7 @@ def host_waits() -> str:
     passes = ("divergence pass", "draft pass", "capture pass", "gradient pass, mixture", "gradient pass, vector")
     models = after["models"]
 
-    def row(name: str, count: Callable[[Report], float]) -> tuple[str, str, str]:
+    def row(name: str, count: Callable[[Report], float]) -> tuple[str, ...]:
         return (name, *(spread(count(found["models"][model]) for model in models) for found in (before, after)))
 
     rows: list[Sequence[Any]] = [("", "before", "after")]
