@@ -24,7 +24,7 @@ from heretic.settings.toml import toml_value
 DOCS = Path(__file__).parents[1] / "docs"
 SOURCE = Path(__file__).parents[1] / "src" / "heretic"
 OBVIOUS_TYPES = ("string", "integer", "number", "true or false", "list; each item a string", "list; each item a number")
-MAX_WORDS = 24  # of message and fix, in a row of the table of errors that shows several causes
+MAX_WORDS = 16  # of message and fix, in a row of the table of errors that shows several causes
 
 
 def main() -> None:
@@ -98,7 +98,9 @@ def _setting_lines(name: str, same_model: Sequence[Table]) -> list[str]:
     changeable = all(table.changeable for table in same_model) or not affects_results(field)
     of_type = re.sub(r"^an? ", "", describe_type(field.annotation))
     facts = [default]
-    if of_type not in OBVIOUS_TYPES:  # the default does not show them
+    choices = re.findall(r'"(\w+)"', of_type)
+    described = all(f"`{choice}`" in (field.description or "") for choice in choices)
+    if of_type not in OBVIOUS_TYPES and not (choices and described):  # the default or the text shows them
         facts.insert(0, of_type)
     return [f"- **`{name}`** ({'; '.join(facts)}{'; *changeable*' * changeable}): {field.description}"]
 
@@ -131,17 +133,16 @@ unchanged = 0.5                        # higher is better, so this is the lowest
 tasks = 200
 ```
 
-- Objectives and constraints are measured in every trial that is not pruned. With `objectives = ["kl", "refusals"]`, in this order,
-  heretic prunes dominated trials before it measures anything else; with other objectives it measures every trial in full, and the
-  study ends after `n_trials`: whether it has converged (`search.patience`) is known for KL and refusals only.
-- `measures` cost nothing during the search. The manifest, the model card and `heretic export` list them for the original and the
-  ablated model, with the difference and, where the value is a mean over prompts or tasks, its standard error.
+- Objectives and constraints are measured in every trial that is not pruned. Only with `objectives = ["kl", "refusals"]`, in
+  this order, heretic prunes dominated trials and ends a study that has converged (`search.patience`).
+- `measures` cost nothing during the search. Manifest, model card and `heretic export` list them for the original and the
+  ablated model, with the difference and, for a mean over prompts or tasks, its standard error.
 - `heretic evaluate MODEL --against ORIGINAL --measures arithmetic,copying` measures two saved models.
-- The scorers of a trial share their answers; a longer length is decoded anew, and `kl` to `degenerate` decode their own. Answers
-  are greedy; their length is `max_response_length` unless the table says otherwise.
+- Answers are greedy, of `max_response_length` tokens unless the table says otherwise, and shared by the scorers after
+  `degenerate`.
 
-The table is generated from the code by `python scripts/make_docs.py`. A dagger marks scorers that `heretic evaluate` omits,
-because they run both models on the same text.
+The table is made by `python scripts/make_docs.py`. `heretic evaluate` omits scorers with a dagger, which run both models on
+one text.
 
 |name|what it measures|unit|better|details|options|
 |---|---|---|---|---|---|
@@ -149,12 +150,13 @@ because they run both models on the same text.
 SCORERS_FOOT = '''
 ## Limitations
 
-- The memory plan counts the longest answers of the chosen scorers, not prompts of their own: the questions of tasks, `source`, the
-  paragraphs of `text_perplexity`. If memory runs out, heretic halves the batch.
-- `language_switched` knows scripts, and eight languages in Latin script by frequent words. An answer of a few words is unclear.
+- The memory plan counts the longest answers of the chosen scorers, not prompts of their own. If memory runs out, heretic
+  halves the batch.
+- `language_switched` knows scripts, and eight languages in Latin script by frequent words. An answer of a few words is
+  unclear.
 - `arithmetic` and `copying` are easy. They show damage, not progress: use `heretic benchmark` for capability.
-- `borderline_refusals` needs prompts: `source` is a file or a data set, as in `[prompts.harmless_eval]`. Public sets are XSTest
-  (Röttger et al. 2024) and OR-Bench (Cui et al. 2024); read their licenses.
+- `borderline_refusals` needs prompts: `source` is a file or a data set, as in `[prompts.harmless_eval]`. Public sets are
+  XSTest (Röttger et al. 2024) and OR-Bench (Cui et al. 2024); read their licenses.
 - Measures of an export are taken before it is written; the written model is then compared with the measured one.
 
 ## Your own scorer
@@ -189,12 +191,11 @@ class Words(Scorer):
         return Measurement.mean_of([now / max(1, before) for now, before in zip(counts, baseline)])
 ```
 
-`model` is a `ScorerContext`: its prompts are `model.harmful` and `model.harmless`, and `model.encode(name, texts)` makes others.
-`answers` gives token ids, `texts` text, `verdicts` the judge's verdicts, `log_likelihoods` and `divergence` numbers of a pass.
-Within `with model.active():` the loaded model `model.parts.language_model.model` is the ablated one. Return a float or a
-`Measurement`; infinity is allowed, NaN is an error. If the answers are longer than `max_response_length`, let the method
-`most_tokens(response)` return their length, for the memory plan. A scorer that runs `model.original` after the ablated model sets
-`needs_original = True`.
+`model` is a `ScorerContext`: `model.harmful` and `model.harmless` are prompts, `model.encode(name, texts)` makes others.
+`answers` gives token ids, `texts` text, `verdicts` the judge's verdicts, `log_likelihoods` and `divergence` numbers of a
+pass. Within `with model.active():` the model `model.parts.language_model.model` is the ablated one. Return a float or a
+`Measurement`; NaN is an error. If answers are longer than `max_response_length`, let `most_tokens(response)` return their
+length, for the memory plan. A scorer that runs `model.original` after the ablated model sets `needs_original = True`.
 '''
 
 
@@ -237,12 +238,17 @@ def migrating_page() -> str:
         "|heretic-llm|heretic|note|",
         "|---|---|---|",
     ]
+    same = [name for name, known in TABLE.items() if known.ours == name and not known.note]
     for name, known in TABLE.items():
+        if name in same:
+            continue
         lines.append(f"|`{name}`|{f'`{known.ours}`' if known.ours else '-'}|{known.note}|")
     for name, role in PROMPT_SETS.items():
         keys = ", ".join(f"`{a}` = `{b}`" if a != b else f"`{a}`" for a, b in PROMPT_KEYS.items())
         lines.append(f"|`[{name}]`|`[prompts.{role}]`|{keys}|")
     lines += [
+        "",
+        f"Unchanged: {', '.join(f'`{name}`' for name in same)}.",
         "",
         "The converted file also sets a default of heretic-llm that differs from ours and affects the scores: "
         + ", ".join(f"`{key} = {toml_value(value)}`" for key, value in DEFAULTS.items())
