@@ -293,12 +293,13 @@ def convergence() -> str:
     rows = [("patience", *(f"min_gain {gain:g}" for gain in gains))]
     rows += [(str(p), *(cells[p, gain] for gain in gains)) for p in (5, 10, 20, 30)]
     models = " and ".join(unique(MODELS[s["model"]] for s in studies))
-    kinds = ", ".join(f"{s['name']} ({s['trials']} trials)" for s in studies)
+    sizes = sorted(s["trials"] for s in studies)
     settings = (
-        f"most of the final hypervolume (KL {report['reference_kl']:g}, the original's refusals) lost in any study, and trials "
-        f"run of {grid[0]['of']}; {kinds}; {report['note']}"
+        f"most of the final hypervolume (KL {report['reference_kl']:g}, the original's refusals) lost in one of {len(studies)} "
+        f"studies of {sizes[0]} to {sizes[-1]} trials, and trials run of {grid[0]['of']}"
     )
-    return captioned(rows, "convergence", model=models, settings=settings)
+    command = "`python benchmarks/convergence.py STUDIES`"
+    return captioned(rows, "convergence", model=models, settings=settings, command=command)
 
 
 def study() -> str:
@@ -365,38 +366,6 @@ def busy() -> str:
         [head, *rows], "busy_neighbors", model="R" + report["model"][1:],
         settings="two threads; median seconds a step",
     )  # fmt: skip
-
-
-def host_waits() -> str:
-    """Return host waits, launches and bytes, counted on pretend GPUs."""
-    before, after = (read("host_waits")["counted"][name] for name in ("before", "after"))
-    passes = ("divergence pass", "draft pass", "capture pass", "gradient pass, mixture", "gradient pass, vector")
-    models = after["models"]
-
-    def row(name: str, count: Callable[[Report], float]) -> tuple[str, ...]:
-        return (name, *(spread(count(found["models"][model]) for model in models) for found in (before, after)))
-
-    rows: list[Sequence[Any]] = [("", "before", "after")]
-    rows += [row(name, lambda found, name=name: found[name]["waits"]) for name in passes]  # type: ignore[misc]
-    rows += [
-        row("a decoded token", lambda found: found["decode"]["waits"]),
-        row("launches a decoded token", lambda found: found["decode"]["launches"]),
-    ]
-    generate = spread(found["generate"]["waits"] for found in models.values())
-    large = " → ".join(f"{each['bytes_to_first']['decode']:,.0f}" for each in (before, after))
-    settings = (
-        f"host waits, least to most of the models; transformers' generate: {generate} a token; 8 padded rows. 128 rows, vocabulary "
-        f"151,936, bfloat16, four GPUs: {large} bytes a token to the first"
-    )
-    names = ", ".join(unique(name.partition(",")[0] for name in models))
-    model = f"Tiny random models of 8 writers ({names}) on 1 and 4 pretend GPUs"
-    return captioned(rows, "host_waits", settings=settings, model=model)
-
-
-def spread(values: Iterable[float]) -> str:
-    """Return one number, or the least and the largest."""
-    known = sorted(values)
-    return " to ".join(unique(f"{value:.3g}" for value in (known[0], known[-1])))
 
 
 def plan_peaks() -> str:
