@@ -23,7 +23,6 @@ from heretic.settings.toml import toml_value
 
 DOCS = Path(__file__).parents[1] / "docs"
 SOURCE = Path(__file__).parents[1] / "src" / "heretic"
-OBVIOUS_TYPES = ("string", "integer", "number", "true or false", "list; each item a string", "list; each item a number")
 MAX_WORDS = 16  # of message and fix, in a row of the table of errors that shows several causes
 
 
@@ -100,7 +99,7 @@ def _setting_lines(name: str, same_model: Sequence[Table]) -> list[str]:
     facts = [default]
     choices = re.findall(r'"(\w+)"', of_type)
     described = all(f"`{choice}`" in (field.description or "") for choice in choices)
-    if of_type not in OBVIOUS_TYPES and not (choices and described):  # the default or the text shows them
+    if choices and not described:
         facts.insert(0, of_type)
     return [f"- **`{name}`** ({'; '.join(facts)}{'; *changeable*' * changeable}): {field.description}"]
 
