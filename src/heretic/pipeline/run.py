@@ -14,6 +14,7 @@ import optuna
 
 from heretic.errors import BusyError, Interrupted, UserError
 from heretic.export.export import Export, earlier_export, plan_export, write_export
+from heretic.export.formats import FORMATS
 from heretic.hardware import locks
 from heretic.hardware.gpus import gpus_for, gpus_here
 from heretic.interrupt import StopSignal
@@ -260,14 +261,9 @@ def run_trials(run_context: RunContext) -> None:
 
 def export_once(run_context: RunContext, result: Result, destination: Path) -> Export | None:
     """Export one trial, unless another worker of the study exports it."""
-    settings = run_context.settings
-    kinds = {
-        "gguf": f"gguf {settings.gguf_type}",
-        "lora": f"lora {settings.lora_rank}",
-        "mlx": f"mlx {settings.mlx_bits}",
-    }
-    kind = kinds.get(settings.export_format, "")
-    key = f"{result.number} {kind}".strip()
+    name = run_context.settings.export_format
+    options = FORMATS[name].options(run_context.settings)
+    key = " ".join(map(str, (result.number, name, *options.values())))
     with run_context.compute_once.once(
         f"the export of trial {result.number}", lambda: exported(run_context.study, key) is not None
     ):
