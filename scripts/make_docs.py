@@ -154,8 +154,8 @@ SCORERS_FOOT = '''
 - `language_switched` knows scripts, and eight languages in Latin script by frequent words. An answer of a few words is
   unclear.
 - `arithmetic` and `copying` are easy. They show damage, not progress: use `heretic benchmark` for capability.
-- `borderline_refusals` needs prompts: `source` is a file or a data set, as in `[prompts.harmless_eval]`. Public sets are
-  XSTest (Röttger et al. 2024) and OR-Bench (Cui et al. 2024); read their licenses.
+- `borderline_refusals` and `kept_refusals` need prompts: `source` is a file or a data set, as in `[prompts.harmless_eval]`.
+  Public sets are XSTest (Röttger et al. 2024) and OR-Bench (Cui et al. 2024); read their licenses.
 - Measures of an export are taken before it is written; the written model is then compared with the measured one.
 
 ## Your own scorer
