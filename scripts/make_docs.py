@@ -23,7 +23,7 @@ from heretic.settings.toml import toml_value
 
 DOCS = Path(__file__).parents[1] / "docs"
 SOURCE = Path(__file__).parents[1] / "src" / "heretic"
-MAX_WORDS = 16  # of message and fix, in a row of the table of errors that shows several causes
+MAX_WORDS = 24  # of message and fix, in a row of the table of errors that shows several causes
 
 
 def main() -> None:
