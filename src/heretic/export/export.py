@@ -20,7 +20,6 @@ from heretic.export.companions import copy_license_files
 from heretic.export.destination import check_unchanged, commit, disk_error, staging_dir
 from heretic.export.formats import FORMATS
 from heretic.export.full_precision_reference import to_full_precision
-from heretic.export.gguf import QUANTIZED
 from heretic.export.manifest import DIRECTIONS, MANIFEST, OPERATORS, inventory_of, scores_text
 from heretic.export.request import EditJob, ExportJob, Format, WriteResult
 from heretic.export.spot_check import check_edits
@@ -183,14 +182,8 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: S
         made = (manifest["run"], manifest["fingerprint"], manifest["trial"], written["format"])
         if made != (folder.name, folder.fingerprint, trial, settings.export_format):
             return None
-        if written.get("type", settings.gguf_type) != settings.gguf_type:
-            return None
-        weighed = settings.gguf_imatrix and settings.export_format == "gguf" and settings.gguf_type in QUANTIZED
-        if written.get("imatrix", False) != weighed:
-            return None
-        if written.get("bits", settings.mlx_bits) != settings.mlx_bits:
-            return None
-        if not written.get("exact", True) and written["rank"] != settings.lora_rank:
+        options = FORMATS[settings.export_format].options(settings)
+        if not written.get("exact") and any(written.get(name) != value for name, value in options.items()):
             return None
         if manifest.get("behavior", "") != settings.behavior:
             return None

@@ -91,6 +91,10 @@ class Format:
     write: Callable[[WriteRequest, Path, ProgressReporter, StopSignal], WriteResult]
     # Opens what was written, for verification and scores.
     open: Callable[[WriteRequest, Path], Checkpoint]
+    # Bytes of an export with its temporary files.
+    size: Callable[[Checkpoint, Settings], float]
+    # The settings that decide what is written, as the manifest's `written` has them.
+    options: Callable[[Settings], dict[str, Any]] = lambda _: {}
     full_precision: bool = True  # writes full precision even if the study quantized the model
     # Reads single written tensors; None if they are not the checkpoint's.
     read_back: Callable[[WriteRequest, Path], WrittenTensors | None] | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 from heretic.errors import UserError
 from heretic.export.destination import check_destination
-from heretic.export.formats import require_format
+from heretic.export.formats import export_size, require_format
 from heretic.hardware.gpus import Gpu
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_model, require_name
@@ -182,12 +182,14 @@ def read_inputs(
     if judging and first_worker and (warning := found.attempt("judge", lambda: try_judge(settings))):
         found.findings.append(Finding("warning", "judge", warning))
     work = Workload.of(settings, prompts.longest if prompts else USUAL_PROMPT)
+    size = 0.0
     if checkpoint is not None:
         if settings.save_to and first_worker:
             found.attempt("export", partial(require_format, settings, checkpoint))
+            size = export_size(settings, checkpoint)
         if prompts is not None:
             work = found.attempt("chat template", partial(work.counted, settings, checkpoint, prompts)) or work
-    return PreflightInputs(work, checkpoint, prompts, tuple(found.findings))
+    return PreflightInputs(work, checkpoint, prompts, tuple(found.findings), size)
 
 
 def _other_language(settings: Settings, prompts: PromptSets) -> list[Finding]:
