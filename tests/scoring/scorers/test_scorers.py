@@ -208,11 +208,11 @@ def test_kept_refusals_are_a_share_of_the_original_s(tiny: Tiny, tmp_path: Path)
     file.write_text("\n".join(HARMFUL[:8]), encoding="utf-8")
     spoken = tiny.parts.chat.tokenizer.decode(tiny.answer(tiny.parts.harmful.tokens[0], 12)).split()
     judge = MarkerJudge([max(spoken, key=len)])  # a random model refuses in words of its own
-    before, lost = (tiny.measure(scorer(str(file)), judge) for scorer in (BorderlineRefusals, KeptRefusals))
+    before, kept = (tiny.measure(scorer(str(file)), judge) for scorer in (BorderlineRefusals, KeptRefusals))
     refused = before[0].value
-    assert refused and lost[0].value == 1 and lost[0].details == {"lost": 0, "total": refused}
-    assert [m.details["lost"] for m in lost[1]] == [m.details["no_longer_refused"] for m in before[1]]
-    assert [m.value for m in lost[1]] == pytest.approx([1 - m.details["lost"] / refused for m in lost[1]])
+    assert refused and kept[0].value == 1
+    lost = [m.details["no_longer_refused"] for m in before[1]]
+    assert [m.value for m in kept[1]] == pytest.approx([1 - n / refused for n in lost])
 
 
 def test_kept_refusals_need_a_refusal(tiny: Tiny) -> None:
