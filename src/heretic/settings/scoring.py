@@ -183,7 +183,7 @@ class JudgeSettings(SettingsModel):
     kind: Literal["markers", "trained", "classifier", "llm"] = setting(
         "markers",
         "`markers`: the phrases of `refusal_markers`, matched during generation, which stops at the first match. "
-        "`trained`: a head on a sentence encoder that ships with heretic. `classifier`: a sequence classification model. "
+        "`trained`: a head that ships with heretic, on a sentence encoder. `classifier`: a sequence classification model. "
         "`llm`: a model behind an endpoint. The last three judge whole responses, so trials take longer.",
         when=(
             "Change it if `heretic evaluate --judge-agreement` or your own reading shows that phrases miss too much."
