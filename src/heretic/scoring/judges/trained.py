@@ -185,7 +185,9 @@ def check_encoder(settings: TrainedSettings) -> None:
 
 def _load(name: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of the weights, as in model/loading.py
     with _translate_load_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         return tokenizer, AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
