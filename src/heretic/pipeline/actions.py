@@ -33,7 +33,7 @@ from heretic.scoring.comparison import Comparison, number_text
 from heretic.scoring.comparison import compare as compare_measurements
 from heretic.scoring.divergence import measure_divergence
 from heretic.scoring.judges.agreement import Agreement, agreement, labeled_answers
-from heretic.scoring.judges.registry import JudgeContext, make_judge
+from heretic.scoring.judges.registry import JudgeContext, make_judge, with_evaluation_judge
 from heretic.scoring.judges.verdict import Judge, encode_verdicts
 from heretic.scoring.scorers.scorer import Measurement
 from heretic.scoring.scores import Divergence, HarmlessMetrics, json_numbers
@@ -212,10 +212,12 @@ def evaluate_model(
 ) -> Evaluation:
     """Measure the refusals of `settings.model` and its divergence from `against`; one model is in memory at a time.
 
+    `judge.evaluate` decides who judges.
     `revisions` are those of the model and of `against`; default: the settings' revision for both.
     """
     revision, against_revision = revisions or (settings.revision, settings.revision)
     settings = settings.model_copy(update={"save_to": "", "revision": revision})  # nothing is exported
+    settings = with_evaluation_judge(settings)
     with device_lock(settings, wait=wait, reporter=reporter, stop=stop):
         judge = make_judge(settings, JudgeContext(None, reporter, stop))
         reference: Reference | None = None

@@ -13,6 +13,7 @@ from heretic.errors import UserError
 from heretic.files import expand_user, sha256
 from heretic.model.checkpoint import Checkpoint
 from heretic.prompts.sets import PromptSets
+from heretic.scoring.judges.trained import head_text
 from heretic.settings import Settings
 from heretic.settings.languages import ENGLISH, language
 
@@ -30,6 +31,8 @@ def facts(
         fields.pop("quantization")  # keeps the fingerprints of studies older than this setting; likewise below
     if not fields["judge"]["llm"]["instruction"]:
         fields["judge"]["llm"].pop("instruction")
+    if settings.judge.kind != "trained":
+        fields["judge"].pop("trained")
     if settings.language == ENGLISH:
         fields.pop("language")
     else:
@@ -43,7 +46,7 @@ def facts(
         "dtypes": list(dtypes),
         "chat_template": hashlib.sha256(chat_template.encode()).hexdigest() if chat_template else "",
         "prompts": {s.role: s.sha256 for s in prompts.all},
-        **_classifier_hash(settings),
+        **_judge_hash(settings),
     }
 
 
@@ -68,14 +71,18 @@ def _set_scorers(fields: dict[str, Any], settings: Settings) -> None:
         fields["scorer_files"] = hashes
 
 
-def _classifier_hash(settings: Settings) -> dict[str, str]:
-    """Return the hash of a classifier in a local folder; empty for others."""
-    folder = Path(settings.judge.classifier.model)
-    if settings.judge.kind != "classifier" or not folder.is_dir():
-        return {}
-    files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
-    text = "".join(f"{path.name} {sha256(path)}\n" for path in files)
-    return {"classifier": hashlib.sha256(text.encode()).hexdigest()}
+def _judge_hash(settings: Settings) -> dict[str, str]:
+    """Return hashes of what a judge of the tables `trained` and `classifier` reads from files; empty for other judges."""
+    judge, found = settings.judge, {}
+    if judge.kind == "trained":
+        found["judge_head"] = hashlib.sha256(head_text().encode()).hexdigest()
+    models = {"classifier": judge.classifier.model, "trained": judge.trained.encoder}
+    folder = Path(models.get(judge.kind, ""))
+    if judge.kind in models and folder.is_dir():
+        files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+        text = "".join(f"{path.name} {sha256(path)}\n" for path in files)
+        found["classifier"] = hashlib.sha256(text.encode()).hexdigest()
+    return found
 
 
 def short_hash(data: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from heretic.settings.scoring import (
     JudgeSettings,
     LlmSettings,
     OptionValue,
+    TrainedSettings,
     limits_by_name,
     not_blank,
 )
@@ -30,7 +31,7 @@ from heretic.settings.workers import WorkerSettings
 __all__ = [
     "DEFAULT_MARKERS", "AblationSettings", "ClassifierSettings", "DirectionSettings", "ExportFormat", "Geometry",
     "GgufType", "GradientSettings", "JudgeSettings", "KernelSpace", "LlmSettings", "PromptSettings", "PromptSource",
-    "SearchSettings", "Settings", "WorkerSettings",
+    "SearchSettings", "Settings", "TrainedSettings", "WorkerSettings",
 ]  # fmt: skip
 
 

@@ -104,6 +104,22 @@ class ClassifierSettings(SettingsModel):
     )
 
 
+class TrainedSettings(SettingsModel):
+    """The judge `trained`: a logistic head, which ships with heretic, on a sentence encoder."""
+
+    encoder: PathText = setting(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "A Hugging Face id or a local folder; 91 MB. The head fits this encoder only.",
+        when="Set it to a folder on a machine without network.",
+    )
+    device: str = setting(
+        "cpu",
+        "Device of the encoder, for example `cpu`, `cuda:0` or `mps`.",
+        when="The CPU is fast enough for most runs.",
+        affects_results=False,
+    )
+
+
 class LlmSettings(SettingsModel):
     """The judge `llm`: a model behind an OpenAI-compatible endpoint."""
 
@@ -163,13 +179,21 @@ class LlmSettings(SettingsModel):
 class JudgeSettings(SettingsModel):
     """Decides whether a response is a refusal."""
 
-    kind: Literal["markers", "classifier", "llm"] = setting(
+    kind: Literal["markers", "trained", "classifier", "llm"] = setting(
         "markers",
-        "`markers`: the phrases of `refusal_markers`, matched during generation, which stops at the first. `classifier`: a "
-        "sequence classification model. `llm`: a model behind an endpoint. These two judge whole responses.",
+        "`markers`: the phrases of `refusal_markers`, matched during generation, which stops at the first. `trained`: a head "
+        "that ships with heretic, on a sentence encoder. `classifier`: a sequence classification model. `llm`: a model behind "
+        "an endpoint. The last three judge whole responses.",
         when=(
             "Change it if `heretic evaluate --judge-agreement` or your own reading shows that phrases miss too much."
         ),
+    )
+    evaluate: Literal["auto", "kind"] = setting(
+        "auto",
+        "Judge of `heretic evaluate`. `auto`: `trained` if its encoder is on this machine and `kind` is `markers` with the "
+        "default English phrases, else `kind`. `kind`: always `kind`.",
+        when='Set it to "kind" to compare with the numbers of a run.',
+        affects_results=False,
     )
     topic_words: Annotated[list[str], AfterValidator(not_blank)] = setting(
         TOPIC_WORDS,
@@ -182,6 +206,10 @@ class JudgeSettings(SettingsModel):
         "A response that is no refusal counts as evasive (not answered) if it is empty, a loop or a repetition of the "
         "request, or has at most 40 words and one of these phrases.",
         when="Change it for another language or a model with its own evasive phrases.",
+    )
+    trained: TrainedSettings = setting(
+        TrainedSettings(),
+        'The judge of judge.kind = "trained", and of `heretic evaluate` where its encoder is at hand.',
     )
     classifier: ClassifierSettings = setting(
         ClassifierSettings(),

@@ -82,16 +82,21 @@ def _load(settings: ClassifierSettings) -> tuple[Any, Any]:
         model = AutoModelForSequenceClassification.from_pretrained(
             settings.model, use_safetensors=True, dtype=torch.float32
         )
+    return tokenizer, on_device(model, settings.device, "judge.classifier.device")
+
+
+def on_device(model: Any, device: str, where: str) -> Any:
+    """Move a judge's model to the device that the setting `where` names. Raises UserError."""
     try:
-        return tokenizer, model.to(settings.device).eval()
+        return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # PyTorch without this accelerator raises AssertionError
         if out_of_memory(error):
             raise
         raise UserError(
-            f"Cannot move the classifier to device {settings.device!r}: {first_line(error)[:200]}",
+            f"Cannot move the judge's model to device {device!r}: {first_line(error)[:200]}",
             code="device-not-there",
-            where="judge.classifier.device",
-            fix='judge.classifier.device = "cpu"',
+            where=where,
+            fix=f'{where} = "cpu"',
         ) from None
 
 

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heretic.interrupt import StopSignal
+from heretic.model.distributed import size
 from heretic.progress import NULL_REPORTER, ProgressReporter
 from heretic.scoring.judges.classifier import ClassifierJudge, labels_of
 from heretic.scoring.judges.evasion import Evasion
 from heretic.scoring.judges.llm import LlmJudge
 from heretic.scoring.judges.markers import MarkerJudge
+from heretic.scoring.judges.trained import TrainedJudge, check_encoder, local_encoder
 from heretic.scoring.judges.verdict import Judge
-from heretic.settings import Settings
-from heretic.settings.languages import language
+from heretic.settings import DEFAULT_MARKERS, Settings
+from heretic.settings.languages import ENGLISH, language
 
 CACHE = "judge.jsonl"  # in a run's folder
 
@@ -37,6 +39,10 @@ def _classifier(settings: Settings, _: JudgeContext) -> Judge:
     return ClassifierJudge(settings.judge.classifier, _evasion(settings))
 
 
+def _trained(settings: Settings, _: JudgeContext) -> Judge:
+    return TrainedJudge(settings.judge.trained, _evasion(settings))
+
+
 def _llm(settings: Settings, context: JudgeContext) -> Judge:
     cache = context.folder / CACHE if context.folder else None
     return LlmJudge(settings.judge.llm, _evasion(settings), cache, context.reporter, context.stop or StopSignal())
@@ -44,6 +50,11 @@ def _llm(settings: Settings, context: JudgeContext) -> Judge:
 
 def _try_classifier(settings: Settings) -> str:
     labels_of(settings.judge.classifier)
+    return ""
+
+
+def _try_trained(settings: Settings) -> str:
+    check_encoder(settings.judge.trained)
     return ""
 
 
@@ -61,6 +72,7 @@ class JudgeSpec:
 
 JUDGES: dict[str, JudgeSpec] = {
     "markers": JudgeSpec(_markers),
+    "trained": JudgeSpec(_trained, _try_trained),
     "classifier": JudgeSpec(_classifier, _try_classifier),
     "llm": JudgeSpec(_llm, _try_llm),
 }
@@ -81,6 +93,22 @@ def try_judge(settings: Settings) -> str:
         UserError: if the judge cannot work.
     """
     return JUDGES[settings.judge.kind].try_out(settings)
+
+
+def with_evaluation_judge(settings: Settings) -> Settings:
+    """Return settings with the judge of `heretic evaluate`: the trained one if its encoder is on this machine.
+
+    The settings' own judge stays if the user chose another one than the English phrases, and under torchrun.
+    """
+    judge = settings.judge
+    usual = judge.kind == "markers" and settings.refusal_markers == DEFAULT_MARKERS and settings.language == ENGLISH
+    if judge.evaluate == "kind" or not usual or settings.behavior or size() > 1:
+        return settings
+    folder = local_encoder(judge.trained.encoder)
+    if folder is None:
+        return settings
+    trained = judge.trained.model_copy(update={"encoder": folder})
+    return settings.model_copy(update={"judge": judge.model_copy(update={"kind": "trained", "trained": trained})})
 
 
 def _evasion(settings: Settings) -> Evasion:

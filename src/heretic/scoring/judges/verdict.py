@@ -17,6 +17,7 @@ ORDER: tuple[Verdict, ...] = (
 
 JUDGE_DESCRIPTIONS = {  # a judge's description within a sentence
     "markers": "refusal phrases in their first tokens",
+    "trained": "a classifier on a sentence encoder, which read their first tokens",
     "classifier": "a classifier of their first tokens",
     "llm": "a language model that read their first tokens",
 }
