@@ -37,6 +37,7 @@ from heretic.model.capture import last_token_residuals
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import StopCriteria, decode, verify_draft
 from heretic.model.loading import LanguageModel, load
+from heretic.model.turns import finish
 from heretic.scoring.divergence import measure_divergence
 from heretic.scoring.gradient_loss import Objective
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs
@@ -122,12 +123,12 @@ def passes(gpus: Any, model: LanguageModel, factory: OperatorFactory) -> Iterato
 
     def draft() -> None:
         texts = [[*sequence, *text] for sequence, text in zip(SEQUENCES, TEXTS, strict=True)]
-        verify_draft(model.model, batcher.batch(list(rows), texts), TEXTS, StopCriteria(32, {2}))
+        finish(verify_draft(model.model, batcher.batch(list(rows), texts), TEXTS, StopCriteria(32, {2})))
 
     with apply_operators(model.structure.writers, factory.operators(Ablation({"mlp": (0.5,) * layers}))):
         yield "divergence pass", of(gpus, lambda: measure_divergence(model, harmless, original, batcher))
         yield "draft pass", of(gpus, draft)
-    yield "capture pass", of(gpus, lambda: last_token_residuals(model, batcher.batch(list(rows), SEQUENCES)))
+    yield "capture pass", of(gpus, lambda: finish(last_token_residuals(model, batcher.batch(list(rows), SEQUENCES))))
     for kind in ("mixture", "vector"):
         yield f"gradient pass, {kind}", of(gpus, partial(gradient, kind), passes=2)
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from results_tables import Report, read, table, wrapped
 
-DEFAULT_STREAMS = "in turn, default streams"
 BITS = {"none": "", "bnb_8bit": " in 8 bits", "bnb_4bit": " in 4 bits"}
 
 
@@ -56,26 +55,21 @@ def scale() -> str:
     """Return the ways to keep four cards busy with a 32B model."""
     report = read("timeline")["ways"]
     rows: list[tuple[str, ...]] = [
-        ("way", "trials at once", "groups", "s a trial", "tokens/s", "utilization", "while decoding", "x one busy card")
+        ("way", "trials at once", "s a trial", "tokens/s", "utilization", "while decoding", "x one busy card")
     ]
     for trials, each in report["busy_card"].items():
-        rows.append(("one busy card with the whole model", trials, "1", *numbers(each, report)))
-    rows += [
-        (row["kind"], str(row["trials"]), str(row["groups"]), *numbers(row, report))
-        for row in report["rows"]
-        if row["trials"] == max(r["trials"] for r in report["rows"])
-        or row["kind"] != DEFAULT_STREAMS  # all are as slow
-    ]
+        rows.append(("one busy card with the whole model", trials, *numbers(each, report)))
+    rows += [(row["kind"], str(row["trials"]), *numbers(row, report)) for row in report["rows"]]
     hosts = ", ".join(
-        f"{1e6 * each['launch']:.0f} us: {each['today']:.1f} and {each['in_turn']:.1f} s"
+        f"{1e6 * each['launch']:.0f} us: {each['one_batch']:.1f} and {each['in_turn']:.1f} s"
         for each in read("timeline")["host_times"]
     )
+    studies = ", ".join(f"{name} {lasting(each['seconds'])}" for name, each in report["studies"].items())
     return simulated(
         rows,
-        "Qwen2.5-32B in bfloat16 on 4x RTX 4090. Groups: micro-batches in turn that the trials are divided into. Last column: "
-        "tokens/s against one busy card with one trial, and with the number of trials that is best for it. "
-        f"A trial today (2) and in turn (4 in 4 groups, side streams), by the host's time a launch: {hosts}. "
-        f"A study in turn: {report['study_in_turn']['seconds'] / 60:.0f} minutes.",
+        f"Qwen2.5-32B in bfloat16 on 4x RTX 4090, at most {report['batch']} rows under way. Last column: tokens/s against one busy "
+        "card with one trial, and with the number of trials that is best for it. A trial one batch at a time and in turn, with "
+        f"the number of trials that is best for each, by the host's time a launch: {hosts}. A study: {studies}.",
     )
 
 

@@ -22,6 +22,7 @@ from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import DecodingState, StopCriteria, continue_decoding
 from heretic.model.loading import LanguageModel, load
+from heretic.model.turns import Turns
 from heretic.scoring import refusal_count
 from heretic.scoring.divergence import first_token_log_probs
 from heretic.scoring.evaluator import TrialEvaluator
@@ -232,11 +233,11 @@ def test_memory_that_runs_out_while_decoding_goes_on_halves_the_batch(
     (expected,) = together(saving, operator_factory, baseline, ABLATIONS[:1])
     sizes: list[int] = []
 
-    def short(model: object, answers: DecodingState, limits: StopCriteria) -> None:
+    def short(model: object, answers: DecodingState, limits: StopCriteria) -> Turns[None]:
         sizes.append(len(answers.tokens))
         if len(answers.tokens) > 4:
             raise torch.OutOfMemoryError("out of memory")
-        continue_decoding(model, answers, limits)
+        yield from continue_decoding(model, answers, limits)
 
     monkeypatch.setattr(refusal_count, "continue_decoding", short)
     (found,) = together(saving, operator_factory, baseline, ABLATIONS[:1])
