@@ -183,6 +183,8 @@ class LaunchLog(PretendGpus):
             return self.read(args[0].inner).item()
         if name == "_to_copy" and target == "cpu":
             return self.read(args[0].inner)
+        if name == "copy_" and target == "cpu":
+            return args[0].copy_(self.read(args[1].inner))
         made = super()._compute(func, name, args, kwargs, target, device, viewing)
         if name == "_to_copy" and not isinstance(args[0], GpuTensor):
             made.inner.known = args[0]

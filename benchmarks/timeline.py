@@ -1,6 +1,7 @@
 """How long a study of 7B, 32B and 70B would take on cards that are not here: launch logs replayed with the rates of data sheets.
 
     python benchmarks/timeline.py                 # simulate everything, and calibrate on this machine's CPU
+    python benchmarks/timeline.py --only ways     # compare ways to use four cards, and keep the rest of the report
     python benchmarks/timeline.py --launch 16     # with 16 us of the host for each launch
 
 A simulation, not a measurement. heretic's own passes run over models that exist only as shapes (study_log.py), and every card works
@@ -12,7 +13,9 @@ from __future__ import annotations
 import before_torch  # isort: skip  # noqa: F401
 
 import argparse
+import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
@@ -273,21 +276,27 @@ def main() -> None:
     """Simulate, calibrate, and write the report."""
     parser = options(__doc__, "timeline.json", assets=False)
     parser.add_argument("--launch", type=float, default=1e6 * DEFAULTS.launch, help="microseconds of the host a launch")
+    parser.add_argument("--only", choices=("calibration", "ways", "host_times", "studies"), help="of the report")
     arguments: argparse.Namespace = parser.parse_args()
     arguments.model = "shapes"
     logging.disable(logging.WARNING)  # accelerate warns about every GPU that is not here
     assumptions = replace(DEFAULTS, launch=arguments.launch / 1e6)
-    report = {
+    parts: dict[str, Callable[[], Any]] = {
+        "calibration": calibrate,
+        "ways": lambda: ways(assumptions),
+        "host_times": lambda: host_times(assumptions),
+        "studies": lambda: studies(assumptions),
+    }
+    report = json.loads(arguments.out.read_text()) if arguments.only else {}
+    report |= {
         **head(arguments),
         "simulated": True,
         "assumptions": asdict(assumptions),
         "cards": [asdict(card) for card in (RTX_4090, A100, H100)],
-        "calibration": calibrate(),
-        "ways": ways(assumptions),
-        "host_times": host_times(assumptions),
-        "studies": studies(assumptions),
     }
-    write(rounded(report), arguments.out)
+    for name in [arguments.only] if arguments.only else list(parts):
+        report[name] = parts[name]()
+        write(rounded(report), arguments.out)
 
 
 if __name__ == "__main__":
