@@ -84,12 +84,12 @@ def trial_sections(setup: Setup, way: Way, batch: int) -> dict[str, Section]:
     blocks = (setup.shape.blocks,) if setup.ranks > 1 else setup.blocks
     rows = way.trials * EVALUATION
     with placed(setup.shape, blocks, quantization=setup.quantization, ranks=setup.ranks, groups=way.groups) as model:
-        return trial_log(model, rows, way.trials, min(batch, rows))
+        return trial_log(model, rows, way.trials, batch)
 
 
 def measure(setup: Setup, way: Way, batch: int, assumptions: Assumptions) -> Measured:
     """Measure trials in flight: operators trial by trial, then KL, drafts and decoding."""
-    sections = trial_sections(setup, way, batch)
+    sections = trial_sections(setup, way, min(batch, way.trials * EVALUATION))
     parts, busy = {}, [0.0] * len(setup.cards)
     decoding: list[float] = []
     for name, scale in (
@@ -220,11 +220,12 @@ def ways(assumptions: Assumptions) -> dict[str, Any]:
     trials that is best for it.
     """
     four, memory, checkpoint = four_cards()
-    shape, batch = four.shape, memory.batch_size
+    shape, planned_rows = four.shape, memory.batch_size
     one, sharded = Setup(shape, (RTX_4090,), (shape.blocks,)), Setup(shape, (RTX_4090,), four.blocks, ranks=4)
-    busy = {n: measure(one, Way(n), batch, assumptions) for n in TRIALS_AT_ONCE}
+    busy = {n: measure(one, Way(n), n * EVALUATION, assumptions) for n in TRIALS_AT_ONCE}
     rows = []
     for trials in TRIALS_AT_ONCE:
+        batch = max(planned_rows, trials * EVALUATION)  # beyond the plan's choice it is the setting `batch_size`
         for kind, setup, groups in (
             ("one batch at a time", four, 1), ("in turn", four, 0), ("tensor parallelism", sharded, 1),
         ):  # fmt: skip
@@ -238,14 +239,16 @@ def ways(assumptions: Assumptions) -> dict[str, Any]:
                 "relative_decoding": found.tokens_per_second / busy[1].tokens_per_second,
                 "relative_decoding_to_best": found.tokens_per_second / max(b.tokens_per_second for b in busy.values()),
             })  # fmt: skip
-    studied = {
-        name: study(four, memory, checkpoint, tuned(four, batch, assumptions, groups), assumptions)
-        for name, groups in (("one batch at a time", 1), ("in turn", 0))
-    }
+    studied = {}
+    for name, groups, batch in (
+        ("one batch at a time", 1, planned_rows), ("in turn", 0, planned_rows), ("in turn, 4 trials", 0, 4 * EVALUATION),
+    ):  # fmt: skip
+        way = tuned(four, batch, assumptions, groups)
+        studied[name] = study(four, replace(memory, batch_size=batch), checkpoint, way, assumptions)
     return {
         "busy_card": {n: asdict(each) for n, each in busy.items()},
         "rows": rows,
-        "batch": batch,
+        "batch": planned_rows,
         "studies": studied,
         "cache_gib_per_card": {n: cache_per_card(shape, 4, n * EVALUATION) / 2**30 for n in TRIALS_AT_ONCE},
         "free_gib": min(load.device.free - load.weights for load in memory.loads) / 2**30,
@@ -254,8 +257,7 @@ def ways(assumptions: Assumptions) -> dict[str, Any]:
 
 def host_times(assumptions: Assumptions) -> list[dict[str, float]]:
     """Seconds of a trial of the 32B model on four cards, one batch at a time and in turn, for other times of a launch."""
-    four, plan = four_cards()[:2]
-    batch, found = plan.batch_size, []
+    four, batch, found = four_cards()[0], 4 * EVALUATION, []
     for launch in LAUNCHES:
         changed = replace(assumptions, launch=launch)
         one, turn = (measure(four, tuned(four, batch, changed, g), batch, changed).seconds for g in (1, 0))
