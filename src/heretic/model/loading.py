@@ -55,8 +55,9 @@ class LanguageModel:
 
         1 if the head is not on the last of them, as with tied weights: hidden states that return to the first GPU hold it up.
         """
-        stages, head = stages_of(self.structure.blocks), cast(Any, self.model.get_output_embeddings())
-        return len(stages) if head is not None and head.weight.device == stages[-1] else 1
+        stages = stages_of(self.structure.blocks)
+        head = getattr(self.model.get_output_embeddings(), "weight", None)
+        return len(stages) if isinstance(head, torch.Tensor) and head.device == stages[-1] else 1
 
     @property
     def context(self) -> int:
