@@ -23,7 +23,7 @@ from heretic.progress import NULL_REPORTER, ProgressReporter
 Result = TypeVar("Result")
 
 TOKENS_AT_ONCE = 16384  # per batch, padding included
-FEWEST_TOKENS = 64  # that a pass of a micro-batch computes; with fewer it takes a GPU as long, and the host as well
+FEWEST_TOKENS = 64  # that a pass of a micro-batch computes; with fewer it takes a GPU just as long
 WORTH_SHARING = 8  # shared tokens; copying the cache costs more than it saves below that
 
 
