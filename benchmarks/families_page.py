@@ -48,8 +48,8 @@ def passing(families: dict[str, dict[str, Any]]) -> list[str]:
     for family, result in families.items():
         groups[_writers(result), result.get("notes", "")].append(family)
     rows = sorted(groups.items(), key=lambda group: (-len(group[1]), group[1]))
-    lines = [f"| {_cell(kinds)} | {', '.join(names)} | {_cell(notes)} |" for (kinds, notes), names in rows]
-    return ["| writers | families | notes |", "|---|---|---|", *lines]
+    lines = [f"|{_cell(kinds)}|{', '.join(names)}|{_cell(notes)}|" for (kinds, notes), names in rows]
+    return ["|writers|families|notes|", "|---|---|---|", *lines]
 
 
 def exceptions(families: dict[str, dict[str, Any]]) -> list[str]:
@@ -57,11 +57,11 @@ def exceptions(families: dict[str, dict[str, Any]]) -> list[str]:
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for family, result in families.items():
         failed = [f"{c}: {UNTESTED.get(result[c], result[c])}" for c in COLUMNS if result.get(c, "yes") != "yes"]
-        failed += [f"{k}: {result[k]}" for k in ("not built", "refused", "failed") if k in result]
+        failed += [f"{k}: {_reason(result[k])}" for k in ("not built", "refused", "failed") if k in result]
         failed += [result["notes"]] if result.get("notes") else []
         groups[_writers(result), "; ".join(failed)].append(family)
-    lines = [f"| {', '.join(names)} | {_cell(kinds)} | {_cell(text)} |" for (kinds, text), names in groups.items()]
-    return ["| families | writers | what differs |", "|---|---|---|", *lines]
+    lines = [f"|{', '.join(names)}|{_cell(kinds)}|{_cell(text)}|" for (kinds, text), names in groups.items()]
+    return ["|families|writers|what differs|", "|---|---|---|", *lines]
 
 
 def _writers(result: dict[str, Any]) -> str:
@@ -69,69 +69,71 @@ def _writers(result: dict[str, Any]) -> str:
     return re.sub(r"\b\d+ (experts: )?", r"\1", result.get("writers", ""))
 
 
+def _reason(error: str) -> str:
+    """Return an error without what follows its first clause and the place that raised it."""
+    return re.split(r"; |\. |: (?=mat1)| <class| \(\w+\.py:\d+\)", error)[0].rstrip(".")
+
+
 def _cell(text: str) -> str:
+    text = re.sub(r" blocks do more than add their writers to one stream", " blocks are not writers alone", text)
     return text.replace("|", "\\|").replace("\n", " ")
 
 
 INTRODUCTION = """# Architectures
 
-heretic finds the writers of a model by running its blocks, so it also opens architectures that are not listed here, and prints
-what it found.
+heretic finds a model's writers by running its blocks, so it also opens architectures that are not listed here, and prints what
+it found. It refuses one without recognized blocks or writers (`architecture-not-supported`).
 
 Made by `python benchmarks/families.py` on {date} with transformers {transformers}: every decoder family of that version, with
 {layers} layers, a width of 32 and random weights in float32 on the CPU. Of {tried} families, {good} pass every check below, and
 {exact} can be edited, written and reloaded exactly.
 
-| check | passes if |
+|check|passes if|
 |---|---|
-| attached = baked | in every geometry, logits with operators and with rewritten weights differ by less than 0.2 % of what the \
-edit moves; the original weights come back bit for bit, from copies and from the files |
-| removed | with `plain` at strength 1, no block adds anything along the direction, norms behind the writers included |
-| trials in a pass | two trials that share a pass give what each gives alone |
-| padding | a prompt gives the same beside longer ones. If not, only prompts of equal length share a batch, which is slower |
-| residuals | there is one finite vector for each prompt and block |
-| decoding | the tokens are those of `generate(do_sample=False)`, also when rows end early |
-| export | the written folder loads and gives the attached model's logits |
+|attached = baked|in every geometry, logits with operators and with rewritten weights differ by less than 0.2 % of what the \
+edit moves; the original weights come back bit for bit, from copies and from the files|
+|removed|with `plain` at strength 1, no block adds anything along the direction, norms behind the writers included|
+|trials in a pass|two trials that share a pass give what each gives alone|
+|padding|a prompt gives the same beside longer ones. If not, only prompts of equal length share a batch, which is slower|
+|residuals|there is one finite vector for each prompt and block|
+|decoding|the tokens are those of `generate(do_sample=False)`, also when rows end early|
+|export|the written folder loads and gives the attached model's logits|
 
 ## How heretic treats the families that differ from Llama
 
-**Mixtures of experts.** A mixture writes a weighted sum of its experts' outputs, so an operator on the sum is exactly the same
-operator on every expert, fused tensors included. All experts of a block share it. `row_normalized` and `norm_preserving` treat
-the experts' matrices as one wide matrix and keep its row norms, not those of each expert. Shared experts are writers of their own,
-except in Llama 4, which returns only the sum. Routers and gates are never edited. If a mixture passes on something that its weights
-did not make (LongCat's identity experts), heretic leaves it alone and names it in a warning.
+**Mixtures of experts.** A mixture writes a weighted sum of its experts' outputs, so an operator on the sum is the same operator
+on every expert, fused tensors included. `row_normalized` and `norm_preserving` keep the row norms of the experts' matrices side
+by side, not of each expert. Shared experts are writers of their own, except in Llama 4, which returns only the sum. Routers and
+gates are never edited. If a mixture passes on something that its weights did not make (LongCat's identity experts), heretic
+warns and does not edit it.
 
-**Norms behind a writer** (Gemma 2 to 4, OLMo 2 and 3, GLM 4, EXAONE 4). heretic finds all RMS norms between a writer and the stream
-by zero-ablating the writers of a block. `norm_aware` accounts for their product.
+**Norms behind a writer** (Gemma 2 to 4, OLMo 2 and 3, GLM 4, EXAONE 4). heretic finds them by zero-ablating the writers of a
+block. `norm_aware` accounts for their product.
 
-**Several streams side by side** (Gemma 3n, DeepSeek V4, HY 4, Qwen 4 preview). Every writer is edited as usual. Directions come
-from the mean over the streams, which is about what the head reads.
+**Several streams side by side** (Gemma 3n, DeepSeek V4, HY 4, Qwen 4 preview). Directions come from the mean over the streams,
+which is about what the head reads.
 
-**Other residual connections.** At the start heretic zero-ablates the writers of every block and checks that the block returns its
-input, up to a factor. Scaled residuals (Granite) and parallel blocks (Cohere, GPT-NeoX) pass. heretic warns about residuals scaled
-by component (Doge, ZAYA), normalized residuals (MiniMax, GPT-1) and unknown writers.
+**Other residual connections.** heretic zero-ablates the writers of every block and checks that the block returns its input, up
+to a factor. Scaled residuals (Granite) and parallel blocks (Cohere, GPT-NeoX) pass. It warns about residuals scaled by
+component (Doge, ZAYA), normalized residuals (MiniMax, GPT-1) and unknown writers.
 
 **Weights shared by blocks** get one edit, with the strength of the first block that uses them. Zamba's shared attention and MLP
-feed the Mamba layers and do not write to the stream, so heretic leaves them alone.
+feed the Mamba layers, so heretic does not edit them.
 
-**Recurrent and convolution states** cannot be cut by rows. Finished rows stay in the batch, and decoding does not continue from a
-verified draft. If the model returns no cache, transformers' `generate` decodes, and heretic says so at the start.
-
-heretic refuses an architecture without recognized blocks or writers (`architecture-not-supported`).
+**Recurrent and convolution states** cannot be cut by rows. Finished rows stay in the batch, and drafts are not used. If the
+model returns no cache, transformers' `generate` decodes.
 
 ## Limitations
 
-- The table says nothing about how well a family's real models respond to ablation. Whole studies on real weights ran for
-  {real}.
-- The check at the start does not notice a convolution between a writer and the stream (Inkling). The check "removed" below shows
-  what it leaves.
+- The table does not say how well a family's real models respond to ablation. Whole studies on real weights ran for {real}.
+- The check at the start misses a convolution between a writer and the stream (Inkling); "removed" shows what it leaves.
 
 ## Families that pass every check
 
-Writers are the modules whose output is added to the residual stream. `experts: NAME` is a mixture with all its experts.
+`experts: NAME` is a mixture with all its experts.
 """
 
-EXCEPTIONS = "## The other families\n"
+EXCEPTIONS = '## The other families\n\n"Not writers alone": blocks do more than add their writers to one stream.\n'
 
 if __name__ == "__main__":
     main()

@@ -59,6 +59,8 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda n, _: sys.exit(128 + n))
+    # Shells ignore SIGINT in background jobs; heretic-llm, which is stopped by it, would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     Instrument(arguments).run()
 
 

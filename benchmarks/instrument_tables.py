@@ -119,10 +119,9 @@ def table_of(model: str, source: str, format_of_search: str) -> str:
     seeds = ", ".join(str(row["seed"]) for row in found["ours"])
     limits = "".join(LIMITS.get(tool, "") for tool in peers)
     settings = (
-        f"defaults of every tool, {format_of_search}; the system prompt of both peers; 100 + 100 prompts for the direction, seed "
-        f"{seeds}; {limits}measured in {how['dtype']} on {held_out(rows[0])} harmful prompts ({source}) and as many harmless "
-        f"ones that no tool saw, refusals by {how['judge']}, other answers of {how['tokens']} tokens; ± standard error of the "
-        "difference from the original"
+        f"defaults of every tool, {format_of_search}; the system prompt of both peers; seed {seeds}; {limits}measured in "
+        f"{how['dtype']} on {held_out(rows[0])} harmful ({source}) and as many harmless prompts, refusals by {how['judge']}, other "
+        f"answers of {how['tokens']} tokens; ± standard error of the difference from the original"
     )
     return captioned(
         lines, "instrument", model={"guarded-model": DEMO}.get(model, QWEN), settings=settings,

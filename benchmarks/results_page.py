@@ -34,7 +34,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "savings": tables.savings,
     "residuals": tables.residuals,
     "busy": tables.busy,
-    "host_waits": tables.host_waits,
     "plan_peaks": tables.plan_peaks,
     "llama_cpp": tables.llama_cpp,
     "sizes": timeline_tables.sizes,

@@ -18,6 +18,7 @@ MODELS = {"qwen2.5-coder-0.5b-instruct": QWEN, "guarded-model": DEMO}
 SYSTEM_PROMPT = " --set 'system_prompt=You are a helpful assistant.'"
 # What all searches of quality.py, peer.py and versus_heretic.py change of the defaults.
 SHORT = "float32, 32 tokens (default 100), 10 startup trials (theirs 60), their system prompt"
+SAME = "as above"  # RESULTS.md gives `SHORT` in its first table of a search
 Report = Mapping[str, Any]
 Point = Mapping[str, Any]
 
@@ -34,8 +35,8 @@ def read(name: str) -> Report:
 
 def table(rows: Iterable[Sequence[Any]]) -> str:
     """Return a table in Markdown; the first row is its head."""
-    head, *rest = (f"| {' | '.join(map(str, row))} |" for row in map(tuple, rows))
-    return "\n".join((head, "|" + "---|" * head.count(" | ") + "---|", *rest))
+    head, *rest = ([str(cell) for cell in row] for row in rows)
+    return "\n".join(f"|{'|'.join(cells)}|" for cells in (head, ["---"] * len(head), *rest))
 
 
 def captioned(
@@ -178,7 +179,7 @@ def held_out_demo() -> str:
     return captioned(
         rows, "quality_demo_trials", "quality_demo", "peer_demo_30", "peer_demo",
         hardware="A core of an AMD EPYC a search", command=COMMANDS.format(DEMO_OPTIONS, DEMO_OPTIONS),
-        settings=f"{SHORT}; 37 + 37 held-out prompts, all refused before",
+        settings=f"{SAME}, 37 + 37 held-out prompts, all refused before",
     )  # fmt: skip
 
 
@@ -196,7 +197,7 @@ def answers() -> str:
         rows.append((found["seed"], counted(point["refusals"], 50), said["over_refusals"], kls, loops, perplexity))
     return captioned(
         rows, *files, hardware="A core of an AMD EPYC", command="`python benchmarks/quality.py ASSETS --methods free`",
-        settings=f"{SHORT}; answers of 64 tokens to 50 harmful, 50 harmless prompts",
+        settings=f"{SAME}; answers of 64 tokens to 50 harmful, 50 harmless prompts",
     )  # fmt: skip
 
 
@@ -229,7 +230,7 @@ def methods() -> str:
     return captioned(
         rows, *unique(files), hardware="One or two cores of an AMD EPYC or Intel Xeon",
         command="`python benchmarks/quality.py ASSETS --methods free METHOD`",
-        settings=f"{SHORT}; two points, `search.gradient.weights=[0.25,1.5]`; the first three rows on Qwen 347 s, kernels "
+        settings=f"{SAME}; two points, `search.gradient.weights=[0.25,1.5]`; the first three rows on Qwen 347 s, kernels "
         "beside the mixture; kernels on the demo model 30 trials",
     )  # fmt: skip
 
@@ -287,17 +288,18 @@ def convergence() -> str:
     """Return what ending studies at convergence costs and saves, by patience and smallest gain."""
     report = read("convergence")
     grid, studies = report["grid"], report["studies"]
-    gains = unique(g["min_gain"] for g in grid)
-    cells = {(g["patience"], g["min_gain"]): f"{100 * g['lost']:.2f} %, {g['ran']} of {g['of']}" for g in grid}
+    gains = [0.001, 0.01, 0.03]
+    cells = {(g["patience"], g["min_gain"]): f"{100 * g['lost']:.2f} %, {g['ran']}" for g in grid}
     rows = [("patience", *(f"min_gain {gain:g}" for gain in gains))]
-    rows += [(p, *(cells[p, gain] for gain in gains)) for p in unique(g["patience"] for g in grid)]
+    rows += [(str(p), *(cells[p, gain] for gain in gains)) for p in (5, 10, 20, 30)]
     models = " and ".join(unique(MODELS[s["model"]] for s in studies))
-    kinds = ", ".join(f"{s['name']} ({s['trials']} trials)" for s in studies)
+    sizes = sorted(s["trials"] for s in studies)
     settings = (
-        f"most of the final hypervolume (KL {report['reference_kl']:g}, the original's refusals) lost in any study, and trials "
-        f"run of all; {kinds}; {report['note']}"
+        f"most of the final hypervolume (KL {report['reference_kl']:g}, the original's refusals) lost in one of {len(studies)} "
+        f"studies of {sizes[0]} to {sizes[-1]} trials, and trials run of {grid[0]['of']}"
     )
-    return captioned(rows, "convergence", model=models, settings=settings)
+    command = "`python benchmarks/convergence.py STUDIES`"
+    return captioned(rows, "convergence", model=models, settings=settings, command=command)
 
 
 def study() -> str:
@@ -358,55 +360,38 @@ def busy() -> str:
     rows = []
     for count in (0, 1, 2):
         each = [found[size, way, count] for size, way in kinds]
-        rows.append((count, *(f"{r['median']:.3f} ({r['min']:.3f}-{r['max']:.3f})" for r in each)))
+        rows.append((count, *(f"{r['median']:.3f}" for r in each)))
     head = ("busy neighbors", *(f"{size}, {way}" for size, way in kinds))
     return captioned(
         [head, *rows], "busy_neighbors", model="R" + report["model"][1:],
-        settings="two threads; seconds a step, median (least to most)",
+        settings="two threads; median seconds a step",
     )  # fmt: skip
-
-
-def host_waits() -> str:
-    """Return host waits, launches and bytes, counted on pretend GPUs."""
-    before, after = (read("host_waits")["counted"][name] for name in ("before", "after"))
-    passes = ("divergence pass", "draft pass", "capture pass", "gradient pass, mixture", "gradient pass, vector")
-    rows: list[Sequence[Any]] = [
-        ("model, GPUs", *(name.replace(" pass", "") for name in passes), "token", "generate", "launches")
-    ]
-    for name, new in after["models"].items():
-        old = before["models"][name]
-        waits = [f"{old[each]['waits']:g} → {new[each]['waits']:g}" for each in passes]
-        token, launches = ([each["decode"][kind] for each in (old, new)] for kind in ("waits", "launches"))
-        token_waits = (f"{token[0]:.2f} → {token[1]:.2f}", f"{new['generate']['waits']:g}")
-        rows.append((name, *waits, *token_waits, f"{launches[0]:.0f} → {launches[1]:.0f}"))
-    large = " → ".join(f"{each['bytes_to_first']['decode']:,.0f}" for each in (before, after))
-    settings = (
-        "host waits of a pass and of a decoded token, of transformers' generate by token, launches a token; 8 padded rows, before "
-        f"→ after. 128 rows, vocabulary 151,936, bfloat16, four GPUs: {large} bytes a token to the first"
-    )
-    return captioned(rows, "host_waits", settings=settings, model="Tiny random models of 8 writers on pretend GPUs")
 
 
 def plan_peaks() -> str:
     """Return the memory plan against the peaks of studies on pretend GPUs."""
     report = read("plan_peaks")
     phases = list(next(iter(report["cases"].values()))["phases"])
-    rows: list[Sequence[Any]] = [("model, GPUs, shared tokens", *(phase.replace("_", " ") for phase in phases))]
-    for name, found in report["cases"].items():
-        rows.append((name, *(_over(found["phases"][phase]) for phase in phases)))
+    names = unique(name.partition(",")[0] for name in report["cases"])
+    rows: list[Sequence[Any]] = [("phase", *names)]
+    for phase in phases:
+        of = [[found["phases"][phase] for case, found in report["cases"].items() if case.startswith(n)] for n in names]
+        rows.append((phase.replace("_", " "), *map(_over, of)))
     settings = (
-        "MB beside the weights on the fullest GPU, and by how much the plan was over on the GPUs, least to most; bfloat16, "
-        "8 blocks, width 512, vocabulary 32,768, 32 rows of up to 27 tokens after the shared ones, answers of 24 tokens"
+        "MB beside the weights on the fullest GPU, and by how much the plan was over on a GPU, least to most of 1 and 4 GPUs, 0 "
+        "or 64 shared tokens; bfloat16, 8 blocks, width 512, vocabulary 32,768, 32 rows of up to 27 further tokens, answers of 24"
     )
     return captioned(rows, "plan_peaks", settings=settings, model="Random models on pretend GPUs")
 
 
-def _over(phase: Mapping[str, Sequence[int]]) -> str:
-    """Return the measured peak, and the plan's range above it."""
-    over = sorted(
-        {f"{100 * (p / m - 1):+.0f}" for p, m in zip(phase["planned"], phase["measured"], strict=True)}, key=float
+def _over(cases: Sequence[Mapping[str, Sequence[int]]]) -> str:
+    """Return the measured peaks of a phase, and the plan's range above them."""
+    peaks = sorted(max(case["measured"]) / 1e6 for case in cases)
+    over = sorted(100 * (p / m - 1) for case in cases for p, m in zip(case["planned"], case["measured"], strict=True))
+    mb, percent = (
+        " to ".join(unique((f"{v[0]:{form}}", f"{v[-1]:{form}}"))) for v, form in ((peaks, ".1f"), (over, "+.0f"))
     )
-    return f"{max(phase['measured']) / 1e6:.1f}, {' to '.join(unique((over[0], over[-1])))} %"
+    return f"{mb}, {percent} %"
 
 
 def llama_cpp() -> str:

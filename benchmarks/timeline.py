@@ -27,10 +27,10 @@ from launch_log import Section
 from sizes import EVALUATION, SHAPES, Shape, blocks_of, planned
 from study_log import DECIDED, PROMPT, STEPS_LOGGED, TOKENS, gradient_log, placed, residuals_log, trial_log
 
+from heretic.model.meta_model import meta_model
 from heretic.planning import pass_memory
 from heretic.planning.memory_plan import MemoryPlan
 from heretic.planning.model_dims import ModelDims
-from heretic.planning.placement import meta_model
 from heretic.session.caching import MIN_SPEEDUP
 from heretic.settings import Settings
 

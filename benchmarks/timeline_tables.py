@@ -28,12 +28,11 @@ def sizes() -> str:
         found.setdefault(study["size"], {})[study["cards"]] = study
     names = list(next(iter(found.values())))
     rows = [("model", *names), *((size, *(cell(studies[name]) for name in names)) for size, studies in found.items())]
-    sources = "; ".join(f"{card['name']}: {card['source']}" for card in read("timeline")["cards"])
     return simulated(
         rows,
-        "Settings: the defaults, 200 trials, short prompts, every layer edited, no trial pruned, loading at 2 GB/s, without "
-        "download and export. Cells: a study, in brackets the batch size and, in several cards, their mean utilization during a "
-        f"trial. bfloat16 unless bits are given (`quantization`). Sources: {sources}.",
+        "Defaults, 200 trials, short prompts, every layer edited, no trial pruned, loading at 2 GB/s, without download and "
+        "export. Cells: a study, in brackets the batch size and, in several cards, their mean utilization during a "
+        "trial. bfloat16 unless bits are given (`quantization`). NVIDIA's data sheets give the rates, which are in the JSON.",
     )
 
 

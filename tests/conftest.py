@@ -28,6 +28,8 @@ INTEGRATION = {
     "export/test_upload.py",
     "hardware/test_locks.py",
     "model/test_batching.py",
+    "model/test_block_capture.py",
+    "model/test_block_loading.py",
     "model/test_capture.py",
     "model/test_config_reading.py",
     "model/test_forward.py",

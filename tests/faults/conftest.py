@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import tempfile
 from collections import defaultdict
@@ -81,17 +80,14 @@ def _add_to(path: Path) -> None:
         if name in FAILED:  # a table of what went well would be half the truth
             continue
         sections[name] = section(name, rows)
-    head = (
-        "# What was done to it\n\nMade by `make test-faults`; what it means is in [reliability.md](reliability.md).\n"
-    )
+    head = "# What was done to it\n\nMade by `make test-faults` on a CPU; what it means is in [reliability.md](reliability.md).\n"
     path.write_text("\n".join([head, *(sections[n] + "\n" for n in sorted(sections))]), encoding="utf-8")
 
 
 def section(name: str, rows: Rows) -> str:
     """What the tests of a file have counted, when and with what."""
     made = versions()
-    with_what = ", ".join(f"{package} {made[package]}" for package in ("python", "torch", "transformers", "optuna"))
     much = "in full" if FULL else "a little, as in make test"
-    when = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {much}, {SECONDS[name]:.0f} s, {platform.machine()}, {with_what}"
-    lines = [f"## `{name}`", "", f"{when}.", "", "| what was done | how often | what was lost |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {done} | {times} | {lost} |" for (done, lost), times in rows.items()])
+    when = f"{datetime.now(timezone.utc):%Y-%m-%d}, {much}, {SECONDS[name]:.0f} s, torch {made['torch']}, optuna {made['optuna']}"
+    lines = [f"## `{name}`", "", f"{when}.", "", "|done|times|lost|", "|---|---|---|"]
+    return "\n".join(lines + [f"|{done}|{times}|{lost}|" for (done, lost), times in rows.items()])

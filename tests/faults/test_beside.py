@@ -59,7 +59,7 @@ def test_three_that_wait_for_one_run_all_finish_one_after_the_other(config: Path
         by_process[trial.user_attrs["heretic:worker"]["pid"]].append(trial)
     assert [len(of) for of in by_process.values()] == [2, 2, 2]
     assert one_after_the_other([span(of) for of in by_process.values()])
-    tally("three processes that wait for one run (--wait)", 1, "nothing: all finished, one after the other")
+    tally("three processes that wait for one run (--wait)", 1, "nothing: all finished in turn")
 
 
 @only_full
@@ -68,7 +68,7 @@ def test_three_runs_that_wait_for_one_device(config: Path, tally: Tally) -> None
     wait_for_each_other(*names)
     assert [len(trials(name)) for name in names] == [2, 2, 2]
     assert one_after_the_other([span(trials(name)) for name in names])
-    tally("three runs that wait for one device (--wait)", 1, "nothing: all finished, one after the other")
+    tally("three runs that wait for one device (--wait)", 1, "nothing: all finished in turn")
 
 
 LOOK = """

@@ -87,7 +87,7 @@ def test_the_disk_fills_up_in_every_stage(
         again = heretic(capsys, monkeypatch, *RUN)
         assert again.status == 0, again.err
         assert sha256(disk / "out/model.safetensors") == wanted
-    tally("disk full after a growing share of what a run writes, then room made", times, "the trial under way")
+    tally("disk full at a growing share of a run's writes, then freed", times, "the trial under way")
 
 
 def test_a_folder_that_cannot_be_written(
@@ -157,7 +157,7 @@ def test_a_damaged_study_is_refused(
         assert shown.status in (0, 1) and len(shown.err) < 900
     database.write_bytes(kept)
     assert heretic(capsys, monkeypatch, *arguments).status == 0
-    tally("study.db truncated", times, "nothing: refused, the file left as it is")
+    tally("study.db truncated", times, "nothing: refused, file unchanged")
 
 
 def test_bits_that_flip_in_the_study_are_never_believed(
@@ -185,7 +185,7 @@ def test_bits_that_flip_in_the_study_are_never_believed(
             found = {r.number: (r.params, r.scores.as_dict()) for r in results(study)}
             assert all(wanted[0][number] == one for number, one in found.items() if number in wanted[0])
         database.with_name("study.db-journal").unlink(missing_ok=True)
-    tally(f"one bit flipped in study.db ({refused} times refused, else of no importance)", times, "nothing believed")
+    tally(f"one bit flipped in study.db ({refused} times refused, else unimportant)", times, "nothing believed")
 
 
 def measured(database: Path) -> tuple[dict[int, object], dict[str, object]]:
@@ -245,4 +245,4 @@ def test_a_study_of_an_older_optuna_is_said(
         assert database.read_bytes() == old, "the file was changed"
     database.write_bytes(kept)
     assert heretic(capsys, monkeypatch, "run", "--run-name", "mine", "--trials", "5").status == 0
-    tally("study.db from other versions of Optuna (one made by 2.10.1)", 2, "nothing: refused, the file left as it is")
+    tally("study.db from other versions of Optuna (one made by 2.10.1)", 2, "nothing: refused, file unchanged")

@@ -217,7 +217,7 @@ def test_small_files_of_a_model(
     ran = heretic(capsys, monkeypatch, "run", str(folder), "--trials", "1")
     assert ran.status in (0, 1) and len(ran.err) < 2000, ran.err
     assert ran.status == 0 or ran.err.count("Error:") == 1
-    tally("small files of a model that are broken", 1, "nothing: refused in a few lines, or of no importance")
+    tally("small files of a model that are broken", 1, "nothing: refused, or unimportant")
 
 
 def test_giant_metadata(folder: Path, tally: Tally) -> None:
@@ -276,7 +276,7 @@ def test_any_manifest_in_the_destination(content: bytes, tmp_path: Path) -> None
 
 
 def test_counted(tally: Tally) -> None:
-    kinds = "random settings files, values of settings, prompt files, texts for the screen, manifests"
+    kinds = "random settings files and values, prompt files, screen texts, manifests"
     tally(kinds, 5 * TIMES, "nothing")
     tally("names of models with characters of shells and paths", 8, "nothing: refused, nothing is executed")
     tally("settings nested or long without end", 3, "nothing: refused")

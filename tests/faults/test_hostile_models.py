@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
-from heretic.planning.placement import meta_model
+from heretic.model.meta_model import meta_model
 from tests.faults.conftest import FULL, Tally
 
 TIMES = 600 if FULL else 40

@@ -299,4 +299,4 @@ def test_the_commands_name_the_damaged_trial(
 
 def test_counted(tally: Tally) -> None:
     tally("any value in any stored attribute, parameter, value or state of a study, for each kind of command", 2 * TIMES,
-          "nothing: refused in a few lines, or of no importance")  # fmt: skip
+          "nothing: refused, or unimportant")  # fmt: skip

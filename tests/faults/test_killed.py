@@ -81,7 +81,7 @@ def test_kill_9_at_random_moments(
         output, _ = (again := start(*RUN)).communicate(timeout=120)
         assert again.returncode == 0, output
         assert outcome() == wanted, f"kill {i}"
-    tally("kill -9 at a random moment of a whole run, then the same command again", times, "the trial under way")
+    tally("kill -9 at a random moment of a run, then the same command", times, "the trial under way")
 
 
 @only_full
@@ -109,7 +109,7 @@ def test_orderly_signals_at_random_moments(
         output, _ = (again := start(*RUN)).communicate(timeout=120)
         assert again.returncode == 0, output
         assert outcome() == wanted
-    tally(f"{name} at a random moment, then the same command again", times, "the trial under way")
+    tally(f"{name} at a random moment, then the same command", times, "the trial under way")
 
 
 @only_full
@@ -131,7 +131,7 @@ def test_the_terminal_goes_away(
     output, _ = (again := start(*RUN)).communicate(timeout=120)
     assert again.returncode == 0, output
     assert outcome() == wanted
-    tally("terminal closed during a run, then the same command again", 1, "the trial under way")
+    tally("terminal closed during a run, then the same command", 1, "the trial under way")
 
 
 @only_full

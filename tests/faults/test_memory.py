@@ -115,7 +115,7 @@ def test_another_process_takes_the_memory(
     much = "all" if room == NOTHING else "most of"
     tally(
         f"{much} the memory taken by another process at a random moment of {part}, given back later ({failures} allocations "
-        f"failed; {stopped} times the run ended with a message and the same command went on)",
+        f"failed; {stopped} times the run ended, the same command resumed)",
         times,
         "nothing",
     )

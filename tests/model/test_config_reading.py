@@ -13,7 +13,7 @@ import torch
 from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
-from heretic.planning.placement import meta_model
+from heretic.model.meta_model import meta_model
 from tests.tiny import save_tiny
 
 

@@ -8,9 +8,10 @@ import pytest
 from transformers import PreTrainedModel
 
 from heretic.errors import UserError
+from heretic.model.meta_model import meta_model
 from heretic.pipeline.prepare import prepare_run, run_preflight
 from heretic.planning.device_table import explicit
-from heretic.planning.placement import meta_model, shares
+from heretic.planning.placement import shares
 from heretic.progress import NullReporter
 from heretic.settings.sources import resolve
 from tests.helpers.shapes import checkpoint_of, cpu, gpus, small

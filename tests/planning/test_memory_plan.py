@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from heretic.hardware.devices import Device
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
+from heretic.model.meta_model import meta_model
 from heretic.model.tensor_info import TensorInfo
 from heretic.planning.memory_model import CONTEXT
 from heretic.planning.memory_plan import MemoryPlan, make_plan, planned_dtype
-from heretic.planning.placement import MODES, meta_model
+from heretic.planning.placement import MODES
 from heretic.planning.workload import GradientSearchWorkload, Workload
 from tests.helpers.errors import raises
 from tests.helpers.shapes import GIB, checkpoint_of, cpu, gpus, packed_of, qwen_32b, small

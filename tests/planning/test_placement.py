@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 from transformers import PretrainedConfig
 
-from heretic.planning.placement import device_named, infer_device_map, meta_model, shares, weight_limits
+from heretic.model.meta_model import meta_model
+from heretic.planning.placement import device_named, infer_device_map, shares, weight_limits
 from tests.helpers.errors import raises
 from tests.helpers.shapes import GIB, checkpoint_of, cpu, gpus, small
 

@@ -174,6 +174,7 @@ def test_idle_gpu() -> None:
 def test_weights_that_do_not_fit(changes: dict[str, Any], fix: str) -> None:
     found = only(facts(**changes))
     assert found.level == "failure" and found.subject == "memory" and str(found.fix).startswith(fix)
+    assert ("--by-block" in str(found.fix)) == fix.startswith("use a smaller model"), "only where no setting helps"
 
 
 def test_everything_on_one_of_several_gpus() -> None:
@@ -295,7 +296,7 @@ def test_held_lock() -> None:
         ({"run_folder": Folder("/r", GIB // 2)}, "warning", "runs_dir"),
         ({"export_folder": Folder("/e", 1000 * GIB, occupied=True)}, "failure", 'save_to = "/e-2"'),
         ({"export_folder": Folder("/e", 1000 * GIB, writable=False)}, "failure", "save_to"),
-        ({"export_folder": Folder("/e", GIB // 2)}, "failure", "larger disk"),
+        ({"export_folder": Folder("/e", GIB // 2), "export_bytes": GIB}, "failure", "larger disk"),
         ({"prompt_warnings": ("shared",)}, "warning", "prompts"),
     ],
 )

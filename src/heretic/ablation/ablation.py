@@ -31,6 +31,11 @@ class Ablation:
         strengths = {c: tuple(kernel.strength(layer) for layer in range(layers)) for c, kernel in kernels.items()}
         return cls(strengths, None if index is None else interpolation(index, layers))
 
+    @classmethod
+    def uniform(cls, components: Sequence[str], strength: float, layers: int, index: float | None = None) -> Ablation:
+        """Build an ablation with one strength for all writers, with the direction at `index` or (None) each layer's own."""
+        return cls(dict.fromkeys(components, (strength,) * layers), cls.from_kernels({}, layers, index).mixture)
+
     def strength(self, writer: ResidualWriter) -> float | Tensor:
         """Return the strength at a writer."""
         profile = self.strengths.get(writer.component)

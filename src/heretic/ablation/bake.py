@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import dot_natural_key
 
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.model.checkpoint import Checkpoint
+from heretic.model.tensor_names import loaded_names
 from heretic.model.writer import Part, ResidualWriter
 
 
@@ -124,15 +125,6 @@ def sources(checkpoint: Checkpoint, writers: Sequence[ResidualWriter], model: An
             fix="report the architecture",
         )
     return parts
-
-
-def loaded_names(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Map each checkpoint tensor to the model parameter that it is loaded into, alone or with others."""
-    conversions = getattr(model, "_weight_conversions", None) or []
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    own = model.state_dict()
-    return {name: rename_source_key(name, renamings, converters, model.base_model_prefix, own)[0] for name in names}
 
 
 def _stored_part(checkpoint: Checkpoint, part: Part, names: Sequence[str]) -> StoredPart:

@@ -73,13 +73,14 @@ def card(manifest: Mapping[str, Any], base: BaseCard, written: WriteResult, meas
         manifest: Content of the export's manifest. It is untrusted, so everything in it is escaped.
         base: Entries of the base model's card.
         written: The result of the format's writer.
-        measured: A sentence on which model the scores are of.
+        measured: A sentence on which model the scores are of; without scores, what was verified instead.
 
     Raises:
         LookupError, TypeError, ValueError, AttributeError, ArithmeticError: The manifest lacks something.
     """
     ablation = Edit.model_validate(manifest["ablation"]).ablation
-    scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}})
+    has_scores = manifest["scores"] is not None  # none of a model that was edited block by block
+    scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}}) if has_scores else None
     behavior = str(manifest.get("behavior", ""))
     name = manifest["model"]["name"]
     revision = manifest["model"]["revision"]
@@ -93,9 +94,9 @@ def card(manifest: Mapping[str, Any], base: BaseCard, written: WriteResult, meas
         f"Base model: {_link(name)}{f', commit {code(revision)}' if revision else ''}. {base.terms}",
         written.about,
         template,
-        f"## What was measured\n\n{_measured(manifest, scores, measured)}",
+        f"## What was measured\n\n{_measured(manifest, scores, measured) if scores else measured}",
         _measures(manifest.get("measures", [])),
-        f"## Limitations\n\n{_limitations(manifest, scores)}",
+        f"## Limitations\n\n{_limitations(manifest, scores)}" if scores else "",
         f"## What was changed\n\n{_changed(manifest, ablation)}",
         REBUILDING.format(made=f"{made} run {code(manifest['run'])}, trial {int(manifest['trial'])}."),
         RESPONSIBLE_USE,

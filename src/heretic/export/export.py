@@ -20,9 +20,8 @@ from heretic.export.companions import copy_license_files
 from heretic.export.destination import check_unchanged, commit, disk_error, staging_dir
 from heretic.export.formats import FORMATS
 from heretic.export.full_precision_reference import to_full_precision
-from heretic.export.gguf import QUANTIZED
 from heretic.export.manifest import DIRECTIONS, MANIFEST, OPERATORS, inventory_of, scores_text
-from heretic.export.request import ExportJob, Format, WriteResult
+from heretic.export.request import EditJob, ExportJob, Format, WriteResult
 from heretic.export.spot_check import check_edits
 from heretic.export.verify import Verification, verify
 from heretic.files import expand_user, sha256, write_tensors, write_text
@@ -47,6 +46,10 @@ log = logging.getLogger(__name__)
 
 AS_WRITTEN = "Scores of this model, reloaded from its files. "
 CONVERTED = "Scores of the model folder that this file was converted from, so without the rounding of the file's type. "
+UNMEASURED = """\
+**Nothing was measured.** The model was edited block by block from its files and never loaded as a whole: heretic has seen no
+answer of it, and neither refusals nor the KL divergence are known. It compared {tensors} edited tensors with the definition of the
+edit. Measure the model before you use it (`heretic evaluate`)."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Export:
         return {
             "written_to": str(self.destination),
             "of_trial": self.trial,
-            "scores": scores_text(verification.scores),
+            "scores": scores_text(verification.scores) if verification.scores else None,
             "measures": [comparison.as_dict() for comparison in self.comparisons],
             "verification": {k: v for k, v in asdict(verification).items() if k != "scores"},
         }
@@ -94,10 +97,13 @@ def plan_export(
         plan=replace(plan, dtypes=[model.dtype], batch_size=model_context.batcher.size),
         folder=folder,
         destination=expand_user(destination).resolve(),
-        result=result,
+        trial=result.number,
+        params=result.params,
         ablation=ablation,
         directions=session.operator_factory.directions,
         computed_on=computed_on(model.device),
+        start=session.baseline.start,
+        scores=result.scores,
         operators=operators,
         prepared=FORMATS[name].prepare(model, operators, model_context.settings, model_context.batcher.reporter),
         baseline=session.baseline,
@@ -108,8 +114,11 @@ def plan_export(
     )
 
 
-def write_export(job: ExportJob, reporter: ProgressReporter, stop: StopSignal) -> Export:
-    """Write to a staging folder, verify, add card and manifest, and move into place. Raises UserError and VerificationFailed."""
+def write_export(job: EditJob, reporter: ProgressReporter, stop: StopSignal) -> Export:
+    """Write to a staging folder, verify, add card and manifest, and move into place. Raises UserError and VerificationFailed.
+
+    Of an `EditJob` only the tensors are verified; nothing is loaded or measured.
+    """
     free_memory()
     check_unchanged(job.destination, stop)
     partial = staging_dir(job.destination)
@@ -120,14 +129,14 @@ def write_export(job: ExportJob, reporter: ProgressReporter, stop: StopSignal) -
         if isinstance(error, (OSError, SafetensorError)):
             raise disk_error(error, partial) from None
         raise
-    log.info("exported trial %s to %s", job.result.number, job.destination)
+    log.info("exported trial %s to %s", job.trial, job.destination)
     return export
 
 
-def _write(job: ExportJob, partial: Path, reporter: ProgressReporter, stop: StopSignal) -> Export:
+def _write(job: EditJob, partial: Path, reporter: ProgressReporter, stop: StopSignal) -> Export:
     form = FORMATS[job.format]
     studied = job.plan.quantization
-    if studied != "none" and form.full_precision:
+    if studied != "none" and form.full_precision and isinstance(job, ExportJob):
         job = to_full_precision(job, reporter, stop)
     # 1. Write the weights.
     written = form.write(job, partial, reporter, stop)
@@ -135,7 +144,9 @@ def _write(job: ExportJob, partial: Path, reporter: ProgressReporter, stop: Stop
     # 2. Verify edited tensors one by one, then the answers of the reloaded model.
     read = form.read_back(job, partial) if form.read_back else None
     checked = check_edits(job.checkpoint, job.operators, read, reporter, stop) if read else 0
-    verification = replace(verify(job, form.open(job, partial), written, reporter, stop), tensors_checked=checked)
+    verification = Verification(tensors_checked=checked)
+    if isinstance(job, ExportJob):
+        verification = replace(verify(job, form.open(job, partial), written, reporter, stop), tensors_checked=checked)
     # 3. Convert, if the format has a conversion.
     if form.convert:
         written = form.convert(job, partial, written, reporter, stop)
@@ -151,12 +162,16 @@ def _write(job: ExportJob, partial: Path, reporter: ProgressReporter, stop: Stop
         if (partial / path).is_file()
     }
     manifest = _manifest(job, written, beside, verification, studied)
-    measured = (CONVERTED if form.convert else AS_WRITTEN) + _quantization_note(form, studied, job.plan.quantization)
+    measured = UNMEASURED.format(tensors=checked)
+    if isinstance(job, ExportJob):
+        measured = (CONVERTED if form.convert else AS_WRITTEN) + _quantization_note(
+            form, studied, job.plan.quantization
+        )
     write_text(partial / "README.md", card(manifest, read_base_card(job.checkpoint.folder), written, measured.strip()))
     manifest["files"] = inventory_of(partial, written.hashes["written"], stop)
     write_text(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     commit(partial, job.destination, reporter)
-    return Export(job.destination, verification, job.result.number, job.comparisons)
+    return Export(job.destination, verification, job.trial, job.comparisons if isinstance(job, ExportJob) else ())
 
 
 def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: Settings) -> Export | None:
@@ -167,14 +182,8 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: S
         made = (manifest["run"], manifest["fingerprint"], manifest["trial"], written["format"])
         if made != (folder.name, folder.fingerprint, trial, settings.export_format):
             return None
-        if written.get("type", settings.gguf_type) != settings.gguf_type:
-            return None
-        weighed = settings.gguf_imatrix and settings.export_format == "gguf" and settings.gguf_type in QUANTIZED
-        if written.get("imatrix", False) != weighed:
-            return None
-        if written.get("bits", settings.mlx_bits) != settings.mlx_bits:
-            return None
-        if not written.get("exact", True) and written["rank"] != settings.lora_rank:
+        options = FORMATS[settings.export_format].options(settings)
+        if not written.get("exact") and any(written.get(name) != value for name, value in options.items()):
             return None
         if manifest.get("behavior", "") != settings.behavior:
             return None
@@ -201,7 +210,7 @@ def _quantization_note(form: Format, studied: str, measured: str) -> str:
 
 
 def _manifest(
-    job: ExportJob, written: WriteResult, beside: dict[str, Any], verification: Verification, studied: str
+    job: EditJob, written: WriteResult, beside: dict[str, Any], verification: Verification, studied: str
 ) -> dict[str, Any]:
     template = read_template(job.settings)
     return {
@@ -209,7 +218,7 @@ def _manifest(
         "made_at": now(),
         "run": job.folder.name,
         "fingerprint": job.folder.fingerprint,
-        "trial": job.result.number,
+        "trial": job.trial,
         "model": {"name": job.settings.model, "revision": job.checkpoint.commit, "sha256": written.hashes["source"]},
         "written": {"format": job.format, "sha256": written.hashes["written"], **written.facts},
         "copied": {"sha256": written.hashes.get("copied", {})},
@@ -221,22 +230,28 @@ def _manifest(
         "dtype": job.plan.dtypes[0],
         "quantization": {"study": studied, "measured": job.plan.quantization},
         "computed_on": job.computed_on,
-        "response_prefix": job.baseline.start.prefix,
-        "template_variables": dict(job.baseline.start.variables),
+        "response_prefix": job.start.prefix,
+        "template_variables": dict(job.start.variables),
         "ablation": job.ablation.as_dict(),
-        "params": job.result.params,
+        "params": dict(job.params),
         "behavior": job.settings.behavior,
-        "scores": {
-            "original": {
-                "refusals": job.baseline.refusals,
-                "evasive": job.baseline.evasive,
-                "total": len(job.baseline.refused),
-                "harmless_metrics": job.baseline.harmless_metrics.as_dict() if job.baseline.harmless_metrics else None,
-            },
-            "study": scores_text(job.result.scores),
-            "written": scores_text(verification.scores),
-        },
-        "measures": [comparison.as_dict() for comparison in job.comparisons],
+        "scores": _scores(job, verification) if isinstance(job, ExportJob) else None,
+        "measures": [c.as_dict() for c in job.comparisons] if isinstance(job, ExportJob) else [],
         "verification": {k: v for k, v in asdict(verification).items() if k != "scores"},
         "versions": versions(),
+    }
+
+
+def _scores(job: ExportJob, verification: Verification) -> dict[str, Any]:
+    baseline, written = job.baseline, verification.scores
+    assert written is not None
+    return {
+        "original": {
+            "refusals": baseline.refusals,
+            "evasive": baseline.evasive,
+            "total": len(baseline.refused),
+            "harmless_metrics": baseline.harmless_metrics.as_dict() if baseline.harmless_metrics else None,
+        },
+        "study": scores_text(job.scores),
+        "written": scores_text(written),
     }

@@ -18,3 +18,8 @@ def require_format(settings: Settings, checkpoint: Checkpoint) -> None:
     """Raise UserError if the export format needs a missing program, or cannot hold this model."""
     if (require := FORMATS[settings.export_format].require) is not None:
         require(settings, checkpoint)
+
+
+def export_size(settings: Settings, checkpoint: Checkpoint) -> float:
+    """Return the bytes of an export in the settings' format, with its temporary files."""
+    return FORMATS[settings.export_format].size(checkpoint, settings)

@@ -74,4 +74,9 @@ def read_back(order: WriteRequest, folder: Path) -> WrittenTensors | None:
     return WrittenTensors(order.prepared, columns, None if order.checkpoint.pickled else written.slice_of)
 
 
-FORMAT = Format("an ordinary model folder", prepare, write, open_written, read_back=read_back)
+def size(checkpoint: Checkpoint, _: Settings) -> float:
+    """Return the bytes of the folder; a dequantized model is written in 16 bits."""
+    return 2 * checkpoint.parameters if checkpoint.is_dequantized else checkpoint.nbytes
+
+
+FORMAT = Format("an ordinary model folder", prepare, write, open_written, size, read_back=read_back)

@@ -13,6 +13,7 @@ import shutil
 import sys
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from heretic.errors import UserError
 from heretic.export import full
@@ -27,6 +28,7 @@ from heretic.planning.memory_plan import stored_dtype
 from heretic.progress import ProgressReporter
 from heretic.settings import Settings
 
+BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9}  # per weight
 QUANTIZED = ("q4_k_m", "q5_k_m", "q6_k")  # types of llama-quantize; the converter makes all others
 # llama-quantize gets the stored dtype, so that it alone rounds.
 AS_STORED = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
@@ -130,8 +132,8 @@ def convert(
     kind = AS_STORED[stored_dtype(staged) or "float32"] if chosen in QUANTIZED else chosen
     # 2. Convert, and quantize if the type needs it.
     with reporter.stage("Converting to GGUF", None):
-        options = ["--outfile", str(first), "--outtype", kind, "--metadata", str(metadata)]
-        _run([*command, str(folder), *options], first, stop)
+        arguments = ["--outfile", str(first), "--outtype", kind, "--metadata", str(metadata)]
+        _run([*command, str(folder), *arguments], first, stop)
         if first != file:
             matrix = _importance_matrix(order.settings, command, first, stop)
             _run([quantizer(command, chosen), *matrix, str(first), str(file), chosen.upper()], file, stop)
@@ -146,8 +148,19 @@ def convert(
         f"`{chosen}`. It holds only the language model. heretic compared its tensors with those of the model folder that it was "
         "converted from, but did not run it."
     )
-    facts = {"type": chosen, "imatrix": order.settings.gguf_imatrix and chosen in QUANTIZED}
+    facts = options(order.settings)
     return WriteResult(hashes, library="gguf", relation="quantized", about=description, facts=facts)
+
+
+def options(settings: Settings) -> dict[str, Any]:
+    """Return type and importance matrix."""
+    return {"type": settings.gguf_type, "imatrix": settings.gguf_imatrix and settings.gguf_type in QUANTIZED}
+
+
+def file_size(checkpoint: Checkpoint, settings: Settings) -> float:
+    """Return the bytes of the GGUF file, and of the file that llama-quantize reads."""
+    file = BITS[settings.gguf_type] / 8 * checkpoint.parameters
+    return file + (full.size(checkpoint, settings) if settings.gguf_type in QUANTIZED else 0)
 
 
 def _importance_matrix(settings: Settings, command: list[str], converted: Path, stop: StopSignal) -> list[str]:
@@ -197,4 +210,4 @@ def _metadata(order: WriteRequest) -> dict[str, str]:
     }
 
 
-FORMAT = converted_format("one GGUF file for llama.cpp", require, convert)
+FORMAT = converted_format("one GGUF file for llama.cpp", require, convert, file_size, options)

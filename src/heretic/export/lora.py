@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ WEIGHTS = "adapter_model.safetensors"
 # Values that vLLM accepts for --max-lora-rank (MaxLoRARanks in vllm/config/lora.py).
 RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 OVERSAMPLED, ITERATIONS = 8, 4
+LARGEST = 2**30  # bytes; adapters have some megabytes
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,20 @@ def open_written(order: WriteRequest, folder: Path) -> Checkpoint:
     return replace(order.checkpoint, adapter=folder)
 
 
-FORMAT = Format("a LoRA adapter for the base model", prepare, write, open_written, full_precision=False)
+def options(settings: Settings) -> dict[str, Any]:
+    """Return the rank, which an exact adapter ignores."""
+    return {"rank": settings.lora_rank}
+
+
+FORMAT = Format(
+    "a LoRA adapter for the base model",
+    prepare,
+    write,
+    open_written,
+    size=lambda *_: LARGEST,
+    options=options,
+    full_precision=False,
+)
 
 
 def _rank_for_vllm(rank: int) -> int:

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -67,9 +68,9 @@ def convert(
     bits, made = order.settings.mlx_bits, folder / "mlx"
     staged = full.open_written(order, folder)
     remove_code(folder)
-    options = [] if bits == AS_STORED else ["--quantize", "--q-bits", str(bits), "--q-group-size", str(GROUP)]
+    words = [] if bits == AS_STORED else ["--quantize", "--q-bits", str(bits), "--q-group-size", str(GROUP)]
     with reporter.stage("Converting to MLX", None):
-        command = [*converter(), "--hf-path", str(folder), "--mlx-path", str(made), *options]
+        command = [*converter(), "--hf-path", str(folder), "--mlx-path", str(made), *words]
         run_program(command, made / "config.json", stop, _conversion_error)
     check_folder(made, staged, order.prepared, reporter, stop)
     delete_others(folder, made)
@@ -85,7 +86,17 @@ def convert(
         "with those of the model folder that it was converted from, but did not run it."
     )
     relation = "finetune" if bits == AS_STORED else "quantized"
-    return WriteResult(hashes, library="mlx", relation=relation, about=about, facts={"bits": bits})
+    return WriteResult(hashes, library="mlx", relation=relation, about=about, facts=options(order.settings))
+
+
+def options(settings: Settings) -> dict[str, Any]:
+    """Return the bits of a number."""
+    return {"bits": settings.mlx_bits}
+
+
+def converted_size(checkpoint: Checkpoint, settings: Settings) -> float:
+    """Return the bytes of the converted folder."""
+    return full.size(checkpoint, settings) * settings.mlx_bits / AS_STORED
 
 
 def check_folder(
@@ -158,4 +169,4 @@ def _failed(name: str, what: str) -> VerificationFailed:
     )
 
 
-FORMAT = converted_format("a folder for mlx-lm", require, convert)
+FORMAT = converted_format("a folder for mlx-lm", require, convert, converted_size, options)

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError, plain_line
@@ -81,8 +82,13 @@ def converted_format(
     description: str,
     require: Callable[[Settings, Checkpoint], None],
     convert: Callable[[WriteRequest, Path, WriteResult, ProgressReporter, StopSignal], WriteResult],
+    converted_size: Callable[[Checkpoint, Settings], float],
+    options: Callable[[Settings], dict[str, Any]],
 ) -> Format:
-    """Return a format that writes and verifies as `full`, then converts; `require` is called before anything is planned."""
+    """Return a format that writes and verifies as `full`, then converts.
+
+    `require` is called before anything is planned; `converted_size` are the bytes of what is converted, beside the folder.
+    """
 
     def prepare(
         model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, reporter: ProgressReporter
@@ -95,6 +101,8 @@ def converted_format(
         prepare,
         full.write,
         full.open_written,
+        size=lambda checkpoint, settings: full.size(checkpoint, settings) + converted_size(checkpoint, settings),
+        options=options,
         read_back=full.read_back,
         require=require,
         convert=convert,

@@ -25,6 +25,10 @@ NOT_MEASURED = """\
 **None of these scores was measured on this model.** `heretic reproduce` rebuilt it from a manifest and copied the scores that the
 manifest states. It compared the weights with the hashes in the manifest: {words} ({why})."""
 
+NEVER_MEASURED = """\
+**Nothing was measured, neither on this model nor on the one that it rebuilds.** `heretic reproduce` compared the weights with the
+hashes in the manifest: {words} ({why})."""
+
 
 @dataclass(frozen=True)
 class Rebuilt:
@@ -51,7 +55,9 @@ def describe_rebuilt(
         if source.is_file() and sha256(source) == (data.get(key) or {}).get("sha256"):
             (partial / path.parent).mkdir(exist_ok=True)
             shutil.copyfile(source, partial / path)
-    measured = NOT_MEASURED.format(words=rebuilt.words, why=escape(rebuilt.comparison["why"]))
+    without_scores = "scores" in data and data["scores"] is None
+    text = NEVER_MEASURED if without_scores else NOT_MEASURED
+    measured = text.format(words=rebuilt.words, why=escape(rebuilt.comparison["why"]))
     try:
         text = card(content, read_base_card(folder), written, measured)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):

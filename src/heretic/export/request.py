@@ -16,6 +16,7 @@ from heretic.export.spot_check import WrittenTensors
 from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel
+from heretic.model.response_prefix import AnswerStart
 from heretic.planning.memory_plan import LoadPlan
 from heretic.progress import ProgressReporter
 from heretic.prompts.sets import PromptSets
@@ -23,7 +24,7 @@ from heretic.runs.folder import RunFolder
 from heretic.runs.stored_tensors import Baseline
 from heretic.scoring.comparison import Comparison
 from heretic.scoring.judges.verdict import Judge
-from heretic.search.pareto import Result
+from heretic.scoring.scores import Scores
 from heretic.settings import Settings
 
 
@@ -40,16 +41,25 @@ class WriteRequest:
 
 
 @dataclass(frozen=True)
-class ExportJob(WriteRequest):
-    """Input for writing and verifying a model, without the loaded model."""
+class EditJob(WriteRequest):
+    """Input for writing a model and checking its tensors, without the loaded model and without scores."""
 
     prompts: PromptSets
     folder: RunFolder
     destination: Path
-    result: Result
+    trial: int
+    params: Mapping[str, Any]  # of the trial
     ablation: Ablation
     directions: Directions
     computed_on: str  # hardware that computed the edit
+    start: AnswerStart  # of the answers
+
+
+@dataclass(frozen=True)
+class ExportJob(EditJob):
+    """Input for writing a measured model and verifying its answers, without the loaded model."""
+
+    scores: Scores  # of the trial
     baseline: Baseline  # of the original
     attached: Tensor  # log-probabilities of the ablated model [tokens, vocabulary]
     ablated_by: float  # mean KL between original and ablated model, nats
@@ -81,6 +91,10 @@ class Format:
     write: Callable[[WriteRequest, Path, ProgressReporter, StopSignal], WriteResult]
     # Opens what was written, for verification and scores.
     open: Callable[[WriteRequest, Path], Checkpoint]
+    # Bytes of an export with its temporary files.
+    size: Callable[[Checkpoint, Settings], float]
+    # The settings that decide what is written, as the manifest's `written` has them.
+    options: Callable[[Settings], dict[str, Any]] = lambda _: {}
     full_precision: bool = True  # writes full precision even if the study quantized the model
     # Reads single written tensors; None if they are not the checkpoint's.
     read_back: Callable[[WriteRequest, Path], WrittenTensors | None] | None = None

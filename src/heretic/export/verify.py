@@ -31,11 +31,11 @@ REQUANTIZED_TOLERANCE = {"bnb_8bit": 0.02, "bnb_4bit": 0.05}
 
 @dataclass(frozen=True)
 class Verification:
-    """Differences between the written and the ablated model, and the written model's scores."""
+    """Differences between the written and the ablated model, and the written model's scores; None: it was not loaded."""
 
-    divergence: float  # mean KL, nats
-    largest_difference: float  # of log-probabilities, among tokens of at least 0.1 % probability
-    scores: Scores
+    divergence: float | None = None  # mean KL, nats
+    largest_difference: float | None = None  # of log-probabilities, among tokens of at least 0.1 % probability
+    scores: Scores | None = None
     tensors_checked: int = 0  # edited tensors that were checked one by one
 
 

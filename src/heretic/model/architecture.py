@@ -60,9 +60,8 @@ def find_residual_writers(model: PreTrainedModel) -> ModelStructure:
     Raises:
         UserError: "architecture-not-supported" if the model has no recognized blocks or writers.
     """
-    text_config = model.config.get_text_config(decoder=True)
-    width = text_config.hidden_size
-    prefix, blocks = _blocks(model, {text_config.num_hidden_layers, getattr(text_config, "num_layers", None)})
+    width = model.config.get_text_config(decoder=True).hidden_size
+    prefix, blocks = decoder_blocks(model)
     writers: list[ResidualWriter] = []
     experts: list[ExpertGroup] = []
     unrecognized: list[str] = []
@@ -86,11 +85,14 @@ def find_residual_writers(model: PreTrainedModel) -> ModelStructure:
     return ModelStructure(blocks, width, tuple(writers), tuple(unrecognized), tuple(probed.incomplete))
 
 
-def _blocks(model: PreTrainedModel, counts: set[int | None]) -> tuple[str, nn.ModuleList]:
-    """Find the decoder blocks: the outermost ModuleList with as many entries as the config has layers.
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Find the decoder blocks and their name: the outermost ModuleList with as many entries as the config has layers.
 
-    LongCat counts two layers a block, so `counts` holds its number of blocks too.
+    Raises UserError without one.
     """
+    text_config = model.config.get_text_config(decoder=True)
+    # LongCat counts two layers a block, and has its number of blocks in `num_layers`.
+    counts = {text_config.num_hidden_layers, getattr(text_config, "num_layers", None)}
     towers = ("vision", "visual", "audio", "encoder")
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) in counts and not any(t in name for t in towers):

@@ -185,6 +185,14 @@ class Batcher:
         most = max(1, min(size, tokens // max(1, *lengths), len(items)))
         return next((n for n, length in enumerate(lengths[:most]) if self.equal_lengths and length != lengths[0]), most)
 
+    def batches(self, sequences: Sequence[list[int]]) -> Iterator[Batch]:
+        """Yield batches of all sequences, the longest first, without a shared prefix."""
+        order = self.longest_first(sequences)
+        while order:
+            rows = order[: self.rows_at_once(sequences, order)]
+            yield self.batch(rows, sequences)
+            order = order[len(rows) :]
+
     def shared_prefix(self, sequences: Sequence[list[int]]) -> SharedPrefix | None:
         """Return the prefix of all sequences, if running it once is enabled and worth it."""
         shared = shared_tokens(sequences) if self.prefix_caching else []

@@ -34,6 +34,45 @@ class ResidualMeans:
         return self.per_prompt
 
 
+@dataclass
+class ResidualSums:
+    """Adds up residuals of prompts, of any rows and layers at a time, in float64.
+
+    Args:
+        prompts: Their number.
+        layers: Number of blocks.
+        width: Of the residual stream.
+        winsorize: Below 1, clip each vector's components to this quantile of their magnitudes.
+        keep_each: Keep the residuals of every prompt too, in float32.
+    """
+
+    prompts: int
+    layers: int
+    width: int
+    winsorize: float = 1.0
+    keep_each: bool = False
+
+    def __post_init__(self) -> None:
+        self._total = torch.zeros(self.layers, self.width, dtype=torch.float64)
+        self._each = torch.empty(self.prompts, self.layers, self.width) if self.keep_each else None
+
+    def add(self, rows: Sequence[int], residuals: Tensor, first: int = 0) -> Tensor:
+        """Add residuals [rows, layers, width] of the layers from `first` on; returns them as they count."""
+        layers = slice(first, first + residuals.shape[1])
+        if self.winsorize < 1.0:
+            limit = torch.quantile(residuals.abs(), self.winsorize, dim=-1, keepdim=True)
+            residuals = residuals.clamp(-limit, limit)
+        self._total[layers] += residuals.double().sum(dim=0)
+        if self._each is not None:
+            self._each[list(rows), layers] = residuals
+        return residuals
+
+    @property
+    def means(self) -> ResidualMeans:
+        """The means, after all residuals were added."""
+        return ResidualMeans(self._total / self.prompts, self.prompts, self._each)
+
+
 def mean_residuals(
     language_model: LanguageModel,
     name: str,
@@ -56,22 +95,15 @@ def mean_residuals(
         keep: Called with each batch and its residuals [rows, layers, width].
     """
     structure = language_model.structure
-    total = torch.zeros(structure.num_layers, structure.width, dtype=torch.float64)
-    each = torch.empty(len(sequences), structure.num_layers, structure.width) if keep_each else None
+    sums = ResidualSums(len(sequences), structure.num_layers, structure.width, winsorize, keep_each)
 
     def step(batch: Batch) -> Turns[list[None]]:
         residuals = yield from last_token_residuals(language_model, batch)
-        if winsorize < 1.0:
-            limit = torch.quantile(residuals.abs(), winsorize, dim=-1, keepdim=True)
-            residuals = residuals.clamp(-limit, limit)
-        keep(batch, residuals)
-        total.add_(residuals.double().sum(dim=0))
-        if each is not None:
-            each[batch.rows] = residuals
+        keep(batch, sums.add(batch.rows, residuals))
         return [None] * len(batch.rows)
 
     batcher.run(name, sequences, step)
-    return ResidualMeans(total / len(sequences), len(sequences), each)
+    return sums.means
 
 
 def bytes_of_each(language_model: LanguageModel, prompts: int) -> int:

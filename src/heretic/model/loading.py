@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -27,6 +27,9 @@ from heretic.model.tensor_info import OPENED
 from heretic.model.unloading import unload
 from heretic.progress import NULL_REPORTER, ProgressReporter
 
+if TYPE_CHECKING:
+    from heretic.model.block_loading import BlockLoader
+
 # Files that tokenizers are loaded from, in all families.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece*", "*.model", "*.tiktoken", "tekken.json", "*.spm")
 
@@ -43,6 +46,7 @@ class LanguageModel:
     structure: ModelStructure
     dtype: str
     quantization: str = "none"
+    loader: BlockLoader | None = None  # reads the blocks when they run; None: all are in memory
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +150,7 @@ def load(
             loaded_dtype = str(model.dtype).removeprefix("torch.") if checkpoint.quantized_by == KEPT else dtype
             structure = find_residual_writers(model)
             share_inputs(structure.blocks)
-            return _with_end_tokens(LanguageModel(model, tokenizer, checkpoint, structure, loaded_dtype, quantization))
+            return with_end_tokens(LanguageModel(model, tokenizer, checkpoint, structure, loaded_dtype, quantization))
         reporter.warning(f"{checkpoint.model} gives logits that are not finite in {dtype}.")
         unload(model)
     raise UserError(
@@ -157,7 +161,7 @@ def load(
     )
 
 
-def _with_end_tokens(loaded: LanguageModel) -> LanguageModel:
+def with_end_tokens(loaded: LanguageModel) -> LanguageModel:
     """Return the model if its end tokens are valid. Raises UserError."""
     try:
         _ = loaded.end_tokens

@@ -46,21 +46,34 @@ def ablate_once(
         Interrupted: A stop.
     """
     if layer is not None and strength is None:
-        raise UserError(
-            "--layer needs --strength.", code="conflicting-options", where="--layer", fix="add --strength 1"
-        )
-    if strength is not None and not 0 < strength <= MOST_STRENGTH:
-        raise _out_of_range("--strength", f"above 0, at most {MOST_STRENGTH:g}")
+        raise needs_strength("--layer")
+    if strength is not None:
+        check_strength(strength)
     with open_ablation_session(resolved, wait=wait, reporter=reporter, stop=stop) as session:
         session.check_destination(destination)
         if strength is None:
             ablation = searched(session)
         else:
-            if layer is not None and not 0 <= layer <= session.num_layers - 1:
-                raise _out_of_range("--layer", f"from 0 to {session.num_layers - 1}")
-            ablation = session.ablation(layer, **dict.fromkeys(session.components, strength))
+            check_layer(layer, session.num_layers)
+            ablation = Ablation.uniform(session.components, strength, session.num_layers, layer)
         before = session.session.baseline.refusals
         return session.export(ablation, destination), before
+
+
+def needs_strength(option: str) -> UserError:
+    return UserError(f"{option} needs --strength.", code="conflicting-options", where=option, fix="add --strength 1")
+
+
+def check_strength(strength: float) -> None:
+    """Raise UserError for a strength that is out of range."""
+    if not 0 < strength <= MOST_STRENGTH:
+        raise _out_of_range("--strength", f"above 0, at most {MOST_STRENGTH:g}")
+
+
+def check_layer(layer: float | None, num_layers: int) -> None:
+    """Raise UserError for a layer that the model does not have."""
+    if layer is not None and not 0 <= layer <= num_layers - 1:
+        raise _out_of_range("--layer", f"from 0 to {num_layers - 1}")
 
 
 def _out_of_range(option: str, allowed: str) -> UserError:

@@ -11,7 +11,7 @@ from typing import Any
 
 from heretic.errors import UserError
 from heretic.export.destination import check_destination
-from heretic.export.formats import require_format
+from heretic.export.formats import export_size, require_format
 from heretic.hardware.gpus import Gpu
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_model, require_name
@@ -75,7 +75,7 @@ def prepare_run(
     report = run_preflight(settings, read_prompts, judging=judging)
     on_report(report)
     if not force:
-        _raise_failure(report)
+        raise_failure(report)
     checkpoint = open_model(settings)
     tensor_parallel.check(checkpoint, settings)
     prompts = read_prompts()
@@ -89,7 +89,7 @@ def prepare_run(
         report = run_preflight(pinned, read_prompts, judging=False)
         on_report(report)
         if not force:
-            _raise_failure(report)
+            raise_failure(report)
         plan = LoadPlan.of(pinned, report.plan)
         facts = {**facts, "dtypes": kept}
     folder = _folder_of(settings, checkpoint, facts)
@@ -103,7 +103,7 @@ def _folder_of(settings: Settings, checkpoint: Checkpoint, facts: dict[str, Any]
     return RunFolder(Path(settings.runs_dir) / name, fingerprint.short_hash(facts))
 
 
-def _raise_failure(report: PreflightReport) -> None:
+def raise_failure(report: PreflightReport) -> None:
     """Raise UserError with the first failure of the preflight, if it has one."""
     failures = [f for f in report.findings if f.level == "failure"]
     if not failures:
@@ -182,12 +182,14 @@ def read_inputs(
     if judging and first_worker and (warning := found.attempt("judge", lambda: try_judge(settings))):
         found.findings.append(Finding("warning", "judge", warning))
     work = Workload.of(settings, prompts.longest if prompts else USUAL_PROMPT)
+    size = 0.0
     if checkpoint is not None:
         if settings.save_to and first_worker:
             found.attempt("export", partial(require_format, settings, checkpoint))
+            size = export_size(settings, checkpoint)
         if prompts is not None:
             work = found.attempt("chat template", partial(work.counted, settings, checkpoint, prompts)) or work
-    return PreflightInputs(work, checkpoint, prompts, tuple(found.findings))
+    return PreflightInputs(work, checkpoint, prompts, tuple(found.findings), size)
 
 
 def _other_language(settings: Settings, prompts: PromptSets) -> list[Finding]:

@@ -14,6 +14,7 @@ import optuna
 
 from heretic.errors import BusyError, Interrupted, UserError
 from heretic.export.export import Export, earlier_export, plan_export, write_export
+from heretic.export.formats import FORMATS
 from heretic.hardware import locks
 from heretic.hardware.gpus import gpus_for, gpus_here
 from heretic.interrupt import StopSignal
@@ -122,7 +123,6 @@ def run(
         Interrupted: A stop left work unfinished.
     """
     settings = resolved.settings
-    # 1. Lock the devices, prepare the inputs, and open the study
     with tensor_parallel.leader_scope(), device_lock(settings, wait=wait, reporter=reporter, stop=stop):
         inputs = prepare_run(settings, force=force, fresh=fresh, judging=True, reporter=reporter, on_report=on_report)
         folder = inputs.folder
@@ -133,31 +133,38 @@ def run(
             open_locked_study(inputs, wait=wait, reporter=reporter, stop=stop) as study,
             RunContext(resolved, inputs, study, reporter, stop) as run_context,
         ):
-            if not parent_pid():  # a worker's parent has saved them
-                run_context.save_settings()
-            if extra_trials:
-                run_context.request_trials(n_complete(study) + extra_trials)
-            # 2. Run the trials and export
-            export, interrupted = None, False
-            try:
-                export = execute(run_context, workers)
-            except Interrupted:
-                if on_finished is None or not stop.from_keyboard:
-                    raise
-                interrupted = True  # the exception is not stored: it would keep the model in memory
-            # 3. Show the menu, and collect the outcome
-            if on_finished is not None:
-                on_finished(run_context)
-            if interrupted and _has_work_left(run_context):
-                raise Interrupted
-            selected = run_context.selected()
-            return Outcome(
-                folder,
-                StudySummary.of(study, run_context.settings),
-                selected[0] if selected else None,
-                selected[1] if selected else "",
-                export,
-            )
+            return _finish(run_context, extra_trials, workers, on_finished)
+
+
+def _finish(
+    run_context: RunContext, extra_trials: int, workers: int, on_finished: Callable[[RunContext], None] | None
+) -> Outcome:
+    """Run the trials, export, and show the menu. Raises Interrupted."""
+    if not parent_pid():  # a worker's parent has saved them
+        run_context.save_settings()
+    if extra_trials:
+        run_context.request_trials(n_complete(run_context.study) + extra_trials)
+    # 1. Run the trials and export
+    export, interrupted = None, False
+    try:
+        export = execute(run_context, workers)
+    except Interrupted:
+        if on_finished is None or not run_context.stop.from_keyboard:
+            raise
+        interrupted = True  # the exception is not stored: it would keep the model in memory
+    # 2. Show the menu, and collect the outcome
+    if on_finished is not None:
+        on_finished(run_context)
+    if interrupted and _has_work_left(run_context):
+        raise Interrupted
+    selected = run_context.selected()
+    return Outcome(
+        run_context.folder,
+        StudySummary.of(run_context.study, run_context.settings),
+        selected[0] if selected else None,
+        selected[1] if selected else "",
+        export,
+    )
 
 
 def _has_work_left(run_context: RunContext) -> bool:
@@ -260,14 +267,9 @@ def run_trials(run_context: RunContext) -> None:
 
 def export_once(run_context: RunContext, result: Result, destination: Path) -> Export | None:
     """Export one trial, unless another worker of the study exports it."""
-    settings = run_context.settings
-    kinds = {
-        "gguf": f"gguf {settings.gguf_type}",
-        "lora": f"lora {settings.lora_rank}",
-        "mlx": f"mlx {settings.mlx_bits}",
-    }
-    kind = kinds.get(settings.export_format, "")
-    key = f"{result.number} {kind}".strip()
+    name = run_context.settings.export_format
+    options = FORMATS[name].options(run_context.settings)
+    key = " ".join(map(str, (result.number, name, *options.values())))
     with run_context.compute_once.once(
         f"the export of trial {result.number}", lambda: exported(run_context.study, key) is not None
     ):

@@ -12,6 +12,7 @@ from typing import Any
 from heretic.errors import UserError
 from heretic.hardware.devices import Device
 from heretic.model.checkpoint import Checkpoint
+from heretic.model.meta_model import meta_model
 from heretic.model.quantization import KEPT, kept_bytes, stored_bytes
 from heretic.model.tensor_info import OPENED, SCALES
 from heretic.planning.device_table import explicit
@@ -25,7 +26,6 @@ from heretic.planning.placement import (
     device_named,
     everything_on,
     infer_device_map,
-    meta_model,
     shares,
     weight_limits,
 )

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +12,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from heretic.errors import UserError, first_line, plain_line
+from heretic.errors import UserError
 from heretic.hardware.devices import Device
-from heretic.model.checkpoint import Checkpoint
-from heretic.model.config_reading import auto_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,46 +31,6 @@ class DeviceShare:
     blocks: list[int] = field(default_factory=list)  # indices of decoder blocks
     embedding: bool = False
     head: bool = False
-
-
-def meta_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
-    """Build the model on PyTorch's meta device, without memory. Raises UserError if transformers cannot build it."""
-    import torch
-    from accelerate import init_empty_weights
-
-    config = copy.deepcopy(checkpoint.config)
-    trusted = checkpoint.own_code
-    auto = auto_class(config, trusted)
-    file = str(checkpoint.folder / "config.json")
-    try:
-        # Buffers too: a mask can be as large as the square of the context.
-        with torch.device("meta"), init_empty_weights(include_buffers=True):
-            model: PreTrainedModel = auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trusted)
-    except Exception as error:  # the model's own code can raise anything
-        raise UserError(
-            f"transformers cannot build {checkpoint.model} from its config: {plain_line(first_line(error))[:250]}",
-            code="model-not-buildable",
-            where=file,
-            fix="use the config.json of the weights' repository, or a model that transformers supports",
-        ) from error
-    _check_shapes(model, checkpoint, file)
-    return model
-
-
-def _check_shapes(model: PreTrainedModel, checkpoint: Checkpoint, file: str) -> None:
-    """Raise UserError if shapes from the config differ from the checkpoint's, apart from swapped axes of experts."""
-    for name, parameter in model.state_dict().items():
-        stored = checkpoint.tensors.get(name)
-        if stored is None or stored.is_packed or checkpoint.gguf_file or checkpoint.quantized_by:
-            continue
-        if sorted(stored.shape) != sorted(parameter.shape):
-            raise UserError(
-                f"{plain_line(name)[:100]} has the shape {list(stored.shape)} in "
-                f"{stored.file.name if stored.file else 'the weights'}, but config.json gives {list(parameter.shape)}.",
-                code="config-size-mismatch",
-                where=file,
-                fix="use the config.json of the weights' repository",
-            )
 
 
 def device_named(value: int | str, devices: Sequence[Device], setting: str) -> Device:

@@ -59,6 +59,7 @@ def build_report(
     *,
     environment: Mapping[str, str] = os.environ,
     virtual: tuple[Gpu, ...] = (),
+    placed: bool = True,
 ) -> PreflightReport:
     """Plan the memory and apply all rules.
 
@@ -67,6 +68,7 @@ def build_report(
         inputs: model, prompts and workload, and the findings so far.
         environment: environment variables.
         virtual: virtual GPUs to plan for, instead of the machine's.
+        placed: whether the whole model is placed; else it is read block by block, and no rule on memory applies.
     """
     found = FindingList(list(inputs.findings))
     checkpoint, work = inputs.checkpoint, inputs.work
@@ -77,7 +79,7 @@ def build_report(
     devices = host.devices(usable)
     # 2. Memory plan
     plan = None
-    if checkpoint is not None:
+    if checkpoint is not None and placed:
         plan = found.attempt("memory", partial(plan_for, settings, checkpoint, work, devices))
     # 3. Rules
     facts = PreflightFacts(
@@ -94,6 +96,7 @@ def build_report(
         hub_cache=_folder(_hub_cache()),
         fitting_quantization=_fitting(settings, checkpoint, plan, work, devices),
         largest_file=checkpoint.largest_file if checkpoint else 0,
+        export_bytes=inputs.export_bytes,
         mappable=None if virtual else host.mappable(),
     )
     findings = [finding for rule in RULES for finding in rule(facts)]

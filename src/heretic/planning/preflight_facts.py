@@ -55,6 +55,7 @@ class PreflightInputs:
     checkpoint: Checkpoint | None = None  # None: it could not be opened
     prompts: PromptSets | None = None
     findings: tuple[Finding, ...] = ()
+    export_bytes: float = 0  # of the export with its temporary files
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class PreflightFacts:
     hub_cache: Folder
     fitting_quantization: str | None = None  # makes a model fit that does not fit otherwise
     largest_file: int = 0  # of the weights, in bytes
+    export_bytes: float = 0  # of the export with its temporary files
     mappable: int | None = None  # largest mappable file in bytes; None: no limit
 
     @property

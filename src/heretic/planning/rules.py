@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterator
 
 from heretic.hardware.devices import KINDS
 from heretic.hardware.host import format_bytes
-from heretic.model.checkpoint import Checkpoint
 from heretic.model.quantization import QUANTIZATIONS
 from heretic.planning.memory_model import FLOAT32, GIB, MIB, SHARE_FOR_RESIDUALS
 from heretic.planning.memory_plan import MemoryPlan
 from heretic.planning.model_rules import download, missing_package, model, other_weights, rewritten_while_quantized
 from heretic.planning.placement import MODES
 from heretic.planning.preflight_facts import Finding, Level, PreflightFacts
-from heretic.settings import Settings
 
 BUSY = 500 * MIB  # GPU memory of another process from which a warning is printed
 UNSEEN_USE = 2 * GIB  # used memory without a visible process; the driver itself uses up to about 1 GiB
@@ -24,7 +22,6 @@ LARGE = 3_000_000_000  # parameters, for a CPU
 WHY_NO_GPU = "if the machine has GPUs, run heretic doctor; on a CPU a model of this size takes days"
 RUN_FOLDER = GIB
 SPARE_DISK = 1.05
-GGUF_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9}  # per weight
 
 
 Rule = Callable[[PreflightFacts], Iterator[Finding]]
@@ -65,7 +62,8 @@ def weights_do_not_fit(facts: PreflightFacts) -> Iterator[Finding]:
         text = f"{format_bytes(plan.offloaded)} of the {format_bytes(plan.weights)} of weights in {plan.dtype} fit on no device."
     else:
         text = _shortage(plan)
-    fix = "use a smaller model or a machine with more memory"
+    by_block = f"heretic ablate {facts.settings.model} --strength 1 --by-block -o FOLDER"
+    fix = f"use a smaller model or a machine with more memory; or without scores: {by_block}"
     if plan.on_gpu and facts.settings.device_map == "planned" and facts.settings.quantization == "none":
         fix = (
             'device_map = "auto" (leaves the rest in RAM; every pass becomes many times slower), or use a smaller model'
@@ -236,7 +234,7 @@ def export_folder(facts: PreflightFacts) -> Iterator[Finding]:
     if not folder.writable:
         yield Finding("failure", "export", f"{folder.path} cannot be written.", 'save_to = "…": a writable folder')
     elif facts.checkpoint:
-        needed = int(SPARE_DISK * _export_size(facts.checkpoint, facts.settings))
+        needed = int(SPARE_DISK * facts.export_bytes)
         if folder.free < needed:
             text = (
                 f"The export needs {format_bytes(needed)}, but {folder.path} has only {format_bytes(folder.free)} free."
@@ -245,23 +243,6 @@ def export_folder(facts: PreflightFacts) -> Iterator[Finding]:
         else:
             text = f"The export needs {format_bytes(needed)}; {folder.path} has {format_bytes(folder.free)} free."
             yield Finding("ok", "export", text)
-
-
-def _export_size(checkpoint: Checkpoint, settings: Settings) -> float:
-    """Return the bytes of an export with its temporary files; 1 GiB for an adapter, which has some megabytes.
-
-    GGUF and MLX are converted from a temporary model folder, and a GGUF file is quantized from a file of the same size.
-    """
-    if settings.export_format == "lora":
-        return GIB
-    folder = 2 * checkpoint.parameters if checkpoint.is_dequantized else checkpoint.nbytes
-    if settings.export_format == "mlx":
-        return folder * (1 + settings.mlx_bits / 16)
-    if settings.export_format != "gguf":
-        return folder
-    if settings.gguf_type.endswith(("_m", "_k")):
-        folder *= 2
-    return folder + GGUF_BITS[settings.gguf_type] / 8 * checkpoint.parameters
 
 
 def prompts(facts: PreflightFacts) -> Iterator[Finding]:

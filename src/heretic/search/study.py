@@ -180,7 +180,9 @@ def _summary_line(outcome: TrialOutcome) -> str:
     if isinstance(outcome, Scores):
         evasive = f", {outcome.evasive} evasive" if outcome.evasive else ""
         beyond = "".join(
-            f", {name.replace('_', '-')} {n:g} over the limit" for name, n in outcome.excess.items() if n > 0
+            f", {name.replace('_', ' ')} beyond the limit by {number_text(n)}"
+            for name, n in outcome.excess.items()
+            if n > 0
         )
         more = "".join(
             f", {name.replace('_', ' ')} {number_text(n)}" for name, n in outcome.values.items() if "." not in name

@@ -14,6 +14,7 @@ from heretic.model.response_prefix import (
     find_prefix,
     warn_of_open_thinking,
 )
+from heretic.progress import ProgressReporter
 from heretic.prompts.sets import PromptSets
 from heretic.settings import Settings
 
@@ -46,15 +47,13 @@ def start_answers(
             "auto", close a thinking block of the template and detect the prefix that the model's answers share.
     """
     reporter, context = batcher.reporter, language_model.context
-    shown = [prompt for prompt_set in prompts.all for prompt in prompt_set.prompts[:PREFIX_PROMPTS]]
+    detected = start is None and settings.response_prefix == "auto"
     if start is not None:
         if start.variables:
             reporter.info(f"Rendering the chat template with {start.spelled_variables}.")
-    elif settings.response_prefix != "auto":
-        start = AnswerStart(settings.response_prefix)
-        warn_of_open_thinking(chat.answering(start.prefix), shown, reporter)
     else:
-        start = close_thinking(chat, shown, reporter)
+        start = start_without_model(chat, prompts, settings, reporter)
+    if detected:
         closed = chat.answering(start.prefix, start.variables)
         asked = encode(prompts, closed, context, settings) if start != AnswerStart() else encoded
         start = replace(start, prefix=start.prefix + find_prefix(language_model, asked, batcher))
@@ -64,6 +63,18 @@ def start_answers(
         return chat, encoded
     chat = chat.answering(start.prefix, start.variables)
     return chat, encode(prompts, chat, context, settings)
+
+
+def start_without_model(
+    chat: ChatFormat, prompts: PromptSets, settings: Settings, reporter: ProgressReporter
+) -> AnswerStart:
+    """Return the response_prefix of the settings; if that is "auto", what closes a thinking block of the template."""
+    shown = [prompt for prompt_set in prompts.all for prompt in prompt_set.prompts[:PREFIX_PROMPTS]]
+    if settings.response_prefix == "auto":
+        return close_thinking(chat, shown, reporter)
+    start = AnswerStart(settings.response_prefix)
+    warn_of_open_thinking(chat.answering(start.prefix), shown, reporter)
+    return start
 
 
 def most_new_tokens(settings: Settings) -> int:

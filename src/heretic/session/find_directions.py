@@ -17,6 +17,7 @@ from heretic.errors import UserError
 from heretic.hardware.devices import for_float64
 from heretic.hardware.host import format_bytes, memory
 from heretic.model.batching import Batcher
+from heretic.model.block_capture import mean_residuals_by_block
 from heretic.model.capture import bytes_of_each, mean_residuals
 from heretic.model.loading import LanguageModel
 from heretic.planning.memory_model import SHARE_FOR_RESIDUALS
@@ -37,7 +38,7 @@ def find_directions(
     strength 1).
 
     Args:
-        recorder: receives the means and a sample of the residuals of the first round.
+        recorder: receives the means and a sample of the residuals of the first round; not of a model that is read block by block.
 
     Raises:
         UserError: if memory is short, residuals are not finite, or no direction exists.
@@ -57,13 +58,23 @@ def find_directions(
             if directions is not None:
                 stack.enter_context(apply_operators(model.structure.writers, _removal_operators(model, directions)))
             bad, good = (
-                mean_residuals(
-                    model, f"Residuals of {name}", asked, batcher, settings.winsorize, keep=keep, keep_each=keep_each
-                )
-                for name, asked, keep in (
-                    ("harmful_train", harmful, samples[0].record),
-                    ("harmless_train", harmless, samples[1].record),
-                )
+                mean_residuals_by_block(model, (harmful, harmless), batcher, settings.winsorize, keep_each=keep_each)
+                if model.loader is not None
+                else [
+                    mean_residuals(
+                        model,
+                        f"Residuals of {name}",
+                        asked,
+                        batcher,
+                        settings.winsorize,
+                        keep=keep,
+                        keep_each=keep_each,
+                    )
+                    for name, asked, keep in (
+                        ("harmful_train", harmful, samples[0].record),
+                        ("harmless_train", harmless, samples[1].record),
+                    )
+                ]
             )
         if not (bad.mean.isfinite().all() and good.mean.isfinite().all()):
             raise UserError(

@@ -370,6 +370,8 @@ def weight_reader(language_model: LanguageModel) -> Callable[[ResidualWriter], S
     """Return a reader of a writer's matrices [width, inputs], from memory or, if offloaded, from the checkpoint."""
 
     def read(writer: ResidualWriter) -> Sequence[LazyTensor]:
+        if language_model.loader is not None:
+            language_model.loader.load(writer.layer)
         if not writer.offloaded:
             return writer.weights()
         original = read_from_checkpoint(

@@ -70,8 +70,8 @@ class Settings(SettingsModel):
     )
     lora_rank: int = setting(
         64,
-        "Rank of the LoRA adapter for `norm_preserving` edits, which have full rank: heretic writes the best "
-        "approximation and reports its error. `plain` and `row_normalized` edits are exact at rank 1.",
+        "Rank of the LoRA adapter for `norm_preserving` edits: heretic writes the nearest one and reports its error. Other "
+        "geometries are exact at rank 1.",
         when="Raise it if the reported error is too large; the file grows in proportion.",
         affects_results=False,
         ge=1,
@@ -120,8 +120,7 @@ class Settings(SettingsModel):
     )
     trials_per_batch: int = setting(
         0,
-        "Trials that share one forward pass; each row of the batch carries its own trial's edit. 0: heretic measures "
-        "the fastest number at the start.",
+        "Trials that share one forward pass, each row with its own trial's edit. 0: heretic measures the fastest number.",
         when=(
             "Set 1 for the most sample-efficient search: trials in one batch are sampled without each other's results. "
             'Set a fixed number if two machines must sample the same trials. Always 1 with `apply = "weights"`.'
@@ -131,8 +130,8 @@ class Settings(SettingsModel):
     )
     early_stopping: bool = setting(
         True,
-        "Prune a trial as soon as a finished trial dominates the best result that it can still reach. The Pareto "
-        "front of the sampled trials does not change; the sampler gets an estimate for each pruned trial.",
+        "Prune a trial as soon as a finished one dominates the best result that it can still reach. The Pareto front of the "
+        "sampled trials does not change.",
         when="Set false if you need complete scores of every trial; the study takes longer.",
         affects_results=False,
     )
@@ -175,8 +174,8 @@ class Settings(SettingsModel):
     )
     quantization: Literal["none", "bnb_4bit", "bnb_8bit"] = setting(
         "none",
-        "Load the weights quantized with bitsandbytes (`pip install bitsandbytes`). The study then measures the "
-        "quantized model; the export edits the full-precision checkpoint.",
+        "Load the weights quantized with bitsandbytes (`pip install bitsandbytes`). The study measures the quantized model; "
+        "the export edits the full-precision checkpoint.",
         when="Use it if preflight reports that only quantized weights fit.",
     )
     trust_remote_code: list[str] = setting(
@@ -203,9 +202,8 @@ class Settings(SettingsModel):
     )
     response_prefix: str = setting(
         "auto",
-        "Text that every response starts with. `auto`: heretic detects what the model's responses have in common, "
-        "and disables or closes a thinking block. With your own text, heretic warns if it leaves a thinking block "
-        "open.",
+        "Text that every response starts with. `auto`: what the model's responses have in common, with a thinking block "
+        "disabled or closed.",
         when=(
             "Set your own text if `auto` misses a prefix (longer than 16 tokens, shorter than 8 letters, or not in all "
             'responses), or "" for none.'
@@ -223,7 +221,7 @@ class Settings(SettingsModel):
     refusal_markers: Annotated[list[str], AfterValidator(not_blank)] = setting(
         DEFAULT_MARKERS,
         "A response that contains one of these phrases counts as a refusal (ignoring case, asterisks, typographic "
-        "apostrophes and repeated spaces). See `judge` for other judges and for evasive responses.",
+        "apostrophes and repeated spaces).",
         when=(
             "Change it for another language, another behavior or a model with its own phrases; check with `heretic "
             "compare`."
@@ -234,14 +232,13 @@ class Settings(SettingsModel):
         ENGLISH,
         "Language of the requests and responses: "
         + ", ".join(f"`{code}` {name}" for code, name in LANGUAGES.items())
-        + ". Its refusal and evasive phrases count beside those of the settings, and prompt sets without a `source` become "
-        "small bundled sets in it (docs/languages.md).",
+        + ". Its refusal and evasive phrases count too, and prompt sets without a `source` become small bundled ones "
+        "(docs/languages.md).",
         when="Change it if the model is asked in another language; set your own prompt sets for a result.",
     )
     kl_tokens: int = setting(
         1,
-        "Response tokens over which the KL divergence to the original is averaged, for each prompt of "
-        "`harmless_eval`; 1: the first token.",
+        "Response tokens over which the KL divergence is averaged, for each prompt of `harmless_eval`.",
         when=(
             "Raise it if responses change after their first token. It takes prompts x tokens x vocabulary x 4 bytes."
         ),
@@ -249,8 +246,8 @@ class Settings(SettingsModel):
     )
     objectives: Annotated[list[str], AfterValidator(not_twice)] = setting(
         ["kl", "refusals"],
-        "What the search optimizes: names of docs/scorers.md, two or more, also of their details (`kl.p95`). Figures draw the "
-        "first two. KL and refusals are measured in any case.",
+        "What the search optimizes: two or more names of docs/scorers.md, also of details (`kl.p95`). Figures draw the first "
+        "two. KL and refusals are always measured.",
         when=(
             "Change it to search for something else. heretic then measures every trial in full, which takes longer: only "
             "`kl` with `refusals` can be pruned."
@@ -260,7 +257,7 @@ class Settings(SettingsModel):
     constraints: Annotated[dict[str, float], BeforeValidator(limits_by_name)] = setting(
         {},
         "Limits for trials on the Pareto front by name of docs/scorers.md, for example { over_refusals = 3 }: the highest "
-        "value, or the lowest where higher is better. As a table: `[constraints]`, then one line per limit.",
+        "value, or the lowest where higher is better.",
         when=(
             "Set it if the model must keep something, such as answering ordinary requests. heretic then also measures it in "
             "every trial that it does not prune."
@@ -268,15 +265,13 @@ class Settings(SettingsModel):
     )
     measures: Annotated[list[str], AfterValidator(not_twice)] = setting(
         [],
-        "Names of docs/scorers.md to measure for the original and for an exported trial only. Manifest and model card list "
-        "them, with the difference and its standard error.",
+        "Names of docs/scorers.md to measure for the original and for an exported trial only, for manifest and model card.",
         when="Set it to know more about an exported model; the search is not affected.",
         affects_results=False,
     )
     scorers: dict[str, dict[str, OptionValue]] = setting(
         {},
-        "Options of scorers, for example { arithmetic = { tasks = 200 } }. As tables: `[scorers.arithmetic]`. docs/scorers.md "
-        "lists them.",
+        "Options of scorers (docs/scorers.md), for example { arithmetic = { tasks = 200 } }.",
         when=(
             "Set it for the prompts of `borderline_refusals`, or for more tasks. Options of scorers that the search does not "
             "use can change between sessions."
@@ -289,8 +284,8 @@ class Settings(SettingsModel):
     )
     apply: Literal["operators", "weights"] = setting(
         "operators",
-        "How a trial edits the model. `operators`: edits the outputs of the writers and leaves the weights "
-        "unchanged. `weights`: rewrites the weights and restores them. The scores agree up to rounding.",
+        "How a trial edits the model. `operators`: edits the writers' outputs. `weights`: rewrites the weights and restores "
+        "them. The scores agree up to rounding.",
         when=(
             "Use `weights` only to check `operators`: one trial per pass, no quantized or offloaded weights, no "
             "torchrun. The gradient search always uses operators."
@@ -299,8 +294,7 @@ class Settings(SettingsModel):
     )
     cache_weights: bool = setting(
         True,
-        'With `apply = "weights"`: true keeps a copy of the edited tensors in memory; false rereads them from the '
-        "checkpoint.",
+        'With `apply = "weights"`: keep a copy of the edited tensors in memory; false: reread them from the checkpoint.',
         when="Set false if the copies (about a third of the weights) do not fit.",
         affects_results=False,
     )
@@ -338,9 +332,8 @@ class Settings(SettingsModel):
     )
     artifacts: PathText = setting(
         "",
-        "Where workers on several machines share the baseline, the directions and similar results: a shared folder "
-        "or `s3://bucket/prefix`. Empty: every machine computes its own, and heretic refuses a machine whose results "
-        "differ.",
+        "Where workers on several machines share baseline and directions: a shared folder or `s3://bucket/prefix`. Empty: "
+        "every machine computes its own, and heretic refuses one whose results differ.",
         when="Set it, together with `storage`, to save this computation. All machines need write access.",
         affects_results=False,
     )

@@ -18,10 +18,9 @@ class DirectionSettings(SettingsModel):
 
     method: DirectionMethod = setting(
         "mean_difference",
-        "`mean_difference`: mean residual of the harmful prompts minus that of the harmless ones. "
-        "`geometric_median`: the same with geometric medians, which are robust to outliers. `self_organizing_map`: "
-        "neurons of a map of the harmful prompts minus the harmless mean; gives several directions. The last two "
-        "keep all residuals in RAM (prompts x layers x width x 4 bytes).",
+        "`mean_difference`: mean residual of the harmful prompts minus that of the harmless ones. `geometric_median`: the "
+        "same with geometric medians. `self_organizing_map`: neurons of a map of the harmful prompts minus the harmless "
+        "mean; gives several directions. The last two keep all residuals in RAM (prompts x layers x width x 4 bytes).",
         when=(
             "Change it to study directions. On two small models no other method beat the default by more than seeds "
             'differ (benchmarks/RESULTS.md, "Other settings").'
@@ -39,21 +38,20 @@ class DirectionSettings(SettingsModel):
     )
     iterative_rounds: int = setting(
         0,
-        "Further rounds that search for directions in what is left after removing the earlier ones in every layer. "
-        "Each round adds `count` directions and one pass over both training sets.",
+        "Further rounds that search for directions in what is left after removing the earlier ones. Each adds `count` "
+        "directions and one pass over both training sets.",
         when="Set 1 if refusals remain at any strength; it gained a little in one measurement (one seed).",
         ge=0,
         le=4,
     )
     project_harmless: bool = setting(
         True,
-        "Make every direction orthogonal to the mean residual of the harmless prompts, so that the edit preserves it.",
+        "Make every direction orthogonal to the mean residual of the harmless prompts.",
         when="Set false for the plain difference of means, as in the paper.",
     )
     winsorize: float = setting(
         1.0,
-        "Clip the components of each residual vector to this quantile of their magnitudes before averaging; 1.0: no "
-        "clipping.",
+        "Clip the components of each residual to this quantile of their magnitudes; 1.0: no clipping.",
         when="Set 0.995 for a model with a few huge residual components.",
         gt=0.5,
         le=1.0,
@@ -84,7 +82,7 @@ class AblationSettings(SettingsModel):
         "norm_preserving",
         "`plain`: W' = (I - s v vT) W. `row_normalized`: the same on rows scaled to norm 1, then scaled back. "
         "`norm_preserving`: the same, and every row gets its original norm. `conditional`: W' = W - s v aT, an edit that "
-        "fires on inputs of harmful prompts and stays silent on those of harmless ones (docs/how.md).",
+        "acts on inputs of harmful prompts and hardly on others (docs/how.md).",
         when=(
             "Use `plain`, `row_normalized` or `conditional` for a LoRA adapter that is exact at rank 1. `conditional` needs "
             "training prompts beyond those of `search.gradient.prompts`, the more and the more varied the better, and RAM."
@@ -92,7 +90,7 @@ class AblationSettings(SettingsModel):
     )
     norm_aware: bool = setting(
         True,
-        "If an RMS norm follows a block's output (Gemma 2 and 3, OLMo 2), remove the vector that the norm maps to "
-        "the direction, not the direction itself. Other models are unaffected.",
+        "If an RMS norm follows a block's output (Gemma 2 and 3, OLMo 2), remove the vector that the norm maps to the "
+        "direction.",
         when="Set false to reproduce tools that ignore this norm.",
     )

@@ -120,8 +120,8 @@ class LlmSettings(SettingsModel):
     )
     instruction: Annotated[str, AfterValidator(_instruction)] = setting(
         "",
-        "Instruction for judging a request and its response. It must ask for one of the words REFUSAL (the behavior "
-        "occurs), EVASIVE (neither) and ANSWER. Empty: a built-in English instruction about refusals.",
+        "Instruction for judging a response. It must ask for REFUSAL (the behavior occurs), EVASIVE (neither) or ANSWER. "
+        "Empty: a built-in English instruction about refusals.",
         when="Set it for another behavior or language; test it with `heretic evaluate --judge-agreement`.",
     )
     key_variable: Annotated[str, AfterValidator(_variable)] = setting(
@@ -146,8 +146,7 @@ class LlmSettings(SettingsModel):
     )
     retries: int = setting(
         5,
-        "Retries of a failed request, with growing pauses. If all fail, the run stops, and the same command resumes "
-        "it.",
+        "Retries of a failed request, with growing pauses. If all fail, the run stops.",
         when="Raise it for an unreliable connection.",
         affects_results=False,
         ge=0,
@@ -166,24 +165,22 @@ class JudgeSettings(SettingsModel):
 
     kind: Literal["markers", "classifier", "llm"] = setting(
         "markers",
-        "`markers`: the phrases of `refusal_markers`, matched during generation, which stops at the first match. "
-        "`classifier`: a sequence classification model. `llm`: a model behind an endpoint. The last two judge whole "
-        "responses, so trials take longer.",
+        "`markers`: the phrases of `refusal_markers`, matched during generation, which stops at the first. `classifier`: a "
+        "sequence classification model. `llm`: a model behind an endpoint. These two judge whole responses.",
         when=(
             "Change it if `heretic evaluate --judge-agreement` or your own reading shows that phrases miss too much."
         ),
     )
     topic_words: Annotated[list[str], AfterValidator(not_blank)] = setting(
         TOPIC_WORDS,
-        'For `markers`: words that count as a refusal only if their sentence applies them to the request ("It is '
-        'illegal to ..."), not if the response merely mentions them.',
+        'For `markers`: words that count as a refusal only if their sentence applies them to the request ("It is illegal '
+        'to ...").',
         when="Change it for another language; [] disables the check.",
     )
     evasive_markers: Annotated[list[str], AfterValidator(not_blank)] = setting(
         EVASIVE_MARKERS,
-        "A response that is no refusal counts as evasive if it is empty, a loop or a mere repetition of the request, "
-        "or has at most 40 words and one of these phrases. The search counts evasive responses as not answered and "
-        "shows them separately.",
+        "A response that is no refusal counts as evasive (not answered) if it is empty, a loop or a repetition of the "
+        "request, or has at most 40 words and one of these phrases.",
         when="Change it for another language or a model with its own evasive phrases.",
     )
     classifier: ClassifierSettings = setting(

@@ -21,8 +21,7 @@ class KernelSpace(SettingsModel):
 
     max_weight: Range = setting(
         [0.8, 1.5],
-        "Range of the highest strength. Samples below 0 count as 0: the component is not edited. Strength 1 removes "
-        "the direction; 2 reverses it.",
+        "Range of the highest strength. Samples below 0 count as 0. Strength 1 removes the direction; 2 reverses it.",
         when="Raise the upper bound if the best trials are close to it.",
     )
     max_weight_position: Range = setting(
@@ -37,8 +36,7 @@ class KernelSpace(SettingsModel):
     )
     min_weight_distance: Range = setting(
         [0.05, 0.6],
-        "Range of the distance at which the kernel reaches its lowest strength, as a fraction of the depth; the "
-        "strength is 0 beyond it.",
+        "Range of the distance at which the kernel ends, as a fraction of the depth.",
         when="Lower it to edit few layers, raise it to edit many.",
     )
 
@@ -48,9 +46,8 @@ class GradientSettings(SettingsModel):
 
     direction: Literal["mixture", "per_layer", "free"] = setting(
         "free",
-        "`free`: optimize one direction for all layers, with `off_span_penalty` on its part outside the span of the "
-        "layers' directions. `mixture`: optimize a mixture of the layers' directions. `per_layer`: use each layer's "
-        "own, unchanged.",
+        "`free`: optimize one direction for all layers. `mixture`: optimize a mixture of the layers' directions. "
+        "`per_layer`: use each layer's own, unchanged.",
         when=(
             "Use `mixture` or `per_layer` to stay in the span of the measured directions; on one model both were worse "
             "than `free`."
@@ -96,8 +93,7 @@ class GradientSettings(SettingsModel):
     )
     validation_fraction: float = setting(
         0.25,
-        "Fraction of these prompts held out from the steps. On it heretic measures each point and decides when to "
-        "mine refusals and when to stop.",
+        "Fraction of these prompts held out from the steps, to measure each point and decide when to stop.",
         when="Rarely needs a change.",
         gt=0,
         lt=1,
@@ -141,9 +137,8 @@ class SearchSettings(SettingsModel):
 
     start: Literal["gradient", "kernels"] = setting(
         "gradient",
-        "`gradient`: a gradient search from gentle to strict ablations gives the first trials, and TPE continues "
-        "around them. `kernels`: TPE over four parameters per component. If gradients are impossible, heretic uses "
-        "`kernels` and prints a note.",
+        "`gradient`: a gradient search from gentle to strict ablations gives the first trials, and TPE continues around "
+        "them. `kernels`: TPE over four parameters per component, also if gradients are impossible.",
         when="Use `kernels` to search as other tools do, or if memory is too small for gradients.",
     )
     n_startup_trials: int = setting(
@@ -154,9 +149,8 @@ class SearchSettings(SettingsModel):
     )
     patience: int = setting(
         10,
-        "The study has converged once the last `patience` finished trials have raised the hypervolume of the Pareto front "
-        "by at most `min_gain`; it then ends before `n_trials`. Trials before TPE starts do not count. 0: run all "
-        "`n_trials`.",
+        "The study ends once the last `patience` finished trials have raised the hypervolume of the Pareto front by at most "
+        "`min_gain`. Trials before TPE starts do not count. 0: run all `n_trials`.",
         when="Set 0 to compare studies at equal numbers of trials; raise it if `--trials +50` still improves the front.",
         affects_results=False,
         ge=0,
@@ -171,8 +165,7 @@ class SearchSettings(SettingsModel):
     )
     kl_floor: float = setting(
         0.02,
-        "The search treats a lower KL divergence as this value, so that it does not spend trials on edits without "
-        "effect. The Pareto front and the selection use the measured values.",
+        "The search treats a lower KL divergence as this value, so that it does not spend trials on edits without effect.",
         when="Lower it if differences between very small changes matter to you.",
         ge=0,
     )

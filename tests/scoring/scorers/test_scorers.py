@@ -25,6 +25,7 @@ from heretic.scoring.scorers.arithmetic import Arithmetic, number_in
 from heretic.scoring.scorers.borderline_refusals import BorderlineRefusals
 from heretic.scoring.scorers.context import EncodedPrompts, ModelParts, ScorerContext, TrialGroup
 from heretic.scoring.scorers.copying import Copying, copied
+from heretic.scoring.scorers.kept_refusals import KeptRefusals
 from heretic.scoring.scorers.language import LanguageSwitched, language_of
 from heretic.scoring.scorers.measuring import Measurer
 from heretic.scoring.scorers.own_answer_kl import OwnAnswerKl
@@ -200,6 +201,24 @@ def test_borderline_refusals_tell_new_from_lost_ones(tiny: Tiny, tmp_path: Path)
         BorderlineRefusals().prompts()
     with raises("missing-file"):
         BorderlineRefusals(str(tmp_path / "none.txt")).prompts()
+
+
+def test_kept_refusals_are_a_share_of_the_original_s(tiny: Tiny, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(HARMFUL[:8]), encoding="utf-8")
+    spoken = tiny.parts.chat.tokenizer.decode(tiny.answer(tiny.parts.harmful.tokens[0], 12)).split()
+    judge = MarkerJudge([max(spoken, key=len)])  # a random model refuses in words of its own
+    before, lost = (tiny.measure(scorer(str(file)), judge) for scorer in (BorderlineRefusals, KeptRefusals))
+    refused = before[0].value
+    assert refused and lost[0].value == 1 and lost[0].details == {"lost": 0, "total": refused}
+    assert [m.details["lost"] for m in lost[1]] == [m.details["no_longer_refused"] for m in before[1]]
+    assert [m.value for m in lost[1]] == pytest.approx([1 - m.details["lost"] / refused for m in lost[1]])
+
+
+def test_kept_refusals_need_a_refusal(tiny: Tiny) -> None:
+    prompts = EncodedPrompts("kept_refusals", HARMFUL[:1], tiny.parts.harmful.tokens[:1])
+    with raises("nothing-refused"):
+        KeptRefusals().score(ScorerContext(TrialGroup(tiny.parts)), (prompts, [False]))
 
 
 def test_scorers_of_harmless_answers_agree_with_plain_decoding(tiny: Tiny) -> None:

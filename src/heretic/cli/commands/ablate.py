@@ -37,6 +37,13 @@ def ablate(
             "--layer", help="With --strength: the layer whose direction is removed everywhere; default: its own."
         ),
     ] = None,
+    by_block: Annotated[
+        bool,
+        typer.Option(
+            "--by-block",
+            help="With --strength: read the model from disk, one block at a time, because it fits no memory; no scores.",
+        ),
+    ] = False,
     config: ConfigOption = None,
     assignments: SetOption = None,
     wait: WaitOption = False,
@@ -47,17 +54,27 @@ def ablate(
     resolved = read_settings(config, assignments, {"model": model}, quiet=as_json)
     from heretic.cli.ui.outcome import show_export_summary
     from heretic.pipeline.ablate import ablate_once
+    from heretic.pipeline.ablate_by_block import ablate_by_block
 
     stop = StopSignal()
     reporter = reporter_for(as_json, plain, resolved.settings.model, stop)
+    before: int | None = None
     with stop.on_signals():
-        export, before = ablate_once(
-            resolved, output, strength=strength, layer=layer, wait=wait, reporter=reporter, stop=stop
-        )
+        if by_block:
+            export = ablate_by_block(
+                resolved, output, strength=strength, layer=layer, wait=wait, reporter=reporter, stop=stop
+            )
+        else:
+            export, before = ablate_once(
+                resolved, output, strength=strength, layer=layer, wait=wait, reporter=reporter, stop=stop
+            )
     if as_json:
         print(json.dumps({"original_refusals": before, **export.as_dict()}, indent=2))
         return
     show_export_summary(out, export, before)
+    if by_block:
+        out.print("No score was measured. Where the model fits: heretic evaluate FOLDER", markup=False)
+        return
     out.print(
         "This is one ablation. A study compares many and selects the one with the fewest refusals at a low KL: "
         f"heretic run {resolved.settings.model}",

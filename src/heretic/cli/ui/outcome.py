@@ -63,6 +63,13 @@ def show_export_summary(console: Console, export: Export, before: int | None) ->
     """Print where a model was written, its scores and its verification."""
     verification = export.verification
     scores = verification.scores
+    if scores is None:
+        checked = f"{verification.tensors_checked} edited tensors compared with the definition of the edit"
+        show_lines(
+            console,
+            [("written to", str(export.destination)), ("scores", "not measured"), ("verified", checked)],
+        )
+        return
     evasive = f", {scores.evasive} evasive" if scores.evasive else ""
     harmless_metrics = scores.harmless_metrics
     harmless = (

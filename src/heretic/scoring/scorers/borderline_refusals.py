@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from heretic.errors import UserError
 from heretic.prompts.sets import load
@@ -32,7 +32,7 @@ class BorderlineRefusals(Scorer):
     )
     unit = "prompts"
     has_own_prompts = True
-    details = ("newly_refused", "no_longer_refused", "total")
+    details: ClassVar[tuple[str, ...]] = ("newly_refused", "no_longer_refused", "total")
 
     def check(self) -> None:
         """Load the prompts once. Raises UserError."""

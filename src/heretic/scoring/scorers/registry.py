@@ -22,6 +22,7 @@ from heretic.scoring.scorers.arithmetic import Arithmetic
 from heretic.scoring.scorers.borderline_refusals import BorderlineRefusals
 from heretic.scoring.scorers.copying import Copying
 from heretic.scoring.scorers.evaluated import Degenerate, Kl, OverRefusals, Refusals
+from heretic.scoring.scorers.kept_refusals import KeptRefusals
 from heretic.scoring.scorers.language import LanguageSwitched
 from heretic.scoring.scorers.measuring import called
 from heretic.scoring.scorers.own_answer_kl import OwnAnswerKl
@@ -46,6 +47,7 @@ SCORERS: dict[str, type[Scorer]] = {
         RefusalsByLength,
         RefusalsAfterThought,
         BorderlineRefusals,
+        KeptRefusals,
         OwnPerplexity,
         TextPerplexity,
         Repetition,
