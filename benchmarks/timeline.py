@@ -256,11 +256,11 @@ def ways(assumptions: Assumptions) -> dict[str, Any]:
 
 
 def host_times(assumptions: Assumptions) -> list[dict[str, float]]:
-    """Seconds of a trial of the 32B model on four cards, one batch at a time and in turn, for other times of a launch."""
-    four, batch, found = four_cards()[0], 4 * EVALUATION, []
+    """Seconds of a trial of the 32B model on four cards, two in one batch and four in turn, for other times of a launch."""
+    four, found = four_cards()[0], []
     for launch in LAUNCHES:
         changed = replace(assumptions, launch=launch)
-        one, turn = (measure(four, tuned(four, batch, changed, g), batch, changed).seconds for g in (1, 0))
+        one, turn = (measure(four, way, way.trials * EVALUATION, changed).seconds for way in (Way(2, 1), Way(4)))
         found.append({"launch": launch, "one_batch": one, "in_turn": turn})
     return found
 
@@ -289,15 +289,19 @@ def main() -> None:
         "host_times": lambda: host_times(assumptions),
         "studies": lambda: studies(assumptions),
     }
-    report = json.loads(arguments.out.read_text()) if arguments.only else {}
-    report |= {
-        **head(arguments),
-        "simulated": True,
-        "assumptions": asdict(assumptions),
-        "cards": [asdict(card) for card in (RTX_4090, A100, H100)],
-    }
+    made = head(arguments)
+    if arguments.only:
+        report = json.loads(arguments.out.read_text())
+    else:
+        report = {
+            **made,
+            "simulated": True,
+            "assumptions": asdict(assumptions),
+            "cards": [asdict(card) for card in (RTX_4090, A100, H100)],
+        }
     for name in [arguments.only] if arguments.only else list(parts):
         report[name] = parts[name]()
+        report.setdefault("made", {})[name] = {"command": made["command"], "date": made["date"]}
         write(rounded(report), arguments.out)
 
 

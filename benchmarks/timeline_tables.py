@@ -9,13 +9,13 @@ from results_tables import Report, read, table, wrapped
 BITS = {"none": "", "bnb_8bit": " in 8 bits", "bnb_4bit": " in 4 bits"}
 
 
-def simulated(rows: list[tuple[str, ...]], settings: str) -> str:
-    """Return a table and its caption, which says that nothing of it was measured."""
+def simulated(rows: list[tuple[str, ...]], settings: str, part: str) -> str:
+    """Return a table of a part of the report, and its caption, which says that nothing of it was measured."""
     report = read("timeline")
-    a = report["assumptions"]
+    a, made = report["assumptions"], report["made"][part]
     text = (
-        f"Simulated, not measured: heretic's launches, replayed with data-sheet rates. `{report['command']}`, "
-        f"{report['date'][:10]}. Assumed: {1e6 * a['launch']:.0f} us of the host a launch, {a['compute']:.0%} of the FLOP/s, "
+        f"Simulated, not measured: heretic's launches, replayed with data-sheet rates. `{made['command']}`, "
+        f"{made['date'][:10]}. Assumed: {1e6 * a['launch']:.0f} us of the host a launch, {a['compute']:.0%} of the FLOP/s, "
         f"{a['memory']:.0%} of the memory's bandwidth, {a['links']:.0%} of a link's. {settings} Data: `timeline.json`."
     )
     return f"{table(rows)}\n\n{wrapped(text)}"
@@ -32,7 +32,9 @@ def sizes() -> str:
         rows,
         "Defaults, 200 trials, short prompts, every layer edited, no trial pruned, loading at 2 GB/s, without download and "
         "export. Cells: a study, in brackets the batch size and, in several cards, their mean utilization during a "
-        "trial. bfloat16 unless bits are given (`quantization`). NVIDIA's data sheets give the rates, which are in the JSON.",
+        "trial. bfloat16 unless bits are given (`quantization`). NVIDIA's data sheets give the rates, which are in the JSON. "
+        "Several cards take no turns here but for 32B on 4x RTX 4090.",
+        "studies",
     )
 
 
@@ -66,10 +68,10 @@ def scale() -> str:
     studies = ", ".join(f"{name} {lasting(each['seconds'])}" for name, each in report["studies"].items())
     return simulated(
         rows,
-        f"Qwen2.5-32B in bfloat16 on 4x RTX 4090, planned for {report['batch']} rows under way; `batch_size = 400` for 4 trials. "
-        "Last column: tokens/s against one busy "
-        "card with one trial, and with the number of trials that is best for it. A trial one batch at a time and in turn, with "
-        f"the number of trials that is best for each, by the host's time a launch: {hosts}. A study: {studies}.",
+        f"Qwen2.5-32B in bfloat16 on 4x RTX 4090, planned for {report['batch']} rows under way; 4 trials need `batch_size = 400`. "
+        "Last column: tokens/s against one busy card with one trial, and with the number of trials that is best for it. A trial, "
+        f"two in one batch and four in turn, by the host's time a launch: {hosts}. A study: {studies}.",
+        "ways",
     )
 
 
