@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from launch_log import RAM, AllReduce, Copy, Event, Gather, Launch, Wait
+from launch_log import RAM, AllReduce, Copy, Delay, Event, Gather, Launch, Mark, Wait
 
 
 @dataclass(frozen=True)
@@ -51,74 +51,53 @@ class Assumptions:
 DEFAULTS = Assumptions()
 
 
-@dataclass
-class Group:
-    """A micro-batch: what it waits for."""
-
-    arrivals: dict[int, float] = field(default_factory=dict)  # by card: when its last copy is there
-    done: float = 0.0  # when its last event is
-
-
 class Timeline:
     """The host launches, every card works through its queue.
+
+    A copy between two cards is PyTorch's own: it waits for the queues of both, and both wait for it (copy_device_to_device in
+    ATen/native/cuda/Copy.cu).
 
     Args:
         cards: the cards of a pipeline, or one that stands for all `ranks` of tensor parallelism.
         assumptions: what no data sheet says.
         ranks: processes of tensor parallelism.
-        side_streams: copies between cards have streams of their own, and only their own group waits for them. False is what
-            PyTorch does by itself: a copy waits for the queues of both cards, and both wait for it.
     """
 
-    def __init__(
-        self,
-        cards: Sequence[Card],
-        assumptions: Assumptions = DEFAULTS,
-        *,
-        ranks: int = 1,
-        side_streams: bool = False,
-    ) -> None:
-        self.cards, self.assumptions, self.ranks, self.side_streams = cards, assumptions, ranks, side_streams
+    def __init__(self, cards: Sequence[Card], assumptions: Assumptions = DEFAULTS, *, ranks: int = 1) -> None:
+        self.cards, self.assumptions, self.ranks = cards, assumptions, ranks
         self.host = 0.0
         self.free = [0.0] * len(cards)
         self.busy = [0.0] * len(cards)
-        self.links: dict[tuple[int, int], float] = {}
+        self.marks: dict[int, float] = {}
 
     @property
     def end(self) -> float:
         """When the host and all cards are done."""
         return max(self.host, *self.free)
 
-    def replay(self, events: Iterable[Event], group: Group | None = None) -> None:
-        """Replay events in order. With a group the host waits only for what it reads, and only until that group is done."""
-        alone, group = group is None, group or Group()
+    def replay(self, events: Iterable[Event]) -> None:
+        """Replay events in their order."""
         for event in events:
-            if isinstance(event, Wait):
-                if alone:
-                    self.host = max(self.host, self.free[event.card])
-                elif event.read:
-                    self.host = max(self.host, group.done)
-                continue
-            self.host += self.assumptions.launch
-            if isinstance(event, Copy) and RAM not in event[:2]:
-                group.done = self._copy(event, group)
-                continue
-            card = max(event.source, event.target) if isinstance(event, Copy) else getattr(event, "card", 0)
-            start = max(self.host, self.free[card], group.arrivals.pop(card, 0.0))
-            group.done = self.free[card] = start + self.seconds(event, self.cards[card])
-            if isinstance(event, Launch):
-                self.busy[card] += group.done - start
-            if not self.assumptions.asynchronous:
-                self.host = group.done
+            if isinstance(event, Mark):
+                self.marks[event.number] = self.free[event.card]
+            elif isinstance(event, Delay):
+                self.free[event.card] = max(self.free[event.card], self.marks[event.mark])
+            elif isinstance(event, Wait):
+                self.host = max(self.host, self.free[event.card] if event.mark is None else self.marks[event.mark])
+            else:
+                self._launch(event)
 
-    def replay_in_turn(self, groups: Sequence[Sequence[Event]]) -> None:
-        """Replay the events of several groups: each until its pass has left the last card, then the next."""
-        chunks = [passes_of(events, len(self.cards) - 1) for events in groups]
-        states = [Group() for _ in groups]
-        for number in range(max(map(len, chunks))):
-            for own, state in zip(chunks, states, strict=True):
-                if number < len(own):
-                    self.replay(own[number], state)
+    def _launch(self, event: Launch | Copy | AllReduce | Gather) -> None:
+        self.host += self.assumptions.launch
+        cards = [card for card in event[:2] if card != RAM] if isinstance(event, Copy) else [getattr(event, "card", 0)]
+        start = max(self.host, *(self.free[card] for card in cards))
+        done = start + self.seconds(event, self.cards[cards[0]])
+        for card in cards:
+            self.free[card] = done
+        if isinstance(event, Launch):
+            self.busy[event.card] += done - start
+        if not self.assumptions.asynchronous:
+            self.host = done
 
     def seconds(self, event: Event, card: Card) -> float:
         """Seconds that an event takes on a card: a kernel the longer of its FLOPs and its bytes, a collective one a ring."""
@@ -133,38 +112,3 @@ class Timeline:
         assert isinstance(event, Copy)
         rate = card.host_link if RAM in event[:2] else card.link
         return a.hop + event.bytes / (a.links * rate)
-
-    def _copy(self, copy: Copy, group: Group) -> float:
-        source, target = copy.source, copy.target
-        taken = self.seconds(copy, self.cards[source])
-        if not self.side_streams:  # at::native::copy_device_to_device: a barrier of both streams before and after
-            start = max(self.host, self.free[source], self.free[target])
-            self.free[source] = self.free[target] = start + taken
-            return start + taken
-        start = max(self.host, self.free[source], self.links.get((source, target), 0.0))
-        self.links[source, target] = start + taken
-        group.arrivals[target] = max(group.arrivals.get(target, 0.0), start + taken)
-        return start + taken
-
-
-def passes_of(events: Sequence[Event], last: int) -> list[list[Event]]:
-    """Split events where another group can take its turn: once a pass has been through the last card.
-
-    That is where work returns to an earlier card, and before the host reads.
-    """
-    passes: list[list[Event]] = [[]]
-    on_last = False
-    for event in events:
-        if on_last and (event.read if isinstance(event, Wait) else _returns(event, last)):
-            passes.append([])
-            on_last = False
-        passes[-1].append(event)
-        on_last = on_last or (isinstance(event, Launch) and event.card == last)
-    return passes
-
-
-def _returns(event: Event, last: int) -> bool:
-    """Whether an event runs on an earlier card than the last, and does not move its results there."""
-    if isinstance(event, Copy):
-        return event.source != last and event.target != last
-    return isinstance(event, Launch) and event.card != last

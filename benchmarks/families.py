@@ -44,6 +44,7 @@ from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import decode, decoded_by_generate
 from heretic.model.forward import next_token_log_probs
 from heretic.model.loading import LanguageModel, load
+from heretic.model.turns import finish
 from heretic.progress import NULL_REPORTER
 
 PROMPTS = [[5, 9, 17], [7, 8, 11, 60, 3, 22, 41, 33, 9, 10, 12, 13], [40, 41], [21, 22, 23, 24, 25]]
@@ -243,7 +244,7 @@ class Subject:
 
     def residuals(self) -> str:
         """One vector a row and block, and the blocks differ."""
-        found = last_token_residuals(self.language_model, self.even)
+        found = finish(last_token_residuals(self.language_model, self.even))
         if found.shape != (2, self.structure.num_layers, self.structure.width):
             return f"shape {tuple(found.shape)}"
         moving = (found[:, 1:] - found[:, :-1]).norm(dim=-1).max() > 0
@@ -256,11 +257,11 @@ class Subject:
             full = self.generated(model, batch)
         except Exception as error:
             return f"generate itself fails: {told(error)}"
-        if decode(model, batch, NEW_TOKENS, set()) != full:
+        if finish(decode(model, batch, NEW_TOKENS, set())) != full:
             return "other tokens than generate"
         ends = {full[0][2], full[1][5]}
         expected = [row[: next((i for i, t in enumerate(row) if t in ends), NEW_TOKENS)] for row in full]
-        return "yes" if decode(model, batch, NEW_TOKENS, ends) == expected else "rows that end disturb others"
+        return "yes" if finish(decode(model, batch, NEW_TOKENS, ends)) == expected else "rows that end disturb others"
 
     @staticmethod
     def generated(model: PreTrainedModel, batch: Any) -> list[list[int]]:

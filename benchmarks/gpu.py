@@ -38,6 +38,7 @@ from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import decode
 from heretic.model.forward import hidden_states
 from heretic.model.loading import LanguageModel, load
+from heretic.model.turns import finish
 from heretic.pipeline.run import run
 from heretic.planning.preflight import PreflightReport
 from heretic.progress import NullReporter, Stage
@@ -168,7 +169,7 @@ def passes(model: LanguageModel, measured: dict[str, float]) -> dict[str, Any]:
         )
 
         def several(number: int, batch: Any = batch) -> float:
-            return best_of(1, lambda: decode(model.model, batch, number, set()))
+            return best_of(1, lambda: finish(decode(model.model, batch, number, set())))
 
         step = (several(NEW_TOKENS) - several(2)) / (NEW_TOKENS - 2)
         found["decoding"].append(
@@ -217,7 +218,7 @@ def bnb_4bit(folder: Path) -> dict[str, Any]:
     """Load in 4 bits, and decode."""
     model = opened(folder, "bnb_4bit")
     batch = Batcher(16, model.device, pad=model.pad).batch(list(range(16)), [[5] * 8] * 16)
-    seconds = best_of(1, lambda: decode(model.model, batch, NEW_TOKENS, set()))
+    seconds = best_of(1, lambda: finish(decode(model.model, batch, NEW_TOKENS, set())))
     return {"bytes": torch.cuda.memory_allocated(), "seconds": seconds, "rows": 16, "tokens": NEW_TOKENS}
 
 

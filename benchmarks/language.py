@@ -13,6 +13,7 @@ import torch
 
 from heretic.model.batching import Batch
 from heretic.model.decoding import decode
+from heretic.model.turns import Turns
 from heretic.scoring.judges.evasion import LOOP, repetition
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, log_probs_at
 from heretic.session.session import ModelContext
@@ -26,10 +27,10 @@ def answers(model_context: ModelContext, sequences: Sequence[list[int]], tokens:
     """Greedy answers of the model as it is now."""
     model, ends = model_context.language_model.model, model_context.language_model.end_tokens
 
-    def step(batch: Batch) -> list[list[int]]:
+    def step(batch: Batch) -> Turns[list[list[int]]]:
         return decode(model, batch, tokens, ends)
 
-    return model_context.batcher.run("Answers", sequences, step)
+    return model_context.batcher.run("Answers", sequences, step, decoding=True)
 
 
 def described(original: ModelContext, sequences: Sequence[list[int]], said: Sequence[list[int]]) -> dict[str, Any]:

@@ -43,11 +43,25 @@ class Copy(NamedTuple):
     bytes: float
 
 
-class Wait(NamedTuple):
-    """The host waits until a card has done all that was launched on it."""
+class Mark(NamedTuple):
+    """An event is recorded: the moment when a card has done all that was launched on it before."""
 
     card: int
-    read: bool  # for values that the program needs, rather than for a copy to the card or an inspection of a mask
+    number: int
+
+
+class Delay(NamedTuple):
+    """A card waits for a mark (of any card) before it goes on; the host does not."""
+
+    card: int
+    mark: int
+
+
+class Wait(NamedTuple):
+    """The host waits for a mark, or until a card has done all that was launched on it."""
+
+    card: int
+    mark: int | None = None
 
 
 class AllReduce(NamedTuple):
@@ -62,7 +76,7 @@ class Gather(NamedTuple):
     bytes: float
 
 
-Event = Launch | Copy | Wait | AllReduce | Gather
+Event = Launch | Copy | Mark | Delay | Wait | AllReduce | Gather
 RAM = NO_BLOCK = -1
 
 
@@ -82,7 +96,7 @@ class Section:
     @property
     def launches(self) -> int:
         """Number of kernels and copies."""
-        return sum(not isinstance(event, Wait) for event in self.events)
+        return sum(isinstance(event, (Launch, Copy, AllReduce, Gather)) for event in self.events)
 
     @property
     def waits(self) -> int:
@@ -101,6 +115,7 @@ class LaunchLog(PretendGpus):
         self.block = NO_BLOCK  # the block that runs
         self.repeats: Mapping[int, int] = {}  # by block: how many such blocks the whole model has
         self.paused = False
+        self._marks = itertools.count()
         self._launched = ""  # the operator that is being computed, if it launches a kernel
 
     def __enter__(self) -> LaunchLog:
@@ -112,10 +127,21 @@ class LaunchLog(PretendGpus):
         if not self.paused:
             self.events.append((self.phase_name, self.block, event))
 
-    def record_sync(self, what: str, gpu: int | str) -> None:
+    def record_sync(self, what: str, gpu: int | str, mark: object = None) -> None:
         """Log that the host waits for a GPU."""
-        super().record_sync(what, gpu)
-        self.add(Wait(int(gpu), what in ("tolist", "copy to RAM")))
+        super().record_sync(what, gpu, mark)
+        self.add(Wait(int(gpu), mark if isinstance(mark, int) else None))
+
+    def record_event(self, gpu: int) -> object:
+        """Log a mark."""
+        mark = Mark(gpu, next(self._marks))
+        self.add(mark)
+        return mark.number
+
+    def record_event_wait(self, gpu: int, mark: object) -> None:
+        """Log that a GPU waits for a mark."""
+        assert isinstance(mark, int)
+        self.add(Delay(gpu, mark))
 
     def read(self, inner: Tensor) -> Tensor:
         """Return what was copied from RAM, else zeros."""
@@ -157,6 +183,8 @@ class LaunchLog(PretendGpus):
             return self.read(args[0].inner).item()
         if name == "_to_copy" and target == "cpu":
             return self.read(args[0].inner)
+        if name == "copy_" and target == "cpu":
+            return args[0].copy_(self.read(args[1].inner))
         made = super()._compute(func, name, args, kwargs, target, device, viewing)
         if name == "_to_copy" and not isinstance(args[0], GpuTensor):
             made.inner.known = args[0]

@@ -15,7 +15,7 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from importlib import import_module
@@ -33,6 +33,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from heretic.export import export, verify
 from heretic.interrupt import StopSignal
 from heretic.model import capture, decoding, forward
+from heretic.model.turns import Turns
 from heretic.pipeline.prepare import run_preflight
 from heretic.pipeline.run import run
 from heretic.planning.memory_model import DeviceMemory
@@ -191,10 +192,23 @@ def phases(gpus: Any) -> Iterator[None]:
     """Let the pretend GPUs keep the peaks of each phase."""
 
     def within(phase: str, function: Any) -> Any:
+        def own() -> Any:
+            return gpus.phase(EXPORT if gpus.phase_name == EXPORT else phase)
+
+        def turns(made: Turns[Any]) -> Turns[Any]:
+            while True:
+                with own():  # others take their turns outside
+                    try:
+                        next(made)
+                    except StopIteration as ended:
+                        return ended.value
+                yield
+
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with gpus.phase(EXPORT if gpus.phase_name == EXPORT else phase):
-                return function(*args, **kwargs)
+            with own():
+                made = function(*args, **kwargs)
+            return turns(made) if isinstance(made, Generator) else made
 
         return call
 

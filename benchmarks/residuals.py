@@ -20,6 +20,7 @@ from heretic.model.capture import mean_residuals
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
+from heretic.model.turns import Turns
 
 
 def main() -> None:
@@ -34,13 +35,14 @@ def main() -> None:
     batcher = Batcher(64, model.device)
 
     @torch.inference_mode()
-    def bare(batch: Batch) -> list[None]:
+    def bare(batch: Batch) -> Turns[list[None]]:
         model.model.get_decoder()(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             use_cache=False,
         )
+        yield
         return [None] * len(batch.rows)
 
     ways = {

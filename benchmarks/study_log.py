@@ -25,9 +25,11 @@ from heretic.ablation.operator_factory import OperatorFactory
 from heretic.model.architecture import ModelStructure
 from heretic.model.batching import Batcher, EditSpec
 from heretic.model.capture import mean_residuals
-from heretic.model.decoding import DecodingState, continue_decoding
+from heretic.model.decoding import DEFAULT_SYNC_INTERVAL, DecodingState, continue_decoding
 from heretic.model.lazy_tensor import LazyTensor
 from heretic.model.loading import LanguageModel
+from heretic.model.stages import share_inputs
+from heretic.model.turns import Turns
 from heretic.model.writer import ResidualWriter
 from heretic.scoring.divergence import first_tokens, measure_divergence
 from heretic.scoring.gradient_loss import Objective
@@ -36,9 +38,10 @@ from heretic.scoring.refusal_count import EncodedRequests, PrunedRefusalCounter
 from heretic.scoring.teacher_forcing import TeacherForcedTexts
 
 DRAFT, TOKENS = 8, 100  # of a refusal's draft, of an answer
-STEPS_LOGGED = 4  # of decoding: those between two reads by the host
+STEPS_LOGGED = 2 * DEFAULT_SYNC_INTERVAL  # of decoding: with two reads by the host
 # Assumption: of so many answers one is a refusal, which the draft or its first token decides; the others go to the last token.
 DECIDED = 4
+ENDED = object()
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Placed:
     log: LaunchLog
     language_model: LanguageModel
     factory: OperatorFactory
+    groups: int  # micro-batches in turn, at most
 
     @property
     def layers(self) -> int:
@@ -56,17 +60,17 @@ class Placed:
 
     def batcher(self, rows: int) -> Batcher:
         """A batcher that takes so many rows at once, with prefix caching."""
-        return Batcher(rows, self.language_model.device, prefix_caching=True)
+        return Batcher(rows, self.language_model.device, groups=self.groups, prefix_caching=True)
 
 
 @contextmanager
 def placed(
-    shape: Shape, blocks: Sequence[int], *, quantization: str = "none", ranks: int = 1, most: int = 2
+    shape: Shape, blocks: Sequence[int], *, quantization: str = "none", ranks: int = 1, most: int = 2, groups: int = 0
 ) -> Iterator[Placed]:
     """Place a model's shape on pretend GPUs, so many blocks on each; the embedding on the first, the head on the last.
 
     At most `most` blocks of each GPU exist, and the log repeats the last. With `ranks` it is the shard of one of them, on one
-    GPU, and the log has the collective operations of all ranks.
+    GPU, and the log has the collective operations of all ranks. `groups` are micro-batches in turn; 0: as heretic does it.
     """
     fewer = [min(most, count) for count in blocks]
     cards = [card for card, count in enumerate(fewer) for _ in range(count)]
@@ -91,6 +95,7 @@ def placed(
         if len(blocks) > 1:
             dispatch_model(model, table)
         log.mark_blocks(model.model.layers)
+        share_inputs(model.model.layers)
         last = {card: layer for layer, card in enumerate(cards)}
         log.repeats = {layer: 1 + blocks[card] - fewer[card] for card, layer in last.items()}
         writers = tuple(writers_of(model))
@@ -112,7 +117,7 @@ def placed(
             return writer.weights()
 
         factory = OperatorFactory.prepare(directions, writers, "norm_preserving", read)
-        yield Placed(log, loaded, factory)
+        yield Placed(log, loaded, factory, groups or loaded.groups)
 
 
 def writers_of(model: Any) -> Iterator[ResidualWriter]:
@@ -170,7 +175,7 @@ class _Judge:
 
 
 def trial_log(model: Placed, rows: int, trials: int, batch: int) -> dict[str, Section]:
-    """The launches of trials with every layer edited: operators, KL, drafts, and four steps of decoding at mean length."""
+    """The launches of trials with every layer edited: operators, KL, drafts, and steps of decoding at mean length."""
     log, requests = model.log, max(1, rows // trials)
     counter_class: Any = PrunedRefusalCounter  # with a chat and a judge that need no text
     ones = dict.fromkeys(("attention", "mlp"), (1.0,) * model.layers)
@@ -178,10 +183,14 @@ def trial_log(model: Placed, rows: int, trials: int, batch: int) -> dict[str, Se
     vocabulary = model.language_model.model.lm_head.out_features
     targets = first_tokens(sequences(requests, PROMPT))
 
-    def mid_answer(loaded: Any, answers: DecodingState, limits: Any) -> None:
+    def mid_answer(loaded: Any, answers: DecodingState, limits: Any) -> Turns[None]:
         lengthen(log, answers, (TOKENS - STEPS_LOGGED) // 2)
-        with log.phase("decoding"):
-            continue_decoding(loaded, answers, limits)
+        turns = continue_decoding(loaded, answers, limits)
+        while True:
+            with log.phase("decoding"):  # others take their turns outside
+                if next(turns, ENDED) is ENDED:
+                    return
+            yield
 
     log.take()
     with log.phase("operators"):

@@ -1,6 +1,7 @@
 """How long a study of 7B, 32B and 70B would take on cards that are not here: launch logs replayed with the rates of data sheets.
 
     python benchmarks/timeline.py                 # simulate everything, and calibrate on this machine's CPU
+    python benchmarks/timeline.py --only ways     # compare ways to use four cards, and keep the rest of the report
     python benchmarks/timeline.py --launch 16     # with 16 us of the host for each launch
 
 A simulation, not a measurement. heretic's own passes run over models that exist only as shapes (study_log.py), and every card works
@@ -12,8 +13,9 @@ from __future__ import annotations
 import before_torch  # isort: skip  # noqa: F401
 
 import argparse
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 from calibration import calibrate
 from card_queue import A100, DEFAULTS, H100, RTX_4090, Assumptions, Card, Timeline
 from common import head, options, write
-from launch_log import Event, Section
+from launch_log import Section
 from sizes import EVALUATION, SHAPES, Shape, blocks_of, planned
 from study_log import DECIDED, PROMPT, STEPS_LOGGED, TOKENS, gradient_log, placed, residuals_log, trial_log
 
@@ -39,10 +41,8 @@ MACHINES = (
 )  # fmt: skip
 TRIALS, TRAINING = 200, 400  # trials; training prompts of each kind
 DISK = 2e9  # bytes/s of a good NVMe disk: an assumption
-INTERVALS = 6  # of decoding, replayed one after the other, so that filling and draining a pipeline counts once
 MINED, MINED_TOKENS = 6, 16  # times that the gradient search decodes its training prompts; tokens of such an answer
-GROUPS = (1, 2, 4)
-WHOLE = 512  # rows of the largest batch: the plan's limit is for a batch in one piece, and is not applied to groups
+TRIALS_AT_ONCE = (1, 2, 4)
 LAUNCHES = (4e-6, 8e-6, 16e-6)  # seconds of the host a launch, beside the default
 
 
@@ -62,11 +62,7 @@ class Way:
     """How trials are measured together."""
 
     trials: int  # in flight
-    groups: int  # micro-batches in turn that they are divided into
-    side_streams: bool = False
-
-
-TODAY, IN_TURN = Way(2, 1), Way(4, 4, side_streams=True)
+    groups: int = 0  # micro-batches in turn, at most; 0: as heretic does it
 
 
 @dataclass(frozen=True)
@@ -78,38 +74,32 @@ class Measured:
     utilization: list[float]  # by card, over the whole trial
     decoding_utilization: list[float]
     tokens_per_second: float  # while decoding
-    launches_per_token_step: int  # of one group
+    launches_per_token_step: int  # of all micro-batches
     waits_per_token_step: float
 
 
 @cache
-def trial_sections(setup: Setup, rows: int, trials: int, batch: int) -> dict[str, Section]:
+def trial_sections(setup: Setup, way: Way, batch: int) -> dict[str, Section]:
     """The log of trials that share their passes."""
     blocks = (setup.shape.blocks,) if setup.ranks > 1 else setup.blocks
-    with placed(setup.shape, blocks, quantization=setup.quantization, ranks=setup.ranks) as model:
-        return trial_log(model, rows, trials, batch)
+    rows = way.trials * EVALUATION
+    with placed(setup.shape, blocks, quantization=setup.quantization, ranks=setup.ranks, groups=way.groups) as model:
+        return trial_log(model, rows, way.trials, batch)
 
 
 def measure(setup: Setup, way: Way, batch: int, assumptions: Assumptions) -> Measured:
-    """Measure trials in flight: operators trial by trial, then KL, drafts and decoding, in groups or one pass after the other."""
-    rows = way.trials * EVALUATION // way.groups
-    sections = trial_sections(setup, rows, max(1, way.trials // way.groups), min(batch, rows))
-    intervals = (TOKENS - 1) / STEPS_LOGGED
+    """Measure trials in flight: operators trial by trial, then KL, drafts and decoding."""
+    sections = trial_sections(setup, way, min(batch, way.trials * EVALUATION))
     parts, busy = {}, [0.0] * len(setup.cards)
     decoding: list[float] = []
-
-    def replayed(events: Sequence[Event], groups: int) -> Timeline:
-        line = Timeline(setup.cards, assumptions, ranks=setup.ranks, side_streams=way.side_streams)
-        line.replay(events) if groups == 1 else line.replay_in_turn([events] * groups)
-        return line
-
-    for name, repeats, scale, groups in (
-        ("operators", 1, way.trials, 1),
-        ("KL", 1, 1, way.groups),
-        ("drafts", 1, 1, way.groups),
-        ("decoding", INTERVALS, intervals / INTERVALS, way.groups),
+    for name, scale in (
+        ("operators", way.trials),
+        ("KL", 1),
+        ("drafts", 1),
+        ("decoding", (TOKENS - 1) / STEPS_LOGGED),
     ):
-        line = replayed(list(sections[name].events) * repeats, groups)
+        line = Timeline(setup.cards, assumptions, ranks=setup.ranks)
+        line.replay(sections[name].events)
         parts[name] = line.end * scale / way.trials
         busy = [before + now * scale / way.trials for before, now in zip(busy, line.busy, strict=True)]
         if name == "decoding":
@@ -127,12 +117,12 @@ def measure(setup: Setup, way: Way, batch: int, assumptions: Assumptions) -> Mea
     )
 
 
-def tuned(setup: Setup, batch: int, assumptions: Assumptions) -> Way:
-    """Return how many trials heretic puts into a pass today: doubled while decoding is faster by a fifth and the rows fit."""
-    way = Way(1, 1)
+def tuned(setup: Setup, batch: int, assumptions: Assumptions, groups: int = 0) -> Way:
+    """Return how many trials heretic puts into a pass: doubled while decoding is faster by a fifth and the rows fit."""
+    way = Way(1, groups)
     rate = measure(setup, way, batch, assumptions).tokens_per_second
     while 2 * way.trials * EVALUATION <= batch:
-        doubled = Way(2 * way.trials, 1)
+        doubled = replace(way, trials=2 * way.trials)
         found = measure(setup, doubled, batch, assumptions).tokens_per_second
         if found < MIN_SPEEDUP * rate:
             break
@@ -149,11 +139,11 @@ def rows_with_gradients(setup: Setup, plan: MemoryPlan, checkpoint: Any) -> tupl
 
 
 @cache
-def gradient_step(setup: Setup, rows: int, recompute: bool, assumptions: Assumptions) -> float:
+def gradient_step(setup: Setup, rows: int, recompute: bool, groups: int, assumptions: Assumptions) -> float:
     """Seconds of a step of the gradient search: by the difference between one and two blocks on each card."""
     prompts, found = Settings(model="-").search.gradient.batch, []
     for most in (1, 2):
-        with placed(setup.shape, setup.blocks, quantization=setup.quantization, most=most) as model:
+        with placed(setup.shape, setup.blocks, quantization=setup.quantization, most=most, groups=groups) as model:
             section = gradient_log(model, prompts, min(rows, prompts), recompute=recompute)
         line = Timeline(setup.cards, assumptions)
         line.replay(section.events)
@@ -165,14 +155,14 @@ def gradient_step(setup: Setup, rows: int, recompute: bool, assumptions: Assumpt
 def study(setup: Setup, plan: MemoryPlan, checkpoint: Any, way: Way, assumptions: Assumptions) -> dict[str, Any]:
     """Seconds of the parts of a study; every layer edited, no trial pruned, no download and no export."""
     gradient, batch = Settings(model="-").search.gradient, plan.batch_size
-    alone = measure(setup, Way(1, 1), batch, assumptions)
+    alone = measure(setup, replace(way, trials=1), batch, assumptions)
     trial = measure(setup, way, batch, assumptions)
     rows = min(batch, TRAINING)
-    with placed(setup.shape, setup.blocks, quantization=setup.quantization) as model:
+    with placed(setup.shape, setup.blocks, quantization=setup.quantization, groups=way.groups) as model:
         residuals = residuals_log(model, rows)
     line = Timeline(setup.cards, assumptions)
     line.replay(residuals.events)
-    step = gradient_step(setup, *rows_with_gradients(setup, plan, checkpoint), assumptions)
+    step = gradient_step(setup, *rows_with_gradients(setup, plan, checkpoint), way.groups, assumptions)
     mined = alone.parts["drafts"] + alone.parts["decoding"] * MINED_TOKENS / TOKENS
     parts = {
         "loading": plan.weights / DISK,
@@ -194,7 +184,7 @@ def cache_per_card(shape: Shape, cards: int, rows: int) -> float:
 
 
 def studies(assumptions: Assumptions) -> list[dict[str, Any]]:
-    """Simulate a study of every size on every machine as heretic runs it today."""
+    """Simulate a study of every size on every machine."""
     found: list[dict[str, Any]] = []
     known: dict[
         Setup, dict[str, Any]
@@ -224,22 +214,22 @@ def four_cards() -> tuple[Setup, MemoryPlan, Any]:
 
 
 def ways(assumptions: Assumptions) -> dict[str, Any]:
-    """Compare ways to keep four cards busy with a 32B model: today, micro-batches in turn, tensor parallelism.
+    """Compare ways to use four cards for a 32B model: one batch at a time, micro-batches in turn, tensor parallelism.
 
     Throughput is relative to one busy card: one that could hold the whole model, with one trial in a pass, or with the number of
     trials that is best for it.
     """
     four, memory, checkpoint = four_cards()
-    shape, batch = four.shape, WHOLE
+    shape, planned_rows = four.shape, memory.batch_size
     one, sharded = Setup(shape, (RTX_4090,), (shape.blocks,)), Setup(shape, (RTX_4090,), four.blocks, ranks=4)
-    busy = {n: measure(one, Way(n, 1), batch, assumptions) for n in GROUPS}
+    busy = {n: measure(one, Way(n), n * EVALUATION, assumptions) for n in TRIALS_AT_ONCE}
     rows = []
-    for trials in GROUPS:
-        kinds = [("today", four, Way(trials, 1)), ("tensor parallelism", sharded, Way(trials, 1))]
-        for groups in GROUPS[1:]:
-            kinds.append(("in turn, default streams", four, Way(trials, groups)))
-            kinds.append(("in turn, side streams", four, Way(trials, groups, side_streams=True)))
-        for kind, setup, way in kinds:
+    for trials in TRIALS_AT_ONCE:
+        batch = max(planned_rows, trials * EVALUATION)  # beyond the plan's choice it is the setting `batch_size`
+        for kind, setup, groups in (
+            ("one batch at a time", four, 1), ("in turn", four, 0), ("tensor parallelism", sharded, 1),
+        ):  # fmt: skip
+            way = Way(trials, groups)
             found = measure(setup, way, batch, assumptions)
             rows.append({
                 "kind": kind, **asdict(way), **asdict(found),
@@ -249,25 +239,29 @@ def ways(assumptions: Assumptions) -> dict[str, Any]:
                 "relative_decoding": found.tokens_per_second / busy[1].tokens_per_second,
                 "relative_decoding_to_best": found.tokens_per_second / max(b.tokens_per_second for b in busy.values()),
             })  # fmt: skip
+    studied = {}
+    for name, groups, batch in (
+        ("one batch at a time", 1, planned_rows), ("in turn", 0, planned_rows), ("in turn, 4 trials", 0, 4 * EVALUATION),
+    ):  # fmt: skip
+        way = tuned(four, batch, assumptions, groups)
+        studied[name] = study(four, replace(memory, batch_size=batch), checkpoint, way, assumptions)
     return {
         "busy_card": {n: asdict(each) for n, each in busy.items()},
         "rows": rows,
-        "study_in_turn": study(four, memory, checkpoint, IN_TURN, assumptions),
-        "cache_gib_per_card": {n: cache_per_card(shape, 4, n * EVALUATION) / 2**30 for n in GROUPS},
+        "batch": planned_rows,
+        "studies": studied,
+        "cache_gib_per_card": {n: cache_per_card(shape, 4, n * EVALUATION) / 2**30 for n in TRIALS_AT_ONCE},
         "free_gib": min(load.device.free - load.weights for load in memory.loads) / 2**30,
     }
 
 
 def host_times(assumptions: Assumptions) -> list[dict[str, float]]:
-    """Seconds of a trial of the 32B model on four cards, today and in turn, for other times of a launch."""
-    four, plan = four_cards()[:2]
-    found = []
+    """Seconds of a trial of the 32B model on four cards, two in one batch and four in turn, for other times of a launch."""
+    four, found = four_cards()[0], []
     for launch in LAUNCHES:
         changed = replace(assumptions, launch=launch)
-        today, turn = (
-            measure(four, way, batch, changed).seconds for way, batch in ((TODAY, plan.batch_size), (IN_TURN, WHOLE))
-        )
-        found.append({"launch": launch, "today": today, "in_turn": turn})
+        one, turn = (measure(four, way, way.trials * EVALUATION, changed).seconds for way in (Way(2, 1), Way(4)))
+        found.append({"launch": launch, "one_batch": one, "in_turn": turn})
     return found
 
 
@@ -284,21 +278,31 @@ def main() -> None:
     """Simulate, calibrate, and write the report."""
     parser = options(__doc__, "timeline.json", assets=False)
     parser.add_argument("--launch", type=float, default=1e6 * DEFAULTS.launch, help="microseconds of the host a launch")
+    parser.add_argument("--only", choices=("calibration", "ways", "host_times", "studies"), help="of the report")
     arguments: argparse.Namespace = parser.parse_args()
     arguments.model = "shapes"
     logging.disable(logging.WARNING)  # accelerate warns about every GPU that is not here
     assumptions = replace(DEFAULTS, launch=arguments.launch / 1e6)
-    report = {
-        **head(arguments),
-        "simulated": True,
-        "assumptions": asdict(assumptions),
-        "cards": [asdict(card) for card in (RTX_4090, A100, H100)],
-        "calibration": calibrate(),
-        "ways": ways(assumptions),
-        "host_times": host_times(assumptions),
-        "studies": studies(assumptions),
+    parts: dict[str, Callable[[], Any]] = {
+        "calibration": calibrate,
+        "ways": lambda: ways(assumptions),
+        "host_times": lambda: host_times(assumptions),
+        "studies": lambda: studies(assumptions),
     }
-    write(rounded(report), arguments.out)
+    made = head(arguments)
+    if arguments.only:
+        report = json.loads(arguments.out.read_text())
+    else:
+        report = {
+            **made,
+            "simulated": True,
+            "assumptions": asdict(assumptions),
+            "cards": [asdict(card) for card in (RTX_4090, A100, H100)],
+        }
+    for name in [arguments.only] if arguments.only else list(parts):
+        report[name] = parts[name]()
+        report.setdefault("made", {})[name] = {"command": made["command"], "date": made["date"]}
+        write(rounded(report), arguments.out)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,16 @@ from typing import Any
 
 from results_tables import Report, read, table, wrapped
 
-DEFAULT_STREAMS = "in turn, default streams"
 BITS = {"none": "", "bnb_8bit": " in 8 bits", "bnb_4bit": " in 4 bits"}
 
 
-def simulated(rows: list[tuple[str, ...]], settings: str) -> str:
-    """Return a table and its caption, which says that nothing of it was measured."""
+def simulated(rows: list[tuple[str, ...]], settings: str, part: str) -> str:
+    """Return a table of a part of the report, and its caption, which says that nothing of it was measured."""
     report = read("timeline")
-    a = report["assumptions"]
+    a, made = report["assumptions"], report["made"][part]
     text = (
-        f"Simulated, not measured: heretic's launches, replayed with data-sheet rates. `{report['command']}`, "
-        f"{report['date'][:10]}. Assumed: {1e6 * a['launch']:.0f} us of the host a launch, {a['compute']:.0%} of the FLOP/s, "
+        f"Simulated, not measured: heretic's launches, replayed with data-sheet rates. `{made['command']}`, "
+        f"{made['date'][:10]}. Assumed: {1e6 * a['launch']:.0f} us of the host a launch, {a['compute']:.0%} of the FLOP/s, "
         f"{a['memory']:.0%} of the memory's bandwidth, {a['links']:.0%} of a link's. {settings} Data: `timeline.json`."
     )
     return f"{table(rows)}\n\n{wrapped(text)}"
@@ -33,7 +32,9 @@ def sizes() -> str:
         rows,
         "Defaults, 200 trials, short prompts, every layer edited, no trial pruned, loading at 2 GB/s, without download and "
         "export. Cells: a study, in brackets the batch size and, in several cards, their mean utilization during a "
-        "trial. bfloat16 unless bits are given (`quantization`). NVIDIA's data sheets give the rates, which are in the JSON.",
+        "trial. bfloat16 unless bits are given (`quantization`). NVIDIA's data sheets give the rates, which are in the JSON. "
+        "Several cards take no turns here but for 32B on 4x RTX 4090.",
+        "studies",
     )
 
 
@@ -55,26 +56,22 @@ def scale() -> str:
     """Return the ways to keep four cards busy with a 32B model."""
     report = read("timeline")["ways"]
     rows: list[tuple[str, ...]] = [
-        ("way", "trials at once", "groups", "s a trial", "tokens/s", "utilization", "while decoding", "x one busy card")
+        ("way", "trials at once", "s a trial", "tokens/s", "utilization", "while decoding", "x one busy card")
     ]
     for trials, each in report["busy_card"].items():
-        rows.append(("one busy card with the whole model", trials, "1", *numbers(each, report)))
-    rows += [
-        (row["kind"], str(row["trials"]), str(row["groups"]), *numbers(row, report))
-        for row in report["rows"]
-        if row["groups"] != 2
-        and (row["trials"] == max(r["trials"] for r in report["rows"]) or row["kind"] != DEFAULT_STREAMS)
-    ]
+        rows.append(("one busy card with the whole model", trials, *numbers(each, report)))
+    rows += [(row["kind"], str(row["trials"]), *numbers(row, report)) for row in report["rows"]]
     hosts = ", ".join(
-        f"{1e6 * each['launch']:.0f} us: {each['today']:.1f} and {each['in_turn']:.1f} s"
+        f"{1e6 * each['launch']:.0f} us: {each['one_batch']:.1f} and {each['in_turn']:.1f} s"
         for each in read("timeline")["host_times"]
     )
+    studies = ", ".join(f"{name} {lasting(each['seconds'])}" for name, each in report["studies"].items())
     return simulated(
         rows,
-        "Qwen2.5-32B in bfloat16 on 4x RTX 4090. Groups: micro-batches in turn that the trials are divided into. Last column: "
-        "tokens/s against one busy card with one trial, and with the number of trials that is best for it. "
-        f"A trial today (2) and in turn (4 in 4 groups, side streams), by the host's time a launch: {hosts}. "
-        f"A study in turn: {report['study_in_turn']['seconds'] / 60:.0f} minutes.",
+        f"Qwen2.5-32B in bfloat16 on 4x RTX 4090, planned for {report['batch']} rows under way; 4 trials need `batch_size = 400`. "
+        "Last column: tokens/s against one busy card with one trial, and with the number of trials that is best for it. A trial, "
+        f"two in one batch and four in turn, by the host's time a launch: {hosts}. A study: {studies}.",
+        "ways",
     )
 
 

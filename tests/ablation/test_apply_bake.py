@@ -16,6 +16,7 @@ from heretic.ablation.operator_factory import OperatorFactory
 from heretic.ablation.strength_kernel import StrengthKernel
 from heretic.model.architecture import find_residual_writers
 from heretic.model.forward import trial_of_row
+from heretic.model.transfer import Index
 from tests.helpers.facts import factory_for
 from tests.tiny import FAMILIES, tiny_model
 
@@ -241,7 +242,7 @@ def test_trials_with_several_directions_and_with_one_share_a_pass() -> None:
     for operators in each:
         with apply_operators(structure.writers, operators):
             alone.append(model(TOKENS).logits)
-    token = trial_of_row.set(torch.tensor([0, 1]))
+    token = trial_of_row.set(Index([0, 1]))
     try:
         with apply_operators(structure.writers, *each):
             together = model(TOKENS).logits

@@ -15,42 +15,63 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
-def timeline(*, side_streams: bool = True, launch: float = 0.0, cards: int = 2, ranks: int = 1):
+def timeline(*, launch: float = 0.0, cards: int = 2, ranks: int = 1):
     """A timeline whose kernels of 1 FLOP take `STAGE`, and whose copies take no time."""
     from card_queue import Assumptions, Card, Timeline
 
     card = Card("test", 1 / STAGE, 1e18, 1e18, 1e18, "")
     rates = Assumptions(launch=launch, compute=1.0, memory=1.0, links=1.0, kernel=0.0, hop=0.0)
-    return Timeline([card] * cards, rates, ranks=ranks, side_streams=side_streams)
+    return Timeline([card] * cards, rates, ranks=ranks)
 
 
-def decoding(passes: int) -> list:
-    """Passes through two cards; after each the tokens go back to the first, where the next one begins."""
-    from launch_log import Copy, Launch, Wait
+def decoding(passes: int, groups: int, *, through_ram: bool = True) -> list:
+    """Passes of groups in turn through two cards; the tokens go back to the first before the group's next pass."""
+    from launch_log import RAM, Copy, Delay, Launch, Mark, Wait
 
-    one = [Launch(0, 1, 0, True), Copy(0, 1, 1), Launch(1, 1, 0, True), Copy(1, 0, 1)]
-    return [*one * passes, Wait(0, True)]
+    events: list = []
+    for number in range(passes):
+        for group in range(groups):
+            mark = number * groups + group
+            if number and through_ram:
+                events += [Delay(0, mark - groups), Copy(RAM, 0, 1)]
+            elif number:
+                events.append(Copy(1, 0, 1))
+            events += [Launch(0, 1, 0, True), Copy(0, 1, 1), Launch(1, 1, 0, True)]
+            events += [Copy(1, RAM, 1), Mark(1, mark)] * through_ram
+    return [*events, Wait(1)]
 
 
 @pytest.mark.parametrize("groups, elapsed", [(1, 20), (2, 21), (4, 41)])
 def test_groups_in_turn_keep_two_cards_busy(groups: int, elapsed: int) -> None:
     line = timeline()
-    line.replay_in_turn([decoding(10)] * groups)
+    line.replay(decoding(10, groups))
     assert line.end == pytest.approx(elapsed * STAGE), (
         "all passes of both cards at once, but for the filling of the pipeline"
     )
     assert line.busy == pytest.approx([10 * groups * STAGE] * 2)
 
 
-def test_copies_on_the_cards_own_streams_undo_the_turns() -> None:
-    line = timeline(side_streams=False)
-    line.replay_in_turn([decoding(10)] * 2)
-    assert line.end == pytest.approx(40 * STAGE), "each copy back holds the first card until the second is done"
+def test_copies_from_the_last_card_to_the_first_undo_the_turns() -> None:
+    line = timeline()
+    line.replay(decoding(10, 2, through_ram=False))
+    assert line.end >= 29 * STAGE, (
+        "each copy back holds the first card until the second has done what was launched before"
+    )
+
+
+def test_the_host_waits_for_a_mark_and_not_for_what_was_launched_after_it() -> None:
+    from launch_log import Launch, Mark, Wait
+
+    line = timeline()
+    line.replay([Launch(0, 1, 0, True), Mark(0, 7), Launch(0, 5, 0, True), Wait(0, 7)])
+    assert line.host == pytest.approx(STAGE) and line.end == pytest.approx(6 * STAGE)
+    line.replay([Wait(0)])
+    assert line.host == pytest.approx(6 * STAGE)
 
 
 def test_a_slow_host_is_the_limit() -> None:
     line = timeline(launch=STAGE)
-    line.replay_in_turn([decoding(10)] * 2)
+    line.replay(decoding(10, 2))
     assert line.end >= 2 * 10 * 4 * STAGE, "four launches a pass"
 
 
@@ -58,7 +79,7 @@ def test_a_wait_stops_the_host_until_the_card_is_done() -> None:
     from launch_log import Launch, Wait
 
     line = timeline(launch=STAGE / 10)
-    line.replay([Launch(0, 5, 0, True), Wait(0, False), Launch(1, 1, 0, True)])
+    line.replay([Launch(0, 5, 0, True), Wait(0), Launch(1, 1, 0, True)])
     assert line.host == pytest.approx(5.2 * STAGE) and line.end == pytest.approx(6.2 * STAGE)
 
 

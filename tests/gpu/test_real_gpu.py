@@ -12,6 +12,7 @@ from heretic.model.batching import Batch, Batcher
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import decode
 from heretic.model.loading import load
+from heretic.model.turns import finish
 from heretic.pipeline.run import Outcome, run
 from heretic.progress import NullReporter
 from heretic.settings.sources import resolve
@@ -58,4 +59,4 @@ def test_bitsandbytes_decodes_in_4_bits(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     model = load(open_checkpoint(str(folder)), ["bfloat16"], {"device_map": {"": "cuda:0"}}, quantization="bnb_4bit")
     batch = Batcher(2, model.device, pad=model.pad).batch([0, 1], [[5, 6, 7], [8, 9]])
-    assert [len(tokens) for tokens in decode(model.model, batch, 4, set())] == [4, 4]
+    assert [len(tokens) for tokens in finish(decode(model.model, batch, 4, set()))] == [4, 4]

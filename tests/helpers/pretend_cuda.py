@@ -78,6 +78,7 @@ def cuda_pretended(gpus: PretendGpus, mode: type[TorchDispatchMode], attention: 
         for patch in (
             mock.patch.multiple(torch.cuda, **_cuda(gpus)),
             mock.patch.multiple(torch.accelerator, **_accelerator(gpus)),
+            mock.patch.object(torch, "Event", PretendEvent),
             mock.patch.object(functional, name, attention(getattr(functional, name))),
             mock.patch.object(threading.Thread, "run", _run_within(mode)),
             mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda *_: 0, create=True),
@@ -87,6 +88,37 @@ def cuda_pretended(gpus: PretendGpus, mode: type[TorchDispatchMode], attention: 
         _forget_availability()
         stack.enter_context(mode())
         yield
+
+
+class PretendStream:
+    """The only stream of a pretend GPU."""
+
+    def __init__(self, gpus: PretendGpus, gpu: int) -> None:
+        self.gpus, self.gpu = gpus, gpu
+
+    def synchronize(self) -> None:
+        self.gpus.record_sync("synchronize", self.gpu)
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def wait_event(self, event: PretendEvent) -> None:
+        self.gpus.record_event_wait(self.gpu, event.mark)
+
+
+class PretendEvent:
+    """A moment in a pretend GPU's work; `mark` is the machine's own note of it."""
+
+    def __init__(self, device: Any) -> None:
+        self.stream: PretendStream | None = None
+        self.mark: object = None
+
+    def record(self, stream: PretendStream) -> None:
+        self.stream, self.mark = stream, stream.gpus.record_event(stream.gpu)
+
+    def synchronize(self) -> None:
+        assert self.stream is not None, "an event that was never recorded"
+        self.stream.gpus.record_sync("event", self.stream.gpu, self.mark)
 
 
 def _silu_backward(gradient: Tensor, given: Tensor) -> Tensor:
@@ -182,7 +214,7 @@ def _cuda(gpus: PretendGpus) -> dict[str, Any]:
         "memory_reserved": used,
         "max_memory_allocated": lambda which=None: gpus.peak[gpus.index_of(which)],
         "synchronize": synchronize,
-        "current_stream": lambda *_: types.SimpleNamespace(synchronize=synchronize),
+        "current_stream": lambda which=None: PretendStream(gpus, gpus.index_of(which)),
         "get_rng_state": lambda *_: torch.get_rng_state(),
     }
 
@@ -195,7 +227,7 @@ def _accelerator(gpus: PretendGpus) -> dict[str, Any]:
         "set_device_index": "set_device",
         "max_memory_reserved": "max_memory_allocated",
     }
-    same = ("is_available", "device_count", "memory_reserved", "synchronize", "empty_cache")
+    same = ("is_available", "device_count", "memory_reserved", "synchronize", "empty_cache", "current_stream")
     return {
         "current_accelerator": lambda check_available=False: torch.device("cuda"),
         "empty_host_cache": cuda["empty_cache"],

@@ -214,9 +214,16 @@ class PretendGpus:
         """The values that a copy to RAM gives."""
         return inner
 
-    def record_sync(self, what: str, gpu: int | str) -> None:
-        """The host waits for a GPU."""
+    def record_sync(self, what: str, gpu: int | str, mark: object = None) -> None:
+        """The host waits for a GPU: for all that was launched on it, or up to the mark of an event."""
         self.syncs[self.phase_name][what, self.caller()] += 1
+
+    def record_event(self, gpu: int) -> object:
+        """An event is recorded on a GPU; returns what the waits for it are told."""
+        return None
+
+    def record_event_wait(self, gpu: int, mark: object) -> None:
+        """A GPU waits for an event with this mark, the host does not."""
 
     def reset(self) -> None:
         """Counters to zero; what is alive stays counted."""

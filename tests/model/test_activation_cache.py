@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from heretic.model.activation_cache import ActivationCache, allocate_cache
+from heretic.model.activation_cache import ActivationCache, Recording, allocate_cache
 from heretic.model.batching import Batch, Batcher, EditSpec, SharedPrefix, shared_tokens
 from heretic.model.forward import hidden_states, supports_mid_stack_start
 from heretic.model.patching import replaced_forward
@@ -28,7 +28,9 @@ def ask(model: nn.Module, entries: ActivationCache, first_layer: int, rows: list
         EditSpec(first_layer=first_layer),
         entries,
     )
-    return hidden_states(model, batch, use_cache=True)
+    found = hidden_states(model, batch, use_cache=True)
+    entries.store()
+    return found
 
 
 def kept(model: nn.Module, stride: int = 1) -> ActivationCache:
@@ -101,5 +103,5 @@ def test_keys_of_a_skipped_block_lie_where_the_block_runs() -> None:
     away = torch.zeros(2, 2, 4, 8, device="meta")
     for layer in (2, 3):
         cache.update(away, away, layer)
-    entries.update_kv_cache(cache, [0, 1], 2, 2)
+    entries.update_kv_cache(cache, Recording([0, 1], 2, 2))
     assert [layer.keys.device.type for layer in cache.layers] == ["cpu", "cpu", "meta", "meta"]

@@ -11,6 +11,7 @@ from heretic.model.batching import Batcher
 from heretic.model.capture import last_token_residuals, mean_residuals
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import load
+from heretic.model.turns import finish
 from tests.tiny import FAMILIES, save_tiny
 
 SEQUENCES = [[5, 9, 17], [7, 8, 11, 60, 3], [40], [21, 22], [33, 34, 35, 36]]
@@ -21,7 +22,7 @@ SEQUENCES = [[5, 9, 17], [7, 8, 11, 60, 3], [40], [21, 22], [33, 34, 35, 36]]
 def test_residuals_are_what_the_model_reports(family: str, tmp_path: Path) -> None:
     model = load(open_checkpoint(str(save_tiny(tmp_path / "m", family))), ["float32"], {})
     batch = Batcher(8).batch(list(range(5)), SEQUENCES)
-    found = last_token_residuals(model, batch)
+    found = finish(last_token_residuals(model, batch))
     for row, tokens in enumerate(SEQUENCES):
         states = model.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
         for layer in range(3):  # the last of hidden_states has passed the final norm

@@ -16,6 +16,8 @@ from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import decode
 from heretic.model.forward import logits_of, next_token_log_probs, supports_prefix_caching
 from heretic.model.loading import load
+from heretic.model.turns import finish
+from tests.helpers.turns import at_once
 from tests.tiny import FAMILIES, WINDOWED, save_tiny, tiny_model
 
 START = [5, 9, 17, 33, 41, 60, 61, 62, 63, 64]
@@ -49,11 +51,11 @@ def test_equal_in_every_family_unless_switched_off(family: str, tmp_path: Path) 
         return
 
     def log_probs(batcher: Batcher) -> torch.Tensor:
-        return torch.stack(batcher.run("", PROMPTS, lambda b: list(next_token_log_probs(model, b))))
+        return torch.stack(batcher.run("", PROMPTS, at_once(lambda b: list(next_token_log_probs(model, b)))))
 
     assert torch.allclose(log_probs(sharing), log_probs(plain), atol=1e-4)
     residuals = [
-        torch.stack(b.run("", PROMPTS, lambda x: list(last_token_residuals(language_model, x))))
+        torch.stack(b.run("", PROMPTS, at_once(lambda x: list(finish(last_token_residuals(language_model, x))))))
         for b in (sharing, plain)
     ]
     assert torch.allclose(*residuals, atol=1e-4)
@@ -64,11 +66,11 @@ def test_equal_in_every_family_unless_switched_off(family: str, tmp_path: Path) 
 def test_the_prefix_is_recomputed_for_every_run() -> None:
     model = tiny_model("llama")
     batcher = Batcher(4, prefix_caching=True)
-    before = torch.stack(batcher.run("", PROMPTS, lambda b: list(next_token_log_probs(model, b))))
+    before = torch.stack(batcher.run("", PROMPTS, at_once(lambda b: list(next_token_log_probs(model, b)))))
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(0.5)
-    after = torch.stack(batcher.run("", PROMPTS, lambda b: list(next_token_log_probs(model, b))))
-    plain = torch.stack(Batcher(4).run("", PROMPTS, lambda b: list(next_token_log_probs(model, b))))
+    after = torch.stack(batcher.run("", PROMPTS, at_once(lambda b: list(next_token_log_probs(model, b)))))
+    plain = torch.stack(Batcher(4).run("", PROMPTS, at_once(lambda b: list(next_token_log_probs(model, b)))))
     assert torch.allclose(after, plain, atol=1e-4) and not torch.allclose(after, before, atol=1e-2)
 
 
@@ -98,7 +100,7 @@ def test_device_error_passes_through_transformers_generate(monkeypatch: pytest.M
     monkeypatch.setattr(decoding, "has_cache", lambda _: False)
     monkeypatch.setattr(model, "generate", mock.Mock(side_effect=RuntimeError(MISMATCH)))
     with pytest.raises(RuntimeError, match="same device"):
-        decode(model, batch, 4, set())
+        finish(decode(model, batch, 4, set()))
     monkeypatch.setattr(model, "generate", mock.Mock(side_effect=RuntimeError("no such layer")))
     with pytest.raises(UserError):
-        decode(model, batch, 4, set())
+        finish(decode(model, batch, 4, set()))

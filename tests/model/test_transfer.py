@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from heretic.model.transfer import HostCopies, rows_to_device, to_device, to_devices, to_host
+from heretic.model.transfer import (
+    HostCopies,
+    RowsToStore,
+    rows_to_device,
+    send_through_ram,
+    to_device,
+    to_devices,
+    to_host,
+)
 from tests.helpers.pretend_gpus import PretendGpus
 
 pytestmark = pytest.mark.usefixtures("cuda")
@@ -49,3 +57,24 @@ def test_copies_to_ram_are_awaited_once_for_each_gpu() -> None:
         copies.wait()
         assert waits(gpus) == 2 and copies.bytes == 0
         assert [t.unique().tolist() for t in kept] == [[float(i)] for i in range(6)]
+
+
+def test_tensor_that_returns_through_ram_makes_nobody_wait_but_its_reader() -> None:
+    with PretendGpus(2) as gpus:
+        sent = torch.full((2, 3), 7.0, device="cuda:1")
+        arrive = send_through_ram(sent, torch.device("cuda:0"))
+        found = arrive()
+        assert waits(gpus) == 0 and not gpus.peer_bytes
+        assert found.device.index == 0 and found.tolist() == [[7.0] * 3] * 2
+        assert send_through_ram(sent, sent.device)() is sent
+    on_cpu = torch.ones(2)
+    assert send_through_ram(on_cpu, torch.device("cpu"))() is on_cpu
+
+
+def test_rows_reach_their_places_without_those_that_are_left_out() -> None:
+    with PretendGpus(1) as gpus:
+        stored, store = torch.zeros(4, 2), RowsToStore()
+        store.add(stored, torch.tensor([3, -1, 0]), torch.arange(6.0, device="cuda:0").view(3, 2))
+        assert waits(gpus) == 0
+        store.write()
+        assert waits(gpus) == 1 and stored.tolist() == [[4, 5], [0, 0], [0, 0], [0, 1]]

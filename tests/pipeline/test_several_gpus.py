@@ -28,6 +28,7 @@ from heretic.model.decoding import StopCriteria, decode, verify_draft
 from heretic.model.forward import next_token_log_probs, supports_prefix_caching
 from heretic.model.input_capture import writer_inputs
 from heretic.model.loading import load
+from heretic.model.turns import finish
 from heretic.pipeline.actions import export_from_run, start_chat
 from heretic.pipeline.run import Outcome, run
 from heretic.pipeline.run_context import RunContext
@@ -41,6 +42,7 @@ from heretic.search import path_optimizer
 from heretic.settings.sources import resolve
 from tests.helpers.pretend_gpus import PretendGpus
 from tests.helpers.spread import TIED, spread
+from tests.helpers.turns import at_once
 from tests.tiny import FAMILIES, MIXED, save_prompts, save_tiny
 
 pytestmark = pytest.mark.usefixtures("cuda")
@@ -250,6 +252,7 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_no_answer() -> None:
     with llama_over_four() as (gpus, loaded):
         batcher = Batcher(8, loaded.device)
 
+        @at_once
         def step(batch: Batch) -> list[torch.Tensor]:
             return list(next_token_log_probs(loaded.model, batch).cpu())
 
@@ -313,16 +316,16 @@ def test_host_waits_for_results_only(family: str, count: int, tmp_path: Path) ->
                 measure_divergence(model, harmless, original, batcher, EditSpec(2))
 
         def decoded(tokens: int) -> tuple[int, int]:
-            found = waits(lambda: decode(model.model, batcher.batch(rows, SEQUENCES), tokens, set()))
+            found = waits(lambda: finish(decode(model.model, batcher.batch(rows, SEQUENCES), tokens, set())))
             return found, sum(size for (_, _, to, _), size in gpus.peer_bytes.items() if to == 0)
 
         def verified() -> None:
             batch = batcher.batch(rows, [[*sequence, *text] for sequence, text in zip(SEQUENCES, texts, strict=True)])
-            verify_draft(model.model, batch, texts, StopCriteria(1, set()))
+            finish(verify_draft(model.model, batch, texts, StopCriteria(1, set())))
 
         assert waits(verified) == 1
         assert not {key for key in gpus.peer_bytes if key[1] > key[2]} or family in TIED, "nothing returns to a GPU"
-        assert waits(lambda: last_token_residuals(model, batcher.batch(rows, SEQUENCES))) == count
+        assert waits(lambda: finish(last_token_residuals(model, batcher.batch(rows, SEQUENCES)))) == count
         assert waits(ablated) == 2, "two batches"
         wanted = [strengths, vector]
         assert waits(lambda: objective.evaluate(ablation, 0, rows, rows, wanted=wanted)) == 2, (

@@ -16,11 +16,13 @@ from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator_factory import OperatorFactory
-from heretic.model.batching import Batcher
-from heretic.model.capture import last_token_residuals
+from heretic.model import batching
+from heretic.model.batching import Batch, Batcher
+from heretic.model.capture import mean_residuals
 from heretic.model.checkpoint import open_checkpoint
-from heretic.model.decoding import StopCriteria, continue_decoding, verify_draft
+from heretic.model.decoding import DecodingState, StopCriteria, continue_decoding, verify_draft
 from heretic.model.loading import load
+from heretic.model.turns import Turns, take_turns
 from heretic.planning.memory_plan import make_plan
 from heretic.planning.model_dims import ModelDims
 from heretic.planning.pass_memory import PassMemory, Rows, rows_with_gradients
@@ -53,8 +55,9 @@ PROBE = 100_000  # bytes by which the plan of the probe after loading may be ove
     ],
 )
 def test_every_phase_takes_what_is_planned(
-    family: str, count: int, shared: int, dtype: torch.dtype, tmp_path: Path
+    family: str, count: int, shared: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(batching, "FEWEST_TOKENS", 4)
     table = MIXED if family in MIXED else FAMILIES
     name, sizes = table[family]
     with mock.patch.dict(table, {family: (name, {**sizes, **WIDE, **MORE.get(family, {})})}):
@@ -72,7 +75,8 @@ def test_every_phase_takes_what_is_planned(
     with PretendGpus(count) as cards:
         model = load(checkpoint, [found.dtype], {"device_map": placed})
         measured = {"loading": list(cards.peak)}
-        structure, batcher = model.structure, Batcher(ROWS, model.device, prefix_caching=bool(shared))
+        structure = model.structure
+        batcher = Batcher(ROWS, model.device, groups=count, prefix_caching=bool(shared))
         directions = Directions(torch.nn.functional.normalize(torch.randn(4, structure.width), dim=-1))
         texts_of = TeacherForcedTexts.of
         harmless, harmful = texts_of(sequences, [[0]] * ROWS), texts_of(sequences, [text[:4] for text in texts])
@@ -84,18 +88,27 @@ def test_every_phase_takes_what_is_planned(
             measured[phase] = [max(pair) for pair in zip(measured.get(phase, cards.peak), cards.peak, strict=True)]
 
         def trial() -> None:
-            def step(batch: object) -> list[None]:
-                state = verify_draft(model.model, batch, [texts[i] for i in batch.rows], StopCriteria(NEW, set()))
-                measured["prefill"] = [max(pair) for pair in zip(measured["prefill"], cards.peak, strict=True)]
-                peak("decoding", lambda: continue_decoding(model.model, state, StopCriteria(NEW, set())))
-                return [None] * ROWS
+            states: list[DecodingState] = []
+
+            def step(batch: Batch) -> Turns[list[None]]:
+                tried = [texts[i] for i in batch.rows]
+                states.append((yield from verify_draft(model.model, batch, tried, StopCriteria(NEW, set()))))
+                return [None] * len(batch.rows)
 
             cards.reset()
-            batcher.run("drafts", [[*s, *t] for s, t in zip(sequences, texts, strict=True)], step)
+            with_drafts = [[*s, *t] for s, t in zip(sequences, texts, strict=True)]
+            batcher.run("drafts", with_drafts, step, decoding=True)
+            measured["prefill"] = [max(pair) for pair in zip(measured["prefill"], cards.peak, strict=True)]
+            assert len(states) == count, "micro-batches"
+            going_on = [(None, continue_decoding(model.model, state, StopCriteria(NEW, set()))) for state in states]
+            peak("decoding", lambda: list(take_turns(going_on, count)))
 
         factory = OperatorFactory.prepare(directions, structure.writers, "norm_preserving")
         peak("weight_stats", lambda: OperatorFactory.prepare(directions, structure.writers, "norm_preserving"))
-        peak("residuals", lambda: batcher.run("r", sequences, lambda batch: list(last_token_residuals(model, batch))))
+        peak(
+            "residuals",
+            lambda: mean_residuals(model, "r", sequences, batcher),
+        )
         operators = factory.operators(Ablation(dict.fromkeys(structure.components, (1.0,) * 4)))
         with apply_operators(structure.writers, operators):
             peak("prefill", lambda: measure_divergence(model, harmless, original, batcher))

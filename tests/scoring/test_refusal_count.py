@@ -17,11 +17,13 @@ from heretic.ablation.apply import apply_operators
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator_factory import OperatorFactory
 from heretic.ablation.strength_kernel import StrengthKernel
+from heretic.model import batching
 from heretic.model.batching import Batcher, EditSpec
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import DecodingState, StopCriteria, continue_decoding
 from heretic.model.loading import LanguageModel, load
+from heretic.model.turns import Turns
 from heretic.scoring import refusal_count
 from heretic.scoring.divergence import first_token_log_probs
 from heretic.scoring.evaluator import TrialEvaluator
@@ -223,6 +225,33 @@ def test_a_trial_is_left_as_soon_as_it_is_beaten_and_its_neighbors_are_not(llama
             assert isinstance(one, Scores) and one.refused == expected[i].refused
 
 
+def test_micro_batches_in_turn_give_the_scores_of_one_batch_and_continue_from_their_first_passes(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "FEWEST_TOKENS", 1)
+    evaluator, operator_factory, baseline = model_context(llama, share=True)
+    saving = enable_caching(evaluator, refusal_texts(evaluator))
+    begun: list[int] = []
+
+    def continued(model: object, answers: DecodingState, limits: StopCriteria) -> Turns[None]:
+        begun.append(len(answers.tokens))
+        yield from continue_decoding(model, answers, limits)
+
+    monkeypatch.setattr(refusal_count, "continue_decoding", continued)
+    expected = together(saving, operator_factory, baseline, ABLATIONS[:2])
+    assert begun == [28], "all rows of both trials"
+    evaluator.batcher.groups = 3
+    saving = enable_caching(evaluator, saving.drafts)
+    for _ in range(2):  # the second time passes begin with what the first has kept
+        begun.clear()
+        found = together(saving, operator_factory, baseline, ABLATIONS[:2])
+        assert begun == [10, 10, 8]
+        for one, other in zip(found, expected, strict=True):
+            assert isinstance(one, Scores) and isinstance(other, Scores) and one.refused == other.refused
+            assert one.divergence.mean == pytest.approx(other.divergence.mean, rel=1e-4, abs=1e-7)
+    assert saving.harmful_entries is not None and saving.harmful_entries.resume_layer([0], 9) > 0
+
+
 def test_memory_that_runs_out_while_decoding_goes_on_halves_the_batch(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,11 +261,11 @@ def test_memory_that_runs_out_while_decoding_goes_on_halves_the_batch(
     (expected,) = together(saving, operator_factory, baseline, ABLATIONS[:1])
     sizes: list[int] = []
 
-    def short(model: object, answers: DecodingState, limits: StopCriteria) -> None:
+    def short(model: object, answers: DecodingState, limits: StopCriteria) -> Turns[None]:
         sizes.append(len(answers.tokens))
         if len(answers.tokens) > 4:
             raise torch.OutOfMemoryError("out of memory")
-        continue_decoding(model, answers, limits)
+        yield from continue_decoding(model, answers, limits)
 
     monkeypatch.setattr(refusal_count, "continue_decoding", short)
     (found,) = together(saving, operator_factory, baseline, ABLATIONS[:1])

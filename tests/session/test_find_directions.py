@@ -17,6 +17,7 @@ from heretic.model.capture import last_token_residuals, mean_residuals
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import LanguageModel, load
+from heretic.model.turns import finish
 from heretic.session.find_directions import find_directions
 from heretic.settings import DirectionSettings as Wanted
 from tests.helpers.errors import raises
@@ -70,7 +71,7 @@ def test_every_prompts_residuals_are_kept_in_the_order_of_the_prompts(model: Lan
     sequences = ChatFormat(model.tokenizer).encode(HARMFUL[:7])
     kept = mean_residuals(model, "", sequences, Batcher(3), keep_each=True)
     batch = Batcher(8).batch([4], sequences)
-    assert torch.allclose(kept.require_per_prompt[4], last_token_residuals(model, batch)[0], atol=1e-5)
+    assert torch.allclose(kept.require_per_prompt[4], finish(last_token_residuals(model, batch))[0], atol=1e-5)
     assert torch.allclose(kept.require_per_prompt.double().mean(dim=0), kept.mean, atol=1e-6)
     assert mean_residuals(model, "", sequences, Batcher(3)).per_prompt is None
 

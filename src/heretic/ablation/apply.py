@@ -55,6 +55,6 @@ def _hook(stacked: Operator | StackedOperators) -> Callable[[nn.Module, tuple[An
         trials = trial_of_row.get()
         if trials is None:
             raise RuntimeError("several trials are applied, but trial_of_row is not set")
-        return with_first(output, stacked(written, trials, read))
+        return with_first(output, stacked(written, trials.on(written.device), read))
 
     return hook

@@ -121,20 +121,22 @@ class StackedOperators:
         return cls(u, stacked("w"), n, stacked("a"))
 
     def __call__(self, y: Tensor, trial_of_row: Tensor, x: Tensor | None = None) -> Tensor:
-        """Apply to outputs [rows, ..., width] (or [rows * tokens, width], as in the MLPs of some models)."""
-        trial = trial_of_row.to(y.device)
-        full = y.float().view(len(trial), -1, y.shape[-1])
+        """Apply to outputs [rows, ..., width] (or [rows * tokens, width], as in the MLPs of some models).
+
+        `trial_of_row` [rows] is on the device of the outputs.
+        """
+        full = y.float().view(len(trial_of_row), -1, y.shape[-1])
         edited = full
         if self.w is not None:
-            edited = edited - (full @ self.w[trial].mT) @ self.u[trial]
+            edited = edited - (full @ self.w[trial_of_row].mT) @ self.u[trial_of_row]
         if self.a is not None:
             assert x is not None, "an operator with `a` needs the writer's inputs"
-            inputs = x.reshape(len(trial), -1, x.shape[-1])
+            inputs = x.reshape(len(trial_of_row), -1, x.shape[-1])
             rows = max(1, ELEMENTS_PER_CHUNK // inputs[0].numel())
-            parts = zip(inputs.split(rows), self.a[trial].split(rows), strict=True)
-            edited = edited - torch.cat([part.float() @ a.mT for part, a in parts]) @ self.u[trial]
+            parts = zip(inputs.split(rows), self.a[trial_of_row].split(rows), strict=True)
+            edited = edited - torch.cat([part.float() @ a.mT for part, a in parts]) @ self.u[trial_of_row]
         if self.n is not None:
-            edited = edited * self.n[trial].unsqueeze(1)
+            edited = edited * self.n[trial_of_row].unsqueeze(1)
         return edited.to(y.dtype).view(y.shape)
 
     @property

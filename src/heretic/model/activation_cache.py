@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,11 +16,22 @@ from torch import Tensor, nn
 
 from heretic.model.architecture import first_tensor
 from heretic.model.patching import forward_hooks, replaced_forward
-from heretic.model.transfer import HostCopies, rows_to_device
+from heretic.model.stages import device_of
+from heretic.model.transfer import RowsToStore, rows_to_device
 
 # With fewer cached layers the saved compute is not worth the memory.
 MIN_CACHED_LAYERS = 4
-STAGED_BYTES = 256 << 20  # of recorded tensors on their way to RAM; more makes the host wait within the pass
+
+
+@dataclass(eq=False)
+class Recording:
+    """What one pass adds to the cache, on its way to RAM."""
+
+    rows: list[int]  # its sequences
+    first_run: int  # block at which it starts
+    last: int  # first edited block, whose input is the last that is recorded
+    complete: bool = False  # whether everything was launched
+    tensors: RowsToStore = field(default_factory=RowsToStore)
 
 
 class ActivationCache:
@@ -56,8 +68,7 @@ class ActivationCache:
         self.cache: dict[int, tuple[Tensor, Tensor]] = {}  # by block: keys and values [tokens, heads, width of a head]
         self.devices: dict[int, torch.device] = {}  # by block: the device it runs on
         self.also_returned: int | None = None  # if blocks return a tuple: its length less one
-        self._copies = HostCopies()
-        self._staged: list[tuple[Tensor, Tensor, Tensor]] = []  # where to store, token indices, what is being copied
+        self._recordings: list[Recording] = []  # of passes whose results nobody has read yet
 
     def resume_layer(self, rows: Sequence[int], first_edited: int) -> int:
         """Return the block at which a pass over these sequences can start; 0 means at the embeddings."""
@@ -65,57 +76,65 @@ class ActivationCache:
         return max((layer for layer in self.hidden if layer <= cached), default=0)
 
     @contextmanager
-    def resume_and_record(self, rows: Sequence[int], first_edited: int, device: torch.device) -> Iterator[int]:
-        """Start passes within the context at a cached block, and record the hidden states below `first_edited`.
+    def resume_and_record(self, rows: Sequence[int], first_edited: int) -> Iterator[Recording]:
+        """Start a pass within the context at a cached block, and record the hidden states below `first_edited`.
 
-        Yields the block at which the pass starts. The caller adds keys and values with `update_kv_cache`.
+        The caller adds keys and values with `update_kv_cache`, and calls `store` when it has read the results of the pass.
         """
         first_run = self.resume_layer(rows, first_edited)
-        last_recorded = min(first_edited, len(self.blocks) - 1)
+        recording = Recording(list(rows), first_run, min(first_edited, len(self.blocks) - 1))
+        self._recordings.append(recording)
         indices = self._token_indices(rows)
-        self._staged.clear()  # of a pass that failed
         with ExitStack() as stack:
             if first_run:
-                hidden = self._gather(self.hidden[first_run], indices, device)
+                hidden = self._gather(self.hidden[first_run], indices, device_of(self.blocks[first_run]))
                 stack.enter_context(self._skipped(first_run, hidden))
-            for layer in range(first_run + 1, last_recorded + 1):
+            for layer in range(first_run + 1, recording.last + 1):
                 if layer % self.stride == 0:
-                    stack.enter_context(self._recorded(layer, indices))
-            yield first_run
+                    stack.enter_context(self._recorded(layer, indices, recording))
+            yield recording
 
-    def update_kv_cache(self, cache: Any, rows: Sequence[int], first_run: int, first_edited: int) -> None:
-        """Fill `cache` with the keys and values of skipped blocks, and store those of blocks run below `first_edited`."""
-        indices = self._token_indices(rows)
-        last_recorded = min(first_edited, len(self.blocks) - 1)
+    def update_kv_cache(self, cache: Any, recording: Recording) -> None:
+        """Fill `cache` with the keys and values of skipped blocks, and record those of blocks run below the first edited one."""
+        indices = self._token_indices(recording.rows)
         if self.with_cache and cache is not None:
-            for layer in range(first_run):
+            for layer in range(recording.first_run):
                 keys, values = (self._gather(t, indices, self.devices[layer]) for t in self.cache[layer])
                 cache.update(keys.transpose(1, 2), values.transpose(1, 2), layer)
-            for layer in range(first_run, last_recorded):
+            for layer in range(recording.first_run, recording.last):
+                both = (cache.layers[layer].keys, cache.layers[layer].values)
                 if layer not in self.cache:
-                    self.devices[layer] = cache.layers[layer].keys.device
-                    self.cache[layer] = tuple(  # type: ignore[assignment]
-                        self._empty(t.shape[1::2], t.dtype)
-                        for t in (cache.layers[layer].keys, cache.layers[layer].values)
-                    )
-                for stored, new in zip(
-                    self.cache[layer], (cache.layers[layer].keys, cache.layers[layer].values), strict=True
-                ):
-                    self._store(stored, indices, new[:, :, -indices.shape[1] :].transpose(1, 2))
-        self._finish_copies()
-        if cache is not None or not self.with_cache:
-            index = torch.tensor(list(rows))
-            self.depth[index] = torch.maximum(self.depth[index], torch.tensor(last_recorded))
+                    self.devices[layer] = both[0].device
+                    keys, values = (self._empty(t.shape[1::2], t.dtype) for t in both)
+                    self.cache[layer] = (keys, values)
+                for stored, new in zip(self.cache[layer], both, strict=True):
+                    recording.tensors.add(stored, indices, new[:, :, -indices.shape[1] :].transpose(1, 2))
+        recording.complete = cache is not None or not self.with_cache
+
+    def store(self, rows: Sequence[int] | None = None) -> None:
+        """Let later passes use what a pass over these sequences has recorded (None: all passes); waits for the copies."""
+        if self.beginning is not None:
+            self.beginning.store()
+        for recording in [r for r in self._recordings if rows is None or r.rows == rows][: None if rows is None else 1]:
+            recording.tensors.write()
+            if recording.complete:
+                index = torch.tensor(recording.rows)
+                self.depth[index] = torch.maximum(self.depth[index], torch.tensor(recording.last))
+            self._recordings.remove(recording)
+
+    def discard_recordings(self) -> None:
+        """Forget what passes have recorded that failed or were given up."""
+        self._recordings.clear()
 
     @contextmanager
-    def _recorded(self, layer: int, indices: Tensor) -> Iterator[None]:
+    def _recorded(self, layer: int, indices: Tensor, recording: Recording) -> Iterator[None]:
         def record(_module: nn.Module, _inputs: object, output: Any) -> None:
             hidden = first_tensor(output)
             if hidden.ndim != 3:
                 raise ValueError("expected blocks that return hidden states [rows, tokens, width]")
             if layer not in self.hidden:
                 self.hidden[layer] = self._empty(hidden.shape[2:], hidden.dtype)
-            self._store(self.hidden[layer], indices, hidden)
+            recording.tensors.add(self.hidden[layer], indices, hidden)
             self.also_returned = len(output) - 1 if isinstance(output, tuple) else None
 
         with forward_hooks([(self.blocks[layer - 1], record)]):
@@ -144,19 +163,6 @@ class ActivationCache:
     @staticmethod
     def _gather(stored: Tensor, indices: Tensor, device: torch.device) -> Tensor:
         return rows_to_device(stored, indices.clamp_min(0).flatten(), device).unflatten(0, indices.shape)
-
-    def _store(self, stored: Tensor, indices: Tensor, new: Tensor) -> None:
-        """Store a batch's tensor [rows, tokens, ...]; from a GPU at the end of the pass."""
-        self._staged.append((stored, indices, self._copies.copy(new)))
-        if not self._copies.gpus or self._copies.bytes > STAGED_BYTES:  # nothing to wait for, or enough to wait
-            self._finish_copies()
-
-    def _finish_copies(self) -> None:
-        self._copies.wait()
-        for stored, indices, new in self._staged:
-            real = indices >= 0
-            stored[indices[real]] = new[real]
-        self._staged.clear()
 
 
 def allocate_cache(

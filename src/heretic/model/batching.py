@@ -17,11 +17,13 @@ from heretic.hardware.devices import OUT_OF_MEMORY, empty_cache
 from heretic.interrupt import StopSignal
 from heretic.model.activation_cache import ActivationCache
 from heretic.model.transfer import to_device
+from heretic.model.turns import Turns, take_turns
 from heretic.progress import NULL_REPORTER, ProgressReporter
 
 Result = TypeVar("Result")
 
 TOKENS_AT_ONCE = 16384  # per batch, padding included
+FEWEST_TOKENS = 64  # that a pass of a micro-batch computes; with fewer it takes a GPU just as long
 WORTH_SHARING = 8  # shared tokens; copying the cache costs more than it saves below that
 
 
@@ -71,57 +73,67 @@ class Batch:
         return None if self.padded_rows is None else any(self.padded_rows)
 
     @property
-    def trial_of_row(self) -> Tensor | None:
-        """The trial of each row [rows] on the device of the token ids; None if all rows belong to one trial."""
-        return None if self.trials is None else to_device(self.trials, self.input_ids.device)
-
-    @property
     def position_ids(self) -> Tensor:
         """Positions of `input_ids` [rows, tokens], counted over each row's real tokens."""
         return (self.attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -self.input_ids.shape[1] :]
 
 
+# Runs one batch, in turns with others.
+Step = Callable[[Batch], Turns[list[Result]]]
+
+
+def groups_in_turn(most: int, rows: int, tokens: int) -> int:
+    """Return into how many micro-batches, at most `most`, so many rows are divided whose passes compute so many tokens."""
+    return max(1, min(most, rows, tokens // FEWEST_TOKENS))
+
+
 @dataclass
 class Batcher:
-    """Splits sequences into batches of at most `size` rows and `tokens` tokens, padding included.
+    """Splits sequences into batches of at most `tokens` tokens, padding included, of which at most `size` rows are under way.
 
-    `size` only ever falls: a slower study is worth more than one that stops.
+    With several `groups` these rows are divided into as many micro-batches in turn (see `model.turns`). `size` only ever falls: a
+    slower study is worth more than one that stops.
     """
 
     size: int
     device: torch.device | str = "cpu"
     tokens: int = TOKENS_AT_ONCE
     pad: int = 0
+    groups: int = 1  # `LanguageModel.groups` at most
     prefix_caching: bool = False  # run the tokens that all sequences share once (see `model.forward`)
     equal_lengths: bool = False  # one length a batch, for recurrent and convolution layers that see padding
     stop: StopSignal = field(default_factory=StopSignal)
     reporter: ProgressReporter = NULL_REPORTER
 
-    def run(self, name: str, sequences: Sequence[list[int]], step: Callable[[Batch], list[Result]]) -> list[Result]:
-        """Return the results of `step` for every sequence, in their order, with the model as it is."""
-        results = self.run_items(name, sequences, step)
+    def run(
+        self, name: str, sequences: Sequence[list[int]], step: Step[Result], *, decoding: bool = False
+    ) -> list[Result]:
+        """Return the results of `step` for every sequence, in their order, with the model as it is; see `run_items`."""
+        results = self.run_items(name, sequences, step, decoding=decoding)
         return [results[i] for i in range(len(sequences))]
 
     def run_items(
         self,
         name: str,
         sequences: Sequence[list[int]],
-        step: Callable[[Batch], list[Result]],
+        step: Step[Result],
         *,
         edited: EditSpec = UNEDITED,
         entries: ActivationCache | None = None,
         items: Sequence[int] | None = None,
+        decoding: bool = False,
     ) -> dict[int, Result]:
         """Run `step` over all items and return the result of each; `step` returns one result a row.
 
         Args:
             name: Of the stage on the screen.
             sequences: Token ids of every prompt.
-            step: Runs one batch.
+            step: Runs one batch, and yields where another one may launch. It changes nothing outside before its last turn.
             edited: How the model is edited, and how many trials share a pass.
             entries: Cached activations of the original.
             items: What to run, as `trial * len(sequences) + sequence`. Default: everything, the longest first, so that memory
                 runs out in the first batch if at all.
+            decoding: Whether most passes compute one token a row.
 
         Raises:
             Interrupted: Between batches.
@@ -129,28 +141,25 @@ class Batcher:
         """
         count = len(sequences)
         order = list(items) if items is not None else self.longest_first(sequences, edited)
-        prefix = self.shared_prefix(sequences)
+        run = _Run(self, sequences, self.shared_prefix(sequences), edited, entries)
         results: dict[int, Result] = {}
         with self.reporter.stage(name, len(order)) as stage:
-            while order:
-                self.stop.check()
-                rows = order[: self.rows_at_once(sequences, order)]
+            while left := [i for i in order if i not in results]:
+                failed = 0
+                groups = self.groups_of(sequences, left, decoding=decoding)
                 try:
-                    batch = self.batch([i % count for i in rows], sequences, prefix, entries)
-                    if edited != UNEDITED:
-                        trials = [i // count for i in rows] if edited.trials > 1 else None
-                        batch = replace(batch, trials=trials, edited=edited)
-                    batch_results: list[Result] | None = step(batch)
+                    for rows, found in take_turns(run.begin(step, left, groups), groups):
+                        if entries:
+                            entries.store([i % count for i in rows])
+                        results.update(zip(rows, found, strict=True))
+                        run.under_way.remove(rows)
+                        stage.advance(len(rows))
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
-                    batch_results = None  # outside `except`: the error holds the failed pass's tensors
-                if batch_results is None:
-                    self.reduce_batch(len(rows))
-                    continue
-                results.update(zip(rows, batch_results, strict=True))
-                order = order[len(rows) :]
-                stage.advance(len(rows))
+                    failed = run.give_up()
+                if failed:  # outside `except`: the error holds the failed passes' tensors
+                    self.reduce_batch(failed)
         return results
 
     def longest_first(self, sequences: Sequence[list[int]], edited: EditSpec = UNEDITED) -> list[int]:
@@ -158,10 +167,22 @@ class Batcher:
         items = range(len(sequences) * edited.trials)
         return sorted(items, key=lambda i: -len(sequences[i % len(sequences)]))
 
+    def groups_of(self, sequences: Sequence[list[int]], items: Sequence[int], *, decoding: bool = False) -> int:
+        """Return the number of micro-batches in turn for these items; `decoding`: most passes compute one token a row."""
+        rows = min(self.size, len(items))
+        prefix = self.shared_prefix(sequences)
+        shared = len(prefix.tokens) if prefix else 0
+        computed = rows if decoding else sum(len(sequences[i % len(sequences)]) - shared for i in items[:rows])
+        return groups_in_turn(self.groups, rows, computed)
+
     def rows_at_once(self, sequences: Sequence[list[int]], items: Sequence[int]) -> int:
-        """Return how many of the items, in their order, fit into one batch."""
-        lengths = [len(sequences[i % len(sequences)]) for i in items[: self.size]]
-        most = max(1, min(self.size, self.tokens // max(1, *lengths), len(items)))
+        """Return how many of the items, in their order, may be under way together."""
+        return self.rows_within(sequences, items, self.size, self.groups * self.tokens)
+
+    def rows_within(self, sequences: Sequence[list[int]], items: Sequence[int], size: int, tokens: int) -> int:
+        """Return how many of the items, in their order, are at most so many rows and tokens; at least one."""
+        lengths = [len(sequences[i % len(sequences)]) for i in items[:size]]
+        most = max(1, min(size, tokens // max(1, *lengths), len(items)))
         return next((n for n, length in enumerate(lengths[:most]) if self.equal_lengths and length != lengths[0]), most)
 
     def batches(self, sequences: Sequence[list[int]]) -> Iterator[Batch]:
@@ -205,6 +226,43 @@ class Batcher:
         self.reporter.warning(
             f"Out of memory with {rows} prompts in a batch. Continuing with batch_size = {self.size}."
         )
+
+
+@dataclass
+class _Run:
+    """The batches of one run, and which of them are under way."""
+
+    batcher: Batcher
+    sequences: Sequence[list[int]]
+    prefix: SharedPrefix | None
+    edited: EditSpec
+    entries: ActivationCache | None
+    under_way: list[list[int]] = field(default_factory=list)  # the items of each batch
+
+    def begin(
+        self, step: Step[Result], left: list[int], groups: int
+    ) -> Iterator[tuple[list[int], Turns[list[Result]]]]:
+        """Begin one batch of the items after the other, with its items."""
+        batcher, count = self.batcher, len(self.sequences)
+        most = -(-min(batcher.size, len(left)) // groups)
+        while left:
+            batcher.stop.check()
+            rows = left[: batcher.rows_within(self.sequences, left, most, batcher.tokens)]
+            left = left[len(rows) :]
+            self.under_way.append(rows)
+            batch = batcher.batch([i % count for i in rows], self.sequences, self.prefix, self.entries)
+            if self.edited != UNEDITED:
+                trials = [i // count for i in rows] if self.edited.trials > 1 else None
+                batch = replace(batch, trials=trials, edited=self.edited)
+            yield rows, step(batch)
+
+    def give_up(self) -> int:
+        """Forget the batches that are under way; returns their rows."""
+        rows = sum(map(len, self.under_way))
+        self.under_way.clear()
+        if self.entries:
+            self.entries.discard_recordings()
+        return rows
 
 
 def free_memory() -> None:

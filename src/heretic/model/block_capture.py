@@ -18,6 +18,7 @@ from heretic.model.capture import ResidualMeans, ResidualSums, last_token_residu
 from heretic.model.forward import hidden_states
 from heretic.model.loading import LanguageModel
 from heretic.model.patching import forward_hooks, replaced_forward
+from heretic.model.turns import finish
 
 SHARE_FOR_STREAMS = 0.5  # of the free RAM, for the hidden states of all prompts
 SAME = 1e-3  # largest relative difference from a pass through all blocks in turn; on one device both compute the same
@@ -52,7 +53,7 @@ def mean_residuals_by_block(
     shortest = min((tokens for sequences in sets for tokens in sequences), key=len)
     alone = batcher.batch([0], [shortest])
     _check_memory(language_model, [*(tokens for sequences in sets for tokens in sequences), shortest])
-    expected = last_token_residuals(language_model, alone)
+    expected = finish(last_token_residuals(language_model, alone))
     found: list[ResidualSums] | None = None
     while found is None:  # again with smaller batches, if memory ran out
         checked, *sums = (

@@ -15,6 +15,7 @@ from heretic.model.forward import hidden_states
 from heretic.model.loading import LanguageModel
 from heretic.model.patching import forward_hooks
 from heretic.model.transfer import HostCopies
+from heretic.model.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ def mean_residuals(
     structure = language_model.structure
     sums = ResidualSums(len(sequences), structure.num_layers, structure.width, winsorize, keep_each)
 
-    def step(batch: Batch) -> list[None]:
-        keep(batch, sums.add(batch.rows, last_token_residuals(language_model, batch)))
+    def step(batch: Batch) -> Turns[list[None]]:
+        residuals = yield from last_token_residuals(language_model, batch)
+        keep(batch, sums.add(batch.rows, residuals))
         return [None] * len(batch.rows)
 
     batcher.run(name, sequences, step)
@@ -110,8 +112,8 @@ def bytes_of_each(language_model: LanguageModel, prompts: int) -> int:
 
 
 @torch.inference_mode()
-def last_token_residuals(language_model: LanguageModel, batch: Batch) -> Tensor:
-    """Return the residuals after every block at the last token, float32 [rows, layers, width] on the CPU."""
+def last_token_residuals(language_model: LanguageModel, batch: Batch) -> Turns[Tensor]:
+    """Return the residuals after every block at the last token, float32 [rows, layers, width] on the CPU, after one turn."""
     blocks = language_model.structure.blocks
     residuals: list[Tensor | None] = [None] * len(blocks)
     copies = HostCopies()
@@ -126,6 +128,7 @@ def last_token_residuals(language_model: LanguageModel, batch: Batch) -> Tensor:
 
     with forward_hooks((block, record(layer)) for layer, block in enumerate(blocks)):
         hidden_states(language_model.model, batch, use_cache=False)
+    yield
     copies.wait()
     # A skipped block (cross-attention without an image) does not change the stream.
     first = next(r for r in residuals if r is not None)

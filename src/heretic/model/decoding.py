@@ -1,4 +1,7 @@
-"""Greedy decoding with drafts verified in one pass (speculative decoding) and finished rows removed from the batch."""
+"""Greedy decoding with drafts verified in one pass (speculative decoding) and finished rows removed from the batch.
+
+Batches take turns (`model.turns`), a token each.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ from heretic.model.forward import (
 from heretic.model.kv_cache import make_room, rows_selectable, select_rows
 from heretic.model.masks import known_padding
 from heretic.model.patching import outputs_stay
-from heretic.model.transfer import to_device
+from heretic.model.transfer import HostCopies, Index, send_through_ram, to_device
+from heretic.model.turns import Turns
 
 # Removing rows copies the cache; worth it once a quarter has ended.
 COMPACT_BELOW = 0.75
@@ -48,7 +52,7 @@ class DecodingState:
     positions: Tensor  # [cache rows, 1] of the next tokens
     padded: list[bool] | None  # by row of the batch: whether its mask has zeros; None: not known without looking at it
     cache: Any  # None if the model's cache cannot be used
-    trials: Tensor | None  # [cache rows]
+    trials: Index | None  # by cache row
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,9 @@ class StopCriteria:
 
 
 @torch.inference_mode()
-def verify_draft(model: Any, batch: Batch, tried: Sequence[Sequence[int]], limits: StopCriteria) -> DecodingState:
+def verify_draft(
+    model: Any, batch: Batch, tried: Sequence[Sequence[int]], limits: StopCriteria
+) -> Turns[DecodingState]:
     """Verify a draft answer for every row in one pass, and start decoding after it.
 
     The pass gives the most probable token after the prompt and after every draft token. The answer follows the draft up to the
@@ -83,12 +89,9 @@ def verify_draft(model: Any, batch: Batch, tried: Sequence[Sequence[int]], limit
         limits: When an answer ends.
     """
     # 1. Compute the most probable token, and the draft token's probability, after the prompt and each draft token but the last.
-    hidden, cache = hidden_states(model, batch, use_cache=True)
-    length = hidden.shape[1]
     draft_positions = [(row, i) for row, text in enumerate(tried) for i in range(max(1, len(text)))]
-    picked = [(row, length - len(tried[row]) - 1 + i, tried[row][i] if tried[row] else 0) for row, i in draft_positions]
-    row_of, position, draft_tokens = to_device(picked, hidden.device).unbind(1)
-    best, probabilities = _most_probable(model, hidden[row_of, position], draft_tokens)
+    last, cache, found = _compare_drafts(model, batch, tried, draft_positions)
+    best, probabilities = yield from _read(found)
     rows = range(len(batch.rows))
     answers = DecodingState(
         tokens=[[] for _ in rows],
@@ -100,7 +103,7 @@ def verify_draft(model: Any, batch: Batch, tried: Sequence[Sequence[int]], limit
         positions=batch.position_ids[:, -1:],
         padded=None if batch.padded_rows is None else list(batch.padded_rows),
         cache=cache,
-        trials=batch.trial_of_row,
+        trials=None if batch.trials is None else Index(batch.trials),
     )
     # 2. Accept draft tokens up to the first that differs.
     diverged: set[int] = set()
@@ -115,8 +118,9 @@ def verify_draft(model: Any, batch: Batch, tried: Sequence[Sequence[int]], limit
     # 3. Add the next token to answers that contain their whole draft.
     whole = [row for row in answers.open_rows if row not in diverged]
     if whole:
-        following = hidden[:, -1][to_device(whole, hidden.device)]
-        best, _ = _most_probable(model, following, torch.zeros_like(following[:, 0], dtype=torch.long))
+        following = last[to_device(whole, last.device)]
+        found = _most_probable(model, following, torch.zeros_like(following[:, 0], dtype=torch.long))
+        best, _ = yield from _read(found)
         for row, token in zip(whole, best, strict=True):
             limits.append_tokens(answers, row, token)
     # 4. Mask the cache slots of rejected draft tokens. Of an answer, the last token is not in the cache yet.
@@ -132,20 +136,40 @@ def verify_draft(model: Any, batch: Batch, tried: Sequence[Sequence[int]], limit
     return answers
 
 
-def _most_probable(model: Any, hidden: Tensor, wanted: Tensor) -> tuple[list[int], list[float]]:
-    """Most probable next token, and probability of the wanted one, for hidden states [rows, width]; waits for the device once."""
+def _compare_drafts(
+    model: Any, batch: Batch, tried: Sequence[Sequence[int]], draft_positions: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Any, Tensor]:
+    """Launch the pass of a draft: the last hidden states [rows, width], the cache, and `_most_probable` at each draft token."""
+    hidden, cache = hidden_states(model, batch, use_cache=True)
+    length = hidden.shape[1]
+    picked = [(row, length - len(tried[row]) - 1 + i, tried[row][i] if tried[row] else 0) for row, i in draft_positions]
+    row_of, position, draft_tokens = to_device(picked, hidden.device).unbind(1)
+    return hidden[:, -1].clone(), cache, _most_probable(model, hidden[row_of, position], draft_tokens)
+
+
+def _most_probable(model: Any, hidden: Tensor, wanted: Tensor) -> Tensor:
+    """Return the most probable next token, and the probability of the wanted one, for hidden states [rows, width]: [2, rows]."""
     found = []
     for rows, log_probs in log_probs_of(model, hidden):
         chosen = log_probs.gather(1, to_device(wanted[rows, None], log_probs.device))
         probabilities = chosen.exp()[:, 0].nan_to_num(0.0)  # NaN: a destroyed model
         # One copy for both: float32 holds every token id exactly, and not every kind of device has float64.
         found.append(torch.stack([log_probs.argmax(dim=-1).float(), probabilities.float()]))
-    best, probability = torch.cat(found, dim=1).tolist()
+    return torch.cat(found, dim=1)
+
+
+def _read(most_probable: Tensor) -> Turns[tuple[list[int], list[float]]]:
+    """Read what `_most_probable` has found, after a turn."""
+    copies = HostCopies()
+    in_ram = copies.copy(most_probable)
+    yield
+    copies.wait()
+    best, probability = in_ram.tolist()
     return [int(token) for token in best], probability
 
 
 @torch.inference_mode()
-def continue_decoding(model: Any, answers: DecodingState, limits: StopCriteria) -> None:
+def continue_decoding(model: Any, answers: DecodingState, limits: StopCriteria) -> Turns[None]:
     """Decode until every row has ended; completes `answers.tokens`."""
     device = answers.mask.device
     interval = SYNC_INTERVAL.get(device.type, DEFAULT_SYNC_INTERVAL)
@@ -155,16 +179,19 @@ def continue_decoding(model: Any, answers: DecodingState, limits: StopCriteria) 
             tokens = tokens[_select_open_rows(answers)]
         remaining = limits.max_tokens - min(len(answers.tokens[row]) for row in answers.open_rows)
         make_room(answers.cache, remaining)
-        steps = _decode_tokens(model, answers, tokens, min(interval, remaining))
+        steps = yield from _decode_tokens(model, answers, tokens, min(interval, remaining))
         tokens = steps[-1]
-        for row, following in zip(answers.cache_rows, torch.cat(steps, dim=1).tolist(), strict=True):
+        copies = HostCopies()
+        in_ram = copies.copy(torch.cat(steps, dim=1))
+        copies.wait()
+        for row, following in zip(answers.cache_rows, in_ram.tolist(), strict=True):
             for token in following:
                 if row in answers.open_rows:
                     limits.append_tokens(answers, row, token)
 
 
-def _decode_tokens(model: Any, answers: DecodingState, tokens: Tensor, count: int) -> list[Tensor]:
-    """Decode so many tokens after `tokens` [cache rows, 1] without reading any; returns them, each like `tokens`.
+def _decode_tokens(model: Any, answers: DecodingState, tokens: Tensor, count: int) -> Turns[list[Tensor]]:
+    """Decode so many tokens after `tokens` [cache rows, 1] without reading any, one a turn; returns them, each like `tokens`.
 
     They stay on the device of the model's inputs. The logits stay on that of its head.
     """
@@ -172,8 +199,8 @@ def _decode_tokens(model: Any, answers: DecodingState, tokens: Tensor, count: in
     answers.mask = torch.cat([answers.mask, answers.mask.new_ones(len(answers.mask), count)], dim=1)
     padded = None if answers.padded is None else any(answers.padded[row] for row in answers.cache_rows)
     steps = []
-    with rows_of_trials(answers.trials), known_padding(padded), outputs_stay(model):
-        for step in range(count):
+    for step in range(count):
+        with rows_of_trials(answers.trials), known_padding(padded), outputs_stay(model):
             output = forward_supported(
                 model,
                 tokens,
@@ -183,11 +210,14 @@ def _decode_tokens(model: Any, answers: DecodingState, tokens: Tensor, count: in
                 use_cache=True,
                 logits_to_keep=1,
             )
-            answers.cache = output.past_key_values
-            answers.positions = answers.positions + 1
-            best = output.logits[:, -1, :].argmax(dim=-1, keepdim=True)
-            tokens = to_device(best, answers.mask.device)
-            steps.append(tokens)
+        answers.cache = output.past_key_values
+        answers.positions = answers.positions + 1
+        best = output.logits[:, -1, :].argmax(dim=-1, keepdim=True)
+        del output  # another batch needs the memory of the logits
+        arrive = send_through_ram(best, answers.mask.device)
+        yield
+        tokens = arrive()
+        steps.append(tokens)
     return steps
 
 
@@ -198,14 +228,14 @@ def _select_open_rows(answers: DecodingState) -> Tensor:
     index = to_device(keep, answers.mask.device)
     answers.mask, answers.positions = answers.mask[index], answers.positions[index]
     if answers.trials is not None:
-        answers.trials = answers.trials[index]
+        answers.trials = Index([answers.trials.values[i] for i in keep])
     answers.cache_rows = [answers.cache_rows[i] for i in keep]
     return index
 
 
 def decode(
     model: Any, batch: Batch, max_tokens: int, end_tokens: set[int], ended: Ended | None = None
-) -> list[list[int]]:
+) -> Turns[list[list[int]]]:
     """Decode every row greedily: at most `max_tokens` tokens, without the end token.
 
     A row ends at an end token or when `ended(row, tokens so far)` is true. The penalties of the model's generation config are not
@@ -214,10 +244,10 @@ def decode(
     if not has_cache(model):
         return _generate(model, batch, max_tokens, end_tokens)
     limits = StopCriteria(max_tokens, end_tokens, ended)
-    answers = verify_draft(model, batch, [[]] * len(batch.rows), limits)
+    answers = yield from verify_draft(model, batch, [[]] * len(batch.rows), limits)
     if answers.cache is None:  # the layers hold it (RecurrentGemma)
         return _generate(model, batch, max_tokens, end_tokens)
-    continue_decoding(model, answers, limits)
+    yield from continue_decoding(model, answers, limits)
     return answers.tokens
 
 
@@ -243,7 +273,7 @@ def _generate(model: Any, batch: Batch, max_tokens: int, end_tokens: set[int]) -
         max_new_tokens=max_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0] if ends else 0
     )
     try:
-        with rows_of_trials(batch.trial_of_row):
+        with rows_of_trials(None if batch.trials is None else Index(batch.trials)):
             output = model.generate(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
             )

@@ -23,7 +23,7 @@ from heretic.model.kv_cache import rows_selectable, select_rows
 from heretic.model.masks import known_padding
 from heretic.model.patching import outputs_stay, replaced_forward
 from heretic.model.probe import input_device
-from heretic.model.transfer import to_device
+from heretic.model.transfer import Index, to_device
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +33,12 @@ SAME_IN_HALF_PRECISION = 5e-3
 PADDED_IN_HALF_PRECISION = 1e-2  # a router may choose another expert for a token when a batch has another shape
 LOGIT_ROWS = 64  # rows whose logits over the vocabulary exist at a time
 
-# Trial of each row of the current pass [rows]; the operators attached to the writers read it.
-trial_of_row: ContextVar[Tensor | None] = ContextVar("trial_of_row", default=None)
+# Trial of each row of the current pass [rows]; the operators attached to the writers read it. None: all rows belong to one trial.
+trial_of_row: ContextVar[Index | None] = ContextVar("trial_of_row", default=None)
 
 
 @contextmanager
-def rows_of_trials(trials: Tensor | None) -> Iterator[None]:
+def rows_of_trials(trials: Index | None) -> Iterator[None]:
     """Assign the rows of every pass within the context to these trials."""
     token = trial_of_row.set(trials)
     try:
@@ -73,12 +73,9 @@ def run_decoder(model: Any, batch: Batch, *, use_cache: bool) -> tuple[Tensor, A
     """Run the decoder as `hidden_states` does, with gradients if they are enabled."""
     cache = _cache(model, batch.shared_prefix, batch) if batch.shared_prefix else None
     activations, first_edited = batch.activation_cache, batch.edited.first_layer
-    recording = (
-        activations.resume_and_record(batch.rows, first_edited, batch.input_ids.device)
-        if activations
-        else nullcontext(0)
-    )
-    with rows_of_trials(batch.trial_of_row), known_padding(batch.padded), recording as first_run:
+    recording = activations.resume_and_record(batch.rows, first_edited) if activations else nullcontext()
+    trials = None if batch.trials is None else Index(batch.trials)
+    with rows_of_trials(trials), known_padding(batch.padded), recording as recorded:
         output = forward_supported(
             decoder_of(model),
             batch.input_ids,
@@ -88,8 +85,8 @@ def run_decoder(model: Any, batch: Batch, *, use_cache: bool) -> tuple[Tensor, A
             use_cache=use_cache or cache is not None,
         )
     cache = getattr(output, "past_key_values", None)
-    if activations:
-        activations.update_kv_cache(cache if use_cache else None, batch.rows, first_run, first_edited)
+    if activations and recorded:
+        activations.update_kv_cache(cache if use_cache else None, recorded)
     return output.last_hidden_state, cache
 
 
@@ -209,6 +206,7 @@ def supports_mid_stack_start(model: Any, blocks: Any, sequences: Sequence[list[i
 
         def after_recording() -> Batch:
             hidden_states(model, batch(), use_cache=True)
+            activations.store()
             return batch()
 
         reason = "activation cache disabled"

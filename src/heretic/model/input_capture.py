@@ -12,7 +12,8 @@ from heretic.model.batching import Batch, Batcher
 from heretic.model.forward import hidden_states
 from heretic.model.loading import LanguageModel
 from heretic.model.patching import forward_hooks
-from heretic.model.transfer import HostCopies
+from heretic.model.transfer import HostCopies, Index
+from heretic.model.turns import Turns
 from heretic.model.writer import ResidualWriter, first_tensor
 
 
@@ -39,17 +40,17 @@ def writer_inputs(
     found: dict[str, Tensor] = {}
     other: set[str] = set()  # writers that are called otherwise
 
-    def step(batch: Batch) -> list[None]:
+    def step(batch: Batch) -> Turns[list[None]]:
         rows, tokens = batch.input_ids.shape
         row = [r for r, i in enumerate(batch.rows) for _ in offsets[i]]
         token = [tokens - offset for i in batch.rows for offset in offsets[i]]
+        where = Index([row, token])
         places = torch.tensor([starts[i] + n for i in batch.rows for n in range(len(offsets[i]))], dtype=torch.long)
         captured: dict[str, Tensor] = {}
         copies = HostCopies()
-        with forward_hooks(
-            (w.module, _recording(w, captured, copies, (rows, tokens), (row, token), other)) for w in writers
-        ):
+        with forward_hooks((w.module, _recording(w, captured, copies, (rows, tokens), where, other)) for w in writers):
             hidden_states(language_model.model, batch, use_cache=False)
+        yield
         copies.wait()
         for writer, keys in captured.items():
             if writer not in found:
@@ -66,7 +67,7 @@ def _recording(
     captured: dict[str, Tensor],
     copies: HostCopies,
     shape: tuple[int, int],
-    where: tuple[list[int], list[int]],
+    where: Index,
     other: set[str],
 ) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
     def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -75,7 +76,8 @@ def _recording(
         if not isinstance(x, Tensor) or x.numel() != count * x.shape[-1] or y.numel() != count * y.shape[-1]:
             other.add(writer.name)
             return
-        captured[writer.name] = copies.copy(x.reshape(*shape, -1)[where].float())
+        row, token = where.on(x.device)
+        captured[writer.name] = copies.copy(x.reshape(*shape, -1)[row, token].float())
 
     return hook
 

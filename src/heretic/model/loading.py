@@ -21,6 +21,7 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.model.config_reading import auto_class
 from heretic.model.device_errors import device_error, is_device_error
 from heretic.model.quantization import KEPT, QUANTIZATIONS, balanced_4bit, keep_layout, loading_arguments
+from heretic.model.stages import share_inputs, stages_of
 from heretic.model.template import PROCESS, template_of
 from heretic.model.tensor_info import OPENED
 from heretic.model.unloading import unload
@@ -51,6 +52,16 @@ class LanguageModel:
     def device(self) -> torch.device:
         """The device of the token ids."""
         return input_device(self.model)
+
+    @property
+    def groups(self) -> int:
+        """Batches that can be under way in turn: one for each GPU with blocks.
+
+        1 if the head is not on the last of them, as with tied weights: hidden states that return to the first GPU hold it up.
+        """
+        stages = stages_of(self.structure.blocks)
+        head = getattr(self.model.get_output_embeddings(), "weight", None)
+        return len(stages) if isinstance(head, torch.Tensor) and head.device == stages[-1] else 1
 
     @property
     def context(self) -> int:
@@ -137,9 +148,9 @@ def load(
         if _finite(model):
             # A bitsandbytes checkpoint keeps its own dtype.
             loaded_dtype = str(model.dtype).removeprefix("torch.") if checkpoint.quantized_by == KEPT else dtype
-            return with_end_tokens(
-                LanguageModel(model, tokenizer, checkpoint, find_residual_writers(model), loaded_dtype, quantization)
-            )
+            structure = find_residual_writers(model)
+            share_inputs(structure.blocks)
+            return with_end_tokens(LanguageModel(model, tokenizer, checkpoint, structure, loaded_dtype, quantization))
         reporter.warning(f"{checkpoint.model} gives logits that are not finite in {dtype}.")
         unload(model)
     raise UserError(

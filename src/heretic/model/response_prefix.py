@@ -15,6 +15,7 @@ from heretic.model.decoding import decode
 from heretic.model.loading import LanguageModel
 from heretic.model.template import template_of
 from heretic.model.thinking import MARKERS, open_block, switches_in
+from heretic.model.turns import Turns
 from heretic.progress import ProgressReporter
 
 # Prompts of each kind, and tokens of each answer, to detect the common prefix.
@@ -39,12 +40,12 @@ def find_prefix(language_model: LanguageModel, encoded: Mapping[str, list[list[i
     """Return the common prefix of answers to harmful and harmless prompts; empty if none, or if it is a whole answer."""
     sample = [*encoded["harmful_train"][:PREFIX_PROMPTS], *encoded["harmless_train"][:PREFIX_PROMPTS]]
 
-    def step(batch: Batch) -> list[tuple[str, bool]]:
-        tokens = decode(language_model.model, batch, PREFIX_TOKENS, language_model.end_tokens)
+    def step(batch: Batch) -> Turns[list[tuple[str, bool]]]:
+        tokens = yield from decode(language_model.model, batch, PREFIX_TOKENS, language_model.end_tokens)
         # With special tokens: thinking blocks and channels consist of them.
         return [(str(language_model.tokenizer.decode(t)), len(t) < PREFIX_TOKENS) for t in tokens]
 
-    answers = batcher.run("Detecting the common response prefix", sample, step)
+    answers = batcher.run("Detecting the common response prefix", sample, step, decoding=True)
     prefix = common_prefix([text for text, _ in answers])
     return "" if any(ended and text.rstrip() == prefix for text, ended in answers) else prefix
 

@@ -24,6 +24,7 @@ from heretic.model.chat_format import check_length
 from heretic.model.decoding import decode
 from heretic.model.response_prefix import AnswerStart
 from heretic.model.streaming import stream_answer
+from heretic.model.turns import Turns
 from heretic.model.unloading import unloaded_after
 from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.run import device_lock, export_trial, open_locked_study
@@ -145,13 +146,13 @@ def compare(
     check_length("prompts", encoded, model_context.language_model.context, tokens)
     rows = [{"prompt": prompt} for prompt in prompts]
 
-    def step(batch: Batch) -> list[list[int]]:
+    def step(batch: Batch) -> Turns[list[list[int]]]:
         return decode(model_context.language_model.model, batch, tokens, model_context.language_model.end_tokens)
 
     for model, result in {"original": None, **named}.items():
         edits = [space.from_params(result.params)] if result else []
         with session.applied(*edits):
-            for row, answer in zip(rows, model_context.batcher.run(model, encoded, step), strict=True):
+            for row, answer in zip(rows, model_context.batcher.run(model, encoded, step, decoding=True), strict=True):
                 row[model] = model_context.chat.text(answer)
     return rows
 

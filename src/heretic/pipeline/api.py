@@ -29,6 +29,7 @@ from heretic.interrupt import StopSignal
 from heretic.model.batching import Batch
 from heretic.model.chat_format import check_length
 from heretic.model.decoding import decode
+from heretic.model.turns import Turns
 from heretic.pipeline.geometry import measure_effects
 from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.run import Outcome, device_lock, open_locked_study, run
@@ -236,11 +237,14 @@ class AblationSession:
         encoded = model_context.chat.encode(prompts)
         check_length("prompts", encoded, model_context.language_model.context, tokens)
 
-        def step(batch: Batch) -> list[list[int]]:
+        def step(batch: Batch) -> Turns[list[list[int]]]:
             return decode(model_context.language_model.model, batch, tokens, model_context.language_model.end_tokens)
 
         with self.session.applied(*([] if ablation is None else [ablation])):
-            return [model_context.chat.text(answer) for answer in model_context.batcher.run("Answers", encoded, step)]
+            return [
+                model_context.chat.text(answer)
+                for answer in model_context.batcher.run("Answers", encoded, step, decoding=True)
+            ]
 
     def check_destination(self, destination: str | Path) -> None:
         """Raise UserError if an export cannot be written to this folder."""

@@ -6,13 +6,13 @@ original, operators. Assumes SDPA or flash attention unless the model has neithe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from heretic.ablation.geometries.conditional import BENIGN_KEYS, HARMFUL_KEYS
 from heretic.ablation.weight_stats import ELEMENTS_PER_CHUNK
 from heretic.hardware.devices import CPU, Device
-from heretic.model.batching import TOKENS_AT_ONCE
+from heretic.model.batching import TOKENS_AT_ONCE, groups_in_turn
 from heretic.model.forward import LOGIT_ROWS
 from heretic.model.kv_cache import SLOTS_AT_ONCE
 from heretic.model.probe import TOKENS as PROBE_TOKENS
@@ -138,18 +138,24 @@ class MemoryModel:
             runs[first] = DeviceShare(0, runs[first].blocks + waiting.blocks, head=runs[first].head or waiting.head)
             runs[CPU] = DeviceShare()
             borrowed = waiting.weights // max(1, len(waiting.blocks))
+        groups = 1 if borrowed else self._groups(runs.values())
         # Like the gradient search after loading: by the fullest of the devices that run blocks.
         room = [d.free - placed[d.key].weights - _context(d) for d in used if runs[d.key].blocks]
         rows, twice = self._gradient_rows(max(0, min(room, default=0)), batch, on_cpu=not used[0].is_gpu)
         loads = []
         for device in used:
             extra = borrowed if device is used[0] else 0
-            load = self._memory_without_gradients(device, placed[device.key], runs[device.key], batch, extra)
-            gradients = self._gradients(runs[device.key], rows, extra, twice=twice)
+            load = self._memory_without_gradients(device, placed[device.key], runs[device.key], batch, extra, groups)
+            gradients = self._gradients(runs[device.key], rows, extra, groups, twice=twice)
             if not replace(load, gradients=gradients).fits:  # the gradient search uses one row when memory runs out
-                gradients = self._gradients(runs[device.key], 1, extra, twice=True)
+                gradients = self._gradients(runs[device.key], 1, extra, 1, twice=True)
             loads.append(replace(load, gradients=gradients))
         return tuple(loads)
+
+    def _groups(self, runs: Collection[DeviceShare]) -> int:
+        """Return what `LanguageModel.groups` is for a model with these shares."""
+        last = [share for share in runs if self.shape.blocks - 1 in share.blocks]
+        return sum(bool(share.blocks) for share in runs) if last and last[0].head else 1
 
     @property
     def minimum(self) -> int:
@@ -168,11 +174,11 @@ class MemoryModel:
         return next(iter(roomy or fitting), 0)
 
     def _memory_without_gradients(
-        self, device: Device, holds: DeviceShare, runs: DeviceShare, batch: int, borrowed: int
+        self, device: Device, holds: DeviceShare, runs: DeviceShare, batch: int, borrowed: int, groups: int
     ) -> DeviceMemory:
         shape, work, blocks = self.shape, self.work, len(runs.blocks)
         vectors = WRITERS * blocks * work.trials_per_batch(batch) * shape.hidden * FLOAT32
-        run = _Passes(PassMemory(shape, blocks, runs.embedding), work, runs.head)
+        run = _Passes(PassMemory(shape, blocks, runs.embedding), work, runs.head, groups)
         more = borrowed + (self.dequantized + self._converted(batch) if blocks else 0)
         captured = 0 if device.is_gpu else blocks * shape.hidden * FLOAT32 * min(batch, work.training)
         # Of quantized weights the numbers, scaled and rounded.
@@ -256,21 +262,24 @@ class MemoryModel:
         )
         return min(rows, batch, gradient_path.batch), twice
 
-    def _gradients(self, runs: DeviceShare, rows: int, borrowed: int, *, twice: bool) -> int:
+    def _gradients(self, runs: DeviceShare, rows: int, borrowed: int, most: int, *, twice: bool) -> int:
         gradient_path, work, blocks = self.work.gradient_search, self.work, len(runs.blocks)
         if gradient_path is None or not (blocks or runs.head):
             return 0
         # A pass computes the shared prefix once, except with gradient checkpointing.
         shared = 0 if twice else work.shared_tokens
-        passes = PassMemory(self.shape, blocks, runs.embedding)
+        passes = PassMemory(self.shape, blocks, runs.embedding, self.shape.blocks - 1 in runs.blocks)
         found = 0
         for places, per_logit in (
             (gradient_path.kl_tokens, DIVERGENCE_WITH_GRADIENTS),
             (gradient_path.refusal_tokens, TOKENS_WITH_GRADIENTS),
         ):
             taken = Rows(rows, max(1, work.prompt_tokens - shared) + places - 1, shared)
-            head = passes.head(taken, rows * places, TOKENS_PER_CHUNK, per_logit) if runs.head else 0
-            found = max(found, passes.gradients(taken, twice=twice, head=head, inputs=work.needs_input_maps))
+            groups = groups_in_turn(most, rows, taken.new)
+            part = taken.part(groups)
+            head = passes.head(part, part.count * places, TOKENS_PER_CHUNK, per_logit) if runs.head else 0
+            inputs = work.needs_input_maps
+            found = max(found, passes.gradients(taken, twice=twice, head=head, inputs=inputs, groups=groups))
         return found + self._converted(rows) + self.dequantized + borrowed
 
 
@@ -281,11 +290,16 @@ class _Passes:
     memory: PassMemory
     work: Workload
     head: bool
+    groups: int  # micro-batches in turn, at most
 
     def _rows(self, rows: int, more: int) -> Rows:
-        """Return prompts of the largest length with so many tokens more, at most `rows` and as many as share a batch."""
-        most = max(1, TOKENS_AT_ONCE // (self.work.prompt_tokens + more))
+        """Return prompts of the largest length with so many tokens more, at most `rows` and as many as are under way together."""
+        most = max(1, self.groups * TOKENS_AT_ONCE // (self.work.prompt_tokens + more))
         return Rows(min(rows, most), self.work.tail + more, self.work.shared_tokens)
+
+    def _part(self, rows: Rows, *, decoding: bool = False) -> Rows:
+        """Return the micro-batch of these rows that runs at a time."""
+        return rows.part(groups_in_turn(self.groups, rows.count, rows.count if decoding else rows.new))
 
     def _prefix(self, trials: int = 1) -> int:
         """Bytes of the shared prefix's keys and values, of which every trial has its own."""
@@ -300,14 +314,14 @@ class _Passes:
 
     def prompts(self, rows: int, *, hooked: bool) -> int:
         """Bytes of a pass over prompts without logits."""
-        prompts, shared = self._rows(rows, 0), bool(self.work.shared_tokens)
+        prompts, shared = self._part(self._rows(rows, 0)), bool(self.work.shared_tokens)
         cached = self.memory.cache(prompts) + self._prefix() if shared else 0
         return cached + self.memory.forward(prompts, hooked=hooked, cached=shared)
 
     def divergence(self, rows: int, trials: int = 1, *, hooked: bool = True) -> int:
         """Bytes of the pass for the KL divergence; without operators of that for the log-probabilities alone."""
         places = max(self.work.kl_tokens, self.work.read_tokens)
-        texts = self._rows(rows, places - 1)
+        texts = self._part(self._rows(rows, places - 1))
         shared = bool(self.work.shared_tokens)
         cached = self.memory.cache(texts) + self._prefix(trials) if shared else 0
         logits = 0
@@ -318,24 +332,28 @@ class _Passes:
         return cached + max(self.memory.forward(texts, hooked=hooked, cached=shared), logits)
 
     def drafts(self, rows: int, trials: int = 1, tokens: int = MAX_DRAFT_TOKENS, *, hooked: bool = True) -> int:
-        """Bytes of the pass over requests with drafts of so many tokens, whose keys and values decoding needs."""
-        texts = self._rows(rows, tokens)
+        """Bytes of the passes over requests with drafts of so many tokens, whose keys and values decoding needs."""
+        under_way = self._rows(rows, tokens)
+        texts = self._part(under_way, decoding=True)
         logits = self.memory.log_probs(texts, texts.count * max(1, tokens), LOGIT_ROWS) if self.head else 0
-        return self.memory.cache(texts) + self._prefix(trials) + max(self.memory.forward(texts, hooked=hooked), logits)
+        working = max(self.memory.forward(texts, hooked=hooked), logits)
+        return self.memory.cache(under_way) + self._prefix(trials) + working
 
     def decoding(self, rows: int, trials: int = 1, drafts: int = MAX_DRAFT_TOKENS, *, hooked: bool = True) -> int:
         """Bytes of decoding the last tokens of answers, none of which has ended."""
         memory, work, dims = self.memory, self.work, self.memory.dims
         length = work.prompt_tokens + drafts + work.new_tokens - 1
         # A batch of short prompts has the most rows, and each gets as many new tokens as a long one.
-        slots = min(rows * length, max(TOKENS_AT_ONCE, work.prompt_tokens + drafts) + rows * work.new_tokens)
-        step = Rows(rows, 1, slots // rows - 1)
+        most = max(self.groups * TOKENS_AT_ONCE, work.prompt_tokens + drafts)
+        slots = min(rows * length, most + rows * work.new_tokens)
+        step = self._part(Rows(rows, 1, slots // rows - 1), decoding=True)
+        own = step.count * slots // rows  # slots of this micro-batch
         # While a layer grows, its old keys and values exist too; a sliding window grows at every token.
-        old = slots - rows * (1 if dims.windowed else min(work.new_tokens, SLOTS_AT_ONCE))
+        old = own - step.count * (1 if dims.windowed else min(work.new_tokens, SLOTS_AT_ONCE))
         growing = memory.layer(old) if memory.blocks else 0
-        logits = rows * dims.vocabulary * dims.element if self.head else 0  # those of the token before stay meanwhile
-        working = logits + max(memory.forward(step, hooked=hooked, cached=False), growing, logits)
-        masks = MASKS * (1 + dims.windowed) * INT64 * slots if memory.blocks else 0
+        logits = step.count * dims.vocabulary * dims.element if self.head else 0
+        working = max(memory.forward(step, hooked=hooked, cached=False), growing, logits)
+        masks = (1 + dims.windowed) * INT64 * (slots + (MASKS - 1) * own) if memory.blocks else 0
         return memory.blocks * memory.layer(slots) + self._prefix(trials) + working + masks
 
     def verification(self, rows: int) -> int:

@@ -6,7 +6,7 @@ other blocks have fewer tensors or, if they are recurrent, may have more. `bench
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from heretic.planning.model_dims import ModelDims
 
@@ -41,6 +41,10 @@ class Rows:
         """Tokens that the pass computes."""
         return self.count * self.tokens
 
+    def part(self, groups: int) -> Rows:
+        """Return the rows of the largest of so many micro-batches."""
+        return replace(self, count=-(-self.count // groups))
+
     @property
     def length(self) -> int:
         """Tokens that attention reads in each row."""
@@ -54,6 +58,7 @@ class PassMemory:
     dims: ModelDims
     blocks: int
     embedding: bool = False  # the input embeddings stay until the pass ends
+    last: bool = False  # it has the last block, of which a shared prefix needs the keys and values only
 
     def cache(self, rows: Rows) -> int:
         """Bytes of the keys and values of all tokens."""
@@ -147,32 +152,36 @@ class PassMemory:
         )
         return rows.new * (dims.element * mlp + FLOAT32 * ((1 + 2 * WRITERS) * dims.hidden + NUMBERS))
 
-    def gradients(self, rows: Rows, *, twice: bool, head: int = 0, inputs: bool = False) -> int:
-        """Bytes of a pass with gradients on this device.
+    def gradients(self, rows: Rows, *, twice: bool, head: int = 0, inputs: bool = False, groups: int = 1) -> int:
+        """Bytes of passes with gradients on this device.
 
         Args:
-            rows: the sequences; a shared prefix is computed in the same pass, as one row.
+            rows: the sequences that are under way; a shared prefix is computed in the same passes, as one row of each.
             twice: gradient checkpointing, without a shared prefix; only the activations of one block exist at a time.
             head: bytes of the logits of one chunk, between forward and backward pass.
             inputs: whether operators read the writers' inputs, which they save.
+            groups: micro-batches that the sequences are divided into; the activations of all exist together.
         """
         if not self.blocks:
             return head
-        dims, element, shared = self.dims, self.dims.element, Rows(1, rows.shared)
+        dims, element, part = self.dims, self.dims.element, rows.part(groups)
+        if twice:  # of one micro-batch at a time, but for the inputs of the blocks
+            rows, starts = part, rows.new * self.blocks * dims.hidden * element
+        shared = Rows(groups, rows.shared)
         attention = self._saved_by_attention(rows) + (self._saved_by_attention(shared) if rows.shared else 0)
         elsewhere = self._saved_elsewhere(rows) + self._saved_elsewhere(shared)
         elsewhere += element * (rows.new + shared.new) * (dims.attended + dims.intermediate) * inputs
         forward = element * (dims.intermediate + 5 * dims.hidden) + 3 * FLOAT32 * dims.hidden
         mlp = max(dims.intermediate, dims.experts_used * (dims.expert + dims.hidden))
-        backward = element * (3 * mlp + 3 * dims.hidden + mlp * inputs) + FLOAT32 * dims.hidden
-        working = rows.new * max(forward, backward) + self._positions(rows)
+        backward = element * (3 * mlp + 2 * dims.hidden + mlp * inputs) + FLOAT32 * dims.hidden
+        working = part.new * max(forward, backward) + self._positions(rows)
         vectors = WRITERS * self.blocks * VECTORS_WITH_GRADIENTS * dims.hidden * FLOAT32
         if twice:
-            starts = rows.new * self.blocks * dims.hidden * element
             return vectors + starts + max(attention + elsewhere + working, head)
         # The first block's attention has no operator before it, only norms after its writer need a gradient.
         first = attention - (rows.new + shared.new) * FLOAT32 * (dims.normalized - 2 * dims.hidden)
-        saved = self.blocks * (elsewhere + attention) - self.embedding * first
+        unused = self.last * self._saved_elsewhere(shared)
+        saved = self.blocks * (elsewhere + attention) - self.embedding * first - unused
         return vectors + saved + max(working, head)
 
     def head(self, rows: Rows, places: int, at_once: int, per_logit: int) -> int:

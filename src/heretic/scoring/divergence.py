@@ -10,7 +10,8 @@ from torch import Tensor
 from heretic.model.batching import UNEDITED, Batch, Batcher, EditSpec
 from heretic.model.forward import hidden_states, log_probs_of
 from heretic.model.loading import LanguageModel
-from heretic.model.transfer import rows_to_device, to_host
+from heretic.model.transfer import HostCopies, rows_to_device
+from heretic.model.turns import Turns
 from heretic.scoring.scores import Divergence
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs, last_hidden
 
@@ -50,15 +51,20 @@ def measure_divergence(
     starts = [sum(counts[:i]) for i in range(len(counts))]
 
     @torch.inference_mode()
-    def step(batch: Batch) -> list[float]:
-        lengths = [counts[i] for i in batch.rows]
+    def per_token(batch: Batch, lengths: list[int]) -> Tensor:
         hidden = last_hidden(hidden_states(language_model.model, batch, use_cache=False)[0], lengths)
         positions = torch.tensor([starts[i] + n for i in batch.rows for n in range(counts[i])])
-        per_token = [
+        found = [
             divergences(rows_to_device(baseline, positions[rows], log_probs.device), log_probs)
             for rows, log_probs in log_probs_of(language_model.model, hidden)
         ]
-        in_ram = to_host([torch.cat(per_token)])[0]
+        return torch.cat(found)
+
+    def step(batch: Batch) -> Turns[list[float]]:
+        lengths, copies = [counts[i] for i in batch.rows], HostCopies()
+        in_ram = copies.copy(per_token(batch, lengths))
+        yield
+        copies.wait()
         return [float(of_prompt.mean()) for of_prompt in in_ram.split(lengths)]
 
     per_prompt = batcher.run_items("KL divergence", targets.sequences, step, edited=edited, entries=targets.entries)

@@ -24,6 +24,7 @@ from heretic.model.forward import log_probs_of, run_decoder
 from heretic.model.loading import LanguageModel
 from heretic.model.patching import replaced_forward
 from heretic.model.transfer import to_device, to_host
+from heretic.model.turns import Turns
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, last_hidden, row_of_token
 
 # A certain refusal has an infinite loss -log(1 - p); with (1 - LABEL_SMOOTHING) p the gradient is at most 1 / LABEL_SMOOTHING.
@@ -148,8 +149,8 @@ class _Passes:
         """Run the texts with these indices; returns the sums of every batch."""
         sums: list[Tensor] = []
 
-        def step(batch: Batch) -> list[None]:
-            found, gradients = self._pass(batch, targets, values(batch), partial(gradient, batch))
+        def step(batch: Batch) -> Turns[list[None]]:
+            found, gradients = yield from self._pass(batch, targets, values(batch), partial(gradient, batch))
             sums.append(found)
             for i, added in enumerate(gradients):
                 if added is not None:
@@ -177,27 +178,37 @@ class _Passes:
         targets: TeacherForcedTexts,
         value: Callable[[slice, Tensor], Tensor],
         value_gradient: Callable[[Tensor], tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """Return one batch's sums, and the gradients of its part of the loss in the operators."""
+    ) -> Turns[tuple[Tensor, Sequence[Tensor | None]]]:
+        """Return one batch's sums, and the gradients of its part of the loss in the operators; a turn lies between the passes."""
         objective, differentiate = self.objective, bool(self._leaves)
         if batch.shared_prefix:  # its keys and values need gradients too, so every batch recomputes them
             own = None if objective.recompute_activations else SharedPrefix(batch.shared_prefix.tokens)
             batch = replace(batch, shared_prefix=own) if own else self._without_shared_prefix(batch, targets)
-        model, blocks = objective.language_model.model, objective.language_model.structure.blocks
-        with (
-            torch.set_grad_enabled(differentiate),
-            apply_operators(objective.operator_factory.writers, self.operators),
-            _recomputed_activations(blocks if objective.recompute_activations and differentiate else []),
-        ):
-            hidden, _ = run_decoder(model, batch, use_cache=False)
+        with self._applied(gradients=differentiate):
+            hidden, _ = run_decoder(objective.language_model.model, batch, use_cache=False)
             hidden_at_tokens = last_hidden(hidden, [len(targets.texts[i]) for i in batch.rows])
             values, gradient = self._head(hidden_at_tokens.detach(), value, gradients=differentiate)
             sums, weights = value_gradient(values)
-            if not differentiate:
-                return sums, ()
+        del hidden, _
+        yield
+        if not differentiate:
+            return sums, ()
+        with self._applied(gradients=True):
             gradient *= weights[:, None].to(gradient)
             # A module that a pass does not reach, such as an expert without tokens, has no gradient.
             return sums, torch.autograd.grad(hidden_at_tokens, self._leaves, gradient, allow_unused=True)
+
+    @contextmanager
+    def _applied(self, *, gradients: bool) -> Iterator[None]:
+        """Apply the operators; gradient checkpointing needs them in the backward pass too."""
+        objective = self.objective
+        blocks = objective.language_model.structure.blocks
+        with (
+            torch.set_grad_enabled(gradients),
+            apply_operators(objective.operator_factory.writers, self.operators),
+            _recomputed_activations(blocks if objective.recompute_activations and gradients else []),
+        ):
+            yield
 
     def _without_shared_prefix(self, batch: Batch, targets: TeacherForcedTexts) -> Batch:
         whole = self.objective.batcher.batch(batch.rows, targets.sequences)

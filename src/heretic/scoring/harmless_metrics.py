@@ -9,6 +9,7 @@ from heretic.model.batching import UNEDITED, Batch, Batcher, EditSpec
 from heretic.model.chat_format import ChatFormat
 from heretic.model.decoding import decode
 from heretic.model.loading import LanguageModel
+from heretic.model.turns import Turns
 from heretic.scoring.judges.evasion import is_loop
 from heretic.scoring.judges.verdict import ANSWER, Exchange, Judge
 from heretic.scoring.scores import HarmlessMetrics
@@ -36,12 +37,12 @@ def measure_harmless_metrics(
     """Decode whole answers for the given trials of a pass, and return one result per trial."""
     count = len(probe.prompts)
 
-    def step(batch: Batch) -> list[list[int]]:
+    def step(batch: Batch) -> Turns[list[list[int]]]:
         return decode(language_model.model, batch, max_tokens, language_model.end_tokens)
 
     order = batcher.longest_first(probe.prompts, edited)
     items = [i for i in order if i // count in trials]
-    tokens = batcher.run_items("Harmless answers", probe.prompts, step, edited=edited, items=items)
+    tokens = batcher.run_items("Harmless answers", probe.prompts, step, edited=edited, items=items, decoding=True)
     metrics = []
     for trial in trials:
         answers = [tokens[trial * count + i] for i in range(count)]

@@ -7,6 +7,7 @@ gives the proxy. 2. The other answers are decoded; a count only grows, so a tria
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,12 @@ from heretic.model.batching import Batch, Batcher, EditSpec, out_of_memory
 from heretic.model.chat_format import ChatFormat
 from heretic.model.decoding import DecodingState, Ended, StopCriteria, continue_decoding, decode, verify_draft
 from heretic.model.loading import LanguageModel
+from heretic.model.turns import Turns, take_turns
 from heretic.scoring.judges.verdict import ANSWER, REFUSAL, Exchange, Judge, Verdict
 from heretic.scoring.refusal_proxy import FIRST_TOKENS
 from heretic.scoring.scores import RefusalProxy, expected_refusals
 
+FirstPass = tuple[DecodingState, list[tuple[int, int]]]  # state after the drafts, and (trial, request) of its rows
 IsDominated = Callable[[int, float], bool]  # (index of the trial in the pass, lower bound of its expected refusals)
 
 
@@ -99,40 +102,42 @@ class PrunedRefusalCounter:
 
     def run(self) -> list[RefusalBounds]:
         """Count every trial until all its verdicts are known or it is pruned."""
-        first_pass = self._verify_drafts()
+        first_passes = self._verify_drafts()
         self._counting = True
         for trial in range(self.edited.trials):
             self._prune_if_dominated(trial)
-        if first_pass is not None:
-            rows = len(first_pass[1])
-            completed = self._resume(*first_pass)
-            first_pass = None  # frees the cache
+        if first_passes:
+            rows = sum(len(pairs) for _, pairs in first_passes)
+            completed = self._resume(first_passes)
+            first_passes.clear()  # frees the caches
             if not completed:
                 self.batcher.reduce_batch(rows)
         while pairs := self._undecided_pairs():
             self._decode(pairs)
         return self.bounds
 
-    def _resume(self, answers: DecodingState, pairs: list[tuple[int, int]]) -> bool:
-        """Continue decoding from the first pass; False if memory ran out, then the open requests start over."""
+    def _resume(self, first_passes: Sequence[FirstPass]) -> bool:
+        """Continue decoding from the first passes; False if memory ran out, then the open requests start over."""
         open_pairs = set(self._undecided_pairs())
-        answers.open_rows = {row for row, pair in enumerate(pairs) if pair in open_pairs}
+        for answers, pairs in first_passes:
+            answers.open_rows = {row for row, pair in enumerate(pairs) if pair in open_pairs}
         try:
-            self._continue(answers, pairs)
+            deque(take_turns(((None, self._continue(*each)) for each in first_passes), len(first_passes)), maxlen=0)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             return False
         return True
 
-    def _verify_drafts(self) -> tuple[DecodingState, list[tuple[int, int]]] | None:
-        """Verify all drafts in one pass; returns its state if it was a single batch, so that decoding can reuse its cache."""
+    def _verify_drafts(self) -> list[FirstPass]:
+        """Verify all drafts; returns the passes' states if all are under way together, so that decoding can reuse their caches."""
         sequences = self.requests.with_drafts
-        single_batch = []
+        items = self.batcher.longest_first(sequences, self.edited)
+        first_passes: list[FirstPass] = []
 
-        def step(batch: Batch) -> list[None]:
+        def step(batch: Batch) -> Turns[list[None]]:
             pairs = batch.items
-            answers = self._verify_batch(batch, self._stop_criteria(pairs))
+            answers = yield from self._verify_batch(batch, self._stop_criteria(pairs))
             for row, (trial, request) in enumerate(pairs):
                 if probs := answers.likely[row]:
                     self.bounds[trial].mean_token_prob[request] = sum(probs) / len(probs)
@@ -140,14 +145,18 @@ class PrunedRefusalCounter:
                     self.bounds[trial].prefix_prob[request] = math.prod(probs[:FIRST_TOKENS])
             self._set_verdicts(answers, pairs)
             self._can_resume = answers.cache is not None
-            if self._can_resume and len(pairs) == len(sequences) * self.edited.trials:
-                single_batch.append((answers, pairs))
+            if self._can_resume and self.batcher.rows_at_once(sequences, items) == len(items):
+                first_passes.append((answers, pairs))
+            else:
+                first_passes.clear()  # of a batch size that was too large
             return [None] * len(pairs)
 
-        self.batcher.run_items("Surrogate", sequences, step, edited=self.edited, entries=self.requests.entries)
-        return single_batch[0] if single_batch else None
+        self.batcher.run_items(
+            "Surrogate", sequences, step, edited=self.edited, entries=self.requests.entries, items=items, decoding=True
+        )
+        return first_passes
 
-    def _verify_batch(self, batch: Batch, limits: StopCriteria) -> DecodingState:
+    def _verify_batch(self, batch: Batch, limits: StopCriteria) -> Turns[DecodingState]:
         return verify_draft(self.language_model.model, batch, [self.requests.drafts[i] for i in batch.rows], limits)
 
     def _undecided_pairs(self) -> list[tuple[int, int]]:
@@ -162,28 +171,31 @@ class PrunedRefusalCounter:
         return sorted(open_pairs, key=lambda pair: -(self.bounds[pair[0]].mean_token_prob[pair[1]] or 0.0))
 
     def _decode(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Decode one batch of the first pairs."""
+        """Decode as many of the first pairs as may be under way."""
         sequences = self.requests.with_drafts if self._can_resume else self.requests.prompts
         count = len(sequences)
 
-        def step(batch: Batch) -> list[None]:
+        def step(batch: Batch) -> Turns[list[None]]:
             pairs = batch.items
             limits = self._stop_criteria(pairs)
             if self._can_resume:
-                self._continue(self._verify_batch(batch, limits), pairs)
+                answers = yield from self._verify_batch(batch, limits)
+                yield from self._continue(answers, pairs)
             else:
                 ends = self.language_model.end_tokens
-                tokens = decode(self.language_model.model, batch, self.max_tokens, ends, limits.ended)
+                tokens = yield from decode(self.language_model.model, batch, self.max_tokens, ends, limits.ended)
                 self._judge_rows(pairs, range(len(pairs)), tokens)
             return [None] * len(pairs)
 
         items = [trial * count + request for trial, request in pairs]
         items = items[: self.batcher.rows_at_once(sequences, items)]
         entries = self.requests.entries if self._can_resume else None
-        self.batcher.run_items("Refusals", sequences, step, edited=self.edited, entries=entries, items=items)
+        self.batcher.run_items(
+            "Refusals", sequences, step, edited=self.edited, entries=entries, items=items, decoding=True
+        )
 
-    def _continue(self, answers: DecodingState, pairs: list[tuple[int, int]]) -> None:
-        continue_decoding(self.language_model.model, answers, self._stop_criteria(pairs))
+    def _continue(self, answers: DecodingState, pairs: list[tuple[int, int]]) -> Turns[None]:
+        yield from continue_decoding(self.language_model.model, answers, self._stop_criteria(pairs))
         self._set_verdicts(answers, pairs)
 
     def _set_verdicts(self, answers: DecodingState, pairs: list[tuple[int, int]]) -> None:
@@ -233,9 +245,11 @@ def refusal_mass_of(
     if not any(requests.drafts):
         return None
 
-    def step(batch: Batch) -> list[float]:
+    def step(batch: Batch) -> Turns[list[float]]:
         texts = [requests.drafts[i] for i in batch.rows]
-        answers = verify_draft(language_model.model, batch, texts, StopCriteria(1, language_model.end_tokens))
+        answers = yield from verify_draft(
+            language_model.model, batch, texts, StopCriteria(1, language_model.end_tokens)
+        )
         return [math.prod(probs[:FIRST_TOKENS]) if probs else 0.0 for probs in answers.likely]
 
     joint = batcher.run("Surrogate", requests.with_drafts, step)

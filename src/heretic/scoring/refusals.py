@@ -9,6 +9,7 @@ from heretic.model.batching import Batch, Batcher
 from heretic.model.chat_format import ChatFormat
 from heretic.model.decoding import decode
 from heretic.model.loading import LanguageModel
+from heretic.model.turns import Turns
 from heretic.scoring.judges.verdict import EVASIVE, REFUSAL, Exchange, Judge, Verdict
 
 
@@ -63,11 +64,11 @@ def count_refusals(
     def certain(_: int, tokens: list[int]) -> bool:
         return len(tokens) >= min_tokens and judge.is_final_refusal(chat.text(tokens))
 
-    def step(batch: Batch) -> list[list[int]]:
+    def step(batch: Batch) -> Turns[list[list[int]]]:
         ended = certain if judge.ends_early else None
         return decode(language_model.model, batch, max_tokens, language_model.end_tokens, ended)
 
-    tokens = batcher.run("Refusals", sequences, step)
+    tokens = batcher.run("Refusals", sequences, step, decoding=True)
     answers = [chat.text(t) for t in tokens]
     texts = requests or [""] * len(answers)
     verdicts = judge.verdicts([Exchange(r, a) for r, a in zip(texts, answers, strict=True)])

@@ -13,7 +13,8 @@ from heretic.model.batching import Batch, Batcher
 from heretic.model.decoding import decode
 from heretic.model.forward import log_probs_of, run_decoder
 from heretic.model.loading import LanguageModel
-from heretic.model.transfer import to_device
+from heretic.model.transfer import RowsToStore, to_device
+from heretic.model.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ def answer_prefixes(
     if tokens == 1:
         return [[0] for _ in prompts]
 
-    def step(batch: Batch) -> list[list[int]]:
+    def step(batch: Batch) -> Turns[list[list[int]]]:
         return decode(language_model.model, batch, tokens - 1, language_model.end_tokens)
 
-    return [[*text, 0] for text in batcher.run("Original's answers", prompts, step)]
+    return [[*text, 0] for text in batcher.run("Original's answers", prompts, step, decoding=True)]
 
 
 def log_probs_at(
@@ -62,14 +63,14 @@ def log_probs_at(
     return list(all_log_probs(language_model, targets, batcher, name).split(targets.counts))
 
 
-@torch.inference_mode()
 def all_log_probs(language_model: LanguageModel, targets: TeacherForcedTexts, batcher: Batcher, name: str) -> Tensor:
     """Compute log-probabilities as `log_probs_at`, in one preallocated tensor [predicted tokens, vocabulary]."""
     counts = targets.counts
     starts = [sum(counts[:i]) for i in range(len(counts))]
     buffer: list[Tensor] = []  # allocated by the first batch, which knows the vocabulary's size
 
-    def step(batch: Batch) -> list[None]:
+    @torch.inference_mode()
+    def launch(batch: Batch, store: RowsToStore) -> None:
         hidden, _ = run_decoder(language_model.model, batch, use_cache=False)
         predicting = last_hidden(hidden, [counts[i] for i in batch.rows])
         positions = torch.tensor([starts[i] + n for i in batch.rows for n in range(counts[i])])
@@ -77,7 +78,13 @@ def all_log_probs(language_model: LanguageModel, targets: TeacherForcedTexts, ba
             if not buffer:
                 with torch.inference_mode(False):  # an inference tensor could not take part in autograd
                     buffer.append(torch.empty(sum(counts), log_probs.shape[1], dtype=log_probs.dtype))
-            buffer[0][positions[rows]] = log_probs.cpu()
+            store.add(buffer[0], positions[rows], log_probs)
+
+    def step(batch: Batch) -> Turns[list[None]]:
+        store = RowsToStore()
+        launch(batch, store)
+        yield
+        store.write()
         return [None] * len(batch.rows)
 
     batcher.run(name, targets.sequences, step)

@@ -7,24 +7,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from heretic.hardware.host import format_bytes, memory
 from heretic.model.activation_cache import ActivationCache, allocate_cache
-from heretic.model.batching import Batcher, free_memory, out_of_memory
+from heretic.model.batching import Batch, Batcher
+from heretic.model.decoding import decode
 from heretic.model.distributed import broadcast_from_rank0, size
-from heretic.model.forward import forward_supported, supports_mid_stack_start
+from heretic.model.forward import supports_mid_stack_start
 from heretic.model.loading import LanguageModel
+from heretic.model.turns import Turns
 from heretic.planning.memory_model import MOST_KEPT, SHARE_KEPT
 from heretic.planning.model_dims import ModelDims
 from heretic.planning.workload import MOST_TRIALS
+from heretic.progress import NULL_REPORTER
 from heretic.scoring.evaluator import TrialEvaluator
 from heretic.scoring.refusal_count import EncodedRequests
 
 log = logging.getLogger(__name__)
 
 MIN_SPEEDUP = 1.2  # a larger batch must decode at least this much faster
-PROBE_STEPS = 3
+PROBES, PROBE_TOKENS = 2, 3  # runs of which the fastest counts, and tokens of their answers
 
 
 def enable_caching(evaluator: TrialEvaluator, refusal_texts: Sequence[list[int]]) -> TrialEvaluator:
@@ -72,17 +73,11 @@ def allocate_activation_cache(
 
 def tune_trials_per_batch(evaluator: TrialEvaluator) -> int:
     """Measure how many trials to run in one pass: double it while decoding gets at least 20 % faster and memory suffices."""
-    model, requests = evaluator.language_model, len(evaluator.harmful)
+    requests = len(evaluator.harmful)
     best = 1
-    rate = _rows_per_second(model, requests)
+    rate = _rows_per_second(evaluator, requests)
     while best < MOST_TRIALS and 2 * best * requests <= evaluator.batcher.size:
-        try:
-            doubled = _rows_per_second(model, 2 * best * requests)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            free_memory()
-            break
+        doubled = _rows_per_second(evaluator, 2 * best * requests)
         log.info("%d trials in a pass decode %.0f rows/s, half as many %.0f rows/s", 2 * best, doubled, rate)
         if doubled < MIN_SPEEDUP * rate:
             break
@@ -90,16 +85,16 @@ def tune_trials_per_batch(evaluator: TrialEvaluator) -> int:
     return best
 
 
-@torch.inference_mode()
-def _rows_per_second(model: LanguageModel, rows: int) -> float:
-    """Measure the decoded rows per second, the best of a few steps on a short text."""
-    tokens = torch.ones(rows, 1, dtype=torch.long, device=model.device)
-    cache = None
+def _rows_per_second(evaluator: TrialEvaluator, rows: int) -> float:
+    """Measure the decoded rows per second by short answers, in batches like those of trials; 0 if they run out of memory."""
+    model, batcher = evaluator.language_model, replace(evaluator.batcher, reporter=NULL_REPORTER)
+
+    def step(batch: Batch) -> Turns[list[list[int]]]:
+        return decode(model.model, batch, PROBE_TOKENS, set())
+
     shortest = float("inf")
-    for _ in range(PROBE_STEPS):
+    for _ in range(PROBES):
         began = time.perf_counter()
-        output = forward_supported(model.model, tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = getattr(output, "past_key_values", None)
-        output.logits[:, -1].argmax(dim=-1).tolist()  # waits for the device
+        batcher.run("Trials in a pass", [[1]] * rows, step, decoding=True)
         shortest = min(shortest, time.perf_counter() - began)
-    return rows / shortest
+    return rows * PROBE_TOKENS / shortest if batcher.size == evaluator.batcher.size else 0.0

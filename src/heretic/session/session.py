@@ -179,7 +179,14 @@ def load_model_context(
         reporter=reporter,
     )
     _warn_about_structure(language_model, reporter)
-    batcher = Batcher(plan.batch_size, language_model.device, pad=language_model.pad, stop=stop, reporter=reporter)
+    batcher = Batcher(
+        plan.batch_size,
+        language_model.device,
+        pad=language_model.pad,
+        groups=language_model.groups,
+        stop=stop,
+        reporter=reporter,
+    )
     chat = ChatFormat(language_model.tokenizer, settings.system_prompt, rows=language_model.rows)
     encoded = encode(prompts, chat, language_model.context, settings)
     if decoded_by_generate(language_model.model, language_model.device):

@@ -110,7 +110,8 @@ class Settings(SettingsModel):
     )
     batch_size: int = setting(
         0,
-        "Prompts per forward pass; 0: chosen from free memory. heretic halves it when memory runs out.",
+        "Prompts under way at once: in one forward pass, or divided among the GPUs that a model is spread over; 0: chosen from "
+        "free memory. heretic halves it when memory runs out.",
         when=(
             "Set it if the automatic choice fails or if another program will need memory later. Small batches are "
             "slower."

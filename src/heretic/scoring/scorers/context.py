@@ -14,7 +14,8 @@ from heretic.model.chat_format import ChatFormat, check_length
 from heretic.model.decoding import decode
 from heretic.model.forward import hidden_states, log_probs_of
 from heretic.model.loading import LanguageModel
-from heretic.model.transfer import to_device, to_host
+from heretic.model.transfer import HostCopies, to_device
+from heretic.model.turns import Turns
 from heretic.scoring.divergence import measure_divergence, summarize
 from heretic.scoring.judges.verdict import Exchange, Judge, Verdict
 from heretic.scoring.scorers.scorer import Measurement
@@ -78,11 +79,11 @@ class TrialGroup:
         model, batcher, count = self.parts.language_model, self.parts.batcher, len(prompts.tokens)
         check_length(prompts.name, prompts.tokens, model.context, tokens)
 
-        def step(batch: Batch) -> list[list[int]]:
+        def step(batch: Batch) -> Turns[list[list[int]]]:
             return decode(model.model, batch, tokens, model.end_tokens)
 
         with self.applied() as edited, _prefix_caching(batcher, max(map(len, prompts.tokens)) + tokens < model.window):
-            found = batcher.run_items(STAGES[0], prompts.tokens, step, edited=edited)
+            found = batcher.run_items(STAGES[0], prompts.tokens, step, edited=edited, decoding=True)
         return [[found[trial * count + i] for i in range(count)] for trial in range(self.count)]
 
 
@@ -147,14 +148,20 @@ class ScorerContext:
         model = language_model.model
 
         @torch.inference_mode()
-        def step(batch: Batch) -> list[Tensor]:
-            counts = [len(texts[i]) for i in batch.rows]
+        def picked(batch: Batch, counts: list[int]) -> Tensor:
             hidden = last_hidden(hidden_states(model, batch, use_cache=False)[0], counts)
             wanted = torch.tensor([token for i in batch.rows for token in texts[i]])
-            picked = [
+            found = [
                 p.gather(1, to_device(wanted[rows, None], p.device))[:, 0] for rows, p in log_probs_of(model, hidden)
             ]
-            return list(to_host([torch.cat(picked).float()])[0].split(counts))
+            return torch.cat(found).float()
+
+        def step(batch: Batch) -> Turns[list[Tensor]]:
+            counts, copies = [len(texts[i]) for i in batch.rows], HostCopies()
+            in_ram = copies.copy(picked(batch, counts))
+            yield
+            copies.wait()
+            return list(in_ram.split(counts))
 
         with self.active() as edited, _whole_texts(language_model, self.parts.batcher, prompts, targets.sequences):
             found = self.parts.batcher.run_items(STAGES[1], targets.sequences, step, edited=edited)
