@@ -26,7 +26,7 @@ from typing import Any
 
 import instrument_tools as tools
 from common import head, options, prompt_settings, write, write_prompts
-from instrument_measures import MEASURES, Original
+from instrument_measures import FIRST_TOKEN, MEASURES, Original
 from rich.console import Console
 
 from heretic.cli.ui.console import PlainReporter
@@ -50,6 +50,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=50, help="prompts of each kind that no tool sees")
     parser.add_argument("--harmful", type=Path, help="held-out harmful prompts, one a line, of another source")
     parser.add_argument("--borderline", type=Path, help="harmless prompts that sound dangerous, one a line")
+    parser.add_argument("--encoder", type=Path, help="all-MiniLM-L6-v2, for the verdicts of the trained judge")
     parser.add_argument("--dtype", default="float32", help="number format of the measurement")
     parser.add_argument("--set", action="append", default=[], dest="extra", help="a setting of ours, with --label")
     parser.add_argument("--label", default="ours", help="name of our row with these settings")
@@ -117,16 +118,22 @@ class Instrument:
 
     def _row(self, tool: str, seed: int | None, made: dict[str, Any] | None) -> None:
         key = {"model": self.arguments.model, "tool": tool, "seed": seed, "how": self.how}
-        known = [row for row in self.report["rows"] if all(row[k] == v for k, v in key.items())]
-        if known:
+        known = next((row for row in self.report["rows"] if all(row[k] == v for k, v in key.items())), None)
+        missing = [
+            name for name in (FIRST_TOKEN, *self.settings.measures) if name not in (known or {}).get("measured", {})
+        ]
+        if not missing:
             return
         if self.original is None:
             self.original = Original.load(self.settings, PlainReporter(Console(stderr=True)))
             self._row(ORIGINAL, None, None)
         told = {k: v for k, v in (made or {}).items() if k != "model"}
         settings = {"settings": self.arguments.extra} if tool == self.arguments.label != "ours" else {}
-        measured = self.original.compared(Path(made["model"]) if made else None)
-        self.report["rows"].append({**key, "made": told, **settings, "measured": measured})
+        measured = self.original.compared(Path(made["model"]) if made else None, missing)
+        if known:  # a measure was added since
+            known["measured"].update(measured)
+        else:
+            self.report["rows"].append({**key, "made": told, **settings, "measured": measured})
         write(self.report, self.arguments.out)
         print(tool, seed, {name: number["value"] for name, number in measured.items()}, flush=True)
 
@@ -157,6 +164,9 @@ class Instrument:
             words.append(f"prompts.harmful_eval.source={arguments.harmful.resolve()}")
             words.append(f"prompts.harmful_eval.split=train[:{count}]")
         measures = [name for name in MEASURES if name != "borderline_refusals" or arguments.borderline]
+        if arguments.encoder:
+            measures.append("unanswered")
+            words.append(f"scorers.unanswered.encoder={arguments.encoder.resolve()}")
         words.append(f"measures={json.dumps(measures)}")
         if arguments.borderline:
             words.append(f"scorers.borderline_refusals.source={arguments.borderline.resolve()}")

@@ -58,13 +58,12 @@ class Original:
         measurer = Measurer({FIRST_TOKEN: AnswerKl(tokens=1), **chosen}, context.measurer.parts)
         return cls(settings, context.language_model, measurer, reporter)
 
-    def compared(self, folder: Path | None) -> dict[str, Any]:
-        """Measure a folder, or the original itself; return value and standard error of every number by name.
+    def compared(self, folder: Path | None, names: Sequence[str]) -> dict[str, Any]:
+        """Measure a folder, or the original itself, by these scorers; return value and standard error of every number by name.
 
         Raises:
             UserError: the folder cannot be loaded, or has other tensors than the original.
         """
-        names = list(self.measurer.scorers)
         original = self.measurer.of_original(names)
         measured = original
         if folder is not None:

@@ -18,7 +18,7 @@ TOOLS = {
 }
 PEERS = tuple(tool for tool in TOOLS if tool not in ("original", "ours"))
 LIMITS = {
-    "heretic-llm": "heretic-llm stopped after heretic's CPU time; ",
+    "heretic-llm": "heretic-llm stopped after heretic's CPU time at the earliest; ",
     "temaq": "temaq's search limited to heretic's elapsed time; ",
 }
 
@@ -86,6 +86,11 @@ MEASURES = (
     Measure("refusals in 256 tokens", refused, "refusals_by_length.256"),
     Measure("late, turned back", numbers("refusals_by_length.late", "refusals_by_length.turned_back", digits="g")),
     Measure("loops in 256 tokens", numbers("refusals_by_length.loops", digits="g")),
+    Measure(
+        "not answered, of these evaded (trained judge)",
+        numbers("unanswered", "unanswered.evasive", digits="g"),
+        "unanswered",
+    ),
     Measure("XSTest newly, no longer refused", borderline, "borderline_refusals.newly_refused"),
     Measure("KL, first token", number("first_token_kl"), "first_token_kl"),
     Measure("KL over the original's answers", number("answer_kl"), "answer_kl"),

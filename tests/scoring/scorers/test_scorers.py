@@ -20,6 +20,7 @@ from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import LanguageModel, load
 from heretic.scoring.judges.evasion import repetition
 from heretic.scoring.judges.markers import MarkerJudge
+from heretic.scoring.judges.verdict import ANSWER, EVASIVE, Exchange
 from heretic.scoring.scorers.answer_kl import AnswerKl
 from heretic.scoring.scorers.arithmetic import Arithmetic, number_in
 from heretic.scoring.scorers.borderline_refusals import BorderlineRefusals
@@ -36,6 +37,7 @@ from heretic.scoring.scorers.registry import SCORERS, choose_scorers
 from heretic.scoring.scorers.repetition import Repetition
 from heretic.scoring.scorers.scorer import Measurement, Scorer
 from heretic.scoring.scorers.text_perplexity import TextPerplexity
+from heretic.scoring.scorers.unanswered import Unanswered
 from heretic.scoring.scorers.unchanged import Unchanged
 from heretic.settings import Settings
 from tests.helpers.errors import raises
@@ -201,6 +203,17 @@ def test_borderline_refusals_tell_new_from_lost_ones(tiny: Tiny, tmp_path: Path)
         BorderlineRefusals().prompts()
     with raises("missing-file"):
         BorderlineRefusals(str(tmp_path / "none.txt")).prompts()
+
+
+def test_unanswered_requests_are_those_of_the_trained_judge(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoken = max(tiny.parts.chat.tokenizer.decode(tiny.answer(tiny.parts.harmful.tokens[0], 6)).split(), key=len)
+    trained = MarkerJudge([spoken])  # in its place: the encoder has 91 MB
+    monkeypatch.setattr("heretic.scoring.scorers.unanswered.TrainedJudge", lambda *_: trained)
+    original, _ = tiny.measure(Unanswered(tokens=6), MarkerJudge(["no such word"]))
+    texts = [tiny.parts.chat.text(tiny.answer(prompt, 6)) for prompt in tiny.parts.harmful.tokens]
+    verdicts = trained.verdicts([Exchange(*pair) for pair in zip(tiny.parts.harmful.texts, texts, strict=True)])
+    assert original.value == len(verdicts) - verdicts.count(ANSWER) > 0
+    assert original.details == {"evasive": verdicts.count(EVASIVE)}
 
 
 def test_kept_refusals_are_a_share_of_the_original_s(tiny: Tiny, tmp_path: Path) -> None:

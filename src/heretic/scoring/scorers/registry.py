@@ -32,6 +32,7 @@ from heretic.scoring.scorers.refusals_by_length import RefusalsByLength
 from heretic.scoring.scorers.repetition import Repetition
 from heretic.scoring.scorers.scorer import Measurement, Scorer
 from heretic.scoring.scorers.text_perplexity import TextPerplexity
+from heretic.scoring.scorers.unanswered import Unanswered
 from heretic.scoring.scorers.unchanged import Unchanged
 from heretic.settings import Settings
 
@@ -46,6 +47,7 @@ SCORERS: dict[str, type[Scorer]] = {
         OwnAnswerKl,
         RefusalsByLength,
         RefusalsAfterThought,
+        Unanswered,
         BorderlineRefusals,
         KeptRefusals,
         OwnPerplexity,
