@@ -190,7 +190,7 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: S
         if not all((destination / name).is_file() for name in written["sha256"]):
             return None
         comparisons = tuple(map(Comparison.from_dict, manifest.get("measures", [])))
-        if not {c.name.partition(".")[0] for c in comparisons} >= {*choose_scorers(settings).exported}:
+        if {c.name.partition(".")[0] for c in comparisons} != {*choose_scorers(settings).exported}:
             return None
         scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}})
         return Export(destination, Verification(**manifest["verification"], scores=scores), trial, comparisons)

@@ -191,8 +191,7 @@ class JudgeSettings(SettingsModel):
     evaluate: Literal["auto", "kind"] = setting(
         "auto",
         "Judge of `heretic evaluate`. `auto`: `trained` if its encoder is on this machine and `kind` is `markers` with the "
-        "default English phrases, else `kind`; an export is then measured by both (scorer `unanswered`). `kind`: always "
-        "`kind`.",
+        "default English phrases, else `kind`. `kind`: always `kind`.",
         when='Set it to "kind" to compare with the numbers of a run.',
         affects_results=False,
     )

@@ -41,19 +41,6 @@ def test_the_search_measures_what_its_objectives_and_constraints_name() -> None:
     assert chosen(measures=["copying"]).of_trials == ()
 
 
-def test_exports_are_judged_a_second_time_where_the_encoder_is_at_hand(tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors", "tokenizer_config.json"):
-        (tmp_path / name).touch()
-    trained = {"encoder": str(tmp_path)}
-    found = chosen(judge={"trained": trained})
-    assert found.exported == ("unanswered",) and found.scorers["unanswered"].encoder == str(tmp_path)
-    assert found.of_trials == ()
-    assert chosen(judge={"trained": trained, "kind": "trained"}).exported == ()
-    assert chosen(judge={"trained": trained, "evaluate": "kind"}).exported == ()
-    own = chosen(judge={"trained": trained}, measures=["unanswered"], scorers={"unanswered": {"tokens": 5}})
-    assert own.scorers["unanswered"].tokens == 5
-
-
 @pytest.mark.parametrize(
     ("settings", "code"),
     [

@@ -16,7 +16,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from heretic.errors import UserError, first_line, plain_line
 from heretic.files import expand_user, sha256
-from heretic.scoring.judges.registry import with_evaluation_judge
 from heretic.scoring.objectives import NAME, Limits, Objective
 from heretic.scoring.scorers.answer_kl import AnswerKl
 from heretic.scoring.scorers.arithmetic import Arithmetic
@@ -108,7 +107,6 @@ def choose_scorers(settings: Settings) -> ChosenScorers:
     Raises:
         UserError: a name, an option or a file is wrong.
     """
-    settings = _with_second_judge(settings)
     table = {**SCORERS, **user_scorers(settings.scorer_files)}
     named = {
         "objectives": settings.objectives,
@@ -147,17 +145,6 @@ def check_scorers(settings: Settings) -> None:
     """Check names, options and files of the scorers that the settings choose, without a model. Raises UserError."""
     for name, scorer in choose_scorers(settings).scorers.items():
         called(name, scorer.check)
-
-
-def _with_second_judge(settings: Settings) -> Settings:
-    """Return settings that measure exports by the trained judge too, if its encoder is at hand and the search uses phrases."""
-    other = with_evaluation_judge(settings).judge
-    name = Unanswered.name
-    if other.kind == settings.judge.kind or any(_scorer_of(each) == name for each in settings.measures):
-        return settings
-    options = {"encoder": other.trained.encoder, **settings.scorers.get(name, {})}
-    changes = {"measures": [*settings.measures, name], "scorers": {**settings.scorers, name: options}}
-    return settings.model_copy(update=changes)
 
 
 def _scorer_of(name: str) -> str:
