@@ -111,6 +111,17 @@ def test_verdicts_and_kl_are_those_of_each_alone(family: str, size: int, tmp_pat
         assert saving.harmful_entries is not None and saving.harmful_entries.hidden, "nothing was kept"
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_recurrent_states_are_never_resumed_after_a_batch_without_drafts(size: int, tmp_path: Path) -> None:
+    evaluator, operator_factory, baseline = model_context(save_tiny(tmp_path / "m", "lfm2"), share=False, size=size)
+    evaluator.batcher.equal_lengths = True
+    with apply_operators(operator_factory.writers, operator_factory.operators(ABLATIONS[0])):
+        expected = evaluator.score(baseline)
+    saving = enable_caching(evaluator, refusal_texts(evaluator))
+    (found,) = together(saving, operator_factory, baseline, ABLATIONS[:1])
+    assert isinstance(found, Scores) and found.refused == expected.refused
+
+
 def test_what_answers_lean_to_is_the_joint_probability_of_the_originals_first_words(llama: Path) -> None:
     evaluator, operator_factory, baseline = model_context(llama, share=True)
     saving = enable_caching(evaluator, refusal_texts(evaluator))

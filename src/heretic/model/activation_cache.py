@@ -125,6 +125,8 @@ class ActivationCache:
     def discard_recordings(self) -> None:
         """Forget what passes have recorded that failed or were given up."""
         self._recordings.clear()
+        if self.beginning:
+            self.beginning.discard_recordings()
 
     @contextmanager
     def _recorded(self, layer: int, indices: Tensor, recording: Recording) -> Iterator[None]:

@@ -158,6 +158,8 @@ class Batcher:
                     if not out_of_memory(error):
                         raise
                     failed = run.give_up()
+                finally:
+                    run.give_up()  # nothing, unless an error ended it
                 if failed:  # outside `except`: the error holds the failed passes' tensors
                     self.reduce_batch(failed)
         return results
@@ -178,6 +180,11 @@ class Batcher:
     def rows_at_once(self, sequences: Sequence[list[int]], items: Sequence[int]) -> int:
         """Return how many of the items, in their order, may be under way together."""
         return self.rows_within(sequences, items, self.size, self.groups * self.tokens)
+
+    def rows_in_turn(self, sequences: Sequence[list[int]], items: Sequence[int]) -> int:
+        """Return how many of the items, in their order, decode together: no micro-batch waits for the end of another."""
+        groups = self.groups_of(sequences, items, decoding=True)
+        return self.rows_within(sequences, items, self.size, groups * self.tokens)
 
     def rows_within(self, sequences: Sequence[list[int]], items: Sequence[int], size: int, tokens: int) -> int:
         """Return how many of the items, in their order, are at most so many rows and tokens; at least one."""
@@ -244,7 +251,7 @@ class _Run:
     ) -> Iterator[tuple[list[int], Turns[list[Result]]]]:
         """Begin one batch of the items after the other, with its items."""
         batcher, count = self.batcher, len(self.sequences)
-        most = -(-min(batcher.size, len(left)) // groups)
+        most = -(-len(left) // groups) if len(left) <= batcher.size else max(1, batcher.size // groups)
         while left:
             batcher.stop.check()
             rows = left[: batcher.rows_within(self.sequences, left, most, batcher.tokens)]

@@ -136,6 +136,10 @@ class PrunedRefusalCounter:
         first_passes: list[FirstPass] = []
 
         def step(batch: Batch) -> Turns[list[None]]:
+            if self.batcher.rows_at_once(sequences, items) < len(
+                items
+            ):  # memory ran out: make room before the next try
+                first_passes.clear()
             pairs = batch.items
             answers = yield from self._verify_batch(batch, self._stop_criteria(pairs))
             for row, (trial, request) in enumerate(pairs):
@@ -144,11 +148,12 @@ class PrunedRefusalCounter:
                     self.bounds[trial].exact_match[request] = answers.matching[row]
                     self.bounds[trial].prefix_prob[request] = math.prod(probs[:FIRST_TOKENS])
             self._set_verdicts(answers, pairs)
-            self._can_resume = answers.cache is not None
+            # A recurrent model's batch without drafts keeps its cache; that of another batch does not.
+            self._can_resume = self._can_resume and answers.cache is not None
             if self._can_resume and self.batcher.rows_at_once(sequences, items) == len(items):
                 first_passes.append((answers, pairs))
             else:
-                first_passes.clear()  # of a batch size that was too large
+                first_passes.clear()
             return [None] * len(pairs)
 
         self.batcher.run_items(
@@ -188,7 +193,7 @@ class PrunedRefusalCounter:
             return [None] * len(pairs)
 
         items = [trial * count + request for trial, request in pairs]
-        items = items[: self.batcher.rows_at_once(sequences, items)]
+        items = items[: self.batcher.rows_in_turn(sequences, items)]
         entries = self.requests.entries if self._can_resume else None
         self.batcher.run_items(
             "Refusals", sequences, step, edited=self.edited, entries=entries, items=items, decoding=True
