@@ -82,6 +82,13 @@ def _run(language_model: LanguageModel, streams: Sequence[_Stream], batcher: Bat
                     if not out_of_memory(error):
                         raise
                     failed = True  # outside `except`: the error holds the failed pass's tensors
+                except (
+                    LookupError,
+                    AttributeError,
+                    TypeError,
+                    ValueError,
+                ) as error:  # state that a skipped block keeps
+                    raise _not_by_block(language_model) from error
                 if failed:
                     batcher.reduce_batch(len(stream.batch.rows))
                     return False
@@ -134,12 +141,16 @@ def _check_memory(language_model: LanguageModel, sequences: Sequence[list[int]])
 
 
 def _check_same(language_model: LanguageModel, expected: Tensor, found: Tensor) -> None:
-    """Raise UserError unless residuals [1, layers, width] and [layers, width] are the same."""
+    """Raise UserError unless residuals [1, layers, width] and [layers, width] are the same, or not finite."""
     difference = (expected[0].double() - found).norm(dim=-1) / expected[0].double().norm(dim=-1).clamp_min(1e-30)
-    if not bool((difference <= SAME).all()):
-        raise UserError(
-            "The blocks of this model depend on more than the hidden states, so they cannot run one by one.",
-            code="not-by-block",
-            where=str(language_model.checkpoint.folder),
-            fix="use a machine that holds the model",
-        )
+    if bool(expected.isfinite().all()) and not bool((difference <= SAME).all()):
+        raise _not_by_block(language_model)
+
+
+def _not_by_block(language_model: LanguageModel) -> UserError:
+    return UserError(
+        "The blocks of this model depend on more than the hidden states, so they cannot run one by one.",
+        code="not-by-block",
+        where=str(language_model.checkpoint.folder),
+        fix="use a machine that holds the model",
+    )

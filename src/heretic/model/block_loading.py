@@ -19,6 +19,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from heretic.errors import UserError
+from heretic.interrupt import StopSignal
 from heretic.model.architecture import decoder_blocks, find_residual_writers
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel, load_tokenizer, with_end_tokens
@@ -37,12 +38,14 @@ class BlockLoader:
         model: The model on the meta device, apart from its buffers.
         checkpoint: Its checkpoint.
         device: Where it runs.
+        stop: Checked before a block is read.
     """
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device, stop: StopSignal) -> None:
         self.model = cast(Any, model)
         self.checkpoint = checkpoint
         self.device = device
+        self.stop = stop
         self.prefix, self.blocks = decoder_blocks(model)
         self.current: int | None = None  # the block in memory
         self.bytes_read = 0  # of blocks
@@ -78,6 +81,7 @@ class BlockLoader:
         """Put the matrices of this block into memory in place of those of the block before. Raises UserError."""
         if layer == self.current:
             return
+        self.stop.check()
         self._free_current()
         self.current = layer
         try:
@@ -144,6 +148,7 @@ def load_by_block(
     trust_remote_code: list[str] | None = None,
     chat_template: str | None = "",
     reporter: ProgressReporter,
+    stop: StopSignal | None = None,
 ) -> LanguageModel:
     """Load tokenizer and model, but of the model's blocks only one at a time, when it runs.
 
@@ -156,7 +161,7 @@ def load_by_block(
     tokenizer = load_tokenizer(checkpoint, checkpoint.model in (trust_remote_code or []), chat_template)
     with reporter.stage(f"Loading {checkpoint.model} as {dtype}, block by block", None):
         model = meta_model(checkpoint, dtype, buffers=False).eval()
-        loader = BlockLoader(model, checkpoint, device)
+        loader = BlockLoader(model, checkpoint, device, stop or StopSignal())
         _check_unshared(loader.blocks, checkpoint)
         loader.attach()
         with torch.inference_mode():

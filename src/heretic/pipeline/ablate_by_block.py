@@ -164,6 +164,7 @@ def _plan_edit(
         trust_remote_code=settings.trust_remote_code,
         chat_template=read_template(settings),
         reporter=reporter,
+        stop=stop,
     )
     with unloaded_after(model.model):
         check_layer(layer, model.structure.num_layers)
