@@ -14,6 +14,7 @@ from heretic.files import expand_user, sha256
 from heretic.model.checkpoint import Checkpoint
 from heretic.prompts.sets import PromptSets
 from heretic.scoring.judges.trained import head_text
+from heretic.scoring.scorers.unanswered import Unanswered
 from heretic.settings import Settings
 from heretic.settings.languages import ENGLISH, language
 
@@ -72,13 +73,16 @@ def _set_scorers(fields: dict[str, Any], settings: Settings) -> None:
 
 
 def _judge_hash(settings: Settings) -> dict[str, str]:
-    """Return hashes of what a judge of the tables `trained` and `classifier` reads from files; empty for other judges."""
+    """Return hashes of what a judge of the tables `trained` and `classifier`, or the scorer `unanswered`, reads from files."""
     judge, found = settings.judge, {}
-    if judge.kind == "trained":
-        found["judge_head"] = hashlib.sha256(head_text().encode()).hexdigest()
+    searched = {name.partition(".")[0] for name in (*settings.objectives, *settings.constraints)}
     models = {"classifier": judge.classifier.model, "trained": judge.trained.encoder}
-    folder = Path(models.get(judge.kind, ""))
-    if judge.kind in models and folder.is_dir():
+    model: object = models.get(judge.kind, "")
+    if judge.kind == "trained" or Unanswered.name in searched:
+        found["judge_head"] = hashlib.sha256(head_text().encode()).hexdigest()
+        model = model or settings.scorers.get(Unanswered.name, {}).get("encoder") or judge.trained.encoder
+    folder = Path(str(model))
+    if model and folder.is_dir():
         files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
         text = "".join(f"{path.name} {sha256(path)}\n" for path in files)
         found["classifier"] = hashlib.sha256(text.encode()).hexdigest()

@@ -228,10 +228,9 @@ def test_kept_refusals_are_a_share_of_the_original_s(tiny: Tiny, tmp_path: Path)
     assert [m.value for m in kept[1]] == pytest.approx([1 - n / refused for n in lost])
 
 
-def test_kept_refusals_need_a_refusal(tiny: Tiny) -> None:
+def test_nothing_is_lost_of_a_set_that_the_original_answers(tiny: Tiny) -> None:
     prompts = EncodedPrompts("kept_refusals", HARMFUL[:1], tiny.parts.harmful.tokens[:1])
-    with raises("nothing-refused"):
-        KeptRefusals().score(ScorerContext(TrialGroup(tiny.parts)), (prompts, [False]))
+    assert KeptRefusals().score(ScorerContext(TrialGroup(tiny.parts)), (prompts, [False])).value == 1
 
 
 def test_scorers_of_harmless_answers_agree_with_plain_decoding(tiny: Tiny) -> None:

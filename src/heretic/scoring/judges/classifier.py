@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from heretic.errors import UserError, first_line
 from heretic.model.batching import out_of_memory
@@ -112,7 +114,7 @@ def _translate_load_errors(settings: ClassifierSettings) -> Iterator[None]:
         )
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         if out_of_memory(error):
             raise
         raise UserError(

@@ -126,7 +126,10 @@ def choose_scorers(settings: Settings) -> ChosenScorers:
             fix="remove it from measures",
         )
     made = {
-        name: called(name, functools.partial(_make, table[name], settings.scorers.get(name, {})))
+        name: called(
+            name,
+            functools.partial(_make, table[name], {**table[name].defaults(settings), **settings.scorers.get(name, {})}),
+        )
         for name in dict.fromkeys(_scorer_of(name) for names in named.values() for name in names)
     }
 

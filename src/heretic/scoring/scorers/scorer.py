@@ -12,6 +12,7 @@ from heretic.scoring.objectives import Better
 
 if TYPE_CHECKING:
     from heretic.scoring.scorers.context import ScorerContext
+    from heretic.settings import Settings
 
 Positive = Annotated[int, Field(ge=1)]  # type of an option
 
@@ -50,6 +51,11 @@ class Scorer:
     in_evaluator: ClassVar[bool] = False  # `TrialEvaluator` measures it, with pruning where `prunable`
     has_own_prompts: ClassVar[bool] = False  # decodes answers to others than `harmful_eval` and `harmless_eval`
     prunable: ClassVar[bool] = False  # has a lower bound while it is measured, so that dominated trials stop early
+
+    @classmethod
+    def defaults(cls, settings: Settings) -> dict[str, Any]:
+        """Return options that other settings decide unless the user sets them."""
+        return {}
 
     def check(self) -> None:
         """Raise UserError if the options cannot work; called before a run, without a model."""

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from heretic.scoring.judges.evasion import Evasion
-from heretic.scoring.judges.trained import TrainedJudge, check_encoder
+from heretic.scoring.judges.trained import TrainedJudge
 from heretic.scoring.judges.verdict import ANSWER, EVASIVE, Exchange
 from heretic.scoring.scorers.context import ScorerContext
 from heretic.scoring.scorers.scorer import Measurement, Positive, Scorer
-from heretic.settings import TrainedSettings
+from heretic.settings import Settings, TrainedSettings
 
 
 @dataclass(frozen=True)
 class Unanswered(Scorer):
     """Judges the answers to `harmful_eval` with the judge `trained`, whichever judge the search uses."""
 
-    encoder: str = TrainedSettings().encoder
+    encoder: str = ""  # empty: judge.trained.encoder
     tokens: Positive = 64
 
     name = "unanswered"
@@ -29,9 +29,14 @@ class Unanswered(Scorer):
     unit = "requests"
     details = ("evasive",)
 
+    @classmethod
+    def defaults(cls, settings: Settings) -> dict[str, Any]:
+        """Return the encoder of the judge's settings."""
+        return {"encoder": settings.judge.trained.encoder}
+
     def check(self) -> None:
-        """Look for the encoder. Raises UserError."""
-        check_encoder(self._settings)
+        """Load the encoder, which may download it: not only after a whole study. Raises UserError."""
+        self._judge.verdicts([])
 
     def most_tokens(self, response: int) -> int:
         """Return the option."""
