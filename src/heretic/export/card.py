@@ -98,7 +98,8 @@ def card(manifest: Mapping[str, Any], base: BaseCard, written: WriteResult, meas
         _measures(manifest.get("measures", [])),
         f"## Limitations\n\n{_limitations(manifest, scores)}" if scores else "",
         f"## What was changed\n\n{_changed(manifest, ablation)}",
-        REBUILDING.format(made=f"{made} run {code(manifest['run'])}, trial {int(manifest['trial'])}."),
+        REBUILDING.format(made=f"{made} run {code(manifest['run'])}, trial {int(manifest['trial'])}.")
+        + ("" if scores else " Rebuilding needs memory for the whole model."),
         RESPONSIBLE_USE,
     ]
     return _head(name, base, written) + "\n".join(f"{section.strip()}\n" for section in sections if section)

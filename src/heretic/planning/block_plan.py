@@ -52,7 +52,10 @@ def plan_by_block(settings: Settings, checkpoint: Checkpoint, work: Workload, de
         weights, largest = _in_memory(model)
         # Fusing experts takes one tensor more.
         fixed = weights + largest + (CONTEXT if device.is_gpu else PROGRAM) + headroom(device, weights)
-        passes = PassMemory(ModelDims.of(checkpoint.text_config, model), 1, embedding=True)
+        shape = ModelDims.of(checkpoint.text_config, model)
+        if not device.is_gpu:  # between blocks the hidden states of all prompts are in the same RAM
+            fixed += 2 * work.training * work.prompt_tokens * shape.hidden * model.dtype.itemsize
+        passes = PassMemory(shape, 1, embedding=True)
         rows = [2**n for n in reversed(range(LARGEST_ON_CPU.bit_length()))]
         needed = {count: fixed + _pass(passes, count, work.prompt_tokens) for count in rows}
         if fitting := next((count for count in rows if needed[count] <= device.free), 0):

@@ -5,6 +5,7 @@ A rule is a function of `PreflightFacts` with an entry in `RULES`. It reads noth
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 
 from heretic.hardware.devices import KINDS
@@ -62,13 +63,23 @@ def weights_do_not_fit(facts: PreflightFacts) -> Iterator[Finding]:
         text = f"{format_bytes(plan.offloaded)} of the {format_bytes(plan.weights)} of weights in {plan.dtype} fit on no device."
     else:
         text = _shortage(plan)
-    by_block = f"heretic ablate {facts.settings.model} --strength 1 --by-block -o FOLDER"
-    fix = f"use a smaller model or a machine with more memory; or without scores: {by_block}"
+    fix = "use a smaller model or a machine with more memory"
+    if _readable_by_block(facts):
+        name = shlex.quote(facts.settings.model)
+        fix += f"; or without scores: heretic ablate {name} --strength 1 --by-block -o FOLDER"
     if plan.on_gpu and facts.settings.device_map == "planned" and facts.settings.quantization == "none":
         fix = (
             'device_map = "auto" (leaves the rest in RAM; every pass becomes many times slower), or use a smaller model'
         )
     yield Finding("failure", "memory", text, _smaller_weights(facts) or _fewer_bits(facts) or fix)
+
+
+def _readable_by_block(facts: PreflightFacts) -> bool:
+    """Whether `heretic ablate --by-block` supports this checkpoint with these settings."""
+    stored = facts.checkpoint
+    if stored is None or facts.settings.quantization != "none":
+        return False
+    return not (stored.gguf_file or stored.pickled or stored.quantized_by or stored.adapter)
 
 
 def everything_on_one_gpu(facts: PreflightFacts) -> Iterator[Finding]:
