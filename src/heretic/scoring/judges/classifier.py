@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def labels_of(settings: ClassifierSettings) -> tuple[set[int], set[int]]:
     """Return the ids of the refusal and evasion labels, read from the config alone. Raises UserError."""
     from transformers import AutoConfig
 
-    with _translate_load_errors(settings):
+    with _loading(settings):
         config = AutoConfig.from_pretrained(settings.model)
     return _label_ids(config.id2label, settings)
 
@@ -79,7 +79,7 @@ def labels_of(settings: ClassifierSettings) -> tuple[set[int], set[int]]:
 def _load(settings: ClassifierSettings) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    with _translate_load_errors(settings):
+    with _loading(settings):
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
         model = AutoModelForSequenceClassification.from_pretrained(
             settings.model, use_safetensors=True, dtype=torch.float32
@@ -103,8 +103,18 @@ def on_device(model: Any, device: str, where: str) -> Any:
 
 
 @contextmanager
-def _translate_load_errors(settings: ClassifierSettings) -> Iterator[None]:
-    """Translate load errors within the context into a UserError."""
+def translated_load_errors(failure: Callable[[str], UserError]) -> Iterator[None]:
+    """Translate what loading a judge's model raises within the context into `failure` of its first line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
+        if out_of_memory(error):
+            raise
+        raise failure(first_line(error)[:200]) from None
+
+
+def _loading(settings: ClassifierSettings) -> AbstractContextManager[None]:
+    """Return the context for loading the classifier. Raises UserError if the settings name none."""
     if not settings.model:
         raise UserError(
             'judge.kind = "classifier" requires judge.classifier.model.',
@@ -112,17 +122,16 @@ def _translate_load_errors(settings: ClassifierSettings) -> Iterator[None]:
             where="judge.classifier.model",
             fix="set it to a folder or a hub id",
         )
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        if out_of_memory(error):
-            raise
-        raise UserError(
-            f"Cannot load the classifier {settings.model}: {first_line(error)[:200]}",
+
+    def failure(cause: str) -> UserError:
+        return UserError(
+            f"Cannot load the classifier {settings.model}: {cause}",
             code="classifier-not-loadable",
             where="judge.classifier.model",
             fix="use a transformers sequence classification model with safetensors weights",
-        ) from None
+        )
+
+    return translated_load_errors(failure)
 
 
 def _label_ids(named: dict[int, str], settings: ClassifierSettings) -> tuple[set[int], set[int]]:

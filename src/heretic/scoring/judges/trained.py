@@ -11,22 +11,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from heretic.errors import UserError, first_line
-from heretic.model.batching import out_of_memory
-from heretic.scoring.judges.classifier import on_device
+from heretic.errors import UserError
+from heretic.scoring.judges.classifier import on_device, translated_load_errors
 from heretic.scoring.judges.evasion import Evasion
 from heretic.scoring.judges.verdict import ANSWER, EVASIVE, Exchange, Verdict
 from heretic.settings import TrainedSettings
@@ -181,7 +178,7 @@ def check_encoder(settings: TrainedSettings) -> None:
     """Read the encoder's config, without its weights. Raises UserError."""
     from transformers import AutoConfig
 
-    with _translate_load_errors(settings.encoder):
+    with _loading(settings.encoder):
         AutoConfig.from_pretrained(settings.encoder)
 
 
@@ -190,22 +187,20 @@ def _load(name: str) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of the weights, as in model/loading.py
-    with _translate_load_errors(name):
+    with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         return tokenizer, AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
 
 
-@contextmanager
-def _translate_load_errors(name: str) -> Iterator[None]:
-    """Translate load errors within the context into a UserError."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        if out_of_memory(error):
-            raise
-        raise UserError(
-            f"Cannot load the encoder {name}: {first_line(error)[:200]}",
+def _loading(name: str) -> AbstractContextManager[None]:
+    """Return the context for loading the encoder."""
+
+    def failure(cause: str) -> UserError:
+        return UserError(
+            f"Cannot load the encoder {name}: {cause}",
             code="encoder-not-loadable",
             where="judge.trained.encoder",
             fix="use a hub id or a folder with config.json, tokenizer and safetensors weights",
-        ) from None
+        )
+
+    return translated_load_errors(failure)
