@@ -171,10 +171,9 @@ def load_by_block(
 
 def check_readable_by_block(checkpoint: Checkpoint) -> None:
     """Raise UserError unless the tensors can be read one by one and edited as they are stored."""
-    how = "GGUF" if checkpoint.gguf_file else "pickle files" if checkpoint.pickled else checkpoint.quantized_by
-    if how or checkpoint.adapter:
+    if checkpoint.obstacle:
         raise UserError(
-            f"A model cannot be read block by block from {how or 'an adapter'}.",
+            f"A model cannot be read block by block from {checkpoint.obstacle}.",
             code="not-by-block",
             where=str(checkpoint.folder),
             fix="use the model as safetensors in full precision",

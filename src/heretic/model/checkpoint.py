@@ -116,6 +116,12 @@ class Checkpoint:
         return "GGUF" if self.gguf_file else OPENED.get(self.quantized_by or "")
 
     @property
+    def obstacle(self) -> str | None:
+        """What keeps its tensors from being read one by one as the model has them; None for safetensors in full precision."""
+        stored = "GGUF" if self.gguf_file else "pickle files" if self.pickled else self.quantized_by
+        return stored or ("an adapter" if self.adapter else None)
+
+    @property
     def own_code(self) -> bool:
         """Whether its config class comes from its own Python code, which the user has trusted."""
         return type(self.config).__module__.startswith("transformers_modules")

@@ -64,7 +64,7 @@ def weights_do_not_fit(facts: PreflightFacts) -> Iterator[Finding]:
     else:
         text = _shortage(plan)
     fix = "use a smaller model or a machine with more memory"
-    if _readable_by_block(facts):
+    if facts.checkpoint and not facts.checkpoint.obstacle and facts.settings.quantization == "none":
         name = shlex.quote(facts.settings.model)
         fix += f"; or without scores: heretic ablate {name} --strength 1 --by-block -o FOLDER"
     if plan.on_gpu and facts.settings.device_map == "planned" and facts.settings.quantization == "none":
@@ -72,14 +72,6 @@ def weights_do_not_fit(facts: PreflightFacts) -> Iterator[Finding]:
             'device_map = "auto" (leaves the rest in RAM; every pass becomes many times slower), or use a smaller model'
         )
     yield Finding("failure", "memory", text, _smaller_weights(facts) or _fewer_bits(facts) or fix)
-
-
-def _readable_by_block(facts: PreflightFacts) -> bool:
-    """Whether `heretic ablate --by-block` supports this checkpoint with these settings."""
-    stored = facts.checkpoint
-    if stored is None or facts.settings.quantization != "none":
-        return False
-    return not (stored.gguf_file or stored.pickled or stored.quantized_by or stored.adapter)
 
 
 def everything_on_one_gpu(facts: PreflightFacts) -> Iterator[Finding]:
