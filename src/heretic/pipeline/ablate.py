@@ -61,6 +61,7 @@ def ablate_once(
 
 
 def needs_strength(option: str) -> UserError:
+    """Return the error of an option without --strength."""
     return UserError(f"{option} needs --strength.", code="conflicting-options", where=option, fix="add --strength 1")
 
 

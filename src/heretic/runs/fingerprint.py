@@ -58,7 +58,7 @@ def _set_scorers(fields: dict[str, Any], settings: Settings) -> None:
     fields["constraints"] = {**old, **limits}
     if settings.objectives == ["kl", "refusals"]:
         fields.pop("objectives")
-    used = {name.partition(".")[0] for name in (*settings.objectives, *settings.constraints)}
+    used = _searched(settings)
     options = {name: table for name, table in fields.pop("scorers").items() if name in used}
     if options:
         fields["scorers"] = options
@@ -72,13 +72,17 @@ def _set_scorers(fields: dict[str, Any], settings: Settings) -> None:
         fields["scorer_files"] = hashes
 
 
+def _searched(settings: Settings) -> set[str]:
+    """Return the scorers of objectives and constraints."""
+    return {name.partition(".")[0] for name in (*settings.objectives, *settings.constraints)}
+
+
 def _judge_hash(settings: Settings) -> dict[str, str]:
     """Return hashes of what a judge of the tables `trained` and `classifier`, or the scorer `unanswered`, reads from files."""
     judge, found = settings.judge, {}
-    searched = {name.partition(".")[0] for name in (*settings.objectives, *settings.constraints)}
     models = {"classifier": judge.classifier.model, "trained": judge.trained.encoder}
     model: object = models.get(judge.kind, "")
-    if judge.kind == "trained" or Unanswered.name in searched:
+    if judge.kind == "trained" or Unanswered.name in _searched(settings):
         found["judge_head"] = hashlib.sha256(head_text().encode()).hexdigest()
         model = model or settings.scorers.get(Unanswered.name, {}).get("encoder") or judge.trained.encoder
     folder = Path(str(model))

@@ -42,13 +42,9 @@ class Unanswered(Scorer):
         """Return the option."""
         return self.tokens
 
-    @property
-    def _settings(self) -> TrainedSettings:
-        return TrainedSettings(encoder=self.encoder, device="cpu")
-
     @functools.cached_property
     def _judge(self) -> TrainedJudge:
-        return TrainedJudge(self._settings, Evasion())
+        return TrainedJudge(TrainedSettings(encoder=self.encoder), Evasion())
 
     def score(self, model: ScorerContext, baseline: Any) -> Measurement:
         """Judge the answers. Raises UserError if the encoder cannot be loaded."""
