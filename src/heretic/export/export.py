@@ -171,7 +171,7 @@ def _write(job: EditJob, partial: Path, reporter: ProgressReporter, stop: StopSi
     manifest["files"] = inventory_of(partial, written.hashes["written"], stop)
     write_text(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     commit(partial, job.destination, reporter)
-    return Export(job.destination, verification, job.trial, job.comparisons if isinstance(job, ExportJob) else ())
+    return Export(job.destination, verification, job.trial, job.comparisons)
 
 
 def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: Settings) -> Export | None:
@@ -236,7 +236,7 @@ def _manifest(
         "params": dict(job.params),
         "behavior": job.settings.behavior,
         "scores": _scores(job, verification) if isinstance(job, ExportJob) else None,
-        "measures": [c.as_dict() for c in job.comparisons] if isinstance(job, ExportJob) else [],
+        "measures": [comparison.as_dict() for comparison in job.comparisons],
         "verification": {k: v for k, v in asdict(verification).items() if k != "scores"},
         "versions": versions(),
     }

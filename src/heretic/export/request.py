@@ -53,6 +53,8 @@ class EditJob(WriteRequest):
     directions: Directions
     computed_on: str  # hardware that computed the edit
     start: AnswerStart  # of the answers
+    # Other scorers: the original and the ablated model, measured before writing; none without scores.
+    comparisons: tuple[Comparison, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,6 @@ class ExportJob(EditJob):
     attached: Tensor  # log-probabilities of the ablated model [tokens, vocabulary]
     ablated_by: float  # mean KL between original and ablated model, nats
     judge: Judge
-    comparisons: tuple[Comparison, ...] = ()  # other scorers: original and ablated model
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from heretic.hardware.devices import for_float64
 from heretic.hardware.host import format_bytes, memory
 from heretic.model.batching import Batcher
 from heretic.model.block_capture import mean_residuals_by_block
-from heretic.model.capture import bytes_of_each, mean_residuals
+from heretic.model.capture import ResidualMeans, bytes_of_each, mean_residuals
 from heretic.model.loading import LanguageModel
 from heretic.planning.memory_model import SHARE_FOR_RESIDUALS
 from heretic.settings import DirectionSettings as Wanted
@@ -44,8 +44,7 @@ def find_directions(
         UserError: if memory is short, residuals are not finite, or no direction exists.
     """
     method = METHODS[settings.method]
-    keep_each = settings.keeps_each
-    if keep_each:
+    if settings.keeps_each:
         _check_memory(model, len(harmful) + len(harmless), settings)
     directions = None
     for _ in range(1 + settings.iterative_rounds):
@@ -57,25 +56,7 @@ def find_directions(
         with ExitStack() as stack:
             if directions is not None:
                 stack.enter_context(apply_operators(model.structure.writers, _removal_operators(model, directions)))
-            bad, good = (
-                mean_residuals_by_block(model, (harmful, harmless), batcher, settings.winsorize, keep_each=keep_each)
-                if model.loader is not None
-                else [
-                    mean_residuals(
-                        model,
-                        f"Residuals of {name}",
-                        asked,
-                        batcher,
-                        settings.winsorize,
-                        keep=keep,
-                        keep_each=keep_each,
-                    )
-                    for name, asked, keep in (
-                        ("harmful_train", harmful, samples[0].record),
-                        ("harmless_train", harmless, samples[1].record),
-                    )
-                ]
-            )
+            bad, good = _mean_residuals(model, (harmful, harmless), samples, batcher, settings)
         if not (bad.mean.isfinite().all() and good.mean.isfinite().all()):
             raise UserError(
                 "Some residuals are infinite or NaN.",
@@ -89,6 +70,23 @@ def find_directions(
         directions = normalized(project_out_mean(vectors, good) if settings.project_harmless else vectors, directions)
     assert directions is not None
     return directions
+
+
+def _mean_residuals(
+    model: LanguageModel,
+    sets: tuple[Sequence[list[int]], Sequence[list[int]]],
+    samples: Sequence[Sample],
+    batcher: Batcher,
+    settings: Wanted,
+) -> list[ResidualMeans]:
+    """Compute the means of the harmful and the harmless prompts, and record their samples unless the model is read by block."""
+    clip, each = settings.winsorize, settings.keeps_each
+    if model.loader is not None:
+        return mean_residuals_by_block(model, sets, batcher, clip, keep_each=each)
+    return [
+        mean_residuals(model, f"Residuals of {name}", asked, batcher, clip, keep=sample.record, keep_each=each)
+        for name, asked, sample in zip(("harmful_train", "harmless_train"), sets, samples, strict=True)
+    ]
 
 
 def _removal_operators(model: LanguageModel, directions: Directions) -> dict[str, Operator]:
