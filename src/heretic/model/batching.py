@@ -172,16 +172,14 @@ class Batcher:
     def groups_of(self, sequences: Sequence[list[int]], items: Sequence[int], *, decoding: bool = False) -> int:
         """Return the number of micro-batches in turn for these items; `decoding`: most passes compute one token a row."""
         rows = min(self.size, len(items))
+        if decoding:
+            return groups_in_turn(self.groups, rows, rows)
         prefix = self.shared_prefix(sequences)
         shared = len(prefix.tokens) if prefix else 0
-        computed = rows if decoding else sum(len(sequences[i % len(sequences)]) - shared for i in items[:rows])
+        computed = sum(len(sequences[i % len(sequences)]) - shared for i in items[:rows])
         return groups_in_turn(self.groups, rows, computed)
 
     def rows_at_once(self, sequences: Sequence[list[int]], items: Sequence[int]) -> int:
-        """Return how many of the items, in their order, may be under way together."""
-        return self.rows_within(sequences, items, self.size, self.groups * self.tokens)
-
-    def rows_in_turn(self, sequences: Sequence[list[int]], items: Sequence[int]) -> int:
         """Return how many of the items, in their order, decode together: no micro-batch waits for the end of another."""
         groups = self.groups_of(sequences, items, decoding=True)
         return self.rows_within(sequences, items, self.size, groups * self.tokens)
@@ -196,7 +194,7 @@ class Batcher:
         """Yield batches of all sequences, the longest first, without a shared prefix."""
         order = self.longest_first(sequences)
         while order:
-            rows = order[: self.rows_at_once(sequences, order)]
+            rows = order[: self.rows_within(sequences, order, self.size, self.tokens)]
             yield self.batch(rows, sequences)
             order = order[len(rows) :]
 

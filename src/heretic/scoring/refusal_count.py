@@ -136,9 +136,8 @@ class PrunedRefusalCounter:
         first_passes: list[FirstPass] = []
 
         def step(batch: Batch) -> Turns[list[None]]:
-            if self.batcher.rows_at_once(sequences, items) < len(
-                items
-            ):  # memory ran out: make room before the next try
+            together = self.batcher.rows_at_once(sequences, items) == len(items)
+            if not together:  # perhaps since memory ran out: make room before this try
                 first_passes.clear()
             pairs = batch.items
             answers = yield from self._verify_batch(batch, self._stop_criteria(pairs))
@@ -150,7 +149,7 @@ class PrunedRefusalCounter:
             self._set_verdicts(answers, pairs)
             # A recurrent model's batch without drafts keeps its cache; that of another batch does not.
             self._can_resume = self._can_resume and answers.cache is not None
-            if self._can_resume and self.batcher.rows_at_once(sequences, items) == len(items):
+            if self._can_resume and together:
                 first_passes.append((answers, pairs))
             else:
                 first_passes.clear()
@@ -193,7 +192,7 @@ class PrunedRefusalCounter:
             return [None] * len(pairs)
 
         items = [trial * count + request for trial, request in pairs]
-        items = items[: self.batcher.rows_in_turn(sequences, items)]
+        items = items[: self.batcher.rows_at_once(sequences, items)]
         entries = self.requests.entries if self._can_resume else None
         self.batcher.run_items(
             "Refusals", sequences, step, edited=self.edited, entries=entries, items=items, decoding=True
