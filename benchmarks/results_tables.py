@@ -319,7 +319,7 @@ def study() -> str:
         row("the whole run", lambda r: f"{r['seconds_total']:.0f} s"),
         row("a fully measured trial, median", trial),
         row("pruned trials, of 30", lambda r: str(r["left_early"])),
-        row("estimated refusals off by, mean", lambda r: f"{r['surrogate_error']:.1f} of 50"),
+        row("estimated refusals off by, mean", lambda r: f"{r['proxy_error']:.1f} of 50"),
         row(
             "peak memory: own / with mapped files",
             lambda r: "{anonymous_peak_gb:.1f} / {resident_peak_gb:.1f} GB".format(**r["memory"]),

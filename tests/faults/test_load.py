@@ -68,7 +68,7 @@ def test_a_study_of_ten_thousand_trials_stays_responsive(tally: Tally, tmp_path:
         seconds.append(time.perf_counter() - began)
         study.tell(trial, [0.5, 5])
     began = time.perf_counter()
-    assert StudyHistory.of(study).surrogate_error is None
+    assert StudyHistory.of(study).proxy_error is None
     read = time.perf_counter() - began
     asked = statistics.median(seconds)
     assert opened < 15 and asked < 0.3 and read < 2, "far slower than it should be, even on a busy machine"

@@ -50,7 +50,7 @@ def test_a_study_that_leaves_trials_early_has_the_same_front_and_says_so(config:
         and seen.summary.n_pruned == 8 - len(early.results) > 0
         and seen.state == "complete"
     )
-    assert read_status("full", "runs", {}).summary.history.surrogate_error is not None
+    assert read_status("full", "runs", {}).summary.history.proxy_error is not None
     assert connect(storage_url("", early.folder.path)).get_n_trials(1) == 8
 
 

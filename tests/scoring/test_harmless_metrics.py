@@ -50,7 +50,7 @@ def test_trials_together_come_to_what_each_comes_to_alone_and_beaten_ones_are_sp
 def test_scores_of_before_these_were_there_are_read() -> None:
     old = {
         "divergence": {"mean": 0.1, "median": 0.1, "p95": 0.1, "max": "inf"}, "refusals": 3, "total": 10,
-        "seconds": {}, "surrogate": None, "refused": "1110000000",
+        "seconds": {}, "refusal_proxy": None, "refused": "1110000000",
     }  # fmt: skip
     found = Scores.from_dict(old)
     assert (found.evasive, found.unanswered, found.judge, found.harmless_metrics, found.within_limits) == (

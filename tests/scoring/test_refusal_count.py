@@ -127,7 +127,7 @@ def test_what_answers_lean_to_is_the_joint_probability_of_the_originals_first_wo
     saving = enable_caching(evaluator, refusal_texts(evaluator))
     ablation = ABLATIONS[0]
     (found,) = together(saving, operator_factory, baseline, [ablation])
-    assert isinstance(found, Scores) and found.leaning is not None
+    assert isinstance(found, Scores) and found.refusal_mass is not None
     by_hand = 0.0
     with apply_operators(operator_factory.writers, operator_factory.operators(ablation)):
         for prompt, text, refused in zip(evaluator.harmful, saving.drafts, found.refused, strict=True):
@@ -138,10 +138,10 @@ def test_what_answers_lean_to_is_the_joint_probability_of_the_originals_first_wo
                 )
                 by_hand += float(log_probs.gather(1, torch.tensor(first)[:, None]).sum().exp())
         again = saving.score(baseline)
-    assert by_hand > 0 and found.leaning == pytest.approx(by_hand, rel=1e-3)
-    assert again.leaning == pytest.approx(by_hand, rel=1e-3) and again.expected == found.expected
+    assert by_hand > 0 and found.refusal_mass == pytest.approx(by_hand, rel=1e-3)
+    assert again.refusal_mass == pytest.approx(by_hand, rel=1e-3) and again.expected == found.expected
     assert Scores.from_dict(found.as_dict()) == found
-    assert evaluator.score(baseline).leaning is None, "nothing was kept to try"
+    assert evaluator.score(baseline).refusal_mass is None, "nothing was kept to try"
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=12), st.randoms())
@@ -181,7 +181,7 @@ def test_rows_of_a_hybrid_model_are_tried_first_and_decoded_plainly(tmp_path: Pa
     saving = enable_caching(evaluator, texts)
     (found,) = saving.score_trials(baseline)
     assert isinstance(found, Scores) and found.refused == "".join("01"[d] for d in counted.refused)
-    assert found.surrogate is not None and found.surrogate.matching == counted.count
+    assert found.refusal_proxy is not None and found.refusal_proxy.matching == counted.count
 
 
 class Whole:

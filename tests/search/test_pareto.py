@@ -15,9 +15,9 @@ from heretic.search.pareto import Result, pareto_front, select_trial, table_colu
 
 
 def results(*points: tuple[float, int] | tuple[float, int, float]) -> list[Result]:
-    """From (KL, refusals) or (KL, refusals, leaning)."""
+    """From (KL, refusals) or (KL, refusals, refusal_mass)."""
     return [
-        Result(i, {}, Scores(Divergence(kl, kl, kl, kl), n, 100, {}, leaning=more[0] if more else None))
+        Result(i, {}, Scores(Divergence(kl, kl, kl, kl), n, 100, {}, refusal_mass=more[0] if more else None))
         for i, (kl, n, *more) in enumerate(points)
     ]
 

@@ -39,7 +39,7 @@ from heretic.storage.rdb import translate_storage_errors
 from heretic.storage.url import masked, storage_url, study_name
 
 MOST_CHANGED = 5  # prompts listed
-OF_EVERY_TRIAL = ("Trials", "KL divergence", "Surrogate", "Refusals")  # stages that trials time themselves
+OF_EVERY_TRIAL = ("Trials", "KL divergence", "Refusal proxy", "Refusals")  # stages that trials time themselves
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def _overview(page: Page, summary: StudySummary, settings: Settings) -> None:
             *_harmless_facts(best),
             *_scorer_facts(best, summary.original_values),
         ]
-    if summary.history.surrogate_error is not None:
-        pairs.append(("estimates", f"mean error {summary.history.surrogate_error:.1f} refusals"))
+    if summary.history.proxy_error is not None:
+        pairs.append(("estimates", f"mean error {summary.history.proxy_error:.1f} refusals"))
     page.facts([*pairs, ("written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))])
     tokens = "first token" if settings.kl_tokens == 1 else f"first {settings.kl_tokens} tokens"
     page.text(

@@ -18,7 +18,7 @@ from heretic.scoring.scorers.unanswered import Unanswered
 from heretic.settings import Settings
 from heretic.settings.languages import ENGLISH, language
 
-FORMAT = 4  # increased when a change of heretic makes old studies incomparable
+FORMAT = 5  # increased when a change of heretic makes old studies incomparable
 
 
 def facts(

@@ -66,7 +66,7 @@ class Status:
             "trials_per_hour": per_hour,
             "seconds_per_trial": 3600 / per_hour if per_hour else None,
             "seconds_left": summary.seconds_left,
-            "surrogate_error": summary.history.surrogate_error,
+            "proxy_error": summary.history.proxy_error,
             "gradient_search": self.gradient_path,
             "memory": self.memory,
             "latest": self.latest,

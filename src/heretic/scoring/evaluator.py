@@ -107,7 +107,7 @@ class TrialEvaluator:
         after = time.perf_counter()
         harmless_metrics = self.harmless_metrics()
         unanswered = [v != ANSWER for v in counted.verdicts]
-        leaning = refusal_mass_of(self.language_model, self._requests, unanswered, self.batcher)
+        refusal_mass = refusal_mass_of(self.language_model, self._requests, unanswered, self.batcher)
         seconds = {"divergence": between - began, "refusals": after - between}
         if harmless_metrics:
             seconds["harmless"] = time.perf_counter() - after
@@ -117,7 +117,7 @@ class TrialEvaluator:
             total=counted.total,
             seconds=seconds,
             refused=encode_verdicts(counted.verdicts),
-            leaning=leaning,
+            refusal_mass=refusal_mass,
             evasive=counted.evasive,
             judge=self.judge.name,
         )
@@ -181,19 +181,19 @@ class TrialEvaluator:
         seconds: dict[str, float],
         harmless_metrics: HarmlessMetrics | None,
     ) -> TrialOutcome:
-        total, surrogate = len(bounds.verdicts), bounds.surrogate
+        total, proxy = len(bounds.verdicts), bounds.refusal_proxy
         if bounds.pruned:
             spent = {name: s for name, s in seconds.items() if name != "harmless"}
-            return PrunedTrial(divergence, bounds.at_least, total, spent, surrogate, bounds.expected_at_least)
+            return PrunedTrial(divergence, bounds.at_least, total, spent, proxy, bounds.expected_at_least)
         verdicts = [v or ANSWER for v in bounds.verdicts]
         scores = Scores(
             divergence=divergence,
             refusals=verdicts.count(REFUSAL),
             total=total,
             seconds=dict(seconds),
-            surrogate=surrogate,
+            refusal_proxy=proxy,
             refused=encode_verdicts(verdicts),
-            leaning=bounds.refusal_mass,
+            refusal_mass=bounds.refusal_mass,
             evasive=verdicts.count(EVASIVE),
             judge=self.judge.name,
         )

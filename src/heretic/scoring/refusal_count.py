@@ -73,7 +73,7 @@ class RefusalBounds:
         return expected_refusals(self.at_least, self.refusal_mass)
 
     @property
-    def surrogate(self) -> RefusalProxy:
+    def refusal_proxy(self) -> RefusalProxy:
         """The refusal proxy of this trial."""
         known = [p for p in self.mean_token_prob if p is not None]
         return RefusalProxy(
@@ -156,7 +156,13 @@ class PrunedRefusalCounter:
             return [None] * len(pairs)
 
         self.batcher.run_items(
-            "Surrogate", sequences, step, edited=self.edited, entries=self.requests.entries, items=items, decoding=True
+            "Refusal proxy",
+            sequences,
+            step,
+            edited=self.edited,
+            entries=self.requests.entries,
+            items=items,
+            decoding=True,
         )
         return first_passes
 
@@ -256,5 +262,5 @@ def refusal_mass_of(
         )
         return [math.prod(probs[:FIRST_TOKENS]) if probs else 0.0 for probs in answers.likely]
 
-    joint = batcher.run("Surrogate", requests.with_drafts, step)
+    joint = batcher.run("Refusal proxy", requests.with_drafts, step)
     return sum(p for p, d in zip(joint, unanswered, strict=True) if not d)

@@ -31,8 +31,8 @@ class Calibration:
     def fit(cls, measured: Sequence[tuple[RefusalProxy, float]], total: int) -> Calibration:
         """Fit to pairs of (proxy, expected refusals) of `total` requests."""
         moments = np.zeros((4, 4))
-        for surrogate, count in measured:
-            moments += _moments(surrogate, count)
+        for proxy, count in measured:
+            moments += _moments(proxy, count)
         return cls.of_moments(moments, total)
 
     @classmethod
@@ -46,30 +46,30 @@ class Calibration:
         slopes = np.linalg.solve(centered[:2, :2] + RIDGE * np.eye(2), centered[:2, 2])
         return cls((float(means[2] - means[:2] @ slopes), float(slopes[0]), float(slopes[1])), total)
 
-    def estimate(self, surrogate: RefusalProxy, at_least: float = 0) -> float:
+    def estimate(self, proxy: RefusalProxy, at_least: float = 0) -> float:
         """Estimate the refusals of a trial, between `at_least` and the number of requests."""
         if self.weights is None:
-            expected = float(surrogate.matching)
+            expected = float(proxy.matching)
         else:
             intercept, *slopes = self.weights
-            expected = intercept + float(np.dot(slopes, _features(surrogate)))
+            expected = intercept + float(np.dot(slopes, _features(proxy)))
         return min(max(expected, at_least), float(self.total))
 
 
 def prediction_error(measured: Sequence[tuple[RefusalProxy, float]], total: int) -> float | None:
     """Compute the mean absolute error of predicting each trial from the earlier ones; None with too few trials."""
     errors, moments = [], np.zeros((4, 4))
-    for i, (surrogate, count) in enumerate(measured):
+    for i, (proxy, count) in enumerate(measured):
         if i >= TRIALS_TO_CALIBRATE:
-            errors.append(abs(Calibration.of_moments(moments, total).estimate(surrogate) - count))
-        moments += _moments(surrogate, count)
+            errors.append(abs(Calibration.of_moments(moments, total).estimate(proxy) - count))
+        moments += _moments(proxy, count)
     return sum(errors) / len(errors) if errors else None
 
 
-def _moments(surrogate: RefusalProxy, count: float) -> np.ndarray:
-    row = np.array([1.0, *_features(surrogate), float(count)])
+def _moments(proxy: RefusalProxy, count: float) -> np.ndarray:
+    row = np.array([1.0, *_features(proxy), float(count)])
     return np.outer(row, row)
 
 
-def _features(surrogate: RefusalProxy) -> tuple[float, float]:
-    return float(surrogate.matching), surrogate.probability * surrogate.refused
+def _features(proxy: RefusalProxy) -> tuple[float, float]:
+    return float(proxy.matching), proxy.probability * proxy.refused

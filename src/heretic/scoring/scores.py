@@ -70,9 +70,9 @@ class Scores:
     refusals: int
     total: int  # harmful requests
     seconds: dict[str, float]  # wall time by phase; a shared pass is divided by its trials
-    surrogate: RefusalProxy | None = None
+    refusal_proxy: RefusalProxy | None = None
     refused: str = ""  # one digit per request: 0 answered, 1 refused, 2 evasive
-    leaning: float | None = None  # sum of the probabilities of the reference refusals' first tokens; None: not measured
+    refusal_mass: float | None = None  # sum of the probabilities of the reference refusals' first tokens, if measured
     evasive: int = 0  # not included in `refusals`
     judge: str = "markers"  # kind of judge that gave the verdicts
     harmless_metrics: HarmlessMetrics | None = None
@@ -97,7 +97,7 @@ class Scores:
 
         Unlike the plain count, it distinguishes an answer that is close to a refusal from one that is not.
         """
-        return expected_refusals(self.unanswered, self.leaning)
+        return expected_refusals(self.unanswered, self.refusal_mass)
 
     def value(self, name: str) -> float | None:
         """Return a scorer's number or detail by its name; None if it was not measured."""
@@ -127,9 +127,9 @@ class Scores:
             refusals=data["refusals"],
             total=data["total"],
             seconds=dict(data["seconds"]),
-            surrogate=RefusalProxy(**data["surrogate"]) if data.get("surrogate") else None,
+            refusal_proxy=RefusalProxy(**data["refusal_proxy"]) if data.get("refusal_proxy") else None,
             refused=data.get("refused", ""),
-            leaning=data.get("leaning"),
+            refusal_mass=data.get("refusal_mass"),
             evasive=data.get("evasive", 0),
             judge=data.get("judge", "markers"),
             harmless_metrics=HarmlessMetrics(**data["harmless_metrics"]) if data.get("harmless_metrics") else None,
@@ -146,7 +146,7 @@ class PrunedTrial:
     at_least: int  # lower bound of refusals and evasions
     total: int
     seconds: dict[str, float]
-    surrogate: RefusalProxy
+    refusal_proxy: RefusalProxy
     expected_at_least: float = 0.0  # lower bound of `Scores.expected`
 
     def as_dict(self) -> dict[str, Any]:

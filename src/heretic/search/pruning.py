@@ -82,18 +82,18 @@ class StudyHistory:
         return ParetoThreshold([(r.scores.divergence.mean, r.scores.expected) for r in front])
 
     @property
-    def surrogates(self) -> list[tuple[RefusalProxy, float]]:
+    def refusal_proxies(self) -> list[tuple[RefusalProxy, float]]:
         """Proxy and expected refusals of the fully measured trials, in order."""
-        return [(r.scores.surrogate, r.scores.expected) for r in self.results if r.scores.surrogate]
+        return [(r.scores.refusal_proxy, r.scores.expected) for r in self.results if r.scores.refusal_proxy]
 
     @property
-    def surrogate_error(self) -> float | None:
+    def proxy_error(self) -> float | None:
         """Mean error, in refusals, of estimating each measured trial from the earlier ones."""
-        return prediction_error(self.surrogates, self.results[0].scores.total) if self.results else None
+        return prediction_error(self.refusal_proxies, self.results[0].scores.total) if self.results else None
 
     def estimate(self, trial: PrunedTrial) -> float:
         """Estimate the refusals of a pruned trial."""
-        return Calibration.fit(self.surrogates, trial.total).estimate(trial.surrogate, trial.expected_at_least)
+        return Calibration.fit(self.refusal_proxies, trial.total).estimate(trial.refusal_proxy, trial.expected_at_least)
 
     def pending_full_evaluations(self) -> list[PrunedResult]:
         """Return the pruned trials whose estimate is on the front: they need a full evaluation before the study ends."""

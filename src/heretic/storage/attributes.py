@@ -243,7 +243,7 @@ def _problem(stored: Scores | PrunedTrial) -> str:
             return "values"
     if not all(map(math.isfinite, sums)):
         return "a number is not finite"
-    return "surrogate" if stored.surrogate and not _possible(stored.surrogate) else ""
+    return "refusal_proxy" if stored.refusal_proxy and not _possible(stored.refusal_proxy) else ""
 
 
 def _measurable(divergence: Divergence) -> bool:
@@ -251,9 +251,9 @@ def _measurable(divergence: Divergence) -> bool:
     return all(n >= SMALLEST_KL for n in (divergence.mean, divergence.median, divergence.p95, divergence.max))
 
 
-def _possible(surrogate: RefusalProxy) -> bool:
-    likely = not (surrogate.probability < 0 or surrogate.probability > 1.01)
-    return likely and 0 <= surrogate.matching <= surrogate.refused <= MAX_REQUESTS
+def _possible(proxy: RefusalProxy) -> bool:
+    likely = not (proxy.probability < 0 or proxy.probability > 1.01)
+    return likely and 0 <= proxy.matching <= proxy.refused <= MAX_REQUESTS
 
 
 def objective_values(study: optuna.Study, trial: FrozenTrial) -> list[float]:

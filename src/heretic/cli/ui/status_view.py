@@ -69,7 +69,7 @@ def _view(console: Console, status: Status) -> Group:
     facts += list(status.memory.items())
     if status.latest:
         facts.append(("latest", status.latest))
-    error = summary.history.surrogate_error
+    error = summary.history.proxy_error
     if error is not None:
         facts.append(("estimates", f"off by {error:.1f} refusals on average"))
     parts: list[object] = [aligned(facts)]
