@@ -8,7 +8,7 @@ import webbrowser
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,6 +30,10 @@ from heretic.cli.options import (
 )
 from heretic.cli.ui.console import escape_terminal
 from heretic.interrupt import StopSignal
+
+if TYPE_CHECKING:
+    from heretic.runs.folder import RunFolder
+    from heretic.settings import Settings
 
 
 @app.command()
@@ -115,21 +119,8 @@ def geometry(
     from heretic.files import ensure_parent, write_text
     from heretic.pipeline.geometry import residual_geometry
     from heretic.report.report import geometry_page
-    from heretic.runs.folder import find_existing_run, load_settings
-    from heretic.settings.sources import resolve
 
-    folder = find_existing_run(
-        name or "", resolve(config, assignments=assignments or (), environment=os.environ).settings.runs_dir
-    )
-    if folder is not None:
-        ignored = [a for a in assignments or [] if a.partition("=")[0].strip() != "runs_dir"]
-        if ignored or config is not None:
-            where = "--config" if config is not None else f"--set {ignored[0]}"
-            raise require_own_settings(folder.name, "settings", where)
-        fixed = {"runs_dir": str(folder.path.parent), "run_name": folder.name}
-        settings = load_settings(folder, os.environ).model_copy(update=fixed)
-    else:
-        settings = read_settings(config, assignments, {"model": name}, quiet=as_json).settings
+    settings, folder = _model_or_run(name, config, assignments, quiet=as_json)
     if html is not None:  # an unwritable file fails before the work
         html = ensure_parent(html)
     stop = StopSignal()
@@ -147,6 +138,25 @@ def geometry(
         out.print(f"Written: {escape_terminal(str(html))}", soft_wrap=True)
         if show:
             _open_in_browser(html)
+
+
+def _model_or_run(
+    name: str | None, config: Path | None, assignments: list[str] | None, *, quiet: bool
+) -> tuple[Settings, RunFolder | None]:
+    """Return the settings of an existing run, with its folder, or of a model. Raises UserError."""
+    from heretic.runs.folder import find_existing_run, load_settings
+    from heretic.settings.sources import resolve
+
+    located = resolve(config, assignments=assignments or (), environment=os.environ)
+    folder = find_existing_run(name or "", located.settings.runs_dir)
+    if folder is None:
+        return read_settings(config, assignments, {"model": name}, quiet=quiet).settings, None
+    ignored = [a for a in assignments or [] if a.partition("=")[0].strip() != "runs_dir"]
+    if ignored or config is not None:
+        where = "--config" if config is not None else f"--set {ignored[0]}"
+        raise require_own_settings(folder.name, "settings", where)
+    fixed = {"runs_dir": str(folder.path.parent), "run_name": folder.name}
+    return load_settings(folder, os.environ).model_copy(update=fixed), folder
 
 
 def _open_in_browser(file: Path) -> None:
