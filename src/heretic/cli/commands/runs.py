@@ -71,19 +71,48 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Find the direction, run the study, export the best trial; resumes an unfinished run. On a terminal a menu follows."""
-    # 1. Resolve the settings
     total, extra_trials = _parse_trials(trials)
     options = {"model": model, "n_trials": total, "save_to": save_to, "run_name": run_name, "storage": storage}
     quiet = as_json or os.environ.get("RANK", "0") != "0"
     resolved = _resolve_run(model, config, assignments, options, quiet=quiet)
-    from heretic.cli.ui.preflight_table import show
-    from heretic.pipeline.run import run as run_job
-    from heretic.pipeline.tensor_parallel import follower_loop, rank, size
-    from heretic.pipeline.worker_process import exit_with_parent
+    from heretic.pipeline.tensor_parallel import follower_loop, rank
 
     if rank():
         follower_loop(resolved.settings)
         return
+    _run_and_show(
+        resolved,
+        extra_trials,
+        workers,
+        fresh=fresh,
+        force=force,
+        wait=wait,
+        no_menu=no_menu,
+        plain=plain,
+        as_json=as_json,
+    )
+
+
+def _run_and_show(
+    resolved: Resolved,
+    extra_trials: int,
+    workers: str | None,
+    *,
+    fresh: bool,
+    force: bool,
+    wait: bool,
+    no_menu: bool,
+    plain: bool,
+    as_json: bool,
+) -> None:
+    """Run the study, export its best trial and print the outcome; the options are those of the command."""
+    from heretic.cli.ui.outcome import show_outcome
+    from heretic.cli.ui.preflight_table import show
+    from heretic.pipeline.run import run as run_job
+    from heretic.pipeline.tensor_parallel import size
+    from heretic.pipeline.worker_process import exit_with_parent
+
+    # 1. Choose reporter, number of workers and menu
     stop = StopSignal()
     reporter = reporter_for(as_json, plain, resolved.settings.model, stop)
     n_workers = _worker_count(workers, resolved, reporter)
@@ -108,8 +137,6 @@ def run(
     if as_json:
         print(json.dumps(outcome.as_dict(), indent=2))
         return
-    from heretic.cli.ui.outcome import show_outcome
-
     show_outcome(out, outcome, with_pareto_front=not show_menu)
     if menu_wanted and not show_menu:
         out.print(f"No menu: {non_interactive_reason()}. heretic --help lists its actions as commands.", soft_wrap=True)
