@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -126,33 +127,37 @@ def reproduce(
         target = (destination or Path("reproduced")).resolve()
         if destination is not None:
             check_unchanged(target, stop)
-        staging = staging_dir(target)
-        try:
+        with _staging(target) as staging:
             # 2. Write the model
             request, written, device = _rebuild(
                 manifest, checkpoint, settings, (directions, operators), trust, staging, reporter, stop
             )
             # 3. Compare it with the manifest
-            changed += _changes("versions", manifest.versions, versions())
-            changed += _changes("computed", {"on": manifest.computed_on}, {"on": device})
-            changed += _changes("base", manifest.copied.sha256, written.hashes.get("copied", {}))
-            changed = list(dict.fromkeys(changed))
+            changed = list(dict.fromkeys([*changed, *_changes_of_rebuild(manifest, written, device)]))
             result = _compare(manifest, home, staging, written, changed, destination, reporter, stop)
             # 4. Describe the model and move it to its destination
             if destination is not None:
                 description = {"from_sha256": sha256(_manifest_file(path)), **result.as_dict()}
                 describe_rebuilt(Rebuilt(data, home, description, result.words), staging, request, written, stop)
                 commit(staging, target, reporter)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"The model cannot be written: {error}",
-                code="file-unwritable",
-                where=str(staging.parent),
-                fix="free disk space, then run the same command again",
-            ) from None
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
     return result
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """Yield a staging folder beside the target and remove it at the end. Raises UserError if writing within fails."""
+    staging = staging_dir(target)
+    try:
+        yield staging
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"The model cannot be written: {error}",
+            code="file-unwritable",
+            where=str(staging.parent),
+            fix="free disk space, then run the same command again",
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _raise_changed_base(checkpoint: Checkpoint, changed: Sequence[str]) -> NoReturn:
@@ -348,6 +353,15 @@ def _compare(
     if difference.within:
         return reproduction("equal", f"all differences are within rounding: {difference}", difference)
     return reproduction("different", str(difference), difference)
+
+
+def _changes_of_rebuild(manifest: Manifest, written: WriteResult, device: str) -> list[str]:
+    """List the versions, the device and the copied files of a rebuild that differ from the manifest's."""
+    return [
+        *_changes("versions", manifest.versions, versions()),
+        *_changes("computed", {"on": manifest.computed_on}, {"on": device}),
+        *_changes("base", manifest.copied.sha256, written.hashes.get("copied", {})),
+    ]
 
 
 def _changes(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
