@@ -164,45 +164,27 @@ def make_plan(
     Raises:
         UserError: for an unknown device, an invalid size, an incomplete table, or a model that cannot be built.
     """
-    if not devices:
-        raise UserError("No device is available.", code="no-device", where="device_map", fix='device_map = "cpu"')
     # 1. Choose devices and number format
     devices = sorted(devices, key=lambda device: not device.is_gpu)
+    named = _allowed_devices(device_map, devices, quantization)
     limits = weight_limits(max_memory, devices)
-    named = _named_devices(device_map, devices)
-    if quantization != "none" and any(device.is_gpu for device in named):
-        named = [device for device in named if device.is_gpu]
     on_cpu = all(not device.is_gpu for device in named)
     dtype = planned_dtype(dtypes[0], checkpoint, next(iter(named), None) if on_cpu else None)
     # 2. Build the memory model
     model = meta_model(checkpoint, dtype)
     fewer = kept_bytes(model, checkpoint) or stored_bytes(model, quantization)
-    shape = ModelDims.of(checkpoint.text_config, model)
-    opening = _largest(model) if checkpoint.quantized_by in OPENED else 0
-    merged = _largest_merged(model, checkpoint)
-    demand = MemoryModel(shape, work, copies, _largest_dequantized(model, fewer), opening, merged)
-    largest = LARGEST_ON_CPU if on_cpu else LARGEST_BATCH
-    # 3. Place the modules: by the user's table, on one device, or spread by accelerate
-    room = {device.name: _room(device, limits, demand.minimum) for device in devices}
-    table: dict[str, int | str] | None = None
-    if not isinstance(device_map, str):
-        table = explicit(model, device_map, devices, shape.blocks)
-    elif device_map not in MODES or on_cpu:
-        table = everything_on(named[0])
-    elif device_map == "planned":
-        table = _one_device(model, demand, named, limits, batch_size or GOOD_BATCH, fewer)
-    uses_accelerate = table is None
-    if table is None:
-        mode = "balanced" if device_map == "planned" else str(device_map)
-        table = infer_device_map(model, mode, {device.name: room[device.name] for device in named}, named, fewer)
+    demand = _memory_model(model, checkpoint, work, fewer, copies=copies)
+    # 3. Place the modules
+    table, room = _place(model, demand, device_map, devices, named, limits, batch_size or GOOD_BATCH, fewer)
     # 4. Choose the batch size
-    placed = shares(model, table, demand.shape.blocks, fewer)
+    shape, largest = demand.shape, LARGEST_ON_CPU if on_cpu else LARGEST_BATCH
+    placed = shares(model, table, shape.blocks, fewer)
     unplaced = placed.pop(UNPLACED, DeviceShare()).weights
     fitting = 0 if unplaced else demand.largest_batch(placed, devices, largest)
     chosen = batch_size or fitting or 1
     return MemoryPlan(
         device_map=table,
-        max_memory=room if uses_accelerate else None,
+        max_memory=room,
         dtype=dtype,
         batch_size=chosen,
         largest_batch_size=fitting,
@@ -215,8 +197,22 @@ def make_plan(
     )
 
 
+def _allowed_devices(
+    device_map: str | Mapping[str, int | str], devices: Sequence[Device], quantization: str
+) -> list[Device]:
+    """Return the devices that the settings allow for weights, in the order of `devices`; quantized weights prefer GPUs.
+
+    Raises UserError without any device or for an unknown one.
+    """
+    if not devices:
+        raise UserError("No device is available.", code="no-device", where="device_map", fix='device_map = "cpu"')
+    named = _named_devices(device_map, devices)
+    gpus = [device for device in named if device.is_gpu]
+    return gpus if gpus and quantization != "none" else named
+
+
 def _named_devices(device_map: str | Mapping[str, int | str], devices: Sequence[Device]) -> list[Device]:
-    """Return the devices that the setting allows for weights, in the order of `devices`."""
+    """Return the devices that `device_map` allows for weights, in the order of `devices`."""
     if not isinstance(device_map, str):
         used = [device_named(value, devices, "device_map") for value in device_map.values()]
         return [device for device in devices if device in used]
@@ -225,6 +221,44 @@ def _named_devices(device_map: str | Mapping[str, int | str], devices: Sequence[
     gpus = [device for device in devices if device.is_gpu]
     uses_ram = any(device.uses_ram for device in gpus)  # weights in RAM are then no relief
     return gpus if gpus and (device_map == "planned" or uses_ram) else list(devices)
+
+
+def _memory_model(
+    model: Any, checkpoint: Checkpoint, work: Workload, fewer: Mapping[str, float], *, copies: bool
+) -> MemoryModel:
+    """Build the memory model of a run; `fewer`: bytes per element of quantized parameters, by name."""
+    shape = ModelDims.of(checkpoint.text_config, model)
+    opening = _largest(model) if checkpoint.quantized_by in OPENED else 0
+    merged = _largest_merged(model, checkpoint)
+    return MemoryModel(shape, work, copies, _largest_dequantized(model, fewer), opening, merged)
+
+
+def _place(
+    model: Any,
+    demand: MemoryModel,
+    device_map: str | Mapping[str, int | str],
+    devices: Sequence[Device],
+    named: Sequence[Device],
+    limits: Mapping[str, int],
+    batch: int,
+    fewer: Mapping[str, float],
+) -> tuple[dict[str, int | str], dict[str, int] | None]:
+    """Place the modules by the user's table, on one device, or spread by accelerate.
+
+    Returns:
+        The device by module, and the bytes for weights by device that accelerate was given; None without accelerate.
+    """
+    if not isinstance(device_map, str):
+        return explicit(model, device_map, devices, demand.shape.blocks), None
+    if device_map not in MODES or all(not device.is_gpu for device in named):
+        return everything_on(named[0]), None
+    if device_map == "planned":
+        if table := _one_device(model, demand, named, limits, batch, fewer):
+            return table, None
+        device_map = "balanced"
+    room = {device.name: _room(device, limits, demand.minimum) for device in devices}
+    within = {device.name: room[device.name] for device in named}
+    return infer_device_map(model, device_map, within, named, fewer), room
 
 
 def _one_device(
