@@ -83,7 +83,14 @@ def copy_weights(writers: Sequence[ResidualWriter]) -> OriginalWeights:
 
 
 def read_from_checkpoint(checkpoint: Checkpoint, writers: Sequence[ResidualWriter], model: Any) -> OriginalWeights:
-    """Return a reader of the original tensors from the checkpoint. Raises UserError if names do not match."""
+    """Return a reader of the original tensors from the checkpoint. Raises UserError if it is quantized or names do not match."""
+    if checkpoint.gguf_file or checkpoint.quantized_by:
+        raise UserError(
+            "The checkpoint is quantized, so heretic cannot restore the original weights exactly from it.",
+            code="weights-not-restorable",
+            where="cache_weights",
+            fix='cache_weights = true, apply = "operators", or the model as safetensors',
+        )
     parts = sources(checkpoint, writers, model)
 
     def read(name: str) -> Tensor:

@@ -168,17 +168,9 @@ def load_model_context(
     judge: Judge | None = None,
 ) -> ModelContext:
     """Load the model and encode the prompts; detect the answers' common beginning and create the judge if not given."""
+    # 1. Load the model
     judge = judge or make_judge(settings, JudgeContext(None, reporter, stop))
-    language_model = load(
-        checkpoint,
-        plan.dtypes,
-        plan.arguments,
-        quantization=plan.quantization,
-        trust_remote_code=settings.trust_remote_code,
-        chat_template=read_template(settings),
-        reporter=reporter,
-    )
-    _warn_about_structure(language_model, reporter)
+    language_model = _load_language_model(settings, checkpoint, plan, reporter)
     batcher = Batcher(
         plan.batch_size,
         language_model.device,
@@ -187,6 +179,7 @@ def load_model_context(
         stop=stop,
         reporter=reporter,
     )
+    # 2. Encode the prompts, and find out what batches and caches the model allows
     chat = ChatFormat(language_model.tokenizer, settings.system_prompt, rows=language_model.rows)
     encoded = encode(prompts, chat, language_model.context, settings)
     if decoded_by_generate(language_model.model, language_model.device):
@@ -202,6 +195,7 @@ def load_model_context(
     batcher.prefix_caching = supports_prefix_caching(
         model, encoded["harmless_eval"], batcher, longest=longest, window=window
     )
+    # 3. Prepare the scorers
     chosen = choose_scorers(settings)
     harmless_probe = HarmlessProbe(encoded["harmless_eval"], prompts.harmless_eval.prompts, chosen.harmless_answers)
     evaluator = TrialEvaluator(
@@ -224,7 +218,19 @@ def load_model_context(
     return ModelContext(settings, language_model, chat, prompts, encoded, batcher, evaluator, chosen, measurer)
 
 
-def _warn_about_structure(language_model: LanguageModel, reporter: ProgressReporter) -> None:
+def _load_language_model(
+    settings: Settings, checkpoint: Checkpoint, plan: LoadPlan, reporter: ProgressReporter
+) -> LanguageModel:
+    """Load the model as planned; warn about modules that the edit may miss."""
+    language_model = load(
+        checkpoint,
+        plan.dtypes,
+        plan.arguments,
+        quantization=plan.quantization,
+        trust_remote_code=settings.trust_remote_code,
+        chat_template=read_template(settings),
+        reporter=reporter,
+    )
     if names := language_model.structure.unrecognized:
         reporter.warning(
             f"{len(names)} modules are named like output projections but do not affect the residual stream as expected. "
@@ -235,6 +241,7 @@ def _warn_about_structure(language_model: LanguageModel, reporter: ProgressRepor
             f"{len(names)} blocks do more than add their writers' outputs to one residual stream (first: {names[0]}). "
             "The edit may be incomplete; see docs/architectures.md."
         )
+    return language_model
 
 
 def open_session(
@@ -275,7 +282,7 @@ def open_session(
         original = (
             copy_weights(writers)
             if settings.cache_weights
-            else read_from_checkpoint(_require_full_precision(checkpoint), writers, model_context.language_model.model)
+            else read_from_checkpoint(checkpoint, writers, model_context.language_model.model)
         )
     model_context.measurer.of_original(model_context.chosen.of_trials)
     read = weight_reader(model_context.language_model)
@@ -374,20 +381,7 @@ def weight_reader(language_model: LanguageModel) -> Callable[[ResidualWriter], S
             language_model.loader.load(writer.layer)
         if not writer.offloaded:
             return writer.weights()
-        original = read_from_checkpoint(
-            _require_full_precision(language_model.checkpoint), [writer], language_model.model
-        )
+        original = read_from_checkpoint(language_model.checkpoint, [writer], language_model.model)
         return [m for part in writer.parts if not part.is_bias for m in part.matrices(original(part.name))]
 
     return read
-
-
-def _require_full_precision(checkpoint: Checkpoint) -> Checkpoint:
-    if checkpoint.gguf_file or checkpoint.quantized_by:
-        raise UserError(
-            "The checkpoint is quantized, so heretic cannot restore the original weights exactly from it.",
-            code="weights-not-restorable",
-            where="cache_weights",
-            fix='cache_weights = true, apply = "operators", or the model as safetensors',
-        )
-    return checkpoint
