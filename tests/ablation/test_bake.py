@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,14 @@ def test_after_twenty_trials_every_weight_is_the_checkpoints_bit_for_bit(
             assert not torch.equal(writers[-1].module.weight, before[f"{writers[-1].name}.weight"])
     for name, tensor in model.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_original_weights_are_not_read_from_a_quantized_checkpoint(llama: Path) -> None:
+    model = load(open_checkpoint(str(llama)), ["float32"], {})
+    with raises("weights-not-restorable"):
+        read_from_checkpoint(
+            replace(model.checkpoint, gguf_file="model.gguf"), model.structure.writers[:1], model.model
+        )
 
 
 def test_weights_are_put_back_after_an_error(llama: Path) -> None:
