@@ -271,8 +271,9 @@ def test_a_run_of_a_later_version(made: Path, command: Command) -> None:
     file.write_text(kept)
     study = optuna.load_study(study_name="heretic", storage=f"sqlite:///{made}/study.db")
     study.set_user_attr(FINGERPRINT, json.dumps({**json.loads(study.user_attrs[FINGERPRINT]), "format": 99}))
-    said = command("run", "mine", "--trials", "3")
-    assert said.status == 4 and said.code == "study-mismatch" and "format 99" in said.err, said
+    for arguments in (["run", "mine", "--trials", "3"], ["status", "mine"], ["report", "mine"]):
+        said = command(*arguments)
+        assert said.status == 4 and said.code == "study-mismatch" and "format 99" in said.err, said
 
 
 CHILD = """

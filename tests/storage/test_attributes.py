@@ -15,7 +15,7 @@ from heretic.scoring.objectives import DEFAULT_OBJECTIVES, Objective
 from heretic.scoring.scores import Divergence, Scores
 from heretic.search.integrity import check_attributes
 from heretic.storage import attributes
-from heretic.storage.attributes import OBJECTIVES, SCORES, VALUES_BEFORE
+from heretic.storage.attributes import FINGERPRINT, OBJECTIVES, SCORES, VALUES_BEFORE
 from heretic.storage.rdb import open_study
 from heretic.storage.url import storage_url
 from tests.helpers.errors import raises
@@ -57,6 +57,15 @@ def test_objectives_and_values_of_no_version_of_heretic_are_refused(name: str, v
     study = opened()
     study.set_user_attr(name, value)
     with raises("damaged-study"):
+        check_attributes(study)
+
+
+def test_a_study_of_another_format_is_not_read() -> None:
+    study = opened()
+    study.set_user_attr(FINGERPRINT, json.dumps({"format": attributes.FORMAT}))
+    check_attributes(study)
+    study.set_user_attr(FINGERPRINT, json.dumps({"format": attributes.FORMAT - 1}))
+    with raises("study-mismatch"):
         check_attributes(study)
 
 

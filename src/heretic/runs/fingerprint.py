@@ -17,8 +17,7 @@ from heretic.scoring.judges.trained import head_text
 from heretic.scoring.scorers.unanswered import Unanswered
 from heretic.settings import Settings
 from heretic.settings.languages import ENGLISH, language
-
-FORMAT = 5  # increased when a change of heretic makes old studies incomparable
+from heretic.storage.attributes import FORMAT
 
 
 def facts(

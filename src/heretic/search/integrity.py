@@ -27,11 +27,11 @@ def check_study(study: optuna.Study) -> None:
 
 
 def check_attributes(study: optuna.Study) -> None:
-    """Validate the attributes of the study itself. Raises UserError."""
+    """Validate the format and the attributes of the study itself. Raises UserError."""
+    attributes.require_format(study)
     if study.directions != [StudyDirection.MINIMIZE] * len(attributes.objectives(study)):
         raise attributes.damaged(study, "it does not minimize its objectives, so heretic did not create it")
     attributes.values_before(study)
-    attributes.fingerprint(study)
     attributes.refusals_before(study)
     attributes.trials_per_batch(study)
     attributes.requested_trials(study)

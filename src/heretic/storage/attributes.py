@@ -15,11 +15,13 @@ from optuna.trial import FrozenTrial
 from pydantic import Field, Json, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from heretic.errors import UserError, plain_line
+from heretic.errors import StudyMismatch, UserError, plain_line
 from heretic.scoring.objectives import DEFAULT_OBJECTIVES, NAME, Objective
 from heretic.scoring.scores import Divergence, PrunedTrial, RefusalProxy, Scores
 from heretic.settings import Settings
 from heretic.storage.url import masked
+
+FORMAT = 5  # increased when a change of heretic makes old studies incomparable or unreadable
 
 # Of the study.
 FINGERPRINT = "heretic:fingerprint"  # everything that its results depend on
@@ -140,6 +142,18 @@ def _valid(study: optuna.Study, name: str, adapter: TypeAdapter[T], stored: Any,
 def fingerprint(study: optuna.Study) -> dict[str, Any] | None:
     """Read everything that the study's results depend on."""
     return read(study, FINGERPRINT, _FACTS)
+
+
+def require_format(study: optuna.Study, wanted: object = FORMAT) -> None:
+    """Raise StudyMismatch if the study's fingerprint has another format than `wanted`."""
+    stored = (fingerprint(study) or {}).get("format", wanted)
+    if stored != wanted:
+        raise StudyMismatch(
+            f"The study '{study.study_name}' was made by another version of heretic: it has format {stored}, this version "
+            f"makes {wanted}.",
+            where=place(study),
+            fix="use that version, choose another run_name, or start over with --fresh (heretic keeps the old run)",
+        )
 
 
 def settings_of(study: optuna.Study) -> Settings | None:

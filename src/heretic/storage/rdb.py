@@ -221,15 +221,8 @@ def open_study(
                 return study
         except STORAGE_ERRORS as error:
             raise storage_error(url, error) from None
-        before = stored or {}
-        changes = differences(before, facts)
-    if changes and before.get("format") != facts.get("format"):
-        raise StudyMismatch(
-            f"The study '{name}' was made by another version of heretic: it has format {before.get('format')}, this version "
-            f"makes {facts.get('format')}.",
-            where=masked(url),
-            fix="use that version, choose another run_name, or start over with --fresh (heretic keeps the old run)",
-        )
+        attributes.require_format(study, facts.get("format"))
+        changes = differences(stored or {}, facts)
     if changes:
         shown = "; ".join(changes[:6]) + (f"; and {len(changes) - 6} more" if len(changes) > 6 else "")
         raise StudyMismatch(
