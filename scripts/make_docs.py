@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ from heretic.settings.toml import toml_value
 
 DOCS = Path(__file__).parents[1] / "docs"
 SOURCE = Path(__file__).parents[1] / "src" / "heretic"
-MAX_WORDS = 24  # of message and fix, in a row of the table of errors that shows several causes
 
 
 def main() -> None:
@@ -276,13 +276,12 @@ def errors_page() -> str:
     lines = [
         "# Errors",
         "",
-        "Every error that you can fix has a stable code, which heretic prints in brackets after the message. Scripts compare the",
-        "code (`error.code` of `heretic.errors.UserError` in Python), because texts change. An error without a code is a bug:",
-        "please report it. The exit status is 1 unless a number follows the code.",
+        "Every error that you can fix has a stable code, printed in brackets after the message. In scripts, compare the code",
+        "(`error.code` of `heretic.errors.UserError`): texts change. An error without a code is a bug; please report it.",
         "",
-        "The table shortens the texts, and shows some causes of a code that has many; heretic prints cause and fix of your case.",
-        '`…` stands for a name, a number or a list, `↻` for "then run the same command again; nothing finished is lost". Made by',
-        "`python scripts/make_docs.py`.",
+        "The table shows one cause of each code, shortened; heretic prints cause and fix of your case. `…` stands for a name, a",
+        'number or a list, `↻` for "then run the same command again; nothing finished is lost". The exit status is 1 unless a',
+        "number follows the code. Made by `python scripts/make_docs.py`.",
         "",
         "|code|message|fix|",
         "|---|---|---|",
@@ -291,8 +290,8 @@ def errors_page() -> str:
         statuses = sorted({site.exit_status for site in own} - {UserError.exit_status})
         code_cell = "<br>".join(f"`{code}`" for code in codes) + "".join(f" {status}" for status in statuses)
         shown = _sites_to_show(own)
-        messages = dict.fromkeys(_short_message(text) for site in shown for text in site.messages)
-        fixes = dict.fromkeys(_short_fix(text) for site in shown for text in site.fixes)
+        messages = dict.fromkeys(_short_message(text) for site in shown for text in _of_codes(site, site.messages))
+        fixes = dict.fromkeys(_short_fix(text) for site in shown for text in _of_codes(site, site.fixes))
         lines.append(f"|{code_cell}|{_cell(messages) or 'the cause'}|{_cell(fixes)}|")
     return "\n".join(lines) + "\n"
 
@@ -313,28 +312,47 @@ def _rows() -> list[tuple[list[str], list[Site]]]:
 
 
 def _sites_to_show(own: Sequence[Site]) -> list[Site]:
-    """Return one place for every code of a row, and further ones up to `MAX_WORDS`; short texts first."""
+    """Return one place for every code of a row, the most general: its message occurs most often, or is the shortest."""
+    messages = Counter(_general(site.messages) for site in own)
+
+    def specificity(site: Site) -> tuple[bool, bool, int, int, int]:
+        message, fix = _general(site.messages), _short_fix("".join(site.fixes[-1:]))
+        n_words = sum("…" not in word for word in message.split())
+        return not message, "--" in message, -messages[message], n_words, len(fix.split())
+
     shown: list[Site] = []
-    for site in sorted(own, key=lambda site: len(" ".join((*site.messages, *site.fixes)))):
+    for site in sorted(own, key=specificity):
         known = {code for other in shown for code in other.codes}
-        texts = [text for each in (*shown, site) for text in (*each.messages, *each.fixes)]
-        n_words = sum(len(_short_fix(_short_message(text)).split()) for text in dict.fromkeys(texts))
-        if set(site.codes) - known or n_words <= MAX_WORDS:
+        if set(site.codes) - known:
             shown.append(site)
     return shown
 
 
+def _general(texts: Sequence[str]) -> str:
+    return _short_message(texts[-1]) if texts else ""
+
+
+def _of_codes(site: Site, texts: Sequence[str]) -> Sequence[str]:
+    """Return the last of a place's texts, for the general case, or all where its code depends on the case."""
+    return texts if len(site.codes) > 1 else texts[-1:]
+
+
 def _short_message(message: str) -> str:
-    """Return the first clause of a message, unless that says too little."""
+    """Return the first clause of a message without relative clauses in it, unless that says too little."""
+    message = re.sub(r", which [^,]*, (?=is )", " ", message)
     clause = re.split(r"[:;] |, (?:so|which heretic) |(?<=[\w)'…])\. (?=[A-Z…])", message)[0]
     is_sufficient = len(re.findall(r"\w+", clause)) > 1
     return re.sub(r"^(… )+| \(…\)|(?<=…) …$", "", clause if is_sufficient else message).rstrip(".:")
 
 
 def _short_fix(fix: str) -> str:
-    """Return a fix without explanations in parentheses or after a semicolon."""
+    """Return a fix without explanations in parentheses, in relative clauses or after a semicolon."""
     fix = re.sub(r"(?:,? then| and) run the same command again\b(?:; nothing finished is lost)?", " ↻", fix)
-    fix = re.sub(r"; (?:heretic|its?|the (?:card|study))\b[^;]*| \((?:[^\s();]+ ){3,}[^();]*\)", "", fix)
+    fix = re.sub(
+        r"; (?:heretic|its?|the (?:card|study)|finished)\b[^;]*|, (?:which|where|since) [^,;]*| \((?:[^\s()]+ ){3,}[^()]*\)",
+        "",
+        fix,
+    )
     return fix.replace(" = ", "=")
 
 
