@@ -120,28 +120,27 @@ SCORERS_HEAD = """\
 A scorer measures one number of a model. Its name is used in the settings:
 
 ```toml
-objectives = ["kl", "refusals"]        # what the search optimizes; two or more
-measures = ["own_answer_kl", "arithmetic"]  # measured of the original and of an exported trial only
+objectives = ["kl", "refusals"]      # optimized by the search; two or more
+measures = ["copying", "arithmetic"] # of the original and of an exported trial only
 
-[constraints]                          # limits for trials on the Pareto front
+[constraints]                        # limits for trials on the Pareto front
 over_refusals = 3
-unchanged = 0.5                        # higher is better, so this is the lowest value
-"kl.p95" = 0.5                         # a detail of a scorer
+unchanged = 0.5                      # higher is better: the lowest value
+"kl.p95" = 0.5                       # a detail of a scorer
 
-[scorers.arithmetic]                   # options
+[scorers.arithmetic]                 # options
 tasks = 200
 ```
 
 - Objectives and constraints are measured in every trial that is not pruned. Only with `objectives = ["kl", "refusals"]`, in
   this order, heretic prunes dominated trials and ends a study that has converged (`search.patience`).
-- `measures` cost nothing during the search. Manifest, model card and `heretic export` list them for the original and the
-  ablated model, with the difference and, for a mean over prompts or tasks, its standard error.
-- `heretic evaluate MODEL --against ORIGINAL --measures arithmetic,copying` measures two saved models.
-- Answers are greedy, of `max_response_length` tokens unless the table says otherwise, and shared by the scorers after
-  `degenerate`.
+- Manifest, model card and `heretic export` list `measures` for the original and the ablated model, with the difference and,
+  for a mean over prompts or tasks, its standard error.
+- `heretic evaluate MODEL --against ORIGINAL --measures arithmetic,copying` measures two saved models, without the scorers
+  marked †, which run both models on one text.
+- Answers are greedy and, unless the table says otherwise, of `max_response_length` tokens.
 
-The table is made by `python scripts/make_docs.py`. `heretic evaluate` omits scorers with a dagger, which run both models on
-one text.
+The table is made by `python scripts/make_docs.py`.
 
 |name|what it measures|unit|better|details|options|
 |---|---|---|---|---|---|
@@ -149,18 +148,16 @@ one text.
 SCORERS_FOOT = '''
 ## Limitations
 
-- The memory plan counts the longest answers of the chosen scorers, not prompts of their own. If memory runs out, heretic
-  halves the batch.
-- `language_switched` knows scripts, and eight languages in Latin script by frequent words. An answer of a few words is
-  unclear.
+- The memory plan counts the longest answers of the chosen scorers, not prompts of their own.
+- `language_switched` knows scripts, and eight languages in Latin script by frequent words. It leaves out answers of a few
+  words.
 - `arithmetic` and `copying` are easy. They show damage, not progress: use `heretic benchmark` for capability.
 - `borderline_refusals` and `kept_refusals` need prompts: `source` is a file or a data set, as in `[prompts.harmless_eval]`.
   Public sets are XSTest (Röttger et al. 2024) and OR-Bench (Cui et al. 2024); read their licenses.
-- Measures of an export are taken before it is written; the written model is then compared with the measured one.
 
 ## Your own scorer
 
-A Python file with a subclass of `Scorer`. heretic runs it only if the settings name it:
+It is a Python file with a subclass of `Scorer`, which heretic runs only if the settings name it:
 
 ```toml
 scorer_files = ["words.py"]
@@ -190,11 +187,13 @@ class Words(Scorer):
         return Measurement.mean_of([now / max(1, before) for now, before in zip(counts, baseline)])
 ```
 
-`model` is a `ScorerContext`: `model.harmful` and `model.harmless` are prompts, `model.encode(name, texts)` makes others.
+`model` is a `ScorerContext`. `model.harmful` and `model.harmless` are prompts; `model.encode(name, texts)` makes others.
 `answers` gives token ids, `texts` text, `verdicts` the judge's verdicts, `log_likelihoods` and `divergence` numbers of a
-pass. Within `with model.active():` the model `model.parts.language_model.model` is the ablated one. Return a float or a
-`Measurement`; NaN is an error. If answers are longer than `max_response_length`, let `most_tokens(response)` return their
-length, for the memory plan. A scorer that runs `model.original` after the ablated model sets `needs_original = True`.
+pass. Within `with model.active():` the model `model.parts.language_model.model` is the ablated one.
+
+Return a float or a `Measurement`; NaN is an error. For answers longer than `max_response_length`, let
+`most_tokens(response)` return their length. A scorer that runs `model.original` after the ablated model sets
+`needs_original = True`.
 '''
 
 
@@ -209,7 +208,7 @@ def scorers_page() -> str:
             scorer.unit or "-",
             scorer.better,
             ", ".join(f"`.{detail}`" for detail in scorer.details) or "-",
-            ", ".join(f"`{f.name}`" + _default(f.default) for f in options) or "-",
+            ", ".join(f"`{f.name}{_default(f.default)}`" for f in options) or "-",
         ]
         rows.append(f"|{'|'.join(cells)}|")
     return SCORERS_HEAD + "\n".join(rows) + "\n" + SCORERS_FOOT
@@ -217,7 +216,7 @@ def scorers_page() -> str:
 
 def _default(value: Any) -> str:
     """Return an option's default; empty for a long list or no text."""
-    return "" if value is dataclasses.MISSING or isinstance(value, tuple) or value == "" else f" = {toml_value(value)}"
+    return "" if value is dataclasses.MISSING or isinstance(value, tuple) or value == "" else f"={toml_value(value)}"
 
 
 def migrating_page() -> str:
