@@ -93,8 +93,8 @@ def _cell(text: str) -> str:
 
 INTRODUCTION = """# Architectures
 
-heretic finds a model's writers by running its blocks and prints what it found, so it also opens architectures that are not listed.
-It refuses one without recognized blocks or writers (`architecture-not-supported`).
+heretic finds a model's writers by running its blocks, so it also opens architectures that are not listed. It refuses
+one without recognized blocks or writers (`architecture-not-supported`).
 
 We tried all {tried} decoder families of transformers {transformers} with {layers} layers, a width of 32 and random float32 weights
 on a CPU (`python benchmarks/families.py`, {date}). {good} pass every check, {exact} can be edited, written and reloaded exactly.
@@ -105,7 +105,7 @@ on a CPU (`python benchmarks/families.py`, {date}). {good} pass every check, {ex
 effect; the weights can be restored bit for bit|
 |removed|with `plain` at strength 1, no block adds anything along the direction, norms behind writers included|
 |trials in a pass|two trials in one pass give what each gives alone|
-|padding|a prompt gives the same beside longer ones. If not, only prompts of equal length share a batch, which is slower|
+|padding|a prompt gives the same beside longer ones. If not, only prompts of equal length share a batch|
 |residuals|there is one finite vector per prompt and block|
 |decoding|the tokens are those of `generate(do_sample=False)`, also when rows end early|
 |export|the written folder gives the attached model's logits|
