@@ -45,9 +45,9 @@ test: $(VENV)/.demo
 test-unit: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m unit
 
-# All of tests/faults in full, two at a time, and docs/reliability_table.md made anew.
+# All of tests/faults in full, two at a time, and benchmarks/results/faults.json made anew.
 test-faults: $(VENV)/.demo
-	OMP_NUM_THREADS=1 FAULTS=full FAULTS_TABLE=docs/reliability_table.md $(BIN)/python -m pytest tests/faults \
+	OMP_NUM_THREADS=1 FAULTS=full FAULTS_RESULTS=benchmarks/results/faults.json $(BIN)/python -m pytest tests/faults \
 		-n 2 --dist loadfile --no-loadscope-reorder --timeout 1800
 
 lint: $(VENV)/.installed

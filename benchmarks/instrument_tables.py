@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from results_tables import DEMO, QWEN, Report, captioned, counted, read, unique
+from results_tables import DEMO, QWEN, SAME, Report, captioned, counted, read, unique
 
 TOOLS = {
     "original": "original",
@@ -41,7 +41,7 @@ def number(name: str, digits: str = ".3g") -> Callable[[Report], str]:
         if found is None:
             return ""
         error = found.get("standard_error")
-        return f"{found['value']:{digits}}" + (f" ± {error:.1g}" if error else "")
+        return f"{found['value']:{digits}}" + (f"±{error:.1g}" if error else "")
 
     return cell
 
@@ -57,8 +57,9 @@ def numbers(*names: str, digits: str = ".2g") -> Callable[[Report], str]:
 
 
 def refused(row: Report) -> str:
-    """Return the refusals in the whole answers with their interval."""
-    return counted(int(row["measured"]["refusals_by_length.256"]["value"]), held_out(row))
+    """Return the refusals by length, the last with their interval."""
+    whole = counted(int(row["measured"]["refusals_by_length.256"]["value"]), held_out(row))
+    return f"{numbers(*(f'refusals_by_length.{n}' for n in (32, 64, 128)), digits='g')(row)}, {whole}"
 
 
 def held_out(row: Report) -> int:
@@ -82,8 +83,7 @@ def time_to_model(row: Report) -> str:
 
 KL = "own_answer_kl"
 MEASURES = (
-    Measure("refusals in 32, 64, 128 tokens", numbers(*(f"refusals_by_length.{n}" for n in (32, 64, 128)), digits="g")),
-    Measure("refusals in 256 tokens", refused, "refusals_by_length.256"),
+    Measure("refusals in 32, 64, 128, 256 tokens", refused, "refusals_by_length.256"),
     Measure("late, turned back", numbers("refusals_by_length.late", "refusals_by_length.turned_back", digits="g")),
     Measure("loops in 256 tokens", numbers("refusals_by_length.loops", digits="g")),
     Measure(
@@ -95,7 +95,7 @@ MEASURES = (
     Measure("KL, first token", number("first_token_kl"), "first_token_kl"),
     Measure("KL over the original's answers", number("answer_kl"), "answer_kl"),
     Measure("KL over its own answers", number(KL), KL),
-    Measure("the same, median, p95, max", numbers(*(f"{KL}.{part}" for part in ("median", "p95", "max")))),
+    Measure("its median, p95, max", numbers(*(f"{KL}.{part}" for part in ("median", "p95", "max")))),
     Measure("perplexity of neutral text", number("text_perplexity", ".4g"), "text_perplexity"),
     Measure("perplexity of its answers", number("own_perplexity", ".3f"), "own_perplexity"),
     Measure("repeated 4-grams", number("repetition"), "repetition"),
@@ -109,8 +109,8 @@ MEASURES = (
 )
 
 
-def table_of(model: str, source: str, format_of_search: str) -> str:
-    """Return the table of a model with its caption."""
+def table_of(model: str, source: str, shortened: bool = False) -> str:
+    """Return the table of a model with its caption, or with what in it differs from the first table's."""
     report = read("instrument")
     rows = [row for row in report["rows"] if row["model"] == model]
     found = {tool: [row for row in rows if row["tool"] == tool] for tool in TOOLS}
@@ -123,10 +123,13 @@ def table_of(model: str, source: str, format_of_search: str) -> str:
     how = rows[0]["how"]
     seeds = ", ".join(str(row["seed"]) for row in found["ours"])
     limits = "".join(LIMITS.get(tool, "") for tool in peers)
+    common = (
+        f"defaults of every tool, here bfloat16; the system prompt of both peers; seed {seeds}; {limits}refusals by "
+        f"{how['judge']}, other answers of {how['tokens']} tokens; ± standard error of the difference from the original"
+    )
     settings = (
-        f"defaults of every tool, {format_of_search}; the system prompt of both peers; seed {seeds}; {limits}measured in "
-        f"{how['dtype']} on {held_out(rows[0])} harmful ({source}) and as many harmless prompts, refusals by {how['judge']}, other "
-        f"answers of {how['tokens']} tokens; ± standard error of the difference from the original"
+        f"{SAME if shortened else common}; measured in {how['dtype']} on {held_out(rows[0])} harmful ({source}) and as many "
+        "harmless prompts"
     )
     return captioned(
         lines, "instrument", model={"guarded-model": DEMO}.get(model, QWEN), settings=settings,
@@ -151,14 +154,14 @@ def ahead(measure: Measure, found: dict[str, list[Report]]) -> str:
         ]
         return statistics.mean(each) * (-1 if measure.higher else 1) if each else 0.0
 
-    return ", ".join(TOOLS[tool] for tool in PEERS if tool in found and mean(tool) < mean("ours"))
+    return ", ".join(TOOLS[tool].partition(" 1.")[0] for tool in PEERS if tool in found and mean(tool) < mean("ours"))
 
 
 def qwen() -> str:
     """Return the table of Qwen."""
-    return table_of("qwen2.5-coder-0.5b-instruct", "HarmBench", "here bfloat16")
+    return table_of("qwen2.5-coder-0.5b-instruct", "HarmBench", shortened=True)
 
 
 def demo() -> str:
     """Return the table of the demo model."""
-    return table_of("guarded-model", "on cooking, which it refuses", "here bfloat16")
+    return table_of("guarded-model", "on cooking, which it refuses")

@@ -139,12 +139,6 @@ def search(report: Report, method: str, seed: int) -> Report:
 FRONT_HEAD = ("seed", "tool, trials", "search", "refusals at KL", "at KL ≤ 0.1", "hypervolume")
 
 
-DEMO_OPTIONS = "30 --model guarded-model --evaluation 37"
-COMMANDS = (
-    "`python benchmarks/quality.py ASSETS --methods free --count {}`, `python benchmarks/peer.py ASSETS --trials {}`"
-)
-
-
 def held_out() -> str:
     """Return the fronts of Qwen on held-out prompts, beside heretic-llm."""
     rows = [
@@ -161,7 +155,8 @@ def held_out() -> str:
     files = ("quality_trials", "quality_trials_10", "quality_peer", "quality_folders", "peer_30", "peer")
     return captioned(
         rows, *files, hardware="A core of an AMD EPYC a search, two for heretic-llm's seed 0",
-        command=COMMANDS.format("10 30", "30"),
+        command="`python benchmarks/quality.py ASSETS --methods free --count 10 30`, "
+        "`python benchmarks/peer.py ASSETS --trials 30`",
         settings=f"{SHORT}; 50 + 50 held-out prompts, of which the original refuses 21",
     )  # fmt: skip
 
@@ -178,26 +173,9 @@ def held_out_demo() -> str:
     ]
     return captioned(
         rows, "quality_demo_trials", "quality_demo", "peer_demo_30", "peer_demo",
-        hardware="A core of an AMD EPYC a search", command=COMMANDS.format(DEMO_OPTIONS, DEMO_OPTIONS),
+        hardware="A core of an AMD EPYC a search",
+        command="Commands as above with `30 --model guarded-model --evaluation 37`",
         settings=f"{SAME}, 37 + 37 held-out prompts, all refused before",
-    )  # fmt: skip
-
-
-def answers() -> str:
-    """Return how the chosen models of Qwen answer."""
-    rows: list[tuple[Any, ...]] = [
-        ("seed", "refusals", "harmless refused", "KL mean, median, p95, max", "loops", "perplexity")
-    ]
-    files = ("quality_trials", "quality_trials_10")
-    for found in (each for file in files for each in read(file)["searches"]):
-        point = next(p for p in list(found["fronts"].values())[-1]["points"] if "answers" in p)
-        kls = ", ".join(f"{point[key]:.3f}" for key in ("kl", "kl_median", "kl_p95", "kl_max"))
-        said = point["answers"]
-        loops, perplexity = (f"{said['harmful'][k]}, {said['harmless'][k]}" for k in ("loops", "perplexity"))
-        rows.append((found["seed"], counted(point["refusals"], 50), said["over_refusals"], kls, loops, perplexity))
-    return captioned(
-        rows, *files, hardware="A core of an AMD EPYC", command="`python benchmarks/quality.py ASSETS --methods free`",
-        settings=f"{SAME}; answers of 64 tokens to 50 harmful, 50 harmless prompts",
     )  # fmt: skip
 
 
@@ -231,7 +209,7 @@ def methods() -> str:
         rows, *unique(files), hardware="One or two cores of an AMD EPYC or Intel Xeon",
         command="`python benchmarks/quality.py ASSETS --methods free METHOD`",
         settings=f"{SAME}; two points, `search.gradient.weights=[0.25,1.5]`; the first three rows on Qwen 347 s, kernels "
-        "beside the mixture; kernels on the demo model 30 trials",
+        "against the mixture; kernels on the demo model 30 trials",
     )  # fmt: skip
 
 
@@ -291,12 +269,12 @@ def convergence() -> str:
     gains = [0.001, 0.01, 0.03]
     cells = {(g["patience"], g["min_gain"]): f"{100 * g['lost']:.2f} %, {g['ran']}" for g in grid}
     rows = [("patience", *(f"min_gain {gain:g}" for gain in gains))]
-    rows += [(str(p), *(cells[p, gain] for gain in gains)) for p in (5, 10, 20, 30)]
+    rows += [(str(p), *(cells[p, gain] for gain in gains)) for p in (5, 10, 20)]
     models = " and ".join(unique(MODELS[s["model"]] for s in studies))
     sizes = sorted(s["trials"] for s in studies)
     settings = (
-        f"most of the final hypervolume (KL {report['reference_kl']:g}, the original's refusals) lost in one of {len(studies)} "
-        f"studies of {sizes[0]} to {sizes[-1]} trials, and trials run of {grid[0]['of']}"
+        f"largest loss of final hypervolume in one of {len(studies)} studies of {sizes[0]} to {sizes[-1]} trials, trials run of "
+        f"{grid[0]['of']}"
     )
     command = "`python benchmarks/convergence.py STUDIES`"
     return captioned(rows, "convergence", model=models, settings=settings, command=command)
@@ -319,37 +297,44 @@ def study() -> str:
         row("the whole run", lambda r: f"{r['seconds_total']:.0f} s"),
         row("a fully measured trial, median", trial),
         row("pruned trials, of 30", lambda r: str(r["left_early"])),
-        row("estimated refusals off by, mean", lambda r: f"{r['proxy_error']:.1f} of 50"),
         row(
             "peak memory: own / with mapped files",
             lambda r: "{anonymous_peak_gb:.1f} / {resident_peak_gb:.1f} GB".format(**r["memory"]),
         ),
-        row("refusals before", lambda r: f"{r['declined_before']} of 50"),
         row(
-            "refusals after, exported model",
-            lambda r: "{refusals} of 50, KL {divergence[mean]:.3f}".format(**r["written"]),
+            "refusals of 50, exported model",
+            lambda r: "{} before, {refusals} at KL {divergence[mean]:.3f}".format(r["declined_before"], **r["written"]),
         ),
     ]
     return captioned(rows, *files, settings="float32, 30 trials, seed 0, 10 startup trials")
 
 
+# The ways of trial.json in words.
+SAVINGS = {
+    "one trial in a pass": "one",
+    "two trials in a pass": "two",
+    "four trials in a pass": "four",
+    "one, none of it": "one, without any saving",
+    "one, every pass from the first block": "one, without cached activations",
+    "one, no text tried": "one, without drafts",
+    "one, beginnings for every prompt": "one, without prefix caching and cached activations",
+}
+
+
 def savings() -> str:
     """Return what each saving in a trial brings."""
+    ways = read("trial")["ways"]
     rows = [
-        (name, *(f"{way[k]:.2f}" for k in ("seconds_per_trial", "divergence", "refusals")), way["same_verdicts"])
-        for name, way in read("trial")["ways"].items()
+        (SAVINGS.get(name, name), *(f"{way[k]:.2f}" for k in ("seconds_per_trial", "divergence", "refusals")))
+        for name, way in ways.items()
     ]
-    apart = max(way["kl_apart"] for way in read("trial")["ways"].values())
-    settings = f"random kernels, float32, 32 tokens; KL at most {apart:.1e} apart (relative)"
-    return captioned([("a trial", "seconds", "KL", "refusals", "same verdicts"), *rows], "trial", settings=settings)
-
-
-def residuals() -> str:
-    """Return the speed of capturing residuals."""
-    report = read("residuals")
-    rows = [(name, f"{each:.2f}", report["share_of_bare"][name]) for name, each in report["prompts_per_second"].items()]
-    head = ("pass", "prompts a second", "of the bare pass")
-    return captioned([head, *rows], "residuals", settings="float32, 100 prompts, last token, all layers")
+    apart = max(way["kl_apart"] for way in ways.values())
+    verdicts = " or ".join(unique(way["same_verdicts"] for way in ways.values()))
+    settings = (
+        f"random kernels, float32, 32 tokens; KL at most {apart:.1e} apart (relative), {verdicts} trials with the same "
+        "verdicts"
+    )
+    return captioned([("trials in a pass", "seconds a trial", "KL", "refusals"), *rows], "trial", settings=settings)
 
 
 def busy() -> str:
@@ -378,20 +363,16 @@ def plan_peaks() -> str:
         of = [[found["phases"][phase] for case, found in report["cases"].items() if case.startswith(n)] for n in names]
         rows.append((phase.replace("_", " "), *map(_over, of)))
     settings = (
-        "MB beside the weights on the fullest GPU, and by how much the plan was over on a GPU, least to most of 1 and 4 GPUs, 0 "
-        "or 64 shared tokens; bfloat16, 8 blocks, width 512, vocabulary 32,768, 32 rows of up to 27 further tokens, answers of 24"
+        "plan above the measured peak beside the weights in percent, least to most of 1 and 4 GPUs, 0 or 64 shared tokens; "
+        "bfloat16, 8 blocks, width 512, 32 rows of up to 27 further tokens, answers of 24"
     )
     return captioned(rows, "plan_peaks", settings=settings, model="Random models on pretend GPUs")
 
 
 def _over(cases: Sequence[Mapping[str, Sequence[int]]]) -> str:
-    """Return the measured peaks of a phase, and the plan's range above them."""
-    peaks = sorted(max(case["measured"]) / 1e6 for case in cases)
+    """Return by how many percent the plan is above the measured peaks of a phase, least and most."""
     over = sorted(100 * (p / m - 1) for case in cases for p, m in zip(case["planned"], case["measured"], strict=True))
-    mb, percent = (
-        " to ".join(unique((f"{v[0]:{form}}", f"{v[-1]:{form}}"))) for v, form in ((peaks, ".1f"), (over, "+.0f"))
-    )
-    return f"{mb}, {percent} %"
+    return " to ".join(unique((f"{over[0]:+.0f}", f"{over[-1]:+.0f}")))
 
 
 def llama_cpp() -> str:

@@ -11,13 +11,8 @@ BITS = {"none": "", "bnb_8bit": " in 8 bits", "bnb_4bit": " in 4 bits"}
 
 def simulated(rows: list[tuple[str, ...]], settings: str, part: str) -> str:
     """Return a table of a part of the report, and its caption, which says that nothing of it was measured."""
-    report = read("timeline")
-    a, made = report["assumptions"], report["made"][part]
-    text = (
-        f"Simulated, not measured: heretic's launches, replayed with data-sheet rates. `{made['command']}`, "
-        f"{made['date'][:10]}. Assumed: {1e6 * a['launch']:.0f} us of the host a launch, {a['compute']:.0%} of the FLOP/s, "
-        f"{a['memory']:.0%} of the memory's bandwidth, {a['links']:.0%} of a link's. {settings} Data: `timeline.json`."
-    )
+    made = read("timeline")["made"][part]
+    text = f"Simulated, not measured. `{made['command']}`, {made['date'][:10]}. {settings} Data: `timeline.json`."
     return f"{table(rows)}\n\n{wrapped(text)}"
 
 
@@ -27,13 +22,15 @@ def sizes() -> str:
     for study in read("timeline")["studies"]:
         found.setdefault(study["size"], {})[study["cards"]] = study
     names = list(next(iter(found.values())))
+    a = read("timeline")["assumptions"]
     rows = [("model", *names), *((size, *(cell(studies[name]) for name in names)) for size, studies in found.items())]
     return simulated(
         rows,
-        "Defaults, 200 trials, short prompts, every layer edited, no trial pruned, loading at 2 GB/s, without download and "
-        "export. Cells: a study, in brackets the batch size and, in several cards, their mean utilization during a "
-        "trial. bfloat16 unless bits are given (`quantization`). NVIDIA's data sheets give the rates, which are in the JSON. "
-        "Several cards take no turns here but for 32B on 4x RTX 4090.",
+        f"Assumed: {1e6 * a['launch']:.0f} us of the host a launch, {a['compute']:.0%} of the FLOP/s of NVIDIA's data sheets, "
+        f"{a['memory']:.0%} of the memory's bandwidth, {a['links']:.0%} of a link's. Defaults, 200 trials, short prompts, every "
+        "layer edited, no trial pruned, loading at 2 GB/s, without download and export; bfloat16 unless bits are given "
+        "(`quantization`). In brackets: batch size and, of several cards, mean utilization during a trial. In this table batches "
+        "take turns only for 32B on 4x RTX 4090.",
         "studies",
     )
 
@@ -59,18 +56,19 @@ def scale() -> str:
         ("way", "trials at once", "s a trial", "tokens/s", "utilization", "while decoding", "x one busy card")
     ]
     for trials, each in report["busy_card"].items():
-        rows.append(("one busy card with the whole model", trials, *numbers(each, report)))
+        rows.append(("one busy card", trials, *numbers(each, report)))
     rows += [(row["kind"], str(row["trials"]), *numbers(row, report)) for row in report["rows"]]
-    hosts = ", ".join(
-        f"{1e6 * each['launch']:.0f} us: {each['one_batch']:.1f} and {each['in_turn']:.1f} s"
-        for each in read("timeline")["host_times"]
+    hosts = read("timeline")["host_times"]
+    launches, in_turn = (
+        ", ".join(f"{factor * each[key]:.{digits}f}" for each in hosts)
+        for key, factor, digits in (("launch", 1e6, 0), ("in_turn", 1, 1))
     )
     studies = ", ".join(f"{name} {lasting(each['seconds'])}" for name, each in report["studies"].items())
     return simulated(
         rows,
-        f"Qwen2.5-32B in bfloat16 on 4x RTX 4090, planned for {report['batch']} rows under way; 4 trials need `batch_size = 400`. "
-        "Last column: tokens/s against one busy card with one trial, and with the number of trials that is best for it. A trial, "
-        f"two in one batch and four in turn, by the host's time a launch: {hosts}. A study: {studies}.",
+        f"Assumed: as above. Qwen2.5-32B in bfloat16 on 4x RTX 4090, planned for {report['batch']} rows under way; 4 trials need "
+        "`batch_size = 400`. Last column: tokens/s against one busy card with one trial, and with its best number of trials. "
+        f"At {launches} us a launch, four trials in turn take {in_turn} s each. A study: {studies}.",
         "ways",
     )
 
@@ -95,10 +93,9 @@ def calibration() -> str:
         rows.append((name, *both, f"{found['error']:+.0%}"))
     machine = read("timeline")["machine"]
     text = (
-        f"The same replay with one CPU core as the card. {report['model']}, random weights, float32, {report['rows']} rows of "
-        f"{report['tokens']} tokens; decoding after {report['cached']}. CPU seconds on an {machine['cpu']}. Measured rates: "
-        f"{report['bandwidth'] / 1e9:.0f} GB/s, {1e6 * report['launch']:.0f} us a launch, products of matrices with the rows "
-        "of the pass. Data: `timeline.json`."
+        f"The same replay with one core of an {machine['cpu']} as the card, CPU seconds. {report['model']}, random weights, "
+        f"float32, {report['rows']} rows of {report['tokens']} tokens; decoding after {report['cached']}. Measured rates: "
+        f"{report['bandwidth'] / 1e9:.0f} GB/s, {1e6 * report['launch']:.0f} us a launch, matrix products. Data: `timeline.json`."
     )
     return f"{table(rows)}\n\n{wrapped(text)}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ from heretic.settings.toml import toml_value
 
 DOCS = Path(__file__).parents[1] / "docs"
 SOURCE = Path(__file__).parents[1] / "src" / "heretic"
-MAX_WORDS = 24  # of message and fix, in a row of the table of errors that shows several causes
 
 
 def main() -> None:
@@ -120,28 +120,27 @@ SCORERS_HEAD = """\
 A scorer measures one number of a model. Its name is used in the settings:
 
 ```toml
-objectives = ["kl", "refusals"]        # what the search optimizes; two or more
-measures = ["own_answer_kl", "arithmetic"]  # measured of the original and of an exported trial only
+objectives = ["kl", "refusals"]      # optimized by the search; two or more
+measures = ["copying", "arithmetic"] # of the original and of an exported trial only
 
-[constraints]                          # limits for trials on the Pareto front
+[constraints]                        # limits for trials on the Pareto front
 over_refusals = 3
-unchanged = 0.5                        # higher is better, so this is the lowest value
-"kl.p95" = 0.5                         # a detail of a scorer
+unchanged = 0.5                      # higher is better: the lowest value
+"kl.p95" = 0.5                       # a detail of a scorer
 
-[scorers.arithmetic]                   # options
+[scorers.arithmetic]                 # options
 tasks = 200
 ```
 
 - Objectives and constraints are measured in every trial that is not pruned. Only with `objectives = ["kl", "refusals"]`, in
   this order, heretic prunes dominated trials and ends a study that has converged (`search.patience`).
-- `measures` cost nothing during the search. Manifest, model card and `heretic export` list them for the original and the
-  ablated model, with the difference and, for a mean over prompts or tasks, its standard error.
-- `heretic evaluate MODEL --against ORIGINAL --measures arithmetic,copying` measures two saved models.
-- Answers are greedy, of `max_response_length` tokens unless the table says otherwise, and shared by the scorers after
-  `degenerate`.
+- Manifest, model card and `heretic export` list `measures` for the original and the ablated model, with the difference and,
+  for a mean over prompts or tasks, its standard error.
+- `heretic evaluate MODEL --against ORIGINAL --measures arithmetic,copying` measures two saved models, without the scorers
+  marked †, which run both models on one text.
+- Answers are greedy and, unless the table says otherwise, of `max_response_length` tokens.
 
-The table is made by `python scripts/make_docs.py`. `heretic evaluate` omits scorers with a dagger, which run both models on
-one text.
+The table is made by `python scripts/make_docs.py`.
 
 |name|what it measures|unit|better|details|options|
 |---|---|---|---|---|---|
@@ -149,18 +148,16 @@ one text.
 SCORERS_FOOT = '''
 ## Limitations
 
-- The memory plan counts the longest answers of the chosen scorers, not prompts of their own. If memory runs out, heretic
-  halves the batch.
-- `language_switched` knows scripts, and eight languages in Latin script by frequent words. An answer of a few words is
-  unclear.
+- The memory plan counts the longest answers of the chosen scorers, not prompts of their own.
+- `language_switched` knows scripts, and eight languages in Latin script by frequent words. It leaves out answers of a few
+  words.
 - `arithmetic` and `copying` are easy. They show damage, not progress: use `heretic benchmark` for capability.
 - `borderline_refusals` and `kept_refusals` need prompts: `source` is a file or a data set, as in `[prompts.harmless_eval]`.
   Public sets are XSTest (Röttger et al. 2024) and OR-Bench (Cui et al. 2024); read their licenses.
-- Measures of an export are taken before it is written; the written model is then compared with the measured one.
 
 ## Your own scorer
 
-A Python file with a subclass of `Scorer`. heretic runs it only if the settings name it:
+It is a Python file with a subclass of `Scorer`, which heretic runs only if the settings name it:
 
 ```toml
 scorer_files = ["words.py"]
@@ -190,11 +187,13 @@ class Words(Scorer):
         return Measurement.mean_of([now / max(1, before) for now, before in zip(counts, baseline)])
 ```
 
-`model` is a `ScorerContext`: `model.harmful` and `model.harmless` are prompts, `model.encode(name, texts)` makes others.
+`model` is a `ScorerContext`. `model.harmful` and `model.harmless` are prompts; `model.encode(name, texts)` makes others.
 `answers` gives token ids, `texts` text, `verdicts` the judge's verdicts, `log_likelihoods` and `divergence` numbers of a
-pass. Within `with model.active():` the model `model.parts.language_model.model` is the ablated one. Return a float or a
-`Measurement`; NaN is an error. If answers are longer than `max_response_length`, let `most_tokens(response)` return their
-length, for the memory plan. A scorer that runs `model.original` after the ablated model sets `needs_original = True`.
+pass. Within `with model.active():` the model `model.parts.language_model.model` is the ablated one.
+
+Return a float or a `Measurement`; NaN is an error. For answers longer than `max_response_length`, let
+`most_tokens(response)` return their length. A scorer that runs `model.original` after the ablated model sets
+`needs_original = True`.
 '''
 
 
@@ -209,7 +208,7 @@ def scorers_page() -> str:
             scorer.unit or "-",
             scorer.better,
             ", ".join(f"`.{detail}`" for detail in scorer.details) or "-",
-            ", ".join(f"`{f.name}`" + _default(f.default) for f in options) or "-",
+            ", ".join(f"`{f.name}{_default(f.default)}`" for f in options) or "-",
         ]
         rows.append(f"|{'|'.join(cells)}|")
     return SCORERS_HEAD + "\n".join(rows) + "\n" + SCORERS_FOOT
@@ -217,7 +216,7 @@ def scorers_page() -> str:
 
 def _default(value: Any) -> str:
     """Return an option's default; empty for a long list or no text."""
-    return "" if value is dataclasses.MISSING or isinstance(value, tuple) or value == "" else f" = {toml_value(value)}"
+    return "" if value is dataclasses.MISSING or isinstance(value, tuple) or value == "" else f"={toml_value(value)}"
 
 
 def migrating_page() -> str:
@@ -225,14 +224,13 @@ def migrating_page() -> str:
     lines = [
         "# Coming from heretic-llm",
         "",
-        "`heretic config --from-heretic FILE` converts a `config.toml` of heretic-llm 1.4.0 (PyPI) and adds a comment for every",
-        "setting without a counterpart. Generated by `python scripts/make_docs.py`.",
-        "",
         "1. Install heretic in its own environment: both tools install a command named `heretic`.",
-        "2. Rename the old file: `mv config.toml old.toml`. heretic reads `config.toml` in the current folder by default, and the",
-        "   shell would overwrite the file in step 3.",
-        "3. `heretic config --from-heretic old.toml > config.toml`",
+        "2. Rename the old file, which step 3 would overwrite: `mv config.toml old.toml`.",
+        "3. Convert it: `heretic config --from-heretic old.toml > config.toml`. A comment names every setting without a",
+        "   counterpart.",
         "4. `heretic preflight`, then `heretic`.",
+        "",
+        "Settings of heretic-llm 1.4.0 (PyPI), made by `python scripts/make_docs.py`:",
         "",
         "|heretic-llm|heretic|note|",
         "|---|---|---|",
@@ -243,13 +241,16 @@ def migrating_page() -> str:
             continue
         lines.append(f"|`{name}`|{f'`{known.ours}`' if known.ours else '-'}|{known.note}|")
     for name, role in PROMPT_SETS.items():
-        keys = ", ".join(f"`{a}` = `{b}`" if a != b else f"`{a}`" for a, b in PROMPT_KEYS.items())
-        lines.append(f"|`[{name}]`|`[prompts.{role}]`|{keys}|")
+        lines.append(f"|`[{name}]`|`[prompts.{role}]`||")
     lines += [
+        "",
+        "In prompt sets: "
+        + ", ".join(f"`{old}` is `{new}`" for old, new in PROMPT_KEYS.items() if old != new)
+        + "; the other keys are the same.",
         "",
         f"Unchanged: {', '.join(f'`{name}`' for name in same)}.",
         "",
-        "The converted file also sets a default of heretic-llm that differs from ours and affects the scores: "
+        "The converted file also sets heretic-llm's default where ours differs and the scores depend on it: "
         + ", ".join(f"`{key} = {toml_value(value)}`" for key, value in DEFAULTS.items())
         + ".",
         "",
@@ -276,13 +277,12 @@ def errors_page() -> str:
     lines = [
         "# Errors",
         "",
-        "Every error that you can fix has a stable code, which heretic prints in brackets after the message. Scripts compare the",
-        "code (`error.code` of `heretic.errors.UserError` in Python), because texts change. An error without a code is a bug:",
-        "please report it. The exit status is 1 unless a number follows the code.",
+        "Every error that you can fix has a stable code, printed in brackets after the message. In scripts, compare the code",
+        "(`error.code` of `heretic.errors.UserError`): texts change. An error without a code is a bug; please report it.",
         "",
-        "The table shortens the texts, and shows some causes of a code that has many; heretic prints cause and fix of your case.",
-        '`…` stands for a name, a number or a list, `↻` for "then run the same command again; nothing finished is lost". Made by',
-        "`python scripts/make_docs.py`.",
+        "The table shows one cause of each code, shortened; heretic prints cause and fix of your case. `…` stands for a name, a",
+        'number or a list, `↻` for "then run the same command again; nothing finished is lost". The exit status is 1 unless a',
+        "number follows the code. Made by `python scripts/make_docs.py`.",
         "",
         "|code|message|fix|",
         "|---|---|---|",
@@ -291,8 +291,8 @@ def errors_page() -> str:
         statuses = sorted({site.exit_status for site in own} - {UserError.exit_status})
         code_cell = "<br>".join(f"`{code}`" for code in codes) + "".join(f" {status}" for status in statuses)
         shown = _sites_to_show(own)
-        messages = dict.fromkeys(_short_message(text) for site in shown for text in site.messages)
-        fixes = dict.fromkeys(_short_fix(text) for site in shown for text in site.fixes)
+        messages = dict.fromkeys(_short_message(text) for site in shown for text in _of_codes(site, site.messages))
+        fixes = dict.fromkeys(_short_fix(text) for site in shown for text in _of_codes(site, site.fixes))
         lines.append(f"|{code_cell}|{_cell(messages) or 'the cause'}|{_cell(fixes)}|")
     return "\n".join(lines) + "\n"
 
@@ -313,28 +313,47 @@ def _rows() -> list[tuple[list[str], list[Site]]]:
 
 
 def _sites_to_show(own: Sequence[Site]) -> list[Site]:
-    """Return one place for every code of a row, and further ones up to `MAX_WORDS`; short texts first."""
+    """Return one place for every code of a row, the most general: its message occurs most often, or is the shortest."""
+    messages = Counter(_general(site.messages) for site in own)
+
+    def specificity(site: Site) -> tuple[bool, bool, int, int, int]:
+        message, fix = _general(site.messages), _short_fix("".join(site.fixes[-1:]))
+        n_words = sum("…" not in word for word in message.split())
+        return not message, "--" in message, -messages[message], n_words, len(fix.split())
+
     shown: list[Site] = []
-    for site in sorted(own, key=lambda site: len(" ".join((*site.messages, *site.fixes)))):
+    for site in sorted(own, key=specificity):
         known = {code for other in shown for code in other.codes}
-        texts = [text for each in (*shown, site) for text in (*each.messages, *each.fixes)]
-        n_words = sum(len(_short_fix(_short_message(text)).split()) for text in dict.fromkeys(texts))
-        if set(site.codes) - known or n_words <= MAX_WORDS:
+        if set(site.codes) - known:
             shown.append(site)
     return shown
 
 
+def _general(texts: Sequence[str]) -> str:
+    return _short_message(texts[-1]) if texts else ""
+
+
+def _of_codes(site: Site, texts: Sequence[str]) -> Sequence[str]:
+    """Return the last of a place's texts, for the general case, or all where its code depends on the case."""
+    return texts if len(site.codes) > 1 else texts[-1:]
+
+
 def _short_message(message: str) -> str:
-    """Return the first clause of a message, unless that says too little."""
+    """Return the first clause of a message without relative clauses in it, unless that says too little."""
+    message = re.sub(r", which [^,]*, (?=is )", " ", message)
     clause = re.split(r"[:;] |, (?:so|which heretic) |(?<=[\w)'…])\. (?=[A-Z…])", message)[0]
     is_sufficient = len(re.findall(r"\w+", clause)) > 1
     return re.sub(r"^(… )+| \(…\)|(?<=…) …$", "", clause if is_sufficient else message).rstrip(".:")
 
 
 def _short_fix(fix: str) -> str:
-    """Return a fix without explanations in parentheses or after a semicolon."""
+    """Return a fix without explanations in parentheses, in relative clauses or after a semicolon."""
     fix = re.sub(r"(?:,? then| and) run the same command again\b(?:; nothing finished is lost)?", " ↻", fix)
-    fix = re.sub(r"; (?:heretic|its?|the (?:card|study))\b[^;]*| \((?:[^\s();]+ ){3,}[^();]*\)", "", fix)
+    fix = re.sub(
+        r"; (?:heretic|its?|the (?:card|study)|finished)\b[^;]*|, (?:which|where|since) [^,;]*| \((?:[^\s()]+ ){3,}[^()]*\)",
+        "",
+        fix,
+    )
     return fix.replace(" = ", "=")
 
 

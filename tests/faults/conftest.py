@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -37,7 +38,7 @@ def amount() -> Amount:
 
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Tally:
-    """Note what was done, how often, and what was lost: a line of docs/reliability_table.md. What is done again adds up."""
+    """Note what was done, how often, and what was lost: a row of benchmarks/results/faults.json. What is done again adds up."""
     rows = ROWS[request.path.name]
 
     def note(done: str, times: int, lost: str) -> None:
@@ -63,31 +64,32 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Put what was counted where FAULTS_TABLE says, a section for each test file; those of files that were not run stay.
+    """Put what was counted where FAULTS_RESULTS says, by test file; what is known of files that were not run stays.
 
     Every worker of pytest-xdist does so for its own files, one after the other.
     """
-    out = os.environ.get("FAULTS_TABLE")
+    out = os.environ.get("FAULTS_RESULTS")
     if out and ROWS:
-        with FileLock(Path(tempfile.gettempdir()) / "heretic-faults-table.lock"):
+        with FileLock(Path(tempfile.gettempdir()) / "heretic-faults-results.lock"):
             _add_to(Path(out))
 
 
 def _add_to(path: Path) -> None:
-    kept = re.split(r"\n(?=## )", path.read_text(encoding="utf-8"))[1:] if path.exists() else []
-    sections = {match[1]: text.rstrip() for text in kept if (match := re.match(r"## `([\w.]+)`", text))}
+    files = json.loads(path.read_text(encoding="utf-8"))["files"] if path.exists() else {}
     for name, rows in ROWS.items():
-        if name in FAILED:  # a table of what went well would be half the truth
-            continue
-        sections[name] = section(name, rows)
-    head = "# What was done to it\n\nMade by `make test-faults` on a CPU; what it means is in [reliability.md](reliability.md).\n"
-    path.write_text("\n".join([head, *(sections[n] + "\n" for n in sorted(sections))]), encoding="utf-8")
+        if name not in FAILED:  # results of what went well alone would be half the truth
+            files[name] = section(name, rows)
+    results = {"command": "make test-faults", "files": dict(sorted(files.items()))}
+    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def section(name: str, rows: Rows) -> str:
+def section(name: str, rows: Rows) -> dict[str, Any]:
     """What the tests of a file have counted, when and with what."""
     made = versions()
-    much = "in full" if FULL else "a little, as in make test"
-    when = f"{datetime.now(timezone.utc):%Y-%m-%d}, {much}, {SECONDS[name]:.0f} s, torch {made['torch']}, optuna {made['optuna']}"
-    lines = [f"## `{name}`", "", f"{when}.", "", "|done|times|lost|", "|---|---|---|"]
-    return "\n".join(lines + [f"|{done}|{times}|{lost}|" for (done, lost), times in rows.items()])
+    return {
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+        "in_full": FULL,
+        "seconds": round(SECONDS[name]),
+        "versions": {package: made[package] for package in ("torch", "optuna")},
+        "rows": [{"done": done, "times": times, "lost": lost} for (done, lost), times in rows.items()],
+    }

@@ -6,8 +6,6 @@ import functools
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,21 +17,20 @@ from heretic.search.pareto import pareto_front, results
 from heretic.search.scheduler import n_complete
 from heretic.storage.rdb import connect
 from tests.faults.conftest import FULL, Amount, Tally, only_full
+from tests.helpers.fork_server import ForkedProcess, fork_heretic
 from tests.helpers.postgres import PASSWORD, Server
 
 WORKERS = 4
 QUICK = ("workers.heartbeat=1", "workers.grace_period=3", "max_response_length=100", 'refusal_markers=["zzz"]')
 
 
-def begin(config: Path, postgres: Server, name: str, trials: int, place: Path, *more: str) -> subprocess.Popen[str]:
+def begin(config: Path, postgres: Server, name: str, trials: int, place: Path, *more: str) -> ForkedProcess:
     """A worker as on another machine: with a folder of its own for runs."""
     place.mkdir(exist_ok=True)
     assignments = [f'runs_dir="{place}"', f"run_name={name}", f"n_trials={trials}", *QUICK, *more]
-    return subprocess.Popen(
-        [sys.executable, "-m", "heretic", "run", "-c", str(config), *[w for a in assignments for w in ("-s", a)]],
-        env={**os.environ, "HERETIC_STORAGE": postgres.url, "OMP_NUM_THREADS": "1", "XDG_RUNTIME_DIR": str(place)},
-        stdout=(place / "said").open("w"), stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    words = ["run", "-c", str(config), *[w for a in assignments for w in ("-s", a)]]
+    environment = {**os.environ, "HERETIC_STORAGE": postgres.url, "XDG_RUNTIME_DIR": str(place)}
+    return fork_heretic(words, environment, place / "said")
 
 
 @functools.cache
@@ -107,7 +104,7 @@ def storm(postgres: Server, config: Path, folder: Path, chance: random.Random, t
 
 def weather(
     postgres: Server,
-    begun: list[subprocess.Popen[str]],
+    begun: list[ForkedProcess],
     places: list[Path],
     name: str,
     chance: random.Random,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 
 import pytest
 
 from heretic.cli import main as cli
+from tests.helpers.fork_server import ForkedProcess, fork_heretic
 
 
 @dataclass
@@ -37,8 +38,6 @@ def heretic(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     return Ran(int(finished.value.code or 0), " ".join(printed.out.split()), " ".join(printed.err.split()))
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    """Start `heretic ARGUMENTS` as a process."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "heretic", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start(*arguments: str) -> ForkedProcess:
+    """Start `heretic ARGUMENTS` as a process, a fork of one that has imported the libraries."""
+    return fork_heretic(arguments, os.environ)

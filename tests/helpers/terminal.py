@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
-import sys
+import struct
+import termios
 import time
+from collections import Counter
 
 import pexpect
 import pyte
+from pexpect.fdpexpect import fdspawn
+
+from tests.helpers.fork_server import fork_on_terminal
 
 ALTERNATE = (b"\x1b[?1049h", b"\x1b[?1049l")  # begins and ends the full screen
 
@@ -21,12 +27,12 @@ class Terminal:
         self.screen = pyte.Screen(columns, rows)
         self._stream = pyte.ByteStream(self.screen)
         self.raw = b""
-        self.process = pexpect.spawn(
-            sys.executable,
-            ["-m", "heretic", *arguments],
-            dimensions=(rows, columns),
-            env={**environment, "TERM": "xterm-256color"},  # type: ignore[arg-type]
-        )
+        self._answered: Counter[str] = Counter()  # how often a question had been asked when it was last answered
+        master, slave = os.openpty()
+        _resize(master, rows, columns)
+        self._process = fork_on_terminal(arguments, {**environment, "TERM": "xterm-256color"}, slave)
+        os.close(slave)
+        self._keyboard = fdspawn(master)
 
     @property
     def text(self) -> str:
@@ -46,7 +52,7 @@ class Terminal:
 
     def resize(self, rows: int, columns: int) -> None:
         """As when a person drags the window's corner."""
-        self.process.setwinsize(rows, columns)
+        _resize(self._keyboard.child_fd, rows, columns)
         self.screen.resize(rows, columns)
 
     def until(self, wanted: str, seconds: float = 60) -> None:
@@ -56,29 +62,34 @@ class Terminal:
             assert time.monotonic() < end, f"{wanted!r} did not come:\n{self.text}"
             assert self._take(), f"it ended without {wanted!r}:\n{self.text}"
 
+    def press_ctrl_c(self) -> None:
+        """Send what the keyboard sends; the terminal makes a signal of it."""
+        self._keyboard.send(b"\x03")
+
     def answer(self, question: str, *lines: str) -> None:
-        """Wait for the question, which has to be the last thing on the screen, and type."""
-        end = time.monotonic() + 40
-        while not self._last_line().startswith(question):
-            assert time.monotonic() < end and self._take(), f"{question!r} was not asked:\n{self.text}"
+        """Type each line once the question is the last thing on the screen, asked anew after the line before."""
         for line in lines:
-            self.process.sendline(line)
-            self._take(0.3)
+            end = time.monotonic() + 40
+            while not self._last_line().startswith(question) or self.said.count(question) == self._answered[question]:
+                assert time.monotonic() < end and self._take(), f"{question!r} was not asked:\n{self.text}"
+            self._answered[question] = self.said.count(question)
+            self._keyboard.sendline(line)
 
     def end(self, seconds: float = 60) -> int:
         """Wait for the end; the exit status."""
         end = time.monotonic() + seconds
         while self._take():
             assert time.monotonic() < end, f"it does not end:\n{self.text}"
-        self.process.close()
-        return int(self.process.exitstatus if self.process.exitstatus is not None else -self.process.signalstatus)
+        status = self._process.wait(seconds)
+        self._keyboard.close()
+        return status
 
     def _last_line(self) -> str:
         return next((line for line in reversed(self.text.splitlines()) if line), "")
 
     def _take(self, seconds: float = 0.1) -> bool:
         try:
-            data = self.process.read_nonblocking(1 << 16, seconds)
+            data = self._keyboard.read_nonblocking(1 << 16, seconds)
         except pexpect.TIMEOUT:
             return True
         except pexpect.EOF:
@@ -86,3 +97,7 @@ class Terminal:
         self.raw += data
         self._stream.feed(data)
         return True
+
+
+def _resize(terminal: int, rows: int, columns: int) -> None:
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))

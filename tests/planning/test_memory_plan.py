@@ -300,3 +300,21 @@ def test_a_real_model_loads_as_planned(tmp_path: Path, mode: Any) -> None:
     assert loaded.dtype == torch.float32
     assert found.weights == sum(p.numel() * p.element_size() for p in loaded.parameters())
     assert loaded(input_ids=torch.tensor([[1]])).logits.shape == (1, 1, 100)
+
+
+def test_rows_that_are_left_and_run_as_one_micro_batch_are_planned() -> None:
+    wide = checkpoint_of(small(num_hidden_layers=8, intermediate_size=65536, tie_word_embeddings=False))
+    whole, left = (
+        plan(
+            wide,
+            [*gpus(4, 8), cpu(64)],
+            device_map="balanced",
+            work=Workload(16, 8, requests=n, trials=1),
+            batch_size=n,
+        )
+        for n in (256, 127)
+    )
+    assert len(whole.loads) > 1
+    assert all(
+        a.prefill >= b.prefill and a.decoding >= b.decoding for a, b in zip(whole.loads, left.loads, strict=True)
+    )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from heretic.ablation.geometries.conditional import BENIGN_KEYS, HARMFUL_KEYS
 from heretic.ablation.weight_stats import ELEMENTS_PER_CHUNK
 from heretic.hardware.devices import CPU, Device
-from heretic.model.batching import TOKENS_AT_ONCE, groups_in_turn
+from heretic.model.batching import FEWEST_TOKENS, TOKENS_AT_ONCE, groups_in_turn
 from heretic.model.forward import LOGIT_ROWS
 from heretic.model.kv_cache import SLOTS_AT_ONCE
 from heretic.model.probe import TOKENS as PROBE_TOKENS
@@ -186,7 +186,7 @@ class MemoryModel:
         rows, trials = work.trial_rows(batch), work.trials_per_batch(batch)
         return DeviceMemory(
             device=device,
-            layers=describe(holds),
+            layers=holds.describe(),
             weights=holds.weights,
             context=_context(device),
             kept=0 if device.is_gpu else self._kept(max(0, device.free - holds.weights)),
@@ -331,8 +331,15 @@ class _Passes:
             logits = self.memory.log_probs(texts, texts.count * places, LOGIT_ROWS)
         return cached + max(self.memory.forward(texts, hooked=hooked, cached=shared), logits)
 
+    def _row_counts(self, rows: int) -> set[int]:
+        """Return how many rows decode at first, and the most that run as one micro-batch once the others have ended."""
+        return {rows, min(rows, 2 * FEWEST_TOKENS - 1)} if self.groups > 1 else {rows}
+
     def drafts(self, rows: int, trials: int = 1, tokens: int = MAX_DRAFT_TOKENS, *, hooked: bool = True) -> int:
         """Bytes of the passes over requests with drafts of so many tokens, whose keys and values decoding needs."""
+        return max(self._drafts(count, trials, tokens, hooked=hooked) for count in self._row_counts(rows))
+
+    def _drafts(self, rows: int, trials: int, tokens: int, *, hooked: bool) -> int:
         under_way = self._rows(rows, tokens)
         texts = self._part(under_way, decoding=True)
         logits = self.memory.log_probs(texts, texts.count * max(1, tokens), LOGIT_ROWS) if self.head else 0
@@ -340,7 +347,10 @@ class _Passes:
         return self.memory.cache(under_way) + self._prefix(trials) + working
 
     def decoding(self, rows: int, trials: int = 1, drafts: int = MAX_DRAFT_TOKENS, *, hooked: bool = True) -> int:
-        """Bytes of decoding the last tokens of answers, none of which has ended."""
+        """Bytes of decoding the last tokens of answers that have not ended."""
+        return max(self._decoding(count, trials, drafts, hooked=hooked) for count in self._row_counts(rows))
+
+    def _decoding(self, rows: int, trials: int, drafts: int, *, hooked: bool) -> int:
         memory, work, dims = self.memory, self.work, self.memory.dims
         length = work.prompt_tokens + drafts + work.new_tokens - 1
         # A batch of short prompts has the most rows, and each gets as many new tokens as a long one.
@@ -372,22 +382,3 @@ def headroom(device: Device, weights: int) -> int:
 
 def _context(device: Device) -> int:
     return CONTEXT if device.is_gpu else PROGRAM
-
-
-def describe(share: DeviceShare) -> str:
-    """Describe a share, for example 'embedding, blocks 0-11'."""
-    parts = ["embedding"] if share.embedding else []
-    if share.blocks:
-        parts.append(f"blocks {_ranges(share.blocks)}")
-    return ", ".join(parts + (["head"] if share.head else [])) or "other modules"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Format [0, 1, 2, 5] as '0-2, 5'."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], number]
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)

@@ -32,6 +32,24 @@ class DeviceShare:
     embedding: bool = False
     head: bool = False
 
+    def describe(self) -> str:
+        """Describe the share, for example 'embedding, blocks 0-11'."""
+        parts = ["embedding"] if self.embedding else []
+        if self.blocks:
+            parts.append(f"blocks {_ranges(self.blocks)}")
+        return ", ".join(parts + (["head"] if self.head else [])) or "other modules"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Format [0, 1, 2, 5] as '0-2, 5'."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)
+
 
 def device_named(value: int | str, devices: Sequence[Device], setting: str) -> Device:
     """Return the device that a setting names (`0`, `cuda`, `cuda:0`, `mps`, `cpu`). Raises UserError with the available ones."""

@@ -26,6 +26,6 @@ def test_three_answers_make_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_ctrl_c_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     terminal = Terminal()
-    terminal.answer("Which model?")
-    terminal.process.sendintr()
+    terminal.until("Which model?")
+    terminal.press_ctrl_c()
     assert terminal.end() == Interrupted.exit_status and not list(tmp_path.glob("config*"))

@@ -46,7 +46,7 @@ def test_from_the_screen_to_the_menu_to_an_export(config: Path) -> None:
     lines = terminal.text.splitlines()
     assert sum("trials per hour" in line for line in lines) == 1, "the new size is drawn anew, not below the old one"
     terminal.resize(40, 100)
-    terminal.process.sendintr()
+    terminal.press_ctrl_c()
     terminal.answer("What next?", "more")
     assert not terminal.full_screen
     done = read_status("mine", "runs", {}).summary.n_complete
@@ -76,9 +76,9 @@ def test_from_the_screen_to_the_menu_to_an_export(config: Path) -> None:
 def test_twice_ends_it_at_once_and_the_menu_can_be_left_out(config: Path) -> None:
     terminal = Terminal(*SLOW, "--no-menu")
     terminal.until("trials per hour")
-    terminal.process.sendintr()
+    terminal.press_ctrl_c()
     time.sleep(0.03)  # sooner, the system makes one signal of the two
-    terminal.process.sendintr()
+    terminal.press_ctrl_c()
     assert terminal.end() == Interrupted.exit_status
     assert not terminal.full_screen and "Stopped." in terminal.said and "What next?" not in terminal.said
     study = optuna.load_study(study_name="heretic", storage="sqlite:///runs/mine/study.db")

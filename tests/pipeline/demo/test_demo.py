@@ -10,7 +10,7 @@ from heretic.interrupt import StopSignal
 from heretic.pipeline.demo.demo import DemoOutcome, run_demo
 from heretic.progress import NULL_REPORTER
 
-REQUESTS = 20
+REQUESTS = 12
 
 
 @pytest.mark.slow
@@ -21,10 +21,10 @@ def test_the_guard_refuses_and_an_ablation_removes_it(tmp_path: Path) -> None:
             tmp_path / "demo",
             trials=2,
             assignments=[
-                *(f"prompts.{kind}_train.split=train[:24]" for kind in ("harmful", "harmless")),
+                *(f"prompts.{kind}_train.split=train[:16]" for kind in ("harmful", "harmless")),
                 *(f"prompts.{kind}_eval.split=train[:{REQUESTS}]" for kind in ("harmful", "harmless")),
-                "search.gradient.prompts=20",
-                "search.gradient.batch=10",
+                "search.gradient.prompts=12",
+                "search.gradient.batch=6",
                 "search.gradient.steps=2",
                 "search.gradient.weights=[1.5]",
                 "search.gradient.learning_rate=0.5",

@@ -16,7 +16,7 @@ class AnswerKl(Scorer):
     tokens: Positive = 16  # positions per answer
 
     name = "answer_kl"
-    meaning = "KL(original || ablated) at the first `tokens` tokens of the original's answers to `harmless_eval`"
+    meaning = "`kl` over `tokens` tokens"
     unit = "nats"
     details = ("median", "p95", "max")
     needs_original = True

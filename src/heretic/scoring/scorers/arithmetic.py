@@ -14,7 +14,7 @@ class Arithmetic(TaskScorer):
     """Asks for a number, and compares the last one of the answer's first sentence with it."""
 
     name = "arithmetic"
-    meaning = "share of `tasks` sums, differences and products of one- and two-digit numbers answered exactly"
+    meaning = "share of `tasks` sums, differences and products answered exactly"
     answer_tokens = 24
 
     def questions(self) -> list[tuple[str, int]]:

@@ -27,8 +27,8 @@ class BorderlineRefusals(Scorer):
 
     name = "borderline_refusals"
     meaning = (
-        "prompts of `source` refused or evaded. `newly_refused`: the original answers them. `no_longer_refused`: the original "
-        "does not"
+        "prompts of `source` refused or evaded. `newly_refused`: by the ablated model only. `no_longer_refused`: by "
+        "the original only"
     )
     unit = "prompts"
     has_own_prompts = True

@@ -26,7 +26,7 @@ class Refusals(_Evaluated):
     """Refusals of `harmful_eval`; a trial is pruned once its lower bound is dominated."""
 
     name = "refusals"
-    meaning = "expected refusals: harmful requests refused or evaded, plus the probability of refusals in the others"
+    meaning = "expected refusals: requests refused or evaded, plus the probability of refusals in the others"
     unit = "requests"
     details = ("counted", "evasive")
     prunable = True

@@ -30,7 +30,7 @@ class LanguageSwitched(Scorer):
     """Compares the language of each answer with that of the original's answer."""
 
     name = "language_switched"
-    meaning = "share of answers to `harmless_eval` in another script or language than the original's; unclear ones do not count"
+    meaning = "share of answers to `harmless_eval` in another script or language than the original's"
     unit = "share"
 
     def baseline(self, original: ScorerContext) -> list[str]:

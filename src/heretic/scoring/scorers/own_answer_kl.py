@@ -16,9 +16,7 @@ class OwnAnswerKl(Scorer):
     tokens: Positive = 16  # positions per answer
 
     name = "own_answer_kl"
-    meaning = (
-        "KL(original || ablated) at the first `tokens` tokens of the ablated model's own answers to `harmless_eval`"
-    )
+    meaning = "`answer_kl` over the ablated model's own answers"
     unit = "nats"
     details = ("median", "p95", "max")
     needs_original = True

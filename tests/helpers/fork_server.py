@@ -1,0 +1,250 @@
+"""A process that has imported heretic once and forks for every command that a test starts: an import takes 5 CPU seconds."""
+
+from __future__ import annotations
+
+import array
+import atexit
+import contextlib
+import fcntl
+import functools
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+# Read when the libraries are imported: a test that changes one of these needs an interpreter of its own.
+READ_AT_IMPORT = (
+    "HF_",
+    "HUGGINGFACE",
+    "LD_",
+    "MKL_",
+    "OMP_",
+    "GOMP_",
+    "KMP_",
+    "PYTHON",
+    "PYTORCH",
+    "TORCH",
+    "TRANSFORMERS",
+)
+
+
+def libraries_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that the libraries read when they are imported."""
+    return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+
+
+class ForkedProcess:
+    """A `heretic` command in a fork of the server: as much of `subprocess.Popen` as the tests use."""
+
+    def __init__(self, connection: socket.socket, pid: int, stdout: IO[str] | None) -> None:
+        self._connection, self.pid, self.stdout = connection, pid, stdout
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit status, negative for a signal; None while it runs."""
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self.returncode = _receive(self._connection)["status"]
+            self._connection.close()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end. Raises `subprocess.TimeoutExpired`."""
+        if self.returncode is None and not select.select([self._connection], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired("heretic", timeout or 0)
+        status = self.poll()
+        assert status is not None
+        return status
+
+    def communicate(self, timeout: float = 300) -> tuple[str, None]:
+        """Read its output to the end, then wait. Raises `subprocess.TimeoutExpired`."""
+        assert self.stdout is not None
+        end, read = time.monotonic() + timeout, []
+        while select.select([self.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+            part = os.read(self.stdout.fileno(), 1 << 16)
+            if not part:
+                self.stdout.close()
+                self.wait(max(0.0, end - time.monotonic()))
+                return b"".join(read).decode(errors="replace"), None
+            read.append(part)
+        raise subprocess.TimeoutExpired("heretic", timeout, b"".join(read))
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless the process has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+
+def fork_heretic(arguments: Sequence[str], environment: Mapping[str, str], output: Path | None = None) -> ForkedProcess:
+    """Start `heretic ARGUMENTS` in this folder, with output and errors in one pipe or in this file."""
+    reading = None
+    if output is None:
+        reader, writer = os.pipe()
+        reading, writing = os.fdopen(reader), os.fdopen(writer, "w")
+    else:
+        writing = output.open("w")
+    with open(os.devnull, encoding="utf-8") as nothing, writing:
+        connection, pid = _fork(arguments, environment, [nothing.fileno(), writing.fileno(), writing.fileno()])
+    return ForkedProcess(connection, pid, reading)
+
+
+def fork_on_terminal(arguments: Sequence[str], environment: Mapping[str, str], terminal: int) -> ForkedProcess:
+    """Start `heretic ARGUMENTS` in this folder as the leader of a session on this terminal."""
+    connection, pid = _fork(arguments, environment, [terminal] * 3, leads_session=True)
+    return ForkedProcess(connection, pid, None)
+
+
+def _fork(
+    arguments: Sequence[str], environment: Mapping[str, str], streams: list[int], *, leads_session: bool = False
+) -> tuple[socket.socket, int]:
+    server = _server()
+    if libraries_environment(environment) != server.environment:
+        raise ValueError(f"These variables differ from the server's: start an interpreter with them. {environment}")
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(_address(server.name))
+    request = {"arguments": arguments, "environment": dict(environment), "folder": os.getcwd(), "path": sys.path}
+    _send(connection, {**request, "leads_session": leads_session}, streams)
+    return connection, _receive(connection)["pid"]
+
+
+@dataclass(frozen=True)
+class _Server:
+    name: str
+    environment: Mapping[str, str]  # what its libraries have read
+
+
+@functools.cache
+def _server() -> _Server:
+    """Start the server of this test process."""
+    name = f"heretic-tests-{os.getpid()}"
+    command = [sys.executable, "-m", "tests.helpers.fork_server", name]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    atexit.register(process.kill)
+    assert process.stdout is not None
+    assert process.stdout.readline()  # it listens
+    return _Server(name, libraries_environment(os.environ))
+
+
+def _address(name: str) -> str:
+    return f"\0{name}"  # abstract: no file is left
+
+
+def _send(connection: socket.socket, message: Mapping[str, Any], descriptors: list[int] | None = None) -> None:
+    data = json.dumps(message).encode()
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    connection.sendmsg([len(data).to_bytes(4, "big")], ancillary)
+    connection.sendall(data)
+
+
+def _receive(connection: socket.socket, descriptors: array.array[int] | None = None) -> Any:
+    head, ancillary, _, _ = connection.recvmsg(4, socket.CMSG_SPACE(3 * 4), socket.MSG_WAITALL)
+    for _, _, data in ancillary:
+        if descriptors is not None:
+            descriptors.frombytes(data)
+    return json.loads(connection.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL))
+
+
+def serve(name: str) -> dict[str, Any]:
+    """Fork for every request and report every exit status; returns the request in the forked process."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(_address(name))
+    listener.listen()
+    ended, wake_up = os.pipe()
+    os.set_blocking(wake_up, False)
+    signal.set_wakeup_fd(wake_up, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    running: dict[int, socket.socket] = {}
+    print("listening", flush=True)
+    while True:
+        ready, _, _ = select.select([listener, ended], [], [])
+        if ended in ready:
+            os.read(ended, 1 << 12)
+            _report_ended(running)
+        if listener in ready:
+            connection, _ = listener.accept()
+            descriptors = array.array("i")
+            request = _receive(connection, descriptors)
+            pid = os.fork()
+            if not pid:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for number, descriptor in enumerate(descriptors):
+                    os.dup2(descriptor, number)
+                os.closerange(3, max(256, *descriptors) + 1)
+                for kept in (listener, connection, *running.values()):
+                    kept.detach()
+                return dict(request)
+            for descriptor in descriptors:
+                os.close(descriptor)
+            running[pid] = connection
+            _send(connection, {"pid": pid})
+
+
+def _report_ended(running: dict[int, socket.socket]) -> None:
+    """Tell the starters of the processes that have ended."""
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            return
+        connection = running.pop(pid)
+        with contextlib.suppress(BrokenPipeError):  # the starter may not wait for it
+            _send(connection, {"status": os.waitstatus_to_exitcode(status)})
+        connection.close()
+
+
+def _import_everything() -> None:
+    """Import what a study imports, also what it imports late; not `heretic.cli`, which looks at the terminal on import."""
+    import importlib
+    import pkgutil
+
+    import heretic
+
+    for module in pkgutil.walk_packages(heretic.__path__, "heretic."):
+        if not module.name.startswith(("heretic.cli", "heretic.__main__")):
+            importlib.import_module(module.name)
+    for name in (
+        "typer.main",
+        "rich.live",
+        "optuna.samplers._tpe.sampler",
+        "optuna.storages._rdb.storage",
+        "transformers.models.llama.modeling_llama",
+    ):
+        importlib.import_module(name)
+
+
+if __name__ == "__main__":
+    _import_everything()
+    gc.collect()
+    gc.freeze()  # or collections would copy the pages that the forks share
+    asked = serve(sys.argv[1])
+    if asked["leads_session"]:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    # The server's own streams remember whether they could seek.
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    os.chdir(asked["folder"])
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    sys.path[:] = asked["path"]
+    sys.argv = ["heretic", *asked["arguments"]]
+    runpy.run_module("heretic", run_name="__main__", alter_sys=True)
