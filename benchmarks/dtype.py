@@ -31,6 +31,7 @@ from heretic.session.session import Session
 FORMATS = ("float32", "bfloat16")
 ROWS, TOKENS = 16, 40
 DECODED = 8
+DIRECTION = "free"  # of the gradient search, the default
 OTHER_BATCHES = (1, 7)  # against one batch with all prompts
 
 
@@ -125,7 +126,7 @@ def trials(sessions: dict[str, Session], count: int) -> list[dict[str, Any]]:
 def step(problem: GradientProblem, state: OptimizerState, rows: int) -> tuple[float, Tensor]:
     """Loss and gradients in the strengths of one minibatch, as in a step of the gradient search."""
     leaves = {name: t.detach().clone().requires_grad_() for name, t in state.tensors.items()}
-    optimizer = problem.optimizer(lambda _: None)
+    optimizer = problem.optimizer(problem.session.context.settings.search.gradient, lambda _: None)
     harmful, harmless = range(min(rows, len(problem.objective.harmful.texts))), range(rows)
     terms = problem.objective.evaluate(
         optimizer._ablation(leaves), 0, list(harmless), list(harmful), weight=0.1, wanted=list(leaves.values())
@@ -135,7 +136,7 @@ def step(problem: GradientProblem, state: OptimizerState, rows: int) -> tuple[fl
 
 def gradients(sessions: dict[str, Session], problems: dict[str, Any]) -> dict[str, Any]:
     """Loss of the same ablation and the cosine of the gradients in its strengths."""
-    state = initial_state(sessions["float32"])
+    state = initial_state(sessions["float32"], DIRECTION)
     state.strengths.fill_(0.3)
     (loss, single), (half_loss, half) = (step(problems[name], state, ROWS) for name in FORMATS)
     cosine = torch.nn.functional.cosine_similarity(single, half, dim=0)
@@ -168,7 +169,7 @@ def kinds(session: Session, problem: GradientProblem | None) -> Iterator[tuple[s
     model: Any = session.context.language_model.model
     rows = session.context.language_model.rows  # of the embedding
     ids = torch.randint(rows, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
-    state = initial_state(session)
+    state = initial_state(session, DIRECTION)
     state.strengths.fill_(0.3)
 
     @torch.inference_mode()

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 from safetensors import safe_open
 
+from heretic.ablation.ablation import Ablation
 from heretic.errors import Interrupted, UserError
 from heretic.interrupt import StopSignal
 from heretic.pipeline import gradient_search
 from heretic.pipeline.actions import export_from_run, open_run
 from heretic.pipeline.run import Outcome, run
 from heretic.progress import NULL_REPORTER
-from heretic.runs.folder import RunFolder
+from heretic.runs.folder import DENSE_PATH_STATE, PATH_STATE, RunFolder
 from heretic.runs.status import read_status
 from heretic.scoring import gradient_loss
+from heretic.scoring.judges.verdict import ANSWER, Exchange, Verdict
 from heretic.search import path_optimizer
+from heretic.search.gradient_path import GradientPath
 from heretic.search.path_optimizer import OptimizerState
 from heretic.settings.sources import resolve
 from heretic.storage.attributes import GRADIENT_PATH
@@ -35,8 +40,9 @@ GRADIENT_SEARCH = (
 
 @pytest.fixture(autouse=True)
 def _no_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These models "refuse" with the letter e, whatever is taken out: without this the search would go on to the last weight."""
+    """These models "refuse" with the letter e, whatever is taken out: without this the search would go on and begin again."""
     monkeypatch.setattr(path_optimizer, "MAX_EXTRA_WEIGHTS", 0)
+    monkeypatch.setattr(gradient_search, "MANY_UNANSWERED", 1.0)
 
 
 def do(config: Path, *assignments: str, reporter: object = None) -> Outcome:
@@ -71,8 +77,8 @@ def test_a_gradient_search_stopped_in_the_middle_is_resumed(config: Path, monkey
     whole = do(config, 'run_name="whole"')
     keep = RunFolder.save_path_state
 
-    def cut(folder: RunFolder, state: OptimizerState) -> None:
-        keep(folder, state)
+    def cut(folder: RunFolder, state: OptimizerState, name: str = PATH_STATE) -> None:
+        keep(folder, state, name)
         if state.steps == 4:
             raise Interrupted
 
@@ -95,6 +101,57 @@ def test_a_gradient_search_stopped_in_the_middle_is_resumed(config: Path, monkey
     assert read_status("run", "runs", {}).gradient_path.startswith("2 points, edited layers ")
     calls.clear()
     assert len(do(config, "n_trials=5").results) == 5 and not calls, "the path is stored with the study"
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_a_path_that_leaves_prompts_unanswered_is_searched_again_with_dense_edits(
+    config: Path, monkeypatch: pytest.MonkeyPatch, better: bool
+) -> None:
+    monkeypatch.setattr(gradient_search, "MANY_UNANSWERED", 0.25)
+    counts = [20, 20, 3 if better else 20]  # under the first path's last point, in both sessions, and the second's
+
+    def counted(problem: gradient_search.GradientProblem, _: Ablation) -> int:
+        return counts.pop(0)
+
+    monkeypatch.setattr(gradient_search.GradientProblem, "unanswered", counted)
+    keep = RunFolder.save_path_state
+
+    def cut(folder: RunFolder, state: OptimizerState, name: str = PATH_STATE) -> None:
+        keep(folder, state, name)
+        if name == DENSE_PATH_STATE and state.steps == 4:
+            raise Interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(RunFolder, "save_path_state", cut)
+        do(config)
+    assert read_status("run", "runs", {}).gradient_path == "step 10 of 6 and more"
+    outcome = do(config)
+    path = GradientPath.load(optuna.load_study(study_name="heretic", storage=storage_url("", Path("runs/run"))))
+    assert path is not None and (path.points[0].vector is None) == better
+    assert len(outcome.results) == 4
+
+
+def test_answers_under_a_point_are_read_by_the_judge_of_evaluate(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_search, "MANY_UNANSWERED", 0.25)
+    read: list[int] = []
+
+    class Never:
+        name, ends_early = "never", False
+
+        def is_final_refusal(self, answer: str) -> bool:
+            return False
+
+        def verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+            read.append(len(exchanges))
+            return [ANSWER] * len(exchanges)
+
+    monkeypatch.setattr(
+        gradient_search, "with_evaluation_judge", lambda settings: settings.model_copy(update={"seed": 9})
+    )
+    monkeypatch.setattr(gradient_search, "make_judge", lambda _: Never())
+    listener = RecordingReporter()
+    do(config, reporter=listener)
+    assert sum(read) >= gradient_search.MIN_REFUSALS and not Path("runs/run/dense_path.safetensors").exists()
 
 
 def test_a_model_that_cannot_run_backwards_is_searched_with_kernels(
@@ -125,10 +182,10 @@ def test_an_interrupted_gradient_search_is_not_given_up(config: Path, monkeypatc
     whole = do(config, 'run_name="whole"')
     keep = RunFolder.save_path_state
 
-    def full(folder: RunFolder, state: OptimizerState) -> None:
+    def full(folder: RunFolder, state: OptimizerState, name: str = PATH_STATE) -> None:
         if state.steps == 4:
             raise UserError("No space left on device.", code="disk")
-        keep(folder, state)
+        keep(folder, state, name)
 
     with monkeypatch.context() as patch, raises("disk"):
         patch.setattr(RunFolder, "save_path_state", full)

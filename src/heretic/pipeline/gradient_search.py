@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,20 +22,28 @@ from heretic.model.loading import LanguageModel
 from heretic.pipeline.tensor_parallel import size
 from heretic.planning import pass_memory
 from heretic.planning.model_dims import ModelDims
-from heretic.runs.folder import RunFolder
+from heretic.runs.folder import DENSE_PATH_STATE, PATH_STATE, RunFolder
 from heretic.scoring.gradient_loss import Objective
+from heretic.scoring.judges.registry import make_judge, with_evaluation_judge
+from heretic.scoring.judges.verdict import Judge
 from heretic.scoring.refusals import RefusalCount, count_refusals
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, answer_prefixes, log_probs_at
 from heretic.search.gradient_path import GradientPath, PathPoint
 from heretic.search.path_optimizer import MinedRefusals, OptimizerState, PathOptimizer
 from heretic.session.caching import allocate_activation_cache
 from heretic.session.session import ModelContext, Session
+from heretic.settings import GradientSettings
 from heretic.storage.compute_once import LOCAL, ComputeOnce
 
 log = logging.getLogger(__name__)
 
 ANSWER_TOKENS = 16  # tokens of an answer to a training prompt, in which it must refuse
 MIN_REFUSALS = 4  # refused training prompts that a search needs
+CHECK_TOKENS = 48  # of the answers under the last point: as much as the trained judge reads
+MANY_UNANSWERED = 0.25  # share of the refused training prompts that may stay without an answer under the last point
+# The second search: removing each layer's own direction in many layers takes out what the layers above would read. Few strong
+# edits near the head change the first words of refusals at less KL, and can leave evasions (dev/LOG.md).
+DENSE = {"direction": "per_layer", "sparsity": 0.0}
 
 
 def run_gradient_search(
@@ -117,10 +126,25 @@ class GradientProblem:
         texts = TeacherForcedTexts.of(prompts, [*known.texts, *(text for _, text in mined)])
         return replace(self.objective, harmful=self.with_activation_cache(texts))
 
-    def optimizer(self, save_state: Callable[[OptimizerState], None]) -> PathOptimizer:
-        """Return the optimizer with the run's settings; `save_state` receives its state after every step."""
+    @functools.cached_property
+    def evaluation_judge(self) -> Judge:
+        """The judge of `heretic evaluate`."""
         model_context = self.session.context
-        gradient, components = model_context.settings.search.gradient, model_context.language_model.structure.components
+        settings = with_evaluation_judge(model_context.settings)
+        return model_context.evaluator.judge if settings == model_context.settings else make_judge(settings)
+
+    def unanswered(self, ablation: Ablation) -> int:
+        """Count the refused prompts that an ablation leaves unanswered, by the judge of `heretic evaluate`."""
+        model_context = self.session.context
+        tokens = min(model_context.settings.max_response_length, CHECK_TOKENS)
+        with self.session.applied(ablation):
+            counted = _count_refusals(model_context, self.refused, self.evaluation_judge, tokens)
+        return counted.count + counted.evasive
+
+    def optimizer(self, gradient: GradientSettings, save_state: Callable[[OptimizerState], None]) -> PathOptimizer:
+        """Return the optimizer with these settings; `save_state` receives its state after every step."""
+        model_context = self.session.context
+        components = model_context.language_model.structure.components
         mine_refusals = self.mine_refusals if gradient.mine_refusals else None
         reporter, stop = model_context.batcher.reporter, model_context.batcher.stop
         return PathOptimizer(
@@ -144,20 +168,45 @@ class GradientProblem:
         return replace(self, objective=objective, with_activation_cache=lambda texts: texts)
 
 
-def _optimize(session: Session, folder: RunFolder, problem: GradientProblem) -> list[PathPoint]:
-    """Run the search from the stored state of an earlier session or attempt, if there is one."""
-    state = folder.load_path_state(session.context.batcher.reporter) or initial_state(session)
-    state.remap_extra_refusals(problem.prompt_indices)
-    return problem.optimizer(folder.save_path_state).run(state)
-
-
-def initial_state(session: Session) -> OptimizerState:
-    """Return the optimizer's initial state."""
-    model_context = session.context
-    kind = model_context.settings.search.gradient.direction
-    return OptimizerState.initial(
-        len(model_context.language_model.structure.components), session.operator_factory.directions, kind
+def _optimize(session: Session, folder: RunFolder, problem: GradientProblem) -> Sequence[PathPoint]:
+    """Run the search, and a second one if its last point leaves many prompts unanswered; returns the better path."""
+    gradient, reporter = session.context.settings.search.gradient, session.context.batcher.reporter
+    # 1. The settings' search
+    points = _path(session, folder, problem, gradient)
+    dense = gradient.model_copy(update=DENSE)
+    if not gradient.mine_refusals or dense == gradient:
+        return points
+    # 2. Read its answers
+    unanswered, total = problem.unanswered(points[-1].ablation), len(problem.refused)
+    log.info("%d of %d training prompts are unanswered", unanswered, total)
+    if unanswered <= MANY_UNANSWERED * total:
+        return points
+    # 3. The dense search
+    reporter.info(
+        f"The last point leaves {unanswered} of {total} training prompts unanswered. heretic searches once more, with each "
+        "layer's own direction and without the sparsity penalty."
     )
+    second = _path(session, folder, problem, dense, DENSE_PATH_STATE)
+    left = problem.unanswered(second[-1].ablation)
+    reporter.info(
+        f"The second search leaves {left} unanswered. heretic keeps the {'second' if left < unanswered else 'first'}."
+    )
+    return second if left < unanswered else points
+
+
+def _path(
+    session: Session, folder: RunFolder, problem: GradientProblem, gradient: GradientSettings, name: str = PATH_STATE
+) -> Sequence[PathPoint]:
+    """Run one search from its stored state of an earlier session or attempt, if there is one."""
+    state = folder.load_path_state(session.context.batcher.reporter, name) or initial_state(session, gradient.direction)
+    state.remap_extra_refusals(problem.prompt_indices)
+    return problem.optimizer(gradient, functools.partial(folder.save_path_state, name=name)).run(state)
+
+
+def initial_state(session: Session, direction: str) -> OptimizerState:
+    """Return the optimizer's initial state for this kind of direction."""
+    components = session.context.language_model.structure.components
+    return OptimizerState.initial(len(components), session.operator_factory.directions, direction)
 
 
 def prepare(session: Session) -> GradientProblem | None:
@@ -210,18 +259,23 @@ def prepare(session: Session) -> GradientProblem | None:
 def find_refusals(model_context: ModelContext, requests: Sequence[list[int]]) -> RefusalCount:
     """Return which training prompts the model refuses in its current state, with the tokens of the answers."""
     min_tokens = model_context.settings.search.gradient.refusal_tokens
-    texts = dict(
-        zip(
-            map(tuple, model_context.encoded["harmful_train"]), model_context.prompts.harmful_train.prompts, strict=True
-        )
+    return _count_refusals(model_context, requests, model_context.evaluator.judge, ANSWER_TOKENS, min_tokens)
+
+
+def _count_refusals(
+    model_context: ModelContext, requests: Sequence[list[int]], judge: Judge, tokens: int, min_tokens: int = 1
+) -> RefusalCount:
+    prompts = zip(
+        map(tuple, model_context.encoded["harmful_train"]), model_context.prompts.harmful_train.prompts, strict=True
     )
+    texts = dict(prompts)
     return count_refusals(
         model_context.language_model,
         model_context.chat,
         requests,
-        model_context.evaluator.judge,
+        judge,
         model_context.batcher,
-        ANSWER_TOKENS,
+        tokens,
         requests=[texts[tuple(prompt)] for prompt in requests],
         min_tokens=min_tokens,
     )

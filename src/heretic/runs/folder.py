@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # `heretic status` opens runs without torch: the methods for 
 
 T = TypeVar("T")
 MOST_LOG_READ = 64 << 10  # bytes from its end
+PATH_STATE, DENSE_PATH_STATE = "gradient_path", "dense_path"  # of the gradient search, and of a second one
 BASELINE, GEOMETRY, REPORT = "baseline.safetensors", "geometry.safetensors", "report.html"
 INPUT_MAPS, EFFECTS = "input_maps.safetensors", "effects.safetensors"
 
@@ -159,28 +161,29 @@ class RunFolder:
         """Store the baseline."""
         write_tensors(self.path / BASELINE, baseline.tensors(), {"fingerprint": self.fingerprint}, private=True)
 
-    def load_path_state(self, reporter: ProgressReporter) -> OptimizerState | None:
-        """Load the state of a running gradient search; None if there is none or, with a warning, if it is damaged."""
+    def load_path_state(self, reporter: ProgressReporter, name: str = PATH_STATE) -> OptimizerState | None:
+        """Load the state of a gradient search; None if there is none or, with a warning, if it is damaged."""
         from heretic.runs import stored_tensors
 
-        return self._read("gradient_path.safetensors", stored_tensors.optimizer_state_from_tensors, reporter)
+        return self._read(f"{name}.safetensors", stored_tensors.optimizer_state_from_tensors, reporter)
 
     def path_steps(self) -> int:
-        """Return the completed steps of a running gradient search; 0 if none is readable. Never changes the folder."""
+        """Return the completed steps of running gradient searches; 0 if none is readable. Never changes the folder."""
         from heretic.runs import stored_tensors
 
-        try:
-            tensors, _ = read_tensors(self.path / "gradient_path.safetensors")
-            return stored_tensors.optimizer_state_from_tensors(tensors).steps
-        except (UserError, ValueError):
-            return 0
+        steps = 0
+        for name in (PATH_STATE, DENSE_PATH_STATE):
+            with contextlib.suppress(UserError, ValueError):
+                tensors, _ = read_tensors(self.path / f"{name}.safetensors")
+                steps += stored_tensors.optimizer_state_from_tensors(tensors).steps
+        return steps
 
-    def save_path_state(self, state: OptimizerState) -> None:
+    def save_path_state(self, state: OptimizerState, name: str = PATH_STATE) -> None:
         """Store the state of the gradient search, a few kilobytes after every step."""
         from heretic.runs import stored_tensors
 
         write_tensors(
-            self.path / "gradient_path.safetensors",
+            self.path / f"{name}.safetensors",
             stored_tensors.optimizer_state_tensors(state),
             {"fingerprint": self.fingerprint},
             private=True,
