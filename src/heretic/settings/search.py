@@ -113,7 +113,7 @@ class GradientSettings(SettingsModel):
     mine_refusals: bool = setting(
         True,
         "Once the reference refusals are improbable at a point, generate responses again and make the new refusals "
-        "improbable too.",
+        "improbable too. At the end, heretic checks whether a second search is needed (docs/how.md).",
         when=(
             "Set false for a shorter gradient search; the trials must then find edits against other refusal phrases."
         ),
