@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -280,35 +280,6 @@ def convergence() -> str:
     return captioned(rows, "convergence", model=models, settings=settings, command=command)
 
 
-def study() -> str:
-    """Return a whole study with answers of 32 and of 100 tokens."""
-    files = ("study", "study_100_tokens")
-    reports = [read(file) for file in files]
-
-    def row(name: str, told: Callable[[Report], str]) -> tuple[str, ...]:
-        return (name, *map(told, reports))
-
-    def trial(report: Report) -> str:
-        took = report["seconds_per_trial"]
-        return f"{took['trial']:.1f} s: {took['divergence']:.1f} s KL, {took['refusals']:.1f} s refusals"
-
-    rows = [
-        ("", "32 tokens an answer", "100 tokens an answer"),
-        row("the whole run", lambda r: f"{r['seconds_total']:.0f} s"),
-        row("a fully measured trial, median", trial),
-        row("pruned trials, of 30", lambda r: str(r["left_early"])),
-        row(
-            "peak memory: own / with mapped files",
-            lambda r: "{anonymous_peak_gb:.1f} / {resident_peak_gb:.1f} GB".format(**r["memory"]),
-        ),
-        row(
-            "refusals of 50, exported model",
-            lambda r: "{} before, {refusals} at KL {divergence[mean]:.3f}".format(r["declined_before"], **r["written"]),
-        ),
-    ]
-    return captioned(rows, *files, settings="float32, 30 trials, seed 0, 10 startup trials")
-
-
 # The ways of trial.json in words.
 SAVINGS = {
     "one trial in a pass": "one",
@@ -335,22 +306,6 @@ def savings() -> str:
         "verdicts"
     )
     return captioned([("trials in a pass", "seconds a trial", "KL", "refusals"), *rows], "trial", settings=settings)
-
-
-def busy() -> str:
-    """Return steps of the gradient search beside busy processes."""
-    report = read("busy_neighbors")
-    kinds = [(size, way) for size in ("small", "large") for way in ("default", "passive")]
-    found = {(r["workload"], r["waiting"], r["neighbors"]): r for r in report["rows"]}
-    rows = []
-    for count in (0, 1, 2):
-        each = [found[size, way, count] for size, way in kinds]
-        rows.append((count, *(f"{r['median']:.3f}" for r in each)))
-    head = ("busy neighbors", *(f"{size}, {way}" for size, way in kinds))
-    return captioned(
-        [head, *rows], "busy_neighbors", model="R" + report["model"][1:],
-        settings="two threads; median seconds a step",
-    )  # fmt: skip
 
 
 def plan_peaks() -> str:
