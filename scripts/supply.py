@@ -96,8 +96,11 @@ def licenses() -> str:
         ("To run heretic", set(run)),
         ("For `heretic benchmark`, development and tests (`.[dev]`)", set(dev) - set(run)),
     ):
-        lines += [f"## {title}", "", "|package|license|", "|---|---|"]
-        lines += [f"|{name}|{dev[name].license.replace('|', '/')}|" for name in sorted(names - {"heretic"})]
+        by_license: dict[str, list[str]] = {}
+        for name in sorted(names - {"heretic"}):
+            by_license.setdefault(dev[name].license.replace("|", "/"), []).append(name)
+        lines += [f"## {title}", "", "|license|packages|", "|---|---|"]
+        lines += [f"|{license_name}|{', '.join(by_license[license_name])}|" for license_name in sorted(by_license)]
         lines.append("")
     return "\n".join(lines)
 
