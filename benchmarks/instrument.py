@@ -50,7 +50,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=50, help="prompts of each kind that no tool sees")
     parser.add_argument("--harmful", type=Path, help="held-out harmful prompts, one a line, of another source")
     parser.add_argument("--borderline", type=Path, help="harmless prompts that sound dangerous, one a line")
-    parser.add_argument("--encoder", type=Path, help="all-MiniLM-L6-v2, for the verdicts of the trained judge")
+    parser.add_argument(
+        "--encoder", type=Path, help="all-MiniLM-L6-v2, for the trained judge of measurement and of our search"
+    )
     parser.add_argument("--dtype", default="float32", help="number format of the measurement")
     parser.add_argument("--set", action="append", default=[], dest="extra", help="a setting of ours, with --label")
     parser.add_argument("--label", default="ours", help="name of our row with these settings")
@@ -112,9 +114,14 @@ class Instrument:
             seed=seed,
             system_prompt=SYSTEM_PROMPT,
             limits={name: times[name] * self.arguments.factor for name in ("seconds", "cpu_seconds") if name in times},
-            extra=self.arguments.extra if tool == "ours" else (),
+            extra=[*self._at_hand(), *self.arguments.extra] if tool == "ours" else (),
         )
         return tools.made(task, tool)
+
+    def _at_hand(self) -> list[str]:
+        """Return where our search finds the trained judge's encoder, as if it were in the hub's cache."""
+        encoder = self.arguments.encoder
+        return [f"judge.trained.encoder={encoder.resolve()}"] if encoder else []
 
     def _row(self, tool: str, seed: int | None, made: dict[str, Any] | None) -> None:
         key = {"model": self.arguments.model, "tool": tool, "seed": seed, "how": self.how}

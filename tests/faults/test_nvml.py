@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Tally
+from tests.faults.conftest import Tally, only_full
 
 LIBRARY = r"""
 #include <stdlib.h>
@@ -105,7 +105,9 @@ def test_every_lie_and_gone_after_every_call(library: Path, tally: Tally) -> Non
     tally("a driver (NVML) that is gone after each of its first 40 calls", 40, "nothing: said")
 
 
-@pytest.mark.parametrize("lie", ["names", "one lost", "more free than there is"])
+@pytest.mark.parametrize(
+    "lie", ["names", *(pytest.param(lie, marks=only_full) for lie in ("one lost", "more free than there is"))]
+)
 def test_preflight_and_run_under_it(library: Path, config: Path, lie: str, tally: Tally) -> None:
     (library / f"{lie}.c").write_text(LIBRARY.replace('lie = "";', f'lie = "{lie}";'))
     folder = library / lie.replace(" ", "-")

@@ -71,7 +71,7 @@ def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], fi
             continue
         what = f"must be at least {low}" if value < low else f"does not match the weights, which allow at most {high}"
         raise UserError(
-            f"{path} is {_number(value)} and {what}.",
+            f"The size {path} is {_number(value)} and {what}.",
             code="config-size-mismatch",
             where=f"{file}: {path}",
             fix="use config.json from the repository of the weights",
