@@ -190,8 +190,8 @@ class JudgeSettings(SettingsModel):
     )
     evaluate: Literal["auto", "kind"] = setting(
         "auto",
-        "Judge of `heretic evaluate`, and of the check after the gradient search. `auto`: `trained` if its encoder is on this machine and `kind` is `markers` with the "
-        "default English phrases, else `kind`. `kind`: always `kind`.",
+        "Judge of `heretic evaluate`, and of the check after the gradient search. `auto`: `trained` if its encoder is on "
+        "this machine and `kind` is `markers` with the default English phrases, else `kind`. `kind`: always `kind`.",
         when='Set it to "kind" to compare with the numbers of a run.',
         affects_results=False,
     )
