@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import atexit
 import contextlib
 import fcntl
 import functools
@@ -19,24 +18,17 @@ import sys
 import termios
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-# Read when the libraries are imported: a test that changes one of these needs an interpreter of its own.
+# Read when the libraries are imported: processes that differ in one of these are forked from servers of their own.
 READ_AT_IMPORT = (
-    "HF_",
-    "HUGGINGFACE",
-    "LD_",
-    "MKL_",
-    "OMP_",
-    "GOMP_",
-    "KMP_",
-    "PYTHON",
-    "PYTORCH",
-    "TORCH",
-    "TRANSFORMERS",
-)
+    "GOMP_", "HF_", "HOME", "HUGGINGFACE", "KMP_", "LANG", "LC_", "LD_", "MKL_", "OMP_", "PYTHON", "PYTORCH", "TMPDIR", "TORCH",
+    "TRANSFORMERS", "TYPER_", "TZ", "XDG_CACHE_HOME",
+)  # fmt: skip
+
+
+_SERVERS: list[subprocess.Popen[bytes]] = []  # they end when their standard input closes
 
 
 def libraries_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -115,32 +107,30 @@ def fork_on_terminal(arguments: Sequence[str], environment: Mapping[str, str], t
 def _fork(
     arguments: Sequence[str], environment: Mapping[str, str], streams: list[int], *, leads_session: bool = False
 ) -> tuple[socket.socket, int]:
-    server = _server()
-    if libraries_environment(environment) != server.environment:
-        raise ValueError(f"These variables differ from the server's: start an interpreter with them. {environment}")
+    name = _server(tuple(sorted(libraries_environment(environment).items())))
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(_address(server.name))
+    connection.connect(_address(name))
     request = {"arguments": arguments, "environment": dict(environment), "folder": os.getcwd(), "path": sys.path}
     _send(connection, {**request, "leads_session": leads_session}, streams)
     return connection, _receive(connection)["pid"]
 
 
-@dataclass(frozen=True)
-class _Server:
-    name: str
-    environment: Mapping[str, str]  # what its libraries have read
-
-
 @functools.cache
-def _server() -> _Server:
-    """Start the server of this test process."""
-    name = f"heretic-tests-{os.getpid()}"
-    command = [sys.executable, "-m", "tests.helpers.fork_server", name]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
-    atexit.register(process.kill)
+def _server(environment: tuple[tuple[str, str], ...]) -> str:
+    """Start the server of this test process for these variables; returns its name. It ends with this process."""
+    name = f"heretic-tests-{os.getpid()}-{abs(hash(environment))}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.fork_server", name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        env={name: value for name, value in os.environ.items() if not name.startswith(READ_AT_IMPORT)}
+        | dict(environment),
+    )
+    _SERVERS.append(process)
     assert process.stdout is not None
     assert process.stdout.readline()  # it listens
-    return _Server(name, libraries_environment(os.environ))
+    return name
 
 
 def _address(name: str) -> str:
@@ -174,14 +164,20 @@ def serve(name: str) -> dict[str, Any]:
     running: dict[int, socket.socket] = {}
     print("listening", flush=True)
     while True:
-        ready, _, _ = select.select([listener, ended], [], [])
+        ready, _, _ = select.select([listener, ended, 0], [], [])
+        if 0 in ready:  # the test process has ended
+            os._exit(0)
         if ended in ready:
             os.read(ended, 1 << 12)
             _report_ended(running)
         if listener in ready:
             connection, _ = listener.accept()
             descriptors = array.array("i")
-            request = _receive(connection, descriptors)
+            try:
+                request = _receive(connection, descriptors)
+            except (OSError, ValueError):  # the starter has ended
+                connection.close()
+                continue
             pid = os.fork()
             if not pid:
                 signal.set_wakeup_fd(-1)
@@ -195,7 +191,8 @@ def serve(name: str) -> dict[str, Any]:
             for descriptor in descriptors:
                 os.close(descriptor)
             running[pid] = connection
-            _send(connection, {"pid": pid})
+            with contextlib.suppress(OSError):
+                _send(connection, {"pid": pid})
 
 
 def _report_ended(running: dict[int, socket.socket]) -> None:
@@ -205,7 +202,7 @@ def _report_ended(running: dict[int, socket.socket]) -> None:
         if not pid:
             return
         connection = running.pop(pid)
-        with contextlib.suppress(BrokenPipeError):  # the starter may not wait for it
+        with contextlib.suppress(OSError):  # the starter may not wait for it
             _send(connection, {"status": os.waitstatus_to_exitcode(status)})
         connection.close()
 

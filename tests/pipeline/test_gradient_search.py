@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from heretic.ablation.ablation import Ablation
-from heretic.errors import Interrupted, UserError
+from heretic.errors import Interrupted, OutOfMemory, UserError
 from heretic.interrupt import StopSignal
 from heretic.pipeline import gradient_search
 from heretic.pipeline.actions import export_from_run, open_run
@@ -21,10 +21,12 @@ from heretic.progress import NULL_REPORTER
 from heretic.runs.folder import DENSE_PATH_STATE, PATH_STATE, RunFolder
 from heretic.runs.status import read_status
 from heretic.scoring import gradient_loss
+from heretic.scoring.gradient_loss import LossTerms
 from heretic.scoring.judges.verdict import ANSWER, Exchange, Verdict
 from heretic.search import path_optimizer
 from heretic.search.gradient_path import GradientPath
 from heretic.search.path_optimizer import OptimizerState
+from heretic.settings import TrainedSettings
 from heretic.settings.sources import resolve
 from heretic.storage.attributes import GRADIENT_PATH
 from heretic.storage.rdb import connect
@@ -124,11 +126,45 @@ def test_a_path_that_leaves_prompts_unanswered_is_searched_again_with_dense_edit
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(RunFolder, "save_path_state", cut)
         do(config)
-    assert read_status("run", "runs", {}).gradient_path == "step 10 of 6 and more"
+    assert read_status("run", "runs", {}).gradient_path == "second search, step 4 of 6"
     outcome = do(config)
     path = GradientPath.load(optuna.load_study(study_name="heretic", storage=storage_url("", Path("runs/run"))))
-    assert path is not None and (path.points[0].vector is None) == better
+    assert path is not None and (path.points[0].vector is None) == path.second == better
     assert len(outcome.results) == 4
+
+
+@pytest.mark.parametrize("error", [OutOfMemory("GPU 0 is full."), RuntimeError("no backward")])
+def test_a_second_search_that_fails_leaves_the_first_path(
+    config: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(gradient_search, "MANY_UNANSWERED", 0.25)
+    evaluate = path_optimizer.PathOptimizer.step
+
+    def step(optimizer: path_optimizer.PathOptimizer, state: OptimizerState) -> LossTerms:
+        if optimizer.settings.sparsity == 0:
+            raise error
+        return evaluate(optimizer, state)
+
+    monkeypatch.setattr(path_optimizer.PathOptimizer, "step", step)
+    outcome = do(config)
+    assert outcome.results[0].params["path.point"] == 1.0
+
+
+def test_an_incomplete_encoder_does_not_stop_the_search(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_search, "MANY_UNANSWERED", 0.25)
+    encoder = Path("encoder")
+    encoder.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (encoder / name).write_text("{}")
+    found = {"kind": "trained", "trained": TrainedSettings(encoder=str(encoder))}
+    monkeypatch.setattr(
+        gradient_search,
+        "with_evaluation_judge",
+        lambda settings: settings.model_copy(update={"judge": settings.judge.model_copy(update=found)}),
+    )
+    listener = RecordingReporter()
+    assert do(config, reporter=listener).results[0].params["path.point"] == 1.0
+    assert any("Cannot load the encoder" in line for line in listener.lines)
 
 
 def test_answers_under_a_point_are_read_by_the_judge_of_evaluate(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

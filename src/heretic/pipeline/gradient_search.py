@@ -12,7 +12,7 @@ import torch
 
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.geometries import GEOMETRIES
-from heretic.errors import OutOfMemory
+from heretic.errors import OutOfMemory, UserError
 from heretic.hardware import devices
 from heretic.hardware.host import memory
 from heretic.model.batching import Batcher, free_memory
@@ -41,6 +41,7 @@ ANSWER_TOKENS = 16  # tokens of an answer to a training prompt, in which it must
 MIN_REFUSALS = 4  # refused training prompts that a search needs
 CHECK_TOKENS = 48  # of the answers under the last point: as much as the trained judge reads
 MANY_UNANSWERED = 0.25  # share of the refused training prompts that may stay without an answer under the last point
+LEFT_BY_SECOND = 0.5  # share of these that a second path may leave; its KL is often higher
 # The second search: removing each layer's own direction in many layers takes out what the layers above would read. Few strong
 # edits near the head change the first words of refusals at less KL, and can leave evasions (dev/LOG.md).
 DENSE = {"direction": "per_layer", "sparsity": 0.0}
@@ -78,13 +79,13 @@ def _search(session: Session, folder: RunFolder) -> GradientPath:
     if problem is None:
         return GradientPath((), f"the model refuses fewer than {MIN_REFUSALS} training prompts.")
     try:
-        return GradientPath(tuple(_optimize(session, folder, problem)))
+        return _optimize(session, folder, problem)
     except OutOfMemory as error:
         if problem.objective.recompute_activations:
             return GradientPath((), error.what)
         log.info("gradient checkpointing: %s", error.what)
         try:
-            return GradientPath(tuple(_optimize(session, folder, problem.with_gradient_checkpointing())))
+            return _optimize(session, folder, problem.with_gradient_checkpointing())
         except OutOfMemory as second_error:
             return GradientPath((), second_error.what)
     except (RuntimeError, NotImplementedError) as error:
@@ -131,7 +132,14 @@ class GradientProblem:
         """The judge of `heretic evaluate`."""
         model_context = self.session.context
         settings = with_evaluation_judge(model_context.settings)
-        return model_context.evaluator.judge if settings == model_context.settings else make_judge(settings)
+        if settings != model_context.settings:
+            try:
+                return make_judge(settings)
+            except UserError as error:  # such as an incomplete download, which does not stop a run
+                model_context.batcher.reporter.warning(
+                    f"{error.what} The judge of the search reads the answers instead."
+                )
+        return model_context.evaluator.judge
 
     def unanswered(self, ablation: Ablation) -> int:
         """Count the refused prompts that an ablation leaves unanswered, by the judge of `heretic evaluate`."""
@@ -168,30 +176,42 @@ class GradientProblem:
         return replace(self, objective=objective, with_activation_cache=lambda texts: texts)
 
 
-def _optimize(session: Session, folder: RunFolder, problem: GradientProblem) -> Sequence[PathPoint]:
+def _optimize(session: Session, folder: RunFolder, problem: GradientProblem) -> GradientPath:
     """Run the search, and a second one if its last point leaves many prompts unanswered; returns the better path."""
-    gradient, reporter = session.context.settings.search.gradient, session.context.batcher.reporter
-    # 1. The settings' search
-    points = _path(session, folder, problem, gradient)
-    dense = gradient.model_copy(update=DENSE)
-    if not gradient.mine_refusals or dense == gradient:
-        return points
-    # 2. Read its answers
-    unanswered, total = problem.unanswered(points[-1].ablation), len(problem.refused)
+    gradient = session.context.settings.search.gradient
+    first = GradientPath(tuple(_path(session, folder, problem, gradient)))
+    if not gradient.second_search:
+        return first
+    try:
+        return _second_search(session, folder, problem, first)
+    except (RuntimeError, NotImplementedError, OutOfMemory) as error:
+        retried = isinstance(error, OutOfMemory) and not problem.objective.recompute_activations
+        if retried or (not isinstance(error, OutOfMemory) and is_device_error(error)):
+            raise
+        log.info("second search failed", exc_info=True)
+        session.context.batcher.reporter.warning("The second gradient search failed. heretic keeps the first path.")
+        return first
+
+
+def _second_search(session: Session, folder: RunFolder, problem: GradientProblem, first: GradientPath) -> GradientPath:
+    """Read answers under the path's last point; search again if many prompts are unanswered, and return the better path."""
+    reporter, total = session.context.batcher.reporter, len(problem.refused)
+    unanswered = problem.unanswered(first.points[-1].ablation)
     log.info("%d of %d training prompts are unanswered", unanswered, total)
     if unanswered <= MANY_UNANSWERED * total:
-        return points
-    # 3. The dense search
+        return first
     reporter.info(
         f"The last point leaves {unanswered} of {total} training prompts unanswered. heretic searches once more, with each "
         "layer's own direction and without the sparsity penalty."
     )
-    second = _path(session, folder, problem, dense, DENSE_PATH_STATE)
-    left = problem.unanswered(second[-1].ablation)
+    dense = session.context.settings.search.gradient.model_copy(update=DENSE)
+    second = GradientPath(tuple(_path(session, folder, problem, dense, DENSE_PATH_STATE)), second=True)
+    left = problem.unanswered(second.points[-1].ablation)
+    better = left <= LEFT_BY_SECOND * unanswered
     reporter.info(
-        f"The second search leaves {left} unanswered. heretic keeps the {'second' if left < unanswered else 'first'}."
+        f"The second search leaves {left} unanswered. heretic keeps the {'second' if better else 'first'} path."
     )
-    return second if left < unanswered else points
+    return second if better else first
 
 
 def _path(
@@ -269,13 +289,14 @@ def _count_refusals(
         map(tuple, model_context.encoded["harmful_train"]), model_context.prompts.harmful_train.prompts, strict=True
     )
     texts = dict(prompts)
+    room = model_context.language_model.context - max(map(len, requests))
     return count_refusals(
         model_context.language_model,
         model_context.chat,
         requests,
         judge,
         model_context.batcher,
-        tokens,
+        max(1, min(tokens, room)),
         requests=[texts[tuple(prompt)] for prompt in requests],
         min_tokens=min_tokens,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import os
@@ -167,16 +166,15 @@ class RunFolder:
 
         return self._read(f"{name}.safetensors", stored_tensors.optimizer_state_from_tensors, reporter)
 
-    def path_steps(self) -> int:
-        """Return the completed steps of running gradient searches; 0 if none is readable. Never changes the folder."""
+    def path_steps(self, name: str = PATH_STATE) -> int:
+        """Return the completed steps of a gradient search; 0 if its state is not readable. Never changes the folder."""
         from heretic.runs import stored_tensors
 
-        steps = 0
-        for name in (PATH_STATE, DENSE_PATH_STATE):
-            with contextlib.suppress(UserError, ValueError):
-                tensors, _ = read_tensors(self.path / f"{name}.safetensors")
-                steps += stored_tensors.optimizer_state_from_tensors(tensors).steps
-        return steps
+        try:
+            tensors, _ = read_tensors(self.path / f"{name}.safetensors")
+            return stored_tensors.optimizer_state_from_tensors(tensors).steps
+        except (UserError, ValueError):
+            return 0
 
     def save_path_state(self, state: OptimizerState, name: str = PATH_STATE) -> None:
         """Store the state of the gradient search, a few kilobytes after every step."""

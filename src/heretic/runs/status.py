@@ -15,7 +15,7 @@ from heretic.errors import UserError
 from heretic.files import split_lines
 from heretic.hardware import locks
 from heretic.hardware.memory_usage import memory_usage
-from heretic.runs.folder import RunFolder, find_run, load_settings
+from heretic.runs.folder import DENSE_PATH_STATE, RunFolder, find_run, load_settings
 from heretic.search.gradient_path import GradientPath
 from heretic.search.integrity import check_attributes, damaged_trials, warning
 from heretic.search.pareto import pareto_front
@@ -210,9 +210,12 @@ def _gradient_search_progress(study: optuna.Study, folder: RunFolder | None, set
     if gradient_path is not None:
         first, last = gradient_path.edited_layer_range
         return gradient_path.failure_reason or f"{len(gradient_path.points)} points, edited layers {first} to {last}"
-    gradient, steps = settings.search.gradient, folder.path_steps() if folder else 0
-    planned = len(gradient.weights) * gradient.steps
-    return f"step {steps} of {planned}{' and more' * (steps > planned)}" if steps else ""
+    if folder is None:
+        return ""
+    gradient, second = settings.search.gradient, folder.path_steps(DENSE_PATH_STATE)
+    steps, planned = second or folder.path_steps(), len(gradient.weights) * gradient.steps
+    told = f"step {steps} of {planned}{' and more' * (steps > planned)}" if steps else ""
+    return f"second search, {told}" if second else told
 
 
 def _read_log(log: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -48,6 +48,7 @@ class GradientPath:
 
     points: tuple[PathPoint, ...]
     failure_reason: str = ""
+    second: bool = False  # whether they are of the second search, against evasions
 
     def at(self, position: float, gains: Mapping[str, Sequence[float]], shift: float) -> Ablation:
         """Interpolate the ablation at a position on the path (0: the first point).

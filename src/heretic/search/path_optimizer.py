@@ -125,7 +125,7 @@ class PathOptimizer:
     def _prepare_next_weight(self, state: OptimizerState) -> None:
         """Mine refusals after a point, and add a larger weight if the last one left too many."""
         at_end = state.steps == self._last_step(state)
-        if at_end and state.extra_weights == MAX_EXTRA_WEIGHTS:
+        if at_end and state.extra_weights >= MAX_EXTRA_WEIGHTS:
             return
         if self._mine_refusals(state) > STILL_REFUSED and at_end:
             state.extra_weights += 1

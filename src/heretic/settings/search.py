@@ -113,10 +113,16 @@ class GradientSettings(SettingsModel):
     mine_refusals: bool = setting(
         True,
         "Once the reference refusals are improbable at a point, generate responses again and make the new refusals "
-        "improbable too. At the end, heretic checks whether a second search is needed (docs/how.md).",
+        "improbable too.",
         when=(
             "Set false for a shorter gradient search; the trials must then find edits against other refusal phrases."
         ),
+    )
+    second_search: bool = setting(
+        True,
+        "If the path leaves more than a quarter of the prompts unanswered, search again with each layer's own direction "
+        "and no sparsity, and keep the second path if it leaves at most half as many.",
+        when="Set false to keep `direction` and `sparsity` in any case; the check costs a trial's time.",
     )
     kl_tokens: int = setting(
         1,

@@ -170,7 +170,7 @@ def local_encoder(name: str) -> str | None:
         if not isinstance(cached, str):
             return None
         folder = Path(cached).parent
-    needed = ("config.json", "model.safetensors", "tokenizer_config.json")
+    needed = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     return str(folder) if all((folder / file).is_file() for file in needed) else None
 
 
