@@ -109,6 +109,40 @@ MEASURES = (
 )
 
 
+SOURCES = {  # the models of the README's table, and where their held-out requests come from
+    "qwen2.5-coder-0.5b-instruct": (QWEN, "HarmBench"),
+    "guarded-model": (DEMO, "cooking"),
+}
+SHORT = {  # rows of the README's table, by the title there
+    "refusals in 256 tokens (phrases)": lambda row: refused(row).rpartition(", ")[2],
+    "not answered (trained judge)": numbers("unanswered", digits="g"),
+    "KL over its own answers": number(KL),
+    "unchanged harmless answers": number("unchanged"),
+    "XSTest newly refused": numbers("borderline_refusals.newly_refused", digits="g"),
+    "minutes of CPU": lambda row: time_to_model(row).partition(" ")[0],
+    "peak memory, GB": lambda row: str(row["made"].get("peak_gb", "")),
+}
+
+
+def short() -> str:
+    """Return the README's table: both models, the tools that search, a few measures."""
+    report = read("instrument")
+    tools = ("original", "heretic-llm", "temaq", "ours")
+    lines: list[tuple[str, ...]] = [("", *(TOOLS[tool] for tool in tools))]
+    described = []
+    for model, (name, source) in SOURCES.items():
+        rows = {row["tool"]: row for row in report["rows"] if row["model"] == model and not row["seed"]}
+        lines.append((f"**{name}**", *[""] * len(tools)))
+        for title, cell in SHORT.items():
+            lines.append((title, *(cell(rows[tool]) if tool in rows else "" for tool in tools)))
+        described.append(f"{name}: {held_out(rows['ours'])} held-out requests ({source})")
+    return captioned(
+        lines, "instrument", model="; ".join(described),
+        settings="defaults of every tool, bfloat16, their system prompt, seed 0, the trained judge's encoder on the machine",
+        command="`python benchmarks/instrument.py ASSETS`",
+    )  # fmt: skip
+
+
 def table_of(model: str, source: str, shortened: bool = False) -> str:
     """Return the table of a model with its caption, or with what in it differs from the first table's."""
     report = read("instrument")
@@ -124,7 +158,8 @@ def table_of(model: str, source: str, shortened: bool = False) -> str:
     seeds = ", ".join(str(row["seed"]) for row in found["ours"])
     limits = "".join(LIMITS.get(tool, "") for tool in peers)
     common = (
-        f"defaults of every tool, here bfloat16; the system prompt of both peers; seed {seeds}; {limits}refusals by "
+        f"defaults of every tool, here bfloat16; the system prompt of both peers; seed {seeds}; {limits}the trained "
+        f"judge's encoder on the machine; refusals by "
         f"{how['judge']}, other answers of {how['tokens']} tokens; ± standard error of the difference from the original"
     )
     settings = (

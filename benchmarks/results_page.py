@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results:\2 -->)", re.S)
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "instrument": instrument_tables.short,
     "instrument_qwen": instrument_tables.qwen,
     "instrument_demo": instrument_tables.demo,
     "held_out": tables.held_out,
