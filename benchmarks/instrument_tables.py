@@ -100,7 +100,6 @@ MEASURES = (
     Measure("perplexity of its answers", number("own_perplexity", ".3f"), "own_perplexity"),
     Measure("repeated 4-grams", number("repetition"), "repetition"),
     Measure("unchanged answers", number("unchanged"), "unchanged", higher=True),
-    Measure("language switched", number("language_switched"), "language_switched"),
     Measure("arithmetic", number("arithmetic"), "arithmetic", higher=True),
     Measure("copying", number("copying"), "copying", higher=True),
     Measure("trials", lambda row: str(row["made"].get("trials", ""))),
