@@ -71,7 +71,7 @@ SETTINGS = (
     "run_name=run", "n_trials=1", "max_response_length=24", "batch_size=32", 'dtypes=["bfloat16"]', "max_kl=1000.0",
     "trials_per_batch=1", 'response_prefix=""', "search.n_startup_trials=2", 'search.start="gradient"',
     "search.gradient.weights=[5]", "search.gradient.steps=1", "search.gradient.batch=16", "search.gradient.sparsity=0",
-    "search.gradient.mine_refusals=false",
+    "search.gradient.mine_refusals=false", "search.gradient.second_search=false",
 )  # fmt: skip
 
 # By phase, the functions whose innermost counts. In the export, which loads the model again, all counts as one phase.

@@ -66,9 +66,9 @@ from heretic.settings.sources import resolve
 
 METHODS: dict[str, dict[str, Any]] = {
     "kernels": {"search.start": "kernels"},
-    "mixture": {"search.gradient.direction": "mixture"},
-    "per_layer": {"search.gradient.direction": "per_layer"},
-    "free": {"search.gradient.direction": "free"},
+    "mixture": {"search.gradient.direction": "mixture", "search.gradient.second_search": False},
+    "per_layer": {"search.gradient.direction": "per_layer", "search.gradient.second_search": False},
+    "free": {"search.gradient.direction": "free", "search.gradient.second_search": False},
     # The default search from other directions.
     "geometric_median": {"directions.method": "geometric_median"},
     "map_1": {"directions.method": "self_organizing_map"},
@@ -83,7 +83,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "row_normalized": {"ablation.geometry": "row_normalized"},
     "winsorized": {"directions.winsorize": 0.995},
     "kl_tokens_4": {"kl_tokens": 4, "search.gradient.kl_tokens": 4},
-    "deaf": {"search.gradient.mine_refusals": False},
+    "deaf": {"search.gradient.mine_refusals": False, "search.gradient.second_search": False},
 }
 MAX_KLS = (0.05, 0.1, 0.2)
 FURTHER = 8  # tokens of the original's answers over which the KL is measured besides
