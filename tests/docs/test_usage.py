@@ -31,6 +31,7 @@ TABLES = """
 start = "gradient"
 n_startup_trials = 2
 [search.gradient]
+second_search = false
 weights = [0.5, 2.0]
 steps = 2
 batch = 4

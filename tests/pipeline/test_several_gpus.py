@@ -59,7 +59,7 @@ STARTS: dict[Start, tuple[str, ...]] = {
     "kernels": ('search.start="kernels"', 'refusal_markers=["bread","soup","music","help","sorry","request"]'),
     "gradient": (
         'search.start="gradient"', "search.gradient.sparsity=0", "search.gradient.weights=[5]", "search.gradient.steps=2",
-        "search.gradient.batch=4", "search.gradient.refusal_tokens=2",
+        "search.gradient.batch=4", "search.gradient.refusal_tokens=2", "search.gradient.second_search=false",
         'refusal_markers=["a","e","i","o","u","r","s","t","n"]',
     ),
 }  # fmt: skip

@@ -28,4 +28,6 @@ def test_the_prompts_of_the_hedging_example_are_there_and_apart(monkeypatch: pyt
     sets = load_all(resolve(ROOT / "examples/behaviors/hedging.toml").settings.prompts)
     assert not sets.warnings and (len(sets.harmful_train), len(sets.harmful_eval)) == (48, 24)
     asked_of_all = {prompt.split("?")[0] for prompt in sets.harmless_train.prompts}
-    assert not asked_of_all & {prompt.split("?")[0] for prompt in (*sets.harmful_eval.prompts, *sets.harmless_eval.prompts)}
+    assert not asked_of_all & {
+        prompt.split("?")[0] for prompt in (*sets.harmful_eval.prompts, *sets.harmless_eval.prompts)
+    }

@@ -28,6 +28,7 @@ def test_the_guard_refuses_and_an_ablation_removes_it(tmp_path: Path) -> None:
                 "search.gradient.steps=2",
                 "search.gradient.weights=[1.5]",
                 "search.gradient.learning_rate=0.5",
+                "search.gradient.second_search=false",
                 "search.gradient.mine_refusals=false",  # so short a search would go on to stricter weights
             ],
             reporter=NULL_REPORTER,
