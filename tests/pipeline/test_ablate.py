@@ -14,7 +14,8 @@ from tests.helpers.command import heretic
 
 SEARCH = (
     "--set", 'search.start="gradient"', "--set", "search.gradient.weights=[0.5]", "--set", "search.gradient.steps=2",
-    "--set", "search.gradient.mine_refusals=false", "--set", "search.gradient.second_search=false", "--set", 'refusal_markers=["e"]',
+    "--set", "search.gradient.mine_refusals=false", "--set", "search.gradient.second_search=false",
+    "--set", 'refusal_markers=["e"]',
 )  # fmt: skip
 
 
