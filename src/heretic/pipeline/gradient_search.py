@@ -129,9 +129,9 @@ class GradientProblem:
 
     @functools.cached_property
     def evaluation_judge(self) -> Judge:
-        """The judge of `heretic evaluate`."""
+        """The judge of `heretic evaluate`, but `words` instead of phrases, which see no evasions."""
         model_context = self.session.context
-        settings = with_evaluation_judge(model_context.settings)
+        settings = with_evaluation_judge(model_context.settings, "words")
         if settings != model_context.settings:
             try:
                 return make_judge(settings)
@@ -142,7 +142,7 @@ class GradientProblem:
         return model_context.evaluator.judge
 
     def unanswered(self, ablation: Ablation) -> int:
-        """Count the refused prompts that an ablation leaves unanswered, by the judge of `heretic evaluate`."""
+        """Count the refused prompts that an ablation leaves unanswered, by `evaluation_judge`."""
         model_context = self.session.context
         tokens = min(model_context.settings.max_response_length, CHECK_TOKENS)
         with self.session.applied(ablation):

@@ -179,19 +179,20 @@ class LlmSettings(SettingsModel):
 class JudgeSettings(SettingsModel):
     """Decides whether a response is a refusal."""
 
-    kind: Literal["markers", "trained", "classifier", "llm"] = setting(
+    kind: Literal["markers", "words", "trained", "classifier", "llm"] = setting(
         "markers",
-        "`markers`: the phrases of `refusal_markers`, matched during generation, which stops at the first. `trained`: a head "
-        "that ships with heretic, on a sentence encoder. `classifier`: a sequence classification model. `llm`: a model behind "
-        "an endpoint. The last three judge whole responses.",
+        "`markers`: the phrases of `refusal_markers`, matched during generation, which stops at the first. `words`: a "
+        "logistic regression on words that ships with heretic. `trained`: one on a sentence encoder. `classifier`: a sequence "
+        "classification model. `llm`: a model behind an endpoint. All but the first judge whole responses.",
         when=(
             "Change it if `heretic evaluate --judge-agreement` or your own reading shows that phrases miss too much."
         ),
     )
     evaluate: Literal["auto", "kind"] = setting(
         "auto",
-        "Judge of `heretic evaluate`, and of the check after the gradient search. `auto`: `trained` if its encoder is on "
-        "this machine and `kind` is `markers` with the default English phrases, else `kind`. `kind`: always `kind`.",
+        "Judge of `heretic evaluate`, and of the check after the gradient search. `auto`: if `kind` is `markers` with "
+        "the default English phrases, `trained` if its encoder is on this machine; without it, the check reads with `words`. "
+        "`kind`: always `kind`.",
         when='Set it to "kind" to compare with the numbers of a run.',
         affects_results=False,
     )

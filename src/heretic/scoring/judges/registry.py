@@ -15,6 +15,7 @@ from heretic.scoring.judges.llm import LlmJudge
 from heretic.scoring.judges.markers import MarkerJudge
 from heretic.scoring.judges.trained import TrainedJudge, check_encoder, local_encoder
 from heretic.scoring.judges.verdict import Judge
+from heretic.scoring.judges.words import WordJudge
 from heretic.settings import DEFAULT_MARKERS, Settings
 from heretic.settings.languages import ENGLISH, language
 
@@ -41,6 +42,10 @@ def _classifier(settings: Settings, _: JudgeContext) -> Judge:
 
 def _trained(settings: Settings, _: JudgeContext) -> Judge:
     return TrainedJudge(settings.judge.trained, _evasion(settings))
+
+
+def _words(settings: Settings, _: JudgeContext) -> Judge:
+    return WordJudge(_evasion(settings))
 
 
 def _llm(settings: Settings, context: JudgeContext) -> Judge:
@@ -72,6 +77,7 @@ class JudgeSpec:
 
 JUDGES: dict[str, JudgeSpec] = {
     "markers": JudgeSpec(_markers),
+    "words": JudgeSpec(_words),
     "trained": JudgeSpec(_trained, _try_trained),
     "classifier": JudgeSpec(_classifier, _try_classifier),
     "llm": JudgeSpec(_llm, _try_llm),
@@ -95,8 +101,8 @@ def try_judge(settings: Settings) -> str:
     return JUDGES[settings.judge.kind].try_out(settings)
 
 
-def with_evaluation_judge(settings: Settings) -> Settings:
-    """Return settings with the judge of `heretic evaluate`: the trained one if its encoder is on this machine.
+def with_evaluation_judge(settings: Settings, otherwise: str = "markers") -> Settings:
+    """Return settings with the judge of `heretic evaluate`: `trained` if its encoder is on this machine, else `otherwise`.
 
     The settings' own judge stays if the user chose another one than the English phrases, and under torchrun.
     """
@@ -106,9 +112,11 @@ def with_evaluation_judge(settings: Settings) -> Settings:
         return settings
     folder = local_encoder(judge.trained.encoder)
     if folder is None:
-        return settings
-    trained = judge.trained.model_copy(update={"encoder": folder})
-    return settings.model_copy(update={"judge": judge.model_copy(update={"kind": "trained", "trained": trained})})
+        found = judge.model_copy(update={"kind": otherwise})
+    else:
+        trained = judge.trained.model_copy(update={"encoder": folder})
+        found = judge.model_copy(update={"kind": "trained", "trained": trained})
+    return settings.model_copy(update={"judge": found})
 
 
 def _evasion(settings: Settings) -> Evasion:
