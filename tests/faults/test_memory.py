@@ -20,7 +20,8 @@ from tests.faults.room import Room, moments
 from tests.helpers.command import Ran, heretic
 
 ARGUMENTS = ("run", "--run-name", "mine", "--set", 'search.start="gradient"', "--set", "search.gradient.weights=[0.1]",
-             "--set", "search.gradient.steps=2", "--set", "batch_size=8")  # fmt: skip
+             "--set", "search.gradient.steps=2", "--set", "batch_size=8",
+             "--set", "search.gradient.second_search=false")  # fmt: skip
 
 
 def values() -> list[tuple[float, ...]]:

@@ -12,7 +12,7 @@ from tests.faults.conftest import Amount, Tally
 from tests.helpers.command import start
 
 RUN = ("run", "--run-name", "mine", "--set", 'search.start="gradient"', "--set", "search.gradient.weights=[0.1]",
-       "--set", "search.gradient.steps=2")  # fmt: skip
+       "--set", "search.gradient.steps=2", "--set", "search.gradient.second_search=false")  # fmt: skip
 
 
 def do(*arguments: str) -> None:

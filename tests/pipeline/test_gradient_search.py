@@ -160,7 +160,7 @@ def test_an_incomplete_encoder_does_not_stop_the_search(config: Path, monkeypatc
     monkeypatch.setattr(
         gradient_search,
         "with_evaluation_judge",
-        lambda settings: settings.model_copy(update={"judge": settings.judge.model_copy(update=found)}),
+        lambda settings, _: settings.model_copy(update={"judge": settings.judge.model_copy(update=found)}),
     )
     listener = RecordingReporter()
     assert do(config, reporter=listener).results[0].params["path.point"] == 1.0
@@ -182,7 +182,7 @@ def test_answers_under_a_point_are_read_by_the_judge_of_evaluate(config: Path, m
             return [ANSWER] * len(exchanges)
 
     monkeypatch.setattr(
-        gradient_search, "with_evaluation_judge", lambda settings: settings.model_copy(update={"seed": 9})
+        gradient_search, "with_evaluation_judge", lambda settings, _: settings.model_copy(update={"seed": 9})
     )
     monkeypatch.setattr(gradient_search, "make_judge", lambda _: Never())
     listener = RecordingReporter()

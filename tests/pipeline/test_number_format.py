@@ -75,6 +75,7 @@ def test_a_run_in_bfloat16_on_a_cpu_is_searched_exported_and_verified(
 ) -> None:
     monkeypatch.setattr(NATIVE, lambda: True)
     gradient = ("search.start=gradient", "search.gradient.weights=[0.5]", "search.gradient.steps=3",
+                "search.gradient.second_search=false",
                 "search.gradient.refusal_tokens=1", 'refusal_markers=["e"]')  # fmt: skip
     reporter = RecordingReporter()
     resolved = resolve(config, {"model": str(half), "save_to": "out", "n_trials": 1}, gradient)

@@ -54,7 +54,12 @@ def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 def test_the_same_bit_for_bit(config: Path, family: str, assignment: str, tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "m", family, dtype=torch.bfloat16, max_shard_size="20KB")
     out = export(
-        config, base, assignment, "search.gradient.steps=3", "refusal_markers=['sorry', 'bread', 'a', 'e', 'o']"
+        config,
+        base,
+        assignment,
+        "search.gradient.steps=3",
+        "search.gradient.second_search=false",
+        "refusal_markers=['sorry', 'bread', 'a', 'e', 'o']",
     )
     found = again(out / "manifest.json")
     assert found.verdict == "identical" and all(found.files.values()) and not found.changed
@@ -85,7 +90,7 @@ def test_the_card_says_which_behavior_was_reduced(config: Path, llama: Path) -> 
 def test_several_directions_are_made_again(config: Path, llama: Path, more: tuple[str, ...]) -> None:
     wanted = ("directions.method=self_organizing_map", "directions.count=2", "ablation.geometry=plain")
     words = "refusal_markers=['sorry', 'bread', 'a', 'e', 'o']"
-    export(config, llama, *wanted, "search.gradient.steps=3", words, *more)
+    export(config, llama, *wanted, "search.gradient.steps=3", "search.gradient.second_search=false", words, *more)
     assert again(Path("out/manifest.json")).verdict == "identical"
     assert "2 orthogonal ones" in Path("out/README.md").read_text()
 

@@ -114,7 +114,7 @@ def test_a_conditional_edit_is_exported_verified_resumed_and_made_again(
 ) -> None:
     from tests.pipeline.test_reproduce import again
 
-    settings = (*CONDITIONAL, "search.start=gradient", "search.gradient.steps=3")
+    settings = (*CONDITIONAL, "search.start=gradient", "search.gradient.steps=3", "search.gradient.second_search=false")
     options = {"model": str(llama), "save_to": "out", "n_trials": 2, "run_name": "mine"}
     words = "refusal_markers=['sorry', 'bread', 'a', 'e', 'o']"
     full = run(resolve(config, options, (*settings, words)), reporter=NULL_REPORTER, stop=StopSignal()).export
