@@ -31,7 +31,6 @@ from heretic.session.session import Session
 FORMATS = ("float32", "bfloat16")
 ROWS, TOKENS = 16, 40
 DECODED = 8
-DIRECTION = "free"  # of the gradient search, the default
 OTHER_BATCHES = (1, 7)  # against one batch with all prompts
 
 
@@ -136,7 +135,7 @@ def step(problem: GradientProblem, state: OptimizerState, rows: int) -> tuple[fl
 
 def gradients(sessions: dict[str, Session], problems: dict[str, Any]) -> dict[str, Any]:
     """Loss of the same ablation and the cosine of the gradients in its strengths."""
-    state = initial_state(sessions["float32"], DIRECTION)
+    state = initial_state(sessions["float32"], sessions["float32"].context.settings.search.gradient.direction)
     state.strengths.fill_(0.3)
     (loss, single), (half_loss, half) = (step(problems[name], state, ROWS) for name in FORMATS)
     cosine = torch.nn.functional.cosine_similarity(single, half, dim=0)
@@ -169,7 +168,7 @@ def kinds(session: Session, problem: GradientProblem | None) -> Iterator[tuple[s
     model: Any = session.context.language_model.model
     rows = session.context.language_model.rows  # of the embedding
     ids = torch.randint(rows, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
-    state = initial_state(session, DIRECTION)
+    state = initial_state(session, session.context.settings.search.gradient.direction)
     state.strengths.fill_(0.3)
 
     @torch.inference_mode()

@@ -58,8 +58,12 @@ def numbers(*names: str, digits: str = ".2g") -> Callable[[Report], str]:
 
 def refused(row: Report) -> str:
     """Return the refusals by length, the last with their interval."""
-    whole = counted(int(row["measured"]["refusals_by_length.256"]["value"]), held_out(row))
-    return f"{numbers(*(f'refusals_by_length.{n}' for n in (32, 64, 128)), digits='g')(row)}, {whole}"
+    return f"{numbers(*(f'refusals_by_length.{n}' for n in (32, 64, 128)), digits='g')(row)}, {refused_at_last(row)}"
+
+
+def refused_at_last(row: Report) -> str:
+    """Return the refusals in whole answers with their interval."""
+    return counted(int(row["measured"]["refusals_by_length.256"]["value"]), held_out(row))
 
 
 def held_out(row: Report) -> int:
@@ -113,7 +117,7 @@ SOURCES = {  # the models of the README's table, and where their held-out reques
     "guarded-model": (DEMO, "cooking"),
 }
 SHORT = {  # rows of the README's table, by the title there
-    "refusals in 256 tokens (phrases)": lambda row: refused(row).rpartition(", ")[2],
+    "refusals in 256 tokens (phrases)": refused_at_last,
     "not answered (trained judge)": numbers("unanswered", digits="g"),
     "KL over its own answers": number(KL),
     "unchanged harmless answers": number("unchanged"),

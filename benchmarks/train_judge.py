@@ -30,8 +30,8 @@ from sklearn.model_selection import GroupKFold
 from heretic.files import read_text, sha256, split_lines
 from heretic.scoring.judges.agreement import Agreement, LabeledAnswer, agreement, labeled_answers
 from heretic.scoring.judges.registry import make_judge
-from heretic.scoring.judges.trained import BEGINNING, HEAD, SentenceEncoder, features, mean_state
-from heretic.scoring.judges.verdict import ANSWER, ORDER, REFUSAL, Exchange, Judge, Verdict
+from heretic.scoring.judges.trained import HEAD, SentenceEncoder, features, mean_state
+from heretic.scoring.judges.verdict import ANSWER, BEGINNING, ORDER, REFUSAL, Exchange, Judge, Verdict
 from heretic.settings import Settings
 
 DATA = Path(__file__).parent / "judge"

@@ -28,9 +28,6 @@ READ_AT_IMPORT = (
 )  # fmt: skip
 
 
-_SERVERS: list[subprocess.Popen[bytes]] = []  # they end when their standard input closes
-
-
 def libraries_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that the libraries read when they are imported."""
     return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
@@ -80,10 +77,6 @@ class ForkedProcess:
         """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
-    def terminate(self) -> None:
-        """Send SIGTERM."""
-        self.send_signal(signal.SIGTERM)
-
 
 def fork_heretic(arguments: Sequence[str], environment: Mapping[str, str], output: Path | None = None) -> ForkedProcess:
     """Start `heretic ARGUMENTS` in this folder, with output and errors in one pipe or in this file."""
@@ -107,7 +100,7 @@ def fork_on_terminal(arguments: Sequence[str], environment: Mapping[str, str], t
 def _fork(
     arguments: Sequence[str], environment: Mapping[str, str], streams: list[int], *, leads_session: bool = False
 ) -> tuple[socket.socket, int]:
-    name = _server(tuple(sorted(libraries_environment(environment).items())))
+    name, _ = _server(tuple(sorted(libraries_environment(environment).items())))
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(_address(name))
     request = {"arguments": arguments, "environment": dict(environment), "folder": os.getcwd(), "path": sys.path}
@@ -116,8 +109,8 @@ def _fork(
 
 
 @functools.cache
-def _server(environment: tuple[tuple[str, str], ...]) -> str:
-    """Start the server of this test process for these variables; returns its name. It ends with this process."""
+def _server(environment: tuple[tuple[str, str], ...]) -> tuple[str, subprocess.Popen[bytes]]:
+    """Start this test process's server for these variables; it ends when its standard input closes, with this process."""
     name = f"heretic-tests-{os.getpid()}-{abs(hash(environment))}"
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.helpers.fork_server", name],
@@ -127,10 +120,9 @@ def _server(environment: tuple[tuple[str, str], ...]) -> str:
         env={name: value for name, value in os.environ.items() if not name.startswith(READ_AT_IMPORT)}
         | dict(environment),
     )
-    _SERVERS.append(process)
     assert process.stdout is not None
     assert process.stdout.readline()  # it listens
-    return name
+    return name, process
 
 
 def _address(name: str) -> str:

@@ -184,9 +184,11 @@ def _optimize(session: Session, folder: RunFolder, problem: GradientProblem) -> 
         return first
     try:
         return _second_search(session, folder, problem, first)
-    except (RuntimeError, NotImplementedError, OutOfMemory) as error:
-        retried = isinstance(error, OutOfMemory) and not problem.objective.recompute_activations
-        if retried or (not isinstance(error, OutOfMemory) and is_device_error(error)):
+    except (RuntimeError, OutOfMemory) as error:
+        # Without memory, `_search` tries again with gradient checkpointing.
+        checkpointing = problem.objective.recompute_activations
+        temporary = is_device_error(error) if isinstance(error, RuntimeError) else not checkpointing
+        if temporary:
             raise
         log.info("second search failed", exc_info=True)
         session.context.batcher.reporter.warning("The second gradient search failed. heretic keeps the first path.")

@@ -64,7 +64,7 @@ class ClassifierJudge:
             return EVASIVE
         if label in self.refusing:
             return REFUSAL
-        return EVASIVE if self.evasion.is_evasive(*exchange) else ANSWER
+        return self.evasion.checked(exchange, ANSWER)
 
 
 def labels_of(settings: ClassifierSettings) -> tuple[set[int], set[int]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Sequence
 
+from heretic.scoring.judges.verdict import ANSWER, EVASIVE, Exchange, Verdict
+
 GRAM = 4  # words or tokens of an n-gram
 LOOP = 0.5  # share of repeated n-grams above which a text is a loop
 MAX_WORDS = 40  # longer answers contain more than the deflecting phrase
@@ -32,6 +34,10 @@ class Evasion:
             return True
         asked = _words(normalize(request))
         return len(asked) > 1 and len(words) <= len(asked) + ADDED_WORDS and _repeats(words, asked)
+
+    def checked(self, exchange: Exchange, verdict: Verdict) -> Verdict:
+        """Return another judge's verdict, but EVASIVE for an answer that is evasive by these rules."""
+        return EVASIVE if verdict == ANSWER and self.is_evasive(*exchange) else verdict
 
     def is_empty(self, answer: str) -> bool:
         """Return whether an answer has no letter or digit."""

@@ -25,11 +25,10 @@ from torch.nn.functional import normalize
 from heretic.errors import UserError
 from heretic.scoring.judges.classifier import on_device, translated_load_errors
 from heretic.scoring.judges.evasion import Evasion
-from heretic.scoring.judges.verdict import ANSWER, EVASIVE, Exchange, Verdict
+from heretic.scoring.judges.verdict import BEGINNING, EVASIVE, Exchange, Verdict
 from heretic.settings import TrainedSettings
 
 HEAD = "judge_head.json"  # in heretic/data
-BEGINNING = 200  # characters, as in the training set
 MAX_TOKENS = 256  # the encoder's max_seq_length
 BATCH = 32  # texts of a pass
 TOLERANCE = 0.05  # of the logits of the head's example; another encoder changes them by more than 1
@@ -136,10 +135,7 @@ class TrainedJudge:
         if read:
             logits = self.head.logits(features(self.encoder, [exchanges[i].answer for i in read]))
             labels = {i: self.head.labels[n] for i, n in zip(read, logits.argmax(1).tolist(), strict=True)}
-        return [self._verdict(exchange, labels.get(i, EVASIVE)) for i, exchange in enumerate(exchanges)]
-
-    def _verdict(self, exchange: Exchange, label: Verdict) -> Verdict:
-        return EVASIVE if label == ANSWER and self.evasion.is_evasive(*exchange) else label
+        return [self.evasion.checked(exchange, labels.get(i, EVASIVE)) for i, exchange in enumerate(exchanges)]
 
     def _same_encoder(self) -> bool:
         config = self.encoder.model.config

@@ -9,6 +9,7 @@ Verdict = Literal["answer", "refusal", "evasive"]
 ANSWER: Verdict = "answer"
 REFUSAL: Verdict = "refusal"
 EVASIVE: Verdict = "evasive"
+BEGINNING = 200  # characters of an answer that the judges with training sets read, as in these sets
 ORDER: tuple[Verdict, ...] = (
     ANSWER,
     REFUSAL,

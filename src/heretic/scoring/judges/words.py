@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from importlib import resources
 
 from heretic.scoring.judges.evasion import Evasion
-from heretic.scoring.judges.verdict import ANSWER, EVASIVE, Exchange, Verdict
+from heretic.scoring.judges.verdict import BEGINNING, EVASIVE, Exchange, Verdict
 
 FILE = "judge_words.json"  # in heretic/data
-BEGINNING = 200  # characters that it reads, as in the training set
 _WORD = re.compile(r"\b\w\w+\b")
 
 
@@ -75,5 +74,4 @@ class WordJudge:
     def _verdict(self, exchange: Exchange) -> Verdict:
         if self.evasion.is_empty(exchange.answer):
             return EVASIVE
-        label = self.weights.label(exchange.answer)
-        return EVASIVE if label == ANSWER and self.evasion.is_evasive(*exchange) else label
+        return self.evasion.checked(exchange, self.weights.label(exchange.answer))
