@@ -89,7 +89,7 @@ def test_everything_on_gpu_0(large: Checkpoint) -> None:
 def test_cached_weights_on_a_sharded_model(large: Checkpoint) -> None:
     plan = planned(large).plan
     assert plan is not None and not any(load.copies for load in plan.loads), "a trial edits no weights"
-    level, fix = found(planned(large, apply="weights", batch_size=4), "cache_weights")
+    level, fix = found(planned(large, apply="weights", batch_size=4, device_map="balanced"), "cache_weights")
     assert level == "failure" and str(fix).startswith("cache_weights = false")
 
 

@@ -63,7 +63,7 @@ def test_32b_lies_as_the_seed_saw_it(large: Checkpoint) -> None:
     We do not know at what moment, so what surely lies there is compared: the weights, exact, and a CUDA context on each card. The
     context is a named part of the plan, and an assumption, not a measurement (`machine.demand.CONTEXT` says from where).
     """
-    found = plan(large, [*gpus(4, 24, free=23.5), cpu(64)])
+    found = plan(large, [*gpus(4, 24, free=23.5), cpu(64)], device_map="balanced")
     assert found.weights / 1e9 == pytest.approx(65.5, rel=0.01)
     assert {load.context for load in found.loads} == {CONTEXT}
     assert [(load.weights + load.context) / 1e9 for load in found.loads] == pytest.approx([17, 17, 17, 15], rel=0.1)

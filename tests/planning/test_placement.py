@@ -67,6 +67,7 @@ def test_spread_places_every_block_once_and_tied_weights_together(mode: str, tie
     assert sum(share.weights for share in placed.values()) == size
     assert [share.embedding for share in placed.values()].count(True) == 1
     assert [share.head for share in placed.values()].count(True) == 1
+    assert table.get("model.rotary_emb") == table.get("model.embed_tokens")
     if tied:
         assert all(share.embedding == share.head for share in placed.values())
 

@@ -81,12 +81,12 @@ def test_the_painful_run_is_spread_over_four_gpus(machine: Callable[..., None]) 
     assert report.verdict == "ready" and report.plan is not None and len(report.plan.loads) == 4
     on_one = run(large, device_map="cuda:0")
     assert on_one.exit_status == 1 and 'device_map = "balanced"' in texts(on_one)
-    cached = run(large, apply="weights", batch_size=4, search={"start": "kernels"})
+    cached = run(large, apply="weights", batch_size=4, device_map="balanced", search={"start": "kernels"})
     assert cached.exit_status == 1 and "cache_weights = false" in texts(cached), (
         "there is no room to look at the weights"
     )
     unseen = {"search": {"start": "kernels"}, "ablation": {"geometry": "plain"}}
-    cached = run(large, apply="weights", batch_size=4, **unseen)
+    cached = run(large, apply="weights", batch_size=4, device_map="balanced", **unseen)
     assert cached.exit_status == 2 and "cache_weights = false" in texts(cached)
     assert run(large, apply="weights", batch_size=4, cache_weights=False).verdict == "ready"
     machine(2, 24)

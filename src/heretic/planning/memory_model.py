@@ -166,8 +166,13 @@ class MemoryModel:
         return max(self._weight_stats() if self.work.needs_weight_stats else 0, one_row + self.dequantized)
 
     def largest_batch(self, placed: Mapping[int | str, DeviceShare], devices: Sequence[Device], largest: int) -> int:
-        """Return the largest power of two that fits with memory to spare, else the largest that fits, else 0."""
-        sizes = [2**n for n in reversed(range(largest.bit_length()))]
+        """Return the largest batch that fits with memory to spare, else the largest that fits, else 0.
+
+        Tried are powers of two, and the rows of 1, 2, 4 … whole trials.
+        """
+        powers = [2**n for n in range(largest.bit_length())]
+        trials = {count * self.work.requests for count in powers if self.work.requests}
+        sizes = sorted({*powers, *trials} & set(range(1, largest + 1)), reverse=True)
         loads = {size: self.device_memory(placed, devices, size) for size in sizes}
         fitting = [size for size in sizes if all(load.fits for load in loads[size])]
         roomy = [size for size in fitting if not any(load.tight for load in loads[size])]

@@ -18,6 +18,7 @@ from heretic.model.tensor_info import OPENED, SCALES
 from heretic.planning.device_table import explicit
 from heretic.planning.memory_model import CONTEXT, MIB, DeviceMemory, MemoryModel, headroom
 from heretic.planning.model_dims import ModelDims
+from heretic.planning.partition import partition
 from heretic.planning.pass_memory import FLOAT32
 from heretic.planning.placement import (
     MODES,
@@ -45,7 +46,7 @@ class MemoryPlan:
     """The placement of a model and its memory on every device."""
 
     device_map: dict[str, int | str]  # resolved, for loading
-    max_memory: dict[str, int] | None  # bytes for weights by device, as given to accelerate; None without accelerate
+    max_memory: dict[str, int] | None  # bytes for weights by device if modules are spread; else None
     dtype: str
     batch_size: int  # of the settings, or chosen
     largest_batch_size: int  # that fits; 0: not even one prompt
@@ -157,7 +158,7 @@ def make_plan(
         work: the workload.
         device_map, max_memory, quantization: as the settings.
         dtypes: as the setting; the plan uses the first.
-        batch_size: 0 chooses the largest power of two that fits with memory to spare, at most 512 (on a CPU 128).
+        batch_size: 0 chooses the largest that fits with memory to spare, at most 512 (on a CPU 128); see `largest_batch`.
         devices: the available devices.
         copies: whether a copy of the edited weights is kept.
 
@@ -243,22 +244,24 @@ def _place(
     batch: int,
     fewer: Mapping[str, float],
 ) -> tuple[dict[str, int | str], dict[str, int] | None]:
-    """Place the modules by the user's table, on one device, or spread by accelerate.
+    """Place the modules by the user's table, on one device, or spread over several.
 
     Returns:
-        The device by module, and the bytes for weights by device that accelerate was given; None without accelerate.
+        The device by module, and the bytes for weights by device if there are several; else None.
     """
     if not isinstance(device_map, str):
         return explicit(model, device_map, devices, demand.shape.blocks), None
     if device_map not in MODES or all(not device.is_gpu for device in named):
         return everything_on(named[0]), None
-    if device_map == "planned":
+    spread = device_map == "planned"
+    if spread:
         if table := _one_device(model, demand, named, limits, batch, fewer):
             return table, None
         device_map = "balanced"
     room = {device.name: _room(device, limits, demand.minimum) for device in devices}
     within = {device.name: room[device.name] for device in named}
-    return infer_device_map(model, device_map, within, named, fewer), room
+    table = partition(model, demand.shape.blocks, within, named, fewer) if spread else None
+    return table or infer_device_map(model, device_map, within, named, fewer), room
 
 
 def _one_device(

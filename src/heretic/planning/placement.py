@@ -127,10 +127,18 @@ def infer_device_map(
         table = dict(
             infer_auto_device_map(model, max_memory=limits, no_split_module_classes=unsplit, special_dtypes=kinds)
         )
-    head, embedding = _ends(model)
-    if head != embedding and model.get_output_embeddings().weight is model.get_input_embeddings().weight:
-        table[head] = lookup(table, embedding)  # accelerate can separate tied weights, which would store them twice
+    _, embedding = _ends(model)
+    for name in table:
+        # accelerate can separate tied weights, which would store them twice; and it puts rotary embeddings beside the last block,
+        # so that the hidden states of every pass would go there and back. Modules inside a block stay with it.
+        if not _has_weights(model, name) and not any(part.isdigit() for part in name.split(".")):
+            table[name] = lookup(table, embedding) or 0
     return {"": next(iter(table.values()))} if len(set(table.values())) == 1 else table
+
+
+def _has_weights(model: nn.Module, name: str) -> bool:
+    """Whether a module or tensor has weights of its own; a tied head has not."""
+    return any(owner == name or owner.startswith(f"{name}.") for owner, _ in model.named_parameters())
 
 
 @contextmanager

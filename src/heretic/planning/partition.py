@@ -1,0 +1,102 @@
+"""Place a model's blocks in order on several GPUs, so that the fullest of them holds as little as possible.
+
+accelerate's `balanced` keeps room for offloading on the first GPU: of 32B it puts 14, 18, 18 and 14 blocks on four GPUs, this
+module 15, 17, 17 and 15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from heretic.hardware.devices import Device
+from heretic.planning.placement import block_names
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+Cost = tuple[int, int]  # the bytes of the fullest GPU, and the sum of all squares
+
+
+def partition(
+    model: PreTrainedModel,
+    blocks: int,
+    room: Mapping[str, int],
+    gpus: Sequence[Device],
+    fewer: Mapping[str, float] = MappingProxyType({}),
+) -> dict[str, int | str] | None:
+    """Place everything before the blocks with the first one, everything after them with the last one.
+
+    Args:
+        model: the meta model.
+        blocks: number of decoder blocks.
+        room: bytes for weights by device name.
+        gpus: the devices, in the order of the blocks.
+        fewer: bytes per element of quantized parameters, by name.
+
+    Returns:
+        Devices by module name; None if the weights do not fit, or the model has no list of its blocks.
+    """
+    names = block_names(model, blocks)
+    if not names:
+        return None
+    modules = list(_in_order(model, "", set(names)))
+    sizes = _sizes(model, modules, fewer)
+    first = modules.index(names[0])
+    # What has no weights (rotary embeddings) computes what the blocks read: beside the embedding.
+    after = [name for name in modules[first:] if name not in names and sizes[name]]
+    before = [name for name in modules if name not in names and name not in after]
+    ends = sum(sizes[name] for name in before), sum(sizes[name] for name in after)
+    counts = _counts([sizes[name] for name in names], ends, [room.get(gpu.name, 0) for gpu in gpus])
+    if counts is None:
+        return None
+    cards = [gpu.key for gpu, count in zip(gpus, counts, strict=True) for _ in range(count)]
+    return dict.fromkeys(before, cards[0]) | dict(zip(names, cards, strict=True)) | dict.fromkeys(after, cards[-1])
+
+
+def _in_order(module: nn.Module, prefix: str, blocks: set[str]) -> Iterator[str]:
+    """Yield the names of the blocks, and of the largest modules and tensors without any of them, in the model's order."""
+    for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        yield prefix + name
+    for name, child in module.named_children():
+        path = prefix + name
+        if path in blocks or not any(block.startswith(f"{path}.") for block in blocks):
+            yield path
+        else:
+            yield from _in_order(child, f"{path}.", blocks)
+
+
+def _sizes(model: nn.Module, modules: Sequence[str], fewer: Mapping[str, float]) -> dict[str, int]:
+    """Return the bytes of modules; tied weights count where they appear first."""
+    sizes = dict.fromkeys(modules, 0)
+    for name, parameter in model.named_parameters():
+        owner = name
+        while owner not in sizes:
+            owner = owner.rpartition(".")[0]
+        sizes[owner] += int(parameter.numel() * fewer.get(name, parameter.element_size()))
+    return sizes
+
+
+def _counts(blocks: Sequence[int], ends: tuple[int, int], room: Sequence[int]) -> list[int] | None:
+    """Return how many blocks each GPU holds, by dynamic programming over GPUs and blocks; None if they do not fit."""
+    total, sums = len(blocks), [0]
+    for size in blocks:
+        sums.append(sums[-1] + size)
+    # The best way to place the first `stop` blocks on the GPUs so far: cost and counts.
+    best: dict[int, tuple[Cost, list[int]]] = {0: ((0, 0), [])}
+    for most in room:
+        found: dict[int, tuple[Cost, list[int]]] = {}
+        for start, ((fullest, squares), counts) in best.items():
+            for stop in range(start, total + 1):
+                load = sums[stop] - sums[start]
+                if stop > start:
+                    load += ends[0] * (start == 0) + ends[1] * (stop == total)
+                if load > most:
+                    break
+                candidate = (max(fullest, load), squares + load * load), [*counts, stop - start]
+                if stop not in found or candidate[0] < found[stop][0]:
+                    found[stop] = candidate
+        best = found
+    return best[total][1] if total in best else None
