@@ -75,19 +75,22 @@ class BoundedTPESampler(BaseSampler):
         self.inner.after_trial(study, trial, state, values)
 
     def _part(self, study: optuna.Study, trial: FrozenTrial) -> optuna.Study:
-        """Return the study, or an in-memory study with its best and latest trials."""
+        """Return the study, or an in-memory study with its best and latest trials; for each trial it is chosen once."""
+        if self._shown is None or self._shown[0] != trial.number:
+            self._shown = trial.number, self._choose_part(study, trial)
+        return self._shown[1]
+
+    def _choose_part(self, study: optuna.Study, trial: FrozenTrial) -> optuna.Study:
         known = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
         if len(known) <= self.enough:
             return study
-        if self._shown is None or self._shown[0] != trial.number:
-            part = optuna.create_study(directions=study.directions, sampler=self.inner)
-            part.add_trials(
-                _without_attributes(t)
-                for t in relevant_trials(known, self.enough, study.directions)
-                if t.number != trial.number
-            )
-            self._shown = trial.number, part
-        return self._shown[1]
+        part = optuna.create_study(directions=study.directions, sampler=self.inner)
+        part.add_trials(
+            _without_attributes(t)
+            for t in relevant_trials(known, self.enough, study.directions)
+            if t.number != trial.number
+        )
+        return part
 
 
 def relevant_trials(
