@@ -182,7 +182,9 @@ class PathOptimizer:
         gradients["strengths"] = gradients["strengths"] + self.settings.sparsity
         if state.vector is not None:
             vector = state.vector.detach().clone().requires_grad_()
-            gradients["vector"] = gradients["vector"] + self._off_span_penalty(vector)
+            # While all strengths are 0 the direction has no gradient. Of the penalty's rounding, Adam would make a whole step.
+            moves = bool(gradients["vector"].any())
+            gradients["vector"] = gradients["vector"] + self._off_span_penalty(vector) * moves
         for name, tensor in state.tensors.items():
             # A destroyed model has NaN gradients; the momentum carries on.
             self._adam(state, name, tensor, gradients[name].nan_to_num(0.0, 0.0, 0.0))
