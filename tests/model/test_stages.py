@@ -15,7 +15,7 @@ from heretic.model.loading import load
 from heretic.model.stages import stages_of
 from heretic.model.transfer import Index
 from tests.helpers.pretend_gpus import PretendGpus
-from tests.helpers.spread import TIED, spread
+from tests.helpers.spread import spread
 from tests.tiny import save_tiny
 
 SEQUENCES = [[5 + (i * 7 + j) % 80 for j in range(8 + i % 3)] for i in range(4)]
@@ -35,7 +35,7 @@ def test_masks_and_positions_travel_from_gpu_to_gpu_once(family: str, tmp_path: 
     expected = next_token_log_probs(load(checkpoint, ["float32"], {}).model, batch)
     with PretendGpus(2) as gpus:
         model = load(checkpoint, ["float32"], {"device_map": spread(family, 2)})
-        assert model.groups == (1 if family in TIED else 2)
+        assert model.groups == 2
         gpus.reset()
         found = next_token_log_probs(model.model, Batcher(8, model.device).batch([0, 1, 2, 3], SEQUENCES))
         copies = {kind: n for kind, n in gpus.kinds["-"].items() if kind.startswith("copy 0>1")}

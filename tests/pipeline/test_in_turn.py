@@ -104,7 +104,7 @@ def test_results_are_those_of_one_batch_and_nothing_waits_between_launches(
     checkpoint = open_checkpoint(str(save_tiny(tmp_path / family, family)))
     with PretendGpus(count) as gpus:
         model = load(checkpoint, ["float32"], {"device_map": spread(family, count)})
-        assert model.groups == (1 if family in TIED else count)
+        assert model.groups == count
         measuring = Measuring(gpus, model)
 
         def measured(work: Callable[[Batcher], list[Any]], groups: int) -> tuple[list[Any], list[int], int]:

@@ -17,9 +17,13 @@ from heretic.errors import UserError, first_line
 from heretic.model.batching import Batch
 from heretic.model.device_errors import is_device_error
 from heretic.model.forward import (
+    bring_to_head,
+    decoder_of,
     forward_supported,
+    head_apart,
     hidden_states,
     log_probs_of,
+    logits_of,
     rows_of_trials,
     supported_arguments,
 )
@@ -90,8 +94,10 @@ def verify_draft(
     """
     # 1. Compute the most probable token, and the draft token's probability, after the prompt and each draft token but the last.
     draft_positions = [(row, i) for row, text in enumerate(tried) for i in range(max(1, len(text)))]
-    last, cache, found = _compare_drafts(model, batch, tried, draft_positions)
-    best, probabilities = yield from _read(found)
+    last, cache, hidden, draft_tokens = _run_drafts(model, batch, tried, draft_positions)
+    at_head = yield from bring_to_head(model, hidden)
+    found = _most_probable(model, at_head, draft_tokens)
+    best, probabilities = yield from _read(found, wait=at_head is hidden)
     rows = range(len(batch.rows))
     answers = DecodingState(
         tokens=[[] for _ in rows],
@@ -136,15 +142,15 @@ def verify_draft(
     return answers
 
 
-def _compare_drafts(
+def _run_drafts(
     model: Any, batch: Batch, tried: Sequence[Sequence[int]], draft_positions: Sequence[tuple[int, int]]
-) -> tuple[Tensor, Any, Tensor]:
-    """Launch the pass of a draft: the last hidden states [rows, width], the cache, and `_most_probable` at each draft token."""
+) -> tuple[Tensor, Any, Tensor, Tensor]:
+    """Launch the pass of a draft: the last hidden states [rows, width], the cache, the states before each draft token, these."""
     hidden, cache = hidden_states(model, batch, use_cache=True)
     length = hidden.shape[1]
     picked = [(row, length - len(tried[row]) - 1 + i, tried[row][i] if tried[row] else 0) for row, i in draft_positions]
     row_of, position, draft_tokens = to_device(picked, hidden.device).unbind(1)
-    return hidden[:, -1].clone(), cache, _most_probable(model, hidden[row_of, position], draft_tokens)
+    return hidden[:, -1].clone(), cache, hidden[row_of, position], draft_tokens
 
 
 def _most_probable(model: Any, hidden: Tensor, wanted: Tensor) -> Tensor:
@@ -158,11 +164,12 @@ def _most_probable(model: Any, hidden: Tensor, wanted: Tensor) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def _read(most_probable: Tensor) -> Turns[tuple[list[int], list[float]]]:
-    """Read what `_most_probable` has found, after a turn."""
+def _read(most_probable: Tensor, *, wait: bool = True) -> Turns[tuple[list[int], list[float]]]:
+    """Read what `_most_probable` has found, after a turn unless others have launched since the batch's pass."""
     copies = HostCopies()
     in_ram = copies.copy(most_probable)
-    yield
+    if wait:
+        yield
     copies.wait()
     best, probability = in_ram.tolist()
     return [int(token) for token in best], probability
@@ -198,11 +205,11 @@ def _decode_tokens(model: Any, answers: DecodingState, tokens: Tensor, count: in
     slots = answers.mask.shape[1]
     answers.mask = torch.cat([answers.mask, answers.mask.new_ones(len(answers.mask), count)], dim=1)
     padded = None if answers.padded is None else any(answers.padded[row] for row in answers.cache_rows)
-    steps = []
+    steps, apart = [], head_apart(model)
     for step in range(count):
         with rows_of_trials(answers.trials), known_padding(padded), outputs_stay(model):
             output = forward_supported(
-                model,
+                decoder_of(model) if apart else model,
                 tokens,
                 attention_mask=answers.mask[:, : slots + step + 1],
                 position_ids=answers.positions,
@@ -212,10 +219,16 @@ def _decode_tokens(model: Any, answers: DecodingState, tokens: Tensor, count: in
             )
         answers.cache = output.past_key_values
         answers.positions = answers.positions + 1
-        best = output.logits[:, -1, :].argmax(dim=-1, keepdim=True)
+        if apart:
+            hidden = output.last_hidden_state[:, -1]
+            at_head = yield from bring_to_head(model, hidden)
+            best, waited = logits_of(model, at_head).argmax(dim=-1, keepdim=True), at_head is not hidden
+        else:
+            best, waited = output.logits[:, -1, :].argmax(dim=-1, keepdim=True), False
         del output  # another batch needs the memory of the logits
         arrive = send_through_ram(best, answers.mask.device)
-        yield
+        if not waited:
+            yield
         tokens = arrive()
         steps.append(tokens)
     return steps

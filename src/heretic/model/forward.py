@@ -23,7 +23,8 @@ from heretic.model.kv_cache import rows_selectable, select_rows
 from heretic.model.masks import known_padding
 from heretic.model.patching import outputs_stay, replaced_forward
 from heretic.model.probe import input_device
-from heretic.model.transfer import Index, to_device
+from heretic.model.transfer import Index, send_through_ram, to_device
+from heretic.model.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +147,29 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=input_device(model))
     with replaced_forward(decoder_of(model), lambda *_, **__: output), outputs_stay(model):
         return forward_supported(model, tokens, use_cache=False).logits[:, -1]
+
+
+def head_apart(model: Any) -> bool:
+    """Return whether the head is on another GPU than the decoder's last weight, as with tied weights: beside the embedding."""
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    last = next(reversed(list(decoder_of(model).parameters())), None)
+    placed = [each.device for each in (head, last) if isinstance(each, Tensor)]
+    return len(placed) == 2 and placed[0] != placed[1] and "meta" not in {device.type for device in placed}
+
+
+def bring_to_head(model: Any, hidden: Tensor) -> Turns[Tensor]:
+    """Return hidden states on the device of the head, if that is apart after a turn.
+
+    The head's GPU has then begun other batches, and no batch waits there for the end of another one's pass.
+    """
+    if not head_apart(model):
+        return hidden
+    head = model.get_output_embeddings().weight.device
+    if head == hidden.device:
+        return hidden
+    arrive = send_through_ram(hidden, head)
+    yield
+    return arrive()
 
 
 def log_probs_of(model: Any, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:

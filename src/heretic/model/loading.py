@@ -21,7 +21,7 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.model.config_reading import auto_class
 from heretic.model.device_errors import device_error, is_device_error
 from heretic.model.quantization import KEPT, QUANTIZATIONS, balanced_4bit, keep_layout, loading_arguments
-from heretic.model.stages import device_of, share_inputs, stages_of
+from heretic.model.stages import share_inputs, stages_of
 from heretic.model.template import PROCESS, template_of
 from heretic.model.tensor_info import OPENED
 from heretic.model.unloading import unload
@@ -55,13 +55,8 @@ class LanguageModel:
 
     @property
     def groups(self) -> int:
-        """Batches that can be under way in turn: one for each GPU with blocks.
-
-        1 if the head is not on the last of them, as with tied weights: hidden states that return to the first GPU hold it up.
-        """
-        stages, blocks = stages_of(self.structure.blocks), self.structure.blocks
-        head = getattr(self.model.get_output_embeddings(), "weight", None)
-        return len(stages) if isinstance(head, torch.Tensor) and head.device == device_of(blocks[-1]) else 1
+        """Batches that can be under way in turn: one for each GPU with blocks."""
+        return len(stages_of(self.structure.blocks))
 
     @property
     def context(self) -> int:

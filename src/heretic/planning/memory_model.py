@@ -154,8 +154,7 @@ class MemoryModel:
 
     def _groups(self, runs: Collection[DeviceShare]) -> int:
         """Return what `LanguageModel.groups` is for a model with these shares."""
-        last = [share for share in runs if self.shape.blocks - 1 in share.blocks]
-        return sum(bool(share.blocks) for share in runs) if last and last[0].head else 1
+        return max(1, sum(bool(share.blocks) for share in runs))
 
     @property
     def minimum(self) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from heretic.model.batching import UNEDITED, Batch, Batcher, EditSpec
-from heretic.model.forward import hidden_states, log_probs_of
+from heretic.model.forward import bring_to_head, hidden_states, log_probs_of
 from heretic.model.loading import LanguageModel
 from heretic.model.transfer import HostCopies, rows_to_device
 from heretic.model.turns import Turns
@@ -51,8 +51,7 @@ def measure_divergence(
     starts = [sum(counts[:i]) for i in range(len(counts))]
 
     @torch.inference_mode()
-    def per_token(batch: Batch, lengths: list[int]) -> Tensor:
-        hidden = last_hidden(hidden_states(language_model.model, batch, use_cache=False)[0], lengths)
+    def per_token(batch: Batch, hidden: Tensor) -> Tensor:
         positions = torch.tensor([starts[i] + n for i in batch.rows for n in range(counts[i])])
         found = [
             divergences(rows_to_device(baseline, positions[rows], log_probs.device), log_probs)
@@ -62,8 +61,11 @@ def measure_divergence(
 
     def step(batch: Batch) -> Turns[list[float]]:
         lengths, copies = [counts[i] for i in batch.rows], HostCopies()
-        in_ram = copies.copy(per_token(batch, lengths))
-        yield
+        hidden = last_hidden(hidden_states(language_model.model, batch, use_cache=False)[0], lengths)
+        at_head = yield from bring_to_head(language_model.model, hidden)
+        in_ram = copies.copy(per_token(batch, at_head))
+        if at_head is hidden:
+            yield
         copies.wait()
         return [float(of_prompt.mean()) for of_prompt in in_ram.split(lengths)]
 

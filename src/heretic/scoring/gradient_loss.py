@@ -20,7 +20,7 @@ from heretic.ablation.apply import apply_operators
 from heretic.ablation.operator import Operator
 from heretic.ablation.operator_factory import OperatorFactory
 from heretic.model.batching import Batch, Batcher, EditSpec, SharedPrefix
-from heretic.model.forward import log_probs_of, run_decoder
+from heretic.model.forward import bring_to_head, log_probs_of, run_decoder
 from heretic.model.loading import LanguageModel
 from heretic.model.patching import replaced_forward
 from heretic.model.transfer import to_device, to_host
@@ -187,14 +187,16 @@ class _Passes:
         with self._applied(gradients=differentiate):
             hidden, _ = run_decoder(objective.language_model.model, batch, use_cache=False)
             hidden_at_tokens = last_hidden(hidden, [len(targets.texts[i]) for i in batch.rows])
-            values, gradient = self._head(hidden_at_tokens.detach(), value, gradients=differentiate)
-            sums, weights = value_gradient(values)
         del hidden, _
+        at_head = yield from bring_to_head(objective.language_model.model, hidden_at_tokens.detach())
+        with torch.set_grad_enabled(differentiate):
+            values, gradient = self._head(at_head, value, gradients=differentiate)
+            sums, weights = value_gradient(values)
         yield
         if not differentiate:
             return sums, ()
         with self._applied(gradients=True):
-            gradient *= weights[:, None].to(gradient)
+            gradient = (gradient * weights[:, None].to(gradient)).to(hidden_at_tokens.device)
             # A module that a pass does not reach, such as an expert without tokens, has no gradient.
             return sums, torch.autograd.grad(hidden_at_tokens, self._leaves, gradient, allow_unused=True)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from heretic.model.activation_cache import ActivationCache
 from heretic.model.batching import Batch, Batcher
 from heretic.model.decoding import decode
-from heretic.model.forward import log_probs_of, run_decoder
+from heretic.model.forward import bring_to_head, hidden_states, log_probs_of
 from heretic.model.loading import LanguageModel
 from heretic.model.transfer import RowsToStore, to_device
 from heretic.model.turns import Turns
@@ -70,9 +70,7 @@ def all_log_probs(language_model: LanguageModel, targets: TeacherForcedTexts, ba
     buffer: list[Tensor] = []  # allocated by the first batch, which knows the vocabulary's size
 
     @torch.inference_mode()
-    def launch(batch: Batch, store: RowsToStore) -> None:
-        hidden, _ = run_decoder(language_model.model, batch, use_cache=False)
-        predicting = last_hidden(hidden, [counts[i] for i in batch.rows])
+    def launch_head(batch: Batch, predicting: Tensor, store: RowsToStore) -> None:
         positions = torch.tensor([starts[i] + n for i in batch.rows for n in range(counts[i])])
         for rows, log_probs in log_probs_of(language_model.model, predicting):
             if not buffer:
@@ -82,8 +80,12 @@ def all_log_probs(language_model: LanguageModel, targets: TeacherForcedTexts, ba
 
     def step(batch: Batch) -> Turns[list[None]]:
         store = RowsToStore()
-        launch(batch, store)
-        yield
+        hidden, _ = hidden_states(language_model.model, batch, use_cache=False)
+        predicting = last_hidden(hidden, [counts[i] for i in batch.rows])
+        at_head = yield from bring_to_head(language_model.model, predicting)
+        launch_head(batch, at_head, store)
+        if at_head is predicting:
+            yield
         store.write()
         return [None] * len(batch.rows)
 
