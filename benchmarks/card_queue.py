@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from launch_log import RAM, AllReduce, Copy, Delay, Event, Gather, Launch, Mark, Wait
+from launch_log import RAM, Copy, Delay, Event, Launch, Mark, Wait
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Assumptions:
     memory: float = 0.75  # reached share of the memory's bandwidth
     links: float = 0.8  # reached share of a link's bandwidth
     kernel: float = 2e-6  # seconds of the shortest kernel
-    hop: float = 10e-6  # seconds before the first byte of a copy, or of a step of a collective operation, arrives
+    hop: float = 10e-6  # seconds before the first byte of a copy arrives
     asynchronous: bool = True  # the host does not wait for a kernel; false on a CPU
 
 
@@ -58,13 +58,12 @@ class Timeline:
     ATen/native/cuda/Copy.cu).
 
     Args:
-        cards: the cards of a pipeline, or one that stands for all `ranks` of tensor parallelism.
+        cards: the cards of a pipeline.
         assumptions: what no data sheet says.
-        ranks: processes of tensor parallelism.
     """
 
-    def __init__(self, cards: Sequence[Card], assumptions: Assumptions = DEFAULTS, *, ranks: int = 1) -> None:
-        self.cards, self.assumptions, self.ranks = cards, assumptions, ranks
+    def __init__(self, cards: Sequence[Card], assumptions: Assumptions = DEFAULTS) -> None:
+        self.cards, self.assumptions = cards, assumptions
         self.host = 0.0
         self.free = [0.0] * len(cards)
         self.busy = [0.0] * len(cards)
@@ -87,9 +86,9 @@ class Timeline:
             else:
                 self._launch(event)
 
-    def _launch(self, event: Launch | Copy | AllReduce | Gather) -> None:
+    def _launch(self, event: Launch | Copy) -> None:
         self.host += self.assumptions.launch
-        cards = [card for card in event[:2] if card != RAM] if isinstance(event, Copy) else [getattr(event, "card", 0)]
+        cards = [card for card in event[:2] if card != RAM] if isinstance(event, Copy) else [event.card]
         start = max(self.host, *(self.free[card] for card in cards))
         done = start + self.seconds(event, self.cards[cards[0]])
         for card in cards:
@@ -100,15 +99,10 @@ class Timeline:
             self.host = done
 
     def seconds(self, event: Event, card: Card) -> float:
-        """Seconds that an event takes on a card: a kernel the longer of its FLOPs and its bytes, a collective one a ring."""
+        """Seconds that an event takes on a card: a kernel the longer of its FLOPs and its bytes."""
         a = self.assumptions
         if isinstance(event, Launch):
             return max(event.flops / (a.compute * card.flops), event.bytes / (a.memory * card.bandwidth), a.kernel)
-        if isinstance(
-            event, (AllReduce, Gather)
-        ):  # NCCL's ring: every rank sends (n - 1) / n of the bytes, once or twice
-            rounds = (self.ranks - 1) * (2 if isinstance(event, AllReduce) else 1)
-            return rounds * (event.bytes / self.ranks / (a.links * card.link) + a.hop)
         assert isinstance(event, Copy)
         rate = card.host_link if RAM in event[:2] else card.link
         return a.hop + event.bytes / (a.links * rate)

@@ -64,19 +64,7 @@ class Wait(NamedTuple):
     mark: int | None = None
 
 
-class AllReduce(NamedTuple):
-    """A sum over the ranks of tensor parallelism, of this many bytes."""
-
-    bytes: float
-
-
-class Gather(NamedTuple):
-    """The parts of all ranks, concatenated on each: bytes of the result."""
-
-    bytes: float
-
-
-Event = Launch | Copy | Mark | Delay | Wait | AllReduce | Gather
+Event = Launch | Copy | Mark | Delay | Wait
 RAM = NO_BLOCK = -1
 
 
@@ -96,7 +84,7 @@ class Section:
     @property
     def launches(self) -> int:
         """Number of kernels and copies."""
-        return sum(isinstance(event, (Launch, Copy, AllReduce, Gather)) for event in self.events)
+        return sum(isinstance(event, (Launch, Copy)) for event in self.events)
 
     @property
     def waits(self) -> int:

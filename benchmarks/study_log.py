@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 from accelerate import dispatch_model, init_empty_weights
-from launch_log import NO_BLOCK, AllReduce, Gather, Launch, LaunchLog, Section, on_cards
+from launch_log import NO_BLOCK, Launch, LaunchLog, Section, on_cards
 from sizes import PROMPT, SHARED, Shape, checkpoint_of
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -65,28 +65,23 @@ class Placed:
 
 @contextmanager
 def placed(
-    shape: Shape, blocks: Sequence[int], *, quantization: str = "none", ranks: int = 1, most: int = 2, groups: int = 0
+    shape: Shape, blocks: Sequence[int], *, quantization: str = "none", most: int = 2, groups: int = 0
 ) -> Iterator[Placed]:
     """Place a model's shape on pretend GPUs, so many blocks on each; the embedding on the first, the head on the last.
 
-    At most `most` blocks of each GPU exist, and the log repeats the last. With `ranks` it is the shard of one of them, on one
-    GPU, and the log has the collective operations of all ranks. `groups` are micro-batches in turn; 0: as heretic does it.
+    At most `most` blocks of each GPU exist, and the log repeats the last. `groups` are micro-batches in turn; 0: as
+    heretic does it.
     """
     fewer = [min(most, count) for count in blocks]
     cards = [card for card, count in enumerate(fewer) for _ in range(count)]
     part = replace(
         shape,
         blocks=len(cards),
-        intermediate=shape.intermediate // ranks,
-        heads=shape.heads // ranks,
-        key_heads=shape.key_heads // ranks,
         head_width=shape.head,
     )
     checkpoint = checkpoint_of(part)
     with init_empty_weights(include_buffers=True):
         model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=shape.dtype).eval().requires_grad_(False)
-        if ranks > 1:
-            model.lm_head = nn.Linear(shape.hidden, shape.vocabulary // ranks, bias=False, dtype=shape.dtype)
     table: dict[str, int | str] = {"model.embed_tokens": 0, "model.rotary_emb": 0}
     table |= {f"model.layers.{layer}": card for layer, card in enumerate(cards)}
     table |= {"model.norm": cards[-1], "lm_head": cards[-1]}
@@ -99,10 +94,6 @@ def placed(
         last = {card: layer for layer, card in enumerate(cards)}
         log.repeats = {layer: 1 + blocks[card] - fewer[card] for card, layer in last.items()}
         writers = tuple(writers_of(model))
-        if ranks > 1:
-            for writer in writers:
-                writer.module.register_forward_hook(partial(_all_reduce, log))
-            model.lm_head.register_forward_hook(partial(_gather, log, ranks))
         if quantization != "none":
             for module in model.model.modules():
                 if isinstance(module, nn.Linear):
@@ -126,14 +117,6 @@ def writers_of(model: Any) -> Iterator[ResidualWriter]:
         name = f"model.layers.{layer}"
         yield ResidualWriter(f"{name}.self_attn.o_proj", layer, "attention", block.self_attn.o_proj)
         yield ResidualWriter(f"{name}.mlp.down_proj", layer, "mlp", block.mlp.down_proj)
-
-
-def _all_reduce(log: LaunchLog, _module: Any, _inputs: Any, output: torch.Tensor) -> None:
-    log.add(AllReduce(output.numel() * output.element_size()))
-
-
-def _gather(log: LaunchLog, ranks: int, _module: Any, _inputs: Any, output: torch.Tensor) -> None:
-    log.add(Gather(ranks * output.numel() * output.element_size()))
 
 
 def _quantized(log: LaunchLog, quantization: str, module: nn.Linear, linear: Any, x: torch.Tensor) -> torch.Tensor:

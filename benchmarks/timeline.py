@@ -54,7 +54,6 @@ class Setup:
     cards: tuple[Card, ...]  # that hold blocks
     blocks: tuple[int, ...]  # on each of them
     quantization: str = "none"
-    ranks: int = 1  # of tensor parallelism; then `cards` is one of them
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,8 @@ class Measured:
 @cache
 def trial_sections(setup: Setup, way: Way, batch: int) -> dict[str, Section]:
     """The log of trials that share their passes."""
-    blocks = (setup.shape.blocks,) if setup.ranks > 1 else setup.blocks
     rows = way.trials * EVALUATION
-    with placed(setup.shape, blocks, quantization=setup.quantization, ranks=setup.ranks, groups=way.groups) as model:
+    with placed(setup.shape, setup.blocks, quantization=setup.quantization, groups=way.groups) as model:
         return trial_log(model, rows, way.trials, batch)
 
 
@@ -98,7 +96,7 @@ def measure(setup: Setup, way: Way, batch: int, assumptions: Assumptions) -> Mea
         ("drafts", 1),
         ("decoding", (TOKENS - 1) / STEPS_LOGGED),
     ):
-        line = Timeline(setup.cards, assumptions, ranks=setup.ranks)
+        line = Timeline(setup.cards, assumptions)
         line.replay(sections[name].events)
         parts[name] = line.end * scale / way.trials
         busy = [before + now * scale / way.trials for before, now in zip(busy, line.busy, strict=True)]
@@ -214,23 +212,21 @@ def four_cards() -> tuple[Setup, MemoryPlan, Any]:
 
 
 def ways(assumptions: Assumptions) -> dict[str, Any]:
-    """Compare ways to use four cards for a 32B model: one batch at a time, micro-batches in turn, tensor parallelism.
+    """Compare ways to use four cards for a 32B model: one batch at a time, or micro-batches in turn.
 
     Throughput is relative to one busy card: one that could hold the whole model, with one trial in a pass, or with the number of
     trials that is best for it.
     """
     four, memory, checkpoint = four_cards()
     shape, planned_rows = four.shape, memory.batch_size
-    one, sharded = Setup(shape, (RTX_4090,), (shape.blocks,)), Setup(shape, (RTX_4090,), four.blocks, ranks=4)
+    one = Setup(shape, (RTX_4090,), (shape.blocks,))
     busy = {n: measure(one, Way(n), n * EVALUATION, assumptions) for n in TRIALS_AT_ONCE}
     rows = []
     for trials in TRIALS_AT_ONCE:
         batch = max(planned_rows, trials * EVALUATION)  # beyond the plan's choice it is the setting `batch_size`
-        for kind, setup, groups in (
-            ("one batch at a time", four, 1), ("in turn", four, 0), ("tensor parallelism", sharded, 1),
-        ):  # fmt: skip
+        for kind, groups in (("one batch at a time", 1), ("in turn", 0)):
             way = Way(trials, groups)
-            found = measure(setup, way, batch, assumptions)
+            found = measure(four, way, batch, assumptions)
             rows.append({
                 "kind": kind, **asdict(way), **asdict(found),
                 "mean_utilization": sum(found.utilization) / len(found.utilization),
@@ -240,11 +236,9 @@ def ways(assumptions: Assumptions) -> dict[str, Any]:
                 "relative_decoding_to_best": found.tokens_per_second / max(b.tokens_per_second for b in busy.values()),
             })  # fmt: skip
     studied = {}
-    for name, groups, batch in (
-        ("one batch at a time", 1, planned_rows), ("in turn", 0, planned_rows), ("in turn, 4 trials", 0, 4 * EVALUATION),
-    ):  # fmt: skip
-        way = tuned(four, batch, assumptions, groups)
-        studied[name] = study(four, replace(memory, batch_size=batch), checkpoint, way, assumptions)
+    for name, groups in (("one batch at a time", 1), ("in turn", 0)):
+        way = tuned(four, planned_rows, assumptions, groups)
+        studied[name] = study(four, memory, checkpoint, way, assumptions)
     return {
         "busy_card": {n: asdict(each) for n, each in busy.items()},
         "rows": rows,

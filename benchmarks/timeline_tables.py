@@ -66,8 +66,8 @@ def scale() -> str:
     studies = ", ".join(f"{name} {lasting(each['seconds'])}" for name, each in report["studies"].items())
     return simulated(
         rows,
-        f"Assumed: as above. Qwen2.5-32B in bfloat16 on 4x RTX 4090, planned for {report['batch']} rows under way; 4 trials need "
-        "`batch_size = 400`. Last column: tokens/s against one busy card with one trial, and with its best number of trials. "
+        f"Assumed: as above. Qwen2.5-32B in bfloat16 on 4x RTX 4090, planned for {report['batch']} rows under way. "
+        "Last column: tokens/s against one busy card with one trial, and with its best number of trials. "
         f"At {launches} us a launch, four trials in turn take {in_turn} s each. A study: {studies}.",
         "ways",
     )

@@ -15,13 +15,13 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
-def timeline(*, launch: float = 0.0, cards: int = 2, ranks: int = 1):
+def timeline(*, launch: float = 0.0, cards: int = 2):
     """A timeline whose kernels of 1 FLOP take `STAGE`, and whose copies take no time."""
     from card_queue import Assumptions, Card, Timeline
 
     card = Card("test", 1 / STAGE, 1e18, 1e18, 1e18, "")
     rates = Assumptions(launch=launch, compute=1.0, memory=1.0, links=1.0, kernel=0.0, hop=0.0)
-    return Timeline([card] * cards, rates, ranks=ranks)
+    return Timeline([card] * cards, rates)
 
 
 def decoding(passes: int, groups: int, *, through_ram: bool = True) -> list:
@@ -85,15 +85,12 @@ def test_a_wait_stops_the_host_until_the_card_is_done() -> None:
 
 def test_a_kernel_takes_the_longer_of_flops_and_bytes() -> None:
     from card_queue import RTX_4090, Assumptions, Timeline
-    from launch_log import AllReduce, Launch
+    from launch_log import Launch
 
-    line = Timeline([RTX_4090], Assumptions(compute=0.5, memory=0.5, kernel=1e-6, links=1.0, hop=0.0), ranks=4)
+    line = Timeline([RTX_4090], Assumptions(compute=0.5, memory=0.5, kernel=1e-6, links=1.0, hop=0.0))
     assert line.seconds(Launch(0, RTX_4090.flops, 0, True), RTX_4090) == pytest.approx(2.0)
     assert line.seconds(Launch(0, 0, RTX_4090.bandwidth, False), RTX_4090) == pytest.approx(2.0)
     assert line.seconds(Launch(0, 1, 1, False), RTX_4090) == 1e-6
-    assert line.seconds(AllReduce(RTX_4090.link), RTX_4090) == pytest.approx(1.5), (
-        "a ring of four: 2 x 3/4 of the bytes"
-    )
 
 
 @pytest.mark.usefixtures("cuda")

@@ -51,7 +51,7 @@ def commands() -> dict[str, Any]:
 
 def arguments_of(line: str) -> list[str] | None:
     """A line that calls the program as its arguments, the command first; None for any other line, and for `heretic COMMAND`."""
-    found = re.match(r"(?:[A-Z_]+=\S+ )*(?:torchrun .* -m |\S+ -m |\.venv/bin/)?heretic(?: ([^|>&;]*))?$", line)
+    found = re.match(r"(?:[A-Z_]+=\S+ )*(?:\S+ -m |\.venv/bin/)?heretic(?: ([^|>&;]*))?$", line)
     if not found:
         return None
     plain = re.sub(r"[…\[\]]|\.\.\.", " ", found[1] or "")  # what may be left out is tried as well

@@ -17,7 +17,6 @@ from heretic.hardware.devices import KINDS, OUT_OF_MEMORY, Device
 from heretic.hardware.gpus import Gpu, GpuReport, inspect_gpus, usable_gpus
 from heretic.model.batching import free_memory, out_of_memory
 from heretic.runs.environment import collect, computed_on
-from tests.helpers.errors import raises
 from tests.helpers.fake_accelerator import GIB, hide, play
 
 
@@ -154,21 +153,6 @@ def test_cache_pins_and_hardware_name_follow_the_kind(monkeypatch: pytest.Monkey
 def test_every_kinds_words_for_full_memory_are_known(text: str) -> None:
     assert out_of_memory(RuntimeError(text))
     assert not OUT_OF_MEMORY.search("level_zero backend failed with error: 20 (UR_RESULT_ERROR_DEVICE_LOST)")
-
-
-def test_a_rank_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    bound: list[int] = []
-    monkeypatch.setattr(torch.accelerator, "set_device_index", bound.append)
-    for prefix, backend in (("cuda", "nccl"), ("xpu", "xccl"), ("npu", "hccl")):
-        play(monkeypatch, prefix, None, None)
-        assert devices.bind_rank(1) == backend
-        with raises("tensor-parallel-unsupported"):
-            devices.bind_rank(2)
-    play(monkeypatch, "mps", None)
-    with raises("tensor-parallel-unsupported"):
-        devices.bind_rank(0)
-    hide(monkeypatch)
-    assert devices.bind_rank(5) == "gloo" and bound == [1, 1, 1]
 
 
 def test_gpus_of_nvml_are_cudas() -> None:

@@ -104,13 +104,16 @@ def main() -> None:
         sys.exit(0)
     commands = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
     arguments = shorthand(argv, commands)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and arguments[:1] != ["run"]:
-        err.print("[bold red]Error:[/bold red] torchrun supports only heretic run.\nTo fix: run without torchrun")
-        sys.exit(1)
 
     def command() -> None:
         if argv and (problem := mistyped(argv[0], commands)):
             raise problem
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+            raise UserError(
+                "heretic was started by torchrun, but one process of it uses all GPUs.",
+                code="started-by-torchrun",
+                fix="run it without torchrun; for one model on each GPU: heretic run --workers auto",
+            )
         if not arguments and on_terminal(out) and is_interactive():
             from heretic.cli.ui.first_run import write_first_config
 

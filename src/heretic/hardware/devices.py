@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from heretic.errors import UserError, first_line
+from heretic.errors import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,6 @@ class Kind:
     install: str  # how to get a PyTorch that uses it
     monitor: str = ""  # program that lists its processes
     visibility: tuple[str, ...] = ()  # environment variables that select devices, the usual one first
-    collective: str = ""  # backend of torch.distributed; empty: a process cannot share a model with others
     several: bool = True  # whether a machine can have several devices
     pinned: bool = False  # whether pinned RAM makes copies to it asynchronous
     float64: bool = False  # whether all devices of the kind compute in float64
@@ -48,7 +47,6 @@ KINDS = {
         f"install PyTorch with CUDA for your driver: {PYTORCH}",
         "nvidia-smi",
         ("CUDA_VISIBLE_DEVICES",),
-        "nccl",
         pinned=True,
         float64=True,
         in_nvml=True,
@@ -59,7 +57,6 @@ KINDS = {
         f"install PyTorch for ROCm: {PYTORCH}",
         "amd-smi",
         ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
-        "nccl",
         pinned=True,
         float64=True,
     ),
@@ -69,7 +66,6 @@ KINDS = {
         f"install PyTorch for XPU: {PYTORCH}",
         "xpu-smi",
         ("ZE_AFFINITY_MASK",),
-        "xccl",
         pinned=True,
     ),
     MPS: Kind(
@@ -85,7 +81,6 @@ KINDS = {
         "install CANN and the torch-npu of your PyTorch's version",
         "npu-smi",
         ("ASCEND_RT_VISIBLE_DEVICES",),
-        "hccl",
     ),
 }
 ACCELERATORS = frozenset(kind.prefix for kind in KINDS.values())
@@ -266,28 +261,6 @@ def empty_cache() -> None:
         torch.get_device_module(kind.prefix).empty_cache()
         if kind.pinned and hasattr(torch.accelerator, "empty_host_cache"):  # missing in older versions of PyTorch
             torch.accelerator.empty_host_cache()
-
-
-def bind_rank(local_rank: int) -> str:
-    """Give a rank of torchrun its accelerator, and return the backend of torch.distributed ("gloo" for the CPU).
-
-    Raises UserError if there is no accelerator for it.
-    """
-    import torch
-
-    kind = current()
-    if kind is None:
-        return "gloo"
-    count = torch.accelerator.device_count()
-    if not kind.collective or local_rank >= count:
-        raise UserError(
-            f"Process {local_rank} of torchrun has no device of its own: {kind.title} has {count}.",
-            code="tensor-parallel-unsupported",
-            where="torchrun --nproc-per-node",
-            fix=f"--nproc-per-node {count}" if kind.collective and count > 1 else "run without torchrun",
-        )
-    torch.accelerator.set_device_index(local_rank)
-    return kind.collective
 
 
 def usual_name() -> str:

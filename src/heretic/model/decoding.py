@@ -95,9 +95,7 @@ def verify_draft(
     # 1. Compute the most probable token, and the draft token's probability, after the prompt and each draft token but the last.
     draft_positions = [(row, i) for row, text in enumerate(tried) for i in range(max(1, len(text)))]
     last, cache, hidden, draft_tokens = _run_drafts(model, batch, tried, draft_positions)
-    at_head = yield from bring_to_head(model, hidden)
-    found = _most_probable(model, at_head, draft_tokens)
-    best, probabilities = yield from _read(found, wait=at_head is hidden)
+    best, probabilities = yield from _most_probable(model, hidden, draft_tokens)
     rows = range(len(batch.rows))
     answers = DecodingState(
         tokens=[[] for _ in rows],
@@ -125,8 +123,7 @@ def verify_draft(
     whole = [row for row in answers.open_rows if row not in diverged]
     if whole:
         following = last[to_device(whole, last.device)]
-        found = _most_probable(model, following, torch.zeros_like(following[:, 0], dtype=torch.long))
-        best, _ = yield from _read(found)
+        best, _ = yield from _most_probable(model, following, torch.zeros_like(following[:, 0], dtype=torch.long))
         for row, token in zip(whole, best, strict=True):
             limits.append_tokens(answers, row, token)
     # 4. Mask the cache slots of rejected draft tokens. Of an answer, the last token is not in the cache yet.
@@ -153,22 +150,18 @@ def _run_drafts(
     return hidden[:, -1].clone(), cache, hidden[row_of, position], draft_tokens
 
 
-def _most_probable(model: Any, hidden: Tensor, wanted: Tensor) -> Tensor:
-    """Return the most probable next token, and the probability of the wanted one, for hidden states [rows, width]: [2, rows]."""
+def _most_probable(model: Any, hidden: Tensor, wanted: Tensor) -> Turns[tuple[list[int], list[float]]]:
+    """Return the most probable next token, and the wanted one's probability, for hidden states [rows, width]; after one turn."""
+    at_head = yield from bring_to_head(model, hidden)
     found = []
-    for rows, log_probs in log_probs_of(model, hidden):
+    for rows, log_probs in log_probs_of(model, at_head):
         chosen = log_probs.gather(1, to_device(wanted[rows, None], log_probs.device))
         probabilities = chosen.exp()[:, 0].nan_to_num(0.0)  # NaN: a destroyed model
         # One copy for both: float32 holds every token id exactly, and not every kind of device has float64.
         found.append(torch.stack([log_probs.argmax(dim=-1).float(), probabilities.float()]))
-    return torch.cat(found, dim=1)
-
-
-def _read(most_probable: Tensor, *, wait: bool = True) -> Turns[tuple[list[int], list[float]]]:
-    """Read what `_most_probable` has found, after a turn unless others have launched since the batch's pass."""
     copies = HostCopies()
-    in_ram = copies.copy(most_probable)
-    if wait:
+    in_ram = copies.copy(torch.cat(found, dim=1))
+    if at_head is hidden:
         yield
     copies.wait()
     best, probability = in_ram.tolist()

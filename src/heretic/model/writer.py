@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from heretic.model.lazy_tensor import LazyTensor, materialize
@@ -94,16 +93,13 @@ class ResidualWriter:
         return devices[0] if devices and devices[0].type != "meta" else None
 
     def weights(self) -> list[LazyTensor]:
-        """Return the matrices [width, inputs] in their own dtype: one, or one an expert; quantized ones as functions.
-
-        Under tensor parallelism this gathers the shards, so all processes must call it at the same time.
-        """
+        """Return the matrices [width, inputs] in their own dtype: one, or one an expert; quantized ones as functions."""
         matrices: list[LazyTensor] = []
         for part in self.parts:
             if part.quantized:
                 matrices.append(partial(dequantized, part.owner))
             elif not part.is_bias:
-                matrices += part.matrices(full_tensor(part.tensor.detach()))
+                matrices += part.matrices(part.tensor.detach())
         return matrices
 
     def weight(self) -> Tensor:
@@ -119,11 +115,6 @@ class ResidualWriter:
         """
         scales = [scale for norm in self.norms if (scale := _scale(norm)) is not None]
         return torch.stack(scales).prod(dim=0) if scales else None
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the whole tensor, gathered if this process holds a shard."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def linear_parts(name: str, module: nn.Module) -> tuple[Part, ...]:

@@ -19,7 +19,6 @@ from heretic.model.batching import Batcher, free_memory
 from heretic.model.device_errors import is_device_error
 from heretic.model.forward import supports_mid_stack_start
 from heretic.model.loading import LanguageModel
-from heretic.pipeline.tensor_parallel import size
 from heretic.planning import pass_memory
 from heretic.planning.model_dims import ModelDims
 from heretic.runs.folder import DENSE_PATH_STATE, PATH_STATE, RunFolder
@@ -71,8 +70,6 @@ def run_gradient_search(
 def _search(session: Session, folder: RunFolder) -> GradientPath:
     model_context = session.context
     structure = model_context.language_model.structure
-    if size() > 1:
-        return GradientPath((), "gradient search does not support tensor parallelism.")
     if any(writer.offloaded for writer in structure.writers):
         return GradientPath((), "part of the weights is offloaded, and gradients need all weights on the devices.")
     problem = prepare(session)

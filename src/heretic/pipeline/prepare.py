@@ -16,7 +16,6 @@ from heretic.hardware.gpus import Gpu
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_model, require_name
 from heretic.model.template import read_template
-from heretic.pipeline import tensor_parallel
 from heretic.pipeline.worker_process import parent_pid
 from heretic.planning.key_prompts import check_key_prompts
 from heretic.planning.memory_plan import LoadPlan, MemoryPlan
@@ -77,7 +76,6 @@ def prepare_run(
     if not force:
         raise_failure(report)
     checkpoint = open_model(settings)
-    tensor_parallel.check(checkpoint, settings)
     prompts = read_prompts()
     for warning in prompts.warnings:
         reporter.warning(warning)

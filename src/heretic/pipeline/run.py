@@ -18,8 +18,6 @@ from heretic.export.formats import FORMATS
 from heretic.hardware import locks
 from heretic.hardware.gpus import gpus_for, gpus_here
 from heretic.interrupt import StopSignal
-from heretic.model.distributed import broadcast_from_rank0, size
-from heretic.pipeline import tensor_parallel
 from heretic.pipeline.gradient_search import run_gradient_search
 from heretic.pipeline.prepare import RunInputs, prepare_run
 from heretic.pipeline.run_context import RunContext
@@ -123,7 +121,7 @@ def run(
         Interrupted: A stop left work unfinished.
     """
     settings = resolved.settings
-    with tensor_parallel.leader_scope(), device_lock(settings, wait=wait, reporter=reporter, stop=stop):
+    with device_lock(settings, wait=wait, reporter=reporter, stop=stop):
         inputs = prepare_run(settings, force=force, fresh=fresh, judging=True, reporter=reporter, on_report=on_report)
         folder = inputs.folder
         if fresh:
@@ -245,19 +243,15 @@ def run_trials(run_context: RunContext) -> None:
     session = run_context.session()
     run_context.save_original_scores()
     RunMetadata.from_model(session.context.language_model, session.baseline.refused).save(run_context.study)
-    gradient_path = broadcast_from_rank0(
-        lambda: run_gradient_search(run_context.study, session, run_context.folder, run_context.compute_once)
-    )
-    space = session.space(gradient_path)
-    trials = Trials(session, space)
-    measurer = tensor_parallel.RankZeroTrials(trials) if size() > 1 else trials
+    gradient_path = run_gradient_search(run_context.study, session, run_context.folder, run_context.compute_once)
+    trials = Trials(session, session.space(gradient_path))
     with live_report(
         run_context.study, run_context.settings, run_context.folder, run_context.reporter
     ) as report_writer:
         run_study(
             run_context.study,
             run_context.settings,
-            measurer,
+            trials,
             reporter=run_context.reporter,
             stop=run_context.stop,
             after_batch=report_writer.after_batch,
@@ -284,14 +278,10 @@ def export_once(run_context: RunContext, result: Result, destination: Path) -> E
 
 def export_trial(run_context: RunContext, result: Result, destination: Path) -> Export:
     """Export one trial; unloads the model, since the written model is loaded to verify it."""
-    if run_context.loaded is None:
-        tensor_parallel.release_followers()
-    tensor_parallel.lead_export(result.params)
     job = plan_export(
         run_context.session(), run_context.inputs.plan, run_context.space, result, run_context.folder, destination
     )
     run_context.unload()
-    tensor_parallel.release_followers()
     return write_export(job, run_context.reporter, run_context.stop)
 
 

@@ -12,10 +12,8 @@ from heretic.errors import UserError
 from heretic.export.formats import FORMATS
 from heretic.files import write_text
 from heretic.interrupt import StopSignal
-from heretic.model.distributed import broadcast_from_rank0, size
 from heretic.model.unloading import unload
 from heretic.pipeline.prepare import RunInputs
-from heretic.pipeline.tensor_parallel import SynchronizedStop, opening_scope, sharded_plan
 from heretic.pipeline.worker_process import parent_pid
 from heretic.runs.folder import RunFolder, settings_text
 from heretic.scoring.scores import json_numbers
@@ -72,18 +70,16 @@ class RunContext:
         """Return the loaded model with its directions and baseline; loads it on first use."""
         inputs = self.inputs
         if self.loaded is None:
-            broadcast_from_rank0(lambda: inputs.plan)
-            with opening_scope():
-                self.loaded = open_session(
-                    inputs.settings,
-                    inputs.checkpoint,
-                    inputs.prompts,
-                    sharded_plan(inputs.plan),
-                    inputs.folder,
-                    self.reporter,
-                    SynchronizedStop(self.stop) if size() > 1 else self.stop,
-                    self.compute_once,
-                )
+            self.loaded = open_session(
+                inputs.settings,
+                inputs.checkpoint,
+                inputs.prompts,
+                inputs.plan,
+                inputs.folder,
+                self.reporter,
+                self.stop,
+                self.compute_once,
+            )
         return self.loaded
 
     def save_original_scores(self) -> None:

@@ -80,8 +80,7 @@ def check_memory(settings: Settings, inputs: RunInputs, gpus: Sequence[Gpu], num
         devices = host.devices((min(gpus, key=lambda gpu: gpu.free),))
         what = "The model does not fit on one GPU, and each worker uses one GPU."
         fix = (
-            f"omit --workers (one GPU computes at a time); or torchrun --nproc-per-node {len(gpus)} -m heretic run … (all "
-            'compute, without gradient search); or quantization = "bnb_4bit", if the model then fits on one'
+            'omit --workers, and one process uses all GPUs; or quantization = "bnb_4bit", if the model then fits on one'
         )
     else:
         devices = [replace(device, free=device.free // number) for device in host.devices(())]

@@ -11,7 +11,6 @@ from heretic.hardware.host import format_bytes, memory
 from heretic.model.activation_cache import ActivationCache, allocate_cache
 from heretic.model.batching import Batch, Batcher
 from heretic.model.decoding import decode
-from heretic.model.distributed import broadcast_from_rank0, size
 from heretic.model.forward import supports_mid_stack_start
 from heretic.model.loading import LanguageModel
 from heretic.model.turns import Turns
@@ -55,7 +54,7 @@ def allocate_activation_cache(
     """Allocate a cache of the original's block inputs for these sequences; None if memory is short."""
     shape = ModelDims.of(model.model.config.get_text_config(decoder=True), model.model)
     shared = batcher.shared_prefix(sequences)
-    budget = broadcast_from_rank0(lambda: min(MOST_KEPT, int(SHARE_KEPT * memory()[1] / size())))
+    budget = min(MOST_KEPT, int(SHARE_KEPT * memory()[1]))
     cache = allocate_cache(
         model.structure.blocks,
         sequences,

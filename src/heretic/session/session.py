@@ -27,7 +27,6 @@ from heretic.model.batching import UNEDITED, Batcher, EditSpec
 from heretic.model.chat_format import ChatFormat
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.decoding import decoded_by_generate
-from heretic.model.distributed import broadcast_from_rank0, rank
 from heretic.model.forward import padding_sensitive, supports_prefix_caching
 from heretic.model.lazy_tensor import LazyTensor
 from heretic.model.loading import LanguageModel, load
@@ -257,25 +256,23 @@ def open_session(
     """Load the model and prepare a study; compute only what neither the run folder nor another worker has."""
     judge = make_judge(settings, JudgeContext(folder.path, reporter, stop))
     with compute_once.shared_file(BASELINE):
-        baseline = broadcast_from_rank0(lambda: folder.load_baseline(reporter))
+        baseline = folder.load_baseline(reporter)
         start = baseline.start if baseline else None
         model_context = load_model_context(settings, checkpoint, prompts, plan, reporter, stop, start, judge)
         if baseline is None:
             baseline = measure_baseline(model_context)
-            if rank() == 0:
-                folder.save_baseline(baseline)
+            folder.save_baseline(baseline)
     evasive = f" and answers {baseline.evasive} evasively" if baseline.evasive else ""
     reporter.info(f"The original model refuses {baseline.refusals} of {len(baseline.refused)} requests{evasive}.")
     if baseline.refusals < LOW_REFUSAL_FRACTION * len(baseline.refused):
         reporter.warning("The original model refuses almost nothing. Check prompts.harmful_eval and refusal_markers.")
     with compute_once.shared_file("directions.safetensors"):
-        directions = broadcast_from_rank0(lambda: folder.load_directions(reporter))
+        directions = folder.load_directions(reporter)
         if directions is None:
             recorder = GeometryRecorder()
             directions = find_model_directions(model_context, recorder)
-            if rank() == 0:
-                folder.save_directions(directions)
-                folder.save_geometry(recorder.geometry(directions))
+            folder.save_directions(directions)
+            folder.save_geometry(recorder.geometry(directions))
     writers = model_context.language_model.structure.writers
     original = None
     if settings.apply == "weights":

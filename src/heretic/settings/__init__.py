@@ -288,8 +288,8 @@ class Settings(SettingsModel):
         "How a trial edits the model. `operators`: edits the writers' outputs. `weights`: rewrites the weights and restores "
         "them. The scores agree up to rounding.",
         when=(
-            "Use `weights` only to check `operators`: one trial per pass, no quantized or offloaded weights, no "
-            "torchrun. The gradient search always uses operators."
+            "Use `weights` only to check `operators`: one trial per pass, no quantized or offloaded weights. "
+            "The gradient search always uses operators."
         ),
         affects_results=False,
     )

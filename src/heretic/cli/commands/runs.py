@@ -73,13 +73,7 @@ def run(
     """Find the direction, run the study, export the best trial; resumes an unfinished run. On a terminal a menu follows."""
     total, extra_trials = _parse_trials(trials)
     options = {"model": model, "n_trials": total, "save_to": save_to, "run_name": run_name, "storage": storage}
-    quiet = as_json or os.environ.get("RANK", "0") != "0"
-    resolved = _resolve_run(model, config, assignments, options, quiet=quiet)
-    from heretic.pipeline.tensor_parallel import follower_loop, rank
-
-    if rank():
-        follower_loop(resolved.settings)
-        return
+    resolved = _resolve_run(model, config, assignments, options, quiet=as_json)
     _run_and_show(
         resolved,
         extra_trials,
@@ -109,15 +103,13 @@ def _run_and_show(
     from heretic.cli.ui.outcome import show_outcome
     from heretic.cli.ui.preflight_table import show
     from heretic.pipeline.run import run as run_job
-    from heretic.pipeline.tensor_parallel import size
     from heretic.pipeline.worker_process import exit_with_parent
 
     # 1. Choose reporter, number of workers and menu
     stop = StopSignal()
     reporter = reporter_for(as_json, plain, resolved.settings.model, stop)
     n_workers = _worker_count(workers, resolved, reporter)
-    # Under torchrun the other ranks only measure trials, so that the menu's actions would deadlock.
-    menu_wanted = not (no_menu or as_json) and on_terminal(out) and size() == 1
+    menu_wanted = not (no_menu or as_json) and on_terminal(out)
     show_menu = menu_wanted and is_interactive()
     # 2. Run the study, export, and show the menu
     with stop.on_signals(), exit_with_parent(stop):

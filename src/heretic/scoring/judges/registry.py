@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heretic.interrupt import StopSignal
-from heretic.model.distributed import size
 from heretic.progress import NULL_REPORTER, ProgressReporter
 from heretic.scoring.judges.classifier import ClassifierJudge, labels_of
 from heretic.scoring.judges.evasion import Evasion
@@ -104,11 +103,11 @@ def try_judge(settings: Settings) -> str:
 def with_evaluation_judge(settings: Settings, otherwise: str = "markers") -> Settings:
     """Return settings with the judge of `heretic evaluate`: `trained` if its encoder is on this machine, else `otherwise`.
 
-    The settings' own judge stays if the user chose another one than the English phrases, and under torchrun.
+    The settings' own judge stays if the user chose another one than the English phrases.
     """
     judge = settings.judge
     usual = judge.kind == "markers" and settings.refusal_markers == DEFAULT_MARKERS and settings.language == ENGLISH
-    if judge.evaluate == "kind" or not usual or settings.behavior or size() > 1:
+    if judge.evaluate == "kind" or not usual or settings.behavior:
         return settings
     folder = local_encoder(judge.trained.encoder)
     if folder is None:
