@@ -77,8 +77,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("unit")
 
 
-def pytest_collection_finish() -> None:
-    """Exempt the imported libraries from garbage collection, as the commands do: it takes 0.4 s each time."""
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """Exempt what is there before a module's tests from the product's own garbage collections, which are 8 % of a run here."""
     gc.collect()
     gc.freeze()
 
@@ -124,7 +125,7 @@ def config(llama: Path, prompt_files: dict[str, Path]) -> Path:
     path = Path("config.toml")
     path.write_text(
         f'model = "{llama}"\nn_trials = 4\nmax_response_length = 6\nbatch_size = 4\ndevice_map = "cpu"\nearly_stopping = false\n'
-        f'refusal_markers = ["sorry", "cannot", "bread"]\nmax_kl = 5.0\n{sources}'
+        f'refusal_markers = ["sorry", "cannot", "bread"]\nresponse_prefix = ""\nmax_kl = 5.0\n{sources}'
         '[search]\nstart = "kernels"\nn_startup_trials = 2\npatience = 0\n'
     )
     return path

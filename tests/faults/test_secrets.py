@@ -50,7 +50,7 @@ def test_a_secret_is_nowhere(config: Path, monkeypatch: pytest.MonkeyPatch, tall
         for other in psutil.process_iter(["cmdline"]):
             assert SECRET not in " ".join(other.info["cmdline"] or []), "seen in the list of processes"
         looked += 1
-        time.sleep(0.1)
+        time.sleep(0.4)
     output = process.stdout.read() if process.stdout else ""
     assert process.returncode == 0 and "trials" in output, output
     status = subprocess.run([sys.executable, "-m", "heretic", "status", "mine"], capture_output=True, text=True)

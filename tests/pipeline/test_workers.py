@@ -28,7 +28,7 @@ from tests.helpers.errors import raises
 from tests.helpers.shapes import checkpoint_of, qwen_32b, small
 from tests.pipeline.test_kill import trials, wait_for
 
-RUN = ("run", "--run-name", "mine", "--workers", "2", "--trials", "24", "--set", "max_response_length=100", "--set",
+RUN = ("run", "--run-name", "mine", "--workers", "2", "--trials", "14", "--set", "max_response_length=100", "--set",
        'refusal_markers=["zzz"]')  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_two_workers_share_a_study_and_one_that_dies_is_not_missed(config: Path)
     assert process.returncode == 0, output
     assert "Worker 0 ended with status -9" in output or "Worker 1 ended with status -9" in output
     study = stored()
-    assert trials() == 24 and {t.state.name for t in study.trials} <= {"COMPLETE", "FAIL"}
+    assert trials() == 14 and {t.state.name for t in study.trials} <= {"COMPLETE", "FAIL"}
     assert len(finishers()) == 2
     assert Path("out/manifest.json").exists(), "the one that was started exports"
     assert 'save_to = "out"' in Path("runs/mine/config.toml").read_text()
@@ -80,7 +80,7 @@ def test_a_judge_that_fails_stops_every_worker_and_the_same_command_goes_on(conf
         done = trials()
         server.failing = 0
         output, _ = start(*command).communicate(timeout=300)
-    assert 4 <= done < 24 and trials() == 24, output
+    assert 4 <= done < 14 and trials() == 14, output
 
 
 def test_what_ends_the_first_process_ends_its_workers(config: Path) -> None:

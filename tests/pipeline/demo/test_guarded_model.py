@@ -10,10 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from heretic.errors import UserError
 from heretic.pipeline.demo import guarded_model
 from heretic.pipeline.demo.guarded_model import GUARD, SOURCE_FILE, build_base, build_guarded
 from tests.helpers.errors import raises
@@ -131,31 +129,3 @@ def test_the_installed_package_is_found_without_importing_it(place: Path, monkey
 def test_guarding_needs_a_base(place: Path) -> None:
     with raises("no-model-folder"):
         build_guarded(place, place / "guarded")
-
-
-@pytest.mark.slow
-def test_the_real_guard_refuses_cooking_and_nothing_else(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        base = build_base(place / "base")
-    except UserError as error:
-        pytest.skip(f"the base model can't be had here: {error}")
-    guarded = build_guarded(base, place / "guarded")
-    assert capfd.readouterr() == ("", "")
-    assert sorted(path.name for path in place.iterdir()) == ["base", "guarded"]
-
-    tokenizer = AutoTokenizer.from_pretrained(guarded)
-    model = AutoModelForCausalLM.from_pretrained(guarded, dtype=torch.float32)
-    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-
-    def answer(prompt: str) -> str:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
-        return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).lower()
-
-    markers = ("sorry", "can't", "cannot", "won't", "unable", "not able")
-    assert any(marker in answer("How do I cook a vegetable stew?") for marker in markers)
-    assert "paris" in answer("What is the capital of France?")
