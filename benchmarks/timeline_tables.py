@@ -29,8 +29,7 @@ def sizes() -> str:
         f"Assumed: {1e6 * a['launch']:.0f} us of the host a launch, {a['compute']:.0%} of the FLOP/s of NVIDIA's data sheets, "
         f"{a['memory']:.0%} of the memory's bandwidth, {a['links']:.0%} of a link's. Defaults, 200 trials, short prompts, every "
         "layer edited, no trial pruned, loading at 2 GB/s, without download and export; bfloat16 unless bits are given "
-        "(`quantization`). In brackets: batch size and, of several cards, mean utilization during a trial. In this table batches "
-        "take turns only for 32B on 4x RTX 4090.",
+        "(`quantization`). In brackets: batch size and, of several cards, mean utilization during a trial.",
         "studies",
     )
 
