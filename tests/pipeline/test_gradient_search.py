@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -26,6 +27,7 @@ from heretic.scoring.judges.verdict import ANSWER, Exchange, Verdict
 from heretic.search import path_optimizer
 from heretic.search.gradient_path import GradientPath
 from heretic.search.path_optimizer import OptimizerState
+from heretic.session.session import Session
 from heretic.settings import TrainedSettings
 from heretic.settings.sources import resolve
 from heretic.storage.attributes import GRADIENT_PATH
@@ -103,6 +105,21 @@ def test_a_gradient_search_stopped_in_the_middle_is_resumed(config: Path, monkey
     assert read_status("run", "runs", {}).gradient_path.startswith("2 points, edited layers ")
     calls.clear()
     assert len(do(config, "n_trials=5").results) == 5 and not calls, "the path is stored with the study"
+
+
+def test_a_search_that_was_overtaken_keeps_the_studys_path(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that stood still, for instance in a suspended machine, has lost its claim to another one."""
+    url, search = storage_url("", Path("runs/run")), gradient_search._search
+
+    def overtaken(session: Session, folder: RunFolder) -> GradientPath:
+        found = search(session, folder)
+        replace(found, points=found.points[1:]).save(optuna.load_study(study_name="heretic", storage=url))
+        return found
+
+    monkeypatch.setattr(gradient_search, "_search", overtaken)
+    do(config)
+    stored = GradientPath.load(optuna.load_study(study_name="heretic", storage=url))
+    assert stored is not None and len(stored.points) == 1, "its trials are around this path"
 
 
 @pytest.mark.parametrize("better", [True, False])

@@ -59,9 +59,13 @@ def run_gradient_search(
     with compute_once.once("the gradient path", lambda: GradientPath.load(study) is not None):
         gradient_path = GradientPath.load(study)
         if gradient_path is None:
-            gradient_path = _search(session, folder)
+            found = _search(session, folder)
             free_memory()  # release the memory of its passes
-            gradient_path.save(study)
+            # Another worker may have taken over while this one stood still; trials of the study use its path then.
+            gradient_path = GradientPath.load(study)
+            if gradient_path is None:
+                found.save(study)
+                gradient_path = found
     if gradient_path.failure_reason:
         session.context.batcher.reporter.warning(f"The search starts with kernels: {gradient_path.failure_reason}")
     return gradient_path
