@@ -80,7 +80,7 @@ def test_the_painful_run_is_spread_over_four_gpus(machine: Callable[..., None]) 
     report = run(large)
     assert report.verdict == "ready" and report.plan is not None and len(report.plan.loads) == 4
     on_one = run(large, device_map="cuda:0")
-    assert on_one.exit_status == 1 and 'device_map = "balanced"' in texts(on_one)
+    assert on_one.exit_status == 1 and 'device_map = "planned"' in texts(on_one)
     cached = run(large, apply="weights", batch_size=4, device_map="balanced", search={"start": "kernels"})
     assert cached.exit_status == 1 and "cache_weights = false" in texts(cached), (
         "there is no room to look at the weights"

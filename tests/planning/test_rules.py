@@ -180,9 +180,9 @@ def test_weights_that_do_not_fit(changes: dict[str, Any], fix: str) -> None:
 def test_everything_on_one_of_several_gpus() -> None:
     crowd = [gpu(i) for i in range(4)]
     full = facts(*crowd, plan=plan(load(weights=61), largest=0), settings={"device_map": "sequential"})
-    assert only(full).fix == 'device_map = "balanced"' and only(full).level == "failure"
+    assert only(full).fix == 'device_map = "planned"' and only(full).level == "failure"
     tight = replace(full, plan=plan(load(weights=23.5)))
-    assert only(tight).fix == 'device_map = "balanced"' and only(tight).level == "warning"
+    assert only(tight).fix == 'device_map = "planned"' and only(tight).level == "warning"
     assert run(replace(full, plan=plan(load(weights=10)))) == []
 
 

@@ -31,6 +31,7 @@ def test_a_thinking_block_is_closed_alike_in_study_export_compare_and_when_resum
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    config.write_text(config.read_text().replace('response_prefix = ""\n', ""))
     save_tiny(Path("model"))
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = OPENS.replace("SWITCH", switch)

@@ -57,10 +57,8 @@ def test_it_says_what_the_planner_chooses(settings: Settings, machine: tuple[str
 
 
 def test_its_named_lines_change_nothing_that_the_planner_would_choose_otherwise(settings: Settings) -> None:
-    """The lines for the A100 that stand there as comments, taken; and the placement by its name."""
-    one, four = planned(settings, "1x80GiB"), planned(settings, "4x24GiB")
+    """The lines for the A100 that stand there as comments, taken."""
+    one = planned(settings, "1x80GiB")
     named = planned(settings.model_copy(update={"device_map": "cuda:0"}), "1x80GiB")
-    balanced = planned(settings.model_copy(update={"device_map": "balanced"}), "4x24GiB")
-    assert one.plan is not None and named.plan is not None and four.plan is not None and balanced.plan is not None
+    assert one.plan is not None and named.plan is not None
     assert named.plan.device_map == one.plan.device_map and named.plan.batch_size == one.plan.batch_size
-    assert balanced.plan.device_map == four.plan.device_map

@@ -225,7 +225,7 @@ class Batcher:
         if rows == 1:
             raise OutOfMemory(
                 "Out of memory with a single prompt in the batch.",
-                fix='free memory on the device, spread the model (device_map = "balanced"), or shorten the prompts',
+                fix='free memory on the device, spread the model (device_map = "planned"), or shorten the prompts',
             )
         self.size = rows // 2
         self.reporter.warning(

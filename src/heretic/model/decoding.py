@@ -153,19 +153,24 @@ def _run_drafts(
 def _most_probable(model: Any, hidden: Tensor, wanted: Tensor) -> Turns[tuple[list[int], list[float]]]:
     """Return the most probable next token, and the wanted one's probability, for hidden states [rows, width]; after one turn."""
     at_head = yield from bring_to_head(model, hidden)
-    found = []
-    for rows, log_probs in log_probs_of(model, at_head):
-        chosen = log_probs.gather(1, to_device(wanted[rows, None], log_probs.device))
-        probabilities = chosen.exp()[:, 0].nan_to_num(0.0)  # NaN: a destroyed model
-        # One copy for both: float32 holds every token id exactly, and not every kind of device has float64.
-        found.append(torch.stack([log_probs.argmax(dim=-1).float(), probabilities.float()]))
     copies = HostCopies()
-    in_ram = copies.copy(torch.cat(found, dim=1))
+    in_ram = copies.copy(_compare(model, at_head, wanted))
     if at_head is hidden:
         yield
     copies.wait()
     best, probability = in_ram.tolist()
     return [int(token) for token in best], probability
+
+
+def _compare(model: Any, hidden: Tensor, wanted: Tensor) -> Tensor:
+    """Return the most probable tokens and the probabilities of the wanted ones [2, rows]."""
+    found = []
+    for rows, log_probs in log_probs_of(model, hidden):
+        chosen = log_probs.gather(1, to_device(wanted[rows, None], log_probs.device))
+        probabilities = chosen.exp()[:, 0].nan_to_num(0.0)  # NaN: a destroyed model
+        # One copy for both: float32 holds every token id exactly, and not every kind of device has float64.
+        found.append(torch.stack([log_probs.argmax(dim=-1).float(), probabilities.float()]))
+    return torch.cat(found, dim=1)
 
 
 @torch.inference_mode()

@@ -31,5 +31,5 @@ def device_error(error: BaseException) -> UserError:
         f"The model does not run across its devices: {first_line(error)}",
         code="device-mismatch",
         where="device_map",
-        fix=f'device_map = "balanced", or one device such as "{usual_name()}"',
+        fix=f'device_map = "planned", or one device such as "{usual_name()}"',
     )

@@ -81,7 +81,7 @@ def everything_on_one_gpu(facts: PreflightFacts) -> Iterator[Finding]:
         short = "It barely fits." if plan.fits else _shortage(plan)
         text = f"device_map puts everything on one of {len(facts.usable)} GPUs. {short}"
         level: Level = "warning" if plan.largest_batch_size else "failure"
-        yield Finding(level, "device_map", text, 'device_map = "balanced"')
+        yield Finding(level, "device_map", text, 'device_map = "planned"')
 
 
 def cached_weights(facts: PreflightFacts) -> Iterator[Finding]:

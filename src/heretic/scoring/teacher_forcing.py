@@ -80,8 +80,9 @@ def all_log_probs(language_model: LanguageModel, targets: TeacherForcedTexts, ba
 
     def step(batch: Batch) -> Turns[list[None]]:
         store = RowsToStore()
-        hidden, _ = hidden_states(language_model.model, batch, use_cache=False)
+        hidden = hidden_states(language_model.model, batch, use_cache=False)[0]
         predicting = last_hidden(hidden, [counts[i] for i in batch.rows])
+        del hidden  # other batches need the memory
         at_head = yield from bring_to_head(language_model.model, predicting)
         launch_head(batch, at_head, store)
         if at_head is predicting:

@@ -138,7 +138,7 @@ class Settings(SettingsModel):
     )
     device_map: str | dict[str, int | str] = setting(
         "planned",
-        "`planned`: one device if the model fits, else `balanced`. Also: accelerate's `auto`, `balanced`, "
+        "`planned`: one device if the model fits, else evenly over all GPUs. Also: accelerate's `auto`, `balanced`, "
         "`balanced_low_0` or `sequential` (these can leave weights in RAM), one device such as `cpu`, `cuda:1`, `xpu:0` or "
         "`mps`, or a table from module names to devices.",
         when=(
