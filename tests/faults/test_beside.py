@@ -95,7 +95,7 @@ def test_status_in_a_tight_loop_beside_a_running_study(config: Path, amount: Amo
         process = start("run", "--run-name", "mine", "--trials", str(number))
         while not Path("runs/mine/study.db").exists():
             time.sleep(0.02)
-        while process.poll() is None or looks < amount(60, 500):  # through the lock, the storage, the log
+        while process.poll() is None or looks < amount(40, 500):  # through the lock, the storage, the log
             try:
                 read_status("mine", "runs", {})
             except UserError as early:

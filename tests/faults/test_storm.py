@@ -78,7 +78,7 @@ def test_a_storm(postgres: Server, config: Path, amount: Amount, tally: Tally, t
     times = amount(1, 10)
     for i in range(times):
         (folder := tmp_path / f"storm{i}").mkdir()
-        storm(postgres, config, folder, random.Random(i), 60 if FULL else 24)
+        storm(postgres, config, folder, random.Random(i), 60 if FULL else 18)
     tally(
         "four workers: two killed, connections cut, PostgreSQL restarted", times, "nothing: their trials were repeated"
     )

@@ -215,6 +215,11 @@ def _import_everything() -> None:
         "optuna.samplers._tpe.sampler",
         "optuna.storages._rdb.storage",
         "transformers.models.llama.modeling_llama",
+        "sqlalchemy.orm",
+        "sqlalchemy.dialects.sqlite",
+        "sqlalchemy.dialects.postgresql",
+        "alembic.command",
+        "plotly.offline",
     ):
         importlib.import_module(name)
 

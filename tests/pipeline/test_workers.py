@@ -28,7 +28,7 @@ from tests.helpers.errors import raises
 from tests.helpers.shapes import checkpoint_of, qwen_32b, small
 from tests.pipeline.test_kill import trials, wait_for
 
-RUN = ("run", "--run-name", "mine", "--workers", "2", "--trials", "14", "--set", "max_response_length=100", "--set",
+RUN = ("run", "--run-name", "mine", "--workers", "2", "--trials", "14", "--set", "max_response_length=60", "--set",
        'refusal_markers=["zzz"]')  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import torch
 
 from heretic.errors import UserError
 from heretic.interrupt import StopSignal
+from heretic.pipeline.demo import demo as demo_module
 from heretic.pipeline.demo.demo import DemoOutcome, run_demo
 from heretic.pipeline.demo.guarded_model import build_base, build_guarded
 from heretic.progress import NULL_REPORTER
@@ -52,7 +53,7 @@ def test_the_real_guard_refuses_cooking_and_nothing_else(folder: Path, capfd: py
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a whole demo, beside another test on the other core
-def test_the_guard_refuses_and_an_ablation_removes_it(folder: Path) -> None:
+def test_the_guard_refuses_and_an_ablation_removes_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def made() -> DemoOutcome:
         return run_demo(
             folder,
@@ -82,6 +83,7 @@ def test_the_guard_refuses_and_an_ablation_removes_it(folder: Path) -> None:
     assert proof.scores.refusals < outcome.original_refusals
     assert proof.divergence < 1e-3
     assert demo.ablated_from_base is not None and demo.ablated_from_base < demo.guarded_from_base
+    monkeypatch.setattr(demo_module, "_log_probs", lambda *_: torch.zeros(1, 2).log_softmax(1))  # compared above
     again = made()
     assert again.outcome.export is not None
     assert again.outcome.export.verification.scores.refusals == proof.scores.refusals
