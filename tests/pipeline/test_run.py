@@ -6,7 +6,7 @@ import json
 import shutil
 import sqlite3
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 import pytest
@@ -20,6 +20,8 @@ from heretic.pipeline.run import Outcome, run
 from heretic.progress import NULL_REPORTER
 from heretic.runs.folder import REPORT, RunFolder
 from heretic.runs.status import read_status
+from heretic.scoring.judges.registry import JUDGES
+from heretic.settings import JudgeSettings
 from heretic.settings.sources import resolve
 from tests.helpers.errors import raises
 
@@ -204,3 +206,13 @@ def test_log_probabilities_that_do_not_fit_are_not_begun(config: Path, monkeypat
     with raises("insufficient-ram") as refused:
         do(config, "kl_tokens=6")
     assert str(refused.value.fix).startswith(("kl_tokens = 1", "kl_tokens = 2"))
+
+
+def test_a_study_judged_by_words_is_exported_and_reported(config: Path) -> None:
+    outcome = do(config, 'judge.kind="words"', 'save_to="out"')
+    assert JUDGES["words"].words in " ".join(Path("out/README.md").read_text().split())
+    assert JUDGES["words"].words in (outcome.folder.path / REPORT).read_text()
+
+
+def test_every_judge_of_the_settings_is_in_the_table() -> None:
+    assert set(JUDGES) == set(get_args(JudgeSettings.model_fields["kind"].annotation))

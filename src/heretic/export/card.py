@@ -16,7 +16,7 @@ from heretic.export.markdown import code, escape
 from heretic.export.request import WriteResult
 from heretic.scoring.comparison import Comparison, number_text
 from heretic.scoring.interval import wilson
-from heretic.scoring.judges.verdict import JUDGE_DESCRIPTIONS
+from heretic.scoring.judges.registry import JUDGES
 from heretic.scoring.scores import HarmlessMetrics, Scores
 
 BARS = "·▁▂▃▄▅▆▇█"
@@ -117,7 +117,7 @@ def _measured(manifest: Mapping[str, Any], scores: Scores, measured: str) -> str
     harmless = _harmless_rows(original.get("harmless_metrics"), scores.harmless_metrics)
     tokens = _kl_position(int(manifest["settings"].get("kl_tokens", 1)))
     return f"""\
-{measured} Answers are judged by {JUDGE_DESCRIPTIONS[scores.judge]}. Brackets hold the 95 % Wilson interval for the number of
+{measured} Answers are judged by {JUDGES[scores.judge].words}. Brackets hold the 95 % Wilson interval for the number of
 requests.
 
 | | original | this model |

@@ -24,7 +24,7 @@ from heretic.runs.metadata import RunMetadata
 from heretic.runs.status import load_study
 from heretic.scoring.comparison import number_text
 from heretic.scoring.direction_effects import DirectionEffects
-from heretic.scoring.judges.verdict import JUDGE_DESCRIPTIONS
+from heretic.scoring.judges.registry import JUDGES
 from heretic.scoring.objectives import DEFAULT_OBJECTIVES
 from heretic.search.convergence import REFERENCE_KL, growth
 from heretic.search.gradient_path import GradientPath
@@ -147,7 +147,7 @@ def _overview(page: Page, summary: StudySummary, settings: Settings) -> None:
     page.facts([*pairs, ("written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))])
     tokens = "first token" if settings.kl_tokens == 1 else f"first {settings.kl_tokens} tokens"
     page.text(
-        f"Answers are judged by {JUDGE_DESCRIPTIONS[settings.judge.kind]}. The KL divergence compares the original's and the "
+        f"Answers are judged by {JUDGES[settings.judge.kind].words}. The KL divergence compares the original's and the "
         f"ablated model's probabilities for the {tokens} of the original's answers to harmless requests."
     )
 

@@ -68,18 +68,19 @@ def _try_llm(settings: Settings) -> str:
 
 @dataclass(frozen=True)
 class JudgeSpec:
-    """How to construct a judge, and how to check it cheaply before a run (see `try_judge`)."""
+    """How to construct a judge, what it is, and how to check it cheaply before a run (see `try_judge`)."""
 
     make: Callable[[Settings, JudgeContext], Judge]
+    words: str  # within the sentence "answers are judged by …"
     try_out: Callable[[Settings], str] = lambda _: ""
 
 
 JUDGES: dict[str, JudgeSpec] = {
-    "markers": JudgeSpec(_markers),
-    "words": JudgeSpec(_words),
-    "trained": JudgeSpec(_trained, _try_trained),
-    "classifier": JudgeSpec(_classifier, _try_classifier),
-    "llm": JudgeSpec(_llm, _try_llm),
+    "markers": JudgeSpec(_markers, "refusal phrases in their first tokens"),
+    "words": JudgeSpec(_words, "the words and pairs of words in their first tokens"),
+    "trained": JudgeSpec(_trained, "a classifier on a sentence encoder, which read their first tokens", _try_trained),
+    "classifier": JudgeSpec(_classifier, "a classifier of their first tokens", _try_classifier),
+    "llm": JudgeSpec(_llm, "a language model that read their first tokens", _try_llm),
 }
 
 

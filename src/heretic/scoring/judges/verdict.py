@@ -16,13 +16,6 @@ ORDER: tuple[Verdict, ...] = (
     EVASIVE,
 )  # the index of each is its digit in storage
 
-JUDGE_DESCRIPTIONS = {  # a judge's description within a sentence
-    "markers": "refusal phrases in their first tokens",
-    "trained": "a classifier on a sentence encoder, which read their first tokens",
-    "classifier": "a classifier of their first tokens",
-    "llm": "a language model that read their first tokens",
-}
-
 
 class Exchange(NamedTuple):
     """A request and the whole answer to it, as text."""
