@@ -176,3 +176,10 @@ def test_help_tells_the_exit_statuses_and_no_color_is_heeded() -> None:
     colors = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
     assert colors.search(colored) and not colors.search(plain)
     assert all(f"{number} {meaning}" in " ".join(plain.split()) for number, meaning in EXIT_STATUSES.items())
+
+
+def test_torchrun_is_refused(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    ran = heretic(capsys, monkeypatch, "run")
+    assert ran.status == 1 and ran.code == "started-by-torchrun" and not Path("runs").exists()

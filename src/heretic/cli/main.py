@@ -108,7 +108,7 @@ def main() -> None:
     def command() -> None:
         if argv and (problem := mistyped(argv[0], commands)):
             raise problem
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1":
             raise UserError(
                 "heretic was started by torchrun, but one process of it uses all GPUs.",
                 code="started-by-torchrun",

@@ -72,11 +72,16 @@ def _sizes(model: nn.Module, modules: Sequence[str], fewer: Mapping[str, float])
     """Return the bytes of modules; tied weights count where they appear first."""
     sizes = dict.fromkeys(modules, 0)
     for name, parameter in model.named_parameters():
-        owner = name
-        while owner not in sizes:
-            owner = owner.rpartition(".")[0]
+        owner = next(part for part in _prefixes(name) if part in sizes)
         sizes[owner] += int(parameter.numel() * fewer.get(name, parameter.element_size()))
     return sizes
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """Yield a tensor's name and those of the modules around it, the innermost first."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def _counts(blocks: Sequence[int], ends: tuple[int, int], room: Sequence[int]) -> list[int] | None:
