@@ -6,9 +6,10 @@ from collections import Counter
 from itertools import combinations_with_replacement
 
 import pytest
+from accelerate.utils import find_tied_parameters
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, RobertaConfig
 
 from heretic.model.meta_model import meta_model
 from heretic.planning.partition import _counts, partition
@@ -56,6 +57,14 @@ def test_every_tensor_has_a_place(tied: bool) -> None:
     placed = shares(model, table, 6)
     assert Counter(n for share in placed.values() for n in share.blocks) == Counter(range(6))
     assert placed[0].embedding and placed[0 if tied else 2].head and "disk" not in placed
+
+
+def test_a_head_of_several_layers_stays_with_the_embedding_whose_weight_it_shares() -> None:
+    config = RobertaConfig(is_decoder=True, num_hidden_layers=4, vocab_size=5000)
+    model, devices = meta_model(checkpoint_of(config), "bfloat16"), gpus(2, 24)
+    table = partition(model, 4, {device.name: GIB for device in devices}, devices)
+    assert table is not None and table["lm_head"] == lookup(table, "roberta.embeddings.word_embeddings") == 0
+    assert not [group for group in find_tied_parameters(model) if len({lookup(table, name) for name in group}) > 1]
 
 
 @given(

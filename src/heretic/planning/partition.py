@@ -6,7 +6,7 @@ module 15, 17, 17 and 15.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -45,8 +45,9 @@ def partition(
     modules = list(_in_order(model, "", set(names)))
     sizes = _sizes(model, modules, fewer)
     first = modules.index(names[0])
-    # What has no weights (rotary embeddings) computes what the blocks read: beside the embedding.
-    after = [name for name in modules[first:] if name not in names and sizes[name]]
+    # Beside the embedding: what has no weights (rotary embeddings compute what the blocks read), and heads that share its weight.
+    apart = {name for name in modules if not sizes[name]} | _sharing(model, modules)
+    after = [name for name in modules[first:] if name not in names and name not in apart]
     before = [name for name in modules if name not in names and name not in after]
     ends = sum(sizes[name] for name in before), sum(sizes[name] for name in after)
     counts = _counts([sizes[name] for name in names], ends, [room.get(gpu.name, 0) for gpu in gpus])
@@ -72,16 +73,21 @@ def _sizes(model: nn.Module, modules: Sequence[str], fewer: Mapping[str, float])
     """Return the bytes of modules; tied weights count where they appear first."""
     sizes = dict.fromkeys(modules, 0)
     for name, parameter in model.named_parameters():
-        owner = next(part for part in _prefixes(name) if part in sizes)
-        sizes[owner] += int(parameter.numel() * fewer.get(name, parameter.element_size()))
+        sizes[_owner(name, sizes)] += int(parameter.numel() * fewer.get(name, parameter.element_size()))
     return sizes
 
 
-def _prefixes(name: str) -> Iterator[str]:
-    """Yield a tensor's name and those of the modules around it, the innermost first."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
+def _sharing(model: nn.Module, modules: Sequence[str]) -> set[str]:
+    """Return the modules with a weight that appears in an earlier one too."""
+    first = {name for name, _ in model.named_parameters()}
+    every = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    return {_owner(name, modules) for name in every if name not in first}
+
+
+def _owner(name: str, modules: Container[str]) -> str:
+    """Return the module or tensor, one of `modules`, that holds a tensor."""
+    parts = name.split(".")
+    return next(owner for n in range(len(parts), 0, -1) if (owner := ".".join(parts[:n])) in modules)
 
 
 def _counts(blocks: Sequence[int], ends: tuple[int, int], room: Sequence[int]) -> list[int] | None:
