@@ -9,7 +9,7 @@ import pytest
 from accelerate.utils import find_tied_parameters
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PretrainedConfig, RobertaConfig
+from transformers import PretrainedConfig, RobertaConfig, Zamba2Config
 
 from heretic.model.meta_model import meta_model
 from heretic.planning.partition import _counts, partition
@@ -65,6 +65,16 @@ def test_a_head_of_several_layers_stays_with_the_embedding_whose_weight_it_share
     table = partition(model, 4, {device.name: GIB for device in devices}, devices)
     assert table is not None and table["lm_head"] == lookup(table, "roberta.embeddings.word_embeddings") == 0
     assert not [group for group in find_tied_parameters(model) if len({lookup(table, name) for name in group}) > 1]
+
+
+def test_blocks_that_share_a_weight_are_left_to_accelerate() -> None:
+    kinds = ["mamba", "hybrid"] * 3
+    config = Zamba2Config(
+        num_hidden_layers=6, hidden_size=64, vocab_size=500, num_attention_heads=4, n_mamba_heads=8, mamba_headdim=16,
+        intermediate_size=64, num_mem_blocks=1, layers_block_type=kinds, use_mamba_kernels=False,
+    )  # fmt: skip
+    model, devices = meta_model(checkpoint_of(config), "bfloat16"), gpus(2, 24)
+    assert partition(model, 6, {device.name: GIB for device in devices}, devices) is None
 
 
 @given(

@@ -37,7 +37,7 @@ def partition(
         fewer: bytes per element of quantized parameters, by name.
 
     Returns:
-        Devices by module name; None if the weights do not fit, or the model has no list of its blocks.
+        Devices by module name; None if the weights do not fit, blocks share weights, or the model has no list of its blocks.
     """
     names = block_names(model, blocks)
     if not names:
@@ -46,7 +46,10 @@ def partition(
     sizes = _sizes(model, modules, fewer)
     first = modules.index(names[0])
     # Beside the embedding: what has no weights (rotary embeddings compute what the blocks read), and heads that share its weight.
-    apart = {name for name in modules if not sizes[name]} | _sharing(model, modules)
+    sharing = _sharing(model, modules)
+    if sharing & set(names):  # accelerate keeps blocks with one weight (Zamba 2) together
+        return None
+    apart = {name for name in modules if not sizes[name]} | sharing
     after = [name for name in modules[first:] if name not in names and name not in apart]
     before = [name for name in modules if name not in names and name not in after]
     ends = sum(sizes[name] for name in before), sum(sizes[name] for name in after)
