@@ -55,8 +55,10 @@ class LanguageModel:
 
     @property
     def groups(self) -> int:
-        """Batches that can be under way in turn: one for each GPU with blocks."""
-        return len(stages_of(self.structure.blocks))
+        """Batches that can be under way in turn: one for each GPU with blocks; 1 if a part of the model is in RAM."""
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        offloaded = any(p.device.type == "meta" for end in ends if end is not None for p in end.parameters())
+        return 1 if offloaded else len(stages_of(self.structure.blocks))
 
     @property
     def context(self) -> int:
