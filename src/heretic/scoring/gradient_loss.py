@@ -23,7 +23,7 @@ from heretic.model.batching import Batch, Batcher, EditSpec, SharedPrefix
 from heretic.model.forward import bring_to_head, log_probs_of, run_decoder
 from heretic.model.loading import LanguageModel
 from heretic.model.patching import replaced_forward
-from heretic.model.transfer import to_device, to_host
+from heretic.model.transfer import send_through_ram, to_device, to_host
 from heretic.model.turns import Turns
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, last_hidden, row_of_token
 
@@ -192,13 +192,14 @@ class _Passes:
         with torch.set_grad_enabled(differentiate):
             values, gradient = self._head(at_head, value, gradients=differentiate)
             sums, weights = value_gradient(values)
+            # A direct copy would wait for the other batches' backward passes on the head's GPU.
+            arrive = send_through_ram(gradient * weights[:, None].to(gradient), hidden_at_tokens.device)
         yield
         if not differentiate:
             return sums, ()
         with self._applied(gradients=True):
-            gradient = (gradient * weights[:, None].to(gradient)).to(hidden_at_tokens.device)
             # A module that a pass does not reach, such as an expert without tokens, has no gradient.
-            return sums, torch.autograd.grad(hidden_at_tokens, self._leaves, gradient, allow_unused=True)
+            return sums, torch.autograd.grad(hidden_at_tokens, self._leaves, arrive(), allow_unused=True)
 
     @contextmanager
     def _applied(self, *, gradients: bool) -> Iterator[None]:
