@@ -17,11 +17,11 @@ from heretic.errors import UserError, first_line
 from heretic.model.batching import Batch
 from heretic.model.device_errors import is_device_error
 from heretic.model.forward import (
-    bring_to_head,
     decoder_of,
     forward_supported,
     head_apart,
     hidden_states,
+    launch_head,
     log_probs_of,
     logits_of,
     rows_of_trials,
@@ -152,11 +152,8 @@ def _run_drafts(
 
 def _most_probable(model: Any, hidden: Tensor, wanted: Tensor) -> Turns[tuple[list[int], list[float]]]:
     """Return the most probable next token, and the wanted one's probability, for hidden states [rows, width]; after one turn."""
-    at_head = yield from bring_to_head(model, hidden)
     copies = HostCopies()
-    in_ram = copies.copy(_compare(model, at_head, wanted))
-    if at_head is hidden:
-        yield
+    in_ram = yield from launch_head(model, hidden, lambda at_head: copies.copy(_compare(model, at_head, wanted)))
     copies.wait()
     best, probability = in_ram.tolist()
     return [int(token) for token in best], probability
@@ -204,6 +201,10 @@ def _decode_tokens(model: Any, answers: DecodingState, tokens: Tensor, count: in
     answers.mask = torch.cat([answers.mask, answers.mask.new_ones(len(answers.mask), count)], dim=1)
     padded = None if answers.padded is None else any(answers.padded[row] for row in answers.cache_rows)
     steps, apart = [], head_apart(model)
+
+    def choose(logits: Tensor) -> Callable[[], Tensor]:
+        return send_through_ram(logits.argmax(dim=-1, keepdim=True), answers.mask.device)
+
     for step in range(count):
         with rows_of_trials(answers.trials), known_padding(padded), outputs_stay(model):
             output = forward_supported(
@@ -218,14 +219,12 @@ def _decode_tokens(model: Any, answers: DecodingState, tokens: Tensor, count: in
         answers.cache = output.past_key_values
         answers.positions = answers.positions + 1
         if apart:
-            hidden = output.last_hidden_state[:, -1]
-            at_head = yield from bring_to_head(model, hidden)
-            best, waited = logits_of(model, at_head).argmax(dim=-1, keepdim=True), at_head is not hidden
+            arrive = yield from launch_head(
+                model, output.last_hidden_state[:, -1], lambda at_head: choose(logits_of(model, at_head))
+            )
         else:
-            best, waited = output.logits[:, -1, :].argmax(dim=-1, keepdim=True), False
-        del output  # another batch needs the memory of the logits
-        arrive = send_through_ram(best, answers.mask.device)
-        if not waited:
+            arrive = choose(output.logits[:, -1])
+            del output  # another batch needs the memory of the logits
             yield
         tokens = arrive()
         steps.append(tokens)

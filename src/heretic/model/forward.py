@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from heretic.model.transfer import Index, send_through_ram, to_device
 from heretic.model.turns import Turns
 
 log = logging.getLogger(__name__)
+
+Launched = TypeVar("Launched")
 
 # Largest KL between two computations of the same answer. Measured on Qwen2.5-Coder-0.5B: 6e-8 in float32, 1.6e-3 in bfloat16.
 SAME = {torch.float32: 1e-6, torch.float64: 1e-6}
@@ -158,18 +160,25 @@ def head_apart(model: Any) -> bool:
 
 
 def bring_to_head(model: Any, hidden: Tensor) -> Turns[Tensor]:
-    """Return hidden states on the device of the head, if that is apart after a turn.
+    """Return hidden states on the device of the head: themselves if they are there, else a copy after a turn.
 
     The head's GPU has then begun other batches, and no batch waits there for the end of another one's pass.
     """
-    if not head_apart(model):
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    if not isinstance(head, Tensor) or head.device == hidden.device or head.device.type == "meta":
         return hidden
-    head = model.get_output_embeddings().weight.device
-    if head == hidden.device:
-        return hidden
-    arrive = send_through_ram(hidden, head)
+    arrive = send_through_ram(hidden, head.device)
     yield
     return arrive()
+
+
+def launch_head(model: Any, hidden: Tensor, launch: Callable[[Tensor], Launched]) -> Turns[Launched]:
+    """Launch the head's work on hidden states, with one turn: before it if the head is on another GPU, else after it."""
+    at_head = yield from bring_to_head(model, hidden)
+    launched = launch(at_head)
+    if at_head is hidden:
+        yield
+    return launched
 
 
 def log_probs_of(model: Any, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from heretic.model.batching import UNEDITED, Batch, Batcher, EditSpec
-from heretic.model.forward import bring_to_head, hidden_states, log_probs_of
+from heretic.model.forward import hidden_states, launch_head, log_probs_of
 from heretic.model.loading import LanguageModel
 from heretic.model.transfer import HostCopies, rows_to_device
 from heretic.model.turns import Turns
@@ -62,10 +62,9 @@ def measure_divergence(
     def step(batch: Batch) -> Turns[list[float]]:
         lengths, copies = [counts[i] for i in batch.rows], HostCopies()
         hidden = last_hidden(hidden_states(language_model.model, batch, use_cache=False)[0], lengths)
-        at_head = yield from bring_to_head(language_model.model, hidden)
-        in_ram = copies.copy(per_token(batch, at_head))
-        if at_head is hidden:
-            yield
+        in_ram = yield from launch_head(
+            language_model.model, hidden, lambda at_head: copies.copy(per_token(batch, at_head))
+        )
         copies.wait()
         return [float(of_prompt.mean()) for of_prompt in in_ram.split(lengths)]
 

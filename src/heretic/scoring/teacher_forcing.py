@@ -11,7 +11,7 @@ from torch import Tensor
 from heretic.model.activation_cache import ActivationCache
 from heretic.model.batching import Batch, Batcher
 from heretic.model.decoding import decode
-from heretic.model.forward import bring_to_head, hidden_states, log_probs_of
+from heretic.model.forward import hidden_states, launch_head, log_probs_of
 from heretic.model.loading import LanguageModel
 from heretic.model.transfer import RowsToStore, to_device
 from heretic.model.turns import Turns
@@ -70,7 +70,7 @@ def all_log_probs(language_model: LanguageModel, targets: TeacherForcedTexts, ba
     buffer: list[Tensor] = []  # allocated by the first batch, which knows the vocabulary's size
 
     @torch.inference_mode()
-    def launch_head(batch: Batch, predicting: Tensor, store: RowsToStore) -> None:
+    def launch(batch: Batch, predicting: Tensor, store: RowsToStore) -> None:
         positions = torch.tensor([starts[i] + n for i in batch.rows for n in range(counts[i])])
         for rows, log_probs in log_probs_of(language_model.model, predicting):
             if not buffer:
@@ -83,10 +83,7 @@ def all_log_probs(language_model: LanguageModel, targets: TeacherForcedTexts, ba
         hidden = hidden_states(language_model.model, batch, use_cache=False)[0]
         predicting = last_hidden(hidden, [counts[i] for i in batch.rows])
         del hidden  # other batches need the memory
-        at_head = yield from bring_to_head(language_model.model, predicting)
-        launch_head(batch, at_head, store)
-        if at_head is predicting:
-            yield
+        yield from launch_head(language_model.model, predicting, lambda at_head: launch(batch, at_head, store))
         store.write()
         return [None] * len(batch.rows)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from heretic.model.batching import UNEDITED, Batch, Batcher, EditSpec, parts_within, shared_tokens
 from heretic.model.chat_format import ChatFormat, check_length
 from heretic.model.decoding import decode
-from heretic.model.forward import hidden_states, log_probs_of
+from heretic.model.forward import hidden_states, launch_head, log_probs_of
 from heretic.model.loading import LanguageModel
 from heretic.model.transfer import HostCopies, to_device
 from heretic.model.turns import Turns
@@ -148,8 +148,7 @@ class ScorerContext:
         model = language_model.model
 
         @torch.inference_mode()
-        def picked(batch: Batch, counts: list[int]) -> Tensor:
-            hidden = last_hidden(hidden_states(model, batch, use_cache=False)[0], counts)
+        def picked(batch: Batch, hidden: Tensor) -> Tensor:
             wanted = torch.tensor([token for i in batch.rows for token in texts[i]])
             found = [
                 p.gather(1, to_device(wanted[rows, None], p.device))[:, 0] for rows, p in log_probs_of(model, hidden)
@@ -158,8 +157,8 @@ class ScorerContext:
 
         def step(batch: Batch) -> Turns[list[Tensor]]:
             counts, copies = [len(texts[i]) for i in batch.rows], HostCopies()
-            in_ram = copies.copy(picked(batch, counts))
-            yield
+            hidden = last_hidden(hidden_states(model, batch, use_cache=False)[0], counts)
+            in_ram = yield from launch_head(model, hidden, lambda at_head: copies.copy(picked(batch, at_head)))
             copies.wait()
             return list(in_ram.split(counts))
 
