@@ -253,15 +253,13 @@ def _place(
         return explicit(model, device_map, devices, demand.shape.blocks), None
     if device_map not in MODES or all(not device.is_gpu for device in named):
         return everything_on(named[0]), None
-    spread = device_map == "planned"
-    if spread:
-        if table := _one_device(model, demand, named, limits, batch, fewer):
-            return table, None
-        device_map = "balanced"
+    planned = device_map == "planned"
+    if planned and (table := _one_device(model, demand, named, limits, batch, fewer)):
+        return table, None
     room = {device.name: _room(device, limits, demand.minimum) for device in devices}
     within = {device.name: room[device.name] for device in named}
-    table = partition(model, demand.shape.blocks, within, named, fewer) if spread else None
-    return table or infer_device_map(model, device_map, within, named, fewer), room
+    table = partition(model, demand.shape.blocks, within, named, fewer) if planned else None
+    return table or infer_device_map(model, "balanced" if planned else device_map, within, named, fewer), room
 
 
 def _one_device(

@@ -180,11 +180,10 @@ class PathOptimizer:
     def _update(self, state: OptimizerState, gradients: dict[str, Tensor]) -> None:
         # L1 penalty: a strength stays above 0 only if it reduces the loss by more.
         gradients["strengths"] = gradients["strengths"] + self.settings.sparsity
-        if state.vector is not None:
+        # While all strengths are 0 the direction has no gradient. Of the penalty's rounding, Adam would make a whole step.
+        if state.vector is not None and gradients["vector"].any():
             vector = state.vector.detach().clone().requires_grad_()
-            # While all strengths are 0 the direction has no gradient. Of the penalty's rounding, Adam would make a whole step.
-            moves = bool(gradients["vector"].any())
-            gradients["vector"] = gradients["vector"] + self._off_span_penalty(vector) * moves
+            gradients["vector"] = gradients["vector"] + self._off_span_penalty(vector)
         for name, tensor in state.tensors.items():
             # A destroyed model has NaN gradients; the momentum carries on.
             self._adam(state, name, tensor, gradients[name].nan_to_num(0.0, 0.0, 0.0))
