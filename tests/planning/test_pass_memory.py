@@ -75,6 +75,7 @@ def test_every_phase_takes_what_is_planned(
     with PretendGpus(count) as cards:
         model = load(checkpoint, [found.dtype], {"device_map": placed})
         measured = {"loading": list(cards.peak)}
+        experts = [p.numel() * p.element_size() for p in model.model.parameters() if p.ndim == 3]
         structure = model.structure
         batcher = Batcher(ROWS, model.device, groups=count, prefix_caching=bool(shared))
         directions = Directions(torch.nn.functional.normalize(torch.randn(4, structure.width), dim=-1))
@@ -134,7 +135,11 @@ def test_every_phase_takes_what_is_planned(
             else:
                 planned = getattr(device, phase) + (phase in ("prefill", "decoding")) * device.operators
             taken = most - device.weights
-            if not taken - SMALL <= planned <= 1.15 * taken + PROBE * (phase == "loading"):
+            most_planned = 1.15 * taken + PROBE * (phase == "loading")
+            # Threads decide whether the largest weight of a mixture is merged last, on top of all others.
+            if phase == "loading" and family in MIXED:
+                most_planned = max(experts)
+            if not taken - SMALL <= planned <= most_planned:
                 wrong[phase, device.device.name] = (planned, taken)
     assert not wrong
 
