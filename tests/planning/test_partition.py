@@ -9,7 +9,7 @@ import pytest
 from accelerate.utils import find_tied_parameters
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PretrainedConfig, RobertaConfig, Zamba2Config
+from transformers import Gemma4TextConfig, Lfm2Config, OlmoConfig, PretrainedConfig, RobertaConfig, Zamba2Config
 
 from heretic.model.meta_model import meta_model
 from heretic.planning.partition import _counts, partition
@@ -65,6 +65,19 @@ def test_a_head_of_several_layers_stays_with_the_embedding_whose_weight_it_share
     table = partition(model, 4, {device.name: GIB for device in devices}, devices)
     assert table is not None and table["lm_head"] == lookup(table, "roberta.embeddings.word_embeddings") == 0
     assert not [group for group in find_tied_parameters(model) if len({lookup(table, name) for name in group}) > 1]
+
+
+def test_modules_lie_where_they_run() -> None:
+    sizes = dict(num_hidden_layers=4, hidden_size=64, intermediate_size=128, num_attention_heads=4, vocab_size=500)
+    without_weights = table_of(OlmoConfig(**sizes), 1, 1)
+    assert without_weights is not None and without_weights["model.norm"] == 1
+    assert without_weights["model.rotary_emb"] == 0
+    per_layer = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=500, num_key_value_heads=2)
+    late = table_of(Gemma4TextConfig(**sizes, **per_layer), 1, 1)  # registered after the blocks, read before them
+    assert late is not None and late["model.embed_tokens_per_layer"] == late["model.per_layer_projection_norm"] == 0
+    assert late["model.norm"] == 1
+    reading = table_of(Lfm2Config(**sizes), 1, 1)  # its pass looks at the mask, which has no values on the meta device
+    assert reading is not None and (reading["model.rotary_emb"], reading["model.embedding_norm"]) == (0, 1)
 
 
 def test_blocks_that_share_a_weight_are_left_to_accelerate() -> None:

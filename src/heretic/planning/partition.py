@@ -6,16 +6,23 @@ module 15, 17, 17 and 15.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+import torch
+
 from heretic.hardware.devices import Device
+from heretic.model.forward import forward_supported
+from heretic.model.masks import known_padding
 from heretic.planning.placement import block_names
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 Cost = tuple[int, int]  # the bytes of the fullest GPU, and the sum of all squares
 
@@ -44,14 +51,15 @@ def partition(
         return None
     modules = list(_in_order(model, "", set(names)))
     sizes = _sizes(model, modules, fewer)
-    first = modules.index(names[0])
-    # Beside the embedding: what has no weights (rotary embeddings compute what the blocks read), and heads that share its weight.
     sharing = _sharing(model, modules)
     if sharing & set(names):  # accelerate keeps blocks with one weight (Zamba 2) together
         return None
-    apart = {name for name in modules if not sizes[name]} | sharing
-    after = [name for name in modules[first:] if name not in names and name not in apart]
-    before = [name for name in modules if name not in names and name not in after]
+    # A head that shares the embedding's weight stays beside it.
+    last = _after_blocks(model, modules, names, sizes) - sharing
+    before, after = (
+        [name for name in modules if name not in {*names, *last}],
+        [name for name in modules if name in last],
+    )
     ends = sum(sizes[name] for name in before), sum(sizes[name] for name in after)
     counts = _counts([sizes[name] for name in names], ends, [room.get(gpu.name, 0) for gpu in gpus])
     if counts is None:
@@ -70,6 +78,39 @@ def _in_order(module: nn.Module, prefix: str, blocks: set[str]) -> Iterator[str]
             yield path
         else:
             yield from _in_order(child, f"{path}.", blocks)
+
+
+def _after_blocks(
+    model: PreTrainedModel, modules: Sequence[str], blocks: Sequence[str], sizes: Mapping[str, int]
+) -> set[str]:
+    """Return the modules that run after all blocks.
+
+    The model's order decides for tensors, for modules that only hold others, and for models that look at their inputs. There, what
+    has no weights counts as before: rotary embeddings compute what the blocks read.
+    """
+    first = modules.index(blocks[0])
+    guessed = {name for name in modules[first:] if sizes[name]} - set(blocks)
+    order = _execution_order(model, {*modules})
+    if blocks[-1] not in order:
+        return guessed
+    return {*order[order.index(blocks[-1]) :]} - set(blocks) | (guessed - {*order})
+
+
+def _execution_order(model: PreTrainedModel, names: Container[str]) -> list[str]:
+    """Return those of the modules that run in a pass on the meta device, by their first call, as far as the pass comes."""
+    order: dict[str, None] = {}
+    named = [(name, module) for name, module in model.named_modules() if name in names]
+    hooks = [m.register_forward_pre_hook(lambda *_, name=name: order.setdefault(name)) for name, m in named]
+    tokens = torch.ones(1, 2, dtype=torch.long, device="meta")
+    try:
+        with torch.inference_mode(), known_padding(False):
+            forward_supported(model, tokens, attention_mask=tokens, position_ids=tokens, use_cache=False)
+    except Exception as error:  # of the model's own code: some read a mask or count tokens, which have no values here
+        log.debug("a pass on the meta device ended early: %s", error)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(order)
 
 
 def _sizes(model: nn.Module, modules: Sequence[str], fewer: Mapping[str, float]) -> dict[str, int]:
