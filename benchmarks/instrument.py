@@ -57,6 +57,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], dest="extra", help="a setting of ours, with --label")
     parser.add_argument("--label", default="ours", help="name of our row with these settings")
     parser.add_argument("--factor", type=float, default=1, help="time of heretic-llm and temaq, as a multiple of ours")
+    parser.add_argument(
+        "--batch-size", type=int, help="of heretic-llm, instead of its search for one, which counts as its time"
+    )
     parser.add_argument("--measure-set", action="append", default=[], help="a setting of the measurement")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "instrument")
     arguments = parser.parse_args(words)
@@ -98,6 +101,8 @@ class Instrument:
         """Return the name of a tool's row and folder."""
         if tool == "ours":
             return str(self.arguments.label)
+        if tool == "heretic-llm" and self.arguments.batch_size:
+            return "heretic-llm, batch size given"
         return tool if tool not in TIMED or self.arguments.factor == 1 else f"{tool} x{self.arguments.factor:g}"
 
     def _made(self, tool: str, seed: int, prompts: Path) -> dict[str, Any]:
@@ -114,6 +119,7 @@ class Instrument:
             seed=seed,
             system_prompt=SYSTEM_PROMPT,
             limits={name: times[name] * self.arguments.factor for name in ("seconds", "cpu_seconds") if name in times},
+            batch_size=self.arguments.batch_size,
             extra=[*self._at_hand(), *self.arguments.extra] if tool == "ours" else (),
         )
         return tools.made(task, tool)

@@ -13,12 +13,15 @@ TOOLS = {
     "arditi": "one direction",
     "heretic-llm": "heretic-llm 1.4.0",
     "heretic-llm x2": "heretic-llm, twice the time",
+    "heretic-llm, batch size given": "heretic-llm 1.4.0, batch size given",
     "temaq": "temaq-abliterated 1.1.1",
     "ours": "heretic",
+    "ours, conditional": "heretic, `conditional`",
 }
-PEERS = tuple(tool for tool in TOOLS if tool not in ("original", "ours"))
+PEERS = tuple(tool for tool in TOOLS if tool != "original" and not tool.startswith("ours"))
 LIMITS = {
     "heretic-llm": "heretic-llm stopped after heretic's CPU time at the earliest; ",
+    "heretic-llm, batch size given": "heretic-llm stopped after heretic's CPU time, without its search for a batch size; ",
     "temaq": "temaq's search limited to heretic's elapsed time; ",
 }
 

@@ -37,6 +37,7 @@ class Task:
     seed: int
     system_prompt: str
     limits: Mapping[str, float]  # `seconds` and `cpu_seconds` for tools that can be limited
+    batch_size: int | None = None  # of heretic-llm; None: it searches for one
     extra: Sequence[str] = ()  # further settings of ours
 
     def settings(self) -> list[str]:
@@ -116,7 +117,10 @@ def heretic_llm(task: Task) -> tuple[Job, dict[str, Any]]:
     CPU seconds, because neighbors slow the tools down unequally; at least one trial.
     """
     python = peer.install(task.environments / "heretic-llm-env")
-    text = peer.default_configuration(task.model, task.prompts, seed=task.seed, system_prompt=task.system_prompt)
+    changed = {"batch_size": task.batch_size} if task.batch_size else {}
+    text = peer.default_configuration(
+        task.model, task.prompts, seed=task.seed, system_prompt=task.system_prompt, changed=changed
+    )
     (task.folder / "config.toml").write_text(text)
     menus = peer.Menus(task.folder, 1)
     job = Job([str(python.with_name("heretic"))], task.folder, peer.environment(os.environ), menus)

@@ -1,4 +1,4 @@
-"""How long a study of 7B, 32B and 70B would take on cards that are not here: launch logs replayed with the rates of data sheets.
+"""How long a study of 0.5B to 70B would take on cards that are not here: launch logs replayed with the rates of data sheets.
 
     python benchmarks/timeline.py                 # simulate everything, and calibrate on this machine's CPU
     python benchmarks/timeline.py --only ways     # compare ways to use four cards, and keep the rest of the report
@@ -170,9 +170,11 @@ def study(setup: Setup, plan: MemoryPlan, checkpoint: Any, way: Way, assumptions
         + mined * gradient.prompts / EVALUATION * MINED,
         "trials": TRIALS * trial.seconds,
     }
+    launched_at_once = measure(setup, way, batch, replace(assumptions, launch=0)).parts["decoding"]
     return {
         "parts": parts, "seconds": sum(parts.values()), "gradient_step": step, "way": asdict(way), "trial": asdict(trial),
         "trial_alone": asdict(alone),
+        "decoding_launches": TRIALS * (trial.parts["decoding"] - launched_at_once),  # seconds; the most that CUDA graphs could save
     }  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from results_tables import Report, read, table, wrapped
 
 BITS = {"none": "", "bnb_8bit": " in 8 bits", "bnb_4bit": " in 4 bits"}
 
+GRAPHS_WORTH = 0.1  # share of a study that is named
+
 
 def simulated(rows: list[tuple[str, ...]], settings: str, part: str) -> str:
     """Return a table of a part of the report, and its caption, which says that nothing of it was measured."""
@@ -19,6 +21,16 @@ def simulated(rows: list[tuple[str, ...]], settings: str, part: str) -> str:
 def sizes() -> str:
     """Return what fits where, and how long a study takes."""
     found: dict[str, dict[str, Report]] = {}
+    saving = [
+        each
+        for each in read("timeline")["studies"]
+        if each.get("decoding_launches", 0) > GRAPHS_WORTH * each.get("seconds", 0)
+    ]
+    graphs = ", ".join(
+        f"{each['decoding_launches']:.0f} of {each['seconds']:.0f} s ({each['size']} on {each['cards']})"
+        for each in saving
+        if each["cards"].startswith("1x")
+    )
     for study in read("timeline")["studies"]:
         found.setdefault(study["size"], {})[study["cards"]] = study
     names = list(next(iter(found.values())))
@@ -29,7 +41,8 @@ def sizes() -> str:
         f"Assumed: {1e6 * a['launch']:.0f} us of the host a launch, {a['compute']:.0%} of the FLOP/s of NVIDIA's data sheets, "
         f"{a['memory']:.0%} of the memory's bandwidth, {a['links']:.0%} of a link's. Defaults, 200 trials, short prompts, every "
         "layer edited, no trial pruned, loading at 2 GB/s, without download and export; bfloat16 unless bits are given "
-        "(`quantization`). In brackets: batch size and, of several cards, mean utilization during a trial.",
+        "(`quantization`). In brackets: batch size and, of several cards, mean utilization during a trial. Launches while "
+        f"decoding, the most that CUDA graphs could save: {graphs}; on one card else less than {GRAPHS_WORTH:.0%}.",
         "studies",
     )
 
