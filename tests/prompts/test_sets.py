@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from heretic.errors import UserError
 from heretic.prompts.sets import bundled_names, from_text_or_file, load, load_all
 from heretic.settings import PromptSettings, PromptSource
+from tests.helpers.errors import raises
 
 
 def prompts(**source: str) -> tuple[str, ...]:
@@ -183,6 +185,32 @@ def test_a_data_set_of_the_hub_gives_text_or_is_refused(monkeypatch: pytest.Monk
     with pytest.raises(UserError) as error:
         prompts(source="owner/name", column="label")
     assert error.value.code == "not-a-prompt"
+
+
+def test_without_the_hub_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets.config
+    from huggingface_hub import constants
+
+    asked = []
+
+    def load(*_: object, **__: object) -> object:
+        asked.append((constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE))
+        raise ConnectionError("Couldn't reach it")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for module in (constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # listens, closed before anybody asks
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    with raises("dataset-unreadable"):
+        prompts(source="owner/name")
+    assert asked == [(True, True)], "the libraries would try for 10 s a data set"
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+    monkeypatch.setattr("heretic.prompts.sets._hub_answers", lambda endpoint: True)
+    with raises("dataset-unreadable"):
+        prompts(source="owner/name")
+    assert asked[1:] == [(False, False)]
 
 
 def test_texts_that_are_not_unicode_are_refused() -> None:

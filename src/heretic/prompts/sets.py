@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from heretic.settings.languages import LANGUAGES, language
 BUNDLED = "bundled:"
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
 COLUMNS = ("text", "prompt", "messages", "conversations")  # without a setting, the first of these that a table has
+
+HUB_TIMEOUT = 10  # seconds
 
 
 @dataclass(frozen=True)
@@ -225,7 +229,8 @@ def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> 
     with_progress = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        table: Any = datasets.load_dataset(source.source, source.subset or None, split=_split_name(source.split))
+        with _cache_only_without_hub():
+            table: Any = datasets.load_dataset(source.source, source.subset or None, split=_split_name(source.split))
         column = next((c for c in columns if c in table.column_names), None)
         cells = list(table[column]) if column else []  # decoding can fail for images and sounds
     except Exception as error:  # the library raises dozens of error classes, all about this source
@@ -245,6 +250,33 @@ def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> 
         raise _no_column(source.source, columns, table.column_names, key)
     places = (f"{source.source}, row {number}, column '{column}'" for number in range(1, len(cells) + 1))
     return _prompts_in(zip(places, cells, strict=True), key)
+
+
+@contextmanager
+def _cache_only_without_hub() -> Iterator[None]:
+    """Let `datasets` use its cache only if the hub does not answer: the libraries would retry for 10 seconds a data set."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if not any(before) and not _hub_answers(constants.ENDPOINT):
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+@cache
+def _hub_answers(endpoint: str) -> bool:
+    """Return whether the hub sends any response, through a proxy if the environment names one."""
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(endpoint, timeout=HUB_TIMEOUT)
+    except Exception:  # of the HTTP library, whose classes change
+        return False
+    return True
 
 
 def _prompts_in(cells: Iterable[tuple[str, Any]], key: str) -> _LoadedPrompts:
