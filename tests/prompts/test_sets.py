@@ -207,7 +207,7 @@ def test_without_the_hub_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPatch
         prompts(source="owner/name")
     assert asked == [(True, True)], "the libraries would try for 10 s a data set"
     assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
-    monkeypatch.setattr("heretic.prompts.sets._hub_answers", lambda endpoint: True)
+    monkeypatch.setattr("heretic.prompts.sets._hub_error", lambda endpoint: "")
     with raises("dataset-unreadable"):
         prompts(source="owner/name")
     assert asked[1:] == [(False, False)]

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -228,15 +228,15 @@ def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> 
 
     with_progress = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
+    local, hub_error = Path(source.source).exists(), ""
     try:
-        with _cache_only_without_hub():
+        with nullcontext("") if local else _cache_only_without_hub() as hub_error:
             table: Any = datasets.load_dataset(source.source, source.subset or None, split=_split_name(source.split))
         column = next((c for c in columns if c in table.column_names), None)
         cells = list(table[column]) if column else []  # decoding can fail for images and sounds
     except Exception as error:  # the library raises dozens of error classes, all about this source
-        local = Path(source.source).exists()
         raise UserError(
-            f"The prompt set {source.source} cannot be read: {plain_line(_cause(error)[:200])}",
+            f"The prompt set {source.source} cannot be read: {plain_line((hub_error or _cause(error))[:200])}",
             code="dataset-unreadable",
             where=f"{key}.source" if key else None,
             fix="check its files, or use one file as the source"
@@ -253,30 +253,34 @@ def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> 
 
 
 @contextmanager
-def _cache_only_without_hub() -> Iterator[None]:
-    """Let `datasets` use its cache only if the hub does not answer: the libraries would retry for 10 seconds a data set."""
+def _cache_only_without_hub() -> Iterator[str]:
+    """Let `datasets` use its cache only if the hub does not answer: the libraries would retry for 10 seconds a data set.
+
+    Yields why the hub does not answer; empty if it does, or if nobody asked it.
+    """
     import datasets.config
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    if not any(before) and not _hub_answers(constants.ENDPOINT):
+    hub_error = "" if any(before) else _hub_error(constants.ENDPOINT)
+    if hub_error:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
-        yield
+        yield hub_error
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 @cache
-def _hub_answers(endpoint: str) -> bool:
-    """Return whether the hub sends any response, through a proxy if the environment names one."""
+def _hub_error(endpoint: str) -> str:
+    """Return why the hub sends no response at all, through a proxy if the environment names one; empty if it sends one."""
     from huggingface_hub import get_session
 
     try:
         get_session().head(endpoint, timeout=HUB_TIMEOUT)
-    except Exception:  # of the HTTP library, whose classes change
-        return False
-    return True
+    except Exception as error:  # of the HTTP library, whose classes change
+        return f"no copy in the cache, and {endpoint} does not answer ({first_line(error)})"
+    return ""
 
 
 def _prompts_in(cells: Iterable[tuple[str, Any]], key: str) -> _LoadedPrompts:
