@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pexpect
 import pytest
 from huggingface_hub import constants
 
@@ -19,6 +16,7 @@ from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
 from tests.helpers.command import Ran, heretic
 from tests.helpers.hub import TOKEN, Hub, Repository, running
+from tests.helpers.terminal import Terminal
 from tests.tiny import save_tiny
 
 
@@ -79,12 +77,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_everything_is_sent_and_it_is_private(hub: Hub, out: Path) -> None:
+def test_everything_is_sent_and_it_is_private(hub: Hub, out: Path, upload: Upload) -> None:
     (out / ".env").write_text("secret")
-    command = [sys.executable, "-m", "heretic", "upload", "out", "someone/tiny", "--yes"]
-    ran = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, check=False)
-    assert ran.returncode == 0 and f"uploaded to  {hub.url}/someone/tiny" in ran.stdout and "private" in ran.stdout
-    assert TOKEN not in ran.stdout + ran.stderr
+    ran = upload("out", "someone/tiny", "--yes")
+    assert ran.status == 0 and f"uploaded to {hub.url}/someone/tiny" in ran.out and "private" in ran.out
     repository = hub.repositories["someone/tiny"]
     assert repository.private
     assert repository.files == {name: data for name, data in contents(out).items() if name != ".env"}
@@ -119,17 +115,13 @@ def test_link_out_of_the_export_is_not_uploaded(hub: Hub, out: Path, upload: Upl
 def test_nothing_without_a_yes(hub: Hub, out: Path, upload: Upload) -> None:
     assert "--yes" in error_of(upload("out", "someone/tiny"))
     assert not hub.requests
-    child = pexpect.spawn(sys.executable, ["-m", "heretic", "upload", "out", "someone/tiny"], encoding="utf-8")
-    child.expect("Upload it\\?", timeout=60)
-    child.sendline("")
-    child.expect("Nothing was uploaded", timeout=60)
-    child.wait()
+    terminal = Terminal("upload", "out", "someone/tiny")
+    terminal.answer("Upload it?", "")
+    assert terminal.end() == 1 and "Nothing was uploaded" in terminal.said
     assert not hub.repositories
-    child = pexpect.spawn(sys.executable, ["-m", "heretic", "upload", "out", "someone/tiny"], encoding="utf-8")
-    child.expect("Upload it\\?", timeout=60)
-    child.sendline("y")
-    child.expect("uploaded to", timeout=60)
-    child.wait()
+    terminal = Terminal("upload", "out", "someone/tiny")
+    terminal.answer("Upload it?", "y")
+    assert terminal.end() == 0 and "uploaded to" in terminal.said and TOKEN not in terminal.said
     assert hub.repositories["someone/tiny"].private
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 from heretic.storage.url import masked
 from tests.faults.conftest import Tally
 from tests.faults.test_hostile import MANY, TIMES
-from tests.helpers.command import heretic
+from tests.helpers.command import heretic, start
 
 SECRET = "hunter2secret"
 password = st.text(st.characters(blacklist_characters="&#", blacklist_categories=("Cs",)), min_size=4, max_size=20)
@@ -39,23 +37,24 @@ def test_counted(tally: Tally) -> None:
     tally("random passwords in storage URLs of 5 forms", 5 * TIMES, "nothing: all masked")
 
 
-def test_a_secret_is_nowhere(config: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally) -> None:
+def test_a_secret_is_nowhere(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tally: Tally
+) -> None:
     """A real storage, whose URL holds a secret that SQLite does not look at."""
     url = f"sqlite:///file:{Path('study.db').resolve()}?uri=true&token={SECRET}"
     monkeypatch.setenv("HERETIC_STORAGE", url)
-    command = [sys.executable, "-m", "heretic", "run", "--run-name", "mine", "--save-to", "out"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start("run", "--run-name", "mine", "--save-to", "out")
     looked = 0
     while process.poll() is None:
         for other in psutil.process_iter(["cmdline"]):
             assert SECRET not in " ".join(other.info["cmdline"] or []), "seen in the list of processes"
         looked += 1
         time.sleep(0.4)
-    output = process.stdout.read() if process.stdout else ""
+    output, _ = process.communicate()
     assert process.returncode == 0 and "trials" in output, output
-    status = subprocess.run([sys.executable, "-m", "heretic", "status", "mine"], capture_output=True, text=True)
-    assert status.returncode == 0, status.stderr
-    assert SECRET not in output + status.stdout + status.stderr
+    status = heretic(capsys, monkeypatch, "status", "mine")
+    assert status.status == 0, status.err
+    assert SECRET not in output + status.out + status.err
     written = [p for folder in (Path(), Path("../runtime")) for p in folder.rglob("*") if p.is_file()]
     assert {"run.log", "config.toml", "manifest.json", "README.md", "study.db"} <= {p.name for p in written}
     assert not [p for p in written if SECRET.encode() in p.read_bytes()]

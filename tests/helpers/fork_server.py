@@ -5,8 +5,8 @@ from __future__ import annotations
 import array
 import contextlib
 import fcntl
-import functools
 import gc
+import hashlib
 import json
 import os
 import runpy
@@ -26,6 +26,9 @@ READ_AT_IMPORT = (
     "GOMP_", "HF_", "HOME", "HUGGINGFACE", "KMP_", "LANG", "LC_", "LD_", "MKL_", "OMP_", "PYTHON", "PYTORCH", "TMPDIR", "TORCH",
     "TRANSFORMERS", "TYPER_", "TZ", "XDG_CACHE_HOME",
 )  # fmt: skip
+
+NAME_TAKEN = 3  # exit status of a server whose name another one has
+_started: list[subprocess.Popen[bytes]] = []  # they end when their standard input closes, with this process
 
 
 def libraries_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -100,18 +103,32 @@ def fork_on_terminal(arguments: Sequence[str], environment: Mapping[str, str], t
 def _fork(
     arguments: Sequence[str], environment: Mapping[str, str], streams: list[int], *, leads_session: bool = False
 ) -> tuple[socket.socket, int]:
-    name, _ = _server(tuple(sorted(libraries_environment(environment).items())))
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(_address(name))
+    variables = tuple(sorted(libraries_environment(environment).items()))
     request = {"arguments": arguments, "environment": dict(environment), "folder": os.getcwd(), "path": sys.path}
-    _send(connection, {**request, "leads_session": leads_session}, streams)
-    return connection, _receive(connection)["pid"]
+    while True:
+        connection = _connect(variables)
+        try:
+            _send(connection, {**request, "leads_session": leads_session}, streams)
+            return connection, _receive(connection)["pid"]
+        except (OSError, ValueError):  # a server that has just ended, with the process that had started it
+            connection.close()
 
 
-@functools.cache
-def _server(environment: tuple[tuple[str, str], ...]) -> tuple[str, subprocess.Popen[bytes]]:
-    """Start this test process's server for these variables; it ends when its standard input closes, with this process."""
-    name = f"heretic-tests-{os.getpid()}-{abs(hash(environment))}"
+def _connect(environment: tuple[tuple[str, str], ...]) -> socket.socket:
+    """Return a connection to the server for these variables, which all processes of a test run share; the first one starts it."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    name = f"heretic-tests-{hashlib.sha256(repr((run, environment)).encode()).hexdigest()[:32]}"
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(ConnectionRefusedError):
+            connection.connect(_address(name))
+            return connection
+        connection.close()
+        _start(name, environment)
+
+
+def _start(name: str, environment: tuple[tuple[str, str], ...]) -> None:
+    """Start a server, unless another process is about to, and wait for it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.helpers.fork_server", name],
         stdin=subprocess.PIPE,
@@ -121,8 +138,11 @@ def _server(environment: tuple[tuple[str, str], ...]) -> tuple[str, subprocess.P
         | dict(environment),
     )
     assert process.stdout is not None
-    assert process.stdout.readline()  # it listens
-    return name, process
+    if process.stdout.readline():  # it listens
+        _started.append(process)
+    else:
+        assert process.wait() == NAME_TAKEN, f"it ended with {process.returncode}"
+        time.sleep(0.5)  # the other one is importing
 
 
 def _address(name: str) -> str:
@@ -144,10 +164,8 @@ def _receive(connection: socket.socket, descriptors: array.array[int] | None = N
     return json.loads(connection.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL))
 
 
-def serve(name: str) -> dict[str, Any]:
+def serve(listener: socket.socket) -> dict[str, Any]:
     """Fork for every request and report every exit status; returns the request in the forked process."""
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(_address(name))
     listener.listen()
     ended, wake_up = os.pipe()
     os.set_blocking(wake_up, False)
@@ -155,10 +173,12 @@ def serve(name: str) -> dict[str, Any]:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     running: dict[int, socket.socket] = {}
     print("listening", flush=True)
-    while True:
-        ready, _, _ = select.select([listener, ended, 0], [], [])
-        if 0 in ready:  # the test process has ended
-            os._exit(0)
+    watched: list[Any] = [listener, ended, 0]
+    while running or 0 in watched:
+        ready, _, _ = select.select(watched, [], [])
+        if 0 in ready:  # the test process has ended; processes of others may be running
+            listener.close()
+            watched, ready = [ended], [each for each in ready if each == ended]
         if ended in ready:
             os.read(ended, 1 << 12)
             _report_ended(running)
@@ -185,6 +205,7 @@ def serve(name: str) -> dict[str, Any]:
             running[pid] = connection
             with contextlib.suppress(OSError):
                 _send(connection, {"pid": pid})
+    os._exit(0)
 
 
 def _report_ended(running: dict[int, socket.socket]) -> None:
@@ -225,10 +246,15 @@ def _import_everything() -> None:
 
 
 if __name__ == "__main__":
+    named = socket.socket(socket.AF_UNIX)
+    try:
+        named.bind(_address(sys.argv[1]))
+    except OSError:
+        sys.exit(NAME_TAKEN)
     _import_everything()
     gc.collect()
     gc.freeze()  # or collections would copy the pages that the forks share
-    asked = serve(sys.argv[1])
+    asked = serve(named)
     if asked["leads_session"]:
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)

@@ -14,7 +14,7 @@ from heretic.pipeline.demo.demo import DemoOutcome, run_demo
 from heretic.pipeline.demo.guarded_model import build_base, build_guarded
 from heretic.progress import NULL_REPORTER
 
-REQUESTS = 8
+REQUESTS = 6
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,7 @@ def test_the_guard_refuses_and_an_ablation_removes_it(folder: Path, monkeypatch:
             assignments=[
                 *(f"prompts.{kind}_train.split=train[:12]" for kind in ("harmful", "harmless")),
                 *(f"prompts.{kind}_eval.split=train[:{REQUESTS}]" for kind in ("harmful", "harmless")),
+                "max_response_length=12",
                 "search.gradient.prompts=10",
                 "search.gradient.batch=5",
                 "trials_per_batch=2",
