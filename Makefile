@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Containers often set it, and each process of the tests would compile heretic anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-unit test-faults lint check lock dist site audit clean
 
