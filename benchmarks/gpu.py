@@ -6,7 +6,7 @@ A model with random weights in bfloat16 stands for a real one of its size; its s
 early. After each step the report is written, so that a step that fails or runs out of time takes nothing with it:
 
     rates     the GPU's own: a large matrix product, a copy in its memory
-    passes    prefill and decoding by the project's own loops, as shares of these rates
+    passes    prefill and decoding by the project's own loops, as shares of these rates, and decoding by CUDA graphs
     study     a whole run, with the peak of the GPU's memory and the seconds of every stage, beside what preflight planned
     bnb_4bit  loading in 4 bits and decoding
     compile   a decoding step under torch.compile
@@ -36,6 +36,7 @@ from heretic.interrupt import StopSignal
 from heretic.model.batching import Batcher
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import decode
+from heretic.model.decoding_graph import DecodingGraphs
 from heretic.model.forward import hidden_states
 from heretic.model.loading import LanguageModel, load
 from heretic.model.turns import finish
@@ -168,14 +169,19 @@ def passes(model: LanguageModel, measured: dict[str, float]) -> dict[str, Any]:
             list(range(count)), [[5 + i % 50] * 8 for i in range(count)]
         )
 
-        def several(number: int, batch: Any = batch) -> float:
-            return best_of(1, lambda: finish(decode(model.model, batch, number, set())))
+        def several(number: int, batch: Any = batch, *, graphs: bool = False) -> float:
+            by = DecodingGraphs(enabled=graphs)
+            return best_of(1, lambda: finish(decode(model.model, batch, number, set(), graphs=by)))
 
         step = (several(NEW_TOKENS) - several(2)) / (NEW_TOKENS - 2)
+        by_graphs = several(NEW_TOKENS, graphs=True) - several(
+            3, graphs=True
+        )  # both with a capture, after the second token
         found["decoding"].append(
             {
                 "rows": count,
                 "seconds_per_token": step,
+                "seconds_per_token_by_graphs": by_graphs / (NEW_TOKENS - 3),
                 "tokens_per_second": count / step,
                 "bandwidth": size / step,
                 "of_rate": size / step / measured["bandwidth"],

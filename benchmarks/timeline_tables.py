@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from results_tables import Report, read, table, wrapped
@@ -21,19 +22,10 @@ def simulated(rows: list[tuple[str, ...]], settings: str, part: str) -> str:
 def sizes() -> str:
     """Return what fits where, and how long a study takes."""
     found: dict[str, dict[str, Report]] = {}
-    saving = [
-        each
-        for each in read("timeline")["studies"]
-        if each.get("decoding_launches", 0) > GRAPHS_WORTH * each.get("seconds", 0)
-    ]
-    graphs = ", ".join(
-        f"{each['decoding_launches']:.0f} of {each['seconds']:.0f} s ({each['size']} on {each['cards']})"
-        for each in saving
-        if each["cards"].startswith("1x")
-    )
     for study in read("timeline")["studies"]:
         found.setdefault(study["size"], {})[study["cards"]] = study
     names = list(next(iter(found.values())))
+    graphs = "; ".join(filter(None, (by_graphs(studies.values()) for studies in found.values())))
     a = read("timeline")["assumptions"]
     rows = [("model", *names), *((size, *(cell(studies[name]) for name in names)) for size, studies in found.items())]
     return simulated(
@@ -42,9 +34,18 @@ def sizes() -> str:
         f"{a['memory']:.0%} of the memory's bandwidth, {a['links']:.0%} of a link's. Defaults, 200 trials, short prompts, every "
         "layer edited, no trial pruned, loading at 2 GB/s, without download and export; bfloat16 unless bits are given "
         "(`quantization`). In brackets: batch size and, of several cards, mean utilization during a trial. Launches while "
-        f"decoding, the most that CUDA graphs could save: {graphs}; on one card else less than {GRAPHS_WORTH:.0%}.",
+        f"decoding, the most that `cuda_graphs` could save: {graphs}.",
         "studies",
     )
+
+
+def by_graphs(studies: Iterable[Report]) -> str:
+    """Return for which machine with one card launches while decoding are the largest share of a study; empty if it is small."""
+    waiting = [s for s in studies if "seconds" in s and s["cards"].startswith("1x")]
+    most = max(waiting, key=lambda s: s["decoding_launches"] / s["seconds"], default=None)
+    if most is None or most["decoding_launches"] < GRAPHS_WORTH * most["seconds"]:
+        return ""
+    return f"{most['decoding_launches']:.0f} of {most['seconds']:.0f} s ({most['size']}, {most['cards'][3:]})"
 
 
 def cell(study: Report) -> str:

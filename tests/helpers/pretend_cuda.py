@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import import_utils
 
+from tests.helpers.pretend_graphs import NoStream, PretendGraph
+
 if TYPE_CHECKING:
     from tests.helpers.pretend_gpus import PretendGpus
 
@@ -79,6 +81,7 @@ def cuda_pretended(gpus: PretendGpus, mode: type[TorchDispatchMode], attention: 
             mock.patch.multiple(torch.cuda, **_cuda(gpus)),
             mock.patch.multiple(torch.accelerator, **_accelerator(gpus)),
             mock.patch.object(torch, "Event", PretendEvent),
+            mock.patch.object(torch, "Stream", NoStream),
             mock.patch.object(functional, name, attention(getattr(functional, name))),
             mock.patch.object(threading.Thread, "run", _run_within(mode)),
             mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda *_: 0, create=True),
@@ -231,6 +234,7 @@ def _accelerator(gpus: PretendGpus) -> dict[str, Any]:
     return {
         "current_accelerator": lambda check_available=False: torch.device("cuda"),
         "empty_host_cache": cuda["empty_cache"],
+        "Graph": lambda: PretendGraph(gpus),
         **{name: cuda[name] for name in same},
         **{name: cuda[own] for name, own in renamed.items()},
     }

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.pretend_cuda import cuda_pretended
+from tests.helpers.pretend_graphs import NOT_PERMITTED, PretendGraph
 from tests.helpers.pretend_operators import (
     COPIES,
     INDEXING,
@@ -153,6 +154,7 @@ class PretendGpus:
         self.limit = list(self.memory)  # what allocations are held to; `memory` is what code is told
         self.used, self.peak, self.current, self.ooms = [0] * count, [0] * count, 0, 0
         self.phase_name = "-"
+        self.graph: PretendGraph | None = None  # that records launches now
         self.phase_peak: dict[str, list[int]] = defaultdict(lambda: [0] * count)
         self.launches: Counter[str] = Counter()  # by phase
         self.kinds: dict[str, Counter[str]] = defaultdict(Counter)  # by phase and operator
@@ -216,6 +218,8 @@ class PretendGpus:
 
     def record_sync(self, what: str, gpu: int | str, mark: object = None) -> None:
         """The host waits for a GPU: for all that was launched on it, or up to the mark of an event."""
+        if self.graph is not None:
+            raise RuntimeError(f"{NOT_PERMITTED}: {what} {self.caller()}")
         self.syncs[self.phase_name][what, self.caller()] += 1
 
     def record_event(self, gpu: int) -> object:
@@ -306,6 +310,8 @@ class PretendGpus:
             return ""
         if origin == target:
             return name
+        if self.graph is not None:  # a replay would read RAM that has another use by then
+            raise RuntimeError(f"{NOT_PERMITTED}: copy {origin}>{target} {self.caller()}")
         if "cpu" not in (origin, target):
             size = source.numel() * source.element_size()
             self.peer_bytes[self.phase_name, origin, target, self.caller()] += size
@@ -324,9 +330,12 @@ class PretendGpus:
         named = {key: map_tensors(value, self._backed) for key, value in kwargs.items()}
         if device is not None:
             named["device"] = torch.device(self.backing)
-        made = ON_CPU.get(name, lambda *_: None)(func, inner, named)
-        if made is None:
-            made = func(*inner, **named)
+
+        def compute() -> Any:
+            made = ON_CPU.get(name, lambda *_: None)(func, inner, named)
+            return func(*inner, **named) if made is None else made
+
+        made = compute() if self.graph is None else self.graph.record(func, compute, inner, viewing)
         if target == "cpu" and name != "copy_":
             return map_tensors(made, self.read)
         if torch.Tag.inplace_view in func.tags and isinstance(

@@ -170,8 +170,11 @@ def test_study_chat_and_export_give_the_cpu_s_results_and_their_memory_back(
         cpu.mkdir()
         cpu_studies[family, start] = make(family, start, device_map(family, 0), None, folder=cpu, whole=whole)
     expected = cpu_studies[family, start]
+    graphs = "cuda_graphs=true" if count == 1 else "cuda_graphs=false"
     with PretendGpus(count) as gpus:
-        found = make(family, start, device_map(family, count), gpus, folder=tmp_path, whole=whole)
+        found = make(family, start, device_map(family, count), gpus, graphs, folder=tmp_path, whole=whole)
+    replayed = sum(kinds["graph"] for kinds in gpus.kinds.values())
+    assert (replayed > 0) == (count == 1)
     assert found.refusals == expected.refusals and found.answer == expected.answer
     assert found.divergences == pytest.approx(expected.divergences, abs=1e-6)
     assert len(found.readings) == len(expected.readings) == (2 if start == "gradient" else 0)

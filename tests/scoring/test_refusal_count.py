@@ -245,7 +245,7 @@ def test_micro_batches_in_turn_give_the_scores_of_one_batch_and_continue_from_th
     saving = enable_caching(evaluator, refusal_texts(evaluator))
     begun: list[int] = []
 
-    def continued(model: object, answers: DecodingState, limits: StopCriteria) -> Turns[None]:
+    def continued(model: object, answers: DecodingState, limits: StopCriteria, _: object) -> Turns[None]:
         begun.append(len(answers.tokens))
         yield from continue_decoding(model, answers, limits)
 
@@ -273,7 +273,7 @@ def test_memory_that_runs_out_while_decoding_goes_on_halves_the_batch(
     (expected,) = together(saving, operator_factory, baseline, ABLATIONS[:1])
     sizes: list[int] = []
 
-    def short(model: object, answers: DecodingState, limits: StopCriteria) -> Turns[None]:
+    def short(model: object, answers: DecodingState, limits: StopCriteria, _: object) -> Turns[None]:
         sizes.append(len(answers.tokens))
         if len(answers.tokens) > 4:
             raise torch.OutOfMemoryError("out of memory")

@@ -36,6 +36,7 @@ class Kind:
     float64: bool = False  # whether all devices of the kind compute in float64
     unified: bool = False  # whether its memory is the RAM
     in_nvml: bool = False  # whether NVML lists its devices and their processes
+    graphs: bool = False  # whether PyTorch captures its launches and replays them
 
 
 PYTORCH = "https://pytorch.org/get-started"
@@ -50,6 +51,7 @@ KINDS = {
         pinned=True,
         float64=True,
         in_nvml=True,
+        graphs=True,
     ),
     ROCM: Kind(  # PyTorch calls AMD's devices cuda too (its notes on HIP)
         CUDA,
@@ -59,6 +61,7 @@ KINDS = {
         ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
         pinned=True,
         float64=True,
+        graphs=True,
     ),
     "xpu": Kind(  # Arc of the A series has no float64 (intel/torch-xpu-ops, issue 1742)
         "xpu",
@@ -251,6 +254,14 @@ def pins_memory() -> bool:
     """Return whether pinned RAM makes copies to the accelerator asynchronous."""
     kind = current()
     return kind is not None and kind.pinned
+
+
+def captures_graphs() -> bool:
+    """Return whether the accelerator's launches can be captured and replayed, by this version of PyTorch."""
+    import torch
+
+    kind = current()
+    return kind is not None and kind.graphs and hasattr(torch.accelerator, "Graph")
 
 
 def empty_cache() -> None:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from heretic.errors import UserError, first_line
 from heretic.model.batching import Batch
+from heretic.model.decoding_graph import DecodingGraph, DecodingGraphs
 from heretic.model.device_errors import is_device_error
 from heretic.model.forward import (
     decoder_of,
@@ -171,20 +172,28 @@ def _compare(model: Any, hidden: Tensor, wanted: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def continue_decoding(model: Any, answers: DecodingState, limits: StopCriteria) -> Turns[None]:
+def continue_decoding(
+    model: Any, answers: DecodingState, limits: StopCriteria, graphs: DecodingGraphs | None = None
+) -> Turns[None]:
     """Decode until every row has ended; completes `answers.tokens`."""
     device = answers.mask.device
+    by_graphs, graph = graphs is not None and graphs.suit(model, answers), None
     interval = SYNC_INTERVAL.get(device.type, DEFAULT_SYNC_INTERVAL)
     tokens = to_device([answers.tokens[row][-1:] or [0] for row in answers.cache_rows], device)
     while answers.open_rows:
         if len(answers.open_rows) <= COMPACT_BELOW * len(answers.cache_rows) and rows_selectable(answers.cache):
-            tokens = tokens[_select_open_rows(answers)]
+            tokens, graph = tokens[_select_open_rows(answers)], None
         remaining = limits.max_tokens - min(len(answers.tokens[row]) for row in answers.open_rows)
-        make_room(answers.cache, remaining)
-        steps = yield from _decode_tokens(model, answers, tokens, min(interval, remaining))
-        tokens = steps[-1]
+        count = min(interval, remaining)
+        if by_graphs and graphs is not None:
+            graph = graph or DecodingGraph(graphs, model, answers, tokens, remaining, interval)
+            chosen = yield from graph.decode(count)
+        else:
+            make_room(answers.cache, remaining)
+            chosen = yield from _decode_tokens(model, answers, tokens, count)
+        tokens = chosen[:, -1:]
         copies = HostCopies()
-        in_ram = copies.copy(torch.cat(steps, dim=1))
+        in_ram = copies.copy(chosen)
         copies.wait()
         for row, following in zip(answers.cache_rows, in_ram.tolist(), strict=True):
             for token in following:
@@ -192,8 +201,8 @@ def continue_decoding(model: Any, answers: DecodingState, limits: StopCriteria) 
                     limits.append_tokens(answers, row, token)
 
 
-def _decode_tokens(model: Any, answers: DecodingState, tokens: Tensor, count: int) -> Turns[list[Tensor]]:
-    """Decode so many tokens after `tokens` [cache rows, 1] without reading any, one a turn; returns them, each like `tokens`.
+def _decode_tokens(model: Any, answers: DecodingState, tokens: Tensor, count: int) -> Turns[Tensor]:
+    """Decode so many tokens after `tokens` [cache rows, 1] without reading any, one a turn; returns them [cache rows, tokens].
 
     They stay on the device of the model's inputs. The logits stay on that of its head.
     """
@@ -228,7 +237,7 @@ def _decode_tokens(model: Any, answers: DecodingState, tokens: Tensor, count: in
             yield
         tokens = arrive()
         steps.append(tokens)
-    return steps
+    return torch.cat(steps, dim=1)
 
 
 def _select_open_rows(answers: DecodingState) -> Tensor:
@@ -244,7 +253,12 @@ def _select_open_rows(answers: DecodingState) -> Tensor:
 
 
 def decode(
-    model: Any, batch: Batch, max_tokens: int, end_tokens: set[int], ended: Ended | None = None
+    model: Any,
+    batch: Batch,
+    max_tokens: int,
+    end_tokens: set[int],
+    ended: Ended | None = None,
+    graphs: DecodingGraphs | None = None,
 ) -> Turns[list[list[int]]]:
     """Decode every row greedily: at most `max_tokens` tokens, without the end token.
 
@@ -257,7 +271,7 @@ def decode(
     answers = yield from verify_draft(model, batch, [[]] * len(batch.rows), limits)
     if answers.cache is None:  # the layers hold it (RecurrentGemma)
         return _generate(model, batch, max_tokens, end_tokens)
-    yield from continue_decoding(model, answers, limits)
+    yield from continue_decoding(model, answers, limits, graphs)
     return answers.tokens
 
 

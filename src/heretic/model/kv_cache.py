@@ -63,10 +63,45 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = self.slots[0].narrow(-2, 0, tokens), self.slots[1].narrow(-2, 0, tokens)
 
 
+class FixedLayer(DynamicLayer):
+    """Keys and values [rows, heads, slots, width] in a fixed number of slots; a token goes to a slot that lies on the device.
+
+    A pass attends to all slots, and the mask excludes the free ones.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, layer: DynamicLayer, slots: int, slot: Tensor) -> None:
+        """Take the keys and values of a layer that is in use; `slot` [1] is the next token's, and others advance it."""
+        super().__init__()
+        assert layer.keys is not None and layer.values is not None
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.slot = slot
+        free = slots - layer.keys.shape[-2]
+        self.keys, self.values = (torch.nn.functional.pad(t, (0, 0, 0, free)) for t in (layer.keys, layer.values))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of one token [rows, heads, 1, width]; returns all slots."""
+        self.keys.index_copy_(-2, self.slot, key_states)
+        self.values.index_copy_(-2, self.slot, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Return the tokens before the next one, as masks count them: all slots but one."""
+        return self.keys.shape[-2] - 1
+
+
+def keeps_plain_keys(cache: Any) -> bool:
+    """Return whether all layers of a cache hold the keys and values of all tokens."""
+    layers = getattr(cache, "layers", None) or [None]
+    return all(type(layer) in (DynamicLayer, GrowingLayer, FixedLayer) for layer in layers)
+
+
 def rows_selectable(cache: Any) -> bool:
     """Return whether single rows of a cache can be selected: true for keys and values, not for recurrent states."""
     layers = getattr(cache, "layers", None) or [None]
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer) for layer in layers)
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, FixedLayer) for layer in layers)
 
 
 def select_rows(cache: Any, rows: Sequence[int]) -> None:

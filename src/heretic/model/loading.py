@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +19,7 @@ from heretic.model.architecture import ModelStructure, find_residual_writers, in
 from heretic.model.batching import free_memory, out_of_memory
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.config_reading import auto_class
+from heretic.model.decoding_graph import DecodingGraphs
 from heretic.model.device_errors import device_error, is_device_error
 from heretic.model.quantization import KEPT, QUANTIZATIONS, balanced_4bit, keep_layout, loading_arguments
 from heretic.model.stages import share_inputs, stages_of
@@ -47,6 +48,7 @@ class LanguageModel:
     dtype: str
     quantization: str = "none"
     loader: BlockLoader | None = None  # reads the blocks when they run; None: all are in memory
+    graphs: DecodingGraphs = field(default_factory=DecodingGraphs)
 
     @property
     def device(self) -> torch.device:

@@ -205,7 +205,8 @@ class PrunedRefusalCounter:
         )
 
     def _continue(self, answers: DecodingState, pairs: list[tuple[int, int]]) -> Turns[None]:
-        yield from continue_decoding(self.language_model.model, answers, self._stop_criteria(pairs))
+        model = self.language_model
+        yield from continue_decoding(model.model, answers, self._stop_criteria(pairs), model.graphs)
         self._set_verdicts(answers, pairs)
 
     def _set_verdicts(self, answers: DecodingState, pairs: list[tuple[int, int]]) -> None:

@@ -129,6 +129,12 @@ class Settings(SettingsModel):
         affects_results=False,
         ge=0,
     )
+    cuda_graphs: bool = setting(
+        False,
+        "Decode the trials of a model on one GPU (CUDA, ROCm) by replayed graphs: one launch a token.",
+        when="Try true for a model below 3B: its GPU waits for launches. Tested without a GPU only.",
+        affects_results=False,
+    )
     early_stopping: bool = setting(
         True,
         "Prune a trial as soon as a finished one dominates the best result that it can still reach. The Pareto front of the "
