@@ -102,7 +102,8 @@ class Instrument:
         if tool == "ours":
             return str(self.arguments.label)
         if tool == "heretic-llm" and self.arguments.batch_size:
-            return "heretic-llm, batch size given"
+            tool = "heretic-llm, batch size given"
+            return tool if self.arguments.factor == 1 else f"{tool} x{self.arguments.factor:g}"
         return tool if tool not in TIMED or self.arguments.factor == 1 else f"{tool} x{self.arguments.factor:g}"
 
     def _made(self, tool: str, seed: int, prompts: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gguf
 import pytest
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from heretic.errors import Interrupted, UserError, VerificationFailed
 from heretic.export.export import Export
-from heretic.export.gguf import INSTALL, convert, converter, quantizer, require
+from heretic.export.gguf import INSTALL, QUANTIZED, convert, converter, quantizer, require
 from heretic.export.gguf_check import check_file, same
 from heretic.export.request import WriteRequest, WriteResult
 from heretic.export.save import TensorEdit
@@ -33,7 +34,7 @@ from heretic.settings import Settings
 from heretic.settings.sources import resolve
 from tests.helpers import stand_in_converter
 from tests.helpers.command import heretic
-from tests.tiny import save_tiny, tiny_model
+from tests.tiny import FAMILIES, save_tiny, tiny_model
 
 SCRIPT = Path(stand_in_converter.__file__)
 
@@ -310,6 +311,20 @@ def test_the_real_converter(real: str, tmp_path: Path, family: str) -> None:
     ids = torch.tensor([[5, 20, 40, 33, 9, 30]])
     with torch.no_grad():
         assert (read(input_ids=ids).logits - tiny_model(family)(input_ids=ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(not shutil.which("llama-quantize"), reason="llama.cpp's llama-quantize is not on PATH")
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_the_real_quantizer(real: str, tmp_path: Path, kind: str) -> None:
+    name, sizes = FAMILIES["llama"]
+    blocks_of_256 = dict(
+        hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64
+    )
+    with mock.patch.dict(FAMILIES, {"llama": (name, {**sizes, **blocks_of_256})}):
+        folder = save_tiny(tmp_path / "m")
+    save_sentencepiece(folder / "tokenizer.model", open_checkpoint(str(folder)).text_config.vocab_size)
+    stored = types(converted(folder, kind, program=real))
+    assert stored["blk.0.attn_output.weight"].name == kind[:4].upper()
 
 
 def test_the_real_converter_does_not_know_all(real: str, tmp_path: Path) -> None:
