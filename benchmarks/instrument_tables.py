@@ -14,10 +14,12 @@ TOOLS = {
     "heretic-llm": "heretic-llm 1.4.0",
     "heretic-llm x2": "heretic-llm, twice the time",
     "heretic-llm, batch size given": "heretic-llm 1.4.0, batch size given",
+    "heretic-llm, batch size given x3": "the same, three times the time",
     "temaq": "temaq-abliterated 1.1.1",
     "ours": "heretic",
     "ours, conditional": "heretic, `conditional`",
 }
+NAMES = {"heretic-llm, batch size given x3": "heretic-llm (three times the time)"}  # in the last column
 PEERS = tuple(tool for tool in TOOLS if tool != "original" and not tool.startswith("ours"))
 LIMITS = {
     "heretic-llm": "heretic-llm stopped after heretic's CPU time at the earliest; ",
@@ -119,6 +121,7 @@ SOURCES = {  # the models of the README's table, and where their held-out reques
     "qwen2.5-coder-0.5b-instruct": (QWEN, "HarmBench"),
     "guarded-model": (DEMO, "cooking"),
 }
+INSTEAD = {("qwen2.5-coder-0.5b-instruct", "heretic-llm"): "heretic-llm, batch size given x3"}  # in the README's table
 SHORT = {  # rows of the README's table, by the title there
     "refusals in 256 tokens (phrases)": refused_at_last,
     "not answered (trained judge)": numbers("unanswered", digits="g"),
@@ -139,12 +142,13 @@ def short() -> str:
     for model, (name, source) in SOURCES.items():
         rows = {row["tool"]: row for row in report["rows"] if row["model"] == model and not row["seed"]}
         lines.append((f"**{name}**", *[""] * len(tools)))
-        for title, cell in SHORT.items():
-            lines.append((title, *(cell(rows[tool]) if tool in rows else "" for tool in tools)))
+        shown = [rows.get(INSTEAD.get((model, tool), tool)) for tool in tools]
+        lines += [(title, *(cell(row) if row else "" for row in shown)) for title, cell in SHORT.items()]
         described.append(f"{name}: {held_out(rows['ours'])} held-out requests ({source})")
     return captioned(
         lines, "instrument", model="; ".join(described),
-        settings="defaults of every tool, bfloat16, their system prompt, seed 0, the trained judge's encoder on the machine",
+        settings="defaults of every tool, bfloat16, their system prompt, seed 0, the trained judge's encoder on the machine; "
+        "heretic-llm on Qwen: batch size given, three times heretic's CPU time",
         command="`python benchmarks/instrument.py ASSETS`",
     )  # fmt: skip
 
@@ -195,7 +199,11 @@ def ahead(measure: Measure, found: dict[str, list[Report]]) -> str:
         ]
         return statistics.mean(each) * (-1 if measure.higher else 1) if each else 0.0
 
-    return ", ".join(TOOLS[tool].partition(" 1.")[0] for tool in PEERS if tool in found and mean(tool) < mean("ours"))
+    return ", ".join(
+        NAMES.get(tool, TOOLS[tool].partition(" 1.")[0])
+        for tool in PEERS
+        if tool in found and mean(tool) < mean("ours")
+    )
 
 
 def qwen() -> str:

@@ -20,6 +20,7 @@ from heretic.model.forward import forward_supported, rows_of_trials
 from heretic.model.kv_cache import FixedLayer, keeps_plain_keys
 from heretic.model.masks import known_padding
 from heretic.model.patching import outputs_stay
+from heretic.model.transfer import to_device
 from heretic.model.turns import Turns
 
 if TYPE_CHECKING:
@@ -61,10 +62,11 @@ class DecodingGraph:
         layers = answers.cache.layers
         if type(layers[0]) is not FixedLayer:
             used = answers.mask.shape[1]
-            slot = answers.mask.new_tensor([used])
-            answers.cache.layers = [FixedLayer(layer, used + remaining, slot) for layer in layers]
+            slot = to_device([used], answers.mask.device)
+            for i in range(len(layers)):  # one at a time: two whole caches may not fit
+                layers[i] = FixedLayer(layers[i], used + remaining, slot)
             answers.mask = torch.nn.functional.pad(answers.mask, (0, remaining))
-        self.slot = answers.cache.layers[0].slot
+        self.slot = layers[0].slot
         self.positions, self.tokens = answers.positions.clone(), tokens.clone()
         self.step = torch.zeros_like(self.slot)  # since the last read
         self.chosen = tokens.new_zeros(len(tokens), interval)
