@@ -169,19 +169,21 @@ def passes(model: LanguageModel, measured: dict[str, float]) -> dict[str, Any]:
             list(range(count)), [[5 + i % 50] * 8 for i in range(count)]
         )
 
-        def several(number: int, batch: Any = batch, *, graphs: bool = False) -> float:
-            by = DecodingGraphs(enabled=graphs)
-            return best_of(1, lambda: finish(decode(model.model, batch, number, set(), graphs=by)))
+        graphs = DecodingGraphs(enabled=True)
+
+        def several(number: int, batch: Any = batch, by: DecodingGraphs | None = None) -> float:
+            return best_of(3 if by else 1, lambda: finish(decode(model.model, batch, number, set(), graphs=by)))
 
         step = (several(NEW_TOKENS) - several(2)) / (NEW_TOKENS - 2)
-        by_graphs = several(NEW_TOKENS, graphs=True) - several(
-            3, graphs=True
-        )  # both with a capture, after the second token
+        shorter = NEW_TOKENS // 2
+        by_graphs = (several(NEW_TOKENS, by=graphs) - several(shorter, by=graphs)) / (
+            NEW_TOKENS - shorter
+        )  # a capture each
         found["decoding"].append(
             {
                 "rows": count,
                 "seconds_per_token": step,
-                "seconds_per_token_by_graphs": by_graphs / (NEW_TOKENS - 3),
+                "seconds_per_token_by_graphs": by_graphs if graphs.enabled else None,
                 "tokens_per_second": count / step,
                 "bandwidth": size / step,
                 "of_rate": size / step / measured["bandwidth"],

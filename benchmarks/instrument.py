@@ -102,7 +102,7 @@ class Instrument:
         if tool == "ours":
             return str(self.arguments.label)
         if tool == "heretic-llm" and self.arguments.batch_size:
-            tool = "heretic-llm, batch size given"
+            tool = f"heretic-llm, batch size {self.arguments.batch_size}"
             return tool if self.arguments.factor == 1 else f"{tool} x{self.arguments.factor:g}"
         return tool if tool not in TIMED or self.arguments.factor == 1 else f"{tool} x{self.arguments.factor:g}"
 

@@ -13,17 +13,17 @@ TOOLS = {
     "arditi": "one direction",
     "heretic-llm": "heretic-llm 1.4.0",
     "heretic-llm x2": "heretic-llm, twice the time",
-    "heretic-llm, batch size given": "heretic-llm 1.4.0, batch size given",
-    "heretic-llm, batch size given x3": "the same, three times the time",
+    "heretic-llm, batch size 32": "heretic-llm 1.4.0, batch size 32",
+    "heretic-llm, batch size 32 x3": "the same, three times the time",
     "temaq": "temaq-abliterated 1.1.1",
     "ours": "heretic",
     "ours, conditional": "heretic, `conditional`",
 }
-NAMES = {"heretic-llm, batch size given x3": "heretic-llm (three times the time)"}  # in the last column
+NAMES = {"heretic-llm, batch size 32 x3": "heretic-llm (three times the time)"}  # in the last column
 PEERS = tuple(tool for tool in TOOLS if tool != "original" and not tool.startswith("ours"))
 LIMITS = {
     "heretic-llm": "heretic-llm stopped after heretic's CPU time at the earliest; ",
-    "heretic-llm, batch size given": "heretic-llm stopped after heretic's CPU time, without its search for a batch size; ",
+    "heretic-llm, batch size 32": "heretic-llm stopped after heretic's CPU time, without its search for a batch size; ",
     "temaq": "temaq's search limited to heretic's elapsed time; ",
 }
 
@@ -121,7 +121,7 @@ SOURCES = {  # the models of the README's table, and where their held-out reques
     "qwen2.5-coder-0.5b-instruct": (QWEN, "HarmBench"),
     "guarded-model": (DEMO, "cooking"),
 }
-INSTEAD = {("qwen2.5-coder-0.5b-instruct", "heretic-llm"): "heretic-llm, batch size given x3"}  # in the README's table
+INSTEAD = {("qwen2.5-coder-0.5b-instruct", "heretic-llm"): "heretic-llm, batch size 32 x3"}  # in the README's table
 SHORT = {  # rows of the README's table, by the title there
     "refusals in 256 tokens (phrases)": refused_at_last,
     "not answered (trained judge)": numbers("unanswered", digits="g"),

@@ -105,13 +105,14 @@ def _fork(
 ) -> tuple[socket.socket, int]:
     variables = tuple(sorted(libraries_environment(environment).items()))
     request = {"arguments": arguments, "environment": dict(environment), "folder": os.getcwd(), "path": sys.path}
-    while True:
+    for _ in range(3):  # a server may just be ending, with the process that had started it
         connection = _connect(variables)
         try:
             _send(connection, {**request, "leads_session": leads_session}, streams)
             return connection, _receive(connection)["pid"]
-        except (OSError, ValueError):  # a server that has just ended, with the process that had started it
+        except (OSError, ValueError):
             connection.close()
+    raise RuntimeError("the fork server does not answer")
 
 
 def _connect(environment: tuple[tuple[str, str], ...]) -> socket.socket:
@@ -190,7 +191,11 @@ def serve(listener: socket.socket) -> dict[str, Any]:
             except (OSError, ValueError):  # the starter has ended
                 connection.close()
                 continue
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError:  # too many processes
+                connection.close()
+                continue
             if not pid:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -105,6 +105,9 @@ class PretendStream:
     def is_capturing(self) -> bool:
         return False
 
+    def wait_stream(self, other: object) -> None:
+        """There is one stream only."""
+
     def wait_event(self, event: PretendEvent) -> None:
         self.gpus.record_event_wait(self.gpu, event.mark)
 

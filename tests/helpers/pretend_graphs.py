@@ -71,3 +71,6 @@ class NoStream:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+    def wait_stream(self, other: object) -> None:
+        """Nothing to wait for."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache, GPTNeoConfig, GPTNeoForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.apply import apply_operators
@@ -16,11 +18,12 @@ from heretic.model.batching import Batch, Batcher, EditSpec
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import StopCriteria, continue_decoding, verify_draft
 from heretic.model.decoding_graph import DecodingGraphs
+from heretic.model.kv_cache import keeps_plain_keys
 from heretic.model.loading import LanguageModel, load
 from heretic.model.turns import Turns
 from tests.helpers.pretend_gpus import PretendGpus
 from tests.helpers.spread import spread
-from tests.tiny import save_tiny
+from tests.tiny import VOCABULARY, save_tiny, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
@@ -29,14 +32,14 @@ NEW = 30
 
 
 def answers(model: LanguageModel, graphs: DecodingGraphs | None, trials: int = 2) -> list[list[int]]:
-    """Decode with one ablation a trial; a third of the rows end early, so that rows are removed from the cache."""
+    """Decode with one ablation a trial; two thirds of the rows end early, so that rows are removed from the cache."""
     structure = model.structure
     directions = Directions(torch.nn.functional.normalize(torch.randn(4, structure.width), dim=-1))
     factory = OperatorFactory.prepare(directions, structure.writers, "norm_preserving")
     operators = [factory.operators(Ablation({"mlp": (strength,) * 4})) for strength in (0.5, 0.9)[:trials]]
 
     def step(batch: Batch) -> Turns[list[list[int]]]:
-        limits = StopCriteria(NEW, set(), lambda row, tokens: row % 3 == 0 and len(tokens) > 4)
+        limits = StopCriteria(NEW, set(), lambda row, tokens: row % 3 > 0 and len(tokens) > 4)
         state = yield from verify_draft(model.model, batch, [[]] * len(batch.rows), limits)
         yield from continue_decoding(model.model, state, limits, graphs)
         return state.tokens
@@ -93,3 +96,31 @@ def test_sliding_windows_and_spread_models_decode_without(family: str, count: in
         graphs = DecodingGraphs(enabled=True)
         assert answers(model, graphs, trials=1) and graphs.enabled
         assert not gpus.kinds["-"]["graph"]
+
+
+def test_a_model_that_counts_from_the_end_of_the_keys_decodes_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_layers=4, num_heads=4, window_size=8, intermediate_size=64,
+        attention_types=[[["global", "local"], 2]], max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    GPTNeoForCausalLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    with PretendGpus():
+        model = load(checkpoint, ["float32"], {"device_map": {"": 0}})
+        torch.manual_seed(1)
+        expected = answers(model, None)
+        torch.manual_seed(1)
+        graphs = DecodingGraphs(enabled=True)
+        assert answers(model, graphs) == expected and not graphs.enabled
+    assert "change the answers by KL" in caplog.text
+
+
+def test_layers_without_keys_hold_something_else() -> None:
+    cache = DynamicCache()
+    cache.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 0)
+    assert keeps_plain_keys(cache)
+    cache.layers.append(DynamicLayer())  # of cross-attention in Llama 3.2 Vision, of linear attention in MiniMax
+    assert not keeps_plain_keys(cache) and not keeps_plain_keys(None)

@@ -9,7 +9,15 @@ import pytest
 from accelerate.utils import find_tied_parameters
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Gemma4TextConfig, Lfm2Config, OlmoConfig, PretrainedConfig, RobertaConfig, Zamba2Config
+from transformers import (
+    Gemma3nTextConfig,
+    Gemma4TextConfig,
+    Lfm2Config,
+    OlmoConfig,
+    PretrainedConfig,
+    RobertaConfig,
+    Zamba2Config,
+)
 
 from heretic.model.meta_model import meta_model
 from heretic.planning.partition import _counts, partition
@@ -74,6 +82,10 @@ def test_modules_lie_where_they_run() -> None:
     assert without_weights["model.rotary_emb"] == 0
     per_layer = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=500, num_key_value_heads=2)
     late = table_of(Gemma4TextConfig(**sizes, **per_layer), 1, 1)  # registered after the blocks, read before them
+    listed = table_of(Gemma3nTextConfig(**sizes, **per_layer, num_kv_shared_layers=0, laurel_rank=4, head_dim=16), 1, 1)
+    assert (
+        listed is not None and listed["model.altup_projections"] == 0 and listed["model.altup_unembed_projections"] == 1
+    )
     assert late is not None and late["model.embed_tokens_per_layer"] == late["model.per_layer_projection_norm"] == 0
     assert late["model.norm"] == 1
     reading = table_of(Lfm2Config(**sizes), 1, 1)  # its pass looks at the mask, which has no values on the meta device

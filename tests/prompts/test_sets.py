@@ -7,6 +7,7 @@ import os
 import socket
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow
 import pyarrow.parquet
@@ -207,7 +208,11 @@ def test_without_the_hub_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPatch
         prompts(source="owner/name")
     assert asked == [(True, True)], "the libraries would try for 10 s a data set"
     assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
-    monkeypatch.setattr("heretic.prompts.sets._hub_error", lambda endpoint: "")
+    monkeypatch.setattr(datasets, "load_dataset", mock.Mock(side_effect=ValueError("Unknown split")))
+    with pytest.raises(UserError, match="Unknown split"):  # of a set in the cache: the hub is not the reason
+        prompts(source="owner/name")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("heretic.prompts.sets._hub_error", lambda *_: "")
     with raises("dataset-unreadable"):
         prompts(source="owner/name")
     assert asked[1:] == [(False, False)]

@@ -36,6 +36,7 @@ from heretic.model.turns import Turns
 
 # Removing rows copies the cache; worth it once a quarter has ended.
 COMPACT_BELOW = 0.75
+COMPACT_WITH_GRAPHS = 0.5  # the next token is launched without a graph, and another one is captured
 # Tokens between two host synchronizations, by device type: they stall a GPU, and cost nothing on the CPU. An answer that has ended
 # is decoded until the next one.
 SYNC_INTERVAL = {"cpu": 1}
@@ -177,12 +178,15 @@ def continue_decoding(
 ) -> Turns[None]:
     """Decode until every row has ended; completes `answers.tokens`."""
     device = answers.mask.device
-    by_graphs, graph = graphs is not None and graphs.suit(model, answers), None
+    graph: DecodingGraph | None = None
     interval = SYNC_INTERVAL.get(device.type, DEFAULT_SYNC_INTERVAL)
     tokens = to_device([answers.tokens[row][-1:] or [0] for row in answers.cache_rows], device)
+    by_graphs = bool(answers.open_rows) and graphs is not None and graphs.suit(model, answers, tokens)
+    compact_below = COMPACT_WITH_GRAPHS if by_graphs else COMPACT_BELOW
     while answers.open_rows:
-        if len(answers.open_rows) <= COMPACT_BELOW * len(answers.cache_rows) and rows_selectable(answers.cache):
-            tokens, graph = tokens[_select_open_rows(answers)], None
+        if len(answers.open_rows) <= compact_below * len(answers.cache_rows) and rows_selectable(answers.cache):
+            graph = None  # frees its memory
+            tokens = tokens[_select_open_rows(answers)]
         remaining = limits.max_tokens - min(len(answers.tokens[row]) for row in answers.open_rows)
         count = min(interval, remaining)
         if by_graphs and graphs is not None:

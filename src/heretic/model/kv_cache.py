@@ -93,9 +93,19 @@ class FixedLayer(DynamicLayer):
 
 
 def keeps_plain_keys(cache: Any) -> bool:
-    """Return whether all layers of a cache hold the keys and values of all tokens."""
+    """Return whether all layers of a cache hold the keys and values of all tokens; layers without any hold something else."""
     layers = getattr(cache, "layers", None) or [None]
-    return all(type(layer) in (DynamicLayer, GrowingLayer, FixedLayer) for layer in layers)
+    plain = all(type(layer) in (DynamicLayer, GrowingLayer, FixedLayer) for layer in layers)
+    return plain and all(layer.get_seq_length() for layer in layers)
+
+
+def first_row(layer: DynamicLayer) -> DynamicLayer:
+    """Return a copy of a layer's first row, as transformers makes it."""
+    assert layer.keys is not None and layer.values is not None
+    copied = DynamicLayer()
+    copied.dtype, copied.device, copied.is_initialized = layer.dtype, layer.device, True
+    copied.keys, copied.values = layer.keys[:1].clone(), layer.values[:1].clone()
+    return copied
 
 
 def rows_selectable(cache: Any) -> bool:

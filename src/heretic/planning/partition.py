@@ -85,22 +85,26 @@ def _after_blocks(
 ) -> set[str]:
     """Return the modules that run after all blocks.
 
-    The model's order decides for tensors, for modules that only hold others, and for models that look at their inputs. There, what
-    has no weights counts as before: rotary embeddings compute what the blocks read.
+    The model's order decides for tensors, and for models that look at their inputs. There, what has no weights counts as before:
+    rotary embeddings compute what the blocks read.
     """
     first = modules.index(blocks[0])
     guessed = {name for name in modules[first:] if sizes[name]} - set(blocks)
-    order = _execution_order(model, {*modules})
+    order = _execution_order(model, modules, set(blocks))
     if blocks[-1] not in order:
         return guessed
     return {*order[order.index(blocks[-1]) :]} - set(blocks) | (guessed - {*order})
 
 
-def _execution_order(model: PreTrainedModel, names: Container[str]) -> list[str]:
-    """Return those of the modules that run in a pass on the meta device, by their first call, as far as the pass comes."""
+def _execution_order(model: PreTrainedModel, modules: Sequence[str], blocks: set[str]) -> list[str]:
+    """Return the modules of which a part runs in a pass on the meta device, by its first call, as far as the pass comes."""
     order: dict[str, None] = {}
-    named = [(name, module) for name, module in model.named_modules() if name in names]
-    hooks = [m.register_forward_pre_hook(lambda *_, name=name: order.setdefault(name)) for name, m in named]
+    owners = {name: _owner(name, modules) for name, _ in model.named_modules()}
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, owner=owner: order.setdefault(owner))
+        for name, module in model.named_modules()
+        if (owner := owners[name]) and (owner == name or owner not in blocks)
+    ]
     tokens = torch.ones(1, 2, dtype=torch.long, device="meta")
     try:
         with torch.inference_mode(), known_padding(False):
@@ -129,9 +133,9 @@ def _sharing(model: nn.Module, modules: Sequence[str]) -> set[str]:
 
 
 def _owner(name: str, modules: Container[str]) -> str:
-    """Return the module or tensor, one of `modules`, that holds a tensor."""
+    """Return which of the modules and tensors is or holds this one; empty for a container of several of them."""
     parts = name.split(".")
-    return next(owner for n in range(len(parts), 0, -1) if (owner := ".".join(parts[:n])) in modules)
+    return next((owner for n in range(len(parts), 0, -1) if (owner := ".".join(parts[:n])) in modules), "")
 
 
 def _counts(blocks: Sequence[int], ends: tuple[int, int], room: Sequence[int]) -> list[int] | None:

@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ BUNDLED = "bundled:"
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
 COLUMNS = ("text", "prompt", "messages", "conversations")  # without a setting, the first of these that a table has
 
-HUB_TIMEOUT = 10  # seconds
+HUB_TIMEOUT = 5  # seconds
 
 
 @dataclass(frozen=True)
@@ -235,8 +236,12 @@ def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> 
         column = next((c for c in columns if c in table.column_names), None)
         cells = list(table[column]) if column else []  # decoding can fail for images and sounds
     except Exception as error:  # the library raises dozens of error classes, all about this source
+        missing = isinstance(
+            error, (ConnectionError, FileNotFoundError)
+        )  # as the library says of what is not in its cache
+        cause = hub_error if hub_error and missing else _cause(error)
         raise UserError(
-            f"The prompt set {source.source} cannot be read: {plain_line((hub_error or _cause(error))[:200])}",
+            f"The prompt set {source.source} cannot be read: {plain_line(cause[:200])}",
             code="dataset-unreadable",
             where=f"{key}.source" if key else None,
             fix="check its files, or use one file as the source"
@@ -262,7 +267,7 @@ def _cache_only_without_hub() -> Iterator[str]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    hub_error = "" if any(before) else _hub_error(constants.ENDPOINT)
+    hub_error = "" if any(before) else _hub_error(constants.ENDPOINT, int(time.monotonic() / 60))
     if hub_error:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
@@ -271,16 +276,23 @@ def _cache_only_without_hub() -> Iterator[str]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-@cache
-def _hub_error(endpoint: str) -> str:
-    """Return why the hub sends no response at all, through a proxy if the environment names one; empty if it sends one."""
+@lru_cache(maxsize=1)
+def _hub_error(endpoint: str, _minute: int) -> str:
+    """Return why the hub sends no response at all, asked twice a minute at most; empty if it sends one.
+
+    A proxy of the environment is used.
+    """
     from huggingface_hub import get_session
 
-    try:
-        get_session().head(endpoint, timeout=HUB_TIMEOUT)
-    except Exception as error:  # of the HTTP library, whose classes change
-        return f"no copy in the cache, and {endpoint} does not answer ({first_line(error)})"
-    return ""
+    cause = ""
+    for _ in range(2):
+        try:
+            get_session().head(endpoint, timeout=HUB_TIMEOUT)
+        except Exception as error:  # of the HTTP library, whose classes change
+            cause = first_line(error)
+        else:
+            return ""
+    return f"no copy in the cache, and {endpoint} does not answer ({cause})"
 
 
 def _prompts_in(cells: Iterable[tuple[str, Any]], key: str) -> _LoadedPrompts:
