@@ -32,6 +32,7 @@ ORDER = (
     "reproduce", "directions", "report", "serve", "geometry", "evaluate", "config", "doctor",
 )  # fmt: skip
 app.registered_commands.sort(key=lambda c: ORDER.index(c.name or c.callback.__name__ if c.callback else ""))
+ERRORS_PAGE = Path(__file__).parents[3] / "docs" / "errors.md"  # of a checkout: terminals open it from an error's code
 
 
 def _version(argv: list[str]) -> bool:
@@ -88,7 +89,10 @@ def exit_status(command: Callable[[], Any]) -> int:
 
 
 def _print_error(error: UserError) -> int:
-    err.print(f"[bold red]Error:[/bold red] {escape_terminal(str(error))}", soft_wrap=True)
+    text, code = escape_terminal(str(error)), escape_terminal(f"[{error.code}]")
+    if ERRORS_PAGE.exists():
+        text = text.replace(code, f"[link={ERRORS_PAGE.as_uri()}]{code}[/link]", 1)
+    err.print(f"[bold red]Error:[/bold red] {text}", soft_wrap=True)
     return error.exit_status
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from heretic.cli.main import ERRORS_PAGE
 from heretic.cli.ui.chat import input_lines, require_input
 from heretic.cli.ui.console import PlainReporter, is_interactive, non_interactive_reason, notebook
 from heretic.cli.ui.outcome import check_answerable
@@ -127,3 +128,9 @@ def test_a_run_in_a_notebook_ends_without_a_menu(config: Path, monkeypatch: pyte
     assert terminal.end() == 0
     assert "What next?" not in terminal.said and "No menu" in terminal.said
     assert "heretic ·" not in terminal.said and b"\x1b[?1049h" not in terminal.raw
+
+
+def test_a_terminal_opens_the_page_of_errors_from_a_code(tmp_path: Path) -> None:
+    terminal = Terminal("report", "nothing", "-o", "r.html")
+    assert terminal.end() == 1 and "[run-not-found]" in terminal.said
+    assert f"{ERRORS_PAGE.as_uri()}\x1b".encode() in terminal.raw and ERRORS_PAGE.exists()
