@@ -34,7 +34,7 @@ def sizes() -> str:
         f"{a['memory']:.0%} of the memory's bandwidth, {a['links']:.0%} of a link's. Defaults, 200 trials, short prompts, every "
         "layer edited, no trial pruned, loading at 2 GB/s, without download and export; bfloat16 unless bits are given "
         "(`quantization`). In brackets: batch size and, of several cards, mean utilization during a trial. Launches while "
-        f"decoding, the most that `cuda_graphs` could save: {graphs}.",
+        f"decoding, the most that `decoding_graphs` could save: {graphs}.",
         "studies",
     )
 

@@ -20,6 +20,7 @@ from heretic.ablation.geometries.conditional import input_map
 from heretic.ablation.operator_factory import OperatorFactory
 from heretic.errors import UserError
 from heretic.interrupt import StopSignal
+from heretic.model import decoding
 from heretic.model.batching import Batch, Batcher, EditSpec
 from heretic.model.capture import last_token_residuals
 from heretic.model.checkpoint import open_checkpoint
@@ -170,8 +171,9 @@ def test_study_chat_and_export_give_the_cpu_s_results_and_their_memory_back(
         cpu.mkdir()
         cpu_studies[family, start] = make(family, start, device_map(family, 0), None, folder=cpu, whole=whole)
     expected = cpu_studies[family, start]
-    graphs = "cuda_graphs=true" if count == 1 else "cuda_graphs=false"
-    with PretendGpus(count) as gpus:
+    graphs = "decoding_graphs=true" if count == 1 else "decoding_graphs=false"
+    interval = 2 if count == 1 else decoding.DEFAULT_SYNC_INTERVAL  # graphs do not pay for so short answers otherwise
+    with PretendGpus(count) as gpus, mock.patch.object(decoding, "DEFAULT_SYNC_INTERVAL", interval):
         found = make(family, start, device_map(family, count), gpus, graphs, folder=tmp_path, whole=whole)
     replayed = sum(kinds["graph"] for kinds in gpus.kinds.values())
     assert (replayed > 0) == (count == 1)

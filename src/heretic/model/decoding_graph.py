@@ -75,7 +75,7 @@ class DecodingGraphs:
     def turn_off(self, reason: str) -> None:
         """Decode without graphs from now on."""
         self.enabled = False
-        log.warning("This model cannot be decoded by CUDA graphs: %s", reason)
+        log.warning("This model cannot be decoded by graphs: %s", reason)
 
     def _try(self, model: Any, answers: DecodingState, tokens: Tensor) -> None:
         """Turn graphs off if one row has other probabilities in fixed slots, or cannot be captured."""

@@ -230,7 +230,7 @@ def _load_language_model(
         chat_template=read_template(settings),
         reporter=reporter,
     )
-    language_model.graphs.enabled = settings.cuda_graphs
+    language_model.graphs.enabled = settings.decoding_graphs
     if names := language_model.structure.unrecognized:
         reporter.warning(
             f"{len(names)} modules are named like output projections but do not affect the residual stream as expected. "

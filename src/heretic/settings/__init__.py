@@ -129,7 +129,7 @@ class Settings(SettingsModel):
         affects_results=False,
         ge=0,
     )
-    cuda_graphs: bool = setting(
+    decoding_graphs: bool = setting(
         False,
         "Decode the trials of a model on one GPU (CUDA, ROCm) by replayed graphs: one launch a token.",
         when="Try true for a model below 3B: its GPU waits for launches. Tested without a GPU only.",
