@@ -181,15 +181,16 @@ def continue_decoding(
     graph: DecodingGraph | None = None
     interval = SYNC_INTERVAL.get(device.type, DEFAULT_SYNC_INTERVAL)
     tokens = to_device([answers.tokens[row][-1:] or [0] for row in answers.cache_rows], device)
-    by_graphs = bool(answers.open_rows) and graphs is not None and graphs.suit(model, answers, tokens)
-    compact_below = COMPACT_WITH_GRAPHS if by_graphs else COMPACT_BELOW
+    if not (graphs and answers.open_rows and graphs.suit(model, answers, tokens)):
+        graphs = None
+    compact_below = COMPACT_WITH_GRAPHS if graphs else COMPACT_BELOW
     while answers.open_rows:
         if len(answers.open_rows) <= compact_below * len(answers.cache_rows) and rows_selectable(answers.cache):
             graph = None  # frees its memory
             tokens = tokens[_select_open_rows(answers)]
         remaining = limits.max_tokens - min(len(answers.tokens[row]) for row in answers.open_rows)
         count = min(interval, remaining)
-        if by_graphs and graphs is not None:
+        if graphs:
             graph = graph or DecodingGraph(graphs, model, answers, tokens, remaining, interval)
             chosen = yield from graph.decode(count)
         else:
