@@ -21,6 +21,7 @@ def test_every_step_reports_on_a_pretend_gpu(tmp_path: Path, monkeypatch: pytest
     gpu = importlib.import_module("gpu")
     monkeypatch.setattr(gpu, "PROMPTS", {"train": 8, "eval": 4})
     monkeypatch.setattr(gpu, "DECODING_ROWS", (1, 4))
+    monkeypatch.setattr(gpu, "NEW_TOKENS", 16)
     out = tmp_path / "gpu.json"
     with PretendGpus(1):
         gpu.measure("tiny", tmp_path / "work", out, {}, 10_000, tests=False)
