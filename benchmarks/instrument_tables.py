@@ -13,8 +13,7 @@ TOOLS = {
     "arditi": "one direction",
     "heretic-llm": "heretic-llm 1.4.0",
     "heretic-llm x2": "heretic-llm, twice the time",
-    "heretic-llm, batch size 32": "heretic-llm 1.4.0, batch size 32",
-    "heretic-llm, batch size 32 x3": "the same, three times the time",
+    "heretic-llm, batch size 32 x3": "heretic-llm 1.4.0, batch size 32, three times the time",
     "temaq": "temaq-abliterated 1.1.1",
     "ours": "heretic",
     "ours, conditional": "heretic, `conditional`",
@@ -23,7 +22,7 @@ NAMES = {"heretic-llm, batch size 32 x3": "heretic-llm (three times the time)"} 
 PEERS = tuple(tool for tool in TOOLS if tool != "original" and not tool.startswith("ours"))
 LIMITS = {
     "heretic-llm": "heretic-llm stopped after heretic's CPU time at the earliest; ",
-    "heretic-llm, batch size 32": "heretic-llm stopped after heretic's CPU time, without its search for a batch size; ",
+    "heretic-llm, batch size 32 x3": "heretic-llm stopped after three times heretic's CPU time; ",
     "temaq": "temaq's search limited to heretic's elapsed time; ",
 }
 
