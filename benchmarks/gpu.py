@@ -175,10 +175,8 @@ def passes(model: LanguageModel, measured: dict[str, float]) -> dict[str, Any]:
             return best_of(3 if by else 1, lambda: finish(decode(model.model, batch, number, set(), graphs=by)))
 
         step = (several(NEW_TOKENS) - several(2)) / (NEW_TOKENS - 2)
-        shorter = NEW_TOKENS // 2
-        by_graphs = (several(NEW_TOKENS, by=graphs) - several(shorter, by=graphs)) / (
-            NEW_TOKENS - shorter
-        )  # a capture each
+        shorter = NEW_TOKENS // 2  # each captures once
+        by_graphs = (several(NEW_TOKENS, by=graphs) - several(shorter, by=graphs)) / (NEW_TOKENS - shorter)
         found["decoding"].append(
             {
                 "rows": count,

@@ -101,10 +101,9 @@ class Instrument:
         """Return the name of a tool's row and folder."""
         if tool == "ours":
             return str(self.arguments.label)
-        if tool == "heretic-llm" and self.arguments.batch_size:
-            tool = f"heretic-llm, batch size {self.arguments.batch_size}"
-            return tool if self.arguments.factor == 1 else f"{tool} x{self.arguments.factor:g}"
-        return tool if tool not in TIMED or self.arguments.factor == 1 else f"{tool} x{self.arguments.factor:g}"
+        given = tool == "heretic-llm" and self.arguments.batch_size
+        name = f"{tool}, batch size {given}" if given else tool
+        return name if tool not in TIMED or self.arguments.factor == 1 else f"{name} x{self.arguments.factor:g}"
 
     def _made(self, tool: str, seed: int, prompts: Path) -> dict[str, Any]:
         place = self.folder / f"seed-{seed}"

@@ -8,7 +8,6 @@ from typing import Any
 from results_tables import Report, read, table, wrapped
 
 BITS = {"none": "", "bnb_8bit": " in 8 bits", "bnb_4bit": " in 4 bits"}
-
 GRAPHS_WORTH = 0.1  # share of a study that is named
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from tests.helpers.pretend_operators import tensors_in
 
@@ -52,12 +51,8 @@ class PretendGraph:
         for compute, made in self.launches:
             again = compute()
             for old, new in zip(tensors_in(made), tensors_in(again), strict=True):
-                _overwrite(old, new)
-
-
-def _overwrite(old: Tensor, new: Tensor) -> None:
-    if old is not new:
-        old.copy_(new)
+                if old is not new:
+                    old.copy_(new)
 
 
 class NoStream:

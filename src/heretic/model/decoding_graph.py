@@ -18,7 +18,7 @@ from heretic.errors import first_line
 from heretic.hardware.devices import captures_graphs, is_accelerator
 from heretic.model.batching import out_of_memory
 from heretic.model.device_errors import is_device_error
-from heretic.model.forward import forward_supported, kl_tolerance, max_kl, rows_of_trials
+from heretic.model.forward import MODEL_ERRORS, forward_supported, kl_tolerance, max_kl, rows_of_trials
 from heretic.model.kv_cache import FixedLayer, first_row, keeps_plain_keys
 from heretic.model.masks import known_padding
 from heretic.model.patching import outputs_stay
@@ -52,18 +52,10 @@ class DecodingGraphs:
             self._tried = True
             try:
                 self._try(model, _first(answers), tokens[:1])
-            except (
-                AttributeError,
-                TypeError,
-                ValueError,
-                RuntimeError,
-                IndexError,
-                KeyError,
-                NotImplementedError,
-            ) as error:
+            except MODEL_ERRORS as error:
                 if is_device_error(error):
                     raise
-                self.turn_off(repr(error))  # of the model's own code
+                self.turn_off(repr(error))
         return self.enabled
 
     def stream(self, device: torch.device) -> Any:
@@ -79,16 +71,8 @@ class DecodingGraphs:
 
     def _try(self, model: Any, answers: DecodingState, tokens: Tensor) -> None:
         """Turn graphs off if one row has other probabilities in fixed slots, or cannot be captured."""
-        with rows_of_trials(answers.trials), outputs_stay(model):
-            plain = forward_supported(
-                model,
-                tokens,
-                attention_mask=torch.nn.functional.pad(answers.mask, (0, 1), value=1),
-                position_ids=answers.positions,
-                past_key_values=_first(answers).cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+        mask = torch.nn.functional.pad(answers.mask, (0, 1), value=1)
+        plain = _next_logits(model, replace(_first(answers), mask=mask), tokens, answers.positions)
         graph = DecodingGraph(self, model, answers, tokens, remaining=SPARE, interval=2)
         log_probs = [torch.log_softmax(logits.float(), -1) for logits in (plain, graph.run())]
         if not (kl := max_kl(*log_probs)) <= kl_tolerance(model):
@@ -170,22 +154,29 @@ class DecodingGraph:
     def _pass(self) -> Tensor:
         answers = self.answers
         answers.mask.index_fill_(1, self.slot, 1)
-        with rows_of_trials(answers.trials), known_padding(True), outputs_stay(self.model):
-            output = forward_supported(
-                self.model,
-                self.tokens,
-                attention_mask=answers.mask,
-                position_ids=self.positions,
-                past_key_values=answers.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        logits: Tensor = output.logits[:, -1]
+        with known_padding(True):
+            logits = _next_logits(self.model, answers, self.tokens, self.positions)
         self.tokens.copy_(logits.argmax(dim=-1, keepdim=True))
         self.chosen.index_copy_(1, self.step, self.tokens)
         for counter in (self.slot, self.positions, self.step):
             counter.add_(1)
         return logits
+
+
+def _next_logits(model: Any, answers: DecodingState, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Run the model on the newest tokens [cache rows, 1]; returns the logits after them [cache rows, vocabulary]."""
+    with rows_of_trials(answers.trials), outputs_stay(model):
+        output = forward_supported(
+            model,
+            tokens,
+            attention_mask=answers.mask,
+            position_ids=positions,
+            past_key_values=answers.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    logits: Tensor = output.logits[:, -1]
+    return logits
 
 
 def _first(answers: DecodingState) -> DecodingState:

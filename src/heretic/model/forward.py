@@ -34,6 +34,8 @@ Launched = TypeVar("Launched")
 SAME = {torch.float32: 1e-6, torch.float64: 1e-6}
 SAME_IN_HALF_PRECISION = 5e-3
 PADDED_IN_HALF_PRECISION = 1e-2  # a router may choose another expert for a token when a batch has another shape
+# What a model's own code raises where a pass does without something that it needs.
+MODEL_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError, NotImplementedError)
 LOGIT_ROWS = 64  # rows whose logits over the vocabulary exist at a time
 
 # Trial of each row of the current pass [rows]; the operators attached to the writers read it. None: all rows belong to one trial.
@@ -269,7 +271,7 @@ def matches_reference(disabled: str, model: Any, reference_batch: Any, cheap_bat
     try:
         reference = next_token_log_probs(model, reference_batch())
         cheap = next_token_log_probs(model, cheap_batch())
-    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError, NotImplementedError) as error:
+    except MODEL_ERRORS as error:
         if is_device_error(error):
             raise
         log.info("%s: %s", disabled, repr(error))  # the error would hold the pass's tensors

@@ -92,10 +92,13 @@ class FixedLayer(DynamicLayer):
         return self.keys.shape[-2] - 1
 
 
+PLAIN = (DynamicLayer, GrowingLayer, FixedLayer)  # layers with the keys and values of all tokens
+
+
 def keeps_plain_keys(cache: Any) -> bool:
     """Return whether all layers of a cache hold the keys and values of all tokens; layers without any hold something else."""
     layers = getattr(cache, "layers", None) or [None]
-    plain = all(type(layer) in (DynamicLayer, GrowingLayer, FixedLayer) for layer in layers)
+    plain = all(type(layer) in PLAIN for layer in layers)
     return plain and all(layer.get_seq_length() for layer in layers)
 
 
@@ -111,7 +114,7 @@ def first_row(layer: DynamicLayer) -> DynamicLayer:
 def rows_selectable(cache: Any) -> bool:
     """Return whether single rows of a cache can be selected: true for keys and values, not for recurrent states."""
     layers = getattr(cache, "layers", None) or [None]
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, FixedLayer) for layer in layers)
+    return all(type(layer) in (*PLAIN, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def select_rows(cache: Any, rows: Sequence[int]) -> None:

@@ -56,10 +56,8 @@ def partition(
         return None
     # A head that shares the embedding's weight stays beside it.
     last = _after_blocks(model, modules, names, sizes) - sharing
-    before, after = (
-        [name for name in modules if name not in {*names, *last}],
-        [name for name in modules if name in last],
-    )
+    before = [name for name in modules if name not in {*names, *last}]
+    after = [name for name in modules if name in last]
     ends = sum(sizes[name] for name in before), sum(sizes[name] for name in after)
     counts = _counts([sizes[name] for name in names], ends, [room.get(gpu.name, 0) for gpu in gpus])
     if counts is None:
@@ -99,11 +97,10 @@ def _after_blocks(
 def _execution_order(model: PreTrainedModel, modules: Sequence[str], blocks: set[str]) -> list[str]:
     """Return the modules of which a part runs in a pass on the meta device, by its first call, as far as the pass comes."""
     order: dict[str, None] = {}
-    owners = {name: _owner(name, modules) for name, _ in model.named_modules()}
     hooks = [
         module.register_forward_pre_hook(lambda *_, owner=owner: order.setdefault(owner))
         for name, module in model.named_modules()
-        if (owner := owners[name]) and (owner == name or owner not in blocks)
+        if (owner := _owner(name, modules)) and (owner == name or owner not in blocks)
     ]
     tokens = torch.ones(1, 2, dtype=torch.long, device="meta")
     try:

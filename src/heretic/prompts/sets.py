@@ -24,7 +24,6 @@ from heretic.settings.languages import LANGUAGES, language
 BUNDLED = "bundled:"
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
 COLUMNS = ("text", "prompt", "messages", "conversations")  # without a setting, the first of these that a table has
-
 HUB_TIMEOUT = 5  # seconds
 
 
@@ -236,9 +235,8 @@ def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> 
         column = next((c for c in columns if c in table.column_names), None)
         cells = list(table[column]) if column else []  # decoding can fail for images and sounds
     except Exception as error:  # the library raises dozens of error classes, all about this source
-        missing = isinstance(
-            error, (ConnectionError, FileNotFoundError)
-        )  # as the library says of what is not in its cache
+        # What the library raises for a set that is not in its cache.
+        missing = isinstance(error, (ConnectionError, FileNotFoundError))
         cause = hub_error if hub_error and missing else _cause(error)
         raise UserError(
             f"The prompt set {source.source} cannot be read: {plain_line(cause[:200])}",
