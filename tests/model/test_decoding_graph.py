@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,26 @@ def test_launches_that_cannot_be_captured_are_not_tried_again(tmp_path: Path, ca
             assert answers(model, graphs) == expected and not graphs.enabled
         assert not gpus.kinds["-"]["graph"]
     assert len([each for each in caplog.records if "by graphs" in each.message]) == 1
+
+
+def test_a_trial_that_runs_out_of_memory_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, tried, real = open_checkpoint(str(save_tiny(tmp_path / "llama"))), [], DecodingGraphs._try
+
+    def short(graphs: DecodingGraphs, *given: Any) -> None:
+        tried.append(given)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(graphs, *given)
+
+    with PretendGpus() as gpus:
+        model = load(checkpoint, ["float32"], {"device_map": {"": 0}})
+        torch.manual_seed(1)
+        expected = answers(model, None)
+        torch.manual_seed(1)
+        monkeypatch.setattr(DecodingGraphs, "_try", short)
+        graphs = DecodingGraphs(enabled=True)
+        assert answers(model, graphs) == expected and graphs.enabled and len(tried) == 2
+        assert gpus.kinds["-"]["graph"]
 
 
 @pytest.mark.parametrize(("family", "count"), [("gemma3", 1), ("llama", 2)])

@@ -49,13 +49,13 @@ class DecodingGraphs:
         if not keeps_plain_keys(answers.cache) or {p.device for p in model.parameters()} != {device}:
             return False
         if not self._tried:
-            self._tried = True
             try:
                 self._try(model, _first(answers), tokens[:1])
             except MODEL_ERRORS as error:
                 if is_device_error(error):
                     raise
                 self.turn_off(repr(error))
+            self._tried = True
         return self.enabled
 
     def stream(self, device: torch.device) -> Any:
