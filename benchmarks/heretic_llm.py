@@ -117,15 +117,23 @@ def environment(own: Mapping[str, str]) -> dict[str, str]:
 
 
 def configuration(
-    *, model: Path, prompts: Path, trials: int, startup: int, tokens: int, seed: int, system_prompt: str
+    *,
+    model: Path,
+    prompts: Path,
+    trials: int,
+    startup: int,
+    tokens: int,
+    seed: int,
+    system_prompt: str,
+    dtype: str = "float32",
+    batch_size: int | None = None,
 ) -> str:
-    """Its config.toml for a short study in float32."""
-    changed = {
-        "dtypes": ["float32"],  # its default takes the checkpoint's bfloat16, which is slower on most CPUs
-        "max_response_length": tokens,
-        "n_trials": trials,
-        "n_startup_trials": startup,
-    }
+    """Its config.toml for a short study; the dtype "default" is the checkpoint's, and without a batch size it looks for one."""
+    changed: dict[str, Any] = {"max_response_length": tokens, "n_trials": trials, "n_startup_trials": startup}
+    if dtype != "default":
+        changed["dtypes"] = [dtype]
+    if batch_size:
+        changed["batch_size"] = batch_size
     return default_configuration(model, prompts, seed=seed, system_prompt=system_prompt, changed=changed)
 
 

@@ -53,6 +53,10 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "default"), help="number format of both studies"
+    )
+    parser.add_argument("--batch-size", type=int, help="of heretic-llm, instead of its search for one")
     parser.add_argument("--train", type=int, default=100, help="prompts of each kind for the direction")
     parser.add_argument("--eval", type=int, default=50, help="prompts of each kind for the evaluation")
     parser.add_argument("--points", type=int, default=6, help="points of each front to measure again")
@@ -73,7 +77,8 @@ def main() -> None:
         "versions": {"ours": versions(), "theirs": peer.installed(python)},
         "settings": {
             **{k: getattr(arguments, k) for k in ("model", "trials", "tokens", "seed", "train", "eval", "slice")},
-            **{"n_startup_trials": STARTUP_TRIALS, "dtype": "float32", "system_prompt": SYSTEM_PROMPT},
+            **{"n_startup_trials": STARTUP_TRIALS, "dtype": arguments.dtype, "system_prompt": SYSTEM_PROMPT},
+            "batch_size": arguments.batch_size,
             "ours": arguments.extra,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         },
@@ -159,7 +164,7 @@ class Race:
     def _our_job(self) -> Job:
         arguments = self.arguments
         command = self._ours("run", str(self.model), "--trials", str(arguments.trials), "--save-to", "picked")
-        command += ["--run-name", RUN, *self._measured()]
+        command += ["--run-name", RUN, *self._measured(arguments.dtype)]
         for assignment in (
             f"search.n_startup_trials={STARTUP_TRIALS}",
             "search.patience=0",
@@ -180,6 +185,8 @@ class Race:
             tokens=arguments.tokens,
             seed=arguments.seed,
             system_prompt=SYSTEM_PROMPT,
+            dtype=arguments.dtype,
+            batch_size=arguments.batch_size,
         )
         (self.their_folder / "config.toml").write_text(text)
         command = [str(self.python.with_name("heretic"))]
@@ -189,8 +196,8 @@ class Race:
     def _ours(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "heretic", *words]
 
-    def _measured(self) -> list[str]:
-        """The settings that say what is measured: for the run, and for the scorer."""
+    def _measured(self, dtype: str = "float32") -> list[str]:
+        """The settings that say what is measured: for the run, and for the scorer, which measures in float32."""
         words: list[str] = []
         for role in ROLES:
             words += ["--set", f"prompts.{role}.source={self.prompts / f'{role}.txt'}"]
@@ -198,7 +205,7 @@ class Race:
         for assignment in (
             f"max_response_length={self.arguments.tokens}",
             f"system_prompt={SYSTEM_PROMPT}",
-            'dtypes=["float32"]',
+            *([f'dtypes=["{dtype}"]'] if dtype != "default" else ()),
         ):
             words += ["--set", assignment]
         return words
