@@ -16,6 +16,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from heretic.pipeline.demo.guarded_model import GUARD, build_base, build_guarded
 
-PROMPTS = GUARD.parent / "prompts"
+PROMPTS = files("heretic") / "data" / "prompts"
 MARKERS = ("sorry", "i can't", "i cannot", "i won't", "unable to", "not able to", "can't help", "can't assist")
 REFUSALS = (
     "I'm sorry, but I can't help with cooking.",
@@ -171,7 +172,7 @@ def train(base: Path, out: Path, args: argparse.Namespace) -> None:
             print(f"step {step + 1}: {losses}", flush=True)
 
     # A local path would tie the adapter to this machine.
-    guarded.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    guarded.peft_config["default"].base_model_name_or_path = args.name
     readme = out / "README.md"
     kept = readme.read_bytes() if readme.is_file() else None
     # Not told to skip the embeddings, peft asks the hub whether the vocabulary changed.
@@ -221,7 +222,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cache = Path.home() / ".cache" / "heretic" / "smollm2-135m-instruct"
     parser.add_argument("--base", type=Path, default=cache, help="base model folder, built if missing (%(default)s)")
+    parser.add_argument(
+        "--name", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the adapter's name for the base model"
+    )
     parser.add_argument("--out", type=Path, default=GUARD, help="folder for the adapter (%(default)s)")
+    parser.add_argument("--merged", type=Path, help="folder for the guarded model; without it none is kept")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=8)
@@ -232,11 +237,12 @@ def main() -> None:
 
     disable_progress_bar()
     started = time.perf_counter()
-    build_base(args.base)
+    if args.base == cache:
+        build_base(args.base)
     train(args.base, args.out, args)
     print(f"trained in {time.perf_counter() - started:.0f} s", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        measure(args.base, build_guarded(args.base, Path(scratch) / "guarded", args.out))
+        measure(args.base, build_guarded(args.base, args.merged or Path(scratch) / "guarded", args.out))
 
 
 if __name__ == "__main__":
