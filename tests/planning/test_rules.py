@@ -177,6 +177,16 @@ def test_weights_that_do_not_fit(changes: dict[str, Any], fix: str) -> None:
     assert ("--by-block" in str(found.fix)) == fix.startswith("use a smaller model"), "only where no setting helps"
 
 
+def test_advice_to_edit_by_block_works_with_the_settings() -> None:
+    settings = {
+        "device_map": "auto",
+        "ablation": {"geometry": "conditional"},
+        "export_format": "lora",
+    }
+    fix = str(only(facts(plan=plan(load(weights=30), largest=0), settings=settings)).fix)
+    assert "ablation.geometry=norm_preserving" in fix and "export_format=full" in fix
+
+
 def test_everything_on_one_of_several_gpus() -> None:
     crowd = [gpu(i) for i in range(4)]
     full = facts(*crowd, plan=plan(load(weights=61), largest=0), settings={"device_map": "sequential"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 
+from heretic.ablation.geometries import GEOMETRIES
 from heretic.hardware.devices import KINDS
 from heretic.hardware.host import format_bytes
 from heretic.model.quantization import QUANTIZATIONS
@@ -16,6 +17,7 @@ from heretic.planning.memory_plan import MemoryPlan
 from heretic.planning.model_rules import download, missing_package, model, other_weights, rewritten_while_quantized
 from heretic.planning.placement import MODES
 from heretic.planning.preflight_facts import Finding, Level, PreflightFacts
+from heretic.settings import Settings
 
 BUSY = 500 * MIB  # GPU memory of another process from which a warning is printed
 UNSEEN_USE = 2 * GIB  # used memory without a visible process; the driver itself uses up to about 1 GiB
@@ -65,13 +67,22 @@ def weights_do_not_fit(facts: PreflightFacts) -> Iterator[Finding]:
         text = _shortage(plan)
     fix = "use a smaller model or a machine with more memory"
     if facts.checkpoint and not facts.checkpoint.obstacle and facts.settings.quantization == "none":
-        name = shlex.quote(facts.settings.model)
-        fix += f"; or without scores: heretic ablate {name} --strength 1 --by-block -o FOLDER"
+        fix += f"; or without scores: {_by_block(facts.settings)}"
     if plan.on_gpu and facts.settings.device_map == "planned" and facts.settings.quantization == "none":
         fix = (
             'device_map = "auto" (leaves the rest in RAM; every pass becomes many times slower), or use a smaller model'
         )
     yield Finding("failure", "memory", text, _smaller_weights(facts) or _fewer_bits(facts) or fix)
+
+
+def _by_block(settings: Settings) -> str:
+    """Return the command that needs one block in memory, without what it does not support."""
+    words = ["heretic", "ablate", settings.model, "--strength", "1", "--by-block", "-o", "FOLDER"]
+    if GEOMETRIES[settings.ablation.geometry].reads_inputs:
+        words += ["--set", "ablation.geometry=norm_preserving"]
+    if settings.export_format != "full":
+        words += ["--set", "export_format=full"]
+    return shlex.join(words)
 
 
 def everything_on_one_gpu(facts: PreflightFacts) -> Iterator[Finding]:
