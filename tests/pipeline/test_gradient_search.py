@@ -133,6 +133,7 @@ def test_a_path_that_leaves_prompts_unanswered_is_searched_again_with_dense_edit
         return counts.pop(0)
 
     monkeypatch.setattr(gradient_search.GradientProblem, "unanswered", counted)
+    monkeypatch.setattr(gradient_search.GradientProblem, "usually_unanswered", 1.0)
     keep = RunFolder.save_path_state
 
     def cut(folder: RunFolder, state: OptimizerState, name: str = PATH_STATE) -> None:
@@ -150,11 +151,27 @@ def test_a_path_that_leaves_prompts_unanswered_is_searched_again_with_dense_edit
     assert len(outcome.results) == 4
 
 
+def test_a_weak_model_that_answers_nothing_usually_is_not_searched_again(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradient_search, "MANY_UNANSWERED", 0.25)
+    asked: list[str] = []
+
+    def none_answered(problem: gradient_search.GradientProblem, role: str, prompts: Sequence[list[int]]) -> int:
+        asked.append(role)
+        return len(prompts)
+
+    monkeypatch.setattr(gradient_search.GradientProblem, "_unanswered", none_answered)
+    do(config)
+    assert asked == ["harmful_train", "harmless_train"] and not Path("runs/run/dense_path.safetensors").exists()
+
+
 @pytest.mark.parametrize("error", [OutOfMemory("GPU 0 is full."), RuntimeError("no backward")])
 def test_a_second_search_that_fails_leaves_the_first_path(
     config: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(gradient_search, "MANY_UNANSWERED", 0.25)
+    monkeypatch.setattr(gradient_search.GradientProblem, "usually_unanswered", 0.0)
     evaluate = path_optimizer.PathOptimizer.step
 
     def step(optimizer: path_optimizer.PathOptimizer, state: OptimizerState) -> LossTerms:

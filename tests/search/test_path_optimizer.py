@@ -405,10 +405,10 @@ def test_it_goes_on_to_stricter_weights_while_prompts_are_refused(
         return found, len(found)
 
     down = optimizer(of, mine=lambda _: told(left.pop(0) if left else []))
-    assert [p.weight for p in down.run(begin(of))] == [0.5, 2.0, 6.0, 18.0], "one of 8 is more than a tenth"
+    assert [p.weight for p in down.run(begin(of))] == [0.5, 2.0, 3.0, 4.5], "one of 8 is more than a tenth"
 
     always = optimizer(of, mine=lambda _: ([], 1))  # in the original's words
-    assert [p.weight for p in always.run(begin(of))] == [0.5, 2.0, 6.0, 18.0], "not for ever"
+    assert len(always.run(begin(of))) == 2 + path_optimizer.MAX_EXTRA_WEIGHTS, "not for ever"
 
     folder, said = RunFolder(tmp_path, "stamp"), list(many)
 
@@ -424,7 +424,7 @@ def test_it_goes_on_to_stricter_weights_while_prompts_are_refused(
         optimizer(of, mine=first, save_state=cut).run(begin(of))
     state = folder.load_path_state(NULL_REPORTER)
     assert state is not None and state.extra_weights == 1
-    assert [p.weight for p in optimizer(of, mine=first).run(state)] == [0.5, 2.0, 6.0, 18.0]
+    assert [p.weight for p in optimizer(of, mine=first).run(state)] == [0.5, 2.0, 3.0, 4.5]
 
 
 def test_a_stop_ends_it_between_steps(llama: Path) -> None:

@@ -144,10 +144,19 @@ class GradientProblem:
 
     def unanswered(self, ablation: Ablation) -> int:
         """Count the refused prompts that an ablation leaves unanswered, by `evaluation_judge`."""
+        with self.session.applied(ablation):
+            return self._unanswered("harmful_train", self.refused)
+
+    @functools.cached_property
+    def usually_unanswered(self) -> float:
+        """How many of as many harmless prompts the original leaves unanswered: a weak model, or one that the judge misreads."""
+        prompts = self.session.context.encoded["harmless_train"][: len(self.refused)]
+        return self._unanswered("harmless_train", prompts) * len(self.refused) / len(prompts)
+
+    def _unanswered(self, role: str, prompts: Sequence[list[int]]) -> int:
         model_context = self.session.context
         tokens = min(model_context.settings.max_response_length, CHECK_TOKENS)
-        with self.session.applied(ablation):
-            counted = _count_refusals(model_context, self.refused, self.evaluation_judge, tokens)
+        counted = _count_refusals(model_context, prompts, self.evaluation_judge, tokens, role=role)
         return counted.count + counted.evasive
 
     def optimizer(self, gradient: GradientSettings, save_state: Callable[[OptimizerState], None]) -> PathOptimizer:
@@ -203,6 +212,10 @@ def _second_search(session: Session, folder: RunFolder, problem: GradientProblem
     log.info("%d of %d training prompts are unanswered", unanswered, total)
     if unanswered <= MANY_UNANSWERED * total:
         return first
+    usually = problem.usually_unanswered
+    log.info("of as many harmless prompts the original leaves %.1f unanswered", usually)
+    if unanswered - usually <= MANY_UNANSWERED * total:
+        return first
     reporter.info(
         f"The last point leaves {unanswered} of {total} training prompts unanswered. heretic searches once more, with each "
         "layer's own direction and without the sparsity penalty."
@@ -210,7 +223,7 @@ def _second_search(session: Session, folder: RunFolder, problem: GradientProblem
     dense = session.context.settings.search.gradient.model_copy(update=DENSE)
     second = GradientPath(tuple(_path(session, folder, problem, dense, DENSE_PATH_STATE)), second=True)
     left = problem.unanswered(second.points[-1].ablation)
-    better = left <= LEFT_BY_SECOND * unanswered
+    better = left - usually <= LEFT_BY_SECOND * (unanswered - usually)
     reporter.info(
         f"The second search leaves {left} unanswered. heretic keeps the {'second' if better else 'first'} path."
     )
@@ -286,11 +299,14 @@ def find_refusals(model_context: ModelContext, requests: Sequence[list[int]]) ->
 
 
 def _count_refusals(
-    model_context: ModelContext, requests: Sequence[list[int]], judge: Judge, tokens: int, min_tokens: int = 1
+    model_context: ModelContext,
+    requests: Sequence[list[int]],
+    judge: Judge,
+    tokens: int,
+    min_tokens: int = 1,
+    role: str = "harmful_train",
 ) -> RefusalCount:
-    prompts = zip(
-        map(tuple, model_context.encoded["harmful_train"]), model_context.prompts.harmful_train.prompts, strict=True
-    )
+    prompts = zip(map(tuple, model_context.encoded[role]), getattr(model_context.prompts, role).prompts, strict=True)
     texts = dict(prompts)
     room = model_context.language_model.context - max(map(len, requests))
     return count_refusals(

@@ -25,7 +25,9 @@ MIDDLE = (0.6, 0.85)  # the layers whose directions the mixture begins with, as 
 MAX_STRENGTH = 2.5  # of a single writer; 1 removes the direction, 2 mirrors it
 CONVERGED_REFUSALS = 0.005  # mean refusal probability below which the search ends
 STILL_REFUSED = 0.1  # share of refused prompts above which a larger weight is added
-EXTRA_FACTOR, MAX_EXTRA_WEIGHTS = 3.0, 2  # factor between extra weights, and their maximum number
+# Factor between extra weights, and their maximum number. A model with many wordings of a refusal changes to the next one at every
+# weight: Gemma 3 with the demo's guard needed 7 (dev/LOG.md).
+EXTRA_FACTOR, MAX_EXTRA_WEIGHTS = 1.5, 8
 MINE_BELOW = 0.1  # mean probability of the known refusals below which new ones are mined
 
 MinedRefusals = tuple[int, list[int]]  # (row of the prompt in the objective, tokens of its new refusal)
