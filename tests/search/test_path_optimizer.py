@@ -427,6 +427,18 @@ def test_it_goes_on_to_stricter_weights_while_prompts_are_refused(
     assert [p.weight for p in optimizer(of, mine=first).run(state)] == [0.5, 2.0, 3.0, 4.5]
 
 
+def test_points_that_leave_all_refusals_are_left_out_but_for_the_first_and_the_last(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(path_optimizer, "MINE_BELOW", 1.0)
+    of = objective(llama)
+    refused = [8, 8, 8, 4, 0]  # of 8 prompts, in other words at every point
+    found = optimizer(of, mine=lambda _: ([], refused.pop(0))).run(begin(of))
+    assert [p.weight for p in found] == [0.5, 4.5, 6.75] and not refused
+    found = optimizer(of, mine=lambda _: ([], 8)).run(begin(of))
+    assert [p.weight for p in found] == [0.5, 2.0 * 1.5**path_optimizer.MAX_EXTRA_WEIGHTS]
+
+
 def test_a_stop_ends_it_between_steps(llama: Path) -> None:
     of = objective(llama)
     down = optimizer(of)

@@ -25,6 +25,7 @@ MIDDLE = (0.6, 0.85)  # the layers whose directions the mixture begins with, as 
 MAX_STRENGTH = 2.5  # of a single writer; 1 removes the direction, 2 mirrors it
 CONVERGED_REFUSALS = 0.005  # mean refusal probability below which the search ends
 STILL_REFUSED = 0.1  # share of refused prompts above which a larger weight is added
+NOTHING_GAINED = 0.9  # share above which a point is no use to the trials, if a stricter one follows
 # Factor between extra weights, and their maximum number. A model with many wordings of a refusal changes to the next one at every
 # weight: Gemma 3 with the demo's guard needed 7 (dev/LOG.md).
 EXTRA_FACTOR, MAX_EXTRA_WEIGHTS = 1.5, 8
@@ -129,9 +130,12 @@ class PathOptimizer:
         at_end = state.steps == self._last_step(state)
         if at_end and state.extra_weights >= MAX_EXTRA_WEIGHTS:
             return
-        if self._mine_refusals(state) > STILL_REFUSED and at_end:
+        share = self._mine_refusals(state)
+        if at_end and (share is None or share > STILL_REFUSED):
             state.extra_weights += 1
             self.reporter.info("More than a tenth of the prompts are still refused. Continuing with a larger weight.")
+        if share is not None and share > NOTHING_GAINED and len(state.points) > 1:
+            state.points.pop()
 
     def _last_step(self, state: OptimizerState) -> int:
         return (len(self.settings.weights) + state.extra_weights) * self.settings.steps
@@ -198,10 +202,12 @@ class PathOptimizer:
         harmful = [*self.validation[1], *self._refusals_in(self.validation[1], state)]
         return self.objective.evaluate(self._ablation(state.tensors), state.first_layer, self.validation[0], harmful)
 
-    def _mine_refusals(self, state: OptimizerState) -> float:
-        """Mine new refusals at the last point; returns the share of refused prompts."""
-        if self.mine is None or state.points[-1].probability > MINE_BELOW:
-            return 1.0 if self.mine else 0.0
+    def _mine_refusals(self, state: OptimizerState) -> float | None:
+        """Mine new refusals at the last point; returns the share of refused prompts, None if many are refused in known words."""
+        if self.mine is None:
+            return 0.0
+        if state.points[-1].probability > MINE_BELOW:
+            return None
         mined, refused = self.mine(state.points[-1].ablation)
         new = [h for h in mined if h not in state.extra_refusals]
         state.extra_refusals += new
