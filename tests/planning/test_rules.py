@@ -187,6 +187,12 @@ def test_advice_to_edit_by_block_works_with_the_settings() -> None:
     assert "ablation.geometry=norm_preserving" in fix and "export_format=full" in fix
 
 
+@pytest.mark.parametrize("changes", [{"apply": "weights"}, {"search": {"start": "kernels"}}])
+def test_readers_need_operators_and_the_gradient_search(changes: dict[str, Any]) -> None:
+    found = only(facts(settings={"ablation": {"readers": True}, **changes}))
+    assert found.level == "failure" and found.subject == "ablation.readers"
+
+
 def test_everything_on_one_of_several_gpus() -> None:
     crowd = [gpu(i) for i in range(4)]
     full = facts(*crowd, plan=plan(load(weights=61), largest=0), settings={"device_map": "sequential"})

@@ -13,6 +13,7 @@ from heretic.ablation.directions import Directions, orthonormal
 from heretic.ablation.geometries import GEOMETRIES
 from heretic.ablation.geometries.conditional import InputMap
 from heretic.ablation.operator import Operator, in_ram
+from heretic.ablation.reading import reading_operator
 from heretic.ablation.weight_stats import WeightStats, stats_for_directions, weight_statistics
 from heretic.model.architecture import ResidualWriter
 from heretic.model.lazy_tensor import LazyTensor
@@ -25,14 +26,14 @@ class OperatorFactory:
     """Computes the operators of any ablation by vector arithmetic.
 
     If an RMS norm with the weight S follows a writer, its output along S v ends up along v in the stream. So S v is removed.
-    A writer without the input map that its geometry needs has plain operators.
+    A writer without the input map that its geometry needs has plain operators. Readers have those of `reading`.
     """
 
     directions: Directions
     writers: tuple[ResidualWriter, ...]
     geometry: str
     facts: Mapping[str, WeightStats | InputMap]  # that the geometry needs, by writer
-    scales: Mapping[str, Tensor]  # S [width] by writer
+    scales: Mapping[str, Tensor]  # S [width] by writer, of the norm after it; by reader, of the norm before it
     # Reads a writer's matrices [width, inputs], also if the module does not hold them.
     read: Callable[[ResidualWriter], Sequence[LazyTensor]] = field(
         default=ResidualWriter.weights, repr=False, compare=False
@@ -57,10 +58,11 @@ class OperatorFactory:
         """
         form = GEOMETRIES[geometry]
         facts: dict[str, WeightStats | InputMap] = {**(input_maps or {})} if form.reads_inputs else {}
-        scales = {w.name: s.cpu() for w in writers if norm_aware and (s := w.scale()) is not None}
+        scales = {w.name: s.cpu() for w in writers if (norm_aware or w.reads_stream) and (s := w.scale()) is not None}
         if form.needs == "weight_stats":
-            with reporter.stage("Weight statistics", len(writers)) as stage:
-                for writer in writers:
+            edited = [writer for writer in writers if not writer.reads_stream]
+            with reporter.stage("Weight statistics", len(edited)) as stage:
+                for writer in edited:
                     scaled_directions = directions.all_directions.flatten(0, 1) * scales.get(writer.name, 1)
                     facts[writer.name] = weight_statistics(read(writer), scaled_directions).to("cpu")
                     stage.advance()
@@ -89,31 +91,49 @@ class OperatorFactory:
             return dict(zip((writer.name for writer in writers), operators, strict=True))
         found = {}
         for writer in writers:
-            layers = self._mix(ablation, writer)
+            layers, strength = self._mix(ablation, writer), ablation.strength(writer)
+            if writer.reads_stream:
+                found[writer.name] = self._reading(writer, orthonormal(self.directions.mixed_at(layers))[0], strength)
+                continue
             scaled = self.directions.mixed_at(layers) * self.scales.get(writer.name, 1)
             vectors, turned = orthonormal(scaled)
             mix = torch.einsum("ij,l->ilj", turned, layers).flatten(1)
-            found[writer.name] = self._operator(vectors, ablation.strength(writer), self.facts.get(writer.name), mix)
+            found[writer.name] = self._operator(vectors, strength, self.facts.get(writer.name), mix)
         return found
 
     def _of_vector(self, ablation: Ablation, writers: Sequence[ResidualWriter]) -> list[Operator]:
         """Compute the operators of explicit directions where the weights are, which their statistics are products with."""
         raw = torch.as_tensor(ablation.vector).unflatten(0, (-1, self.directions.vectors.shape[-1]))
-        vectors = [orthonormal(raw * self.scales.get(writer.name, 1))[0] for writer in writers]
+        scales = [1 if writer.reads_stream else self.scales.get(writer.name, 1) for writer in writers]
+        vectors = [orthonormal(raw * scale)[0] for scale in scales]
         strengths = [torch.as_tensor(ablation.strength(writer), dtype=raw.dtype) for writer in writers]
         known = [self.facts.get(writer.name) for writer in writers]
-        norms = [facts.norms for facts in known if isinstance(facts, WeightStats)]
-        if len(norms) < len(writers):
-            mix = torch.eye(len(raw), dtype=raw.dtype)
-            return [self._operator(v, s, f, mix) for v, s, f in zip(vectors, strengths, known, strict=True)]
+        norms = [self._on_device_with(writer, facts) for writer, facts in zip(writers, known, strict=True)]
+        mix = torch.eye(len(raw), dtype=raw.dtype)
+        if any(norm is None for norm in norms):
+            return [
+                self._reading(w, v, s) if w.reads_stream else self._operator(v, s, f, mix)
+                for w, v, s, f in zip(writers, vectors, strengths, known, strict=True)
+            ]
         devices = [writer.device or torch.device("cpu") for writer in writers]
-        moved = to_devices([*vectors, *strengths, *norms], [*devices, *devices, *devices])
+        moved = to_devices([*vectors, *strengths, *(n for n in norms if n is not None)], [*devices, *devices, *devices])
         count = len(writers)
         found = []
         for writer, v, s, d in zip(writers, moved[:count], moved[count : 2 * count], moved[2 * count :], strict=True):
-            mix = torch.eye(len(v), dtype=v.dtype, device=v.device)
-            found.append(self._operator(v, s, stats_for_directions(v, self.read(writer), d), mix))
+            if writer.reads_stream:
+                found.append(reading_operator(v, s, d, self.read(writer)))
+            else:
+                found.append(self._operator(v, s, stats_for_directions(v, self.read(writer), d), mix.to(v)))
         return found
+
+    def _on_device_with(self, writer: ResidualWriter, facts: WeightStats | InputMap | None) -> Tensor | None:
+        """Return what an explicit vector's operator needs beside the weight: a reader's scale, or the weight's row norms."""
+        if writer.reads_stream:
+            return self.scales[writer.name]
+        return facts.norms if isinstance(facts, WeightStats) else None
+
+    def _reading(self, reader: ResidualWriter, vectors: Tensor, strength: float | Tensor) -> Operator:
+        return reading_operator(vectors.squeeze(0), strength, self.scales[reader.name], self.read(reader))
 
     def _operator(
         self, vectors: Tensor, strength: float | Tensor, facts: WeightStats | InputMap | None, mix: Tensor

@@ -49,18 +49,19 @@ def weight_statistics(weight: Tensor | Sequence[LazyTensor], directions: Tensor,
     for matrix in map(materialize, matrices):
         d = norms.to(matrix.device)
         unit = directions.to(matrix.device) / d
-        a = _sum(unit[:, rows] @ matrix[rows].float() for rows in _rows(matrix, rows_at_once))
-        for rows in _rows(matrix, rows_at_once):
+        a = _sum(unit[:, rows] @ matrix[rows].float() for rows in row_slices(matrix, rows_at_once))
+        for rows in row_slices(matrix, rows_at_once):
             g[:, rows] += (a @ matrix[rows].float().T / d[rows]).to(g.device)
         gram += (a @ a.T).to(gram.device)
     return WeightStats(norms, g, gram)
 
 
 def _squared_norms(matrix: Tensor, rows_at_once: int) -> Tensor:
-    return torch.cat([matrix[rows].float().square().sum(dim=1) for rows in _rows(matrix, rows_at_once)])
+    return torch.cat([matrix[rows].float().square().sum(dim=1) for rows in row_slices(matrix, rows_at_once)])
 
 
-def _rows(matrix: Tensor, rows_at_once: int) -> list[slice]:
+def row_slices(matrix: Tensor, rows_at_once: int = 0) -> list[slice]:
+    """Return the rows of a weight in parts that may exist in float32 at a time."""
     count = rows_at_once or max(1, ELEMENTS_PER_CHUNK // matrix.shape[1])
     return [slice(start, start + count) for start in range(0, len(matrix), count)]
 
@@ -84,8 +85,10 @@ class _WeightProduct(torch.autograd.Function):
 
 def _weight_product(x: Tensor, matrix: Tensor, rows_at_once: int = 0) -> Tensor:
     here = to_device(x, matrix.device)
-    a = _sum(here[..., rows] @ matrix[rows].to(x.dtype) for rows in _rows(matrix, rows_at_once))
-    return torch.cat([a @ matrix[rows].to(x.dtype).mT for rows in _rows(matrix, rows_at_once)], dim=-1).to(x.device)
+    a = _sum(here[..., rows] @ matrix[rows].to(x.dtype) for rows in row_slices(matrix, rows_at_once))
+    return torch.cat([a @ matrix[rows].to(x.dtype).mT for rows in row_slices(matrix, rows_at_once)], dim=-1).to(
+        x.device
+    )
 
 
 def stats_for_directions(v: Tensor, weight: Tensor | Sequence[LazyTensor], norms: Tensor) -> WeightStats:

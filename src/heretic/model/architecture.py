@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from heretic.errors import UserError
 from heretic.model import moe
 from heretic.model.moe import ExpertGroup
 from heretic.model.probe import input_device, probe
-from heretic.model.writer import ResidualWriter, first_tensor
+from heretic.model.reader import READING, find_readers
+from heretic.model.writer import ResidualWriter, first_tensor, output_width
 
 __all__ = ["ModelStructure", "ResidualWriter", "find_residual_writers", "first_tensor", "input_device"]
 
@@ -28,12 +28,12 @@ WRITER_NAMES = {
     "output_linear": "mlp", "per_layer_projection": "mlp", "proj_down": "mlp",
     "dense": "", "c_proj": "", "proj": "", "Wo": "",
 }  # fmt: skip
-COMPONENTS = ("attention", "mlp")
+COMPONENTS = ("attention", "mlp")  # of writers
 
 
 @dataclass(frozen=True)
 class ModelStructure:
-    """The decoder blocks of a model and their residual writers, in order of layers."""
+    """The decoder blocks of a model and its edited modules: the residual writers in order of layers, then the readers."""
 
     blocks: nn.ModuleList
     width: int  # of the residual stream
@@ -49,16 +49,21 @@ class ModelStructure:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The components of this model's writers."""
+        """The components of this model's edited modules."""
         present = {w.component for w in self.writers}
-        return tuple(c for c in COMPONENTS if c in present)
+        return tuple(c for c in (*COMPONENTS, *READING.values()) if c in present)
+
+    @property
+    def writing_components(self) -> tuple[str, ...]:
+        """The components of the modules that write to the stream."""
+        return tuple(c for c in self.components if c in COMPONENTS)
 
 
-def find_residual_writers(model: PreTrainedModel) -> ModelStructure:
-    """Find the blocks and the writers of `model`, and probe each writer once.
+def find_residual_writers(model: PreTrainedModel, *, readers: bool = False) -> ModelStructure:
+    """Find the blocks and the writers of `model`, and probe each writer once; with `readers` also the readers.
 
     Raises:
-        UserError: "architecture-not-supported" if the model has no recognized blocks or writers.
+        UserError: "architecture-not-supported" if the model has no recognized blocks, writers or, if asked for, readers.
     """
     width = model.config.get_text_config(decoder=True).hidden_size
     prefix, blocks = decoder_blocks(model)
@@ -82,7 +87,15 @@ def find_residual_writers(model: PreTrainedModel) -> ModelStructure:
             where=f"blocks at '{prefix}', {len(blocks)} layers, width {width}",
             fix="add the names of its output projections to WRITER_NAMES in src/heretic/model/architecture.py",
         )
-    return ModelStructure(blocks, width, tuple(writers), tuple(unrecognized), tuple(probed.incomplete))
+    reading = find_readers(model, prefix, blocks, width) if readers else []
+    if readers and not reading:
+        raise UserError(
+            f"heretic found no module in this model ({type(model).__name__}) that reads the stream through an RMS norm.",
+            code="architecture-not-supported",
+            where="ablation.readers",
+            fix="ablation.readers = false",
+        )
+    return ModelStructure(blocks, width, (*writers, *reading), tuple(unrecognized), tuple(probed.incomplete))
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -105,20 +118,12 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     )
 
 
-def _output_width(module: nn.Module) -> int | None:
-    """Output width of a linear layer, quantized ones included; None for other modules."""
-    if isinstance(module, Conv1D):
-        return int(module.nf)
-    width = getattr(module, "out_features", None)
-    return width if isinstance(width, int) and getattr(module, "weight", None) is not None else None
-
-
 def _candidates(block: nn.Module, layer: int, prefix: str, width: int) -> list[ResidualWriter]:
     """Writers of a block, selected by name and width."""
     candidates = []
     for path, module in block.named_modules():
         *parents, last = path.split(".")
-        if last not in WRITER_NAMES or _output_width(module) != width or "experts" in parents:
+        if last not in WRITER_NAMES or output_width(module) != width or "experts" in parents:
             continue
         component = WRITER_NAMES[last] or ("attention" if any("att" in p.lower() for p in parents) else "mlp")
         candidates.append(ResidualWriter(f"{prefix}.{path}", layer, component, module))

@@ -116,6 +116,7 @@ def load(
     quantization: str = "none",
     trust_remote_code: list[str] | None = None,
     chat_template: str | None = "",
+    readers: bool = False,
     reporter: ProgressReporter = NULL_REPORTER,
 ) -> LanguageModel:
     """Load a checkpoint's model and tokenizer.
@@ -127,6 +128,7 @@ def load(
         quantization: The setting.
         trust_remote_code: Models whose own Python code may run.
         chat_template: Replaces the model's own unless empty; None: no template is required.
+        readers: Whether the modules that read the stream are edited too.
         reporter: Receives progress and warnings.
 
     Raises:
@@ -147,7 +149,7 @@ def load(
         if _finite(model):
             # A bitsandbytes checkpoint keeps its own dtype.
             loaded_dtype = str(model.dtype).removeprefix("torch.") if checkpoint.quantized_by == KEPT else dtype
-            structure = find_residual_writers(model)
+            structure = find_residual_writers(model, readers=readers)
             share_inputs(structure.blocks)
             return with_end_tokens(LanguageModel(model, tokenizer, checkpoint, structure, loaded_dtype, quantization))
         reporter.warning(f"{checkpoint.model} gives logits that are not finite in {dtype}.")

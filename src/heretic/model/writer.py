@@ -51,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ResidualWriter:
-    """A module whose output is added to the residual stream.
+    """A module whose output is added to the residual stream; with `input_norm`, one that reads the stream and is edited too.
 
     Without `mixture` it is a linear layer with a weight and an optional bias. A mixture of experts is one writer with the parts of
     all its experts: its output is a weighted sum of theirs, so it is one matrix [width, inputs of all experts], of which each token
@@ -65,6 +65,7 @@ class ResidualWriter:
     norms: tuple[nn.Module, ...] = ()  # between its output and the stream (Gemma 2 and 3, OLMo 2)
     mixture: tuple[Part, ...] = ()
     tied_modules: tuple[nn.Module, ...] = ()  # modules of later blocks with the same weights (Zamba)
+    input_norm: nn.Module | None = None  # of a module that reads the stream: the norm before it
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -107,14 +108,28 @@ class ResidualWriter:
         matrices = [materialize(matrix) for matrix in self.weights()]
         return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim=1)
 
+    @property
+    def reads_stream(self) -> bool:
+        """Whether it reads the stream instead of writing to it."""
+        return self.input_norm is not None
+
     @torch.no_grad()
     def scale(self) -> Tensor | None:
-        """Return the effective weight [width] in float32 of the RMS norms after its output; None without one.
+        """Return the effective weight [width] in float32 of the RMS norms after its output, of a reader before its input.
 
-        It is the norm's output for ones, since some norms add 1 to the stored weight.
+        It is the norm's output for ones, since some norms add 1 to the stored weight. None without a norm.
         """
-        scales = [scale for norm in self.norms if (scale := _scale(norm)) is not None]
+        norms = self.norms if self.input_norm is None else (self.input_norm,)
+        scales = [scale for norm in norms if (scale := _scale(norm)) is not None]
         return torch.stack(scales).prod(dim=0) if scales else None
+
+
+def output_width(module: nn.Module) -> int | None:
+    """Output width of a linear layer, quantized ones included; None for other modules."""
+    if isinstance(module, Conv1D):
+        return int(module.nf)
+    width = getattr(module, "out_features", None)
+    return width if isinstance(width, int) and getattr(module, "weight", None) is not None else None
 
 
 def linear_parts(name: str, module: nn.Module) -> tuple[Part, ...]:

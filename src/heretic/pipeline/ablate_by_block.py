@@ -113,6 +113,7 @@ def _check_settings(settings: Settings) -> None:
         "quantization": settings.quantization != "none" and 'quantization = "none"',
         "ablation.geometry": GEOMETRIES[settings.ablation.geometry].reads_inputs
         and 'ablation.geometry = "norm_preserving"',
+        "ablation.readers": settings.ablation.readers and "ablation.readers = false",
         "export_format": FORMATS[form].read_back is None and 'export_format = "full"',  # nothing would verify it
     }
     for where, fix in refused.items():

@@ -267,7 +267,8 @@ def prepare(session: Session) -> GradientProblem | None:
     )
     original = log_probs_at(model, answered, model_context.batcher)
     # 2. Fit the batches with gradients into memory
-    reads_inputs = GEOMETRIES[model_context.settings.ablation.geometry].reads_inputs
+    edit = model_context.settings.ablation
+    reads_inputs = GEOMETRIES[edit.geometry].reads_inputs or edit.readers
     texts = (harmful.sequences, answered.sequences)
     rows, checkpoints = rows_with_gradients(model, model_context.batcher, texts, reads_inputs=reads_inputs)
     batcher = replace(model_context.batcher, size=min(rows, model_context.batcher.size))

@@ -11,6 +11,7 @@ from heretic.errors import UserError
 from heretic.export.manifest import Manifest
 from heretic.model.input_capture import input_width
 from heretic.model.loading import LanguageModel
+from heretic.model.writer import output_width
 from heretic.progress import ProgressReporter
 from heretic.session.session import weight_reader
 
@@ -57,7 +58,8 @@ def _check_fit(
         sizes += [("directions", directions.num_layers, layers), ("each direction", directions.vectors.shape[1], width)]
         sizes += [("each layer", directions.count * width, each * width)]
     writers = {writer.name: writer for writer in model.structure.writers}
-    sizes += [(f"{name}.u", own.u.shape[-1], width) for name, own in operators.items()]
+    outputs = {name: output_width(writer.module) or width for name, writer in writers.items()}
+    sizes += [(f"{name}.u", own.u.shape[-1], outputs.get(name, width)) for name, own in operators.items()]
     sizes += [
         (f"{name}.a", own.a.shape[-1], 0 if writers[name].mixture else input_width(writers[name]))
         for name, own in operators.items()

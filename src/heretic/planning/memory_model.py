@@ -242,7 +242,7 @@ class MemoryModel:
     def _converted(self, batch: int) -> int:
         """Return the bytes of a part of a writer's inputs in float32, for operators that read them."""
         inputs = min(batch * (self.work.tail + self.work.tried_tokens), TOKENS_AT_ONCE) * self.shape.widest_writer
-        return FLOAT32 * min(inputs, ELEMENTS_PER_CHUNK) if self.work.needs_input_maps else 0
+        return FLOAT32 * min(inputs, ELEMENTS_PER_CHUNK) if self.work.reads_inputs else 0
 
     @property
     def _inputs(self) -> int:
@@ -251,7 +251,7 @@ class MemoryModel:
 
     def _input_vectors(self, blocks: int, trials: int) -> int:
         """Return the bytes of the vectors of operators that read the writers' inputs."""
-        return FLOAT32 * blocks * trials * self.work.directions * self._inputs if self.work.needs_input_maps else 0
+        return FLOAT32 * blocks * trials * self.work.directions * self._inputs if self.work.reads_inputs else 0
 
     def _gradient_rows(self, free: int, batch: int, *, on_cpu: bool) -> tuple[int, bool]:
         """Return the rows of a pass with gradients, and whether it needs gradient checkpointing."""
@@ -261,9 +261,7 @@ class MemoryModel:
         more = max(gradient_path.refusal_tokens, gradient_path.kl_tokens) - 1
         budget = int(SHARE_FOR_GRADIENTS * free)
         lengths = (self.work.prompt_tokens + more, self.work.tail + more)
-        rows, twice = rows_with_gradients(
-            self.shape, budget, *lengths, on_cpu=on_cpu, inputs=self.work.needs_input_maps
-        )
+        rows, twice = rows_with_gradients(self.shape, budget, *lengths, on_cpu=on_cpu, inputs=self.work.reads_inputs)
         return min(rows, batch, gradient_path.batch), twice
 
     def _gradients(self, runs: DeviceShare, rows: int, borrowed: int, most: int, *, twice: bool) -> int:
@@ -282,7 +280,7 @@ class MemoryModel:
             groups = groups_in_turn(most, rows, taken.new)
             part = taken.part(groups)
             head = passes.head(part, part.count * places, TOKENS_PER_CHUNK, per_logit) if runs.head else 0
-            inputs = work.needs_input_maps
+            inputs = work.reads_inputs
             found = max(found, passes.gradients(taken, twice=twice, head=head, inputs=inputs, groups=groups))
         return found + self._converted(rows) + self.dequantized + borrowed
 

@@ -62,6 +62,18 @@ def rewritten_while_quantized(facts: PreflightFacts) -> Iterator[Finding]:
         yield Finding("failure", "apply", text, 'apply = "operators"')
 
 
+def readers(facts: PreflightFacts) -> Iterator[Finding]:
+    """Refuse what cannot edit the modules that read the stream."""
+    settings = facts.settings
+    if settings.ablation.readers and settings.apply == "weights":
+        yield Finding(
+            "failure", "ablation.readers", "A trial cannot rewrite what reads the stream.", 'apply = "operators"'
+        )
+    if settings.ablation.readers and settings.search.start == "kernels":
+        text = "Kernels have no strengths for what reads the stream."
+        yield Finding("failure", "ablation.readers", text, 'search.start = "gradient"')
+
+
 def missing_package(facts: PreflightFacts) -> Iterator[Finding]:
     """Report a missing package for the quantization."""
     if facts.checkpoint and facts.checkpoint.quantized_by:

@@ -14,7 +14,14 @@ from heretic.hardware.host import format_bytes
 from heretic.model.quantization import QUANTIZATIONS
 from heretic.planning.memory_model import FLOAT32, GIB, MIB, SHARE_FOR_RESIDUALS
 from heretic.planning.memory_plan import MemoryPlan
-from heretic.planning.model_rules import download, missing_package, model, other_weights, rewritten_while_quantized
+from heretic.planning.model_rules import (
+    download,
+    missing_package,
+    model,
+    other_weights,
+    readers,
+    rewritten_while_quantized,
+)
 from heretic.planning.placement import MODES
 from heretic.planning.preflight_facts import Finding, Level, PreflightFacts
 from heretic.settings import Settings
@@ -80,6 +87,8 @@ def _by_block(settings: Settings) -> str:
     words = ["heretic", "ablate", settings.model, "--strength", "1", "--by-block", "-o", "FOLDER"]
     if GEOMETRIES[settings.ablation.geometry].reads_inputs:
         words += ["--set", "ablation.geometry=norm_preserving"]
+    if settings.ablation.readers:
+        words += ["--set", "ablation.readers=false"]
     if settings.export_format != "full":
         words += ["--set", "export_format=full"]
     return shlex.join(words)
@@ -269,6 +278,7 @@ RULES: tuple[Rule, ...] = (
     model,
     other_weights,
     rewritten_while_quantized,
+    readers,
     missing_package,
     download,
     opened_in_ram,

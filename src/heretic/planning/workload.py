@@ -57,6 +57,7 @@ class Workload:
     trials: int = 0  # per pass; 0: automatic
     needs_weight_stats: bool = True  # of the geometry
     needs_input_maps: bool = False  # likewise
+    reads_inputs: bool = False  # whether operators read the inputs of edited modules
     gradient_search: GradientSearchWorkload | None = None
 
     @classmethod
@@ -80,6 +81,7 @@ class Workload:
             trials=1 if settings.apply == "weights" else settings.trials_per_batch,
             needs_weight_stats=geometry.needs == "weight_stats",
             needs_input_maps=geometry.reads_inputs,
+            reads_inputs=geometry.reads_inputs or settings.ablation.readers,
             gradient_search=None if settings.search.start == "kernels" else gradient_path,
         )
 

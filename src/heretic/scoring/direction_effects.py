@@ -97,7 +97,9 @@ def direction_effects(
     with batcher.reporter.stage("Effects of the directions", layers) as stage:
         for layer in range(layers):
             mixture = tuple(float(i == layer) for i in range(layers))
-            found = removing.evaluate(Ablation(dict.fromkeys(structure.components, (1.0,) * layers), mixture), 0, *rows)
+            found = removing.evaluate(
+                Ablation(dict.fromkeys(structure.writing_components, (1.0,) * layers), mixture), 0, *rows
+            )
             with forward_hooks([(structure.blocks[layer], _adding(lengths[layer] * one.vectors[layer]))]):
                 sufficiency.append(induced())
             necessity.append(found.probability)

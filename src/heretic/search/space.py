@@ -76,7 +76,7 @@ class SearchSpace:
 
         scope = trial.suggest_categorical("direction_scope", search.direction_scope)
         index = trial.suggest_float("direction_index", *(share * depth for share in search.direction_index))
-        kernels = {c: _kernel(trial, c, getattr(search, c), depth) for c in self.components}
+        kernels = {c: _kernel(trial, c, getattr(search, c), depth) for c in self.components if hasattr(search, c)}
         return Ablation.from_kernels(kernels, self.num_layers, index if scope == "global" else None)
 
 

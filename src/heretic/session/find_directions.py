@@ -91,7 +91,7 @@ def _mean_residuals(
 
 def _removal_operators(model: LanguageModel, directions: Directions) -> dict[str, Operator]:
     writers = model.structure.writers
-    strengths = dict.fromkeys(model.structure.components, (1.0,) * directions.num_layers)
+    strengths = dict.fromkeys(model.structure.writing_components, (1.0,) * directions.num_layers)
     return OperatorFactory.prepare(directions, writers, "plain").operators(Ablation(strengths))
 
 

@@ -56,7 +56,8 @@ def find_input_maps(model_context: ModelContext, read: Read) -> dict[str, InputM
     harmful, benign = keys_of_model(model_context)
     sequences, offsets = [*harmful[0], *benign[0]], [*harmful[1], *benign[1]]
     count, total = sum(map(len, harmful[1])), sum(map(len, offsets))
-    writers = [writer for writer in structure.writers if not writer.mixture]
+    all_writers = [writer for writer in structure.writers if not writer.reads_stream]
+    writers = [writer for writer in all_writers if not writer.mixture]
     batcher = replace(batcher, prefix_caching=False)  # one for all groups, so that a smaller batch stays
     found: dict[str, InputMap] = {}
     for group in groups(writers, total, structure.width):
@@ -70,9 +71,9 @@ def find_input_maps(model_context: ModelContext, read: Read) -> dict[str, InputM
                     (weight,) = read(writer)
                     found[writer.name] = input_map(materialize(weight), own[:count], own[count:])
                 stage.advance()
-    if left := len(structure.writers) - len(found):
+    if left := len(all_writers) - len(found):
         batcher.reporter.info(
-            f"{left} of {len(structure.writers)} writers have no plain input, or read nothing; their edit is plain."
+            f"{left} of {len(all_writers)} writers have no plain input, or read nothing; their edit is plain."
         )
     free_memory()  # of the keys and their pinned copies
     return found

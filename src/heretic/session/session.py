@@ -228,6 +228,7 @@ def _load_language_model(
         quantization=plan.quantization,
         trust_remote_code=settings.trust_remote_code,
         chat_template=read_template(settings),
+        readers=settings.ablation.readers,
         reporter=reporter,
     )
     language_model.graphs.enabled = settings.decoding_graphs

@@ -94,3 +94,12 @@ class AblationSettings(SettingsModel):
         "direction.",
         when="Set false to reproduce tools that ignore this norm.",
     )
+    readers: bool = setting(
+        False,
+        "Edit also what reads the stream through an RMS norm (query, key, value, gate and up projections), each with a "
+        "strength of its own: the direction is taken out of its input (docs/how.md).",
+        when=(
+            "Try it if the KL is too high at few refusals. Trials take a little longer, an export changes more tensors. It needs "
+            '`apply = "operators"`.'
+        ),
+    )
