@@ -80,9 +80,9 @@ def export(config: Path, model: Path, *assignments: str) -> Export:
 def converted(
     folder: Path, kind: str = "f32", *, stop: StopSignal | None = None, program: object = SCRIPT
 ) -> gguf.GGUFReader:
-    """A model folder made a GGUF file, as if all writers had been edited in it."""
+    """A model folder made a GGUF file, as if all writers and readers had been edited in it."""
     checkpoint = open_checkpoint(str(folder))
-    edits = {n: _edit() for n in checkpoint.tensors if "o_proj" in n or "down_proj" in n}
+    edits = {n: _edit() for n in checkpoint.tensors if n.endswith("proj.weight")}
     settings = Settings.model_validate({"model": str(folder), "gguf_type": kind, "gguf_converter": str(program)})
     plan: Any = None
     order = WriteRequest("gguf", settings, checkpoint, plan, {}, edits)

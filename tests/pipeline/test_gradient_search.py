@@ -77,6 +77,22 @@ def test_a_run_starts_with_the_gradient_search_and_searches_around_its_path(conf
         assert file.get_tensor("strengths").shape == (2, 4)
 
 
+def test_edits_of_readers_are_searched_exported_verified_and_made_again(config: Path) -> None:
+    from tests.pipeline.test_reproduce import again
+
+    settings = ("ablation.readers=true", "search.gradient.sparsity=0.0", 'save_to="out"')
+    full = do(config, *settings).export
+    assert full is not None and full.verification.divergence < 1e-5 and full.verification.tensors_checked > 0
+    strengths = json.loads(Path("out/manifest.json").read_text())["ablation"]["strengths"]
+    assert list(strengths) == ["attention", "mlp", "attention_inputs", "mlp_inputs"]
+    assert all(any(profile) for profile in strengths.values())
+    assert again(Path("out")).verdict == "identical"
+    lora = do(config, *settings, 'save_to="adapter"', 'export_format="lora"', "lora_rank=4").export
+    assert lora is not None and lora.verification.divergence < 1e-2
+    targets = json.loads(Path("adapter/adapter_config.json").read_text())["target_modules"]
+    assert any(name.endswith("q_proj") for name in targets) and any(name.endswith("o_proj") for name in targets)
+
+
 def test_a_gradient_search_stopped_in_the_middle_is_resumed(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = do(config, 'run_name="whole"')
     keep = RunFolder.save_path_state

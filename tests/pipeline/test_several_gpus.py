@@ -335,6 +335,32 @@ def test_host_waits_for_results_only(family: str, count: int, tmp_path: Path) ->
         assert to_first / 13 <= ids + hidden
 
 
+@pytest.mark.parametrize("geometry", ["plain", "norm_preserving"])
+def test_readers_over_four_gpus_have_the_cpu_s_losses_and_gradients(tmp_path: Path, geometry: str) -> None:
+    checkpoint = open_checkpoint(str(save_tiny(tmp_path / "m", "llama")))
+    texts = TeacherForcedTexts.of(SEQUENCES, [[7, 8]] * 8)
+    directions = normalized(torch.randn(4, 1, 32, generator=torch.Generator().manual_seed(1)))
+
+    def measured(placed: dict[str, Any]) -> list[torch.Tensor]:
+        model = load(checkpoint, ["float32"], placed, readers=True)
+        writers, batcher = model.structure.writers, Batcher(8, model.device)
+        factory = OperatorFactory.prepare(directions, writers, geometry)
+        original = all_log_probs(model, texts, batcher, "original")
+        strengths, vector = torch.full((4, 4), 0.5, requires_grad=True), torch.ones(32, requires_grad=True)
+        ablation = Ablation(dict(zip(model.structure.components, strengths, strict=True)), vector=vector)
+        objective = Objective(model, factory, batcher, texts, texts, original.split(texts.counts))
+        found = objective.evaluate(ablation, 0, range(8), range(8), wanted=[strengths, vector])
+        with apply_operators(writers, factory.operators(Ablation({"mlp_inputs": (0.5,) * 4})), {}):
+            trials = measure_divergence(model, texts, original, batcher, EditSpec(2))
+        return [torch.tensor([found.kl, found.probability, *(d.mean for d in trials)]), *found.gradients]
+
+    expected = measured({})
+    assert all(bool(row.any()) for row in expected[1]), "every component has gradients"
+    with PretendGpus(4):
+        for found, on_cpu in zip(measured({"device_map": spread("llama", 4)}), expected, strict=True):
+            assert torch.allclose(found, on_cpu, rtol=1e-3, atol=1e-6)
+
+
 def test_conditional_edit_over_four_gpus_has_the_cpu_s_inputs_losses_and_gradients(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(save_tiny(tmp_path / "m", "llama")))
     texts = TeacherForcedTexts.of(SEQUENCES, [[7, 8]] * 8)

@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from heretic.ablation.geometries import GEOMETRIES
 from heretic.errors import UserError
 from heretic.export.base_card import read_base_card
 from heretic.export.card import card
@@ -154,7 +155,7 @@ def _write(job: EditJob, partial: Path, reporter: ProgressReporter, stop: StopSi
     copy_license_files(job.checkpoint.folder, partial, read_template(job.settings))
     (partial / DIRECTIONS.parent).mkdir()
     write_directions(partial / DIRECTIONS, job.directions, job.folder.fingerprint)
-    if any(operator.a is not None for operator in job.operators.values()):
+    if GEOMETRIES[job.settings.ablation.geometry].reads_inputs:  # they depend on more than weights and directions
         write_tensors(partial / OPERATORS, operator_tensors(job.operators), {"fingerprint": job.folder.fingerprint})
     beside = {
         name: {"file": path.as_posix(), "sha256": sha256(partial / path)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,9 @@ def check_file(
 
     Raises VerificationFailed, UserError for numbers too large for float16, Interrupted.
     """
-    layers = staged.text_config.num_hidden_layers
+    config = staged.text_config
+    layers = config.num_hidden_layers
+    heads = [getattr(config, name, None) or 1 for name in ("num_attention_heads", "num_key_value_heads")]
     file = GgufFile(path, layers)
     outer = {match[1] for name in edits if (match := LAYER.match(name))}  # prefixes of the language model's layers
     present: dict[str, set[tuple[bool, str]]] = defaultdict(set)
@@ -102,7 +104,7 @@ def check_file(
                 continue  # vision, audio and multi-token-prediction layers are not converted
             called = file.name_of(name)
             if name in edits:
-                _check_edited(file, name, called, staged.read(name), edits[name])
+                _check_edited(file, name, called, staged.read(name), edits[name], heads)
             elif called in norms and len(info.shape) > 1 and not EXPERT.search(name):
                 _check_norm(file, name, called, staged.read(name), norms[called])
             if called and layer and name not in edits:
@@ -116,7 +118,9 @@ def check_file(
             raise failed(f"{needed}*", "it is missing")
 
 
-def _check_edited(file: GgufFile, name: str, called: str, stored: Tensor, edit: TensorEdit) -> None:
+def _check_edited(
+    file: GgufFile, name: str, called: str, stored: Tensor, edit: TensorEdit, heads: Sequence[int] = ()
+) -> None:
     layer, single = LAYER.match(name), EXPERT.search(name)
     block = [n for n in file.tensors if layer and n.startswith(f"blk.{layer[2]}.")]
     places, expert = [called] if called in file.tensors else block, int(single[1]) if single else None
@@ -124,8 +128,14 @@ def _check_edited(file: GgufFile, name: str, called: str, stored: Tensor, edit: 
     fitting = [n for n in places if file.shape(n, expert) == tuple(expected.shape)]
     if not fitting:
         raise failed(name, f"there is no tensor of the shape {list(expected.shape)} for it")
-    if not any(same(file.read(n, expert), expected, file.tensors[n].tensor_type) for n in fitting):
+    orders = [expected, *(_interleaved(expected, count) for count in heads if not len(expected) % (2 * count))]
+    if not any(same(file.read(n, expert), rows, file.tensors[n].tensor_type) for n in fitting for rows in orders):
         raise failed(name, f"{fitting[0]} has other values")
+
+
+def _interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Return the rows in the order that llama.cpp's Llama wants of queries and keys: the halves of each head in turn."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
 
 
 def same(values: Tensor, expected: Tensor, kind: Kind) -> bool:

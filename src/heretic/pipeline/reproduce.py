@@ -293,7 +293,7 @@ def _rebuild(
         quantization=plan.quantization,
         trust_remote_code=[checkpoint.model] if trust else [],
         chat_template=read_template(settings) or None,
-        readers=settings.ablation.readers,
+        readers=manifest.settings.ablation.readers,
         reporter=reporter,
     )
     form = FORMATS[settings.export_format]
