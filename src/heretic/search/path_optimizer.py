@@ -107,11 +107,19 @@ class PathOptimizer:
 
     def run(self, state: OptimizerState) -> list[PathPoint]:
         """Return all points. Raises Interrupted after a stop, RuntimeError if an operation has no backward pass."""
-        steps = self.settings.steps
         self._add_refusals(state)
-        with self.reporter.stage("Strengths by gradient", len(self.settings.weights) * steps) as stage:
-            stage.advance(state.steps)
-            while state.steps < self._last_step(state) and not state.converged:
+        steps, planned = self.settings.steps, len(self.settings.weights) * self.settings.steps
+        while state.steps < self._last_step(state) and not state.converged:
+            begin = 0 if state.steps < planned else state.steps - state.steps % steps
+            self._run_to(state, begin, begin + steps if begin else planned)
+        return state.points
+
+    def _run_to(self, state: OptimizerState, begin: int, end: int) -> None:
+        """Take the steps of a stage: those of the settings' weights, or of one extra weight."""
+        steps = self.settings.steps
+        with self.reporter.stage("Strengths by gradient", end - begin) as stage:
+            stage.advance(state.steps - begin)
+            while state.steps < end and not state.converged:
                 self.stop.check()
                 done = state.steps
                 reading = self.step(state)
@@ -123,7 +131,6 @@ class PathOptimizer:
                 loss = reading.kl + weight * reading.refusing
                 note = f"loss {loss:.3f}, KL {reading.kl:.3f}, refusal probability {reading.probability:.2f}"
                 stage.advance(state.steps - done, note=note)
-        return state.points
 
     def _prepare_next_weight(self, state: OptimizerState) -> None:
         """Mine refusals after a point, and add a larger weight if the last one left too many."""
