@@ -437,6 +437,17 @@ def test_points_that_leave_all_refusals_are_left_out_but_for_the_first_and_the_l
     assert [p.weight for p in found] == [0.5, 4.5, 6.75] and not refused
     found = optimizer(of, mine=lambda _: ([], 8)).run(begin(of))
     assert [p.weight for p in found] == [0.5, 2.0 * 1.5**path_optimizer.MAX_EXTRA_WEIGHTS]
+    assert found[0].probability == 1.0, "it refuses everything, in whatever words"
+
+
+def test_a_point_that_is_left_out_does_not_end_the_search(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier point may have a low probability of the words that were known then."""
+    monkeypatch.setattr(path_optimizer, "CONVERGED_REFUSALS", 1.0)
+    monkeypatch.setattr(path_optimizer, "MINE_BELOW", 1.0)
+    settings = SETTINGS.model_copy(update={"weights": [0.5, 1.0, 2.0]})
+    answers: list[tuple[list[MinedRefusals], int]] = [([(0, [5])], 4), ([], 8), ([], 0)]
+    found = optimizer(objective(llama), settings, mine=lambda _: answers.pop(0)).run(begin(objective(llama)))
+    assert [p.weight for p in found] == [0.5, 2.0]
 
 
 def test_a_stop_ends_it_between_steps(llama: Path) -> None:

@@ -7,7 +7,7 @@ section 3), but over strengths and a mixture of the layers' directions. Each wei
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ MIDDLE = (0.6, 0.85)  # the layers whose directions the mixture begins with, as 
 MAX_STRENGTH = 2.5  # of a single writer; 1 removes the direction, 2 mirrors it
 CONVERGED_REFUSALS = 0.005  # mean refusal probability below which the search ends
 STILL_REFUSED = 0.1  # share of refused prompts above which a larger weight is added
-NOTHING_GAINED = 0.9  # share above which a point is no use to the trials, if a stricter one follows
+NOTHING_GAINED = 0.9  # share above which a point is no use to the trials
 # Factor between extra weights, and their maximum number. A model with many wordings of a refusal changes to the next one at every
 # weight: Gemma 3 with the demo's guard needed 7 (dev/LOG.md).
 EXTRA_FACTOR, MAX_EXTRA_WEIGHTS = 1.5, 8
@@ -45,7 +45,7 @@ class OptimizerState:
     first_layer: int = 0  # nothing below it is edited
     points: list[PathPoint] = field(default_factory=list)
     extra_refusals: list[MinedRefusals] = field(default_factory=list)
-    has_new_refusals: bool = False  # mined at the last point
+    has_new_refusals: bool = False  # mined at the last point, or it gained nothing
     extra_weights: int = 0  # beyond those of the settings
     prompt_indices: list[int] = field(default_factory=list)  # of the refused prompts; empty: not known
     moments: dict[str, Tensor] = field(default_factory=dict)
@@ -141,8 +141,12 @@ class PathOptimizer:
         if at_end and (share is None or share > STILL_REFUSED):
             state.extra_weights += 1
             self.reporter.info("More than a tenth of the prompts are still refused. Continuing with a larger weight.")
-        if share is not None and share > NOTHING_GAINED and len(state.points) > 1:
-            state.points.pop()
+        if share is not None and share > NOTHING_GAINED:
+            # The first point stays as the gentle end of the path. Its refusals are in other words than those measured.
+            last = state.points.pop()
+            if not state.points:
+                state.points.append(replace(last, probability=share))
+            state.has_new_refusals = True
 
     def _last_step(self, state: OptimizerState) -> int:
         return (len(self.settings.weights) + state.extra_weights) * self.settings.steps
