@@ -221,7 +221,7 @@ def main() -> None:
     """Train, then measure the exported model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cache = Path.home() / ".cache" / "heretic" / "smollm2-135m-instruct"
-    parser.add_argument("--base", type=Path, default=cache, help="base model folder, built if missing (%(default)s)")
+    parser.add_argument("--base", type=Path, default=cache, help="base model folder; the default is built if it is missing (%(default)s)")
     parser.add_argument(
         "--name", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the adapter's name for the base model"
     )
@@ -239,6 +239,8 @@ def main() -> None:
     started = time.perf_counter()
     if args.base == cache:
         build_base(args.base)
+    elif not (args.base / "config.json").is_file():
+        parser.error(f"there is no model in {args.base}")
     train(args.base, args.out, args)
     print(f"trained in {time.perf_counter() - started:.0f} s", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
