@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import transformers
+from transformers import AutoModelForCausalLM
 
 from heretic.model.architecture import find_residual_writers
 from heretic.model.writer import ResidualWriter
 from tests.helpers.errors import raises
-from tests.tiny import tiny_model
+from tests.tiny import COMMON, tiny_model
 
 FIVE = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
 
@@ -38,6 +40,30 @@ def test_readers_are_found_in_every_layer(family: str, names: set[str]) -> None:
         scale = reader.scale()
         assert scale is not None and scale.shape == (32,)
         assert reader.component == ("attention_inputs" if "attn" in reader.name else "mlp_inputs")
+
+
+def test_other_blocks_have_readers_of_their_first_norm_and_of_the_others() -> None:
+    readers = {reader.name.split(".", 3)[-1]: reader.component for reader in readers_of("lfm2")}
+    first, others = {"conv.in_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, {"w1", "w3"}
+    assert readers == dict.fromkeys(first, "attention_inputs") | {f"feed_forward.{n}": "mlp_inputs" for n in others}
+
+
+def test_what_is_behind_an_inner_norm_is_a_writer_only() -> None:
+    """BitNet's output projections read norms as wide as the stream."""
+    config = transformers.BitNetConfig(**COMMON)
+    structure = find_residual_writers(AutoModelForCausalLM.from_config(config).eval(), readers=True)
+    names = [writer.name for writer in structure.writers]
+    assert len(names) == len(set(names)) and sum(w.reads_stream for w in structure.writers) == 5 * 4
+
+
+def test_weights_that_blocks_share_are_left_out() -> None:
+    config = transformers.ZambaConfig(
+        **{**COMMON, "num_key_value_heads": 4}, n_mamba_heads=2, mamba_d_state=8, use_mamba_kernels=False,
+        layers_block_type=["mamba", "hybrid"] * 2,
+    )  # fmt: skip
+    structure = find_residual_writers(AutoModelForCausalLM.from_config(config).eval(), readers=True)
+    readers = [writer for writer in structure.writers if writer.reads_stream]
+    assert readers and not any("shared" in reader.name for reader in readers)
 
 
 def test_olmo2_reads_without_a_norm() -> None:

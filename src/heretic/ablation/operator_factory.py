@@ -102,35 +102,28 @@ class OperatorFactory:
         return found
 
     def _of_vector(self, ablation: Ablation, writers: Sequence[ResidualWriter]) -> list[Operator]:
-        """Compute the operators of explicit directions where the weights are, which their statistics are products with."""
+        """Compute the operators of explicit directions, where the weights are if they are products with these."""
         raw = torch.as_tensor(ablation.vector).unflatten(0, (-1, self.directions.vectors.shape[-1]))
         scales = [1 if writer.reads_stream else self.scales.get(writer.name, 1) for writer in writers]
         vectors = [orthonormal(raw * scale)[0] for scale in scales]
         strengths = [torch.as_tensor(ablation.strength(writer), dtype=raw.dtype) for writer in writers]
-        known = [self.facts.get(writer.name) for writer in writers]
-        norms = [self._on_device_with(writer, facts) for writer, facts in zip(writers, known, strict=True)]
         mix = torch.eye(len(raw), dtype=raw.dtype)
-        if any(norm is None for norm in norms):
+        if GEOMETRIES[self.geometry].needs != "weight_stats":
             return [
-                self._reading(w, v, s) if w.reads_stream else self._operator(v, s, f, mix)
-                for w, v, s, f in zip(writers, vectors, strengths, known, strict=True)
+                self._reading(w, v, s) if w.reads_stream else self._operator(v, s, self.facts.get(w.name), mix)
+                for w, v, s in zip(writers, vectors, strengths, strict=True)
             ]
+        norms = {name: facts.norms for name, facts in self.facts.items() if isinstance(facts, WeightStats)}
+        factors = [self.scales[w.name] if w.reads_stream else norms[w.name] for w in writers]
         devices = [writer.device or torch.device("cpu") for writer in writers]
-        moved = to_devices([*vectors, *strengths, *(n for n in norms if n is not None)], [*devices, *devices, *devices])
-        count = len(writers)
-        found = []
-        for writer, v, s, d in zip(writers, moved[:count], moved[count : 2 * count], moved[2 * count :], strict=True):
-            if writer.reads_stream:
-                found.append(reading_operator(v, s, d, self.read(writer)))
-            else:
-                found.append(self._operator(v, s, stats_for_directions(v, self.read(writer), d), mix.to(v)))
-        return found
-
-    def _on_device_with(self, writer: ResidualWriter, facts: WeightStats | InputMap | None) -> Tensor | None:
-        """Return what an explicit vector's operator needs beside the weight: a reader's scale, or the weight's row norms."""
-        if writer.reads_stream:
-            return self.scales[writer.name]
-        return facts.norms if isinstance(facts, WeightStats) else None
+        moved = iter(to_devices([*vectors, *strengths, *factors], [*devices, *devices, *devices]))
+        vectors, strengths, factors = ([next(moved) for _ in writers] for _ in range(3))
+        return [
+            reading_operator(v, s, factor, self.read(w))
+            if w.reads_stream
+            else self._operator(v, s, stats_for_directions(v, self.read(w), factor), mix.to(v.device))
+            for w, v, s, factor in zip(writers, vectors, strengths, factors, strict=True)
+        ]
 
     def _reading(self, reader: ResidualWriter, vectors: Tensor, strength: float | Tensor) -> Operator:
         return reading_operator(vectors.squeeze(0), strength, self.scales[reader.name], self.read(reader))

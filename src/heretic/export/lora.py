@@ -126,7 +126,8 @@ def prepare(
             else f"run the study on the model that it was quantized from ({model.checkpoint.quantized_by})",
         )
     directions = max((len(torch.atleast_2d(o.u)) for o in operators.values()), default=1)
-    rank = settings.lora_rank if any(o.n is not None for o in operators.values()) else directions
+    scaled = any(o.n is not None for o in operators.values())
+    rank = max(settings.lora_rank, directions) if scaled else directions
     read = weight_reader(model)
     changes: dict[str, LowRankChange] = {}
     with reporter.stage("Computing the adapter", len(edited)) as stage:

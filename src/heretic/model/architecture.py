@@ -51,7 +51,7 @@ class ModelStructure:
     def components(self) -> tuple[str, ...]:
         """The components of this model's edited modules."""
         present = {w.component for w in self.writers}
-        return tuple(c for c in (*COMPONENTS, *READING.values()) if c in present)
+        return tuple(c for c in (*COMPONENTS, *READING) if c in present)
 
     @property
     def writing_components(self) -> tuple[str, ...]:
@@ -87,10 +87,11 @@ def find_residual_writers(model: PreTrainedModel, *, readers: bool = False) -> M
             where=f"blocks at '{prefix}', {len(blocks)} layers, width {width}",
             fix="add the names of its output projections to WRITER_NAMES in src/heretic/model/architecture.py",
         )
-    reading = find_readers(model, prefix, blocks, width) if readers else []
+    reading = find_readers(model, prefix, blocks, writers) if readers else []
     if readers and not reading:
         raise UserError(
-            f"heretic found no module in this model ({type(model).__name__}) that reads the stream through an RMS norm.",
+            f"heretic found no module in this model ({type(model).__name__}) that reads the stream through an RMS norm "
+            "with weights.",
             code="architecture-not-supported",
             where="ablation.readers",
             fix="ablation.readers = false",

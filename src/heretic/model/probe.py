@@ -80,6 +80,13 @@ def block_inputs(model: PreTrainedModel, blocks: nn.ModuleList) -> dict[int, Arg
     return calls
 
 
+def stream_of(inputs: Arguments) -> Tensor | None:
+    """Return the residual stream [rows, tokens, width] that a block with these arguments reads."""
+    args, kwargs = inputs
+    stream = args[0] if args else kwargs.get("hidden_states")
+    return stream if isinstance(stream, Tensor) else None
+
+
 def output_of(model: PreTrainedModel, blocks: nn.ModuleList, layer: int, inputs: Arguments, module: nn.Module) -> Any:
     """Return the output of a module inside a block in that pass; None if it is not called."""
     outputs: list[Any] = []
@@ -151,10 +158,9 @@ class _Runner:
 
     def is_silent_without(self, writers: Sequence[ResidualWriter]) -> bool:
         """Return whether the block returns its input, up to a factor, with its writers zero-ablated."""
-        args, kwargs = self.inputs
-        before = args[0] if args else kwargs.get("hidden_states")
+        before = stream_of(self.inputs)
         after = self([(module, zero_ablate) for w in writers for module in w.modules])
-        if not isinstance(before, Tensor) or before.shape != after.shape or before.ndim != 3:
+        if before is None or before.shape != after.shape or before.ndim != 3:
             return False
         before, after = before.to(after.device).float(), after.float()  # accelerate may move the input
         factor = (before * after).sum() / (before * before).sum()

@@ -182,7 +182,8 @@ class MemoryModel:
     ) -> DeviceMemory:
         shape, work, blocks = self.shape, self.work, len(runs.blocks)
         vectors = WRITERS * blocks * work.trials_per_batch(batch) * shape.hidden * FLOAT32
-        run = _Passes(PassMemory(shape, blocks, runs.embedding), work, runs.head, groups)
+        passes = PassMemory(shape, blocks, runs.embedding, readers=work.readers)
+        run = _Passes(passes, work, runs.head, groups)
         more = borrowed + (self.dequantized + self._converted(batch) if blocks else 0)
         captured = 0 if device.is_gpu else blocks * shape.hidden * FLOAT32 * min(batch, work.training)
         # Of quantized weights the numbers, scaled and rounded.
@@ -201,7 +202,9 @@ class MemoryModel:
             prefill=max(run.divergence(rows, trials), run.drafts(rows, trials)) + more,
             decoding=run.decoding(rows, trials) + more,
             verification=max(loading, run.verification(min(batch, work.most_prompts)) + more),
-            operators=vectors * (2 * work.directions + 1) + self._input_vectors(blocks, trials),  # u, w, n; a
+            operators=vectors * (2 * work.directions + 1)  # u, w, n; a
+            + self._input_vectors(blocks, trials)
+            + FLOAT32 * blocks * trials * work.directions * passes.reader_numbers,
             rounds=vectors * 2 * work.directions * work.rounds,
             headroom=headroom(device, holds.weights),
         )
@@ -251,7 +254,7 @@ class MemoryModel:
 
     def _input_vectors(self, blocks: int, trials: int) -> int:
         """Return the bytes of the vectors of operators that read the writers' inputs."""
-        return FLOAT32 * blocks * trials * self.work.directions * self._inputs if self.work.reads_inputs else 0
+        return FLOAT32 * blocks * trials * self.work.directions * self._inputs if self.work.needs_input_maps else 0
 
     def _gradient_rows(self, free: int, batch: int, *, on_cpu: bool) -> tuple[int, bool]:
         """Return the rows of a pass with gradients, and whether it needs gradient checkpointing."""
@@ -261,7 +264,8 @@ class MemoryModel:
         more = max(gradient_path.refusal_tokens, gradient_path.kl_tokens) - 1
         budget = int(SHARE_FOR_GRADIENTS * free)
         lengths = (self.work.prompt_tokens + more, self.work.tail + more)
-        rows, twice = rows_with_gradients(self.shape, budget, *lengths, on_cpu=on_cpu, inputs=self.work.reads_inputs)
+        hooks = {"inputs": self.work.needs_input_maps, "readers": self.work.readers}
+        rows, twice = rows_with_gradients(self.shape, budget, *lengths, on_cpu=on_cpu, **hooks)
         return min(rows, batch, gradient_path.batch), twice
 
     def _gradients(self, runs: DeviceShare, rows: int, borrowed: int, most: int, *, twice: bool) -> int:
@@ -270,7 +274,8 @@ class MemoryModel:
             return 0
         # A pass computes the shared prefix once, except with gradient checkpointing.
         shared = 0 if twice else work.shared_tokens
-        passes = PassMemory(self.shape, blocks, runs.embedding, self.shape.blocks - 1 in runs.blocks)
+        last = self.shape.blocks - 1 in runs.blocks
+        passes = PassMemory(self.shape, blocks, runs.embedding, last, work.readers)
         found = 0
         for places, per_logit in (
             (gradient_path.kl_tokens, DIVERGENCE_WITH_GRADIENTS),
@@ -280,7 +285,7 @@ class MemoryModel:
             groups = groups_in_turn(most, rows, taken.new)
             part = taken.part(groups)
             head = passes.head(part, part.count * places, TOKENS_PER_CHUNK, per_logit) if runs.head else 0
-            inputs = work.reads_inputs
+            inputs = work.needs_input_maps
             found = max(found, passes.gradients(taken, twice=twice, head=head, inputs=inputs, groups=groups))
         return found + self._converted(rows) + self.dequantized + borrowed
 

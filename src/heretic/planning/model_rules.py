@@ -67,7 +67,7 @@ def readers(facts: PreflightFacts) -> Iterator[Finding]:
     settings = facts.settings
     if settings.ablation.readers and settings.apply == "weights":
         yield Finding(
-            "failure", "ablation.readers", "A trial cannot rewrite what reads the stream.", 'apply = "operators"'
+            "failure", "ablation.readers", "heretic rewrites only what writes to the stream.", 'apply = "operators"'
         )
     if settings.ablation.readers and settings.search.start == "kernels":
         text = "Kernels have no strengths for what reads the stream."

@@ -59,6 +59,18 @@ class PassMemory:
     blocks: int
     embedding: bool = False  # the input embeddings stay until the pass ends
     last: bool = False  # it has the last block, of which a shared prefix needs the keys and values only
+    readers: bool = False  # operators are attached to the modules that read the stream, too
+
+    @property
+    def reader_numbers(self) -> int:
+        """Numbers in the vectors u and a of one block's readers, for one direction."""
+        dims = self.dims
+        return (dims.query + dims.cache_per_token + 2 * dims.intermediate + 5 * dims.hidden) * self.readers
+
+    @property
+    def _read(self) -> int:
+        """Outputs of the widest reader per token."""
+        return (1 + self.dims.fused) * self.dims.intermediate * self.readers
 
     def cache(self, rows: Rows) -> int:
         """Bytes of the keys and values of all tokens."""
@@ -91,6 +103,8 @@ class PassMemory:
                 element * ((1 + 2 * dims.fused) * dims.intermediate + 4 * stream) + hook,
                 element * (dims.attended + dims.query + keys + 3 * stream) + hook,
             ]
+        if hooked and self.readers:  # the same of a gate or up projection
+            moments.append(element * (2 * dims.intermediate + 3 * stream) + 3 * FLOAT32 * self._read)
         if used:
             # Scores and probabilities of all experts; of those used their weights, numbers, order and places.
             router = dims.experts * (element + FLOAT32) + used * (FLOAT32 + 3 * INT64)
@@ -170,16 +184,19 @@ class PassMemory:
         shared = Rows(groups, rows.shared)
         attention = self._saved_by_attention(rows) + (self._saved_by_attention(shared) if rows.shared else 0)
         elsewhere = self._saved_elsewhere(rows) + self._saved_elsewhere(shared)
-        elsewhere += element * (rows.new + shared.new) * (dims.attended + dims.intermediate) * inputs
+        read = (dims.attended + dims.intermediate) * inputs + 2 * dims.hidden * self.readers
+        elsewhere += element * (rows.new + shared.new) * read
         forward = element * (dims.intermediate + 5 * dims.hidden) + 3 * FLOAT32 * dims.hidden
         mlp = max(dims.intermediate, dims.experts_used * (dims.expert + dims.hidden))
         backward = element * (3 * mlp + 2 * dims.hidden + mlp * inputs) + FLOAT32 * dims.hidden
-        working = part.new * max(forward, backward) + self._positions(rows)
-        vectors = WRITERS * self.blocks * VECTORS_WITH_GRADIENTS * dims.hidden * FLOAT32
+        working = part.new * (max(forward, backward) + 3 * FLOAT32 * self._read) + self._positions(rows)
+        numbers = WRITERS * VECTORS_WITH_GRADIENTS * dims.hidden + 4 * self.reader_numbers  # u, a and their gradients
+        vectors = self.blocks * numbers * FLOAT32
         if twice:
             return vectors + starts + max(attention + elsewhere + working, head)
-        # The first block's attention has no operator before it, only norms after its writer need a gradient.
+        # The first block's attention has no operator before it but those of readers: only norms after its writer need a gradient.
         first = attention - (rows.new + shared.new) * FLOAT32 * (dims.normalized - 2 * dims.hidden)
+        first *= not self.readers
         unused = self.last * self._saved_elsewhere(shared)
         saved = self.blocks * (elsewhere + attention) - self.embedding * first - unused
         return vectors + saved + max(working, head)
@@ -197,7 +214,7 @@ class PassMemory:
 
 
 def rows_with_gradients(
-    dims: ModelDims, budget: int, tokens: int, own: int, *, on_cpu: bool, inputs: bool = False
+    dims: ModelDims, budget: int, tokens: int, own: int, *, on_cpu: bool, inputs: bool = False, readers: bool = False
 ) -> tuple[int, bool]:
     """Return the rows of a pass with gradients in `budget` bytes (at least 1), and whether it needs gradient checkpointing.
 
@@ -208,8 +225,9 @@ def rows_with_gradients(
         own: of these, the tokens after the shared prefix.
         on_cpu: whether the model runs on the CPU.
         inputs: whether operators read the writers' inputs.
+        readers: whether readers have operators.
     """
-    memory = PassMemory(dims, dims.blocks)
+    memory = PassMemory(dims, dims.blocks, readers=readers)
 
     def row(twice: bool) -> int:
         return memory.gradients(Rows(1, tokens), twice=twice, inputs=inputs)

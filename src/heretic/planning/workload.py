@@ -58,6 +58,7 @@ class Workload:
     needs_weight_stats: bool = True  # of the geometry
     needs_input_maps: bool = False  # likewise
     reads_inputs: bool = False  # whether operators read the inputs of edited modules
+    readers: bool = False  # whether those that read the stream are edited
     gradient_search: GradientSearchWorkload | None = None
 
     @classmethod
@@ -82,6 +83,7 @@ class Workload:
             needs_weight_stats=geometry.needs == "weight_stats",
             needs_input_maps=geometry.reads_inputs,
             reads_inputs=geometry.reads_inputs or settings.ablation.readers,
+            readers=settings.ablation.readers,
             gradient_search=None if settings.search.start == "kernels" else gradient_path,
         )
 

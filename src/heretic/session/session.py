@@ -232,6 +232,9 @@ def _load_language_model(
         reporter=reporter,
     )
     language_model.graphs.enabled = settings.decoding_graphs
+    if readers := [w.name for w in language_model.structure.writers if w.reads_stream]:
+        kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in readers))
+        reporter.info(f"heretic also edits {len(readers)} modules that read the stream: {kinds}.")
     if names := language_model.structure.unrecognized:
         reporter.warning(
             f"{len(names)} modules are named like output projections but do not affect the residual stream as expected. "

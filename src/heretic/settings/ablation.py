@@ -96,8 +96,8 @@ class AblationSettings(SettingsModel):
     )
     readers: bool = setting(
         False,
-        "Edit also what reads the stream through an RMS norm (query, key, value, gate and up projections), each with a "
-        "strength of its own: the direction is taken out of its input (docs/how.md).",
+        "Edit also what reads the stream through an RMS norm (query, key, value, gate and up projections; not of experts), "
+        "with strengths of its own: the direction is taken out of its input (docs/how.md).",
         when=(
             "Try it if the KL is too high at few refusals. Trials take a little longer, an export changes more tensors. It needs "
             '`apply = "operators"`.'
