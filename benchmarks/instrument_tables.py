@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from results_tables import DEMO, QWEN, SAME, Report, captioned, counted, read, unique
+from results_tables import DEMO, GEMMA, QWEN, SAME, Report, captioned, counted, read, unique
 
 TOOLS = {
     "original": "original",
@@ -17,6 +17,7 @@ TOOLS = {
     "temaq": "temaq-abliterated 1.1.1",
     "ours": "heretic",
     "ours, conditional": "heretic, `conditional`",
+    "ours, readers": "heretic, `readers`",
 }
 NAMES = {"heretic-llm, batch size 32 x3": "heretic-llm (three times the time)"}  # in the last column
 PEERS = tuple(tool for tool in TOOLS if tool != "original" and not tool.startswith("ours"))
@@ -176,7 +177,7 @@ def table_of(model: str, source: str, shortened: bool = False) -> str:
         "harmless prompts"
     )
     return captioned(
-        lines, "instrument", model={"guarded-model": DEMO}.get(model, QWEN), settings=settings,
+        lines, "instrument", model={"guarded-model": DEMO, "gemma-3-270m-guarded": GEMMA}.get(model, QWEN), settings=settings,
         command="`python benchmarks/instrument.py ASSETS`",
     )  # fmt: skip
 
@@ -208,6 +209,11 @@ def ahead(measure: Measure, found: dict[str, list[Report]]) -> str:
 def qwen() -> str:
     """Return the table of Qwen."""
     return table_of("qwen2.5-coder-0.5b-instruct", "HarmBench", shortened=True)
+
+
+def gemma() -> str:
+    """Return the table of Gemma with a guard."""
+    return table_of("gemma-3-270m-guarded", "on cooking", shortened=True)
 
 
 def demo() -> str:

@@ -26,7 +26,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "instrument_qwen": instrument_tables.qwen,
     "instrument_demo": instrument_tables.demo,
     "held_out": tables.held_out,
-    "held_out_demo": tables.held_out_demo,
     "methods": tables.methods,
     "versus": tables.versus,
     "convergence": tables.convergence,

@@ -14,6 +14,7 @@ from heretic.scoring.interval import wilson
 
 RESULTS = Path(__file__).parent / "results"
 QWEN, DEMO = "Qwen2.5-Coder-0.5B-Instruct", "Demo model (SmolLM2-135M-Instruct, guarded)"
+GEMMA = "Gemma 3 270M (pretrained, guarded)"
 MODELS = {"qwen2.5-coder-0.5b-instruct": QWEN, "guarded-model": DEMO}
 SYSTEM_PROMPT = " --set 'system_prompt=You are a helpful assistant.'"
 # What all searches of quality.py, peer.py and versus_heretic.py change of the defaults.
@@ -158,24 +159,6 @@ def held_out() -> str:
         command="`python benchmarks/quality.py ASSETS --methods free --count 10 30`, "
         "`python benchmarks/peer.py ASSETS --trials 30`",
         settings=f"{SHORT}; 50 + 50 held-out prompts, of which the original refuses 21",
-    )  # fmt: skip
-
-
-def held_out_demo() -> str:
-    """Return the same for the guarded demo model."""
-    rows = [
-        FRONT_HEAD,
-        searched("quality_demo_trials", 0, "30"),
-        folders("quality_demo_trials", "heretic-llm, 30 trials, seed 0", 0, 30, "peer_demo_30"),
-        folders("quality_demo", "heretic-llm, 100 trials", 0, 100, "peer_demo"),
-        searched("quality_demo_trials", 1, "30"),
-        folders("quality_demo_trials", "heretic-llm, 30 trials, seed 1", 1, 30, "peer_demo_30"),
-    ]
-    return captioned(
-        rows, "quality_demo_trials", "quality_demo", "peer_demo_30", "peer_demo",
-        hardware="A core of an AMD EPYC a search",
-        command="Commands as above with `30 --model guarded-model --evaluation 37`",
-        settings=f"{SAME}, 37 + 37 held-out prompts, all refused before",
     )  # fmt: skip
 
 

@@ -54,7 +54,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "default"), help="number format of both studies, or each tool's own"
+        "--dtype",
+        default="float32",
+        choices=("float32", "default"),
+        help="number format of both studies, or each tool's own",
     )
     parser.add_argument("--batch-size", type=int, help="of heretic-llm, instead of its search for one")
     parser.add_argument("--train", type=int, default=100, help="prompts of each kind for the direction")
