@@ -221,10 +221,13 @@ def main() -> None:
     """Train, then measure the exported model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cache = Path.home() / ".cache" / "heretic" / "smollm2-135m-instruct"
-    parser.add_argument("--base", type=Path, default=cache, help="base model folder; the default is built if it is missing (%(default)s)")
     parser.add_argument(
-        "--name", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the adapter's name for the base model"
+        "--base",
+        type=Path,
+        default=cache,
+        help="base model folder; the default is built if it is missing (%(default)s)",
     )
+    parser.add_argument("--name", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="name in the adapter")
     parser.add_argument("--out", type=Path, default=GUARD, help="folder for the adapter (%(default)s)")
     parser.add_argument("--merged", type=Path, help="folder for the guarded model; without it none is kept")
     parser.add_argument("--steps", type=int, default=120)
