@@ -18,6 +18,7 @@ TOOLS = {
     "ours": "heretic",
     "ours, conditional": "heretic, `conditional`",
     "ours, readers": "heretic, `readers`",
+    "ours, norm_aware off": "heretic, `norm_aware` off",
 }
 NAMES = {"heretic-llm, batch size 32 x3": "heretic-llm (three times the time)"}  # in the last column
 PEERS = tuple(tool for tool in TOOLS if tool != "original" and not tool.startswith("ours"))
@@ -153,7 +154,7 @@ def short() -> str:
     )  # fmt: skip
 
 
-def table_of(model: str, source: str, shortened: bool = False) -> str:
+def table_of(model: str, source: str, shortened: bool = False, measures: Sequence[Measure] = MEASURES) -> str:
     """Return the table of a model with its caption, or with what in it differs from the first table's."""
     report = read("instrument")
     rows = [row for row in report["rows"] if row["model"] == model]
@@ -161,7 +162,7 @@ def table_of(model: str, source: str, shortened: bool = False) -> str:
     found = {tool: sorted(each, key=lambda row: row["seed"] or 0) for tool, each in found.items() if each}
     peers = [tool for tool in PEERS if tool in found]
     lines = [("", *(TOOLS[tool] for tool in found), *["better than heretic"][: len(peers)])]
-    for measure in MEASURES:
+    for measure in measures:
         cells = [joined(measure, found[tool]) for tool in found]
         lines.append((measure.title, *cells, *[ahead(measure, found)][: len(peers)]))
     how = rows[0]["how"]
@@ -213,7 +214,9 @@ def qwen() -> str:
 
 def gemma() -> str:
     """Return the table of Gemma with a guard."""
-    return table_of("gemma-3-270m-guarded", "on cooking", shortened=True)
+    few = ("refusals_by_length.256", "unanswered", KL, "unchanged", "text_perplexity")
+    measures = [measure for measure in MEASURES if measure.compared in few]
+    return table_of("gemma-3-270m-guarded", "on cooking", shortened=True, measures=measures)
 
 
 def demo() -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
 from heretic.model.architecture import find_residual_writers
+from heretic.model.reader import reordered
 from heretic.model.writer import ResidualWriter
 from tests.helpers.errors import raises
 from tests.tiny import COMMON, tiny_model
@@ -54,6 +56,26 @@ def test_what_is_behind_an_inner_norm_is_a_writer_only() -> None:
     structure = find_residual_writers(AutoModelForCausalLM.from_config(config).eval(), readers=True)
     names = [writer.name for writer in structure.writers]
     assert len(names) == len(set(names)) and sum(w.reads_stream for w in structure.writers) == 5 * 4
+
+
+def test_a_norm_with_a_gate_has_no_readers() -> None:
+    """Its output is not S x / rms(x), so the edit would be another one."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        norm = layer.input_layernorm
+        norm.register_parameter("gate", torch.nn.Parameter(torch.randn(32)))
+        plain = norm.forward
+        norm.forward = lambda x, plain=plain, norm=norm: plain(x) * torch.sigmoid(norm.gate * x)
+    readers = [w for w in find_residual_writers(model, readers=True).writers if w.reads_stream]
+    assert {reader.name.split(".")[-1] for reader in readers} == {"gate_proj", "up_proj"}
+
+
+def test_rows_that_gguf_files_reorder_are_named() -> None:
+    def name(family: str) -> str:
+        return reordered(find_residual_writers(tiny_model(family), readers=True).writers)
+
+    assert [name(family) for family in ("llama", "phi3", "mixtral")] == ["", "", ""]
+    assert name("granitemoehybrid").endswith("mamba.in_proj") and name("lfm2")
 
 
 def test_weights_that_blocks_share_are_left_out() -> None:

@@ -121,7 +121,9 @@ class OperatorFactory:
         return [
             reading_operator(v, s, factor, self.read(w))
             if w.reads_stream
-            else self._operator(v, s, stats_for_directions(v, self.read(w), factor), mix.to(v.device))
+            else self._operator(
+                v, s, stats_for_directions(v, self.read(w), factor), torch.eye(len(v), dtype=v.dtype, device=v.device)
+            )
             for w, v, s, factor in zip(writers, vectors, strengths, factors, strict=True)
         ]
 

@@ -87,7 +87,7 @@ def find_residual_writers(model: PreTrainedModel, *, readers: bool = False) -> M
             where=f"blocks at '{prefix}', {len(blocks)} layers, width {width}",
             fix="add the names of its output projections to WRITER_NAMES in src/heretic/model/architecture.py",
         )
-    reading = find_readers(model, prefix, blocks, writers) if readers else []
+    reading = find_readers(model, prefix, blocks, width, writers) if readers else []
     if readers and not reading:
         raise UserError(
             f"heretic found no module in this model ({type(model).__name__}) that reads the stream through an RMS norm "

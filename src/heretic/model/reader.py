@@ -16,36 +16,55 @@ from transformers import PreTrainedModel
 
 from heretic.model.patching import forward_hooks
 from heretic.model.probe import Arguments, block_inputs, stream_of, zero_ablate
-from heretic.model.writer import ResidualWriter, output_width
+from heretic.model.writer import ResidualWriter, output_width, scale_of
 
 READING = ("attention_inputs", "mlp_inputs")  # components: readers of a block's first norm, and those of the others
+IN_ORDER = {
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+}  # names that GGUF files keep whole
+SAME = 2e-2  # relative difference that counts as rounding in half precision
 CHOOSING = {"gate", "router", "shared_expert_gate", "indexer", "compressor"}  # parts of the names of what chooses
 
 
 @torch.inference_mode()
 def find_readers(
-    model: PreTrainedModel, prefix: str, blocks: nn.ModuleList, writers: Sequence[ResidualWriter]
+    model: PreTrainedModel, prefix: str, blocks: nn.ModuleList, width: int, writers: Sequence[ResidualWriter]
 ) -> list[ResidualWriter]:
     """Run every block once on a few tokens, and return its readers. Weights that several blocks share are left out."""
     inputs = block_inputs(model, blocks)
     found: list[ResidualWriter] = []
     for layer, block in enumerate(blocks):
         if layer in inputs:
-            found += _readers_in(block, layer, f"{prefix}.{layer}", writers, inputs[layer])
+            found += _readers_in(block, layer, f"{prefix}.{layer}", width, writers, inputs[layer])
     uses = Counter(id(m.weight) for block in blocks for m in block.modules() if output_width(m))
     return [reader for reader in found if uses[id(reader.module.weight)] == 1]
 
 
 def _readers_in(
-    block: nn.Module, layer: int, name: str, writers: Sequence[ResidualWriter], inputs: Arguments
+    block: nn.Module, layer: int, name: str, width: int, writers: Sequence[ResidualWriter], inputs: Arguments
 ) -> list[ResidualWriter]:
     modules = dict(block.named_modules())
+    norms = [path for path, module in modules.items() if "RMSNorm" in type(module).__name__]
+    modules = {path: m for path, m in modules.items() if not any(path.startswith(f"{norm}.") for norm in norms)}
     own = {module for writer in writers for module in writer.modules}
     normed: dict[nn.Module, Tensor] = {}  # outputs of the norms of the stream, in order
     read: dict[str, nn.Module] = {}  # the norm by path of reader
 
     def record(norm: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        if given and isinstance(output, Tensor) and _is_stream(given[0], stream_of(inputs)):
+        stream = stream_of(inputs)
+        if stream is None or not given or not isinstance(given[0], Tensor) or not isinstance(output, Tensor):
+            return
+        if (
+            given[0].shape[-1] == width == output.shape[-1]
+            and _proportional(given[0], stream)
+            and _is_plain(norm, *given)
+        ):
             normed[norm] = output
 
     def compare(path: str) -> Callable[..., None]:
@@ -61,7 +80,7 @@ def _readers_in(
         (module, zero_ablate) for module in own & set(modules.values())
     ]
     for path, module in modules.items():
-        if "RMSNorm" in type(module).__name__ and any(True for _ in module.parameters()):
+        if path in norms:
             hooks.append((module, record))
         elif output_width(module) and module not in own and not CHOOSING & set(path.split(".")):
             hooks.append((module, compare(path)))
@@ -75,11 +94,25 @@ def _readers_in(
     ]
 
 
-def _is_stream(given: Any, stream: Tensor | None) -> bool:
-    """Return whether a norm's input is the block's."""
-    if not isinstance(given, Tensor) or stream is None or given.numel() != stream.numel():
+def _is_plain(norm: nn.Module, given: Tensor, *_: Any) -> bool:
+    """Return whether a norm with weights S returns S x / rms(x), without anything else such as a gate."""
+    scale = scale_of(norm)
+    return scale is not None and _proportional(norm.forward(given), scale * given.float())
+
+
+def _proportional(a: Tensor, b: Tensor) -> bool:
+    """Return whether tensors are equal at every token, up to a factor."""
+    if a.numel() != b.numel():
         return False
-    return torch.allclose(given.reshape(stream.shape).float(), stream.to(given.device).float(), rtol=1e-2, atol=1e-4)
+    a = a.reshape(b.shape).float()
+    b = b.to(a.device).float()
+    factor = (a * b).sum(-1, keepdim=True) / (b * b).sum(-1, keepdim=True).clamp_min(1e-30)
+    return bool(((a - factor * b).norm(dim=-1) <= SAME * a.norm(dim=-1)).all())
+
+
+def reordered(writers: Sequence[ResidualWriter]) -> str:
+    """Return the name of a reader whose rows a GGUF file splits or reorders, so that they cannot be verified; "" without one."""
+    return next((w.name for w in writers if w.reads_stream and w.name.rpartition(".")[2] not in IN_ORDER), "")
 
 
 def _same_memory(output: Tensor, given: Tensor) -> bool:

@@ -120,7 +120,7 @@ class ResidualWriter:
         It is the norm's output for ones, since some norms add 1 to the stored weight. None without a norm.
         """
         norms = self.norms if self.input_norm is None else (self.input_norm,)
-        scales = [scale for norm in norms if (scale := _scale(norm)) is not None]
+        scales = [scale for norm in norms if (scale := scale_of(norm)) is not None]
         return torch.stack(scales).prod(dim=0) if scales else None
 
 
@@ -139,8 +139,8 @@ def linear_parts(name: str, module: nn.Module) -> tuple[Part, ...]:
     return (weight, Part(f"{name}.bias", module, "bias", is_bias=True)) if has_bias else (weight,)
 
 
-def _scale(norm: nn.Module) -> Tensor | None:
-    """Effective weight of a norm; None without one."""
+def scale_of(norm: nn.Module) -> Tensor | None:
+    """Return the effective weight [width] of a norm in float32; None without one."""
     stored = next(norm.parameters(), None)
     if stored is None:
         return None

@@ -67,7 +67,9 @@ def run_gradient_search(
                 found.save(study)
                 gradient_path = found
     if gradient_path.failure_reason:
-        session.context.batcher.reporter.warning(f"The search starts with kernels: {gradient_path.failure_reason}")
+        without = " What reads the stream is not edited." if settings.ablation.readers else ""
+        reason = f"The search starts with kernels: {gradient_path.failure_reason}{without}"
+        session.context.batcher.reporter.warning(reason)
     return gradient_path
 
 

@@ -30,6 +30,7 @@ from heretic.model.decoding import decoded_by_generate
 from heretic.model.forward import padding_sensitive, supports_prefix_caching
 from heretic.model.lazy_tensor import LazyTensor
 from heretic.model.loading import LanguageModel, load
+from heretic.model.reader import reordered
 from heretic.model.response_prefix import AnswerStart
 from heretic.model.template import read_template
 from heretic.planning.memory_plan import LoadPlan
@@ -234,6 +235,13 @@ def _load_language_model(
     language_model.graphs.enabled = settings.decoding_graphs
     if readers := [w.name for w in language_model.structure.writers if w.reads_stream]:
         kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in readers))
+        if settings.export_format == "gguf" and (name := reordered(language_model.structure.writers)):
+            raise UserError(
+                f"GGUF files split or reorder the rows of {name}, which heretic could not verify.",
+                code="export-format-not-supported",
+                where="ablation.readers",
+                fix='export_format = "full", or ablation.readers = false',
+            )
         reporter.info(f"heretic also edits {len(readers)} modules that read the stream: {kinds}.")
     if names := language_model.structure.unrecognized:
         reporter.warning(

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 MANY_LEFT = 0.5  # share of the original's refusals
-STILL_REFUSED = 'Try more varied harmful_train prompts, directions.iterative_rounds = 1 or search.start = "kernels".'
+STILL_REFUSED = (
+    "It still leaves more than half as many requests unanswered as the original refuses. "
+    "Try more varied harmful_train prompts, or directions.iterative_rounds = 1."
+)
 
 
 def show_outcome(console: Console, outcome: Outcome, *, with_pareto_front: bool = True) -> None:
@@ -45,8 +48,8 @@ def show_outcome(console: Console, outcome: Outcome, *, with_pareto_front: bool 
         console.print("No trial left a usable model. Try other settings, such as another search.max_weight.")
         return
     console.print(f"Selected: trial {outcome.selected.number}, {escape_terminal(outcome.reason)}.", soft_wrap=True)
-    if outcome.original_refusals and outcome.selected.scores.refusals > MANY_LEFT * outcome.original_refusals:
-        console.print(f"It still refuses most requests. {STILL_REFUSED}", soft_wrap=True, markup=False)
+    if outcome.original_refusals and outcome.selected.scores.unanswered > MANY_LEFT * outcome.original_refusals:
+        console.print(STILL_REFUSED, soft_wrap=True, markup=False)
     report = outcome.folder.path / REPORT
     if report.is_file():
         console.print(f"Report: {escape_terminal(str(report))}", soft_wrap=True)
