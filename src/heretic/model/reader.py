@@ -19,15 +19,8 @@ from heretic.model.probe import Arguments, block_inputs, stream_of, zero_ablate
 from heretic.model.writer import ResidualWriter, output_width, scale_of
 
 READING = ("attention_inputs", "mlp_inputs")  # components: readers of a block's first norm, and those of the others
-IN_ORDER = {
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "qkv_proj",
-    "gate_proj",
-    "up_proj",
-    "gate_up_proj",
-}  # names that GGUF files keep whole
+# Names of readers whose rows GGUF files keep whole.
+IN_ORDER = {"q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj"}
 SAME = 2e-2  # relative difference that counts as rounding in half precision
 CHOOSING = {"gate", "router", "shared_expert_gate", "indexer", "compressor"}  # parts of the names of what chooses
 
