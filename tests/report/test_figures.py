@@ -57,3 +57,8 @@ def test_kinds_of_requests() -> None:
 def test_text_is_no_markup() -> None:
     assert figures.escaped("<a href='x'>&") == "&lt;a href='x'&gt;&amp;"
     assert "<b>" not in str(figures.of_phases({"Loading <b>x</b>": 3.0}))
+
+
+def test_numbers_that_round_to_infinity_are_left_out() -> None:
+    assert figures.short(0.123456) == 0.1235
+    assert [figures.short(n) for n in (1.7975000000000001e308, math.inf, math.nan)] == [None] * 3

@@ -74,7 +74,7 @@ def of_progress(numbers: Sequence[int], hypervolume: Sequence[float]) -> Figure:
         "type": "scatter",
         "mode": "lines",
         "x": list(numbers),
-        "y": [_short(v) for v in hypervolume],
+        "y": [short(v) for v in hypervolume],
         "line": {"shape": "hv", "color": BLUE, "width": 2},
         "fill": "tozeroy",
         "fillcolor": "rgba(59, 130, 196, 0.15)",
@@ -91,7 +91,7 @@ def of_strengths(strengths: Mapping[str, Sequence[float]]) -> Figure:
             "type": "bar",
             "name": component,
             "x": list(range(len(profile))),
-            "y": [_short(s) for s in profile],
+            "y": [short(s) for s in profile],
             "marker": {"color": COMPONENT_COLORS[i % len(COMPONENT_COLORS)]},
             "hovertemplate": f"{component}, layer %{{x}}: %{{y:.3f}}<extra></extra>",
         }
@@ -109,7 +109,7 @@ def of_divergences(per_prompt: Sequence[float], marks: Mapping[str, float]) -> F
     spans = [f"{10**a:.2g} to {10**b:.2g}" for a, b in itertools.pairwise(edges)]
     bars = {
         "type": "bar",
-        "x": [_short(x) for x in (edges[:-1] + edges[1:]) / 2],
+        "x": [short(x) for x in (edges[:-1] + edges[1:]) / 2],
         "y": counts.tolist(),
         "text": spans,
         "textposition": "none",
@@ -186,7 +186,7 @@ def of_importances(importances: Mapping[str, Mapping[str, float]]) -> Figure:
             "orientation": "h",
             "name": goal,
             "y": order,
-            "x": [_short(shares.get(name, 0.0)) for name in order],
+            "x": [short(shares.get(name, 0.0)) for name in order],
             "marker": {"color": color},
             "hovertemplate": "%{y}: %{x:.0%} (" + goal + ")<extra></extra>",
         }
@@ -206,7 +206,7 @@ def of_phases(seconds: Mapping[str, float]) -> Figure:
         "type": "bar",
         "orientation": "h",
         "y": [name if len(name) < 60 else f"{name[:57]}…" for name in map(escaped, order)],
-        "x": [_short(seconds[name]) for name in order],
+        "x": [short(seconds[name]) for name in order],
         "marker": {"color": BLUE},
         "hovertemplate": "%{y}: %{x:.1f} s<extra></extra>",
     }
@@ -225,8 +225,8 @@ def escaped(text: str) -> str:
 
 
 def _dots(name: str, points: Sequence[tuple[float, float]], *, logarithmic: bool) -> Figure:
-    x = [_short(max(value, SMALLEST_KL) if logarithmic else value) for value, _ in points]
-    y = [_short(value) for _, value in points]
+    x = [short(max(value, SMALLEST_KL) if logarithmic else value) for value, _ in points]
+    y = [short(value) for _, value in points]
     return {"type": "scatter", "mode": "markers", "name": name, "x": x, "y": y, "cliponaxis": False}
 
 
@@ -246,6 +246,7 @@ def _horizontal_line(height: float) -> Figure:
     return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": height, "y1": height, "line": line}
 
 
-def _short(number: float) -> float | None:
-    """Round to four digits; None for what is not finite."""
-    return float(f"{float(number):.4g}") if math.isfinite(number) else None
+def short(number: float) -> float | None:
+    """Round to four digits; None for what is not finite, also not after rounding."""
+    rounded = float(f"{float(number):.4g}")
+    return rounded if math.isfinite(rounded) else None

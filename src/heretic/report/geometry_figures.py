@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from heretic.ablation.residual_geometry import ResidualGeometry
-from heretic.report.figures import BLUE, GREEN, ORANGE, RED, Figure, layer_axis
+from heretic.report.figures import BLUE, GREEN, ORANGE, RED, Figure, layer_axis, short
 from heretic.scoring.direction_effects import DirectionEffects
 
 SECOND_AXIS = {"overlaying": "y", "side": "right", "showgrid": False, "tickmode": "auto", "rangemode": "tozero"}
@@ -121,4 +120,4 @@ def _line(name: str, values: Sequence[float], color: str) -> Figure:
 
 
 def _short(numbers: Sequence[float]) -> list[float | None]:
-    return [float(f"{n:.4g}") if math.isfinite(n) else None for n in numbers]
+    return [short(n) for n in numbers]
