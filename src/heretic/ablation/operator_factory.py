@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from heretic.model.lazy_tensor import LazyTensor
 from heretic.model.transfer import to_devices
 from heretic.progress import NULL_REPORTER, ProgressReporter
 
+Facts = WeightStats | InputMap | Tensor
+
 
 @dataclass(frozen=True)
 class OperatorFactory:
@@ -32,8 +35,10 @@ class OperatorFactory:
     directions: Directions
     writers: tuple[ResidualWriter, ...]
     geometry: str
-    facts: Mapping[str, WeightStats | InputMap]  # that the geometry needs, by writer
-    scales: Mapping[str, Tensor]  # S [width] by writer, of the norm after it; by reader, of the norm before it
+    facts: Mapping[
+        str, Facts
+    ]  # that the geometry needs, by writer; by reader the weight S [width] of the norm before it
+    scales: Mapping[str, Tensor]  # S [width] by writer, of the norm after it
     # Reads a writer's matrices [width, inputs], also if the module does not hold them.
     read: Callable[[ResidualWriter], Sequence[LazyTensor]] = field(
         default=ResidualWriter.weights, repr=False, compare=False
@@ -57,12 +62,14 @@ class OperatorFactory:
         have one, for a geometry that needs them.
         """
         form = GEOMETRIES[geometry]
-        facts: dict[str, WeightStats | InputMap] = {**(input_maps or {})} if form.reads_inputs else {}
-        scales = {w.name: s.cpu() for w in writers if (norm_aware or w.reads_stream) and (s := w.scale()) is not None}
+        facts: dict[str, Facts] = {**(input_maps or {})} if form.reads_inputs else {}
+        readers = [writer for writer in writers if writer.reads_stream]
+        others = [writer for writer in writers if not writer.reads_stream]
+        facts |= {r.name: s.cpu() for r in readers if (s := r.scale()) is not None}
+        scales = {w.name: s.cpu() for w in others if norm_aware and (s := w.scale()) is not None}
         if form.needs == "weight_stats":
-            edited = [writer for writer in writers if not writer.reads_stream]
-            with reporter.stage("Weight statistics", len(edited)) as stage:
-                for writer in edited:
+            with reporter.stage("Weight statistics", len(others)) as stage:
+                for writer in others:
                     scaled_directions = directions.all_directions.flatten(0, 1) * scales.get(writer.name, 1)
                     facts[writer.name] = weight_statistics(read(writer), scaled_directions).to("cpu")
                     stage.advance()
@@ -91,48 +98,39 @@ class OperatorFactory:
             return dict(zip((writer.name for writer in writers), operators, strict=True))
         found = {}
         for writer in writers:
-            layers, strength = self._mix(ablation, writer), ablation.strength(writer)
-            if writer.reads_stream:
-                found[writer.name] = self._reading(writer, orthonormal(self.directions.mixed_at(layers))[0], strength)
-                continue
+            layers = self._mix(ablation, writer)
             scaled = self.directions.mixed_at(layers) * self.scales.get(writer.name, 1)
             vectors, turned = orthonormal(scaled)
             mix = torch.einsum("ij,l->ilj", turned, layers).flatten(1)
-            found[writer.name] = self._operator(vectors, strength, self.facts.get(writer.name), mix)
+            facts = self.facts.get(writer.name)
+            found[writer.name] = self._operator(writer, vectors, ablation.strength(writer), facts, mix)
         return found
 
     def _of_vector(self, ablation: Ablation, writers: Sequence[ResidualWriter]) -> list[Operator]:
         """Compute the operators of explicit directions, where the weights are if they are products with these."""
         raw = torch.as_tensor(ablation.vector).unflatten(0, (-1, self.directions.vectors.shape[-1]))
-        scales = [1 if writer.reads_stream else self.scales.get(writer.name, 1) for writer in writers]
-        vectors = [orthonormal(raw * scale)[0] for scale in scales]
+        vectors = [orthonormal(raw * self.scales.get(writer.name, 1))[0] for writer in writers]
         strengths = [torch.as_tensor(ablation.strength(writer), dtype=raw.dtype) for writer in writers]
-        mix = torch.eye(len(raw), dtype=raw.dtype)
-        if GEOMETRIES[self.geometry].needs != "weight_stats":
-            return [
-                self._reading(w, v, s) if w.reads_stream else self._operator(v, s, self.facts.get(w.name), mix)
-                for w, v, s in zip(writers, vectors, strengths, strict=True)
+        known = [self.facts.get(writer.name) for writer in writers]
+        if GEOMETRIES[self.geometry].needs == "weight_stats":
+            factors = [cast(Tensor, facts.norms if isinstance(facts, WeightStats) else facts) for facts in known]
+            devices = [writer.device or torch.device("cpu") for writer in writers]
+            moved = iter(to_devices([*vectors, *strengths, *factors], [*devices, *devices, *devices]))
+            vectors, strengths, factors = ([next(moved) for _ in writers] for _ in range(3))
+            known = [
+                f if writer.reads_stream else stats_for_directions(v, self.read(writer), f)
+                for writer, v, f in zip(writers, vectors, factors, strict=True)
             ]
-        norms = {name: facts.norms for name, facts in self.facts.items() if isinstance(facts, WeightStats)}
-        factors = [self.scales[w.name] if w.reads_stream else norms[w.name] for w in writers]
-        devices = [writer.device or torch.device("cpu") for writer in writers]
-        moved = iter(to_devices([*vectors, *strengths, *factors], [*devices, *devices, *devices]))
-        vectors, strengths, factors = ([next(moved) for _ in writers] for _ in range(3))
         return [
-            reading_operator(v, s, factor, self.read(w))
-            if w.reads_stream
-            else self._operator(
-                v, s, stats_for_directions(v, self.read(w), factor), torch.eye(len(v), dtype=v.dtype, device=v.device)
-            )
-            for w, v, s, factor in zip(writers, vectors, strengths, factors, strict=True)
+            self._operator(writer, v, s, f, torch.eye(len(v), dtype=v.dtype, device=v.device))
+            for writer, v, s, f in zip(writers, vectors, strengths, known, strict=True)
         ]
 
-    def _reading(self, reader: ResidualWriter, vectors: Tensor, strength: float | Tensor) -> Operator:
-        return reading_operator(vectors.squeeze(0), strength, self.scales[reader.name], self.read(reader))
-
     def _operator(
-        self, vectors: Tensor, strength: float | Tensor, facts: WeightStats | InputMap | None, mix: Tensor
+        self, writer: ResidualWriter, vectors: Tensor, strength: float | Tensor, facts: Facts | None, mix: Tensor
     ) -> Operator:
+        if isinstance(facts, Tensor):
+            return reading_operator(vectors.squeeze(0), strength, facts, self.read(writer))
         geometry = GEOMETRIES[self.geometry if facts else "plain"]
         return geometry(vectors.squeeze(0), strength, facts, mix.squeeze(0))
 

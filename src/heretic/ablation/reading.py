@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from heretic.ablation.operator import Operator
-from heretic.ablation.weight_stats import row_slices
+from heretic.ablation.weight_stats import times, times_transposed
 from heretic.model.lazy_tensor import LazyTensor, materialize
 from heretic.model.transfer import to_device
 
@@ -43,12 +43,9 @@ class _WeightTimes(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, matrices: Sequence[LazyTensor]) -> Tensor:
         ctx.matrices = matrices
         (matrix,) = map(materialize, matrices)
-        here = to_device(x, matrix.device)
-        return torch.cat([here @ matrix[rows].to(x.dtype).mT for rows in row_slices(matrix)], dim=-1).to(x.device)
+        return times_transposed(to_device(x, matrix.device), matrix).to(x.device)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (matrix,) = map(materialize, ctx.matrices)
-        here = to_device(gradient, matrix.device)
-        parts = [here[..., rows] @ matrix[rows].to(gradient.dtype) for rows in row_slices(matrix)]
-        return torch.stack(parts).sum(dim=0).to(gradient.device), None
+        return times(to_device(gradient, matrix.device), matrix).to(gradient.device), None

@@ -49,19 +49,18 @@ def weight_statistics(weight: Tensor | Sequence[LazyTensor], directions: Tensor,
     for matrix in map(materialize, matrices):
         d = norms.to(matrix.device)
         unit = directions.to(matrix.device) / d
-        a = _sum(unit[:, rows] @ matrix[rows].float() for rows in row_slices(matrix, rows_at_once))
-        for rows in row_slices(matrix, rows_at_once):
+        a = _sum(unit[:, rows] @ matrix[rows].float() for rows in _rows(matrix, rows_at_once))
+        for rows in _rows(matrix, rows_at_once):
             g[:, rows] += (a @ matrix[rows].float().T / d[rows]).to(g.device)
         gram += (a @ a.T).to(gram.device)
     return WeightStats(norms, g, gram)
 
 
 def _squared_norms(matrix: Tensor, rows_at_once: int) -> Tensor:
-    return torch.cat([matrix[rows].float().square().sum(dim=1) for rows in row_slices(matrix, rows_at_once)])
+    return torch.cat([matrix[rows].float().square().sum(dim=1) for rows in _rows(matrix, rows_at_once)])
 
 
-def row_slices(matrix: Tensor, rows_at_once: int = 0) -> list[slice]:
-    """Return the rows of a weight in parts that may exist in float32 at a time."""
+def _rows(matrix: Tensor, rows_at_once: int) -> list[slice]:
     count = rows_at_once or max(1, ELEMENTS_PER_CHUNK // matrix.shape[1])
     return [slice(start, start + count) for start in range(0, len(matrix), count)]
 
@@ -84,11 +83,17 @@ class _WeightProduct(torch.autograd.Function):
 
 
 def _weight_product(x: Tensor, matrix: Tensor, rows_at_once: int = 0) -> Tensor:
-    here = to_device(x, matrix.device)
-    a = _sum(here[..., rows] @ matrix[rows].to(x.dtype) for rows in row_slices(matrix, rows_at_once))
-    return torch.cat([a @ matrix[rows].to(x.dtype).mT for rows in row_slices(matrix, rows_at_once)], dim=-1).to(
-        x.device
-    )
+    return times_transposed(times(to_device(x, matrix.device), matrix, rows_at_once), matrix, rows_at_once).to(x.device)
+
+
+def times(x: Tensor, matrix: Tensor, rows_at_once: int = 0) -> Tensor:
+    """Compute x W [..., inputs] for x [..., width] on the device of W [width, inputs], converted a part at a time."""
+    return _sum(x[..., rows] @ matrix[rows].to(x.dtype) for rows in _rows(matrix, rows_at_once))
+
+
+def times_transposed(x: Tensor, matrix: Tensor, rows_at_once: int = 0) -> Tensor:
+    """Compute x WT [..., width] for x [..., inputs], as `times`."""
+    return torch.cat([x @ matrix[rows].to(x.dtype).mT for rows in _rows(matrix, rows_at_once)], dim=-1)
 
 
 def stats_for_directions(v: Tensor, weight: Tensor | Sequence[LazyTensor], norms: Tensor) -> WeightStats:
