@@ -196,16 +196,11 @@ def test_what_is_kept_of_the_original_is_counted_in_ram(little: Checkpoint) -> N
 
 
 def test_input_maps_their_keys_and_the_operators_made_of_them_are_counted(little: Checkpoint) -> None:
-    work = Workload(200, 100, needs_input_maps=True, reads_inputs=True, needs_weight_stats=False)
+    work = Workload(200, 100, needs_input_maps=True, needs_weight_stats=False)
     usual, more = (plan(little, [cpu(64)], batch_size=1, work=w).loads[0] for w in (Workload(200, 100), work))
     edited = [t for t in little.tensors.values() if "o_proj" in t.name or "down_proj" in t.name]
     key = 4 * sum(sum(t.shape) for t in edited)  # a key of every writer, and its output
-    stats = (
-        usual.kept
-        - plan(little, [cpu(64)], batch_size=1, work=replace(work, needs_input_maps=False, reads_inputs=False))
-        .loads[0]
-        .kept
-    )
+    stats = usual.kept - plan(little, [cpu(64)], batch_size=1, work=replace(work, needs_input_maps=False)).loads[0].kept
     assert more.kept - usual.kept + stats == 256 * key + min(GIB, 1024 * key)
     assert more.operators - usual.operators == 4 * sum(t.shape[1] for t in edited), "`a` of every writer"
     assert more.residuals > usual.residuals

@@ -75,7 +75,7 @@ def test_every_phase_takes_what_is_planned(
     work = Workload(
         shared + OWN, NEW, shared_tokens=shared, requests=ROWS, harmless=ROWS, training=ROWS, trials=1,
         gradient_search=GradientSearchWorkload(batch=ROWS // 2, prompts=ROWS, kl_tokens=1, refusal_tokens=4),
-        reads_inputs=readers, readers=readers,
+        readers=readers,
     )  # fmt: skip
     found = make_plan(
         checkpoint, work, device_map=placed, max_memory={}, dtypes=["auto"], batch_size=ROWS, devices=gpus(count, 24)

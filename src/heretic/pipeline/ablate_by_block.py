@@ -33,7 +33,7 @@ from heretic.pipeline.ablate import check_layer, check_strength, needs_strength
 from heretic.pipeline.api import MANUAL_TRIAL
 from heretic.pipeline.prepare import raise_failure, read_inputs
 from heretic.pipeline.run import device_lock, logging_to
-from heretic.planning.block_plan import BlockPlan, plan_by_block
+from heretic.planning.block_plan import BlockPlan, plan_by_block, supported_by_block
 from heretic.planning.memory_plan import LoadPlan
 from heretic.planning.preflight import build_report
 from heretic.progress import ProgressReporter
@@ -46,6 +46,7 @@ from heretic.session.find_directions import find_directions
 from heretic.session.session import weight_reader
 from heretic.settings import Settings
 from heretic.settings.sources import Resolved
+from heretic.settings.toml import toml_value
 
 # Reads of the model: to find the writers (a mixture's are run more often), for each round of residuals with its check, for the
 # statistics of weights, and to write and to hash.
@@ -111,9 +112,7 @@ def _check_settings(settings: Settings) -> None:
     form = settings.export_format
     refused = {
         "quantization": settings.quantization != "none" and 'quantization = "none"',
-        "ablation.geometry": GEOMETRIES[settings.ablation.geometry].reads_inputs
-        and 'ablation.geometry = "norm_preserving"',
-        "ablation.readers": settings.ablation.readers and "ablation.readers = false",
+        **{name: f"{name} = {toml_value(value)}" for name, value in supported_by_block(settings.ablation).items()},
         "export_format": FORMATS[form].read_back is None and 'export_format = "full"',  # nothing would verify it
     }
     for where, fix in refused.items():

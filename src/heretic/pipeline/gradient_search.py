@@ -31,7 +31,7 @@ from heretic.search.gradient_path import GradientPath, PathPoint
 from heretic.search.path_optimizer import MinedRefusals, OptimizerState, PathOptimizer
 from heretic.session.caching import allocate_activation_cache
 from heretic.session.session import ModelContext, Session
-from heretic.settings import GradientSettings
+from heretic.settings import AblationSettings, GradientSettings
 from heretic.storage.compute_once import LOCAL, ComputeOnce
 
 log = logging.getLogger(__name__)
@@ -269,10 +269,8 @@ def prepare(session: Session) -> GradientProblem | None:
     )
     original = log_probs_at(model, answered, model_context.batcher)
     # 2. Fit the batches with gradients into memory
-    edit = model_context.settings.ablation
-    hooks = {"inputs": GEOMETRIES[edit.geometry].reads_inputs, "readers": edit.readers}
     texts = (harmful.sequences, answered.sequences)
-    rows, checkpoints = rows_with_gradients(model, model_context.batcher, texts, **hooks)
+    rows, checkpoints = rows_with_gradients(model, model_context.batcher, texts, model_context.settings.ablation)
     batcher = replace(model_context.batcher, size=min(rows, model_context.batcher.size))
     log.info("%d rows per pass with gradients%s", batcher.size, ", gradient checkpointing" if checkpoints else "")
     cached = not checkpoints and supports_mid_stack_start(model.model, model.structure.blocks, harmless, batcher)
@@ -325,18 +323,18 @@ def _count_refusals(
 
 
 def rows_with_gradients(
-    model: LanguageModel, batcher: Batcher, kinds: Sequence[Sequence[list[int]]], **hooks: bool
+    model: LanguageModel, batcher: Batcher, kinds: Sequence[Sequence[list[int]]], edit: AblationSettings
 ) -> tuple[int, bool]:
-    """Return the rows of a pass with gradients that fit into memory, and whether that needs gradient checkpointing.
-
-    `hooks`: what `pass_memory.rows_with_gradients` must know of the operators.
-    """
+    """Return the rows of a pass with gradients that fit into memory, and whether that needs gradient checkpointing."""
     dims = ModelDims.of(model.model.config.get_text_config(decoder=True), model.model)
     budget = int(pass_memory.SHARE_FOR_GRADIENTS * _free_memory(model))
     longest = [max(map(len, sequences)) for sequences in kinds]
     prefixes = [len(prefix.tokens) if (prefix := batcher.shared_prefix(s)) else 0 for s in kinds]
     own = max(length - prefix for length, prefix in zip(longest, prefixes, strict=True))
-    return pass_memory.rows_with_gradients(dims, budget, max(longest), own, on_cpu=_on_cpu(model), **hooks)
+    inputs = GEOMETRIES[edit.geometry].reads_inputs
+    return pass_memory.rows_with_gradients(
+        dims, budget, max(longest), own, on_cpu=_on_cpu(model), inputs=inputs, readers=edit.readers
+    )
 
 
 def _free_memory(model: LanguageModel) -> int:

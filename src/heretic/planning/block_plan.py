@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from heretic.ablation.geometries import GEOMETRIES
 from heretic.errors import UserError
 from heretic.hardware.devices import Device
 from heretic.hardware.host import format_bytes
@@ -20,7 +21,7 @@ from heretic.planning.model_dims import ModelDims
 from heretic.planning.pass_memory import PassMemory, Rows
 from heretic.planning.placement import MODES, device_named
 from heretic.planning.workload import Workload
-from heretic.settings import Settings
+from heretic.settings import AblationSettings, Settings
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,16 @@ def plan_by_block(settings: Settings, checkpoint: Checkpoint, work: Workload, de
         where="memory",
         fix='end other programs, or dtypes = ["bfloat16"], or use a machine with more memory',
     )
+
+
+def supported_by_block(edit: AblationSettings) -> dict[str, str | bool]:
+    """Return the settings of an edit that need the whole model, each with a value that does not."""
+    found: dict[str, str | bool] = {}
+    if GEOMETRIES[edit.geometry].reads_inputs:
+        found["ablation.geometry"] = "norm_preserving"
+    if edit.readers:
+        found["ablation.readers"] = False
+    return found
 
 
 def _in_memory(model: PreTrainedModel) -> tuple[int, int]:

@@ -264,8 +264,10 @@ class MemoryModel:
         more = max(gradient_path.refusal_tokens, gradient_path.kl_tokens) - 1
         budget = int(SHARE_FOR_GRADIENTS * free)
         lengths = (self.work.prompt_tokens + more, self.work.tail + more)
-        hooks = {"inputs": self.work.needs_input_maps, "readers": self.work.readers}
-        rows, twice = rows_with_gradients(self.shape, budget, *lengths, on_cpu=on_cpu, **hooks)
+        work = self.work
+        rows, twice = rows_with_gradients(
+            self.shape, budget, *lengths, on_cpu=on_cpu, inputs=work.needs_input_maps, readers=work.readers
+        )
         return min(rows, batch, gradient_path.batch), twice
 
     def _gradients(self, runs: DeviceShare, rows: int, borrowed: int, most: int, *, twice: bool) -> int:

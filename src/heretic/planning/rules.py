@@ -8,10 +8,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 
-from heretic.ablation.geometries import GEOMETRIES
 from heretic.hardware.devices import KINDS
 from heretic.hardware.host import format_bytes
 from heretic.model.quantization import QUANTIZATIONS
+from heretic.planning.block_plan import supported_by_block
 from heretic.planning.memory_model import FLOAT32, GIB, MIB, SHARE_FOR_RESIDUALS
 from heretic.planning.memory_plan import MemoryPlan
 from heretic.planning.model_rules import (
@@ -25,6 +25,7 @@ from heretic.planning.model_rules import (
 from heretic.planning.placement import MODES
 from heretic.planning.preflight_facts import Finding, Level, PreflightFacts
 from heretic.settings import Settings
+from heretic.settings.toml import toml_value
 
 BUSY = 500 * MIB  # GPU memory of another process from which a warning is printed
 UNSEEN_USE = 2 * GIB  # used memory without a visible process; the driver itself uses up to about 1 GiB
@@ -85,12 +86,11 @@ def weights_do_not_fit(facts: PreflightFacts) -> Iterator[Finding]:
 def _by_block(settings: Settings) -> str:
     """Return the command that needs one block in memory, without what it does not support."""
     words = ["heretic", "ablate", settings.model, "--strength", "1", "--by-block", "-o", "FOLDER"]
-    if GEOMETRIES[settings.ablation.geometry].reads_inputs:
-        words += ["--set", "ablation.geometry=norm_preserving"]
-    if settings.ablation.readers:
-        words += ["--set", "ablation.readers=false"]
+    changed = supported_by_block(settings.ablation)
     if settings.export_format != "full":
-        words += ["--set", "export_format=full"]
+        changed["export_format"] = "full"
+    for name, value in changed.items():
+        words += ["--set", f"{name}={value if isinstance(value, str) else toml_value(value)}"]
     return shlex.join(words)
 
 

@@ -57,9 +57,13 @@ class Workload:
     trials: int = 0  # per pass; 0: automatic
     needs_weight_stats: bool = True  # of the geometry
     needs_input_maps: bool = False  # likewise
-    reads_inputs: bool = False  # whether operators read the inputs of edited modules
-    readers: bool = False  # whether those that read the stream are edited
+    readers: bool = False  # whether the modules that read the stream are edited
     gradient_search: GradientSearchWorkload | None = None
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether operators read the inputs of their modules."""
+        return self.needs_input_maps or self.readers
 
     @classmethod
     def of(cls, settings: Settings, longest: int) -> Workload:
@@ -82,7 +86,6 @@ class Workload:
             trials=1 if settings.apply == "weights" else settings.trials_per_batch,
             needs_weight_stats=geometry.needs == "weight_stats",
             needs_input_maps=geometry.reads_inputs,
-            reads_inputs=geometry.reads_inputs or settings.ablation.readers,
             readers=settings.ablation.readers,
             gradient_search=None if settings.search.start == "kernels" else gradient_path,
         )
