@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from results_tables import DEMO, GEMMA, QWEN, SAME, Report, captioned, counted, read, unique
+from results_tables import DEMO, MODELS, QWEN, SAME, Report, captioned, counted, read, unique
 
 TOOLS = {
     "original": "original",
@@ -178,7 +178,7 @@ def table_of(model: str, source: str, shortened: bool = False, measures: Sequenc
         "harmless prompts"
     )
     return captioned(
-        lines, "instrument", model={"guarded-model": DEMO, "gemma-3-270m-guarded": GEMMA}.get(model, QWEN), settings=settings,
+        lines, "instrument", model=MODELS[model], settings=settings,
         command="`python benchmarks/instrument.py ASSETS`",
     )  # fmt: skip
 

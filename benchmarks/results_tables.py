@@ -15,7 +15,7 @@ from heretic.scoring.interval import wilson
 RESULTS = Path(__file__).parent / "results"
 QWEN, DEMO = "Qwen2.5-Coder-0.5B-Instruct", "Demo model (SmolLM2-135M-Instruct, guarded)"
 GEMMA = "Gemma 3 270M (pretrained, guarded)"
-MODELS = {"qwen2.5-coder-0.5b-instruct": QWEN, "guarded-model": DEMO}
+MODELS = {"qwen2.5-coder-0.5b-instruct": QWEN, "guarded-model": DEMO, "gemma-3-270m-guarded": GEMMA}
 SYSTEM_PROMPT = " --set 'system_prompt=You are a helpful assistant.'"
 # What all searches of quality.py, peer.py and versus_heretic.py change of the defaults.
 SHORT = "float32, 32 tokens (default 100), 10 startup trials (theirs 60), their system prompt"

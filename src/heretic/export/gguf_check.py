@@ -119,7 +119,7 @@ def check_file(
 
 
 def _check_edited(
-    file: GgufFile, name: str, called: str, stored: Tensor, edit: TensorEdit, heads: Sequence[int] = ()
+    file: GgufFile, name: str, called: str, stored: Tensor, edit: TensorEdit, heads: Sequence[int]
 ) -> None:
     layer, single = LAYER.match(name), EXPERT.search(name)
     block = [n for n in file.tensors if layer and n.startswith(f"blk.{layer[2]}.")]

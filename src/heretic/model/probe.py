@@ -80,6 +80,13 @@ def block_inputs(model: PreTrainedModel, blocks: nn.ModuleList) -> dict[int, Arg
     return calls
 
 
+def run_block(block: nn.Module, inputs: Arguments, hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Tensor:
+    """Run a block on copies of its recorded inputs, with forward hooks; returns the stream after it."""
+    args, kwargs = inputs
+    with forward_hooks(hooks):
+        return first_tensor(block(*(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs))
+
+
 def stream_of(inputs: Arguments) -> Tensor | None:
     """Return the residual stream [rows, tokens, width] that a block with these arguments reads."""
     args, kwargs = inputs
@@ -112,10 +119,7 @@ class _Runner:
     inputs: Arguments
 
     def __call__(self, hooks: Iterable[tuple[nn.Module, Callable[..., Any]]] = ()) -> Tensor:
-        args, kwargs = self.inputs
-        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-        with forward_hooks(hooks):
-            return first_tensor(self.block(*args, **kwargs))
+        return run_block(self.block, self.inputs, hooks)
 
     def affects_stream(self, writer: ResidualWriter, others: Sequence[ResidualWriter]) -> bool:
         """Return whether changing the writer's output changes the block's, with all others zero-ablated: modules that only gate

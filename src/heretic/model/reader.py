@@ -1,7 +1,8 @@
 """Find the modules of a block that read the residual stream through an RMS norm: query, key, value, gate and up projections.
 
 No names are needed: a reader is a linear layer whose input is the output of a norm of the stream. Such a norm has the block's own
-input as its input while all writers are zero-ablated. What chooses experts or tokens is none, since an edit would choose others.
+input as its input while all writers are zero-ablated. Modules that choose experts or tokens do not count: an edit would change
+what they choose.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from heretic.model.patching import forward_hooks
-from heretic.model.probe import Arguments, block_inputs, stream_of, zero_ablate
+from heretic.model.probe import Arguments, block_inputs, run_block, stream_of, zero_ablate
 from heretic.model.writer import ResidualWriter, output_width, scale_of
 
 READING = ("attention_inputs", "mlp_inputs")  # components: readers of a block's first norm, and those of the others
@@ -46,18 +46,15 @@ def _readers_in(
     norms = [path for path, module in modules.items() if "RMSNorm" in type(module).__name__]
     modules = {path: m for path, m in modules.items() if not any(path.startswith(f"{norm}.") for norm in norms)}
     own = {module for writer in writers for module in writer.modules}
+    stream = stream_of(inputs)
     normed: dict[nn.Module, Tensor] = {}  # outputs of the norms of the stream, in order
     read: dict[str, nn.Module] = {}  # the norm by path of reader
 
     def record(norm: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        stream = stream_of(inputs)
         if stream is None or not given or not isinstance(given[0], Tensor) or not isinstance(output, Tensor):
             return
-        if (
-            given[0].shape[-1] == width == output.shape[-1]
-            and _proportional(given[0], stream)
-            and _is_plain(norm, *given)
-        ):
+        wide = given[0].shape[-1] == width == output.shape[-1]
+        if wide and _proportional(given[0], stream) and _is_plain(norm, given[0]):
             normed[norm] = output
 
     def compare(path: str) -> Callable[..., None]:
@@ -77,9 +74,7 @@ def _readers_in(
             hooks.append((module, record))
         elif output_width(module) and module not in own and not CHOOSING & set(path.split(".")):
             hooks.append((module, compare(path)))
-    with forward_hooks(hooks):
-        args, kwargs = inputs
-        block(*(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs)
+    run_block(block, inputs, hooks)
     first = next(iter(normed), None)
     return [
         ResidualWriter(f"{name}.{path}", layer, READING[norm is not first], modules[path], input_norm=norm)
@@ -87,7 +82,7 @@ def _readers_in(
     ]
 
 
-def _is_plain(norm: nn.Module, given: Tensor, *_: Any) -> bool:
+def _is_plain(norm: nn.Module, given: Tensor) -> bool:
     """Return whether a norm with weights S returns S x / rms(x), without anything else such as a gate."""
     scale = scale_of(norm)
     return scale is not None and _proportional(norm.forward(given), scale * given.float())
