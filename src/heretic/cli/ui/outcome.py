@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MANY_LEFT = 0.5  # share of the original's refusals
 STILL_REFUSED = (
-    "It still leaves more than half as many requests unanswered as the original refuses. "
+    "This trial removes less than half of the refusals. "
     "Try more varied harmful_train prompts, or directions.iterative_rounds = 1."
 )
 
