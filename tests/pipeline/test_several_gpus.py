@@ -27,7 +27,7 @@ from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import StopCriteria, decode, verify_draft
 from heretic.model.forward import next_token_log_probs, supports_prefix_caching
 from heretic.model.input_capture import writer_inputs
-from heretic.model.loading import load
+from heretic.model.loading import LanguageModel, load
 from heretic.model.turns import finish
 from heretic.pipeline.actions import export_from_run, start_chat
 from heretic.pipeline.run import Outcome, run
@@ -335,6 +335,22 @@ def test_host_waits_for_results_only(family: str, count: int, tmp_path: Path) ->
         assert to_first / 13 <= ids + hidden
 
 
+def losses_and_gradients(
+    model: LanguageModel, factory: OperatorFactory, texts: TeacherForcedTexts, component: str
+) -> list[torch.Tensor]:
+    """KL and refusal probability of an ablation with a vector, KLs of two trials of which the second edits nothing; gradients."""
+    batcher, components = Batcher(8, model.device), model.structure.components
+    original = all_log_probs(model, texts, batcher, "original")
+    strengths = torch.full((len(components), 4), 0.5, requires_grad=True)
+    vector = torch.ones(factory.directions.all_directions[0].numel(), requires_grad=True)
+    ablation = Ablation(dict(zip(components, strengths, strict=True)), vector=vector)
+    objective = Objective(model, factory, batcher, texts, texts, original.split(texts.counts))
+    found = objective.evaluate(ablation, 0, range(8), range(8), wanted=[strengths, vector])
+    with apply_operators(factory.writers, factory.operators(Ablation({component: (0.5,) * 4})), {}):
+        trials = measure_divergence(model, texts, original, batcher, EditSpec(2))
+    return [torch.tensor([found.kl, found.probability, *(d.mean for d in trials)]), *found.gradients]
+
+
 @pytest.mark.parametrize("geometry", ["plain", "norm_preserving"])
 def test_readers_over_four_gpus_have_the_cpu_s_losses_and_gradients(tmp_path: Path, geometry: str) -> None:
     checkpoint = open_checkpoint(str(save_tiny(tmp_path / "m", "llama")))
@@ -343,16 +359,8 @@ def test_readers_over_four_gpus_have_the_cpu_s_losses_and_gradients(tmp_path: Pa
 
     def measured(placed: dict[str, Any]) -> list[torch.Tensor]:
         model = load(checkpoint, ["float32"], placed, readers=True)
-        writers, batcher = model.structure.writers, Batcher(8, model.device)
-        factory = OperatorFactory.prepare(directions, writers, geometry)
-        original = all_log_probs(model, texts, batcher, "original")
-        strengths, vector = torch.full((4, 4), 0.5, requires_grad=True), torch.ones(32, requires_grad=True)
-        ablation = Ablation(dict(zip(model.structure.components, strengths, strict=True)), vector=vector)
-        objective = Objective(model, factory, batcher, texts, texts, original.split(texts.counts))
-        found = objective.evaluate(ablation, 0, range(8), range(8), wanted=[strengths, vector])
-        with apply_operators(writers, factory.operators(Ablation({"mlp_inputs": (0.5,) * 4})), {}):
-            trials = measure_divergence(model, texts, original, batcher, EditSpec(2))
-        return [torch.tensor([found.kl, found.probability, *(d.mean for d in trials)]), *found.gradients]
+        factory = OperatorFactory.prepare(directions, model.structure.writers, geometry)
+        return losses_and_gradients(model, factory, texts, "mlp_inputs")
 
     expected = measured({})
     assert all(bool(row.any()) for row in expected[1]), "every component has gradients"
@@ -372,15 +380,7 @@ def test_conditional_edit_over_four_gpus_has_the_cpu_s_inputs_losses_and_gradien
         keys = writer_inputs(model, writers, "Inputs", SEQUENCES, [[1, 2, 3]] * 8, batcher)
         maps = {w.name: input_map(w.weight(), keys[w.name][:12], keys[w.name][12:]) for w in writers}
         factory = OperatorFactory.prepare(directions, writers, "conditional", input_maps=maps)
-        original = all_log_probs(model, texts, batcher, "original")
-        strengths, vector = torch.full((2, 4), 0.5, requires_grad=True), torch.ones(64, requires_grad=True)
-        ablation = Ablation(dict(zip(model.structure.components, strengths, strict=True)), vector=vector)
-        objective = Objective(model, factory, batcher, texts, texts, original.split(texts.counts))
-        found = objective.evaluate(ablation, 0, range(8), range(8), wanted=[strengths, vector])
-        with apply_operators(writers, factory.operators(Ablation({"mlp": (0.5,) * 4})), {}):
-            trials = measure_divergence(model, texts, original, batcher, EditSpec(2))
-        kls = torch.tensor([found.kl, found.probability, *(d.mean for d in trials)])
-        return [kls, *found.gradients, *(keys[w.name] for w in writers)]
+        return [*losses_and_gradients(model, factory, texts, "mlp"), *(keys[w.name] for w in writers)]
 
     expected = measured({})
     assert expected[0].min() < 1e-6 < 1e-3 < expected[0].max(), "the second trial edits nothing"
