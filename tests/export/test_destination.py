@@ -132,3 +132,9 @@ def test_folder_that_is_no_export_of_the_run_is_refused(manifest: Any) -> None:
     with pytest.raises(UserError) as error:
         check_destination(Path("out"), "mine")
     assert error.value.code == "destination-not-ours"
+
+
+def test_a_mount_point_is_refused_before_anything_is_written() -> None:
+    with pytest.raises(UserError) as error:
+        check_destination(Path("/proc"), "mine")
+    assert error.value.code == "destination-mount-point"

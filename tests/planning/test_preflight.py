@@ -115,6 +115,7 @@ def test_save_to(tmp_path: Path) -> None:
     assert run(save_to="full").verdict == "ready"
     assert run(save_to="new/deep").verdict == "ready"
     assert "failure export: " in texts(run(save_to="full/letter.txt"))
+    assert "mount point" in texts(run(save_to="/proc"))
 
 
 def test_prompt_warnings_are_passed_on() -> None:

@@ -312,6 +312,7 @@ def test_held_lock() -> None:
         ({"run_folder": Folder("/r", GIB // 2)}, "warning", "runs_dir"),
         ({"export_folder": Folder("/e", 1000 * GIB, occupied=True)}, "failure", 'save_to = "/e-2"'),
         ({"export_folder": Folder("/e", 1000 * GIB, writable=False)}, "failure", "save_to"),
+        ({"export_folder": Folder("/e", 1000 * GIB, mounted=True)}, "failure", 'save_to = "/e/model"'),
         ({"export_folder": Folder("/e", GIB // 2), "export_bytes": GIB}, "failure", "larger disk"),
         ({"prompt_warnings": ("shared",)}, "warning", "prompts"),
     ],

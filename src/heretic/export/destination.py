@@ -34,6 +34,13 @@ def check_destination(destination: Path, owner: str) -> None:
             where=str(destination),
             fix="name a new folder",
         )
+    if os.path.ismount(destination):  # as in docker run -v FOLDER:/out
+        raise UserError(
+            "The destination is a mount point, which heretic cannot replace by the finished export.",
+            code="destination-mount-point",
+            where=str(destination),
+            fix=f"name a folder in it: {destination / 'model'}",
+        )
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return
     files = _files_of(destination, owner)

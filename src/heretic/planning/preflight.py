@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -92,7 +92,7 @@ def build_report(
         prompt_warnings=tuple(inputs.prompts.warnings) if inputs.prompts else (),
         holders=found.attempt("lock", lambda: _holders(settings, usable)) or (),
         run_folder=_folder(Path(settings.runs_dir)),
-        export_folder=_folder(Path(settings.save_to)) if settings.save_to else None,
+        export_folder=_export_folder(Path(settings.save_to)) if settings.save_to else None,
         hub_cache=_folder(_hub_cache()),
         fitting_quantization=_fitting(settings, checkpoint, plan, work, devices),
         largest_file=checkpoint.largest_file if checkpoint else 0,
@@ -134,6 +134,13 @@ def _folder(path: Path) -> Folder:
     if path.is_dir() and os.access(path, os.R_OK):
         filled = any(path.iterdir()) and not (path / "manifest.json").is_file()
     return Folder(str(path), host.free_disk(path), host.can_write(path), filled)
+
+
+def _export_folder(path: Path) -> Folder:
+    """Return the folder of an export, which is written beside it and then renamed."""
+    beside = expand_user(path).parent
+    free, writable = host.free_disk(beside), host.can_write(beside)
+    return replace(_folder(path), free=free, writable=writable, mounted=os.path.ismount(expand_user(path)))
 
 
 def _hub_cache() -> Path:

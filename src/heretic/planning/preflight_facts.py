@@ -66,6 +66,7 @@ class Folder:
     free: int  # bytes
     writable: bool = True
     occupied: bool = False  # by files that are not an earlier export
+    mounted: bool = False  # whether it is a mount point, which an export cannot replace
 
 
 @dataclass(frozen=True)

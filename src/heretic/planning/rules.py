@@ -250,12 +250,17 @@ def export_folder(facts: PreflightFacts) -> Iterator[Finding]:
     folder = facts.export_folder
     if folder is None:
         return
+    if folder.mounted:
+        text = f"{folder.path} is a mount point, which heretic cannot replace by the finished export."
+        yield Finding("failure", "export", text, f'save_to = "{folder.path}/model"')
+        return
     if folder.occupied:
         text = f"{folder.path} contains files that heretic did not write and will not overwrite."
         yield Finding("failure", "export", text, f'save_to = "{folder.path}-2"')
         return
     if not folder.writable:
-        yield Finding("failure", "export", f"{folder.path} cannot be written.", 'save_to = "…": a writable folder')
+        text = f"{folder.path} cannot be written, or the folder that contains it."
+        yield Finding("failure", "export", text, 'save_to = "…": a folder in a writable one')
     elif facts.checkpoint:
         needed = int(SPARE_DISK * facts.export_bytes)
         if folder.free < needed:
