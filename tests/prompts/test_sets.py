@@ -32,6 +32,16 @@ def test_every_kind_of_file_gives_the_same_prompts() -> None:
         assert prompts(source=name) == tuple(rows), name
 
 
+def test_a_data_set_that_was_saved_to_disk_is_read() -> None:
+    import datasets
+
+    table = datasets.Dataset.from_dict({"text": ["one", "two", "three"]})
+    table.save_to_disk("saved")
+    datasets.DatasetDict({"train": table}).save_to_disk("parts")
+    assert prompts(source="saved") == prompts(source="parts", split="train") == ("one", "two", "three")
+    assert prompts(source="saved", split="train[1:2]") == ("two",)
+
+
 def test_slices_prefix_and_suffix() -> None:
     Path("p.txt").write_text("a\nb\nc\nd\n")
     assert prompts(source="p.txt", split="train[1:3]", prefix="<", suffix=">") == ("<b>", "<c>")

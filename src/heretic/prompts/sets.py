@@ -231,7 +231,10 @@ def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> 
     local, hub_error = Path(source.source).exists(), ""
     try:
         with nullcontext("") if local else _cache_only_without_hub() as hub_error:
-            table: Any = datasets.load_dataset(source.source, source.subset or None, split=_split_name(source.split))
+            if local and (Path(source.source) / "state.json").is_file():  # written by Dataset.save_to_disk
+                table: Any = datasets.load_from_disk(source.source)
+            else:
+                table = datasets.load_dataset(source.source, source.subset or None, split=_split_name(source.split))
         column = next((c for c in columns if c in table.column_names), None)
         cells = list(table[column]) if column else []  # decoding can fail for images and sounds
     except Exception as error:  # the library raises dozens of error classes, all about this source
