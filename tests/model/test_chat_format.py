@@ -22,8 +22,8 @@ def test_system_prompt_and_prefix_are_in_the_text() -> None:
         (["I am here", "It is there"], ""),
         (["Final answer: yes", "Final answer: no"], "Final answer:"),
         (["Certainly, here", "Certainly, hence"], "Certainly,"),
-        (["<think>\nOkay, so", "<think>\nOkay, the"], "<think></think>"),
-        (["<think>"], "<think></think>"),
+        (["<think>\nOkay, so", "<think>\nOkay, the"], "<think>\n\n</think>\n\n"),
+        (["<think>"], "<think>\n</think>\n\n"),
         (["[THINK]a", "[THINK]b"], "[THINK][/THINK]"),
         (["Just the same answer."] * 3, "Just the same answer."),
     ],
@@ -82,3 +82,12 @@ def test_a_template_that_refuses_a_system_prompt_says_what_to_leave_out() -> Non
     with pytest.raises(UserError) as error:
         ChatFormat(tokenizer, "x").render("y")
     assert error.value.code == "chat-template" and "system_prompt" in (error.value.fix or "")
+
+
+def test_a_system_prompt_that_the_template_leaves_out_is_an_error() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    assert ChatFormat(tokenizer).render("y") == "y"
+    with pytest.raises(UserError) as error:
+        ChatFormat(tokenizer, "be good").render("y")
+    assert error.value.code == "system-prompt-left-out"

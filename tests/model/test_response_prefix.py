@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from heretic.model import response_prefix
 from heretic.model.chat_format import ChatFormat
-from heretic.model.response_prefix import AnswerStart, close_thinking, open_blocks, warn_of_open_thinking
+from heretic.model.response_prefix import AnswerStart, close_thinking, detect_start, open_blocks, warn_of_open_thinking
 from tests.helpers.reporters import RecordingReporter
 from tests.tiny import tiny_tokenizer
 
@@ -86,3 +90,37 @@ def test_a_prefix_of_the_user_that_leaves_the_block_open_is_reported() -> None:
         reporter = RecordingReporter()
         warn_of_open_thinking(chat.answering(prefix), PROMPTS, reporter)
         assert len(reporter.warnings) == warnings
+
+
+def test_a_switch_that_the_settings_set_is_not_changed() -> None:
+    chat = chat_of("{% if enable_thinking %}<think>{% endif %}").with_variables({"enable_thinking": True})
+    assert close_thinking(chat, PROMPTS, RecordingReporter()) == AnswerStart("\n</think>\n\n")
+
+
+@pytest.mark.parametrize(
+    ("opening", "start"),
+    [
+        # as Qwen3: the model opens the block, and the template can write an empty one
+        (
+            "{% if enable_thinking is false %} <think>\n\n</think>\n\n{% endif %}",
+            AnswerStart("", {"enable_thinking": False}),
+        ),
+        ("", AnswerStart("<think>\n\n</think>\n\n")),
+        ("{{ thinking }}", AnswerStart("<think>\n\n</think>\n\n")),  # names a switch that does not help
+        ("{% if think is false %}{{ raise_exception('no') }}{% endif %}", AnswerStart("<think>\n\n</think>\n\n")),
+    ],
+)
+def test_thinking_that_the_model_opens_is_switched_off_or_closed(
+    opening: str, start: AnswerStart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, reporter = chat_of(opening), RecordingReporter()
+
+    def find_prefix(_: Any, sample: list[list[int]], __: Any) -> str:
+        switched = all(len(a) == len(b) + 2 for a, b in zip(sample, chat.encode(PROMPTS), strict=True))
+        return "" if switched else "<think>\n\n</think>\n\n"
+
+    monkeypatch.setattr(response_prefix, "find_prefix", find_prefix)
+    batcher: Any = SimpleNamespace(reporter=reporter)
+    model: Any = None
+    assert detect_start(model, chat, AnswerStart(), PROMPTS, batcher) == start
+    assert len(reporter.infos) == bool(start.variables)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import signal
 import threading
@@ -12,7 +14,15 @@ import pytest
 
 from heretic.errors import UserError
 from heretic.model import template as template_module
-from heretic.model.template import PROCESS, read_template, render, template_of
+from heretic.model.template import (
+    PROCESS,
+    read_template,
+    render,
+    render_messages,
+    template_beside,
+    template_of,
+    today_for,
+)
 from heretic.model.template_process import answer
 from heretic.settings import Settings
 from tests.tiny import TEMPLATE, tiny_tokenizer
@@ -175,3 +185,50 @@ def test_a_template_file_is_read() -> None:
     Path("t.jinja").write_text(TEMPLATE)
     assert read_template(Settings(chat_template="t.jinja")) == TEMPLATE
     assert read_template(Settings()) == ""
+
+
+PARTS = "{% for m in messages %}{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (PARTS, "tell me"),
+        ("{{ messages[0].content[0]['text'].strip() }}", "tell me"),  # fails for a text
+        ("{{ messages[0].content | upper }}", "TELL ME"),
+        ("{{ messages[0].content }}!", "tell me!"),
+        ("no prompt", "no prompt"),
+    ],
+)
+def test_contents_are_passed_as_parts_only_to_templates_that_need_them(template: str, text: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    assert render_messages(tokenizer, MESSAGES, {}) == text
+
+
+def test_the_error_of_a_template_that_takes_neither_is_that_for_plain_text() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('text' if messages[0].content is string else 'parts') }}"
+    with pytest.raises(UserError) as error:
+        render_messages(tokenizer, MESSAGES, {})
+    assert error.value.code == "chat-template" and "text" in str(error.value)
+
+
+def test_the_date_that_a_template_prints_can_be_fixed() -> None:
+    tokenizer = tiny_tokenizer()
+    assert today_for(tokenizer) == ""
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    assert today_for(tokenizer) == datetime.date.today().isoformat()
+    assert render_messages(tokenizer, MESSAGES, {}, "2024-02-03") == "03 Feb 2024 tell me"
+    assert f"{datetime.date.today():%Y}" in render_messages(tokenizer, MESSAGES, {})
+
+
+@pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
+def test_the_template_of_a_processor_is_found(name: str, tmp_path: Path) -> None:
+    assert template_beside(tmp_path) is None
+    file = tmp_path / name
+    for content in ("{", "[]", '{"chat_template": ["x"]}'):
+        file.write_text(content)
+        assert template_beside(tmp_path) is None
+    file.write_text(json.dumps({"chat_template": TEMPLATE}))
+    assert template_beside(tmp_path) == TEMPLATE

@@ -39,14 +39,14 @@ def test_a_thinking_block_is_closed_alike_in_study_export_compare_and_when_resum
     seen: set[bool] = set()
     from heretic.model import chat_format
 
-    render = chat_format.render
+    render = chat_format.render_messages
 
     def watched(*arguments: Any) -> str:
         text = render(*arguments)
         seen.add("</think>" in text)
         return text
 
-    monkeypatch.setattr(chat_format, "render", watched)
+    monkeypatch.setattr(chat_format, "render_messages", watched)
     run = ("run", "./model", "--run-name", "mine", "--save-to", "out", "--trials", "2")
     first = heretic(capsys, monkeypatch, *run)
     assert first.status == 0, first.err
@@ -61,6 +61,32 @@ def test_a_thinking_block_is_closed_alike_in_study_export_compare_and_when_resum
         again = heretic(capsys, monkeypatch, "compare", "mine", "--trials", "0", "--prompts", "tell me")
         assert again.status == 0 and "enable_thinking = false" in again.out + again.err
         assert True in seen
+
+
+def test_a_resumed_study_and_its_card_go_on_with_the_date_of_the_first_day(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(Path("model"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%Y') }} " + TEMPLATE
+    tokenizer.save_pretrained("model")
+    from heretic.model import chat_format
+    from heretic.session import session
+
+    render, seen = chat_format.render_messages, set[str]()
+
+    def watched(*arguments: Any) -> str:
+        text = render(*arguments)
+        seen.add(text[:4])
+        return text
+
+    monkeypatch.setattr(chat_format, "render_messages", watched)
+    for day, more in (("2020-02-03", ()), ("2021-03-04", ("--save-to", "out"))):
+        monkeypatch.setattr(session, "today_for", lambda _, day=day: day)
+        seen.clear()
+        command = ("run", "./model", "--run-name", "mine", "--trials", "2" if not more else "+1", *more)
+        assert heretic(capsys, monkeypatch, *command).status == 0
+        assert "2020" in seen and "2021" not in seen
 
 
 def test_a_token_that_the_model_does_not_know_is_one_error_that_names_it(

@@ -10,8 +10,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from heretic.errors import UserError, first_line, plain_line
-from heretic.model.template import render
+from heretic.model.template import contains, render_messages
 from heretic.model.thinking import closed_immediately
+from heretic.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,13 @@ class ChatFormat:
     system_prompt: str = ""
     response_prefix: str = ""
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template, for example enable_thinking
+    date: str = ""  # what the chat template prints as today, as YYYY-MM-DD; empty: the real date
     rows: int = 0  # of the model's embedding; 0: unknown, not checked
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, settings: Settings, *, date: str = "", rows: int = 0) -> ChatFormat:
+        """Return the format that the settings ask for, without a response prefix."""
+        return cls(tokenizer, settings.system_prompt, variables=settings.template_variables, date=date, rows=rows)
 
     def render(self, prompt: str) -> str:
         """Render a conversation of one prompt as text, up to the start of the answer."""
@@ -31,7 +38,15 @@ class ChatFormat:
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Render messages (`role`, `content`) as text, up to the start of the answer. Raises UserError."""
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        return render(self.tokenizer, [*system, *messages], self.variables) + self.response_prefix
+        text = render_messages(self.tokenizer, [*system, *messages], self.variables, self.date)
+        if not contains(text, system):
+            raise UserError(
+                "The chat template leaves out the system message, so no model would see it.",
+                code="system-prompt-left-out",
+                where="system_prompt",
+                fix='system_prompt = "", or set chat_template to one with system messages',
+            )
+        return text + self.response_prefix
 
     def encode(self, prompts: Sequence[str], role: str = "") -> list[list[int]]:
         """Encode every prompt of the set `role`; the template adds the special tokens. Raises UserError."""
@@ -63,6 +78,10 @@ class ChatFormat:
     def answering(self, prefix: str, variables: Mapping[str, Any] | None = None) -> ChatFormat:
         """Return this format with another response prefix and, unless None, other template variables."""
         return replace(self, response_prefix=prefix, variables=self.variables if variables is None else variables)
+
+    def with_variables(self, variables: Mapping[str, Any]) -> ChatFormat:
+        """Return this format with these template variables beside its own."""
+        return replace(self, variables={**self.variables, **variables})
 
     def text(self, tokens: list[int]) -> str:
         """Decode the tokens of an answer."""

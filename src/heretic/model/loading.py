@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,9 +21,10 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.model.config_reading import auto_class
 from heretic.model.decoding_graph import DecodingGraphs
 from heretic.model.device_errors import device_error, is_device_error
+from heretic.model.end_of_turn import end_of_turn
 from heretic.model.quantization import KEPT, QUANTIZATIONS, balanced_4bit, keep_layout, loading_arguments
 from heretic.model.stages import share_inputs, stages_of
-from heretic.model.template import PROCESS, template_of
+from heretic.model.template import PROCESS, template_beside, template_of
 from heretic.model.tensor_info import OPENED
 from heretic.model.unloading import unload
 from heretic.progress import NULL_REPORTER, ProgressReporter
@@ -49,6 +50,7 @@ class LanguageModel:
     quantization: str = "none"
     loader: BlockLoader | None = None  # reads the blocks when they run; None: all are in memory
     graphs: DecodingGraphs = field(default_factory=DecodingGraphs)
+    end_of_turn: int | None = None  # of the chat template, if the model's configs do not name it
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +88,11 @@ class LanguageModel:
         config = self.model.generation_config
         return {
             i
-            for i in (*ids_of(config.eos_token_id if config else None), *ids_of(self.tokenizer.eos_token_id))
+            for i in (
+                *ids_of(config.eos_token_id if config else None),
+                *ids_of(self.tokenizer.eos_token_id),
+                *ids_of(self.end_of_turn),
+            )
             if 0 <= i < self.rows
         }
 
@@ -151,7 +157,8 @@ def load(
             loaded_dtype = str(model.dtype).removeprefix("torch.") if checkpoint.quantized_by == KEPT else dtype
             structure = find_residual_writers(model, readers=readers)
             share_inputs(structure.blocks)
-            return with_end_tokens(LanguageModel(model, tokenizer, checkpoint, structure, loaded_dtype, quantization))
+            loaded = LanguageModel(model, tokenizer, checkpoint, structure, loaded_dtype, quantization)
+            return with_end_tokens(loaded, chat_template is not None, reporter)
         reporter.warning(f"{checkpoint.model} gives logits that are not finite in {dtype}.")
         unload(model)
     raise UserError(
@@ -162,10 +169,12 @@ def load(
     )
 
 
-def with_end_tokens(loaded: LanguageModel) -> LanguageModel:
-    """Return the model if its end tokens are valid. Raises UserError."""
+def with_end_tokens(
+    loaded: LanguageModel, chats: bool = False, reporter: ProgressReporter = NULL_REPORTER
+) -> LanguageModel:
+    """Return the model with the end token of its chat template, if it `chats`. Raises UserError for invalid end tokens."""
     try:
-        _ = loaded.end_tokens
+        known = loaded.end_tokens
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"The tokens that end an answer cannot be read: {first_line(error)}",
@@ -173,7 +182,14 @@ def with_end_tokens(loaded: LanguageModel) -> LanguageModel:
             where=f"{loaded.checkpoint.folder / 'generation_config.json'}: eos_token_id",
             fix="set the entry to a token id or a list of token ids",
         ) from None
-    return loaded
+    token = end_of_turn(loaded.tokenizer) if chats else None
+    if token is None or token in known:
+        return loaded
+    name = plain_line(str(loaded.tokenizer.convert_ids_to_tokens(token)))
+    reporter.info(
+        f"Answers end with {name} in the chat template, so they also end there, though eos_token_id lacks it."
+    )
+    return replace(loaded, end_of_turn=token)
 
 
 def load_tokenizer(
@@ -204,6 +220,8 @@ def load_tokenizer(
             fix="download the tokenizer's files again",
         ) from None
     tokenizer.padding_side = "left"
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = template_beside(checkpoint.folder)
     if chat_template:
         tokenizer.chat_template = chat_template
     if chat_template is None:

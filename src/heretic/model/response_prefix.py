@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from heretic.errors import UserError
@@ -14,7 +14,7 @@ from heretic.model.chat_format import ChatFormat, common_prefix
 from heretic.model.decoding import decode
 from heretic.model.loading import LanguageModel
 from heretic.model.template import template_of
-from heretic.model.thinking import MARKERS, open_block, switches_in
+from heretic.model.thinking import MARKERS, closed_immediately, open_block, switches_in
 from heretic.model.turns import Turns
 from heretic.progress import ProgressReporter
 
@@ -29,6 +29,7 @@ class AnswerStart:
 
     prefix: str = ""
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
+    date: str = ""  # what the chat template prints as today; empty: the real date
 
     @property
     def spelled_variables(self) -> str:
@@ -36,9 +37,36 @@ class AnswerStart:
         return ", ".join(f"{name} = {json.dumps(value)}" for name, value in self.variables.items())
 
 
-def find_prefix(language_model: LanguageModel, encoded: Mapping[str, list[list[int]]], batcher: Batcher) -> str:
-    """Return the common prefix of answers to harmful and harmless prompts; empty if none, or if it is a whole answer."""
-    sample = [*encoded["harmful_train"][:PREFIX_PROMPTS], *encoded["harmless_train"][:PREFIX_PROMPTS]]
+def detect_start(
+    language_model: LanguageModel, chat: ChatFormat, start: AnswerStart, prompts: Sequence[str], batcher: Batcher
+) -> AnswerStart:
+    """Return `start` with what all answers to these prompts begin with.
+
+    A thinking block that the model opens by itself is disabled by the template's own switch if there is one, else closed.
+    """
+    chat = chat.with_variables(start.variables).answering(start.prefix)
+    prefix = find_prefix(language_model, chat.encode(prompts), batcher)
+    if not closed_immediately(prefix):
+        return replace(start, prefix=start.prefix + prefix)
+    for variables in _free_switches(chat):
+        switched = chat.with_variables(variables)
+        try:
+            same = switched.render(prompts[0]) == chat.render(prompts[0])
+            again = prefix if same else find_prefix(language_model, switched.encode(prompts), batcher)
+        except UserError:  # the template rejects that value
+            continue
+        if not closed_immediately(again):
+            disabled = AnswerStart(start.prefix + again, {**start.variables, **variables}, start.date)
+            batcher.reporter.info(
+                f"Answers begin with a thinking block, but judges need the answer: setting {disabled.spelled_variables}, "
+                "which disables it."
+            )
+            return disabled
+    return replace(start, prefix=start.prefix + prefix)
+
+
+def find_prefix(language_model: LanguageModel, sample: list[list[int]], batcher: Batcher) -> str:
+    """Return the common prefix of the answers to prompts (token ids); empty if none, or if it is a whole answer."""
 
     def step(batch: Batch) -> Turns[list[tuple[str, bool]]]:
         tokens = yield from decode(language_model.model, batch, PREFIX_TOKENS, language_model.end_tokens)
@@ -60,9 +88,9 @@ def close_thinking(chat: ChatFormat, prompts: Sequence[str], reporter: ProgressR
         return AnswerStart()
     marker = opened.most_common(1)[0][0]
     what = f"The chat template opens a thinking block ({marker}), but judges need the answer:"
-    for variables in switches_in(template_of(chat.tokenizer)):
+    for variables in _free_switches(chat):
         try:
-            remaining = open_blocks(chat.answering("", variables), prompts)
+            remaining = open_blocks(chat.with_variables(variables).answering(""), prompts)
         except UserError:  # the template rejects that value
             continue
         if not remaining:
@@ -88,6 +116,11 @@ def warn_of_open_thinking(chat: ChatFormat, prompts: Sequence[str], reporter: Pr
             f"Answers begin inside a thinking block ({marker}), so heretic judges thoughts as answers. "
             f'Set response_prefix = "auto", or start it with {MARKERS[marker].strip()!r}.'
         )
+
+
+def _free_switches(chat: ChatFormat) -> list[dict[str, Any]]:
+    """Return the switches of the template that may disable thinking and that the settings leave open."""
+    return [v for v in switches_in(template_of(chat.tokenizer)) if not v.keys() & chat.variables.keys()]
 
 
 def open_blocks(chat: ChatFormat, prompts: Sequence[str]) -> Counter[str]:

@@ -7,13 +7,17 @@ run in a separate process (`template_process`), which ends with this one.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import datetime
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -90,8 +94,63 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return template
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, variables: Mapping[str, Any]) -> str:
-    """Render a conversation as text up to the start of the answer. Raises UserError if the template fails or exceeds a limit."""
+def template_beside(folder: Path) -> str | None:
+    """Return the template that a checkpoint has for its processor only (Mistral Small 3.1, Idefics 2); None if there is none."""
+    for name in ("chat_template.json", "processor_config.json"):
+        with contextlib.suppress(OSError, ValueError):
+            data = json.loads((folder / name).read_text(encoding="utf-8"))
+            if isinstance(data, dict) and isinstance(template := data.get("chat_template"), str):
+                return template
+    return None
+
+
+def today_for(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return today's date as YYYY-MM-DD if the template prints the date (as in Llama 3.1 and gpt-oss), else an empty string."""
+    return datetime.date.today().isoformat() if "strftime_now" in template_of(tokenizer) else ""
+
+
+def render_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, variables: Mapping[str, Any], date: str = ""
+) -> str:
+    """Render a conversation as text up to the start of the answer.
+
+    Some templates read contents only as a list of parts (SmolVLM) and leave out plain text. They get such a list.
+
+    Raises:
+        UserError: if the template fails or exceeds a limit.
+    """
+    text, failure = "", None
+    try:
+        text = render(tokenizer, messages, variables, date)
+    except UserError as error:
+        if error.code != "chat-template":
+            raise
+        failure = error
+    if failure is None and contains(text, messages):
+        return text
+    in_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    with contextlib.suppress(UserError):
+        parted = render(tokenizer, in_parts, variables, date)
+        # Other templates print the list itself.
+        if contains(parted, messages) and not re.search(r"""["']type["']:""", parted):
+            return parted
+    if failure is not None:
+        raise failure
+    return text
+
+
+def contains(text: str, messages: Messages) -> bool:
+    """Return whether the contents of all messages are in a rendered text, up to blanks around them."""
+    return all(str(m["content"]).strip() in text for m in messages)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+    date: str = "",
+) -> str:
+    """Render messages as they are. Raises UserError if the template fails or exceeds a limit."""
     fix = f"leave system_prompt empty, or {OWN_FILE}" if messages[0]["role"] == "system" else OWN_FILE
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         return _render_with_own_code(tokenizer, messages, variables, fix)
@@ -102,6 +161,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, variables: Ma
         "template": template,
         "messages": [dict(m) for m in messages],
         "variables": {**{k: str(v) for k, v in tokenizer.special_tokens_map.items()}, **variables},
+        "date": date,
     }
     reply = PROCESS.ask(request)
     if (limit := reply.get("limit")) is not None:
@@ -112,7 +172,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, variables: Ma
 
 
 def _render_with_own_code(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, variables: Mapping[str, Any], fix: str
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], fix: str
 ) -> str:
     """Render with the tokenizer's own code, which is part of transformers or trusted by the user."""
     try:

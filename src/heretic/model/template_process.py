@@ -6,6 +6,7 @@ It reads one JSON request a line and writes one JSON answer a line until its inp
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import signal
@@ -17,7 +18,18 @@ CPU_SECONDS = 2.0  # for one conversation; an ordinary template takes less than 
 MEMORY = 256 << 20  # bytes beyond the process's size at the start
 EXTRA_CHARACTERS = 200_000  # that a template may add to the conversation
 
-Render = Callable[[str, list[dict[str, str]], dict[str, Any]], str]
+Render = Callable[[str, list[dict[str, Any]], dict[str, Any]], str]
+
+
+class Clock(datetime.datetime):
+    """The clock of the templates: stands still at `fixed` unless that is None."""
+
+    fixed: datetime.datetime | None = None
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> Any:
+        """Return the present."""
+        return cls.fixed or datetime.datetime.now(tz)
 
 
 def limit_memory() -> None:
@@ -40,10 +52,13 @@ def limit_time(seconds: float) -> None:
 
 def render_function() -> Render:
     """Return transformers' function that renders a template."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils import chat_template_utils
 
-    def render(template: str, messages: list[dict[str, str]], variables: dict[str, Any]) -> str:
-        rendered: Any = render_jinja_template(
+    # `strftime_now` of the templates reads it, and variables can only be plain data.
+    vars(chat_template_utils)["datetime"] = Clock
+
+    def render(template: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+        rendered: Any = chat_template_utils.render_jinja_template(
             conversations=[messages], chat_template=template, add_generation_prompt=True, **variables
         )
         return str(rendered[0][0])
@@ -65,7 +80,9 @@ def template_line(error: BaseException) -> int | None:
 def answer(request: dict[str, Any], render: Render) -> dict[str, Any]:
     """Answer one request with `text`, with `error` and its `line`, or with the `limit` that was exceeded."""
     messages = request["messages"]
-    most = EXTRA_CHARACTERS + sum(len(m["content"]) for m in messages)
+    most = EXTRA_CHARACTERS + sum(len(str(m["content"])) for m in messages)
+    date = request.get("date")
+    Clock.fixed = datetime.datetime.fromisoformat(date) if date else None
     limit_time(CPU_SECONDS)
     try:
         text = render(request["template"], messages, request["variables"])

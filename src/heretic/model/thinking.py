@@ -58,8 +58,18 @@ def open_block(text: str, last_message: str = "") -> str:
 
 
 def closed_immediately(text: str) -> str:
-    """Return an empty thinking block with the marker that a text begins with; empty if there is none."""
-    return next((m + closing.strip() for m, closing in MARKERS.items() if text.lstrip().startswith(m)), "")
+    """Return an empty thinking block with the marker that a text begins with; empty if there is none.
+
+    Line breaks are those of the model: `<think>\\n\\n</think>\\n\\n` if it writes one after the marker. Without them, they
+    would be the next tokens, nearly certain before and after any edit.
+    """
+    begun = text.lstrip()
+    for marker, closing in MARKERS.items():
+        if begun.startswith(marker):
+            after = begun[len(marker) :]
+            breaks = after[: len(after) - len(after.lstrip())] if closing.startswith("\n") else ""
+            return marker + breaks + closing
+    return ""
 
 
 def thought_length(tokens: Sequence[int], decode: Callable[[list[int]], Any], opened: str = "") -> int | None:

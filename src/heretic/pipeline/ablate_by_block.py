@@ -169,10 +169,11 @@ def _plan_edit(
     with unloaded_after(model.model):
         check_layer(layer, model.structure.num_layers)
         # 2. Compute the directions
-        chat = ChatFormat(model.tokenizer, settings.system_prompt, rows=model.rows)
+        chat = ChatFormat.of(model.tokenizer, settings, rows=model.rows)
         start = start_without_model(chat, inputs.prompts, settings, reporter)
         if directions is None:
-            directions = _directions(inputs, model, chat.answering(start.prefix, start.variables), reporter, stop)
+            chat = chat.with_variables(start.variables).answering(start.prefix)
+            directions = _directions(inputs, model, chat, reporter, stop)
             folder.save_directions(directions)
         # 3. Compute the edit
         ablation = Ablation.uniform(model.structure.components, strength, model.structure.num_layers, layer)

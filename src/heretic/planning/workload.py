@@ -175,16 +175,19 @@ def _encoded(settings: Settings, checkpoint: Checkpoint, prompts: PromptSets) ->
 
     Raises UserError if there is no tokenizer.
     """
-    from heretic.model.chat_format import ChatFormat
+    from heretic.model.chat_format import ChatFormat, check_different
     from heretic.model.loading import load_tokenizer
     from heretic.model.template import read_template
 
     trusted = checkpoint.model in settings.trust_remote_code
     tokenizer = load_tokenizer(checkpoint, trusted, read_template(settings))
     prefix = "" if settings.response_prefix == "auto" else settings.response_prefix
-    chat = ChatFormat(tokenizer, settings.system_prompt, prefix)
+    chat = ChatFormat.of(tokenizer, settings).answering(prefix)
     sets = (prompts.harmful_eval, prompts.harmless_eval, prompts.harmful_train, prompts.harmless_train)
-    return [chat.encode(role.prompts) for role in sets]
+    encoded = [chat.encode(role.prompts) for role in sets]
+    for role, tokens in zip(sets, encoded, strict=True):
+        check_different(role.role, tokens)
+    return encoded
 
 
 def _shared_prefix(sequences: Sequence[list[int]]) -> list[int]:

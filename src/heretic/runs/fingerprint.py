@@ -29,6 +29,8 @@ def facts(
         fields.pop(name)
     if fields["quantization"] == "none":
         fields.pop("quantization")  # keeps the fingerprints of studies older than this setting; likewise below
+    if not settings.template_variables:
+        fields.pop("template_variables")
     if not fields["ablation"]["readers"]:
         fields["ablation"].pop("readers")
     if not fields["judge"]["llm"]["instruction"]:

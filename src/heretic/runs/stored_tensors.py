@@ -6,6 +6,7 @@ because a hash does not protect against a file with a recomputed hash.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -71,6 +72,8 @@ class Baseline:
             "template_variables": _bytes(json.dumps(dict(self.start.variables))),
             "answered": _padded(self.answered),
         }
+        if self.start.date:
+            tensors["template_date"] = _bytes(self.start.date)
         if self.harmless_metrics is not None:
             tensors["harmless_metrics"] = torch.tensor(list(self.harmless_metrics.as_dict().values()))
         return tensors
@@ -82,6 +85,8 @@ class Baseline:
             return None
         variables = json.loads(_text(tensors, "template_variables"))
         _require(isinstance(variables, dict), "template_variables is not an object")
+        date = _text(tensors, "template_date") if "template_date" in tensors else ""
+        _require(not date or datetime.date.fromisoformat(date) is not None, "template_date is not a date")
         log_probs = _named(tensors, "log_probs", 2)
         verdict_ids = _named(tensors, "refused", 1, integer=True).tolist()
         texts, answered = (_unpadded(_named(tensors, name, 2, integer=True)) for name in ("refusal_texts", "answered"))
@@ -100,7 +105,7 @@ class Baseline:
             log_probs=log_probs,
             verdicts=tuple(ORDER[number] for number in verdict_ids),
             refusal_texts=texts,
-            start=AnswerStart(_text(tensors, "response_prefix"), variables),
+            start=AnswerStart(_text(tensors, "response_prefix"), variables, date),
             answered=answered,
             harmless_metrics=HarmlessMetrics(*harmless_metrics) if harmless_metrics else None,
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from heretic.model.batching import Batcher
 from heretic.model.chat_format import ChatFormat, check_different, check_length
 from heretic.model.loading import LanguageModel
@@ -11,7 +9,7 @@ from heretic.model.response_prefix import (
     PREFIX_PROMPTS,
     AnswerStart,
     close_thinking,
-    find_prefix,
+    detect_start,
     warn_of_open_thinking,
 )
 from heretic.progress import ProgressReporter
@@ -54,15 +52,17 @@ def start_answers(
     else:
         start = start_without_model(chat, prompts, settings, reporter)
     if detected:
-        closed = chat.answering(start.prefix, start.variables)
-        asked = encode(prompts, closed, context, settings) if start != AnswerStart() else encoded
-        start = replace(start, prefix=start.prefix + find_prefix(language_model, asked, batcher))
+        start = detect_start(language_model, chat, start, sample_of(prompts), batcher)
     if start.prefix:
         reporter.info(f"Every answer starts with {start.prefix!r}.")
-    if start == AnswerStart():
-        return chat, encoded
-    chat = chat.answering(start.prefix, start.variables)
-    return chat, encode(prompts, chat, context, settings)
+    started = chat.with_variables(start.variables).answering(start.prefix)
+    return (chat, encoded) if started == chat else (started, encode(prompts, started, context, settings))
+
+
+def sample_of(prompts: PromptSets) -> list[str]:
+    """Return the prompts whose answers show how every answer starts."""
+    harmful, harmless = (s.prompts[:PREFIX_PROMPTS] for s in (prompts.harmful_train, prompts.harmless_train))
+    return [*harmful, *harmless]
 
 
 def start_without_model(

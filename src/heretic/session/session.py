@@ -32,7 +32,7 @@ from heretic.model.lazy_tensor import LazyTensor
 from heretic.model.loading import LanguageModel, load
 from heretic.model.reader import reordered
 from heretic.model.response_prefix import AnswerStart
-from heretic.model.template import read_template
+from heretic.model.template import read_template, today_for
 from heretic.planning.memory_plan import LoadPlan
 from heretic.progress import ProgressReporter
 from heretic.prompts.sets import PromptSets
@@ -79,7 +79,7 @@ class ModelContext:
     @property
     def answer_start(self) -> AnswerStart:
         """The common beginning of all answers."""
-        return AnswerStart(self.chat.response_prefix, self.chat.variables)
+        return AnswerStart(self.chat.response_prefix, self.chat.variables, self.chat.date)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ def load_model_context(
         reporter=reporter,
     )
     # 2. Encode the prompts, and find out what batches and caches the model allows
-    chat = ChatFormat(language_model.tokenizer, settings.system_prompt, rows=language_model.rows)
+    date = answer_start.date if answer_start else today_for(language_model.tokenizer)  # a resumed study keeps its own
+    chat = ChatFormat.of(language_model.tokenizer, settings, date=date, rows=language_model.rows)
     encoded = encode(prompts, chat, language_model.context, settings)
     if decoded_by_generate(language_model.model, language_model.device):
         reporter.info("This model has no reusable KV cache: transformers decodes every answer to its full length.")

@@ -207,6 +207,11 @@ class Settings(SettingsModel):
         "Jinja file with the chat template; empty: the model's own.",
         when="Set it for base models and old checkpoints; preflight reports a missing template.",
     )
+    template_variables: dict[str, bool | int | float | str] = setting(
+        {},
+        'Variables for the chat template, such as `{ enable_thinking = true }` or `{ reasoning_effort = "low" }`.',
+        when="Set them to study a mode of the model; `response_prefix` says what happens to a thinking block.",
+    )
     response_prefix: str = setting(
         "auto",
         "Text that every response starts with. `auto`: what the model's responses have in common, with a thinking block "
@@ -380,9 +385,7 @@ class Settings(SettingsModel):
     ablation: AblationSettings = setting(
         AblationSettings(), "How heretic edits the weights that write to the residual stream."
     )
-    search: SearchSettings = setting(
-        SearchSettings(), "The search space and the sampler. Ranges are [lowest, highest]."
-    )
+    search: SearchSettings = setting(SearchSettings(), "Search space and sampler. Ranges are [lowest, highest].")
     workers: WorkerSettings = setting(
         WorkerSettings(), "Several processes on one study (docs/workers.md).", affects_results=False
     )

@@ -81,7 +81,7 @@ def run_demo(
 def _log_probs(folder: Path, settings: Settings, stop: StopSignal) -> Tensor:
     """Return next-token log-probabilities on the guarded requests [prompts, vocabulary]."""
     model = load(open_checkpoint(str(folder)), ["float32"], {"device_map": {"": "cpu"}})
-    chat = ChatFormat(model.tokenizer, settings.system_prompt)
+    chat = ChatFormat.of(model.tokenizer, settings)
     sequences = chat.encode(load_all(settings.prompts).harmful_eval.prompts)
     with unloaded_after(model.model):
         return first_token_log_probs(model, sequences, Batcher(32, stop=stop))
