@@ -38,8 +38,8 @@ from heretic.search.path_optimizer import OptimizerState
 from tests.helpers.reporters import RecordingReporter
 
 BASELINE = Baseline(
-    torch.randn(5, 7).log_softmax(-1), (REFUSAL, ANSWER, EVASIVE), ([1, 2], [], []), AnswerStart("Sure", {"thinking": False}),
-    ([3, 4], [5, 6, 0]), HarmlessMetrics(1, 0, 3),
+    torch.randn(5, 7).log_softmax(-1), (REFUSAL, ANSWER, EVASIVE), ([1, 2], [], []),
+    AnswerStart("Sure", {"thinking": False}, "2024-02-03"), ([3, 4], [5, 6, 0]), HarmlessMetrics(1, 0, 3),
 )  # fmt: skip
 DIRECTIONS = {"directions": torch.randn(3, 4), "extra": torch.randn(3, 1, 4)}
 GEOMETRY = ResidualGeometry(
@@ -68,6 +68,7 @@ READERS: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, Tensor
 MAY_LACK = {
     "extra",
     "harmless_metrics",
+    "template_date",
     "refusal_texts",
     "answered",
     "mixture",
@@ -103,6 +104,18 @@ def test_what_was_written_is_read() -> None:
     maps = input_maps_from_tensors(input_map_tensors(INPUT_MAPS))
     assert all(torch.equal(maps[name].outputs, own.outputs) for name, own in INPUT_MAPS.items())
     assert torch.equal(effects_from_tensors(EFFECTS.tensors()).kl, EFFECTS.kl)
+
+
+def test_the_tensors_of_a_run_are_those_of_the_document() -> None:
+    table = (Path(__file__).parents[2] / "docs/run_folder.md").read_text(encoding="utf-8")
+    undocumented = [n for n in (*DIRECTIONS, *BASELINE.tensors(), "strengths", "mixture") if f"`{n}`" not in table]
+    assert not undocumented
+
+
+def test_a_date_that_is_none_is_refused() -> None:
+    date = torch.tensor(list(b"2024-13-01"), dtype=torch.uint8)
+    with pytest.raises(ValueError):
+        Baseline.from_tensors({**BASELINE.tensors(), "template_date": date})
 
 
 @pytest.mark.parametrize("name", READERS)
