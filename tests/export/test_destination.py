@@ -135,6 +135,8 @@ def test_folder_that_is_no_export_of_the_run_is_refused(manifest: Any) -> None:
 
 
 def test_a_mount_point_is_refused_before_anything_is_written() -> None:
-    with pytest.raises(UserError) as error:
-        check_destination(Path("/proc"), "mine")
-    assert error.value.code == "destination-mount-point"
+    Path("link").symlink_to("/proc")
+    for place in ("/proc", "link"):
+        with pytest.raises(UserError) as error:
+            check_destination(Path(place), "mine")
+        assert error.value.code == "destination-mount-point"

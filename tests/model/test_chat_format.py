@@ -91,3 +91,10 @@ def test_a_system_prompt_that_the_template_leaves_out_is_an_error() -> None:
     with pytest.raises(UserError) as error:
         ChatFormat(tokenizer, "be good").render("y")
     assert error.value.code == "system-prompt-left-out"
+
+
+@pytest.mark.parametrize("change", ["lower", "e", "tojson", "indent", "replace('  ', ' ')"])
+def test_a_system_prompt_that_the_template_changes_is_there(change: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = f"{{% for m in messages %}}{{{{ m.content | {change} }}}}{{% endfor %}}"
+    assert ChatFormat(tokenizer, 'You are "Bob".\n\nDo not  lie.').render("y")

@@ -92,6 +92,9 @@ def test_a_prefix_of_the_user_that_leaves_the_block_open_is_reported() -> None:
         assert len(reporter.warnings) == warnings
 
 
+THOUGHTS = [("<think>\nOkay, so", False), ("<think>\nOkay, the", False)]
+
+
 def test_a_switch_that_the_settings_set_is_not_changed() -> None:
     chat = chat_of("{% if enable_thinking %}<think>{% endif %}").with_variables({"enable_thinking": True})
     assert close_thinking(chat, PROMPTS, RecordingReporter()) == AnswerStart("\n</think>\n\n")
@@ -107,6 +110,7 @@ def test_a_switch_that_the_settings_set_is_not_changed() -> None:
         ),
         ("", AnswerStart("<think>\n\n</think>\n\n")),
         ("{{ thinking }}", AnswerStart("<think>\n\n</think>\n\n")),  # names a switch that does not help
+        ("{% if think is false %} only some{% endif %}", AnswerStart("<think>\n\n</think>\n\n")),
         ("{% if think is false %}{{ raise_exception('no') }}{% endif %}", AnswerStart("<think>\n\n</think>\n\n")),
     ],
 )
@@ -115,11 +119,13 @@ def test_thinking_that_the_model_opens_is_switched_off_or_closed(
 ) -> None:
     chat, reporter = chat_of(opening), RecordingReporter()
 
-    def find_prefix(_: Any, sample: list[list[int]], __: Any) -> str:
+    def sample_answers(_: Any, sample: list[list[int]], __: Any) -> list[tuple[str, bool]]:
         switched = all(len(a) == len(b) + 2 for a, b in zip(sample, chat.encode(PROMPTS), strict=True))
-        return "" if switched else "<think>\n\n</think>\n\n"
+        if "only some" in opening and switched:
+            return [("Sure", False), *THOUGHTS]
+        return [("Sure", False), ("No", False)] if switched else THOUGHTS
 
-    monkeypatch.setattr(response_prefix, "find_prefix", find_prefix)
+    monkeypatch.setattr(response_prefix, "sample_answers", sample_answers)
     batcher: Any = SimpleNamespace(reporter=reporter)
     model: Any = None
     assert detect_start(model, chat, AnswerStart(), PROMPTS, batcher) == start

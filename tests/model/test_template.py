@@ -196,6 +196,7 @@ PARTS = "{% for m in messages %}{% for p in m.content if p.type == 'text' %}{{ p
         (PARTS, "tell me"),
         ("{{ messages[0].content[0]['text'].strip() }}", "tell me"),  # fails for a text
         ("{{ messages[0].content | upper }}", "TELL ME"),
+        ("{{ messages[0].content | tojson }}", '"tell me"'),
         ("{{ messages[0].content }}!", "tell me!"),
         ("no prompt", "no prompt"),
     ],
@@ -204,6 +205,22 @@ def test_contents_are_passed_as_parts_only_to_templates_that_need_them(template:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     assert render_messages(tokenizer, MESSAGES, {}) == text
+
+
+def test_a_prompt_that_looks_like_a_part_is_passed_on() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = PARTS
+    prompt = """fix {"type": "x"}"""
+    assert render_messages(tokenizer, [{"role": "user", "content": prompt}], {}) == prompt
+
+
+def test_thoughts_that_a_template_leaves_out_of_earlier_answers_change_nothing() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content.split('</think>')[-1] if m.content is string }}|{% endfor %}"
+    )
+    talk = [*MESSAGES, {"role": "assistant", "content": "<think>x</think>yes"}, {"role": "user", "content": "go on"}]
+    assert render_messages(tokenizer, talk, {}) == "tell me|yes|go on|"
 
 
 def test_the_error_of_a_template_that_takes_neither_is_that_for_plain_text() -> None:

@@ -30,6 +30,21 @@ def test_markers_before_the_answer_open_nothing(text: str, said: str) -> None:
     assert open_block(text, said) == ""
 
 
+@pytest.mark.parametrize(
+    ("text", "block"),
+    [
+        ("<think>\nOkay", "<think>\n\n</think>\n\n"),
+        ("<think>\n\nOkay", "<think>\n\n</think>\n\n"),
+        ("<think>\n\n</think>\n\nSure", "<think>\n\n</think>\n\n"),
+        ("<think></think>Sure", "<think></think>"),
+        ("[THINK] Okay", "[THINK][/THINK]"),
+        ("Sure", ""),
+    ],
+)
+def test_an_empty_block_has_the_line_breaks_of_models(text: str, block: str) -> None:
+    assert closed_immediately(text) == block
+
+
 def test_text_behind_the_marker_leaves_the_block_open() -> None:
     assert open_block("<user>tell me<assistant><think>\nOkay, ", "tell me") == "<think>"
     assert open_block("<user>think<assistant><think>\n", "think") == "<think>", "the message stands in the marker too"

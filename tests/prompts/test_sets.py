@@ -40,6 +40,9 @@ def test_a_data_set_that_was_saved_to_disk_is_read() -> None:
     datasets.DatasetDict({"train": table}).save_to_disk("parts")
     assert prompts(source="saved") == prompts(source="parts", split="train") == ("one", "two", "three")
     assert prompts(source="saved", split="train[1:2]") == ("two",)
+    with pytest.raises(UserError) as error:
+        prompts(source="saved", split="test")
+    assert error.value.code == "dataset-unreadable"
 
 
 def test_slices_prefix_and_suffix() -> None:

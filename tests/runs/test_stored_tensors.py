@@ -39,7 +39,7 @@ from tests.helpers.reporters import RecordingReporter
 
 BASELINE = Baseline(
     torch.randn(5, 7).log_softmax(-1), (REFUSAL, ANSWER, EVASIVE), ([1, 2], [], []),
-    AnswerStart("Sure", {"thinking": False}, "2024-02-03"), ([3, 4], [5, 6, 0]), HarmlessMetrics(1, 0, 3),
+    AnswerStart("Sure", {"thinking": False}, "2024-02-03", 7), ([3, 4], [5, 6, 0]), HarmlessMetrics(1, 0, 3),
 )  # fmt: skip
 DIRECTIONS = {"directions": torch.randn(3, 4), "extra": torch.randn(3, 1, 4)}
 GEOMETRY = ResidualGeometry(
@@ -69,6 +69,7 @@ MAY_LACK = {
     "extra",
     "harmless_metrics",
     "template_date",
+    "end_of_turn",
     "refusal_texts",
     "answered",
     "mixture",

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from heretic.files import read_tensors
+from heretic.model.checkpoint import open_checkpoint
+from heretic.model.loading import load
+from heretic.model.response_prefix import AnswerStart
+from heretic.session.encoding import end_answers
 from tests.helpers.command import heretic
+from tests.helpers.reporters import RecordingReporter
 from tests.tiny import TEMPLATE, VOCABULARY, save_tiny, tiny_tokenizer
 
 OPENS = TEMPLATE.replace("<|assistant|> ", "<|assistant|> <think>SWITCH")
@@ -121,3 +127,19 @@ def test_preflight_tells_of_a_chat_template_that_fails_or_is_missing(
         told = heretic(capsys, monkeypatch, "preflight", "./model", "--json")
         assert told.status == 1
         assert "chat template" in {f["subject"] for f in json.loads(told.out)["findings"] if f["level"] == "failure"}
+
+
+def test_answers_also_end_where_the_template_ends_them_unless_a_session_began_without(
+    llama: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "copy"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.save_pretrained(folder)
+    model = load(open_checkpoint(str(folder)), ["float32"], {})
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    reporter = RecordingReporter()
+    assert end_answers(model, None, reporter).end_tokens == {*model.end_tokens, end} and len(reporter.infos) == 1
+    assert end_answers(model, AnswerStart("Sure"), reporter).end_tokens == model.end_tokens
+    assert end_answers(model, AnswerStart(end_of_turn=end), reporter).end_tokens == {*model.end_tokens, end}
+    assert len(reporter.infos) == 1

@@ -291,3 +291,12 @@ def test_entries_of_maps_can_be_set_from_every_source() -> None:
 def test_limits_of_earlier_versions_are_read() -> None:
     old = {"max_over_refusals": -1, "max_degenerate": 4}
     assert Settings.model_validate({"constraints": old}).constraints == {"degenerate": 4}
+
+
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "continue_final_message", "a b", ""])
+def test_variables_of_the_template_cannot_have_the_names_of_the_renderers(name: str) -> None:
+    assert Settings(model="m", template_variables={"enable_thinking": True}).template_variables == {
+        "enable_thinking": True
+    }
+    with pytest.raises(ValueError):
+        Settings(model="m", template_variables={name: True})

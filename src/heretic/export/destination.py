@@ -13,6 +13,7 @@ import psutil
 from heretic.errors import UserError
 from heretic.export.manifest import MANIFEST, read_inventory
 from heretic.files import atomic_swap, expand_user, fsync, sha256
+from heretic.hardware.host import is_mount_point
 from heretic.interrupt import StopSignal
 from heretic.model.repository import CARD
 from heretic.progress import ProgressReporter
@@ -34,7 +35,7 @@ def check_destination(destination: Path, owner: str) -> None:
             where=str(destination),
             fix="name a new folder",
         )
-    if os.path.ismount(destination):  # as in docker run -v FOLDER:/out
+    if is_mount_point(destination):  # as in docker run -v FOLDER:/out
         raise UserError(
             "The destination is a mount point, which heretic cannot replace by the finished export.",
             code="destination-mount-point",

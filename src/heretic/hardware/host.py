@@ -63,6 +63,12 @@ def can_write(path: Path) -> bool:
     return parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
 
 
+def is_mount_point(path: Path) -> bool:
+    """Return whether a file system or a bind mount begins at a path, links followed."""
+    resolved = path.resolve()
+    return os.path.ismount(resolved) or str(resolved) in {p.mountpoint for p in psutil.disk_partitions(all=True)}
+
+
 def format_bytes(size: int) -> str:
     """Format a size like '61.0 GiB' or '512 MiB'."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

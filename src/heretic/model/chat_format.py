@@ -24,12 +24,14 @@ class ChatFormat:
     response_prefix: str = ""
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template, for example enable_thinking
     date: str = ""  # what the chat template prints as today, as YYYY-MM-DD; empty: the real date
+    given_variables: Mapping[str, Any] = field(default_factory=dict)  # those of the settings
     rows: int = 0  # of the model's embedding; 0: unknown, not checked
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, settings: Settings, *, date: str = "", rows: int = 0) -> ChatFormat:
         """Return the format that the settings ask for, without a response prefix."""
-        return cls(tokenizer, settings.system_prompt, variables=settings.template_variables, date=date, rows=rows)
+        given = settings.template_variables
+        return cls(tokenizer, settings.system_prompt, variables=given, date=date, given_variables=given, rows=rows)
 
     def render(self, prompt: str) -> str:
         """Render a conversation of one prompt as text, up to the start of the answer."""
@@ -39,7 +41,10 @@ class ChatFormat:
         """Render messages (`role`, `content`) as text, up to the start of the answer. Raises UserError."""
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         text = render_messages(self.tokenizer, [*system, *messages], self.variables, self.date)
-        if not contains(text, system):
+        # Templates may change its blanks or letters, so another one is tried.
+        if not contains(text, system) and text == render_messages(
+            self.tokenizer, [{**system[0], "content": "Speak."}, *messages], self.variables, self.date
+        ):
             raise UserError(
                 "The chat template leaves out the system message, so no model would see it.",
                 code="system-prompt-left-out",

@@ -14,7 +14,7 @@ ANSWER = "Yes, it is."
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the special token that directly follows an answer in the chat template; None if there is none.
 
-    Tokens that also end a thinking block (`<|end|>` of gpt-oss) do not count, since the answer follows them.
+    Tokens that begin or end a thinking block (`<|end|>` of gpt-oss) do not count, since the answer follows them.
     """
     messages = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": ANSWER}]
     try:
@@ -26,9 +26,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
-    if not ids or ids[0] not in special:
+    if not ids or ids[0] not in special or ids[0] == tokenizer.unk_token_id:
         return None
     name = str(tokenizer.convert_ids_to_tokens(ids[0]))
     template = template_of(tokenizer)
-    ends_thoughts = any(name in closing and marker in template for marker, closing in MARKERS.items())
-    return None if ends_thoughts else int(ids[0])
+    of_thoughts = any(name in marker or (name in end and marker in template) for marker, end in MARKERS.items())
+    return None if of_thoughts else int(ids[0])

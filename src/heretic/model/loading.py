@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +21,6 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.model.config_reading import auto_class
 from heretic.model.decoding_graph import DecodingGraphs
 from heretic.model.device_errors import device_error, is_device_error
-from heretic.model.end_of_turn import end_of_turn
 from heretic.model.quantization import KEPT, QUANTIZATIONS, balanced_4bit, keep_layout, loading_arguments
 from heretic.model.stages import share_inputs, stages_of
 from heretic.model.template import PROCESS, template_beside, template_of
@@ -157,8 +156,7 @@ def load(
             loaded_dtype = str(model.dtype).removeprefix("torch.") if checkpoint.quantized_by == KEPT else dtype
             structure = find_residual_writers(model, readers=readers)
             share_inputs(structure.blocks)
-            loaded = LanguageModel(model, tokenizer, checkpoint, structure, loaded_dtype, quantization)
-            return with_end_tokens(loaded, chat_template is not None, reporter)
+            return with_end_tokens(LanguageModel(model, tokenizer, checkpoint, structure, loaded_dtype, quantization))
         reporter.warning(f"{checkpoint.model} gives logits that are not finite in {dtype}.")
         unload(model)
     raise UserError(
@@ -169,12 +167,10 @@ def load(
     )
 
 
-def with_end_tokens(
-    loaded: LanguageModel, chats: bool = False, reporter: ProgressReporter = NULL_REPORTER
-) -> LanguageModel:
-    """Return the model with the end token of its chat template, if it `chats`. Raises UserError for invalid end tokens."""
+def with_end_tokens(loaded: LanguageModel) -> LanguageModel:
+    """Return the model if its end tokens are valid. Raises UserError."""
     try:
-        known = loaded.end_tokens
+        _ = loaded.end_tokens
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"The tokens that end an answer cannot be read: {first_line(error)}",
@@ -182,14 +178,7 @@ def with_end_tokens(
             where=f"{loaded.checkpoint.folder / 'generation_config.json'}: eos_token_id",
             fix="set the entry to a token id or a list of token ids",
         ) from None
-    token = end_of_turn(loaded.tokenizer) if chats else None
-    if token is None or token in known:
-        return loaded
-    name = plain_line(str(loaded.tokenizer.convert_ids_to_tokens(token)))
-    reporter.info(
-        f"Answers end with {name} in the chat template, so they also end there, though eos_token_id lacks it."
-    )
-    return replace(loaded, end_of_turn=token)
+    return loaded
 
 
 def load_tokenizer(

@@ -30,6 +30,7 @@ class AnswerStart:
     prefix: str = ""
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
     date: str = ""  # what the chat template prints as today; empty: the real date
+    end_of_turn: int | None = None  # token that also ends an answer
 
     @property
     def spelled_variables(self) -> str:
@@ -45,18 +46,20 @@ def detect_start(
     A thinking block that the model opens by itself is disabled by the template's own switch if there is one, else closed.
     """
     chat = chat.with_variables(start.variables).answering(start.prefix)
-    prefix = find_prefix(language_model, chat.encode(prompts), batcher)
-    if not closed_immediately(prefix):
+    answers = sample_answers(language_model, chat.encode(prompts), batcher)
+    prefix = prefix_of(answers)
+    if not _any_thinks(answers):
         return replace(start, prefix=start.prefix + prefix)
     for variables in _free_switches(chat):
         switched = chat.with_variables(variables)
         try:
-            same = switched.render(prompts[0]) == chat.render(prompts[0])
-            again = prefix if same else find_prefix(language_model, switched.encode(prompts), batcher)
+            if switched.render(prompts[0]) == chat.render(prompts[0]):
+                continue
+            answers = sample_answers(language_model, switched.encode(prompts), batcher)
         except UserError:  # the template rejects that value
             continue
-        if not closed_immediately(again):
-            disabled = AnswerStart(start.prefix + again, {**start.variables, **variables}, start.date)
+        if not _any_thinks(answers):
+            disabled = AnswerStart(start.prefix + prefix_of(answers), {**start.variables, **variables})
             batcher.reporter.info(
                 f"Answers begin with a thinking block, but judges need the answer: setting {disabled.spelled_variables}, "
                 "which disables it."
@@ -65,15 +68,23 @@ def detect_start(
     return replace(start, prefix=start.prefix + prefix)
 
 
-def find_prefix(language_model: LanguageModel, sample: list[list[int]], batcher: Batcher) -> str:
-    """Return the common prefix of the answers to prompts (token ids); empty if none, or if it is a whole answer."""
+def sample_answers(language_model: LanguageModel, sample: list[list[int]], batcher: Batcher) -> list[tuple[str, bool]]:
+    """Return the beginnings of the answers to prompts (token ids), and whether they are whole answers."""
 
     def step(batch: Batch) -> Turns[list[tuple[str, bool]]]:
         tokens = yield from decode(language_model.model, batch, PREFIX_TOKENS, language_model.end_tokens)
         # With special tokens: thinking blocks and channels consist of them.
         return [(str(language_model.tokenizer.decode(t)), len(t) < PREFIX_TOKENS) for t in tokens]
 
-    answers = batcher.run("Detecting the common response prefix", sample, step, decoding=True)
+    return batcher.run("Detecting the common response prefix", sample, step, decoding=True)
+
+
+def _any_thinks(answers: Sequence[tuple[str, bool]]) -> bool:
+    return any(closed_immediately(text) for text, _ in answers)
+
+
+def prefix_of(answers: Sequence[tuple[str, bool]]) -> str:
+    """Return the common prefix of answers; empty if there is none, or if it is a whole answer."""
     prefix = common_prefix([text for text, _ in answers])
     return "" if any(ended and text.rstrip() == prefix for text, ended in answers) else prefix
 

@@ -131,8 +131,7 @@ def render_messages(
     in_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     with contextlib.suppress(UserError):
         parted = render(tokenizer, in_parts, variables, date)
-        # Other templates print the list itself.
-        if contains(parted, messages) and not re.search(r"""["']type["']:""", parted):
+        if contains(parted, messages) and not _prints_lists(parted, messages):
             return parted
     if failure is not None:
         raise failure
@@ -140,8 +139,18 @@ def render_messages(
 
 
 def contains(text: str, messages: Messages) -> bool:
-    """Return whether the contents of all messages are in a rendered text, up to blanks around them."""
-    return all(str(m["content"]).strip() in text for m in messages)
+    """Return whether the contents of all messages are in a rendered text, up to blanks around them.
+
+    Answers do not count: templates leave out their thoughts.
+    """
+    return all(str(m["content"]).strip() in text for m in messages if m["role"] != "assistant")
+
+
+def _prints_lists(parted: str, messages: Messages) -> bool:
+    """Whether a template printed the lists of parts themselves."""
+    for message in messages:
+        parted = parted.replace(str(message["content"]).strip(), "")
+    return re.search(r"""["']type["']:""", parted) is not None
 
 
 def render(

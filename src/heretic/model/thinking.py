@@ -60,15 +60,18 @@ def open_block(text: str, last_message: str = "") -> str:
 def closed_immediately(text: str) -> str:
     """Return an empty thinking block with the marker that a text begins with; empty if there is none.
 
-    Line breaks are those of the model: `<think>\\n\\n</think>\\n\\n` if it writes one after the marker. Without them, they
-    would be the next tokens, nearly certain before and after any edit.
+    It has the line breaks that models write (`<think>\\n\\n</think>\\n\\n`). Without them, they would be the next tokens, nearly
+    certain before and after any edit.
     """
     begun = text.lstrip()
     for marker, closing in MARKERS.items():
         if begun.startswith(marker):
             after = begun[len(marker) :]
-            breaks = after[: len(after) - len(after.lstrip())] if closing.startswith("\n") else ""
-            return marker + breaks + closing
+            written = after[: len(after) - len(after.lstrip())]
+            rest = after[len(written) :].removeprefix(closing.strip())
+            if rest != after[len(written) :]:  # the model closes the block itself
+                return marker + written + closing.strip() + rest[: len(rest) - len(rest.lstrip())]
+            return marker + ("\n" if written and closing.endswith("\n\n") else "") + closing
     return ""
 
 

@@ -138,9 +138,9 @@ def _folder(path: Path) -> Folder:
 
 def _export_folder(path: Path) -> Folder:
     """Return the folder of an export, which is written beside it and then renamed."""
-    beside = expand_user(path).parent
-    free, writable = host.free_disk(beside), host.can_write(beside)
-    return replace(_folder(path), free=free, writable=writable, mounted=os.path.ismount(expand_user(path)))
+    resolved = expand_user(path).resolve()
+    free, writable = host.free_disk(resolved.parent), host.can_write(resolved.parent)
+    return replace(_folder(path), free=free, writable=writable, mounted=host.is_mount_point(resolved))
 
 
 def _hub_cache() -> Path:

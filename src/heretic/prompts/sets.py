@@ -233,6 +233,8 @@ def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> 
         with nullcontext("") if local else _cache_only_without_hub() as hub_error:
             if local and (Path(source.source) / "state.json").is_file():  # written by Dataset.save_to_disk
                 table: Any = datasets.load_from_disk(source.source)
+                if (name := _split_name(source.split)) not in ("train", str(table.split)):
+                    raise ValueError(f"it has no split {name!r}, only {table.split or 'train'}")
             else:
                 table = datasets.load_dataset(source.source, source.subset or None, split=_split_name(source.split))
         column = next((c for c in columns if c in table.column_names), None)

@@ -74,6 +74,8 @@ class Baseline:
         }
         if self.start.date:
             tensors["template_date"] = _bytes(self.start.date)
+        if self.start.end_of_turn is not None:
+            tensors["end_of_turn"] = torch.tensor([self.start.end_of_turn])
         if self.harmless_metrics is not None:
             tensors["harmless_metrics"] = torch.tensor(list(self.harmless_metrics.as_dict().values()))
         return tensors
@@ -87,6 +89,8 @@ class Baseline:
         _require(isinstance(variables, dict), "template_variables is not an object")
         date = _text(tensors, "template_date") if "template_date" in tensors else ""
         _require(not date or datetime.date.fromisoformat(date) is not None, "template_date is not a date")
+        end = _named(tensors, "end_of_turn", 1, integer=True).tolist() if "end_of_turn" in tensors else [None]
+        _require(len(end) == 1, "end_of_turn must be one token")
         log_probs = _named(tensors, "log_probs", 2)
         verdict_ids = _named(tensors, "refused", 1, integer=True).tolist()
         texts, answered = (_unpadded(_named(tensors, name, 2, integer=True)) for name in ("refusal_texts", "answered"))
@@ -105,7 +109,7 @@ class Baseline:
             log_probs=log_probs,
             verdicts=tuple(ORDER[number] for number in verdict_ids),
             refusal_texts=texts,
-            start=AnswerStart(_text(tensors, "response_prefix"), variables, date),
+            start=AnswerStart(_text(tensors, "response_prefix"), variables, date, end[0]),
             answered=answered,
             harmless_metrics=HarmlessMetrics(*harmless_metrics) if harmless_metrics else None,
         )

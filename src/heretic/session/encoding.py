@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from heretic.errors import plain_line
 from heretic.model.batching import Batcher
 from heretic.model.chat_format import ChatFormat, check_different, check_length
+from heretic.model.end_of_turn import end_of_turn
 from heretic.model.loading import LanguageModel
 from heretic.model.response_prefix import (
     PREFIX_PROMPTS,
@@ -27,6 +31,18 @@ def encode(prompts: PromptSets, chat: ChatFormat, context: int, settings: Settin
         new = decoded.get(prompt_set.role, 1)
         check_length(prompt_set.role, encoded[prompt_set.role], context, new)
     return encoded
+
+
+def end_answers(model: LanguageModel, start: AnswerStart | None, reporter: ProgressReporter) -> LanguageModel:
+    """Return the model with the token that the chat template puts after answers, or that of an earlier session (`start`)."""
+    if start is not None:
+        return replace(model, end_of_turn=start.end_of_turn)
+    token = end_of_turn(model.tokenizer)
+    if token is None or token in model.end_tokens:
+        return model
+    name = plain_line(str(model.tokenizer.convert_ids_to_tokens(token)))
+    reporter.info(f"Answers also end at {name}, as in the chat template. The model's eos_token_id lacks it.")
+    return replace(model, end_of_turn=token)
 
 
 def start_answers(

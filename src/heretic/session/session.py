@@ -52,7 +52,7 @@ from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs, a
 from heretic.search.gradient_path import GradientPath
 from heretic.search.space import SearchSpace
 from heretic.session.caching import enable_caching
-from heretic.session.encoding import encode, most_new_tokens, start_answers
+from heretic.session.encoding import encode, end_answers, most_new_tokens, start_answers
 from heretic.session.find_directions import find_directions
 from heretic.session.input_maps import open_input_maps
 from heretic.settings import Settings
@@ -79,7 +79,8 @@ class ModelContext:
     @property
     def answer_start(self) -> AnswerStart:
         """The common beginning of all answers."""
-        return AnswerStart(self.chat.response_prefix, self.chat.variables, self.chat.date)
+        chat = self.chat
+        return AnswerStart(chat.response_prefix, chat.variables, chat.date, self.language_model.end_of_turn)
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def load_model_context(
     """Load the model and encode the prompts; detect the answers' common beginning and create the judge if not given."""
     # 1. Load the model
     judge = judge or make_judge(settings, JudgeContext(None, reporter, stop))
-    language_model = _load_language_model(settings, checkpoint, plan, reporter)
+    language_model = end_answers(_load_language_model(settings, checkpoint, plan, reporter), answer_start, reporter)
     batcher = Batcher(
         plan.batch_size,
         language_model.device,

@@ -26,6 +26,7 @@ from heretic.settings.scoring import (
     not_blank,
 )
 from heretic.settings.search import GradientSettings, KernelSpace, SearchSettings
+from heretic.settings.template_variables import TemplateVariables
 from heretic.settings.workers import WorkerSettings
 
 __all__ = [
@@ -207,7 +208,7 @@ class Settings(SettingsModel):
         "Jinja file with the chat template; empty: the model's own.",
         when="Set it for base models and old checkpoints; preflight reports a missing template.",
     )
-    template_variables: dict[str, bool | int | float | str] = setting(
+    template_variables: TemplateVariables = setting(
         {},
         'Variables for the chat template, such as `{ enable_thinking = true }` or `{ reasoning_effort = "low" }`.',
         when="Set them to study a mode of the model; `response_prefix` says what happens to a thinking block.",
@@ -386,9 +387,7 @@ class Settings(SettingsModel):
         AblationSettings(), "How heretic edits the weights that write to the residual stream."
     )
     search: SearchSettings = setting(SearchSettings(), "Search space and sampler. Ranges are [lowest, highest].")
-    workers: WorkerSettings = setting(
-        WorkerSettings(), "Several processes on one study (docs/workers.md).", affects_results=False
-    )
+    workers: WorkerSettings = setting(WorkerSettings(), "Several workers (docs/workers.md).", affects_results=False)
 
     @model_validator(mode="before")
     @classmethod

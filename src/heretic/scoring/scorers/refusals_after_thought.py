@@ -37,7 +37,8 @@ class RefusalsAfterThought(Scorer):
 
     def score(self, model: ScorerContext, baseline: Any) -> Measurement:
         """Decode thought and answer at once, then judge the answers of those that ended their thought."""
-        chat = model.parts.chat.answering("", dict(self.variables))
+        given = model.parts.chat.given_variables  # without those that switch thoughts off
+        chat = model.parts.chat.answering("", {**given, **self.variables})
         texts = model.harmful.texts
         prompts = EncodedPrompts(self.name, texts, chat.encode(texts))
         answers = model.answers(prompts, self.thought_tokens + model.max_tokens)
