@@ -10,7 +10,7 @@ import pytest
 
 from heretic.errors import UserError
 from heretic.export import destination
-from heretic.export.destination import check_destination, check_unchanged, commit, staging_dir
+from heretic.export.destination import check_destination, check_unchanged, commit, not_moved, staging_dir
 from heretic.files import sha256
 from heretic.interrupt import StopSignal
 from heretic.progress import NULL_REPORTER
@@ -140,3 +140,12 @@ def test_a_mount_point_is_refused_before_anything_is_written() -> None:
         with pytest.raises(UserError) as error:
             check_destination(Path(place), "mine")
         assert error.value.code == "destination-mount-point"
+
+
+def test_a_finished_export_that_cannot_be_moved_is_kept_beside_its_destination() -> None:
+    Path("out-2").mkdir()
+    place = Path("out").resolve()
+    partial = export(staging_dir(place), {"model": "whole"})
+    error = not_moved(OSError(16, "Device or resource busy"), partial, place)
+    assert error.code == "export-not-moved" and error.where == str(Path("out-3").resolve())
+    assert (Path("out-3") / "model").read_text() == "whole" and not partial.exists()

@@ -119,6 +119,21 @@ def commit(partial: Path, destination: Path, reporter: ProgressReporter) -> None
         reporter.info(f"Kept files in {destination} that the earlier export did not write: {_abbreviated(kept)}.")
 
 
+def not_moved(error: OSError, partial: Path, destination: Path) -> UserError:
+    """Return the UserError for a finished export that `commit` could not move; it is kept under another name if possible."""
+    kept = partial
+    names = (destination.with_name(f"{destination.name}-{number}") for number in range(2, 100))
+    with contextlib.suppress(OSError, StopIteration):
+        free = next(name for name in names if not os.path.lexists(name))
+        kept = partial.rename(free)
+    return UserError(
+        f"The export is complete, but cannot be moved to {destination}: {error.strerror or error}.",
+        code="export-not-moved",
+        where=str(kept),
+        fix="move this folder yourself",
+    )
+
+
 def disk_error(error: Exception, partial: Path) -> UserError:
     """Return the UserError for a failed write."""
     return UserError(

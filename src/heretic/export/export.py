@@ -18,7 +18,7 @@ from heretic.errors import UserError
 from heretic.export.base_card import read_base_card
 from heretic.export.card import card
 from heretic.export.companions import copy_license_files
-from heretic.export.destination import check_unchanged, commit, disk_error, staging_dir
+from heretic.export.destination import check_unchanged, commit, disk_error, not_moved, staging_dir
 from heretic.export.formats import FORMATS
 from heretic.export.full_precision_reference import to_full_precision
 from heretic.export.manifest import DIRECTIONS, MANIFEST, OPERATORS, inventory_of, scores_text
@@ -130,6 +130,10 @@ def write_export(job: EditJob, reporter: ProgressReporter, stop: StopSignal) -> 
         if isinstance(error, (OSError, SafetensorError)):
             raise disk_error(error, partial) from None
         raise
+    try:
+        commit(partial, job.destination, reporter)
+    except OSError as error:
+        raise not_moved(error, partial, job.destination) from None
     log.info("exported trial %s to %s", job.trial, job.destination)
     return export
 
@@ -151,7 +155,7 @@ def _write(job: EditJob, partial: Path, reporter: ProgressReporter, stop: StopSi
     # 3. Convert, if the format has a conversion.
     if form.convert:
         written = form.convert(job, partial, written, reporter, stop)
-    # 4. Add licenses, directions, card and manifest, and move into place.
+    # 4. Add licenses, directions, card and manifest.
     copy_license_files(job.checkpoint.folder, partial, read_template(job.settings))
     (partial / DIRECTIONS.parent).mkdir()
     write_directions(partial / DIRECTIONS, job.directions, job.folder.fingerprint)
@@ -171,7 +175,6 @@ def _write(job: EditJob, partial: Path, reporter: ProgressReporter, stop: StopSi
     write_text(partial / "README.md", card(manifest, read_base_card(job.checkpoint.folder), written, measured.strip()))
     manifest["files"] = inventory_of(partial, written.hashes["written"], stop)
     write_text(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    commit(partial, job.destination, reporter)
     return Export(job.destination, verification, job.trial, job.comparisons)
 
 
