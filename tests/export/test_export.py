@@ -88,6 +88,9 @@ def test_gguf_in_and_an_ordinary_folder_out(config: Path, tmp_path: Path) -> Non
     assert outcome.export is not None and outcome.export.verification.divergence < 0.01
     assert open_checkpoint("out").config.architectures == ["LlamaForCausalLM"]
     assert AutoModelForCausalLM.from_pretrained("out").dtype == torch.bfloat16
+    stored = json.loads(Path("out/config.json").read_text())
+    assert stored["rope_theta"] == stored["rope_parameters"]["rope_theta"] and stored["torch_dtype"] == "bfloat16"
+    assert "TokenizersBackend" not in Path("out/tokenizer_config.json").read_text()
 
 
 @pytest.mark.parametrize("family", [*MIXED, "gemma3"])

@@ -20,6 +20,7 @@ from heretic.ablation.bake import bake_bias, bake_weight, rewritten_weights, sou
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.export.companions import copy_companions, find_companions
+from heretic.export.older_readers import for_older_readers
 from heretic.files import sha256, write_text
 from heretic.interrupt import StopSignal
 from heretic.model.architecture import ResidualWriter
@@ -209,6 +210,8 @@ def write_dequantized(
                 checkpoint.folder, partial, template=template, but=(*made, *checkpoint.unused), reporter=reporter
             )
         plain.save_pretrained(partial, max_shard_size="5GB")
+        for_older_readers(partial, None if checkpoint.gguf_file else checkpoint.folder)
+        _warn_of_unread_tensors(checkpoint, reporter)
         for name, text in find_companions(partial).changed.items():
             write_text(partial / name, text)  # code that the config names and the base model's folder does not hold
         if _is_beside(stored, checkpoint):
@@ -220,6 +223,16 @@ def write_dequantized(
             "written": hashed(sorted(partial.glob("*.safetensors")), stop),
             **beside,
         }
+
+
+def _warn_of_unread_tensors(checkpoint: Checkpoint, reporter: ProgressReporter) -> None:
+    """Say that the layers for multi-token prediction are missing, which transformers does not load."""
+    names = [name for name in checkpoint.tensors if "mtp" in name.split(".")]
+    if names:
+        reporter.warning(
+            f"{len(names)} tensors for multi-token prediction are not in the export, such as {names[0]}: transformers does not "
+            "load them. Speculative decoding with them needs the unquantized base model."
+        )
 
 
 def _is_beside(file: Path, checkpoint: Checkpoint) -> bool:
