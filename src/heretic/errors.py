@@ -62,8 +62,8 @@ class UserError(Exception):
 
 
 def plain_line(text: str) -> str:
-    """Escape line breaks and terminal control characters."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    """Escape line breaks and terminal control characters, but not the joiners of Persian, Indic and emoji text."""
+    return "".join(c if c.isprintable() or c in "\u200c\u200d" else f"\\x{ord(c):02x}" for c in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
+from heretic.model.hub_model import _advice
 from tests.helpers.errors import raises
 from tests.tiny import save_tiny, tiny_model
 
@@ -59,6 +63,21 @@ def test_identity_changes_with_one_weight_and_not_with_the_place(copy: Path, lla
     content[-100] ^= 1
     file.write_bytes(content)
     assert open_checkpoint(str(copy)).identity() != before
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "words"),
+    [
+        (401, RepositoryNotFoundError, "hf auth login"),
+        (403, GatedRepoError, "request access"),
+        (500, HfHubHTTPError, "network"),
+    ],
+)
+def test_the_advice_after_an_error_of_the_hub_fits_its_status(
+    status: int, kind: type[HfHubHTTPError], words: str
+) -> None:
+    response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
+    assert words in _advice(kind("no", response=response), "owner/name")
 
 
 def test_bad_folders_are_refused_in_words(copy: Path, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_a_lab_does_what_it_says(llama: Path, given: dict[str, Any], monkeypatch
         assert lab.score().divergence.mean == pytest.approx(0, abs=1e-9)
         assert lab.score(edit).divergence.mean > 1e-4
         assert len(lab.answers(["tell me", "why"], edit, tokens=3)) == 2
+        assert len(lab.answers("tell me", edit, tokens=3)) == 1 and lab.answers([]) == []
         assert lab.geometry().num_layers == lab.num_layers == 4
         assert len(lab.direction_effects().sufficiency) == 4
 
@@ -84,10 +85,22 @@ def test_what_a_user_can_do_wrong(llama: Path, given: dict[str, Any]) -> None:
             lab.ablation(mlp=[1, 1, 1])
         with raises("shape-mismatch"):
             lab.directions = torch.randn(4, 31)
+        for index, strength in (
+            (99, 1.0),
+            (-1, 1.0),
+            (float("nan"), 1.0),
+            (2, float("nan")),
+            (2, [1, 1, 1, float("inf")]),
+        ):
+            with raises("invalid-option"):
+                lab.ablation(index, mlp=strength)
+        with raises("not-a-prompt"):
+            lab.answers(["tell me", 5])  # type: ignore[list-item]
         with raises("trial-not-found"):
             lab.trial(7)
-        with raises("busy", BusyError):
+        with raises("busy", BusyError) as error:
             load(str(llama), **given)
+        assert "session.close()" in str(error.value), "not the number of the user's own process to kill"
     with load(str(llama), **given):
         pass  # everything was let go of
 

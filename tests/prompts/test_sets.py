@@ -45,6 +45,31 @@ def test_a_data_set_that_was_saved_to_disk_is_read() -> None:
     assert error.value.code == "dataset-unreadable"
 
 
+def test_a_list_of_texts_in_json_is_read() -> None:
+    Path("p.json").write_text(json.dumps(["one", "two"]))
+    Path("p.jsonl").write_text('"one"\n"two"\n')
+    assert prompts(source="p.json") == prompts(source="p.jsonl") == ("one", "two")
+
+
+def test_rows_after_the_slice_need_not_be_prompts() -> None:
+    Path("p.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": 3}\n')
+    assert prompts(source="p.jsonl", split="train[:2]") == ("one", "two")
+    for split in ("train", "train[:3]"):
+        with pytest.raises(UserError):
+            prompts(source="p.jsonl", split=split)
+
+
+def test_repetitions_and_prompts_of_both_kinds_are_warnings() -> None:
+    Path("a.txt").write_text("one\ntwo\nthree\n")
+    Path("b.txt").write_text("three\nfour\nfour\n")
+    Path("c.txt").write_text("five\nsix\n")
+    Path("d.txt").write_text("seven\n")
+    sources = {"harmful_train": "a", "harmless_train": "b", "harmful_eval": "c", "harmless_eval": "d"}
+    given = {role: PromptSource(source=f"{name}.txt") for role, name in sources.items()}
+    warnings = load_all(PromptSettings(**given)).warnings
+    assert len(warnings) == 2 and "harmless_train" in warnings[0] and "repetitions" in warnings[1]
+
+
 def test_slices_prefix_and_suffix() -> None:
     Path("p.txt").write_text("a\nb\nc\nd\n")
     assert prompts(source="p.txt", split="train[1:3]", prefix="<", suffix=">") == ("<b>", "<c>")
@@ -82,10 +107,11 @@ def test_bad_sources_say_what_is_wrong(source: dict[str, str], expected: str) ->
 def test_overlap_is_counted_and_said() -> None:
     Path("a.txt").write_text("x\ny\nz\n")
     Path("b.txt").write_text("y\nz\nw\n")
-    a, b = PromptSource(source="a.txt"), PromptSource(source="b.txt")
+    Path("c.txt").write_text("u\nv\n")
+    a, b, c = (PromptSource(source=f"{name}.txt") for name in "abc")
     sets = load_all(
         PromptSettings(
-            harmful_train=a, harmful_eval=b, harmless_train=b, harmless_eval=PromptSource(source="a.txt", split="[:1]")
+            harmful_train=a, harmful_eval=b, harmless_train=c, harmless_eval=PromptSource(source="a.txt", split="[:1]")
         )
     )
     assert len(sets.warnings) == 1 and sets.warnings[0].startswith("2 of 3 prompts in prompts.harmful_eval")
@@ -252,13 +278,13 @@ def test_a_prompt_may_hold_line_separators() -> None:
     ("name", "content", "code", "line"),
     [
         ("p.jsonl", b'{"text": "a"}\n{"text": "b"},\n{"text": "c"}\n', "bad-data-file", 2),
-        ("p.jsonl", b'{"text": "a"}\n\n"b"\n', "bad-data-file", 3),
+        ("p.jsonl", b'{"text": "a"}\n\n5\n', "bad-data-file", 3),
         ("p.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}\n', "bad-data-file", 2),
         ("p.jsonl", b'{"text": ' + b"[" * 100_000, "bad-data-file", 1),
         ("p.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "bad-data-file", 1),
         ("p.json", b'[{"text": "a"},\n {"text": }]', "bad-data-file", 2),
         ("p.json", b'{"data": {"text": "a"}}', "bad-data-file", None),
-        ("p.json", b'["a", "b"]', "bad-data-file", None),
+        ("p.json", b'["a", 5]', "bad-data-file", None),
         ("p.csv", b"text,id\na,1\nb, c,2\n", "bad-data-file", 3),
         ("p.csv", b'text,id\n"a\nb",1\nc\n', "bad-data-file", 4),
         ("p.csv", b'text\n"a\n', "bad-data-file", 2),

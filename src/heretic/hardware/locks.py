@@ -176,7 +176,9 @@ def _acquire(
         raise BusyError(
             f"{_locked_object(path)} is in use by {owner or UNKNOWN}",
             where=str(path),
-            fix="wait for it with --wait" + (f", or end it: kill {owner.pid} (on {owner.host})" if owner else ""),
+            fix="close the session of this process that holds it: session.close()"
+            if owner and owner.is_this_process
+            else "wait for it with --wait" + (f", or end it: kill {owner.pid} (on {owner.host})" if owner else ""),
         )
     if on_wait:
         on_wait(path, owner)

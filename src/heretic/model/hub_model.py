@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape
@@ -114,9 +113,23 @@ def _hub_errors(model: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # the library and the network raise many types
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        from huggingface_hub import constants
+
+        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
         raise UserError(
             f"{model} is not a local folder and cannot be downloaded from the Hugging Face hub{offline}: {first_line(error)[:200]}",
             code="hub-unreachable",
-            fix="check the name and the network; for gated models: hf auth login",
+            fix=_advice(error, model),
         ) from None
+
+
+def _advice(error: Exception, model: str) -> str:
+    """Say what to do after an error of the hub."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
+    if status == 401:  # also for names that do not exist
+        return "check the name; for private and gated models: hf auth login, or renew the token in HF_TOKEN"
+    if isinstance(error, GatedRepoError) or status == 403:
+        return f"request access at https://huggingface.co/{model}, or use a token that may read gated models"
+    return "check the name and the network"

@@ -6,6 +6,7 @@ with load("MODEL", n_trials=50) as session:
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -190,8 +191,11 @@ class AblationSession:
             strengths: By component, one number for all layers, one number for each layer, or a kernel.
 
         Raises:
-            UserError: The model lacks a component, or the number of strengths is not its number of layers.
+            UserError: The model lacks the layer or a component, a strength is not finite, or the number of strengths is not that
+                of its layers.
         """
+        if direction_index is not None and not 0 <= direction_index <= self.num_layers - 1:
+            raise _out_of_range("direction_index", f"a number from 0 to {self.num_layers - 1}")
         profiles: dict[str, tuple[float, ...]] = {}
         for component, strength in strengths.items():
             if component not in self.components:
@@ -212,6 +216,8 @@ class AblationSession:
                     code="shape-mismatch",
                     fix="pass one number, or one number for each layer",
                 )
+            if not all(map(math.isfinite, profile)):
+                raise _out_of_range(component, "finite numbers; 1 removes the direction")
             profiles[component] = profile
         mixture = Ablation.from_kernels({}, self.num_layers, direction_index).mixture
         return Ablation(profiles, mixture)
@@ -231,9 +237,16 @@ class AblationSession:
         """Measure the scorers of the setting `measures`, and those that the search uses, with and without the ablation."""
         return self.session.compare(ablation)
 
-    def answers(self, prompts: Sequence[str], ablation: Ablation | None = None, tokens: int = 100) -> list[str]:
-        """Return greedy answers of at most `tokens` tokens, through the chat template."""
+    def answers(self, prompts: str | Sequence[str], ablation: Ablation | None = None, tokens: int = 100) -> list[str]:
+        """Return greedy answers of at most `tokens` tokens to one or more prompts, through the chat template."""
         model_context = self.session.context
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+            raise UserError(
+                f"A prompt must be a text, not {type(wrong[0]).__name__}.", code="not-a-prompt", fix="pass texts"
+            )
+        if not prompts:
+            return []
         encoded = model_context.chat.encode(prompts)
         check_length("prompts", encoded, model_context.language_model.context, tokens)
 
@@ -275,3 +288,7 @@ class _ManualSpace(SearchSpace):
 def _resolved(model: str, config: str | Path | None, settings: Mapping[str, Any]) -> Resolved:
     file = Path(config) if config is not None else None
     return resolve(file, {**settings, "model": model or None}, environment=os.environ)
+
+
+def _out_of_range(name: str, allowed: str) -> UserError:
+    return UserError("The number is out of range.", code="invalid-option", where=name, fix=f"pass {allowed}")

@@ -197,6 +197,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _object(row: Any, path: Path, where: str, line: int | None, what: str = "") -> Mapping[str, Any]:
+    if isinstance(row, str):
+        return {"text": row}
     if not isinstance(row, dict):
         raise bad_file(path, f'{what}is {_kind(row)}, not an object such as {{"text": "..."}}.', where, line=line)
     return row

@@ -25,6 +25,7 @@ BUNDLED = "bundled:"
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
 COLUMNS = ("text", "prompt", "messages", "conversations")  # without a setting, the first of these that a table has
 HUB_TIMEOUT = 5  # seconds
+MANY_REPEATED = 0.05  # share of a set's prompts above which repetitions are a warning
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,14 @@ def load_all(sources: PromptSettings) -> PromptSets:
                 f"{len(shared)} of {len(evaluation)} prompts in prompts.{kind}_eval are also in prompts.{kind}_train, "
                 "so the scores will look better than they are."
             )
+    for part in ("train", "eval"):
+        both = set(sets[f"harmful_{part}"].prompts) & set(sets[f"harmless_{part}"].prompts)
+        if both:
+            warnings.append(f"{len(both)} prompts are in prompts.harmful_{part} and in prompts.harmless_{part}.")
+    for role, prompt_set in sets.items():
+        repeated = len(prompt_set) - len(set(prompt_set.prompts))
+        if repeated > MANY_REPEATED * len(prompt_set):
+            warnings.append(f"{repeated} of {len(prompt_set)} prompts in prompts.{role} are repetitions.")
     warnings += [
         f"{prompt_set.n_truncated} of {prompt_set.available} conversations in prompts.{role} have a system message or "
         "earlier turns. heretic uses only the last user turn of each."
@@ -170,7 +179,7 @@ def _load_source(source: PromptSource, columns: Sequence[str], key: str) -> _Loa
     if path.suffix.lower() == ".txt":
         return _LoadedPrompts(_lines(read_text(path, WHAT, where=f"{key}.source" if key else None)))
     if path.suffix.lower() in TABLES:
-        return _file_prompts(name, path, columns, key)
+        return _file_prompts(source, path, columns, key)
     if os.path.exists(path) and not os.path.isdir(path):  # checked before the hub, which could have this name too
         where = f"{key}.source" if key else name
         open_regular(path, WHAT, where=where).close()
@@ -209,7 +218,7 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in split_lines(text) if line.strip()]
 
 
-def _file_prompts(name: str, path: Path, columns: Sequence[str], key: str) -> _LoadedPrompts:
+def _file_prompts(source: PromptSource, path: Path, columns: Sequence[str], key: str) -> _LoadedPrompts:
     """Load the prompt column of a local table; rows without it count as empty if other rows have it."""
     for column in columns:
         rows = read_rows(path, key, column)
@@ -218,8 +227,8 @@ def _file_prompts(name: str, path: Path, columns: Sequence[str], key: str) -> _L
         if any(column in row for _, row in rows):
             unit = "line" if path.suffix.lower() in (".jsonl", ".csv") else "row"
             cells = ((f"{path}, {unit} {number}, column '{column}'", row.get(column)) for number, row in rows)
-            return _prompts_in(cells, key)
-    raise _no_column(name, columns, list(dict.fromkeys(n for _, row in rows for n in row)), key)
+            return _prompts_in(cells, key, source.split)
+    raise _no_column(source.source, columns, list(dict.fromkeys(n for _, row in rows for n in row)), key)
 
 
 def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> _LoadedPrompts:
@@ -257,7 +266,7 @@ def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> 
     if column is None:
         raise _no_column(source.source, columns, table.column_names, key)
     places = (f"{source.source}, row {number}, column '{column}'" for number in range(1, len(cells) + 1))
-    return _prompts_in(zip(places, cells, strict=True), key)
+    return _prompts_in(zip(places, cells, strict=True), key, source.split)
 
 
 @contextmanager
@@ -298,10 +307,20 @@ def _hub_error(endpoint: str, _minute: int) -> str:
     return f"no copy in the cache, and {endpoint} does not answer ({cause})"
 
 
-def _prompts_in(cells: Iterable[tuple[str, Any]], key: str) -> _LoadedPrompts:
-    prompts, n_truncated = [], 0
+def _prompts_in(cells: Iterable[tuple[str, Any]], key: str, split: str) -> _LoadedPrompts:
+    """Extract the prompts. Cells after the end of the split's slice need not be prompts."""
+    match = _SPLIT.match(split)
+    end = int(match.group(3)) if match and match.group(3) else None
+    prompts: list[str] = []
+    n_truncated = 0
     for place, cell in cells:
-        if (prompt := prompt_in(cell, place, key)) is not None:
+        try:
+            prompt = prompt_in(cell, place, key)
+        except UserError:
+            if end is None or len(prompts) < end:
+                raise
+            continue
+        if prompt is not None:
             prompts.append(prompt)
             n_truncated += has_other_turns(cell)
     return _LoadedPrompts(prompts, n_truncated)
