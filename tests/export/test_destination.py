@@ -14,6 +14,7 @@ from heretic.export.destination import check_destination, check_unchanged, commi
 from heretic.files import sha256
 from heretic.interrupt import StopSignal
 from heretic.progress import NULL_REPORTER
+from tests.helpers.reporters import RecordingReporter
 
 
 def export(folder: Path, files: dict[str, str]) -> Path:
@@ -149,3 +150,40 @@ def test_a_finished_export_that_cannot_be_moved_is_kept_beside_its_destination()
     error = not_moved(OSError(16, "Device or resource busy"), partial, place)
     assert error.code == "export-not-moved" and error.where == str(Path("out-3").resolve())
     assert (Path("out-3") / "model").read_text() == "whole" and not partial.exists()
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_an_export_in_its_place_is_a_success_whatever_is_left_of_the_earlier_one(
+    swaps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace({"model": "old"})
+    place, reporter = Path("out").resolve(), RecordingReporter()
+    partial = export(staging_dir(place), {"model": "new"})
+    if not swaps:
+        monkeypatch.setattr(destination, "atomic_swap", lambda one, other: False)
+
+    def fails(path: Path) -> None:
+        if path == place.parent:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(destination, "fsync", fails)
+    commit(partial, place, reporter)
+    assert contents() == {"model": "new"} and len(reporter.warnings) == 1
+
+
+def test_the_earlier_export_comes_back_if_the_new_one_cannot_take_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace({"model": "old"})
+    place = Path("out").resolve()
+    partial = export(staging_dir(place), {"model": "new"})
+    monkeypatch.setattr(destination, "atomic_swap", lambda one, other: False)
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if self == partial:
+            raise OSError(16, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError):
+        commit(partial, place, NULL_REPORTER)
+    assert contents() == {"model": "old"} and (partial / "model").read_text() == "new"

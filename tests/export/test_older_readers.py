@@ -29,6 +29,18 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
             {"rope_theta": 7, "rope_scaling": YARN},
         ),
         ({"dtype": "bfloat16"}, {"torch_dtype": "float16", "quantization_config": {}}, {"torch_dtype": "bfloat16"}),
+        (
+            {
+                "rope_parameters": {
+                    "rope_theta": 5e5,
+                    "rope_type": "default",
+                    "mrope_section": [1],
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+            {},
+            {"rope_scaling": {"rope_type": "default", "mrope_section": [1]}, "partial_rotary_factor": 0.5},
+        ),
         ({"rope_parameters": None, "hidden_size": 4}, {"hidden_size": 8}, {"hidden_size": 4}),
     ],
 )
@@ -51,3 +63,19 @@ def test_the_tokenizer_of_a_gguf_file_has_a_class_that_older_versions_know(tmp_p
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(saved))
     for_older_readers(tmp_path, None)
     assert "TokenizersBackend" not in (tmp_path / "tokenizer_config.json").read_text()
+
+
+def test_the_language_model_of_a_composite_base_gets_nothing_of_its_other_parts() -> None:
+    text = {"model_type": "x_text", "rope_theta": 7, "quantization_config": {"bits": 4}}
+    base = {
+        "model_type": "x",
+        "text_config": text,
+        "vision_config": {"depth": 2},
+        "image_token_id": 5,
+        "quantization_config": {},
+    }
+    assert config_entries({"model_type": "x_text", "vocab_size": 9}, base) == {
+        "model_type": "x_text",
+        "vocab_size": 9,
+        "rope_theta": 7,
+    }

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import DisabledRepoError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
@@ -70,14 +70,21 @@ def test_identity_changes_with_one_weight_and_not_with_the_place(copy: Path, lla
     [
         (401, RepositoryNotFoundError, "hf auth login"),
         (403, GatedRepoError, "request access"),
-        (500, HfHubHTTPError, "network"),
+        (401, GatedRepoError, "request access"),
+        (403, DisabledRepoError, "disabled"),
+        (404, RepositoryNotFoundError, "hf auth login"),
+        (429, HfHubHTTPError, "later"),
     ],
 )
 def test_the_advice_after_an_error_of_the_hub_fits_its_status(
     status: int, kind: type[HfHubHTTPError], words: str
 ) -> None:
     response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
-    assert words in _advice(kind("no", response=response), "owner/name")
+    error = kind("no", response=response)
+    assert words in _advice(error, "owner/name")
+    wrapped = OSError("not in the cache")
+    wrapped.__cause__ = error
+    assert words in _advice(wrapped, "owner/name") and "network" in _advice(OSError("no route"), "owner/name")
 
 
 def test_bad_folders_are_refused_in_words(copy: Path, tmp_path: Path) -> None:

@@ -94,6 +94,11 @@ def test_what_a_user_can_do_wrong(llama: Path, given: dict[str, Any]) -> None:
         ):
             with raises("invalid-option"):
                 lab.ablation(index, mlp=strength)
+        for wrong in ("1", None, ["1"] * 4, torch.ones(4, 2)):
+            with raises("invalid-option"):
+                lab.ablation(mlp=wrong)  # type: ignore[arg-type]
+        for right in (1, torch.tensor(1.0), torch.ones(4), range(4)):
+            assert isinstance(lab.ablation(mlp=right).strengths["mlp"][0], float)  # type: ignore[arg-type]
         with raises("not-a-prompt"):
             lab.answers(["tell me", 5])  # type: ignore[list-item]
         with raises("trial-not-found"):

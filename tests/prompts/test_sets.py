@@ -46,9 +46,13 @@ def test_a_data_set_that_was_saved_to_disk_is_read() -> None:
 
 
 def test_a_list_of_texts_in_json_is_read() -> None:
-    Path("p.json").write_text(json.dumps(["one", "two"]))
-    Path("p.jsonl").write_text('"one"\n"two"\n')
-    assert prompts(source="p.json") == prompts(source="p.jsonl") == ("one", "two")
+    for name in ("p.json", "p.jsonl"):
+        Path(name).write_text(json.dumps(["one", "two"]))
+        assert prompts(source=name) == prompts(source=name, column="goal") == ("one", "two")
+    assert from_text_or_file("p.json") == ("one", "two")
+    Path("p.json").write_text(json.dumps(["one", {"text": "two"}]))
+    with raises("bad-data-file"):
+        prompts(source="p.json")
 
 
 def test_rows_after_the_slice_need_not_be_prompts() -> None:

@@ -104,19 +104,32 @@ def commit(partial: Path, destination: Path, reporter: ProgressReporter) -> None
     for file in (*partial.rglob("*"), partial):
         if not file.is_symlink():
             fsync(file)
-    if not destination.exists():
-        partial.rename(destination)
-    elif atomic_swap(partial, destination):
-        partial.rename(old)
-    else:
-        destination.rename(old)
-        partial.rename(destination)
-    fsync(destination.parent)
-    if old.exists():
-        kept += _keep_user_files(old, destination)  # files added in the meantime
-        shutil.rmtree(old, ignore_errors=True)
+    _place(partial, destination, old)
+    try:
+        if partial.exists():  # the earlier export, after a swap
+            partial.rename(old)
+        fsync(destination.parent)
+        if old.exists():
+            kept += _keep_user_files(old, destination)  # files added in the meantime
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        left = old if old.exists() else partial
+        reporter.warning(f"The export is in place, but files of the earlier one are left in {left}: {error}")
     if kept:
         reporter.info(f"Kept files in {destination} that the earlier export did not write: {_abbreviated(kept)}.")
+
+
+def _place(partial: Path, destination: Path, old: Path) -> None:
+    """Give the finished folder its name; an earlier export is then in `partial` or `old`. Raises OSError if nothing has changed."""
+    if not destination.exists():
+        partial.rename(destination)
+    elif not atomic_swap(partial, destination):
+        destination.rename(old)
+        try:
+            partial.rename(destination)
+        except OSError:
+            old.rename(destination)
+            raise
 
 
 def not_moved(error: OSError, partial: Path, destination: Path) -> UserError:

@@ -38,27 +38,38 @@ def tokenizer_entries(config: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def config_entries(config: dict[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+def config_entries(config: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     """Return a model's config with the entries of its base model that transformers 5 has renamed.
 
     Readers that do not know `rope_parameters` would take 10000 for `rope_theta` without a word.
     """
+    if "model_type" in base and config.get("model_type") != base["model_type"]:
+        base = base.get("text_config") or {}  # the language model of a composite one was opened alone
     merged = {**config}
     for key, value in base.items():
-        if isinstance(value, dict) and isinstance(config.get(key), dict) and key.endswith("_config"):
-            merged[key] = config_entries(config[key], value)
-        elif key not in ("quantization_config", "compression_config"):
+        own = config.get(key)
+        if isinstance(own, dict) and isinstance(value, dict) and key.endswith("_config"):
+            merged[key] = config_entries(own, value)
+        elif key == "rope_scaling" or not isinstance(value, dict):  # no quantization, and no part that was not opened
             merged.setdefault(key, value)
-    rope = merged.get("rope_parameters")
-    if isinstance(rope, dict):
-        whole = rope.get("full_attention", rope)
-        local = rope.get("sliding_attention")
-        if isinstance(whole, dict) and "rope_theta" in whole:
-            merged.setdefault("rope_theta", whole["rope_theta"])
-            if whole.get("rope_type", "default") != "default":
-                merged.setdefault("rope_scaling", {k: v for k, v in whole.items() if k != "rope_theta"})
-        if isinstance(local, dict) and "rope_theta" in local:
-            merged.setdefault("rope_local_base_freq", local["rope_theta"])
+    _add_rope_entries(merged)
     if "dtype" in merged:
         merged["torch_dtype"] = merged["dtype"]
     return merged
+
+
+def _add_rope_entries(config: dict[str, Any]) -> None:
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    whole, local = rope.get("full_attention", rope), rope.get("sliding_attention")
+    if isinstance(local, dict) and "rope_theta" in local:
+        config.setdefault("rope_local_base_freq", local["rope_theta"])
+    if not isinstance(whole, dict):
+        return
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in whole:
+            config.setdefault(key, whole[key])
+    scaling = {k: v for k, v in whole.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    if scaling.keys() - {"rope_type"} or scaling.get("rope_type", "default") != "default":
+        config.setdefault("rope_scaling", scaling)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -227,7 +228,10 @@ def write_dequantized(
 
 def _warn_of_unread_tensors(checkpoint: Checkpoint, reporter: ProgressReporter) -> None:
     """Say that the layers for multi-token prediction are missing, which transformers does not load."""
-    names = [name for name in checkpoint.tensors if "mtp" in name.split(".")]
+    layers = getattr(checkpoint.config.get_text_config(decoder=True), "num_hidden_layers", None) or 1 << 30
+    beyond = re.compile(r"(?:^|\.)mtp\.|^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
+    places = [(name, beyond.search(name)) for name in checkpoint.tensors]
+    names = [name for name, found in places if found and (found[1] is None or int(found[1]) >= layers)]
     if names:
         reporter.warning(
             f"{len(names)} tensors for multi-token prediction are not in the export, such as {names[0]}: transformers does not "

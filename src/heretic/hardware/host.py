@@ -65,8 +65,8 @@ def can_write(path: Path) -> bool:
 
 def is_mount_point(path: Path) -> bool:
     """Return whether a file system or a bind mount begins at a path, links followed."""
-    resolved = path.resolve()
-    return os.path.ismount(resolved) or str(resolved) in {p.mountpoint for p in psutil.disk_partitions(all=True)}
+    resolved = os.path.realpath(path)  # `resolve` raises RuntimeError for a loop of links
+    return os.path.ismount(resolved) or resolved in {p.mountpoint for p in psutil.disk_partitions(all=True)}
 
 
 def format_bytes(size: int) -> str:

@@ -43,7 +43,10 @@ class ChatFormat:
         text = render_messages(self.tokenizer, [*system, *messages], self.variables, self.date)
         # Templates may change its blanks or letters, so another one is tried.
         if not contains(text, system) and text == render_messages(
-            self.tokenizer, [{**system[0], "content": "Speak."}, *messages], self.variables, self.date
+            self.tokenizer,
+            [{**system[0], "content": f"Note: {self.system_prompt}"}, *messages],
+            self.variables,
+            self.date,
         ):
             raise UserError(
                 "The chat template leaves out the system message, so no model would see it.",

@@ -125,11 +125,19 @@ def _hub_errors(model: str) -> Iterator[None]:
 
 def _advice(error: Exception, model: str) -> str:
     """Say what to do after an error of the hub."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+    from huggingface_hub.errors import DisabledRepoError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
-    if status == 401:  # also for names that do not exist
-        return "check the name; for private and gated models: hf auth login, or renew the token in HF_TOKEN"
-    if isinstance(error, GatedRepoError) or status == 403:
-        return f"request access at https://huggingface.co/{model}, or use a token that may read gated models"
-    return "check the name and the network"
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, HfHubHTTPError):  # some errors wrap that of the hub
+        found = found.__cause__
+    response = found.response if isinstance(found, HfHubHTTPError) else None
+    status = response.status_code if response is not None else 0
+    if isinstance(found, DisabledRepoError):
+        return "use another model: the hub has disabled this one"
+    if isinstance(found, GatedRepoError) or status == 403:
+        return (
+            f"request access at https://huggingface.co/{model}, and log in with a token that may read it: hf auth login"
+        )
+    if isinstance(found, RepositoryNotFoundError) or status in (401, 404):
+        return "check the name; for private models: hf auth login, or renew the token in HF_TOKEN"
+    return "try again later" if status >= 429 else "check the name and the network"

@@ -7,6 +7,7 @@ with load("MODEL", n_trials=50) as session:
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -194,7 +195,7 @@ class AblationSession:
             UserError: The model lacks the layer or a component, a strength is not finite, or the number of strengths is not that
                 of its layers.
         """
-        if direction_index is not None and not 0 <= direction_index <= self.num_layers - 1:
+        if direction_index is not None and not 0 <= _number("direction_index", direction_index) <= self.num_layers - 1:
             raise _out_of_range("direction_index", f"a number from 0 to {self.num_layers - 1}")
         profiles: dict[str, tuple[float, ...]] = {}
         for component, strength in strengths.items():
@@ -204,20 +205,13 @@ class AblationSession:
                     code="unknown-component",
                     fix=f"one of: {', '.join(self.components)}",
                 )
-            if isinstance(strength, StrengthKernel):
-                profile = tuple(strength.strength(layer) for layer in range(self.num_layers))
-            elif isinstance(strength, (int, float)):
-                profile = (float(strength),) * self.num_layers
-            else:
-                profile = tuple(strength)
+            profile = _profile(component, strength, self.num_layers)
             if len(profile) != self.num_layers:
                 raise UserError(
                     f"{component} has {len(profile)} strengths, but the model has {self.num_layers} layers.",
                     code="shape-mismatch",
                     fix="pass one number, or one number for each layer",
                 )
-            if not all(map(math.isfinite, profile)):
-                raise _out_of_range(component, "finite numbers; 1 removes the direction")
             profiles[component] = profile
         mixture = Ablation.from_kernels({}, self.num_layers, direction_index).mixture
         return Ablation(profiles, mixture)
@@ -288,6 +282,28 @@ class _ManualSpace(SearchSpace):
 def _resolved(model: str, config: str | Path | None, settings: Mapping[str, Any]) -> Resolved:
     file = Path(config) if config is not None else None
     return resolve(file, {**settings, "model": model or None}, environment=os.environ)
+
+
+def _profile(component: str, strength: Any, layers: int) -> tuple[float, ...]:
+    """Return the strengths of a component, one per layer if they are as many. Raises UserError for values that are no numbers."""
+    if isinstance(strength, StrengthKernel):
+        return tuple(strength.strength(layer) for layer in range(layers))
+    if isinstance(strength, numbers.Real) or getattr(strength, "ndim", None) == 0:
+        return (_number(component, strength),) * layers
+    if isinstance(strength, str) or not hasattr(strength, "__iter__"):
+        raise _out_of_range(component, "numbers")
+    return tuple(_number(component, one) for one in strength)
+
+
+def _number(name: str, value: Any) -> float:
+    """Return a finite number, also of NumPy and PyTorch. Raises UserError."""
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise _out_of_range(name, "finite numbers")
+    return number
 
 
 def _out_of_range(name: str, allowed: str) -> UserError:

@@ -138,7 +138,7 @@ def _folder(path: Path) -> Folder:
 
 def _export_folder(path: Path) -> Folder:
     """Return the folder of an export, which is written beside it and then renamed."""
-    resolved = expand_user(path).resolve()
+    resolved = Path(os.path.realpath(expand_user(path)))
     free, writable = host.free_disk(resolved.parent), host.can_write(resolved.parent)
     return replace(_folder(path), free=free, writable=writable, mounted=host.is_mount_point(resolved))
 

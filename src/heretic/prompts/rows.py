@@ -38,7 +38,9 @@ def read_rows(path: Path, key: str, column: str) -> list[Row]:
     where, kind = f"{key}.source" if key else str(path), path.suffix.lower()
     if kind == ".parquet":
         return list(_parquet(path, where, column))
-    return list({".jsonl": _json_lines, ".json": _json, ".csv": _csv}[kind](path, where))
+    return list(
+        _csv(path, where) if kind == ".csv" else {".jsonl": _json_lines, ".json": _json}[kind](path, where, column)
+    )
 
 
 def prompt_in(value: Any, place: str, key: str) -> str | None:
@@ -141,17 +143,17 @@ def bad_file(path: Path, cause: str, where: str, *, line: int | None = None) -> 
     return UserError(f"{place}: {cause}", code="bad-data-file", where=where, fix="correct the file or use another one")
 
 
-def _json_lines(path: Path, where: str, *, or_list: bool = True) -> Iterator[Row]:
+def _json_lines(path: Path, where: str, column: str, *, or_list: bool = True) -> Iterator[Row]:
     text = read_text(path, WHAT, where=where)
     if or_list and text.lstrip().startswith("[") and text.rstrip().endswith("]"):  # a JSON list in a .jsonl file
-        yield from _json(path, where)
+        yield from _json(path, where, column)
         return
     for number, line in enumerate(split_lines(text), start=1):
         if line.strip():
             yield number, _object(_parsed(line, path, where, number), path, where, number)
 
 
-def _json(path: Path, where: str) -> Iterator[Row]:
+def _json(path: Path, where: str, column: str) -> Iterator[Row]:
     text = read_text(path, WHAT, where=where)
     if not text.strip():
         return
@@ -161,7 +163,7 @@ def _json(path: Path, where: str) -> Iterator[Row]:
         first = next(line.strip() for line in split_lines(text) if line.strip())
         if not first.startswith("{") or first == "{":
             raise
-        yield from _json_lines(path, where, or_list=False)
+        yield from _json_lines(path, where, column, or_list=False)
         return
     if isinstance(content, dict) and content and all(isinstance(part, list) for part in content.values()):
         columns = list(content.values())
@@ -170,6 +172,8 @@ def _json(path: Path, where: str) -> Iterator[Row]:
         content = [dict(zip(content, parts, strict=True)) for parts in zip(*columns, strict=True)]
     if not isinstance(content, list):
         raise bad_file(path, "the file is not a list of rows.", where)
+    if all(isinstance(row, str) for row in content):  # a list of prompts
+        content = [{column: row} for row in content]
     for number, row in enumerate(content, start=1):
         yield number, _object(row, path, where, None, f"row {number} ")
 
@@ -197,8 +201,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _object(row: Any, path: Path, where: str, line: int | None, what: str = "") -> Mapping[str, Any]:
-    if isinstance(row, str):
-        return {"text": row}
     if not isinstance(row, dict):
         raise bad_file(path, f'{what}is {_kind(row)}, not an object such as {{"text": "..."}}.', where, line=line)
     return row

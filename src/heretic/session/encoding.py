@@ -38,10 +38,9 @@ def end_answers(model: LanguageModel, start: AnswerStart | None, reporter: Progr
     if start is not None:
         return replace(model, end_of_turn=start.end_of_turn)
     token = end_of_turn(model.tokenizer)
-    if token is None or token in model.end_tokens:
-        return model
-    name = plain_line(str(model.tokenizer.convert_ids_to_tokens(token)))
-    reporter.info(f"Answers also end at {name}, as in the chat template. The model's eos_token_id lacks it.")
+    if token is not None and token not in model.end_tokens:
+        name = plain_line(str(model.tokenizer.convert_ids_to_tokens(token)))
+        reporter.info(f"Answers also end at {name}, as in the chat template. The model's eos_token_id lacks it.")
     return replace(model, end_of_turn=token)
 
 
