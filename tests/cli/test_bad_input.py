@@ -135,11 +135,11 @@ def test_disk_full_while_saving(command: Command, config: Path, monkeypatch: pyt
     )
 
 
-def test_second_process(command: Command, config: Path) -> None:
+def test_a_device_that_this_process_holds(command: Command, config: Path) -> None:
     with acquire_locks(device_locks([]), model="another/model"):
         ran = command("run", status=BusyError.exit_status)
     assert ran.code == "busy" and f"process {os.getpid()}" in ran.err
-    assert "another/model" in ran.err and "--wait" in ran.err
+    assert "another/model" in ran.err and "session.close()" in ran.err
 
 
 def test_gpu_that_is_not_there(command: Command, config: Path) -> None:
