@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from heretic.export.upload import local_paths
 from heretic.interrupt import StopSignal
 from heretic.pipeline.run import run
 from heretic.progress import NULL_REPORTER
@@ -87,6 +88,15 @@ def test_everything_is_sent_and_it_is_private(hub: Hub, out: Path, upload: Uploa
     assert repository.commits[0] == "Card and manifest", "weights are never there without them"
     assert len(repository.commits) == 2 and "heretic/directions.safetensors" in repository.files
     assert not list(out.glob(".cache/**/*")) or all(".cache" not in name for name in repository.files)
+
+
+def test_paths_of_the_machine_are_told_before_they_are_sent(hub: Hub, out: Path, upload: Upload) -> None:
+    (out / "adapter_config.json").write_text(
+        json.dumps({"base": {"name": ["/home/somebody/model", "owner/name", "/"]}})
+    )
+    assert "/home/somebody/model" in local_paths(out) and not {"owner/name", "/"} & set(local_paths(out))
+    ran = upload("out", "someone/tiny", "--yes")
+    assert ran.status == 0 and "paths of this machine" in ran.out + ran.err
 
 
 def test_public_only_when_asked(hub: Hub, out: Path, upload: Upload) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
-from heretic.errors import Interrupted, UserError, first_line
+from heretic.errors import Interrupted, UserError, first_line, plain_line
 from heretic.export.manifest import MANIFEST, Manifest, read_manifest
 from heretic.files import sha256
 from heretic.interrupt import StopSignal
@@ -99,7 +101,31 @@ def plan_upload(folder: Path, repository: str, *, public: bool, reporter: Progre
     if others := [name for name in others if not _hidden(Path(name))]:
         more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
         reporter.info(f"Not uploading files that the export did not write: {', '.join(others[:NAMED])}{more}.")
+    if paths := local_paths(folder):
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        reporter.info(
+            f"{MANIFEST} shows paths of this machine: {plain_line(paths[0])}{more}. heretic uploads them too."
+        )
     return Upload(folder, repository, public, manifest, tuple(sorted(folder / name for name in names)))
+
+
+def local_paths(folder: Path) -> list[str]:
+    """Return the absolute paths in an export's manifest and adapter config, which may hold a user's name."""
+    found: set[str] = set()
+
+    def collect(value: Any) -> None:
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            for part in value:
+                collect(part)
+        elif isinstance(value, str) and len(value) > 1 and Path(value).is_absolute():
+            found.add(value)
+
+    for name in (MANIFEST, "adapter_config.json"):
+        with suppress(OSError, ValueError):
+            collect(json.loads((folder / name).read_text(encoding="utf-8")))
+    return sorted(found)
 
 
 def upload(planned: Upload, reporter: ProgressReporter, stop: StopSignal) -> str:
