@@ -12,13 +12,13 @@ from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_imports
 
+from heretic.export.destination import abbreviated
 from heretic.files import sha256, write_text
 from heretic.model.repository import kind_of, names_in, resolve_inside
 from heretic.progress import NULL_REPORTER, ProgressReporter
 
 TEMPLATE = "chat_template.jinja"
 OF_THE_EXPORT = ("README.md", "manifest.json", "heretic")  # each export has its own
-NAMED = 3  # files in a message
 
 
 @dataclass
@@ -86,8 +86,7 @@ def copy_companions(
         write_text(to / name, companions.changed[name])
     copied = [n for n in companions.copied if n not in companions.changed and n not in but]
     if companions.left:
-        more = f" and {len(companions.left) - NAMED} more" if len(companions.left) > NAMED else ""
-        reporter.info(f"Not copied from the base model's folder: {', '.join(companions.left[:NAMED])}{more}.")
+        reporter.info(f"Not copied from the base model's folder: {abbreviated(companions.left)}.")
     return {name: {n: sha256(to / n) for n in names} for name, names in (("copied", copied), ("changed", changed))}
 
 
@@ -112,7 +111,7 @@ def _add_code(folder: Path, code: Collection[str], companions: Companions) -> No
         )
         if not isinstance(data, dict) or "auto_map" not in data:
             continue
-        references = [r for r in _leaves(data["auto_map"]) if isinstance(r, str)]
+        references = [r for r in leaves(data["auto_map"]) if isinstance(r, str)]
         existing = _existing_references(data["auto_map"], lambda reference: _local_file(reference) in (None, *code))
         needed |= {local for r in references if (local := _local_file(r)) is not None and local in code}
         if existing != data["auto_map"]:
@@ -150,10 +149,11 @@ def _local_file(reference: str) -> str | None:
     return None if "--" in reference else f"{reference.split('.')[0]}.py"
 
 
-def _leaves(value: Any) -> list[Any]:
+def leaves(value: Any) -> list[Any]:
+    """Return the values in nested mappings and lists."""
     if isinstance(value, Mapping):
-        return [leaf for inner in value.values() for leaf in _leaves(inner)]
-    return [leaf for inner in value for leaf in _leaves(inner)] if isinstance(value, list) else [value]
+        return [leaf for inner in value.values() for leaf in leaves(inner)]
+    return [leaf for inner in value for leaf in leaves(inner)] if isinstance(value, list) else [value]
 
 
 def _existing_references(value: Any, exists: Callable[[str], bool]) -> Any:

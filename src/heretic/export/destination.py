@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -116,7 +116,7 @@ def commit(partial: Path, destination: Path, reporter: ProgressReporter) -> None
         left = old if old.exists() else partial
         reporter.warning(f"The export is in place, but files of the earlier one are left in {left}: {error}")
     if kept:
-        reporter.info(f"Kept files in {destination} that the earlier export did not write: {_abbreviated(kept)}.")
+        reporter.info(f"Kept files in {destination} that the earlier export did not write: {abbreviated(kept)}.")
 
 
 def _place(partial: Path, destination: Path, old: Path) -> None:
@@ -177,7 +177,7 @@ def _refuse_edited(destination: Path, names: list[str]) -> None:
     names = [name for name in names if name != CARD or (destination / name).is_symlink()]  # users may edit the card
     if names:
         raise UserError(
-            f"Files in the destination were changed after the export: {_abbreviated(names)}.",
+            f"Files in the destination were changed after the export: {abbreviated(names)}.",
             code="destination-edited",
             where=str(destination),
             fix="move them away or delete them, or choose another folder",
@@ -241,6 +241,7 @@ def _link(source: Path, target: Path) -> None:
     shutil.copy2(source, target)
 
 
-def _abbreviated(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{', '.join(names[:NAMED])}{more}"
+def abbreviated(names: Sequence[str], shown: int = NAMED) -> str:
+    """Join the first names for a message, and say how many follow."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{', '.join(names[:shown])}{more}"

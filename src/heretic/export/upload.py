@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
 from heretic.errors import Interrupted, UserError, first_line, plain_line
+from heretic.export.companions import leaves
+from heretic.export.destination import abbreviated
 from heretic.export.manifest import MANIFEST, Manifest, read_manifest
 from heretic.files import sha256
 from heretic.interrupt import StopSignal
@@ -22,7 +23,6 @@ from heretic.model.repository import resolve_inside
 from heretic.progress import ProgressReporter
 
 CARD = "README.md"
-NAMED = 3  # files in a message
 UNCOUNTED = {".gitattributes", ".gitignore"}  # files of a repository that the hub makes itself
 
 
@@ -99,32 +99,20 @@ def plan_upload(folder: Path, repository: str, *, public: bool, reporter: Progre
         name for f in folder.rglob("*") if f.is_file() and (name := f.relative_to(folder).as_posix()) not in names
     )
     if others := [name for name in others if not _hidden(Path(name))]:
-        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
-        reporter.info(f"Not uploading files that the export did not write: {', '.join(others[:NAMED])}{more}.")
+        reporter.info(f"Not uploading files that the export did not write: {abbreviated(others)}.")
     if paths := local_paths(folder):
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        reporter.info(
-            f"{MANIFEST} shows paths of this machine: {plain_line(paths[0])}{more}. heretic uploads them too."
-        )
+        shown = abbreviated([plain_line(path) for path in paths], 1)
+        reporter.info(f"{MANIFEST} shows paths of this machine: {shown}. heretic uploads them too.")
     return Upload(folder, repository, public, manifest, tuple(sorted(folder / name for name in names)))
 
 
 def local_paths(folder: Path) -> list[str]:
     """Return the absolute paths in an export's manifest and adapter config, which may hold a user's name."""
     found: set[str] = set()
-
-    def collect(value: Any) -> None:
-        if isinstance(value, dict):
-            value = list(value.values())
-        if isinstance(value, list):
-            for part in value:
-                collect(part)
-        elif isinstance(value, str) and len(value) > 1 and Path(value).is_absolute():
-            found.add(value)
-
     for name in (MANIFEST, "adapter_config.json"):
         with suppress(OSError, ValueError):
-            collect(json.loads((folder / name).read_text(encoding="utf-8")))
+            data = json.loads((folder / name).read_text(encoding="utf-8"))
+            found |= {v for v in leaves(data) if isinstance(v, str) and len(v) > 1 and Path(v).is_absolute()}
     return sorted(found)
 
 
