@@ -8,7 +8,7 @@ from heretic.ablation.ablation import Ablation
 from heretic.errors import UserError
 from heretic.export.export import Export
 from heretic.interrupt import StopSignal
-from heretic.pipeline.api import AblationSession, open_ablation_session
+from heretic.pipeline.api import AblationSession, check_layer, open_ablation_session, out_of_range
 from heretic.pipeline.gradient_search import run_gradient_search
 from heretic.search.gradient_path import PathPoint
 from heretic.search.summary import StudyReporter
@@ -68,17 +68,7 @@ def needs_strength(option: str) -> UserError:
 def check_strength(strength: float) -> None:
     """Raise UserError for a strength that is out of range."""
     if not 0 < strength <= MOST_STRENGTH:
-        raise _out_of_range("--strength", f"above 0, at most {MOST_STRENGTH:g}")
-
-
-def check_layer(layer: float | None, num_layers: int) -> None:
-    """Raise UserError for a layer that the model does not have."""
-    if layer is not None and not 0 <= layer <= num_layers - 1:
-        raise _out_of_range("--layer", f"from 0 to {num_layers - 1}")
-
-
-def _out_of_range(option: str, allowed: str) -> UserError:
-    return UserError("The number is out of range.", code="invalid-option", where=option, fix=f"a number {allowed}")
+        raise out_of_range("--strength", f"above 0, at most {MOST_STRENGTH:g}")
 
 
 def searched(session: AblationSession) -> Ablation:

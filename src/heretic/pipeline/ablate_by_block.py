@@ -29,8 +29,8 @@ from heretic.model.checkpoint import Checkpoint, open_model, require_name
 from heretic.model.loading import LanguageModel
 from heretic.model.template import read_template
 from heretic.model.unloading import unloaded_after
-from heretic.pipeline.ablate import check_layer, check_strength, needs_strength
-from heretic.pipeline.api import MANUAL_TRIAL
+from heretic.pipeline.ablate import check_strength, needs_strength
+from heretic.pipeline.api import MANUAL_TRIAL, check_layer
 from heretic.pipeline.prepare import raise_failure, read_inputs
 from heretic.pipeline.run import device_lock, logging_to
 from heretic.planning.block_plan import BlockPlan, plan_by_block, supported_by_block

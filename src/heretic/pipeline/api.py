@@ -195,8 +195,8 @@ class AblationSession:
             UserError: The model lacks the layer or a component, a strength is not finite, or the number of strengths is not that
                 of its layers.
         """
-        if direction_index is not None and not 0 <= _number("direction_index", direction_index) <= self.num_layers - 1:
-            raise _out_of_range("direction_index", f"a number from 0 to {self.num_layers - 1}")
+        if direction_index is not None:
+            check_layer(_number("direction_index", direction_index), self.num_layers, "direction_index")
         profiles: dict[str, tuple[float, ...]] = {}
         for component, strength in strengths.items():
             if component not in self.components:
@@ -291,7 +291,7 @@ def _profile(component: str, strength: Any, layers: int) -> tuple[float, ...]:
     if isinstance(strength, numbers.Real) or getattr(strength, "ndim", None) == 0:
         return (_number(component, strength),) * layers
     if isinstance(strength, str) or not hasattr(strength, "__iter__"):
-        raise _out_of_range(component, "numbers")
+        raise out_of_range(component, "for all layers, or one for each layer")
     return tuple(_number(component, one) for one in strength)
 
 
@@ -302,9 +302,16 @@ def _number(name: str, value: Any) -> float:
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not math.isfinite(number):
-        raise _out_of_range(name, "finite numbers")
+        raise out_of_range(name, "that is finite")
     return number
 
 
-def _out_of_range(name: str, allowed: str) -> UserError:
-    return UserError("The number is out of range.", code="invalid-option", where=name, fix=f"pass {allowed}")
+def check_layer(layer: float | None, num_layers: int, where: str = "--layer") -> None:
+    """Raise UserError for a layer that the model does not have."""
+    if layer is not None and not 0 <= layer <= num_layers - 1:
+        raise out_of_range(where, f"from 0 to {num_layers - 1}")
+
+
+def out_of_range(where: str, allowed: str) -> UserError:
+    """Create the error for a number that an option or argument cannot have."""
+    return UserError("The number is out of range.", code="invalid-option", where=where, fix=f"a number {allowed}")
