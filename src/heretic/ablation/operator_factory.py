@@ -35,9 +35,8 @@ class OperatorFactory:
     directions: Directions
     writers: tuple[ResidualWriter, ...]
     geometry: str
-    facts: Mapping[
-        str, Facts
-    ]  # that the geometry needs, by writer; by reader the weight S [width] of the norm before it
+    # What the geometry needs, by writer; by reader the weight S [width] of the norm before it.
+    facts: Mapping[str, Facts]
     scales: Mapping[str, Tensor]  # S [width] by writer, of the norm after it
     # Reads a writer's matrices [width, inputs], also if the module does not hold them.
     read: Callable[[ResidualWriter], Sequence[LazyTensor]] = field(

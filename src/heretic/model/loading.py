@@ -49,7 +49,7 @@ class LanguageModel:
     quantization: str = "none"
     loader: BlockLoader | None = None  # reads the blocks when they run; None: all are in memory
     graphs: DecodingGraphs = field(default_factory=DecodingGraphs)
-    end_of_turn: int | None = None  # of the chat template, if the model's configs do not name it
+    end_of_turn: int | None = None  # token that the chat template puts after an answer
 
     @property
     def device(self) -> torch.device:

@@ -30,7 +30,7 @@ class AnswerStart:
     prefix: str = ""
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
     date: str = ""  # what the chat template prints as today; empty: the real date
-    end_of_turn: int | None = None  # token that also ends an answer
+    end_of_turn: int | None = None  # token that the chat template puts after an answer
 
     @property
     def spelled_variables(self) -> str:
@@ -48,9 +48,7 @@ def detect_start(
     chat = chat.with_variables(start.variables).answering(start.prefix)
     answers = sample_answers(language_model, chat.encode(prompts), batcher)
     prefix = prefix_of(answers)
-    if not _any_thinks(answers):
-        return replace(start, prefix=start.prefix + prefix)
-    for variables in _free_switches(chat):
+    for variables in _free_switches(chat) if _any_thinks(answers) else ():
         switched = chat.with_variables(variables)
         try:
             if switched.render(prompts[0]) == chat.render(prompts[0]):

@@ -65,13 +65,12 @@ def closed_immediately(text: str) -> str:
     """
     begun = text.lstrip()
     for marker, closing in MARKERS.items():
-        if begun.startswith(marker):
-            after = begun[len(marker) :]
-            written = after[: len(after) - len(after.lstrip())]
-            rest = after[len(written) :].removeprefix(closing.strip())
-            if rest != after[len(written) :]:  # the model closes the block itself
-                return marker + written + closing.strip() + rest[: len(rest) - len(rest.lstrip())]
-            return marker + ("\n" if written and closing.endswith("\n\n") else "") + closing
+        if not begun.startswith(marker):
+            continue
+        if closed := re.match(rf"{re.escape(marker)}\s*{re.escape(closing.strip())}\s*", begun):  # by the model itself
+            return closed[0]
+        breaks = "\n" if begun[len(marker) :][:1].isspace() and closing.endswith("\n\n") else ""
+        return f"{marker}{breaks}{closing}"
     return ""
 
 

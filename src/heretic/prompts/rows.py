@@ -38,9 +38,9 @@ def read_rows(path: Path, key: str, column: str) -> list[Row]:
     where, kind = f"{key}.source" if key else str(path), path.suffix.lower()
     if kind == ".parquet":
         return list(_parquet(path, where, column))
-    return list(
-        _csv(path, where) if kind == ".csv" else {".jsonl": _json_lines, ".json": _json}[kind](path, where, column)
-    )
+    if kind == ".csv":
+        return list(_csv(path, where))
+    return list({".jsonl": _json_lines, ".json": _json}[kind](path, where, column))
 
 
 def prompt_in(value: Any, place: str, key: str) -> str | None:
