@@ -271,8 +271,9 @@ def find_run(name: str, runs_dir: str) -> RunFolder:
             if (path / "config.toml").is_file():
                 return RunFolder(path if path.name not in ("", "..") else path.resolve())
         known = ", ".join(p.name for p in _runs(root)[-5:])
+        is_model = any((Path(name) / file).is_file() for file in ("config.json", "manifest.json"))
         raise UserError(
-            f"Unknown run '{name}'.",
+            f"'{name}' is a model's folder, not a run." if is_model else f"Unknown run '{name}'.",
             code="run-not-found",
             where=str(root.resolve()),
             fix=f"use one of: {known}" if known else "start one: heretic MODEL",
