@@ -205,7 +205,7 @@ def study(folder: Path, trials: int) -> dict[str, Any]:
         force=True,
         reporter=reporter,
         stop=StopSignal(),
-        on_report=reports.append,
+        on_preflight=reports.append,
     )
     seconds = time.perf_counter() - began
     plan = reports[0].plan

@@ -19,12 +19,10 @@ from heretic.export.destination import check_destination
 from heretic.export.export import Export
 from heretic.export.formats import require_format
 from heretic.interrupt import StopSignal
-from heretic.model.batching import Batch
 from heretic.model.chat_format import check_length
-from heretic.model.decoding import decode
+from heretic.model.decoding import greedy
 from heretic.model.response_prefix import AnswerStart
 from heretic.model.streaming import stream_answer
-from heretic.model.turns import Turns
 from heretic.model.unloading import unloaded_after
 from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.run import device_lock, export_trial, open_locked_study
@@ -116,7 +114,7 @@ def start_chat(run_context: RunContext, trial: int | None, tokens: int) -> tuple
     """
     result, _ = run_context.result(trial)
     session = run_context.session()
-    model_context, ablation = session.context, run_context.space.from_params(result.params)
+    model_context, ablation = session.context, run_context.search_space().from_params(result.params)
 
     def generate(messages: Sequence[dict[str, str]], ablated: bool, on_text: Callable[[str], None]) -> str:
         encoded = model_context.chat.tokens(model_context.chat.conversation(messages))
@@ -141,14 +139,12 @@ def compare(
     """Return for every prompt the greedy answers of the original and of trials, under `original` and `trial N`."""
     named = {f"trial {number}": run_context.result(number)[0] for number in trials}
     session = run_context.session()
-    model_context, space = session.context, run_context.space
+    model_context, space = session.context, run_context.search_space()
     encoded = model_context.chat.encode(prompts)
     check_length("prompts", encoded, model_context.language_model.context, tokens)
     rows = [{"prompt": prompt} for prompt in prompts]
 
-    def step(batch: Batch) -> Turns[list[list[int]]]:
-        return decode(model_context.language_model.model, batch, tokens, model_context.language_model.end_tokens)
-
+    step = greedy(model_context.language_model, tokens)
     for model, result in {"original": None, **named}.items():
         edits = [space.from_params(result.params)] if result else []
         with session.applied(*edits):

@@ -28,10 +28,8 @@ from heretic.export.destination import check_destination
 from heretic.export.export import Export, plan_export, write_export
 from heretic.files import expand_user
 from heretic.interrupt import StopSignal
-from heretic.model.batching import Batch
 from heretic.model.chat_format import check_length
-from heretic.model.decoding import decode
-from heretic.model.turns import Turns
+from heretic.model.decoding import greedy
 from heretic.pipeline.geometry import measure_effects
 from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.run import Outcome, device_lock, open_locked_study, run
@@ -180,7 +178,7 @@ class AblationSession:
 
     def trial(self, number: int | None = None) -> Ablation:
         """Return the ablation of a trial of the run, or of the selected one. Raises UserError."""
-        return self.run_context.space.from_params(self.run_context.result(number)[0].params)
+        return self.run_context.search_space().from_params(self.run_context.result(number)[0].params)
 
     def ablation(
         self, direction_index: float | None = None, **strengths: float | Sequence[float] | StrengthKernel
@@ -243,10 +241,7 @@ class AblationSession:
             return []
         encoded = model_context.chat.encode(prompts)
         check_length("prompts", encoded, model_context.language_model.context, tokens)
-
-        def step(batch: Batch) -> Turns[list[list[int]]]:
-            return decode(model_context.language_model.model, batch, tokens, model_context.language_model.end_tokens)
-
+        step = greedy(model_context.language_model, tokens)
         with self.session.applied(*([] if ablation is None else [ablation])):
             return [
                 model_context.chat.text(answer)

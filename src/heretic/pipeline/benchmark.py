@@ -23,6 +23,7 @@ from heretic.model.thinking import MARKERS, open_block
 from heretic.pipeline.run_context import RunContext
 from heretic.progress import Stage
 from heretic.runs.environment import versions
+from heretic.scoring.comparison import paired_error
 from heretic.session.session import Session
 
 MAX_ROWS = 16  # questions are longer than prompts
@@ -83,7 +84,10 @@ def benchmark_trial(run_context: RunContext, trial: int | None, tasks: Tasks) ->
     result, _ = run_context.result(trial)
     session = run_context.session()
     measured = []
-    for name, edits in (("Original", []), (f"Trial {result.number}", [run_context.space.from_params(result.params)])):
+    for name, edits in (
+        ("Original", []),
+        (f"Trial {result.number}", [run_context.search_space().from_params(result.params)]),
+    ):
         with run_context.reporter.stage(f"{name}: {', '.join(tasks.names)}", None) as stage, session.applied(*edits):
             measured.append(_evaluate(session, run_context, manager, tasks, stage))
     label = re.sub(r"[^\w.-]+", "-", "+".join(tasks.names))[:MAX_LABEL_CHARACTERS]
@@ -105,9 +109,11 @@ def compare_results(original: Mapping[str, Any], ablated: Mapping[str, Any]) -> 
             if not kind or metric.endswith("_stderr") or not all(isinstance(v, (int, float)) for v in (value, other)):
                 continue
             errors = [_finite_number(r["results"][task].get(f"{metric}_stderr,{kind}")) for r in (original, ablated)]
-            pairs = [_values_per_question(r, task, metric, kind, v) for r, v in ((original, value), (ablated, other))]
+            before, after = (
+                _values_per_question(r, task, metric, kind, v) for r, v in ((original, value), (ablated, other))
+            )
             questions = original["n-samples"].get(task, {}).get("effective", 0)
-            paired = difference_error(*pairs)
+            paired = None if before is None or after is None else paired_error(before, after)
             better = original["higher_is_better"].get(task, {}).get(metric)
             rows.append(
                 Row(
@@ -123,14 +129,6 @@ def compare_results(original: Mapping[str, Any], ablated: Mapping[str, Any]) -> 
                 )
             )
     return rows
-
-
-def difference_error(before: Sequence[float] | None, after: Sequence[float] | None) -> float | None:
-    """Return the standard error of the mean of paired differences; None without pairs."""
-    if before is None or after is None or len(before) != len(after) or len(before) < 2:
-        return None
-    differences = [b - a for a, b in zip(before, after, strict=True)]
-    return statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def _unpaired_error(a: float | None, b: float | None) -> float | None:

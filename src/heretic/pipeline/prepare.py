@@ -13,6 +13,7 @@ from heretic.errors import UserError
 from heretic.export.destination import check_destination
 from heretic.export.formats import export_size, require_format
 from heretic.hardware.gpus import Gpu
+from heretic.hardware.host import existing_parent
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_model, require_name
 from heretic.model.template import read_template
@@ -60,7 +61,7 @@ def prepare_run(
     fresh: bool = False,
     judging: bool = False,
     reporter: ProgressReporter,
-    on_report: Callable[[PreflightReport], None] = lambda _: None,
+    on_preflight: Callable[[PreflightReport], None] = lambda _: None,
 ) -> RunInputs:
     """Run the preflight and return its inputs; with `judging` it also tries the judge.
 
@@ -72,7 +73,7 @@ def prepare_run(
     require_name(settings.model)  # before prompts are fetched from the hub
     read_prompts = cache(lambda: load_all(settings.prompts))
     report = run_preflight(settings, read_prompts, judging=judging)
-    on_report(report)
+    on_preflight(report)
     if not force:
         raise_failure(report)
     checkpoint = open_model(settings)
@@ -85,7 +86,7 @@ def prepare_run(
         reporter.warning(_kept_format(kept, report.plan))
         pinned = settings.model_copy(update={"dtypes": kept})
         report = run_preflight(pinned, read_prompts, judging=False)
-        on_report(report)
+        on_preflight(report)
         if not force:
             raise_failure(report)
         plan = LoadPlan.of(pinned, report.plan)
@@ -209,7 +210,7 @@ def check_storage(settings: Settings) -> None:
         return
     file = settings.storage.removeprefix("sqlite:///")  # not opened: that would create it
     root = Path(file).parent if file else Path(settings.runs_dir)
-    existing = next(p for p in (root, *root.resolve().parents) if p.exists())
+    existing = existing_parent(root)
     try:
         check_writable(existing)
     except OSError as error:

@@ -99,7 +99,7 @@ def run(
     workers: int = 1,
     reporter: StudyReporter,
     stop: StopSignal,
-    on_report: Callable[[preflight.PreflightReport], None] = lambda _: None,
+    on_preflight: Callable[[preflight.PreflightReport], None] = lambda _: None,
     on_finished: Callable[[RunContext], None] | None = None,
 ) -> Outcome:
     """Run a study to its end and export the selected trial; resumes an earlier session.
@@ -113,7 +113,7 @@ def run(
         workers: Number of worker processes.
         reporter: Receives progress and warnings.
         stop: Requests a stop after the current batch.
-        on_report: Receives the preflight's report.
+        on_preflight: Receives the preflight's report.
         on_finished: Receives the open run at its end and after Ctrl-C, for the menu.
 
     Raises:
@@ -122,7 +122,9 @@ def run(
     """
     settings = resolved.settings
     with device_lock(settings, wait=wait, reporter=reporter, stop=stop):
-        inputs = prepare_run(settings, force=force, fresh=fresh, judging=True, reporter=reporter, on_report=on_report)
+        inputs = prepare_run(
+            settings, force=force, fresh=fresh, judging=True, reporter=reporter, on_preflight=on_preflight
+        )
         folder = inputs.folder
         if fresh:
             archive_run(folder, settings, reporter)
@@ -131,10 +133,10 @@ def run(
             open_locked_study(inputs, wait=wait, reporter=reporter, stop=stop) as study,
             RunContext(resolved, inputs, study, reporter, stop) as run_context,
         ):
-            return _finish(run_context, extra_trials, workers, on_finished)
+            return _run_study(run_context, extra_trials, workers, on_finished)
 
 
-def _finish(
+def _run_study(
     run_context: RunContext, extra_trials: int, workers: int, on_finished: Callable[[RunContext], None] | None
 ) -> Outcome:
     """Run the trials, export, and show the menu. Raises Interrupted."""
@@ -159,8 +161,8 @@ def _finish(
     return Outcome(
         run_context.folder,
         StudySummary.of(run_context.study, run_context.settings),
-        selected[0] if selected else None,
-        selected[1] if selected else "",
+        selected.result if selected else None,
+        selected.reason if selected else "",
         export,
     )
 
@@ -184,7 +186,7 @@ def _existing_export(run_context: RunContext) -> Export | None:
     selected, settings = run_context.selected(), run_context.settings
     if not selected or not settings.save_to:
         return None
-    return earlier_export(Path(settings.save_to), run_context.folder, selected[0].number, settings)
+    return earlier_export(Path(settings.save_to), run_context.folder, selected.result.number, settings)
 
 
 def archive_run(folder: RunFolder, settings: Settings, reporter: ProgressReporter) -> None:
@@ -230,12 +232,16 @@ def execute(run_context: RunContext, workers: int = 1) -> Export | None:
         run_trials(run_context)
     # 3. Export the selected trial
     selected = run_context.selected()
+    if selected and not selected.meets_limit:
+        reporter.warning(
+            f"The limit of the setting select is not met. Trial {selected.result.number}: {selected.reason}."
+        )
     if not destination or not selected:
         return None
     if export := _existing_export(run_context):
-        reporter.info(f"Trial {selected[0].number} is still selected and already exported to {destination}.")
+        reporter.info(f"Trial {selected.result.number} is still selected and already exported to {destination}.")
         return export
-    return export_once(run_context, selected[0], destination)
+    return export_once(run_context, selected.result, destination)
 
 
 def run_trials(run_context: RunContext) -> None:
@@ -279,7 +285,12 @@ def export_once(run_context: RunContext, result: Result, destination: Path) -> E
 def export_trial(run_context: RunContext, result: Result, destination: Path) -> Export:
     """Export one trial; unloads the model, since the written model is loaded to verify it."""
     job = plan_export(
-        run_context.session(), run_context.inputs.plan, run_context.space, result, run_context.folder, destination
+        run_context.session(),
+        run_context.inputs.plan,
+        run_context.search_space(),
+        result,
+        run_context.folder,
+        destination,
     )
     run_context.unload()
     return write_export(job, run_context.reporter, run_context.stop)

@@ -18,7 +18,7 @@ from heretic.pipeline.worker_process import parent_pid
 from heretic.runs.folder import RunFolder, settings_text
 from heretic.scoring.scores import json_numbers
 from heretic.search.gradient_path import GradientPath
-from heretic.search.pareto import Result, results, select_trial
+from heretic.search.pareto import Result, Selection, results, select_trial
 from heretic.search.space import SearchSpace
 from heretic.search.summary import StudyReporter
 from heretic.session.session import Session, open_session
@@ -105,9 +105,8 @@ class RunContext:
             self.study, folder.path, folder.fingerprint, settings.artifacts, settings.workers, self.reporter, self.stop
         )
 
-    @property
-    def space(self) -> SearchSpace:
-        """The search space of the trials."""
+    def search_space(self) -> SearchSpace:
+        """Return the search space of the trials. Loads the model if needed."""
         return self.session().space(GradientPath.load(self.study))
 
     def unload(self) -> None:
@@ -124,8 +123,8 @@ class RunContext:
     ) -> None:
         self.unload()
 
-    def selected(self) -> tuple[Result, str] | None:
-        """Return the trial that the settings select, and the reason."""
+    def selected(self) -> Selection | None:
+        """Return the trial that the settings select."""
         settings = self.settings
         return select_trial(self.results, settings.select, settings.max_kl, settings.max_refusals)
 
@@ -141,7 +140,7 @@ class RunContext:
                 where=str(self.folder.path),
                 fix=f"continue it: heretic run {self.folder.path}",
             )
-        return selected
+        return selected.result, selected.reason
 
     def request_trials(self, n_trials: int) -> None:
         """Set the total number of trials, now and for later sessions; the study does not converge before."""

@@ -133,7 +133,7 @@ def _overview(page: Page, summary: StudySummary, settings: Settings) -> None:
     if summary.original_refusals is not None and summary.results:
         pairs.append(("original", f"refuses {summary.original_refusals} of {summary.results[0].scores.total} requests"))
     if summary.best is not None:
-        best, reason = summary.best
+        best, reason, _ = summary.best
         pairs += [
             ("chosen", f"trial {best.number}: {reason}"),
             ("refuses", f"{best.scores.refusals} of {best.scores.total} requests"),
@@ -194,7 +194,7 @@ def _front(page: Page, summary: StudySummary) -> None:
         page.text("No trial has finished yet.")
         return
     best = pareto_front(summary.results)
-    chosen = summary.best[0].number if summary.best else None
+    chosen = summary.best.result.number if summary.best else None
     page.figure("front", [figures.of_front(summary.history, chosen, summary.original_refusals)], height=460)
     destroyed = sum(r.scores.divergence.mean == float("inf") for r in summary.results)
     page.text(
@@ -235,7 +235,7 @@ def _trials(
     trials = {t.number: t for t in study.get_trials(deepcopy=False)}
     strengths: list[figures.Figure | None] = []
     changes: list[figures.Figure | None] = []
-    chosen = summary.best[0].number if summary.best else best[0].number
+    chosen = summary.best.result.number if summary.best else best[0].number
     labels = [f"trial {r.number}: {r.scores.refusals} refusals, KL {r.scores.divergence.mean:.4f}" for r in best]
     selected = next(i for i, r in enumerate(best) if r.number == chosen)
     page.select("trial", "Trial of the Pareto front", labels, selected, [r.number for r in best])

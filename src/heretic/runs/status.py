@@ -71,7 +71,7 @@ class Status:
             "memory": self.memory,
             "latest": self.latest,
             "warnings": list(self.warnings),
-            "best": summary.best[0].number if summary.best else None,
+            "best": summary.best.result.number if summary.best else None,
             "pareto_front": [
                 {"trial": r.number, "params": r.params, **r.scores.as_dict()} for r in pareto_front(summary.results)
             ],

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import optuna
 from pydantic import Json, TypeAdapter
@@ -33,13 +32,6 @@ class PathPoint:
     def ablation(self) -> Ablation:
         """The ablation at this point."""
         return Ablation(self.strengths, self.mixture, vector=self.vector)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PathPoint:
-        """Restore a point from the result of `asdict`, also after a JSON round trip."""
-        strengths = {component: tuple(profile) for component, profile in data["strengths"].items()}
-        mixture, vector = (None if data[part] is None else tuple(data[part]) for part in ("mixture", "vector"))
-        return cls(data["weight"], strengths, mixture, data["kl"], data["probability"], vector)
 
 
 @dataclass(frozen=True)
@@ -74,8 +66,8 @@ class GradientPath:
         return Ablation(strengths, shifted(_between(a.mixture, b.mixture, share), shift))
 
     @property
-    def is_mixture(self) -> bool:
-        """Whether the direction is a mixture of the layers' directions, which `shift` can move."""
+    def uses_layer_directions(self) -> bool:
+        """Whether the directions are those of the layers or a mixture of them, which `shift` can move."""
         return all(p.vector is None for p in self.points)
 
     @property

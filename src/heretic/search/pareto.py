@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -47,6 +47,14 @@ class Result:
         """The labels of the first two objectives."""
         x, y = (LABELS.get(objective.name, objective.name.replace("_", " ")) for objective in self.objectives[:2])
         return x, y
+
+
+class Selection(NamedTuple):
+    """The selected result."""
+
+    result: Result
+    reason: str
+    meets_limit: bool = True  # whether it meets the limit of the rule, `max_kl` or `max_refusals`
 
 
 def results(study: optuna.Study, without: Collection[int] = ()) -> list[Result]:
@@ -107,10 +115,8 @@ def table_columns(selection: Sequence[Result]) -> dict[str, list[str]]:
     return {heading: cells for heading, cells in columns.items() if cells}
 
 
-def select_trial(
-    candidates: Sequence[Result], rule: str, max_kl: float, max_refusals: int
-) -> tuple[Result, str] | None:
-    """Select a result by the rule; returns it with the reason in words, or None if the Pareto front is empty."""
+def select_trial(candidates: Sequence[Result], rule: str, max_kl: float, max_refusals: int) -> Selection | None:
+    """Select a result by the rule; None if the Pareto front is empty."""
     front = pareto_front(candidates)
     if not front:
         return None
@@ -121,9 +127,10 @@ def select_trial(
         if within:
             few = min(r.scores.expected for r in within) + TIE_TOLERANCE
             tied = next(r for r in within if r.scores.expected <= few)
-            return tied, f"fewest refusals among the trials with a KL of at most {max_kl:g}"
-        return by_kl[0], f"lowest KL; no trial has a KL of at most {max_kl:g}"
+            return Selection(tied, f"fewest refusals among the trials with a KL of at most {max_kl:g}")
+        return Selection(by_kl[0], f"lowest KL; no trial has a KL of at most {max_kl:g}", False)
     within = [r for r in by_kl if r.scores.unanswered <= max_refusals]
     if within:
-        return within[0], f"lowest KL among the trials with at most {max_refusals} refused or evaded requests"
-    return fewest, f"fewest refusals; no trial has at most {max_refusals} refused or evaded requests"
+        reason = f"lowest KL among the trials with at most {max_refusals} refused or evaded requests"
+        return Selection(within[0], reason)
+    return Selection(fewest, f"fewest refusals; no trial has at most {max_refusals} refused or evaded requests", False)

@@ -52,7 +52,7 @@ class SearchSpace:
         if self.path is None or self.search.start == "kernels":
             return []
         middle: dict[str, Any] = {name: 1.0 for name in self._gains}
-        if self.path.is_mixture:
+        if self.path.uses_layer_directions:
             middle["path.shift"] = 0.0
         return [middle | {"path.point": float(i)} for i in reversed(range(len(self.path.points)))]
 
@@ -63,7 +63,7 @@ class SearchSpace:
     def _around_path(self, trial: optuna.trial.BaseTrial, gradient_path: GradientPath) -> Ablation:
         position = trial.suggest_float("path.point", 0.0, float(len(gradient_path.points) - 1))
         gain = {name: trial.suggest_float(name, *GAIN, log=True) for name in self._gains}
-        shift = trial.suggest_float("path.shift", -SHIFT, SHIFT) if gradient_path.is_mixture else 0.0
+        shift = trial.suggest_float("path.shift", -SHIFT, SHIFT) if gradient_path.uses_layer_directions else 0.0
         first, last = gradient_path.edited_layer_range
         third = max(1.0, (last - first + 1) / 3)
         thirds = [("early", "middle", "late")[min(2, max(0, int((n - first) / third)))] for n in range(self.num_layers)]

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from heretic.progress import ProgressReporter
 from heretic.search.convergence import Convergence, convergence
-from heretic.search.pareto import Result, select_trial
+from heretic.search.pareto import Result, Selection, select_trial
 from heretic.search.pruning import StudyHistory
 from heretic.settings import Settings
 from heretic.storage.attributes import refusals_before, values_before
@@ -29,7 +29,7 @@ class StudySummary:
     n_failed: int
     original_refusals: int | None
     history: StudyHistory
-    best: tuple[Result, str] | None  # the trial that the settings select, and the reason
+    best: Selection | None  # the trial that the settings select
     trials_per_hour: float | None
     convergence: Convergence | None  # None if it has not converged
     original_values: Mapping[str, float] = field(default_factory=dict)  # of other scorers, by name

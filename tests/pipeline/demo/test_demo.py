@@ -73,7 +73,7 @@ def test_the_guard_refuses_and_an_ablation_removes_it(folder: Path, monkeypatch:
             ],
             reporter=NULL_REPORTER,
             stop=StopSignal(),
-            on_report=lambda report: None,
+            on_preflight=lambda report: None,
         )
 
     demo = made()

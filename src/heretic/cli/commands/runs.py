@@ -122,7 +122,7 @@ def _run_and_show(
             workers=n_workers,
             reporter=reporter,
             stop=stop,
-            on_report=lambda report: show(report, err if as_json else out),
+            on_preflight=lambda report: show(report, err if as_json else out),
             on_finished=_show_menu if show_menu else None,
         )
     # 3. Print the outcome
@@ -269,6 +269,6 @@ def demo(
             wait=wait,
             reporter=reporter,
             stop=stop,
-            on_report=lambda report: show(report, out),
+            on_preflight=lambda report: show(report, out),
         )
     show_demo(out, outcome)

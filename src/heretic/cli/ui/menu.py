@@ -76,7 +76,7 @@ class Menu:
             self.console,
             run_context.results,
             run_context.original_refusals,
-            selected[0].number if selected else None,
+            selected.result.number if selected else None,
             run_context.original_values,
         )
         for number, (name, description, _) in enumerate(ACTIONS, start=1):
@@ -105,7 +105,7 @@ class Menu:
     def ask_trial(self) -> int | None:
         """Ask for the number of a trial; None without an answer and without a selected trial."""
         selected = self.run_context.selected()
-        answer = self.ask("Which trial?", str(selected[0].number) if selected else "")
+        answer = self.ask("Which trial?", str(selected.result.number) if selected else "")
         return _parse_number(answer) if answer else None
 
 
@@ -125,7 +125,7 @@ def compare(menu: Menu) -> None:
     from heretic.prompts.sets import from_text_or_file
 
     selected = menu.run_context.selected()
-    numbers = menu.ask("Which trials (such as 3,7)?", str(selected[0].number) if selected else "")
+    numbers = menu.ask("Which trials (such as 3,7)?", str(selected.result.number) if selected else "")
     trials = [_parse_number(n) for n in numbers.split(",")]
     prompts = menu.ask("A prompt, or a file of prompts:")
     if not prompts:

@@ -81,7 +81,7 @@ def _view(console: Console, status: Status) -> Group:
         pareto_table(
             summary.results,
             summary.original_refusals,
-            summary.best[0].number if summary.best else None,
+            summary.best.result.number if summary.best else None,
             summary.original_values,
         ),
     ]

@@ -24,7 +24,7 @@ def rows(summary: StudySummary) -> list[tuple[str, str]]:
     if summary.original_refusals is not None and summary.results:
         pairs.append(("original", f"{summary.original_refusals} of {summary.results[0].scores.total} refused"))
     if summary.best is not None:
-        best, _ = summary.best
+        best = summary.best.result
         scores = best.scores
         evasive = f", {scores.evasive} evasive" if scores.evasive else ""
         pairs.append(
@@ -48,7 +48,7 @@ def aligned(pairs: list[tuple[str, str]]) -> Text:
 
 def pareto_plot(summary: StudySummary, console: Console, width: int, height: int) -> Text:
     """Draw the trials and the Pareto front, in ASCII if the console does not support Unicode."""
-    best = summary.best[0] if summary.best else None
+    best = summary.best.result if summary.best else None
     return draw(summary.results, best, width, height, ascii_only=not console.encoding.startswith("utf"))
 
 

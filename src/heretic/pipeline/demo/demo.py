@@ -47,7 +47,7 @@ def run_demo(
     wait: bool = False,
     reporter: StudyReporter,
     stop: StopSignal,
-    on_report: Callable[[preflight.PreflightReport], None],
+    on_preflight: Callable[[preflight.PreflightReport], None],
 ) -> DemoOutcome:
     """Build the guarded model, run the study, export, and compare with the unguarded model. Resumes like any run.
 
@@ -62,7 +62,7 @@ def run_demo(
     with reporter.stage("Unpacking SmolLM2-135M-Instruct and merging the guard", None):
         base = build_base(folder / "base-model")
         build_guarded(base, guarded)
-    outcome = run(resolved, wait=wait, reporter=reporter, stop=stop, on_report=on_report)
+    outcome = run(resolved, wait=wait, reporter=reporter, stop=stop, on_preflight=on_preflight)
     with reporter.stage("Comparing with the model before the guard", 3) as stage:
         measured = []
         for model in (base, guarded, written if outcome.export else None):
