@@ -60,7 +60,7 @@ DEMO = Path(__file__).parents[1] / "src" / "heretic" / "data" / "prompts" / "oth
 
 
 def main() -> None:
-    """Search, measure, print, write the JSON after every point."""
+    """Search, measure, print, write the JSON after every search."""
     parser = options(__doc__, "geometries.json")
     known = [f"{geometry}{end}" for geometry in GEOMETRIES for end in ("", READERS)]
     parser.add_argument("--methods", nargs="+", default=["norm_preserving", "conditional"], choices=known)
@@ -77,15 +77,17 @@ def main() -> None:
         for readers in sorted({method.endswith(READERS) for method in arguments.methods}):
             context = loaded(arguments, Path(scratch), readers)
             scoring = Scoring(context, arguments)
-            for method in (m for m in arguments.methods if m.endswith(READERS) == readers):
-                for seed in arguments.seeds:
+            for seed in arguments.seeds:
+                for method in (m for m in arguments.methods if m.endswith(READERS) == readers):
                     key = {"model": arguments.model, "method": method, "seed": seed, "of": scoring.refused}
+                    if any(row.items() >= key.items() for row in report["rows"]):
+                        continue
                     row: dict[str, Any] = key | {"points": []}
-                    report["rows"].append(row)
                     for point in measured(scoring, arguments, method.removesuffix(READERS), seed, Path(scratch)):
                         row["points"].append(point)
                         print(method, seed, point, flush=True)
-                        write(report, arguments.out)
+                    report["rows"].append(row)
+                    write(report, arguments.out)
 
 
 def loaded(arguments: argparse.Namespace, scratch: Path, readers: bool) -> ModelContext:

@@ -222,31 +222,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors.torch import load_file
 
     if path.exists() and not path.is_file():  # opening a pipe would block
-        raise UserError(
-            f"{path.name} is not a regular file.",
-            code="damaged-file",
-            where=str(path),
-            fix="delete it; heretic recomputes it",
-        )
+        raise _damaged(path, "is not a regular file.")
     try:
         tensors = load_file(path)
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path.name} is damaged: {first_line(error)}",
-            code="damaged-file",
-            where=str(path),
-            fix="delete it; heretic recomputes it",
-        ) from None
+        raise _damaged(path, f"is damaged: {first_line(error)}") from None
     if metadata.get("sha256") != _digest(tensors, metadata):
-        raise UserError(
-            f"{path.name} is damaged: its content does not match its hash.",
-            code="damaged-file",
-            where=str(path),
-            fix="delete it; heretic recomputes it",
-        )
+        raise _damaged(path, "is damaged: its content does not match its hash.")
     return tensors, metadata
+
+
+def _damaged(path: Path, problem: str) -> UserError:
+    return UserError(
+        f"{path.name} {problem}", code="damaged-file", where=str(path), fix="delete it; heretic recomputes it"
+    )
 
 
 def expand_user(path: str | Path) -> Path:

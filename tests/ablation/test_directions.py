@@ -54,15 +54,9 @@ def test_no_difference_is_an_error() -> None:
     assert error.value.where == "prompts.harmful_train, prompts.harmless_train"
 
 
-def test_between_two_layers_the_mix_has_length_one() -> None:
-    directions = found(means(1), means(2))
-    for index in (0.0, 2.0, 2.25, 4.9, 5.0):
-        mixed = directions.unit(interpolation(index, 6)) @ directions.vectors
-        assert mixed.norm() == pytest.approx(1.0, abs=1e-5)
-    assert torch.allclose(directions.unit(interpolation(3.0, 6)) @ directions.vectors, directions.vectors[3], atol=1e-6)
+def test_an_index_interpolates_two_layers() -> None:
+    assert interpolation(2.25, 4) == (0, 0, 0.75, 0.25) and interpolation(3.0, 4) == (0, 0, 0, 1)
     assert interpolation(-1.0, 6) == (1, 0, 0, 0, 0, 0) and interpolation(7.0, 6) == (0, 0, 0, 0, 0, 1)
-    middle = directions.unit(interpolation(2.5, 6)) @ directions.vectors
-    assert (middle @ directions.vectors[2]).item() == pytest.approx((middle @ directions.vectors[3]).item(), abs=1e-5)
 
 
 def test_saved_and_loaded_and_damage_is_seen(tmp_path: Path) -> None:

@@ -30,14 +30,17 @@ def by_definition(geometry: str, weight: torch.Tensor, v: torch.Tensor, strength
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("strength", [0.2, 1.0, 1.3])
-def test_equals_its_definition_for_mixed_directions(geometry: str, strength: float) -> None:
+def test_equals_its_definition_for_mixed_directions(
+    geometry: str, strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("heretic.ablation.weight_stats.ELEMENTS_PER_CHUNK", 7 * 40)
     torch.manual_seed(3)
     weight = torch.randn(24, 40) * torch.rand(24, 1) * 3
     directions = torch.nn.functional.normalize(torch.randn(5, 24), dim=-1)
     mix = torch.tensor([0.0, 0.3, 0.9, 0.0, 0.0])
     mix = mix / (mix @ directions).norm()
     v = mix @ directions
-    facts = facts_for(geometry, weight, directions, rows_at_once=7)
+    facts = facts_for(geometry, weight, directions)
     operator = GEOMETRIES[geometry](v, strength, facts, mix)
     baked = operator.on_weight(weight)
     assert torch.allclose(baked.double(), by_definition(geometry, weight, v, strength, facts), atol=1e-5)

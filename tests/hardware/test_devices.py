@@ -87,7 +87,7 @@ def test_free_memory_of_a_mac_is_the_least_of_metals_and_the_rams(monkeypatch: p
     play(monkeypatch, "mps", None, free=20, total=24)
     assert usable_gpus(GpuReport(()))[0].free == 20 * GIB
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=32 * GIB, available=3 * GIB))
-    assert usable_gpus(GpuReport(()))[0].free == 3 * GIB == devices.free_memory(torch.device("mps"))
+    assert usable_gpus(GpuReport(()))[0].free == 3 * GIB == devices.free_bytes(torch.device("mps"))
 
 
 def test_a_driver_that_does_not_tell_free_memory_leaves_the_total(monkeypatch: pytest.MonkeyPatch) -> None:

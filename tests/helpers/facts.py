@@ -28,12 +28,12 @@ def random_input_maps(writers: Sequence[ResidualWriter]) -> dict[str, InputMap]:
     return {w.name: random_input_map(w.weight()) for w in writers if not w.mixture and input_width(w)}
 
 
-def facts_for(geometry: str, weight: torch.Tensor, directions: torch.Tensor, **more: Any) -> Any:
+def facts_for(geometry: str, weight: torch.Tensor, directions: torch.Tensor) -> Any:
     """What a geometry needs of a weight and directions [k, width]."""
     needs = GEOMETRIES[geometry].needs
     if needs == "input_map":
         return random_input_map(weight)
-    return weight_statistics(weight, directions, **more) if needs == "weight_stats" else None
+    return weight_statistics(weight, directions) if needs == "weight_stats" else None
 
 
 def in_float64(facts: Any) -> Any:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 
 from heretic.model.chat_format import ChatFormat
-from heretic.pipeline.benchmark import compare_results, difference_error, render_question
+from heretic.pipeline.benchmark import compare_results, render_question
 from tests.helpers.command import heretic
 from tests.tiny import TEMPLATE, tiny_tokenizer
 
@@ -29,13 +28,6 @@ metric_list:
     aggregation: mean
     higher_is_better: true
 """
-
-
-def test_the_error_of_a_difference_is_that_of_its_pairs() -> None:
-    before, after = [1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0]
-    assert difference_error(before, after) == pytest.approx(math.sqrt(3 / 16 * 4 / 3) / 2)
-    assert difference_error(before, before) == 0.0, "the same answers differ by nothing, surely"
-    assert difference_error(before, None) is None and difference_error(before, after[:2]) is None
 
 
 def test_what_is_no_mean_of_questions_gets_the_error_of_two_independent_numbers() -> None:

@@ -70,7 +70,7 @@ def test_gradients_of_every_geometry_are_true_in_float64(geometry: str) -> None:
     y = x @ weight.double().mT
 
     def edited(strength: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-        mix = directions.unit(coefficients)
+        mix = coefficients / (coefficients @ directions.vectors).norm()
         vector = torch.nn.functional.normalize(mix @ directions.vectors, dim=0)
         return GEOMETRIES[geometry](vector, strength, facts, mix)(y, x)
 

@@ -47,11 +47,6 @@ class Directions:
         mix = torch.as_tensor(coefficients, dtype=self.vectors.dtype)
         return torch.tensordot(mix, self.all_directions, 1)
 
-    def unit(self, coefficients: Sequence[float] | Tensor) -> Tensor:
-        """Scale coefficients c [layers] so that `c @ vectors` has norm 1."""
-        mix = torch.as_tensor(coefficients, dtype=self.vectors.dtype)
-        return mix / (mix @ self.vectors).norm()
-
 
 def orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormalize rows [..., k, width] in order (Gram-Schmidt); returns them and T [..., k, k] with result = `T @ rows`.

@@ -36,32 +36,32 @@ class WeightStats:
 
 
 @torch.no_grad()
-def weight_statistics(weight: Tensor | Sequence[LazyTensor], directions: Tensor, rows_at_once: int = 0) -> WeightStats:
+def weight_statistics(weight: Tensor | Sequence[LazyTensor], directions: Tensor) -> WeightStats:
     """Compute the statistics of a weight [width, inputs], or of several side by side, for directions [k, width].
 
-    Only `rows_at_once` rows exist in float32 at a time (0: `ELEMENTS_PER_CHUNK` elements).
+    Only `ELEMENTS_PER_CHUNK` elements exist in float32 at a time.
     """
     matrices = [weight] if isinstance(weight, Tensor) else weight
-    squares = [_squared_norms(materialize(m), rows_at_once) for m in matrices]
+    squares = [_squared_norms(materialize(m)) for m in matrices]
     norms = _sum(s.to(squares[0].device) for s in squares).sqrt().clamp_min(TINY)
     g = torch.zeros(len(directions), len(norms), device=norms.device)
     gram = torch.zeros(len(directions), len(directions), device=norms.device)
     for matrix in map(materialize, matrices):
         d = norms.to(matrix.device)
         unit = directions.to(matrix.device) / d
-        a = _sum(unit[:, rows] @ matrix[rows].float() for rows in _rows(matrix, rows_at_once))
-        for rows in _rows(matrix, rows_at_once):
+        a = _sum(unit[:, rows] @ matrix[rows].float() for rows in _rows(matrix))
+        for rows in _rows(matrix):
             g[:, rows] += (a @ matrix[rows].float().T / d[rows]).to(g.device)
         gram += (a @ a.T).to(gram.device)
     return WeightStats(norms, g, gram)
 
 
-def _squared_norms(matrix: Tensor, rows_at_once: int) -> Tensor:
-    return torch.cat([matrix[rows].float().square().sum(dim=1) for rows in _rows(matrix, rows_at_once)])
+def _squared_norms(matrix: Tensor) -> Tensor:
+    return torch.cat([matrix[rows].float().square().sum(dim=1) for rows in _rows(matrix)])
 
 
-def _rows(matrix: Tensor, rows_at_once: int) -> list[slice]:
-    count = rows_at_once or max(1, ELEMENTS_PER_CHUNK // matrix.shape[1])
+def _rows(matrix: Tensor) -> list[slice]:
+    count = max(1, ELEMENTS_PER_CHUNK // matrix.shape[1])
     return [slice(start, start + count) for start in range(0, len(matrix), count)]
 
 
@@ -82,18 +82,18 @@ class _WeightProduct(torch.autograd.Function):
         return _sum(_weight_product(gradient, materialize(m)) for m in ctx.matrices), None
 
 
-def _weight_product(x: Tensor, matrix: Tensor, rows_at_once: int = 0) -> Tensor:
-    return times_transposed(times(to_device(x, matrix.device), matrix, rows_at_once), matrix, rows_at_once).to(x.device)
+def _weight_product(x: Tensor, matrix: Tensor) -> Tensor:
+    return times_transposed(times(to_device(x, matrix.device), matrix), matrix).to(x.device)
 
 
-def times(x: Tensor, matrix: Tensor, rows_at_once: int = 0) -> Tensor:
+def times(x: Tensor, matrix: Tensor) -> Tensor:
     """Compute x W [..., inputs] for x [..., width] on the device of W [width, inputs], converted a part at a time."""
-    return _sum(x[..., rows] @ matrix[rows].to(x.dtype) for rows in _rows(matrix, rows_at_once))
+    return _sum(x[..., rows] @ matrix[rows].to(x.dtype) for rows in _rows(matrix))
 
 
-def times_transposed(x: Tensor, matrix: Tensor, rows_at_once: int = 0) -> Tensor:
+def times_transposed(x: Tensor, matrix: Tensor) -> Tensor:
     """Compute x WT [..., width] for x [..., inputs], as `times`."""
-    return torch.cat([x @ matrix[rows].to(x.dtype).mT for rows in _rows(matrix, rows_at_once)], dim=-1)
+    return torch.cat([x @ matrix[rows].to(x.dtype).mT for rows in _rows(matrix)], dim=-1)
 
 
 def stats_for_directions(v: Tensor, weight: Tensor | Sequence[LazyTensor], norms: Tensor) -> WeightStats:

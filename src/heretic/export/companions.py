@@ -100,15 +100,16 @@ def copy_license_files(folder: Path, to: Path, template: str) -> None:
         write_text(to / TEMPLATE, template)
 
 
+def _config(companions: Companions, name: str) -> Any:
+    """Return a config file's content, with the changes so far."""
+    return json.loads(companions.changed[name]) if name in companions.changed else _read_config(companions.copied[name])
+
+
 def _add_code(folder: Path, code: Collection[str], companions: Companions) -> None:
     """Add the Python files named in `auto_map` and their imports; drop entries whose file is missing."""
     needed: set[str] = set()
     for name in [n for n in companions.copied if n.endswith("config.json")]:
-        data = (
-            json.loads(companions.changed[name])
-            if name in companions.changed
-            else _read_config(companions.copied[name])
-        )
+        data = _config(companions, name)
         if not isinstance(data, dict) or "auto_map" not in data:
             continue
         references = [r for r in leaves(data["auto_map"]) if isinstance(r, str)]
@@ -177,11 +178,7 @@ def _replace_template(companions: Companions, template: str) -> None:
     for name in ("tokenizer_config.json", "processor_config.json"):
         if name not in companions.copied:
             continue
-        data = (
-            json.loads(companions.changed[name])
-            if name in companions.changed
-            else _read_config(companions.copied[name])
-        )
+        data = _config(companions, name)
         if not isinstance(data, dict) or "chat_template" not in data:
             continue
         original = data.pop("chat_template")

@@ -220,7 +220,7 @@ def is_accelerator(device: torch.device) -> bool:
     return device.type in ACCELERATORS
 
 
-def free_memory(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Return the free bytes of a tensor's accelerator."""
     kind = current()
     return _memory(kind, device.index or 0)[0] if kind else 0

@@ -115,7 +115,7 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         f"heretic cannot find the decoder blocks of this model ({type(model).__name__}).",
         code="architecture-not-supported",
         where=f"expected a ModuleList of {sorted(c for c in counts if c)} modules",
-        fix="report the architecture; it needs a line in src/heretic/model/architecture.py",
+        fix="report the architecture; decoder_blocks in src/heretic/model/architecture.py has to find it",
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from heretic.model.masks import known_padding
 from heretic.model.patching import outputs_stay
 from heretic.model.transfer import HostCopies, Index, send_through_ram, to_device
 from heretic.model.turns import Turns
+
+if TYPE_CHECKING:
+    from heretic.model.loading import LanguageModel
 
 # Removing rows copies the cache; worth it once a quarter has ended.
 COMPACT_BELOW = 0.75
@@ -286,6 +289,11 @@ def has_cache(model: Any) -> bool:
 
 
 @torch.inference_mode()
+def greedy(language_model: LanguageModel, tokens: int) -> Callable[[Batch], Turns[list[list[int]]]]:
+    """Return a batcher's step that decodes at most `tokens` tokens of every answer."""
+    return lambda batch: decode(language_model.model, batch, tokens, language_model.end_tokens)
+
+
 def decoded_by_generate(model: Any, device: torch.device | str) -> bool:
     """Return whether transformers' generate has to decode answers, by a pass over one token."""
     if not has_cache(model):

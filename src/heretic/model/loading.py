@@ -21,7 +21,7 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.model.config_reading import auto_class
 from heretic.model.decoding_graph import DecodingGraphs
 from heretic.model.device_errors import device_error, is_device_error
-from heretic.model.quantization import KEPT, QUANTIZATIONS, balanced_4bit, keep_layout, loading_arguments
+from heretic.model.quantization import KEPT, QUANTIZATIONS, cast_unquantized, keep_layout, loading_arguments
 from heretic.model.stages import share_inputs, stages_of
 from heretic.model.template import PROCESS, template_beside, template_of
 from heretic.model.tensor_info import OPENED
@@ -268,7 +268,7 @@ def _load_weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any],
         )
     keep_layout(model)
     if checkpoint.quantized_by in OPENED:
-        balanced_4bit(model, getattr(torch, dtype))
+        cast_unquantized(model, getattr(torch, dtype))
     if checkpoint.adapter is not None:
         model = _with_adapter(model, checkpoint.adapter)
     return cast(PreTrainedModel, model.eval().requires_grad_(False))

@@ -168,7 +168,7 @@ def quiet() -> None:
 
 
 @torch.no_grad()
-def balanced_4bit(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
     """Convert tensors that were not quantized in a dequantized checkpoint to `dtype`; transformers leaves their half precision
     as stored. Tensors in float32 stay."""
     for tensor in (*model.parameters(), *model.buffers()):

@@ -327,7 +327,7 @@ def rows_with_gradients(
 ) -> tuple[int, bool]:
     """Return the rows of a pass with gradients that fit into memory, and whether that needs gradient checkpointing."""
     dims = ModelDims.of(model.model.config.get_text_config(decoder=True), model.model)
-    budget = int(pass_memory.SHARE_FOR_GRADIENTS * _free_memory(model))
+    budget = int(pass_memory.SHARE_FOR_GRADIENTS * _free_bytes(model))
     longest = [max(map(len, sequences)) for sequences in kinds]
     prefixes = [len(prefix.tokens) if (prefix := batcher.shared_prefix(s)) else 0 for s in kinds]
     own = max(length - prefix for length, prefix in zip(longest, prefixes, strict=True))
@@ -337,10 +337,10 @@ def rows_with_gradients(
     )
 
 
-def _free_memory(model: LanguageModel) -> int:
+def _free_bytes(model: LanguageModel) -> int:
     """Return the free bytes of the model's fullest device."""
     gpus = {device for device in _devices(model) if devices.is_accelerator(device)}
-    return min((devices.free_memory(gpu) for gpu in gpus), default=memory()[1])
+    return min((devices.free_bytes(gpu) for gpu in gpus), default=memory()[1])
 
 
 def _on_cpu(model: LanguageModel) -> bool:

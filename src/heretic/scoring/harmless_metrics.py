@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from heretic.model.batching import UNEDITED, Batch, Batcher, EditSpec
+from heretic.model.batching import UNEDITED, Batcher, EditSpec
 from heretic.model.chat_format import ChatFormat
-from heretic.model.decoding import decode
+from heretic.model.decoding import greedy
 from heretic.model.loading import LanguageModel
-from heretic.model.turns import Turns
 from heretic.scoring.judges.evasion import is_loop
 from heretic.scoring.judges.verdict import ANSWER, Exchange, Judge
 from heretic.scoring.scores import HarmlessMetrics
@@ -35,11 +34,7 @@ def measure_harmless_metrics(
     trials: Sequence[int] = (0,),
 ) -> list[HarmlessMetrics]:
     """Decode whole answers for the given trials of a pass, and return one result per trial."""
-    count = len(probe.prompts)
-
-    def step(batch: Batch) -> Turns[list[list[int]]]:
-        return decode(language_model.model, batch, max_tokens, language_model.end_tokens)
-
+    count, step = len(probe.prompts), greedy(language_model, max_tokens)
     order = batcher.longest_first(probe.prompts, edited)
     items = [i for i in order if i // count in trials]
     tokens = batcher.run_items("Harmless answers", probe.prompts, step, edited=edited, items=items, decoding=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,6 @@ class Divergence:
     p95: float
     max: float
     per_prompt: tuple[float, ...] = field(default=(), compare=False, repr=False)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Divergence:
-        """Restore a divergence from the result of `as_dict`."""
-        mean, median, p95, largest = (float(data[name]) for name in ("mean", "median", "p95", "max"))
-        return cls(mean, median, p95, largest)
 
     def __str__(self) -> str:
         """Format the four numbers in one line."""
@@ -121,21 +118,14 @@ class Scores:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scores:
-        """Restore scores from `as_dict`; fields added in later versions may be missing."""
-        return cls(
-            divergence=Divergence.from_dict(data["divergence"]),
-            refusals=data["refusals"],
-            total=data["total"],
-            seconds=dict(data["seconds"]),
-            refusal_proxy=RefusalProxy(**data["refusal_proxy"]) if data.get("refusal_proxy") else None,
-            refused=data.get("refused", ""),
-            refusal_mass=data.get("refusal_mass"),
-            evasive=data.get("evasive", 0),
-            judge=data.get("judge", "markers"),
-            harmless_metrics=HarmlessMetrics(**data["harmless_metrics"]) if data.get("harmless_metrics") else None,
-            excess={name: float(number) for name, number in data.get("excess", {}).items()},
-            values={name: float(number) for name, number in data.get("values", {}).items()},
-        )
+        """Restore scores from `as_dict`; fields with a default may be missing. Raises ValueError."""
+        return scores_adapter().validate_python(data)
+
+
+@functools.cache
+def scores_adapter() -> TypeAdapter[Scores]:
+    """Return what validates stored scores."""
+    return TypeAdapter(Scores)
 
 
 @dataclass(frozen=True)

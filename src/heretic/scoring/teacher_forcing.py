@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heretic.model.activation_cache import ActivationCache
 from heretic.model.batching import Batch, Batcher
-from heretic.model.decoding import decode
+from heretic.model.decoding import greedy
 from heretic.model.forward import hidden_states, launch_head, log_probs_of
 from heretic.model.loading import LanguageModel
 from heretic.model.transfer import RowsToStore, to_device
@@ -49,11 +49,8 @@ def answer_prefixes(
     """
     if tokens == 1:
         return [[0] for _ in prompts]
-
-    def step(batch: Batch) -> Turns[list[list[int]]]:
-        return decode(language_model.model, batch, tokens - 1, language_model.end_tokens)
-
-    return [[*text, 0] for text in batcher.run("Original's answers", prompts, step, decoding=True)]
+    answers = batcher.run("Original's answers", prompts, greedy(language_model, tokens - 1), decoding=True)
+    return [[*answer, 0] for answer in answers]
 
 
 def log_probs_at(

@@ -17,7 +17,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from heretic.errors import StudyMismatch, UserError, plain_line
 from heretic.scoring.objectives import DEFAULT_OBJECTIVES, NAME, Objective
-from heretic.scoring.scores import Divergence, PrunedTrial, RefusalProxy, Scores
+from heretic.scoring.scores import Divergence, PrunedTrial, RefusalProxy, Scores, scores_adapter
 from heretic.settings import Settings
 from heretic.storage.url import masked
 
@@ -205,18 +205,13 @@ def computed_result(study: optuna.Study, name: str) -> ComputedResult | None:
 
 
 @functools.cache
-def _scores_adapter() -> TypeAdapter[Scores]:
-    return TypeAdapter(Scores)
-
-
-@functools.cache
 def _pruned_adapter() -> TypeAdapter[PrunedTrial]:
     return TypeAdapter(PrunedTrial)
 
 
 def scores(study: optuna.Study, trial: FrozenTrial) -> Scores | None:
     """Read the scores of a fully measured trial."""
-    stored = read(study, SCORES, _scores_adapter(), trial)
+    stored = read(study, SCORES, scores_adapter(), trial)
     if stored is not None and (problem := _problem(stored)):
         raise damaged(study, f"'{SCORES}' is invalid ({problem})", trial)
     return stored

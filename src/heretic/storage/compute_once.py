@@ -26,6 +26,7 @@ from heretic.storage import attributes
 from heretic.storage.attributes import CLAIM, RESULT, Claim, ComputedResult, Signature
 from heretic.storage.heartbeat import StalenessTimer, heartbeat_thread
 from heretic.storage.rdb import is_alive, worker
+from heretic.storage.retrying import effective_grace_period
 from heretic.storage.study_lock import LockLost, study_lock
 
 POLL_SECONDS = 1.0
@@ -203,7 +204,7 @@ class DistributedComputeOnce:
     def _claim_expired(self, name: str, claim: Claim) -> bool:
         """Return whether the claiming worker is dead: its local process is gone, or no heartbeat for the grace period."""
         silent = self.claim_timers.setdefault(name, StalenessTimer()).seconds(claim)
-        return not is_alive(claim["worker"]) or silent > max(self.workers.grace_period, 2 * self.workers.heartbeat)
+        return not is_alive(claim["worker"]) or silent > effective_grace_period(self.workers)
 
     @contextmanager
     def _claim_heartbeat(self, name: str) -> Iterator[None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from heretic.model.batching import UNEDITED, Batch, Batcher, EditSpec, parts_within, shared_tokens
 from heretic.model.chat_format import ChatFormat, check_length
-from heretic.model.decoding import decode
+from heretic.model.decoding import greedy
 from heretic.model.forward import hidden_states, launch_head, log_probs_of
 from heretic.model.loading import LanguageModel
 from heretic.model.transfer import HostCopies, to_device
@@ -78,10 +78,7 @@ class TrialGroup:
     def _decode(self, prompts: EncodedPrompts, tokens: int) -> list[list[list[int]]]:
         model, batcher, count = self.parts.language_model, self.parts.batcher, len(prompts.tokens)
         check_length(prompts.name, prompts.tokens, model.context, tokens)
-
-        def step(batch: Batch) -> Turns[list[list[int]]]:
-            return decode(model.model, batch, tokens, model.end_tokens)
-
+        step = greedy(model, tokens)
         with self.applied() as edited, _prefix_caching(batcher, max(map(len, prompts.tokens)) + tokens < model.window):
             found = batcher.run_items(STAGES[0], prompts.tokens, step, edited=edited, decoding=True)
         return [[found[trial * count + i] for i in range(count)] for trial in range(self.count)]
