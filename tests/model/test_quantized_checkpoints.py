@@ -17,7 +17,7 @@ from heretic.errors import UserError
 from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint, open_checkpoint
 from heretic.model.loading import LanguageModel, load
-from heretic.model.tensor_info import OPENED
+from heretic.model.tensor_info import DEQUANTIZED
 from heretic.pipeline.prepare import run_preflight
 from heretic.pipeline.run import Outcome, run
 from heretic.planning.memory_plan import make_plan
@@ -141,7 +141,7 @@ def test_the_plan_counts_what_is_loaded(folders: dict[str, Path], method: str, d
         assert plan.dtype == "float32"  # type: ignore[attr-defined]
     if method != "bitsandbytes" or dtype != "float32":  # it is loaded as bfloat16 whatever is asked for
         assert plan.weights == pytest.approx(held, rel=0.001)  # type: ignore[attr-defined]
-    if method in OPENED:  # its largest weight exists in float32 while it is dequantized
+    if method in DEQUANTIZED:  # its largest weight exists in float32 while it is dequantized
         largest = max(part.tensor.numel() for writer in model.structure.writers for part in writer.parts)
         assert all(load.loading > 4 * largest for load in plan.loads)  # type: ignore[attr-defined]
     on_gpu = planned(checkpoint, *gpus(1, 24), cpu(4))
@@ -211,7 +211,7 @@ def test_an_opened_one_is_exported_as_a_folder_in_bfloat16(
     down = "mlp.experts.down_proj" if method == "mxfp4" else "mlp.down_proj.weight"
     assert changed and all(n.endswith(("o_proj.weight", "o_proj.bias", down, f"{down}_bias")) for n in changed)
     assert any(n.endswith(down) for n in changed)
-    assert f"stored as {OPENED[method]}" in Path("out/README.md").read_text()
+    assert f"stored as {DEQUANTIZED[method]}" in Path("out/README.md").read_text()
 
 
 def test_experts_in_one_tensor_take_no_adapter_and_that_is_said(config: Path, folders: dict[str, Path]) -> None:

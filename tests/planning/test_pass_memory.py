@@ -139,7 +139,7 @@ def test_every_phase_takes_what_is_planned(
             if phase == "checkpointing":
                 taken_rows = Rows(ROWS // 2, shared + OWN + 3)
                 head = PassMemory(dims, 4).head(taken_rows, 2 * ROWS, 32, 12)
-                planned = PassMemory(dims, 4, embedding=True).gradients(taken_rows, twice=True, head=head)
+                planned = PassMemory(dims, 4, embedding=True).gradients(taken_rows, checkpointing=True, head=head)
             else:
                 planned = getattr(device, phase) + (phase in ("prefill", "decoding")) * device.operators
             taken = most - device.weights
@@ -156,7 +156,7 @@ def test_rows_with_gradients_fill_the_budget() -> None:
     dims = ModelDims.of(
         LlamaConfig(), SimpleNamespace(dtype=torch.bfloat16, named_modules=lambda: [], named_parameters=lambda: [])
     )  # type: ignore[arg-type]
-    row = PassMemory(dims, dims.blocks).gradients(Rows(1, 100), twice=False)
+    row = PassMemory(dims, dims.blocks).gradients(Rows(1, 100), checkpointing=False)
     assert rows_with_gradients(dims, 9 * row, 100, 100, on_cpu=False) == (9, False)
     assert rows_with_gradients(dims, 9 * row, 100, 100, on_cpu=True) == (5, False), "512 tokens"
     fewer, twice = rows_with_gradients(dims, 3 * row, 100, 100, on_cpu=False)

@@ -83,7 +83,7 @@ Step = Callable[[Batch], Turns[list[Result]]]
 
 
 def groups_in_turn(most: int, rows: int, tokens: int) -> int:
-    """Return into how many micro-batches, at most `most`, so many rows are divided whose passes compute so many tokens."""
+    """Return the number of micro-batches, at most `most`, for `rows` rows whose passes compute `tokens` tokens."""
     return max(1, min(most, rows, tokens // FEWEST_TOKENS))
 
 
@@ -185,7 +185,7 @@ class Batcher:
         return self.rows_within(sequences, items, self.size, groups * self.tokens)
 
     def rows_within(self, sequences: Sequence[list[int]], items: Sequence[int], size: int, tokens: int) -> int:
-        """Return how many of the items, in their order, are at most so many rows and tokens; at least one."""
+        """Return how many of the first items have at most `size` rows and `tokens` tokens; at least one."""
         lengths = [len(sequences[i % len(sequences)]) for i in items[:size]]
         most = max(1, min(size, tokens // max(1, *lengths), len(items)))
         return next((n for n, length in enumerate(lengths[:most]) if self.equal_lengths and length != lengths[0]), most)

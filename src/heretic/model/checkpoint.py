@@ -17,7 +17,7 @@ from heretic.model.config_reading import check_sizes, forget_left_over_quantizat
 from heretic.model.hub_model import fetch_headers, fetch_small_files, fetch_weights
 from heretic.model.repository import check_links
 from heretic.model.tensor_info import (
-    OPENED,
+    DEQUANTIZED,
     PACKED_BY,
     PICKLED,
     SCALES,
@@ -113,7 +113,7 @@ class Checkpoint:
     @property
     def is_dequantized(self) -> str | None:
         """The format that loading dequantizes the weights from ("GGUF", "FP8", ...); None if it does not."""
-        return "GGUF" if self.gguf_file else OPENED.get(self.quantized_by or "")
+        return "GGUF" if self.gguf_file else DEQUANTIZED.get(self.quantized_by or "")
 
     @property
     def obstacle(self) -> str | None:

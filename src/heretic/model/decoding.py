@@ -210,7 +210,7 @@ def continue_decoding(
 
 
 def _decode_tokens(model: Any, answers: DecodingState, tokens: Tensor, count: int) -> Turns[Tensor]:
-    """Decode so many tokens after `tokens` [cache rows, 1] without reading any, one a turn; returns them [cache rows, tokens].
+    """Decode `count` tokens after `tokens` [cache rows, 1] without reading any, one a turn; returns them [cache rows, tokens].
 
     They stay on the device of the model's inputs. The logits stay on that of its head.
     """

@@ -112,7 +112,7 @@ class DecodingGraph:
         self.graph: Any = None
 
     def decode(self, count: int) -> Turns[Tensor]:
-        """Launch so many tokens, at most `interval`, one a turn; returns them [cache rows, tokens]."""
+        """Launch `count` tokens, at most `interval`, one a turn; returns them [cache rows, tokens]."""
         self.step.zero_()
         for _ in range(count):
             self._launch()

@@ -129,7 +129,7 @@ def select_rows(cache: Any, rows: Sequence[int]) -> None:
 
 
 def make_room(cache: Any, tokens: int) -> None:
-    """Give the layers of a cache free slots for at most so many tokens; those of a sliding window and others stay."""
+    """Give the layers of a cache free slots for at most `tokens` tokens; those of a sliding window and others stay."""
     for i, layer in enumerate(getattr(cache, "layers", ())):
         if type(layer) is DynamicLayer and layer.get_seq_length():
             cache.layers[i] = GrowingLayer(layer, layer.get_seq_length() + tokens)

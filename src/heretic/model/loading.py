@@ -21,10 +21,10 @@ from heretic.model.checkpoint import Checkpoint
 from heretic.model.config_reading import auto_class
 from heretic.model.decoding_graph import DecodingGraphs
 from heretic.model.device_errors import device_error, is_device_error
-from heretic.model.quantization import KEPT, QUANTIZATIONS, cast_unquantized, keep_layout, loading_arguments
+from heretic.model.quantization import BITSANDBYTES, QUANTIZATIONS, cast_unquantized, keep_layout, loading_arguments
 from heretic.model.stages import share_inputs, stages_of
 from heretic.model.template import PROCESS, template_beside, template_of
-from heretic.model.tensor_info import OPENED
+from heretic.model.tensor_info import DEQUANTIZED
 from heretic.model.unloading import unload
 from heretic.progress import NULL_REPORTER, ProgressReporter
 
@@ -153,7 +153,7 @@ def load(
             model = _load_weights(checkpoint, dtype, {**arguments, **quantization_arguments}, trusted)
         if _finite(model):
             # A bitsandbytes checkpoint keeps its own dtype.
-            loaded_dtype = str(model.dtype).removeprefix("torch.") if checkpoint.quantized_by == KEPT else dtype
+            loaded_dtype = str(model.dtype).removeprefix("torch.") if checkpoint.quantized_by == BITSANDBYTES else dtype
             structure = find_residual_writers(model, readers=readers)
             share_inputs(structure.blocks)
             return with_end_tokens(LanguageModel(model, tokenizer, checkpoint, structure, loaded_dtype, quantization))
@@ -267,7 +267,7 @@ def _load_weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any],
             fix="download the model again",
         )
     keep_layout(model)
-    if checkpoint.quantized_by in OPENED:
+    if checkpoint.quantized_by in DEQUANTIZED:
         cast_unquantized(model, getattr(torch, dtype))
     if checkpoint.adapter is not None:
         model = _with_adapter(model, checkpoint.adapter)

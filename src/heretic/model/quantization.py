@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from heretic.errors import UserError
 from heretic.model.checkpoint import Checkpoint
-from heretic.model.tensor_info import OPENED, SCALES, quantization_entry
+from heretic.model.tensor_info import DEQUANTIZED, SCALES, quantization_entry
 
 ROWS_AT_ONCE = 1024  # of the identity that a module is applied to, to read its weight
 
@@ -39,14 +39,14 @@ QUANTIZATIONS = {
 }
 
 
-KEPT = "bitsandbytes"  # the method whose weights stay packed in memory
+BITSANDBYTES = "bitsandbytes"  # the method whose weights stay packed in memory
 # By method, the tensors of a linear layer that stay packed, the packed weights first. GPTQ's and AWQ's packages have their own
 # modules for them.
 STAY_PACKED = {
-    KEPT: ("weight", "SCB", *(f"weight{scale}" for scale in SCALES)),
+    BITSANDBYTES: ("weight", "SCB", *(f"weight{scale}" for scale in SCALES)),
     **dict.fromkeys(("gptq", "awq"), ("qweight", "qzeros", "scales", "g_idx")),
 }
-# By method, the module that it needs and the packages to install; tested only for the methods in OPENED.
+# By method, the module that it needs and the packages to install; tested only for the methods in DEQUANTIZED.
 PACKAGES = {
     "gptq": ("gptqmodel", "gptqmodel optimum"),
     "awq": ("gptqmodel", "gptqmodel optimum"),
@@ -89,7 +89,7 @@ def _for_quantized(checkpoint: Checkpoint) -> dict[str, Any]:
     require_package(checkpoint)
     quiet()
     method = checkpoint.quantized_by
-    if method not in OPENED:
+    if method not in DEQUANTIZED:
         return {}
     if method == "compressed-tensors":  # its NVFP4 is opened too
         return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
@@ -105,7 +105,7 @@ def require_package(checkpoint: Checkpoint) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     method = str(checkpoint.quantized_by)
-    if method != KEPT and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    if method != BITSANDBYTES and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise UserError(
             f"{checkpoint.model} is quantized with {method}, which the installed transformers does not support.",
             code="unknown-quantization",
@@ -119,9 +119,9 @@ def require_package(checkpoint: Checkpoint) -> None:
             where=str(checkpoint.folder / "config.json"),
             fix="use the model in full precision",
         )
-    module, install = ("bitsandbytes", "bitsandbytes") if method == KEPT else PACKAGES.get(method, ("", ""))
+    module, install = ("bitsandbytes", "bitsandbytes") if method == BITSANDBYTES else PACKAGES.get(method, ("", ""))
     if module and not _is_installed(module):
-        untested = "" if method in (*OPENED, KEPT) else " (untested)"
+        untested = "" if method in (*DEQUANTIZED, BITSANDBYTES) else " (untested)"
         raise UserError(
             f"{checkpoint.model} is quantized with {method}, which needs the package {module}; it is not installed.",
             code="missing-package",

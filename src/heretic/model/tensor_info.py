@@ -28,7 +28,7 @@ PLAIN = ("F64", "F32", "F16", "BF16", "BOOL", "I64")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # Quantization methods, by transformers' name, that loading dequantizes on every device: their kernels need certain GPUs and have
 # no backward, and heretic needs the writers' weights.
-OPENED = {"fp8": "FP8", "mxfp4": "MXFP4", "compressed-tensors": "compressed-tensors"}
+DEQUANTIZED = {"fp8": "FP8", "mxfp4": "MXFP4", "compressed-tensors": "compressed-tensors"}
 # By method, the formats whose every element holds several numbers.
 PACKED_BY = {
     "mxfp4": ("U8",),

@@ -20,7 +20,7 @@ Turns = Generator[None, None, Result]
 
 
 def take_turns(work: Iterable[tuple[Key, Turns[Result]]], most: int) -> Iterator[tuple[Key, Result]]:
-    """Run works in turns, at most so many at a time; yields the result of each as it ends, with its key.
+    """Run works in turns, at most `most` at a time; yields the result of each as it ends, with its key.
 
     A work is taken from the iterable when it begins.
     """

@@ -141,14 +141,14 @@ class MemoryModel:
         groups = 1 if borrowed else self._groups(runs.values())
         # Like the gradient search after loading: by the fullest of the devices that run blocks.
         room = [d.free - placed[d.key].weights - _context(d) for d in used if runs[d.key].blocks]
-        rows, twice = self._gradient_rows(max(0, min(room, default=0)), batch, on_cpu=not used[0].is_gpu)
+        rows, checkpointing = self._gradient_rows(max(0, min(room, default=0)), batch, on_cpu=not used[0].is_gpu)
         loads = []
         for device in used:
             extra = borrowed if device is used[0] else 0
             load = self._memory_without_gradients(device, placed[device.key], runs[device.key], batch, extra, groups)
-            gradients = self._gradients(runs[device.key], rows, extra, groups, twice=twice)
+            gradients = self._gradients(runs[device.key], rows, extra, groups, checkpointing=checkpointing)
             if not replace(load, gradients=gradients).fits:  # the gradient search uses one row when memory runs out
-                gradients = self._gradients(runs[device.key], 1, extra, 1, twice=True)
+                gradients = self._gradients(runs[device.key], 1, extra, 1, checkpointing=True)
             loads.append(replace(load, gradients=gradients))
         return tuple(loads)
 
@@ -265,17 +265,17 @@ class MemoryModel:
         budget = int(SHARE_FOR_GRADIENTS * free)
         lengths = (self.work.prompt_tokens + more, self.work.tail + more)
         work = self.work
-        rows, twice = rows_with_gradients(
+        rows, checkpointing = rows_with_gradients(
             self.shape, budget, *lengths, on_cpu=on_cpu, inputs=work.needs_input_maps, readers=work.readers
         )
-        return min(rows, batch, gradient_path.batch), twice
+        return min(rows, batch, gradient_path.batch), checkpointing
 
-    def _gradients(self, runs: DeviceShare, rows: int, borrowed: int, most: int, *, twice: bool) -> int:
+    def _gradients(self, runs: DeviceShare, rows: int, borrowed: int, most: int, *, checkpointing: bool) -> int:
         gradient_path, work, blocks = self.work.gradient_search, self.work, len(runs.blocks)
         if gradient_path is None or not (blocks or runs.head):
             return 0
         # A pass computes the shared prefix once, except with gradient checkpointing.
-        shared = 0 if twice else work.shared_tokens
+        shared = 0 if checkpointing else work.shared_tokens
         last = self.shape.blocks - 1 in runs.blocks
         passes = PassMemory(self.shape, blocks, runs.embedding, last, work.readers)
         found = 0
@@ -288,7 +288,9 @@ class MemoryModel:
             part = taken.part(groups)
             head = passes.head(part, part.count * places, TOKENS_PER_CHUNK, per_logit) if runs.head else 0
             inputs = work.needs_input_maps
-            found = max(found, passes.gradients(taken, twice=twice, head=head, inputs=inputs, groups=groups))
+            found = max(
+                found, passes.gradients(taken, checkpointing=checkpointing, head=head, inputs=inputs, groups=groups)
+            )
         return found + self._converted(rows) + self.dequantized + borrowed
 
 
@@ -302,7 +304,7 @@ class _Passes:
     groups: int  # micro-batches in turn, at most
 
     def _rows(self, rows: int, more: int) -> Rows:
-        """Return prompts of the largest length with so many tokens more, at most `rows` and as many as are under way together."""
+        """Return prompts of the largest length with `more` further tokens: `rows`, or as many as are under way together."""
         most = max(1, self.groups * TOKENS_AT_ONCE // (self.work.prompt_tokens + more))
         return Rows(min(rows, most), self.work.tail + more, self.work.shared_tokens)
 
@@ -345,7 +347,7 @@ class _Passes:
         return {rows, min(rows, 2 * FEWEST_TOKENS - 1)} if self.groups > 1 else {rows}
 
     def drafts(self, rows: int, trials: int = 1, tokens: int = MAX_DRAFT_TOKENS, *, hooked: bool = True) -> int:
-        """Bytes of the passes over requests with drafts of so many tokens, whose keys and values decoding needs."""
+        """Bytes of the passes over requests with drafts of `tokens` tokens, whose keys and values decoding needs."""
         return max(self._drafts(count, trials, tokens, hooked=hooked) for count in self._row_counts(rows))
 
     def _drafts(self, rows: int, trials: int, tokens: int, *, hooked: bool) -> int:

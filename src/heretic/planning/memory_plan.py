@@ -13,8 +13,8 @@ from heretic.errors import UserError
 from heretic.hardware.devices import Device
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.meta_model import meta_model
-from heretic.model.quantization import KEPT, kept_bytes, stored_bytes
-from heretic.model.tensor_info import OPENED, SCALES
+from heretic.model.quantization import BITSANDBYTES, kept_bytes, stored_bytes
+from heretic.model.tensor_info import DEQUANTIZED, SCALES
 from heretic.planning.device_table import explicit
 from heretic.planning.memory_model import CONTEXT, MIB, DeviceMemory, MemoryModel, headroom
 from heretic.planning.model_dims import ModelDims
@@ -107,7 +107,7 @@ def planned_dtype(wanted: str, checkpoint: Checkpoint, cpu: Device | None) -> st
     if wanted != "auto":
         return wanted
     stored = stored_dtype(checkpoint)
-    if cpu is None or checkpoint.quantized_by == KEPT or (cpu.native_bfloat16 and stored == "bfloat16"):
+    if cpu is None or checkpoint.quantized_by == BITSANDBYTES or (cpu.native_bfloat16 and stored == "bfloat16"):
         return stored or "bfloat16"
     return "float32" if checkpoint.parameters * FLOAT32 <= FLOAT32_SHARE * cpu.total else stored or "bfloat16"
 
@@ -173,13 +173,13 @@ def make_plan(
     dtype = planned_dtype(dtypes[0], checkpoint, next(iter(named), None) if on_cpu else None)
     # 2. Build the memory model
     model = meta_model(checkpoint, dtype)
-    fewer = kept_bytes(model, checkpoint) or stored_bytes(model, quantization)
-    demand = _memory_model(model, checkpoint, work, fewer, copies=copies)
+    bytes_per_element = kept_bytes(model, checkpoint) or stored_bytes(model, quantization)
+    demand = _memory_model(model, checkpoint, work, bytes_per_element, copies=copies)
     # 3. Place the modules
-    table, room = _place(model, demand, device_map, devices, named, limits, batch_size or GOOD_BATCH, fewer)
+    table, room = _place(model, demand, device_map, devices, named, limits, batch_size or GOOD_BATCH, bytes_per_element)
     # 4. Choose the batch size
     shape, largest = demand.shape, LARGEST_ON_CPU if on_cpu else LARGEST_BATCH
-    placed = shares(model, table, shape.blocks, fewer)
+    placed = shares(model, table, shape.blocks, bytes_per_element)
     unplaced = placed.pop(UNPLACED, DeviceShare()).weights
     fitting = 0 if unplaced else demand.largest_batch(placed, devices, largest)
     chosen = batch_size or fitting or 1
@@ -225,13 +225,13 @@ def _named_devices(device_map: str | Mapping[str, int | str], devices: Sequence[
 
 
 def _memory_model(
-    model: Any, checkpoint: Checkpoint, work: Workload, fewer: Mapping[str, float], *, copies: bool
+    model: Any, checkpoint: Checkpoint, work: Workload, bytes_per_element: Mapping[str, float], *, copies: bool
 ) -> MemoryModel:
-    """Build the memory model of a run; `fewer`: bytes per element of quantized parameters, by name."""
+    """Build the memory model of a run; `bytes_per_element`: bytes per element of quantized parameters, by name."""
     shape = ModelDims.of(checkpoint.text_config, model)
-    opening = _largest(model) if checkpoint.quantized_by in OPENED else 0
+    opening = _largest(model) if checkpoint.quantized_by in DEQUANTIZED else 0
     merged = _largest_merged(model, checkpoint)
-    return MemoryModel(shape, work, copies, _largest_dequantized(model, fewer), opening, merged)
+    return MemoryModel(shape, work, copies, _largest_dequantized(model, bytes_per_element), opening, merged)
 
 
 def _place(
@@ -242,7 +242,7 @@ def _place(
     named: Sequence[Device],
     limits: Mapping[str, int],
     batch: int,
-    fewer: Mapping[str, float],
+    bytes_per_element: Mapping[str, float],
 ) -> tuple[dict[str, int | str], dict[str, int] | None]:
     """Place the modules by the user's table, on one device, or spread over several.
 
@@ -254,12 +254,14 @@ def _place(
     if device_map not in MODES or all(not device.is_gpu for device in named):
         return everything_on(named[0]), None
     planned = device_map == "planned"
-    if planned and (table := _one_device(model, demand, named, limits, batch, fewer)):
+    if planned and (table := _one_device(model, demand, named, limits, batch, bytes_per_element)):
         return table, None
     room = {device.name: _room(device, limits, demand.minimum) for device in devices}
     within = {device.name: room[device.name] for device in named}
-    table = partition(model, demand.shape.blocks, within, named, fewer) if planned else None
-    return table or infer_device_map(model, "balanced" if planned else device_map, within, named, fewer), room
+    table = partition(model, demand.shape.blocks, within, named, bytes_per_element) if planned else None
+    return table or infer_device_map(
+        model, "balanced" if planned else device_map, within, named, bytes_per_element
+    ), room
 
 
 def _one_device(
@@ -268,20 +270,20 @@ def _one_device(
     gpus: Sequence[Device],
     limits: Mapping[str, int],
     batch: int,
-    fewer: Mapping[str, float],
+    bytes_per_element: Mapping[str, float],
 ) -> dict[str, int | str] | None:
     """Return the table for the GPU with the most free memory if everything fits there or it is the only one; else None."""
     best = max(gpus, key=lambda gpu: gpu.free)
     table = everything_on(best)
-    placed = shares(model, table, demand.shape.blocks, fewer)
+    placed = shares(model, table, demand.shape.blocks, bytes_per_element)
     allowed = placed[best.key].weights <= limits.get(best.name, best.free)
     fits = allowed and all(load.fits for load in demand.device_memory(placed, [best], batch))
     return table if fits or (len(gpus) == 1 and not limits) else None
 
 
-def _largest_dequantized(model: Any, fewer: Mapping[str, float]) -> int:
+def _largest_dequantized(model: Any, bytes_per_element: Mapping[str, float]) -> int:
     """Return the bytes of the largest quantized weight in the model's number format."""
-    return max((model.get_parameter(name).numel() * model.dtype.itemsize for name in fewer), default=0)
+    return max((model.get_parameter(name).numel() * model.dtype.itemsize for name in bytes_per_element), default=0)
 
 
 def _largest(model: Any) -> int:

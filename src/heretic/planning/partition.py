@@ -32,7 +32,7 @@ def partition(
     blocks: int,
     room: Mapping[str, int],
     gpus: Sequence[Device],
-    fewer: Mapping[str, float] = MappingProxyType({}),
+    bytes_per_element: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, int | str] | None:
     """Place everything before the blocks with the first one, everything after them with the last one.
 
@@ -41,7 +41,7 @@ def partition(
         blocks: number of decoder blocks.
         room: bytes for weights by device name.
         gpus: the devices, in the order of the blocks.
-        fewer: bytes per element of quantized parameters, by name.
+        bytes_per_element: bytes per element of quantized parameters, by name.
 
     Returns:
         Devices by module name; None if the weights do not fit, blocks share weights, or the model has no list of its blocks.
@@ -50,7 +50,7 @@ def partition(
     if not names:
         return None
     modules = list(_in_order(model, "", set(names)))
-    sizes = _sizes(model, modules, fewer)
+    sizes = _sizes(model, modules, bytes_per_element)
     sharing = _sharing(model, modules)
     if sharing & set(names):  # accelerate keeps blocks with one weight (Zamba 2) together
         return None
@@ -114,11 +114,11 @@ def _execution_order(model: PreTrainedModel, modules: Sequence[str], blocks: set
     return list(order)
 
 
-def _sizes(model: nn.Module, modules: Sequence[str], fewer: Mapping[str, float]) -> dict[str, int]:
+def _sizes(model: nn.Module, modules: Sequence[str], bytes_per_element: Mapping[str, float]) -> dict[str, int]:
     """Return the bytes of modules; tied weights count where they appear first."""
     sizes = dict.fromkeys(modules, 0)
     for name, parameter in model.named_parameters():
-        sizes[_owner(name, sizes)] += int(parameter.numel() * fewer.get(name, parameter.element_size()))
+        sizes[_owner(name, sizes)] += int(parameter.numel() * bytes_per_element.get(name, parameter.element_size()))
     return sizes
 
 

@@ -42,7 +42,7 @@ class Rows:
         return self.count * self.tokens
 
     def part(self, groups: int) -> Rows:
-        """Return the rows of the largest of so many micro-batches."""
+        """Return the rows of the largest of `groups` micro-batches."""
         return replace(self, count=-(-self.count // groups))
 
     @property
@@ -53,7 +53,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class PassMemory:
-    """The memory of passes of one model on a device with so many of its blocks."""
+    """The memory of passes of one model on a device that holds `blocks` of its blocks."""
 
     dims: ModelDims
     blocks: int
@@ -77,7 +77,7 @@ class PassMemory:
         return self.blocks * self.layer(rows.count * rows.length)
 
     def layer(self, tokens: int) -> int:
-        """Bytes of one block's keys and values of so many tokens."""
+        """Bytes of one block's keys and values of `tokens` tokens."""
         return self.dims.cache_per_token * self.dims.element * tokens
 
     def forward(self, rows: Rows, *, hooked: bool = True, cached: bool = True) -> int:
@@ -166,12 +166,14 @@ class PassMemory:
         )
         return rows.new * (dims.element * mlp + FLOAT32 * ((1 + 2 * WRITERS) * dims.hidden + NUMBERS))
 
-    def gradients(self, rows: Rows, *, twice: bool, head: int = 0, inputs: bool = False, groups: int = 1) -> int:
+    def gradients(
+        self, rows: Rows, *, checkpointing: bool, head: int = 0, inputs: bool = False, groups: int = 1
+    ) -> int:
         """Bytes of passes with gradients on this device.
 
         Args:
             rows: the sequences that are under way; a shared prefix is computed in the same passes, as one row of each.
-            twice: gradient checkpointing, without a shared prefix; only the activations of one block exist at a time.
+            checkpointing: gradient checkpointing, without a shared prefix; only the activations of one block exist at a time.
             head: bytes of the logits of one chunk, between forward and backward pass.
             inputs: whether operators read the writers' inputs, which they save.
             groups: micro-batches that the sequences are divided into; the activations of all exist together.
@@ -179,7 +181,7 @@ class PassMemory:
         if not self.blocks:
             return head
         dims, element, part = self.dims, self.dims.element, rows.part(groups)
-        if twice:  # of one micro-batch at a time, but for the inputs of the blocks
+        if checkpointing:  # of one micro-batch at a time, but for the inputs of the blocks
             rows, starts = part, rows.new * self.blocks * dims.hidden * element
         shared = Rows(groups, rows.shared)
         attention = self._saved_by_attention(rows) + (self._saved_by_attention(shared) if rows.shared else 0)
@@ -192,7 +194,7 @@ class PassMemory:
         working = part.new * (max(forward, backward) + 3 * FLOAT32 * self._read) + self._positions(rows)
         numbers = WRITERS * VECTORS_WITH_GRADIENTS * dims.hidden + 4 * self.reader_numbers  # u, a and their gradients
         vectors = self.blocks * numbers * FLOAT32
-        if twice:
+        if checkpointing:
             return vectors + starts + max(attention + elsewhere + working, head)
         # The first block's attention has no operator before it but those of readers: only norms after its writer need a gradient.
         first = attention - (rows.new + shared.new) * FLOAT32 * (dims.normalized - 2 * dims.hidden)
@@ -202,7 +204,7 @@ class PassMemory:
         return vectors + saved + max(working, head)
 
     def head(self, rows: Rows, places: int, at_once: int, per_logit: int) -> int:
-        """Bytes of the logits at so many places of the rows, `at_once` at a time, with the hidden states that they come from."""
+        """Bytes of the logits at `places` places of the rows, `at_once` at a time, with the hidden states that they come from."""
         dims, element = self.dims, self.dims.element
         hidden = element * dims.hidden * (rows.new + places) + 3 * INT64 * places + self._ids(rows)
         return hidden + min(places, at_once) * dims.vocabulary * (element + per_logit)
@@ -229,11 +231,11 @@ def rows_with_gradients(
     """
     memory = PassMemory(dims, dims.blocks, readers=readers)
 
-    def row(twice: bool) -> int:
-        return memory.gradients(Rows(1, tokens), twice=twice, inputs=inputs)
+    def row(checkpointing: bool) -> int:
+        return memory.gradients(Rows(1, tokens), checkpointing=checkpointing, inputs=inputs)
 
-    whole = budget // row(twice=False)
+    whole = budget // row(checkpointing=False)
     if whole >= FEWEST_ROWS:
         enough = max(FEWEST_ROWS, CPU_TOKENS_WITH_GRADIENTS // own) if on_cpu else whole
         return min(whole, enough), False
-    return max(1, budget // row(twice=True)), True
+    return max(1, budget // row(checkpointing=True)), True

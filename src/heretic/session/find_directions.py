@@ -56,8 +56,8 @@ def find_directions(
         with ExitStack() as stack:
             if directions is not None:
                 stack.enter_context(apply_operators(model.structure.writers, _removal_operators(model, directions)))
-            bad, good = _mean_residuals(model, (harmful, harmless), samples, batcher, settings)
-        if not (bad.mean.isfinite().all() and good.mean.isfinite().all()):
+            harmful_stats, harmless_stats = _mean_residuals(model, (harmful, harmless), samples, batcher, settings)
+        if not (harmful_stats.mean.isfinite().all() and harmless_stats.mean.isfinite().all()):
             raise UserError(
                 "Some residuals are infinite or NaN.",
                 code="residuals-not-finite",
@@ -65,9 +65,11 @@ def find_directions(
                 fix='dtypes = ["bfloat16", "float32"]',
             )
         if round_recorder is not None:
-            round_recorder.record((bad, good), (samples[0], samples[1]))
-        vectors = method.find(bad, good, settings.count, for_float64(model.device))
-        directions = normalized(project_out_mean(vectors, good) if settings.project_harmless else vectors, directions)
+            round_recorder.record((harmful_stats, harmless_stats), (samples[0], samples[1]))
+        vectors = method.find(harmful_stats, harmless_stats, settings.count, for_float64(model.device))
+        if settings.project_harmless:
+            vectors = project_out_mean(vectors, harmless_stats)
+        directions = normalized(vectors, directions)
     assert directions is not None
     return directions
 
