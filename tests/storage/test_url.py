@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 
 from heretic.errors import UserError
+from heretic.storage.rdb import connect
 from heretic.storage.url import sqlite_file, storage_url
 
 
@@ -25,8 +27,19 @@ def test_the_file_of_a_storage(url: str, file: str | None) -> None:
     assert sqlite_file(url) == (Path(file) if file else None)
 
 
-def test_a_folder_that_a_url_cannot_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as refused:
-        storage_url("", tmp_path / "try?1")
-    assert refused.value.code == "invalid-run-path"
+@pytest.mark.parametrize("name", ["q%34", "a ?b", "{x}", "{SCHEMA_VERSION}", "50%", "ü#'\"&;"])
+def test_a_study_stays_in_a_folder_of_any_name_or_it_is_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "runs" / name
+    folder.mkdir(parents=True)
+    try:
+        url = storage_url("", folder)
+    except UserError as error:  # SQLAlchemy 2.0 takes no escapes
+        assert error.code == "invalid-run-path" and set("%?{}") & set(name) and sqlalchemy.__version__ < "2.1"
+        return
+    connect(url)
+    assert sqlite_file(url) == folder / "study.db" and (folder / "study.db").stat().st_size > 0
+    assert list((tmp_path / "runs").iterdir()) == [folder]
+
+
+def test_a_storage_of_the_settings_stays_as_it_is(tmp_path: Path) -> None:
     assert storage_url("postgresql://h/d?a=b", tmp_path / "try?1") == "postgresql://h/d?a=b"

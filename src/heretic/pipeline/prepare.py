@@ -36,7 +36,7 @@ from heretic.settings.languages import ENGLISH, LANGUAGES
 from heretic.storage import attributes
 from heretic.storage.fingerprint_diff import differences
 from heretic.storage.rdb import connect, translate_storage_errors
-from heretic.storage.url import on_server, storage_url, study_name
+from heretic.storage.url import on_server, sqlite_file, storage_url, study_name
 
 KANA = re.compile("[\u3040-\u30ff]")  # Japanese
 CPU_FORMATS = ("float32", "bfloat16", "float16")  # that `auto` may stand for on a CPU
@@ -208,8 +208,8 @@ def check_storage(settings: Settings) -> None:
     if on_server(settings.storage):
         connect(settings.storage)
         return
-    file = settings.storage.removeprefix("sqlite:///")  # not opened: that would create it
-    root = Path(file).parent if file else Path(settings.runs_dir)
+    file = sqlite_file(settings.storage) if settings.storage else None  # not opened: that would create it
+    root = file.parent if file else Path(settings.runs_dir)
     existing = existing_parent(root)
     try:
         check_writable(existing)

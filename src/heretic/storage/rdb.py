@@ -64,7 +64,7 @@ def connect(
                 heartbeat_interval=workers.heartbeat,
                 grace_period=effective_grace_period(workers),
             )
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, LookupError, RuntimeError) as error:
         lacks_driver = isinstance(error, ImportError)
         cause = "its driver is not installed" if lacks_driver else reason(error)
         raise UserError(
@@ -163,7 +163,15 @@ STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInter
 
 
 def storage_error(url: str, error: BaseException) -> UserError:
-    """Create the error for a storage that fails during a run, such as a full disk or a lost server."""
+    """Create the error for a storage that fails during a run, such as a full disk, a lost server or a moved folder."""
+    file = sqlite_file(url)
+    if file is not None and not file.exists():
+        return UserError(
+            "The study's file was moved or deleted while it was in use.",
+            code="storage-unwritable",
+            where=masked(url),
+            fix="move it back, or continue the run in its new folder: heretic run FOLDER",
+        )
     return UserError(
         f"Cannot write to the study: {reason(error)}.",
         code="storage-unwritable",
@@ -228,7 +236,7 @@ def open_study(
         raise StudyMismatch(
             f"The study '{name}' was made with other settings: {shown}.",
             where=masked(url),
-            fix="restore those settings, choose another run_name, or start over with --fresh (heretic keeps the old run)",
+            fix="restore those settings and files, or start a new run: heretic run with another run_name or --fresh",
         )
     return study
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from urllib.parse import quote
 
 import sqlalchemy
 
@@ -16,15 +17,18 @@ def storage_url(storage: str, folder: Path) -> str:
     """Return the URL of the study's storage. Raises UserError if the folder cannot be part of a URL."""
     if storage:
         return storage
-    file = (folder / "study.db").resolve()
-    if "?" in str(file):  # the rest would be parsed as options
-        raise UserError(
-            "The path of a run's folder must not contain a question mark.",
-            code="invalid-run-path",
-            where=str(folder),
-            fix="choose another run_name or runs_dir",
-        )
-    return f"sqlite:///{file}"
+    file = str((folder / "study.db").resolve())
+    # SQLAlchemy takes what follows `?` for options, its version 2.1 decodes `%34`, and Optuna replaces `{...}`.
+    for path in (file, re.sub("[%?{}]", lambda found: quote(found[0]), file)):
+        url = f"sqlite:///{path}"
+        if not set("{}") & set(url) and sqlalchemy.make_url(url).database == file:
+            return url
+    raise UserError(
+        "The path of a run's folder must not contain question marks, braces or percent signs.",
+        code="invalid-run-path",
+        where=str(folder),
+        fix="choose another run_name or runs_dir",
+    )
 
 
 def study_name(storage: str, folder: Path) -> str:
