@@ -18,6 +18,7 @@ from heretic.cli.main import mistyped, shorthand
 from heretic.interrupt import StopSignal
 from heretic.pipeline.run import run
 from heretic.progress import NULL_REPORTER
+from heretic.runs.status import read_status
 from heretic.settings.sources import resolve
 from heretic.storage.attributes import FINGERPRINT
 from tests.helpers.command import Ran, heretic
@@ -308,3 +309,12 @@ def test_standard_streams_that_are_closed_or_full(arguments: str, what: str, sta
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
     assert done.returncode == status and "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
     assert not status or "No space left" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's shell")
+def test_a_run_goes_on_when_the_reader_of_its_output_ends(config: Path) -> None:
+    line = f"'{sys.executable}' -m heretic run --run-name mine 2> err | head -1 > first; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], timeout=120)
+    assert done.returncode == 0 and Path("first").read_text()
+    assert read_status("mine", "runs", {}).summary.n_complete == 4
+    assert len((Path("err").read_text() + Path("runs/mine/run.log").read_text()).split("reader of the output")) == 2

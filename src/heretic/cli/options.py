@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from heretic.cli.ui.console import escape_terminal
+from heretic.cli.ui.console import PipeConsole, escape_terminal
 from heretic.cli.ui.reporters import make_reporter
 from heretic.errors import EXIT_STATUSES, UserError
 from heretic.interrupt import StopSignal
@@ -68,8 +67,8 @@ PublicOption = Annotated[bool, typer.Option("--public", help="Make the upload pu
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Upload without asking.")]
 PlainOption = Annotated[bool, typer.Option("--plain", help="Plain lines instead of progress bars and full screens.")]
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = PipeConsole(highlight=False)
+err = PipeConsole(stderr=True, highlight=False)
 
 
 def read_settings(
@@ -117,11 +116,12 @@ def configured_runs(option: str | None) -> str:
 def reporter_for(
     as_json: bool = False, plain: bool = False, title: str = "", stop: StopSignal | None = None
 ) -> StudyReporter:
-    """Return the reporter; with JSON it writes to standard error.
+    """Return the reporter of long work; with JSON it writes to standard error.
 
     Call it after the imports of a command: their objects are exempted from garbage collection, which would search them for 0.4 s
     each time.
     """
+    out.long_work = err.long_work = True
     gc.collect()
     gc.freeze()
     return make_reporter(err if as_json else out, plain=plain, title=title, stop=stop)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import sys
 import time
 from pathlib import Path
 from types import MappingProxyType
 
 import optuna
+import pexpect
 import pytest
 from optuna.trial import TrialState
 from rich.console import Console
@@ -153,3 +157,27 @@ def test_every_action_of_the_menu_is_a_command_too() -> None:
 
     commands = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
     assert {name for name, _, _ in ACTIONS} - {"more"} <= commands  # more trials: heretic run RUN --trials +50
+
+
+def test_ctrl_z_gives_the_terminal_back_until_the_run_continues(config: Path) -> None:
+    """In a shell: a session's first process cannot be stopped."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
+    environment |= {"TERM": "xterm-256color", "PS1": "shell> "}
+    shell = pexpect.spawn("bash", ["--norc", "-i"], env=environment, dimensions=(40, 100), timeout=60)
+    shell.expect_exact("shell> ")
+    shell.sendline(shlex.join([sys.executable, "-m", "heretic", *SLOW, "--no-menu"]))
+    shell.expect_exact("\x1b[?1049h")
+    shell.expect_exact("trials per hour")
+    shell.send("\x1a")
+    shell.expect_exact("\x1b[?1049l")
+    shell.expect_exact("shell> ")
+    shell.sendline("fg")
+    shell.expect_exact("\x1b[?1049h")
+    shell.expect_exact("trials per hour")
+    shell.send("\x03")
+    shell.expect_exact("\x1b[?1049l")
+    shell.expect_exact("shell> ")
+    shell.sendline("exit $?")
+    shell.expect(pexpect.EOF)
+    shell.close()
+    assert shell.exitstatus == Interrupted.exit_status

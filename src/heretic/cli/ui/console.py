@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,45 @@ NOTEBOOKS = {
     "KAGGLE_URL_BASE": "a notebook on Kaggle",
     "KAGGLE_CONTAINER_NAME": "a notebook on Kaggle",
 }
+
+
+class PipeConsole(Console):
+    """A console whose reader may end before it, such as `head`, or `tee` at a logout: long work goes on, other commands end."""
+
+    long_work = False
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing more. Raises BrokenPipeError except during long work."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+        if not self.long_work:
+            raise BrokenPipeError
+        log.warning("The reader of the output has ended; the work goes on.")
+
+
+@contextmanager
+def restored_while_stopped(hide: Callable[[], None], show: Callable[[], None]) -> Iterator[None]:
+    """Give the terminal back while Ctrl-Z stops this process: call `hide` before it, `show` once it continues."""
+    stopped = getattr(signal, "SIGTSTP", None)  # Windows has none
+    in_main = threading.current_thread() is threading.main_thread()
+    if stopped is None or not in_main or signal.getsignal(stopped) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, _: object) -> None:
+        hide()
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)  # returns once the process continues
+        signal.signal(number, stop)
+        show()
+
+    signal.signal(stopped, stop)
+    try:
+        yield
+    finally:
+        signal.signal(stopped, signal.SIG_DFL)
 
 
 def escape_terminal(text: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.rule import Rule
 from rich.text import Text
 
-from heretic.cli.ui.console import LineReporter, escape_terminal
+from heretic.cli.ui.console import LineReporter, escape_terminal, restored_while_stopped
 from heretic.cli.ui.study_view import aligned, pareto_plot, rows
 from heretic.hardware.memory_usage import MemoryUsage, memory_usage
 from heretic.interrupt import StopSignal
@@ -83,8 +83,10 @@ class Dashboard(LineReporter):
                 if note:
                     bars.update(task, description=f"{escape_terminal(name)} ({escape_terminal(note)})")
 
+        outermost = len(self.open) == 1
         try:
-            yield Bar()
+            with restored_while_stopped(self._hide, self._show) if outermost else nullcontext():
+                yield Bar()
         finally:
             self.open.remove(task)
             bars.remove_task(task)
@@ -155,6 +157,12 @@ class Dashboard(LineReporter):
                 add(plot, plot_height)
         add(lines, lines_height)
         return Group(*parts)
+
+    def _hide(self) -> None:
+        (self.live or self.bars).stop()
+
+    def _show(self) -> None:
+        (self.live or self.bars).start()
 
     def _close_full_screen(self) -> None:
         """Return to the ordinary screen and print the warnings that it lacks."""
