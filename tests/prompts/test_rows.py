@@ -93,6 +93,7 @@ def test_a_number_in_a_column_of_texts_is_refused_with_its_row(name: str) -> Non
         ("p.json", b'{"text": ["a", "b"], "id": [1]}', "p.json"),
         ("p.csv", b"id,text\n1,a\n2,b, and c\n", ":3"),
         ("p.csv", b'id,text\n1,"a\n', ":2"),
+        ("p.csv", b"id;text\n1;a; and b\n", ":2"),
         ("p.csv", b"text,text\na,b\n", ":1"),
         ("p.parquet", b"PAR1 cut off", "p.parquet"),
         ("p.parquet", b"", "p.parquet"),
@@ -124,3 +125,15 @@ def test_a_line_separator_inside_a_prompt_stays_in_it(name: str) -> None:
     Path(name).write_bytes(lines[name].encode())
     assert prompts(name) == (text, "two")
     assert from_text_or_file(name) == (text, "two")
+
+
+@pytest.mark.parametrize(("name", "separator"), [("p.csv", ";"), ("p.csv", "\t"), ("p.csv", ","), ("p.tsv", "\t")])
+def test_tables_of_any_usual_separator_are_read(name: str, separator: str) -> None:
+    rows = [("id", "text"), ("1", "make soup"), ("2", f'"a{separator} b"')]
+    Path(name).write_text("".join(f"{separator.join(row)}\n" for row in rows))
+    assert prompts(name) == ("make soup", f"a{separator} b")
+
+
+def test_a_column_without_separators_in_its_head_is_one_column() -> None:
+    Path("p.csv").write_text("text\nmake soup; then bread\n")
+    assert prompts("p.csv") == ("make soup; then bread",)

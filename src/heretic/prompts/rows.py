@@ -16,6 +16,7 @@ from heretic.files import open_regular, read_text, split_lines
 # The line (.jsonl, .csv) or number (.json, .parquet) of a row, from 1, and its columns.
 Row = tuple[int, Mapping[str, Any]]
 WHAT = "The prompt file"
+SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}  # Excel writes semicolons where the comma is decimal
 LONGEST_FIELD = 1 << 24  # characters; csv's own limit is 128 Ki
 # Keys of speaker and text: OpenAI's messages, and ShareGPT's.
 SPEAKER, TEXT = ("role", "from"), ("content", "value")
@@ -25,7 +26,7 @@ WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from|content|value)['"]\s*
 
 
 def read_rows(path: Path, key: str, column: str) -> list[Row]:
-    """Read the rows of a .jsonl, .json, .csv or .parquet file.
+    """Read the rows of a .jsonl, .json, .csv, .tsv or .parquet file.
 
     Args:
         path: the file; its suffix is its format.
@@ -38,7 +39,7 @@ def read_rows(path: Path, key: str, column: str) -> list[Row]:
     where, kind = f"{key}.source" if key else str(path), path.suffix.lower()
     if kind == ".parquet":
         return list(_parquet(path, where, column))
-    if kind == ".csv":
+    if kind in (".csv", ".tsv"):
         return list(_csv(path, where))
     return list({".jsonl": _json_lines, ".json": _json}[kind](path, where, column))
 
@@ -209,7 +210,8 @@ def _object(row: Any, path: Path, where: str, line: int | None, what: str = "") 
 def _csv(path: Path, where: str) -> Iterator[Row]:
     text = read_text(path, WHAT, where=where)
     csv.field_size_limit(LONGEST_FIELD)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    separator = "\t" if path.suffix.lower() == ".tsv" else _separator(text)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
     names: list[str] | None = None
     rows: list[tuple[int, list[str]]] = []
     line = 1
@@ -223,7 +225,8 @@ def _csv(path: Path, where: str) -> Iterator[Row]:
                 if len(fields) != len(names):
                     raise bad_file(
                         path,
-                        f"{len(fields)} fields, but the first line has {len(names)}. A text with a comma needs quotes.",
+                        f"{len(fields)} fields, but the first line has {len(names)}. A text with "
+                        f"{SEPARATORS[separator]} needs quotes.",
                         where,
                         line=line,
                     )
@@ -236,6 +239,12 @@ def _csv(path: Path, where: str) -> Iterator[Row]:
     for line, fields in rows:
         cells = [float(text) if number else text for text, number in zip(fields, numbers, strict=True)]
         yield line, dict(zip(names or [], cells, strict=True))
+
+
+def _separator(text: str) -> str:
+    """Return the separator of the first line: the most frequent one, and a comma if it has none."""
+    head = text.partition("\n")[0]
+    return max(SEPARATORS, key=head.count)
 
 
 def _is_number(text: str) -> bool:

@@ -22,7 +22,8 @@ from heretic.settings import PromptSettings, PromptSource
 from heretic.settings.languages import LANGUAGES, language
 
 BUNDLED = "bundled:"
-TABLES = (".jsonl", ".json", ".csv", ".parquet")
+TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst", ".7z")
 COLUMNS = ("text", "prompt", "messages", "conversations")  # without a setting, the first of these that a table has
 HUB_TIMEOUT = 5  # seconds
 MANY_REPEATED = 0.05  # share of a set's prompts above which repetitions are a warning
@@ -187,7 +188,9 @@ def _load_source(source: PromptSource, columns: Sequence[str], key: str) -> _Loa
             f"The prompt file {name} has an unknown extension.",
             code="unknown-file-kind",
             where=where,
-            fix=f"rename it with one of: {', '.join(('.txt', *TABLES))}",
+            fix="decompress it first"
+            if path.suffix.lower() in COMPRESSED
+            else f"save it as one of: {', '.join(('.txt', *TABLES))}",
         )
     return _dataset_prompts(source, columns, key)
 
@@ -225,7 +228,7 @@ def _file_prompts(source: PromptSource, path: Path, columns: Sequence[str], key:
         if not rows:
             return _LoadedPrompts([])
         if any(column in row for _, row in rows):
-            unit = "line" if path.suffix.lower() in (".jsonl", ".csv") else "row"
+            unit = "line" if path.suffix.lower() in (".jsonl", ".csv", ".tsv") else "row"
             cells = ((f"{path}, {unit} {number}, column '{column}'", row.get(column)) for number, row in rows)
             return _prompts_in(cells, key, source.split)
     raise _no_column(source.source, columns, list(dict.fromkeys(n for _, row in rows for n in row)), key)
