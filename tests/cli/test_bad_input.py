@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from heretic.errors import BusyError, StudyMismatch
 from heretic.hardware.locks import acquire_locks, device_locks
+from heretic.runs.status import read_status
 from tests.helpers.command import Ran, heretic
 
 Command = Callable[..., Ran]
@@ -86,6 +87,7 @@ def test_prompt_longer_than_the_context(command: Command, config: Path) -> None:
     Path("long.txt").write_text("tell me about " * 200 + "\nmake soup\n")
     ran = command("run", "--set", "prompts.harmful_eval.source=long.txt", status=1)
     assert ran.code == "prompt-too-long" and "harmful_eval" in ran.err and "256" in ran.err
+    assert "prompts.harmful_eval" in command("preflight", "--set", "prompts.harmful_eval.source=long.txt", status=1).out
 
 
 def test_study_of_other_settings_under_the_same_name(command: Command, config: Path) -> None:
@@ -188,3 +190,35 @@ def test_study_is_readable_after_everything(command: Command, config: Path) -> N
     command("run", "--run-name", "mine", "--trials", "1", status=0)
     with sqlite3.connect("runs/mine/study.db") as database:
         assert database.execute("pragma integrity_check").fetchone() == ("ok",)
+
+
+def test_a_run_in_a_folder_with_a_strange_name_stays_there(command: Command, config: Path) -> None:
+    command("run", "--run-name", "q4", "--trials", "1", status=0)
+    command("run", "--run-name", "q%34", "--trials", "1", status=0)
+    command("run", "--run-name", "{x}", "--trials", "1", status=0)
+    for name in ("q4", "q%34", "{x}"):
+        assert read_status(name, "runs", {}).summary.n_complete == 1 and Path("runs", name, "study.db").is_file()
+
+
+def test_a_run_is_used_from_any_folder(
+    command: Command, config: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("m").symlink_to(llama)
+    for file in ("harmful_train", "harmless_train", "harmful_eval", "harmless_eval"):
+        text = config.read_text()
+        (line,) = (found for found in text.splitlines() if found.startswith("source") and f"{file}.txt" in found)
+        shutil.copy(line.split('"')[1], f"{file}.txt")
+        config.write_text(text.replace(line, f'source = "{file}.txt"'))
+    config.write_text(config.read_text().replace(f'model = "{llama}"', 'model = "m"'))
+    command("run", "--run-name", "mine", "--trials", "1", status=0)
+    project = Path.cwd()
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    command("compare", str(project / "runs" / "mine"), "--trials", "0", "--prompts", "make soup", status=0)
+    (project / "m").rename(project / "n")
+    gone = command("compare", str(project / "runs" / "mine"), "--trials", "0", "--prompts", "a", status=1)
+    assert gone.code == "no-model-folder" and "--set model=" in gone.err
+    new = f"model={project / 'n'}"
+    command("compare", str(project / "runs" / "mine"), "--trials", "0", "--prompts", "a", "--set", new, status=0)
+    monkeypatch.chdir(project)
+    command("run", "--run-name", "mine", "--trials", "2", "--set", new, status=0)

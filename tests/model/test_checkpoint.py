@@ -182,3 +182,12 @@ def test_the_header_of_a_file_larger_than_memory_is_read(copy: Path) -> None:
         file.truncate(8 + len(header) + size)
     found = open_checkpoint(str(copy)).tensors["a.weight"]
     assert (found.shape, found.dtype) == ((2, size // 4), "BF16")
+
+
+def test_certificates_that_do_not_exist_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
+    assert "SSL_CERT_FILE" in _advice(FileNotFoundError(2, "No such file"), "owner/name")
+    monkeypatch.setenv("https_proxy", "http://me:secret@127.0.0.1:9")
+    with raises("hub-unreachable") as error:
+        open_checkpoint("someone/something")
+    assert "HTTPS_PROXY" in str(error.value.where) and "secret" not in str(error.value)

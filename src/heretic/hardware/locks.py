@@ -5,6 +5,7 @@ A note beside each lock describes the owner. It counts only while the lock is ta
 
 from __future__ import annotations
 
+import errno
 import getpass
 import json
 import os
@@ -196,11 +197,14 @@ def _locked_object(path: Path) -> str:
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
+    without_locks = error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # some network disks
     return UserError(
         f"The lock cannot be acquired: {error.strerror or error}.",
         code="lock-unavailable",
         where=str(path),
-        fix="make this folder writable",
+        fix="use a disk that supports file locks, for example runs_dir on a local one"
+        if without_locks
+        else "make this folder writable",
     )
 
 

@@ -227,7 +227,7 @@ def open_checkpoint(
         raise UserError(
             f"Model folder {model} does not exist.",
             code="no-model-folder",
-            fix="check the path, or name a hub model as owner/name",
+            fix="check the path, name a hub model as owner/name, or give a run the new folder with --set model=FOLDER",
         )
     folder = fetch_small_files(model, revision)
     check_links(folder)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from typing import Any
 
-from heretic.errors import UserError, first_line
+from heretic.errors import UserError, first_line, plain_line
 from heretic.model.repository import DOWNLOADED
 from heretic.model.tensor_info import TensorInfo
 from heretic.model.weight_files import (
@@ -21,6 +22,9 @@ from heretic.model.weight_files import (
     explicit_name,
     read_index,
 )
+
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+NETWORK_VARIABLES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", *CERTIFICATE_VARIABLES)
 
 
 def fetch_files(model: str, revision: str, patterns: Sequence[str]) -> Path:
@@ -119,12 +123,22 @@ def _hub_errors(model: str) -> Iterator[None]:
         raise UserError(
             f"{model} is not a local folder and cannot be downloaded from the Hugging Face hub{offline}: {first_line(error)[:200]}",
             code="hub-unreachable",
+            where=_environment(),
             fix=_advice(error, model),
         ) from None
 
 
+def _environment() -> str | None:
+    """Name the environment variables that lead the hub's library elsewhere; their values may hold passwords."""
+    found = [name for name in NETWORK_VARIABLES if os.environ.get(name) or os.environ.get(name.lower())]
+    return f"{', '.join(found)} in the environment" if found else None
+
+
 def _advice(error: Exception, model: str) -> str:
     """Say what to do after an error of the hub."""
+    for name in CERTIFICATE_VARIABLES:
+        if (file := os.environ.get(name)) and not Path(file).exists():
+            return f"correct or unset {name}: {plain_line(file)} does not exist"
     from huggingface_hub.errors import DisabledRepoError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     found: BaseException | None = error

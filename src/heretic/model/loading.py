@@ -66,8 +66,7 @@ class LanguageModel:
     @property
     def context(self) -> int:
         """Largest number of tokens of prompt and answer."""
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return int(limit) if limit else 1 << 30
+        return context_of(self.model.config)
 
     @property
     def window(self) -> int:
@@ -165,6 +164,12 @@ def load(
         where=str(checkpoint.folder),
         fix='check the weights for damage, or try dtypes = ["float32"]',
     )
+
+
+def context_of(config: Any) -> int:
+    """Return the largest number of tokens of prompt and answer that a config allows."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(limit) if limit else 1 << 30
 
 
 def with_end_tokens(loaded: LanguageModel) -> LanguageModel:

@@ -16,6 +16,7 @@ from heretic.model.unloading import unload
 from heretic.pipeline.prepare import RunInputs
 from heretic.pipeline.worker_process import parent_pid
 from heretic.runs.folder import RunFolder, settings_text
+from heretic.runs.local_paths import with_absolute_paths
 from heretic.scoring.scores import json_numbers
 from heretic.search.gradient_path import GradientPath
 from heretic.search.pareto import Result, Selection, results, select_trial
@@ -162,7 +163,8 @@ class RunContext:
 
     def save_settings(self) -> None:
         """Write the settings to the run's folder and to the storage, for workers without the folder."""
-        write_text(self.folder.path / "config.toml", settings_text(self.resolved), private=True)
+        resolved = replace(self.resolved, settings=with_absolute_paths(self.resolved.settings))
+        write_text(self.folder.path / "config.toml", settings_text(resolved), private=True)
         save_settings(self.study, self.settings)
 
 

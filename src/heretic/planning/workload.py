@@ -173,10 +173,10 @@ def prompt_tokens(settings: Settings, longest: int) -> int:
 def _encoded(settings: Settings, checkpoint: Checkpoint, prompts: PromptSets) -> list[list[list[int]]]:
     """Return the token ids of harmful_eval, harmless_eval, harmful_train and harmless_train.
 
-    Raises UserError if there is no tokenizer.
+    Raises UserError if there is no tokenizer, or a prompt exceeds the model's context.
     """
-    from heretic.model.chat_format import ChatFormat, check_different
-    from heretic.model.loading import load_tokenizer
+    from heretic.model.chat_format import ChatFormat, check_different, check_length
+    from heretic.model.loading import context_of, load_tokenizer
     from heretic.model.template import read_template
 
     trusted = checkpoint.model in settings.trust_remote_code
@@ -187,6 +187,8 @@ def _encoded(settings: Settings, checkpoint: Checkpoint, prompts: PromptSets) ->
     encoded = [chat.encode(role.prompts) for role in sets]
     for role, tokens in zip(sets, encoded, strict=True):
         check_different(role.role, tokens)
+        new = settings.max_response_length if role.role == "harmful_eval" else 1
+        check_length(role.role, tokens, context_of(checkpoint.config), new)
     return encoded
 
 

@@ -125,6 +125,7 @@ def chat(
     trial: TrialOption = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Maximum length of an answer, in tokens.")] = 512,
     runs_dir: RunsOption = None,
+    assignments: SetOption = None,
     wait: WaitOption = False,
     plain: PlainOption = False,
 ) -> None:
@@ -135,8 +136,11 @@ def chat(
     require_input()
     stop = StopSignal()
     reporter = reporter_for(False, plain)
+    out.long_work = False  # a chat without a reader ends
     with stop.on_signals():
-        opened_run = open_run(name or "", configured_runs(runs_dir), (), wait=wait, reporter=reporter, stop=stop)
+        opened_run = open_run(
+            name or "", configured_runs(runs_dir), assignments or [], wait=wait, reporter=reporter, stop=stop
+        )
         with opened_run as run_context:
             result, answer = start_chat(run_context, trial, tokens)
             out.print(f"Trial {result.number}, {result.scores.refusals} of {result.scores.total} refused.")
@@ -151,6 +155,7 @@ def compare(
     prompts: Annotated[str, typer.Option("--prompts", help="A prompt, a file of prompts, or a bundled prompt set.")],
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Maximum length of an answer, in tokens.")] = 100,
     runs_dir: RunsOption = None,
+    assignments: SetOption = None,
     as_json: JsonOption = False,
     wait: WaitOption = False,
     plain: PlainOption = False,
@@ -172,7 +177,9 @@ def compare(
     reporter = reporter_for(as_json, plain)
     with (
         stop.on_signals(),
-        open_run(name, configured_runs(runs_dir), (), wait=wait, reporter=reporter, stop=stop) as run_context,
+        open_run(
+            name, configured_runs(runs_dir), assignments or [], wait=wait, reporter=reporter, stop=stop
+        ) as run_context,
     ):
         answers = compare_trials(run_context, numbers, texts, tokens)
     if as_json:
@@ -197,6 +204,7 @@ def benchmark(
         int, typer.Option("--batch-size", min=0, help="Questions per forward pass; 0: automatic.")
     ] = 0,
     runs_dir: RunsOption = None,
+    assignments: SetOption = None,
     as_json: JsonOption = False,
     wait: WaitOption = False,
     plain: PlainOption = False,
@@ -213,7 +221,9 @@ def benchmark(
     reporter = reporter_for(as_json, plain)
     with (
         stop.on_signals(),
-        open_run(name, configured_runs(runs_dir), (), wait=wait, reporter=reporter, stop=stop) as run_context,
+        open_run(
+            name, configured_runs(runs_dir), assignments or [], wait=wait, reporter=reporter, stop=stop
+        ) as run_context,
     ):
         result = benchmark_trial(run_context, trial, selection)
     if as_json:
