@@ -12,6 +12,7 @@ import pytest
 from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.loading import LanguageModel, ids_of, load
+from tests.helpers.tiny_gguf import save_tiny_gguf
 from tests.tiny import VOCABULARY
 
 
@@ -73,3 +74,8 @@ def test_a_folder_without_a_tokenizer_is_an_error_not_an_empty_tokenizer(folder:
     with pytest.raises(UserError) as error:
         loaded(folder)
     assert error.value.code == "no-tokenizer"
+
+
+def test_a_gguf_file_loads_without_a_progress_bar_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load(open_checkpoint(str(save_tiny_gguf(tmp_path / "tiny.gguf"))), ["float32"], {})
+    assert "de-quantizing" not in capfd.readouterr().err

@@ -239,6 +239,10 @@ def _load_weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any],
     )
     auto = auto_class(checkpoint.config, trusted)
     where = str(checkpoint.folder)
+    if checkpoint.gguf_file:  # transformers' own switch does not reach this bar
+        from transformers import modeling_gguf_pytorch_utils
+
+        setattr(modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **_: tensors)  # noqa: B010  mypy knows its type
     try:
         loaded: Any = auto.from_pretrained(
             checkpoint.folder,
