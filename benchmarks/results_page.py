@@ -28,6 +28,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "instrument_gemma": instrument_tables.gemma,
     "held_out": tables.held_out,
     "methods": tables.methods,
+    "geometries": tables.geometries,
     "versus": tables.versus,
     "convergence": tables.convergence,
     "savings": tables.savings,

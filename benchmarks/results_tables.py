@@ -263,6 +263,29 @@ def convergence() -> str:
     return captioned(rows, "convergence", model=models, settings=settings, command=command)
 
 
+def geometries() -> str:
+    """Return the points of every method's gradient search on held-out requests of two sources."""
+    report = read("geometries")
+    rows = [("model, seed", "method", "held-out requests", "HarmBench", "KL over its own answers")]
+    for row in sorted(report["rows"], key=lambda row: (row["model"] != report["rows"][0]["model"], row["seed"])):
+        points = row["points"]
+        left = []
+        for source, total in row["of"].items():
+            counts = (f"{p['refusals.' + source]:g}/{p['unanswered.' + source]:g}" for p in points)
+            left.append(f"{', '.join(counts)} of {total}")
+        divergences = ", ".join(f"{p['own_answer_kl.mean']:.4f}" for p in points)
+        name = MODELS[row["model"]].split(" (")[0].removesuffix("-Instruct")
+        rows.append((f"{name}, {row['seed']}", f"`{row['method']}`", left[0], left[1] if left[1:] else "", divergences))
+    settings = (
+        "points of the gradient search, from strict to gentle: refused (phrases) / not answered (trained judge) in 48 tokens; the "
+        "original refuses all of these requests; KL over 8 tokens; float32; Qwen: weights 0.06, 0.25, 1, 5 steps, one search"
+    )
+    models = " and ".join(unique(MODELS[row["model"]] for row in report["rows"]))
+    return captioned(
+        rows, "geometries", model=models, settings=settings, command="`python benchmarks/geometries.py ASSETS`"
+    )
+
+
 # The ways of trial.json in words.
 SAVINGS = {
     "one trial in a pass": "one",

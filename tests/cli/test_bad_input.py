@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from heretic.errors import BusyError, StudyMismatch
 from heretic.hardware.locks import acquire_locks, device_locks
 from heretic.runs.status import read_status
+from heretic.settings.sources import read_toml
 from tests.helpers.command import Ran, heretic
 
 Command = Callable[..., Ran]
@@ -200,25 +201,37 @@ def test_a_run_in_a_folder_with_a_strange_name_stays_there(command: Command, con
         assert read_status(name, "runs", {}).summary.n_complete == 1 and Path("runs", name, "study.db").is_file()
 
 
-def test_a_run_is_used_from_any_folder(
+def test_a_run_is_used_from_any_folder_and_after_a_move(
     command: Command, config: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Path("m").symlink_to(llama)
-    for file in ("harmful_train", "harmless_train", "harmful_eval", "harmless_eval"):
-        text = config.read_text()
-        (line,) = (found for found in text.splitlines() if found.startswith("source") and f"{file}.txt" in found)
-        shutil.copy(line.split('"')[1], f"{file}.txt")
-        config.write_text(text.replace(line, f'source = "{file}.txt"'))
-    config.write_text(config.read_text().replace(f'model = "{llama}"', 'model = "m"'))
-    command("run", "--run-name", "mine", "--trials", "1", status=0)
-    project = Path.cwd()
-    Path("elsewhere").mkdir()
-    monkeypatch.chdir("elsewhere")
-    command("compare", str(project / "runs" / "mine"), "--trials", "0", "--prompts", "make soup", status=0)
-    (project / "m").rename(project / "n")
-    gone = command("compare", str(project / "runs" / "mine"), "--trials", "0", "--prompts", "a", status=1)
-    assert gone.code == "no-model-folder" and "--set model=" in gone.err
-    new = f"model={project / 'n'}"
-    command("compare", str(project / "runs" / "mine"), "--trials", "0", "--prompts", "a", "--set", new, status=0)
+    project = Path("project").resolve()
+    shutil.copytree(llama, project / "m")
+    text = config.read_text().replace(f'model = "{llama}"', 'model = "m"\nsave_to = "out"')
+    for line in text.splitlines():
+        if line.startswith("source"):
+            name = Path(line.split('"')[1]).name
+            shutil.copy(line.split('"')[1], project / name)
+            text = text.replace(line, f'source = "{name}"')
+    (project / "config.toml").write_text(text)
+    config.unlink()
     monkeypatch.chdir(project)
-    command("run", "--run-name", "mine", "--trials", "2", "--set", new, status=0)
+    command("run", "--run-name", "mine", "--trials", "1", status=0)
+    kept = read_toml(project / "runs/mine/config.toml").values
+    asked = ("--trials", "0", "--prompts", "make soup")
+    # 1. From elsewhere, also after a move
+    monkeypatch.chdir(project.parent)
+    command("compare", str(project / "runs/mine"), *asked, status=0)
+    moved = project.rename(project.with_name("moved"))
+    command("run", "moved/runs/mine", "--trials", "2", status=0)
+    assert read_status("moved/runs/mine", "runs", {}).summary.n_complete == 2 and not Path("out").exists()
+    assert read_toml(moved / "runs/mine/config.toml").values == {**kept, "n_trials": 2}
+    # 2. A copy has its own export
+    shutil.copytree(moved, "copy")
+    shutil.rmtree("copy/out")
+    monkeypatch.chdir("copy")
+    command("run", "mine", "--trials", "3", status=0)
+    assert Path("out/manifest.json").is_file() and '"moved' not in Path("out/manifest.json").read_text()
+    # 3. Without the model, the new folder is named
+    Path("m").rename("n")
+    assert command("compare", "mine", *asked, status=1).code == "no-model-folder"
+    command("compare", "mine", *asked, "--set", "model=n", status=0)

@@ -187,6 +187,9 @@ def test_the_header_of_a_file_larger_than_memory_is_read(copy: Path) -> None:
 def test_certificates_that_do_not_exist_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
     assert "SSL_CERT_FILE" in _advice(FileNotFoundError(2, "No such file"), "owner/name")
+    monkeypatch.delenv("SSL_CERT_FILE")
+    monkeypatch.setenv("SSL_CERT_DIR", "/nowhere:/etc")
+    assert "SSL" not in _advice(OSError("no route"), "owner/name")
     monkeypatch.setenv("https_proxy", "http://me:secret@127.0.0.1:9")
     with raises("hub-unreachable") as error:
         open_checkpoint("someone/something")

@@ -137,3 +137,10 @@ def test_tables_of_any_usual_separator_are_read(name: str, separator: str) -> No
 def test_a_column_without_separators_in_its_head_is_one_column() -> None:
     Path("p.csv").write_text("text\nmake soup; then bread\n")
     assert prompts("p.csv") == ("make soup; then bread",)
+
+
+def test_quotes_of_a_head_hide_separators_and_those_of_a_tsv_may_be_plain() -> None:
+    Path("p.csv").write_text('text,"kind (a; b; c)"\nmake soup,1\n')
+    assert prompts("p.csv") == ("make soup",)
+    Path("p.tsv").write_text('text\tid\n"Hi" he said\tx\n"tis fine\ty\n')
+    assert prompts("p.tsv") == ('"Hi" he said', '"tis fine')

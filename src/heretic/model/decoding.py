@@ -288,12 +288,12 @@ def has_cache(model: Any) -> bool:
     return "past_key_values" in supported_arguments(model.__class__)
 
 
-@torch.inference_mode()
 def greedy(language_model: LanguageModel, tokens: int) -> Callable[[Batch], Turns[list[list[int]]]]:
     """Return a batcher's step that decodes at most `tokens` tokens of every answer."""
     return lambda batch: decode(language_model.model, batch, tokens, language_model.end_tokens)
 
 
+@torch.inference_mode()
 def decoded_by_generate(model: Any, device: torch.device | str) -> bool:
     """Return whether transformers' generate has to decode answers, by a pass over one token."""
     if not has_cache(model):

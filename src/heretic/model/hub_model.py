@@ -136,9 +136,6 @@ def _environment() -> str | None:
 
 def _advice(error: Exception, model: str) -> str:
     """Say what to do after an error of the hub."""
-    for name in CERTIFICATE_VARIABLES:
-        if (file := os.environ.get(name)) and not Path(file).exists():
-            return f"correct or unset {name}: {plain_line(file)} does not exist"
     from huggingface_hub.errors import DisabledRepoError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     found: BaseException | None = error
@@ -154,4 +151,10 @@ def _advice(error: Exception, model: str) -> str:
         )
     if isinstance(found, RepositoryNotFoundError) or status in (401, 404):
         return "check the name; for private models: hf auth login, or renew the token in HF_TOKEN"
-    return "try again later" if status >= 429 else "check the name and the network"
+    if status >= 429:
+        return "try again later"
+    for name in CERTIFICATE_VARIABLES:
+        places = os.environ.get(name, "").split(os.pathsep)
+        if places != [""] and not any(Path(place).exists() for place in places):
+            return f"correct or unset {name}: {plain_line(os.environ[name])} does not exist"
+    return "check the name and the network"

@@ -16,7 +16,7 @@ from heretic.model.unloading import unload
 from heretic.pipeline.prepare import RunInputs
 from heretic.pipeline.worker_process import parent_pid
 from heretic.runs.folder import RunFolder, settings_text
-from heretic.runs.local_paths import with_absolute_paths
+from heretic.runs.local_paths import with_relative_paths
 from heretic.scoring.scores import json_numbers
 from heretic.search.gradient_path import GradientPath
 from heretic.search.pareto import Result, Selection, results, select_trial
@@ -149,7 +149,7 @@ class RunContext:
         settings = self.settings.model_copy(update={"n_trials": n_trials})
         self.inputs = replace(self.inputs, settings=settings)
         origins = {**self.resolved.origins, "n_trials": "added later"}
-        self.resolved = Resolved(settings, self.resolved.file, origins)
+        self.resolved = replace(self.resolved, settings=settings, origins=origins)
         self.save_settings()
 
     def set_export_format(self, form: str) -> None:
@@ -163,8 +163,8 @@ class RunContext:
 
     def save_settings(self) -> None:
         """Write the settings to the run's folder and to the storage, for workers without the folder."""
-        resolved = replace(self.resolved, settings=with_absolute_paths(self.resolved.settings))
-        write_text(self.folder.path / "config.toml", settings_text(resolved), private=True)
+        text = settings_text(with_relative_paths(self.resolved))
+        write_text(self.folder.path / "config.toml", text, private=True)
         save_settings(self.study, self.settings)
 
 

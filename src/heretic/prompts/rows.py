@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from heretic.errors import UserError, first_line, plain_line
 from heretic.files import open_regular, read_text, split_lines
@@ -207,11 +207,11 @@ def _object(row: Any, path: Path, where: str, line: int | None, what: str = "") 
     return row
 
 
-def _csv(path: Path, where: str) -> Iterator[Row]:
+def _csv(path: Path, where: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> Iterator[Row]:
     text = read_text(path, WHAT, where=where)
     csv.field_size_limit(LONGEST_FIELD)
     separator = "\t" if path.suffix.lower() == ".tsv" else _separator(text)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator, quoting=quoting)
     names: list[str] | None = None
     rows: list[tuple[int, list[str]]] = []
     line = 1
@@ -233,6 +233,9 @@ def _csv(path: Path, where: str) -> Iterator[Row]:
                 rows.append((line, fields))
             line = reader.line_num + 1
     except csv.Error as error:
+        if path.suffix.lower() == ".tsv" and quoting != csv.QUOTE_NONE:  # many have quotes that quote nothing
+            yield from _csv(path, where, csv.QUOTE_NONE)
+            return
         raise bad_file(path, f"this is not valid CSV: {error}.", where, line=line) from None
     # CSV has no types: a column of numbers only is not a column of texts.
     numbers = [all(_is_number(fields[n]) for _, fields in rows) for n in range(len(names or []))]
@@ -242,8 +245,8 @@ def _csv(path: Path, where: str) -> Iterator[Row]:
 
 
 def _separator(text: str) -> str:
-    """Return the separator of the first line: the most frequent one, and a comma if it has none."""
-    head = text.partition("\n")[0]
+    """Return the separator of the first line, outside quotes: the most frequent one, and a comma if it has none."""
+    head = re.sub(r'"[^"]*"', "", text.partition("\n")[0])
     return max(SEPARATORS, key=head.count)
 
 

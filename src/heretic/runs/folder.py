@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from heretic.errors import SettingsError, UserError, first_line
 from heretic.files import expand_user, link_error, open_private, read_tensors, split_lines, write_tensors
 from heretic.progress import ProgressReporter
+from heretic.runs.local_paths import with_absolute_paths
 from heretic.settings import Settings
 from heretic.settings.sources import Resolved, read_toml, resolve
 from heretic.settings.toml import resolved_text
@@ -358,9 +359,10 @@ def load_run_settings(
             raise
         fix = f"{error.fix}; or use the version of heretic that wrote the file"
         raise SettingsError(error.what, code=error.code, where=error.where, fix=fix) from None
+    resolved = with_absolute_paths(resolved, folder.path, file.values)
     written = file.written_origins()
     origins = {k: written.get(k, o) if o.startswith(f"{file.path}:") else o for k, o in resolved.origins.items()}
-    return Resolved(resolved.settings, file.path, origins)
+    return replace(resolved, origins=origins)
 
 
 def load_settings(folder: RunFolder, environment: Mapping[str, str]) -> Settings:
@@ -381,4 +383,4 @@ def settings_text(resolved: Resolved) -> str:
     """Return the settings as TOML for the run's folder, without a password in the storage URL."""
     settings = resolved.settings
     without_password = settings.model_copy(update={"storage": masked(settings.storage)})
-    return resolved_text(Resolved(without_password, resolved.file, resolved.origins))
+    return resolved_text(replace(resolved, settings=without_password))

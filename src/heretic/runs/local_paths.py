@@ -1,44 +1,74 @@
-"""Settings of a run that mean the same in every current folder."""
+"""Relative paths in a run's settings: they start at the folder that the run was started in, also when it is used from elsewhere."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from heretic.files import expand_user
 from heretic.settings import Settings
+from heretic.settings.sources import Resolved
 from heretic.storage.url import sqlite_file
 
 
-def with_absolute_paths(settings: Settings) -> Settings:
-    """Return the settings with absolute paths; those below the home folder begin with `~`.
+def start_folder(run: Path, runs_dir: str) -> Path | None:
+    """Return the folder that holds a run's relative `runs_dir`: where it was started, or where that folder is now; else None."""
+    parts, above = Path(os.path.normpath(runs_dir)).parts, Path(os.path.abspath(run)).parent
+    if Path(runs_dir).is_absolute() or {"..", "~"} & set(parts) or above.parts[-len(parts) :] != parts:
+        return None
+    return Path(*above.parts[: -len(parts)])
 
-    Files of scorers and of judges stay as they are: their names are part of the study's fingerprint.
+
+def with_absolute_paths(resolved: Resolved, run: Path, values: Mapping[str, Any]) -> Resolved:
+    """Return a run's settings as they mean the same in the current folder.
+
+    Args:
+        resolved: the settings, with origins; what does not come from the run's file stays.
+        run: the run's folder.
+        values: the content of its config.toml.
     """
-    model = _absolute(settings.model)
+    runs_dir = str(values.get("runs_dir") or Settings.model_fields["runs_dir"].default)
+    base = start_folder(run, runs_dir)
+    if base is None:
+        return resolved
+    shortened = {str(base / runs_dir): runs_dir}
+
+    def located(text: str, key: str) -> str:
+        from_file = resolved.origin(key).startswith(f"{resolved.file}:")
+        if not text or not from_file or Path(text).is_absolute() or text.startswith("~") or base == Path.cwd():
+            return text
+        if key != "save_to" and not (base / text).exists():  # the name of a hub model
+            return text
+        shortened[str(base / text)] = text
+        return str(base / text)
+
+    return replace(resolved, settings=_with_paths(resolved.settings, located), shortened=shortened)
+
+
+def with_relative_paths(resolved: Resolved) -> Resolved:
+    """Undo `with_absolute_paths`, for the run's config.toml: the folder may be moved or copied."""
+    shortened = resolved.shortened
+    settings = _with_paths(resolved.settings, lambda text, _: shortened.get(text, text))
+    runs_dir = shortened.get(os.path.abspath(settings.runs_dir), settings.runs_dir)
+    return replace(resolved, settings=settings.model_copy(update={"runs_dir": runs_dir}))
+
+
+def _with_paths(settings: Settings, change: Callable[[str, str], str]) -> Settings:
+    """Change the settings that can be paths. Files of scorers and judges stay: the fingerprint has their names."""
+    model = change(settings.model, "model")
     prompts = {
-        role: source.model_copy(update={"source": _absolute(source.source)}) for role, source in settings.prompts
+        role: source.model_copy(update={"source": change(source.source, f"prompts.{role}.source")})
+        for role, source in settings.prompts
     }
+    update: dict[str, Any] = {name: change(getattr(settings, name), name) for name in ("chat_template", "save_to")}
     file = sqlite_file(settings.storage) if settings.storage else None
-    changed = {
-        "model": model,
-        "trust_remote_code": [model if name == settings.model else name for name in settings.trust_remote_code],
-        "prompts": settings.prompts.model_copy(update=prompts),
-        "chat_template": _absolute(settings.chat_template),
-        "gguf_converter": _absolute(settings.gguf_converter),
-        "save_to": _absolute(settings.save_to, new=True),
-    }
     if file is not None and settings.storage == f"sqlite:///{file}":
-        changed["storage"] = f"sqlite:///{os.path.abspath(file)}"
-    return settings.model_copy(update=changed)
-
-
-def _absolute(text: str, *, new: bool = False) -> str:
-    """Return the absolute path of an existing file or folder, or of a new one; other texts stay."""
-    path = expand_user(text)
-    if not text or path.is_absolute() or not (new or path.exists()):
-        return text
-    absolute, home = Path(os.path.abspath(path)), Path(os.path.expanduser("~"))
-    if len(home.parts) > 1 and absolute.is_relative_to(home):
-        return f"~/{absolute.relative_to(home)}"
-    return str(absolute)
+        storage = f"sqlite:///{change(str(file), 'storage')}"
+        if sqlite_file(storage) == Path(change(str(file), "storage")):  # without characters that SQLAlchemy decodes
+            update["storage"] = storage
+    update["trust_remote_code"] = [model if name == settings.model else name for name in settings.trust_remote_code]
+    return settings.model_copy(
+        update={**update, "model": model, "prompts": settings.prompts.model_copy(update=prompts)}
+    )

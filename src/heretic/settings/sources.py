@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import difflib
 import os
 import re
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -41,7 +41,7 @@ _DOTTED = re.compile(rf"(?:[\w-]+|{_QUOTED.pattern})(?:[ \t]*\.[ \t]*(?:[\w-]+|{
 NEVER_SHOWN = ("judge.llm.key_variable", "judge.llm.base_url")  # a user may have put a key there by mistake
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TomlFile:
     """A parsed TOML file: its values as plain data, and the line number of every dotted key."""
 
@@ -60,13 +60,15 @@ class TomlFile:
         }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Resolved:
     """Settings, their file (if any), and the origin of every dotted key that has been set."""
 
     settings: Settings
     file: Path | None
     origins: dict[str, str]
+    # Of a run: its relative paths, by the absolute ones used instead.
+    shortened: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def origin(self, key: str) -> str:
         """Return the origin of `key`: 'config.toml:12', 'HERETIC_SEED', '--set seed' or 'default'."""

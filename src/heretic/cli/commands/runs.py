@@ -206,6 +206,7 @@ def preflight(
     from heretic.hardware.virtual_gpus import virtual_gpus
     from heretic.pipeline.prepare import run_preflight
 
+    out.long_work = True  # its exit status counts without a reader too
     report = run_preflight(resolved.settings, virtual=virtual_gpus(devices) if devices is not None else ())
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))

@@ -9,7 +9,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from heretic.cli.ui.console import escape_terminal, on_terminal
+from heretic.cli.ui.console import escape_terminal, on_terminal, restored_while_stopped
 from heretic.cli.ui.study_view import aligned, pareto_plot, rows
 from heretic.cli.ui.tables import pareto_table
 from heretic.errors import UserError
@@ -48,7 +48,8 @@ def _full_screen(console: Console, read: Callable[[], Status], every: float) -> 
     def render() -> Group:
         return Group(*([_view(console, status)] if status else []), note)
 
-    with Live(console=console, screen=True, get_renderable=render, refresh_per_second=2):
+    live = Live(console=console, screen=True, get_renderable=render, refresh_per_second=2)
+    with live, restored_while_stopped(live.stop, live.start):
         while status is None or not _complete(status):
             try:
                 status, note = read(), Text(f"Updated at {time.strftime('%H:%M:%S')}; Ctrl-C quits.", style="dim")
