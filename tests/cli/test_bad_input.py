@@ -18,6 +18,7 @@ from heretic.hardware.locks import acquire_locks, device_locks
 from heretic.runs.status import read_status
 from heretic.settings.sources import read_toml
 from tests.helpers.command import Ran, heretic
+from tests.tiny import save_tiny
 
 Command = Callable[..., Ran]
 
@@ -235,3 +236,22 @@ def test_a_run_is_used_from_any_folder_and_after_a_move(
     Path("m").rename("n")
     assert command("compare", "mine", *asked, status=1).code == "no-model-folder"
     command("compare", "mine", *asked, "--set", "model=n", status=0)
+
+
+def test_an_adapter_of_fused_experts_is_refused_before_the_study(command: Command, config: Path) -> None:
+    model = str(save_tiny(Path("mixture"), "mixtral"))
+    asked = ("--set", f"model={model}", "--set", "export_format=lora", "--save-to", "out")
+    ran = command("run", *asked, status=1)
+    assert "LoRA" in ran.err and not Path("runs").exists()
+
+
+def test_limits_without_effect_are_named(command: Command, config: Path) -> None:
+    ran = command("preflight", "--set", 'max_memory={cpu="100MiB"}', status=2)
+    assert "max_memory" in ran.out
+
+
+def test_a_destination_below_a_file_is_refused_at_once(command: Command, config: Path) -> None:
+    command("run", "--run-name", "mine", "--trials", "1", status=0)
+    ran = command("export", "mine", "-o", "config.toml/x", status=1)
+    assert ran.code == "destination-not-writable" and "Loading" not in ran.out
+    assert '.-2"' not in command("preflight", "--set", "save_to=.", status=1).out

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +18,7 @@ from heretic import StrengthKernel, load
 from heretic.errors import BusyError
 from heretic.export.export import Export
 from heretic.model.checkpoint import open_checkpoint
+from heretic.pipeline.api import AblationSession
 from heretic.scoring.judges.verdict import REFUSAL
 from heretic.scoring.refusals import RefusalCount
 from tests.helpers.errors import raises
@@ -26,6 +30,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 def given(prompt_files: dict[str, Path]) -> dict[str, Any]:
     prompts = {role: {"source": str(path)} for role, path in prompt_files.items()}
     return {"prompts": prompts, "max_response_length": 6, "refusal_markers": ["sorry", "bread"], "n_trials": 4}
+
+
+@pytest.fixture
+def session(config: Path) -> Iterator[AblationSession]:
+    with load(config=config) as opened:
+        yield opened
 
 
 def test_the_examples_run_as_they_stand(llama: Path, given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,3 +124,53 @@ def test_importing_is_quick() -> None:
     code = "import heretic, sys; assert not {'torch', 'transformers', 'optuna'} & set(sys.modules); heretic.nothing"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "has no attribute 'nothing'" in ran.stderr and "AssertionError" not in ran.stderr
+
+
+def test_what_would_have_an_attached_ablation_too_is_refused(session: AblationSession) -> None:
+    strong, weak = session.ablation(attention=1.0, mlp=1.0), session.ablation(attention=0.5)
+    before = session.score(weak).divergence
+    with session.attach(strong):
+        for call in (
+            session.score,
+            lambda: session.score(weak),
+            lambda: session.answers("make soup", weak),
+            lambda: session.compare(weak),
+            lambda: session.export(weak, "never"),
+            lambda: session.attach(weak).__enter__(),
+        ):
+            with raises("ablation-attached"):
+                call()
+    assert session.score(weak).divergence == before and not Path("never").exists()
+
+
+@pytest.mark.parametrize("directions", ["no tensor", [[math.nan] * 2], "nan", "zero"])
+def test_what_is_no_direction_is_refused(session: AblationSession, directions: Any) -> None:
+    vectors = session.directions.vectors.clone()
+    if directions in ("nan", "zero"):
+        vectors[1] = math.nan if directions == "nan" else 0
+        directions = vectors
+    with raises("no-direction" if directions is vectors else "shape-mismatch"):
+        session.directions = directions
+    session.directions = session.directions.vectors.numpy()
+    assert torch.allclose(session.directions.vectors, session.directions.vectors / 1)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 1.5])
+def test_answers_of_no_length_are_refused(session: AblationSession, tokens: Any) -> None:
+    with raises("invalid-option"):
+        session.answers("make soup", tokens=tokens)
+
+
+def test_a_closed_session_loads_nothing(config: Path) -> None:
+    session = load(config=config)
+    assert len(repr(session)) < 200
+    session.close()
+    for use in (lambda: session.tokenizer, session.score, lambda: session.attach(None).__enter__()):  # type: ignore[arg-type]
+        with raises("session-closed"):
+            use()
+    assert session.run_context.loaded is None
+
+
+def test_paths_and_numbers_of_numpy_are_settings(config: Path, llama: Path) -> None:
+    with load(llama, config=config, runs_dir=Path("elsewhere"), seed=np.int64(3)) as session:
+        assert session.settings.seed == 3 and session.run_context.folder.path.parent == Path("elsewhere")

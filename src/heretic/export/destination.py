@@ -13,7 +13,7 @@ import psutil
 from heretic.errors import UserError
 from heretic.export.manifest import MANIFEST, read_inventory
 from heretic.files import atomic_swap, expand_user, fsync, sha256
-from heretic.hardware.host import is_mount_point
+from heretic.hardware.host import existing_parent, is_mount_point
 from heretic.interrupt import StopSignal
 from heretic.model.repository import CARD
 from heretic.progress import ProgressReporter
@@ -41,6 +41,13 @@ def check_destination(destination: Path, owner: str) -> None:
             code="destination-mount-point",
             where=str(destination),
             fix=f"name a folder in it: {destination / 'model'}",
+        )
+    if not (parent := existing_parent(destination)).is_dir() and parent != destination.absolute():
+        raise UserError(
+            f"{parent} is a file, not a folder.",
+            code="destination-not-writable",
+            where=str(destination),
+            fix="name a folder in a folder",
         )
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return

@@ -44,7 +44,7 @@ def read_small_files(folder: Path) -> dict[str, Any]:
             f"{folder} is not a model folder: it has no config.json" + (", only an adapter." if adapter else "."),
             code="adapter-only" if adapter else "no-config",
             where=str(folder),
-            fix="name the model that the adapter was made for, or merge the adapter into it (peft: merge_and_unload)"
+            fix="merge the adapter into its model (peft: merge_and_unload), or export the run again with --format full"
             if adapter
             else "name the folder that holds config.json",
         )

@@ -143,6 +143,7 @@ def load(
     transformers.utils.logging.disable_progress_bar()
     trusted = checkpoint.model in (trust_remote_code or [])
     tokenizer = load_tokenizer(checkpoint, trusted, chat_template)
+    damaged = ""
     for dtype in dict.fromkeys(dtypes):
         quantization_arguments = loading_arguments(quantization, getattr(torch, dtype), checkpoint)
         description = dtype if quantization == "none" else f"{dtype}, quantized to {QUANTIZATIONS[quantization].words}"
@@ -157,12 +158,15 @@ def load(
             share_inputs(structure.blocks)
             return with_end_tokens(LanguageModel(model, tokenizer, checkpoint, structure, loaded_dtype, quantization))
         reporter.warning(f"{checkpoint.model} gives logits that are not finite in {dtype}.")
+        damaged = next((name for name, p in model.named_parameters() if not p.is_meta and not p.isfinite().all()), "")
         unload(model)
     raise UserError(
         f"{checkpoint.model} gives logits that are not finite (NaN or infinite) in {', '.join(dict.fromkeys(dtypes))}.",
         code="logits-not-finite",
-        where=str(checkpoint.folder),
-        fix='check the weights for damage, or try dtypes = ["float32"]',
+        where=f"{checkpoint.folder}{f': {damaged} is not finite' if damaged else ''}",
+        fix="download the weights again"
+        if damaged or "float32" in dtypes
+        else 'check the weights for damage, or try dtypes = ["float32"]',
     )
 
 

@@ -17,13 +17,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.directions import Directions
 from heretic.ablation.residual_geometry import GeometryRecorder, ResidualGeometry
 from heretic.ablation.strength_kernel import StrengthKernel
-from heretic.errors import UserError
+from heretic.errors import UserError, first_line
 from heretic.export.destination import check_destination
 from heretic.export.export import Export, plan_export, write_export
 from heretic.files import expand_user
@@ -47,7 +46,11 @@ from heretic.settings.sources import Resolved, resolve
 
 
 def study(
-    model: str = "", *, config: str | Path | None = None, reporter: StudyReporter = NULL_REPORTER, **settings: Any
+    model: str | Path = "",
+    *,
+    config: str | Path | None = None,
+    reporter: StudyReporter = NULL_REPORTER,
+    **settings: Any,
 ) -> Outcome:
     """Run or resume a study like `heretic run`: directions, trials, selection, and export if `save_to` is set.
 
@@ -64,7 +67,11 @@ def study(
 
 
 def load(
-    model: str = "", *, config: str | Path | None = None, reporter: StudyReporter = NULL_REPORTER, **settings: Any
+    model: str | Path = "",
+    *,
+    config: str | Path | None = None,
+    reporter: StudyReporter = NULL_REPORTER,
+    **settings: Any,
 ) -> AblationSession:
     """Load a model with its directions and baseline, measured or read from its run's folder.
 
@@ -92,9 +99,11 @@ def open_ablation_session(
 class AblationSession:
     """A loaded model with its directions and baseline; closed at the end of a `with` block or by `close`."""
 
-    run_context: RunContext
+    run_context: RunContext = field(repr=False)
     _locks: ExitStack = field(repr=False)
     _custom_directions: Directions | None = field(default=None, repr=False)
+    _attached: bool = field(default=False, repr=False)
+    _closed: bool = field(default=False, repr=False)
 
     def __enter__(self) -> AblationSession:
         return self
@@ -106,18 +115,35 @@ class AblationSession:
 
     def close(self) -> None:
         """Release the model, its devices and its run."""
+        self._closed = True
         self.run_context.unload()
         self._locks.close()
 
     @property
     def session(self) -> Session:
-        """The loaded model with everything that measures it; an export unloads it, the next use loads it again."""
+        """The loaded model with everything that measures it; an export unloads it, the next use loads it again.
+
+        Raises UserError after `close`.
+        """
+        if self._closed:
+            raise UserError("The session is closed.", code="session-closed", fix="open another one with load")
         session = self.run_context.session()
         if self._custom_directions is None or session.operator_factory.directions is self._custom_directions:
             return session
         factory = operator_factory_for(session.context, self._custom_directions, session.operator_factory.input_maps)
         self.run_context.loaded = replace(session, operator_factory=factory)
         return self.run_context.loaded
+
+    @property
+    def _original(self) -> Session:
+        """The session while no ablation is attached, which another one would add to. Raises UserError."""
+        if self._attached:
+            raise UserError(
+                "An ablation is attached, and what is measured or exported would have it too.",
+                code="ablation-attached",
+                fix="call this outside the `with` block of attach",
+            )
+        return self.session
 
     @property
     def settings(self) -> Settings:
@@ -150,23 +176,36 @@ class AblationSession:
         return self.session.operator_factory.directions
 
     @directions.setter
-    def directions(self, vectors: Tensor) -> None:
-        """Use custom directions [layers, width], normalized to 1. Raises UserError for another shape."""
+    def directions(self, vectors: Any) -> None:
+        """Use custom directions [layers, width], normalized to 1. Raises UserError for another shape, or without a direction."""
         expected = tuple(self.directions.vectors.shape)
-        if tuple(vectors.shape) != expected:
+        try:
+            rows = torch.as_tensor(getattr(vectors, "vectors", vectors)).float()
+        except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"The directions have shape {tuple(vectors.shape)}, but this model needs {expected}.",
+                f"These are no directions: {first_line(error)}", code="shape-mismatch", fix="pass a tensor"
+            ) from None
+        if tuple(rows.shape) != expected:
+            raise UserError(
+                f"The directions have shape {tuple(rows.shape)}, but this model needs {expected}.",
                 code="shape-mismatch",
                 fix="pass one vector of the hidden size for each layer",
             )
-        self._custom_directions = Directions(torch.nn.functional.normalize(vectors.float(), dim=-1))
+        lengths = rows.norm(dim=-1)
+        if bad := (~lengths.isfinite() | (lengths == 0)).nonzero().flatten().tolist():
+            raise UserError(
+                f"The direction of layer {bad[0]} is zero or not finite.",
+                code="no-direction",
+                fix="pass a vector with a direction for each layer",
+            )
+        self._custom_directions = Directions(rows / lengths[:, None])
 
     def geometry(self) -> ResidualGeometry:
         """Return the geometry of harmful and harmless residuals in every layer."""
         stored = self.run_context.folder.load_geometry()
         if stored is None:
             recorder = GeometryRecorder()
-            stored = recorder.geometry(find_model_directions(self.session.context, recorder))
+            stored = recorder.geometry(find_model_directions(self._original.context, recorder))
         return stored
 
     def direction_effects(self) -> DirectionEffects:
@@ -174,7 +213,7 @@ class AblationSession:
 
         Raises UserError if the model refuses too few training prompts.
         """
-        return measure_effects(self.session.context, self.directions, self.geometry().norms[:, 2])
+        return measure_effects(self._original.context, self.directions, self.geometry().norms[:, 2])
 
     def trial(self, number: int | None = None) -> Ablation:
         """Return the ablation of a trial of the run, or of the selected one. Raises UserError."""
@@ -216,22 +255,31 @@ class AblationSession:
 
     @contextmanager
     def attach(self, ablation: Ablation) -> Iterator[Any]:
-        """Ablate the model within the context and yield it; the weights stay unchanged."""
-        with self.session.applied(ablation):
-            yield self.model
+        """Ablate the model within the context and yield it; the weights stay unchanged.
+
+        Nothing else can be measured or exported within it. Raises UserError.
+        """
+        with self._original.applied(ablation):
+            self._attached = True
+            try:
+                yield self.model
+            finally:
+                self._attached = False
 
     def score(self, ablation: Ablation | None = None) -> Scores:
         """Measure refusals and KL divergence on all evaluation prompts; without an ablation, those of the original."""
-        with self.session.applied(*([] if ablation is None else [ablation])):
+        with self._original.applied(*([] if ablation is None else [ablation])):
             return self.session.evaluator.score(self.session.baseline.log_probs)
 
     def compare(self, ablation: Ablation) -> tuple[Comparison, ...]:
         """Measure the scorers of the setting `measures`, and those that the search uses, with and without the ablation."""
-        return self.session.compare(ablation)
+        return self._original.compare(ablation)
 
     def answers(self, prompts: str | Sequence[str], ablation: Ablation | None = None, tokens: int = 100) -> list[str]:
-        """Return greedy answers of at most `tokens` tokens to one or more prompts, through the chat template."""
-        model_context = self.session.context
+        """Return greedy answers of at most `tokens` tokens to one or more prompts, through the chat template. Raises UserError."""
+        if not isinstance(tokens, int) or tokens < 1:
+            raise out_of_range("tokens", "that is whole and at least 1")
+        model_context = self._original.context
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
             raise UserError(
@@ -254,11 +302,11 @@ class AblationSession:
 
     def export(self, ablation: Ablation, destination: str | Path) -> Export:
         """Write the ablated model like `heretic export`, and verify it. Raises UserError and VerificationFailed."""
-        target, folder = expand_user(destination), self.run_context.folder
+        target, folder, session = expand_user(destination), self.run_context.folder, self._original
         self.check_destination(target)
         result = Result(MANUAL_TRIAL, ablation.as_dict(), self.score(ablation))
         space = _ManualSpace(self.settings.search, self.num_layers, self.components)
-        job = plan_export(self.session, self.run_context.inputs.plan, space, result, folder, target)
+        job = plan_export(session, self.run_context.inputs.plan, space, result, folder, target)
         self.run_context.unload()
         return write_export(job, self.run_context.reporter, self.run_context.stop)
 
@@ -274,9 +322,20 @@ class _ManualSpace(SearchSpace):
         return Ablation(**params)
 
 
-def _resolved(model: str, config: str | Path | None, settings: Mapping[str, Any]) -> Resolved:
+def _resolved(model: str | Path, config: str | Path | None, settings: Mapping[str, Any]) -> Resolved:
     file = Path(config) if config is not None else None
-    return resolve(file, {**settings, "model": model or None}, environment=os.environ)
+    return resolve(file, _plain({**settings, "model": model or None}), environment=os.environ)
+
+
+def _plain(value: Any) -> Any:
+    """Return settings with paths as texts and numbers of NumPy as Python's."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def _profile(component: str, strength: Any, layers: int) -> tuple[float, ...]:

@@ -33,6 +33,14 @@ def model(facts: PreflightFacts) -> Iterator[Finding]:
         yield Finding("ok", "model", text)
 
 
+def adapter_of_experts(facts: PreflightFacts) -> Iterator[Finding]:
+    """Refuse an adapter for a mixture whose experts are in one tensor, before the study that it would follow."""
+    settings = facts.settings
+    if facts.plan and facts.plan.fused_experts and settings.save_to and settings.export_format == "lora":
+        text = "The model stores all experts of a layer in one tensor, which a LoRA adapter cannot edit."
+        yield Finding("failure", "export", text, 'export_format = "full"')
+
+
 def other_weights(facts: PreflightFacts) -> Iterator[Finding]:
     """Report ambiguous weight files, and a quantization in the config that the tensors do not have."""
     checkpoint = facts.checkpoint

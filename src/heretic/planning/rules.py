@@ -5,6 +5,7 @@ A rule is a function of `PreflightFacts` with an entry in `RULES`. It reads noth
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,7 @@ from heretic.planning.block_plan import supported_by_block
 from heretic.planning.memory_model import FLOAT32, GIB, MIB, SHARE_FOR_RESIDUALS
 from heretic.planning.memory_plan import MemoryPlan
 from heretic.planning.model_rules import (
+    adapter_of_experts,
     download,
     missing_package,
     model,
@@ -181,7 +183,10 @@ def memory(facts: PreflightFacts) -> Iterator[Finding]:
 def ignored_limits(facts: PreflightFacts) -> Iterator[Finding]:
     """Report a `max_memory` without effect."""
     device_map = facts.settings.device_map
-    if facts.settings.max_memory and (not isinstance(device_map, str) or device_map not in MODES):
+    if facts.settings.max_memory and facts.plan and not facts.plan.on_gpu:
+        text = "max_memory has no effect, because the whole model is on the CPU."
+        yield Finding("warning", "max_memory", text, "max_memory = {}")
+    elif facts.settings.max_memory and (not isinstance(device_map, str) or device_map not in MODES):
         text = "max_memory has no effect, because device_map gives the devices."
         yield Finding("warning", "max_memory", text, 'device_map = "planned"')
 
@@ -256,7 +261,7 @@ def export_folder(facts: PreflightFacts) -> Iterator[Finding]:
         return
     if folder.occupied:
         text = f"{folder.path} contains files that heretic did not write and will not overwrite."
-        yield Finding("failure", "export", text, f'save_to = "{folder.path}-2"')
+        yield Finding("failure", "export", text, f'save_to = "{os.path.abspath(folder.path)}-2"')
         return
     if not folder.writable:
         text = f"{folder.path} cannot be written, or the folder that contains it."
@@ -282,6 +287,7 @@ def prompts(facts: PreflightFacts) -> Iterator[Finding]:
 RULES: tuple[Rule, ...] = (
     model,
     other_weights,
+    adapter_of_experts,
     rewritten_while_quantized,
     readers,
     missing_package,

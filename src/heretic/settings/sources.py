@@ -371,8 +371,11 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> SettingsErro
     value = problem["input"]
     shown = f"{value!r}" if isinstance(value, (str, int, float, bool, list)) else type(value).__name__
     shown = "this value" if key in NEVER_SHOWN else _shortened(shown)
+    fits = _annotation(key) is str and isinstance(value, str)  # the message says what is wrong with it
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    return SettingsError(f"The setting '{key}' cannot be {shown}: {message}.", where=where or None, fix=_expected(key))
+    return SettingsError(
+        f"The setting '{key}' cannot be {shown}: {message}.", where=where or None, fix=None if fits else _expected(key)
+    )
 
 
 def _expected(key: str) -> str | None:
