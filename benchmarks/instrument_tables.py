@@ -148,7 +148,8 @@ def short() -> str:
         described.append(f"{name}: {held_out(rows['ours'])} held-out requests ({source})")
     return captioned(
         lines, "instrument", model="; ".join(described),
-        settings="defaults of every tool, bfloat16, their system prompt, seed 0, the trained judge's encoder on the machine; "
+        settings="brackets: 95 % Wilson interval; defaults of every tool, bfloat16, their system prompt, seed 0, the trained "
+        "judge's encoder on the machine; "
         "heretic-llm on Qwen: batch size given, three times heretic's CPU time",
         command="`python benchmarks/instrument.py ASSETS`",
     )  # fmt: skip
