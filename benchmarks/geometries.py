@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--more", type=Path, default=DEMO, help="a text file with further harmless prompts for keys")
     parser.add_argument("--set", action="append", default=[], dest="extra")
     arguments = parser.parse_args()
-    earlier = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+    earlier = json.loads(arguments.out.read_text()).get("rows", []) if arguments.out.exists() else []
     report: dict[str, Any] = head(arguments) | {"rows": earlier}
     with tempfile.TemporaryDirectory() as scratch:
         for readers in sorted({method.endswith(READERS) for method in arguments.methods}):
@@ -80,6 +80,7 @@ def main() -> None:
             for seed in arguments.seeds:
                 for method in (m for m in arguments.methods if m.endswith(READERS) == readers):
                     key = {"model": arguments.model, "method": method, "seed": seed, "of": scoring.refused}
+                    key |= {"settings": arguments.extra}
                     if any(row.items() >= key.items() for row in report["rows"]):
                         continue
                     row: dict[str, Any] = key | {"points": []}

@@ -30,7 +30,7 @@ class PromptSource(SettingsModel):
 
     source: str = setting(
         "",
-        "A Hugging Face data set (`owner/name`), a local file (.txt with one prompt per line, .jsonl, .json, .csv, "
+        "A Hugging Face data set (`owner/name`), a local file (.txt with one prompt per line, .jsonl, .json, .csv, .tsv, "
         ".parquet), or `bundled:NAME` for a set that ships with heretic.",
         when=(
             "Change it for your own requests, another language or another behavior. All four sets should be similar in "
