@@ -232,7 +232,14 @@ def test_a_run_is_used_from_any_folder_and_after_a_move(
     monkeypatch.chdir("copy")
     command("run", "mine", "--trials", "3", status=0)
     assert Path("out/manifest.json").is_file() and '"moved' not in Path("out/manifest.json").read_text()
-    # 3. Without the model, the new folder is named
+    # 3. What is named from elsewhere means the same later
+    Path("else").mkdir()
+    monkeypatch.chdir("else")
+    command("run", "../runs/mine", "--trials", "4", "--save-to", "own", status=0)
+    monkeypatch.chdir("..")
+    command("run", "mine", "--trials", "5", status=0)
+    assert read_toml(Path("runs/mine/config.toml")).values["save_to"] == str(Path("else/own").resolve())
+    # 4. Without the model, the new folder is named
     Path("m").rename("n")
     assert command("compare", "mine", *asked, status=1).code == "no-model-folder"
     command("compare", "mine", *asked, "--set", "model=n", status=0)
@@ -255,3 +262,20 @@ def test_a_destination_below_a_file_is_refused_at_once(command: Command, config:
     ran = command("export", "mine", "-o", "config.toml/x", status=1)
     assert ran.code == "destination-not-writable" and "Loading" not in ran.out
     assert '.-2"' not in command("preflight", "--set", "save_to=.", status=1).out
+
+
+def test_a_run_in_an_absolute_folder_is_used_from_any_folder(
+    command: Command, config: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("m").symlink_to(llama)
+    config.write_text(config.read_text().replace(f'model = "{llama}"', 'model = "m"'))
+    runs = Path("far").resolve()
+    command("run", "--run-name", "mine", "--trials", "1", "--set", f"runs_dir={runs}", status=0)
+    Path("else").mkdir()
+    monkeypatch.chdir("else")
+    command("compare", str(runs / "mine"), "--trials", "0", "--prompts", "make soup", status=0)
+
+
+def test_a_limit_that_leaves_no_room_is_a_failure_of_the_preflight(command: Command, config: Path) -> None:
+    asked = ("--devices", "1x24GiB", "--set", "device_map=planned", "--set", 'max_memory={0="1KiB"}')
+    assert "weights" in command("preflight", *asked, status=1).out

@@ -151,26 +151,31 @@ def test_what_is_no_direction_is_refused(session: AblationSession, directions: A
         directions = vectors
     with raises("no-direction" if directions is vectors else "shape-mismatch"):
         session.directions = directions
-    session.directions = session.directions.vectors.numpy()
-    assert torch.allclose(session.directions.vectors, session.directions.vectors / 1)
+    for given in (session.directions.vectors.numpy(), 1e25 * session.directions.vectors, session.directions):
+        before = session.directions.vectors
+        session.directions = given
+        assert torch.allclose(session.directions.vectors, before, atol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 1.5])
 def test_answers_of_no_length_are_refused(session: AblationSession, tokens: Any) -> None:
     with raises("invalid-option"):
         session.answers("make soup", tokens=tokens)
+    assert len(session.answers("make soup", tokens=np.int64(3))) == 1  # type: ignore[arg-type]
 
 
 def test_a_closed_session_loads_nothing(config: Path) -> None:
     session = load(config=config)
     assert len(repr(session)) < 200
     session.close()
-    for use in (lambda: session.tokenizer, session.score, lambda: session.attach(None).__enter__()):  # type: ignore[arg-type]
+    for use in (lambda: session.tokenizer, session.score, session.trial, session.geometry):
         with raises("session-closed"):
             use()
     assert session.run_context.loaded is None
 
 
 def test_paths_and_numbers_of_numpy_are_settings(config: Path, llama: Path) -> None:
-    with load(llama, config=config, runs_dir=Path("elsewhere"), seed=np.int64(3)) as session:
+    with load(
+        llama, config=config, runs_dir=Path("elsewhere"), seed=np.int64(3), refusal_markers=np.array(["bread"])
+    ) as session:
         assert session.settings.seed == 3 and session.run_context.folder.path.parent == Path("elsewhere")

@@ -144,3 +144,6 @@ def test_quotes_of_a_head_hide_separators_and_those_of_a_tsv_may_be_plain() -> N
     assert prompts("p.csv") == ("make soup",)
     Path("p.tsv").write_text('text\tid\n"Hi" he said\tx\n"tis fine\ty\n')
     assert prompts("p.tsv") == ('"Hi" he said', '"tis fine')
+    Path("p.tsv").write_text('text\tid\n"say ""hi"" now"\t1\n"bad" x\t2\n')
+    with pytest.raises(UserError):
+        prompts("p.tsv")

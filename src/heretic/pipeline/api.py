@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -119,14 +120,17 @@ class AblationSession:
         self.run_context.unload()
         self._locks.close()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError("The session is closed.", code="session-closed", fix="open another one with load")
+
     @property
     def session(self) -> Session:
         """The loaded model with everything that measures it; an export unloads it, the next use loads it again.
 
         Raises UserError after `close`.
         """
-        if self._closed:
-            raise UserError("The session is closed.", code="session-closed", fix="open another one with load")
+        self._check_open()
         session = self.run_context.session()
         if self._custom_directions is None or session.operator_factory.directions is self._custom_directions:
             return session
@@ -177,11 +181,20 @@ class AblationSession:
 
     @directions.setter
     def directions(self, vectors: Any) -> None:
-        """Use custom directions [layers, width], normalized to 1. Raises UserError for another shape, or without a direction."""
+        """Use custom directions: Directions, or vectors [layers, width], normalized to 1.
+
+        Raises UserError for another shape, or without a direction.
+        """
         expected = tuple(self.directions.vectors.shape)
+        if isinstance(vectors, Directions) and tuple(vectors.vectors.shape) == expected:
+            self._custom_directions = vectors
+            return
         try:
-            rows = torch.as_tensor(getattr(vectors, "vectors", vectors)).float()
-        except (TypeError, ValueError, RuntimeError) as error:
+            given = torch.as_tensor(getattr(vectors, "vectors", vectors)).detach()
+            if given.is_complex():
+                raise TypeError("they are complex")
+            rows = given.to_dense().cpu().double()
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
             raise UserError(
                 f"These are no directions: {first_line(error)}", code="shape-mismatch", fix="pass a tensor"
             ) from None
@@ -198,10 +211,11 @@ class AblationSession:
                 code="no-direction",
                 fix="pass a vector with a direction for each layer",
             )
-        self._custom_directions = Directions(rows / lengths[:, None])
+        self._custom_directions = Directions((rows / lengths[:, None]).float())
 
     def geometry(self) -> ResidualGeometry:
         """Return the geometry of harmful and harmless residuals in every layer."""
+        self._check_open()
         stored = self.run_context.folder.load_geometry()
         if stored is None:
             recorder = GeometryRecorder()
@@ -217,6 +231,7 @@ class AblationSession:
 
     def trial(self, number: int | None = None) -> Ablation:
         """Return the ablation of a trial of the run, or of the selected one. Raises UserError."""
+        self._check_open()
         return self.run_context.search_space().from_params(self.run_context.result(number)[0].params)
 
     def ablation(
@@ -277,7 +292,7 @@ class AblationSession:
 
     def answers(self, prompts: str | Sequence[str], ablation: Ablation | None = None, tokens: int = 100) -> list[str]:
         """Return greedy answers of at most `tokens` tokens to one or more prompts, through the chat template. Raises UserError."""
-        if not isinstance(tokens, int) or tokens < 1:
+        if isinstance(tokens, bool) or not hasattr(tokens, "__index__") or operator.index(tokens) < 1:
             raise out_of_range("tokens", "that is whole and at least 1")
         model_context = self._original.context
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -331,11 +346,11 @@ def _plain(value: Any) -> Any:
     """Return settings with paths as texts and numbers of NumPy as Python's."""
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple, Iterator)):
         return [_plain(one) for one in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _profile(component: str, strength: Any, layers: int) -> tuple[float, ...]:

@@ -163,7 +163,7 @@ class RunContext:
 
     def save_settings(self) -> None:
         """Write the settings to the run's folder and to the storage, for workers without the folder."""
-        text = settings_text(with_relative_paths(self.resolved))
+        text = settings_text(with_relative_paths(self.resolved, self.folder.path))
         write_text(self.folder.path / "config.toml", text, private=True)
         save_settings(self.study, self.settings)
 

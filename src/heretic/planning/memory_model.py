@@ -131,6 +131,8 @@ class MemoryModel:
             batch: prompts per forward pass.
         """
         used = [device for device in devices if device.key in placed]
+        if not used:  # max_memory leaves no room for a module
+            return ()
         runs = {device.key: placed[device.key] for device in used}
         borrowed = 0
         if CPU in runs and used[0].is_gpu:  # offloaded blocks run on the first GPU, one at a time

@@ -17,6 +17,7 @@ from heretic.files import open_regular, read_text, split_lines
 Row = tuple[int, Mapping[str, Any]]
 WHAT = "The prompt file"
 SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}  # Excel writes semicolons where the comma is decimal
+QUOTED = re.compile(r'(?:^|\t)"(?:[^"]|"")*"(?:\t|$)', re.M)  # a field of a .tsv
 LONGEST_FIELD = 1 << 24  # characters; csv's own limit is 128 Ki
 # Keys of speaker and text: OpenAI's messages, and ShareGPT's.
 SPEAKER, TEXT = ("role", "from"), ("content", "value")
@@ -233,7 +234,8 @@ def _csv(path: Path, where: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> 
                 rows.append((line, fields))
             line = reader.line_num + 1
     except csv.Error as error:
-        if path.suffix.lower() == ".tsv" and quoting != csv.QUOTE_NONE:  # many have quotes that quote nothing
+        plain = path.suffix.lower() == ".tsv" and not QUOTED.search(text)  # many have quotes that quote nothing
+        if plain and quoting != csv.QUOTE_NONE:
             yield from _csv(path, where, csv.QUOTE_NONE)
             return
         raise bad_file(path, f"this is not valid CSV: {error}.", where, line=line) from None

@@ -47,11 +47,24 @@ def with_absolute_paths(resolved: Resolved, run: Path, values: Mapping[str, Any]
     return replace(resolved, settings=_with_paths(resolved.settings, located), shortened=shortened)
 
 
-def with_relative_paths(resolved: Resolved) -> Resolved:
-    """Undo `with_absolute_paths`, for the run's config.toml: the folder may be moved or copied."""
+def with_relative_paths(resolved: Resolved, run: Path) -> Resolved:
+    """Return the settings for a run's config.toml, so that its paths mean the same later.
+
+    They are relative as before if they start at the folder that the run was started in, which may be moved or copied; what
+    starts elsewhere becomes absolute, and everything where that folder cannot be found again.
+    """
     shortened = resolved.shortened
-    settings = _with_paths(resolved.settings, lambda text, _: shortened.get(text, text))
-    runs_dir = shortened.get(os.path.abspath(settings.runs_dir), settings.runs_dir)
+    runs_dir = shortened.get(os.path.abspath(resolved.settings.runs_dir), resolved.settings.runs_dir)
+    here = start_folder(run, runs_dir) == Path.cwd()
+
+    def saved(text: str, key: str) -> str:
+        if text in shortened:
+            return shortened[text]
+        if here or not text or Path(text).is_absolute() or text.startswith("~"):
+            return text
+        return os.path.abspath(text) if key == "save_to" or Path(text).exists() else text
+
+    settings = _with_paths(resolved.settings, saved)
     return replace(resolved, settings=settings.model_copy(update={"runs_dir": runs_dir}))
 
 
@@ -62,7 +75,9 @@ def _with_paths(settings: Settings, change: Callable[[str, str], str]) -> Settin
         role: source.model_copy(update={"source": change(source.source, f"prompts.{role}.source")})
         for role, source in settings.prompts
     }
-    update: dict[str, Any] = {name: change(getattr(settings, name), name) for name in ("chat_template", "save_to")}
+    update: dict[str, Any] = {
+        name: change(getattr(settings, name), name) for name in ("chat_template", "gguf_converter", "save_to")
+    }
     file = sqlite_file(settings.storage) if settings.storage else None
     if file is not None and settings.storage == f"sqlite:///{file}":
         storage = f"sqlite:///{change(str(file), 'storage')}"
