@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from heretic import __version__
-from heretic.cli.main import shorthand
+from heretic.cli.main import exit_status, shorthand
 from heretic.errors import EXIT_STATUSES
 from heretic.settings.sources import resolve
 from tests.helpers.command import heretic
@@ -183,3 +184,12 @@ def test_torchrun_is_refused(config: Path, capsys: pytest.CaptureFixture[str], m
         monkeypatch.setenv(name, value)
     ran = heretic(capsys, monkeypatch, "run")
     assert ran.status == 1 and ran.code == "started-by-torchrun" and not Path("runs").exists()
+
+
+def test_a_device_that_fails_during_a_run_ends_it_with_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    assert exit_status(fail) == 1 and "[device-failure]" in capsys.readouterr().err
+    with pytest.raises(RuntimeError):
+        exit_status(lambda: torch.ones(2).view(3))

@@ -176,7 +176,7 @@ def test_usable_gpus_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     play(monkeypatch, "cuda", "abc", None)
     found = usable_gpus(GpuReport((), "no NVIDIA driver"))
     assert [(gpu.uuid, gpu.name, gpu.total, gpu.free) for gpu in found] == [
-        ("abc", "from torch", 8 * GIB, 5 * GIB),
+        ("GPU-abc", "from torch", 8 * GIB, 5 * GIB),  # as NVML names it for another process
         ("cuda-1", "from torch", 8 * GIB, 5 * GIB),
     ]
 

@@ -160,6 +160,8 @@ def test_a_model_for_several_gpus_has_no_workers() -> None:
     )
     with raises("too-many-workers"):
         check_memory(Settings(), inputs, cards, 4)
+    with raises("too-many-workers"):  # which would move the rest to RAM
+        check_memory(Settings(device_map="auto"), inputs, cards, 4)
     check_memory(Settings(quantization="bnb_4bit"), inputs, cards, 4)
     check_memory(Settings(), inputs, virtual_gpus("2x80GiB"), 2)
     full = replace(cards[0], free=GIB)

@@ -235,9 +235,11 @@ def test_emptiest_gpu_is_preferred(little: Checkpoint) -> None:
 
 
 def test_max_memory_limits_weights(little: Checkpoint) -> None:
-    limited = plan(little, [*gpus(2, 24), cpu(8)], max_memory={"0": "100MiB", "1": "1GiB"})
+    limited = plan(little, [*gpus(2, 24), cpu(8)], max_memory={"0": "100MiB", "1": "200MiB"})
     assert limited.fits and limited.loads[0].weights <= 100 * 2**20 and len(limited.loads) == 2
     assert limited.max_memory is not None and limited.max_memory["cuda:0"] == 100 * 2**20
+    relieved = plan(little, [*gpus(2, 24), cpu(8)], max_memory={"0": "100MiB"})
+    assert [load.device.name for load in relieved.loads] == ["cuda:1"]
     alone = plan(little, [*gpus(1, 24), cpu(8)], max_memory={"0": "100MiB"})
     assert alone.offloaded > 0 and not alone.fits
 
@@ -318,3 +320,17 @@ def test_rows_that_are_left_and_run_as_one_micro_batch_are_planned() -> None:
     assert all(
         a.prefill >= b.prefill and a.decoding >= b.decoding for a, b in zip(whole.loads, left.loads, strict=True)
     )
+
+
+@pytest.mark.parametrize("gib", [(24, 24, 24, 16), (48, 24, 24), (19, 24, 24, 24)])
+def test_gpus_of_other_sizes_hold_what_leaves_room_for_batches(large: Checkpoint, gib: tuple[int, ...]) -> None:
+    devices = [Device(f"cuda:{i}", n * GIB, int((n - 0.5) * GIB)) for i, n in enumerate(gib)]
+    found = plan(large, [*devices, cpu(64)])
+    assert found.fits and found.batch_size >= 32, [(load.device.name, load.weights / GIB) for load in found.loads]
+
+
+def test_of_several_gpus_that_hold_the_model_the_one_with_the_largest_batch_is_taken() -> None:
+    model = checkpoint_of(qwen_32b())
+    full, empty = Device("cuda:0", 288 * GIB, 93 * GIB), Device("cuda:1", 96 * GIB, 92 * GIB)
+    found = plan(model, [full, empty, cpu(64)])
+    assert [load.device.name for load in found.loads] == ["cuda:1"]

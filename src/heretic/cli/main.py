@@ -76,10 +76,13 @@ def exit_status(command: Callable[[], Any]) -> int:
         return _print_error(disk_error(error))
     except (RuntimeError, MemoryError) as error:
         from heretic.model.batching import out_of_memory
+        from heretic.model.device_errors import device_failure
 
-        if not out_of_memory(error):
+        if out_of_memory(error):
+            return _print_error(memory_error(error))
+        if (failure := device_failure(error)) is None:
             raise
-        return _print_error(memory_error(error))
+        return _print_error(failure)
     except Interrupted:
         err.print("Stopped. All finished work is kept; run the same command to continue.")
         return Interrupted.exit_status

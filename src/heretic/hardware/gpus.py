@@ -100,7 +100,8 @@ def usable_gpus(report: GpuReport) -> tuple[Gpu, ...]:
             match = seen.get(_plain(found.uuid))
             if match is None:
                 free, total = found.memory()
-                uuid = found.uuid or f"{found.kind}-{found.index}"
+                # In NVML's form, so that another process that NVML does show this GPU finds the same lock.
+                uuid = f"GPU-{_plain(found.uuid)}" if found.uuid else f"{found.kind}-{found.index}"
                 match = Gpu(found.index, uuid, found.title, total, free, kind=found.kind)
             usable.append(replace(match, index=found.index))
     return tuple(usable)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from heretic.errors import UserError, first_line
-from heretic.hardware.devices import FAILURE, MISMATCH, usual_name
+from heretic.hardware.devices import FAILURE, MISMATCH, current, usual_name
 from heretic.model.batching import out_of_memory
 
 
@@ -16,6 +16,19 @@ def is_device_error(error: BaseException) -> bool:
         return True
     text = str(error) if isinstance(error, (RuntimeError, ValueError)) else ""
     return bool(MISMATCH.search(text) or FAILURE.search(text))
+
+
+def device_failure(error: BaseException) -> UserError | None:
+    """Return the UserError for a device that failed during a run; None for another error."""
+    if not FAILURE.search(str(error)):
+        return None
+    kind = current()
+    without = f", without a broken GPU ({kind.visibility[0]})" if kind and kind.visibility else ""
+    return UserError(
+        f"A device failed: {first_line(error)}",
+        code="device-failure",
+        fix=f"run the same command again{without}; finished trials are kept",
+    )
 
 
 def device_error(error: BaseException) -> UserError:

@@ -87,7 +87,8 @@ def check_memory(settings: Settings, inputs: RunInputs, gpus: Sequence[Gpu], num
         settings = settings.model_copy(update={"dtypes": [inputs.plan.dtypes[0]]})
         what = f"The model does not fit {number} times into RAM, and each worker loads its own copy."
         fix = "use fewer workers, or omit --workers"
-    if not plan_for(settings, inputs.checkpoint, work, devices).largest_batch_size:
+    plan = plan_for(settings, inputs.checkpoint, work, devices)
+    if not plan.largest_batch_size or plan.in_ram:  # `auto` and `balanced` would move weights to RAM, once per worker
         raise UserError(what, code="too-many-workers", where="--workers", fix=fix)
 
 

@@ -18,7 +18,7 @@ from heretic.model.tensor_info import DEQUANTIZED, SCALES
 from heretic.planning.device_table import explicit
 from heretic.planning.memory_model import CONTEXT, MIB, DeviceMemory, MemoryModel, headroom
 from heretic.planning.model_dims import ModelDims
-from heretic.planning.partition import partition
+from heretic.planning.partition import WEIGHS, partition
 from heretic.planning.pass_memory import FLOAT32
 from heretic.planning.placement import (
     MODES,
@@ -38,6 +38,7 @@ NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32
 FLOAT32_SHARE = 0.7  # of the RAM, for weights in float32
 LARGEST_BATCH = 512  # several trials can share a pass
 LARGEST_ON_CPU = 128  # larger batches are not faster per prompt
+FAR_LARGER = 2  # an uneven table must give a batch this many times larger to be preferred to the most even one
 GOOD_BATCH = 8  # one device must fit this batch to be preferred to several devices
 
 
@@ -260,10 +261,28 @@ def _place(
         return table, None
     room = {device.name: _room(device, limits, demand.minimum) for device in devices}
     within = {device.name: room[device.name] for device in named}
-    table = partition(model, demand.shape.blocks, within, named, bytes_per_element) if planned else None
+    table = _spread(model, demand, devices, within, named, bytes_per_element) if planned else None
     return table or infer_device_map(
         model, "balanced" if planned else device_map, within, named, bytes_per_element
     ), room
+
+
+def _spread(
+    model: Any,
+    demand: MemoryModel,
+    devices: Sequence[Device],
+    within: Mapping[str, int],
+    named: Sequence[Device],
+    bytes_per_element: Mapping[str, float],
+) -> dict[str, int | str] | None:
+    """Return the most even table, unless GPUs of other sizes give another one a far larger batch; None if none fits."""
+    found = []
+    for weigh in WEIGHS:
+        if table := partition(model, demand.shape.blocks, within, named, bytes_per_element, weigh):
+            placed = shares(model, table, demand.shape.blocks, bytes_per_element)
+            found.append((demand.largest_batch(placed, devices, LARGEST_BATCH), table))
+    most = max((batch for batch, _ in found), default=0)
+    return next((table for batch, table in found if FAR_LARGER * batch >= most), None)
 
 
 def _one_device(
@@ -274,13 +293,17 @@ def _one_device(
     batch: int,
     bytes_per_element: Mapping[str, float],
 ) -> dict[str, int | str] | None:
-    """Return the table for the GPU with the most free memory if everything fits there or it is the only one; else None."""
-    best = max(gpus, key=lambda gpu: gpu.free)
-    table = everything_on(best)
-    placed = shares(model, table, demand.shape.blocks, bytes_per_element)
-    allowed = placed[best.key].weights <= limits.get(best.name, best.free)
-    fits = allowed and all(load.fits for load in demand.device_memory(placed, [best], batch))
-    return table if fits or (len(gpus) == 1 and not limits) else None
+    """Return the table for a GPU where everything fits, the one with the largest batch, or for the only one; else None."""
+    found = []
+    for gpu in gpus:
+        table = everything_on(gpu)
+        placed = shares(model, table, demand.shape.blocks, bytes_per_element)
+        allowed = placed[gpu.key].weights <= limits.get(gpu.name, gpu.free)
+        if allowed and all(load.fits for load in demand.device_memory(placed, [gpu], batch)):
+            found.append((demand.largest_batch(placed, [gpu], LARGEST_BATCH), gpu.free, table))
+    if found:
+        return max(found, key=lambda one: one[:2])[2]
+    return everything_on(gpus[0]) if len(gpus) == 1 and not limits else None
 
 
 def _largest_dequantized(model: Any, bytes_per_element: Mapping[str, float]) -> int:

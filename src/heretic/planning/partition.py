@@ -1,4 +1,4 @@
-"""Place a model's blocks in order on several GPUs, so that the fullest of them holds as little as possible.
+"""Place a model's blocks in order on several GPUs, so that the worst of them is as well off as possible.
 
 accelerate's `balanced` keeps room for offloading on the first GPU: of 32B it puts 14, 18, 18 and 14 blocks on four GPUs, this
 module 15, 17, 17 and 15.
@@ -7,7 +7,8 @@ module 15, 17, 17 and 15.
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Cost = tuple[int, int]  # the bytes of the fullest GPU, and the sum of all squares
+Cost = tuple[float, int]  # of the worst GPU, and the sum of the squares of all bytes
+# What is worst of a GPU, from its bytes, its room and its number of blocks; less is better.
+Weigh = Callable[[int, int, int], float]
+WEIGHS: tuple[Weigh, ...] = (
+    lambda load, room, blocks: load,  # as even as possible: no GPU waits for another
+    lambda load, room, blocks: load - room,  # the most free memory on the fullest GPU
+    lambda load, room, blocks: (load - room) / blocks,  # for keys and values, which a GPU has for each of its blocks
+)
 
 
 def partition(
@@ -33,6 +41,7 @@ def partition(
     room: Mapping[str, int],
     gpus: Sequence[Device],
     bytes_per_element: Mapping[str, float] = MappingProxyType({}),
+    weigh: Weigh = WEIGHS[0],
 ) -> dict[str, int | str] | None:
     """Place everything before the blocks with the first one, everything after them with the last one.
 
@@ -42,6 +51,7 @@ def partition(
         room: bytes for weights by device name.
         gpus: the devices, in the order of the blocks.
         bytes_per_element: bytes per element of quantized parameters, by name.
+        weigh: what the worst GPU should have little of.
 
     Returns:
         Devices by module name; None if the weights do not fit, blocks share weights, or the model has no list of its blocks.
@@ -59,7 +69,7 @@ def partition(
     before = [name for name in modules if name not in {*names, *last}]
     after = [name for name in modules if name in last]
     ends = sum(sizes[name] for name in before), sum(sizes[name] for name in after)
-    counts = _counts([sizes[name] for name in names], ends, [room.get(gpu.name, 0) for gpu in gpus])
+    counts = _counts([sizes[name] for name in names], ends, [room.get(gpu.name, 0) for gpu in gpus], weigh)
     if counts is None:
         return None
     cards = [gpu.key for gpu, count in zip(gpus, counts, strict=True) for _ in range(count)]
@@ -135,23 +145,26 @@ def _owner(name: str, modules: Container[str]) -> str:
     return next((owner for n in range(len(parts), 0, -1) if (owner := ".".join(parts[:n])) in modules), "")
 
 
-def _counts(blocks: Sequence[int], ends: tuple[int, int], room: Sequence[int]) -> list[int] | None:
+def _counts(
+    blocks: Sequence[int], ends: tuple[int, int], room: Sequence[int], weigh: Weigh = WEIGHS[0]
+) -> list[int] | None:
     """Return how many blocks each GPU holds, by dynamic programming over GPUs and blocks; None if they do not fit."""
     total, sums = len(blocks), [0]
     for size in blocks:
         sums.append(sums[-1] + size)
     # The best way to place the first `stop` blocks on the GPUs so far: cost and counts.
-    best: dict[int, tuple[Cost, list[int]]] = {0: ((0, 0), [])}
+    best: dict[int, tuple[Cost, list[int]]] = {0: ((-math.inf, 0), [])}
     for most in room:
         found: dict[int, tuple[Cost, list[int]]] = {}
-        for start, ((fullest, squares), counts) in best.items():
+        for start, ((worst, squares), counts) in best.items():
             for stop in range(start, total + 1):
                 load = sums[stop] - sums[start]
                 if stop > start:
                     load += ends[0] * (start == 0) + ends[1] * (stop == total)
                 if load > most:
                     break
-                candidate = (max(fullest, load), squares + load * load), [*counts, stop - start]
+                own = weigh(load, most, stop - start) if stop > start else -math.inf
+                candidate = (max(worst, own), squares + load * load), [*counts, stop - start]
                 if stop not in found or candidate[0] < found[stop][0]:
                     found[stop] = candidate
         best = found
