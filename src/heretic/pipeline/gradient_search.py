@@ -37,6 +37,7 @@ from heretic.storage.compute_once import LOCAL, ComputeOnce
 log = logging.getLogger(__name__)
 
 ANSWER_TOKENS = 16  # tokens of an answer to a training prompt, in which it must refuse
+TRY_AGAIN = "With more free memory, --fresh tries the gradient search again."
 MIN_REFUSALS = 4  # refused training prompts that a search needs
 CHECK_TOKENS = 48  # of the answers under the last point: as much as the trained judge reads
 MANY_UNANSWERED = 0.25  # share of the refused training prompts that may stay without an answer under the last point
@@ -85,12 +86,12 @@ def _search(session: Session, folder: RunFolder) -> GradientPath:
         return _optimize(session, folder, problem)
     except OutOfMemory as error:
         if problem.objective.recompute_activations:
-            return GradientPath((), error.what)
+            return GradientPath((), f"{error.what} {TRY_AGAIN}")
         log.info("gradient checkpointing: %s", error.what)
         try:
             return _optimize(session, folder, problem.with_gradient_checkpointing())
         except OutOfMemory as second_error:
-            return GradientPath((), second_error.what)
+            return GradientPath((), f"{second_error.what} {TRY_AGAIN}")
     except (RuntimeError, NotImplementedError) as error:
         if is_device_error(error):  # temporary, while a failed search is final
             raise
