@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from heretic.errors import plain_line
+from heretic.errors import first_line, plain_line
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,7 @@ from heretic.errors import plain_line
 )
 def test_control_characters_are_escaped_and_joiners_are_not(text: str, shown: str) -> None:
     assert plain_line(text) == shown
+
+
+def test_the_first_line_of_an_error_steers_no_terminal() -> None:
+    assert first_line(ValueError("\x1b[2J bad\nmore")) == "\\x1b[2J bad" and first_line(KeyError()) == "KeyError"

@@ -67,8 +67,8 @@ def plain_line(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its class name if the text is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's text, as `plain_line`, or its class name if the text is empty."""
+    return plain_line((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def disk_error(error: OSError) -> UserError:

@@ -152,8 +152,7 @@ def make_plan(
 ) -> MemoryPlan:
     """Place the model and compute the memory of a run.
 
-    `planned` never offloads weights to RAM. Accelerate's modes do if `devices` has the CPU beside GPUs and there is no
-    quantization.
+    `planned` never offloads weights to RAM. Accelerate's modes do if `devices` has the CPU beside GPUs, without quantization.
 
     Args:
         checkpoint: the model.

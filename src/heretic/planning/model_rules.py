@@ -38,7 +38,9 @@ def adapter_of_experts(facts: PreflightFacts) -> Iterator[Finding]:
     settings = facts.settings
     if facts.plan and facts.plan.fused_experts and settings.export_format == "lora":
         text = "The model stores all experts of a layer in one tensor, which a LoRA adapter cannot edit."
-        yield Finding("failure", "export", text, 'export_format = "full"')
+        packed = facts.checkpoint and facts.checkpoint.quantized_by and not facts.checkpoint.is_dequantized
+        fix = 'model = "…": the model that it was quantized from' if packed else 'export_format = "full"'
+        yield Finding("failure", "export", text, fix, "export-format-not-supported")
 
 
 def other_weights(facts: PreflightFacts) -> Iterator[Finding]:

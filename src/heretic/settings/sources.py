@@ -67,8 +67,9 @@ class Resolved:
     settings: Settings
     file: Path | None
     origins: dict[str, str]
-    # Of a run: its relative paths, by the absolute ones used instead.
-    shortened: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    shortened: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # of a run: relative paths, by the absolute ones
 
     def origin(self, key: str) -> str:
         """Return the origin of `key`: 'config.toml:12', 'HERETIC_SEED', '--set seed' or 'default'."""
@@ -360,22 +361,14 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> SettingsErro
     known = set(all_keys())
     path = [str(part) for part in problem["loc"]]
     key = next((".".join(path[:n]) for n in range(len(path), 0, -1) if ".".join(path[:n]) in known), ".".join(path))
-    where = next(
-        (
-            origins[k]
-            for k in (key, *(k for k in origins if key.startswith(k) or k.startswith(key + ".")))
-            if k in origins
-        ),
-        "",
-    )
+    related = (key, *(k for k in origins if key.startswith(k) or k.startswith(key + ".")))
+    where = next((origins[k] for k in related if k in origins), "")
     value = problem["input"]
     shown = f"{value!r}" if isinstance(value, (str, int, float, bool, list)) else type(value).__name__
     shown = "this value" if key in NEVER_SHOWN else _shortened(shown)
-    fits = _annotation(key) is str and isinstance(value, str)  # the message says what is wrong with it
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    return SettingsError(
-        f"The setting '{key}' cannot be {shown}: {message}.", where=where or None, fix=None if fits else _expected(key)
-    )
+    fix = None if _annotation(key) is str and isinstance(value, str) else _expected(key)  # the message says it
+    return SettingsError(f"The setting '{key}' cannot be {shown}: {message}.", where=where or None, fix=fix)
 
 
 def _expected(key: str) -> str | None:
