@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import combinations_with_replacement
+from typing import Any
 
 import pytest
 from accelerate.utils import find_tied_parameters
@@ -20,11 +21,16 @@ from transformers import (
 )
 
 from heretic.model.meta_model import meta_model
-from heretic.planning.partition import _counts, partition
+from heretic.planning.partition import _counts, partitions
 from heretic.planning.placement import lookup, shares
 from tests.helpers.shapes import GIB, checkpoint_of, gpus, qwen_32b, small
 from tests.helpers.spread import spread
 from tests.tiny import FAMILIES, MIXED, tiny_model
+
+
+def partition(*asked: Any) -> dict[str, int | str] | None:
+    """The most even table."""
+    return next(iter(partitions(*asked)), None)
 
 
 def table_of(config: PretrainedConfig, *gib: float) -> dict[str, int | str] | None:

@@ -18,7 +18,7 @@ from heretic.model.tensor_info import DEQUANTIZED, SCALES
 from heretic.planning.device_table import explicit
 from heretic.planning.memory_model import CONTEXT, MIB, DeviceMemory, MemoryModel, headroom
 from heretic.planning.model_dims import ModelDims
-from heretic.planning.partition import WEIGHS, partition
+from heretic.planning.partition import WEIGHS, partitions
 from heretic.planning.pass_memory import FLOAT32
 from heretic.planning.placement import (
     MODES,
@@ -276,10 +276,9 @@ def _spread(
 ) -> dict[str, int | str] | None:
     """Return the most even table, unless GPUs of other sizes give another one a far larger batch; None if none fits."""
     found = []
-    for weigh in WEIGHS:
-        if table := partition(model, demand.shape.blocks, within, named, bytes_per_element, weigh):
-            placed = shares(model, table, demand.shape.blocks, bytes_per_element)
-            found.append((demand.largest_batch(placed, devices, LARGEST_BATCH), table))
+    for table in partitions(model, demand.shape.blocks, within, named, bytes_per_element, WEIGHS):
+        placed = shares(model, table, demand.shape.blocks, bytes_per_element)
+        found.append((demand.largest_batch(placed, devices, LARGEST_BATCH), table))
     most = max((batch for batch, _ in found), default=0)
     return next((table for batch, table in found if FAR_LARGER * batch >= most), None)
 

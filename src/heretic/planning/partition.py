@@ -35,15 +35,15 @@ WEIGHS: tuple[Weigh, ...] = (
 )
 
 
-def partition(
+def partitions(
     model: PreTrainedModel,
     blocks: int,
     room: Mapping[str, int],
     gpus: Sequence[Device],
     bytes_per_element: Mapping[str, float] = MappingProxyType({}),
-    weigh: Weigh = WEIGHS[0],
-) -> dict[str, int | str] | None:
-    """Place everything before the blocks with the first one, everything after them with the last one.
+    weighs: Sequence[Weigh] = WEIGHS[:1],
+) -> list[dict[str, int | str]]:
+    """Place everything before the blocks with the first one, everything after them with the last one, in several ways.
 
     Args:
         model: the meta model.
@@ -51,29 +51,36 @@ def partition(
         room: bytes for weights by device name.
         gpus: the devices, in the order of the blocks.
         bytes_per_element: bytes per element of quantized parameters, by name.
-        weigh: what the worst GPU should have little of.
+        weighs: what the worst GPU should have little of, one for each way.
 
     Returns:
-        Devices by module name; None if the weights do not fit, blocks share weights, or the model has no list of its blocks.
+        Devices by module name, each table once; none if the weights do not fit, blocks share weights, or the model has no list
+        of its blocks.
     """
     names = block_names(model, blocks)
     if not names:
-        return None
+        return []
     modules = list(_in_order(model, "", set(names)))
     sizes = _sizes(model, modules, bytes_per_element)
     sharing = _sharing(model, modules)
     if sharing & set(names):  # accelerate keeps blocks with one weight (Zamba 2) together
-        return None
+        return []
     # A head that shares the embedding's weight stays beside it.
     last = _after_blocks(model, modules, names, sizes) - sharing
     before = [name for name in modules if name not in {*names, *last}]
     after = [name for name in modules if name in last]
     ends = sum(sizes[name] for name in before), sum(sizes[name] for name in after)
-    counts = _counts([sizes[name] for name in names], ends, [room.get(gpu.name, 0) for gpu in gpus], weigh)
-    if counts is None:
-        return None
-    cards = [gpu.key for gpu, count in zip(gpus, counts, strict=True) for _ in range(count)]
-    return dict.fromkeys(before, cards[0]) | dict(zip(names, cards, strict=True)) | dict.fromkeys(after, cards[-1])
+    tables: list[dict[str, int | str]] = []
+    for weigh in weighs:
+        counts = _counts([sizes[name] for name in names], ends, [room.get(gpu.name, 0) for gpu in gpus], weigh)
+        if counts is None:
+            return []
+        cards = [gpu.key for gpu, count in zip(gpus, counts, strict=True) for _ in range(count)]
+        on_gpu = dict(zip(names, cards, strict=True))
+        table = dict.fromkeys(before, cards[0]) | on_gpu | dict.fromkeys(after, cards[-1])
+        if table not in tables:
+            tables.append(table)
+    return tables
 
 
 def _in_order(module: nn.Module, prefix: str, blocks: set[str]) -> Iterator[str]:

@@ -140,7 +140,8 @@ def _export_folder(path: Path) -> Folder:
     """Return the folder of an export, which is written beside it and then renamed."""
     resolved = Path(os.path.realpath(expand_user(path)))
     free, writable = host.free_disk(resolved.parent), host.can_write(resolved.parent)
-    return replace(_folder(path), free=free, writable=writable, mounted=host.is_mount_point(resolved))
+    shown = os.path.abspath(expand_user(path))  # a rule adds to it, which `.` would not survive
+    return replace(_folder(path), path=shown, free=free, writable=writable, mounted=host.is_mount_point(resolved))
 
 
 def _hub_cache() -> Path:

@@ -5,7 +5,6 @@ A rule is a function of `PreflightFacts` with an entry in `RULES`. It reads noth
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Callable, Iterator
 
@@ -261,7 +260,7 @@ def export_folder(facts: PreflightFacts) -> Iterator[Finding]:
         return
     if folder.occupied:
         text = f"{folder.path} contains files that heretic did not write and will not overwrite."
-        yield Finding("failure", "export", text, f'save_to = "{os.path.abspath(folder.path)}-2"')
+        yield Finding("failure", "export", text, f'save_to = "{folder.path}-2"')
         return
     if not folder.writable:
         text = f"{folder.path} cannot be written, or the folder that contains it."

@@ -80,9 +80,9 @@ def _with_paths(settings: Settings, change: Callable[[str, str], str]) -> Settin
     }
     file = sqlite_file(settings.storage) if settings.storage else None
     if file is not None and settings.storage == f"sqlite:///{file}":
-        storage = f"sqlite:///{change(str(file), 'storage')}"
-        if sqlite_file(storage) == Path(change(str(file), "storage")):  # without characters that SQLAlchemy decodes
-            update["storage"] = storage
+        changed = change(str(file), "storage")
+        if sqlite_file(f"sqlite:///{changed}") == Path(changed):  # without characters that SQLAlchemy decodes
+            update["storage"] = f"sqlite:///{changed}"
     update["trust_remote_code"] = [model if name == settings.model else name for name in settings.trust_remote_code]
     return settings.model_copy(
         update={**update, "model": model, "prompts": settings.prompts.model_copy(update=prompts)}

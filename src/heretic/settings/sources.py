@@ -67,9 +67,8 @@ class Resolved:
     settings: Settings
     file: Path | None
     origins: dict[str, str]
-    shortened: Mapping[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # of a run: relative paths, by the absolute ones
+    # Of a run: its relative paths, by the absolute ones used instead.
+    shortened: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def origin(self, key: str) -> str:
         """Return the origin of `key`: 'config.toml:12', 'HERETIC_SEED', '--set seed' or 'default'."""
