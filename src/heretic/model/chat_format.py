@@ -67,7 +67,7 @@ class ChatFormat:
             ids = [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
         except Exception as error:  # its library raises plain Exceptions, custom code anything
             raise UserError(
-                f"The tokenizer failed: {plain_line(first_line(error))[:300]}",
+                f"The tokenizer failed: {first_line(error)[:300]}",
                 code="tokenizer",
                 where=where or None,
                 fix="check the prompt, or download the tokenizer's files again",

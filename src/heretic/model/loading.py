@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from heretic.errors import UserError, first_line, plain_line
+from heretic.errors import UserError, first_line
 from heretic.model.architecture import ModelStructure, find_residual_writers, input_device
 from heretic.model.batching import free_memory, out_of_memory
 from heretic.model.checkpoint import Checkpoint
@@ -212,7 +212,7 @@ def load_tokenizer(
             raise
         file = checkpoint.folder / "tokenizer.json"
         raise UserError(
-            f"The tokenizer cannot be read: {plain_line(first_line(error))[:200]}",
+            f"The tokenizer cannot be read: {first_line(error)[:200]}",
             code="damaged-tokenizer",
             where=str(file if file.is_file() and not checkpoint.gguf_file else checkpoint.folder),
             fix="download the tokenizer's files again",
@@ -266,7 +266,7 @@ def _load_weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any],
         if is_device_error(error):
             raise device_error(error) from error
         raise UserError(
-            f"The model cannot be loaded: {plain_line(first_line(error))[:300]}",
+            f"The model cannot be loaded: {first_line(error)[:300]}",
             code="model-not-loadable",
             where=where,
             fix="compare config.json with that of the repository of the weights",

@@ -34,7 +34,7 @@ def meta_model(checkpoint: Checkpoint, dtype: str, *, buffers: bool = True) -> P
             model: PreTrainedModel = auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trusted)
     except Exception as error:  # the model's own code can raise anything
         raise UserError(
-            f"transformers cannot build {checkpoint.model} from its config: {plain_line(first_line(error))[:250]}",
+            f"transformers cannot build {checkpoint.model} from its config: {first_line(error)[:250]}",
             code="model-not-buildable",
             where=file,
             fix="use the config.json of the weights' repository, or a model that transformers supports",

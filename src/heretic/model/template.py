@@ -54,7 +54,7 @@ def read_template(settings: Settings) -> str:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"The chat template cannot be read: {plain_line(first_line(error))}.",
+            f"The chat template cannot be read: {first_line(error)}.",
             code="chat-template-file",
             where=f"chat_template = {settings.chat_template!r}",
             fix="name a Jinja file in UTF-8",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from heretic.errors import Interrupted, UserError, first_line, memory_error, plain_line
+from heretic.errors import Interrupted, UserError, first_line, memory_error
 from heretic.interrupt import StopSignal
 from heretic.progress import NullReporter, Stage
 from heretic.report.chat import Question
@@ -159,7 +159,7 @@ class BrowserChat:
         except UserError as error:
             problem = str(error)
         except Exception as error:  # a defect; once the run is open, its traceback is in run.log
-            problem = f"The chat ended: {plain_line(first_line(error))}"
+            problem = f"The chat ended: {first_line(error)}"
         finally:
             with self._lock:
                 self._phase, self._problem = "off", problem

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from heretic.errors import UserError, first_line, plain_line
+from heretic.errors import UserError, first_line
 from heretic.files import open_regular, read_text, split_lines
 
 # The line (.jsonl, .csv) or number (.json, .parquet) of a row, from 1, and its columns.
@@ -191,7 +191,7 @@ def _parsed(text: str, path: Path, where: str, line: int | None = None) -> Any:
             raise bad_file(path, "the line ends with a comma.", where, line=at) from None
         raise bad_file(path, f"this is not valid JSON: {error.msg} (column {error.colno}).", where, line=at) from None
     except ValueError as error:  # a key twice, a number of thousands of digits
-        raise bad_file(path, f"{plain_line(first_line(error))}.", where, line=line) from None
+        raise bad_file(path, f"{first_line(error)}.", where, line=line) from None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from heretic.errors import Interrupted, UserError, first_line, plain_line
+from heretic.errors import Interrupted, UserError, first_line
 from heretic.model.batching import out_of_memory
 from heretic.model.device_errors import is_device_error
 from heretic.scoring.scorers.context import Applied, ModelParts, ScorerContext, TrialGroup
@@ -112,7 +112,7 @@ def called(name: str, call: Callable[[], T]) -> T:
         if out_of_memory(error) or is_device_error(error):
             raise
         raise UserError(
-            f"The scorer '{name}' failed with {type(error).__name__}: {plain_line(first_line(error))[:200]}",
+            f"The scorer '{name}' failed with {type(error).__name__}: {first_line(error)[:200]}",
             code="scorer-failed",
             where=f"scorer {name}",
             fix="correct the scorer, or remove its name from the settings",

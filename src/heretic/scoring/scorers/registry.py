@@ -232,7 +232,7 @@ def _scorers_in(path: str, digest: str) -> tuple[type[Scorer], ...]:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(
-            f"The scorer file failed with {type(error).__name__}: {plain_line(first_line(error))[:200]}",
+            f"The scorer file failed with {type(error).__name__}: {first_line(error)[:200]}",
             code="scorer-import",
             where=path,
             fix="correct the file; it runs like any Python file: python FILE",
