@@ -14,7 +14,7 @@ from heretic.model.batching import Batcher, shared_tokens
 from heretic.model.capture import last_token_residuals
 from heretic.model.checkpoint import open_checkpoint
 from heretic.model.decoding import decode
-from heretic.model.forward import logits_of, next_token_log_probs, supports_prefix_caching
+from heretic.model.forward import fast_argmax, logits_of, next_token_log_probs, supports_prefix_caching
 from heretic.model.loading import load
 from heretic.model.turns import finish
 from tests.helpers.turns import at_once
@@ -38,6 +38,14 @@ def test_the_head_gets_contiguous_hidden_states() -> None:
     hidden = torch.randn(3, 5, 32)
     assert torch.allclose(logits_of(model, hidden[:, -1]), model.lm_head(hidden[:, -1].contiguous()), atol=1e-5)
     assert seen[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_fast_argmax_is_argmax(dtype: torch.dtype) -> None:
+    values = (torch.randn(5, 3000, generator=torch.Generator().manual_seed(0)) * 2).round().to(dtype)  # with ties
+    values[3, 70] = values[3, 900] = float("nan")
+    values[4] = float("-inf")
+    assert torch.equal(fast_argmax(values), values.argmax(dim=-1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

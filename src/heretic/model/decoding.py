@@ -19,6 +19,7 @@ from heretic.model.decoding_graph import DecodingGraph, DecodingGraphs
 from heretic.model.device_errors import is_device_error
 from heretic.model.forward import (
     decoder_of,
+    fast_argmax,
     forward_supported,
     head_apart,
     hidden_states,
@@ -171,7 +172,7 @@ def _compare(model: Any, hidden: Tensor, wanted: Tensor) -> Tensor:
         chosen = log_probs.gather(1, to_device(wanted[rows, None], log_probs.device))
         probabilities = chosen.exp()[:, 0].nan_to_num(0.0)  # NaN: a destroyed model
         # One copy for both: float32 holds every token id exactly, and not every kind of device has float64.
-        found.append(torch.stack([log_probs.argmax(dim=-1).float(), probabilities.float()]))
+        found.append(torch.stack([fast_argmax(log_probs).float(), probabilities.float()]))
     return torch.cat(found, dim=1)
 
 
@@ -220,7 +221,7 @@ def _decode_tokens(model: Any, answers: DecodingState, tokens: Tensor, count: in
     steps, apart = [], head_apart(model)
 
     def choose(logits: Tensor) -> Callable[[], Tensor]:
-        return send_through_ram(logits.argmax(dim=-1, keepdim=True), answers.mask.device)
+        return send_through_ram(fast_argmax(logits)[:, None], answers.mask.device)
 
     for step in range(count):
         with rows_of_trials(answers.trials), known_padding(padded), outputs_stay(model):

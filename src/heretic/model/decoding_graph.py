@@ -18,7 +18,7 @@ from heretic.errors import first_line
 from heretic.hardware.devices import captures_graphs, is_accelerator
 from heretic.model.batching import out_of_memory
 from heretic.model.device_errors import is_device_error
-from heretic.model.forward import MODEL_ERRORS, forward_supported, kl_tolerance, max_kl, rows_of_trials
+from heretic.model.forward import MODEL_ERRORS, fast_argmax, forward_supported, kl_tolerance, max_kl, rows_of_trials
 from heretic.model.kv_cache import FixedLayer, first_row, keeps_plain_keys
 from heretic.model.masks import known_padding
 from heretic.model.patching import outputs_stay
@@ -156,7 +156,7 @@ class DecodingGraph:
         answers.mask.index_fill_(1, self.slot, 1)
         with known_padding(True):
             logits = _next_logits(self.model, answers, self.tokens, self.positions)
-        self.tokens.copy_(logits.argmax(dim=-1, keepdim=True))
+        self.tokens.copy_(fast_argmax(logits)[:, None])
         self.chosen.index_copy_(1, self.step, self.tokens)
         for counter in (self.slot, self.positions, self.step):
             counter.add_(1)

@@ -191,6 +191,11 @@ def log_probs_of(model: Any, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
 
+def fast_argmax(values: Tensor) -> Tensor:
+    """Return the index of the largest value of each row [rows], the first of several."""
+    return values.max(dim=-1).indices  # argmax takes 5 to 20 times as long in bfloat16 on CPUs
+
+
 @torch.inference_mode()
 def next_token_log_probs(model: Any, batch: Batch) -> Tensor:
     """Compute the log-probabilities of each row's next token, float32 [rows, vocabulary]."""
