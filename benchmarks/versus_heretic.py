@@ -59,6 +59,7 @@ def main() -> None:
         choices=("float32", "default"),
         help="number format of both studies, or each tool's own",
     )
+    parser.add_argument("--their-dtype", choices=("float32", "default"), help="of heretic-llm, if another one is faster")
     parser.add_argument("--batch-size", type=int, help="of heretic-llm, instead of its search for one")
     parser.add_argument("--train", type=int, default=100, help="prompts of each kind for the direction")
     parser.add_argument("--eval", type=int, default=50, help="prompts of each kind for the evaluation")
@@ -81,6 +82,7 @@ def main() -> None:
         "settings": {
             **{k: getattr(arguments, k) for k in ("model", "trials", "tokens", "seed", "train", "eval", "slice")},
             **{"n_startup_trials": STARTUP_TRIALS, "dtype": arguments.dtype, "system_prompt": SYSTEM_PROMPT},
+            "their_dtype": arguments.their_dtype or arguments.dtype,
             "batch_size": arguments.batch_size,
             "ours": arguments.extra,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
@@ -188,13 +190,14 @@ class Race:
             tokens=arguments.tokens,
             seed=arguments.seed,
             system_prompt=SYSTEM_PROMPT,
-            dtype=arguments.dtype,
+            dtype=arguments.their_dtype or arguments.dtype,
             batch_size=arguments.batch_size,
         )
         (self.their_folder / "config.toml").write_text(text)
         command = [str(self.python.with_name("heretic"))]
         # its search for a batch size compares times by the wall clock
-        return Job(command, self.their_folder, peer.environment(self.environment), self.menus, peer.START["batch_size"])
+        whole_until = "" if arguments.batch_size else peer.START["batch_size"]
+        return Job(command, self.their_folder, peer.environment(self.environment), self.menus, whole_until)
 
     def _ours(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "heretic", *words]
