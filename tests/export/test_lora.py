@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from heretic.ablation.weight_stats import weight_statistics
 from heretic.export.lora import low_rank_change
 from heretic.export.save import TensorEdit
 from heretic.interrupt import StopSignal
+from heretic.pipeline.actions import Evaluation, evaluate_model
 from heretic.pipeline.run import Outcome, run
 from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
@@ -58,6 +60,35 @@ def test_an_adapter_of_rank_1_is_the_full_model(config: Path, tmp_path: Path, fa
     assert {p.name for p in Path("adapter").iterdir()} == {
         "README.md", "manifest.json", "heretic", "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
+
+
+def test_an_adapter_is_evaluated_with_its_model(config: Path, llama: Path) -> None:
+    export = do(config, llama, "adapter", "ablation.geometry=plain", "export_format=lora").export
+    assert export is not None
+
+    def evaluated(against: str | None) -> Evaluation:
+        settings = resolve(config, {"model": "adapter"}).settings
+        return evaluate_model(settings, against, wait=False, reporter=NULL_REPORTER, stop=StopSignal())
+
+    # 1. With the model that its config names, and with one of that name
+    found = evaluated(str(llama))
+    assert found.model == "adapter" and found.refusals == export.verification.scores.refusals
+    kl = export.verification.scores.divergence.mean
+    assert found.divergence is not None and found.divergence.mean == pytest.approx(kl, rel=1e-4) and kl > 1e-4
+    moved = shutil.copytree(llama, Path("elsewhere") / llama.name)
+    change_config(base_model_name_or_path=llama.name)
+    assert evaluated(str(moved)).divergence == found.divergence
+    # 2. Without it, and with what is not LoRA
+    with raises("adapter-only"):
+        evaluated(None)
+    change_config(peft_type="IA3")
+    with raises("adapter-not-loadable"):
+        evaluated(str(moved))
+
+
+def change_config(**changes: str) -> None:
+    file = Path("adapter/adapter_config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def test_what_a_rank_leaves_out_is_reported_and_less_with_a_higher_one(config: Path, llama: Path) -> None:

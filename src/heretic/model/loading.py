@@ -7,7 +7,6 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,6 +14,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from heretic.errors import UserError, first_line
+from heretic.model.adapter import with_adapter
 from heretic.model.architecture import ModelStructure, find_residual_writers, input_device
 from heretic.model.batching import free_memory, out_of_memory
 from heretic.model.checkpoint import Checkpoint
@@ -158,7 +158,10 @@ def load(
             share_inputs(structure.blocks)
             return with_end_tokens(LanguageModel(model, tokenizer, checkpoint, structure, loaded_dtype, quantization))
         reporter.warning(f"{checkpoint.model} gives logits that are not finite in {dtype}.")
-        damaged = next((name for name, p in model.named_parameters() if not p.is_meta and not p.isfinite().all()), "")
+        # Conversion to float16 can overflow, which is no damage.
+        if dtype != "float16" or not any(t.dtype in ("BF16", "F32") for t in checkpoint.tensors.values()):
+            parameters = model.named_parameters()
+            damaged = next((name for name, p in parameters if not p.is_meta and not p.isfinite().all()), "")
         unload(model)
     raise UserError(
         f"{checkpoint.model} gives logits that are not finite (NaN or infinite) in {', '.join(dict.fromkeys(dtypes))}.",
@@ -283,7 +286,7 @@ def _load_weights(checkpoint: Checkpoint, dtype: str, arguments: dict[str, Any],
     if checkpoint.quantized_by in DEQUANTIZED:
         cast_unquantized(model, getattr(torch, dtype))
     if checkpoint.adapter is not None:
-        model = _with_adapter(model, checkpoint.adapter)
+        model = with_adapter(model, checkpoint.adapter)
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
 
 
@@ -293,23 +296,6 @@ def _config_with_weights_name(checkpoint: Checkpoint) -> Any:
     if checkpoint.weights_name and not checkpoint.pickled:
         config.transformers_weights = checkpoint.weights_name
     return config
-
-
-def _with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """The model with a LoRA adapter that peft attaches to its modules, not merged."""
-    from peft import PeftModel
-
-    try:
-        return cast(PreTrainedModel, PeftModel.from_pretrained(model, adapter).get_base_model())
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        if is_device_error(error):
-            raise
-        raise UserError(
-            f"The adapter cannot be attached to the model: {first_line(error)}",
-            code="adapter-not-loadable",
-            where=str(adapter),
-            fix="name the model that the adapter was made for",
-        ) from error
 
 
 @torch.inference_mode()

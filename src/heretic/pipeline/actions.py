@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from heretic.export.destination import check_destination
 from heretic.export.export import Export
 from heretic.export.formats import require_format
 from heretic.interrupt import StopSignal
+from heretic.model.adapter import adapter_folder, base_of
 from heretic.model.chat_format import check_length
 from heretic.model.decoding import greedy
 from heretic.model.response_prefix import AnswerStart
@@ -28,6 +30,7 @@ from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.run import device_lock, export_trial, open_locked_study
 from heretic.pipeline.run_context import RunContext
 from heretic.runs.folder import find_run, load_run_settings
+from heretic.runs.stored_prompts import prompts_of_run
 from heretic.scoring.comparison import Comparison, number_text
 from heretic.scoring.comparison import compare as compare_measurements
 from heretic.scoring.divergence import measure_divergence
@@ -85,7 +88,8 @@ def open_run(
     if destination is not None:
         check_destination(destination, folder.name)
     with device_lock(settings, wait=wait, reporter=reporter, stop=stop):
-        inputs = prepare_run(settings, force=False, reporter=reporter)
+        read_prompts = partial(prompts_of_run, folder.path, resolved, reporter)
+        inputs = prepare_run(settings, force=False, reporter=reporter, read_prompts=read_prompts)
         if destination is not None:
             require_format(settings, inputs.checkpoint)
         with (
@@ -209,12 +213,17 @@ def evaluate_model(
 ) -> Evaluation:
     """Measure the refusals of `settings.model` and its divergence from `against`; one model is in memory at a time.
 
-    `judge.evaluate` decides who judges.
+    `settings.model` may be a LoRA adapter. `judge.evaluate` decides who judges.
     `revisions` are those of the model and of `against`; default: the settings' revision for both.
     """
     revision, against_revision = revisions or (settings.revision, settings.revision)
     settings = settings.model_copy(update={"save_to": "", "revision": revision})  # nothing is exported
     settings = with_evaluation_judge(settings)
+    named, adapter = settings.model, adapter_folder(settings.model)
+    if adapter is not None:
+        base, of_base = base_of(adapter, against)
+        revision = against_revision if base == against else of_base
+        settings = settings.model_copy(update={"model": base, "revision": revision})
     with device_lock(settings, wait=wait, reporter=reporter, stop=stop):
         judge = make_judge(settings, JudgeContext(None, reporter, stop))
         reference: Reference | None = None
@@ -225,9 +234,9 @@ def evaluate_model(
             with unloaded_after(model_context.language_model.model):
                 reference = _reference(model_context)
             start = model_context.answer_start
-        model_context = _load_for_evaluation(settings, reporter, stop, judge, start)
+        model_context = _load_for_evaluation(settings, reporter, stop, judge, start, adapter)
         with unloaded_after(model_context.language_model.model):
-            return _evaluate(model_context, against, reference)
+            return replace(_evaluate(model_context, against, reference), model=named)
 
 
 @dataclass(frozen=True)
@@ -296,7 +305,13 @@ def _evaluate(model_context: ModelContext, against: str | None, reference: Refer
 
 
 def _load_for_evaluation(
-    settings: Settings, reporter: StudyReporter, stop: StopSignal, judge: Judge, start: AnswerStart | None = None
+    settings: Settings,
+    reporter: StudyReporter,
+    stop: StopSignal,
+    judge: Judge,
+    start: AnswerStart | None = None,
+    adapter: Path | None = None,
 ) -> ModelContext:
     inputs = prepare_run(settings, force=False, reporter=reporter)
-    return load_model_context(settings, inputs.checkpoint, inputs.prompts, inputs.plan, reporter, stop, start, judge)
+    checkpoint = replace(inputs.checkpoint, adapter=adapter)
+    return load_model_context(settings, checkpoint, inputs.prompts, inputs.plan, reporter, stop, start, judge)

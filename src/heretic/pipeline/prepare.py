@@ -61,9 +61,10 @@ def prepare_run(
     fresh: bool = False,
     judging: bool = False,
     reporter: ProgressReporter,
+    read_prompts: Callable[[], PromptSets] | None = None,
     on_preflight: Callable[[PreflightReport], None] = lambda _: None,
 ) -> RunInputs:
-    """Run the preflight and return its inputs; with `judging` it also tries the judge.
+    """Run the preflight and return its inputs; with `judging` it also tries the judge. Default: load the prompts.
 
     An existing run keeps the number format that it began in, unless `fresh` starts it over.
 
@@ -71,7 +72,7 @@ def prepare_run(
     """
     free_memory()  # reference cycles of an earlier model would count as used memory
     require_name(settings.model)  # before prompts are fetched from the hub
-    read_prompts = cache(lambda: load_all(settings.prompts))
+    read_prompts = cache(read_prompts or partial(load_all, settings.prompts))
     report = run_preflight(settings, read_prompts, judging=judging)
     on_preflight(report)
     if not force:

@@ -17,6 +17,7 @@ from heretic.pipeline.prepare import RunInputs
 from heretic.pipeline.worker_process import parent_pid
 from heretic.runs.folder import RunFolder, settings_text
 from heretic.runs.local_paths import with_relative_paths
+from heretic.runs.stored_prompts import store_prompts
 from heretic.scoring.scores import json_numbers
 from heretic.search.gradient_path import GradientPath
 from heretic.search.pareto import Result, Selection, results, select_trial
@@ -162,9 +163,10 @@ class RunContext:
             self.loaded = replace(self.loaded, context=replace(self.loaded.context, settings=settings))
 
     def save_settings(self) -> None:
-        """Write the settings to the run's folder and to the storage, for workers without the folder."""
-        text = settings_text(with_relative_paths(self.resolved, self.folder.path))
-        write_text(self.folder.path / "config.toml", text, private=True)
+        """Write the settings to the run's folder and to the storage, for workers without the folder; keep the prompts."""
+        resolved = with_relative_paths(self.resolved, self.folder.path)
+        write_text(self.folder.path / "config.toml", settings_text(resolved), private=True)
+        store_prompts(self.folder.path, resolved.settings.prompts, self.inputs.prompts)
         save_settings(self.study, self.settings)
 
 
