@@ -9,7 +9,7 @@ import sqlalchemy
 
 from heretic.errors import UserError
 from heretic.storage.rdb import connect
-from heretic.storage.url import sqlite_file, storage_url
+from heretic.storage.url import sqlite_file, storage_url, with_file
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,7 @@ from heretic.storage.url import sqlite_file, storage_url
         ("sqlite:////a b/study.db?timeout=3", "/a b/study.db"),
         ("sqlite:///file:/a/study.db?uri=true&mode=ro", "/a/study.db"),
         ("sqlite://", None),
+        ("sqlite:///:memory:", None),
         ("postgresql://me@host/studies", None),
         ("no url", None),
     ],
@@ -43,3 +44,18 @@ def test_a_study_stays_in_a_folder_of_any_name_or_it_is_refused(tmp_path: Path, 
 
 def test_a_storage_of_the_settings_stays_as_it_is(tmp_path: Path) -> None:
     assert storage_url("postgresql://h/d?a=b", tmp_path / "try?1") == "postgresql://h/d?a=b"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["sqlite:///./s.db", "sqlite:///s.db?timeout=3", "sqlite+pysqlite:///s.db", "sqlite:///file:s.db?uri=true&mode=rw"],
+)
+def test_a_storage_keeps_its_options_with_another_file(url: str) -> None:
+    moved = with_file(url, "/a b/s.db")
+    assert sqlite_file(moved) == Path("/a b/s.db")
+    before, after = sqlalchemy.make_url(url), sqlalchemy.make_url(moved)
+    assert after.query == before.query and after.drivername == before.drivername
+    try:
+        assert sqlite_file(with_file(url, "/{x}/s.db")) == Path("/{x}/s.db")
+    except UserError as error:
+        assert error.code == "invalid-run-path" and sqlalchemy.__version__ < "2.1"

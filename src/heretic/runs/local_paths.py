@@ -10,7 +10,7 @@ from typing import Any
 
 from heretic.settings import Settings
 from heretic.settings.sources import Resolved
-from heretic.storage.url import sqlite_file
+from heretic.storage.url import sqlite_file, with_file
 
 
 def start_folder(run: Path, runs_dir: str) -> Path | None:
@@ -79,10 +79,10 @@ def _with_paths(settings: Settings, change: Callable[[str, str], str]) -> Settin
         name: change(getattr(settings, name), name) for name in ("chat_template", "gguf_converter", "save_to")
     }
     file = sqlite_file(settings.storage) if settings.storage else None
-    if file is not None and settings.storage == f"sqlite:///{file}":
-        changed = change(str(file), "storage")
-        if sqlite_file(f"sqlite:///{changed}") == Path(changed):  # without characters that SQLAlchemy decodes
-            update["storage"] = f"sqlite:///{changed}"
+    if file is not None and (changed := change(str(file), "storage")) != str(file):
+        update["storage"] = with_file(settings.storage, changed)
+    if settings.artifacts and "://" not in settings.artifacts:
+        update["artifacts"] = change(settings.artifacts, "artifacts")
     update["trust_remote_code"] = [model if name == settings.model else name for name in settings.trust_remote_code]
     return settings.model_copy(
         update={**update, "model": model, "prompts": settings.prompts.model_copy(update=prompts)}

@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution, check_distribution_compatibil
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from heretic.errors import UserError
+from heretic.errors import UserError, first_line
 from heretic.search.convergence import Convergence
 from heretic.search.gradient_path import GradientPath
 from heretic.storage import attributes
@@ -79,7 +79,7 @@ def _check_trial(study: optuna.Study, trial: FrozenTrial) -> None:
     try:  # the sampler and the report copy trials this way
         create_trial(values=values, constraints=trial.constraints, **parts)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise attributes.damaged(study, f"a parameter is invalid ({error})".splitlines()[0], trial) from None
+        raise attributes.damaged(study, f"a parameter is invalid ({first_line(error)})", trial) from None
 
 
 def _check_distributions(study: optuna.Study, trial: FrozenTrial, kinds: dict[str, BaseDistribution]) -> None:

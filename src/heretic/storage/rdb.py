@@ -119,7 +119,7 @@ def locked(url: str) -> UserError:
 def _make_private(url: str) -> None:
     """Create the file of a new SQLite storage, readable only by its owner; SQLite gives its journals the same mode."""
     file = sqlite_file(url)
-    if file is not None and str(file) != ":memory:" and not os.path.lexists(file):
+    if file is not None and not os.path.lexists(file):
         with suppress(OSError):  # SQLite reports the error
             os.close(open_private(file, "a"))
 

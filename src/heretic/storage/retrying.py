@@ -13,6 +13,7 @@ import sqlalchemy
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import TrialState
 
+from heretic.errors import first_line
 from heretic.interrupt import StopSignal
 from heretic.progress import NULL_REPORTER, ProgressReporter
 from heretic.settings import WorkerSettings
@@ -113,7 +114,7 @@ def is_connection_error(error: BaseException) -> bool:
 def reason(error: BaseException) -> str:
     """Return the first line of the database's message."""
     cause = error.__cause__ or error
-    return (str(getattr(cause, "orig", None) or cause).strip().splitlines() or [type(cause).__name__])[0]
+    return first_line(getattr(cause, "orig", None) or cause)
 
 
 def _retried(name: str) -> Callable[..., Any]:

@@ -23,12 +23,7 @@ def storage_url(storage: str, folder: Path) -> str:
         url = f"sqlite:///{path}"
         if not set("{}") & set(url) and sqlalchemy.make_url(url).database == file:
             return url
-    raise UserError(
-        "The path of a run's folder must not contain question marks, braces or percent signs.",
-        code="invalid-run-path",
-        where=str(folder),
-        fix="choose another run_name or runs_dir",
-    )
+    raise _invalid_path(str(folder), "run_name or runs_dir")
 
 
 def study_name(storage: str, folder: Path) -> str:
@@ -49,11 +44,30 @@ def on_server(url: str) -> bool:
 
 
 def sqlite_file(url: str) -> Path | None:
-    """Return the file of a SQLite storage, also from a URI (`sqlite:///file:PATH?uri=true`); None for other storages."""
+    """Return the file of a SQLite storage, also from a URI (`sqlite:///file:PATH?uri=true`); None for memory and servers."""
     try:
         parsed = sqlalchemy.make_url(url)
     except sqlalchemy.exc.ArgumentError:
         return None
-    if parsed.get_backend_name() != "sqlite" or not parsed.database:
+    if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database == ":memory:":
         return None
     return Path(parsed.database.removeprefix("file:"))
+
+
+def with_file(url: str, file: str) -> str:
+    """Return the URL of a SQLite storage with another file. Raises UserError if the file cannot be part of a URL."""
+    parsed = sqlalchemy.make_url(url)
+    scheme = "file:" if (parsed.database or "").startswith("file:") else ""
+    changed = parsed.set(database=scheme + file).render_as_string(hide_password=False)
+    if sqlite_file(changed) != Path(file) or set("{}") & set(changed):  # which Optuna replaces
+        raise _invalid_path(file, "storage")
+    return changed
+
+
+def _invalid_path(path: str, setting: str) -> UserError:
+    return UserError(
+        "The path of a study must not contain question marks, braces or percent signs.",
+        code="invalid-run-path",
+        where=path,
+        fix=f"choose another {setting}",
+    )
