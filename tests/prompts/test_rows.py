@@ -147,3 +147,24 @@ def test_quotes_of_a_head_hide_separators_and_those_of_a_tsv_may_be_plain() -> N
     Path("p.tsv").write_text('text\tid\n"say ""hi"" now"\t1\n"bad" x\t2\n')
     with pytest.raises(UserError):
         prompts("p.tsv")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('text\tid\n"tis fine\t1\nmake soup\t2\nsay 5"\t3\n', ('"tis fine', "make soup", 'say 5"')),
+        ('text\n"tis fine\nmake soup\nsay 5"\n', ('"tis fine', "make soup", 'say 5"')),
+        ('text\tid\nbake\t1\nhe said "\t2\n', ("bake", 'he said "')),
+        ('text\tid\n"two\nlines"\t1\n', ("two\nlines",)),
+    ],
+)
+def test_quotes_of_a_tsv_that_quote_nothing_are_text(content: str, expected: tuple[str, ...]) -> None:
+    Path("p.tsv").write_text(content)
+    assert prompts("p.tsv") == expected
+
+
+def test_the_separator_makes_the_column_a_field() -> None:
+    Path("p.csv").write_text("text,labels (a;b;c)\nmake soup,a\n")
+    assert prompts("p.csv") == ("make soup",)
+    Path("p.csv").write_text('"text";"a, b, c"\n"make soup";"x"\n')
+    assert prompts("p.csv") == ("make soup",)

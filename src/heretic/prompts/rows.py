@@ -17,7 +17,7 @@ from heretic.files import open_regular, read_text, split_lines
 Row = tuple[int, Mapping[str, Any]]
 WHAT = "The prompt file"
 SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}  # Excel writes semicolons where the comma is decimal
-QUOTED = re.compile(r'(?:^|\t)"(?:[^"]|"")*"(?:\t|$)', re.M)  # a field of a .tsv
+QUOTED = re.compile(r'(?:^|\t)"(?:[^"\n]|"")*"(?:\t|$)', re.M)  # a field of a .tsv
 LONGEST_FIELD = 1 << 24  # characters; csv's own limit is 128 Ki
 # Keys of speaker and text: OpenAI's messages, and ShareGPT's.
 SPEAKER, TEXT = ("role", "from"), ("content", "value")
@@ -41,7 +41,7 @@ def read_rows(path: Path, key: str, column: str) -> list[Row]:
     if kind == ".parquet":
         return list(_parquet(path, where, column))
     if kind in (".csv", ".tsv"):
-        return list(_csv(path, where))
+        return list(_csv(path, where, column))
     return list({".jsonl": _json_lines, ".json": _json}[kind](path, where, column))
 
 
@@ -208,10 +208,28 @@ def _object(row: Any, path: Path, where: str, line: int | None, what: str = "") 
     return row
 
 
-def _csv(path: Path, where: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> Iterator[Row]:
+def _csv(path: Path, where: str, column: str) -> Iterator[Row]:
     text = read_text(path, WHAT, where=where)
+    if path.suffix.lower() == ".tsv":
+        # Many have quotes that quote nothing, so they count if a field is quoted, or if the file makes no sense without.
+        try:
+            names, rows = _fields(path, where, text, "\t", csv.QUOTE_MINIMAL if QUOTED.search(text) else csv.QUOTE_NONE)
+        except UserError:
+            names, rows = _fields(path, where, text, "\t", csv.QUOTE_MINIMAL)
+    else:
+        names, rows = _fields(path, where, text, _separator(text, column), csv.QUOTE_MINIMAL)
+    # CSV has no types: a column of numbers only is not a column of texts.
+    numbers = [all(_is_number(fields[n]) for _, fields in rows) for n in range(len(names))]
+    for line, fields in rows:
+        cells = [float(cell) if number else cell for cell, number in zip(fields, numbers, strict=True)]
+        yield line, dict(zip(names, cells, strict=True))
+
+
+def _fields(
+    path: Path, where: str, text: str, separator: str, quoting: Literal[0, 3]
+) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Return the names of the columns, and line and fields of every row. Raises UserError."""
     csv.field_size_limit(LONGEST_FIELD)
-    separator = "\t" if path.suffix.lower() == ".tsv" else _separator(text)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator, quoting=quoting)
     names: list[str] | None = None
     rows: list[tuple[int, list[str]]] = []
@@ -234,22 +252,15 @@ def _csv(path: Path, where: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> 
                 rows.append((line, fields))
             line = reader.line_num + 1
     except csv.Error as error:
-        plain = path.suffix.lower() == ".tsv" and not QUOTED.search(text)  # many have quotes that quote nothing
-        if plain and quoting != csv.QUOTE_NONE:
-            yield from _csv(path, where, csv.QUOTE_NONE)
-            return
         raise bad_file(path, f"this is not valid CSV: {error}.", where, line=line) from None
-    # CSV has no types: a column of numbers only is not a column of texts.
-    numbers = [all(_is_number(fields[n]) for _, fields in rows) for n in range(len(names or []))]
-    for line, fields in rows:
-        cells = [float(text) if number else text for text, number in zip(fields, numbers, strict=True)]
-        yield line, dict(zip(names or [], cells, strict=True))
+    return names or [], rows
 
 
-def _separator(text: str) -> str:
-    """Return the separator of the first line, outside quotes: the most frequent one, and a comma if it has none."""
-    head = re.sub(r'"[^"]*"', "", text.partition("\n")[0])
-    return max(SEPARATORS, key=head.count)
+def _separator(text: str, column: str) -> str:
+    """Return the separator of the first line, outside quotes: one that makes `column` a field, else the most frequent one."""
+    head = re.sub(r'"([^"]*)"', lambda found: re.sub("[,;\t]", "", found[1]), text.partition("\n")[0])
+    fitting = [mark for mark in SEPARATORS if column in head.split(mark)]
+    return max(fitting or SEPARATORS, key=head.count)
 
 
 def _is_number(text: str) -> bool:
