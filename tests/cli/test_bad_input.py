@@ -92,6 +92,13 @@ def test_prompt_longer_than_the_context(command: Command, config: Path) -> None:
     assert "prompts.harmful_eval" in command("preflight", "--set", "prompts.harmful_eval.source=long.txt", status=1).out
 
 
+def test_harmless_prompt_whose_answer_exceeds_the_context(command: Command, config: Path) -> None:
+    Path("long.txt").write_text("tell me about " * 78 + "\nmake soup\n")
+    asked = ("--set", "prompts.harmless_eval.source=long.txt", "--set", "max_response_length=40")
+    told = command("preflight", *asked, status=1)
+    assert "prompts.harmless_eval" in told.out and "With 40 for the answer" in told.out
+
+
 def test_study_of_other_settings_under_the_same_name(command: Command, config: Path) -> None:
     command("run", "--run-name", "mine", "--trials", "1", status=0)
     ran = command("run", "--run-name", "mine", "--set", "seed=5", status=StudyMismatch.exit_status)
@@ -245,11 +252,34 @@ def test_a_run_is_used_from_any_folder_and_after_a_move(
     command("compare", "mine", *asked, "--set", "model=n", status=0)
 
 
+def test_a_finished_run_needs_its_prompt_files_no_more(
+    command: Command, config: Path, prompt_files: dict[str, Path]
+) -> None:
+    text = config.read_text()
+    for role, file in prompt_files.items():
+        text = text.replace(str(file), str(shutil.copy(file, f"my_{role}.txt")))
+    config.write_text(text)
+    command("run", "--run-name", "mine", "--trials", "1", status=0)
+    # 1. A changed and a missing file
+    Path("my_harmful_eval.txt").write_text("bake bread\n")
+    Path("my_harmless_train.txt").unlink()
+    command("export", "mine", "-o", "out", status=0)
+    command("compare", "mine", "--trials", "0", "--prompts", "make soup", status=0)
+    # 2. A new session of the search reads them, and so does a setting for this command
+    assert command("run", "mine", "--trials", "2", status=1).code == "missing-file"
+    asked = ("compare", "mine", "--trials", "0", "--prompts", "make soup")
+    assert command(*asked, "--set", "prompts.harmless_train.source=no.txt", status=1).code == "missing-file"
+    # 3. Without the copy they are read again
+    Path("runs/mine/prompts.json").write_text("{")
+    assert command(*asked, status=1).code == "missing-file"
+
+
 def test_an_adapter_of_fused_experts_is_refused_before_the_study(command: Command, config: Path) -> None:
     model = str(save_tiny(Path("mixture"), "mixtral"))
     asked = ("--set", f"model={model}", "--set", "export_format=lora", "--save-to", "out")
     ran = command("run", *asked, status=1)
     assert "LoRA" in ran.err and not Path("runs").exists()
+    command("evaluate", model, "--set", "export_format=lora", status=0)  # which exports nothing
 
 
 def test_limits_without_effect_are_named(command: Command, config: Path) -> None:
@@ -278,4 +308,6 @@ def test_a_run_in_an_absolute_folder_is_used_from_any_folder(
 
 def test_a_limit_that_leaves_no_room_is_a_failure_of_the_preflight(command: Command, config: Path) -> None:
     asked = ("--devices", "1x24GiB", "--set", "device_map=planned", "--set", 'max_memory={0="1KiB"}')
-    assert "weights" in command("preflight", *asked, status=1).out
+    ran = command("preflight", *asked, status=1)
+    assert "weights" in ran.out and "max_memory = {}" in ran.out
+    assert "no effect" not in ran.out and "The settings put the model on the CPU" not in ran.out

@@ -329,6 +329,16 @@ def test_gpus_of_other_sizes_hold_what_leaves_room_for_batches(large: Checkpoint
     assert found.fits and found.batch_size >= 32, [(load.device.name, load.weights / GIB) for load in found.loads]
 
 
+@pytest.mark.parametrize("gib", [(16, 16, 24, 24), (16, 16, 32, 16)])
+def test_gpus_of_other_sizes_hold_the_batch_of_the_settings(large: Checkpoint, gib: tuple[int, ...]) -> None:
+    devices = [Device(f"cuda:{i}", n * GIB, int((n - 0.5) * GIB)) for i, n in enumerate(gib)]
+    largest = plan(large, [*devices, cpu(64)], batch_size=512).largest_batch_size
+    asked = plan(large, [*devices, cpu(64)], batch_size=largest)
+    assert asked.fits and asked.largest_batch_size >= largest > 1
+    few = plan(large, [*devices, cpu(64)], batch_size=1)
+    assert max(load.weights for load in few.loads) <= max(load.weights for load in asked.loads)
+
+
 def test_of_several_gpus_that_hold_the_model_the_one_with_the_largest_batch_is_taken() -> None:
     model = checkpoint_of(qwen_32b())
     full, empty = Device("cuda:0", 288 * GIB, 93 * GIB), Device("cuda:1", 96 * GIB, 92 * GIB)

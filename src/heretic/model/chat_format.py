@@ -126,6 +126,12 @@ def check_different(role: str, sequences: Sequence[list[int]]) -> None:
         )
 
 
+def answer_tokens(role: str, settings: Settings) -> int:
+    """Return the maximum number of answer tokens evaluated after a prompt of this set."""
+    decoded = settings.max_response_length
+    return {"harmful_eval": decoded, "harmless_eval": max(decoded, settings.kl_tokens)}.get(role, 1)
+
+
 def check_length(role: str, sequences: Sequence[list[int]], context: int, new_tokens: int) -> None:
     """Raise UserError if a prompt and its answer do not fit into the model's context."""
     longest = max(range(len(sequences)), key=lambda i: len(sequences[i]))

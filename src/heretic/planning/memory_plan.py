@@ -177,7 +177,7 @@ def make_plan(
     bytes_per_element = kept_bytes(model, checkpoint) or stored_bytes(model, quantization)
     demand = _memory_model(model, checkpoint, work, bytes_per_element, copies=copies)
     # 3. Place the modules
-    table, room = _place(model, demand, device_map, devices, named, limits, batch_size or GOOD_BATCH, bytes_per_element)
+    table, room = _place(model, demand, device_map, devices, named, limits, batch_size, bytes_per_element)
     # 4. Choose the batch size
     shape, largest = demand.shape, LARGEST_ON_CPU if on_cpu else LARGEST_BATCH
     placed = shares(model, table, shape.blocks, bytes_per_element)
@@ -256,11 +256,11 @@ def _place(
     if device_map not in MODES or all(not device.is_gpu for device in named):
         return everything_on(named[0]), None
     planned = device_map == "planned"
-    if planned and (table := _one_device(model, demand, named, limits, batch, bytes_per_element)):
+    if planned and (table := _one_device(model, demand, named, limits, batch or GOOD_BATCH, bytes_per_element)):
         return table, None
     room = {device.name: _room(device, limits, demand.minimum) for device in devices}
     within = {device.name: room[device.name] for device in named}
-    table = _spread(model, demand, devices, within, named, bytes_per_element) if planned else None
+    table = _spread(model, demand, devices, within, named, batch, bytes_per_element) if planned else None
     return table or infer_device_map(
         model, "balanced" if planned else device_map, within, named, bytes_per_element
     ), room
@@ -272,15 +272,17 @@ def _spread(
     devices: Sequence[Device],
     within: Mapping[str, int],
     named: Sequence[Device],
+    batch: int,
     bytes_per_element: Mapping[str, float],
 ) -> dict[str, int | str] | None:
-    """Return the most even table, unless GPUs of other sizes give another one a far larger batch; None if none fits."""
+    """Return the most even table that holds `batch`, or without one (0) a batch not far below the largest; None if none fits."""
     found = []
     for table in partitions(model, demand.shape.blocks, within, named, bytes_per_element, WEIGHS):
         placed = shares(model, table, demand.shape.blocks, bytes_per_element)
         found.append((demand.largest_batch(placed, devices, LARGEST_BATCH), table))
     most = max((batch for batch, _ in found), default=0)
-    return next((table for batch, table in found if FAR_LARGER * batch >= most), None)
+    enough = min(batch, most) if batch else most / FAR_LARGER
+    return next((table for held, table in found if held >= enough), None)
 
 
 def _one_device(

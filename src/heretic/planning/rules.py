@@ -60,7 +60,7 @@ def unusable_gpus(facts: PreflightFacts) -> Iterator[Finding]:
 
 def idle_gpus(facts: PreflightFacts) -> Iterator[Finding]:
     """Report a GPU that the settings leave unused."""
-    if facts.usable and facts.plan and not facts.plan.on_gpu:
+    if facts.usable and facts.plan and facts.plan.loads and not facts.plan.on_gpu:
         text = f"The settings put the model on the CPU, but {facts.usable[0].name} is available."
         yield Finding("warning", "device_map", text, 'device_map = "planned"')
 
@@ -182,7 +182,7 @@ def memory(facts: PreflightFacts) -> Iterator[Finding]:
 def ignored_limits(facts: PreflightFacts) -> Iterator[Finding]:
     """Report a `max_memory` without effect."""
     device_map = facts.settings.device_map
-    if facts.settings.max_memory and facts.plan and not facts.plan.on_gpu:
+    if facts.settings.max_memory and facts.plan and facts.plan.loads and not facts.plan.on_gpu:
         text = "max_memory has no effect, because the whole model is on the CPU."
         yield Finding("warning", "max_memory", text, "max_memory = {}")
     elif facts.settings.max_memory and (not isinstance(device_map, str) or device_map not in MODES):
@@ -316,6 +316,8 @@ RULES: tuple[Rule, ...] = (
 def _smaller_weights(facts: PreflightFacts) -> str | None:
     """Return the setting that reduces the memory of the weights or lifts a limit; None if there is none."""
     plan, settings = facts.plan, facts.settings
+    if settings.max_memory and plan and plan.offloaded:
+        return "max_memory = {}, or more than that"
     if plan and plan.dtype == "float32":
         return 'dtypes = ["bfloat16"]'
     if settings.max_memory:

@@ -175,7 +175,7 @@ def _encoded(settings: Settings, checkpoint: Checkpoint, prompts: PromptSets) ->
 
     Raises UserError if there is no tokenizer, or a prompt exceeds the model's context.
     """
-    from heretic.model.chat_format import ChatFormat, check_different, check_length
+    from heretic.model.chat_format import ChatFormat, answer_tokens, check_different, check_length
     from heretic.model.loading import context_of, load_tokenizer
     from heretic.model.template import read_template
 
@@ -187,8 +187,7 @@ def _encoded(settings: Settings, checkpoint: Checkpoint, prompts: PromptSets) ->
     encoded = [chat.encode(role.prompts) for role in sets]
     for role, tokens in zip(sets, encoded, strict=True):
         check_different(role.role, tokens)
-        new = settings.max_response_length if role.role == "harmful_eval" else 1
-        check_length(role.role, tokens, context_of(checkpoint.config), new)
+        check_length(role.role, tokens, context_of(checkpoint.config), answer_tokens(role.role, settings))
     return encoded
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from heretic.errors import plain_line
 from heretic.model.batching import Batcher
-from heretic.model.chat_format import ChatFormat, check_different, check_length
+from heretic.model.chat_format import ChatFormat, answer_tokens, check_different, check_length
 from heretic.model.end_of_turn import end_of_turn
 from heretic.model.loading import LanguageModel
 from heretic.model.response_prefix import (
@@ -24,12 +24,10 @@ from heretic.settings import Settings
 def encode(prompts: PromptSets, chat: ChatFormat, context: int, settings: Settings) -> dict[str, list[list[int]]]:
     """Encode all prompt sets, by role. Raises UserError if a prompt with its answer exceeds the context."""
     encoded = {}
-    decoded = {"harmful_eval": settings.max_response_length, "harmless_eval": most_new_tokens(settings)}
     for prompt_set in prompts.all:
         encoded[prompt_set.role] = chat.encode(prompt_set.prompts, prompt_set.role)
         check_different(prompt_set.role, encoded[prompt_set.role])
-        new = decoded.get(prompt_set.role, 1)
-        check_length(prompt_set.role, encoded[prompt_set.role], context, new)
+        check_length(prompt_set.role, encoded[prompt_set.role], context, answer_tokens(prompt_set.role, settings))
     return encoded
 
 
@@ -90,8 +88,3 @@ def start_without_model(
     start = AnswerStart(settings.response_prefix)
     warn_of_open_thinking(chat.answering(start.prefix), shown, reporter)
     return start
-
-
-def most_new_tokens(settings: Settings) -> int:
-    """Return the maximum number of answer tokens evaluated after a harmless prompt."""
-    return max(settings.max_response_length, settings.kl_tokens)

@@ -24,7 +24,7 @@ from heretic.hardware.host import format_bytes, memory
 from heretic.interrupt import StopSignal
 from heretic.model.architecture import ResidualWriter
 from heretic.model.batching import UNEDITED, Batcher, EditSpec
-from heretic.model.chat_format import ChatFormat
+from heretic.model.chat_format import ChatFormat, answer_tokens
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.decoding import decoded_by_generate
 from heretic.model.forward import padding_sensitive, supports_prefix_caching
@@ -52,7 +52,7 @@ from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs, a
 from heretic.search.gradient_path import GradientPath
 from heretic.search.space import SearchSpace
 from heretic.session.caching import enable_caching
-from heretic.session.encoding import encode, end_answers, most_new_tokens, start_answers
+from heretic.session.encoding import encode, end_answers, start_answers
 from heretic.session.find_directions import find_directions
 from heretic.session.input_maps import open_input_maps
 from heretic.settings import Settings
@@ -192,7 +192,7 @@ def load_model_context(
             "Padding changes this model's answers, so only prompts of equal length share a batch. This is slower."
         )
     chat, encoded = start_answers(chat, encoded, answer_start, prompts, language_model, settings, batcher)
-    longest = max(len(tokens) for sequences in encoded.values() for tokens in sequences) + most_new_tokens(settings)
+    longest = max(len(tokens) + answer_tokens(role, settings) for role, rows in encoded.items() for tokens in rows)
     model, window = language_model.model, language_model.window
     batcher.prefix_caching = supports_prefix_caching(
         model, encoded["harmless_eval"], batcher, longest=longest, window=window
