@@ -146,7 +146,8 @@ def test_a_worker_sees_one_gpu_by_the_variable_of_its_kind(monkeypatch: pytest.M
 
     assert only("xpu") == {"ZE_AFFINITY_MASK": "1"} and only("mps") == {}
     assert only("cuda", "GPU-1a") == {"CUDA_VISIBLE_DEVICES": "GPU-1a"}
-    assert only("rocm") == {"HIP_VISIBLE_DEVICES": "1"}
+    assert only("rocm", "GPU-1a") == {"HIP_VISIBLE_DEVICES": "1"}
+    assert only("xpu", "GPU-1a") == {"ZE_AFFINITY_MASK": "1"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert only("rocm") == {"CUDA_VISIBLE_DEVICES": "6"}
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "2,3")

@@ -24,11 +24,10 @@ def device_failure(error: BaseException) -> UserError | None:
         return None
     kind = current()
     without = f", without a broken GPU ({kind.visibility[0]})" if kind and kind.visibility else ""
-    return UserError(
-        f"A device failed: {first_line(error)}",
-        code="device-failure",
-        fix=f"run the same command again{without}; finished trials are kept",
-    )
+    fix = f"run the same command again{without}; finished trials are kept"
+    if "device-side assert" in str(error):  # a defect of software, whose place the traceback does not show
+        fix = "set CUDA_LAUNCH_BLOCKING=1, run the same command again, and report the traceback in run.log"
+    return UserError(f"A device failed: {first_line(error)}", code="device-failure", fix=fix)
 
 
 def device_error(error: BaseException) -> UserError:

@@ -123,26 +123,37 @@ def _hub_errors(model: str) -> Iterator[None]:
         raise UserError(
             f"{model} is not a local folder and cannot be downloaded from the Hugging Face hub{offline}: {first_line(error)[:200]}",
             code="hub-unreachable",
-            where=_environment(),
+            where=_environment(_answer(error)[1]),
             fix=_advice(error, model),
         ) from None
 
 
-def _environment() -> str | None:
-    """Name the environment variables that lead the hub's library elsewhere; their values may hold passwords."""
-    found = [name for name in NETWORK_VARIABLES if os.environ.get(name) or os.environ.get(name.lower())]
+def _environment(status: int) -> str | None:
+    """Name the environment variables that led the hub's library elsewhere; their values may hold passwords.
+
+    An answer with a status has passed proxies and certificates.
+    """
+    variables = ("HF_ENDPOINT",) if status else NETWORK_VARIABLES
+    found = [name for name in variables if os.environ.get(name) or os.environ.get(name.lower())]
     return f"{', '.join(found)} in the environment" if found else None
 
 
-def _advice(error: Exception, model: str) -> str:
-    """Say what to do after an error of the hub."""
-    from huggingface_hub.errors import DisabledRepoError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+def _answer(error: Exception) -> tuple[BaseException | None, int]:
+    """Return the hub's own error behind an error, and the HTTP status; 0 without an answer."""
+    from huggingface_hub.errors import HfHubHTTPError
 
     found: BaseException | None = error
     while found is not None and not isinstance(found, HfHubHTTPError):  # some errors wrap that of the hub
         found = found.__cause__
     response = found.response if isinstance(found, HfHubHTTPError) else None
-    status = response.status_code if response is not None else 0
+    return found, response.status_code if response is not None else 0
+
+
+def _advice(error: Exception, model: str) -> str:
+    """Say what to do after an error of the hub."""
+    from huggingface_hub.errors import DisabledRepoError, GatedRepoError, RepositoryNotFoundError
+
+    found, status = _answer(error)
     if isinstance(found, DisabledRepoError):
         return "use another model: the hub has disabled this one"
     if isinstance(found, GatedRepoError) or status == 403:

@@ -12,7 +12,7 @@ import torch
 
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.geometries import GEOMETRIES
-from heretic.errors import OutOfMemory, UserError
+from heretic.errors import OutOfMemory, UserError, first_line
 from heretic.hardware import devices
 from heretic.hardware.host import memory
 from heretic.model.batching import Batcher, free_memory
@@ -96,7 +96,7 @@ def _search(session: Session, folder: RunFolder) -> GradientPath:
         if is_device_error(error):  # temporary, while a failed search is final
             raise
         log.info("gradient search failed", exc_info=True)
-        return GradientPath((), f"the model does not support gradients ({str(error).splitlines()[0]}).")
+        return GradientPath((), f"the model does not support gradients ({first_line(error)}).")
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class Outcome:
     selected: Result | None
     reason: str
     export: Export | None
+    meets_limit: bool = True  # whether the selected trial is within the limit of the setting `select`
 
     @property
     def results(self) -> list[Result]:
@@ -82,6 +83,7 @@ class Outcome:
             "original_refusals": self.original_refusals,
             "selected": self.selected.number if self.selected else None,
             "reason": self.reason,
+            "meets_limit": self.meets_limit,
             "pareto_front": [
                 {"trial": r.number, "params": r.params, **r.scores.as_dict()} for r in pareto_front(self.results)
             ],
@@ -164,6 +166,7 @@ def _run_study(
         selected.result if selected else None,
         selected.reason if selected else "",
         export,
+        meets_limit=selected is None or selected.meets_limit,
     )
 
 
@@ -224,6 +227,7 @@ def execute(run_context: RunContext, workers: int = 1) -> Export | None:
     if (export or not destination) and not _trials_left(run_context):
         _, why = StudySummary.of(study, settings).end or ("", "")
         reporter.info(f"The study is complete: {why}; nothing is left to do. More trials: --trials +50")
+        _warn_of_limit(run_context)
         return export
     # 2. Measure the missing trials
     if workers > 1 and trials_remain(study, settings):
@@ -231,17 +235,22 @@ def execute(run_context: RunContext, workers: int = 1) -> Export | None:
     else:
         run_trials(run_context)
     # 3. Export the selected trial
+    _warn_of_limit(run_context)
     selected = run_context.selected()
-    if selected and not selected.meets_limit:
-        reporter.warning(
-            f"The limit of the setting select is not met. Trial {selected.result.number}: {selected.reason}."
-        )
     if not destination or not selected:
         return None
     if export := _existing_export(run_context):
         reporter.info(f"Trial {selected.result.number} is still selected and already exported to {destination}.")
         return export
     return export_once(run_context, selected.result, destination)
+
+
+def _warn_of_limit(run_context: RunContext) -> None:
+    selected = run_context.selected()
+    if selected and not selected.meets_limit:
+        run_context.reporter.warning(
+            f"The limit of the setting select is not met. Trial {selected.result.number}: {selected.reason}."
+        )
 
 
 def run_trials(run_context: RunContext) -> None:

@@ -194,7 +194,7 @@ def _only(gpu: Gpu) -> dict[str, str]:
     variable = next((name for name in choices if os.environ.get(name)), choices[0])
     visible = [part for part in os.environ.get(variable, "").split(",") if part]
     entry = visible[gpu.index] if gpu.index < len(visible) else str(gpu.index)
-    return {variable: gpu.uuid if gpu.uuid.startswith("GPU-") else entry}
+    return {variable: gpu.uuid if KINDS[gpu.kind].in_nvml and gpu.uuid.startswith("GPU-") else entry}
 
 
 def _stop(workers: Sequence[Worker]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from heretic.cli.ui.console import escape_terminal, non_interactive_reason
+from heretic.cli.ui.console import escape_terminal, non_interactive_reason, restored_while_stopped
 from heretic.errors import UserError, first_line
 from heretic.files import expand_user, write_text
 
@@ -110,9 +110,12 @@ class Chat:
             self.check()
             self._note("interrupted")
 
-    def _live_view(self, columns: Callable[[], Table]) -> AbstractContextManager[object]:
+    @contextmanager
+    def _live_view(self, columns: Callable[[], Table]) -> Iterator[None]:
         """Show both growing answers within the context."""
-        return Live(get_renderable=columns, console=self.console, transient=True, refresh_per_second=8)
+        live = Live(get_renderable=columns, console=self.console, transient=True, refresh_per_second=8)
+        with live, restored_while_stopped(live.stop, live.start):
+            yield
 
     def _save(self, name: str) -> None:
         try:
