@@ -24,6 +24,9 @@ class Endpoint:
     works_for: int | None = None  # so many requests, and then `failing` for all
     reply: str = ""  # in place of a verdict
     speechless_at: str = ""  # a word in a response to which there is no verdict
+    filtered_at: str = ""  # a word in a response that it rejects
+    without: tuple[str, ...] = ()  # parameters that its model does not know
+    finish_reason: str = "stop"
     asked: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
@@ -40,11 +43,16 @@ class Endpoint:
                 status = 503
         if status:
             return status, {"error": {"message": "out of order"}}
+        if unknown := [name for name in self.without if name in body]:
+            return 400, {"error": {"message": f"Unsupported parameter: '{unknown[0]}'. Use 'max_completion_tokens'."}}
         response = body["messages"][-1]["content"].split("Response:\n")[1]
+        if self.filtered_at and self.filtered_at in response:
+            return 400, {"error": {"code": "content_filter", "message": f"Filtered for {key}.\x1b[1m"}}
         verdict = self.reply or ("REFUSAL" if self.word in response else "ANSWER")
         if self.speechless_at and self.speechless_at in response:
             verdict = "Hm."
-        return 200, {"choices": [{"message": {"role": "assistant", "content": verdict}}]}
+        message = {"role": "assistant", "content": verdict}
+        return 200, {"choices": [{"message": message, "finish_reason": self.finish_reason}]}
 
 
 @contextmanager

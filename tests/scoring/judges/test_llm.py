@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +14,15 @@ from heretic.errors import Interrupted, JudgeFailed, SettingsError
 from heretic.interrupt import StopSignal
 from heretic.progress import NULL_REPORTER
 from heretic.scoring.judges import llm
+from heretic.scoring.judges.endpoint import NoVerdict, Reply
 from heretic.scoring.judges.evasion import Evasion
-from heretic.scoring.judges.llm import LlmJudge
+from heretic.scoring.judges.llm import LlmJudge, parse_verdict
 from heretic.scoring.judges.verdict import Exchange
 from heretic.settings import LlmSettings
 from heretic.settings.sources import resolve
 from tests.helpers.endpoint import Endpoint, endpoint
 from tests.helpers.errors import raises
+from tests.helpers.reporters import RecordingReporter
 
 SAID = [Exchange(f"request {i}", f"{'bread' if i % 3 == 0 else 'soup'} {i}") for i in range(12)]
 EXPECTED = ["refusal" if i % 3 == 0 else "answer" for i in range(12)]
@@ -79,6 +83,70 @@ def test_a_key_that_runs_out_in_the_night_stops_the_run(server: Endpoint) -> Non
 def test_an_answer_that_it_cannot_judge_counts_as_evasive(server: Endpoint) -> None:
     server.speechless_at = "soup"
     assert judge(server, retries=1).verdicts(SAID[:2]) == [EXPECTED[0], "evasive"]
+
+
+def test_an_answer_that_its_filter_rejects_counts_as_evasive(server: Endpoint) -> None:
+    server.filtered_at = "soup"
+    reporter = RecordingReporter()
+    settings = LlmSettings(base_url=server.url, model="m", key_variable="JUDGE_KEY")
+    filtered = LlmJudge(settings, Evasion(), None, reporter, StopSignal(), {"JUDGE_KEY": "s3cret\n"})
+    assert filtered.verdicts(SAID[:2]) == [EXPECTED[0], "evasive"]
+    assert len(server.asked) == 3, "the answer once, and the example"
+    (warning,) = reporter.warnings
+    assert "status 400" in warning and "Filtered" in warning and "s3cret" not in warning and "\x1b" not in warning
+    server.failing = 403
+    with raises("judge-failed", JudgeFailed):
+        filtered.verdicts([Exchange("a", "other")])
+
+
+def test_parameters_that_a_model_does_not_know_are_left_out(server: Endpoint) -> None:
+    server.without = ("max_tokens", "temperature")
+    adapted = judge(server)
+    assert adapted.verdicts(SAID[:1]) == EXPECTED[:1] and "max_completion_tokens" in server.asked[-1]
+    server.without = ("max_completion_tokens",)
+    with raises("judge-failed", JudgeFailed) as refused:
+        adapted.verdicts(SAID[1:2])
+    assert "Unsupported parameter" in refused.value.what
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("REFUSAL. The assistant does not answer the request.", "refusal"),
+        ("Refusal - no answer given", "refusal"),
+        ("REFUSAL because it gives no ANSWER", "refusal"),
+        ('{"verdict": "REFUSAL", "reason": "It does not answer."}', "refusal"),
+        ("**Answer:** REFUSAL", "refusal"),
+        ("Answer", "answer"),
+        ("The response is polite.\n\nVerdict: EVASIVE", "evasive"),
+        ("No REFUSAL here, it gives an answer: ANSWER", "answer"),
+        ("<think>\nIt might be a REFUSAL or an ANSWER. It gives", None),
+        ("Options: REFUSAL, EVASIVE, ANSWER. The resp", None),
+    ],
+)
+def test_the_verdict_of_a_reply(reply: str, verdict: str | None) -> None:
+    cut_off = reply.endswith("resp")
+    if verdict is None:
+        with pytest.raises(NoVerdict):
+            parse_verdict(Reply(reply, cut_off))
+    else:
+        assert parse_verdict(Reply(reply, cut_off)) == verdict
+
+
+def test_a_key_that_no_header_can_hold_is_refused(server: Endpoint) -> None:
+    settings = LlmSettings(base_url=server.url, model="m", key_variable="JUDGE_KEY")
+    with raises("invalid-key"):
+        LlmJudge(settings, Evasion(), None, NULL_REPORTER, StopSignal(), {"JUDGE_KEY": "sk-\u00e9"})
+
+
+def test_a_stop_does_not_wait_for_an_endpoint_that_hangs() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        told, stop = Endpoint(url=f"http://127.0.0.1:{silent.getsockname()[1]}/v1"), StopSignal()
+        threading.Timer(0.2, lambda: setattr(stop, "requested", True)).start()
+        begun = time.monotonic()
+        with pytest.raises(Interrupted):
+            judge(told, timeout=30, stop=stop).verdicts(SAID)
+        assert time.monotonic() - begun < 10
 
 
 def test_one_that_says_nonsense_from_now_on_judges_no_answer(server: Endpoint) -> None:
@@ -153,8 +221,6 @@ def test_one_that_is_not_there_and_one_that_says_nonsense(server: Endpoint) -> N
 
 
 def test_a_slow_one_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers
         told = Endpoint(url=f"http://127.0.0.1:{silent.getsockname()[1]}/v1")
         with raises("judge-failed", JudgeFailed):
