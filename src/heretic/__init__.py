@@ -46,9 +46,10 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'heretic' has no attribute {name!r}")
-    from heretic.hardware.openmp import wait_passively
+    from heretic.hardware.openmp import respect_quota, wait_passively
 
     wait_passively()
+    respect_quota()
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 

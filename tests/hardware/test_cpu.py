@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from heretic.hardware import cpu
-from heretic.hardware.cpu import cpuinfo_features, native_bfloat16
+from heretic.hardware.cpu import cpuinfo_features, native_bfloat16, usable_cores
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,25 @@ def test_features_of_linux(tmp_path: Path) -> None:
     file.write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
     assert cpuinfo_features(file) == {"fp", "asimd", "bf16"}
     assert cpuinfo_features(tmp_path / "none") == set()
+
+
+def test_a_quota_of_the_container_limits_the_cores(tmp_path: Path) -> None:
+    cores = usable_cores(tmp_path)
+    assert cores == len(os.sched_getaffinity(0))
+    group = tmp_path / "sys/fs/cgroup"
+    (group / "jobs/one").mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/jobs/one\n")
+    (group / "jobs/one/cpu.max").write_text("max 100000\n")
+    assert usable_cores(tmp_path) == cores
+    (group / "jobs/cpu.max").write_text("50000 100000\n")
+    assert usable_cores(tmp_path) == 1
+    (tmp_path / "proc/self/cgroup").write_text(
+        "4:cpu,cpuacct:/docker/abc\n"
+    )  # version 1: a container sees its own group
+    (group / "cpu").mkdir()
+    for name, number in (("quota", -1), ("period", 100000)):
+        (group / f"cpu/cpu.cfs_{name}_us").write_text(f"{number}\n")
+    assert usable_cores(tmp_path) == cores
+    (group / "cpu/cpu.cfs_quota_us").write_text("90000\n")
+    assert usable_cores(tmp_path) == 1

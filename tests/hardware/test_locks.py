@@ -249,3 +249,13 @@ def test_a_disk_without_locks_is_named_as_the_cause(
     with raises("lock-unavailable") as error, acquire_locks([tmp_path / "run" / "lock"], model=""):
         pass
     assert "runs_dir" in str(error.value.fix)
+
+
+def test_no_temporary_folder_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(locks.tempfile, "gettempdir", full)
+    with raises("lock-unavailable"):
+        runtime_folder()

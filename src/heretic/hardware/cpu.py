@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import os
 from pathlib import Path
 
 # Instructions that multiply bfloat16 and add in float32, as PyTorch and as Linux name them.
@@ -40,3 +42,34 @@ def cpuinfo_features(file: Path = Path("/proc/cpuinfo")) -> set[str]:
         next((text.split() for name, _, text in (line.partition(":") for line in lines)
               if name.strip() in ("flags", "Features")), [])
     )  # fmt: skip
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Return the cores that this process may use, by its affinity and the CPU quotas of its control groups (Linux)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *(math.ceil(quota) for quota in _quotas(root))]))
+
+
+def _quotas(root: Path) -> list[float]:
+    """Return the CPU quotas in cores; a container sees its own group, or the parents too."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []  # not Linux
+    found = []
+    for line in lines:
+        _, controllers, own = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base, group = root / "sys/fs/cgroup" / ("cpu" if controllers else ""), Path(own.lstrip("/"))
+        for folder in {base / group, *(base / above for above in group.parents)}:
+            try:
+                if controllers:
+                    parts = [(folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")]
+                else:
+                    parts = (folder / "cpu.max").read_text().split()
+                if parts[0] not in ("max", "-1"):
+                    found.append(int(parts[0]) / int(parts[1]))
+            except (OSError, ValueError, IndexError, ZeroDivisionError):
+                continue
+    return found

@@ -83,10 +83,10 @@ def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
     for line in lines:
         _, controllers, own = line.split(":", 2)
         if not controllers:  # version 2
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file", "active_file")
         elif "memory" in controllers.split(","):
             base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file")
         else:
             continue
         group = Path(own.lstrip("/"))
@@ -95,7 +95,8 @@ def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
                 limit = (folder / names[0]).read_text().strip()
                 if limit == "max":
                     continue
-                cached = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
-                yield int(limit), int((folder / names[1]).read_text()) - int(cached.get(names[2], 0))
+                usage = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+                cached = sum(int(usage.get(name, 0)) for name in names[2:])
+                yield int(limit), max(0, int((folder / names[1]).read_text()) - cached)
             except (OSError, ValueError):
                 continue  # the root group has no limit; a container cannot see its parent groups

@@ -71,13 +71,13 @@ def runtime_folder() -> Path:
 
     Raises UserError if it is not writable or belongs to another user, who could attack through it.
     """
-    session = os.environ.get("XDG_RUNTIME_DIR")
-    if session and os.access(session, os.W_OK):
-        folder = Path(session) / "heretic"
-    else:
-        user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
-        folder = Path(tempfile.gettempdir()) / f"heretic-{user}"
+    session, folder = os.environ.get("XDG_RUNTIME_DIR"), Path()
     try:
+        if session and os.access(session, os.W_OK):
+            folder = Path(session) / "heretic"
+        else:
+            user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+            folder = Path(tempfile.gettempdir()) / f"heretic-{user}"  # tries to write: a disk may be full
         folder.mkdir(mode=0o700, exist_ok=True)
         owner = folder.stat().st_uid
     except OSError as error:
@@ -85,7 +85,7 @@ def runtime_folder() -> Path:
             f"The folder for locks cannot be created: {error.strerror}.",
             code="lock-unavailable",
             where=str(folder),
-            fix="set XDG_RUNTIME_DIR or TMPDIR to a writable folder",
+            fix="free disk space, or set XDG_RUNTIME_DIR or TMPDIR to a writable folder",
         ) from None
     if hasattr(os, "getuid") and owner != os.getuid():
         raise UserError(
@@ -197,7 +197,8 @@ def _locked_object(path: Path) -> str:
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
-    without_locks = error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # some network disks
+    # Some network and user-space disks.
+    without_locks = error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
     return UserError(
         f"The lock cannot be acquired: {error.strerror or error}.",
         code="lock-unavailable",

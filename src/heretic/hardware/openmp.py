@@ -1,14 +1,18 @@
-"""Set how PyTorch's threads wait for each other, before PyTorch reads the environment."""
+"""Set how many threads PyTorch has and how they wait for each other, before PyTorch reads the environment."""
 
 from __future__ import annotations
 
 import os
 import sys
 
+from heretic.hardware.cpu import usable_cores
+
 # With OMP_WAIT_POLICY, libgomp (in PyTorch's wheels) sleeps without spinning (GOMP_SPINCOUNT in its manual). The runtimes of
 # Intel and LLVM (in conda's PyTorch) still spin for KMP_BLOCKTIME milliseconds, by default 200.
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 CHOICES = (*PASSIVE, "GOMP_SPINCOUNT", "KMP_LIBRARY")  # a user's own settings
+THREADS = "OMP_NUM_THREADS"
+_set_here: list[str] = []
 
 
 def wait_passively() -> None:
@@ -18,3 +22,19 @@ def wait_passively() -> None:
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in CHOICES):
         os.environ.update(PASSIVE)
+
+
+def respect_quota() -> None:
+    """Let PyTorch use the cores that a container may use, not all that it sees; more threads would wait for each other.
+
+    Does nothing if PyTorch is already imported or the user has set a number.
+    """
+    if "torch" not in sys.modules and THREADS not in os.environ and usable_cores() < (os.cpu_count() or 1):
+        os.environ[THREADS] = str(usable_cores())
+        _set_here.append(os.environ[THREADS])
+
+
+def threads_of_user() -> str | None:
+    """Return the number of threads that the user has set, if any."""
+    threads = os.environ.get(THREADS)
+    return None if threads in _set_here else threads

@@ -15,14 +15,18 @@ from typing import TYPE_CHECKING
 
 from heretic.errors import Interrupted, UserError
 from heretic.files import open_private, split_lines
+from heretic.hardware.cpu import usable_cores
 from heretic.hardware.devices import KINDS
 from heretic.hardware.gpus import Gpu, gpus_here
+from heretic.hardware.openmp import THREADS, threads_of_user
 from heretic.pipeline.worker_process import PARENT_VARIABLE, POLL_SECONDS
 from heretic.settings import Settings
 
 if TYPE_CHECKING:
+    from heretic.hardware.devices import Device
     from heretic.pipeline.prepare import RunInputs
     from heretic.pipeline.run_context import RunContext
+    from heretic.planning.workload import Workload
 
 LAST_LINES = 3  # of the log of a worker that crashed
 
@@ -54,7 +58,7 @@ def resolve_worker_count(option: str, settings: Settings) -> tuple[int, str]:
         )
     if option == "auto" and not gpus:
         return 1, "No GPU can be used, so there is one worker."
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     if number > 1 and not gpus:
         return number, f"{number} workers share {cores} cores and the memory, so they are hardly faster than one."
     return number, ""
@@ -63,7 +67,6 @@ def resolve_worker_count(option: str, settings: Settings) -> tuple[int, str]:
 def check_memory(settings: Settings, inputs: RunInputs, gpus: Sequence[Gpu], number: int) -> None:
     """Raise UserError if the model does not fit on each of these GPUs (one per worker) or, without GPUs, `number` times in RAM."""
     from heretic.hardware import host
-    from heretic.planning.memory_plan import plan_for
     from heretic.planning.workload import Workload
 
     if not isinstance(settings.device_map, str):
@@ -77,19 +80,34 @@ def check_memory(settings: Settings, inputs: RunInputs, gpus: Sequence[Gpu], num
         )
     work = Workload.of(settings, inputs.prompts.longest)
     if gpus:
-        devices = host.devices((min(gpus, key=lambda gpu: gpu.free),))
+        fitting = sum(_fits(settings, inputs, work, host.devices((gpu,))) for gpu in gpus)
         what = "The model does not fit on one GPU, and each worker uses one GPU."
         fix = (
             'omit --workers, and one process uses all GPUs; or quantization = "bnb_4bit", if the model then fits on one'
         )
+        if fitting:
+            what = f"The model fits on only {fitting} of these {len(gpus)} GPUs, and each worker uses one GPU."
+            fix = f"--workers {fitting}"
+        if fitting < len(gpus):
+            raise UserError(what, code="too-many-workers", where="--workers", fix=fix)
     else:
         devices = [replace(device, free=device.free // number) for device in host.devices(())]
         settings = settings.model_copy(update={"dtypes": [inputs.plan.dtypes[0]]})
-        what = f"The model does not fit {number} times into RAM, and each worker loads its own copy."
-        fix = "use fewer workers, or omit --workers"
+        if not _fits(settings, inputs, work, devices):
+            raise UserError(
+                f"The model does not fit {number} times into RAM, and each worker loads its own copy.",
+                code="too-many-workers",
+                where="--workers",
+                fix="use fewer workers, or omit --workers",
+            )
+
+
+def _fits(settings: Settings, inputs: RunInputs, work: Workload, devices: Sequence[Device]) -> bool:
+    """Return whether a worker with these devices can run the model; `auto` and `balanced` must not move weights to RAM."""
+    from heretic.planning.memory_plan import plan_for
+
     plan = plan_for(settings, inputs.checkpoint, work, devices)
-    if not plan.largest_batch_size or plan.in_ram:  # `auto` and `balanced` would move weights to RAM, once per worker
-        raise UserError(what, code="too-many-workers", where="--workers", fix=fix)
+    return bool(plan.largest_batch_size) and not plan.in_ram
 
 
 @dataclass
@@ -171,7 +189,7 @@ def _start(run_context: RunContext, index: int, of: int, gpu: Gpu | None) -> Wor
     if gpu is not None:
         environment |= _only(gpu)
     else:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // of))
+        environment[THREADS] = threads_of_user() or str(max(1, usable_cores() // of))
     log_file = folder / f"worker-{index}.log"
     arguments = ["run", str(folder), "--plain", "--no-menu", "--trials", str(settings.n_trials)]
     with os.fdopen(open_private(log_file, "w"), "wb") as out:
@@ -200,15 +218,16 @@ def _only(gpu: Gpu) -> dict[str, str]:
 def _stop(workers: Sequence[Worker]) -> None:
     """Interrupt the running workers and wait for them; a second Ctrl-C is passed on."""
     running = [w.process for w in workers if w.process.poll() is None]
+    # Not SIGINT, which processes that a script starts in the background ignore.
     for process in running:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
     try:
         for process in running:
             process.wait()
     except KeyboardInterrupt:
         for process in running:
             if process.poll() is None:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM)
         for process in running:
             process.wait()
         raise
