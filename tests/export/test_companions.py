@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from heretic.errors import UserError
 from heretic.export.companions import copied_files, copy_companions, copy_license_files, find_companions
 from heretic.files import sha256
+from tests.helpers.reporters import RecordingReporter
 from tests.tiny import TEMPLATE, tiny_tokenizer
 
 
@@ -66,6 +67,9 @@ def test_other_files_stay_behind(base: Path, to: Path, tmp_path: Path) -> None:
     assert {"notes.txt", "diary.txt", "hf_quant_config.json", "train.py", ".env", "onnx"}.isdisjoint(
         path.name for path in to.iterdir()
     )
+    reporter = RecordingReporter()
+    copy_companions(base, to, unused=("mtp.safetensors",), reporter=reporter)
+    assert any("mtp.safetensors" in line for line in reporter.lines)
     assert find_companions(base).left == ["diary.txt", "hf_quant_config.json", "notes.txt", "onnx/", "train.py"]
 
 

@@ -79,3 +79,17 @@ def test_the_language_model_of_a_composite_base_gets_nothing_of_its_other_parts(
         "vocab_size": 9,
         "rope_theta": 7,
     }
+
+
+def test_a_config_announces_no_layers_that_are_not_there(tmp_path: Path) -> None:
+    config = {
+        "model_type": "x",
+        "num_nextn_predict_layers": 1,
+        "text_config": {"mtp_num_hidden_layers": 1, "hidden_size": 8},
+    }
+    for ahead, number in ((True, 1), (False, 0)):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for_older_readers(tmp_path, None, predicts_ahead=ahead)
+        written = json.loads((tmp_path / "config.json").read_text())
+        assert written["num_nextn_predict_layers"] == written["text_config"]["mtp_num_hidden_layers"] == number
+        assert "mtp_num_hidden_layers" not in written and written["text_config"]["hidden_size"] == 8

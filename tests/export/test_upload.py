@@ -105,6 +105,12 @@ def test_public_only_when_asked(hub: Hub, out: Path, upload: Upload) -> None:
     assert "[repository-public]" in error_of(upload("out", "someone/tiny", "--yes"))
 
 
+def test_a_private_repository_does_not_become_public_in_words_only(hub: Hub, out: Path, upload: Upload) -> None:
+    upload("out", "someone/tiny", "--yes")
+    assert "[repository-private]" in error_of(upload("out", "someone/tiny", "--yes", "--public"))
+    assert hub.repositories["someone/tiny"].private
+
+
 def test_only_files_that_the_export_wrote_are_sent(hub: Hub, out: Path, upload: Upload) -> None:
     (out / "diary.txt").write_text("private")
     Path("secret").write_text("key")
@@ -181,7 +187,9 @@ def test_what_is_not_ours_is_left_alone(hub: Hub, out: Path, upload: Upload) -> 
 
 def test_what_the_hub_refuses_is_said(hub: Hub, out: Path, upload: Upload, monkeypatch: pytest.MonkeyPatch) -> None:
     said = error_of(upload("out", "else/tiny", "--yes"))
-    assert "[hub-refused]" in said and "else/tiny, HTTP status 403" in said
+    assert "[hub-refused]" in said and "else/tiny, HTTP status 403" in said and "You don't have the rights" in said
+    hub.fails["/api/repos/create"] = [400]
+    assert "as the test wants it" in error_of(upload("out", "someone/tiny", "--yes"))
     hub.fails["/api/repos/create"] = [404]
     said = error_of(upload("out", "someone/tiny", "--yes"))
     assert "[hub-refused]" in said and "someone/tiny, HTTP status 404" in said

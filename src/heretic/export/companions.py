@@ -69,15 +69,16 @@ def copy_companions(
     *,
     template: str = "",
     but: Collection[str] = (),
+    unused: Collection[str] = (),
     texts: Mapping[str, str] | None = None,
     reporter: ProgressReporter = NULL_REPORTER,
 ) -> dict[str, dict[str, str]]:
-    """Copy the files that accompany the weights into an export, except those named in `but`.
+    """Copy the files that accompany the weights into an export, except those named in `but` and weights that are `unused`.
 
     Returns:
         SHA-256 by name, under "copied" for unchanged files and under "changed" for edited ones.
     """
-    companions = find_companions(folder, template, texts)
+    companions, but = find_companions(folder, template, texts), {*but, *unused}
     for name in [n for n in companions.copied if n not in companions.changed and n not in but]:
         (to / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(companions.copied[name], to / name)
@@ -85,8 +86,8 @@ def copy_companions(
         (to / name).parent.mkdir(exist_ok=True)
         write_text(to / name, companions.changed[name])
     copied = [n for n in companions.copied if n not in companions.changed and n not in but]
-    if companions.left:
-        reporter.info(f"Not copied from the base model's folder: {abbreviated(companions.left)}.")
+    if left := [*unused, *companions.left]:
+        reporter.info(f"Not copied from the base model's folder: {abbreviated(left)}.")
     return {name: {n: sha256(to / n) for n in names} for name, names in (("copied", copied), ("changed", changed))}
 
 

@@ -22,7 +22,7 @@ from heretic.ablation.bake import bake_bias
 from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.export.request import Format, WriteRequest, WriteResult
-from heretic.export.save import hashed
+from heretic.export.save import hashed, is_language_model_alone
 from heretic.files import write_tensors
 from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint
@@ -62,6 +62,7 @@ class Adapter:
     rank: int
     changes: Mapping[str, LowRankChange]
     transposed: bool
+    alone: str = ""  # the class of the language model, if transformers opens it without the rest of a composite model
 
     @property
     def biased(self) -> bool:
@@ -137,7 +138,8 @@ def prepare(
             change = replace(low_rank_change(operator, materialize(weight), rank), bias=_bias(writer, operator))
             changes.update({names[module]: change for module in writer.modules})
             stage.advance()
-    adapter = Adapter(rank, _padded_to_rank(changes, rank), any(writer.transposed for writer in edited))
+    alone = type(model.model).__name__ if is_language_model_alone(model.model.config, model.checkpoint) else ""
+    adapter = Adapter(rank, _padded_to_rank(changes, rank), any(writer.transposed for writer in edited), alone)
     if refused := _incompatible_programs(adapter):
         reporter.warning(f'{refused} Use export_format = "full" for those programs.')
     return adapter
@@ -223,6 +225,11 @@ def _incompatible_programs(adapter: Adapter) -> str:
     vLLM raises for any tensor but `lora_A.weight` and `lora_B.weight` (`parse_fine_tuned_lora_name` in vllm/lora/utils.py), and
     llama.cpp's convert_lora_to_gguf.py ends.
     """
+    if adapter.alone:
+        return (
+            f"The adapter is for the language model alone ({adapter.alone}, which AutoModelForCausalLM opens). vLLM opens the "
+            "whole model, whose modules have other names, and would ignore the adapter."
+        )
     if adapter.biased:
         return "The edit changes biases, so the adapter has `lora_B.bias` tensors: peft loads them, vLLM and llama.cpp refuse them."
     if adapter.rank > RANKS_OF_VLLM[-1]:

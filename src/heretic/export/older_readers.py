@@ -12,11 +12,23 @@ from typing import Any
 
 from heretic.files import write_text
 
+# Numbers of layers for multi-token prediction, in DeepSeek V3, GLM, Qwen3-Next and others.
+PREDICTING_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 
-def for_older_readers(folder: Path, base: Path | None) -> None:
-    """Complete the configs of a written model; `base` is the folder of its base model, None for a GGUF file."""
+
+def for_older_readers(folder: Path, base: Path | None, *, predicts_ahead: bool = True) -> None:
+    """Complete the configs of a written model.
+
+    Args:
+        folder: the written model's.
+        base: the folder of its base model, None for a GGUF file.
+        predicts_ahead: whether the layers for multi-token prediction are where the config says; llama.cpp needs them then.
+    """
     config = folder / "config.json"
-    _write(config, config_entries(_read(config), _read(base / "config.json") if base else {}))
+    entries = config_entries(_read(config), _read(base / "config.json") if base else {})
+    for part in () if predicts_ahead else (entries, *(v for k, v in entries.items() if k.endswith("_config") and v)):
+        part |= {name: 0 for name in PREDICTING_LAYERS if name in part}
+    _write(config, entries)
     tokenizer = folder / "tokenizer_config.json"
     if base is None and tokenizer.is_file():  # else it is the base model's
         _write(tokenizer, tokenizer_entries(_read(tokenizer)))

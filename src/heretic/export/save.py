@@ -31,6 +31,7 @@ from heretic.model.tensor_info import PICKLED, pickled_tensors
 from heretic.progress import ProgressReporter
 
 BLOCK = 1 << 24  # bytes copied at a time
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def write_weights(
         checkpoint.folder,
         partial,
         template=template,
-        but=checkpoint.unused,
+        unused=checkpoint.unused,
         texts={} if text is None else {"config.json": text},
         reporter=reporter,
     )
@@ -207,12 +208,19 @@ def write_dequantized(
         else:
             made = ("config.json", "generation_config.json", "model.safetensors.index.json")
             source = [*checkpoint.shards(), *(p for name in made[:2] if (p := checkpoint.folder / name).is_file())]
+            alone = is_language_model_alone(config, checkpoint)
+            but = (*made, *PROCESSOR_FILES) if alone else made
             beside = copy_companions(
-                checkpoint.folder, partial, template=template, but=(*made, *checkpoint.unused), reporter=reporter
+                checkpoint.folder, partial, template=template, but=but, unused=checkpoint.unused, reporter=reporter
             )
+            if alone:
+                reporter.warning(
+                    f"The export is the language model of {checkpoint.model} alone: heretic does not read its other parts, "
+                    "such as images, when it dequantizes."
+                )
         plain.save_pretrained(partial, max_shard_size="5GB")
-        for_older_readers(partial, None if checkpoint.gguf_file else checkpoint.folder)
-        _warn_of_unread_tensors(checkpoint, reporter)
+        ahead = _warn_of_unread_tensors(checkpoint, reporter)
+        for_older_readers(partial, None if checkpoint.gguf_file else checkpoint.folder, predicts_ahead=not ahead)
         for name, text in find_companions(partial).changed.items():
             write_text(partial / name, text)  # code that the config names and the base model's folder does not hold
         if _is_beside(stored, checkpoint):
@@ -226,8 +234,15 @@ def write_dequantized(
         }
 
 
-def _warn_of_unread_tensors(checkpoint: Checkpoint, reporter: ProgressReporter) -> None:
-    """Say that the layers for multi-token prediction are missing, which transformers does not load."""
+def is_language_model_alone(config: Any, checkpoint: Checkpoint) -> bool:
+    """Whether transformers opened only the language model of a composite one."""
+    return bool(checkpoint.config.get_text_config(decoder=True) is not checkpoint.config) and (
+        config.model_type != checkpoint.config.model_type
+    )
+
+
+def _warn_of_unread_tensors(checkpoint: Checkpoint, reporter: ProgressReporter) -> bool:
+    """Say that the layers for multi-token prediction are missing, which transformers does not load; return whether they are."""
     layers = getattr(checkpoint.config.get_text_config(decoder=True), "num_hidden_layers", None) or 1 << 30
     beyond = re.compile(r"(?:^|\.)mtp\.|^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
     places = [(name, beyond.search(name)) for name in checkpoint.tensors]
@@ -237,6 +252,7 @@ def _warn_of_unread_tensors(checkpoint: Checkpoint, reporter: ProgressReporter) 
             f"{len(names)} tensors for multi-token prediction are not in the export, such as {names[0]}: transformers does not "
             "load them. Speculative decoding with them needs the unquantized base model."
         )
+    return bool(names)
 
 
 def _is_beside(file: Path, checkpoint: Checkpoint) -> bool:

@@ -165,6 +165,12 @@ def _compare_with_hub(api: HfApi, planned: Upload) -> set[str] | None:
             code="repository-public",
             fix="pass --public to upload to it, or name another repository",
         )
+    if info.private and planned.public:
+        raise UserError(
+            f"The repository {planned.repository} exists and is private.",
+            code="repository-private",
+            fix="omit --public, or make it public in its settings on the hub first",
+        )
     names = {s.rfilename for s in info.siblings or []} - UNCOUNTED
     if not names:
         return names
@@ -221,8 +227,8 @@ def _describe(repository: str) -> Iterator[None]:
         what, fix = {
             401: ("The hub does not accept the token.", "run hf auth login, or set another HF_TOKEN"),
             403: (
-                f"The token may not write to {repository}.",
-                "use a token with write permission, and a repository of your user or organization",
+                f"The hub does not allow writing to {repository}: {_clean(refused)}",
+                "use a token with write permission, a repository of your user or organization, and free space on the hub",
             ),
             404: (f"The hub cannot create {repository}.", "check the user or organization in its name"),
             429: ("The hub has received too many requests.", "run the same command again later"),
@@ -238,6 +244,8 @@ def _answer_of(error: BaseException | None) -> HfHubHTTPError | None:
 
 
 def _clean(error: Exception) -> str:
-    text = first_line(error)[:200]
+    """Return the hub's own message, which the library puts behind its own, or the first line; without the token."""
+    said = " ".join(str(getattr(error, "server_message", None) or "").split())
+    text = (plain_line(said) or first_line(error))[:200]
     token = get_token()
     return text.replace(token, "…") if token else text

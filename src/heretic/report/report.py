@@ -14,14 +14,15 @@ from heretic.ablation.ablation import Ablation
 from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import UserError
 from heretic.files import split_lines
-from heretic.prompts.sets import load
+from heretic.progress import NULL_REPORTER
 from heretic.report import figures
 from heretic.report.geometry_figures import effects_figure, geometry_figures, projections
 from heretic.report.importance import FEWEST_TRIALS, importances
 from heretic.report.page import Page
-from heretic.runs.folder import GEOMETRY, RunFolder, find_run, load_settings
+from heretic.runs.folder import GEOMETRY, RunFolder, find_run, load_run_settings
 from heretic.runs.metadata import RunMetadata
 from heretic.runs.status import load_study
+from heretic.runs.stored_prompts import prompts_of_run
 from heretic.scoring.comparison import number_text
 from heretic.scoring.direction_effects import DirectionEffects
 from heretic.scoring.judges.registry import JUDGES
@@ -69,7 +70,8 @@ class ReportInput:
 def load_report_input(name: str, runs_dir: str, environment: Mapping[str, str], *, with_texts: bool) -> ReportInput:
     """Load the input of a run's report; works while another process runs the study. Raises UserError."""
     folder = find_run(name, runs_dir)
-    settings = load_settings(folder, environment)
+    resolved = load_run_settings(folder, environment)
+    settings = resolved.settings
     if not settings.storage and not (folder.path / "study.db").is_file():
         raise UserError(
             "The run has no study yet.",
@@ -80,8 +82,8 @@ def load_report_input(name: str, runs_dir: str, environment: Mapping[str, str], 
     url = storage_url(settings.storage, folder.path)
     with translate_storage_errors(url):
         study = load_study(url, study_name(settings.storage, folder.path))
-    roles = ("harmful_eval", "harmless_eval") if with_texts else ()
-    texts = {role: load(role, getattr(settings.prompts, role)).prompts for role in roles}
+    sets = (s for s in prompts_of_run(folder.path, resolved, NULL_REPORTER).all) if with_texts else ()
+    texts = {s.role: s.prompts for s in sets if s.role.endswith("_eval")}
     return ReportInput.of(study, settings, folder, texts)
 
 
