@@ -59,7 +59,9 @@ def main() -> None:
         choices=("float32", "default"),
         help="number format of both studies, or each tool's own",
     )
-    parser.add_argument("--their-dtype", choices=("float32", "default"), help="of heretic-llm, if another one is faster")
+    parser.add_argument(
+        "--their-dtype", choices=("float32", "default"), help="of heretic-llm, if another one is faster"
+    )
     parser.add_argument("--batch-size", type=int, help="of heretic-llm, instead of its search for one")
     parser.add_argument("--train", type=int, default=100, help="prompts of each kind for the direction")
     parser.add_argument("--eval", type=int, default=50, help="prompts of each kind for the evaluation")

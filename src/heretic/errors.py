@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 # Errors of disks and paths: full, over quota, read-only, not permitted, failing, name too long, not a folder, a folder,
-# circular links, stale network file, file too large.
+# circular links, stale network file, file too large, lost user-space disk, across disks.
 _NAMES = (
     "ENOSPC",
     "EDQUOT",
@@ -19,7 +19,10 @@ _NAMES = (
     "ELOOP",
     "ESTALE",
     "EFBIG",
+    "ENOTCONN",
+    "EXDEV",
 )
+LIMIT_ERRNOS = tuple(getattr(errno, name) for name in ("EMFILE", "ENFILE", "ENOMEM", "EAGAIN") if hasattr(errno, name))
 DISK_ERRNOS = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, name))
 
 # Every exit status of every command; `heretic preflight` has its own: 0 ready, 1 will fail, 2 risky.
@@ -79,6 +82,23 @@ def disk_error(error: OSError) -> UserError:
         code="disk",
         where=name if len(name) < 300 else f"{name[:300]}…",
         fix="free disk space or check permissions and name, then run the same command again; nothing finished is lost",
+    )
+
+
+def limit_error(error: BaseException) -> UserError:
+    """Convert an error of a limit on files, processes or threads into a UserError."""
+    return UserError(
+        f"A limit of this machine is reached: {first_line(error).rstrip('.')}.",
+        code="machine-limit",
+        fix="end other programs or raise the limit (ulimit -n, ulimit -u, the container's pids), then run the same command again; "
+        "nothing finished is lost",
+    )
+
+
+def no_folder_error() -> UserError:
+    """Return the error for a current folder that has been deleted or is on a lost disk."""
+    return UserError(
+        "The current folder does not exist any more.", code="no-current-folder", fix="cd to a folder that exists"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -193,3 +194,27 @@ def test_a_device_that_fails_during_a_run_ends_it_with_a_message(capsys: pytest.
     assert exit_status(fail) == 1 and "[device-failure]" in capsys.readouterr().err
     with pytest.raises(RuntimeError):
         exit_status(lambda: torch.ones(2).view(3))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+        RuntimeError("can't start new thread"),
+    ],
+)
+def test_a_limit_of_the_machine_is_named(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise error
+
+    assert exit_status(fail) == 1 and "[machine-limit]" in capsys.readouterr().err
+
+
+def test_a_deleted_current_folder_is_named(tmp_path: Path) -> None:
+    code = "import os, sys; os.rmdir(os.getcwd()); sys.argv = ['heretic', 'status']; from heretic.cli.main import main; main()"
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "gone", capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "[no-current-folder]" in done.stderr, done.stderr

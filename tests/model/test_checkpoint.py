@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from huggingface_hub.errors import DisabledRepoError, GatedRepoError, HfHubHTTPE
 
 from heretic.errors import UserError
 from heretic.model.checkpoint import open_checkpoint
-from heretic.model.hub_model import _advice
+from heretic.model.hub_model import _advice, _hub_errors
 from tests.helpers.errors import raises
 from tests.tiny import save_tiny, tiny_model
 
@@ -194,3 +195,12 @@ def test_certificates_that_do_not_exist_are_named(monkeypatch: pytest.MonkeyPatc
     with raises("hub-unreachable") as error:
         open_checkpoint("someone/something")
     assert "HTTPS_PROXY" in str(error.value.where) and "secret" not in str(error.value)
+
+
+def test_a_full_disk_of_the_cache_is_no_network_problem() -> None:
+    with raises("disk") as error, _hub_errors("owner/name"):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "/cache/x.incomplete")
+        except OSError as full:
+            raise RuntimeError("the download failed") from full
+    assert "/cache/x.incomplete" in str(error.value) and "HF_HUB_CACHE" in str(error.value)

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,17 @@ from heretic.cli.commands import (  # noqa: F401  each adds its commands to the 
 )
 from heretic.cli.options import app, err, out, run_names
 from heretic.cli.ui.console import escape_terminal, is_interactive, on_terminal
-from heretic.errors import DISK_ERRNOS, Interrupted, UserError, disk_error, memory_error
-from heretic.hardware.openmp import wait_passively
+from heretic.errors import (
+    DISK_ERRNOS,
+    LIMIT_ERRNOS,
+    Interrupted,
+    UserError,
+    disk_error,
+    limit_error,
+    memory_error,
+    no_folder_error,
+)
+from heretic.hardware.openmp import respect_quota, wait_passively
 from heretic.settings.sources import DEFAULT_FILE
 
 # Order of the commands in --help: the order of a run's workflow.
@@ -67,22 +77,13 @@ def exit_status(command: Callable[[], Any]) -> int:
             sys.stdout.flush()  # raises here, not at the interpreter's exit, if the disk is full
     except UserError as error:
         return _print_error(error)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output ended
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        if error.errno not in DISK_ERRNOS:
+    except BrokenPipeError:  # the reader of our output ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, RuntimeError, MemoryError) as error:
+        if (found := machine_error(error)) is None:
             raise
-        return _print_error(disk_error(error))
-    except (RuntimeError, MemoryError) as error:
-        from heretic.model.batching import out_of_memory
-        from heretic.model.device_errors import device_failure
-
-        if out_of_memory(error):
-            return _print_error(memory_error(error))
-        if (failure := device_failure(error)) is None:
-            raise
-        return _print_error(failure)
+        return _print_error(found)
     except Interrupted:
         err.print("Stopped. All finished work is kept; run the same command to continue.")
         return Interrupted.exit_status
@@ -91,21 +92,48 @@ def exit_status(command: Callable[[], Any]) -> int:
     return 0
 
 
+def machine_error(error: Exception) -> UserError | None:
+    """Return the UserError for an error of disk, device, memory or another limit of the machine; None for a defect."""
+    if isinstance(error, OSError):
+        if error.errno in DISK_ERRNOS:
+            return disk_error(error)
+        if isinstance(error, FileNotFoundError) and not _has_folder():
+            return no_folder_error()
+        return limit_error(error) if error.errno in LIMIT_ERRNOS else None
+    from heretic.model.batching import out_of_memory
+    from heretic.model.device_errors import device_failure
+
+    if out_of_memory(error):
+        return memory_error(error)
+    return limit_error(error) if "can't start new thread" in str(error) else device_failure(error)
+
+
 def _print_error(error: UserError) -> int:
     text, code = escape_terminal(str(error)), escape_terminal(f"[{error.code}]")
     if ERRORS_PAGE.exists():
         text = text.replace(code, f"[link={ERRORS_PAGE.as_uri()}]{code}[/link]", 1)
-    err.print(f"[bold red]Error:[/bold red] {text}", soft_wrap=True)
+    with suppress(OSError):  # the terminal is gone
+        err.print(f"[bold red]Error:[/bold red] {text}", soft_wrap=True)
     return error.exit_status
+
+
+def _has_folder() -> bool:
+    """Whether the current folder exists."""
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def main() -> None:
     """Run the command `heretic`."""
     wait_passively()
+    respect_quota()
     argv = sys.argv[1:]
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a character outside the terminal's encoding must not raise
+            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding does not have must not raise
     if _version(argv):
         print(f"heretic {__version__}")
         sys.exit(0)

@@ -10,7 +10,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from heretic.errors import UserError, first_line, plain_line
+from heretic.errors import DISK_ERRNOS, UserError, first_line, plain_line
 from heretic.model.repository import DOWNLOADED
 from heretic.model.tensor_info import TensorInfo
 from heretic.model.weight_files import (
@@ -119,6 +119,8 @@ def _hub_errors(model: str) -> Iterator[None]:
     except Exception as error:  # the library and the network raise many types
         from huggingface_hub import constants
 
+        if disk := _disk_error(error):
+            raise disk from None
         offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
         raise UserError(
             f"{model} is not a local folder and cannot be downloaded from the Hugging Face hub{offline}: {first_line(error)[:200]}",
@@ -126,6 +128,23 @@ def _hub_errors(model: str) -> Iterator[None]:
             where=_environment(_answer(error)[1]),
             fix=_advice(error, model),
         ) from None
+
+
+def _disk_error(error: BaseException) -> UserError | None:
+    """Return the error for a cache that cannot be written, if that is the cause."""
+    from huggingface_hub import constants
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRNOS:
+            return UserError(
+                f"The hub's cache cannot be written: {cause.strerror}.",
+                code="disk",
+                where=plain_line(str(cause.filename or constants.HF_HUB_CACHE)),
+                fix="free disk space or check permissions, or set HF_HUB_CACHE to a folder on another disk",
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _environment(status: int) -> str | None:

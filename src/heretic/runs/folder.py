@@ -81,7 +81,7 @@ class RunFolder:
             ) from None
 
     def archive(self) -> Path | None:
-        """Rename an existing run's folder, so that a new run can use its name; return the new path."""
+        """Rename an existing run's folder, so that a new run can use its name; return the new path. Raises UserError."""
         if not self.path.exists():
             return None
         timestamp = time.strftime("%Y%m%d-%H%M%S")
@@ -89,7 +89,15 @@ class RunFolder:
             archive = self.path.with_name(f"{self.path.name}.{timestamp}" + (f"-{number}" if number > 1 else ""))
             if not archive.exists():
                 break
-        self.path.rename(archive)
+        try:
+            self.path.rename(archive)
+        except OSError as error:  # a mount point, or a folder of a container's image
+            raise UserError(
+                f"The earlier run cannot be renamed: {error.strerror}.",
+                code="run-folder-unwritable",
+                where=str(self.path),
+                fix="choose another run_name",
+            ) from None
         return archive
 
     def log_end(self, lines: int) -> list[str]:

@@ -126,3 +126,9 @@ def test_a_conversation_that_is_too_long_is_said_and_goes_on() -> None:
     chat.run(["x" * 30, "short", f"/save {'y' * 300}", "/save"])
     assert "too long" in console.file.getvalue() and "not saved" in console.file.getvalue()  # type: ignore[attr-defined]
     assert [m["content"] for m in json.loads(Path("chat.json").read_text())] == ["short", "yes"]
+
+
+def test_a_line_that_begins_with_a_slash_is_sent_after_two() -> None:
+    text, model, _ = talk("/etc/hosts is what?", "//etc/hosts is what?")
+    assert [messages[-1]["content"] for messages, _ in model.asked] == ["/etc/hosts is what?"]
+    assert "not sent" in text

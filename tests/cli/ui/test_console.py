@@ -16,7 +16,7 @@ from rich.console import Console
 
 from heretic.cli.main import ERRORS_PAGE
 from heretic.cli.ui.chat import input_lines, require_input
-from heretic.cli.ui.console import PlainReporter, is_interactive, non_interactive_reason, notebook
+from heretic.cli.ui.console import PipeConsole, PlainReporter, is_interactive, non_interactive_reason, notebook
 from heretic.cli.ui.outcome import check_answerable
 from heretic.cli.ui.reporters import make_reporter
 from heretic.errors import UserError
@@ -134,3 +134,15 @@ def test_a_terminal_opens_the_page_of_errors_from_a_code(tmp_path: Path) -> None
     terminal = Terminal("report", "nothing", "-o", "r.html")
     assert terminal.end() == 1 and "[run-not-found]" in terminal.said
     assert f"{ERRORS_PAGE.as_uri()}\x1b".encode() in terminal.raw and ERRORS_PAGE.exists()
+
+
+def test_long_work_goes_on_after_its_terminal_is_gone() -> None:
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as file:
+        console = PipeConsole(file=file, force_terminal=True)
+        console.long_work = True
+        console.print("one")
+        os.close(ours)
+        for _ in range(3):
+            console.print("two")
+        assert console.quiet

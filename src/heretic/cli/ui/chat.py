@@ -49,11 +49,11 @@ class Chat:
             for line in lines:
                 self.check()
                 text = line.strip()
-                if text.startswith("/"):
+                if text.startswith("/") and not text.startswith("//"):
                     if not self._command(*text[1:].split(maxsplit=1)):
                         return
                 elif text:
-                    self._turn(text)
+                    self._turn(text[1:] if text.startswith("//") else text)
 
     def _command(self, name: str = "", argument: str = "") -> bool:
         sides = {"ablated": (True,), "original": (False,), "both": (False, True)}
@@ -68,6 +68,7 @@ class Chat:
         elif name in ("quit", "exit"):
             return False
         else:
+            self._note(f"not sent: there is no command /{name}; //TEXT sends a line that begins with /")
             self.console.print(HELP, style="dim", highlight=False)
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -37,9 +38,17 @@ NOTEBOOKS = {
 
 
 class PipeConsole(Console):
-    """A console whose reader may end before it, such as `head`, or `tee` at a logout: long work goes on, other commands end."""
+    """A console whose reader may end before it: `head`, `tee` at a logout, a terminal. Long work goes on, other commands end."""
 
     long_work = False
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            if error.errno != errno.EIO:  # of a terminal that is gone
+                raise
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         """Print nothing more. Raises BrokenPipeError except during long work."""
