@@ -328,6 +328,7 @@ def test_download() -> None:
     assert run(facts(checkpoint=checkpoint)) == []
     found = only(facts(checkpoint=checkpoint, hub_cache=Folder("/cache", GIB)))
     assert found.level == "failure" and "HF_HUB_CACHE" in str(found.fix)
+    assert run(facts(checkpoint=checkpoint, hub_cache=Folder("/cache", GIB), downloaded_bytes=int(1.5 * GIB))) == []
     assert run(facts(checkpoint=replace(checkpoint, tensors=TENSORS), hub_cache=Folder("/cache", GIB))) == []
 
 

@@ -96,6 +96,11 @@ class Checkpoint:
         return sorted({t.file for t in self.tensors.values() if t.file is not None})
 
     @property
+    def downloaded_bytes(self) -> int:
+        """Bytes of the complete safetensors files that an interrupted download has left in the hub's cache."""
+        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors") if file.is_file())
+
+    @property
     def largest_file(self) -> int:
         """Bytes of the largest local shard."""
         return max((file.stat().st_size for file in self.shards() if file.is_file()), default=0)

@@ -103,7 +103,7 @@ def download(facts: PreflightFacts) -> Iterator[Finding]:
     checkpoint = facts.checkpoint
     if checkpoint is None or checkpoint.is_local or any(tensor.file for tensor in checkpoint.tensors.values()):
         return
-    cache, needed = facts.hub_cache, checkpoint.nbytes
+    cache, needed = facts.hub_cache, max(0, checkpoint.nbytes - facts.downloaded_bytes)
     if cache.free < needed:
         text = f"The download needs {format_bytes(needed)}, but {cache.path} has only {format_bytes(cache.free)} free."
         yield Finding("failure", "model", text, "set HF_HUB_CACHE to a folder on a larger disk")

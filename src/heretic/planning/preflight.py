@@ -96,6 +96,7 @@ def build_report(
         hub_cache=_folder(_hub_cache()),
         fitting_quantization=_fitting(settings, checkpoint, plan, work, devices),
         largest_file=checkpoint.largest_file if checkpoint else 0,
+        downloaded_bytes=checkpoint.downloaded_bytes if checkpoint and not checkpoint.is_local else 0,
         export_bytes=inputs.export_bytes,
         mappable=None if virtual else host.mappable(),
     )

@@ -86,6 +86,7 @@ class PreflightFacts:
     hub_cache: Folder
     fitting_quantization: str | None = None  # makes a model fit that does not fit otherwise
     largest_file: int = 0  # of the weights, in bytes
+    downloaded_bytes: int = 0  # of the weights, in the hub's cache, if others are missing
     export_bytes: float = 0  # of the export with its temporary files
     mappable: int | None = None  # largest mappable file in bytes; None: no limit
 
