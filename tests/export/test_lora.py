@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from heretic.ablation.geometries.norm_preserving import norm_preserving
@@ -62,7 +62,7 @@ def test_an_adapter_of_rank_1_is_the_full_model(config: Path, tmp_path: Path, fa
     }  # fmt: skip
 
 
-def test_an_adapter_is_evaluated_with_its_model(config: Path, llama: Path) -> None:
+def test_an_adapter_is_evaluated_with_its_model(config: Path, llama: Path, tmp_path: Path) -> None:
     export = do(config, llama, "adapter", "ablation.geometry=plain", "export_format=lora").export
     assert export is not None
 
@@ -78,7 +78,19 @@ def test_an_adapter_is_evaluated_with_its_model(config: Path, llama: Path) -> No
     moved = shutil.copytree(llama, Path("elsewhere") / llama.name)
     change_config(base_model_name_or_path=llama.name)
     assert evaluated(str(moved)).divergence == found.divergence
-    # 2. Without it, and with what is not LoRA
+    change_config(base_model_name_or_path=str(llama))
+    assert (
+        evaluated(str(shutil.copytree(save_tiny(tmp_path / "x", "llama"), Path("other") / llama.name))).model
+        == "adapter"
+    )
+    # 2. Without it, with tensors of other modules, and with what is not LoRA
+    change_config(base_model_name_or_path=llama.name)
+    tensors = load_file("adapter/adapter_model.safetensors")
+    save_file(
+        {name.replace("layers.", "blocks."): t for name, t in tensors.items()}, "adapter/adapter_model.safetensors"
+    )
+    with raises("adapter-not-loadable"):
+        evaluated(str(moved))
     with raises("adapter-only"):
         evaluated(None)
     change_config(peft_type="IA3")

@@ -153,7 +153,8 @@ def test_quotes_of_a_head_hide_separators_and_those_of_a_tsv_may_be_plain() -> N
     ("content", "expected"),
     [
         ('text\tid\n"tis fine\t1\nmake soup\t2\nsay 5"\t3\n', ('"tis fine', "make soup", 'say 5"')),
-        ('text\n"tis fine\nmake soup\nsay 5"\n', ('"tis fine', "make soup", 'say 5"')),
+        ('text\n"line one\nline two"\nplain\n', ("line one\nline two", "plain")),
+        ('text\n"Who are you?"\n"Hello" he said\n', ('"Who are you?"', '"Hello" he said')),
         ('text\tid\nbake\t1\nhe said "\t2\n', ("bake", 'he said "')),
         ('text\tid\n"two\nlines"\t1\n', ("two\nlines",)),
     ],

@@ -28,6 +28,7 @@ from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.lazy_tensor import materialize
 from heretic.model.loading import LanguageModel
+from heretic.model.meta_model import meta_model
 from heretic.model.quantization import QUANTIZATIONS
 from heretic.model.writer import ResidualWriter
 from heretic.progress import ProgressReporter
@@ -111,6 +112,24 @@ def low_rank_change(operator: Operator, weight: Tensor, rank: int) -> LowRankCha
     return LowRankChange(a.cpu(), b.cpu(), None, size, max(0.0, size - float(s[:rank].square().sum())))
 
 
+def require(settings: Settings, checkpoint: Checkpoint) -> None:
+    """Raise UserError for a mixture whose experts are in one tensor, before the study that the export would follow."""
+    parameters = meta_model(checkpoint, "bfloat16").named_parameters()
+    if (name := next((name for name, p in parameters if p.ndim == 3 and "experts" in name), None)) is not None:
+        raise _fused(name, checkpoint)
+
+
+def _fused(name: str, checkpoint: Checkpoint) -> UserError:
+    return UserError(
+        f"{name} stores all experts in one tensor, which a LoRA adapter cannot edit.",
+        code="export-format-not-supported",
+        where='export_format = "lora"',
+        fix='export_format = "full"'
+        if checkpoint.is_dequantized or not checkpoint.quantized_by
+        else f"run the study on the model that it was quantized from ({checkpoint.quantized_by})",
+    )
+
+
 def prepare(
     model: LanguageModel, operators: Mapping[str, Operator], settings: Settings, reporter: ProgressReporter
 ) -> Adapter:
@@ -118,14 +137,7 @@ def prepare(
     names = {module: name for name, module in model.model.named_modules()}
     edited = [writer for writer in model.structure.writers if writer.name in operators]
     if held := next((writer for writer in edited if writer.mixture), None):
-        raise UserError(
-            f"{held.name} stores all experts in one tensor, which a LoRA adapter cannot edit.",
-            code="export-format-not-supported",
-            where='export_format = "lora"',
-            fix='export_format = "full"'
-            if model.checkpoint.is_dequantized or not model.checkpoint.quantized_by
-            else f"run the study on the model that it was quantized from ({model.checkpoint.quantized_by})",
-        )
+        raise _fused(held.name, model.checkpoint)
     directions = max((len(torch.atleast_2d(o.u)) for o in operators.values()), default=1)
     scaled = any(o.n is not None for o in operators.values())
     rank = max(settings.lora_rank, directions) if scaled else directions
@@ -190,6 +202,7 @@ FORMAT = Format(
     prepare,
     write,
     open_written,
+    require=require,
     size=lambda *_: LARGEST,
     options=options,
     full_precision=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from heretic.errors import UserError, first_line
@@ -22,9 +23,10 @@ def adapter_folder(model: str) -> Path | None:
 
 
 def base_of(adapter: Path, candidate: str | None) -> tuple[str, str]:
-    """Return name and revision of the model that the adapter was made for; `candidate` if that has the same last part.
+    """Return name and revision of the model that the adapter was made for, where that is a folder or a name on the hub.
 
-    Raises UserError for anything but LoRA in a safetensors file, or if the model cannot be told.
+    Else it is `candidate`, if that has the same last part: adapters name the place of a model on another machine. Raises
+    UserError for anything but LoRA in a safetensors file, or if the model cannot be told.
     """
     config = read_json(adapter / ADAPTER, "invalid-config")
     kind = config.get("peft_type")
@@ -37,10 +39,10 @@ def base_of(adapter: Path, candidate: str | None) -> tuple[str, str]:
         )
     require_regular(adapter / WEIGHTS)
     named, revision = str(config.get("base_model_name_or_path") or ""), str(config.get("revision") or "")
+    if named and (expand_user(named).is_dir() or (named.count("/") == 1 and not named.startswith((".", "/", "~")))):
+        return named, revision
     if candidate and Path(candidate).name == Path(named or candidate).name:
         return candidate, ""
-    if expand_user(named).is_dir() or (named.count("/") == 1 and not named.startswith((".", "/", "~"))):
-        return named, revision
     raise UserError(
         f"The adapter was made for the model {named!r}, which is not at this place.",
         code="adapter-only",
@@ -54,13 +56,24 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     from peft import PeftModel
 
     try:
-        return cast(PreTrainedModel, PeftModel.from_pretrained(model, adapter).get_base_model())
+        attached = PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         if is_device_error(error):
             raise
-        raise UserError(
-            f"The adapter cannot be attached to the model: {first_line(error)}",
-            code="adapter-not-loadable",
-            where=str(adapter),
-            fix="name the model that the adapter was made for",
-        ) from error
+        raise _not_loadable(adapter, f": {first_line(error)}") from error
+    # peft only warns of tensors that it does not find, and leaves others as they were created.
+    with safe_open(adapter / WEIGHTS, "pt") as file:
+        stored = set(file.keys())
+    expected = {name.replace(".default", "") for name in attached.state_dict() if ".lora_" in name}
+    if missing := expected - stored:
+        raise _not_loadable(adapter, f": it has no tensor {min(missing)}")
+    return cast(PreTrainedModel, attached.get_base_model())
+
+
+def _not_loadable(adapter: Path, problem: str) -> UserError:
+    return UserError(
+        f"The adapter cannot be attached to the model{problem}",
+        code="adapter-not-loadable",
+        where=str(adapter),
+        fix="name the model that the adapter was made for",
+    )

@@ -222,7 +222,9 @@ def evaluate_model(
     named, adapter = settings.model, adapter_folder(settings.model)
     if adapter is not None:
         base, of_base = base_of(adapter, against)
-        revision = against_revision if base == against else of_base
+        if base == against:
+            against_revision = of_base = against_revision or of_base
+        revision = of_base
         settings = settings.model_copy(update={"model": base, "revision": revision})
     with device_lock(settings, wait=wait, reporter=reporter, stop=stop):
         judge = make_judge(settings, JudgeContext(None, reporter, stop))

@@ -26,6 +26,7 @@ from heretic.ablation.strength_kernel import StrengthKernel
 from heretic.errors import UserError, first_line
 from heretic.export.destination import check_destination
 from heretic.export.export import Export, plan_export, write_export
+from heretic.export.formats import require_format
 from heretic.files import expand_user
 from heretic.interrupt import StopSignal
 from heretic.model.chat_format import check_length
@@ -312,8 +313,9 @@ class AblationSession:
             ]
 
     def check_destination(self, destination: str | Path) -> None:
-        """Raise UserError if an export cannot be written to this folder."""
+        """Raise UserError if an export cannot be written to this folder, or not in the format of the settings."""
         check_destination(expand_user(destination), self.run_context.folder.name)
+        require_format(self.settings, self.run_context.inputs.checkpoint)
 
     def export(self, ablation: Ablation, destination: str | Path) -> Export:
         """Write the ablated model like `heretic export`, and verify it. Raises UserError and VerificationFailed."""

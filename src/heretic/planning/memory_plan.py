@@ -57,7 +57,6 @@ class MemoryPlan:
     loads: tuple[DeviceMemory, ...]
     offloaded: int  # bytes of weights that fit on no device
     residuals: int = 0  # bytes of all prompts' residuals in RAM
-    fused_experts: bool = False  # whether all experts of a mixture are in one tensor
 
     @property
     def fits(self) -> bool:
@@ -196,7 +195,6 @@ def make_plan(
         loads=demand.device_memory(placed, devices, chosen),
         offloaded=unplaced,
         residuals=work.every * shape.blocks * shape.hidden * FLOAT32,
-        fused_experts=any(p.ndim == 3 and "experts" in name for name, p in model.named_parameters()),
     )
 
 

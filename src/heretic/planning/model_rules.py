@@ -33,16 +33,6 @@ def model(facts: PreflightFacts) -> Iterator[Finding]:
         yield Finding("ok", "model", text)
 
 
-def adapter_of_experts(facts: PreflightFacts) -> Iterator[Finding]:
-    """Refuse an adapter for a mixture whose experts are in one tensor, before the study that it would follow."""
-    settings = facts.settings
-    if facts.plan and facts.plan.fused_experts and settings.save_to and settings.export_format == "lora":
-        text = "The model stores all experts of a layer in one tensor, which a LoRA adapter cannot edit."
-        packed = facts.checkpoint and facts.checkpoint.quantized_by and not facts.checkpoint.is_dequantized
-        fix = 'model = "…": the model that it was quantized from' if packed else 'export_format = "full"'
-        yield Finding("failure", "export", text, fix, "export-format-not-supported")
-
-
 def other_weights(facts: PreflightFacts) -> Iterator[Finding]:
     """Report ambiguous weight files, and a quantization in the config that the tensors do not have."""
     checkpoint = facts.checkpoint

@@ -15,7 +15,6 @@ from heretic.planning.block_plan import supported_by_block
 from heretic.planning.memory_model import FLOAT32, GIB, MIB, SHARE_FOR_RESIDUALS
 from heretic.planning.memory_plan import MemoryPlan
 from heretic.planning.model_rules import (
-    adapter_of_experts,
     download,
     missing_package,
     model,
@@ -286,7 +285,6 @@ def prompts(facts: PreflightFacts) -> Iterator[Finding]:
 RULES: tuple[Rule, ...] = (
     model,
     other_weights,
-    adapter_of_experts,
     rewritten_while_quantized,
     readers,
     missing_package,

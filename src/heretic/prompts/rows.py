@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,12 @@ from heretic.files import open_regular, read_text, split_lines
 
 # The line (.jsonl, .csv) or number (.json, .parquet) of a row, from 1, and its columns.
 Row = tuple[int, Mapping[str, Any]]
+_Table = tuple[list[str], list[tuple[int, list[str]]]]  # names of the columns, line and fields of every row
 WHAT = "The prompt file"
 SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}  # Excel writes semicolons where the comma is decimal
-QUOTED = re.compile(r'(?:^|\t)"(?:[^"\n]|"")*"(?:\t|$)', re.M)  # a field of a .tsv
+# In a .tsv: a quote that neither begins nor ends a field, and one within a quoted field.
+STRAY_QUOTE = re.compile(r'(?<![\t\n])(?<!^)"(?![\t\n])(?!$)')
+DOUBLED_QUOTE = re.compile(r'(?:^|\t)"[^"\n]*""[^\n]*"(?:\t|$)', re.M)
 LONGEST_FIELD = 1 << 24  # characters; csv's own limit is 128 Ki
 # Keys of speaker and text: OpenAI's messages, and ShareGPT's.
 SPEAKER, TEXT = ("role", "from"), ("content", "value")
@@ -211,11 +215,7 @@ def _object(row: Any, path: Path, where: str, line: int | None, what: str = "") 
 def _csv(path: Path, where: str, column: str) -> Iterator[Row]:
     text = read_text(path, WHAT, where=where)
     if path.suffix.lower() == ".tsv":
-        # Many have quotes that quote nothing, so they count if a field is quoted, or if the file makes no sense without.
-        try:
-            names, rows = _fields(path, where, text, "\t", csv.QUOTE_MINIMAL if QUOTED.search(text) else csv.QUOTE_NONE)
-        except UserError:
-            names, rows = _fields(path, where, text, "\t", csv.QUOTE_MINIMAL)
+        names, rows = _tab_separated(path, where, text)
     else:
         names, rows = _fields(path, where, text, _separator(text, column), csv.QUOTE_MINIMAL)
     # CSV has no types: a column of numbers only is not a column of texts.
@@ -225,9 +225,25 @@ def _csv(path: Path, where: str, column: str) -> Iterator[Row]:
         yield line, dict(zip(names, cells, strict=True))
 
 
-def _fields(
-    path: Path, where: str, text: str, separator: str, quoting: Literal[0, 3]
-) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def _tab_separated(path: Path, where: str, text: str) -> _Table:
+    """Read a .tsv file, in which quotes quote fields, or nothing, as many programs write them. Raises UserError."""
+    plain: Literal[0, 3] = csv.QUOTE_NONE
+    quoted: Literal[0, 3] = csv.QUOTE_MINIMAL
+    if STRAY_QUOTE.search(text.replace('""', "")) and not DOUBLED_QUOTE.search(text):
+        return _fields(path, where, text, "\t", plain)
+    try:
+        names, rows = _fields(path, where, text, "\t", quoted)
+    except UserError:
+        if DOUBLED_QUOTE.search(text):
+            raise
+        return _fields(path, where, text, "\t", plain)
+    if any("\n" in field and "\t" in field for _, fields in rows for field in fields):  # whole rows between two quotes
+        with suppress(UserError):
+            return _fields(path, where, text, "\t", plain)
+    return names, rows
+
+
+def _fields(path: Path, where: str, text: str, separator: str, quoting: Literal[0, 3]) -> _Table:
     """Return the names of the columns, and line and fields of every row. Raises UserError."""
     csv.field_size_limit(LONGEST_FIELD)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator, quoting=quoting)
