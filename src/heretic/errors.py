@@ -69,6 +69,11 @@ def plain_line(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\u200c\u200d" else f"\\x{ord(c):02x}" for c in text)
 
 
+def is_unicode(text: str) -> bool:
+    """Return whether a text has no bytes that were not UTF-8, from a command line or terminal."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, as `plain_line`, or its class name if the text is empty."""
     return plain_line((str(error).strip().splitlines() or [type(error).__name__])[0])

@@ -13,7 +13,7 @@ def test_storage_and_artifacts_of_a_run_stay_where_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
 ) -> None:
     run = tmp_path / "runs/mine"
-    for folder in (run, tmp_path / "shared", tmp_path / "else"):
+    for folder in (run, tmp_path / "else"):
         folder.mkdir(parents=True)
     (tmp_path / "s.db").touch()
     (run / "config.toml").write_text(f'storage = "{storage}"\nartifacts = "shared"\n')

@@ -99,7 +99,8 @@ def machine_error(error: Exception) -> UserError | None:
             return disk_error(error)
         if isinstance(error, FileNotFoundError) and not _has_folder():
             return no_folder_error()
-        return limit_error(error) if error.errno in LIMIT_ERRNOS else None
+        written = hasattr(error, "characters_written")  # a pipe that does not wait
+        return limit_error(error) if error.errno in LIMIT_ERRNOS and not written else None
     from heretic.model.batching import out_of_memory
     from heretic.model.device_errors import device_failure
 
@@ -131,9 +132,13 @@ def main() -> None:
     wait_passively()
     respect_quota()
     argv = sys.argv[1:]
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding does not have must not raise
+            stream.reconfigure(errors=errors)  # what the terminal's encoding does not have must not raise
     if _version(argv):
         print(f"heretic {__version__}")
         sys.exit(0)

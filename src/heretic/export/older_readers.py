@@ -26,7 +26,7 @@ def for_older_readers(folder: Path, base: Path | None, *, predicts_ahead: bool =
     """
     config = folder / "config.json"
     entries = config_entries(_read(config), _read(base / "config.json") if base else {})
-    for part in () if predicts_ahead else (entries, *(v for k, v in entries.items() if k.endswith("_config") and v)):
+    for part in () if predicts_ahead else (entries, *(v for v in entries.values() if isinstance(v, dict))):
         part |= {name: 0 for name in PREDICTING_LAYERS if name in part}
     _write(config, entries)
     tokenizer = folder / "tokenizer_config.json"

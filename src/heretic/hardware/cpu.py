@@ -47,7 +47,12 @@ def cpuinfo_features(file: Path = Path("/proc/cpuinfo")) -> set[str]:
 def usable_cores(root: Path = Path("/")) -> int:
     """Return the cores that this process may use, by its affinity and the CPU quotas of its control groups (Linux)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([cores, *(math.ceil(quota) for quota in _quotas(root))]))
+    return max(1, min(cores, cpu_quota(root) or cores))
+
+
+def cpu_quota(root: Path = Path("/")) -> int | None:
+    """Return the CPU quota of this process's control groups in cores, rounded up; None without one."""
+    return min((math.ceil(quota) for quota in _quotas(root)), default=None)
 
 
 def _quotas(root: Path) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from heretic.hardware.cpu import usable_cores
+from heretic.hardware.cpu import cpu_quota
 
 # With OMP_WAIT_POLICY, libgomp (in PyTorch's wheels) sleeps without spinning (GOMP_SPINCOUNT in its manual). The runtimes of
 # Intel and LLVM (in conda's PyTorch) still spin for KMP_BLOCKTIME milliseconds, by default 200.
@@ -29,8 +29,11 @@ def respect_quota() -> None:
 
     Does nothing if PyTorch is already imported or the user has set a number.
     """
-    if "torch" not in sys.modules and THREADS not in os.environ and usable_cores() < (os.cpu_count() or 1):
-        os.environ[THREADS] = str(usable_cores())
+    if "torch" in sys.modules or THREADS in os.environ:
+        return
+    quota = cpu_quota()  # not the affinity, which PyTorch asks itself
+    if quota is not None and quota < (os.cpu_count() or 1):
+        os.environ[THREADS] = str(max(1, quota))
         _set_here.append(os.environ[THREADS])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -136,7 +137,8 @@ def _disk_error(error: BaseException) -> UserError | None:
 
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in DISK_ERRNOS:
+        of_sockets = cause.errno in (errno.EPERM, errno.EACCES, errno.ENOTCONN) if isinstance(cause, OSError) else False
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRNOS and (cause.filename or not of_sockets):
             return UserError(
                 f"The hub's cache cannot be written: {cause.strerror}.",
                 code="disk",

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from heretic.errors import UserError, first_line, plain_line
+from heretic.errors import UserError, first_line, is_unicode, plain_line
 from heretic.files import expand_user, open_regular, read_text, split_lines
 from heretic.prompts.rows import WHAT, has_other_turns, prompt_in, read_rows
 from heretic.settings import PromptSettings, PromptSource
@@ -134,7 +134,7 @@ def from_text_or_file(text: str) -> tuple[str, ...]:
     """
     if not text.strip():
         raise UserError("The prompt is empty.", code="no-prompts", fix="write a prompt or the path of a prompt file")
-    if any("\ud800" <= c <= "\udfff" for c in text):  # bytes that are not UTF-8, from a command line or terminal
+    if not is_unicode(text):
         raise UserError("The prompt is not valid UTF-8.", code="not-a-prompt", fix="write it in UTF-8")
     looks_like_a_file = Path(text).suffix.lower() in (".txt", *TABLES) and not set(text) & set(" \n")
     try:

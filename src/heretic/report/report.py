@@ -15,6 +15,7 @@ from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.errors import UserError
 from heretic.files import split_lines
 from heretic.progress import NULL_REPORTER
+from heretic.prompts.sets import load
 from heretic.report import figures
 from heretic.report.geometry_figures import effects_figure, geometry_figures, projections
 from heretic.report.importance import FEWEST_TRIALS, importances
@@ -22,7 +23,7 @@ from heretic.report.page import Page
 from heretic.runs.folder import GEOMETRY, RunFolder, find_run, load_run_settings
 from heretic.runs.metadata import RunMetadata
 from heretic.runs.status import load_study
-from heretic.runs.stored_prompts import prompts_of_run
+from heretic.runs.stored_prompts import stored_prompts
 from heretic.scoring.comparison import number_text
 from heretic.scoring.direction_effects import DirectionEffects
 from heretic.scoring.judges.registry import JUDGES
@@ -82,8 +83,12 @@ def load_report_input(name: str, runs_dir: str, environment: Mapping[str, str], 
     url = storage_url(settings.storage, folder.path)
     with translate_storage_errors(url):
         study = load_study(url, study_name(settings.storage, folder.path))
-    sets = (s for s in prompts_of_run(folder.path, resolved, NULL_REPORTER).all) if with_texts else ()
-    texts = {s.role: s.prompts for s in sets if s.role.endswith("_eval")}
+    texts: dict[str, Sequence[str]] = {}
+    if with_texts:
+        stored = stored_prompts(folder.path, resolved, NULL_REPORTER)
+        for role in ("harmful_eval", "harmless_eval"):
+            prompts = getattr(stored, role) if stored else load(role, getattr(settings.prompts, role))
+            texts[role] = prompts.prompts
     return ReportInput.of(study, settings, folder, texts)
 
 

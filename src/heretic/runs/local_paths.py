@@ -12,6 +12,8 @@ from heretic.settings import Settings
 from heretic.settings.sources import Resolved
 from heretic.storage.url import sqlite_file, with_file
 
+ALWAYS_PATHS = ("save_to", "artifacts")  # which are created; others may be names on the hub
+
 
 def start_folder(run: Path, runs_dir: str) -> Path | None:
     """Return the folder that holds a run's relative `runs_dir`: where it was started, or where that folder is now; else None."""
@@ -39,7 +41,7 @@ def with_absolute_paths(resolved: Resolved, run: Path, values: Mapping[str, Any]
         from_file = resolved.origin(key).startswith(f"{resolved.file}:")
         if not text or not from_file or Path(text).is_absolute() or text.startswith("~") or base == Path.cwd():
             return text
-        if key != "save_to" and not (base / text).exists():  # the name of a hub model
+        if key not in ALWAYS_PATHS and not (base / text).exists():  # the name of a hub model
             return text
         shortened[str(base / text)] = text
         return str(base / text)
@@ -62,7 +64,7 @@ def with_relative_paths(resolved: Resolved, run: Path) -> Resolved:
             return shortened[text]
         if here or not text or Path(text).is_absolute() or text.startswith("~"):
             return text
-        return os.path.abspath(text) if key == "save_to" or Path(text).exists() else text
+        return os.path.abspath(text) if key in ALWAYS_PATHS or Path(text).exists() else text
 
     settings = _with_paths(resolved.settings, saved)
     return replace(resolved, settings=settings.model_copy(update={"runs_dir": runs_dir}))

@@ -32,18 +32,23 @@ def store_prompts(folder: Path, settings: PromptSettings, prompts: PromptSets) -
         write_text(folder / FILE, text, private=True)
 
 
-def prompts_of_run(folder: Path, resolved: Resolved, reporter: ProgressReporter) -> PromptSets:
-    """Return the run's stored prompts, or load them if there are none or the settings ask for others. Raises UserError."""
+def stored_prompts(folder: Path, resolved: Resolved, reporter: ProgressReporter) -> PromptSets | None:
+    """Return the run's stored prompts; None without them, or if the settings ask for others."""
     file, settings = folder / FILE, resolved.settings.prompts
     if not file.exists():
-        return load_all(settings)
+        return None
     try:
         stored = _Copy.model_validate_json(read_text(file))
     except (UserError, ValidationError):
         reporter.warning(f"{file} is damaged. heretic loads the prompts again.")
-        return load_all(settings)
+        return None
     as_in_file = {
         role: source.model_copy(update={"source": resolved.shortened.get(source.source, source.source)})
         for role, source in settings
     }
-    return stored.sets if stored.settings == settings.model_copy(update=as_in_file) else load_all(settings)
+    return stored.sets if stored.settings == settings.model_copy(update=as_in_file) else None
+
+
+def prompts_of_run(folder: Path, resolved: Resolved, reporter: ProgressReporter) -> PromptSets:
+    """Return the run's stored prompts, or load them. Raises UserError."""
+    return stored_prompts(folder, resolved, reporter) or load_all(resolved.settings.prompts)

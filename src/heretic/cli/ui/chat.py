@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from heretic.cli.ui.console import escape_terminal, non_interactive_reason, restored_while_stopped
-from heretic.errors import UserError, first_line
+from heretic.errors import UserError, first_line, is_unicode
 from heretic.files import expand_user, write_text
 
 Message = dict[str, str]
@@ -49,7 +49,9 @@ class Chat:
             for line in lines:
                 self.check()
                 text = line.strip()
-                if text.startswith("/") and not text.startswith("//"):
+                if not is_unicode(text):
+                    self._note("not sent: the line is not valid UTF-8")
+                elif text.startswith("/") and not text.startswith("//"):
                     if not self._command(*text[1:].split(maxsplit=1)):
                         return
                 elif text:

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -46,7 +47,8 @@ class PipeConsole(Console):
         try:
             super()._check_buffer()
         except OSError as error:
-            if error.errno != errno.EIO:  # of a terminal that is gone
+            gone = error.errno == errno.EIO and stat.S_ISCHR(os.fstat(self.file.fileno()).st_mode)
+            if not gone:  # the terminal
                 raise
             self.on_broken_pipe()
 
