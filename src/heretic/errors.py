@@ -95,8 +95,7 @@ def limit_error(error: BaseException) -> UserError:
     return UserError(
         f"A limit of this machine is reached: {first_line(error).rstrip('.')}.",
         code="machine-limit",
-        fix="end other programs or raise the limit (ulimit -n, ulimit -u, the container's pids), then run the same command again; "
-        "nothing finished is lost",
+        fix="raise it (ulimit -n, ulimit -u, the container's pids), then run the same command again; nothing finished is lost",
     )
 
 
