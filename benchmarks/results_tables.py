@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -235,14 +236,29 @@ def versus() -> str:
         ("", "heretic", "heretic-llm 1.4.0"),
         ("before the first trial", *of("seconds_start")),
         ("a fully measured trial, median", *(f"{each:.1f} s" for each in measured)),
+        ("to a front that dominates heretic-llm's last one", f"{_dominates_after(report):.0f} s", ""),
         ("to the end of the study", *of("seconds_study")),
         ("peak memory, study / with export", *peaks),
         (f"refusals at KL, our phrases ({before['our_markers']['refusals']} before)", *points("our_markers")),
         (f"refusals at KL, their phrases ({before['their_markers']['refusals']} before)", *points("their_markers")),
         ("hypervolume, our / their phrases", *(" / ".join(f"{v[tool]:.3f}" for v in volumes) for tool in tools)),
     ]
-    settings = f"30 trials (default 200), seed 0, {SHORT}; scored on the prompts of the study"
+    chosen, theirs = report["settings"], report["settings"].get("their_dtype", "float32")
+    formats = "float32" if chosen["dtype"] == theirs else f"bfloat16 (default), heretic-llm {theirs}"
+    settings = f"30 trials (default 200), seed 0, {SHORT.replace('float32', formats)}; scored on the prompts of the study, in float32"
     return captioned(rows, "versus_heretic", model=QWEN, settings=settings)
+
+
+def _dominates_after(report: Report) -> float:
+    """Return the seconds after which our trials were as good as heretic-llm's final points, measured by our phrases."""
+    theirs = [(p["our_markers"]["refusals"], p["our_markers"]["kl"]) for p in report["again"]["theirs"]]
+    ours: list[tuple[int, float]] = []
+    for line in report["ours"]["lines"]:
+        if found := re.match(r"([\d.]+) Trial \d+ \(.*?\): (\d+) of \d+ refused, KL ([\d.]+)", line):
+            ours.append((int(found[2]), float(found[3])))
+            if all(any(r <= refusals and k <= kl for r, k in ours) for refusals, kl in theirs):
+                return float(found[1])
+    return math.inf
 
 
 def convergence() -> str:
