@@ -92,6 +92,7 @@ def time_to_model(row: Report) -> str:
 
 
 KL = "own_answer_kl"
+FEW = ("refusals_by_length.256", "unanswered", KL, "unchanged", "text_perplexity")
 MEASURES = (
     Measure("refusals in 32, 64, 128, 256 tokens", refused, "refusals_by_length.256"),
     Measure("late, turned back", numbers("refusals_by_length.late", "refusals_by_length.turned_back", digits="g")),
@@ -213,10 +214,15 @@ def qwen() -> str:
     return table_of("qwen2.5-coder-0.5b-instruct", "HarmBench", shortened=True)
 
 
+def larger() -> str:
+    """Return the table of the larger Qwen."""
+    measures = [measure for measure in MEASURES if measure.compared in FEW]
+    return table_of("qwen2.5-coder-1.5b-instruct", "HarmBench", shortened=True, measures=measures)
+
+
 def gemma() -> str:
     """Return the table of Gemma with a guard."""
-    few = ("refusals_by_length.256", "unanswered", KL, "unchanged", "text_perplexity")
-    measures = [measure for measure in MEASURES if measure.compared in few]
+    measures = [measure for measure in MEASURES if measure.compared in FEW]
     return table_of("gemma-3-270m-guarded", "on cooking", shortened=True, measures=measures)
 
 

@@ -25,6 +25,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "instrument": instrument_tables.short,
     "instrument_qwen": instrument_tables.qwen,
     "instrument_demo": instrument_tables.demo,
+    "instrument_larger": instrument_tables.larger,
     "instrument_gemma": instrument_tables.gemma,
     "held_out": tables.held_out,
     "methods": tables.methods,

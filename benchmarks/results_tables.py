@@ -16,7 +16,13 @@ from heretic.scoring.interval import wilson
 RESULTS = Path(__file__).parent / "results"
 QWEN, DEMO = "Qwen2.5-Coder-0.5B-Instruct", "Demo model (SmolLM2-135M-Instruct, guarded)"
 GEMMA = "Gemma 3 270M (pretrained, guarded)"
-MODELS = {"qwen2.5-coder-0.5b-instruct": QWEN, "guarded-model": DEMO, "gemma-3-270m-guarded": GEMMA}
+LARGER = "Qwen2.5-Coder-1.5B-Instruct"
+MODELS = {
+    "qwen2.5-coder-0.5b-instruct": QWEN,
+    "qwen2.5-coder-1.5b-instruct": LARGER,
+    "guarded-model": DEMO,
+    "gemma-3-270m-guarded": GEMMA,
+}
 SYSTEM_PROMPT = " --set 'system_prompt=You are a helpful assistant.'"
 # What all searches of quality.py, peer.py and versus_heretic.py change of the defaults.
 SHORT = "float32, 32 tokens (default 100), 10 startup trials (theirs 60), their system prompt"
@@ -245,7 +251,7 @@ def versus() -> str:
     ]
     chosen, theirs = report["settings"], report["settings"].get("their_dtype", "float32")
     formats = "float32" if chosen["dtype"] == theirs else f"bfloat16 (default), heretic-llm {theirs}"
-    settings = f"30 trials (default 200), seed 0, {SHORT.replace('float32', formats)}; scored on the prompts of the study, in float32"
+    settings = f"30 trials (default 200), seed 0, {SHORT.replace('float32', formats)}; scored on its prompts in float32"
     return captioned(rows, "versus_heretic", model=QWEN, settings=settings)
 
 
