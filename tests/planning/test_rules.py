@@ -330,6 +330,10 @@ def test_download() -> None:
     assert found.level == "failure" and "HF_HUB_CACHE" in str(found.fix)
     assert run(facts(checkpoint=checkpoint, hub_cache=Folder("/cache", GIB), downloaded_bytes=int(1.5 * GIB))) == []
     assert run(facts(checkpoint=replace(checkpoint, tensors=TENSORS), hub_cache=Folder("/cache", GIB))) == []
+    cache, folder = Folder("/cache", 3 * GIB, disk=7), Folder("/out", 3 * GIB, disk=7)
+    both = {"checkpoint": checkpoint, "hub_cache": cache, "export_bytes": 2 * GIB}
+    assert "download" in only(facts(**both, export_folder=folder)).text
+    assert run(facts(**both, export_folder=replace(folder, disk=8))) == []
 
 
 def test_one_file_that_is_too_large_to_be_mapped() -> None:

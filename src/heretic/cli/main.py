@@ -99,6 +99,8 @@ def machine_error(error: Exception) -> UserError | None:
             return disk_error(error)
         if isinstance(error, FileNotFoundError) and not _has_folder():
             return no_folder_error()
+        if "No usable temporary directory" in str(error):
+            return disk_error(error)
         written = hasattr(error, "characters_written")  # a pipe that does not wait
         return limit_error(error) if error.errno in LIMIT_ERRNOS and not written else None
     from heretic.model.batching import out_of_memory
@@ -146,6 +148,8 @@ def main() -> None:
     arguments = shorthand(argv, commands)
 
     def command() -> None:
+        if not _has_folder():  # libraries of PyTorch end the process
+            raise no_folder_error()
         if argv and (problem := mistyped(argv[0], commands)):
             raise problem
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1":

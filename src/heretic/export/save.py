@@ -211,7 +211,13 @@ def write_dequantized(
             alone = is_language_model_alone(config, checkpoint)
             but = (*made, *PROCESSOR_FILES) if alone else made
             beside = copy_companions(
-                checkpoint.folder, partial, template=template, but=but, unused=checkpoint.unused, reporter=reporter
+                checkpoint.folder,
+                partial,
+                template=template,
+                but=but,
+                unused=checkpoint.unused,
+                texts=_named_tokenizer(checkpoint.folder, language_model.tokenizer) if alone else None,
+                reporter=reporter,
             )
             if alone:
                 reporter.warning(
@@ -232,6 +238,15 @@ def write_dequantized(
             "written": hashed(sorted(partial.glob("*.safetensors")), stop),
             **beside,
         }
+
+
+def _named_tokenizer(folder: Path, tokenizer: Any) -> dict[str, str]:
+    """Return tokenizer_config.json with the base model's class, which transformers may choose by the `model_type` that changes."""
+    file, name = folder / "tokenizer_config.json", type(tokenizer).__name__
+    if not file.is_file() or name in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return {}
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return {file.name: json.dumps({**config, "tokenizer_class": name}, indent=2, ensure_ascii=False) + "\n"}
 
 
 def is_language_model_alone(config: Any, checkpoint: Checkpoint) -> bool:

@@ -80,6 +80,6 @@ def _compare(job: ExportJob, model_context: ModelContext, checkpoint: Checkpoint
         )
     raise VerificationFailed(
         what,
-        where=checkpoint.model,
+        where=str(job.destination),
         fix="report it with run.log: heretic or the disk has a fault; the study is kept",
     )

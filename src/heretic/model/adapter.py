@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import cast
 
@@ -56,7 +57,11 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     from peft import PeftModel
 
     try:
-        attached = PeftModel.from_pretrained(model, adapter)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # of tensors that do not fit, which is checked below, and of its own imports
+            attached = PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         if is_device_error(error):
             raise

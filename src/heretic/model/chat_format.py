@@ -132,14 +132,16 @@ def answer_tokens(role: str, settings: Settings) -> int:
     return {"harmful_eval": decoded, "harmless_eval": max(decoded, settings.kl_tokens)}.get(role, 1)
 
 
-def check_length(role: str, sequences: Sequence[list[int]], context: int, new_tokens: int) -> None:
-    """Raise UserError if a prompt and its answer do not fit into the model's context."""
+def check_length(
+    role: str, sequences: Sequence[list[int]], context: int, new_tokens: int, setting: str = "max_response_length"
+) -> None:
+    """Raise UserError if a prompt and its answer, limited by a setting or option, do not fit into the model's context."""
     longest = max(range(len(sequences)), key=lambda i: len(sequences[i]))
     if len(sequences[longest]) + new_tokens > context:
         raise UserError(
             f"Prompt {longest + 1} of {role} has {len(sequences[longest])} tokens. With {new_tokens} for the answer it exceeds "
             f"the model's context of {context} tokens.",
             code="prompt-too-long",
-            where=f"prompts.{role}",
-            fix="shorten or remove the prompt, or lower max_response_length",
+            where=f"prompts.{role}" if setting == "max_response_length" else role,
+            fix=f"shorten or remove the prompt, or lower {setting}",
         )

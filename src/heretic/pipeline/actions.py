@@ -145,7 +145,7 @@ def compare(
     session = run_context.session()
     model_context, space = session.context, run_context.search_space()
     encoded = model_context.chat.encode(prompts)
-    check_length("prompts", encoded, model_context.language_model.context, tokens)
+    check_length("prompts", encoded, model_context.language_model.context, tokens, "tokens")
     rows = [{"prompt": prompt} for prompt in prompts]
 
     step = greedy(model_context.language_model, tokens)

@@ -304,7 +304,7 @@ class AblationSession:
         if not prompts:
             return []
         encoded = model_context.chat.encode(prompts)
-        check_length("prompts", encoded, model_context.language_model.context, tokens)
+        check_length("prompts", encoded, model_context.language_model.context, tokens, "tokens")
         step = greedy(model_context.language_model, tokens)
         with self.session.applied(*([] if ablation is None else [ablation])):
             return [

@@ -90,10 +90,9 @@ def missing_package(facts: PreflightFacts) -> Iterator[Finding]:
 
 def download(facts: PreflightFacts) -> Iterator[Finding]:
     """Check the disk space for weights that are not downloaded yet."""
-    checkpoint = facts.checkpoint
-    if checkpoint is None or checkpoint.is_local or any(tensor.file for tensor in checkpoint.tensors.values()):
+    cache, needed = facts.hub_cache, facts.to_download
+    if not needed:
         return
-    cache, needed = facts.hub_cache, max(0, checkpoint.nbytes - facts.downloaded_bytes)
     if cache.free < needed:
         text = f"The download needs {format_bytes(needed)}, but {cache.path} has only {format_bytes(cache.free)} free."
         yield Finding("failure", "model", text, "set HF_HUB_CACHE to a folder on a larger disk")

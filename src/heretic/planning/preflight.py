@@ -134,7 +134,8 @@ def _folder(path: Path) -> Folder:
     filled = path.exists() and not path.is_dir()
     if path.is_dir() and os.access(path, os.R_OK):
         filled = any(path.iterdir()) and not (path / "manifest.json").is_file()
-    return Folder(str(path), host.free_disk(path), host.can_write(path), filled)
+    disk = host.existing_parent(path).stat().st_dev
+    return Folder(str(path), host.free_disk(path), host.can_write(path), filled, disk=disk)
 
 
 def _export_folder(path: Path) -> Folder:
@@ -142,7 +143,8 @@ def _export_folder(path: Path) -> Folder:
     resolved = Path(os.path.realpath(expand_user(path)))
     free, writable = host.free_disk(resolved.parent), host.can_write(resolved.parent)
     shown = os.path.abspath(expand_user(path))  # a rule adds to it, which `.` would not survive
-    return replace(_folder(path), path=shown, free=free, writable=writable, mounted=host.is_mount_point(resolved))
+    mounted, disk = host.is_mount_point(resolved), host.existing_parent(resolved.parent).stat().st_dev
+    return replace(_folder(path), path=shown, free=free, writable=writable, mounted=mounted, disk=disk)
 
 
 def _hub_cache() -> Path:

@@ -67,6 +67,7 @@ class Folder:
     writable: bool = True
     occupied: bool = False  # by files that are not an earlier export
     mounted: bool = False  # whether it is a mount point, which an export cannot replace
+    disk: int = 0  # its number; 0: unknown
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,14 @@ class PreflightFacts:
     downloaded_bytes: int = 0  # of the weights, in the hub's cache, if others are missing
     export_bytes: float = 0  # of the export with its temporary files
     mappable: int | None = None  # largest mappable file in bytes; None: no limit
+
+    @property
+    def to_download(self) -> int:
+        """Bytes of the weights that are not in the hub's cache yet."""
+        checkpoint = self.checkpoint
+        if checkpoint is None or checkpoint.is_local or any(tensor.file for tensor in checkpoint.tensors.values()):
+            return 0
+        return max(0, checkpoint.nbytes - self.downloaded_bytes)
 
     @property
     def used_gpus(self) -> tuple[Gpu, ...]:

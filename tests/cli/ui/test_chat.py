@@ -132,5 +132,5 @@ def test_a_line_that_begins_with_a_slash_is_sent_after_two() -> None:
     text, model, _ = talk("/etc/hosts is what?", "//etc/hosts is what?")
     assert [messages[-1]["content"] for messages, _ in model.asked] == ["/etc/hosts is what?"]
     assert "not sent" in text
-    text, model, _ = talk("caf\udce9")
+    text, model, _ = talk("bak\udce9")
     assert not model.asked and "UTF-8" in text
