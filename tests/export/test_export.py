@@ -140,3 +140,13 @@ def test_a_destroyed_model_is_not_exported(tmp_path: Path) -> None:
     with raises("logits-not-finite") as error:
         plan_export(None, None, None, result, RunFolder(tmp_path), tmp_path / "out")  # type: ignore[arg-type]
     assert "3" in error.value.what
+
+
+def test_a_language_model_alone_names_the_class_of_its_tokenizer(tmp_path: Path) -> None:
+    class Qwen3_5Tokenizer:  # that transformers takes for this model_type, whatever the file says
+        pass
+
+    assert save._named_tokenizer(tmp_path, Qwen3_5Tokenizer()) == {}
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer", "pad_token": "x"}')
+    named = json.loads(save._named_tokenizer(tmp_path, Qwen3_5Tokenizer())["tokenizer_config.json"])
+    assert named == {"tokenizer_class": "Qwen3_5Tokenizer", "pad_token": "x"}
