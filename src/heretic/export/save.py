@@ -31,6 +31,7 @@ from heretic.model.tensor_info import PICKLED, pickled_tensors
 from heretic.progress import ProgressReporter
 
 BLOCK = 1 << 24  # bytes copied at a time
+WRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")  # by transformers
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
@@ -206,24 +207,8 @@ def write_dequantized(
             source = [checkpoint.folder / checkpoint.gguf_file]
             language_model.tokenizer.save_pretrained(partial)
         else:
-            made = ("config.json", "generation_config.json", "model.safetensors.index.json")
-            source = [*checkpoint.shards(), *(p for name in made[:2] if (p := checkpoint.folder / name).is_file())]
-            alone = is_language_model_alone(config, checkpoint)
-            but = (*made, *PROCESSOR_FILES) if alone else made
-            beside = copy_companions(
-                checkpoint.folder,
-                partial,
-                template=template,
-                but=but,
-                unused=checkpoint.unused,
-                texts=_named_tokenizer(checkpoint.folder, language_model.tokenizer) if alone else None,
-                reporter=reporter,
-            )
-            if alone:
-                reporter.warning(
-                    f"The export is the language model of {checkpoint.model} alone: heretic does not read its other parts, "
-                    "such as images, when it dequantizes."
-                )
+            source = [*checkpoint.shards(), *(p for name in WRITTEN[:2] if (p := checkpoint.folder / name).is_file())]
+            beside = _copy_beside(checkpoint, language_model, partial, template, reporter)
         plain.save_pretrained(partial, max_shard_size="5GB")
         ahead = _warn_of_unread_tensors(checkpoint, reporter)
         for_older_readers(partial, None if checkpoint.gguf_file else checkpoint.folder, predicts_ahead=not ahead)
@@ -238,6 +223,24 @@ def write_dequantized(
             "written": hashed(sorted(partial.glob("*.safetensors")), stop),
             **beside,
         }
+
+
+def _copy_beside(
+    checkpoint: Checkpoint, language_model: LanguageModel, partial: Path, template: str, reporter: ProgressReporter
+) -> dict[str, dict[str, str]]:
+    """Copy what accompanies the weights of a dequantized model; of a composite one without its other parts."""
+    if not is_language_model_alone(language_model.model.config, checkpoint):
+        but: tuple[str, ...] = WRITTEN
+        texts: dict[str, str] = {}
+    else:
+        but, texts = (*WRITTEN, *PROCESSOR_FILES), _named_tokenizer(checkpoint.folder, language_model.tokenizer)
+        reporter.warning(
+            f"The export is the language model of {checkpoint.model} alone: heretic does not read its other parts, such as "
+            "images, when it dequantizes."
+        )
+    return copy_companions(
+        checkpoint.folder, partial, template=template, but=but, unused=checkpoint.unused, texts=texts, reporter=reporter
+    )
 
 
 def _named_tokenizer(folder: Path, tokenizer: Any) -> dict[str, str]:
