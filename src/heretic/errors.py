@@ -22,7 +22,7 @@ _NAMES = (
     "ENOTCONN",
     "EXDEV",
 )
-LIMIT_ERRNOS = tuple(getattr(errno, name) for name in ("EMFILE", "ENFILE", "ENOMEM", "EAGAIN") if hasattr(errno, name))
+LIMIT_ERRNOS = tuple(getattr(errno, name) for name in ("EMFILE", "ENFILE", "EAGAIN") if hasattr(errno, name))
 DISK_ERRNOS = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, name))
 
 # Every exit status of every command; `heretic preflight` has its own: 0 ready, 1 will fail, 2 risky.

@@ -218,3 +218,10 @@ def test_a_deleted_current_folder_is_named(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path / "gone", capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1 and "[no-current-folder]" in done.stderr, done.stderr
+
+
+def test_memory_that_the_system_refuses_is_no_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    assert exit_status(fail) == 1 and "[out-of-memory]" in capsys.readouterr().err

@@ -88,7 +88,11 @@ def test_a_judge_that_fails_stops_the_study_and_the_same_command_finishes_it(
         words = [word for setting in (*every, "run_name=judged", "save_to=out") for word in ("--set", setting)]
         server.works_for = asked + asked * 3 // 4
         failed = heretic(capsys, monkeypatch, "run", *words)
-        assert failed.status == 1 and "status 503: out of order. [judge-failed]" in failed.err and "the same command" in failed.err
+        assert (
+            failed.status == 1
+            and "status 503: out of order. [judge-failed]" in failed.err
+            and "the same command" in failed.err
+        )
         study = optuna.load_study(study_name="heretic", storage=storage_url("", Path("runs/judged")))
         done = [t for t in study.trials if t.state.name == "COMPLETE"]
         cut = [t for t in study.trials if t.state.name == "FAIL"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import io
 import os
 import sys
@@ -97,6 +98,8 @@ def machine_error(error: Exception) -> UserError | None:
     if isinstance(error, OSError):
         if error.errno in DISK_ERRNOS:
             return disk_error(error)
+        if error.errno == errno.ENOMEM:
+            return memory_error(error)
         if isinstance(error, FileNotFoundError) and not _has_folder():
             return no_folder_error()
         if "No usable temporary directory" in str(error):
