@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from heretic.hardware.control_groups import control_groups
 
 # Instructions that multiply bfloat16 and add in float32, as PyTorch and as Linux name them.
 NATIVE_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16", "sve_bf16", "svebf16"})
@@ -55,26 +58,15 @@ def cpu_quota(root: Path = Path("/")) -> int | None:
     return min((math.ceil(quota) for quota in _quotas(root)), default=None)
 
 
-def _quotas(root: Path) -> list[float]:
-    """Return the CPU quotas in cores; a container sees its own group, or the parents too."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []  # not Linux
-    found = []
-    for line in lines:
-        _, controllers, own = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+def _quotas(root: Path) -> Iterator[float]:
+    """Yield the CPU quotas of this process's control groups in cores."""
+    for folder, version in control_groups("cpu", root):
+        try:
+            if version == 1:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+            else:
+                quota, period = (folder / "cpu.max").read_text().split()
+            if quota not in ("max", "-1"):
+                yield int(quota) / int(period)
+        except (OSError, ValueError, ZeroDivisionError):
             continue
-        base, group = root / "sys/fs/cgroup" / ("cpu" if controllers else ""), Path(own.lstrip("/"))
-        for folder in {base / group, *(base / above for above in group.parents)}:
-            try:
-                if controllers:
-                    parts = [(folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")]
-                else:
-                    parts = (folder / "cpu.max").read_text().split()
-                if parts[0] not in ("max", "-1"):
-                    found.append(int(parts[0]) / int(parts[1]))
-            except (OSError, ValueError, IndexError, ZeroDivisionError):
-                continue
-    return found

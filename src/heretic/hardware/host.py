@@ -10,9 +10,16 @@ from pathlib import Path
 import psutil
 
 from heretic.files import expand_user
+from heretic.hardware.control_groups import control_groups
 from heretic.hardware.cpu import native_bfloat16
 from heretic.hardware.devices import CPU, Device
 from heretic.hardware.gpus import Gpu
+
+# Of a memory control group, by version: files with limit and usage, and the entries of memory.stat for cached files.
+GROUP_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file"),
+    2: ("memory.max", "memory.current", "inactive_file", "active_file"),
+}
 
 
 def devices(gpus: Sequence[Gpu]) -> list[Device]:
@@ -76,27 +83,14 @@ def format_bytes(size: int) -> str:
 
 def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
     """Yield limit and usage in bytes of this process's memory control groups; cached files do not count as used."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return  # not Linux
-    for line in lines:
-        _, controllers, own = line.split(":", 2)
-        if not controllers:  # version 2
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file", "active_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file")
-        else:
-            continue
-        group = Path(own.lstrip("/"))
-        for folder in {base / group, *(base / above for above in group.parents), base}:
-            try:
-                limit = (folder / names[0]).read_text().strip()
-                if limit == "max":
-                    continue
-                usage = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
-                cached = sum(int(usage.get(name, 0)) for name in names[2:])
-                yield int(limit), max(0, int((folder / names[1]).read_text()) - cached)
-            except (OSError, ValueError):
-                continue  # the root group has no limit; a container cannot see its parent groups
+    for folder, version in control_groups("memory", root):
+        limited, used, *cached = GROUP_FILES[version]
+        try:
+            limit = (folder / limited).read_text().strip()
+            if limit == "max":
+                continue
+            usage = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+            files = sum(int(usage.get(name, 0)) for name in cached)
+            yield int(limit), max(0, int((folder / used).read_text()) - files)
+        except (OSError, ValueError):
+            continue  # the root group has no limit; a container cannot see its parent groups
