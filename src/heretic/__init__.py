@@ -46,10 +46,9 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'heretic' has no attribute {name!r}")
-    from heretic.hardware.openmp import respect_quota, wait_passively
+    from heretic.hardware.openmp import prepare_threads
 
-    wait_passively()
-    respect_quota()
+    prepare_threads()
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 

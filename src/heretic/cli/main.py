@@ -34,7 +34,7 @@ from heretic.errors import (
     memory_error,
     no_folder_error,
 )
-from heretic.hardware.openmp import respect_quota, wait_passively
+from heretic.hardware.openmp import prepare_threads
 from heretic.settings.sources import DEFAULT_FILE
 
 # Order of the commands in --help: the order of a run's workflow.
@@ -134,8 +134,7 @@ def _has_folder() -> bool:
 
 def main() -> None:
     """Run the command `heretic`."""
-    wait_passively()
-    respect_quota()
+    prepare_threads()
     argv = sys.argv[1:]
     for stream, errors in (
         (sys.stdin, "surrogateescape"),

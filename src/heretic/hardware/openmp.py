@@ -15,6 +15,12 @@ THREADS = "OMP_NUM_THREADS"
 _set_here: list[str] = []
 
 
+def prepare_threads() -> None:
+    """Set up PyTorch's threads; see `wait_passively` and `respect_quota`."""
+    wait_passively()
+    respect_quota()
+
+
 def wait_passively() -> None:
     """Let waiting threads sleep instead of spin, so that other programs can use the cores.
 
