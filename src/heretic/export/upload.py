@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
 from heretic.errors import Interrupted, UserError, first_line, plain_line
 from heretic.export.companions import leaves
@@ -19,6 +19,7 @@ from heretic.export.destination import abbreviated
 from heretic.export.manifest import MANIFEST, Manifest, read_manifest
 from heretic.files import sha256
 from heretic.interrupt import StopSignal
+from heretic.model.hub_model import hub_answer
 from heretic.model.repository import resolve_inside
 from heretic.progress import ProgressReporter
 
@@ -215,7 +216,7 @@ def _describe(repository: str) -> Iterator[None]:
     except (UserError, Interrupted):
         raise
     except Exception as error:  # the hub's library and the network below it raise many kinds
-        refused = _answer_of(error)
+        refused = hub_answer(error)
         if refused is None:
             raise UserError(
                 f"The upload failed: {_clean(error)}",
@@ -234,13 +235,6 @@ def _describe(repository: str) -> Iterator[None]:
             429: ("The hub has received too many requests.", "run the same command again later"),
         }.get(status, (f"The hub answered with an error: {_clean(refused)}", "run the same command again to resume"))
         raise UserError(what, code="hub-refused", where=f"{repository}, HTTP status {status}", fix=fix) from None
-
-
-def _answer_of(error: BaseException | None) -> HfHubHTTPError | None:
-    """The hub's own answer, if an error comes from one, however far behind."""
-    while error is not None and not isinstance(error, HfHubHTTPError):
-        error = error.__cause__
-    return error
 
 
 def _clean(error: Exception) -> str:

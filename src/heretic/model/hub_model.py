@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heretic.errors import DISK_ERRNOS, UserError, first_line, plain_line
 from heretic.model.repository import DOWNLOADED
@@ -24,8 +24,12 @@ from heretic.model.weight_files import (
     read_index,
 )
 
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
 CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 NETWORK_VARIABLES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", *CERTIFICATE_VARIABLES)
+ONLY_OF_DISKS = {*DISK_ERRNOS} - {errno.EPERM, errno.EACCES, errno.ENOTCONN}  # which sockets raise too
 
 
 def fetch_files(model: str, revision: str, patterns: Sequence[str]) -> Path:
@@ -126,7 +130,7 @@ def _hub_errors(model: str) -> Iterator[None]:
         raise UserError(
             f"{model} is not a local folder and cannot be downloaded from the Hugging Face hub{offline}: {first_line(error)[:200]}",
             code="hub-unreachable",
-            where=_environment(_answer(error)[1]),
+            where=_environment(_status(hub_answer(error))),
             fix=_advice(error, model),
         ) from None
 
@@ -137,8 +141,7 @@ def _disk_error(error: BaseException) -> UserError | None:
 
     cause: BaseException | None = error
     while cause is not None:
-        of_sockets = cause.errno in (errno.EPERM, errno.EACCES, errno.ENOTCONN) if isinstance(cause, OSError) else False
-        if isinstance(cause, OSError) and cause.errno in DISK_ERRNOS and (cause.filename or not of_sockets):
+        if isinstance(cause, OSError) and cause.errno in (DISK_ERRNOS if cause.filename else ONLY_OF_DISKS):
             return UserError(
                 f"The hub's cache cannot be written: {cause.strerror}.",
                 code="disk",
@@ -159,22 +162,26 @@ def _environment(status: int) -> str | None:
     return f"{', '.join(found)} in the environment" if found else None
 
 
-def _answer(error: Exception) -> tuple[BaseException | None, int]:
-    """Return the hub's own error behind an error, and the HTTP status; 0 without an answer."""
+def hub_answer(error: BaseException | None) -> HfHubHTTPError | None:
+    """Return the hub's own answer, if an error comes from one, however far behind."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, HfHubHTTPError):  # some errors wrap that of the hub
-        found = found.__cause__
-    response = found.response if isinstance(found, HfHubHTTPError) else None
-    return found, response.status_code if response is not None else 0
+    while error is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return error
+
+
+def _status(answer: HfHubHTTPError | None) -> int:
+    """Return the HTTP status of an answer; 0 without one."""
+    return answer.response.status_code if answer is not None and answer.response is not None else 0
 
 
 def _advice(error: Exception, model: str) -> str:
     """Say what to do after an error of the hub."""
     from huggingface_hub.errors import DisabledRepoError, GatedRepoError, RepositoryNotFoundError
 
-    found, status = _answer(error)
+    found = hub_answer(error)
+    status = _status(found)
     if isinstance(found, DisabledRepoError):
         return "use another model: the hub has disabled this one"
     if isinstance(found, GatedRepoError) or status == 403:
