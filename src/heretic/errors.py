@@ -70,7 +70,7 @@ def plain_line(text: str) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Return whether a text has no bytes that were not UTF-8, from a command line or terminal."""
+    """Return whether UTF-8 can encode a text: it has no surrogates, of bytes from a terminal or escaped in JSON."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 

@@ -25,6 +25,7 @@ from heretic.export.request import Format, WriteRequest, WriteResult
 from heretic.export.save import hashed, is_language_model_alone
 from heretic.files import write_tensors
 from heretic.interrupt import StopSignal
+from heretic.model.adapter import WEIGHTS
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.lazy_tensor import materialize
 from heretic.model.loading import LanguageModel
@@ -35,7 +36,6 @@ from heretic.progress import ProgressReporter
 from heretic.session.session import weight_reader
 from heretic.settings import Settings
 
-WEIGHTS = "adapter_model.safetensors"
 # Values that vLLM accepts for --max-lora-rank (MaxLoRARanks in vllm/config/lora.py).
 RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 OVERSAMPLED, ITERATIONS = 8, 4

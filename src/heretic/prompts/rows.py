@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from heretic.errors import UserError, first_line
+from heretic.errors import UserError, first_line, is_unicode
 from heretic.files import open_regular, read_text, split_lines
 
 # The line (.jsonl, .csv) or number (.json, .parquet) of a row, from 1, and its columns.
@@ -115,9 +115,7 @@ def _part(part: Any) -> str | None:
 
 
 def _text(text: str, place: str, key: str) -> str | None:
-    if any(
-        "\ud800" <= c <= "\udfff" for c in text
-    ):  # JSON can escape them, but UTF-8 and tokenizers cannot encode them
+    if not is_unicode(text):  # JSON can escape surrogates, which UTF-8 and tokenizers cannot encode
         raise _no_prompt("is not valid UTF-8", place, key)
     return text.strip() or None
 

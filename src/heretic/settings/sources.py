@@ -20,7 +20,7 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from heretic.errors import SettingsError, plain_line
+from heretic.errors import SettingsError, is_unicode, plain_line
 from heretic.files import read_text, split_lines
 from heretic.settings import Settings, SettingsModel
 
@@ -200,7 +200,7 @@ def _check_value(key: str, value: Any, origin: str) -> None:
     """Refuse strings that are not UTF-8 or contain NUL, and integers outside TOML's range."""
     problem = ""
     if isinstance(value, str):
-        if any("\ud800" <= c <= "\udfff" for c in value):  # for example bytes of a file name
+        if not is_unicode(value):  # for example bytes of a file name
             problem = "is not valid UTF-8"
         elif "\0" in value:
             problem = "contains a NUL character"

@@ -20,7 +20,7 @@ import psutil
 import sqlalchemy
 from optuna.trial import TrialState
 
-from heretic.errors import StudyMismatch, UserError, first_line
+from heretic.errors import StudyMismatch, UserError
 from heretic.files import open_private
 from heretic.scoring.objectives import DEFAULT_OBJECTIVES, Objective
 from heretic.settings import Settings, WorkerSettings
@@ -186,9 +186,8 @@ def translate_storage_errors(url: str) -> Iterator[None]:
     try:
         yield
     except (*STORAGE_ERRORS, ValueError, TypeError, LookupError, RecursionError) as error:
-        cause = error.__cause__ or error
         raise UserError(
-            f"Cannot read the study: {first_line(getattr(cause, 'orig', None) or cause)[:200]}",
+            f"Cannot read the study: {reason(error)[:200]}",
             code="storage-unreadable" if isinstance(error, STORAGE_ERRORS) else "damaged-study",
             where=masked(url),
             fix="restore a copy of the study, or start over with --fresh (heretic keeps the old run)",
