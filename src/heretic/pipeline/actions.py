@@ -221,10 +221,9 @@ def evaluate_model(
     settings = with_evaluation_judge(settings)
     named, adapter = settings.model, adapter_folder(settings.model)
     if adapter is not None:
-        base, of_base = base_of(adapter, against)
+        base, revision = base_of(adapter, against)
         if base == against:
-            against_revision = of_base = against_revision or of_base
-        revision = of_base
+            revision = against_revision = against_revision or revision
         settings = settings.model_copy(update={"model": base, "revision": revision})
     with device_lock(settings, wait=wait, reporter=reporter, stop=stop):
         judge = make_judge(settings, JudgeContext(None, reporter, stop))

@@ -31,7 +31,7 @@ from heretic.runs.folder import RunFolder, log_to
 from heretic.runs.metadata import RunMetadata
 from heretic.scoring.scorers.registry import choose_scorers
 from heretic.search.integrity import check_study
-from heretic.search.pareto import Result, pareto_front
+from heretic.search.pareto import Result, Selection, pareto_front
 from heretic.search.pruning import StudyHistory
 from heretic.search.scheduler import n_complete, trials_remain
 from heretic.search.study import run_study
@@ -227,7 +227,7 @@ def execute(run_context: RunContext, workers: int = 1) -> Export | None:
     if (export or not destination) and not _trials_left(run_context):
         _, why = StudySummary.of(study, settings).end or ("", "")
         reporter.info(f"The study is complete: {why}; nothing is left to do. More trials: --trials +50")
-        _warn_of_limit(run_context)
+        _warn_of_limit(run_context, run_context.selected())
         return export
     # 2. Measure the missing trials
     if workers > 1 and trials_remain(study, settings):
@@ -235,8 +235,8 @@ def execute(run_context: RunContext, workers: int = 1) -> Export | None:
     else:
         run_trials(run_context)
     # 3. Export the selected trial
-    _warn_of_limit(run_context)
     selected = run_context.selected()
+    _warn_of_limit(run_context, selected)
     if not destination or not selected:
         return None
     if export := _existing_export(run_context):
@@ -245,8 +245,7 @@ def execute(run_context: RunContext, workers: int = 1) -> Export | None:
     return export_once(run_context, selected.result, destination)
 
 
-def _warn_of_limit(run_context: RunContext) -> None:
-    selected = run_context.selected()
+def _warn_of_limit(run_context: RunContext, selected: Selection | None) -> None:
     if selected and not selected.meets_limit:
         run_context.reporter.warning(
             f"The limit of the setting select is not met. Trial {selected.result.number}: {selected.reason}."

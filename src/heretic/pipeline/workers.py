@@ -81,25 +81,22 @@ def check_memory(settings: Settings, inputs: RunInputs, gpus: Sequence[Gpu], num
     work = Workload.of(settings, inputs.prompts.longest)
     if gpus:
         fitting = sum(_fits(settings, inputs, work, host.devices((gpu,))) for gpu in gpus)
-        what = "The model does not fit on one GPU, and each worker uses one GPU."
-        fix = (
-            'omit --workers, and one process uses all GPUs; or quantization = "bnb_4bit", if the model then fits on one'
-        )
+        if fitting == len(gpus):
+            return
         if fitting:
             what = f"The model fits on only {fitting} of these {len(gpus)} GPUs, and each worker uses one GPU."
             fix = f"--workers {fitting}"
-        if fitting < len(gpus):
-            raise UserError(what, code="too-many-workers", where="--workers", fix=fix)
+        else:
+            what = "The model does not fit on one GPU, and each worker uses one GPU."
+            fix = 'omit --workers, and one process uses all GPUs; or quantization = "bnb_4bit", if the model then fits on one'
     else:
         devices = [replace(device, free=device.free // number) for device in host.devices(())]
         settings = settings.model_copy(update={"dtypes": [inputs.plan.dtypes[0]]})
-        if not _fits(settings, inputs, work, devices):
-            raise UserError(
-                f"The model does not fit {number} times into RAM, and each worker loads its own copy.",
-                code="too-many-workers",
-                where="--workers",
-                fix="use fewer workers, or omit --workers",
-            )
+        if _fits(settings, inputs, work, devices):
+            return
+        what = f"The model does not fit {number} times into RAM, and each worker loads its own copy."
+        fix = "use fewer workers, or omit --workers"
+    raise UserError(what, code="too-many-workers", where="--workers", fix=fix)
 
 
 def _fits(settings: Settings, inputs: RunInputs, work: Workload, devices: Sequence[Device]) -> bool:

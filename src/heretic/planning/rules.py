@@ -265,16 +265,13 @@ def export_folder(facts: PreflightFacts) -> Iterator[Finding]:
         text = f"{folder.path} cannot be written, or the folder that contains it."
         yield Finding("failure", "export", text, 'save_to = "…": a folder in a writable one')
     elif facts.checkpoint:
-        needed, shared = int(SPARE_DISK * facts.export_bytes), 0
-        if folder.disk and folder.disk == facts.hub_cache.disk:
-            shared = facts.to_download
+        needed = int(SPARE_DISK * facts.export_bytes)
+        shared = facts.to_download if folder.disk and folder.disk == facts.hub_cache.disk else 0
         if folder.free < needed + shared:
-            what = (
-                f"The download and the export need {format_bytes(needed + shared)}"
-                if shared
-                else (f"The export needs {format_bytes(needed)}")
+            what = "The download and the export need" if shared else "The export needs"
+            text = (
+                f"{what} {format_bytes(needed + shared)}, but {folder.path} has only {format_bytes(folder.free)} free."
             )
-            text = f"{what}, but {folder.path} has only {format_bytes(folder.free)} free."
             yield Finding("failure", "export", text, 'save_to = "…": a folder on a larger disk')
         else:
             text = f"The export needs {format_bytes(needed)}; {folder.path} has {format_bytes(folder.free)} free."

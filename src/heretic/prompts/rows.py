@@ -227,12 +227,13 @@ def _tab_separated(path: Path, where: str, text: str) -> _Table:
     """Read a .tsv file, in which quotes quote fields, or nothing, as many programs write them. Raises UserError."""
     plain: Literal[0, 3] = csv.QUOTE_NONE
     quoted: Literal[0, 3] = csv.QUOTE_MINIMAL
-    if STRAY_QUOTE.search(text.replace('""', "")) and not DOUBLED_QUOTE.search(text):
+    doubled = DOUBLED_QUOTE.search(text)
+    if not doubled and STRAY_QUOTE.search(text.replace('""', "")):
         return _fields(path, where, text, "\t", plain)
     try:
         names, rows = _fields(path, where, text, "\t", quoted)
     except UserError:
-        if DOUBLED_QUOTE.search(text):
+        if doubled:
             raise
         return _fields(path, where, text, "\t", plain)
     if any("\n" in field and "\t" in field for _, fields in rows for field in fields):  # whole rows between two quotes

@@ -212,9 +212,9 @@ def parse_verdict(reply: Reply) -> Verdict:
     if (first := FIRST.match(answer[:LONGEST_BEGINNING])) and not {*words} - {first[1].upper()}:
         return WORDS[first[1].upper()]
     words = words or ANY.findall(NO_ANSWER.sub("", answer).upper())
-    unfinished = reply.cut_off or "<think>" in answer
-    if not words or "<think>" in answer or (unfinished and len({*words}) > 1):
-        cut_off = ", cut off" if unfinished else ""
+    in_thought = "<think>" in answer
+    if not words or in_thought or (reply.cut_off and len({*words}) > 1):
+        cut_off = ", cut off" if reply.cut_off or in_thought else ""
         raise NoVerdict(f"its reply{cut_off} contains no verdict (for a thinking model, raise judge.llm.max_tokens)")
     return WORDS[words[-1]]
 
