@@ -236,7 +236,7 @@ def _copy_beside(
         but, texts = (*WRITTEN, *PROCESSOR_FILES), _named_tokenizer(checkpoint.folder, language_model.tokenizer)
         reporter.warning(
             f"The export is the language model of {checkpoint.model} alone: heretic does not read its other parts, such as "
-            "images, when it dequantizes."
+            "the one for images, when it dequantizes."
         )
     return copy_companions(
         checkpoint.folder, partial, template=template, but=but, unused=checkpoint.unused, texts=texts, reporter=reporter

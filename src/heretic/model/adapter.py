@@ -33,7 +33,7 @@ def base_of(adapter: Path, candidate: str | None) -> tuple[str, str]:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(
-            f"The adapter's kind is {kind!r}; heretic reads LoRA.",
+            f"The adapter's kind is {kind!r}; heretic reads only LoRA.",
             code="adapter-not-loadable",
             where=str(adapter / ADAPTER),
             fix="merge the adapter into its model (peft: merge_and_unload)",
@@ -45,7 +45,7 @@ def base_of(adapter: Path, candidate: str | None) -> tuple[str, str]:
     if candidate and Path(candidate).name == Path(named or candidate).name:
         return candidate, ""
     raise UserError(
-        f"The adapter was made for the model {named!r}, which is not at this place.",
+        f"The adapter was made for the model {named!r}, which was not found.",
         code="adapter-only",
         where=str(adapter / ADAPTER),
         fix="name it: heretic evaluate ADAPTER --against MODEL",

@@ -317,7 +317,7 @@ def _smaller_weights(facts: PreflightFacts) -> str | None:
     """Return the setting that reduces the memory of the weights or lifts a limit; None if there is none."""
     plan, settings = facts.plan, facts.settings
     if settings.max_memory and plan and plan.offloaded:
-        return "max_memory = {}, or more than that"
+        return "max_memory = {}, or a higher limit"
     if plan and plan.dtype == "float32":
         return 'dtypes = ["bfloat16"]'
     if settings.max_memory:

@@ -53,7 +53,7 @@ class Endpoint:
         self._settings, self._key = settings, key.strip()
         if not self._key.isascii() or not self._key.isprintable():
             raise UserError(
-                f"The key in {settings.key_variable} has characters that no key has.",
+                f"The key in {settings.key_variable} has characters that HTTP headers forbid.",
                 code="invalid-key",
                 where="judge.llm.key_variable",
                 fix=f"set {settings.key_variable} again",
