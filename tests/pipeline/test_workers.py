@@ -19,7 +19,7 @@ from heretic.errors import BusyError, Interrupted
 from heretic.hardware import locks
 from heretic.hardware.gpus import Gpu
 from heretic.hardware.virtual_gpus import virtual_gpus
-from heretic.pipeline.workers import _only, check_memory, resolve_worker_count
+from heretic.pipeline.workers import WorkerCount, _only, check_memory, choose_gpus, resolve_worker_count
 from heretic.planning.memory_model import GIB
 from heretic.settings import Settings
 from heretic.storage.attributes import ERROR
@@ -126,11 +126,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 
 def test_how_many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (
-        resolve_worker_count("auto", Settings())[0] == 1 and "hardly faster" in resolve_worker_count("3", Settings())[1]
-    )
+    assert resolve_worker_count("auto", Settings())[0] == WorkerCount()
+    assert resolve_worker_count("3", Settings())[0] == WorkerCount(3)
+    assert "hardly faster" in resolve_worker_count("3", Settings())[1]
     gpus(monkeypatch, 4)
-    assert resolve_worker_count("auto", Settings()) == (4, "") and resolve_worker_count("2", Settings()) == (2, "")
+    assert resolve_worker_count("auto", Settings()) == (WorkerCount(4, fewer=True), "")
+    assert resolve_worker_count("2", Settings()) == (WorkerCount(2), "")
     with raises("too-many-workers"):
         resolve_worker_count("5", Settings())
     with raises("conflicting-settings"):
@@ -170,6 +171,32 @@ def test_a_model_for_several_gpus_has_no_workers() -> None:
         check_memory(Settings(quantization="bnb_4bit"), inputs, (*cards, full), 5)
     with raises("conflicting-settings"):
         check_memory(Settings(max_memory={"0": "10GiB"}), inputs, virtual_gpus("2x80GiB"), 2)
+
+
+def test_auto_leaves_out_gpus_that_are_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = virtual_gpus("3x24GiB")
+    warnings: list[str] = []
+    context: Any = SimpleNamespace(
+        settings=Settings(quantization="bnb_4bit"),
+        inputs=SimpleNamespace(
+            checkpoint=checkpoint_of(qwen_32b()),
+            prompts=SimpleNamespace(longest=600),
+            plan=SimpleNamespace(dtypes=["bfloat16"]),
+        ),
+        reporter=SimpleNamespace(warning=warnings.append),
+    )
+
+    def chosen(gpus: tuple[Gpu, ...], count: WorkerCount) -> tuple[Gpu, ...]:
+        monkeypatch.setattr("heretic.pipeline.workers.gpus_here", lambda: gpus)
+        return choose_gpus(context, count)
+
+    full = replace(cards[0], free=GIB)
+    assert chosen(cards, WorkerCount(3, fewer=True)) == cards and not warnings
+    assert chosen((full, *cards[1:]), WorkerCount(3, fewer=True)) == cards[1:] and len(warnings) == 1
+    with raises("too-many-workers"):  # a number that the user has chosen
+        chosen((full, *cards[1:]), WorkerCount(3))
+    context.settings = Settings()
+    assert chosen(cards, WorkerCount(3, fewer=True)) == () and len(warnings) == 2, "one process uses all of them"
 
 
 def test_workers_without_gpus_share_the_ram(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from heretic.pipeline.prepare import RunInputs, prepare_run
 from heretic.pipeline.run_context import RunContext
 from heretic.pipeline.trials import Trials
 from heretic.pipeline.worker_process import parent_pid
-from heretic.pipeline.workers import launch_workers
+from heretic.pipeline.workers import WorkerCount, run_in_workers
 from heretic.planning import preflight
 from heretic.progress import ProgressReporter
 from heretic.report.reporter import live_report
@@ -50,6 +50,8 @@ from heretic.storage.retrying import RetryPolicy
 from heretic.storage.url import on_server, storage_url, study_name
 
 log = logging.getLogger(__name__)
+
+ONE_PROCESS = WorkerCount()
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def run(
     force: bool = False,
     wait: bool = False,
     extra_trials: int = 0,
-    workers: int = 1,
+    workers: WorkerCount = ONE_PROCESS,
     reporter: StudyReporter,
     stop: StopSignal,
     on_preflight: Callable[[preflight.PreflightReport], None] = lambda _: None,
@@ -139,7 +141,7 @@ def run(
 
 
 def _run_study(
-    run_context: RunContext, extra_trials: int, workers: int, on_finished: Callable[[RunContext], None] | None
+    run_context: RunContext, extra_trials: int, workers: WorkerCount, on_finished: Callable[[RunContext], None] | None
 ) -> Outcome:
     """Run the trials, export, and show the menu. Raises Interrupted."""
     if not parent_pid():  # a worker's parent has saved them
@@ -211,7 +213,7 @@ def archive_run(folder: RunFolder, settings: Settings, reporter: ProgressReporte
         reporter.info(f"Archived the earlier run: {archived}")
 
 
-def execute(run_context: RunContext, workers: int = 1) -> Export | None:
+def execute(run_context: RunContext, workers: WorkerCount = ONE_PROCESS) -> Export | None:
     """Run the missing trials, select one, and export it."""
     settings, folder = run_context.settings, run_context.folder
     study, reporter = run_context.study, run_context.reporter
@@ -230,9 +232,7 @@ def execute(run_context: RunContext, workers: int = 1) -> Export | None:
         _warn_of_limit(run_context, run_context.selected())
         return export
     # 2. Measure the missing trials
-    if workers > 1 and trials_remain(study, settings):
-        launch_workers(run_context, workers)
-    else:
+    if not (trials_remain(study, settings) and run_in_workers(run_context, workers)):
         run_trials(run_context)
     # 3. Export the selected trial
     selected = run_context.selected()

@@ -26,12 +26,19 @@ if TYPE_CHECKING:
     from heretic.hardware.devices import Device
     from heretic.pipeline.prepare import RunInputs
     from heretic.pipeline.run_context import RunContext
-    from heretic.planning.workload import Workload
 
 LAST_LINES = 3  # of the log of a worker that crashed
 
 
-def resolve_worker_count(option: str, settings: Settings) -> tuple[int, str]:
+@dataclass(frozen=True)
+class WorkerCount:
+    """Number of worker processes; `fewer`: those for whose GPU the model is too large are left out."""
+
+    number: int = 1
+    fewer: bool = False
+
+
+def resolve_worker_count(option: str, settings: Settings) -> tuple[WorkerCount, str]:
     """Return the number of workers for `auto` or a number, and a warning or "". Raises UserError."""
     gpus = () if settings.device_map == "cpu" else gpus_here()
     if option != "auto" and not re.fullmatch("0*[1-9][0-9]{0,3}", option):
@@ -57,17 +64,17 @@ def resolve_worker_count(option: str, settings: Settings) -> tuple[int, str]:
             fix='set device_map = "planned", or omit --workers',
         )
     if option == "auto" and not gpus:
-        return 1, "No GPU can be used, so there is one worker."
+        return WorkerCount(), "No GPU can be used, so there is one worker."
     cores = usable_cores()
     if number > 1 and not gpus:
-        return number, f"{number} workers share {cores} cores and the memory, so they are hardly faster than one."
-    return number, ""
+        warning = f"{number} workers share {cores} cores and the memory, so they are hardly faster than one."
+        return WorkerCount(number), warning
+    return WorkerCount(number, fewer=option == "auto"), ""
 
 
 def check_memory(settings: Settings, inputs: RunInputs, gpus: Sequence[Gpu], number: int) -> None:
     """Raise UserError if the model does not fit on each of these GPUs (one per worker) or, without GPUs, `number` times in RAM."""
     from heretic.hardware import host
-    from heretic.planning.workload import Workload
 
     if not isinstance(settings.device_map, str):
         return
@@ -78,9 +85,8 @@ def check_memory(settings: Settings, inputs: RunInputs, gpus: Sequence[Gpu], num
             where="max_memory",
             fix="omit max_memory or --workers",
         )
-    work = Workload.of(settings, inputs.prompts.longest)
     if gpus:
-        fitting = sum(_fits(settings, inputs, work, host.devices((gpu,))) for gpu in gpus)
+        fitting = len(fitting_gpus(settings, inputs, gpus))
         if fitting == len(gpus):
             return
         if fitting:
@@ -92,18 +98,41 @@ def check_memory(settings: Settings, inputs: RunInputs, gpus: Sequence[Gpu], num
     else:
         devices = [replace(device, free=device.free // number) for device in host.devices(())]
         settings = settings.model_copy(update={"dtypes": [inputs.plan.dtypes[0]]})
-        if _fits(settings, inputs, work, devices):
+        if _fits(settings, inputs, devices):
             return
         what = f"The model does not fit {number} times into RAM, and each worker loads its own copy."
         fix = "use fewer workers, or omit --workers"
     raise UserError(what, code="too-many-workers", where="--workers", fix=fix)
 
 
-def _fits(settings: Settings, inputs: RunInputs, work: Workload, devices: Sequence[Device]) -> bool:
+def fitting_gpus(settings: Settings, inputs: RunInputs, gpus: Sequence[Gpu]) -> list[Gpu]:
+    """Return the GPUs on which a worker can run the model."""
+    from heretic.hardware import host
+
+    return [gpu for gpu in gpus if _fits(settings, inputs, host.devices((gpu,)))]
+
+
+def choose_gpus(run_context: RunContext, count: WorkerCount) -> tuple[Gpu, ...]:
+    """Return the GPUs of the workers, those with the most free memory; () if they share the cores. Raises UserError."""
+    settings, inputs = run_context.settings, run_context.inputs
+    found = () if settings.device_map == "cpu" else gpus_here()
+    gpus = tuple(sorted(found, key=lambda gpu: -gpu.free)[: count.number])
+    if not (count.fewer and gpus) or settings.max_memory:
+        check_memory(settings, inputs, gpus, count.number)
+        return gpus
+    fitting = tuple(fitting_gpus(settings, inputs, gpus))
+    if len(fitting) < len(gpus):
+        instead = f"there are {len(fitting)} workers" if len(fitting) > 1 else "one process uses all GPUs"
+        run_context.reporter.warning(f"The model fits on {len(fitting)} of these {len(gpus)} GPUs alone, so {instead}.")
+    return fitting
+
+
+def _fits(settings: Settings, inputs: RunInputs, devices: Sequence[Device]) -> bool:
     """Return whether a worker with these devices can run the model; `auto` and `balanced` must not move weights to RAM."""
     from heretic.planning.memory_plan import plan_for
+    from heretic.planning.workload import Workload
 
-    plan = plan_for(settings, inputs.checkpoint, work, devices)
+    plan = plan_for(settings, inputs.checkpoint, Workload.of(settings, inputs.prompts.longest), devices)
     return bool(plan.largest_batch_size) and not plan.in_ram
 
 
@@ -121,18 +150,28 @@ class Worker:
         return " ".join([line for line in lines if line][-LAST_LINES:])
 
 
-def launch_workers(run_context: RunContext, number: int) -> None:
-    """Measure the missing trials in `number` worker processes and report their progress.
+def run_in_workers(run_context: RunContext, count: WorkerCount) -> bool:
+    """Measure the missing trials in worker processes and report their progress.
 
     Each worker has one GPU, or a share of the cores. Stopping this process stops them. A worker that crashes is not
-    restarted; the others continue. Raises Interrupted, and UserError if all workers end before the study is complete.
+    restarted; the others continue.
+
+    Returns:
+        False if one process is to run the trials: one worker is asked for, or the model is too large for two of the GPUs.
+
+    Raises:
+        Interrupted: A stop was requested.
+        UserError: The memory is too small, or all workers ended before the study was complete.
     """
     from heretic.search.scheduler import trials_remain
 
+    if count.number == 1:
+        return False
     settings, reporter = run_context.settings, run_context.reporter
-    gpus = () if settings.device_map == "cpu" else gpus_here()
-    gpus = tuple(sorted(gpus, key=lambda gpu: -gpu.free)[:number])  # those with the most free memory
-    check_memory(settings, run_context.inputs, gpus, number)
+    gpus = choose_gpus(run_context, count)
+    if count.fewer and len(gpus) < 2:
+        return False
+    number = len(gpus) or count.number
     workers = [_start(run_context, i, number, gpus[i] if gpus else None) for i in range(number)]
     reporter.info(f"{number} workers: processes {', '.join(str(w.process.pid) for w in workers)}.")
     try:
@@ -150,6 +189,7 @@ def launch_workers(run_context: RunContext, number: int) -> None:
             where=str(workers[-1].log_file),
             fix="read the end of this log, fix the cause and run the same command again; nothing finished is lost",
         )
+    return True
 
 
 def _monitor(run_context: RunContext, workers: Sequence[Worker]) -> None:

@@ -37,6 +37,7 @@ from heretic.settings.sources import Resolved, resolve
 
 if TYPE_CHECKING:
     from heretic.pipeline.run_context import RunContext
+    from heretic.pipeline.workers import WorkerCount
 
 
 @app.command()
@@ -140,9 +141,9 @@ def _show_menu(run_context: RunContext) -> None:
     Menu(out, run_context).run()
 
 
-def _worker_count(option: str | None, resolved: Resolved, reporter: ProgressReporter) -> int:
-    """Return --workers as a number; warn if more workers will not help or if the storage's password is visible."""
-    from heretic.pipeline.workers import resolve_worker_count
+def _worker_count(option: str | None, resolved: Resolved, reporter: ProgressReporter) -> WorkerCount:
+    """Return the number of --workers; warn if more workers will not help or if the storage's password is visible."""
+    from heretic.pipeline.workers import WorkerCount, resolve_worker_count
     from heretic.storage.url import masked
 
     storage, origin = resolved.settings.storage, resolved.origins.get("storage", "")
@@ -151,11 +152,11 @@ def _worker_count(option: str | None, resolved: Resolved, reporter: ProgressRepo
             "Every user of this machine can read the storage's password in the process list. Set HERETIC_STORAGE instead."
         )
     if option is None:
-        return 1
-    number, warning = resolve_worker_count(option, resolved.settings)
+        return WorkerCount()
+    count, warning = resolve_worker_count(option, resolved.settings)
     if warning:
         reporter.warning(warning)
-    return number
+    return count
 
 
 def _parse_trials(text: str | None) -> tuple[int | None, int]:
