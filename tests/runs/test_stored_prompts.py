@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from heretic.prompts.sets import load_all
 from heretic.runs.stored_prompts import FILE, prompts_of_run, store_prompts
 from heretic.settings import PromptSettings, PromptSource, Settings
 from heretic.settings.sources import Resolved
+from tests.helpers.command import heretic
 
 ROLES = tuple(PromptSettings.model_fields)
 
@@ -48,3 +51,19 @@ def test_other_settings_load_other_prompts(here: Path) -> None:
 def test_a_damaged_copy_is_not_used(here: Path) -> None:
     (here / FILE).write_text('{"settings": {}, "sets": {}}')
     assert prompts_of_run(here, resolved(), NULL_REPORTER) == load_all(resolved().settings.prompts)
+
+
+def test_a_run_that_is_named_goes_on_without_its_prompt_files(
+    config: Path,
+    prompt_files: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared = str(next(iter(prompt_files.values())).parent)
+    folder = shutil.copytree(shared, "own")
+    config.write_text(config.read_text().replace(shared, folder))
+    ran = partial(heretic, capsys, monkeypatch, "run", "--no-menu")
+    assert ran("--run-name", "mine", "--trials", "1").status == 0
+    shutil.rmtree(folder)
+    assert ran("mine", "--trials", "2").status == 0
+    assert ran("mine", "--trials", "2", "--fresh").code == "missing-file", "a new run reads the files"

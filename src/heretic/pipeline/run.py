@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from heretic.pipeline.worker_process import parent_pid
 from heretic.pipeline.workers import WorkerCount, run_in_workers
 from heretic.planning import preflight
 from heretic.progress import ProgressReporter
+from heretic.prompts.sets import PromptSets
 from heretic.report.reporter import live_report
 from heretic.runs.folder import RunFolder, log_to
 from heretic.runs.metadata import RunMetadata
+from heretic.runs.stored_prompts import prompts_of_run
 from heretic.scoring.scorers.registry import choose_scorers
 from heretic.search.integrity import check_study
 from heretic.search.pareto import Result, Selection, pareto_front
@@ -127,7 +130,13 @@ def run(
     settings = resolved.settings
     with device_lock(settings, wait=wait, reporter=reporter, stop=stop):
         inputs = prepare_run(
-            settings, force=force, fresh=fresh, judging=True, reporter=reporter, on_preflight=on_preflight
+            settings,
+            force=force,
+            fresh=fresh,
+            judging=True,
+            reporter=reporter,
+            read_prompts=None if fresh else _own_prompts(resolved, reporter),
+            on_preflight=on_preflight,
         )
         folder = inputs.folder
         if fresh:
@@ -138,6 +147,14 @@ def run(
             RunContext(resolved, inputs, study, reporter, stop) as run_context,
         ):
             return _run_study(run_context, extra_trials, workers, on_finished)
+
+
+def _own_prompts(resolved: Resolved, reporter: ProgressReporter) -> Callable[[], PromptSets] | None:
+    """Return what reads the prompts from the run's folder, if the settings come from there too."""
+    folder = Path(resolved.settings.runs_dir) / resolved.settings.run_name
+    if resolved.file != folder / "config.toml":
+        return None
+    return partial(prompts_of_run, folder, resolved, reporter)
 
 
 def _run_study(
