@@ -27,6 +27,7 @@ from heretic.progress import ProgressReporter
 from heretic.prompts.sets import PromptSets, load_all
 from heretic.runs import fingerprint
 from heretic.runs.folder import RunFolder, check_writable
+from heretic.runs.hub_commit import begun_commit
 from heretic.runs.status import load_study
 from heretic.scoring.judges.registry import try_judge
 from heretic.scoring.scorers.language import language_of
@@ -72,6 +73,9 @@ def prepare_run(
     """
     free_memory()  # reference cycles of an earlier model would count as used memory
     require_name(settings.model)  # before prompts are fetched from the hub
+    if judging and not fresh and (commit := begun_commit(settings)):
+        settings = settings.model_copy(update={"revision": commit})
+        reporter.info(f"The run continues with commit {commit[:12]} of the model, with which it began.")
     read_prompts = cache(read_prompts or partial(load_all, settings.prompts))
     report = run_preflight(settings, read_prompts, judging=judging)
     on_preflight(report)

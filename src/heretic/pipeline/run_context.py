@@ -16,6 +16,7 @@ from heretic.model.unloading import unload
 from heretic.pipeline.prepare import RunInputs
 from heretic.pipeline.worker_process import parent_pid
 from heretic.runs.folder import RunFolder, settings_text
+from heretic.runs.hub_commit import with_commit
 from heretic.runs.local_paths import with_relative_paths
 from heretic.runs.stored_prompts import store_prompts
 from heretic.scoring.scores import json_numbers
@@ -164,10 +165,12 @@ class RunContext:
 
     def save_settings(self) -> None:
         """Write the settings to the run's folder and to the storage, for workers without the folder; keep the prompts."""
-        resolved = with_relative_paths(self.resolved, self.folder.path)
+        commit = self.inputs.checkpoint.commit
+        resolved = replace(self.resolved, settings=with_commit(self.resolved.settings, commit))
+        resolved = with_relative_paths(resolved, self.folder.path)
         write_text(self.folder.path / "config.toml", settings_text(resolved), private=True)
         store_prompts(self.folder.path, resolved.settings.prompts, self.inputs.prompts)
-        save_settings(self.study, self.settings)
+        save_settings(self.study, with_commit(self.settings, commit))
 
 
 def _result_by_number(finished: list[Result], number: int) -> tuple[Result, str]:

@@ -279,7 +279,7 @@ def find_run(name: str, runs_dir: str) -> RunFolder:
         for path in (Path(name), root / name):
             if (path / "config.toml").is_file():
                 return RunFolder(path if path.name not in ("", "..") else path.resolve())
-        known = ", ".join(p.name for p in _runs(root)[-5:])
+        known = ", ".join(p.name for p in existing_runs(root)[-5:])
         is_model = any((Path(name) / file).is_file() for file in ("config.json", "manifest.json"))
         raise UserError(
             f"'{name}' is a model's folder, not a run." if is_model else f"Unknown run '{name}'.",
@@ -287,7 +287,7 @@ def find_run(name: str, runs_dir: str) -> RunFolder:
             where=str(root.resolve()),
             fix=f"use one of: {known}" if known else "start one: heretic MODEL",
         )
-    runs = _runs(root)
+    runs = existing_runs(root)
     if not runs:
         raise UserError(
             "There are no runs.", code="run-not-found", where=str(root.resolve()), fix="start one: heretic MODEL"
@@ -367,6 +367,8 @@ def load_run_settings(
             raise
         fix = f"{error.fix}; or use the version of heretic that wrote the file"
         raise SettingsError(error.what, code=error.code, where=error.where, fix=fix) from None
+    if resolved.origin("revision").startswith(f"{file.path}:") and resolved.settings.model != file.values.get("model"):
+        resolved = replace(resolved, settings=resolved.settings.model_copy(update={"revision": ""}))
     resolved = with_absolute_paths(resolved, folder.path, file.values)
     written = file.written_origins()
     origins = {k: written.get(k, o) if o.startswith(f"{file.path}:") else o for k, o in resolved.origins.items()}
@@ -378,7 +380,7 @@ def load_settings(folder: RunFolder, environment: Mapping[str, str]) -> Settings
     return load_run_settings(folder, environment).settings
 
 
-def _runs(root: Path) -> list[Path]:
+def existing_runs(root: Path) -> list[Path]:
     """Return the runs' folders, the most recently changed last."""
     return sorted((p for p in root.glob("*") if (p / "config.toml").is_file()), key=_last_change)
 

@@ -46,8 +46,8 @@ class Settings(SettingsModel):
     )
     revision: str = setting(
         "",
-        "Branch, tag or commit of the model on the hub; empty: the newest.",
-        when="Set it to a commit for a reproducible result. A branch can move, and heretic then starts a new run.",
+        "Branch, tag or commit of the model on the hub; empty: the newest, which a run then keeps.",
+        when="Set it to a commit for a reproducible result; a branch can move.",
     )
     save_to: PathText = setting(
         "",
