@@ -24,6 +24,7 @@ _NAMES = (
 )
 LIMIT_ERRNOS = tuple(getattr(errno, name) for name in ("EMFILE", "ENFILE", "EAGAIN") if hasattr(errno, name))
 DISK_ERRNOS = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, name))
+ONLY_OF_DISKS = {*DISK_ERRNOS} - {errno.EPERM, errno.EACCES, errno.ENOTCONN}  # which sockets raise too
 
 # Every exit status of every command; `heretic preflight` has its own: 0 ready, 1 will fail, 2 risky.
 EXIT_STATUSES = {
@@ -88,6 +89,24 @@ def disk_error(error: OSError) -> UserError:
         where=name if len(name) < 300 else f"{name[:300]}…",
         fix="free disk space or check permissions and name, then run the same command again; nothing finished is lost",
     )
+
+
+def cache_error(error: BaseException, variable: str) -> UserError | None:
+    """Return the error for a cache of the hub's libraries that cannot be written, if that is behind an error of theirs.
+
+    `variable` is the one of the environment that names the cache's folder.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (DISK_ERRNOS if cause.filename else ONLY_OF_DISKS):
+            return UserError(
+                f"The hub's cache cannot be written: {cause.strerror}.",
+                code="disk",
+                where=plain_line(str(cause.filename)) if cause.filename else None,
+                fix=f"free disk space or check permissions, or set {variable} to a folder on another disk",
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def limit_error(error: BaseException) -> UserError:

@@ -171,6 +171,9 @@ def test_a_hub_model_is_taken_from_the_cache_and_a_partial_one_is_said_to_be(
     assert checkpoint.identity() == open_checkpoint(str(llama)).identity()
     (stored / "snapshots" / commit / "model.safetensors").unlink()
     assert code_of("owner/tiny") == "no-weights"
+    with raises("hub-unreachable") as error:
+        open_checkpoint("owner/tiny", "v2")
+    assert "HF_HUB_OFFLINE" in str(error.value.where) and "--revision v2" in str(error.value.fix)
 
 
 def test_the_header_of_a_file_larger_than_memory_is_read(copy: Path) -> None:

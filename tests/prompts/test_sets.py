@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -344,3 +345,14 @@ def test_a_path_may_hold_spaces_brackets_and_links() -> None:
     save("a [1] *ü/p q.parquet", ["a"])
     Path("link.parquet").symlink_to("a [1] *ü/p q.parquet")
     assert prompts(source="a [1] *ü/p q.parquet") == prompts(source="link.parquet") == ("a",)
+
+
+def test_a_full_disk_of_the_cache_of_data_sets_is_no_network_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/x.arrow")
+
+    monkeypatch.setattr("datasets.load_dataset", full)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with raises("disk") as error:
+        prompts(source="owner/name")
+    assert error.value.where == "/cache/x.arrow" and "HF_DATASETS_CACHE" in str(error.value.fix)

@@ -227,6 +227,7 @@ def _describe(repository: str) -> Iterator[None]:
         status = refused.response.status_code
         what, fix = {
             401: ("The hub does not accept the token.", "run hf auth login, or set another HF_TOKEN"),
+            402: (f"The hub asks for a payment: {_clean(refused)}", "see the limits of your account on the hub"),
             403: (
                 f"The hub does not allow writing to {repository}: {_clean(refused)}",
                 "use a token with write permission, a repository of your user or organization, and free space on the hub",

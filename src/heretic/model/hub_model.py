@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from heretic.errors import DISK_ERRNOS, UserError, first_line, plain_line
+from heretic.errors import UserError, cache_error, first_line, plain_line
 from heretic.model.repository import DOWNLOADED
 from heretic.model.tensor_info import TensorInfo
 from heretic.model.weight_files import (
@@ -29,14 +29,13 @@ if TYPE_CHECKING:
 
 CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 NETWORK_VARIABLES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", *CERTIFICATE_VARIABLES)
-ONLY_OF_DISKS = {*DISK_ERRNOS} - {errno.EPERM, errno.EACCES, errno.ENOTCONN}  # which sockets raise too
 
 
 def fetch_files(model: str, revision: str, patterns: Sequence[str]) -> Path:
     """Download the files that match the patterns; returns the snapshot folder. Raises UserError."""
     from huggingface_hub import snapshot_download
 
-    with _hub_errors(model):
+    with _hub_errors(model, revision):
         return Path(snapshot_download(model, revision=revision or None, allow_patterns=list(patterns)))
 
 
@@ -115,7 +114,7 @@ def _repository_files(model: str, folder: Path) -> tuple[list[str], bool]:
 
 
 @contextmanager
-def _hub_errors(model: str) -> Iterator[None]:
+def _hub_errors(model: str, revision: str = "") -> Iterator[None]:
     """Turn errors of the hub's library into a UserError."""
     try:
         yield
@@ -124,32 +123,22 @@ def _hub_errors(model: str) -> Iterator[None]:
     except Exception as error:  # the library and the network raise many types
         from huggingface_hub import constants
 
-        if disk := _disk_error(error):
+        if disk := cache_error(error, "HF_HUB_CACHE"):
             raise disk from None
-        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(
+                f"{model} is not a local folder and not in the hub's cache{f' at {revision}' if revision else ''}.",
+                code="hub-unreachable",
+                where="HF_HUB_OFFLINE in the environment",
+                fix="check the name; unset HF_HUB_OFFLINE, or download the model first: "
+                + " ".join(["hf download", quote(model), *(["--revision", quote(revision)] if revision else [])]),
+            ) from None
         raise UserError(
-            f"{model} is not a local folder and cannot be downloaded from the Hugging Face hub{offline}: {first_line(error)[:200]}",
+            f"{model} is not a local folder and cannot be downloaded from the Hugging Face hub: {first_line(error)[:200]}",
             code="hub-unreachable",
             where=_environment(_status(hub_answer(error))),
             fix=_advice(error, model),
         ) from None
-
-
-def _disk_error(error: BaseException) -> UserError | None:
-    """Return the error for a cache that cannot be written, if that is the cause."""
-    from huggingface_hub import constants
-
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (DISK_ERRNOS if cause.filename else ONLY_OF_DISKS):
-            return UserError(
-                f"The hub's cache cannot be written: {cause.strerror}.",
-                code="disk",
-                where=plain_line(str(cause.filename or constants.HF_HUB_CACHE)),
-                fix="free disk space or check permissions, or set HF_HUB_CACHE to a folder on another disk",
-            )
-        cause = cause.__cause__ or cause.__context__
-    return None
 
 
 def _environment(status: int) -> str | None:

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from heretic.errors import UserError, first_line, is_unicode, plain_line
+from heretic.errors import UserError, cache_error, first_line, is_unicode, plain_line
 from heretic.files import expand_user, open_regular, read_text, split_lines
 from heretic.prompts.rows import WHAT, has_other_turns, prompt_in, read_rows
 from heretic.settings import PromptSettings, PromptSource
@@ -252,6 +252,8 @@ def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> 
         column = next((c for c in columns if c in table.column_names), None)
         cells = list(table[column]) if column else []  # decoding can fail for images and sounds
     except Exception as error:  # the library raises dozens of error classes, all about this source
+        if disk := None if local else cache_error(error, "HF_DATASETS_CACHE"):
+            raise disk from None
         # What the library raises for a set that is not in its cache.
         missing = isinstance(error, (ConnectionError, FileNotFoundError))
         cause = hub_error if hub_error and missing else _cause(error)
