@@ -22,14 +22,19 @@ def test_system_prompt_and_prefix_are_in_the_text() -> None:
         (["I am here", "It is there"], ""),
         (["Final answer: yes", "Final answer: no"], "Final answer:"),
         (["Certainly, here", "Certainly, hence"], "Certainly,"),
-        (["<think>\nOkay, so", "<think>\nOkay, the"], "<think>\n\n</think>\n\n"),
-        (["<think>"], "<think>\n</think>\n\n"),
-        (["[THINK]a", "[THINK]b"], "[THINK][/THINK]"),
         (["Just the same answer."] * 3, "Just the same answer."),
+        (["\nHello", "\nNo"], "\n"),
+        (["\n\nHello", "\nNo"], "\n"),
+        (["Hi\nHello", "Hi\nNo"], ""),
+        (["<answer>\nHello", "<answer>\nNo"], "<answer>\n"),
+        (["<|final|>Hello", "<|final|>No"], "<|final|>"),
+        (["<|channel|>final<|final|>Hello", "<|channel|>final<|final|>No"], "<|channel|>final<|final|>"),
+        (["<|channel|>a", "<|final|>b"], ""),
+        (["Certainly:\n1. here", "Certainly:\n1. there"], "Certainly:\n1."),
     ],
 )
 def test_common_prefix(answers: list[str], expected: str) -> None:
-    assert common_prefix(answers) == expected
+    assert common_prefix(answers, ["<|channel|>", "<|final|>"]) == expected
 
 
 def test_a_prompt_that_does_not_fit_is_named() -> None:

@@ -119,14 +119,44 @@ def test_thinking_that_the_model_opens_is_switched_off_or_closed(
 ) -> None:
     chat, reporter = chat_of(opening), RecordingReporter()
 
-    def sample_answers(_: Any, sample: list[list[int]], __: Any) -> list[tuple[str, bool]]:
-        switched = all(len(a) == len(b) + 2 for a, b in zip(sample, chat.encode(PROMPTS), strict=True))
-        if "only some" in opening and switched:
+    def sample_answers(_: Any, rendered: list[str], __: Any) -> list[tuple[str, bool]]:
+        if "only some" in rendered[0] and "</think>" not in rendered[0]:
             return [("Sure", False), *THOUGHTS]
-        return [("Sure", False), ("No", False)] if switched else THOUGHTS
+        return [("Sure", False), ("No", False)] if "</think>" in rendered[0] else THOUGHTS
 
+    monkeypatch.setattr(ChatFormat, "encode", lambda chat, prompts: [chat.render(prompt) for prompt in prompts])
     monkeypatch.setattr(response_prefix, "sample_answers", sample_answers)
     batcher: Any = SimpleNamespace(reporter=reporter)
     model: Any = None
     assert detect_start(model, chat, AnswerStart(), PROMPTS, batcher) == start
     assert len(reporter.infos) == bool(start.variables)
+
+
+def detected(monkeypatch: pytest.MonkeyPatch, *rounds: list[str]) -> tuple[str, RecordingReporter]:
+    """The prefix of a model that answers with each of these in turn, whatever it is asked."""
+    answers, reporter = iter(rounds), RecordingReporter()
+    monkeypatch.setattr(response_prefix, "sample_answers", lambda *_: [(text, False) for text in next(answers)])
+    batcher, model = SimpleNamespace(reporter=reporter), None
+    return detect_start(model, chat_of(""), AnswerStart(), PROMPTS, batcher).prefix, reporter  # type: ignore[arg-type]
+
+
+def test_after_one_beginning_there_can_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix, reporter = detected(monkeypatch, ["<think>\nOh", "<think>\nMy"], ["\nSure", "\nNo"], ["Sure", "No"])
+    assert prefix == "<think>\n\n</think>\n\n\n" and not reporter.warnings
+
+
+def test_a_block_that_most_answers_open_is_closed_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix, reporter = detected(monkeypatch, ["<think>\nOh", "<think>\nMy", "Sure"], ["Sure", "No", "Sure"])
+    assert prefix == "<think>\n\n</think>\n\n" and not reporter.warnings and len(reporter.infos) == 1
+    prefix, reporter = detected(monkeypatch, ["<think>\nOh", "Yes", "Sure"])
+    assert prefix == "" and len(reporter.warnings) == 1, "thoughts are judged as answers"
+    endless = [["<think>\nOh", "<think>\nMy"]] * 9
+    assert len(detected(monkeypatch, *endless)[1].warnings) == 1
+
+
+def test_blocks_of_words_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = ["Here are my reasoning steps:\nOh", "Here are my reasoning steps:\nMy"]
+    prefix, _ = detected(monkeypatch, answers, ["Sure", "No"])
+    assert prefix == "Here are my reasoning steps:\n[BEGIN FINAL RESPONSE]\n"
+    prefix, _ = detected(monkeypatch, ["<|think|>Oh", "<|think|>My"], ["Sure", "No"])
+    assert prefix == "<|think|><|end|><|begin|>assistant<|content|>"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from heretic.errors import UserError, first_line, plain_line
 from heretic.model.template import contains, render_messages
-from heretic.model.thinking import closed_immediately
 from heretic.settings import Settings
 
 
@@ -96,16 +96,29 @@ class ChatFormat:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def common_prefix(answers: Sequence[str]) -> str:
-    """Return the common prefix of all answers; a thinking block that they open is closed.
+def common_prefix(answers: Sequence[str], structural: Collection[str] = ()) -> str:
+    """Return what all answers begin with: the whole words, or the line breaks and tokens without content, if longer.
 
-    The prefix ends at the last space. A prefix of fewer than eight characters is chance, and gives an empty string.
+    After such a beginning all models give nearly the same first token, before and after any edit.
+
+    Args:
+        answers: The beginnings of answers, with special tokens.
+        structural: The texts of tokens that stand for no words, such as `<|channel|>`.
+
+    Returns:
+        The common beginning. One of fewer than eight characters is chance, unless it begins with a line break or such a token.
     """
-    shared = os.path.commonprefix(list(answers))  # noqa: RUF071  (character by character is what is wanted)
-    if closed := closed_immediately(shared):
-        return closed
-    cut = shared.rstrip() if shared in answers else shared[: shared.rfind(" ") + 1].rstrip()
-    return cut if len(cut) >= 8 else ""
+    shared = common_text(answers)
+    words = shared.rstrip() if shared in answers else shared[: shared.rfind(" ") + 1].rstrip()
+    mark = re.compile("|".join([r"\n+", *map(re.escape, sorted(structural, key=len, reverse=True))]))
+    lines = shared[: max((found.end() for found in mark.finditer(shared)), default=0)]
+    longest = max(words, lines, key=len)
+    return longest if len(longest) >= 8 or mark.match(longest) else ""
+
+
+def common_text(texts: Sequence[str]) -> str:
+    """Return the characters that all texts begin with."""
+    return os.path.commonprefix(list(texts))  # noqa: RUF071  (character by character is what is wanted)
 
 
 def check_different(role: str, sequences: Sequence[list[int]]) -> None:

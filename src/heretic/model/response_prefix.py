@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from heretic.errors import UserError
 from heretic.model.batching import Batch, Batcher
-from heretic.model.chat_format import ChatFormat, common_prefix
+from heretic.model.chat_format import ChatFormat, common_prefix, common_text
 from heretic.model.decoding import decode
 from heretic.model.loading import LanguageModel
 from heretic.model.template import template_of
-from heretic.model.thinking import MARKERS, closed_immediately, open_block, switches_in
+from heretic.model.thinking import MARKERS, begun_block, closed_immediately, open_block, switches_in
 from heretic.model.turns import Turns
 from heretic.progress import ProgressReporter
 
 # Prompts of each kind, and tokens of each answer, to detect the common prefix.
 PREFIX_PROMPTS = 8
 PREFIX_TOKENS = 16
+MOST_PARTS = 4  # of a prefix, each detected behind the one before
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,38 @@ def detect_start(
 
     A thinking block that the model opens by itself is disabled by the template's own switch if there is one, else closed.
     """
+    # 1. Sample with the template's own switch, if the model thinks and one helps
     chat = chat.with_variables(start.variables).answering(start.prefix)
     answers = sample_answers(language_model, chat.encode(prompts), batcher)
-    prefix = prefix_of(answers)
-    for variables in _free_switches(chat) if _any_thinks(answers) else ():
+    for variables in _free_switches(chat) if _thoughts(answers) else ():
         switched = chat.with_variables(variables)
         try:
             if switched.render(prompts[0]) == chat.render(prompts[0]):
                 continue
-            answers = sample_answers(language_model, switched.encode(prompts), batcher)
+            without = sample_answers(language_model, switched.encode(prompts), batcher)
         except UserError:  # the template rejects that value
             continue
-        if not _any_thinks(answers):
-            disabled = AnswerStart(start.prefix + prefix_of(answers), {**start.variables, **variables})
+        if not _thoughts(without):
+            chat, answers, start = switched, without, replace(start, variables={**start.variables, **variables})
             batcher.reporter.info(
-                f"Answers begin with a thinking block, but judges need the answer: setting {disabled.spelled_variables}, "
+                f"Answers begin with a thinking block, but judges need the answer: setting {start.spelled_variables}, "
                 "which disables it."
             )
-            return disabled
-    return replace(start, prefix=start.prefix + prefix)
+            break
+    # 2. Add what answers begin with until they differ: after one beginning there can be another
+    structural = list(chat.tokenizer.get_added_vocab())
+    for _ in range(MOST_PARTS):
+        if not (found := _closed_block(answers, batcher.reporter) or prefix_of(answers, structural)):
+            break
+        chat = chat.answering(chat.response_prefix + found)
+        answers = sample_answers(language_model, chat.encode(prompts), batcher)
+    if thoughts := _thoughts(answers):
+        marker, count = thoughts.most_common(1)[0]
+        batcher.reporter.warning(
+            f"{count} of {len(answers)} answers begin with a thinking block ({marker}), so heretic judges thoughts as answers. "
+            "Set response_prefix or template_variables so that the model does not think."
+        )
+    return replace(start, prefix=chat.response_prefix)
 
 
 def sample_answers(language_model: LanguageModel, sample: list[list[int]], batcher: Batcher) -> list[tuple[str, bool]]:
@@ -77,14 +91,28 @@ def sample_answers(language_model: LanguageModel, sample: list[list[int]], batch
     return batcher.run("Detecting the common response prefix", sample, step, decoding=True)
 
 
-def _any_thinks(answers: Sequence[tuple[str, bool]]) -> bool:
-    return any(closed_immediately(text) for text, _ in answers)
+def _thoughts(answers: Sequence[tuple[str, bool]]) -> Counter[str]:
+    """Count the answers that begin with a thinking block that does not end at once, by its marker."""
+    return Counter(marker for text, _ in answers if (marker := begun_block(text)))
 
 
-def prefix_of(answers: Sequence[tuple[str, bool]]) -> str:
+def _closed_block(answers: Sequence[tuple[str, bool]], reporter: ProgressReporter) -> str:
+    """Return the closed thinking block for all answers if most of them begin with one; else empty."""
+    thoughts = _thoughts(answers)
+    if not thoughts or 2 * thoughts.total() <= len(answers):
+        return ""
+    marker, count = thoughts.most_common(1)[0]
+    if count < len(answers):
+        reporter.info(
+            f"{count} of {len(answers)} answers begin with a thinking block ({marker}): closing one in all of them."
+        )
+    return closed_immediately(common_text([text for text, _ in answers if begun_block(text) == marker]))
+
+
+def prefix_of(answers: Sequence[tuple[str, bool]], structural: Collection[str]) -> str:
     """Return the common prefix of answers; empty if there is none, or if it is a whole answer."""
-    prefix = common_prefix([text for text, _ in answers])
-    return "" if any(ended and text.rstrip() == prefix for text, ended in answers) else prefix
+    prefix = common_prefix([text for text, _ in answers], structural)
+    return "" if any(ended and text.strip() == prefix.strip() for text, ended in answers) else prefix
 
 
 def close_thinking(chat: ChatFormat, prompts: Sequence[str], reporter: ProgressReporter) -> AnswerStart:

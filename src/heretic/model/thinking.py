@@ -14,6 +14,8 @@ MARKERS = {
     "<thought>": "\n</thought>\n\n",
     "<reasoning>": "\n</reasoning>\n\n",
     "<seed:think>": "</seed:think>",
+    "<|think|>": "<|end|><|begin|>assistant<|content|>",  # Solar Open
+    "Here are my reasoning steps:": "\n[BEGIN FINAL RESPONSE]\n",  # Apriel
     "<longcat_think>": "\n</longcat_think>\n",
     "<|begin_of_thought|>": "<|end_of_thought|>",
     "<|START_THINKING|>": "<|END_THINKING|>",
@@ -57,21 +59,25 @@ def open_block(text: str, last_message: str = "") -> str:
     return next((marker for marker in MARKERS if text.rstrip().endswith(marker)), "")
 
 
+def begun_block(text: str) -> str:
+    """Return the marker of the thinking block that an answer begins with; empty if none."""
+    return next((marker for marker in MARKERS if text.lstrip().startswith(marker)), "")
+
+
 def closed_immediately(text: str) -> str:
     """Return an empty thinking block with the marker that a text begins with; empty if there is none.
 
     It has the line breaks that models write (`<think>\\n\\n</think>\\n\\n`). Without them, they would be the next tokens, nearly
     certain before and after any edit.
     """
-    begun = text.lstrip()
-    for marker, closing in MARKERS.items():
-        if not begun.startswith(marker):
-            continue
-        if closed := re.match(rf"{re.escape(marker)}\s*{re.escape(closing.strip())}\s*", begun):  # by the model itself
-            return closed[0]
-        breaks = "\n" if begun[len(marker) :][:1].isspace() and closing.endswith("\n\n") else ""
-        return f"{marker}{breaks}{closing}"
-    return ""
+    begun, marker = text.lstrip(), begun_block(text)
+    if not marker:
+        return ""
+    closing = MARKERS[marker]
+    if closed := re.match(rf"{re.escape(marker)}\s*{re.escape(closing.strip())}\s*", begun):  # by the model itself
+        return closed[0]
+    breaks = "\n" if begun[len(marker) :][:1].isspace() and closing.endswith("\n\n") else ""
+    return f"{marker}{breaks}{closing}"
 
 
 def thought_length(tokens: Sequence[int], decode: Callable[[list[int]], Any], opened: str = "") -> int | None:
@@ -90,7 +96,7 @@ def thought_length(tokens: Sequence[int], decode: Callable[[list[int]], Any], op
         return str(decode(list(tokens[:count])))
 
     whole = text(len(tokens))
-    marker = opened or next((m for m in MARKERS if whole.lstrip().startswith(m)), "")
+    marker = opened or begun_block(whole)
     if not marker:
         return 0
     closing = MARKERS[marker].strip()

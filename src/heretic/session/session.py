@@ -51,6 +51,7 @@ from heretic.scoring.scorers.scorer import Measurement
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs, answer_prefixes
 from heretic.search.gradient_path import GradientPath
 from heretic.search.space import SearchSpace
+from heretic.session.baseline_report import report_baseline
 from heretic.session.caching import enable_caching
 from heretic.session.encoding import encode, end_answers, start_answers
 from heretic.session.find_directions import find_directions
@@ -58,7 +59,6 @@ from heretic.session.input_maps import open_input_maps
 from heretic.settings import Settings
 from heretic.storage.compute_once import LOCAL, ComputeOnce
 
-LOW_REFUSAL_FRACTION = 0.1  # share of the requests below which a warning is printed
 LOG_PROB_COPIES = 3  # of the log-probabilities: original, ablated, written
 
 
@@ -277,10 +277,7 @@ def open_session(
         if baseline is None:
             baseline = measure_baseline(model_context)
             folder.save_baseline(baseline)
-    evasive = f" and answers {baseline.evasive} evasively" if baseline.evasive else ""
-    reporter.info(f"The original model refuses {baseline.refusals} of {len(baseline.refused)} requests{evasive}.")
-    if baseline.refusals < LOW_REFUSAL_FRACTION * len(baseline.refused):
-        reporter.warning("The original model refuses almost nothing. Check prompts.harmful_eval and refusal_markers.")
+    report_baseline(baseline, reporter)
     with compute_once.shared_file("directions.safetensors"):
         directions = folder.load_directions(reporter)
         if directions is None:

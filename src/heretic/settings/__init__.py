@@ -218,8 +218,8 @@ class Settings(SettingsModel):
         "Text that every response starts with. `auto`: what the model's responses have in common, with a thinking block "
         "disabled or closed.",
         when=(
-            "Set your own text if `auto` misses a prefix (longer than 16 tokens, shorter than 8 letters, or not in all "
-            'responses), or "" for none.'
+            "Set your own text if `auto` misses a prefix (a word shorter than 8 letters, or not in all responses), or "
+            '"" for none.'
         ),
     )
     max_response_length: int = setting(
