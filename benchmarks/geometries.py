@@ -43,14 +43,8 @@ from heretic.scoring.scorers.own_answer_kl import OwnAnswerKl
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs
 from heretic.search.gradient_path import PathPoint
 from heretic.session.input_maps import find_input_maps
-from heretic.session.session import (
-    ModelContext,
-    Session,
-    find_model_directions,
-    load_model_context,
-    operator_factory_for,
-    weight_reader,
-)
+from heretic.session.model_context import ModelContext, load_model_context
+from heretic.session.session import Session, find_model_directions, operator_factory_for, weight_reader
 from heretic.settings import TrainedSettings
 from heretic.settings.sources import resolve
 

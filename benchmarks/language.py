@@ -16,7 +16,7 @@ from heretic.model.decoding import decode
 from heretic.model.turns import Turns
 from heretic.scoring.judges.evasion import LOOP, repetition
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, log_probs_at
-from heretic.session.session import ModelContext
+from heretic.session.model_context import ModelContext
 
 TOKENS = 64
 PROMPTS_AT_ONCE = 4  # log-probabilities over the vocabulary exist for so many answers at a time

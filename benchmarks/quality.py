@@ -51,8 +51,8 @@ from heretic.scoring.teacher_forcing import TeacherForcedTexts
 from heretic.search.pareto import Result, pareto_front, results
 from heretic.search.study import n_complete, run_study
 from heretic.session.input_maps import find_input_maps
+from heretic.session.model_context import ModelContext
 from heretic.session.session import (
-    ModelContext,
     Session,
     find_model_directions,
     measure_baseline,

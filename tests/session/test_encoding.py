@@ -77,7 +77,7 @@ def test_a_resumed_study_and_its_card_go_on_with_the_date_of_the_first_day(
     tokenizer.chat_template = "{{ strftime_now('%Y') }} " + TEMPLATE
     tokenizer.save_pretrained("model")
     from heretic.model import chat_format
-    from heretic.session import session
+    from heretic.session import model_context
 
     render, seen = chat_format.render_messages, set[str]()
 
@@ -88,7 +88,7 @@ def test_a_resumed_study_and_its_card_go_on_with_the_date_of_the_first_day(
 
     monkeypatch.setattr(chat_format, "render_messages", watched)
     for day, more in (("2020-02-03", ()), ("2021-03-04", ("--save-to", "out"))):
-        monkeypatch.setattr(session, "today_for", lambda _, day=day: day)
+        monkeypatch.setattr(model_context, "today_for", lambda _, day=day: day)
         seen.clear()
         command = ("run", "./model", "--run-name", "mine", "--trials", "2" if not more else "+1", *more)
         assert heretic(capsys, monkeypatch, *command).status == 0

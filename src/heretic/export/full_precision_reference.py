@@ -20,7 +20,8 @@ from heretic.planning.workload import Workload
 from heretic.progress import ProgressReporter
 from heretic.scoring.divergence import divergences
 from heretic.scoring.teacher_forcing import all_log_probs
-from heretic.session.session import load_model_context, measure_baseline
+from heretic.session.model_context import load_model_context
+from heretic.session.session import measure_baseline
 
 
 def full_precision_plan(job: ExportJob) -> LoadPlan | None:

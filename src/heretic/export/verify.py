@@ -16,7 +16,7 @@ from heretic.progress import ProgressReporter
 from heretic.scoring.divergence import divergences
 from heretic.scoring.scores import Scores
 from heretic.scoring.teacher_forcing import all_log_probs
-from heretic.session.session import ModelContext, load_model_context
+from heretic.session.model_context import ModelContext, load_model_context
 
 # A wrong or missing edit moves the answers by about what the ablation itself moves them, so the mean KL between the attached
 # and the written model may be this share of the ablation's KL, besides what rounding the edited weights does.

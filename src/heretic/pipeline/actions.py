@@ -41,7 +41,8 @@ from heretic.scoring.scorers.scorer import Measurement
 from heretic.scoring.scores import Divergence, HarmlessMetrics, json_numbers
 from heretic.search.pareto import Result
 from heretic.search.summary import StudyReporter
-from heretic.session.session import ModelContext, load_model_context, original_log_probs
+from heretic.session.model_context import ModelContext, load_model_context
+from heretic.session.session import original_log_probs
 from heretic.settings import Settings
 
 

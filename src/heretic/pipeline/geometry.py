@@ -17,7 +17,8 @@ from heretic.runs.folder import RunFolder
 from heretic.scoring.direction_effects import PROMPTS, DirectionEffects, direction_effects
 from heretic.scoring.teacher_forcing import TeacherForcedTexts
 from heretic.search.summary import StudyReporter
-from heretic.session.session import ModelContext, find_model_directions, load_model_context
+from heretic.session.model_context import ModelContext, load_model_context
+from heretic.session.session import find_model_directions
 from heretic.settings import Settings
 
 

@@ -30,7 +30,8 @@ from heretic.scoring.teacher_forcing import TeacherForcedTexts, answer_prefixes,
 from heretic.search.gradient_path import GradientPath, PathPoint
 from heretic.search.path_optimizer import MinedRefusals, OptimizerState, PathOptimizer
 from heretic.session.caching import allocate_activation_cache
-from heretic.session.session import ModelContext, Session
+from heretic.session.model_context import ModelContext
+from heretic.session.session import Session
 from heretic.settings import AblationSettings, GradientSettings
 from heretic.storage.compute_once import LOCAL, ComputeOnce
 

@@ -21,7 +21,7 @@ from heretic.scoring.teacher_forcing import answer_prefixes
 from heretic.storage.compute_once import ComputeOnce
 
 if TYPE_CHECKING:
-    from heretic.session.session import ModelContext
+    from heretic.session.model_context import ModelContext
 
 ANSWER_TOKENS = 4  # first tokens of the original's answers that give keys
 MOST_TEMPLATE_TOKENS = 16  # last tokens of a prompt that give keys, at most
