@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
+
+log = logging.getLogger(__name__)
 
 
 class Stage(Protocol):
@@ -51,4 +55,18 @@ class NullReporter:
         """See StudyReporter."""
 
 
+class PythonReporter(NullReporter):
+    """Log messages, and show warnings as Python does."""
+
+    def info(self, text: str) -> None:
+        """See ProgressReporter."""
+        log.info(text)
+
+    def warning(self, text: str) -> None:
+        """See ProgressReporter."""
+        log.warning(text)
+        warnings.warn(text, stacklevel=2)
+
+
 NULL_REPORTER = NullReporter()
+PYTHON_REPORTER = PythonReporter()

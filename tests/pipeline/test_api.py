@@ -17,11 +17,13 @@ import torch
 from heretic import StrengthKernel, load
 from heretic.errors import BusyError
 from heretic.export.export import Export
+from heretic.hardware.locks import runtime_folder
 from heretic.model.checkpoint import open_checkpoint
 from heretic.pipeline.api import AblationSession
 from heretic.scoring.judges.verdict import REFUSAL
 from heretic.scoring.refusals import RefusalCount
 from tests.helpers.errors import raises
+from tests.tiny import save_tiny
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 
@@ -179,3 +181,52 @@ def test_paths_and_numbers_of_numpy_are_settings(config: Path, llama: Path) -> N
         llama, config=config, runs_dir=Path("elsewhere"), seed=np.int64(3), refusal_markers=np.array(["bread"])
     ) as session:
         assert session.settings.seed == 3 and session.run_context.folder.path.parent == Path("elsewhere")
+
+
+def test_a_run_is_opened_by_its_folder(config: Path, llama: Path) -> None:
+    with load(llama, config=config, seed=3, run_name="mine") as session:
+        folder = session.run_context.folder.path
+    config.unlink()
+    for name in (folder, "mine"):
+        with load(name) as session:
+            assert session.settings.seed == 3 and session.run_context.folder.path == folder
+
+
+def test_two_models_side_by_side(config: Path, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path / "other")
+    with load(config=config) as first, load(other, config=config) as second:
+        assert first.score().refusals >= 0 and second.score().refusals >= 0
+        with raises("busy", BusyError):
+            load(config=config)
+        first.close()
+        assert second.score().refusals >= 0
+    with load(config=config):
+        pass
+
+
+def test_warnings_are_shown_and_logged(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (
+        pytest.warns(UserWarning, match="refuses almost nothing"),
+        load(config=config, refusal_markers=["zz"]) as session,
+    ):
+        assert "refuses almost nothing" in (session.run_context.folder.path / "run.log").read_text()
+
+
+def test_a_failed_load_leaves_no_weights(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def stopped(context: Any) -> None:
+        seen.append(context.language_model.model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("heretic.session.session.measure_baseline", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        load(config=config)
+    assert all(parameter.is_meta for parameter in seen[0].parameters())
+
+
+def test_a_program_need_not_close_its_session(config: Path) -> None:
+    code = f"import heretic; session = heretic.load(config={str(config)!r})"
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert not list(runtime_folder().glob("cpu.lock.json"))

@@ -113,6 +113,7 @@ def acquire_locks(
     on_wait: Callable[[Path, LockOwner | None], None] | None = None,
     while_waiting: Callable[[], None] = lambda: None,
     parent_pid: int = 0,
+    shared: bool = False,
 ) -> Iterator[None]:
     """Hold all locks, each with a note on its owner, until the context ends.
 
@@ -123,6 +124,7 @@ def acquire_locks(
         on_wait: called before waiting for a lock, with its path and its owner (None if unknown).
         while_waiting: called repeatedly while waiting; ends the wait by raising.
         parent_pid: process that started this one as a worker and shares its locks; 0 for none.
+        shared: whether this process may hold a lock several times, as the sessions of a notebook do.
 
     Raises:
         BusyError: for a taken lock, without `wait`.
@@ -132,11 +134,38 @@ def acquire_locks(
         for path in sorted(set(paths)):  # always in the same order, so that two processes never wait for each other
             if parent_pid and _owned_by_parent(path, parent_pid):
                 continue
-            _acquire(path, wait, on_wait, while_waiting, held)
-            note = _note(path)
-            held.callback(note.unlink, missing_ok=True)  # runs before the lock is released
-            _write(note, LockOwner(os.getpid(), socket.gethostname(), _command(), model, _now()))
+            if shared and path in _shared:
+                _shared[path].holders += 1
+            else:
+                with ExitStack() as one:
+                    _acquire(path, wait, on_wait, while_waiting, one)
+                    note = _note(path)
+                    one.callback(note.unlink, missing_ok=True)  # runs before the lock is released
+                    _write(note, LockOwner(os.getpid(), socket.gethostname(), _command(), model, _now()))
+                    lock = one.pop_all()
+                if not shared:
+                    held.enter_context(lock)
+                    continue
+                _shared[path] = _Shared(lock)
+            held.callback(_let_go, path)
         yield
+
+
+@dataclass
+class _Shared:
+    """A lock that several parts of this process hold."""
+
+    lock: ExitStack
+    holders: int = 1
+
+
+_shared: dict[Path, _Shared] = {}
+
+
+def _let_go(path: Path) -> None:
+    _shared[path].holders -= 1
+    if not _shared[path].holders:
+        _shared.pop(path).lock.close()
 
 
 def lock_owner(path: Path) -> LockOwner | None:

@@ -40,3 +40,13 @@ def unloaded_after(model: nn.Module) -> Iterator[None]:
 
 def _meta_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+@contextmanager
+def unloaded_on_error(model: nn.Module) -> Iterator[None]:
+    """Unload a model that was being prepared: notebooks keep the traceback of an error, and with it the weights."""
+    try:
+        yield
+    except BaseException:
+        unload(model)
+        raise

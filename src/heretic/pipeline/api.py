@@ -10,6 +10,7 @@ import math
 import numbers
 import operator
 import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -35,7 +36,8 @@ from heretic.pipeline.geometry import measure_effects
 from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.run import Outcome, device_lock, open_locked_study, run
 from heretic.pipeline.run_context import RunContext
-from heretic.progress import NULL_REPORTER
+from heretic.progress import PYTHON_REPORTER
+from heretic.runs.folder import find_existing_run, load_run_settings
 from heretic.scoring.comparison import Comparison
 from heretic.scoring.direction_effects import DirectionEffects
 from heretic.scoring.scores import Scores
@@ -51,15 +53,15 @@ def study(
     model: str | Path = "",
     *,
     config: str | Path | None = None,
-    reporter: StudyReporter = NULL_REPORTER,
+    reporter: StudyReporter = PYTHON_REPORTER,
     **settings: Any,
 ) -> Outcome:
     """Run or resume a study like `heretic run`: directions, trials, selection, and export if `save_to` is set.
 
     Args:
-        model: Hub id, local folder or .gguf file.
+        model: Hub id, local folder or .gguf file; or name or folder of a run.
         config: Settings file; default: `config.toml` in the current folder. HERETIC_ variables apply too.
-        reporter: Receives progress and warnings.
+        reporter: Receives progress and warnings; default: Python's warnings and logging.
         settings: Settings by their names; tables are dictionaries: `search={"start": "kernels"}`.
 
     Raises:
@@ -72,7 +74,7 @@ def load(
     model: str | Path = "",
     *,
     config: str | Path | None = None,
-    reporter: StudyReporter = NULL_REPORTER,
+    reporter: StudyReporter = PYTHON_REPORTER,
     **settings: Any,
 ) -> AblationSession:
     """Load a model with its directions and baseline, measured or read from its run's folder.
@@ -94,7 +96,9 @@ def open_ablation_session(
         run_context = RunContext(resolved, inputs, open_study, reporter, stop)
         run_context.save_settings()
         run_context.session()
-        return AblationSession(run_context, locks.pop_all())
+        opened = AblationSession(run_context, locks.pop_all())
+    weakref.finalize(opened, opened._locks.close)  # also at the end of a program that does not close it
+    return opened
 
 
 @dataclass
@@ -340,8 +344,13 @@ class _ManualSpace(SearchSpace):
 
 
 def _resolved(model: str | Path, config: str | Path | None, settings: Mapping[str, Any]) -> Resolved:
-    file = Path(config) if config is not None else None
-    return resolve(file, _plain({**settings, "model": model or None}), environment=os.environ)
+    given = _plain({**settings, "model": model or None})
+    if model and config is None and not given["model"].endswith(".gguf"):  # the name of a run, perhaps
+        located = resolve(None, {"runs_dir": given.get("runs_dir")}, environment=os.environ)
+        if folder := find_existing_run(given["model"], located.settings.runs_dir):
+            fixed = {"model": None, "runs_dir": str(folder.path.parent), "run_name": folder.name}
+            return load_run_settings(folder, os.environ, given | fixed)
+    return resolve(Path(config) if config is not None else None, given, environment=os.environ)
 
 
 def _plain(value: Any) -> Any:

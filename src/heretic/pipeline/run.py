@@ -332,7 +332,13 @@ def device_lock(settings: Settings, *, wait: bool, reporter: ProgressReporter, s
 
     paths = locks.device_locks(uuids)
     with locks.acquire_locks(
-        paths, model=settings.model, wait=wait, on_wait=report_wait, while_waiting=stop.check, parent_pid=parent_pid()
+        paths,
+        model=settings.model,
+        wait=wait,
+        on_wait=report_wait,
+        while_waiting=stop.check,
+        parent_pid=parent_pid(),
+        shared=True,
     ):
         yield
 

@@ -16,6 +16,7 @@ from heretic.model.loading import LanguageModel, load
 from heretic.model.reader import reordered
 from heretic.model.response_prefix import AnswerStart
 from heretic.model.template import read_template, today_for
+from heretic.model.unloading import unloaded_on_error
 from heretic.planning.memory_plan import LoadPlan
 from heretic.progress import ProgressReporter
 from heretic.prompts.sets import PromptSets
@@ -62,7 +63,6 @@ def load_model_context(
     judge: Judge | None = None,
 ) -> ModelContext:
     """Load the model and encode the prompts; detect the answers' common beginning and create the judge if not given."""
-    # 1. Load the model
     judge = judge or make_judge(settings, JudgeContext(None, reporter, stop))
     language_model = end_answers(_load_language_model(settings, checkpoint, plan, reporter), answer_start, reporter)
     batcher = Batcher(
@@ -73,7 +73,20 @@ def load_model_context(
         stop=stop,
         reporter=reporter,
     )
-    # 2. Encode the prompts, and find out what batches and caches the model allows
+    with unloaded_on_error(language_model.model):
+        return _prepare_context(settings, prompts, language_model, batcher, answer_start, judge)
+
+
+def _prepare_context(
+    settings: Settings,
+    prompts: PromptSets,
+    language_model: LanguageModel,
+    batcher: Batcher,
+    answer_start: AnswerStart | None,
+    judge: Judge,
+) -> ModelContext:
+    reporter = batcher.reporter
+    # 1. Encode the prompts, and find out what batches and caches the model allows
     date = answer_start.date if answer_start else today_for(language_model.tokenizer)  # a resumed study keeps its own
     chat = ChatFormat.of(language_model.tokenizer, settings, date=date, rows=language_model.rows)
     encoded = encode(prompts, chat, language_model.context, settings)
@@ -90,7 +103,7 @@ def load_model_context(
     batcher.prefix_caching = supports_prefix_caching(
         model, encoded["harmless_eval"], batcher, longest=longest, window=window
     )
-    # 3. Prepare the scorers
+    # 2. Prepare the scorers
     chosen = choose_scorers(settings)
     harmless_probe = HarmlessProbe(encoded["harmless_eval"], prompts.harmless_eval.prompts, chosen.harmless_answers)
     evaluator = TrialEvaluator(

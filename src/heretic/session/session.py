@@ -27,6 +27,7 @@ from heretic.model.batching import UNEDITED, EditSpec
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.lazy_tensor import LazyTensor
 from heretic.model.loading import LanguageModel
+from heretic.model.unloading import unloaded_on_error
 from heretic.planning.memory_plan import LoadPlan
 from heretic.progress import ProgressReporter
 from heretic.prompts.sets import PromptSets
@@ -143,10 +144,23 @@ def open_session(
         baseline = folder.load_baseline(reporter)
         start = baseline.start if baseline else None
         model_context = load_model_context(settings, checkpoint, prompts, plan, reporter, stop, start, judge)
-        if baseline is None:
-            baseline = measure_baseline(model_context)
-            folder.save_baseline(baseline)
-    report_baseline(baseline, reporter)
+        with unloaded_on_error(model_context.language_model.model):
+            if baseline is None:
+                baseline = measure_baseline(model_context)
+                folder.save_baseline(baseline)
+    with unloaded_on_error(model_context.language_model.model):
+        report_baseline(baseline, reporter)
+        return _prepare_session(model_context, baseline, checkpoint, folder, compute_once)
+
+
+def _prepare_session(
+    model_context: ModelContext,
+    baseline: Baseline,
+    checkpoint: Checkpoint,
+    folder: RunFolder,
+    compute_once: ComputeOnce,
+) -> Session:
+    settings, reporter = model_context.settings, model_context.batcher.reporter
     with compute_once.shared_file("directions.safetensors"):
         directions = folder.load_directions(reporter)
         if directions is None:
