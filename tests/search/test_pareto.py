@@ -109,3 +109,23 @@ def test_three_objectives_have_a_front_that_nothing_beats_in_the_direction_of_ea
 def test_a_number_that_was_not_measured_keeps_a_result_off_the_front() -> None:
     (only,) = results((0.1, 5))
     assert pareto_front([replace(only, objectives=(Objective("kl"), Objective("unchanged", "higher")))]) == []
+
+
+def test_the_objectives_that_the_user_chose_rank_the_trials() -> None:
+    objectives = (Objective("answer_kl"), Objective("answered", "higher"))
+
+    def result(number: int, kl: float, refusals: int, answer_kl: float, answered: float) -> Result:
+        values = {"answer_kl": answer_kl, "answered": answered}
+        scores = Scores(Divergence(kl, kl, kl, kl), refusals, 100, {}, values=values)
+        return Result(number, {}, scores, objectives=objectives)
+
+    found = [result(0, 0.005, 0, 0.5, 40), result(1, 0.02, 1, 0.1, 30), result(2, 0.04, 2, 0.7, 90)]
+    for rule, max_kl, max_refusals, number, meets in (
+        ("fewest_refusals_under_kl", 0.1, 0, 2, True),
+        ("fewest_refusals_under_kl", 0.03, 0, 0, True),
+        ("fewest_refusals_under_kl", 0.001, 0, 0, False),
+        ("lowest_kl_under_refusals", 0.1, 2, 1, True),
+        ("lowest_kl_under_refusals", 0.1, 0, 0, True),
+    ):
+        chosen = select_trial(found, rule, max_kl, max_refusals)
+        assert chosen is not None and (chosen.result.number, chosen.meets_limit) == (number, meets)

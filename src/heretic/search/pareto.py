@@ -116,21 +116,35 @@ def table_columns(selection: Sequence[Result]) -> dict[str, list[str]]:
 
 
 def select_trial(candidates: Sequence[Result], rule: str, max_kl: float, max_refusals: int) -> Selection | None:
-    """Select a result by the rule; None if the Pareto front is empty."""
+    """Select a result by the rule; None if the Pareto front is empty.
+
+    The first objective ranks the change of the model, the second the refusals; the limits are of KL and refusals in any case.
+    """
     front = pareto_front(candidates)
     if not front:
         return None
-    by_kl = sorted(front, key=lambda r: r.scores.divergence.mean)
-    fewest = min(front, key=lambda r: (r.scores.expected, r.scores.divergence.mean))
+    change, refusals = front[0].objectives[:2]
+    by_change = sorted(front, key=lambda r: r.point)
     if rule == "fewest_refusals_under_kl":
-        within = [r for r in by_kl if r.scores.divergence.mean <= max_kl]
+        within = [r for r in by_change if r.scores.divergence.mean <= max_kl]
         if within:
-            few = min(r.scores.expected for r in within) + TIE_TOLERANCE
-            tied = next(r for r in within if r.scores.expected <= few)
-            return Selection(tied, f"fewest refusals among the trials with a KL of at most {max_kl:g}")
-        return Selection(by_kl[0], f"lowest KL; no trial has a KL of at most {max_kl:g}", False)
-    within = [r for r in by_kl if r.scores.unanswered <= max_refusals]
+            tolerance = TIE_TOLERANCE if refusals.name == "refusals" else 0
+            few = min(r.point[1] for r in within) + tolerance
+            tied = next(r for r in within if r.point[1] <= few)
+            return Selection(tied, f"{_best(refusals)} among the trials with a KL of at most {max_kl:g}")
+        closest = min(front, key=lambda r: (r.scores.divergence.mean, r.point))
+        return Selection(closest, f"lowest KL; no trial has a KL of at most {max_kl:g}", False)
+    within = [r for r in by_change if r.scores.unanswered <= max_refusals]
     if within:
-        reason = f"lowest KL among the trials with at most {max_refusals} refused or evaded requests"
+        reason = f"{_best(change)} among the trials with at most {max_refusals} refused or evaded requests"
         return Selection(within[0], reason)
-    return Selection(fewest, f"fewest refusals; no trial has at most {max_refusals} refused or evaded requests", False)
+    fewest = min(front, key=lambda r: (r.point[1], r.point))
+    reason = f"{_best(refusals)}; no trial has at most {max_refusals} refused or evaded requests"
+    return Selection(fewest, reason, False)
+
+
+def _best(objective: Objective) -> str:
+    """Name the best value of an objective."""
+    usual = {"kl": "lowest KL", "refusals": "fewest refusals"}
+    extreme = "lowest" if objective.better == "lower" else "highest"
+    return usual.get(objective.name, f"{extreme} {objective.name.replace('_', ' ')}")

@@ -354,7 +354,7 @@ class Settings(SettingsModel):
         "fewest_refusals_under_kl",
         "Trial that heretic exports by itself. `fewest_refusals_under_kl`: the fewest refusals with a KL of at most "
         "`max_kl`. `lowest_kl_under_refusals`: the lowest KL with at most `max_refusals` requests refused or evaded.",
-        when="Use the second if a small change matters more to you than few refusals.",
+        when="Use the second if a small change matters more to you than few refusals. Your own `objectives` rank the trials.",
         affects_results=False,
     )
     max_kl: float = setting(
