@@ -109,7 +109,8 @@ def export_from_run(run_context: RunContext, trial: int | None, destination: Pat
 
 
 # (messages, with the edit, callback for each piece of text) -> the complete answer
-GenerateFn = Callable[[Sequence[dict[str, str]], bool, Callable[[str], None]], str]
+Message = dict[str, str]
+GenerateFn = Callable[[Sequence[Message], bool, Callable[[str], None]], str]
 
 
 def start_chat(run_context: RunContext, trial: int | None, tokens: int) -> tuple[Result, GenerateFn]:
@@ -121,8 +122,8 @@ def start_chat(run_context: RunContext, trial: int | None, tokens: int) -> tuple
     session = run_context.session()
     model_context, ablation = session.context, run_context.search_space().from_params(result.params)
 
-    def generate(messages: Sequence[dict[str, str]], ablated: bool, on_text: Callable[[str], None]) -> str:
-        encoded = model_context.chat.tokens(model_context.chat.conversation(messages))
+    def generate(messages: Sequence[Message], ablated: bool, on_text: Callable[[str], None]) -> str:
+        encoded = model_context.chat.tokens(model_context.chat.conversation(without_blank_turns(messages)))
         room = model_context.language_model.context - len(encoded)
         if room < 1:
             raise UserError(
@@ -136,6 +137,17 @@ def start_chat(run_context: RunContext, trial: int | None, tokens: int) -> tuple
             )
 
     return result, generate
+
+
+def without_blank_turns(messages: Sequence[Message]) -> list[Message]:
+    """Return a conversation without blank answers and the messages before them: chat templates refuse or misread them."""
+    kept: list[Message] = []
+    for message in messages:
+        if message["role"] != "assistant" or message["content"].strip():
+            kept.append(message)
+        elif kept and kept[-1]["role"] == "user":
+            kept.pop()
+    return kept
 
 
 def compare(

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from heretic.cli.ui.chat import Chat
 from heretic.errors import UserError
+from heretic.model.chat_format import ChatFormat
 from tests.helpers.command import heretic
 
 
@@ -134,3 +135,22 @@ def test_a_line_that_begins_with_a_slash_is_sent_after_two() -> None:
     assert "not sent" in text
     text, model, _ = talk("bak\udce9")
     assert not model.asked and "UTF-8" in text
+
+
+def test_a_conversation_goes_on_without_messages_that_got_no_answer(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert heretic(capsys, monkeypatch, "run").status == 0
+    asked: list[list[str]] = []
+    usual = ChatFormat.conversation
+
+    def conversation(chat: ChatFormat, messages: Sequence[dict[str, str]]) -> str:
+        if messages[0]["content"] in ("one", "two"):
+            asked.append([m["content"] for m in messages])
+        return usual(chat, messages)
+
+    monkeypatch.setattr(ChatFormat, "conversation", conversation)
+    monkeypatch.setattr("heretic.pipeline.actions.stream_answer", lambda *_: "" if len(asked) == 1 else "yes")
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\nthree\n"))
+    ran = heretic(capsys, monkeypatch, "chat", "--trial", "1")
+    assert asked == [["one"], ["two"], ["two", "yes", "three"]] and ran.out.count("empty") == 1

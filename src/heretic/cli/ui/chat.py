@@ -92,6 +92,8 @@ class Chat:
             self.console.print(columns())
         self.shown += [{"role": "assistant", "model": name, "content": text} for name, text in answers.items()]
         self.messages.append({"role": "assistant", "content": list(answers.values())[-1]})
+        if not self.messages[-1]["content"].strip():
+            self._note("the answer is empty; the conversation goes on without this message")
 
     def _generate(self, answers: dict[str, str], name: str, *, quiet: bool) -> None:
         """Stream one model's answer into `answers` and, unless quiet, to the screen."""
