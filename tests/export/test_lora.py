@@ -127,6 +127,7 @@ def test_the_change_is_the_edit_and_its_error_is_what_is_left() -> None:
         assert float(left.square().sum()) == pytest.approx(change.left, abs=1e-4)
         best = torch.linalg.svdvals(edited - weight)[rank:].square().sum()
         assert float(left.square().sum()) <= 1.01 * float(best) + 1e-4, "no matrix of the rank is much nearer"
+        assert (change.a.amax(1) >= -change.a.amin(1)).all(), "the sign of a pair is not left to chance"
     exact = low_rank_change(Operator(operator.u, operator.w), weight, 64)
     assert exact.a.shape[0] == 1 and exact.left == 0
 

@@ -102,14 +102,16 @@ def low_rank_change(operator: Operator, weight: Tensor, rank: int) -> LowRankCha
     if operator.n is None:
         a, b = operator.reads(weight), -torch.atleast_2d(operator.u).mT
         return LowRankChange(a.cpu(), b.cpu(), None, float(((b.mT @ b) * (a @ a.mT)).sum()), 0.0)
-    delta = operator.on_weight(weight) - weight.float()
+    delta = (operator.on_weight(weight) - weight.float()).cpu()  # where the random projection is the same on every machine
     rank = min(rank, *delta.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(delta, q=min(rank + OVERSAMPLED, *delta.shape), niter=ITERATIONS)
     size, root = float(delta.square().sum()), s[:rank].sqrt()
     a, b = (v[:, :rank] * root).T, u[:, :rank] * root
-    return LowRankChange(a.cpu(), b.cpu(), None, size, max(0.0, size - float(s[:rank].square().sum())))
+    signs = a.gather(1, a.abs().argmax(1, keepdim=True)).sign()  # of a pair they are arbitrary, and differ between CPUs
+    a, b = a * signs, b * signs.T
+    return LowRankChange(a, b, None, size, max(0.0, size - float(s[:rank].square().sum())))
 
 
 def require(settings: Settings, checkpoint: Checkpoint) -> None:

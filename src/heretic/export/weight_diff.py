@@ -1,10 +1,11 @@
-"""Compare the weights of two folders, tensor by tensor."""
+"""Compare the weights of two folders, tensor by tensor; of a LoRA adapter the products, since its factors are not unique."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +16,7 @@ from heretic.interrupt import StopSignal
 # Sums in another order differ in the last bits of float32; what is stored in fewer bits may then be rounded to the next number.
 OF_THE_TENSOR = 1e-5  # of the tensor's largest number
 ROUNDINGS = 2  # of the stored format, of each number
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ def weight_difference(ours: Path, theirs: Path, names: Iterable[str], stop: Stop
                     return f"{name} holds other tensors"
                 for key in a.keys():  # noqa: SIM118  (the handle is not a mapping)
                     stop.check()
-                    x, y = a.get_tensor(key), b.get_tensor(key)
+                    if key.endswith(LORA_B) and key.replace(LORA_B, LORA_A) in a.keys():  # noqa: SIM118
+                        continue
+                    x, y = _read(a, key), _read(b, key)
                     if x.shape != y.shape or x.dtype != y.dtype:
                         return f"{key} is {_kind(x)} here and {_kind(y)} there"
                     elements += x.numel()
@@ -65,6 +69,12 @@ def weight_difference(ours: Path, theirs: Path, names: Iterable[str], stop: Stop
                 fix="export the model again, or restore the file from a copy",
             ) from None
     return Difference(largest, tensor, differing, elements, within)
+
+
+def _read(file: Any, key: str) -> torch.Tensor:
+    """Read a tensor; for the first factor of a LoRA pair the product of both."""
+    tensor: torch.Tensor = file.get_tensor(key)
+    return file.get_tensor(key.replace(LORA_A, LORA_B)) @ tensor if key.endswith(LORA_A) else tensor
 
 
 def _compared(x: torch.Tensor, y: torch.Tensor) -> tuple[float, int, bool]:
