@@ -65,8 +65,23 @@ def test_head_says_base_relation_and_task(tmp_path: Path, written: WriteResult, 
 
 
 def test_local_base_is_not_named_in_the_head(tmp_path: Path) -> None:
-    text = card(manifest(model={"name": str(tmp_path), "revision": None}), BaseCard(), WriteResult({}), "So.")
-    assert "base_model" not in head(text, tmp_path) and str(tmp_path) not in text
+    for name in (str(tmp_path), "models/tiny"):  # which looks like a name on the hub
+        text = card(manifest(model={"name": name, "revision": None}), BaseCard(), WriteResult({}), "So.")
+        assert "base_model" not in head(text, tmp_path) and name not in text and "huggingface.co/" not in text
+
+
+def test_the_conditions_of_the_scores_are_told() -> None:
+    assert "conditions" not in card(manifest(), BaseCard(), WriteResult({}), "So.")
+    given = manifest(response_prefix="<think>\n</think>", template_variables={"enable_thinking": False})
+    given["settings"]["system_prompt"] = "be `good`"
+    text = card(given, BaseCard(), WriteResult({}), "So.")
+    for told in ("`be 'good'`", r"`<think>\n</think>`", '`"enable_thinking": false`'):
+        assert told in text
+
+
+def test_a_missing_card_is_not_one_without_a_license(tmp_path: Path) -> None:
+    missing, silent = read_base_card(tmp_path), base(tmp_path, "# A model\n")
+    assert missing.terms != silent.terms and not missing.entries
 
 
 def test_limitations_are_a_section() -> None:

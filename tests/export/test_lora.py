@@ -19,6 +19,7 @@ from heretic.export.lora import low_rank_change
 from heretic.export.save import TensorEdit
 from heretic.interrupt import StopSignal
 from heretic.pipeline.actions import Evaluation, evaluate_model
+from heretic.pipeline.reproduce import reproduce
 from heretic.pipeline.run import Outcome, run
 from heretic.progress import NULL_REPORTER
 from heretic.settings.sources import resolve
@@ -96,6 +97,18 @@ def test_an_adapter_is_evaluated_with_its_model(config: Path, llama: Path, tmp_p
     change_config(peft_type="IA3")
     with raises("adapter-not-loadable"):
         evaluated(str(moved))
+
+
+def test_a_relative_path_of_the_base_is_not_taken_for_a_name_on_the_hub(config: Path, llama: Path) -> None:
+    shutil.copytree(llama, "models/tiny")
+    do(config, Path("models/tiny"), "adapter", "export_format=lora")
+    written = json.loads(Path("adapter/adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == (str(Path("models/tiny").absolute()), None)
+    assert "base_model:" not in Path("adapter/README.md").read_text()
+    shutil.rmtree("models")
+    with raises("no-model-folder") as error:
+        reproduce(Path("adapter"), None, reporter=NULL_REPORTER, stop=StopSignal())
+    assert "--base" in str(error.value.fix)
 
 
 def change_config(**changes: str) -> None:

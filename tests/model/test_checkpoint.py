@@ -169,6 +169,10 @@ def test_a_hub_model_is_taken_from_the_cache_and_a_partial_one_is_said_to_be(
     checkpoint = open_checkpoint("owner/tiny")
     assert (checkpoint.commit, checkpoint.short_name, checkpoint.is_local) == (commit, "tiny", False)
     assert checkpoint.identity() == open_checkpoint(str(llama)).identity()
+    assert checkpoint.on_hub == ("owner/tiny", commit)
+    by_folder = open_checkpoint(str(stored / "snapshots" / commit))
+    assert (by_folder.on_hub, by_folder.short_name, by_folder.is_local) == (checkpoint.on_hub, "tiny", True)
+    assert open_checkpoint(str(llama)).on_hub is None
     (stored / "snapshots" / commit / "model.safetensors").unlink()
     assert code_of("owner/tiny") == "no-weights"
     with raises("hub-unreachable") as error:

@@ -23,11 +23,14 @@ class BaseCard:
     """The validated entries of a base model's card; nothing else of it reaches the new card."""
 
     entries: dict[str, Any] = field(default_factory=dict)
+    found: bool = True  # whether there is a card
 
     @property
     def terms(self) -> str:
         """A sentence on the license, for the card's text."""
         name = self.entries.get("license_name") or self.entries.get("license")
+        if not self.found:
+            return "Its card was not beside the weights; look up its license, which applies to this model too."
         if not name:
             return "The base model's card names no license; its terms, if any, apply to this model too."
         named = escape(", ".join(name) if isinstance(name, list) else name)
@@ -42,7 +45,9 @@ def read_base_card(folder: Path) -> BaseCard:
         UserError: The card is a link to outside the folder.
     """
     file = resolve_inside(folder, folder / CARD)
-    if not file.is_file() or file.stat().st_size > LARGEST:
+    if not file.is_file():
+        return BaseCard(found=False)
+    if file.stat().st_size > LARGEST:
         return BaseCard()
     try:
         head = metadata_load(file) or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,6 +63,7 @@ This model is meant for research on refusal and over-refusal, by people who are 
 others without your own safeguards. The license and the acceptable-use terms of the base model still apply.
 
 Method: Arditi et al., *Refusal in Language Models Is Mediated by a Single Direction* (2024), arXiv 2406.11717."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 # Not `heretic`: the hub lists models of another tool (p-e-w/heretic) under it. The last tag names what only our exports hold.
 TAGS = ["abliterated", "directional-ablation", "directional-ablation-manifest"]
 
@@ -91,7 +93,7 @@ def card(manifest: Mapping[str, Any], base: BaseCard, written: WriteResult, meas
     sections = [
         f"# {escape(Path(name).name)}, {escape(behavior) or 'refusals'} ablated",
         OF_ANOTHER_BEHAVIOR.format(behavior=escape(behavior)) if behavior else OF_REFUSAL,
-        f"Base model: {_link(name)}{f', commit {code(revision)}' if revision else ''}. {base.terms}",
+        f"Base model: {_of_hub(name, revision) if revision else code(Path(name).name)}. {base.terms}",
         written.about,
         template,
         f"## What was measured\n\n{_measured(manifest, scores, measured) if scores else measured}",
@@ -102,11 +104,14 @@ def card(manifest: Mapping[str, Any], base: BaseCard, written: WriteResult, meas
         + ("" if scores else " Rebuilding needs memory for the whole model."),
         RESPONSIBLE_USE,
     ]
-    return _head(name, base, written) + "\n".join(f"{section.strip()}\n" for section in sections if section)
+    return _head(name if revision else "", base, written) + "\n".join(
+        f"{section.strip()}\n" for section in sections if section
+    )
 
 
 def _head(name: str, base: BaseCard, written: WriteResult) -> str:
-    of_the_hub = {"base_model": name, "base_model_relation": written.relation} if _is_hub_id(name) else {}
+    """The card's head; `name` is the base model's on the hub, empty for a local one."""
+    of_the_hub = {"base_model": name, "base_model_relation": written.relation} if HUB_ID.fullmatch(name) else {}
     entries = {**of_the_hub, **base.entries, "library_name": written.library, "tags": TAGS}
     return f"---\n{ModelCardData(**entries).to_yaml()}\n---\n\n"
 
@@ -117,8 +122,8 @@ def _measured(manifest: Mapping[str, Any], scores: Scores, measured: str) -> str
     harmless = _harmless_rows(original.get("harmless_metrics"), scores.harmless_metrics)
     tokens = _kl_position(int(manifest["settings"].get("kl_tokens", 1)))
     return f"""\
-{measured} Answers are judged by {JUDGES[scores.judge].words}. Brackets hold the 95 % Wilson interval for the number of
-requests.
+{measured} {_conditions(manifest)}Answers are judged by {JUDGES[scores.judge].words}. Brackets hold the 95 % Wilson interval
+for the number of requests.
 
 | | original | this model |
 |---|---|---|
@@ -126,6 +131,17 @@ requests.
 | neither refused nor answered | {share(original.get("evasive", 0), total)} | {share(scores.evasive, total)} |
 {harmless}| KL divergence on harmless requests, {tokens}, mean | 0 | {d.mean:.4f} |
 | median / 95th percentile / largest | 0 | {d.median:.4f} / {d.p95:.4f} / {d.max:.4f} |"""
+
+
+def _conditions(manifest: Mapping[str, Any]) -> str:
+    """A sentence on what the model was given beside the prompts; empty for none."""
+    given = {
+        "system prompt": manifest["settings"].get("system_prompt"),
+        "answers begin with": json.dumps(manifest.get("response_prefix") or "", ensure_ascii=False).strip('"'),
+        "template variables": json.dumps(manifest.get("template_variables") or {}, ensure_ascii=False).strip("{}"),
+    }
+    told = "; ".join(f"{name} {code(text)}" for name, text in given.items() if text)
+    return f"The scores hold under these conditions: {told}. " if told else ""
 
 
 def _measures(rows: list[Mapping[str, Any]]) -> str:
@@ -212,9 +228,6 @@ def _direction(ablation: Ablation, directions: int) -> str:
     return f"one for all layers, a mixture mostly of those of layers {', '.join(named)}"
 
 
-def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name, re.ASCII)) and not Path(name).exists()
-
-
-def _link(name: str) -> str:
-    return f"[{name}](https://huggingface.co/{name})" if _is_hub_id(name) else code(Path(name).name)
+def _of_hub(name: str, commit: str) -> str:
+    link = f"[{name}](https://huggingface.co/{name})" if HUB_ID.fullmatch(name) else code(name)
+    return f"{link}, commit {code(commit)}"

@@ -217,13 +217,14 @@ def _manifest(
     job: EditJob, written: WriteResult, beside: dict[str, Any], verification: Verification, studied: str
 ) -> dict[str, Any]:
     template = read_template(job.settings)
+    name, commit_of_base = job.checkpoint.on_hub or (job.settings.model, None)
     return {
         "made_with": "heretic",
         "made_at": now(),
         "run": job.folder.name,
         "fingerprint": job.folder.fingerprint,
         "trial": job.trial,
-        "model": {"name": job.settings.model, "revision": job.checkpoint.commit, "sha256": written.hashes["source"]},
+        "model": {"name": name, "revision": commit_of_base, "sha256": written.hashes["source"]},
         "written": {"format": job.format, "sha256": written.hashes["written"], **written.facts},
         "copied": {"sha256": written.hashes.get("copied", {})},
         "changed": {"sha256": written.hashes.get("changed", {})},

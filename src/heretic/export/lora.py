@@ -10,6 +10,7 @@ exact.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,7 +103,9 @@ def low_rank_change(operator: Operator, weight: Tensor, rank: int) -> LowRankCha
     if operator.n is None:
         a, b = operator.reads(weight), -torch.atleast_2d(operator.u).mT
         return LowRankChange(a.cpu(), b.cpu(), None, float(((b.mT @ b) * (a @ a.mT)).sum()), 0.0)
-    delta = (operator.on_weight(weight) - weight.float()).cpu()  # where the random projection is the same on every machine
+    delta = (
+        operator.on_weight(weight) - weight.float()
+    ).cpu()  # where the random projection is the same on every machine
     rank = min(rank, *delta.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -165,10 +168,12 @@ def write(order: WriteRequest, folder: Path, reporter: ProgressReporter, stop: S
 
     adapter: Adapter = order.prepared
     tensors = adapter.tensors()
+    # Not a relative path, which peft would look up on the hub.
+    base, commit = order.checkpoint.on_hub or (os.path.abspath(order.settings.model), None)
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=order.settings.model,
-        revision=order.checkpoint.commit,
+        base_model_name_or_path=base,
+        revision=commit,
         r=adapter.rank,
         lora_alpha=adapter.rank,  # a scale of 1
         lora_dropout=0.0,
@@ -254,8 +259,8 @@ def _incompatible_programs(adapter: Adapter) -> str:
 
 def _about(order: WriteRequest, adapter: Adapter) -> str:
     """The card's section on the adapter: how to load it, and its error."""
-    named = order.settings.model
-    model = named if order.checkpoint.commit else Path(named).name  # a local path is private
+    on_hub = order.checkpoint.on_hub
+    model = on_hub[0] if on_hub else Path(order.settings.model).name  # a local path is private
     quantized = order.plan.quantization != "none"
     lines: list[str] = [
         f"This is a LoRA adapter of rank {adapter.rank}, not a whole model. With [peft](https://github.com/huggingface/peft):",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 # Small files that affect the model's answers.
 DECISIVE = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+# A folder of the hub's cache: models--OWNER--NAME/snapshots/COMMIT.
+CACHED = re.compile("models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,19 @@ class Checkpoint:
         name = self.called or (
             Path(self.gguf_file).stem
             if self.gguf_file
+            else self.on_hub[0]
+            if self.on_hub
             else Path(self.model).resolve().name
-            if self.is_local
-            else self.model
         )
         return "".join(c if c.isalnum() or c in "-_." else "-" for c in name.rpartition("/")[2]).strip("-.") or "model"
+
+    @property
+    def on_hub(self) -> tuple[str, str] | None:
+        """The model's name and commit on the hub, also if a folder of the hub's cache was named; None for another folder."""
+        if self.commit is not None:
+            return self.model, self.commit
+        found = CACHED.fullmatch("/".join(self.folder.absolute().parts[-3:])) if not self.gguf_file else None
+        return (f"{found[1]}/{found[2]}", found[3]) if found else None
 
     @property
     def is_local(self) -> bool:
