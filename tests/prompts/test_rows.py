@@ -95,6 +95,10 @@ def test_a_number_in_a_column_of_texts_is_refused_with_its_row(name: str) -> Non
         ("p.csv", b'id,text\n1,"a\n', ":2"),
         ("p.csv", b"id;text\n1;a; and b\n", ":2"),
         ("p.csv", b"text,text\na,b\n", ":1"),
+        ("p.tsv", b'text\tid\nbake\t0\n"tis fine\t1\nmake soup\t2\nsay 5"\t3\n', ":3"),
+        ("p.tsv", b'"text"\tid\n"Hi" he said\tx\n', ":2"),
+        ("p.json", b'{"text": {"0": "a", "1": "b"}, "id": {"0": 1, "2": 2}}', "p.json"),
+        ("p.json", b'{"text": {"0": "a"}, "id": [1]}', "p.json"),
         ("p.parquet", b"PAR1 cut off", "p.parquet"),
         ("p.parquet", b"", "p.parquet"),
     ],
@@ -110,6 +114,11 @@ def test_a_file_that_cannot_be_parsed_names_the_line(name: str, content: bytes, 
 def test_lists_by_column_and_lines_in_a_json_file_are_read() -> None:
     Path("p.json").write_text('{"text": ["a", "b"]}')
     assert prompts("p.json") == ("a", "b")
+    Path("p.json").write_text('{"text": {"0": "a", "7": "b"}, "id": {"7": 2, "0": null}}')
+    assert prompts("p.json") == ("a", "b")
+    with pytest.raises(UserError) as refused:
+        prompts("p.json", "label")
+    assert refused.value.code == "no-such-column"
     Path("p.json").write_text('{"text": "a"}\n{"text": "b"}\n')
     assert prompts("p.json") == ("a", "b")
 
@@ -152,11 +161,13 @@ def test_quotes_of_a_head_hide_separators_and_those_of_a_tsv_may_be_plain() -> N
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ('text\tid\n"tis fine\t1\nmake soup\t2\nsay 5"\t3\n', ('"tis fine', "make soup", 'say 5"')),
         ('text\n"line one\nline two"\nplain\n', ("line one\nline two", "plain")),
         ('text\n"Who are you?"\n"Hello" he said\n', ('"Who are you?"', '"Hello" he said')),
         ('text\tid\nbake\t1\nhe said "\t2\n', ("bake", 'he said "')),
         ('text\tid\n"two\nlines"\t1\n', ("two\nlines",)),
+        ('text\tid\n"Name\tAge\nSort"\tb\n"say ""hi"""\tb\n', ("Name\tAge\nSort", 'say "hi"')),
+        ('"text"\t"id"\n"Name\tAge\nSort"\tb\n', ("Name\tAge\nSort",)),
+        ('text\tid\n"Name\tAge\tSex\nSort"\tb\n', ("Name\tAge\tSex\nSort",)),
     ],
 )
 def test_quotes_of_a_tsv_that_quote_nothing_are_text(content: str, expected: tuple[str, ...]) -> None:
@@ -169,3 +180,10 @@ def test_the_separator_makes_the_column_a_field() -> None:
     assert prompts("p.csv") == ("make soup",)
     Path("p.csv").write_text('"text";"a, b, c"\n"make soup";"x"\n')
     assert prompts("p.csv") == ("make soup",)
+
+
+def test_without_a_column_setting_the_separator_makes_any_usual_column_a_field() -> None:
+    Path("p.csv").write_text("prompt;kinds (a,b,c)\nmake soup;1\n")
+    assert from_text_or_file("p.csv") == ("make soup",)
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1], "prompt": ["bake"], "messages": ["no"]}), "q.parquet")
+    assert from_text_or_file("q.parquet") == ("bake",)

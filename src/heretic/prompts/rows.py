@@ -7,7 +7,6 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}  # Excel writes
 # In a .tsv: a quote that neither begins nor ends a field, and one within a quoted field.
 STRAY_QUOTE = re.compile(r'(?<![\t\n])(?<!^)"(?![\t\n])(?!$)')
 DOUBLED_QUOTE = re.compile(r'(?:^|\t)"[^"\n]*""[^\n]*"(?:\t|$)', re.M)
+QUOTED_NAME = re.compile(r'(?:^|\t)"[^"\t\n]*"(?:[\t\r\n]|$)')  # in the first line
 LONGEST_FIELD = 1 << 24  # characters; csv's own limit is 128 Ki
 # Keys of speaker and text: OpenAI's messages, and ShareGPT's.
 SPEAKER, TEXT = ("role", "from"), ("content", "value")
@@ -30,23 +30,23 @@ USER = {"user", "human", "prompter"}
 WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from|content|value)['"]\s*:""")
 
 
-def read_rows(path: Path, key: str, column: str) -> list[Row]:
+def read_rows(path: Path, key: str, columns: Sequence[str]) -> list[Row]:
     """Read the rows of a .jsonl, .json, .csv, .tsv or .parquet file.
 
     Args:
         path: the file; its suffix is its format.
         key: the setting that names the file, for messages; empty if there is none.
-        column: the prompt column; a Parquet file is read without the other columns.
+        columns: names of the prompt column, of which the first that exists counts; a Parquet file is read without the others.
 
     Raises:
         UserError: with code bad-data-file, file, line and cause; or as `read_text`.
     """
     where, kind = f"{key}.source" if key else str(path), path.suffix.lower()
     if kind == ".parquet":
-        return list(_parquet(path, where, column))
+        return list(_parquet(path, where, columns))
     if kind in (".csv", ".tsv"):
-        return list(_csv(path, where, column))
-    return list({".jsonl": _json_lines, ".json": _json}[kind](path, where, column))
+        return list(_csv(path, where, columns))
+    return list({".jsonl": _json_lines, ".json": _json}[kind](path, where, columns))
 
 
 def prompt_in(value: Any, place: str, key: str) -> str | None:
@@ -147,17 +147,17 @@ def bad_file(path: Path, cause: str, where: str, *, line: int | None = None) -> 
     return UserError(f"{place}: {cause}", code="bad-data-file", where=where, fix="correct the file or use another one")
 
 
-def _json_lines(path: Path, where: str, column: str, *, or_list: bool = True) -> Iterator[Row]:
+def _json_lines(path: Path, where: str, columns: Sequence[str], *, or_list: bool = True) -> Iterator[Row]:
     text = read_text(path, WHAT, where=where)
     if or_list and text.lstrip().startswith("[") and text.rstrip().endswith("]"):  # a JSON list in a .jsonl file
-        yield from _json(path, where, column)
+        yield from _json(path, where, columns)
         return
     for number, line in enumerate(split_lines(text), start=1):
         if line.strip():
             yield number, _object(_parsed(line, path, where, number), path, where, number)
 
 
-def _json(path: Path, where: str, column: str) -> Iterator[Row]:
+def _json(path: Path, where: str, columns: Sequence[str]) -> Iterator[Row]:
     text = read_text(path, WHAT, where=where)
     if not text.strip():
         return
@@ -167,19 +167,37 @@ def _json(path: Path, where: str, column: str) -> Iterator[Row]:
         first = next(line.strip() for line in split_lines(text) if line.strip())
         if not first.startswith("{") or first == "{":
             raise
-        yield from _json_lines(path, where, column, or_list=False)
+        yield from _json_lines(path, where, columns, or_list=False)
         return
-    if isinstance(content, dict) and content and all(isinstance(part, list) for part in content.values()):
-        columns = list(content.values())
-        if len({len(column) for column in columns}) != 1:
-            raise bad_file(path, "the columns have different lengths.", where)
-        content = [dict(zip(content, parts, strict=True)) for parts in zip(*columns, strict=True)]
+    content = _rows_of_columns(content, path, where, columns)
     if not isinstance(content, list):
         raise bad_file(path, "the file is not a list of rows.", where)
     if all(isinstance(row, str) for row in content):  # a list of prompts
-        content = [{column: row} for row in content]
+        content = [{columns[0]: row} for row in content]
     for number, row in enumerate(content, start=1):
         yield number, _object(row, path, where, None, f"row {number} ")
+
+
+def _rows_of_columns(content: Any, path: Path, where: str, usual: Sequence[str]) -> Any:
+    """Return the rows of an object of columns; any other content as it is.
+
+    A column is a list, or an object by the row's name, usually its number, as pandas writes it.
+    """
+    if not isinstance(content, dict) or not content:
+        return content
+    columns = list(content.values())
+    if all(isinstance(column, dict) for column in columns):
+        names = list(columns[0])
+        if not any(name in content for name in usual) and not all(name.isdigit() for name in names):
+            return content
+        if any(column.keys() != columns[0].keys() for column in columns):
+            raise bad_file(path, "the columns have different rows.", where)
+        columns = [[column[name] for name in names] for column in columns]
+    elif not all(isinstance(column, list) for column in columns):
+        return content
+    if len({len(column) for column in columns}) != 1:
+        raise bad_file(path, "the columns have different lengths.", where)
+    return [dict(zip(content, parts, strict=True)) for parts in zip(*columns, strict=True)]
 
 
 def _parsed(text: str, path: Path, where: str, line: int | None = None) -> Any:
@@ -210,12 +228,12 @@ def _object(row: Any, path: Path, where: str, line: int | None, what: str = "") 
     return row
 
 
-def _csv(path: Path, where: str, column: str) -> Iterator[Row]:
+def _csv(path: Path, where: str, columns: Sequence[str]) -> Iterator[Row]:
     text = read_text(path, WHAT, where=where)
     if path.suffix.lower() == ".tsv":
         names, rows = _tab_separated(path, where, text)
     else:
-        names, rows = _fields(path, where, text, _separator(text, column), csv.QUOTE_MINIMAL)
+        names, rows = _fields(path, where, text, _separator(text, columns), csv.QUOTE_MINIMAL)
     # CSV has no types: a column of numbers only is not a column of texts.
     numbers = [all(_is_number(fields[n]) for _, fields in rows) for n in range(len(names))]
     for line, fields in rows:
@@ -227,18 +245,28 @@ def _tab_separated(path: Path, where: str, text: str) -> _Table:
     """Read a .tsv file, in which quotes quote fields, or nothing, as many programs write them. Raises UserError."""
     plain: Literal[0, 3] = csv.QUOTE_NONE
     quoted: Literal[0, 3] = csv.QUOTE_MINIMAL
-    doubled = DOUBLED_QUOTE.search(text)
-    if not doubled and STRAY_QUOTE.search(text.replace('""', "")):
+    quotes_quote = bool(DOUBLED_QUOTE.search(text) or QUOTED_NAME.search(text.partition("\n")[0]))
+    if not quotes_quote and STRAY_QUOTE.search(text.replace('""', "")):
         return _fields(path, where, text, "\t", plain)
     try:
         names, rows = _fields(path, where, text, "\t", quoted)
     except UserError:
-        if doubled:
+        if quotes_quote:
             raise
         return _fields(path, where, text, "\t", plain)
-    if any("\n" in field and "\t" in field for _, fields in rows for field in fields):  # whole rows between two quotes
-        with suppress(UserError):
-            return _fields(path, where, text, "\t", plain)
+    several = (line for line, fields in rows if any("\n" in field and "\t" in field for field in fields))
+    if not quotes_quote and (line := next(several, None)):
+        try:
+            _fields(path, where, text, "\t", plain)
+        except UserError:
+            return names, rows
+        raise bad_file(
+            path,
+            "its quotes enclose a field with line breaks, or are part of the text. Quote the names in the first line if they "
+            "enclose fields; else double them and enclose the fields.",
+            where,
+            line=line,
+        )
     return names, rows
 
 
@@ -271,11 +299,14 @@ def _fields(path: Path, where: str, text: str, separator: str, quoting: Literal[
     return names or [], rows
 
 
-def _separator(text: str, column: str) -> str:
-    """Return the separator of the first line, outside quotes: one that makes `column` a field, else the most frequent one."""
+def _separator(text: str, columns: Sequence[str]) -> str:
+    """Return the separator of the first line, outside quotes: one that makes one of `columns` a field, the first that any does.
+
+    Else it is the most frequent one.
+    """
     head = re.sub(r'"([^"]*)"', lambda found: re.sub("[,;\t]", "", found[1]), text.partition("\n")[0])
-    fitting = [mark for mark in SEPARATORS if column in head.split(mark)]
-    return max(fitting or SEPARATORS, key=head.count)
+    fitting = ([mark for mark in SEPARATORS if column in head.split(mark)] for column in columns)
+    return max(next(filter(None, fitting), SEPARATORS), key=head.count)
 
 
 def _is_number(text: str) -> bool:
@@ -286,7 +317,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _parquet(path: Path, where: str, column: str) -> Iterator[Row]:
+def _parquet(path: Path, where: str, columns: Sequence[str]) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -296,8 +327,9 @@ def _parquet(path: Path, where: str, column: str) -> Iterator[Row]:
             names = table.schema_arrow.names
             if len(set(names)) < len(names):
                 raise bad_file(path, "two columns have the same name.", where)
-            values = table.read(columns=[column]).column(column).to_pylist() if column in names else [None]
+            column = next((column for column in columns if column in names), None)
+            values = table.read(columns=[column]).column(column).to_pylist() if column is not None else [None]
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise bad_file(path, f"this is not a valid Parquet file: {first_line(error)[:200]}.", where) from None
     for number, value in enumerate(values, start=1):
-        yield number, {**dict.fromkeys(names), column: value} if column in names else dict.fromkeys(names)
+        yield number, {**dict.fromkeys(names), column: value} if column is not None else dict.fromkeys(names)

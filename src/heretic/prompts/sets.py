@@ -223,15 +223,16 @@ def _lines(text: str) -> list[str]:
 
 def _file_prompts(source: PromptSource, path: Path, columns: Sequence[str], key: str) -> _LoadedPrompts:
     """Load the prompt column of a local table; rows without it count as empty if other rows have it."""
-    for column in columns:
-        rows = read_rows(path, key, column)
-        if not rows:
-            return _LoadedPrompts([])
-        if any(column in row for _, row in rows):
-            unit = "line" if path.suffix.lower() in (".jsonl", ".csv", ".tsv") else "row"
-            cells = ((f"{path}, {unit} {number}, column '{column}'", row.get(column)) for number, row in rows)
-            return _prompts_in(cells, key, source.split)
-    raise _no_column(source.source, columns, list(dict.fromkeys(n for _, row in rows for n in row)), key)
+    rows = read_rows(path, key, columns)
+    if not rows:
+        return _LoadedPrompts([])
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    column = next((column for column in columns if column in names), None)
+    if column is None:
+        raise _no_column(source.source, columns, names, key)
+    unit = "line" if path.suffix.lower() in (".jsonl", ".csv", ".tsv") else "row"
+    cells = ((f"{path}, {unit} {number}, column '{column}'", row.get(column)) for number, row in rows)
+    return _prompts_in(cells, key, source.split)
 
 
 def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> _LoadedPrompts:
