@@ -226,7 +226,7 @@ def evaluate_model(
 ) -> Evaluation:
     """Measure the refusals of `settings.model` and its divergence from `against`; one model is in memory at a time.
 
-    `settings.model` may be a LoRA adapter. `judge.evaluate` decides who judges.
+    `settings.model` may be a LoRA adapter; a revision is then that of its model. `judge.evaluate` decides who judges.
     `revisions` are those of the model and of `against`; default: the settings' revision for both.
     """
     revision, against_revision = revisions or (settings.revision, settings.revision)
@@ -234,9 +234,10 @@ def evaluate_model(
     settings = with_evaluation_judge(settings)
     named, adapter = settings.model, adapter_folder(settings.model)
     if adapter is not None:
-        base, revision = base_of(adapter, against)
+        base, recorded = base_of(adapter, against)
+        revision = revision or (against_revision if base == against else "") or recorded
         if base == against:
-            revision = against_revision = against_revision or revision
+            against_revision = against_revision or revision
         settings = settings.model_copy(update={"model": base, "revision": revision})
     with device_lock(settings, wait=wait, reporter=reporter, stop=stop):
         judge = make_judge(settings, JudgeContext(None, reporter, stop))
