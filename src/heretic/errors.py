@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+from collections.abc import Mapping
 
 # Errors of disks and paths: full, over quota, read-only, not permitted, failing, name too long, not a folder, a folder,
 # circular links, stale network file, file too large, lost user-space disk, across disks.
@@ -24,7 +26,10 @@ _NAMES = (
 )
 LIMIT_ERRNOS = tuple(getattr(errno, name) for name in ("EMFILE", "ENFILE", "EAGAIN") if hasattr(errno, name))
 DISK_ERRNOS = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, name))
-ONLY_OF_DISKS = {*DISK_ERRNOS} - {errno.EPERM, errno.EACCES, errno.ENOTCONN}  # which sockets raise too
+# Those that neither a connection nor another file, such as a certificate's, would raise.
+ONLY_OF_WRITING = tuple(
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ESTALE", "EFBIG") if hasattr(errno, name)
+)
 
 # Every exit status of every command; `heretic preflight` has its own: 0 ready, 1 will fail, 2 risky.
 EXIT_STATUSES = {
@@ -91,14 +96,24 @@ def disk_error(error: OSError) -> UserError:
     )
 
 
-def cache_error(error: BaseException, variable: str) -> UserError | None:
+def cache_error(error: BaseException, caches: Mapping[str, str | os.PathLike[str]]) -> UserError | None:
     """Return the error for a cache of the hub's libraries that cannot be written, if that is behind an error of theirs.
 
-    `variable` is the one of the environment that names the cache's folder.
+    `caches` are the caches of other libraries than the hub's own, by the variable of the environment that names the folder;
+    an error without a file name is of the first.
     """
+    from huggingface_hub import constants
+
+    own = {name: getattr(constants, name) for name in ("HF_HUB_CACHE", "HF_XET_CACHE", "HF_HOME")}
+    folders = {**caches, **own}
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (DISK_ERRNOS if cause.filename else ONLY_OF_DISKS):
+        variable = None
+        if isinstance(cause, OSError) and cause.filename and cause.errno in DISK_ERRNOS:
+            variable = _cache_of(str(cause.filename), folders)
+        elif isinstance(cause, OSError) and not cause.filename and cause.errno in ONLY_OF_WRITING:
+            variable = next(iter(folders))
+        if variable and isinstance(cause, OSError):
             return UserError(
                 f"The hub's cache cannot be written: {cause.strerror}.",
                 code="disk",
@@ -106,6 +121,23 @@ def cache_error(error: BaseException, variable: str) -> UserError | None:
                 fix=f"free disk space or check permissions, or set {variable} to a folder on another disk",
             )
         cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _cache_of(name: str, folders: Mapping[str, str | os.PathLike[str]]) -> str | None:
+    """Return the variable of the cache that holds a file, or whose folder a missing one would hold; None for the token."""
+    from huggingface_hub import constants
+
+    tokens = (constants.HF_TOKEN_PATH, constants.HF_STORED_TOKENS_PATH)
+    if os.path.abspath(name) in [os.path.abspath(token) for token in tokens]:
+        return None
+    for variable, folder in folders.items():
+        for path_of in (os.path.abspath, os.path.realpath):
+            path, cache = path_of(name), path_of(folder)
+            if f"{path}/".startswith(f"{cache}/"):
+                return variable
+            if f"{cache}/".startswith(f"{path}/") and not os.path.exists(path):
+                return variable
     return None
 
 

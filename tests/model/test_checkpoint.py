@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import DisabledRepoError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from heretic.errors import UserError
@@ -198,16 +199,54 @@ def test_certificates_that_do_not_exist_are_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("SSL_CERT_FILE")
     monkeypatch.setenv("SSL_CERT_DIR", "/nowhere:/etc")
     assert "SSL" not in _advice(OSError("no route"), "owner/name")
+    monkeypatch.setenv("SSL_CERT_FILE", "/etc")
+    assert "SSL_CERT_FILE" in _advice(IsADirectoryError(errno.EISDIR, "Is a directory"), "owner/name")
+    monkeypatch.delenv("SSL_CERT_FILE")
+    assert "/t/token" in _advice(PermissionError(errno.EACCES, "Permission denied", "/t/token"), "owner/name")
     monkeypatch.setenv("https_proxy", "http://me:secret@127.0.0.1:9")
     with raises("hub-unreachable") as error:
         open_checkpoint("someone/something")
     assert "HTTPS_PROXY" in str(error.value.where) and "secret" not in str(error.value)
 
 
-def test_a_full_disk_of_the_cache_is_no_network_problem() -> None:
-    with raises("disk") as error, _hub_errors("owner/name"):
+NO_SPACE = "No space left on device"
+CACHED = f"{constants.HF_HUB_CACHE}/x.incomplete"
+HOME = Path(constants.HF_HOME)
+
+
+@pytest.mark.parametrize(
+    ("error", "where", "variable"),
+    [
+        (OSError(errno.ENOSPC, NO_SPACE, CACHED), CACHED, "HF_HUB_CACHE"),
+        (OSError(errno.ENOSPC, NO_SPACE), None, "HF_HUB_CACHE"),
+        (PermissionError(errno.EACCES, "Permission denied", f"{HOME}/x"), f"{HOME}/x", "HF_HOME"),
+    ],
+)
+def test_a_cache_that_cannot_be_written_is_no_network_problem(error: OSError, where: str | None, variable: str) -> None:
+    with raises("disk") as told, _hub_errors("owner/name"):
         try:
-            raise OSError(errno.ENOSPC, "No space left on device", "/cache/x.incomplete")
+            raise error
         except OSError as full:
             raise RuntimeError("the download failed") from full
-    assert "/cache/x.incomplete" in str(error.value) and "HF_HUB_CACHE" in str(error.value)
+    assert told.value.where == where and f"set {variable} to" in str(told.value.fix)
+
+
+def test_a_folder_of_the_cache_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nowhere/of/hub")
+    with raises("disk"), _hub_errors("owner/name"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/nowhere/of")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        IsADirectoryError(errno.EISDIR, "Is a directory"),  # SSL_CERT_FILE
+        IsADirectoryError(errno.EISDIR, "Is a directory", "/"),
+        PermissionError(errno.EACCES, "Permission denied", constants.HF_TOKEN_PATH),
+        PermissionError(errno.EACCES, "Permission denied", "/etc/certificates.pem"),
+        PermissionError(errno.EACCES, "Permission denied"),  # a socket
+    ],
+)
+def test_another_file_than_the_caches_is_no_full_disk(error: OSError) -> None:
+    with raises("hub-unreachable"), _hub_errors("owner/name"):
+        raise error

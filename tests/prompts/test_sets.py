@@ -348,11 +348,15 @@ def test_a_path_may_hold_spaces_brackets_and_links() -> None:
 
 
 def test_a_full_disk_of_the_cache_of_data_sets_is_no_network_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    file = f"{datasets.config.HF_DATASETS_CACHE}/x.arrow"
+
     def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "/cache/x.arrow")
+        raise OSError(errno.ENOSPC, "No space left on device", file)
 
     monkeypatch.setattr("datasets.load_dataset", full)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with raises("disk") as error:
         prompts(source="owner/name")
-    assert error.value.where == "/cache/x.arrow" and "HF_DATASETS_CACHE" in str(error.value.fix)
+    assert error.value.where == file and "HF_DATASETS_CACHE" in str(error.value.fix)

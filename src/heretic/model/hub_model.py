@@ -123,7 +123,7 @@ def _hub_errors(model: str, revision: str = "") -> Iterator[None]:
     except Exception as error:  # the library and the network raise many types
         from huggingface_hub import constants
 
-        if disk := cache_error(error, "HF_HUB_CACHE"):
+        if disk := cache_error(error, {}):
             raise disk from None
         if constants.HF_HUB_OFFLINE:
             raise UserError(
@@ -185,4 +185,8 @@ def _advice(error: Exception, model: str) -> str:
         places = os.environ.get(name, "").split(os.pathsep)
         if places != [""] and not any(Path(place).exists() for place in places):
             return f"correct or unset {name}: {plain_line(os.environ[name])} does not exist"
+        if name == "SSL_CERT_FILE" and Path(places[0] or "-").is_dir():
+            return f"correct or unset {name}: {plain_line(os.environ[name])} is a folder"
+    if isinstance(error, OSError) and error.filename:
+        return f"check {plain_line(str(error.filename))} and its permissions"
     return "check the name and the network"

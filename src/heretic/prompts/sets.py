@@ -253,7 +253,8 @@ def _dataset_prompts(source: PromptSource, columns: Sequence[str], key: str) -> 
         column = next((c for c in columns if c in table.column_names), None)
         cells = list(table[column]) if column else []  # decoding can fail for images and sounds
     except Exception as error:  # the library raises dozens of error classes, all about this source
-        if disk := None if local else cache_error(error, "HF_DATASETS_CACHE"):
+        caches = {"HF_DATASETS_CACHE": datasets.config.HF_DATASETS_CACHE}
+        if disk := None if local else cache_error(error, caches):
             raise disk from None
         # What the library raises for a set that is not in its cache.
         missing = isinstance(error, (ConnectionError, FileNotFoundError))
