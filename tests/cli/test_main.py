@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from heretic import __version__
-from heretic.cli.main import exit_status, shorthand
+from heretic.cli.main import exit_status, machine_error, shorthand
 from heretic.errors import EXIT_STATUSES
 from heretic.settings.sources import resolve
 from tests.helpers.command import heretic
@@ -220,8 +220,21 @@ def test_a_deleted_current_folder_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1 and "[no-current-folder]" in done.stderr, done.stderr
 
 
-def test_memory_that_the_system_refuses_is_no_limit(capsys: pytest.CaptureFixture[str]) -> None:
-    def fail() -> None:
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
-
-    assert exit_status(fail) == 1 and "[out-of-memory]" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out-of-memory"),
+        (OSError("Cannot allocate memory (os error 12)"), "out-of-memory"),
+        (OSError("unable to mmap 8 bytes: Cannot allocate memory (12)"), "out-of-memory"),
+        (OSError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "out-of-memory"),
+        (OSError("No space left on device (os error 28)"), "disk"),
+        (OSError("Too many open files (os error 24)"), "machine-limit"),
+        (OSError(errno.ENOTCONN, "Transport endpoint is not connected", "/lost/x"), "disk"),
+        (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), None),
+        (OSError(errno.EINVAL, "Invalid argument", "out of memory.txt"), None),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), None),
+    ],
+)
+def test_errors_of_the_system_are_told_apart_also_by_their_text(error: OSError, code: str | None) -> None:
+    found = machine_error(error)
+    assert (found and found.code) == code

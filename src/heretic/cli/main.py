@@ -6,6 +6,7 @@ import difflib
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -96,22 +97,32 @@ def exit_status(command: Callable[[], Any]) -> int:
 def machine_error(error: Exception) -> UserError | None:
     """Return the UserError for an error of disk, device, memory or another limit of the machine; None for a defect."""
     if isinstance(error, OSError):
-        if error.errno in DISK_ERRNOS:
+        number = _number(error)
+        if number in DISK_ERRNOS and (number != errno.ENOTCONN or error.filename):  # else of a lost connection
             return disk_error(error)
-        if error.errno == errno.ENOMEM:
+        if number == errno.ENOMEM:
             return memory_error(error)
         if isinstance(error, FileNotFoundError) and not _has_folder():
             return no_folder_error()
         if "No usable temporary directory" in str(error):
             return disk_error(error)
         written = hasattr(error, "characters_written")  # a pipe that does not wait
-        return limit_error(error) if error.errno in LIMIT_ERRNOS and not written else None
+        if number in LIMIT_ERRNOS and not written:
+            return limit_error(error)
+        if number is not None:
+            return None
     from heretic.model.batching import out_of_memory
     from heretic.model.device_errors import device_failure
 
     if out_of_memory(error):
         return memory_error(error)
     return limit_error(error) if "can't start new thread" in str(error) else device_failure(error)
+
+
+def _number(error: OSError) -> int | None:
+    """Return the system's number of an error, which those of Rust libraries hold in their text only."""
+    found = re.search(r"\(os error (\d+)\)", str(error)) if error.errno is None else None
+    return int(found[1]) if found else error.errno
 
 
 def _print_error(error: UserError) -> int:

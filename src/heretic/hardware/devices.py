@@ -104,7 +104,8 @@ PACKAGES = ("nvidia-ml-py", "torch-npu")
 # Errors of accelerators are plain RuntimeErrors (Triton's ValueErrors) and only their texts tell: aten/src/ATen/TensorIterator.cpp,
 # c10/cuda/CUDAException.h, aten/src/ATen/mps/MPSAllocator.mm; for Intel pytorch/pytorch, issues 177714 and 190972.
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|BLAS_STATUS_ALLOC_FAILED|UR_RESULT_ERROR_OUT_OF_(DEVICE_MEMORY|HOST_MEMORY|RESOURCES)"
+    r"out of memory|[Cc]an(?:'t|not) allocate memory|BLAS_STATUS_ALLOC_FAILED"
+    r"|UR_RESULT_ERROR_OUT_OF_(DEVICE_MEMORY|HOST_MEMORY|RESOURCES)"
     r"|Invalid buffer size: [\d.]+ [KMGT]i?B|kIOGPUCommandBufferCallbackErrorOutOfMemory"
 )
 MISMATCH = re.compile(
