@@ -250,3 +250,22 @@ def test_a_folder_of_the_cache_that_cannot_be_made_is_named(monkeypatch: pytest.
 def test_another_file_than_the_caches_is_no_full_disk(error: OSError) -> None:
     with raises("hub-unreachable"), _hub_errors("owner/name"):
         raise error
+
+
+def test_only_the_models_own_files_in_the_cache_count_as_downloaded(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    (copy / "model.safetensors").rename(copy / shards[0])
+    tensors = open_checkpoint(str(save_tiny(copy.parent / "whole"))).tensors
+    infos = {name: SimpleNamespace(shape=tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
+    (copy / "consolidated.safetensors").write_bytes(b"x" * 1000)
+    monkeypatch.setattr("heretic.model.checkpoint.fetch_small_files", lambda *_: copy)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: ["model.safetensors.index.json"])
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.get_safetensors_metadata",
+        lambda *_, **__: SimpleNamespace(files_metadata={name: SimpleNamespace(tensors=infos) for name in shards}),
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    checkpoint = open_checkpoint("owner/name", download_weights=False)
+    assert checkpoint.downloaded_bytes == (copy / shards[0]).stat().st_size

@@ -57,6 +57,7 @@ class Checkpoint:
     weights_name: str = ""  # the file that transformers opens: one file of weights, or an index; empty for GGUF
     unused: tuple[str, ...] = ()  # files of weights and indexes that are not part of the model; no export holds them
     rival: str = ""  # the one of these that indexes other weights than the model's
+    hub_files: tuple[str, ...] = ()  # the model's files of weights on the hub, unless all of them are in its cache
     # Method of a `quantization_config` without packed tensors; no export holds that entry.
     leftover_quantization: str = ""
 
@@ -108,8 +109,9 @@ class Checkpoint:
 
     @property
     def downloaded_bytes(self) -> int:
-        """Bytes of the complete safetensors files that an interrupted download has left in the hub's cache."""
-        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors") if file.is_file())
+        """Bytes of the files in `hub_files` that an interrupted download has left complete in the hub's cache."""
+        files = [self.folder / name for name in self.hub_files]
+        return sum(file.stat().st_size for file in files if file.is_file())
 
     @property
     def largest_file(self) -> int:
@@ -251,10 +253,13 @@ def open_checkpoint(
     if download_weights:
         fetch_weights(model, folder, raw, allow_pickle)
     else:
-        tensors = fetch_headers(model, folder, raw, allow_pickle)
-        if tensors is not None:
+        fetched = fetch_headers(model, folder, raw, allow_pickle)
+        if fetched is not None:
+            tensors, files = fetched
             config, leftover = _checked_config(model, folder, raw, tensors, trusted)
-            return Checkpoint(model, folder, config, tensors, commit=folder.name, leftover_quantization=leftover)
+            return Checkpoint(
+                model, folder, config, tensors, commit=folder.name, hub_files=files, leftover_quantization=leftover
+            )
     return _open_folder(model, folder, raw, trusted, allow_pickle, commit=folder.name)
 
 

@@ -62,8 +62,11 @@ def fetch_weights(model: str, folder: Path, config: Mapping[str, Any], allow_pic
 
 def fetch_headers(
     model: str, folder: Path, config: Mapping[str, Any], allow_pickle: bool
-) -> dict[str, TensorInfo] | None:
-    """Fetch the tensor headers of weights on the hub; None if the weights are cached. Raises UserError."""
+) -> tuple[dict[str, TensorInfo], tuple[str, ...]] | None:
+    """Fetch the tensor headers and the names of the files of weights on the hub; None if the weights are cached.
+
+    Raises UserError.
+    """
     from huggingface_hub import HfApi
 
     explicit = explicit_name(config, folder)
@@ -82,15 +85,16 @@ def fetch_headers(
     api = HfApi()
     with _hub_errors(model):
         if chosen in (SINGLE, INDEX):
-            files = list(api.get_safetensors_metadata(model, revision=folder.name).files_metadata.values())
+            files = api.get_safetensors_metadata(model, revision=folder.name).files_metadata
         else:
             shards = set(read_index(folder / chosen).values()) if chosen.endswith(".index.json") else {chosen}
-            files = [api.parse_safetensors_file_metadata(model, s, revision=folder.name) for s in sorted(shards)]
-    return {
+            files = {s: api.parse_safetensors_file_metadata(model, s, revision=folder.name) for s in sorted(shards)}
+    tensors = {
         name: TensorInfo(name, tuple(info.shape), info.dtype, None)
-        for file in files
+        for file in files.values()
         for name, info in file.tensors.items()
     }
+    return tensors, tuple(files)
 
 
 def _without_safetensors(model: str, names: list[str], allow_pickle: bool) -> UserError:
