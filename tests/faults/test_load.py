@@ -71,7 +71,7 @@ def test_a_study_of_ten_thousand_trials_stays_responsive(tally: Tally, tmp_path:
     assert StudyHistory.of(study).proxy_error is None
     read = time.perf_counter() - began
     asked = statistics.median(seconds)
-    assert opened < 15 and asked < 0.3 and read < 2, "far slower than it should be, even on a busy machine"
+    assert opened < 15 and asked < 1 and read < 2, "far slower than it should be, even on a busy machine"
     tally(
         f"a study of {MANY} trials: opened in {opened:.1f} s, a trial drawn in {asked * 1000:.0f} ms, read in {read:.1f} s",
         5,

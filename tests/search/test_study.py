@@ -16,7 +16,6 @@ from heretic.progress import NULL_REPORTER
 from heretic.scoring.scores import Divergence, HarmlessMetrics, PrunedTrial, RefusalProxy, Scores, TrialOutcome
 from heretic.search.pareto import pareto_front, results
 from heretic.search.pruning import StudyHistory
-from heretic.search.sampler import BoundedTPESampler, relevant_trials
 from heretic.search.study import run_study
 from heretic.settings import SearchSettings, Settings
 from heretic.storage.rdb import fail_abandoned, open_study, worker
@@ -297,30 +296,6 @@ def test_the_front_keeps_to_constraints_and_the_search_learns_them(study: optuna
     late = [r.params["x"] <= 0.4 for r in found[30:]]
     assert sum(late) > len(late) / 2, "a search that knew nothing of the limit would go to x = 1"
     assert StudyHistory.of(study).threshold.points == [r.point for r in kept]
-
-
-def test_constraints_are_kept_where_only_a_part_of_the_study_is_shown() -> None:
-    study = optuna.create_study(directions=["minimize", "minimize"])
-    for i in range(30):
-        trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
-        trial.set_constraint("c", 1.0 if i < 10 else -1.0)
-        study.tell(trial, [float(i), float(i)])
-    shown = relevant_trials(study.trials, 12, study.directions)
-    assert [t.number for t in shown] == [*range(10, 16), *range(24, 30)]
-    part = BoundedTPESampler(optuna.samplers.RandomSampler(), 12)._part(study, study.trials[0])
-    assert all(t.constraints == {"c": -1.0} for t in part.trials)
-
-
-def test_a_part_of_a_study_with_three_objectives_holds_its_best_trials() -> None:
-    study = optuna.create_study(directions=["minimize", "maximize", "minimize"])
-    for i in range(30):
-        trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
-        best = i in (2, 5)  # each the best in one objective
-        study.tell(trial, [0.0 if i == 2 else 1.0 + i, 9.0 if i == 5 else 1.0, 1.0] if best else [5.0, 0.0, 5.0])
-    shown = relevant_trials(study.trials, 4, study.directions)
-    assert [t.number for t in shown] == [2, 5, 28, 29]
-    part = BoundedTPESampler(optuna.samplers.RandomSampler(), 4)._part(study, study.trials[0])
-    assert len(part.trials) == 4
 
 
 def test_an_evasion_is_no_success(study: optuna.Study) -> None:
