@@ -10,9 +10,9 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from heretic.errors import UserError, first_line, plain_line
-from heretic.files import expand_user
+from heretic.files import expand_user, open_regular
 from heretic.model.device_errors import is_device_error
-from heretic.model.weight_files import ADAPTER, read_json, require_regular
+from heretic.model.weight_files import ADAPTER, read_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -66,7 +66,7 @@ def _check_files(adapter: Path) -> None:
     """Read the weights' header and the config. Raises UserError."""
     from peft import LoraConfig
 
-    require_regular(adapter / WEIGHTS)
+    open_regular(adapter / WEIGHTS, "The adapter's file").close()
     try:
         with safe_open(adapter / WEIGHTS, "pt"), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from heretic.errors import UserError, first_line, plain_line
+from heretic.files import open_regular
 from heretic.model.tensor_info import PICKLED, TensorInfo, missing_file, read_headers
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -23,6 +23,7 @@ ADAPTER = "adapter_config.json"
 # Written by FSDP and tensor parallelism; transformers prefers such files to all others.
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 VARIANT = re.compile(r"model\.[\w-]+\.safetensors(\.index\.json)?")
+WHAT = "The model's file"
 MIB = 1 << 20
 LARGEST = {".json": 1024 * MIB, ".jinja": 16 * MIB, ".py": 16 * MIB}  # bytes of files that are read into memory
 LARGEST_CONFIG = 64 * MIB
@@ -140,7 +141,7 @@ def read_json(file: Path, code: str, largest: int = LARGEST[".json"]) -> dict[st
     """Read the object in a JSON file of a model. Raises UserError with `code`."""
     fix = "download the model again"
     try:
-        require_regular(file)
+        open_regular(file, WHAT).close()  # reading a named pipe or a device may never end
         if file.stat().st_size > largest:
             raise UserError(f"{file.name} is larger than {largest // MIB} MiB.", code=code, where=str(file), fix=fix)
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -151,34 +152,6 @@ def read_json(file: Path, code: str, largest: int = LARGEST[".json"]) -> dict[st
     if not isinstance(content, dict):
         raise UserError(f"{file.name} is not a JSON object.", code=code, where=str(file), fix=fix)
     return content
-
-
-def require_regular(file: Path) -> None:
-    """Raise UserError unless this is a regular file: reading a named pipe or a device may never end."""
-    try:
-        mode = file.stat().st_mode
-    except FileNotFoundError:
-        raise UserError(
-            f"{file.name} is missing, or links to a missing file.",
-            code="missing-file",
-            where=str(file),
-            fix="download the model again",
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{file.name} cannot be read: {error.strerror or error}.",
-            code="unreadable-file",
-            where=str(file),
-            fix="check the file and its permissions",
-        ) from None
-    if not stat.S_ISREG(mode):
-        kind = "folder" if stat.S_ISDIR(mode) else "named pipe" if stat.S_ISFIFO(mode) else "device or socket"
-        raise UserError(
-            f"{file.name} is a {kind}, not a regular file.",
-            code="not-a-regular-file",
-            where=str(file),
-            fix="replace it with the model's file",
-        )
 
 
 def require_regular_files(folder: Path) -> None:
@@ -197,7 +170,7 @@ def require_regular_files(folder: Path) -> None:
     for entry in sorted(entries):
         if entry.suffix not in (*READ_WHOLE, *weights) or entry.name.startswith("."):
             continue
-        require_regular(entry)
+        open_regular(entry, WHAT).close()
         largest = LARGEST.get(entry.suffix)
         if largest is not None and entry.stat().st_size > largest:
             raise UserError(
