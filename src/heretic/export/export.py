@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from heretic.ablation.ablation import Ablation
 from heretic.ablation.geometries import GEOMETRIES
 from heretic.errors import UserError
 from heretic.export.base_card import read_base_card
@@ -39,7 +40,6 @@ from heretic.scoring.comparison import Comparison
 from heretic.scoring.scorers.registry import choose_scorers
 from heretic.scoring.scores import Scores
 from heretic.search.pareto import Result
-from heretic.search.space import SearchSpace
 from heretic.session.session import Session
 from heretic.settings import Settings
 
@@ -75,7 +75,7 @@ class Export:
 
 
 def plan_export(
-    session: Session, plan: LoadPlan, space: SearchSpace, result: Result, folder: RunFolder, destination: Path
+    session: Session, plan: LoadPlan, ablation: Ablation, result: Result, folder: RunFolder, destination: Path
 ) -> ExportJob:
     """Plan the export, and record the ablated model's log-probabilities to verify it with. Raises UserError."""
     if not math.isfinite(result.scores.divergence.mean):
@@ -87,7 +87,6 @@ def plan_export(
         )
     model_context = session.context
     model = model_context.language_model
-    ablation = space.from_params(result.params)
     operators = session.operator_factory.operators(ablation)
     name = model_context.settings.export_format
     return ExportJob(

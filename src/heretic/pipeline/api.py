@@ -42,7 +42,6 @@ from heretic.scoring.comparison import Comparison
 from heretic.scoring.direction_effects import DirectionEffects
 from heretic.scoring.scores import Scores
 from heretic.search.pareto import Result
-from heretic.search.space import SearchSpace
 from heretic.search.summary import StudyReporter
 from heretic.session.session import Session, find_model_directions, operator_factory_for
 from heretic.settings import Settings
@@ -326,21 +325,12 @@ class AblationSession:
         target, folder, session = expand_user(destination), self.run_context.folder, self._original
         self.check_destination(target)
         result = Result(MANUAL_TRIAL, ablation.as_dict(), self.score(ablation))
-        space = _ManualSpace(self.settings.search, self.num_layers, self.components)
-        job = plan_export(session, self.run_context.inputs.plan, space, result, folder, target)
+        job = plan_export(session, self.run_context.inputs.plan, Ablation(**result.params), result, folder, target)
         self.run_context.unload()
         return write_export(job, self.run_context.reporter, self.run_context.stop)
 
 
 MANUAL_TRIAL = -1  # trial number of an ablation that no trial sampled
-
-
-class _ManualSpace(SearchSpace):
-    """Search space of ablations that no trial sampled: the parameters are the ablation itself."""
-
-    def from_params(self, params: Mapping[str, Any]) -> Ablation:
-        """Return the ablation from `Ablation.as_dict`."""
-        return Ablation(**params)
 
 
 def _resolved(model: str | Path, config: str | Path | None, settings: Mapping[str, Any]) -> Resolved:

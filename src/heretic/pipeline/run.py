@@ -312,7 +312,7 @@ def export_trial(run_context: RunContext, result: Result, destination: Path) -> 
     job = plan_export(
         run_context.session(),
         run_context.inputs.plan,
-        run_context.search_space(),
+        run_context.search_space().from_params(result.params),
         result,
         run_context.folder,
         destination,
