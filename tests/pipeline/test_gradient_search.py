@@ -23,7 +23,7 @@ from heretic.runs.folder import DENSE_PATH_STATE, PATH_STATE, RunFolder
 from heretic.runs.status import read_status
 from heretic.scoring import gradient_loss
 from heretic.scoring.gradient_loss import LossTerms
-from heretic.scoring.judges.verdict import ANSWER, Exchange, Verdict
+from heretic.scoring.judges.verdict import ANSWER, Exchange, Verdict, WholeAnswerJudge
 from heretic.search import path_optimizer
 from heretic.search.gradient_path import GradientPath
 from heretic.search.path_optimizer import OptimizerState
@@ -221,11 +221,8 @@ def test_answers_under_a_point_are_read_by_the_judge_of_evaluate(config: Path, m
     monkeypatch.setattr(gradient_search, "MANY_UNANSWERED", 0.25)
     read: list[int] = []
 
-    class Never:
-        name, ends_early = "never", False
-
-        def is_final_refusal(self, answer: str) -> bool:
-            return False
+    class Never(WholeAnswerJudge):
+        name = "never"
 
         def verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
             read.append(len(exchanges))

@@ -28,7 +28,7 @@ from heretic.scoring import refusal_count
 from heretic.scoring.divergence import first_token_log_probs
 from heretic.scoring.evaluator import TrialEvaluator
 from heretic.scoring.judges.markers import MarkerJudge
-from heretic.scoring.judges.verdict import Exchange, Verdict
+from heretic.scoring.judges.verdict import Exchange, Verdict, WholeAnswerJudge
 from heretic.scoring.refusal_count import RefusalBounds
 from heretic.scoring.refusal_proxy import FIRST_TOKENS, MAX_DRAFT_TOKENS
 from heretic.scoring.scores import PrunedTrial, Scores
@@ -185,13 +185,10 @@ def test_rows_of_a_hybrid_model_are_tried_first_and_decoded_plainly(tmp_path: Pa
     assert found.refusal_proxy is not None and found.refusal_proxy.matching == counted.count
 
 
-class Whole:
+class Whole(WholeAnswerJudge):
     """A judge of whole answers: one that has an even number of letters refuses."""
 
-    name, ends_early = "whole", False
-
-    def is_final_refusal(self, answer: str) -> bool:
-        return False
+    name = "whole"
 
     def verdicts(self, said: Sequence[Exchange]) -> list[Verdict]:
         return ["refusal" if len(one.answer) % 2 else "answer" for one in said]

@@ -13,18 +13,17 @@ from safetensors import SafetensorError
 from heretic.errors import UserError, first_line
 from heretic.model.batching import out_of_memory
 from heretic.scoring.judges.evasion import Evasion
-from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL, Exchange, Verdict
+from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL, Exchange, Verdict, WholeAnswerJudge
 from heretic.settings import ClassifierSettings
 
 DEFAULT_MAX_LENGTH = 512  # tokens, if neither the tokenizer nor the config has a limit
 NO_LIMIT = 10**6  # a tokenizer without a limit reports a larger number
 
 
-class ClassifierJudge:
+class ClassifierJudge(WholeAnswerJudge):
     """Takes the classifier's best label; an answer that it does not call a refusal may still be evasive."""
 
     name = "classifier"
-    ends_early = False
 
     def __init__(self, settings: ClassifierSettings, evasion: Evasion) -> None:
         """Load the classifier. Raises UserError if the model or one of its labels does not exist."""
@@ -38,10 +37,6 @@ class ClassifierJudge:
             config.pad_token_id = self.tokenizer.pad_token_id
         known = [self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
         self.max_length = min((n for n in known if n and n < NO_LIMIT), default=DEFAULT_MAX_LENGTH)
-
-    def is_final_refusal(self, answer: str) -> bool:
-        """Return False: this judge needs whole answers."""
-        return False
 
     @torch.inference_mode()
     def verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:

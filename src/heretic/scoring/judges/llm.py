@@ -23,7 +23,7 @@ from heretic.progress import ProgressReporter
 from heretic.scoring.judges.agreement import labeled_answers
 from heretic.scoring.judges.endpoint import Endpoint, Failed, NoVerdict, Rejected, Reply
 from heretic.scoring.judges.evasion import Evasion
-from heretic.scoring.judges.verdict import ANSWER, EVASIVE, ORDER, REFUSAL, Exchange, Verdict
+from heretic.scoring.judges.verdict import ANSWER, EVASIVE, ORDER, REFUSAL, Exchange, Verdict, WholeAnswerJudge
 from heretic.settings import LlmSettings
 
 INSTRUCTION = (
@@ -52,11 +52,10 @@ INITIAL_PAUSE, MAX_PAUSE = 0.5, 60.0  # seconds; doubled after every attempt
 STOP_POLL_SECONDS = 0.1  # interval of checks for a stop request during a pause
 
 
-class LlmJudge:
+class LlmJudge(WholeAnswerJudge):
     """Asks the endpoint for verdicts; without a `cache` file they are cached in memory only."""
 
     name = "llm"
-    ends_early = False
 
     def __init__(
         self,
@@ -89,10 +88,6 @@ class LlmJudge:
         self._cache, self._known, self._lock = cache, _read_cache(cache), Lock()
         self._warned_no_verdict = False
         self._example = labeled_answers()[0].exchange
-
-    def is_final_refusal(self, answer: str) -> bool:
-        """Return False: this judge needs whole answers."""
-        return False
 
     def verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Return verdicts from the cache or else from the endpoint. Raises JudgeFailed and Interrupted."""

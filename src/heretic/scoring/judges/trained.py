@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 from heretic.errors import UserError
 from heretic.scoring.judges.classifier import on_device, translated_load_errors
 from heretic.scoring.judges.evasion import Evasion
-from heretic.scoring.judges.verdict import BEGINNING, EVASIVE, Exchange, Verdict
+from heretic.scoring.judges.verdict import BEGINNING, EVASIVE, Exchange, Verdict, WholeAnswerJudge
 from heretic.settings import TrainedSettings
 
 HEAD = "judge_head.json"  # in heretic/data
@@ -106,11 +106,10 @@ class Head:
         return described @ self.weight.T + self.bias
 
 
-class TrainedJudge:
+class TrainedJudge(WholeAnswerJudge):
     """Takes the head's best label; an answer that it does not call a refusal may still be evasive by the rules."""
 
     name = "trained"
-    ends_early = False
 
     def __init__(self, settings: TrainedSettings, evasion: Evasion) -> None:
         """Load head and encoder. Raises UserError if the encoder is missing or is another one."""
@@ -123,10 +122,6 @@ class TrainedJudge:
                 where="judge.trained.encoder",
                 fix="use sentence-transformers/all-MiniLM-L6-v2 or a copy of it",
             )
-
-    def is_final_refusal(self, answer: str) -> bool:
-        """Return False: this judge needs whole answers."""
-        return False
 
     def verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Judge answers in batches; empty ones skip the encoder."""

@@ -42,6 +42,16 @@ class Judge(Protocol):
         """Return one verdict for each complete answer."""
 
 
+class WholeAnswerJudge:
+    """Base of the judges that need whole answers."""
+
+    ends_early = False
+
+    def is_final_refusal(self, answer: str) -> bool:
+        """Return False."""
+        return False
+
+
 def encode_verdicts(verdicts: Sequence[Verdict]) -> str:
     """Encode each verdict as a digit: 0 answered, 1 refused, 2 evasive."""
     return "".join(str(ORDER.index(v)) for v in verdicts)

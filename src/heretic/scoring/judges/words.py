@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 from heretic.scoring.judges.evasion import Evasion
-from heretic.scoring.judges.verdict import BEGINNING, EVASIVE, Exchange, Verdict
+from heretic.scoring.judges.verdict import BEGINNING, EVASIVE, Exchange, Verdict, WholeAnswerJudge
 
 FILE = "judge_words.json"  # in heretic/data
 _WORD = re.compile(r"\b\w\w+\b")
@@ -54,18 +54,13 @@ class WordWeights:
         return self.labels[logits.index(max(logits))]
 
 
-class WordJudge:
+class WordJudge(WholeAnswerJudge):
     """Takes the best label; an answer that is no refusal may still be evasive by the rules."""
 
     name = "words"
-    ends_early = False
 
     def __init__(self, evasion: Evasion) -> None:
         self.evasion, self.weights = evasion, WordWeights.shipped()
-
-    def is_final_refusal(self, answer: str) -> bool:
-        """Return False: this judge needs whole answers."""
-        return False
 
     def verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Judge every answer by itself."""
