@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 
@@ -32,35 +32,25 @@ from heretic.storage.study_lock import LockLost, study_lock
 POLL_SECONDS = 1.0
 
 
-class ComputeOnce(Protocol):
-    """Coordinates computations that are needed once per study."""
-
-    def shared_file(self, name: str) -> Any:
-        """Enter a context in which the file exists, or which must write it before its end."""
-
-    def once(self, name: str, exists: Callable[[], bool]) -> Any:
-        """Enter a context in which `exists()` is true, or which must make it true before its end."""
-
-
-class LocalComputeOnce:
-    """Implementation for a single worker."""
+class ComputeOnce:
+    """Coordinates computations that are needed once per study; this class does so for a single worker."""
 
     @contextmanager
     def shared_file(self, name: str) -> Iterator[None]:
-        """See ComputeOnce."""
+        """Enter a context in which the file exists, or which must write it before its end."""
         yield
 
     @contextmanager
     def once(self, name: str, exists: Callable[[], bool]) -> Iterator[None]:
-        """See ComputeOnce."""
+        """Enter a context in which `exists()` is true, or which must make it true before its end."""
         yield
 
 
-LOCAL = LocalComputeOnce()
+LOCAL = ComputeOnce()
 
 
 @dataclass
-class DistributedComputeOnce:
+class DistributedComputeOnce(ComputeOnce):
     """Implementation for a study with several workers."""
 
     study: optuna.Study
