@@ -30,6 +30,7 @@ DISK_ERRNOS = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, na
 ONLY_OF_WRITING = tuple(
     getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ESTALE", "EFBIG") if hasattr(errno, name)
 )
+LONGEST_SHOWN = 100  # characters of an invalid value in a message
 
 # Every exit status of every command; `heretic preflight` has its own: 0 ready, 1 will fail, 2 risky.
 EXIT_STATUSES = {
@@ -73,6 +74,11 @@ class UserError(Exception):
 def plain_line(text: str) -> str:
     """Escape line breaks and terminal control characters, but not the joiners of Persian, Indic and emoji text."""
     return "".join(c if c.isprintable() or c in "\u200c\u200d" else f"\\x{ord(c):02x}" for c in text)
+
+
+def shortened(text: str) -> str:
+    """Return a text as `plain_line`, of at most LONGEST_SHOWN characters, for a message."""
+    return plain_line(text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…")
 
 
 def is_unicode(text: str) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heretic.errors import UserError, plain_line
+from heretic.errors import UserError, plain_line, shortened
 from heretic.model.tensor_info import TensorInfo, quantization_method
 from heretic.model.weight_files import LARGEST_CONFIG, read_json
 
@@ -138,7 +138,7 @@ def _config_error(error: Exception, raw: Mapping[str, Any], file: Path, model: s
     if isinstance(error, ZeroDivisionError):
         keys = [key for key, value in raw.items() if value == 0 and not isinstance(value, bool)]
     keys = keys or _culprits(raw)
-    values = ", ".join(f"{plain_line(str(key))[:60]} = {_short(raw[key])}" for key in keys[:3])
+    values = ", ".join(f"{plain_line(str(key))[:60]} = {shortened(repr(raw[key]))}" for key in keys[:3])
     return UserError(
         f"The model's config cannot be read: {reason}",
         code="invalid-config",
@@ -159,11 +159,6 @@ def _culprits(raw: Mapping[str, Any]) -> list[str]:
             CONFIG_MAPPING[kind].from_dict({k: v for k, v in raw.items() if k != key})
             return [key]
     return []
-
-
-def _short(value: Any) -> str:
-    text = plain_line(repr(value))
-    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def auto_class(config: Any, trusted: bool) -> Any:
@@ -190,7 +185,7 @@ def check_decoder(config: Any, file: Path, trusted: bool) -> None:
     names = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(
-            f"architectures must be a list of names, not {_short(names)}.",
+            f"architectures must be a list of names, not {shortened(repr(names))}.",
             code="invalid-config",
             where=f"{file}: architectures",
             fix="use config.json from the repository of the weights",

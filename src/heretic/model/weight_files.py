@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heretic.errors import UserError, first_line, plain_line
+from heretic.errors import UserError, first_line, plain_line, shortened
 from heretic.files import open_regular
 from heretic.model.tensor_info import PICKLED, TensorInfo, missing_file, read_headers
 
@@ -82,7 +82,7 @@ def explicit_name(config: Mapping[str, Any], folder: Path) -> str | None:
         or not name.endswith((".safetensors", ".safetensors.index.json"))
     ):
         raise UserError(
-            f"transformers_weights must name a safetensors file or index in the model's folder, not {_short_repr(name)}.",
+            f"transformers_weights must name a safetensors file or index in the model's folder, not {shortened(repr(name))}.",
             code="invalid-config",
             where=f"{folder / 'config.json'}: transformers_weights",
             fix="correct the entry, or remove it",
@@ -116,7 +116,7 @@ def read_index(index: Path) -> dict[str, str]:
     for name in table.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffixes):
             raise UserError(
-                f"The index names {_short_repr(name)}, which is not a file of weights in the model's folder.",
+                f"The index names {shortened(repr(name))}, which is not a file of weights in the model's folder.",
                 code="damaged-index",
                 where=str(index),
                 fix="download the model again",
@@ -247,8 +247,3 @@ def _same_start(first: TensorInfo, second: TensorInfo) -> bool:
     with safe_open(first.file, framework="pt") as a, safe_open(second.file, framework="pt") as b:
         rows = [file.get_slice(first.name)[:1].contiguous().view(torch.uint8) for file in (a, b)]
     return torch.equal(*rows)
-
-
-def _short_repr(value: Any) -> str:
-    text = plain_line(repr(value))
-    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -20,7 +20,7 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from heretic.errors import SettingsError, is_unicode, plain_line
+from heretic.errors import LONGEST_SHOWN, SettingsError, is_unicode, plain_line, shortened
 from heretic.files import read_text, split_lines
 from heretic.settings import Settings, SettingsModel
 
@@ -31,7 +31,6 @@ else:
 
 ENVIRONMENT_PREFIX = "HERETIC_"
 DEFAULT_FILE = "config.toml"
-LONGEST_SHOWN = 100  # characters of an invalid value in a message
 LARGEST_FILE = 1 << 20  # bytes
 LONGEST_NUMBER = 4000  # digits; Python's own limit is 4300
 MOST_PARTS = 64  # of a dotted key; the schema has 4
@@ -121,7 +120,7 @@ def resolve(
         key = key.strip()
         if not equals:
             raise SettingsError(
-                f"--set {_shortened(assignment)}: the '=' is missing.", where="--set", fix="write --set key=value"
+                f"--set {shortened(assignment)}: the '=' is missing.", where="--set", fix="write --set key=value"
             )
         _set(data, origins, key, _parse(key, text.strip(), f"--set {key}"), f"--set {key}")
     for key, value in _flatten(options or {}, Settings):
@@ -214,12 +213,7 @@ def _check_value(key: str, value: Any, origin: str) -> None:
             _check_value(key, str(name), origin)
             _check_value(key, item, origin)
     if problem:
-        raise SettingsError(f"The setting '{_shortened(key)}' {problem}.", where=origin, fix=_expected(key))
-
-
-def _shortened(text: str) -> str:
-    """Return a text as one short line for a message."""
-    return plain_line(text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…")
+        raise SettingsError(f"The setting '{shortened(key)}' {problem}.", where=origin, fix=_expected(key))
 
 
 _KEY = re.compile(r"""^\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
@@ -264,9 +258,9 @@ def field_of(key: str, origin: str) -> tuple[type[SettingsModel], str]:
     if not near:  # the right name in the wrong table
         near = [known for known in all_keys() if known.rpartition(".")[2] == key.rpartition(".")[2]][:1]
     raise SettingsError(
-        f"Unknown setting '{_shortened(key)}'.",
+        f"Unknown setting '{shortened(key)}'.",
         code="unknown-setting",
-        where=origin if len(origin) <= 2 * LONGEST_SHOWN else _shortened(origin),
+        where=origin if len(origin) <= 2 * LONGEST_SHOWN else shortened(origin),
         fix=f"did you mean '{near[0]}'?" if near else "list all settings: heretic config --defaults",
     )
 
@@ -364,7 +358,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> SettingsErro
     where = next((origins[k] for k in related if k in origins), "")
     value = problem["input"]
     shown = f"{value!r}" if isinstance(value, (str, int, float, bool, list)) else type(value).__name__
-    shown = "this value" if key in NEVER_SHOWN else _shortened(shown)
+    shown = "this value" if key in NEVER_SHOWN else shortened(shown)
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     fix = None if _annotation(key) is str and isinstance(value, str) else _expected(key)  # the message says it
     return SettingsError(f"The setting '{key}' cannot be {shown}: {message}.", where=where or None, fix=fix)
