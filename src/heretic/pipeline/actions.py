@@ -155,19 +155,21 @@ def compare(
 ) -> list[dict[str, str]]:
     """Return for every prompt the greedy answers of the original and of trials, under `original` and `trial N`."""
     named = {f"trial {number}": run_context.result(number)[0] for number in trials}
-    session = run_context.session()
-    model_context, space = session.context, run_context.search_space()
+    session, space = run_context.session(), run_context.search_space()
+    rows = [{"prompt": prompt} for prompt in prompts]
+    for model, result in {"original": None, **named}.items():
+        with session.applied(*([space.from_params(result.params)] if result else [])):
+            for row, answer in zip(rows, greedy_answers(session.context, model, prompts, tokens), strict=True):
+                row[model] = answer
+    return rows
+
+
+def greedy_answers(model_context: ModelContext, name: str, prompts: Sequence[str], tokens: int) -> list[str]:
+    """Return greedy answers of at most `tokens` tokens; `name` is that of the stage. Raises UserError for long prompts."""
     encoded = model_context.chat.encode(prompts)
     check_length("prompts", encoded, model_context.language_model.context, tokens, "tokens")
-    rows = [{"prompt": prompt} for prompt in prompts]
-
-    step = greedy(model_context.language_model, tokens)
-    for model, result in {"original": None, **named}.items():
-        edits = [space.from_params(result.params)] if result else []
-        with session.applied(*edits):
-            for row, answer in zip(rows, model_context.batcher.run(model, encoded, step, decoding=True), strict=True):
-                row[model] = model_context.chat.text(answer)
-    return rows
+    answers = model_context.batcher.run(name, encoded, greedy(model_context.language_model, tokens), decoding=True)
+    return [model_context.chat.text(answer) for answer in answers]
 
 
 @dataclass(frozen=True)

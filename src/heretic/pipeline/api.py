@@ -30,8 +30,7 @@ from heretic.export.export import Export, plan_export, write_export
 from heretic.export.formats import require_format
 from heretic.files import expand_user
 from heretic.interrupt import StopSignal
-from heretic.model.chat_format import check_length
-from heretic.model.decoding import greedy
+from heretic.pipeline.actions import greedy_answers
 from heretic.pipeline.geometry import measure_effects
 from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.run import Outcome, device_lock, open_locked_study, run
@@ -306,14 +305,8 @@ class AblationSession:
             )
         if not prompts:
             return []
-        encoded = model_context.chat.encode(prompts)
-        check_length("prompts", encoded, model_context.language_model.context, tokens, "tokens")
-        step = greedy(model_context.language_model, tokens)
         with self.session.applied(*([] if ablation is None else [ablation])):
-            return [
-                model_context.chat.text(answer)
-                for answer in model_context.batcher.run("Answers", encoded, step, decoding=True)
-            ]
+            return greedy_answers(model_context, "Answers", prompts, tokens)
 
     def check_destination(self, destination: str | Path) -> None:
         """Raise UserError if an export cannot be written to this folder, or not in the format of the settings."""
