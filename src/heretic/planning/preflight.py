@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -57,7 +56,6 @@ def build_report(
     settings: Settings,
     inputs: PreflightInputs,
     *,
-    environment: Mapping[str, str] = os.environ,
     virtual: tuple[Gpu, ...] = (),
     placed: bool = True,
 ) -> PreflightReport:
@@ -66,14 +64,13 @@ def build_report(
     Args:
         settings: the settings of the run.
         inputs: model, prompts and workload, and the findings so far.
-        environment: environment variables.
         virtual: virtual GPUs to plan for, instead of the machine's.
         placed: whether the whole model is placed; else it is read block by block, and no rule on memory applies.
     """
     found = FindingList(list(inputs.findings))
     checkpoint, work = inputs.checkpoint, inputs.work
     # 1. Devices
-    report, usable = (GpuReport(virtual), virtual) if virtual else inspect_gpus(environment)
+    report, usable = (GpuReport(virtual), virtual) if virtual else inspect_gpus(os.environ)
     if usable:  # with PyTorch's numbers, and with those that NVML does not list
         report = GpuReport(usable, report.problem)
     devices = host.devices(usable)

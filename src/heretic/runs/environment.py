@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,10 +27,10 @@ REPORTED_VARIABLES = (*devices.VARIABLES, "OMP_NUM_THREADS", "OMP_WAIT_POLICY", 
 OPTIONAL = ("numpy", "pydantic", "peft", "gguf", "bitsandbytes", "lm_eval", "psycopg", "boto3", *devices.PACKAGES)
 
 
-def collect(resolved: Resolved | None, problem: str, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def collect(resolved: Resolved | None, problem: str) -> dict[str, Any]:
     """Collect versions, devices, memory, environment and settings; `problem` replaces missing settings."""
     total, free = memory()
-    report, usable = inspect_gpus(environment)
+    report, usable = inspect_gpus(os.environ)
     gpus = [f"{gpu.name} ({gpu.device.name}), {_free(gpu)}" for gpu in usable]
     known = {gpu.uuid for gpu in usable}
     gpus += [
@@ -45,7 +44,7 @@ def collect(resolved: Resolved | None, problem: str, environment: Mapping[str, s
         "ram": f"{format_bytes(free)} of {format_bytes(total)} free",
         "disk": f"{format_bytes(free_disk(Path.cwd()))} free here",
         "gpus": [*gpus, *([report.problem] if report.problem else [])] or ["none"],
-        "environment": {name: environment[name] for name in REPORTED_VARIABLES if name in environment},
+        "environment": {name: os.environ[name] for name in REPORTED_VARIABLES if name in os.environ},
         "settings": settings_text(resolved) if resolved else problem,
     }
 

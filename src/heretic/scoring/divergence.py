@@ -16,11 +16,9 @@ from heretic.scoring.scores import Divergence
 from heretic.scoring.teacher_forcing import TeacherForcedTexts, all_log_probs, last_hidden
 
 
-def first_token_log_probs(
-    language_model: LanguageModel, sequences: Sequence[list[int]], batcher: Batcher, name: str = "Baseline"
-) -> Tensor:
+def first_token_log_probs(language_model: LanguageModel, sequences: Sequence[list[int]], batcher: Batcher) -> Tensor:
     """Compute the log-probabilities of every prompt's next token, float32 [prompts, vocabulary] on the CPU."""
-    return all_log_probs(language_model, first_tokens(sequences), batcher, name)
+    return all_log_probs(language_model, first_tokens(sequences), batcher, "Baseline")
 
 
 def first_tokens(sequences: Sequence[list[int]]) -> TeacherForcedTexts:

@@ -6,8 +6,8 @@ import math
 from statistics import NormalDist
 
 
-def wilson(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Compute Wilson's score interval [low, high] of the proportion `count` / `total`; [0, 1] if `total` is 0.
+def wilson(count: int, total: int) -> tuple[float, float]:
+    """Compute Wilson's 95 % score interval [low, high] of the proportion `count` / `total`; [0, 1] if `total` is 0.
 
     E. B. Wilson, *Probable Inference, the Law of Succession, and Statistical Inference*, JASA 22 (1927), 209-212. Unlike p +- z s
     it stays within 0 and 1 and does not shrink to a point at 0 and at `total`. Raises ValueError for counts outside 0 to `total`.
@@ -16,7 +16,7 @@ def wilson(count: int, total: int, confidence: float = 0.95) -> tuple[float, flo
         raise ValueError(f"the count {count} is not between 0 and {total}")
     if total == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = NormalDist().inv_cdf(0.975)
     share, square = count / total, z * z / total
     middle = (share + square / 2) / (1 + square)
     half = z / (1 + square) * math.sqrt(share * (1 - share) / total + square / (4 * total))

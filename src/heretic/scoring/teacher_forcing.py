@@ -53,11 +53,9 @@ def answer_prefixes(
     return [[*answer, 0] for answer in answers]
 
 
-def log_probs_at(
-    language_model: LanguageModel, targets: TeacherForcedTexts, batcher: Batcher, name: str = "Original's answers"
-) -> list[Tensor]:
+def log_probs_at(language_model: LanguageModel, targets: TeacherForcedTexts, batcher: Batcher) -> list[Tensor]:
     """Compute log-probabilities at every predicted token, by prompt: float32 [predicted tokens, vocabulary] on the CPU."""
-    return list(all_log_probs(language_model, targets, batcher, name).split(targets.counts))
+    return list(all_log_probs(language_model, targets, batcher, "Original's answers").split(targets.counts))
 
 
 def all_log_probs(language_model: LanguageModel, targets: TeacherForcedTexts, batcher: Batcher, name: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,10 +57,9 @@ class Selection(NamedTuple):
     meets_limit: bool = True  # whether it meets the limit of the rule, `max_kl` or `max_refusals`
 
 
-def results(study: optuna.Study, without: Collection[int] = ()) -> list[Result]:
-    """Return the fully measured trials in order, except those `without`. Raises UserError for a damaged trial."""
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return results_of(study, [t for t in complete if t.number not in without])
+def results(study: optuna.Study) -> list[Result]:
+    """Return the fully measured trials in order. Raises UserError for a damaged trial."""
+    return results_of(study, study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
 
 def results_of(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[Result]:
