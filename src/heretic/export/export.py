@@ -196,7 +196,9 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: S
         if {c.name.partition(".")[0] for c in comparisons} != {*choose_scorers(settings).exported}:
             return None
         scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}})
-        return Export(destination, Verification(**manifest["verification"], scores=scores), trial, comparisons)
+        verified = manifest["verification"]  # older ones have more keys
+        verification = Verification(verified["divergence"], scores, verified["tensors_checked"])
+        return Export(destination, verification, trial, comparisons)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 

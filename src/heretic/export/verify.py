@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from heretic.errors import UserError, VerificationFailed
 from heretic.export.formats import FORMATS
 from heretic.export.request import ExportJob, WriteResult
@@ -34,7 +32,6 @@ class Verification:
     """Differences between the written and the ablated model, and the written model's scores; None: it was not loaded."""
 
     divergence: float | None = None  # mean KL, nats
-    largest_difference: float | None = None  # of log-probabilities, among tokens of at least 0.1 % probability
     scores: Scores | None = None
     tensors_checked: int = 0  # edited tensors that were checked one by one
 
@@ -61,15 +58,13 @@ def _compare(job: ExportJob, model_context: ModelContext, checkpoint: Checkpoint
         model_context.language_model, evaluator.harmless_texts, model_context.batcher, "Verifying the written model"
     )
     divergence = float(divergences(job.attached, log_probs).mean())
-    likely = job.attached > torch.log(torch.tensor(1e-3))
-    largest = float((job.attached - log_probs)[likely].abs().max())
     rounding = max(ROUNDING.get(job.plan.dtypes[0], ROUNDING_IN_HALF_PRECISION), written.rounding)
     if FORMATS[job.format].full_precision:
         rounding += REQUANTIZED_TOLERANCE.get(job.plan.quantization, 0.0)
     share = TOLERATED_SHARE if written.exact else TOLERATED_SHARE_OF_A_PART
     tolerated = share * job.ablated_by + rounding
     if divergence <= tolerated:
-        return Verification(divergence, largest, evaluator.score(job.baseline.log_probs, log_probs))
+        return Verification(divergence, evaluator.score(job.baseline.log_probs, log_probs))
     what = f"The written model differs from the measured one: mean KL {divergence:.1e}, tolerated {tolerated:.1e}."
     if not written.exact:
         raise UserError(
