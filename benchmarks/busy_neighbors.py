@@ -143,7 +143,7 @@ def measure(folder: Path, name: str, budget: float) -> list[float]:
     objective = Objective(model, operator_factory, batcher, harmless, harmful, log_probs_at(model, harmless, batcher))
     components = model.structure.components
     search = PathOptimizer(objective, components, GradientSettings(batch=16), 0, NULL_REPORTER, StopSignal())
-    state = OptimizerState.initial(len(components), directions, "mixture")
+    state = OptimizerState.initial(len(components), directions, "free")
     search.step(state)
     found: list[float] = []
     end = time.perf_counter() + budget

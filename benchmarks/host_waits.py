@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -113,12 +112,11 @@ def passes(gpus: Any, model: LanguageModel, factory: OperatorFactory) -> Iterato
     objective = Objective(model, factory, batcher, harmless, harmful, original.split(harmless.counts))
     layers, rows = model.structure.num_layers, range(len(SEQUENCES))
 
-    def gradient(kind: str) -> None:
+    def gradient() -> None:
         strengths = torch.full((len(model.structure.components), layers), 0.5, requires_grad=True)
-        direction = torch.ones(layers if kind == "mixture" else model.structure.width, requires_grad=True)
-        mixture, vector = (direction, None) if kind == "mixture" else (None, direction)
-        ablation = Ablation(dict(zip(model.structure.components, strengths, strict=True)), mixture, vector=vector)
-        objective.evaluate(ablation, 0, rows, rows, wanted=[strengths, direction])
+        vector = torch.ones(model.structure.width, requires_grad=True)
+        ablation = Ablation(dict(zip(model.structure.components, strengths, strict=True)), vector=vector)
+        objective.evaluate(ablation, 0, rows, rows, wanted=[strengths, vector])
 
     def draft() -> None:
         texts = [[*sequence, *text] for sequence, text in zip(SEQUENCES, TEXTS, strict=True)]
@@ -128,8 +126,7 @@ def passes(gpus: Any, model: LanguageModel, factory: OperatorFactory) -> Iterato
         yield "divergence pass", of(gpus, lambda: measure_divergence(model, harmless, original, batcher))
         yield "draft pass", of(gpus, draft)
     yield "capture pass", of(gpus, lambda: ended(last_token_residuals(model, batcher.batch(list(rows), SEQUENCES))))
-    for kind in ("mixture", "vector"):
-        yield f"gradient pass, {kind}", of(gpus, partial(gradient, kind), passes=2)
+    yield "gradient pass, vector", of(gpus, gradient, passes=2)
 
 
 def of(gpus: Any, work: Callable[[], Any], passes: int = 1) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What the resulting models are worth: fronts on prompts that no study saw, after the time of so many ordinary trials.
 
-    python benchmarks/quality.py ASSETS [--methods mixture kernels] [--seeds 0 1 2] [--marks 10 30] [--models DIR ...]
+    python benchmarks/quality.py ASSETS [--methods free kernels] [--seeds 0 1 2] [--marks 10 30] [--models DIR ...]
 
 Every method searches for the time that `--marks` ordinary trials take (a trial of the kernels' space, measured in full), the walk
 included. The study's own front is measured again on a third part of the prompts. Folders given with --models (of any tool) are
@@ -66,7 +66,6 @@ from heretic.settings.sources import resolve
 
 METHODS: dict[str, dict[str, Any]] = {
     "kernels": {"search.start": "kernels"},
-    "mixture": {"search.gradient.direction": "mixture", "search.gradient.second_search": False},
     "per_layer": {"search.gradient.direction": "per_layer", "search.gradient.second_search": False},
     "free": {"search.gradient.direction": "free", "search.gradient.second_search": False},
     # The default search from other directions.
@@ -92,7 +91,7 @@ FURTHER = 8  # tokens of the original's answers over which the KL is measured be
 def main() -> None:
     """Search, measure on held-out prompts, print, write the JSON."""
     parser = options(__doc__, "quality.json")
-    parser.add_argument("--methods", nargs="*", default=["mixture", "kernels"], choices=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=["free", "kernels"], choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--marks", type=int, nargs="+", default=[10], help="ordinary trials whose time a search gets")
     parser.add_argument("--count", type=int, nargs="+", help="trials of a search, whatever time they take, not --marks")

@@ -171,10 +171,8 @@ def held_out() -> str:
 
 # Setting, and for each model: file and method, then those of the default if they are others.
 METHODS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ('search.start = "kernels"', ("quality_mixture_kernels", "kernels", "", "mixture"),
+    ('search.start = "kernels"', ("quality_mixture_kernels", "kernels", "quality_free"),
      ("quality_demo_kernels", "kernels", "quality_demo_trials")),
-    ('search.gradient.direction = "mixture"',
-     ("quality_mixture_kernels quality_mixture", "mixture", "quality_free"), ()),
     ('search.gradient.direction = "per_layer"', ("quality_free_per_layer", "per_layer"), ()),
     ("search.gradient.mine_refusals = false", (), ("quality_demo_methods", "deaf")),
     ('directions.method = "geometric_median"', ("quality_directions", "geometric_median"),
@@ -198,8 +196,8 @@ def methods() -> str:
     return captioned(
         rows, *unique(files), hardware="One or two cores of an AMD EPYC or Intel Xeon",
         command="`python benchmarks/quality.py ASSETS --methods free METHOD`",
-        settings=f"{SAME}; two points, `search.gradient.weights=[0.25,1.5]`; the first three rows on Qwen 347 s, kernels "
-        "against the mixture; kernels on the demo model 30 trials",
+        settings=f"{SAME}; two points, `search.gradient.weights=[0.25,1.5]`; the first two rows on Qwen 347 s; kernels on "
+        "the demo model 30 trials",
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ SEARCH = (
 
 
 def point(weight: float, probability: float) -> PathPoint:
-    return PathPoint(weight, {"mlp": (1.0,)}, None, 0.0, probability)
+    return PathPoint(weight, {"mlp": (1.0,)}, 0.0, probability)
 
 
 def test_the_gentlest_point_that_hardly_refuses_is_taken() -> None:

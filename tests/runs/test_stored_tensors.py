@@ -47,7 +47,7 @@ GEOMETRY = ResidualGeometry(
     torch.tensor([1, 1, 0, 0, 1], dtype=torch.uint8),
 )  # fmt: skip
 STATE = OptimizerState(
-    torch.rand(2, 3), torch.rand(3), None, 4, 1, [PathPoint(0.5, {"mlp": (0.0, 0.1, 0.2)}, (0.1, 0.2, 0.3), 0.1, 0.2)], [(0, [3])],
+    torch.rand(2, 3), torch.rand(4), 4, 1, [PathPoint(0.5, {"mlp": (0.0, 0.1, 0.2)}, 0.1, 0.2, (0.1, 0.2, 0.3, 0.4))], [(0, [3])],
     moments={"strengths.step": torch.tensor(4.0), "strengths.exp_avg": torch.rand(2, 3)},
 )  # fmt: skip
 INPUT_MAPS = {
@@ -72,7 +72,7 @@ MAY_LACK = {
     "end_of_turn",
     "refusal_texts",
     "answered",
-    "mixture",
+    "vector",
     "strengths.step",
     "strengths.exp_avg",
     "block.0.down.w",
@@ -107,9 +107,15 @@ def test_what_was_written_is_read() -> None:
     assert torch.equal(effects_from_tensors(EFFECTS.tensors()).kl, EFFECTS.kl)
 
 
+def test_a_state_of_an_earlier_version_is_read() -> None:
+    mixture = {"mixture": torch.rand(3), "mixture.step": torch.tensor(4.0), "mixture.exp_avg": torch.rand(3)}
+    state = optimizer_state_from_tensors({**optimizer_state_tensors(STATE), **mixture})
+    assert state.points == STATE.points and state.moments.keys() == STATE.moments.keys()
+
+
 def test_the_tensors_of_a_run_are_those_of_the_document() -> None:
     table = (Path(__file__).parents[2] / "docs/run_folder.md").read_text(encoding="utf-8")
-    undocumented = [n for n in (*DIRECTIONS, *BASELINE.tensors(), "strengths", "mixture") if f"`{n}`" not in table]
+    undocumented = [n for n in (*DIRECTIONS, *BASELINE.tensors(), "strengths", "vector") if f"`{n}`" not in table]
     assert not undocumented
 
 

@@ -11,18 +11,14 @@ import optuna
 import pytest
 
 from heretic.errors import UserError
-from heretic.search.gradient_path import GradientPath, PathPoint, shifted
+from heretic.search.gradient_path import GradientPath, PathPoint
 from heretic.search.space import SearchSpace, describe
 from heretic.settings import SearchSettings
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-GENTLE = PathPoint(
-    0.1, {"attention": (0.0, 0.0, 0.2, 0.4), "mlp": (0.0, 0.0, 0.0, 0.0)}, (0.0, 1.0, 0.0, 0.0), 0.01, 0.5
-)
-STRICT = PathPoint(
-    1.0, {"attention": (0.0, 0.2, 0.6, 0.8), "mlp": (0.0, 0.0, 0.4, 0.0)}, (0.0, 0.0, 1.0, 0.0), 0.10, 0.1
-)
+GENTLE = PathPoint(0.1, {"attention": (0.0, 0.0, 0.2, 0.4), "mlp": (0.0, 0.0, 0.0, 0.0)}, 0.01, 0.5)
+STRICT = PathPoint(1.0, {"attention": (0.0, 0.2, 0.6, 0.8), "mlp": (0.0, 0.0, 0.4, 0.0)}, 0.10, 0.1)
 PATH = GradientPath((GENTLE, STRICT))
 
 
@@ -66,7 +62,7 @@ def test_samples_around_a_path_keep_the_layers_that_it_leaves_unedited() -> None
         ablation = space.sample(trial)
         assert space.from_params(trial.params) == ablation
         assert ablation.strengths["attention"][0] == 0.0 and not any(ablation.strengths["mlp"][:2])
-        assert sum(ablation.mixture or ()) == pytest.approx(1.0)
+        assert ablation.shift == trial.params["path.shift"] and abs(ablation.shift) <= 1
 
 
 def test_a_failed_gradient_search_leaves_kernels() -> None:
@@ -81,8 +77,7 @@ def test_halfway_between_points_with_gains_and_a_shift() -> None:
     ablation = PATH.at(0.5, gains, 0.5)
     assert ablation.strengths["attention"] == pytest.approx((0.0, 0.1, 0.4, 1.2))
     assert ablation.strengths["mlp"] == pytest.approx((0.0, 0.0, 0.2, 0.0))
-    assert ablation.mixture == pytest.approx((0.0, 0.25, 0.5, 0.25))
-    assert shifted((1.0, 0.0), -1.0) == (1.0, 0.0), "there is nothing before the first layer"
+    assert ablation.shift == 0.5
 
 
 def test_a_path_is_restored_from_the_study() -> None:
@@ -90,6 +85,9 @@ def test_a_path_is_restored_from_the_study() -> None:
     assert GradientPath.load(study) is None
     PATH.save(study)
     assert GradientPath.load(study) == PATH and PATH.edited_layer_range == (1, 3)
+    older = {"points": [asdict(point) | {"mixture": None} for point in PATH.points]}
+    study.set_user_attr("heretic:gradient_path", json.dumps(older))
+    assert GradientPath.load(study) == PATH
 
 
 @pytest.mark.parametrize(
@@ -114,9 +112,9 @@ def test_parameters_of_another_search_space_are_refused(change: dict[str, Any]) 
     "stored",
     [
         3, "[]", "{", '{"points": {}}',
-        json.dumps({"points": [asdict(PATH.points[0]) | {"mixture": [1.0]}], "failure_reason": ""}),
+        json.dumps({"points": [asdict(PATH.points[0]), asdict(PATH.points[1]) | {"vector": [1.0]}], "failure_reason": ""}),
         json.dumps({"points": [asdict(PATH.points[0]), asdict(PATH.points[1]) | {"strengths": {}}], "failure_reason": ""}),
-        json.dumps({"points": [asdict(PATH.points[0]) | {"mixture": [math.nan] * 4}], "failure_reason": ""}),
+        json.dumps({"points": [asdict(PATH.points[0]) | {"vector": [math.nan] * 4}], "failure_reason": ""}),
     ],
 )  # fmt: skip
 def test_a_damaged_gradient_path_is_refused(stored: object) -> None:

@@ -211,22 +211,19 @@ def optimizer_state_from_tensors(tensors: Tensors) -> OptimizerState:
     """Return the stored state of a running gradient search. Raises ValueError."""
     strengths = _finite(tensors, "strengths", 2)
     layers = strengths.shape[1]
-    mixture = _finite(tensors, "mixture", 1) if "mixture" in tensors else None
     vector = _finite(tensors, "vector", 1) if "vector" in tensors else None
-    _require(mixture is None or len(mixture) == layers, "mixture and strengths differ in layers")
     stored = _state_json().validate_json(_text(tensors, "state"))
     profiles = [profile for point in stored["points"] for profile in point.strengths.values()]
     _require(alike(stored["points"]) and all(len(p) == layers for p in profiles), "the points differ in shape")
     _require(stored["first_layer"] <= layers, "first_layer is beyond the last layer")
-    names = {"strengths", "mixture", "vector", "state"}
-    moments = {name: tensor for name, tensor in tensors.items() if name not in names}
+    others = ("strengths", "vector", "state", "mixture")  # the last one and its moments are of earlier versions
+    moments = {n: t for n, t in tensors.items() if n not in others and not n.startswith("mixture.")}
     for name, tensor in moments.items():
         parameter = tensors.get(name.partition(".")[0])
         fits = parameter is not None and tensor.shape in (parameter.shape, ()) and tensor.is_floating_point()
         _require(fits and bool(tensor.isfinite().all()), f"{name} is invalid")
     return OptimizerState(
         strengths,
-        mixture,
         vector,
         stored["steps"],
         stored["first_layer"],

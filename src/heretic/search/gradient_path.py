@@ -19,11 +19,10 @@ from heretic.storage.attributes import GRADIENT_PATH, MAX_LAYERS
 
 @dataclass(frozen=True)
 class PathPoint:
-    """The optimum at one weight of the refusal term; `mixture` and `vector` are as in an Ablation."""
+    """The optimum at one weight of the refusal term; `vector` is as in an Ablation."""
 
     weight: float
     strengths: Mapping[str, tuple[float, ...]]  # by component, one per layer
-    mixture: tuple[float, ...] | None
     kl: float  # mean over the validation prompts
     probability: float  # mean probability of the reference refusals on the validation prompts
     vector: tuple[float, ...] | None = None
@@ -31,7 +30,7 @@ class PathPoint:
     @property
     def ablation(self) -> Ablation:
         """The ablation at this point."""
-        return Ablation(self.strengths, self.mixture, vector=self.vector)
+        return Ablation(self.strengths, vector=self.vector)
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class GradientPath:
 
         Args:
             gains: factors of the strengths by component, one per layer.
-            shift: mixes the direction toward that of a neighboring layer, in layers; ignored for vectors.
+            shift: mixes each layer's direction with a neighbor's, in layers; ignored for vectors.
         """
         low = min(int(position), len(self.points) - 1)
         high = min(low + 1, len(self.points) - 1)
@@ -61,13 +60,11 @@ class GradientPath:
         }
         if a.vector is not None and b.vector is not None:
             return Ablation(strengths, vector=_between(a.vector, b.vector, share))
-        if a.mixture is None or b.mixture is None:
-            return Ablation(strengths, None, shift)
-        return Ablation(strengths, shifted(_between(a.mixture, b.mixture, share), shift))
+        return Ablation(strengths, shift=shift)
 
     @property
     def uses_layer_directions(self) -> bool:
-        """Whether the directions are those of the layers or a mixture of them, which `shift` can move."""
+        """Whether the directions are those of the layers, which `shift` can move."""
         return all(p.vector is None for p in self.points)
 
     @property
@@ -101,28 +98,18 @@ def alike(points: Sequence[PathPoint]) -> bool:
     shapes = {
         (
             *sorted((component, len(profile)) for component, profile in p.strengths.items()),
-            *(None if part is None else len(part) for part in (p.mixture, p.vector)),
+            None if p.vector is None else len(p.vector),
         )
         for p in points
     }
-    numbers = [part for p in points for part in (*p.strengths.values(), p.mixture or (), p.vector or ())]
-    layers = {len(part) for p in points for part in (*p.strengths.values(), *([p.mixture] if p.mixture else []))}
+    numbers = [part for p in points for part in (*p.strengths.values(), p.vector or ())]
+    layers = {len(part) for p in points for part in p.strengths.values()}
     return (
         len(shapes) <= 1
         and len(layers) <= 1
         and max(layers, default=0) <= MAX_LAYERS
         and all(map(math.isfinite, itertools.chain(*numbers)))
     )
-
-
-def shifted(mixture: Sequence[float], shift: float) -> tuple[float, ...]:
-    """Move a fraction `shift` of every layer's coefficient to the next layer (negative: to the previous one)."""
-    moved = [0.0] * len(mixture)
-    for layer, coefficient in enumerate(mixture):
-        neighbor = min(max(layer + (1 if shift > 0 else -1), 0), len(mixture) - 1)
-        moved[layer] += (1 - abs(shift)) * coefficient
-        moved[neighbor] += abs(shift) * coefficient
-    return tuple(moved)
 
 
 def _between(a: Sequence[float], b: Sequence[float], share: float) -> tuple[float, ...]:

@@ -1,7 +1,7 @@
 """Gradient search of strengths and direction: minimize KL on harmless prompts + weight * mean -log(1 - p) of the refusals.
 
 p is the probability of a reference refusal, as in refusal-direction optimization (Wollschläger et al. 2025, arXiv 2502.17420,
-section 3), but over strengths and a mixture of the layers' directions. Each weight starts from the previous solution.
+section 3), but over strengths and one direction for all layers. Each weight starts from the previous solution.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from heretic.scoring.gradient_loss import LossTerms, Objective
 from heretic.search.gradient_path import PathPoint
 from heretic.settings import GradientSettings
 
-MIDDLE = (0.6, 0.85)  # the layers whose directions the mixture begins with, as shares of the depth
+MIDDLE = (0.6, 0.85)  # the layers whose directions the search begins with, as shares of the depth
 MAX_STRENGTH = 2.5  # of a single writer; 1 removes the direction, 2 mirrors it
 CONVERGED_REFUSALS = 0.005  # mean refusal probability below which the search ends
 STILL_REFUSED = 0.1  # share of refused prompts above which a larger weight is added
@@ -36,10 +36,9 @@ MinedRefusals = tuple[int, list[int]]  # (row of the prompt in the objective, to
 
 @dataclass
 class OptimizerState:
-    """Resumable state of the search; without `mixture` and `vector` each layer uses its own direction."""
+    """Resumable state of the search; without `vector` each layer uses its own direction."""
 
     strengths: Tensor  # [components, layers]
-    mixture: Tensor | None = None  # [layers]
     vector: Tensor | None = None  # [count * width]
     steps: int = 0
     first_layer: int = 0  # nothing below it is edited
@@ -52,14 +51,12 @@ class OptimizerState:
 
     @classmethod
     def initial(cls, components: int, directions: Directions, kind: str) -> OptimizerState:
-        """Create the state without edits; the direction starts as the equal mixture of the middle layers."""
+        """Create the state without edits; a free direction starts as the equal mixture of the middle layers'."""
         layers = directions.num_layers
-        strengths, mixture = torch.zeros(components, layers), torch.zeros(layers)
+        strengths, middle = torch.zeros(components, layers), torch.zeros(layers)
         low, high = (round(share * (layers - 1)) for share in MIDDLE)
-        mixture[low : high + 1] = 1
-        if kind == "mixture":
-            return cls(strengths, mixture)
-        return cls(strengths, vector=orthonormal(directions.mixed_at(mixture))[0].flatten() if kind == "free" else None)
+        middle[low : high + 1] = 1
+        return cls(strengths, orthonormal(directions.mixed_at(middle))[0].flatten() if kind == "free" else None)
 
     def remap_extra_refusals(self, places: Sequence[int]) -> None:
         """Map the mined refusals to these refused prompts, which another judge or batch size may have changed."""
@@ -77,8 +74,7 @@ class OptimizerState:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The optimized tensors by name."""
-        all_of_them = {"strengths": self.strengths, "mixture": self.mixture, "vector": self.vector}
-        return {name: t for name, t in all_of_them.items() if t is not None}
+        return {"strengths": self.strengths} | ({} if self.vector is None else {"vector": self.vector})
 
 
 @dataclass
@@ -237,7 +233,7 @@ class PathOptimizer:
 
     def _ablation(self, tensors: Mapping[str, Tensor]) -> Ablation:
         strengths = dict(zip(self.components, tensors["strengths"], strict=True))
-        return Ablation(strengths, tensors.get("mixture"), vector=tensors.get("vector"))
+        return Ablation(strengths, vector=tensors.get("vector"))
 
     def _off_span_penalty(self, vector: Tensor) -> Tensor:
         """Compute the gradient of the squared share of each vector outside the span of the layers' directions."""
@@ -274,8 +270,8 @@ class PathOptimizer:
         state.first_layer = int(used[0]) if len(used) else state.first_layer
         reading = self.validate(state)
         strengths = {c: tuple(row) for c, row in zip(self.components, state.strengths.tolist(), strict=True)}
-        mixture, vector = (None if t is None else tuple(t.tolist()) for t in (state.mixture, state.vector))
-        state.points.append(PathPoint(weight, strengths, mixture, reading.kl, reading.probability, vector))
+        vector = None if state.vector is None else tuple(state.vector.tolist())
+        state.points.append(PathPoint(weight, strengths, reading.kl, reading.probability, vector))
         self.reporter.info(
             f"Weight {weight:g}: KL {reading.kl:.4f}, refusal probability {reading.probability:.3f} on validation prompts; "
             f"edited from layer {state.first_layer}."

@@ -44,14 +44,10 @@ class KernelSpace(SettingsModel):
 class GradientSettings(SettingsModel):
     """The gradient search over strengths and a direction, on the two training prompt sets."""
 
-    direction: Literal["mixture", "per_layer", "free"] = setting(
+    direction: Literal["per_layer", "free"] = setting(
         "free",
-        "`free`: optimize one direction for all layers. `mixture`: optimize a mixture of the layers' directions. "
-        "`per_layer`: use each layer's own, unchanged.",
-        when=(
-            "Use `mixture` or `per_layer` to stay in the span of the measured directions; on one model both were worse "
-            "than `free`."
-        ),
+        "`free`: optimize one direction for all layers. `per_layer`: use each layer's own, unchanged.",
+        when="Use `per_layer` to stay with the measured directions; on one model it was worse than `free`.",
     )
     off_span_penalty: float = setting(
         0.1,
