@@ -308,3 +308,14 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return bool(OUT_OF_MEMORY.search(str(error)))
+
+
+@contextlib.contextmanager
+def prefix_caching_if(batcher: Batcher, allowed: bool) -> Iterator[None]:
+    """Turn prefix caching off within the context unless allowed: a sliding window would count the padding after the prefix."""
+    before = batcher.prefix_caching
+    batcher.prefix_caching = before and allowed
+    try:
+        yield
+    finally:
+        batcher.prefix_caching = before

@@ -14,6 +14,10 @@ from heretic.errors import UserError, first_line, plain_line
 from heretic.model.template import contains, render_messages
 from heretic.settings import Settings
 
+# Of the answers to training prompts in the gradient search:
+SEARCH_TOKENS = 16  # in which the original must refuse
+CHECK_TOKENS = 48  # under the last point: as much as the trained judge reads
+
 
 @dataclass(frozen=True)
 class ChatFormat:
@@ -140,9 +144,16 @@ def check_different(role: str, sequences: Sequence[list[int]]) -> None:
 
 
 def answer_tokens(role: str, settings: Settings) -> int:
-    """Return the maximum number of answer tokens evaluated after a prompt of this set."""
+    """Return the largest number of answer tokens that a run evaluates after a prompt of this set."""
     decoded = settings.max_response_length
-    return {"harmful_eval": decoded, "harmless_eval": max(decoded, settings.kl_tokens)}.get(role, 1)
+    if role == "harmful_eval":
+        return decoded
+    if role == "harmless_eval":
+        return max(decoded, settings.kl_tokens)
+    if settings.search.start != "gradient":
+        return 1
+    tried = max(SEARCH_TOKENS, min(decoded, CHECK_TOKENS))
+    return tried if role == "harmful_train" else max(tried, settings.search.gradient.kl_tokens)
 
 
 def check_length(

@@ -21,6 +21,7 @@ from heretic.export.export import Export
 from heretic.export.formats import require_format
 from heretic.interrupt import StopSignal
 from heretic.model.adapter import adapter_folder, base_of
+from heretic.model.batching import prefix_caching_if
 from heretic.model.chat_format import check_length
 from heretic.model.decoding import greedy
 from heretic.model.response_prefix import AnswerStart
@@ -168,7 +169,9 @@ def greedy_answers(model_context: ModelContext, name: str, prompts: Sequence[str
     """Return greedy answers of at most `tokens` tokens; `name` is that of the stage. Raises UserError for long prompts."""
     encoded = model_context.chat.encode(prompts)
     check_length("prompts", encoded, model_context.language_model.context, tokens, "tokens")
-    answers = model_context.batcher.run(name, encoded, greedy(model_context.language_model, tokens), decoding=True)
+    model, batcher = model_context.language_model, model_context.batcher
+    with prefix_caching_if(batcher, max(map(len, encoded)) + tokens < model.window):
+        answers = batcher.run(name, encoded, greedy(model, tokens), decoding=True)
     return [model_context.chat.text(answer) for answer in answers]
 
 

@@ -16,6 +16,7 @@ from heretic.errors import OutOfMemory, UserError, first_line
 from heretic.hardware import devices
 from heretic.hardware.host import memory
 from heretic.model.batching import Batcher, free_memory
+from heretic.model.chat_format import CHECK_TOKENS, SEARCH_TOKENS
 from heretic.model.device_errors import is_device_error
 from heretic.model.forward import supports_mid_stack_start
 from heretic.model.loading import LanguageModel
@@ -37,10 +38,8 @@ from heretic.storage.compute_once import LOCAL, ComputeOnce
 
 log = logging.getLogger(__name__)
 
-ANSWER_TOKENS = 16  # tokens of an answer to a training prompt, in which it must refuse
 TRY_AGAIN = "With more free memory, --fresh tries the gradient search again."
 MIN_REFUSALS = 4  # refused training prompts that a search needs
-CHECK_TOKENS = 48  # of the answers under the last point: as much as the trained judge reads
 MANY_UNANSWERED = 0.25  # share of the refused training prompts that may stay without an answer under the last point
 LEFT_BY_SECOND = 0.5  # share of these that a second path may leave; its KL is often higher
 # The second search: removing each layer's own direction in many layers takes out what the layers above would read. Few strong
@@ -298,7 +297,7 @@ def prepare(session: Session) -> GradientProblem | None:
 def find_refusals(model_context: ModelContext, requests: Sequence[list[int]]) -> RefusalCount:
     """Return which training prompts the model refuses in its current state, with the tokens of the answers."""
     min_tokens = model_context.settings.search.gradient.refusal_tokens
-    return _count_refusals(model_context, requests, model_context.evaluator.judge, ANSWER_TOKENS, min_tokens)
+    return _count_refusals(model_context, requests, model_context.evaluator.judge, SEARCH_TOKENS, min_tokens)
 
 
 def _count_refusals(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from heretic.model.batching import UNEDITED, Batch, Batcher, EditSpec, parts_within, shared_tokens
+from heretic.model.batching import UNEDITED, Batch, Batcher, EditSpec, parts_within, prefix_caching_if, shared_tokens
 from heretic.model.chat_format import ChatFormat, check_length
 from heretic.model.decoding import greedy
 from heretic.model.forward import hidden_states, launch_head, log_probs_of
@@ -79,7 +79,10 @@ class TrialGroup:
         model, batcher, count = self.parts.language_model, self.parts.batcher, len(prompts.tokens)
         check_length(prompts.name, prompts.tokens, model.context, tokens)
         step = greedy(model, tokens)
-        with self.applied() as edited, _prefix_caching(batcher, max(map(len, prompts.tokens)) + tokens < model.window):
+        with (
+            self.applied() as edited,
+            prefix_caching_if(batcher, max(map(len, prompts.tokens)) + tokens < model.window),
+        ):
             found = batcher.run_items(STAGES[0], prompts.tokens, step, edited=edited, decoding=True)
         return [[found[trial * count + i] for i in range(count)] for trial in range(self.count)]
 
@@ -188,15 +191,4 @@ def _whole_texts(
 ) -> AbstractContextManager[None]:
     """Turn prefix caching off within the context if the shared prefix reaches into the texts, whose hidden states are needed."""
     short = max(map(len, sequences)) < model.window
-    return _prefix_caching(batcher, short and len(shared_tokens(sequences)) < min(map(len, prompts)))
-
-
-@contextmanager
-def _prefix_caching(batcher: Batcher, allowed: bool) -> Iterator[None]:
-    """Turn prefix caching off within the context unless allowed: a sliding window would count the padding after the prefix."""
-    before = batcher.prefix_caching
-    batcher.prefix_caching = before and allowed
-    try:
-        yield
-    finally:
-        batcher.prefix_caching = before
+    return prefix_caching_if(batcher, short and len(shared_tokens(sequences)) < min(map(len, prompts)))
