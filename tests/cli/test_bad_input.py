@@ -265,8 +265,9 @@ def test_a_finished_run_needs_its_prompt_files_no_more(
     Path("my_harmless_train.txt").unlink()
     command("export", "mine", "-o", "out", status=0)
     command("compare", "mine", "--trials", "0", "--prompts", "make soup", status=0)
-    # 2. A new session of the search reads them, and so does a setting for this command
-    assert command("run", "mine", "--trials", "2", status=1).code == "missing-file"
+    command("run", "mine", "--trials", "2", status=0)
+    # 2. A setting for this command reads them, and so does a run by its config file
+    assert command("run", "--run-name", "mine", "--trials", "3", status=1).code == "missing-file"
     asked = ("compare", "mine", "--trials", "0", "--prompts", "make soup")
     assert command(*asked, "--set", "prompts.harmless_train.source=no.txt", status=1).code == "missing-file"
     # 3. Without the copy they are read again
