@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from heretic.storage import rdb
 from heretic.storage import study_lock as study_lock_module
 from heretic.storage.rdb import connect, open_study
 from tests.helpers.errors import raises
-from tests.helpers.postgres import Server
+from tests.helpers.postgres import PASSWORD, Server
 
 
 def test_several_open_a_new_database_at_once(postgres: Server) -> None:
@@ -82,6 +83,43 @@ def test_the_database_of_another_program_gets_no_tables(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         connect(f"sqlite:///{file}")
     assert refused.value.code == "not-a-study" and file.read_bytes() == before
+
+
+def test_a_study_of_an_older_optuna_is_kept_and_the_fix_upgrades_it(tmp_path: Path) -> None:
+    folder = tmp_path / "two words"
+    folder.mkdir()
+    url = f"sqlite:///{folder / 'study.db'}"
+    open_study(url, "s", {"a": 1})
+    with contextlib.closing(sqlite3.connect(folder / "study.db")) as stored:
+        stored.executescript("update alembic_version set version_num = 'v3.0.0.d'")
+    before = (folder / "study.db").read_bytes()
+    with raises("study-version") as error:
+        open_study(url, "s", {"a": 1})
+    assert error.value.where == url and (folder / "study.db").read_bytes() == before
+    assert error.value.fix and "--fresh" not in error.value.fix
+    subprocess.run(error.value.fix, shell=True, check=True)
+    open_study(url, "s", {"a": 1})
+    assert (folder / "study.db.copy").read_bytes() == before
+
+
+def test_a_study_of_a_newer_optuna_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "study.db"
+    open_study(f"sqlite:///{file}", "s", {"a": 1})
+    with contextlib.closing(sqlite3.connect(file)) as stored:
+        stored.executescript("update alembic_version set version_num = 'v9.0.0.a'")
+    before = file.read_bytes()
+    with raises("study-version") as error:
+        open_study(f"sqlite:///{file}", "s", {"a": 1})
+    assert error.value.fix == "update optuna: pip install -U optuna" and file.read_bytes() == before
+
+
+def test_the_upgrade_of_a_server_shows_no_password(postgres: Server) -> None:
+    connect(postgres.url)
+    postgres.ask("update alembic_version set version_num = 'v3.0.0.d'")
+    with raises("study-version") as error:
+        connect(postgres.url)
+    assert PASSWORD not in str(error.value)
+    assert postgres.url.replace(PASSWORD, "***").partition(":")[2] in (error.value.fix or "")
 
 
 def test_a_database_that_stays_locked_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

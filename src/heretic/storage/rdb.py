@@ -6,13 +6,16 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import socket
 import sqlite3
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import optuna
@@ -53,17 +56,23 @@ def connect(
         if not on_server(url):
             _check_file(url)
             _make_private(url)
-            return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT}})
+            arguments = {"connect_args": {"timeout": BUSY_TIMEOUT}}
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=arguments, skip_compatibility_check=True)
+            _check_schema(storage)
+            return storage
         workers = workers or WorkerSettings()
         driver_url = _with_driver(url)
         with _table_creation_lock(driver_url):
-            return RetryingRDBStorage(
+            server = RetryingRDBStorage(
                 driver_url,
                 retry_policy or RetryPolicy(),
                 engine_kwargs={"pool_pre_ping": True, "connect_args": SERVER_ARGUMENTS},
                 heartbeat_interval=workers.heartbeat,
                 grace_period=effective_grace_period(workers),
+                skip_compatibility_check=True,
             )
+            _check_schema(server)
+            return server
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, LookupError, RuntimeError) as error:
         lacks_driver = isinstance(error, ImportError)
         cause = "its driver is not installed" if lacks_driver else reason(error)
@@ -104,6 +113,32 @@ def _check_file(url: str) -> None:
             where=masked(url),
             fix="name another file, or leave storage empty for study.db in the run's folder",
         )
+
+
+def _check_schema(storage: optuna.storages.RDBStorage) -> None:
+    """Raise UserError unless the tables are those of the installed Optuna, in place of Optuna's own check.
+
+    Nothing is upgraded here: an interrupted upgrade of SQLite is not undone, and other machines may have an older Optuna.
+    """
+    stored, needed = storage.get_current_version(), storage.get_head_version()
+    if stored == needed:
+        return
+    is_older = stored in storage.get_all_versions()
+    raise UserError(
+        f"The study was made by {'an older' if is_older else 'a newer'} Optuna: its tables are {stored}, Optuna "
+        f"{optuna.__version__} needs {needed}.",
+        code="study-version",
+        where=masked(storage.url),
+        fix=_upgrade_command(storage.url) if is_older else "update optuna: pip install -U optuna",
+    )
+
+
+def _upgrade_command(url: str) -> str:
+    """Return the shell command that copies a SQLite file and upgrades a study's tables; the password is masked."""
+    file = sqlite_file(url)
+    copy = f"cp {quote(str(file))} {quote(f'{file}.copy')} && " if file else ""
+    program = "optuna" if shutil.which("optuna") else str(Path(sys.executable).with_name("optuna"))
+    return f"{copy}{quote(program)} storage upgrade --storage {quote(masked(url))}"
 
 
 def locked(url: str) -> UserError:
