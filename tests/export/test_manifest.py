@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import metadata_load
 
+from heretic._version import __version__
 from heretic.export.card import share
-from heretic.export.manifest import settings_of
+from heretic.export.manifest import read_exported_files, read_manifest, settings_of
 from heretic.interrupt import StopSignal
 from heretic.pipeline.run import run
 from heretic.progress import NULL_REPORTER
@@ -78,6 +80,44 @@ def test_settings_of_a_manifest_from_anywhere(
     assert "of_later" in error.value.what and error.value.where == str(file)
     said = heretic(capsys, monkeypatch, "config", "--from-manifest", "out/manifest.json")
     assert said.status == 1 and "[unknown-setting]" in said.err and "of_later" in said.err
+
+
+LATER: dict[str, dict[str, Any]] = {
+    "geometry": {"settings": {"ablation": {"geometry": "of_later"}}},
+    "dtype": {"dtype": "float8"},
+    "type of a GGUF file": {"written": {"type": "q1_0"}},
+}
+
+
+@pytest.mark.parametrize("version", ["99.1.0", __version__])
+def test_a_manifest_of_another_version_names_it(config: Path, version: str) -> None:
+    run(resolve(config, {"save_to": "out", "n_trials": 1}), reporter=NULL_REPORTER, stop=StopSignal())
+    file = Path("out/manifest.json")
+    manifest = json.loads(file.read_text()) | {"versions": {"heretic": version}}
+    for later in LATER.values():
+        file.write_text(json.dumps(_updated(manifest, later)))
+        with raises("invalid-manifest" if version == __version__ else "manifest-version") as error:
+            read_manifest(file)
+        assert (version in str(error.value.fix)) == (version != __version__)
+        assert read_exported_files(file).files == manifest["files"]
+    file.write_text(json.dumps(_updated(manifest, {"settings": {"of_later": 1, "ablation": {"of_later": 1}}})))
+    assert read_manifest(file)[0].settings.ablation.geometry == manifest["settings"]["ablation"]["geometry"]
+    with raises("unknown-setting") as error:
+        settings_of(file)
+    assert (version in str(error.value.fix)) == (version != __version__)
+
+
+def test_a_version_that_is_none_is_not_shown(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.json"
+    for version in ("9 [x](https://evil.example)", "9" * 1000, "9\n", ["9"], None):
+        file.write_text(json.dumps({"made_with": "heretic", "versions": {"heretic": version}}))
+        with raises("invalid-manifest"):
+            read_manifest(file)
+
+
+def _updated(data: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    """Return nested tables with other values in them."""
+    return data | {k: _updated(data[k], v) if isinstance(v, dict) else v for k, v in update.items()}
 
 
 def test_shares_in_words() -> None:

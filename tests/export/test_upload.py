@@ -175,6 +175,16 @@ def test_weights_of_another_trial_do_not_stay_beside_the_card(hub: Hub, out: Pat
     assert set(files) == {*whole, "picture.png"}
 
 
+def test_an_export_of_another_version_is_uploaded_and_replaced(hub: Hub, out: Path, upload: Upload) -> None:
+    file = out / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest |= {"versions": {"heretic": "99.1.0"}, "dtype": "float8", "settings": {"of_later": 1}}
+    file.write_text(json.dumps(manifest))
+    assert upload("out", "someone/tiny", "--yes").status == 0
+    assert hub.repositories["someone/tiny"].files["manifest.json"] == file.read_bytes()
+    assert upload("out", "someone/tiny", "--yes").status == 0
+
+
 def test_what_is_not_ours_is_left_alone(hub: Hub, out: Path, upload: Upload) -> None:
     hub.repositories["someone/other"] = Repository(True, {"model.safetensors": b"precious"})
     assert "[repository-not-ours]" in error_of(upload("out", "someone/other", "--yes"))

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from torch import Tensor
 
+from heretic._version import __version__
 from heretic.ablation.ablation import Ablation
 from heretic.ablation.directions import Directions
 from heretic.ablation.operator import Operator
@@ -21,7 +22,7 @@ from heretic.model.hub_model import fetch_files
 from heretic.runs.stored_tensors import FARTHEST, directions_from_tensors, operators_from_tensors
 from heretic.scoring.scores import Scores
 from heretic.settings import Settings
-from heretic.settings.ablation import AblationSettings
+from heretic.settings.ablation import Geometry
 from heretic.settings.export import Behavior, GgufType, MlxBits
 from heretic.settings.sources import Resolved
 
@@ -33,6 +34,7 @@ LARGEST = 16 << 20  # bytes; a manifest has a few hundred kilobytes at most
 OWN_MANIFEST = "use the manifest.json that heretic export wrote"
 
 T = TypeVar("T")
+P = TypeVar("P", bound=BaseModel)
 
 
 def scores_text(scores: Scores) -> dict[str, Any]:
@@ -97,6 +99,13 @@ class Inventory(_Part):
     files: dict[FilePath, Sha256]
 
 
+class ExportedFiles(Inventory):
+    """What an upload needs of a manifest, also of one that another version of heretic has written."""
+
+    trial: int
+    files: dict[FilePath, Sha256] = {}
+
+
 class WrittenFiles(Hashes):
     """The written files, their format, and its rank or type."""
 
@@ -133,10 +142,18 @@ class DirectionSpec(_Part):
         return self.count * (1 + self.iterative_rounds)
 
 
+class UsedAblation(_Part):
+    """The settings of the ablation; a rebuild is compared with the hashes, whatever else a later version has set."""
+
+    geometry: Geometry
+    norm_aware: bool = True
+    readers: bool = False
+
+
 class UsedSettings(_Part):
     """The settings that the edit needs."""
 
-    ablation: AblationSettings
+    ablation: UsedAblation
     directions: DirectionSpec = DirectionSpec()
 
 
@@ -204,8 +221,18 @@ def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
     """Read and validate a manifest; `path` may be the model's folder. Returns it and the file's whole content.
 
     Raises:
-        UserError: The file is missing or not a manifest; it is untrusted input.
+        UserError: The file is missing or not a manifest, or one of another version that this one cannot use.
     """
+    return _read(path, Manifest)
+
+
+def read_exported_files(path: Path) -> ExportedFiles:
+    """Read what an upload needs of a manifest, as `read_manifest`. Raises UserError."""
+    return _read(path, ExportedFiles)[0]
+
+
+def _read(path: Path, kind: type[P]) -> tuple[P, dict[str, Any]]:
+    """Read a manifest, which is untrusted input."""
     file = path / MANIFEST if path.is_dir() else path
     try:
         if file.stat().st_size > LARGEST:
@@ -215,8 +242,8 @@ def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
                 where=str(file),
                 fix=OWN_MANIFEST,
             )
-        text = file.read_text(encoding="utf-8")
-        return Manifest.model_validate_json(text, strict=True), json.loads(text)
+        data = json.loads(file.read_text(encoding="utf-8"))
+        return kind.model_validate_json(json.dumps(data), strict=True), data
     except FileNotFoundError:
         raise UserError(
             "There is no manifest.", code="no-manifest", where=str(file), fix="name the folder of an exported model"
@@ -224,11 +251,16 @@ def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])[:100]
+        what = f"{key or 'it'}: {problem['msg'].removeprefix('Value error, ')[:200]}."
+        if writer := _other_version(data):
+            raise UserError(
+                f"This version of heretic cannot use the manifest: {what}",
+                code="manifest-version",
+                where=str(file),
+                fix=f"written by heretic {writer}; install that version",
+            ) from None
         raise UserError(
-            f"The manifest cannot be used: {key or 'it'}: {problem['msg'].removeprefix('Value error, ')[:200]}.",
-            code="invalid-manifest",
-            where=str(file),
-            fix=OWN_MANIFEST,
+            f"The manifest cannot be used: {what}", code="invalid-manifest", where=str(file), fix=OWN_MANIFEST
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(
@@ -237,6 +269,14 @@ def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
             where=str(file),
             fix=OWN_MANIFEST,
         ) from None
+
+
+def _other_version(data: Any) -> str:
+    """Return the version of heretic that wrote a manifest; empty if it is this one or is not stated."""
+    versions = data.get("versions") if isinstance(data, dict) and data.get("made_with") == "heretic" else None
+    writer = versions.get("heretic") if isinstance(versions, dict) else None
+    valid = isinstance(writer, str) and re.fullmatch(r"[\w.+!-]{1,40}", writer, re.ASCII) and writer != __version__
+    return str(writer) if valid else ""
 
 
 def read_inventory(folder: Path) -> Inventory | None:
@@ -267,7 +307,9 @@ def settings_of(path: Path) -> Resolved:
             f"This version of heretic does not accept the manifest's setting {key}.",
             code="unknown-setting",
             where=str(path),
-            fix="use the version of heretic that wrote the manifest",
+            fix=f"written by heretic {writer}; install that version"
+            if (writer := _other_version(data))
+            else "use the version of heretic that wrote the manifest",
         ) from None
 
 

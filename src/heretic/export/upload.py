@@ -16,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from heretic.errors import Interrupted, UserError, first_line, plain_line
 from heretic.export.companions import leaves
 from heretic.export.destination import abbreviated
-from heretic.export.manifest import MANIFEST, Manifest, read_manifest
+from heretic.export.manifest import MANIFEST, ExportedFiles, read_exported_files
 from heretic.files import sha256
 from heretic.interrupt import StopSignal
 from heretic.model.hub_model import hub_answer
@@ -34,7 +34,7 @@ class Upload:
     folder: Path
     repository: str
     public: bool
-    manifest: Manifest
+    manifest: ExportedFiles
     files: tuple[Path, ...]
 
     @property
@@ -66,7 +66,7 @@ def check_upload(repository: str) -> None:
 def plan_upload(folder: Path, repository: str, *, public: bool, reporter: ProgressReporter, stop: StopSignal) -> Upload:
     """Check everything that can be checked locally. Raises UserError: as `check_upload`, or for a changed export."""
     check_upload(repository)
-    manifest, _ = read_manifest(folder)
+    manifest = read_exported_files(folder)
     for name in (CARD, MANIFEST):
         resolve_inside(folder, folder / name)
     if not (folder / CARD).is_file():
@@ -78,7 +78,7 @@ def plan_upload(folder: Path, repository: str, *, public: bool, reporter: Progre
         )
     if not manifest.files:
         raise UserError(
-            "The manifest does not say which files the export consists of.",
+            "The manifest lists no files.",
             code="manifest-without-files",
             where=str(folder / MANIFEST),
             fix="export the trial again",
@@ -185,11 +185,11 @@ def _compare_with_hub(api: HfApi, planned: Upload) -> set[str] | None:
     return names & {*hub_manifest.files}
 
 
-def _hub_files(api: HfApi, repository: str) -> Manifest | None:
+def _hub_files(api: HfApi, repository: str) -> ExportedFiles | None:
     """The manifest of the model that a repository holds; None for anything else."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return read_manifest(Path(api.hf_hub_download(repository, MANIFEST, local_dir=folder)))[0]
+            return read_exported_files(Path(api.hf_hub_download(repository, MANIFEST, local_dir=folder)))
         except (EntryNotFoundError, UserError):
             return None
 

@@ -79,5 +79,5 @@ def _check_fit(
             f"The manifest does not match the model: {problems[0]}.",
             code="manifest-mismatch",
             where=str(model.checkpoint.folder),
-            fix="use manifest.json and the files in heretic/ as heretic export wrote them",
+            fix="use the files that heretic export wrote",
         )
