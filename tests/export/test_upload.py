@@ -185,6 +185,24 @@ def test_an_export_of_another_version_is_uploaded_and_replaced(hub: Hub, out: Pa
     assert upload("out", "someone/tiny", "--yes").status == 0
 
 
+@pytest.mark.parametrize("card", [b"", b"---\nlicense: mit\n---\n", b"---\r\nlicense: mit\r\n---\r\n\r\n", b"---\n---"])
+def test_a_repository_that_the_website_has_just_made_is_filled(
+    hub: Hub, out: Path, upload: Upload, card: bytes
+) -> None:
+    hub.repositories["someone/new"] = Repository(True, {".gitattributes": b"x", "README.md": card})
+    assert upload("out", "someone/new", "--yes").status == 0
+    assert hub.repositories["someone/new"].files == {".gitattributes": b"x", **contents(out)}
+
+
+@pytest.mark.parametrize(
+    "card", [b"mine", b"---\nlicense: mit\n---\nmine", b"---\nlicense: mit\n", b"--- mine ---\n---\n"]
+)
+def test_a_repository_with_a_card_of_words_is_left_alone(hub: Hub, out: Path, upload: Upload, card: bytes) -> None:
+    hub.repositories["someone/new"] = Repository(True, {".gitattributes": b"x", "README.md": card})
+    assert upload("out", "someone/new", "--yes").code == "repository-not-ours"
+    assert hub.repositories["someone/new"].files["README.md"] == card
+
+
 def test_what_is_not_ours_is_left_alone(hub: Hub, out: Path, upload: Upload) -> None:
     hub.repositories["someone/other"] = Repository(True, {"model.safetensors": b"precious"})
     assert "[repository-not-ours]" in error_of(upload("out", "someone/other", "--yes"))

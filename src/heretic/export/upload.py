@@ -173,8 +173,8 @@ def _compare_with_hub(api: HfApi, planned: Upload) -> set[str] | None:
             fix="omit --public, or make it public in its settings on the hub first",
         )
     names = {s.rfilename for s in info.siblings or []} - UNCOUNTED
-    if not names:
-        return names
+    if not names - {CARD} and (not names or _has_bare_card(api, planned.repository)):
+        return set()
     hub_manifest = _hub_files(api, planned.repository)
     if hub_manifest is None or hub_manifest.run != planned.manifest.run:
         raise UserError(
@@ -192,6 +192,14 @@ def _hub_files(api: HfApi, repository: str) -> ExportedFiles | None:
             return read_exported_files(Path(api.hf_hub_download(repository, MANIFEST, local_dir=folder)))
         except (EntryNotFoundError, UserError):
             return None
+
+
+def _has_bare_card(api: HfApi, repository: str) -> bool:
+    """Whether a repository's card has no text, as the hub's website makes it for a new repository with a license."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(api.hf_hub_download(repository, CARD, local_dir=folder))
+        text = file.read_text(encoding="utf-8", errors="replace")
+    return not re.sub(r"\A---\s*$.*?^---\s*$", "", text, flags=re.MULTILINE | re.DOTALL).strip()
 
 
 def _hidden(path: Path) -> bool:
