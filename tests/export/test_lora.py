@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from heretic.ablation.geometries.norm_preserving import norm_preserving
 from heretic.ablation.operator import Operator
 from heretic.ablation.weight_stats import weight_statistics
-from heretic.export.lora import low_rank_change
+from heretic.export.lora import KNOWN_KEYS, low_rank_change
 from heretic.export.save import TensorEdit
 from heretic.interrupt import StopSignal
 from heretic.pipeline.actions import Evaluation, evaluate_model
@@ -61,6 +62,21 @@ def test_an_adapter_of_rank_1_is_the_full_model(config: Path, tmp_path: Path, fa
     assert {p.name for p in Path("adapter").iterdir()} == {
         "README.md", "manifest.json", "heretic", "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "more"), [("llama", {}), ("gpt2", {"lora_bias": True})])
+def test_the_config_has_the_keys_of_older_readers_and_what_is_not_default(
+    config: Path, tmp_path: Path, family: str, more: dict[str, Any]
+) -> None:
+    folder = save_tiny(tmp_path / "m", family)
+    do(config, folder, "adapter", "ablation.geometry=plain", "export_format=lora")
+    written = json.loads(Path("adapter/adapter_config.json").read_text())
+    assert set(written) == KNOWN_KEYS | set(more) and more.items() <= written.items()
+    whole = LoraConfig(
+        task_type="CAUSAL_LM", base_model_name_or_path=written["base_model_name_or_path"], r=1, lora_alpha=1,
+        target_modules=written["target_modules"], fan_in_fan_out=family == "gpt2", inference_mode=True, **more,
+    )  # fmt: skip
+    assert PeftConfig.from_pretrained("adapter").to_dict() == whole.to_dict()
 
 
 def test_an_adapter_is_evaluated_with_its_model(config: Path, llama: Path, tmp_path: Path) -> None:

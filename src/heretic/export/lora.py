@@ -9,6 +9,7 @@ exact.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.export.request import Format, WriteRequest, WriteResult
 from heretic.export.save import hashed, is_language_model_alone
-from heretic.files import write_tensors
+from heretic.files import write_tensors, write_text
 from heretic.interrupt import StopSignal
 from heretic.model.adapter import WEIGHTS
 from heretic.model.checkpoint import Checkpoint
@@ -41,6 +42,12 @@ from heretic.settings import Settings
 RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 OVERSAMPLED, ITERATIONS = 8, 4
 LARGEST = 2**30  # bytes; adapters have some megabytes
+CONFIG = "adapter_config.json"
+# What peft 0.13, vLLM (vllm/lora/peft_helper.py) and llama.cpp (convert_lora_to_gguf.py) know of it.
+KNOWN_KEYS = frozenset({
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "target_modules", "bias", "inference_mode",
+    "lora_dropout", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "use_rslora", "use_dora",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -184,6 +191,7 @@ def write(order: WriteRequest, folder: Path, reporter: ProgressReporter, stop: S
     )
     config.target_modules = sorted(adapter.changes)  # peft makes an unordered set of it
     config.save_pretrained(str(folder))
+    _drop_defaults(folder / CONFIG, LoraConfig().to_dict())
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     checkpoint = order.checkpoint
     sources = [checkpoint.folder / checkpoint.gguf_file] if checkpoint.gguf_file else checkpoint.shards()
@@ -192,6 +200,13 @@ def write(order: WriteRequest, folder: Path, reporter: ProgressReporter, stop: S
     return WriteResult(
         hashes, adapter.exact, library="peft", relation="adapter", about=_about(order, adapter), facts=facts
     )
+
+
+def _drop_defaults(file: Path, defaults: Mapping[str, Any]) -> None:
+    """Take the keys of newer options at their defaults out of a config: an older peft refuses keys that it does not know."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key in KNOWN_KEYS or value != defaults.get(key)}
+    write_text(file, json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 def open_written(order: WriteRequest, folder: Path) -> Checkpoint:
