@@ -30,7 +30,7 @@ from heretic.progress import ProgressReporter
 from heretic.prompts.sets import PromptSets
 from heretic.report.reporter import live_report
 from heretic.runs.folder import RunFolder, log_to
-from heretic.runs.metadata import RunMetadata
+from heretic.runs.metadata import RunMetadata, warn_of_other_versions
 from heretic.runs.stored_prompts import prompts_of_run
 from heretic.scoring.scorers.registry import choose_scorers
 from heretic.search.integrity import check_study
@@ -249,6 +249,8 @@ def execute(run_context: RunContext, workers: WorkerCount = ONE_PROCESS) -> Expo
         _warn_of_limit(run_context, run_context.selected())
         return export
     # 2. Measure the missing trials
+    if not parent_pid():
+        warn_of_other_versions(study, reporter)
     if not (trials_remain(study, settings) and run_in_workers(run_context, workers)):
         run_trials(run_context)
     # 3. Export the selected trial

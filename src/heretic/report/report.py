@@ -370,7 +370,7 @@ def stages(log: Path) -> dict[str, float]:
 def _made_with(page: Page, source: ReportInput, about: RunMetadata | None) -> None:
     page.section("Settings and environment")
     if about:
-        page.facts(about.environment.items())
+        page.facts(about.facts.items())
     page.details("Settings", source.settings_text)
     for role, texts in (source.texts or {}).items():
         numbered = "\n".join(f"{i} {text}" for i, text in enumerate(texts, start=1))

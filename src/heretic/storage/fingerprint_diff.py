@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 from heretic._version import __version__
 
+RELEVANT = ("heretic", "torch", "transformers")  # packages that can change measurements
 
-def relevant_versions() -> dict[str, str]:
+
+def relevant_versions(installed: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the versions that can change measurements: PyTorch and transformers (major.minor), heretic (full).
 
-    They are compared only if several machines share a study. A local run can continue after an update.
+    Machines that share a study must agree in them. A local run goes on after an update, with a warning (`runs/metadata.py`).
+
+    Args:
+        installed: full versions by package, of a stored session; None: those of this process.
     """
-    named = {name: version(name).split("+")[0].split(".") for name in ("torch", "transformers")}
-    return {"heretic": __version__, **{name: ".".join(parts[:2]) for name, parts in named.items()}}
+    if installed is None:
+        installed = {name: __version__ if name == "heretic" else version(name) for name in RELEVANT}
+    return {
+        name: full if name == "heretic" else ".".join(full.split("+")[0].split(".")[:2])
+        for name in RELEVANT
+        if (full := installed.get(name))
+    }
 
 
 def differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:

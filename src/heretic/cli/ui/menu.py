@@ -189,6 +189,7 @@ def upload(menu: Menu) -> None:
 def more(menu: Menu) -> None:
     """Run more trials."""
     from heretic.pipeline.run import run_trials
+    from heretic.runs.metadata import warn_of_other_versions
     from heretic.search.study import n_complete
 
     done, planned = n_complete(menu.run_context.study), menu.run_context.settings.n_trials
@@ -196,6 +197,7 @@ def more(menu: Menu) -> None:
     if count < 1:
         raise _BackToMenu
     menu.run_context.request_trials(done + count)
+    warn_of_other_versions(menu.run_context.study, menu.run_context.reporter)
     run_trials(menu.run_context)
 
 
