@@ -323,7 +323,7 @@ def template_file(manifest: Manifest, home: Path) -> Path | None:
             "The chat template beside the manifest is missing or was changed.",
             code="template-not-of-the-manifest",
             where=str(file),
-            fix="restore the file that heretic export wrote with the manifest",
+            fix="restore the file of the export",
         )
     return file
 
@@ -354,7 +354,7 @@ def read_operators(manifest: Manifest, home: Path) -> dict[str, Operator] | None
 
 
 def _read_beside(file: Path, expected: TensorFile | None, convert: Callable[[Mapping[str, Tensor]], T]) -> T:
-    restore = "restore the file that heretic export wrote with the manifest"
+    restore = "restore the file of the export"
     if expected is None or not file.is_file():
         raise UserError(
             f"The file {file.name} beside the manifest is missing.", code="missing-file", where=str(file), fix=restore

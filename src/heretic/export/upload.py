@@ -170,7 +170,7 @@ def _compare_with_hub(api: HfApi, planned: Upload) -> set[str] | None:
         raise UserError(
             f"The repository {planned.repository} exists and is private.",
             code="repository-private",
-            fix="omit --public, or make it public in its settings on the hub first",
+            fix="omit --public, or make it public on the hub",
         )
     names = {s.rfilename for s in info.siblings or []} - UNCOUNTED
     if not names - {CARD} and (not names or _has_bare_card(api, planned.repository)):
@@ -178,7 +178,7 @@ def _compare_with_hub(api: HfApi, planned: Upload) -> set[str] | None:
     hub_manifest = _hub_files(api, planned.repository)
     if hub_manifest is None or hub_manifest.run != planned.manifest.run:
         raise UserError(
-            f"The repository {planned.repository} exists and does not hold a model of this run.",
+            f"The repository {planned.repository} holds no model of this run.",
             code="repository-not-ours",
             fix="name another repository, or delete that one on the hub",
         )

@@ -270,7 +270,7 @@ def open_study(
         raise StudyMismatch(
             f"The study '{name}' was made with other settings: {shown}.",
             where=masked(url),
-            fix="restore those settings and files, or start a new run: heretic run with another run_name or --fresh",
+            fix="restore those settings and files, or start a new run with another run_name or --fresh",
         )
     return study
 
