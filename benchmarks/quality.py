@@ -159,7 +159,6 @@ class Held:
             harmful=harmful,
             harmless=harmless,
             requests=self.requests,
-            harmless_probe=None,
         )
         found = measure_baseline(replace(model_context, evaluator=alone))
         self.evaluator = replace(alone, reference_tokens=found.answered)

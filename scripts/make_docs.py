@@ -132,15 +132,15 @@ unchanged = 0.5                      # higher is better: the lowest value
 tasks = 200
 ```
 
-- Objectives and constraints are measured in every trial that is not pruned. Only with `objectives = ["kl", "refusals"]`, in
-  this order, heretic prunes dominated trials and ends a study that has converged (`search.patience`).
-- Manifest, model card and `heretic export` list `measures` for the original and the ablated model, with the difference and,
-  for a mean over prompts or tasks, its standard error.
-- `heretic evaluate MODEL --against ORIGINAL --measures arithmetic,copying` measures two saved models, without the scorers
-  marked †, which run both models on one text.
-- Answers are greedy and, unless the table says otherwise, of `max_response_length` tokens.
+- Objectives and constraints are measured in every unpruned trial. Only with `objectives = ["kl", "refusals"]`, in this order,
+  heretic prunes dominated trials and ends a converged study (`search.patience`).
+- Manifest, card and `heretic export` list `over_refusals`, `degenerate` and `measures` for the original and the written model,
+  with difference and, for a mean, standard error.
+- `heretic evaluate MODEL --against ORIGINAL --measures arithmetic,copying` measures two saved models, without scorers marked †,
+  which run both models on one text: an export's before writing.
+- Answers are greedy; unless the table says otherwise, of `max_response_length` tokens.
 
-The table is made by `python scripts/make_docs.py`.
+`python scripts/make_docs.py` makes the table.
 
 |name|what it measures|unit|better|details|options|
 |---|---|---|---|---|---|
@@ -149,8 +149,7 @@ SCORERS_FOOT = '''
 ## Limitations
 
 - The memory plan counts the longest answers of the chosen scorers, not prompts of their own.
-- `language_switched` knows scripts, and eight languages in Latin script by frequent words. It leaves out answers of a few
-  words.
+- `language_switched` knows scripts, and eight languages in Latin script by frequent words. It skips answers of few words.
 - `arithmetic` and `copying` are easy. They show damage, not progress: use `heretic benchmark` for capability.
 - `borderline_refusals` and `kept_refusals` need prompts: `source` is a file or a data set, as in `[prompts.harmless_eval]`.
   Public sets are XSTest (Röttger et al. 2024) and OR-Bench (Cui et al. 2024); read their licenses.
@@ -191,9 +190,9 @@ class Words(Scorer):
 `answers` gives token ids, `texts` text, `verdicts` the judge's verdicts, `log_likelihoods` and `divergence` numbers of a
 pass. Within `with model.active():` the model `model.parts.language_model.model` is the ablated one.
 
-Return a float or a `Measurement`; NaN is an error. For answers longer than `max_response_length`, let
-`most_tokens(response)` return their length. A scorer that runs `model.original` after the ablated model sets
-`needs_original = True`.
+Return a float or a `Measurement`; NaN is an error. The detail `total` is shown with it. For answers longer than
+`max_response_length`, let `most_tokens(response)` return their length. A scorer that runs `model.original` after the ablated
+model sets `needs_original = True`.
 '''
 
 

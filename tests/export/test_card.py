@@ -10,7 +10,8 @@ from huggingface_hub import metadata_load
 
 from heretic.errors import UserError
 from heretic.export.base_card import BaseCard, read_base_card
-from heretic.export.card import TAGS, card
+from heretic.export.card import TAGS, card, share
+from heretic.export.manifest import comparisons_of
 from heretic.export.markdown import code, escape, is_url
 from heretic.export.request import WriteResult
 
@@ -26,7 +27,6 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "total": 8,
         "evasive": 0,
         "judge": "markers",
-        "harmless_metrics": None,
     }
     return {
         "model": {"name": "owner/tiny", "revision": "c" * 40},
@@ -82,6 +82,20 @@ def test_the_conditions_of_the_scores_are_told() -> None:
 def test_a_missing_card_is_not_one_without_a_license(tmp_path: Path) -> None:
     missing, silent = read_base_card(tmp_path), base(tmp_path, "# A model\n")
     assert missing.terms != silent.terms and not missing.entries
+
+
+def test_counts_of_earlier_versions_and_of_scorers_are_the_same_rows() -> None:
+    before, now = ({"over_refusals": n, "degenerate": 0, "total": 8} for n in (1, 3))
+    old = manifest()
+    for model, counts in (("original", before), ("written", now)):
+        old["scores"][model]["harmless_metrics"] = counts
+    rows = [comparison.as_dict() for comparison in comparisons_of(old)]
+    assert [(row["name"], row["original"], row["ablated"], row["total"]) for row in rows] == [
+        ("over_refusals", 1, 3, 8), ("degenerate", 0, 0, 8),
+    ]  # fmt: skip
+    new = card(manifest(measures=rows), BaseCard(), WriteResult({}), "So.")
+    assert new == card(old, BaseCard(), WriteResult({}), "So.")
+    assert f"| `over_refusals` | unanswered harmless prompts | lower | {share(1, 8)} | {share(3, 8)} | +2 |" in new
 
 
 def test_limitations_are_a_section() -> None:

@@ -15,6 +15,7 @@ from heretic.pipeline.run import Outcome, run
 from heretic.progress import NULL_REPORTER
 from heretic.report.report import load_report_input, report
 from heretic.runs.status import read_status
+from heretic.scoring.comparison import Comparison
 from heretic.scoring.evaluator import TrialEvaluator
 from heretic.search.pareto import pareto_front, results
 from heretic.settings.sources import resolve
@@ -113,23 +114,39 @@ def test_a_judge_that_fails_stops_the_study_and_the_same_command_finishes_it(
 
 def test_limits_on_harmless_answers_hold_from_study_to_card(config: Path) -> None:
     first = do(config, "n_trials=6", "constraints.over_refusals=9", "constraints.degenerate=9", 'run_name="any"')
-    conducts = [r.scores.harmless_metrics for r in first.results]
-    assert all(c is not None and c.total == 9 for c in conducts)
-    counts = sorted(c.over_refusals + c.degenerate for c in conducts if c)
+    found = [r.scores.values for r in first.results]
+    assert all(values["over_refusals.total"] == 9 for values in found)
+    counts = sorted(values["over_refusals"] + values["degenerate"] for values in found)
     assert counts[0] < counts[-1], "the trials should not all do the same"
-    least = min(c.over_refusals for c in conducts if c)
+    least = min(values["over_refusals"] for values in found)
     every = ("n_trials=6", f"constraints.over_refusals={least}", 'run_name="few"', "save_to=out")
     kept = do(config, *every)
-    assert pareto_front(kept.results) and all(
-        r.scores.harmless_metrics.over_refusals <= least for r in pareto_front(kept.results)
-    )  # type: ignore[union-attr]
+    front = pareto_front(kept.results)
+    assert front and all(r.scores.values["over_refusals"] <= least for r in front)
     assert (
-        kept.export is not None
-        and kept.export.verification.scores.harmless_metrics == kept.selected.scores.harmless_metrics
-    )  # type: ignore[union-attr]
-    assert "harmless requests refused or evaded" in Path("out/README.md").read_text()
+        kept.export is not None and kept.selected is not None and kept.selected.scores.values.keys() < found[0].keys()
+    )
+    compared = {c.name: c for c in kept.export.verification.comparisons}
+    assert compared["over_refusals"].ablated == kept.selected.scores.values["over_refusals"]
+    before = values_before(optuna.load_study(study_name="heretic", storage=storage_url("", kept.folder.path)))
+    assert compared["over_refusals"].original == before["over_refusals"] and compared["degenerate"].total == 9
+    assert "| `over_refusals` |" in Path("out/README.md").read_text()
+    old_export_is_recognized(config, every, compared)
     none = do(config, "n_trials=2", "constraints.degenerate=0", "constraints.over_refusals=0", 'run_name="none"')
     assert none.selected is None or none.selected.scores.within_limits
+
+
+def old_export_is_recognized(config: Path, every: tuple[str, ...], compared: dict[str, Comparison]) -> None:
+    """Make the manifest that of an earlier version, and run again."""
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    for model, number in (("original", "original"), ("written", "ablated")):
+        counts = {name: int(getattr(c, number)) for name, c in compared.items()}
+        manifest["scores"][model]["harmless_metrics"] = {**counts, "total": 9}
+    old = json.dumps({**manifest, "measures": []})
+    Path("out/manifest.json").write_text(old)
+    again = do(config, *every)
+    assert again.export is not None and {c.name: c for c in again.export.verification.comparisons} == compared
+    assert Path("out/manifest.json").read_text() == old, "it was not written again"
 
 
 def test_chosen_scorers_reach_storage_front_manifest_and_card(config: Path) -> None:
@@ -151,8 +168,8 @@ def test_chosen_scorers_reach_storage_front_manifest_and_card(config: Path) -> N
     )
     assert [t.values[2] for t in study.trials] == [-r.scores.values["unchanged"] for r in made.results]
     assert made.export is not None and made.selected is not None
-    exported = {c.name: c for c in made.export.comparisons}
-    assert set(exported) == {*names, "repetition"}
+    exported = {c.name: c for c in made.export.verification.comparisons}
+    assert set(exported) == {*names, "repetition", "over_refusals", "degenerate"}
     assert exported["unchanged"].ablated == made.selected.scores.values["unchanged"]
     assert exported["unchanged"].error is not None and exported["own_answer_kl.p95"].error is None
     manifest = json.loads(Path("out/manifest.json").read_text())
@@ -160,7 +177,7 @@ def test_chosen_scorers_reach_storage_front_manifest_and_card(config: Path) -> N
     card = Path("out/README.md").read_text()
     assert all(f"| `{name}` |" in card for name in exported)
     again = do(config, *chosen)
-    assert again.export is not None and again.export.comparisons == made.export.comparisons
+    assert again.export is not None and again.export.verification.comparisons == tuple(exported.values())
     assert read_status("chosen", "runs", {}).summary.n_pruned == 0
     assert "unchanged" in report(load_report_input("chosen", "runs", {}, with_texts=False))
 
@@ -179,6 +196,8 @@ def test_two_models_of_files_are_compared_by_scorers(config: Path, llama: Path) 
     )
     reporter = RecordingReporter()
     found = evaluate_model(settings.settings, str(llama), wait=False, reporter=reporter, stop=StopSignal())
-    assert found.values == {"unchanged": 1.0, "copying": 0.0}
+    assert found.values.pop("over_refusals.total") == found.values.pop("degenerate.total") == 9
+    assert list(found.values) == ["over_refusals", "degenerate", "unchanged", "copying"]
+    assert (found.values["unchanged"], found.values["copying"]) == (1.0, 0.0)
     assert [(c.name, c.difference, c.error) for c in found.comparisons] == [("unchanged", 0, 0), ("copying", 0, 0)]
     assert any("own_answer_kl" in warning for warning in reporter.warnings)

@@ -24,7 +24,7 @@ from heretic.runs.folder import REPORT, RunFolder
 from heretic.runs.metadata import RunMetadata
 from heretic.scoring.judges.verdict import REFUSAL
 from heretic.scoring.refusals import RefusalCount
-from heretic.scoring.scores import Divergence, HarmlessMetrics, PrunedTrial, RefusalProxy, Scores
+from heretic.scoring.scores import Divergence, PrunedTrial, RefusalProxy, Scores
 from heretic.search.pareto import pareto_front
 from heretic.settings import SearchSettings, Settings
 from heretic.storage.attributes import KL_PER_PROMPT, PRUNED
@@ -127,7 +127,7 @@ def test_it_says_who_judged_and_what_the_divergence_is_of(tmp_path: Path) -> Non
         refused="1212111000",
         evasive=2,
         judge="llm",
-        harmless_metrics=HarmlessMetrics(3, 1, 8),
+        values={"over_refusals": 3.0, "over_refusals.total": 8.0},
         excess=limits,
     )
     beyond = replace(kept, refusals=1, excess={"over_refusals": 2.0})
@@ -137,7 +137,7 @@ def test_it_says_who_judged_and_what_the_divergence_is_of(tmp_path: Path) -> Non
     settings = Settings(model="m", kl_tokens=4, judge={"kind": "llm"})
     page = without_scripts(report(ReportInput(study, settings, RunFolder(tmp_path), "")))
     assert "judged by a language model" in page and "phrases" not in page and "first 4 tokens" in page
-    for heading, cell in (("evasive", "2"), ("harmless refused", "3/8"), ("degenerate", "1/8")):
+    for heading, cell in (("evasive", "2"), ("over refusals", "3/8")):
         assert f"<th>{heading}</th>" in page and f"<td>{cell}</td>" in page
     assert "neither refuses nor answers" in page and "not on the Pareto front: 1." in page
 

@@ -32,14 +32,13 @@ from heretic.runs.stored_tensors import (
 )
 from heretic.scoring.direction_effects import DirectionEffects
 from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL
-from heretic.scoring.scores import HarmlessMetrics
 from heretic.search.gradient_path import PathPoint
 from heretic.search.path_optimizer import OptimizerState
 from tests.helpers.reporters import RecordingReporter
 
 BASELINE = Baseline(
     torch.randn(5, 7).log_softmax(-1), (REFUSAL, ANSWER, EVASIVE), ([1, 2], [], []),
-    AnswerStart("Sure", {"thinking": False}, "2024-02-03", 7), ([3, 4], [5, 6, 0]), HarmlessMetrics(1, 0, 3),
+    AnswerStart("Sure", {"thinking": False}, "2024-02-03", 7), ([3, 4], [5, 6, 0]), ([3, 4, 9], []),
 )  # fmt: skip
 DIRECTIONS = {"directions": torch.randn(3, 4), "extra": torch.randn(3, 1, 4)}
 GEOMETRY = ResidualGeometry(
@@ -67,7 +66,7 @@ READERS: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, Tensor
 }
 MAY_LACK = {
     "extra",
-    "harmless_metrics",
+    "harmless_answers",
     "template_date",
     "end_of_turn",
     "refusal_texts",
@@ -92,9 +91,12 @@ def test_what_was_written_is_read() -> None:
     assert (
         found is not None
         and found.verdicts == BASELINE.verdicts
-        and found.harmless_metrics == BASELINE.harmless_metrics
+        and found.harmless_answers == BASELINE.harmless_answers
     )
     assert found.refusal_texts == BASELINE.refusal_texts and found.start == BASELINE.start
+    old = {k: t for k, t in BASELINE.tensors().items() if k != "harmless_answers"}
+    earlier = Baseline.from_tensors({**old, "harmless_metrics": torch.tensor([1, 0, 3])})
+    assert earlier is not None and earlier.harmless_answers == ()
     state = optimizer_state_from_tensors(optimizer_state_tensors(STATE))
     assert (
         state.points == STATE.points

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from heretic.scoring.comparison import Comparison, compare, number_text, paired_error
+from heretic.scoring.comparison import Comparison, compare, number_text, paired_error, values_text
+from heretic.scoring.scorers.harmless_answers import OverRefusals
 from heretic.scoring.scorers.scorer import Measurement
 from heretic.scoring.scorers.unchanged import Unchanged
 
@@ -29,6 +30,13 @@ def test_value_and_details_are_compared_and_survive_json() -> None:
         assert Comparison.from_dict(one.as_dict()) == one
     with pytest.raises(KeyError):
         Comparison.from_dict({})
+
+
+def test_a_total_belongs_to_its_count() -> None:
+    (count,) = compare(OverRefusals(), Measurement.count_of([True, False, True]), Measurement.count_of([False] * 3))
+    assert (count.name, count.original, count.ablated, count.total, count.error) == ("over_refusals", 2, 0, 3, None)
+    assert Comparison.from_dict(count.as_dict()) == count
+    assert values_text({"x": 2.0, "x.total": 3.0, "y": 0.5}) == {"x": "2/3", "y": "0.5"}
 
 
 def test_counts_are_shown_without_decimals() -> None:

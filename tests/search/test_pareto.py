@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heretic.scoring.objectives import Objective
-from heretic.scoring.scores import Divergence, HarmlessMetrics, Scores
+from heretic.scoring.scores import Divergence, Scores
 from heretic.search.pareto import Result, pareto_front, select_trial, table_columns
 
 
@@ -83,14 +83,12 @@ def test_columns_of_what_was_measured_and_found() -> None:
     plain = results((0.5, 1), (0.1, 10))
     assert list(table_columns(plain)) == ["trial", "refusals", "expected", "KL mean", "median", "p95", "max"]
     assert [cells[1] for cells in table_columns(plain).values()] == ["1", "10/100", "10.0", *["0.1000"] * 4]
-    more = [
-        replace(r, scores=replace(r.scores, evasive=r.number, harmless_metrics=HarmlessMetrics(3, 1, 40)))
-        for r in plain
-    ]
+    values = {"over_refusals": 3.0, "over_refusals.total": 40.0, "degenerate": 1.0, "degenerate.total": 40.0}
+    more = [replace(r, scores=replace(r.scores, evasive=r.number, values=values)) for r in plain]
     shown = table_columns(more)
     assert (shown["evasive"], shown["expected"]) == (["0", "1"], ["1.0", "11.0"])
-    assert shown["harmless refused"] == ["3/40"] * 2 and shown["degenerate"] == ["1/40"] * 2
-    assert "degenerate" not in table_columns([more[0], plain[1]]), "for one it was not measured"
+    assert shown["over refusals"] == ["3/40"] * 2 and shown["degenerate"] == ["1/40"] * 2
+    assert table_columns([more[0], plain[1]])["degenerate"] == ["1/40", ""], "for one it was not measured"
 
 
 def test_three_objectives_have_a_front_that_nothing_beats_in_the_direction_of_each() -> None:

@@ -13,7 +13,7 @@ import pytest
 from heretic.errors import Interrupted, StudyMismatch, UserError
 from heretic.interrupt import StopSignal
 from heretic.progress import NULL_REPORTER
-from heretic.scoring.scores import Divergence, HarmlessMetrics, PrunedTrial, RefusalProxy, Scores, TrialOutcome
+from heretic.scoring.scores import Divergence, PrunedTrial, RefusalProxy, Scores, TrialOutcome
 from heretic.search.pareto import pareto_front, results
 from heretic.search.pruning import StudyHistory
 from heretic.search.study import run_study
@@ -281,9 +281,7 @@ def test_the_front_keeps_to_constraints_and_the_search_learns_them(study: optuna
     def limited(trial: optuna.Trial) -> Scores:
         x = trial.suggest_float("x", 0, 1)
         found = scores(1 - x, round(10 * (1 - x)))
-        return replace(
-            found, harmless_metrics=HarmlessMetrics(round(10 * x), 0, 10), excess={"over_refusals": 10 * x - 4}
-        )
+        return replace(found, values={"over_refusals": round(10 * x)}, excess={"over_refusals": 10 * x - 4})
 
     go(study, 60, limited)
     found = results(study)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ from huggingface_hub import ModelCardData
 
 from heretic.ablation.ablation import Ablation
 from heretic.export.base_card import BaseCard
-from heretic.export.manifest import DIRECTIONS, Edit
+from heretic.export.manifest import DIRECTIONS, Edit, comparisons_of
 from heretic.export.markdown import code, escape
 from heretic.export.request import WriteResult
 from heretic.scoring.comparison import Comparison, number_text
 from heretic.scoring.interval import wilson
 from heretic.scoring.judges.registry import JUDGES
-from heretic.scoring.scores import HarmlessMetrics, Scores
+from heretic.scoring.scores import Scores
 
 BARS = "·▁▂▃▄▅▆▇█"
 OF_REFUSAL = """\
@@ -34,7 +34,8 @@ The chat template is the one that the study used, not the base model's own; it i
 MEASURES = """\
 ### Other measures
 
-Of the ablated model before it was written. The difference has its standard error where the value is a mean over prompts or tasks.
+Of the same model; those that run it together with the original are of the ablated model before it was written. The difference has
+its standard error where the value is a mean over prompts or tasks.
 
 | measure | unit | better | original | ablated | difference |
 |---|---|---|---|---|---|"""
@@ -97,7 +98,7 @@ def card(manifest: Mapping[str, Any], base: BaseCard, written: WriteResult, meas
         written.about,
         template,
         f"## What was measured\n\n{_measured(manifest, scores, measured) if scores else measured}",
-        _measures(manifest.get("measures", [])),
+        _measures(comparisons_of(manifest)),
         f"## Limitations\n\n{_limitations(manifest, scores)}" if scores else "",
         f"## What was changed\n\n{_changed(manifest, ablation)}",
         REBUILDING.format(made=f"{made} run {code(manifest['run'])}, trial {int(manifest['trial'])}.")
@@ -119,7 +120,6 @@ def _head(name: str, base: BaseCard, written: WriteResult) -> str:
 def _measured(manifest: Mapping[str, Any], scores: Scores, measured: str) -> str:
     d, total, original = scores.divergence, scores.total, manifest["scores"]["original"]
     shown = "answers that show it" if manifest.get("behavior") else "requests refused"
-    harmless = _harmless_rows(original.get("harmless_metrics"), scores.harmless_metrics)
     tokens = _kl_position(int(manifest["settings"].get("kl_tokens", 1)))
     return f"""\
 {measured} {_conditions(manifest)}Answers are judged by {JUDGES[scores.judge].words}. Brackets hold the 95 % Wilson interval
@@ -129,7 +129,7 @@ for the number of requests.
 |---|---|---|
 | {shown} | {share(original["refusals"], total)} | {share(scores.refusals, total)} |
 | neither refused nor answered | {share(original.get("evasive", 0), total)} | {share(scores.evasive, total)} |
-{harmless}| KL divergence on harmless requests, {tokens}, mean | 0 | {d.mean:.4f} |
+| KL divergence on harmless requests, {tokens}, mean | 0 | {d.mean:.4f} |
 | median / 95th percentile / largest | 0 | {d.median:.4f} / {d.p95:.4f} / {d.max:.4f} |"""
 
 
@@ -144,17 +144,20 @@ def _conditions(manifest: Mapping[str, Any]) -> str:
     return f"The scores hold under these conditions: {told}. " if told else ""
 
 
-def _measures(rows: list[Mapping[str, Any]]) -> str:
-    """A table of other scorers, if any were chosen."""
-    comparisons = [Comparison.from_dict(row) for row in rows]
+def _measures(comparisons: Sequence[Comparison]) -> str:
+    """A table of other scorers."""
     if not comparisons:
         return ""
     lines = [
-        f"| {code(c.name)} | {escape(c.unit)} | {c.better} | {number_text(c.original)} | {number_text(c.ablated)} | "
+        f"| {code(c.name)} | {escape(c.unit)} | {c.better} | {_value(c.original, c)} | {_value(c.ablated, c)} | "
         f"{c.difference_text} |"
         for c in comparisons
     ]
     return "\n".join([MEASURES, *lines])
+
+
+def _value(number: float, of: Comparison) -> str:
+    return number_text(number) if of.total is None else share(int(number), int(of.total))
 
 
 def _limitations(manifest: Mapping[str, Any], scores: Scores) -> str:
@@ -178,17 +181,6 @@ Strengths (1 removes the direction entirely):
 
 def _versions(versions: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {escape(versions.get(name, '?'))}" for name in ("heretic", "torch", "transformers"))
-
-
-def _harmless_rows(before: Mapping[str, int] | None, now: HarmlessMetrics | None) -> str:
-    """Rows on the answers to harmless prompts, if they were measured."""
-    if before is None or now is None:
-        return ""
-    named = {"refused or evaded": "over_refusals", "answered with nothing or a loop": "degenerate"}
-    return "".join(
-        f"| harmless requests {what} | {share(before[key], now.total)} | {share(getattr(now, key), now.total)} |\n"
-        for what, key in named.items()
-    )
 
 
 def _kl_position(tokens: int) -> str:

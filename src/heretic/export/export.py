@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from heretic.export.companions import copy_license_files
 from heretic.export.destination import check_unchanged, commit, disk_error, not_moved, staging_dir
 from heretic.export.formats import FORMATS
 from heretic.export.full_precision_reference import to_full_precision
-from heretic.export.manifest import DIRECTIONS, MANIFEST, OPERATORS, inventory_of, scores_text
+from heretic.export.manifest import DIRECTIONS, MANIFEST, OPERATORS, comparisons_of, inventory_of, scores_text
 from heretic.export.request import EditJob, ExportJob, Format, WriteResult
 from heretic.export.spot_check import check_edits
 from heretic.export.verify import Verification, verify
@@ -36,7 +36,6 @@ from heretic.progress import ProgressReporter
 from heretic.runs.environment import computed_on, now, versions
 from heretic.runs.folder import RunFolder, write_directions
 from heretic.runs.stored_tensors import operator_tensors
-from heretic.scoring.comparison import Comparison
 from heretic.scoring.scorers.registry import choose_scorers
 from heretic.scoring.scores import Scores
 from heretic.search.pareto import Result
@@ -60,7 +59,6 @@ class Export:
     destination: Path
     verification: Verification
     trial: int
-    comparisons: tuple[Comparison, ...] = ()  # other scorers, measured before it was written
 
     def as_dict(self) -> dict[str, Any]:
         """Return the data for --json."""
@@ -69,8 +67,8 @@ class Export:
             "written_to": str(self.destination),
             "of_trial": self.trial,
             "scores": scores_text(verification.scores) if verification.scores else None,
-            "measures": [comparison.as_dict() for comparison in self.comparisons],
-            "verification": {k: v for k, v in asdict(verification).items() if k != "scores"},
+            "measures": [comparison.as_dict() for comparison in verification.comparisons],
+            "verification": verification.as_dict(),
         }
 
 
@@ -89,6 +87,7 @@ def plan_export(
     model = model_context.language_model
     operators = session.operator_factory.operators(ablation)
     name = model_context.settings.export_format
+    of_one, of_two = model_context.chosen.by_models(model_context.chosen.exported)
     return ExportJob(
         format=name,
         settings=model_context.settings,
@@ -110,7 +109,8 @@ def plan_export(
         attached=session.log_probs(ablation),
         ablated_by=result.scores.divergence.mean,
         judge=model_context.evaluator.judge,
-        comparisons=session.compare(ablation),
+        comparisons=session.compare(ablation, of_two),
+        originals=model_context.measurer.originals(of_one),
     )
 
 
@@ -174,7 +174,7 @@ def _write(job: EditJob, partial: Path, reporter: ProgressReporter, stop: StopSi
     write_text(partial / "README.md", card(manifest, read_base_card(job.checkpoint.folder), written, measured.strip()))
     manifest["files"] = inventory_of(partial, written.hashes["written"], stop)
     write_text(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    return Export(job.destination, verification, job.trial, job.comparisons)
+    return Export(job.destination, verification, job.trial)
 
 
 def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: Settings) -> Export | None:
@@ -192,13 +192,13 @@ def earlier_export(destination: Path, folder: RunFolder, trial: int, settings: S
             return None
         if not all((destination / name).is_file() for name in written["sha256"]):
             return None
-        comparisons = tuple(map(Comparison.from_dict, manifest.get("measures", [])))
-        if {c.name.partition(".")[0] for c in comparisons} != {*choose_scorers(settings).exported}:
+        comparisons = comparisons_of(manifest)
+        if not {*choose_scorers(settings).exported} <= {c.name for c in comparisons}:
             return None
         scores = Scores.from_dict({**manifest["scores"]["written"], "seconds": {}})
         verified = manifest["verification"]  # older ones have more keys
-        verification = Verification(verified["divergence"], scores, verified["tensors_checked"])
-        return Export(destination, verification, trial, comparisons)
+        verification = Verification(verified["divergence"], scores, verified["tensors_checked"], comparisons)
+        return Export(destination, verification, trial)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -242,8 +242,8 @@ def _manifest(
         "params": dict(job.params),
         "behavior": job.settings.behavior,
         "scores": _scores(job, verification) if isinstance(job, ExportJob) else None,
-        "measures": [comparison.as_dict() for comparison in job.comparisons],
-        "verification": {k: v for k, v in asdict(verification).items() if k != "scores"},
+        "measures": [comparison.as_dict() for comparison in verification.comparisons],
+        "verification": verification.as_dict(),
         "versions": versions(),
     }
 
@@ -256,7 +256,6 @@ def _scores(job: ExportJob, verification: Verification) -> dict[str, Any]:
             "refusals": baseline.refusals,
             "evasive": baseline.evasive,
             "total": len(baseline.refused),
-            "harmless_metrics": baseline.harmless_metrics.as_dict() if baseline.harmless_metrics else None,
         },
         "study": scores_text(job.scores),
         "written": scores_text(written),

@@ -54,6 +54,7 @@ def to_full_precision(job: ExportJob, reporter: ProgressReporter, stop: StopSign
     model = model_context.language_model
     with unloaded_after(model.model):
         baseline = measure_baseline(model_context)
+        originals = model_context.measurer.originals(job.originals)
         taught = replace(model_context.evaluator, reference_tokens=baseline.answered).harmless_texts
         with apply_operators(model.structure.writers, job.operators):
             attached = all_log_probs(model, taught, model_context.batcher, "Ablated model's answers")
@@ -62,6 +63,7 @@ def to_full_precision(job: ExportJob, reporter: ProgressReporter, stop: StopSign
         job,
         plan=plan,
         baseline=baseline,
+        originals=originals,
         attached=attached,
         ablated_by=float(divergences(baseline.log_probs, attached).mean()),
     )

@@ -20,6 +20,8 @@ from heretic.files import expand_user, read_tensors, sha256
 from heretic.interrupt import StopSignal
 from heretic.model.hub_model import fetch_files
 from heretic.runs.stored_tensors import FARTHEST, directions_from_tensors, operators_from_tensors
+from heretic.scoring.comparison import Comparison
+from heretic.scoring.scorers.harmless_answers import Degenerate, OverRefusals
 from heretic.scoring.scores import Scores
 from heretic.settings import Settings
 from heretic.settings.ablation import Geometry
@@ -42,6 +44,20 @@ def scores_text(scores: Scores) -> dict[str, Any]:
     data = scores.as_dict()
     data.pop("seconds")
     return data
+
+
+def comparisons_of(manifest: Mapping[str, Any]) -> tuple[Comparison, ...]:
+    """Return a manifest's measures, with those that earlier versions kept beside the scores.
+
+    Raises LookupError, TypeError and ValueError for other data.
+    """
+    rows, scores = [*manifest.get("measures", [])], manifest["scores"] or {}
+    before, now = (scores.get(model, {}).get("harmless_metrics") for model in ("original", "written"))
+    if before and now:
+        for scorer in (OverRefusals, Degenerate):
+            row = {"name": scorer.name, "unit": scorer.unit, "better": scorer.better, "total": now["total"]}
+            rows.append({**row, "original": before[scorer.name], "ablated": now[scorer.name]})
+    return tuple(map(Comparison.from_dict, rows))
 
 
 def _plain(name: str) -> str:

@@ -24,6 +24,7 @@ from heretic.runs.folder import RunFolder
 from heretic.runs.stored_tensors import Baseline
 from heretic.scoring.comparison import Comparison
 from heretic.scoring.judges.verdict import Judge
+from heretic.scoring.scorers.measuring import Originals
 from heretic.scoring.scores import Scores
 from heretic.settings import Settings
 
@@ -53,8 +54,6 @@ class EditJob(WriteRequest):
     directions: Directions
     computed_on: str  # hardware that computed the edit
     start: AnswerStart  # of the answers
-    # Other scorers: the original and the ablated model, measured before writing; none without scores.
-    comparisons: tuple[Comparison, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,8 @@ class ExportJob(EditJob):
     attached: Tensor  # log-probabilities of the ablated model [tokens, vocabulary]
     ablated_by: float  # mean KL between original and ablated model, nats
     judge: Judge
+    comparisons: tuple[Comparison, ...]  # by scorers that need both models in memory, so measured before writing
+    originals: Originals  # of all other scorers, for the written model
 
 
 @dataclass(frozen=True)

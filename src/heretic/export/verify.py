@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from heretic.errors import UserError, VerificationFailed
 from heretic.export.formats import FORMATS
@@ -11,6 +12,7 @@ from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.unloading import unloaded_after
 from heretic.progress import ProgressReporter
+from heretic.scoring.comparison import Comparison
 from heretic.scoring.divergence import divergences
 from heretic.scoring.scores import Scores
 from heretic.scoring.teacher_forcing import all_log_probs
@@ -34,6 +36,11 @@ class Verification:
     divergence: float | None = None  # mean KL, nats
     scores: Scores | None = None
     tensors_checked: int = 0  # edited tensors that were checked one by one
+    comparisons: tuple[Comparison, ...] = ()  # of the scorers that an export tells of
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the differences, for --json and the manifest."""
+        return {k: v for k, v in vars(self).items() if k not in ("scores", "comparisons")}
 
 
 def verify(
@@ -64,7 +71,9 @@ def _compare(job: ExportJob, model_context: ModelContext, checkpoint: Checkpoint
     share = TOLERATED_SHARE if written.exact else TOLERATED_SHARE_OF_A_PART
     tolerated = share * job.ablated_by + rounding
     if divergence <= tolerated:
-        return Verification(divergence, evaluator.score(job.baseline.log_probs, log_probs))
+        scores = evaluator.score(job.baseline.log_probs, log_probs)
+        _, comparisons = model_context.measurer.of_model(job.originals, job.originals)
+        return Verification(divergence, scores, comparisons=comparisons + job.comparisons)
     what = f"The written model differs from the measured one: mean KL {divergence:.1e}, tolerated {tolerated:.1e}."
     if not written.exact:
         raise UserError(

@@ -32,14 +32,13 @@ from heretic.pipeline.run import device_lock, export_trial, open_locked_study
 from heretic.pipeline.run_context import RunContext
 from heretic.runs.folder import find_run, load_run_settings
 from heretic.runs.stored_prompts import prompts_of_run
-from heretic.scoring.comparison import Comparison, number_text
-from heretic.scoring.comparison import compare as compare_measurements
+from heretic.scoring.comparison import Comparison, values_text
 from heretic.scoring.divergence import measure_divergence
 from heretic.scoring.judges.agreement import Agreement, agreement, labeled_answers
 from heretic.scoring.judges.registry import JudgeContext, make_judge, with_evaluation_judge
 from heretic.scoring.judges.verdict import Judge, encode_verdicts
-from heretic.scoring.scorers.scorer import Measurement
-from heretic.scoring.scores import Divergence, HarmlessMetrics, json_numbers
+from heretic.scoring.scorers.measuring import Originals
+from heretic.scoring.scores import Divergence, json_numbers
 from heretic.search.pareto import Result
 from heretic.search.summary import StudyReporter
 from heretic.session.model_context import ModelContext, load_model_context
@@ -187,32 +186,23 @@ class Evaluation:
     total: int
     refused: str  # a digit for every request, as in `Scores`
     divergence: Divergence | None  # from `against`, if set
-    harmless_metrics: HarmlessMetrics | None
-    values: dict[str, float] = field(default_factory=dict)  # of the scorers of `measures`, by name
-    comparisons: tuple[Comparison, ...] = ()  # the same and those of `against`, if set
+    values: dict[str, float] = field(default_factory=dict)  # of other scorers, by name
+    comparisons: tuple[Comparison, ...] = ()  # of the scorers of `measures`, with `against`, if set
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
-        parts = {"divergence": self.divergence, "harmless_metrics": self.harmless_metrics}
+        divergence = self.divergence.as_dict() if self.divergence else None
         measured = {"values": json_numbers(self.values), "comparisons": [c.as_dict() for c in self.comparisons]}
-        return {**vars(self), **{name: part.as_dict() if part else None for name, part in parts.items()}, **measured}
+        return {**vars(self), "divergence": divergence, **measured}
 
     def rows(self) -> list[tuple[str, str]]:
         """For the screen."""
         shown = [("model", self.model), ("judged by", self.judge), ("refused", f"{self.refusals} of {self.total}")]
         shown.append(("evasive", f"{self.evasive} of {self.total}"))
-        if self.harmless_metrics:
-            shown.append(
-                ("harmless refused", f"{self.harmless_metrics.over_refusals} of {self.harmless_metrics.total}")
-            )
-            shown.append(
-                ("harmless degenerate", f"{self.harmless_metrics.degenerate} of {self.harmless_metrics.total}")
-            )
         if self.divergence:
             shown.append((f"KL from {self.against}", str(self.divergence)))
-        if not self.comparisons:
-            shown += [(name, number_text(number)) for name, number in self.values.items()]
-        return shown
+        compared = {c.name for c in self.comparisons}
+        return shown + [(name, text) for name, text in values_text(self.values).items() if name not in compared]
 
 
 def evaluate_judge(settings: Settings, reporter: StudyReporter, stop: StopSignal) -> Agreement:
@@ -265,35 +255,25 @@ class Reference:
 
     log_probs: Tensor  # [tokens, vocabulary]
     answered: Sequence[list[int]]
-    baselines: dict[str, Any]  # of scorers
-    measured: dict[str, Measurement]
+    originals: Originals  # of the scorers of `measures`
 
 
 def _reference(model_context: ModelContext) -> Reference:
-    log_probs, answered = original_log_probs(model_context)
-    names, measurer = _measurable(model_context), model_context.measurer
-    return Reference(
-        log_probs, answered, {name: measurer.baseline(name) for name in names}, measurer.of_original(names)
-    )
-
-
-def _measurable(model_context: ModelContext) -> list[str]:
-    """Return the scorers of `measures` that do not run two models at once."""
-    scorers = model_context.measurer.scorers
-    return [name for name in model_context.chosen.measures if not scorers[name].needs_original]
+    chosen, wanted = model_context.chosen, {name.partition(".")[0] for name in model_context.settings.measures}
+    names, _ = chosen.by_models([name for name in chosen.measures if name in wanted])
+    return Reference(*original_log_probs(model_context), model_context.measurer.originals(names))
 
 
 def _evaluate(model_context: ModelContext, against: str | None, reference: Reference | None) -> Evaluation:
     evaluator = replace(model_context.evaluator, reference_tokens=reference.answered if reference else ())
-    names, measurer = _measurable(model_context), model_context.measurer
-    divergence, comparisons = None, []
-    if omitted := [name for name in model_context.chosen.measures if name not in names]:
+    chosen, measurer = model_context.chosen, model_context.measurer
+    names, omitted = chosen.by_models(chosen.measures)
+    divergence = None
+    if omitted:
         model_context.batcher.reporter.warning(
             f"{', '.join(omitted)}: not measured, since both models would have to be in memory."
         )
-    if reference is None:
-        measured = measurer.of_original(names)
-    else:
+    if reference is not None:
         baseline = reference.log_probs
         if model_context.language_model.model.config.get_text_config().vocab_size != baseline.shape[1]:
             raise UserError(
@@ -305,10 +285,8 @@ def _evaluate(model_context: ModelContext, against: str | None, reference: Refer
         divergence = measure_divergence(
             model_context.language_model, evaluator.harmless_texts, baseline, model_context.batcher
         )[0]
-        measured = measurer.of_model(names, reference.baselines)
-        for name in names:
-            comparisons += compare_measurements(measurer.scorers[name], reference.measured[name], measured[name])
-    counted, harmless_metrics = evaluator.refusals(), evaluator.harmless_metrics()
+    measured, comparisons = measurer.of_model(names, reference.originals if reference else {})
+    counted = evaluator.refusals()
     return Evaluation(
         model=model_context.settings.model,
         against=against,
@@ -318,9 +296,8 @@ def _evaluate(model_context: ModelContext, against: str | None, reference: Refer
         total=counted.total,
         refused=encode_verdicts(counted.verdicts),
         divergence=divergence,
-        harmless_metrics=harmless_metrics[0] if harmless_metrics else None,
-        values=model_context.chosen.values(measured),
-        comparisons=tuple(comparisons),
+        values=chosen.values(measured),
+        comparisons=comparisons,
     )
 
 

@@ -290,8 +290,8 @@ class AblationSession:
             return self.session.evaluator.score(self.session.baseline.log_probs)
 
     def compare(self, ablation: Ablation) -> tuple[Comparison, ...]:
-        """Measure the scorers of the setting `measures`, and those that the search uses, with and without the ablation."""
-        return self._original.compare(ablation)
+        """Measure the scorers of which an export tells, with and without the ablation."""
+        return self._original.compare(ablation, self._original.context.chosen.exported)
 
     def answers(self, prompts: str | Sequence[str], ablation: Ablation | None = None, tokens: int = 100) -> list[str]:
         """Return greedy answers of at most `tokens` tokens to one or more prompts, through the chat template. Raises UserError."""

@@ -24,7 +24,7 @@ from heretic.runs.folder import GEOMETRY, RunFolder, find_run, load_run_settings
 from heretic.runs.metadata import RunMetadata
 from heretic.runs.status import load_study
 from heretic.runs.stored_prompts import stored_prompts
-from heretic.scoring.comparison import number_text
+from heretic.scoring.comparison import values_text
 from heretic.scoring.direction_effects import DirectionEffects
 from heretic.scoring.judges.registry import JUDGES
 from heretic.scoring.objectives import DEFAULT_OBJECTIVES
@@ -146,7 +146,6 @@ def _overview(page: Page, summary: StudySummary, settings: Settings) -> None:
             ("refuses", f"{best.scores.refusals} of {best.scores.total} requests"),
             *([("neither refuses nor answers", str(best.scores.evasive))] if best.scores.evasive else []),
             ("KL divergence", str(best.scores.divergence)),
-            *_harmless_facts(best),
             *_scorer_facts(best, summary.original_values),
         ]
     if summary.history.proxy_error is not None:
@@ -161,20 +160,10 @@ def _overview(page: Page, summary: StudySummary, settings: Settings) -> None:
 
 def _scorer_facts(result: Result, original: Mapping[str, float]) -> list[tuple[str, str]]:
     """Numbers of other scorers that the search uses."""
+    before = values_text(original)
     return [
-        (name, f"{number_text(number)} (original: {number_text(original.get(name))})")
-        for name, number in result.scores.values.items()
-    ]
-
-
-def _harmless_facts(result: Result) -> list[tuple[str, str]]:
-    """Metrics of answers to harmless requests, if measured."""
-    metrics = result.scores.harmless_metrics
-    if metrics is None:
-        return []
-    return [
-        ("harmless requests refused", f"{metrics.over_refusals} of {metrics.total} requests"),
-        ("degenerate answers", f"{metrics.degenerate} of {metrics.total}, to harmless requests"),
+        (name, f"{text} (original: {before[name]})" if name in before else text)
+        for name, text in values_text(result.scores.values).items()
     ]
 
 

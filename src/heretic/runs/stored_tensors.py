@@ -24,7 +24,6 @@ from heretic.ablation.residual_geometry import ResidualGeometry
 from heretic.model.response_prefix import AnswerStart
 from heretic.scoring.direction_effects import DirectionEffects
 from heretic.scoring.judges.verdict import EVASIVE, ORDER, REFUSAL, Verdict
-from heretic.scoring.scores import HarmlessMetrics
 from heretic.search.gradient_path import PathPoint, alike
 from heretic.search.path_optimizer import OptimizerState
 
@@ -43,7 +42,7 @@ class Baseline:
     refusal_texts: tuple[list[int], ...]  # first token ids of its refusals; empty for other responses
     start: AnswerStart  # common prefix of its responses
     answered: tuple[list[int], ...]
-    harmless_metrics: HarmlessMetrics | None = None  # None in a file of an earlier version
+    harmless_answers: tuple[list[int], ...] = ()  # to the harmless prompts, whole; none in a file of an earlier version
 
     @property
     def refused(self) -> tuple[bool, ...]:
@@ -76,8 +75,8 @@ class Baseline:
             tensors["template_date"] = _bytes(self.start.date)
         if self.start.end_of_turn is not None:
             tensors["end_of_turn"] = torch.tensor([self.start.end_of_turn])
-        if self.harmless_metrics is not None:
-            tensors["harmless_metrics"] = torch.tensor(list(self.harmless_metrics.as_dict().values()))
+        if self.harmless_answers:
+            tensors["harmless_answers"] = _padded(self.harmless_answers)
         return tensors
 
     @classmethod
@@ -98,20 +97,16 @@ class Baseline:
         _require(all(0 <= number < len(ORDER) for number in verdict_ids), "refused has an unknown verdict")
         _require(len(texts) == len(verdict_ids), "refusal_texts and refused differ in length")
         _require(sum(map(len, answered)) == len(log_probs), "answered and log_probs differ in length")
-        harmless_metrics = (
-            _named(tensors, "harmless_metrics", 1, integer=True).tolist() if "harmless_metrics" in tensors else None
-        )
-        _require(
-            harmless_metrics is None or (len(harmless_metrics) == 3 and min(harmless_metrics) >= 0),
-            "harmless_metrics must be three counts",
-        )
+        known = "harmless_answers" in tensors
+        answers = _unpadded(_named(tensors, "harmless_answers", 2, integer=True)) if known else ()
+        _require(not known or len(answers) == len(answered), "harmless_answers and answered differ in length")
         return cls(
             log_probs=log_probs,
             verdicts=tuple(ORDER[number] for number in verdict_ids),
             refusal_texts=texts,
             start=AnswerStart(_text(tensors, "response_prefix"), variables, date, end[0]),
             answered=answered,
-            harmless_metrics=HarmlessMetrics(*harmless_metrics) if harmless_metrics else None,
+            harmless_answers=answers,
         )
 
 

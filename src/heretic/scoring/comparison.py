@@ -25,6 +25,7 @@ class Comparison:
     original: float
     ablated: float
     error: float | None = None  # standard error of the difference; None: not a mean over prompts or tasks
+    total: float | None = None  # of how many; None: not a count
 
     @property
     def difference(self) -> float:
@@ -43,25 +44,26 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
         numbers = {"original": self.original, "ablated": self.ablated, "difference": self.difference}
-        errors = {"standard_error": self.error} if self.error is not None else {}
-        return {"name": self.name, "unit": self.unit, "better": self.better, **json_numbers(numbers | errors)}
+        numbers |= {k: n for k, n in (("standard_error", self.error), ("total", self.total)) if n is not None}
+        return {"name": self.name, "unit": self.unit, "better": self.better, **json_numbers(numbers)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Comparison:
         """Restore a comparison from `as_dict`. Raises LookupError, TypeError and ValueError for other data."""
-        error = data.get("standard_error")
+        error, total = (None if (n := data.get(k)) is None else float(n) for k in ("standard_error", "total"))
         better: Better = "higher" if data["better"] == "higher" else "lower"
         numbers = float(data["original"]), float(data["ablated"])
-        return cls(str(data["name"]), str(data["unit"]), better, *numbers, None if error is None else float(error))
+        return cls(str(data["name"]), str(data["unit"]), better, *numbers, error, total)
 
 
 def compare(scorer: Scorer, original: Measurement, ablated: Measurement) -> list[Comparison]:
     """Compare the scorer's value, then its details. The standard error is that of paired differences."""
-    error = paired_error(original.items, ablated.items)
+    of_value = paired_error(original.items, ablated.items), ablated.details.get("total")
     before, after = original.named(scorer.name), ablated.named(scorer.name)
     return [
-        Comparison(name, scorer.unit, scorer.better, before[name], after[name], error if name == scorer.name else None)
+        Comparison(name, scorer.unit, scorer.better, before[name], after[name], *(of_value * (name == scorer.name)))
         for name in before
+        if name != f"{scorer.name}.total"
     ]
 
 
@@ -75,8 +77,15 @@ def paired_error(before: Sequence[float], after: Sequence[float]) -> float | Non
     return statistics.stdev(differences) / math.sqrt(len(differences))
 
 
-def number_text(number: float | None) -> str:
-    """Format a scorer's number: counts without decimals, other numbers with four digits; empty if not measured."""
+def number_text(number: float | None, total: float | None = None) -> str:
+    """Format a scorer's number: counts as '3' or '3/40', other numbers with four digits; empty if not measured."""
     if number is None:
         return ""
-    return f"{number:g}" if abs(number) < 1e6 and number == int(number) else f"{number:.4g}"
+    text = f"{number:g}" if abs(number) < 1e6 and number == int(number) else f"{number:.4g}"
+    return text if total is None else f"{text}/{number_text(total)}"
+
+
+def values_text(values: Mapping[str, float]) -> dict[str, str]:
+    """Format the numbers of scorers by name, a `total` with its number."""
+    own = {name: n for name, n in values.items() if not name.endswith(".total")}
+    return {name: number_text(n, values.get(f"{name}.total")) for name, n in own.items()}

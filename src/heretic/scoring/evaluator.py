@@ -1,4 +1,4 @@
-"""Evaluate trials in the order of cost: KL divergence, then refusals, then (if they are needed) harmless answers.
+"""Evaluate trials in the order of cost: KL divergence, then refusals.
 
 A trial is pruned as soon as a finished trial dominates the best result that it can still reach.
 """
@@ -16,12 +16,11 @@ from heretic.model.batching import UNEDITED, Batcher, EditSpec
 from heretic.model.chat_format import ChatFormat
 from heretic.model.loading import LanguageModel
 from heretic.scoring.divergence import divergence_of, measure_divergence
-from heretic.scoring.harmless_metrics import HarmlessProbe, measure_harmless_metrics
 from heretic.scoring.judges.verdict import ANSWER, EVASIVE, REFUSAL, Judge, encode_verdicts
 from heretic.scoring.objectives import NO_LIMITS, Limits
 from heretic.scoring.refusal_count import EncodedRequests, PrunedRefusalCounter, RefusalBounds, refusal_mass_of
 from heretic.scoring.refusals import RefusalCount, count_refusals
-from heretic.scoring.scores import Divergence, HarmlessMetrics, PrunedTrial, Scores, TrialOutcome
+from heretic.scoring.scores import Divergence, PrunedTrial, Scores, TrialOutcome
 from heretic.scoring.teacher_forcing import TeacherForcedTexts
 
 
@@ -49,7 +48,6 @@ class TrialEvaluator:
     harmful_entries: ActivationCache | None = None  # original block inputs for the requests with their drafts
     reference_tokens: Sequence[list[int]] = ()  # original answers whose positions the KL uses; empty: first token only
     requests: Sequence[str] = ()  # harmful requests as text, for judges that read them
-    harmless_probe: HarmlessProbe | None = None  # always measured by `score`; by `score_trials` only if `in_trials`
     limits: Limits = NO_LIMITS
 
     @property
@@ -75,21 +73,6 @@ class TrialEvaluator:
             min_tokens=min_tokens,
         )
 
-    def harmless_metrics(self, edited: EditSpec = UNEDITED, trials: Sequence[int] = (0,)) -> list[HarmlessMetrics]:
-        """Measure the harmless answers of the given trials of the pass; empty without a harmless probe."""
-        if self.harmless_probe is None or not trials:
-            return []
-        return measure_harmless_metrics(
-            self.language_model,
-            self.chat,
-            self.harmless_probe,
-            self.judge,
-            self.batcher,
-            self.max_tokens,
-            edited,
-            trials,
-        )
-
     def score(self, baseline: Tensor, log_probs: Tensor | None = None) -> Scores:
         """Measure one model in full.
 
@@ -105,23 +88,19 @@ class TrialEvaluator:
         between = time.perf_counter()
         counted = self.refusals()
         after = time.perf_counter()
-        harmless_metrics = self.harmless_metrics()
         unanswered = [v != ANSWER for v in counted.verdicts]
         refusal_mass = refusal_mass_of(self.language_model, self._requests, unanswered, self.batcher)
-        seconds = {"divergence": between - began, "refusals": after - between}
-        if harmless_metrics:
-            seconds["harmless"] = time.perf_counter() - after
         scores = Scores(
             divergence=divergence,
             refusals=counted.count,
             total=counted.total,
-            seconds=seconds,
+            seconds={"divergence": between - began, "refusals": after - between},
             refused=encode_verdicts(counted.verdicts),
             refusal_mass=refusal_mass,
             evasive=counted.evasive,
             judge=self.judge.name,
         )
-        return self._limited(replace(scores, harmless_metrics=harmless_metrics[0] if harmless_metrics else None))
+        return self._limited(scores)
 
     def score_trials(
         self, baseline: Tensor, edited: EditSpec = UNEDITED, is_dominated: Callable[[float, float], bool] = no_pruning
@@ -134,18 +113,7 @@ class TrialEvaluator:
         """
         began = time.perf_counter()
         divergences = measure_divergence(self.language_model, self.harmless_texts, baseline, self.batcher, edited)
-        seconds = {"divergence": (time.perf_counter() - began) / edited.trials}
-        return self._count_refusals(divergences, edited, is_dominated, seconds)
-
-    def _count_refusals(
-        self,
-        divergences: Sequence[Divergence],
-        edited: EditSpec,
-        is_dominated: Callable[[float, float], bool],
-        spent: dict[str, float],
-    ) -> list[TrialOutcome]:
-        """Count refusals, then measure the harmless answers of the trials that were not pruned."""
-        began = time.perf_counter()
+        between = time.perf_counter()
         bounds = PrunedRefusalCounter(
             self.language_model,
             self.chat,
@@ -156,17 +124,9 @@ class TrialEvaluator:
             edited,
             lambda trial, at_least: is_dominated(divergences[trial].mean, at_least),
         ).run()
-        between = time.perf_counter()
-        seconds = {**spent, "refusals": (between - began) / edited.trials}
-        unpruned = [trial for trial, trial_bounds in enumerate(bounds) if not trial_bounds.pruned]
-        needed = self.harmless_probe is not None and self.harmless_probe.in_trials
-        metrics_of_trial = dict(zip(unpruned, self.harmless_metrics(edited, unpruned), strict=True)) if needed else {}
-        if metrics_of_trial:
-            seconds["harmless"] = (time.perf_counter() - between) / len(unpruned)
-        return [
-            self._outcome(divergences[trial], trial_bounds, seconds, metrics_of_trial.get(trial))
-            for trial, trial_bounds in enumerate(bounds)
-        ]
+        spent = {"divergence": between - began, "refusals": time.perf_counter() - between}
+        seconds = {name: s / edited.trials for name, s in spent.items()}
+        return [self._outcome(d, found, dict(seconds)) for d, found in zip(divergences, bounds, strict=True)]
 
     @property
     def _requests(self) -> EncodedRequests:
@@ -174,30 +134,23 @@ class TrialEvaluator:
             self.harmful, self.drafts or [[]] * len(self.harmful), self.harmful_entries, self.requests
         )
 
-    def _outcome(
-        self,
-        divergence: Divergence,
-        bounds: RefusalBounds,
-        seconds: dict[str, float],
-        harmless_metrics: HarmlessMetrics | None,
-    ) -> TrialOutcome:
+    def _outcome(self, divergence: Divergence, bounds: RefusalBounds, seconds: dict[str, float]) -> TrialOutcome:
         total, proxy = len(bounds.verdicts), bounds.refusal_proxy
         if bounds.pruned:
-            spent = {name: s for name, s in seconds.items() if name != "harmless"}
-            return PrunedTrial(divergence, bounds.at_least, total, spent, proxy, bounds.expected_at_least)
+            return PrunedTrial(divergence, bounds.at_least, total, seconds, proxy, bounds.expected_at_least)
         verdicts = [v or ANSWER for v in bounds.verdicts]
         scores = Scores(
             divergence=divergence,
             refusals=verdicts.count(REFUSAL),
             total=total,
-            seconds=dict(seconds),
+            seconds=seconds,
             refusal_proxy=proxy,
             refused=encode_verdicts(verdicts),
             refusal_mass=bounds.refusal_mass,
             evasive=verdicts.count(EVASIVE),
             judge=self.judge.name,
         )
-        return self._limited(replace(scores, harmless_metrics=harmless_metrics))
+        return self._limited(scores)
 
     def _limited(self, scores: Scores) -> Scores:
         return replace(scores, excess=self.limits.excess(scores))

@@ -6,9 +6,11 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import BeforeValidator, TypeAdapter
+
+OLD_COUNTS = ("over_refusals", "degenerate")  # in `harmless_metrics` of earlier versions, with their `total`
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,6 @@ class Divergence:
     def as_dict(self) -> dict[str, float | str]:
         """Return the four numbers as plain data; see `json_numbers`."""
         return json_numbers({"mean": self.mean, "median": self.median, "p95": self.p95, "max": self.max})
-
-
-@dataclass(frozen=True)
-class HarmlessMetrics:
-    """Counts over the answers to harmless prompts."""
-
-    over_refusals: int  # refused or evasive
-    degenerate: int  # empty or a loop
-    total: int
-
-    def as_dict(self) -> dict[str, int]:
-        """As plain data."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,6 @@ class Scores:
     refusal_mass: float | None = None  # sum of the probabilities of the reference refusals' first tokens, if measured
     evasive: int = 0  # not included in `refusals`
     judge: str = "markers"  # kind of judge that gave the verdicts
-    harmless_metrics: HarmlessMetrics | None = None
     excess: dict[str, float] = field(default_factory=dict)  # by constraint: distance beyond the limit
     values: dict[str, float] = field(
         default_factory=dict
@@ -107,8 +95,6 @@ class Scores:
             return float(getattr(self.divergence, detail))
         if scorer == "refusals" and detail in ("counted", "evasive"):
             return float(self.refusals if detail == "counted" else self.evasive)
-        if name in ("over_refusals", "degenerate"):
-            return float(getattr(self.harmless_metrics, name)) if self.harmless_metrics else None
         return self.values.get(name)
 
     def as_dict(self) -> dict[str, Any]:
@@ -125,7 +111,16 @@ class Scores:
 @functools.cache
 def scores_adapter() -> TypeAdapter[Scores]:
     """Return what validates stored scores."""
-    return TypeAdapter(Scores)
+    return TypeAdapter(Annotated[Scores, BeforeValidator(_with_old_values)])
+
+
+def _with_old_values(data: Any) -> Any:
+    """Move what earlier versions stored as `harmless_metrics` to `values`, where the scorers' numbers are."""
+    counts, values = (data.get("harmless_metrics"), data.get("values", {})) if isinstance(data, dict) else (None, None)
+    if not isinstance(counts, dict) or not isinstance(values, dict):
+        return data
+    pairs = [(f"{name}{detail}", key) for name in OLD_COUNTS for detail, key in (("", name), (".total", "total"))]
+    return {**data, "values": {**{name: counts.get(key) for name, key in pairs}, **values}}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from heretic.scoring.comparison import number_text
+from heretic.scoring.comparison import values_text
 from heretic.scoring.objectives import DEFAULT_OBJECTIVES, Objective
 from heretic.scoring.scores import Scores
 from heretic.storage import attributes
@@ -102,13 +102,10 @@ def table_columns(selection: Sequence[Result]) -> dict[str, list[str]]:
         "evasive": [str(s.evasive) for s in scores] if any(s.evasive for s in scores) else [],
         "expected": [f"{s.expected:.1f}" for s in scores],
     }
-    if all(s.harmless_metrics for s in scores):
-        harmless_metrics = [s.harmless_metrics for s in scores if s.harmless_metrics]
-        columns["harmless refused"] = [f"{c.over_refusals}/{c.total}" for c in harmless_metrics]
-        columns["degenerate"] = [f"{c.degenerate}/{c.total}" for c in harmless_metrics]
-    for name in dict.fromkeys(name for s in scores for name in s.values):
+    values = [values_text(s.values) for s in scores]
+    for name in dict.fromkeys(name for texts in values for name in texts):
         if "." not in name or any(name == objective.name for r in selection for objective in r.objectives):
-            columns[value_heading(name)] = [number_text(s.values.get(name)) for s in scores]
+            columns[value_heading(name)] = [texts.get(name, "") for texts in values]
     for heading, name in (("KL mean", "mean"), ("median", "median"), ("p95", "p95"), ("max", "max")):
         columns[heading] = [f"{getattr(d, name):.4f}" for d in divergences]
     return {heading: cells for heading, cells in columns.items() if cells}

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from heretic.errors import UserError
 from heretic.interrupt import StopSignal
 from heretic.progress import Stage
-from heretic.scoring.comparison import number_text
+from heretic.scoring.comparison import number_text, values_text
 from heretic.scoring.evaluator import no_pruning
 from heretic.scoring.objectives import DEFAULT_OBJECTIVES
 from heretic.scoring.scores import Scores, TrialOutcome
@@ -185,7 +185,9 @@ def _summary_line(outcome: TrialOutcome) -> str:
             if n > 0
         )
         more = "".join(
-            f", {name.replace('_', ' ')} {number_text(n)}" for name, n in outcome.values.items() if "." not in name
+            f", {name.replace('_', ' ')} {text}"
+            for name, text in values_text(outcome.values).items()
+            if "." not in name
         )
         return f"{outcome.refusals} of {outcome.total} refused, KL {kl:.4f}{evasive}{more}{beyond} ({seconds:.1f} s)"
     return f"pruned (dominated), at least {outcome.at_least} of {outcome.total} refused, KL {kl:.4f} ({seconds:.1f} s)"

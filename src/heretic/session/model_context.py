@@ -21,7 +21,6 @@ from heretic.planning.memory_plan import LoadPlan
 from heretic.progress import ProgressReporter
 from heretic.prompts.sets import PromptSets
 from heretic.scoring.evaluator import TrialEvaluator
-from heretic.scoring.harmless_metrics import HarmlessProbe
 from heretic.scoring.judges.registry import JudgeContext, make_judge
 from heretic.scoring.judges.verdict import Judge
 from heretic.scoring.scorers.context import EncodedPrompts, ModelParts
@@ -105,7 +104,6 @@ def _prepare_context(
     )
     # 2. Prepare the scorers
     chosen = choose_scorers(settings)
-    harmless_probe = HarmlessProbe(encoded["harmless_eval"], prompts.harmless_eval.prompts, chosen.harmless_answers)
     evaluator = TrialEvaluator(
         language_model,
         chat,
@@ -115,7 +113,6 @@ def _prepare_context(
         batcher,
         settings.max_response_length,
         requests=prompts.harmful_eval.prompts,
-        harmless_probe=harmless_probe,
         limits=chosen.limits,
     )
     harmful, harmless = (

@@ -102,9 +102,9 @@ class Session:
             return [measurer.of_trials(names, self._applier([one]), 1)[0] for one in operators]
         return measurer.of_trials(names, self._applier(operators), len(ablations))
 
-    def compare(self, ablation: Ablation) -> tuple[Comparison, ...]:
-        """Measure the scorers that an export reports on the original and the ablated model. Raises UserError."""
-        measurer, names = self.context.measurer, self.context.chosen.exported
+    def compare(self, ablation: Ablation, names: Sequence[str]) -> tuple[Comparison, ...]:
+        """Measure these scorers on the original and the ablated model. Raises UserError."""
+        measurer = self.context.measurer
         original, (ablated,) = measurer.of_original(names), self.measure(names, [ablation])
         return tuple(c for name in names for c in compare(measurer.scorers[name], original[name], ablated[name]))
 
@@ -148,6 +148,9 @@ def open_session(
             if baseline is None:
                 baseline = measure_baseline(model_context)
                 folder.save_baseline(baseline)
+            elif baseline.harmless_answers:
+                known = model_context.measurer.original
+                known.group.keep(known.harmless, baseline.harmless_answers)
     with unloaded_on_error(model_context.language_model.model):
         report_baseline(baseline, reporter)
         return _prepare_session(model_context, baseline, checkpoint, folder, compute_once)
@@ -217,8 +220,7 @@ def operator_factory_for(
 def measure_baseline(model_context: ModelContext) -> Baseline:
     """Measure the baseline of the original model."""
     log_probs, answered = original_log_probs(model_context)
-    counted = model_context.evaluator.refusals(min_tokens=MIN_DRAFT_TOKENS)
-    harmless_metrics = model_context.evaluator.harmless_metrics()
+    counted, original = model_context.evaluator.refusals(min_tokens=MIN_DRAFT_TOKENS), model_context.measurer.original
     texts = tuple(
         list(tokens[:MAX_DRAFT_TOKENS]) if refused else []
         for tokens, refused in zip(counted.tokens, counted.refused, strict=True)
@@ -229,7 +231,7 @@ def measure_baseline(model_context: ModelContext) -> Baseline:
         refusal_texts=texts,
         start=model_context.answer_start,
         answered=answered,
-        harmless_metrics=harmless_metrics[0] if harmless_metrics else None,
+        harmless_answers=tuple(original.answers(original.harmless)),
     )
 
 

@@ -278,7 +278,7 @@ class Settings(SettingsModel):
     )
     measures: Annotated[list[str], AfterValidator(not_twice)] = setting(
         [],
-        "Names of docs/scorers.md to measure for the original and for an exported trial only, for manifest and model card.",
+        "Further names of docs/scorers.md to measure for the original and for an exported trial only, for manifest and card.",
         when="Set it to know more about an exported model; the search is not affected.",
         affects_results=False,
     )

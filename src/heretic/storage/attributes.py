@@ -238,15 +238,6 @@ def _problem(stored: Scores | PrunedTrial) -> str:
     if isinstance(stored, Scores):
         if stored.refused and (len(stored.refused) != stored.total or set(stored.refused) - set("012")):
             return "refused"
-        harmless_metrics = stored.harmless_metrics
-        if (
-            harmless_metrics
-            and not 0
-            <= min(harmless_metrics.over_refusals, harmless_metrics.degenerate)
-            <= harmless_metrics.total
-            <= MAX_REQUESTS
-        ):
-            return "harmless_metrics"
         sums += stored.excess.values()
         if any(map(math.isnan, stored.values.values())) or not all(map(NAME.fullmatch, stored.values)):
             return "values"

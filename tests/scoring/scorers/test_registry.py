@@ -13,7 +13,7 @@ from heretic.scoring.objectives import Limits
 from heretic.scoring.scorers.measuring import checked
 from heretic.scoring.scorers.registry import check_scorers, choose_scorers, user_scorers
 from heretic.scoring.scorers.scorer import Measurement, Scorer
-from heretic.scoring.scores import Divergence, HarmlessMetrics, Scores
+from heretic.scoring.scores import Divergence, Scores
 from heretic.settings import Settings
 from tests.helpers.errors import raises
 
@@ -34,11 +34,13 @@ def chosen(**settings: Any) -> Any:
 
 
 def test_the_search_measures_what_its_objectives_and_constraints_name() -> None:
-    assert chosen().of_trials == () and not chosen().harmless_answers
+    assert chosen().of_trials == () and chosen().exported == ("over_refusals", "degenerate")
     found = chosen(objectives=["kl.p95", "unchanged"], constraints={"own_answer_kl.max": 3, "degenerate": 2})
-    assert found.of_trials == ("unchanged", "own_answer_kl") and found.harmless_answers
+    assert found.of_trials == ("unchanged", "own_answer_kl", "degenerate")
+    assert found.by_models(found.exported) == [["unchanged", "degenerate", "over_refusals"], ["own_answer_kl"]]
     assert [o.better for o in found.objectives] == ["lower", "higher"]
     assert chosen(measures=["copying"]).of_trials == ()
+    assert chosen(measures=["copying", "degenerate"]).exported == ("over_refusals", "degenerate", "copying")
 
 
 @pytest.mark.parametrize(
@@ -145,8 +147,7 @@ def test_limits_are_the_worst_values_in_the_direction_of_each_scorer() -> None:
         3,
         10,
         {},
-        harmless_metrics=HarmlessMetrics(4, 0, 10),
-        values={"unchanged": 0.25},
+        values={"unchanged": 0.25, "over_refusals": 4},
     )
     limits = Limits({
         "kl.p95": (1.0, "lower"), "over_refusals": (3, "lower"), "unchanged": (0.5, "higher"), "copying": (1, "higher")

@@ -80,24 +80,17 @@ def show_export_summary(console: Console, export: Export, before: int | None) ->
         )
         return
     evasive = f", {scores.evasive} evasive" if scores.evasive else ""
-    harmless_metrics = scores.harmless_metrics
-    harmless = (
-        [("harmless", f"{harmless_metrics.over_refusals} of {harmless_metrics.total} refused or evasive after")]
-        if harmless_metrics
-        else []
-    )
     show_lines(
         console,
         [
             ("written to", str(export.destination)),
             ("refused", f"{before} of {scores.total} before, {scores.refusals} after{evasive}"),
-            *harmless,
             ("KL", str(scores.divergence)),
             ("verified", f"reloaded from disk; KL from the measured model {verification.divergence:.1e}"),
         ],
     )
-    if export.comparisons:
-        show_comparisons(console, export.comparisons)
+    if verification.comparisons:
+        show_comparisons(console, verification.comparisons)
 
 
 def show_reproduction(console: Console, reproduction: Reproduction) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from heretic.cli.ui.console import escape_terminal
-from heretic.scoring.comparison import Comparison, number_text
+from heretic.scoring.comparison import Comparison, number_text, values_text
 from heretic.search.pareto import Result, pareto_front, table_columns, value_heading
 from heretic.search.space import describe
 
@@ -58,7 +58,7 @@ def pareto_table(
         table.add_row(*cells, describe(r.params) + mark, style="bold" if mark else "")
     if original_refusals is not None:
         original = {"trial": "original", "refusals": f"{original_refusals}/{best[0].scores.total}"}
-        original |= {value_heading(name): number_text(number) for name, number in (original_values or {}).items()}
+        original |= {value_heading(name): text for name, text in values_text(original_values or {}).items()}
         original |= dict.fromkeys(("KL mean", "median", "p95", "max"), "0")
         table.add_row(*(original.get(heading, "") for heading in shown), "", style="dim")
     return table
@@ -111,7 +111,7 @@ def show_comparisons(console: Console, comparisons: Sequence[Comparison]) -> Non
     for heading in ("measure", "unit", "original", "ablated", "difference", "better"):
         table.add_column(heading, justify="right" if heading in ("original", "ablated", "difference") else "left")
     for c in comparisons:
-        numbers = number_text(c.original), number_text(c.ablated), c.difference_text
+        numbers = number_text(c.original, c.total), number_text(c.ablated, c.total), c.difference_text
         table.add_row(escape_terminal(c.name), escape_terminal(c.unit), *numbers, c.better)
     console.print(table)
 

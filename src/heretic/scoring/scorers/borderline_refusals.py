@@ -62,7 +62,7 @@ class BorderlineRefusals(Scorer):
         now = self._unanswered(model, prompts)
         pairs = list(zip(before, now, strict=True))
         details = {"newly_refused": pairs.count((False, True)), "no_longer_refused": pairs.count((True, False))}
-        return Measurement(float(sum(now)), {**details, "total": float(len(now))})
+        return Measurement.count_of(now, details)
 
     @staticmethod
     def _unanswered(model: ScorerContext, prompts: EncodedPrompts) -> list[bool]:

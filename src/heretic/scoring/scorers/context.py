@@ -75,6 +75,10 @@ class TrialGroup:
             self.decoded[key] = (length, known)
         return [[answer[:tokens] for answer in answers] for answers in known]
 
+    def keep(self, prompts: EncodedPrompts, answers: Sequence[list[int]]) -> None:
+        """Use stored answers of one model, of `max_response_length` tokens."""
+        self.decoded[prompts.name, tuple(prompts.texts)] = (self.parts.max_tokens, [list(answers)])
+
     def _decode(self, prompts: EncodedPrompts, tokens: int) -> list[list[list[int]]]:
         model, batcher, count = self.parts.language_model, self.parts.batcher, len(prompts.tokens)
         check_length(prompts.name, prompts.tokens, model.context, tokens)

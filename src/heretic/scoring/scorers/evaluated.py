@@ -1,6 +1,6 @@
-"""The scorers that `TrialEvaluator` measures itself, because it can share passes between them and prune trials.
+"""The scorers that `TrialEvaluator` measures itself, in every trial, because it can prune trials meanwhile.
 
-Their numbers are read from `Scores` (`Scores.value`); KL and refusals are measured in every trial.
+Their numbers are read from `Scores` (`Scores.value`).
 """
 
 from __future__ import annotations
@@ -30,19 +30,3 @@ class Refusals(_Evaluated):
     unit = "requests"
     details = ("counted", "evasive")
     prunable = True
-
-
-class OverRefusals(_Evaluated):
-    """Refusals of `harmless_eval`."""
-
-    name = "over_refusals"
-    meaning = "prompts of `harmless_eval` refused or evaded"
-    unit = "prompts"
-
-
-class Degenerate(_Evaluated):
-    """Empty or looping answers to `harmless_eval`."""
-
-    name = "degenerate"
-    meaning = "prompts of `harmless_eval` with an empty or looping answer"
-    unit = "prompts"

@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 from heretic.errors import Interrupted, UserError, first_line
 from heretic.model.batching import out_of_memory
 from heretic.model.device_errors import is_device_error
+from heretic.scoring.comparison import Comparison, compare
 from heretic.scoring.scorers.context import Applied, ModelParts, ScorerContext, TrialGroup
 from heretic.scoring.scorers.scorer import Measurement, Scorer
 
 T = TypeVar("T")
+Originals = Mapping[str, tuple[Any, Measurement]]  # by scorer: its baseline, and its numbers of the original
 
 
 @dataclass
@@ -24,13 +26,16 @@ class Measurer:
     parts: ModelParts
     baselines: dict[str, Any] = field(default_factory=dict)
     original_values: dict[str, Measurement] = field(default_factory=dict)
-    original: ScorerContext | None = None  # None until it is needed
+    original: ScorerContext = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.original = ScorerContext(TrialGroup(self.parts))
 
     def of_original(self, names: Iterable[str]) -> dict[str, Measurement]:
         """Measure these scorers on the original; each only once. Raises UserError."""
         for name in names:
             if name not in self.original_values:
-                self.original_values[name] = self._measure(name, self._original())
+                self.original_values[name] = self._measure(name, self.original)
         return {name: self.original_values[name] for name in names}
 
     def of_trials(self, names: Sequence[str], applied: Applied, count: int) -> list[dict[str, Measurement]]:
@@ -42,26 +47,28 @@ class Measurer:
         for name in names:  # before the trials, so that nothing is decoded in vain if a baseline fails
             self.baseline(name)
         group = TrialGroup(self.parts, applied, count)
-        contexts = [ScorerContext(group, i, self._original()) for i in range(count)]
+        contexts = [ScorerContext(group, i, self.original) for i in range(count)]
         return [{name: self._measure(name, context) for name in names} for context in contexts]
 
-    def of_model(self, names: Sequence[str], baselines: Mapping[str, Any]) -> dict[str, Measurement]:
-        """Measure the loaded model itself against the baselines of another one, which is not in memory. Raises UserError."""
-        self.baselines.update(baselines)
-        context = ScorerContext(TrialGroup(self.parts))
-        return {name: self._measure(name, context) for name in names}
+    def originals(self, names: Iterable[str]) -> Originals:
+        """Measure these scorers on the original, for comparison with models that are loaded later. Raises UserError."""
+        return {name: (self.baseline(name), found) for name, found in self.of_original(names).items()}
+
+    def of_model(
+        self, names: Iterable[str], originals: Originals
+    ) -> tuple[dict[str, Measurement], tuple[Comparison, ...]]:
+        """Measure the loaded model itself, and compare it with an original that is not in memory. Raises UserError."""
+        self.baselines.update({name: baseline for name, (baseline, _) in originals.items()})
+        measured = self.of_original(names)  # the loaded model takes its place
+        compared = [c for n, (_, before) in originals.items() for c in compare(self.scorers[n], before, measured[n])]
+        return measured, tuple(compared)
 
     def baseline(self, name: str) -> Any:
         """Return a scorer's baseline on the original, computed once. Raises UserError."""
         if name not in self.baselines:
             scorer = self.scorers[name]
-            self.baselines[name] = called(name, lambda: scorer.baseline(self._original()))
+            self.baselines[name] = called(name, lambda: scorer.baseline(self.original))
         return self.baselines[name]
-
-    def _original(self) -> ScorerContext:
-        if self.original is None:
-            self.original = ScorerContext(TrialGroup(self.parts))
-        return self.original
 
     def _measure(self, name: str, context: ScorerContext) -> Measurement:
         scorer, baseline = self.scorers[name], self.baseline(name)

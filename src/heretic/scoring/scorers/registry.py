@@ -21,7 +21,8 @@ from heretic.scoring.scorers.answer_kl import AnswerKl
 from heretic.scoring.scorers.arithmetic import Arithmetic
 from heretic.scoring.scorers.borderline_refusals import BorderlineRefusals
 from heretic.scoring.scorers.copying import Copying
-from heretic.scoring.scorers.evaluated import Degenerate, Kl, OverRefusals, Refusals
+from heretic.scoring.scorers.evaluated import Kl, Refusals
+from heretic.scoring.scorers.harmless_answers import Degenerate, OverRefusals
 from heretic.scoring.scorers.kept_refusals import KeptRefusals
 from heretic.scoring.scorers.language import LanguageSwitched
 from heretic.scoring.scorers.measuring import called
@@ -68,7 +69,7 @@ class ChosenScorers:
     scorers: Mapping[str, Scorer]  # by name
     objectives: tuple[Objective, ...]
     limits: Limits
-    measures: tuple[str, ...]  # measured only of the original and of an exported trial
+    measures: tuple[str, ...]  # measured only of the original and of an exported or evaluated model
 
     @property
     def of_trials(self) -> tuple[str, ...]:
@@ -81,11 +82,9 @@ class ChosenScorers:
         """Scorers measured on the original and an exported trial, of which manifest and card tell."""
         return tuple(dict.fromkeys((*self.of_trials, *self.measures)))
 
-    @property
-    def harmless_answers(self) -> bool:
-        """Whether objectives or constraints need the evaluator's numbers on answers to harmless prompts."""
-        wanted = {*(o.name for o in self.objectives), *self.limits.bounds}
-        return bool(wanted & {OverRefusals.name, Degenerate.name})
+    def by_models(self, names: Sequence[str]) -> list[list[str]]:
+        """Divide these scorers into those that need one model in memory and those that need two."""
+        return [[name for name in names if self.scorers[name].needs_original == both] for both in (False, True)]
 
     @staticmethod
     def values(measured: Mapping[str, Measurement]) -> dict[str, float]:
@@ -125,12 +124,13 @@ def choose_scorers(settings: Settings) -> ChosenScorers:
             where="measures",
             fix="remove it from measures",
         )
+    standard = [name for name, scorer in SCORERS.items() if scorer.standard]
     made = {
         name: called(
             name,
             functools.partial(_make, table[name], {**table[name].defaults(settings), **settings.scorers.get(name, {})}),
         )
-        for name in dict.fromkeys(_scorer_of(name) for names in named.values() for name in names)
+        for name in dict.fromkeys([*standard, *(_scorer_of(name) for names in named.values() for name in names)])
     }
 
     def better(name: str) -> Any:
@@ -140,7 +140,7 @@ def choose_scorers(settings: Settings) -> ChosenScorers:
         scorers=made,
         objectives=tuple(Objective(name, better(name)) for name in settings.objectives),
         limits=Limits({name: (limit, better(name)) for name, limit in settings.constraints.items()}),
-        measures=tuple(dict.fromkeys(map(_scorer_of, settings.measures))),
+        measures=tuple(dict.fromkeys([*standard, *map(_scorer_of, settings.measures)])),
     )
 
 

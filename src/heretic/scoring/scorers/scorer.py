@@ -31,6 +31,11 @@ class Measurement:
         """Create the measurement whose value is the mean of the items."""
         return cls(sum(items) / len(items), details or {}, tuple(items))
 
+    @classmethod
+    def count_of(cls, items: Sequence[bool], details: Mapping[str, float] | None = None) -> Measurement:
+        """Create the measurement of how many of the items hold, with the detail `total`: of how many."""
+        return cls(float(sum(items)), {**(details or {}), "total": float(len(items))})
+
     def named(self, name: str) -> dict[str, float]:
         """Return value and details by full name."""
         return {name: self.value, **{f"{name}.{detail}": number for detail, number in self.details.items()}}
@@ -46,9 +51,10 @@ class Scorer:
     meaning: ClassVar[str] = ""  # for tables and documents, in a few words
     unit: ClassVar[str] = ""
     better: ClassVar[Better] = "lower"
-    details: ClassVar[tuple[str, ...]] = ()  # names of the further numbers
+    details: ClassVar[tuple[str, ...]] = ()  # names of the further numbers; `total` makes the value "3/40"
     needs_original: ClassVar[bool] = False  # runs the original after the ablated model, so both must be in memory
     in_evaluator: ClassVar[bool] = False  # `TrialEvaluator` measures it, with pruning where `prunable`
+    standard: ClassVar[bool] = False  # measured of every exported or evaluated model
     has_own_prompts: ClassVar[bool] = False  # decodes answers to others than `harmful_eval` and `harmless_eval`
     prunable: ClassVar[bool] = False  # has a lower bound while it is measured, so that dominated trials stop early
 
