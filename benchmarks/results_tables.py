@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -238,31 +237,58 @@ def versus() -> str:
     peaks = [f"{report[tool]['peak_gb_study']:.2f} / {report[tool]['peak_gb']:.2f} GB" for tool in tools]
     rows = [
         ("", "heretic", "heretic-llm 1.4.0"),
-        ("before the first trial", *of("seconds_start")),
         ("a fully measured trial, median", *(f"{each:.1f} s" for each in measured)),
-        ("to a front that dominates heretic-llm's last one", f"{_dominates_after(report):.0f} s", ""),
+        ("to a front that dominates heretic-llm's last one", _dominates_after(report), ""),
         ("to the end of the study", *of("seconds_study")),
         ("peak memory, study / with export", *peaks),
         (f"refusals at KL, our phrases ({before['our_markers']['refusals']} before)", *points("our_markers")),
         (f"refusals at KL, their phrases ({before['their_markers']['refusals']} before)", *points("their_markers")),
         ("hypervolume, our / their phrases", *(" / ".join(f"{v[tool]:.3f}" for v in volumes) for tool in tools)),
+        *_second_seed(read("versus_heretic_1")),
     ]
     chosen, theirs = report["settings"], report["settings"].get("their_dtype", "float32")
     formats = "float32" if chosen["dtype"] == theirs else f"bfloat16 (default), heretic-llm {theirs}"
-    settings = f"30 trials (default 200), seed 0, {SHORT.replace('float32', formats)}; scored on its prompts in float32"
-    return captioned(rows, "versus_heretic", model=QWEN, settings=settings)
+    settings = f"30 trials (default 200), {SHORT.replace('float32', formats)}; scored on its prompts in float32"
+    return captioned(
+        rows,
+        "versus_heretic",
+        "versus_heretic_1",
+        model=QWEN,
+        settings=settings,
+        command=f"`{command_of(report)}`, also `--seed 1`",
+    )
 
 
-def _dominates_after(report: Report) -> float:
-    """Return the seconds after which our trials were as good as heretic-llm's final points, measured by our phrases."""
+def _second_seed(report: Report) -> list[tuple[str, str, str]]:
+    """Return the rows of seed 1, which was scored by our phrases only."""
+    tools = ("ours", "theirs")
+    volumes = report["comparison"]["our_markers"]["hypervolume"]
+    points = (front([point["our_markers"] for point in report["again"][tool]]) for tool in tools)
+    end, volume = (
+        [f"{value:{form}}" for value in values]
+        for form, values in (
+            (".0f", [report[tool]["seconds_study"] for tool in tools]),
+            (".3f", [volumes[tool] for tool in tools]),
+        )
+    )
+    return [
+        ("seed 1: seconds, to dominate", f"{end[0]}, {_dominates_after(report)}", end[1]),
+        ("refusals at KL; hypervolume", *(f"{p}; {v}" for p, v in zip(points, volume, strict=True))),
+    ]
+
+
+def _dominates_after(report: Report) -> str:
+    """Return after which seconds our trials were as good as heretic-llm's final points, by our phrases; else what was missing."""
     theirs = [(p["our_markers"]["refusals"], p["our_markers"]["kl"]) for p in report["again"]["theirs"]]
     ours: list[tuple[int, float]] = []
+    missing, since = theirs, ""
     for line in report["ours"]["lines"]:
         if found := re.match(r"([\d.]+) Trial \d+ \(.*?\): (\d+) of \d+ refused, KL ([\d.]+)", line):
             ours.append((int(found[2]), float(found[3])))
-            if all(any(r <= refusals and k <= kl for r, k in ours) for refusals, kl in theirs):
-                return float(found[1])
-    return math.inf
+            left = [(refusals, kl) for refusals, kl in theirs if not any(r <= refusals and k <= kl for r, k in ours)]
+            if len(left) < len(missing):
+                missing, since = left, f"{float(found[1]):.0f} s"
+    return since + "".join(f", but for {refusals} at {kl:.3f}" for refusals, kl in missing)
 
 
 def convergence() -> str:
