@@ -259,7 +259,7 @@ def versus() -> str:
     )
 
 
-def _second_seed(report: Report) -> list[tuple[str, str, str]]:
+def _second_seed(report: Report) -> list[tuple[str, ...]]:
     """Return the rows of seed 1, which was scored by our phrases only."""
     tools = ("ours", "theirs")
     volumes = report["comparison"]["our_markers"]["hypervolume"]
