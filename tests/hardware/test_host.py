@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -81,3 +83,16 @@ def test_how_large_a_mapped_file_may_be(tmp_path: Path, mode: str, most: int | N
         (tmp_path / "proc" / name).write_text(text)
     assert host.mappable(tmp_path) == most
     assert host.mappable(tmp_path / "elsewhere") is None
+
+
+def test_the_limit_on_addresses_counts_for_a_run_on_the_cpu() -> None:
+    code = (
+        "import psutil, resource\n"
+        "from heretic.hardware import host\n"
+        "host.devices(())\n"
+        "limit = psutil.Process().memory_info().vms + (300 << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "print(host.devices(())[0].free)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 200 << 20 < int(ran.stdout) <= 300 << 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,7 +26,19 @@ GROUP_FILES = {
 def devices(gpus: Sequence[Gpu]) -> list[Device]:
     """Return the devices for weights: the given GPUs, then the CPU."""
     total, free = memory()
+    if not gpus:  # CUDA reserves more addresses than there is memory
+        free = min(free, _addresses())
     return [*(gpu.device for gpu in gpus), Device(CPU, total, free, native_bfloat16=native_bfloat16())]
+
+
+def _addresses() -> int:
+    """Return how many bytes more this process may map by the limit on its address space (`ulimit -v`)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return sys.maxsize
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else max(0, limit - psutil.Process().memory_info().vms)
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int]:
