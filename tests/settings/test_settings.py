@@ -300,3 +300,17 @@ def test_variables_of_the_template_cannot_have_the_names_of_the_renderers(name: 
     }
     with pytest.raises(ValueError):
         Settings(model="m", template_variables={name: True})
+
+
+def test_an_empty_variable_is_not_set_unless_the_setting_is_a_text() -> None:
+    environment = {
+        "HERETIC_BATCH_SIZE": "",
+        "HERETIC_SEED": "",
+        "HERETIC_SYSTEM_PROMPT": "",
+        "HERETIC_SEARCH__START": "",
+    }
+    found = resolve(None, {"seed": None}, environment=environment)
+    assert found.settings.batch_size == Settings().batch_size and found.origin("seed") == "default"
+    assert found.origin("system_prompt") == "HERETIC_SYSTEM_PROMPT"
+    with raises("unknown-setting"):
+        resolve(None, environment={"HERETIC_SEDE": ""})

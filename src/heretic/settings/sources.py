@@ -113,6 +113,8 @@ def resolve(
     for variable, text in (environment or {}).items():
         if variable.startswith(ENVIRONMENT_PREFIX):
             key = variable[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
+            if not text and _annotation(key) is not None and not _allows(key, ""):
+                continue  # as files of container services write a variable that is not set
             _set(data, origins, key, _parse(key, text, variable), variable)
     # 3. The command line
     for assignment in assignments:
@@ -329,10 +331,8 @@ def _set(data: dict[str, Any], origins: dict[str, str], key: str, value: Any, or
 
 def _parse(key: str, text: str, origin: str) -> Any:
     """Parse a value of the environment or --set: as TOML if the field allows the result, else as a string."""
-    annotation = _annotation(key)
-    if annotation is None:
+    if _annotation(key) is None:
         return text  # _set reports the unknown key
-    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
     candidates: list[Any] = [text]
     with contextlib.suppress(ValueError, RecursionError):
         parsed = _parse_toml(f"value = {text}")
@@ -340,12 +340,18 @@ def _parse(key: str, text: str, origin: str) -> Any:
             candidates.insert(0, parsed["value"])
     for candidate in candidates:
         _check_value(key, candidate, origin)
-        try:
-            adapter.validate_python(candidate, strict=True)
-        except ValidationError:
-            continue
-        return candidate
+        if _allows(key, candidate):
+            return candidate
     return candidates[0]  # validation of all settings reports the problem
+
+
+def _allows(key: str, value: Any) -> bool:
+    """Return whether a value has the type of this setting."""
+    try:
+        TypeAdapter(_annotation(key)).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> SettingsError:
