@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
-from heretic.pipeline.prepare import read_inputs
+from heretic.interrupt import StopSignal
+from heretic.pipeline.prepare import check_storage, read_inputs
+from heretic.pipeline.run import Outcome, run
+from heretic.progress import NULL_REPORTER
 from heretic.settings import PromptSettings, Settings
+from heretic.settings.sources import resolve
+from heretic.storage.attributes import METADATA
+from heretic.storage.url import storage_url
+from tests.helpers.errors import raises
 from tests.tiny import save_prompts, save_tiny
 
 
@@ -51,3 +60,24 @@ def test_prompts_in_another_language_than_the_setting_are_noticed(changes: dict[
     prompts = {role: {"source": f"bundled:fr/{role}"} for role in PromptSettings.model_fields}
     inputs = read_inputs(Settings.model_validate({"prompts": prompts, **changes}))
     assert next((f.fix for f in inputs.findings if f.subject == "language"), None) == hint
+
+
+def test_a_run_that_used_a_gpu_does_not_go_on_without_one_unnoticed(config: Path) -> None:
+    def ran(**changes: Any) -> Outcome:
+        options = {"run_name": "mine", "device_map": "planned", **changes}
+        return run(resolve(config, options), reporter=NULL_REPORTER, stop=StopSignal())
+
+    study = optuna.load_study(study_name="heretic", storage=storage_url("", ran(n_trials=1).folder.path))
+    stored = json.loads(study.user_attrs[METADATA])
+    stored["environment"]["GPU"] = "NVIDIA H100 (cuda:0), 70 GiB free"
+    study.set_user_attr(METADATA, json.dumps(stored))
+    with raises("gpu-lost"):
+        ran(n_trials=2)
+    assert len(ran(n_trials=2, device_map="cpu").results) == 2
+    assert len(ran(n_trials=3).results) == 3, "the session before was on the CPU"
+
+
+@pytest.mark.parametrize("storage", ["sqlite", "postgresql", "/runs/study.db"])
+def test_a_storage_that_is_no_url_is_found_before_the_run(storage: str) -> None:
+    with raises("unsupported-storage"):
+        check_storage(Settings(storage=storage))

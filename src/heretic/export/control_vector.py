@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 
 import gguf
 from torch import Tensor
@@ -62,7 +63,7 @@ def export_directions(folder: RunFolder, settings: Settings, path: Path, form: s
             "The run has no directions yet.",
             code="no-directions",
             where=str(folder.path),
-            fix=f"continue the run: heretic run {folder.path}",
+            fix=f"continue the run: heretic run {quote(str(folder.path))}",
         )
     tensors, metadata = read_tensors(source)
     try:
@@ -72,7 +73,7 @@ def export_directions(folder: RunFolder, settings: Settings, path: Path, form: s
             f"{source.name} is damaged: {error}.",
             code="damaged-file",
             where=str(source),
-            fix=f"delete it, then recompute the directions: heretic run {folder.path}",
+            fix=f"delete it, then recompute the directions: heretic run {quote(str(folder.path))}",
         ) from None
     paths = _output_paths(path, directions.count if form in ONE_A_LAYER else 1)
     FORMS[form](paths, directions, settings, metadata.get("fingerprint", ""))

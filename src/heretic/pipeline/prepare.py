@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from heretic.errors import UserError
 from heretic.export.destination import check_destination
 from heretic.export.formats import export_size, require_format
-from heretic.hardware.gpus import Gpu
+from heretic.hardware.gpus import Gpu, gpus_here
 from heretic.hardware.host import existing_parent
 from heretic.model.batching import free_memory
 from heretic.model.checkpoint import Checkpoint, open_model, require_name
@@ -28,6 +29,7 @@ from heretic.prompts.sets import PromptSets, load_all
 from heretic.runs import fingerprint
 from heretic.runs.folder import RunFolder, check_writable
 from heretic.runs.hub_commit import begun_commit
+from heretic.runs.metadata import RunMetadata
 from heretic.runs.status import load_study
 from heretic.scoring.judges.registry import try_judge
 from heretic.scoring.scorers.language import language_of
@@ -37,7 +39,7 @@ from heretic.settings.languages import ENGLISH, LANGUAGES
 from heretic.storage import attributes
 from heretic.storage.fingerprint_diff import differences
 from heretic.storage.rdb import connect, translate_storage_errors
-from heretic.storage.url import on_server, sqlite_file, storage_url, study_name
+from heretic.storage.url import on_server, require_url, sqlite_file, storage_url, study_name
 
 KANA = re.compile("[\u3040-\u30ff]")  # Japanese
 CPU_FORMATS = ("float32", "bfloat16", "float16")  # that `auto` may stand for on a CPU
@@ -97,6 +99,8 @@ def prepare_run(
         plan = LoadPlan.of(pinned, report.plan)
         facts = {**facts, "dtypes": kept}
     folder = _folder_of(settings, checkpoint, facts)
+    if judging and not (force or fresh):
+        _require_gpus_of_run(settings, folder)
     if settings.save_to:
         check_destination(Path(settings.save_to), folder.name)
     return RunInputs(settings, checkpoint, prompts, plan, facts, folder)
@@ -105,6 +109,23 @@ def prepare_run(
 def _folder_of(settings: Settings, checkpoint: Checkpoint, facts: dict[str, Any]) -> RunFolder:
     name = settings.run_name or f"{checkpoint.short_name}-{fingerprint.short_hash(facts)}"
     return RunFolder(Path(settings.runs_dir) / name, fingerprint.short_hash(facts))
+
+
+def _require_gpus_of_run(settings: Settings, folder: RunFolder) -> None:
+    """Raise UserError if the run's last session could use a GPU and none is left: a CPU would take weeks, unnoticed."""
+    if settings.device_map == "cpu" or gpus_here():
+        return
+    url = storage_url(settings.storage, folder.path)
+    metadata = None
+    with suppress(UserError):  # no run yet, or damaged metadata
+        metadata = RunMetadata.load(load_study(url, study_name(settings.storage, folder.path)))
+    if metadata is not None and metadata.gpu:
+        raise UserError(
+            f"The run's last session used a GPU, and no GPU can be used now: {metadata.gpu[:200]}",
+            code="gpu-lost",
+            where=str(folder.path),
+            fix='see heretic doctor; to go on without a GPU: device_map = "cpu", or --force',
+        )
 
 
 def raise_failure(report: PreflightReport) -> None:
@@ -210,6 +231,8 @@ def _other_language(settings: Settings, prompts: PromptSets) -> list[Finding]:
 
 def check_storage(settings: Settings) -> None:
     """Raise UserError if the study cannot be stored."""
+    if settings.storage:
+        require_url(settings.storage)
     if on_server(settings.storage):
         connect(settings.storage)
         return

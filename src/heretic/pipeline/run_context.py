@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from shlex import quote
 from types import TracebackType
 
 import optuna
@@ -141,7 +142,7 @@ class RunContext:
                 "The run has no finished trial yet.",
                 code="trial-not-found",
                 where=str(self.folder.path),
-                fix=f"continue it: heretic run {self.folder.path}",
+                fix=f"continue it: heretic run {quote(str(self.folder.path))}",
             )
         return selected.result, selected.reason
 

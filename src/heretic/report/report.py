@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 
 import optuna
 
@@ -122,7 +123,7 @@ def report(source: ReportInput) -> str:
         add_geometry(page, geometry, folder.load_effects())
     elif (folder.path / GEOMETRY).exists():
         page.section("Residuals")
-        page.text(f"The stored geometry is damaged. Recompute it: heretic geometry {folder.name}")
+        page.text(f"The stored geometry is damaged. Recompute it: heretic geometry {quote(folder.name)}")
     _time(page, summary, folder)
     _made_with(page, source, about)
     return page.html()

@@ -340,7 +340,7 @@ def exported_folder(source: str, runs_dir: str, trial: int | None) -> Path:
         "The run has no exported model in its own folder.",
         code="export-not-found",
         where=str(run.path / "models"),
-        fix=f"use the folder of the exported model, or run: heretic export {run.path} -o FOLDER --upload user/name",
+        fix=f"use the folder of the exported model, or run: heretic export {quote(str(run.path))} -o FOLDER --upload user/name",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from heretic.storage import attributes
 from heretic.storage.attributes import MAX_LAYERS, METADATA
 from heretic.storage.fingerprint_diff import RELEVANT, relevant_versions
 
+ON_DEVICE = re.compile(r"\([a-z]+:\d+\)")  # after the names of usable GPUs
 MOST_SHOWN = 40  # characters of a version
 
 
@@ -49,6 +51,12 @@ class RunMetadata:
     def versions(self) -> dict[str, str]:
         """The full versions of heretic, torch and transformers of the last session."""
         return {name: self.environment[name] for name in RELEVANT if name in self.environment}
+
+    @property
+    def gpu(self) -> str:
+        """The GPUs that PyTorch could use in the last session; empty for none."""
+        found = self.environment.get("GPU", "")
+        return found if ON_DEVICE.search(found) else ""
 
     @property
     def facts(self) -> dict[str, str]:

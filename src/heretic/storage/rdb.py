@@ -31,7 +31,7 @@ from heretic.storage import attributes
 from heretic.storage.attributes import FINGERPRINT, OBJECTIVES, SETTINGS, Signature
 from heretic.storage.fingerprint_diff import differences, relevant_versions
 from heretic.storage.retrying import RetryingRDBStorage, RetryPolicy, effective_grace_period, reason
-from heretic.storage.url import masked, on_server, sqlite_file
+from heretic.storage.url import masked, on_server, require_url, sqlite_file
 
 METRICS = {"kl": "KL divergence"}  # names in Optuna's own tools that differ from those of the objectives
 BUSY_TIMEOUT = 60  # seconds to wait for another process that locks the SQLite file, or creates the tables on a server
@@ -49,6 +49,7 @@ def connect(
     url: str, workers: WorkerSettings | None = None, retry_policy: RetryPolicy | None = None
 ) -> optuna.storages.RDBStorage:
     """Open a storage. Raises UserError if it cannot be reached or written."""
+    require_url(url)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     warnings.filterwarnings("ignore", message="Heartbeat of storage")  # storage/heartbeat.py records them

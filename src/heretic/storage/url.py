@@ -54,6 +54,19 @@ def sqlite_file(url: str) -> Path | None:
     return Path(parsed.database.removeprefix("file:"))
 
 
+def require_url(url: str) -> None:
+    """Raise UserError if a storage is not a URL."""
+    try:
+        sqlalchemy.make_url(url)
+    except sqlalchemy.exc.ArgumentError:
+        raise UserError(
+            "The storage is not a URL.",
+            code="unsupported-storage",
+            where=f"storage = {masked(url)!r}",
+            fix="write it like postgresql://user@host/database or sqlite:///FILE, or omit it",
+        ) from None
+
+
 def with_file(url: str, file: str) -> str:
     """Return the URL of a SQLite storage with another file. Raises UserError if the file cannot be part of a URL."""
     parsed = sqlalchemy.make_url(url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -77,7 +78,7 @@ def ablate(
         return
     out.print(
         "This is one ablation. A study compares many and selects the one with the fewest refusals at a low KL: "
-        f"heretic run {resolved.settings.model}",
+        f"heretic run {quote(resolved.settings.model)}",
         soft_wrap=True,
         markup=False,
     )

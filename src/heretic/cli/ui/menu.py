@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from rich.console import Console
 
@@ -82,7 +83,7 @@ class Menu:
         for number, (name, description, _) in enumerate(ACTIONS, start=1):
             self.console.print(f"  [bold]{number}[/bold] {name:<10}[dim]{description}[/dim]")
         self.console.print(
-            f"  [bold]q[/bold] {'quit':<10}[dim]to resume: heretic run {escape_terminal(str(run_context.folder.path))}[/dim]"
+            f"  [bold]q[/bold] {'quit':<10}[dim]to resume: heretic run {escape_terminal(quote(str(run_context.folder.path)))}[/dim]"
         )
 
     def _choice(self) -> Action | None:

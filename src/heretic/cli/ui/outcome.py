@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -58,8 +59,8 @@ def show_outcome(console: Console, outcome: Outcome, *, with_pareto_front: bool 
     if outcome.export is not None and outcome.export.trial != outcome.selected.number:
         console.print(f"That folder holds trial {outcome.export.trial}, which was selected earlier.", soft_wrap=True)
     if outcome.export is None or outcome.export.trial != outcome.selected.number:
-        name = outcome.folder.path
-        console.print(f"To export it: heretic export {escape_terminal(str(name))} -o FOLDER", soft_wrap=True)
+        name = quote(str(outcome.folder.path))
+        console.print(f"To export it: heretic export {escape_terminal(name)} -o FOLDER", soft_wrap=True)
 
 
 def show_export(console: Console, outcome: ExportResult) -> None:
@@ -137,7 +138,7 @@ def show_demo(console: Console, demo: DemoOutcome) -> None:
     if demo.ablated_from_base is not None:
         rows.append(("", f"{demo.ablated_from_base:.2f} after the ablation"))
     rows.append(("time", format_duration(demo.seconds)))
-    folder, settings = demo.outcome.folder.path, demo.outcome.folder.path / "config.toml"
+    folder, settings = (quote(str(demo.outcome.folder.path / name)) for name in ("", "config.toml"))
     rows.append(("status", f"heretic status {folder}"))
     rows.append(("chat", f"heretic chat {folder}"))
     rows.append(("evaluate", f"heretic evaluate MODEL --config {settings}"))
