@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 log = logging.getLogger(__name__)
+logging.getLogger("heretic").addHandler(logging.NullHandler())  # else Python prints what a program has no handler for
 
 
 class Stage(Protocol):

@@ -32,6 +32,8 @@ def test_system_prompt_and_prefix_are_in_the_text() -> None:
         (["<|channel|>final<|final|>Hello", "<|channel|>final<|final|>No"], "<|channel|>final<|final|>"),
         (["<|channel|>a", "<|final|>b"], ""),
         (["Certainly:\n1. here", "Certainly:\n1. there"], "Certainly:\n1."),
+        (["\n1. here", "\n1. there"], "\n"),
+        (["\nI am", "\nI see"], "\n"),
     ],
 )
 def test_common_prefix(answers: list[str], expected: str) -> None:

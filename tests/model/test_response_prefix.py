@@ -151,7 +151,9 @@ def test_a_block_that_most_answers_open_is_closed_in_all(monkeypatch: pytest.Mon
     prefix, reporter = detected(monkeypatch, ["<think>\nOh", "Yes", "Sure"])
     assert prefix == "" and len(reporter.warnings) == 1, "thoughts are judged as answers"
     endless = [["<think>\nOh", "<think>\nMy"]] * 9
-    assert len(detected(monkeypatch, *endless)[1].warnings) == 1
+    prefix, reporter = detected(monkeypatch, *endless)
+    assert prefix == "" and len(reporter.warnings) == 1, "a closed block does not help this model"
+    assert detected(monkeypatch, *[["\nOh", "\nMy"]] * 9)[0] == "", "nor does a line break"
 
 
 def test_blocks_of_words_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,3 +127,11 @@ def test_the_objectives_that_the_user_chose_rank_the_trials() -> None:
     ):
         chosen = select_trial(found, rule, max_kl, max_refusals)
         assert chosen is not None and (chosen.result.number, chosen.meets_limit) == (number, meets)
+
+
+def test_the_order_of_the_objectives_does_not_change_the_selection() -> None:
+    found = results((0.0001, 40), (0.02, 10), (0.09, 0))
+    turned = [replace(r, objectives=(Objective("refusals"), Objective("kl"))) for r in found]
+    for rule, limits in (("fewest_refusals_under_kl", (0.1, 0)), ("lowest_kl_under_refusals", (0.1, 15))):
+        one, other = select_trial(found, rule, *limits), select_trial(turned, rule, *limits)
+        assert one is not None and other is not None and one.result.number == other.result.number

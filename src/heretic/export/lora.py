@@ -25,7 +25,7 @@ from heretic.ablation.operator import Operator
 from heretic.errors import UserError
 from heretic.export.request import Format, WriteRequest, WriteResult
 from heretic.export.save import hashed, is_language_model_alone
-from heretic.files import write_tensors, write_text
+from heretic.files import expand_user, write_tensors, write_text
 from heretic.interrupt import StopSignal
 from heretic.model.adapter import WEIGHTS
 from heretic.model.checkpoint import Checkpoint
@@ -176,7 +176,7 @@ def write(order: WriteRequest, folder: Path, reporter: ProgressReporter, stop: S
     adapter: Adapter = order.prepared
     tensors = adapter.tensors()
     # Not a relative path, which peft would look up on the hub.
-    base, commit = order.checkpoint.on_hub or (os.path.abspath(order.settings.model), None)
+    base, commit = order.checkpoint.on_hub or (os.path.abspath(expand_user(order.settings.model)), None)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,

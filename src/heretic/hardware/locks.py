@@ -14,10 +14,12 @@ import shlex
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -134,38 +136,61 @@ def acquire_locks(
         for path in sorted(set(paths)):  # always in the same order, so that two processes never wait for each other
             if parent_pid and _owned_by_parent(path, parent_pid):
                 continue
-            if shared and path in _shared:
-                _shared[path].holders += 1
+            acquire = partial(_acquire_with_note, path, model, wait, on_wait, while_waiting)
+            if shared:
+                held.callback(_let_go, _share(path, acquire))
             else:
-                with ExitStack() as one:
-                    _acquire(path, wait, on_wait, while_waiting, one)
-                    note = _note(path)
-                    one.callback(note.unlink, missing_ok=True)  # runs before the lock is released
-                    _write(note, LockOwner(os.getpid(), socket.gethostname(), _command(), model, _now()))
-                    lock = one.pop_all()
-                if not shared:
-                    held.enter_context(lock)
-                    continue
-                _shared[path] = _Shared(lock)
-            held.callback(_let_go, path)
+                held.enter_context(acquire())
         yield
+
+
+def _acquire_with_note(
+    path: Path,
+    model: str,
+    wait: bool,
+    on_wait: Callable[[Path, LockOwner | None], None] | None,
+    while_waiting: Callable[[], None],
+) -> ExitStack:
+    with ExitStack() as held:
+        _acquire(path, wait, on_wait, while_waiting, held)
+        note = _note(path)
+        held.callback(note.unlink, missing_ok=True)  # runs before the lock is released
+        _write(note, LockOwner(os.getpid(), socket.gethostname(), _command(), model, _now()))
+        return held.pop_all()
 
 
 @dataclass
 class _Shared:
     """A lock that several parts of this process hold."""
 
+    path: Path
     lock: ExitStack
+    pid: int = field(default_factory=os.getpid)  # a fork does not hold it
     holders: int = 1
 
 
 _shared: dict[Path, _Shared] = {}
+_sharing = threading.Lock()
 
 
-def _let_go(path: Path) -> None:
-    _shared[path].holders -= 1
-    if not _shared[path].holders:
-        _shared.pop(path).lock.close()
+def _share(path: Path, acquire: Callable[[], ExitStack]) -> _Shared:
+    with _sharing:
+        known = _shared.get(path)
+        if known is not None and known.pid == os.getpid():
+            known.holders += 1
+        else:
+            known = _shared[path] = _Shared(path, acquire())
+        return known
+
+
+def _let_go(held: _Shared) -> None:
+    if held.pid != os.getpid():
+        return
+    with _sharing:
+        held.holders -= 1
+        if not held.holders:
+            del _shared[held.path]
+            held.lock.close()
 
 
 def lock_owner(path: Path) -> LockOwner | None:

@@ -116,8 +116,7 @@ def common_prefix(answers: Sequence[str], structural: Collection[str] = ()) -> s
     words = shared.rstrip() if shared in answers else shared[: shared.rfind(" ") + 1].rstrip()
     mark = re.compile("|".join([r"\n+", *map(re.escape, sorted(structural, key=len, reverse=True))]))
     lines = shared[: max((found.end() for found in mark.finditer(shared)), default=0)]
-    longest = max(words, lines, key=len)
-    return longest if len(longest) >= 8 or mark.match(longest) else ""
+    return max(words if len(words) >= 8 else "", lines if len(lines) >= 8 or mark.match(lines) else "", key=len)
 
 
 def common_text(texts: Sequence[str]) -> str:

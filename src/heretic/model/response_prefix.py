@@ -65,12 +65,20 @@ def detect_start(
             )
             break
     # 2. Add what answers begin with until they differ: after one beginning there can be another
-    structural = list(chat.tokenizer.get_added_vocab())
+    structural = _structural_tokens(chat)
+
+    def part_of(answers: Sequence[tuple[str, bool]]) -> str:
+        return _closed_block(answers, batcher.reporter) or prefix_of(answers, structural)
+
+    found = part_of(answers)
     for _ in range(MOST_PARTS):
-        if not (found := _closed_block(answers, batcher.reporter) or prefix_of(answers, structural)):
+        longer = chat.answering(chat.response_prefix + found)
+        if not found or not _follows(longer, chat, prompts[0]):
             break
-        chat = chat.answering(chat.response_prefix + found)
-        answers = sample_answers(language_model, chat.encode(prompts), batcher)
+        further = sample_answers(language_model, longer.encode(prompts), batcher)
+        if (another := part_of(further)) == found:  # the model writes it in any case
+            break
+        chat, answers, found = longer, further, another
     if thoughts := _thoughts(answers):
         marker, count = thoughts.most_common(1)[0]
         batcher.reporter.warning(
@@ -78,6 +86,20 @@ def detect_start(
             "Set response_prefix or template_variables so that the model does not think."
         )
     return replace(start, prefix=chat.response_prefix)
+
+
+def _structural_tokens(chat: ChatFormat) -> list[str]:
+    """Return the texts of special tokens that stand for no words and may begin an answer."""
+    tokenizer = chat.tokenizer
+    ends = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token}
+    tokens = tokenizer.added_tokens_decoder.values()
+    return [t.content for t in tokens if t.special and t.content.strip() and t.content not in ends]
+
+
+def _follows(longer: ChatFormat, shorter: ChatFormat, prompt: str) -> bool:
+    """Return whether a longer prefix leaves the tokens before it as they are, as they were when the model wrote it."""
+    before, after = shorter.encode([prompt])[0], longer.encode([prompt])[0]
+    return after[: len(before)] == before
 
 
 def sample_answers(language_model: LanguageModel, sample: list[list[int]], batcher: Batcher) -> list[tuple[str, bool]]:

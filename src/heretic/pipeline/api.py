@@ -33,7 +33,7 @@ from heretic.interrupt import StopSignal
 from heretic.pipeline.actions import greedy_answers
 from heretic.pipeline.geometry import measure_effects
 from heretic.pipeline.prepare import prepare_run
-from heretic.pipeline.run import Outcome, device_lock, open_locked_study, run
+from heretic.pipeline.run import Outcome, device_lock, open_locked_study, own_prompts, run
 from heretic.pipeline.run_context import RunContext
 from heretic.progress import PYTHON_REPORTER
 from heretic.runs.folder import find_existing_run, load_run_settings
@@ -88,7 +88,8 @@ def open_ablation_session(
     """Load a model as `load` does, with settings that are resolved; `wait` waits for devices and runs in use."""
     with ExitStack() as locks:
         locks.enter_context(device_lock(resolved.settings, wait=wait, reporter=reporter, stop=stop))
-        inputs = prepare_run(resolved.settings, force=False, reporter=reporter)
+        read_prompts = own_prompts(resolved, reporter)
+        inputs = prepare_run(resolved.settings, force=False, reporter=reporter, read_prompts=read_prompts)
         inputs.folder.create()
         open_study = locks.enter_context(open_locked_study(inputs, wait=wait, reporter=reporter, stop=stop))
         run_context = RunContext(resolved, inputs, open_study, reporter, stop)
@@ -331,6 +332,13 @@ def _resolved(model: str | Path, config: str | Path | None, settings: Mapping[st
     if model and config is None and not given["model"].endswith(".gguf"):  # the name of a run, perhaps
         located = resolve(None, {"runs_dir": given.get("runs_dir")}, environment=os.environ)
         if folder := find_existing_run(given["model"], located.settings.runs_dir):
+            if given.get("run_name"):
+                raise UserError(
+                    f"{given['model']} is a run and has its own name.",
+                    code="conflicting-options",
+                    where="run_name",
+                    fix="omit run_name, or name the model",
+                )
             fixed = {"model": None, "runs_dir": str(folder.path.parent), "run_name": folder.name}
             return load_run_settings(folder, os.environ, given | fixed)
     return resolve(Path(config) if config is not None else None, given, environment=os.environ)

@@ -28,7 +28,7 @@ from heretic.progress import ProgressReporter
 from heretic.prompts.sets import PromptSets, load_all
 from heretic.runs import fingerprint
 from heretic.runs.folder import RunFolder, check_writable
-from heretic.runs.hub_commit import begun_commit
+from heretic.runs.hub_commit import known_commits
 from heretic.runs.metadata import RunMetadata
 from heretic.runs.status import load_study
 from heretic.scoring.judges.registry import try_judge
@@ -75,11 +75,12 @@ def prepare_run(
     """
     free_memory()  # reference cycles of an earlier model would count as used memory
     require_name(settings.model)  # before prompts are fetched from the hub
-    if judging and not fresh and (commit := begun_commit(settings)):
-        settings = settings.model_copy(update={"revision": commit})
-        reporter.info(f"The run continues with commit {commit[:12]} of the model, with which it began.")
     read_prompts = cache(read_prompts or partial(load_all, settings.prompts))
     report = run_preflight(settings, read_prompts, judging=judging)
+    if not fresh and report.plan and (commit := _begun_commit(settings, report.plan, read_prompts)):
+        settings = settings.model_copy(update={"revision": commit})
+        reporter.info(f"The run continues with commit {commit[:12]} of the model, with which it began.")
+        report = run_preflight(settings, read_prompts, judging=judging)
     on_preflight(report)
     if not force:
         raise_failure(report)
@@ -104,6 +105,23 @@ def prepare_run(
     if settings.save_to:
         check_destination(Path(settings.save_to), folder.name)
     return RunInputs(settings, checkpoint, prompts, plan, facts, folder)
+
+
+def _begun_commit(settings: Settings, plan: MemoryPlan, read_prompts: Callable[[], PromptSets]) -> str:
+    """Return the commit of the hub model in the run that these settings continue; "" if there is none."""
+    known = known_commits(settings)
+    if not known or known == [open_model(settings, download_weights=False).commit]:
+        return ""
+    for commit in known:
+        pinned = settings.model_copy(update={"revision": commit})
+        with suppress(UserError):  # neither in the cache nor on the hub any more, or prompts that cannot be read
+            checkpoint, dtypes = open_model(pinned), LoadPlan.of(pinned, plan).dtypes
+            facts = fingerprint.facts(pinned, checkpoint, read_prompts(), dtypes, read_template(pinned))
+            if _has_study(pinned, _folder_of(pinned, checkpoint, facts), facts) or _format_of_existing_run(
+                pinned, checkpoint, facts, plan
+            ):
+                return commit
+    return ""
 
 
 def _folder_of(settings: Settings, checkpoint: Checkpoint, facts: dict[str, Any]) -> RunFolder:

@@ -225,7 +225,7 @@ def _settings(manifest: Manifest, source: str, device_map: str, template: Path |
 
 def _open_base(manifest: Manifest, base: str | None, trust: bool, allow_pickle: bool) -> Checkpoint:
     source = base or manifest.model.name
-    if not base and manifest.model.revision is None and not Path(source).exists():
+    if not base and manifest.model.revision is None and not expand_user(source).exists():
         raise UserError(  # its name may be that of another model on the hub
             f"The base model was a folder, {source}, which does not exist here.",
             code="no-model-folder",

@@ -30,6 +30,7 @@ from heretic.progress import ProgressReporter
 from heretic.prompts.sets import PromptSets
 from heretic.report.reporter import live_report
 from heretic.runs.folder import RunFolder, log_to
+from heretic.runs.hub_commit import without_commit
 from heretic.runs.metadata import RunMetadata, warn_of_other_versions
 from heretic.runs.stored_prompts import prompts_of_run
 from heretic.scoring.scorers.registry import choose_scorers
@@ -127,6 +128,7 @@ def run(
         UserError: The run cannot start or continue; also its subclasses.
         Interrupted: A stop left work unfinished.
     """
+    resolved = without_commit(resolved) if fresh else resolved
     settings = resolved.settings
     with device_lock(settings, wait=wait, reporter=reporter, stop=stop):
         inputs = prepare_run(
@@ -135,7 +137,7 @@ def run(
             fresh=fresh,
             judging=True,
             reporter=reporter,
-            read_prompts=None if fresh else _own_prompts(resolved, reporter),
+            read_prompts=None if fresh else own_prompts(resolved, reporter),
             on_preflight=on_preflight,
         )
         folder = inputs.folder
@@ -149,7 +151,7 @@ def run(
             return _run_study(run_context, extra_trials, workers, on_finished)
 
 
-def _own_prompts(resolved: Resolved, reporter: ProgressReporter) -> Callable[[], PromptSets] | None:
+def own_prompts(resolved: Resolved, reporter: ProgressReporter) -> Callable[[], PromptSets] | None:
     """Return what reads the prompts from the run's folder, if the settings come from there too."""
     folder = Path(resolved.settings.runs_dir) / resolved.settings.run_name
     if resolved.file != folder / "config.toml":

@@ -382,7 +382,9 @@ def load_settings(folder: RunFolder, environment: Mapping[str, str]) -> Settings
 
 def existing_runs(root: Path) -> list[Path]:
     """Return the runs' folders, the most recently changed last."""
-    return sorted((p for p in root.glob("*") if (p / "config.toml").is_file()), key=_last_change)
+    return sorted(
+        (p for p in root.glob("*") if os.access(p, os.X_OK) and (p / "config.toml").is_file()), key=_last_change
+    )
 
 
 def _last_change(path: Path) -> float:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from heretic.errors import UserError
 from heretic.runs.folder import RunFolder, existing_runs, load_settings
+from heretic.runs.status import load_study
 from heretic.settings import Settings
+from heretic.settings.sources import Resolved
+from heretic.storage import attributes
 
 COMMIT = re.compile("[0-9a-f]{40}")
-NOT_COMPARED = {"model", "revision", "runs_dir", "run_name"}
+MOST = 5  # commits that are tried
 
 
 def with_commit(settings: Settings, commit: str | None) -> Settings:
@@ -20,30 +27,30 @@ def with_commit(settings: Settings, commit: str | None) -> Settings:
     return settings.model_copy(update={"revision": commit})
 
 
-def begun_commit(settings: Settings) -> str:
-    """Return the commit of the hub model in the run that these settings continue; "" if they name a revision or there is none.
+def without_commit(resolved: Resolved) -> Resolved:
+    """Return a run's settings without the commit that `with_commit` stored; a revision that the user named stays."""
+    if resolved.origin("revision") != "default":
+        return resolved
+    return replace(resolved, settings=resolved.settings.model_copy(update={"revision": ""}))
 
-    Without `run_name` it is the last run of this model whose other settings are the same.
+
+def known_commits(settings: Settings) -> list[str]:
+    """Return the commits of the hub model in runs that these settings may continue, the last run first.
+
+    None if the settings name a revision or a local model. With `run_name` it is the run of that name.
     """
-    root = Path(settings.runs_dir)
     if settings.revision or Path(settings.model).exists():
-        return ""
-    folders = [root / settings.run_name] if settings.run_name else reversed(existing_runs(root))
-    for folder in folders:
-        stored = _stored(folder)
-        if stored is None or stored.model != settings.model or not COMMIT.fullmatch(stored.revision):
-            continue
-        if settings.run_name or _compared(stored) == _compared(settings):
-            return stored.revision
-    return ""
+        return []
+    found = (s.revision for s in _stored(settings) if s.model == settings.model and COMMIT.fullmatch(s.revision))
+    return list(islice(dict.fromkeys(found), MOST))
 
 
-def _stored(folder: Path) -> Settings | None:
-    try:
-        return load_settings(RunFolder(folder), {})
-    except (UserError, OSError):  # no run, or one of another version
-        return None
-
-
-def _compared(settings: Settings) -> dict[str, object]:
-    return {key: value for key, value in settings.fingerprint_fields().items() if key not in NOT_COMPARED}
+def _stored(settings: Settings) -> Iterator[Settings]:
+    root = Path(settings.runs_dir)
+    for folder in [root / settings.run_name] if settings.run_name else reversed(existing_runs(root)):
+        with suppress(UserError, OSError):  # no run, or one of another version or user
+            yield load_settings(RunFolder(folder), {})
+    if settings.storage and settings.run_name:  # the run may have begun on another machine
+        with suppress(UserError):
+            if stored := attributes.settings_of(load_study(settings.storage, settings.run_name)):
+                yield stored

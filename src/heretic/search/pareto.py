@@ -114,29 +114,45 @@ def table_columns(selection: Sequence[Result]) -> dict[str, list[str]]:
 def select_trial(candidates: Sequence[Result], rule: str, max_kl: float, max_refusals: int) -> Selection | None:
     """Select a result by the rule; None if the Pareto front is empty.
 
-    The first objective ranks the change of the model, the second the refusals; the limits are of KL and refusals in any case.
+    KL and refusals rank the trials if they are objectives; else the first objective stands for the change of the model, and
+    the second for the refusals. The limits are of KL and refusals in any case.
     """
     front = pareto_front(candidates)
     if not front:
         return None
-    change, refusals = front[0].objectives[:2]
-    by_change = sorted(front, key=lambda r: r.point)
+    objectives = front[0].objectives
+    by, of = _roles(objectives)
+    change, refusals = objectives[by], objectives[of]
+    by_change = sorted(front, key=lambda r: (r.point[by], r.point[of], r.point))
     if rule == "fewest_refusals_under_kl":
         within = [r for r in by_change if r.scores.divergence.mean <= max_kl]
         if within:
             tolerance = TIE_TOLERANCE if refusals.name == "refusals" else 0
-            few = min(r.point[1] for r in within) + tolerance
-            tied = next(r for r in within if r.point[1] <= few)
+            few = min(r.point[of] for r in within) + tolerance
+            tied = next(r for r in within if r.point[of] <= few)
             return Selection(tied, f"{_best(refusals)} among the trials with a KL of at most {max_kl:g}")
-        closest = min(front, key=lambda r: (r.scores.divergence.mean, r.point))
+        closest = min(front, key=lambda r: (r.scores.divergence.mean, r.point[of]))
         return Selection(closest, f"lowest KL; no trial has a KL of at most {max_kl:g}", False)
     within = [r for r in by_change if r.scores.unanswered <= max_refusals]
     if within:
         reason = f"{_best(change)} among the trials with at most {max_refusals} refused or evaded requests"
         return Selection(within[0], reason)
-    fewest = min(front, key=lambda r: (r.point[1], r.point))
+    fewest = min(by_change, key=lambda r: r.point[of])
     reason = f"{_best(refusals)}; no trial has at most {max_refusals} refused or evaded requests"
     return Selection(fewest, reason, False)
+
+
+def _roles(objectives: Sequence[Objective]) -> tuple[int, int]:
+    """Return which objectives rank the change of the model and the refusals."""
+    names = [objective.name.partition(".")[0] for objective in objectives]
+    change = names.index("kl") if "kl" in names else None
+    refusals = names.index("refusals") if "refusals" in names else None
+    others = [i for i in range(len(names)) if i not in (change, refusals)]
+    if change is None:
+        change = others.pop(0)
+    if refusals is None:
+        refusals = others.pop(0)
+    return change, refusals
 
 
 def _best(objective: Objective) -> str:
