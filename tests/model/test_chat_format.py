@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from heretic.errors import UserError
-from heretic.model.chat_format import ChatFormat, answer_tokens, check_different, check_length, common_prefix
+from heretic.model.chat_format import ChatFormat, check_different, check_length, common_prefix, decoded_tokens
 from heretic.settings import Settings
 from tests.tiny import tiny_tokenizer
 
@@ -111,6 +111,6 @@ def test_a_system_prompt_that_the_template_changes_is_there(change: str) -> None
 def test_what_the_gradient_search_decodes_after_training_prompts_counts() -> None:
     settings = Settings.model_validate({"max_response_length": 100, "search": {"gradient": {"kl_tokens": 60}}})
     expected = {"harmful_train": 48, "harmless_train": 60, "harmful_eval": 100, "harmless_eval": 100}
-    assert {role: answer_tokens(role, settings) for role in expected} == expected
+    assert {role: decoded_tokens(role, settings) for role in expected} == expected
     kernels = Settings.model_validate({"search": {"start": "kernels"}, "max_response_length": 100})
-    assert answer_tokens("harmful_train", kernels) == answer_tokens("harmless_train", kernels) == 1
+    assert decoded_tokens("harmful_train", kernels) == decoded_tokens("harmless_train", kernels) == 1

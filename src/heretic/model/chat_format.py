@@ -143,14 +143,16 @@ def check_different(role: str, sequences: Sequence[list[int]]) -> None:
 
 
 def answer_tokens(role: str, settings: Settings) -> int:
-    """Return the largest number of answer tokens that a run evaluates after a prompt of this set."""
+    """Return the maximum number of answer tokens evaluated after a prompt of this set."""
     decoded = settings.max_response_length
-    if role == "harmful_eval":
-        return decoded
-    if role == "harmless_eval":
-        return max(decoded, settings.kl_tokens)
-    if settings.search.start != "gradient":
-        return 1
+    return {"harmful_eval": decoded, "harmless_eval": max(decoded, settings.kl_tokens)}.get(role, 1)
+
+
+def decoded_tokens(role: str, settings: Settings) -> int:
+    """Return the largest number of answer tokens that any pass runs after a prompt of this set, in the gradient search too."""
+    decoded = settings.max_response_length
+    if role.endswith("_eval") or settings.search.start != "gradient":
+        return answer_tokens(role, settings)
     tried = max(SEARCH_TOKENS, min(decoded, CHECK_TOKENS))
     return tried if role == "harmful_train" else max(tried, settings.search.gradient.kl_tokens)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from heretic.errors import UserError
 from heretic.interrupt import StopSignal
 from heretic.model.batching import Batcher
-from heretic.model.chat_format import ChatFormat, answer_tokens
+from heretic.model.chat_format import ChatFormat, decoded_tokens
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.decoding import decoded_by_generate
 from heretic.model.forward import padding_sensitive, supports_prefix_caching
@@ -97,7 +97,7 @@ def _prepare_context(
             "Padding changes this model's answers, so only prompts of equal length share a batch. This is slower."
         )
     chat, encoded = start_answers(chat, encoded, answer_start, prompts, language_model, settings, batcher)
-    longest = max(len(tokens) + answer_tokens(role, settings) for role, rows in encoded.items() for tokens in rows)
+    longest = max(len(tokens) + decoded_tokens(role, settings) for role, rows in encoded.items() for tokens in rows)
     model, window = language_model.model, language_model.window
     batcher.prefix_caching = supports_prefix_caching(
         model, encoded["harmless_eval"], batcher, longest=longest, window=window
