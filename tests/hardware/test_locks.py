@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,26 @@ def test_untrustworthy_note_names_nobody(
     with pytest.raises(InterruptedError), acquire_locks([path], model="", wait=True, on_wait=on_wait):
         pass
     assert told == [None]
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_an_owner_is_known_after_the_clock_was_set(tmp_path: Path, start: Start, hours: int) -> None:
+    path = tmp_path / "cpu.lock"
+    process = start(path)
+    assert says(process) == "held"
+    note = json.loads(note_of(path).read_text())
+    note["since"] = (datetime.fromisoformat(note["since"]) + timedelta(hours=hours)).isoformat()
+    note_of(path).write_text(json.dumps(note))
+    found = lock_owner(path)
+    assert found is not None and found.pid == process.pid
+    with acquire_locks([path], model="", parent_pid=process.pid):
+        pass
+    note_of(path).write_text(json.dumps({**note, "began": note["began"] - 10}))
+    assert lock_owner(path) == locks.UNKNOWN, "the process number was given out again"
+    del note["began"]
+    note_of(path).write_text(json.dumps({**note, "since": locks._now()}))
+    found = lock_owner(path)
+    assert found is not None and found.pid == process.pid, "a note of an earlier version"
 
 
 def test_note_of_another_machine_is_believed(tmp_path: Path, start: Start) -> None:

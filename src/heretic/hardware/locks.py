@@ -26,12 +26,13 @@ import psutil
 from filelock import FileLock, Timeout
 
 from heretic.errors import BusyError, UserError
+from heretic.hardware.processes import is_running, process_start
 
 COMMAND_LENGTH = 200
 # Seconds. `lock_owner` takes a lock for an instant to test it; a run that starts at that moment must not fail.
 ACQUIRE_TIMEOUT = 0.5
 POLL = 0.1
-# Seconds by which a process can seem younger than its note: start times are rounded, and both clocks are read separately.
+# Seconds by which a process can seem younger than an earlier version's note, which has no `began`: start times are rounded.
 CLOCK_SLACK = 5.0
 
 _CREDENTIALS = re.compile(r"://[^\s'\"]*@")
@@ -47,6 +48,7 @@ class LockOwner:
     command: str
     model: str
     since: str  # local time in ISO format
+    began: float | None = None  # `process_start`; None in a note of an earlier version
 
     @property
     def known(self) -> bool:
@@ -155,7 +157,7 @@ def _acquire_with_note(
         _acquire(path, wait, on_wait, while_waiting, held)
         note = _note(path)
         held.callback(note.unlink, missing_ok=True)  # runs before the lock is released
-        _write(note, LockOwner(os.getpid(), socket.gethostname(), _command(), model, _now()))
+        _write(note, _this_process(model))
         return held.pop_all()
 
 
@@ -267,6 +269,11 @@ def _note(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def _this_process(model: str) -> LockOwner:
+    pid = os.getpid()
+    return LockOwner(pid, socket.gethostname(), _command(), model, _now(), process_start(pid))
+
+
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
@@ -291,8 +298,11 @@ def _read(note: Path) -> LockOwner | None:
         written = datetime.fromisoformat(owner.since).timestamp()
         if owner.host != socket.gethostname():
             return owner  # a folder shared by several machines
-        process = psutil.Process(owner.pid)
-        is_other_process = process.create_time() > written + CLOCK_SLACK  # the system reused the process number
-        return None if is_other_process or process.status() == psutil.STATUS_ZOMBIE else owner
+        began = owner.began
+        if began is None:
+            began = process_start(owner.pid)
+            if psutil.Process(owner.pid).create_time() > written + CLOCK_SLACK:
+                return None  # the system reused the process number
+        return owner if is_running(owner.pid, began) else None
     except (OSError, ValueError, TypeError, psutil.Error):
         return None  # no note, an invalid note, or a dead process

@@ -19,12 +19,12 @@ from shlex import quote
 from typing import Any
 
 import optuna
-import psutil
 import sqlalchemy
 from optuna.trial import TrialState
 
 from heretic.errors import StudyMismatch, UserError
 from heretic.files import open_private
+from heretic.hardware.processes import is_running, process_start
 from heretic.scoring.objectives import DEFAULT_OBJECTIVES, Objective
 from heretic.settings import Settings, WorkerSettings
 from heretic.storage import attributes
@@ -288,7 +288,7 @@ def worker() -> Signature:
         "host": socket.gethostname(),
         "machine": _machine(),
         "pid": os.getpid(),
-        "began": _process_start(os.getpid()),
+        "began": process_start(os.getpid()),
     }
 
 
@@ -300,11 +300,6 @@ def _machine() -> str:
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return ""
-
-
-def _process_start(pid: int) -> float:
-    """Return when a process started, in seconds since boot, so that clock changes do not matter."""
-    return psutil.Process(pid).create_time() - psutil.boot_time()
 
 
 def fail_abandoned(study: optuna.Study) -> list[int]:
@@ -332,9 +327,4 @@ def is_alive(who: Signature | None) -> bool:
         return False
     if not is_this_host(who):
         return True  # cannot be checked from here
-    try:
-        return abs(_process_start(who["pid"]) - who["began"]) < 1
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True
+    return is_running(who["pid"], who["began"])
