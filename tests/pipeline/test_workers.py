@@ -110,6 +110,30 @@ def test_what_ends_the_first_process_ends_its_workers(config: Path) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize("interrupts", [2, 3])
+def test_workers_that_do_not_react_are_killed_and_named(config: Path, interrupts: int) -> None:
+    process = start(*RUN)
+    workers = []
+    try:
+        wait_for(lambda: trials() >= 1, process)
+        workers = children(process.pid)
+        for worker in workers:
+            worker.suspend()
+        for _ in range(interrupts):
+            assert all(w.is_running() for w in workers), "the first one lets them finish"
+            process.send_signal(signal.SIGINT)
+            time.sleep(1)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
+    assert process.returncode == Interrupted.exit_status, output
+    words = " ".join(output.split())
+    assert len(workers) == 2 and all(f"process {w.pid}" in words.partition("Killed")[2] for w in workers), output
+
+
 def test_a_lent_lock_is_used_with_its_holder_and_by_nobody_else(tmp_path: Path) -> None:
     path = tmp_path / "a.lock"
     with locks.acquire_locks([path], model="m"):

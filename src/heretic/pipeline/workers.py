@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from heretic.hardware.devices import Device
     from heretic.pipeline.prepare import RunInputs
     from heretic.pipeline.run_context import RunContext
+    from heretic.progress import ProgressReporter
 
 LAST_LINES = 3  # of the log of a worker that crashed
+REACTION_SECONDS = 10  # for a worker to end after the second Ctrl-C, and to end when it is killed
 
 
 @dataclass(frozen=True)
@@ -172,12 +174,14 @@ def run_in_workers(run_context: RunContext, count: WorkerCount) -> bool:
     if count.fewer and len(gpus) < 2:
         return False
     number = len(gpus) or count.number
-    workers = [_start(run_context, i, number, gpus[i] if gpus else None) for i in range(number)]
-    reporter.info(f"{number} workers: processes {', '.join(str(w.process.pid) for w in workers)}.")
+    workers: list[Worker] = []
     try:
+        for i in range(number):
+            workers.append(_start(run_context, i, number, gpus[i] if gpus else None))
+        reporter.info(f"{number} workers: processes {', '.join(str(w.process.pid) for w in workers)}.")
         _monitor(run_context, workers)
     finally:
-        _stop(workers)
+        _stop(workers, reporter)
     run_context.stop.check()
     if trials_remain(run_context.study, settings):
         statuses = {w.process.returncode for w in workers}
@@ -252,19 +256,46 @@ def _only(gpu: Gpu) -> dict[str, str]:
     return {variable: gpu.uuid if KINDS[gpu.kind].in_nvml and gpu.uuid.startswith("GPU-") else entry}
 
 
-def _stop(workers: Sequence[Worker]) -> None:
-    """Interrupt the running workers and wait for them; a second Ctrl-C is passed on."""
+def _stop(workers: Sequence[Worker], reporter: ProgressReporter) -> None:
+    """Interrupt the running workers and wait for them; a second Ctrl-C is passed on, and those that do not react are killed."""
     running = [w.process for w in workers if w.process.poll() is None]
-    # Not SIGINT, which processes that a script starts in the background ignore.
-    for process in running:
-        process.send_signal(signal.SIGTERM)
+    _terminate(running)
     try:
         for process in running:
             process.wait()
     except KeyboardInterrupt:
-        for process in running:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for process in running:
-            process.wait()
+        try:
+            _terminate(running)
+            _wait(running, REACTION_SECONDS)
+        finally:  # also after a third one
+            _kill(workers, reporter)
         raise
+
+
+def _terminate(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    # Not SIGINT, which processes that a script starts in the background ignore.
+    for process in processes:
+        process.send_signal(signal.SIGTERM)  # nothing if it has ended
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Wait until all have ended, or for this time."""
+    end = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes) and time.monotonic() < end:
+        time.sleep(0.1)
+
+
+def _kill(workers: Sequence[Worker], reporter: ProgressReporter) -> None:
+    """Kill the running workers, and name them."""
+    running = [w.process for w in workers if w.process.poll() is None]
+    for process in running:
+        process.kill()
+    if running:
+        reporter.warning(f"Killed {_named(running)}, which did not react. The same command repeats the trial under way.")
+        _wait(running, REACTION_SECONDS)
+    if left := [process for process in running if process.poll() is None]:
+        reporter.warning(f"The system has not ended {_named(left)} yet, probably because of a hanging driver or disk.")
+
+
+def _named(processes: Sequence[subprocess.Popen[bytes]]) -> str:
+    return ", ".join(f"process {process.pid}" for process in processes)
