@@ -20,6 +20,7 @@ from heretic.export import full
 from heretic.export.request import Format, WriteRequest, WriteResult
 from heretic.export.save import TensorEdit
 from heretic.files import write_text
+from heretic.hardware.processes import ending
 from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.loading import LanguageModel
@@ -74,7 +75,9 @@ def run_program(
                 log.info("%s", line)
     if process.returncode or (made is not None and not made.exists()):
         message = " | ".join(line.strip()[:160] for line in lines[-SHOWN:])
-        raise failure(command, message or f"exit status {process.returncode}, no output")
+        if not message or process.returncode < 0 or process.returncode > 128:
+            message = f"it {ending(process.returncode)}: {message or 'no output'}"
+        raise failure(command, message)
     return lines
 
 

@@ -1,9 +1,13 @@
-"""Recognize a process again: process ids are reused, and the clock may be set while a process runs."""
+"""Recognize a process again, though ids are reused and the clock may be set, and say how one ended."""
 
 from __future__ import annotations
 
+import signal
+
 import psutil
 
+KILLED = 9  # SIGKILL, which Windows lacks
+PROBABLE_CAUSE = "probably for lack of memory" + (" (journalctl -k)" if psutil.LINUX else "")
 ROUNDING = 1.0  # seconds by which two readings of one process's start may differ
 
 
@@ -25,3 +29,12 @@ def is_running(pid: int, began: float) -> bool:
         return False
     except psutil.AccessDenied:
         return True
+
+
+def ending(status: int) -> str:
+    """Return how a process ended, from its exit status: negative, or above 128 if a shell was between, for a signal."""
+    number = -status if status < 0 else status - 128
+    if number == KILLED:
+        return f"was killed (SIGKILL), {PROBABLE_CAUSE}"
+    name = next((each.name for each in signal.Signals if each == -status), "")
+    return f"was ended by {name}" if name else f"ended with status {status}"

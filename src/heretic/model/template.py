@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from heretic.errors import UserError, first_line, plain_line
 from heretic.files import expand_user
+from heretic.hardware.processes import ending
 from heretic.model.template_process import CPU_SECONDS, EXTRA_CHARACTERS, MEMORY
 from heretic.settings import Settings
 
@@ -251,7 +252,8 @@ class TemplateProcess:
         if not self._ready:
             if self._line(process, STARTED_WITHIN) != "ready\n":
                 self._end()
-                raise _not_started(f"it ended with status {process.returncode}")
+                late = f"it was not ready within {STARTED_WITHIN} s"
+                raise _not_started(late if self._too_long else f"it {ending(process.returncode)}")
             self._ready = True
         assert process.stdin is not None
         try:
@@ -267,7 +269,7 @@ class TemplateProcess:
             return {"limit": "time"}
         if process.returncode == -getattr(signal, "SIGKILL", 0):  # by the system's out-of-memory killer
             return {"limit": "memory"}
-        return {"error": f"it ended the rendering process (status {process.returncode})"}
+        return {"error": f"the rendering process {ending(process.returncode)}"}
 
     def _line(self, process: subprocess.Popen[str], seconds: float) -> str:
         """The process's next line; incomplete or empty if it ends or is killed."""

@@ -19,6 +19,7 @@ from heretic.hardware.cpu import usable_cores
 from heretic.hardware.devices import KINDS
 from heretic.hardware.gpus import Gpu, gpus_here
 from heretic.hardware.openmp import THREADS, threads_of_user
+from heretic.hardware.processes import ending
 from heretic.pipeline.worker_process import PARENT_VARIABLE, POLL_SECONDS
 from heretic.settings import Settings
 
@@ -218,7 +219,8 @@ def _monitor(run_context: RunContext, workers: Sequence[Worker]) -> None:
                 if i not in ended and worker.process.poll() is not None:
                     ended.add(i)
                     if worker.process.returncode != 0:
-                        reporter.warning(f"Worker {i} ended with status {worker.process.returncode}: {worker.log_tail}")
+                        tail = worker.log_tail
+                        reporter.warning(f"Worker {i} {ending(worker.process.returncode)}{tail and f': {tail}'}")
 
 
 def _start(run_context: RunContext, index: int, of: int, gpu: Gpu | None) -> Worker:
@@ -291,7 +293,9 @@ def _kill(workers: Sequence[Worker], reporter: ProgressReporter) -> None:
     for process in running:
         process.kill()
     if running:
-        reporter.warning(f"Killed {_named(running)}, which did not react. The same command repeats the trial under way.")
+        reporter.warning(
+            f"Killed {_named(running)}, which did not react. The same command repeats the trial under way."
+        )
         _wait(running, REACTION_SECONDS)
     if left := [process for process in running if process.poll() is None]:
         reporter.warning(f"The system has not ended {_named(left)} yet, probably because of a hanging driver or disk.")

