@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -12,6 +13,7 @@ import optuna
 import pytest
 
 from heretic.errors import BusyError, Interrupted
+from heretic.pipeline.session_note import FILE
 from tests.helpers.command import start
 
 
@@ -57,10 +59,14 @@ def test_kill_9_loses_the_running_trial_only_and_the_lock_is_free(slow: list[str
     process.wait()
     done = trials()
     assert done >= 3
+    note = Path("runs/mine") / FILE
+    assert json.loads(note.read_text())["stage"] == "Trials"
     again = start(*slow)
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0, output
     assert f"{done} of 12 trials are done" in output
+    assert "'Trials'" in output and "batch_size = 4" in " ".join(output.split()), "the last session's end is said"
+    assert not note.exists()
     study = optuna.load_study(study_name="heretic", storage="sqlite:///runs/mine/study.db")
     states = [t.state.name for t in study.trials]
     assert states.count("COMPLETE") == 12 and states.count("FAIL") <= 1 and len(states) <= 13
@@ -75,6 +81,7 @@ def test_one_signal_ends_the_run_cleanly(slow: list[str], number: int) -> None:
     assert process.returncode == Interrupted.exit_status, output
     assert "Stopped." in output and "Traceback" not in output
     assert trials("RUNNING") == 0, "the trial under way was not marked"
+    assert not (Path("runs/mine") / FILE).exists()
 
 
 def test_a_second_process_is_turned_away_and_a_queued_one_follows(slow: list[str]) -> None:

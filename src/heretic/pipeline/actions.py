@@ -30,6 +30,7 @@ from heretic.model.unloading import unloaded_after
 from heretic.pipeline.prepare import prepare_run
 from heretic.pipeline.run import device_lock, export_trial, open_locked_study
 from heretic.pipeline.run_context import RunContext
+from heretic.pipeline.session_note import noted_session
 from heretic.runs.folder import find_run, load_run_settings
 from heretic.runs.stored_prompts import prompts_of_run
 from heretic.scoring.comparison import Comparison, values_text
@@ -95,7 +96,8 @@ def open_run(
             require_format(settings, inputs.checkpoint)
         with (
             open_locked_study(inputs, wait=wait, reporter=reporter, stop=stop) as study,
-            RunContext(resolved, inputs, study, reporter, stop) as run_context,
+            noted_session(inputs, reporter) as noting,
+            RunContext(resolved, inputs, study, noting, stop) as run_context,
         ):
             yield run_context
 

@@ -22,6 +22,7 @@ from heretic.interrupt import StopSignal
 from heretic.pipeline.gradient_search import run_gradient_search
 from heretic.pipeline.prepare import RunInputs, prepare_run
 from heretic.pipeline.run_context import RunContext
+from heretic.pipeline.session_note import noted_session
 from heretic.pipeline.trials import Trials
 from heretic.pipeline.worker_process import parent_pid
 from heretic.pipeline.workers import WorkerCount, run_in_workers
@@ -146,7 +147,8 @@ def run(
         folder.create()
         with (
             open_locked_study(inputs, wait=wait, reporter=reporter, stop=stop) as study,
-            RunContext(resolved, inputs, study, reporter, stop) as run_context,
+            noted_session(inputs, reporter) as noting,
+            RunContext(resolved, inputs, study, noting, stop) as run_context,
         ):
             return _run_study(run_context, extra_trials, workers, on_finished)
 
