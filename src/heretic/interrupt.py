@@ -1,4 +1,4 @@
-"""Graceful stop: the first Ctrl-C (or SIGTERM) ends the work after the current batch, the second ends it at once."""
+"""Graceful stop: the first Ctrl-C (or another signal) ends the work after the current batch, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 from heretic.errors import Interrupted
+
+# From keyboards, systems and terminals; from job schedulers before the end of a job's time; from Windows' consoles.
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU", "SIGBREAK")
 
 
 class StopSignal:
@@ -44,7 +47,7 @@ class StopSignal:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Let SIGINT, SIGTERM and SIGHUP set the flag; a second signal raises KeyboardInterrupt.
+        """Let the signals of STOPPING set the flag; a second one raises KeyboardInterrupt.
 
         Raises Interrupted in place of a KeyboardInterrupt that leaves the context.
         """
@@ -53,12 +56,13 @@ class StopSignal:
             from_keyboard = number == signal.SIGINT
             if self._immediate and from_keyboard:
                 raise KeyboardInterrupt
-            immediate = self.requested or self._immediate
+            repeated = self.requested and number != getattr(signal, "SIGXCPU", None)  # which comes every second
+            immediate = repeated or self._immediate
             self.requested, self.from_keyboard = True, from_keyboard
             if immediate:
                 raise KeyboardInterrupt
 
-        signals = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+        signals = [getattr(signal, n) for n in STOPPING if hasattr(signal, n)]
         # Ignored signals stay ignored: nohup and background jobs rely on it.
         handled = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, handle) for number in handled}

@@ -72,7 +72,7 @@ def test_kill_9_loses_the_running_trial_only_and_the_lock_is_free(slow: list[str
     assert states.count("COMPLETE") == 12 and states.count("FAIL") <= 1 and len(states) <= 13
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_one_signal_ends_the_run_cleanly(slow: list[str], number: int) -> None:
     process = start(*slow)
     wait_for(lambda: trials() >= 1, process)
