@@ -12,11 +12,11 @@ import optuna
 import pytest
 import torch
 
-from heretic.errors import StudyMismatch
+from heretic.errors import Interrupted, StudyMismatch, UserError
 from heretic.interrupt import StopSignal
 from heretic.model.checkpoint import open_checkpoint
 from heretic.pipeline.actions import evaluate_model
-from heretic.pipeline.run import Outcome, run
+from heretic.pipeline.run import Outcome, logging_to, run
 from heretic.progress import NULL_REPORTER
 from heretic.runs.folder import REPORT, RunFolder
 from heretic.runs.status import read_status
@@ -52,6 +52,26 @@ def test_a_run_studies_chooses_exports_and_proves(config: Path, llama: Path) -> 
     changed = [name for name in before.tensors if not torch.equal(before.read(name), after.read(name))]
     assert changed and all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in changed)
     assert not list(Path().glob(".out.partial*"))
+
+
+@pytest.mark.parametrize(
+    "error, level, lines",
+    [
+        (Interrupted(), "INFO", 1),
+        (KeyboardInterrupt(), "INFO", 1),
+        (UserError("What.\nMore.", code="some-code", where="place", fix="do"), "ERROR", 1),
+        (ZeroDivisionError("defect"), "ERROR", 0),
+    ],
+)
+def test_only_defects_leave_a_traceback_in_the_log(
+    tmp_path: Path, error: BaseException, level: str, lines: int
+) -> None:
+    with pytest.raises(type(error)), logging_to(RunFolder(tmp_path)):
+        raise error
+    log = (tmp_path / "run.log").read_text()
+    assert f" {level} " in log and ("Traceback" in log) == (not lines)
+    assert not lines or len(log.splitlines()) == lines
+    assert not isinstance(error, UserError) or "[some-code]" in log
 
 
 @pytest.mark.parametrize("geometry", ["plain", "norm_preserving"])

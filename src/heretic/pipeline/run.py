@@ -13,7 +13,7 @@ from typing import Any
 
 import optuna
 
-from heretic.errors import BusyError, Interrupted, UserError
+from heretic.errors import BusyError, Interrupted, UserError, plain_line
 from heretic.export.export import Export, earlier_export, plan_export, write_export
 from heretic.export.formats import FORMATS
 from heretic.hardware import locks
@@ -388,7 +388,12 @@ def logging_to(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        log.exception("stopped by %s", type(error).__name__) if isinstance(error, Exception) else log.info("stopped")
+        if isinstance(error, UserError):
+            log.error("stopped: %s", plain_line(" ".join(str(error).splitlines())))
+        elif isinstance(error, Exception) and not isinstance(error, Interrupted):
+            log.exception("stopped by %s", type(error).__name__)
+        else:
+            log.info("stopped")
         raise
     finally:
         logging.getLogger("heretic").removeHandler(handler)
