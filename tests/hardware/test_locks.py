@@ -233,22 +233,53 @@ def test_secrets_are_masked_and_the_command_is_short(monkeypatch: pytest.MonkeyP
 
 
 def test_runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "TEMPORARY", tmp_path)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     assert runtime_folder() == tmp_path / "heretic"
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = runtime_folder()
     assert folder == tmp_path / f"heretic-{os.getuid()}"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert [p.name for p in device_locks([])] == ["cpu.lock"]
     assert [p.name for p in device_locks(["GPU-1/2", "GPU-3"])] == ["gpu-GPU-1-2.lock", "gpu-GPU-3.lock"]
+    monkeypatch.setattr(locks, "TEMPORARY", tmp_path / "missing")
+    (tmp_path / "other").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "other"))
+    assert runtime_folder() == tmp_path / "other" / f"heretic-{os.getuid()}"
+
+
+def test_runs_of_logins_cron_and_job_schedulers_see_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logins, jobs = tmp_path / "run" / "user", tmp_path / "jobs"
+    for folder in (logins / "1000", logins / "1001", jobs / "1", jobs / "2"):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(locks, "LOGINS", f"{logins}/")
+    monkeypatch.setattr(locks, "TEMPORARY", tmp_path)
+    found = set()
+    for runtime in (logins / "1000", logins / "1001", None):
+        for temporary in (jobs / "1", jobs / "2", None):
+            for name, value in (("XDG_RUNTIME_DIR", runtime), ("TMPDIR", temporary)):
+                if value:
+                    monkeypatch.setenv(name, str(value))
+                else:
+                    monkeypatch.delenv(name, raising=False)
+            monkeypatch.setattr("tempfile.tempdir", None)
+            found.add(runtime_folder())
+    assert found == {tmp_path / f"heretic-{os.getuid()}"}
 
 
 def test_runtime_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
-    (tmp_path / "heretic-12345").mkdir()
+    monkeypatch.setattr(locks, "TEMPORARY", tmp_path)
+    uid = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: uid + 12345)
+    folder = tmp_path / f"heretic-{os.getuid()}"
+    folder.mkdir()
+    with raises("lock-unavailable"):
+        runtime_folder()
+    folder.rmdir()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    folder.symlink_to(mine)
     with raises("lock-unavailable"):
         runtime_folder()
 
@@ -277,6 +308,7 @@ def test_no_temporary_folder_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
 
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(locks, "TEMPORARY", Path("/missing"))
     monkeypatch.setattr(locks.tempfile, "gettempdir", full)
     with raises("lock-unavailable"):
         runtime_folder()

@@ -32,6 +32,8 @@ COMMAND_LENGTH = 200
 # Seconds. `lock_owner` takes a lock for an instant to test it; a run that starts at that moment must not fail.
 ACQUIRE_TIMEOUT = 0.5
 POLL = 0.1
+LOGINS = "/run/user/"  # folders that systemd deletes when a user has logged out, also while a run goes on
+TEMPORARY = Path("/tmp")  # not TMPDIR, which job schedulers set for each job
 # Seconds by which a process can seem younger than an earlier version's note, which has no `began`: start times are rounded.
 CLOCK_SLACK = 5.0
 
@@ -71,32 +73,36 @@ UNKNOWN = LockOwner(pid=0, host="", command="", model="", since="")
 
 
 def runtime_folder() -> Path:
-    """Return the user's folder for locks, in the session's runtime folder or the temporary folder.
+    """Return the user's folder for locks: in the temporary folder, or in an XDG_RUNTIME_DIR that is not a login's.
+
+    Logins, cron and job schedulers set different folders, or none, and must meet; one that somebody chose separates runs.
 
     Raises UserError if it is not writable or belongs to another user, who could attack through it.
     """
-    session, folder = os.environ.get("XDG_RUNTIME_DIR"), Path()
+    chosen, folder = os.environ.get("XDG_RUNTIME_DIR", ""), Path()
     try:
-        if session and os.access(session, os.W_OK):
-            folder = Path(session) / "heretic"
+        if chosen and not chosen.startswith(LOGINS) and os.access(chosen, os.W_OK):
+            folder = Path(chosen) / "heretic"
+        elif hasattr(os, "getuid") and os.access(TEMPORARY, os.W_OK):
+            folder = TEMPORARY / f"heretic-{os.getuid()}"
         else:
             user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
             folder = Path(tempfile.gettempdir()) / f"heretic-{user}"  # tries to write: a disk may be full
         folder.mkdir(mode=0o700, exist_ok=True)
-        owner = folder.stat().st_uid
+        owner = folder.lstat().st_uid  # of a link, whoever made it
     except OSError as error:
         raise UserError(
             f"The folder for locks cannot be created: {error.strerror}.",
             code="lock-unavailable",
             where=str(folder),
-            fix="free disk space, or set XDG_RUNTIME_DIR or TMPDIR to a writable folder",
+            fix="free disk space, or set XDG_RUNTIME_DIR to a writable folder",
         ) from None
     if hasattr(os, "getuid") and owner != os.getuid():
         raise UserError(
             "The folder for locks belongs to another user.",
             code="lock-unavailable",
             where=str(folder),
-            fix="set XDG_RUNTIME_DIR or TMPDIR to a folder of your own",
+            fix="set XDG_RUNTIME_DIR to a folder of your own",
         )
     return folder
 
