@@ -10,7 +10,17 @@ from typing import Any
 import psutil
 import pytest
 
-from heretic.hardware.gpus import Gpu, GpuReport, driver_version, gpus_for, usable_gpus, visible_gpus
+from heretic.hardware.gpus import (
+    Gpu,
+    GpuReport,
+    driver_version,
+    gpus_for,
+    gpus_here,
+    inspect_gpus,
+    usable_gpus,
+    visible_gpus,
+)
+from heretic.runs.environment import collect
 from tests.helpers.fake_accelerator import hide, play
 
 GIB = 2**30
@@ -170,6 +180,21 @@ def test_usable_gpus_are_numbered_as_pytorch_does(monkeypatch: pytest.MonkeyPatc
         (0, "GPU-2A", "nvml"),
         (1, "GPU-0A", "nvml"),
     ]
+
+
+def test_a_gpu_without_kernels_in_this_build_is_left_out_and_the_numbers_stay(
+    monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml
+) -> None:
+    capabilities = [(6, 1), (8, 6)]
+    built = {"get_device_capability": capabilities.__getitem__, "get_arch_list": lambda: ["sm_75", "sm_86"]}
+    play(monkeypatch, "cuda", "1aaa-1", "0aaa-0", **built)
+    report, usable = inspect_gpus({})
+    assert [(gpu.index, gpu.uuid) for gpu in usable] == [(1, "GPU-0aaa-0")] and len(gpus_here()) == 1
+    assert [gpu.uuid[:5] for gpu in report.gpus] == ["GPU-1", "GPU-0", "GPU-2", "GPU-3"]
+    assert [gpu.obstacle is None for gpu in report.gpus] == [False, True, True, True]
+    assert "6.1" in collect(None, "")["gpus"][1]
+    play(monkeypatch, "cuda", "1aaa-1", hip="6.4", **built)  # its builds name other things
+    assert len(gpus_here()) == 1
 
 
 def test_usable_gpus_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:

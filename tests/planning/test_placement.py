@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from transformers import PretrainedConfig
 
+from heretic.hardware.devices import Device
 from heretic.model.meta_model import meta_model
 from heretic.planning.placement import device_named, infer_device_map, shares, weight_limits
 from tests.helpers.errors import raises
@@ -27,6 +28,19 @@ def test_device_that_is_not_there(value: int | str) -> None:
     with raises("device-not-there") as error:
         device_named(value, DEVICES, "max_memory")
     assert error.value.where == "max_memory" and "cuda:0, cuda:1, cpu" in str(error.value.fix)
+
+
+@pytest.mark.parametrize("mode", ["auto", "balanced", "balanced_low_0", "sequential"])
+def test_accelerate_places_on_gpus_whose_numbers_have_gaps(mode: str) -> None:
+    model = meta_model(checkpoint_of(small(num_hidden_layers=12)), "bfloat16")
+    share = sum(p.numel() * p.element_size() for p in model.parameters()) * 2 // 3
+    placed = {}
+    for numbers in ((0, 1), (1, 3)):
+        left = [Device(f"cuda:{number}", GIB, GIB) for number in numbers]
+        table = infer_device_map(model, mode, {device.name: share for device in left} | {"cpu": GIB}, [*left, cpu(64)])
+        placed[numbers] = table
+    renamed = {name: {0: 1, 1: 3}.get(place, place) for name, place in placed[0, 1].items()}
+    assert placed[1, 3] == renamed and {1, 3} <= set(renamed.values())
 
 
 def test_weight_limits() -> None:

@@ -11,6 +11,7 @@ import pytest
 from heretic.hardware.devices import Device
 from heretic.hardware.gpus import Gpu, GpuProcess, GpuReport
 from heretic.hardware.locks import LockOwner
+from heretic.hardware.obstacles import Obstacle
 from heretic.model.checkpoint import Checkpoint
 from heretic.model.tensor_info import TensorInfo
 from heretic.planning import rules
@@ -152,6 +153,18 @@ def test_gpus_without_cuda() -> None:
     cpu = plan(load("cpu", free=64))
     found = only(facts(usable=(), plan=cpu))
     assert found.level == "warning" and "PyTorch" in found.text
+
+
+def test_gpus_that_are_left_out_fail_a_run_that_has_no_other_and_does_not_ask_for_the_cpu() -> None:
+    obstacle = Obstacle("too old", "another build")
+    old, cpu = replace(gpu(), obstacle=obstacle), plan(load("cpu", free=64))
+    found = only(facts(report=GpuReport((gpu(1), old)), usable=(gpu(1),)))
+    assert (found.level, found.fix) == ("warning", "another build")
+    found = only(facts(report=GpuReport((old, replace(old, index=1))), usable=(), plan=cpu))  # one finding for both
+    assert found.level == "failure" and "cuda:0" in found.text and "cuda:1" in found.text
+    assert str(found.fix).endswith('device_map = "cpu"')
+    found = only(facts(report=GpuReport((old,)), usable=(), plan=cpu, settings={"device_map": "cpu"}))
+    assert found.level == "warning"
 
 
 def test_idle_gpu() -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from heretic.errors import first_line
+from heretic.hardware.obstacles import Obstacle, missing_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -155,12 +156,23 @@ class Device:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A device that PyTorch can use; opening it for more than this takes memory on it."""
+    """A device that PyTorch finds; opening it for more than this takes memory on it."""
 
     kind: str  # key of KINDS
     index: int
     title: str
     uuid: str  # empty if PyTorch does not report it
+    capability: tuple[int, int] | None = None  # of CUDA; None: unknown
+
+    @property
+    def obstacle(self) -> Obstacle | None:
+        """Why PyTorch cannot compute on it: this build has no kernels for it. None if it has, or the build does not tell."""
+        import torch
+
+        if self.capability is None:
+            return None
+        built: list[str] = getattr(torch.get_device_module(CUDA), "get_arch_list", list)()
+        return missing_kernels(self.capability, built, torch.__version__, KINDS[self.kind].install)
 
     def memory(self) -> tuple[int, int]:
         """Return free and total memory in bytes, as PyTorch reports them."""
@@ -210,7 +222,7 @@ def accelerators() -> list[Accelerator]:
         return []
     with suppress(RuntimeError, AssertionError):  # a driver too old for this PyTorch
         return [
-            Accelerator(kind, index, *_title_and_uuid(KINDS[kind].prefix, index))
+            Accelerator(kind, index, *_title_and_uuid(KINDS[kind].prefix, index), _capability(kind, index))
             for index in range(torch.accelerator.device_count())
         ]
     return []
@@ -329,6 +341,14 @@ def _title_and_uuid(prefix: str, index: int) -> tuple[str, str]:
         return torch.backends.mps.get_name(), ""
     properties: Any = torch.get_device_module(prefix).get_device_properties(index)
     return str(properties.name), str(getattr(properties, "uuid", ""))
+
+
+def _capability(kind: str, index: int) -> tuple[int, int] | None:
+    """Return the compute capability of a CUDA GPU; None for other kinds, whose builds name other things."""
+    import torch
+
+    query = getattr(torch.get_device_module(CUDA), "get_device_capability", None) if kind == CUDA else None
+    return query(index) if query else None
 
 
 def _memory(kind: Kind, index: int) -> tuple[int, int]:

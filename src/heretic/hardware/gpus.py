@@ -20,6 +20,7 @@ import psutil
 from heretic.errors import first_line
 from heretic.hardware import devices
 from heretic.hardware.devices import Device
+from heretic.hardware.obstacles import Obstacle
 
 MOST_GPUS, MOST_MEMORY = 1024, 1 << 50  # beyond any machine: larger values mean a broken driver
 
@@ -44,6 +45,7 @@ class Gpu:
     free: int
     processes: tuple[GpuProcess, ...] = ()
     kind: str = devices.CUDA  # key of `devices.KINDS`; NVML lists no other
+    obstacle: Obstacle | None = None  # why it cannot be used
 
     @property
     def device(self) -> Device:
@@ -77,9 +79,14 @@ def gpus_here() -> tuple[Gpu, ...]:
 
 
 def inspect_gpus(environment: Mapping[str, str] = os.environ) -> tuple[GpuReport, tuple[Gpu, ...]]:
-    """Return what NVML lists, with a text on what cannot be seen, and the GPUs that PyTorch can use. Never raises."""
+    """Return all GPUs, with a text on what cannot be seen, and those that PyTorch can use. Never raises.
+
+    The report has PyTorch's numbers, then the GPUs that only NVML lists.
+    """
     report = visible_gpus(environment)
-    usable, kind = usable_gpus(report), devices.current()
+    found, kind = _found(report), devices.current()
+    usable, uuids = _without_obstacle(found), {gpu.uuid for gpu in found}
+    report = replace(report, gpus=(*found, *(gpu for gpu in report.gpus if gpu.uuid not in uuids)))
     if usable and kind and not kind.in_nvml:
         where = "programs on the GPU and their memory" if kind.unified else "the processes on them"
         report = replace(report, problem=f"{kind.title}: heretic cannot see {where}")
@@ -89,11 +96,20 @@ def inspect_gpus(environment: Mapping[str, str] = os.environ) -> tuple[GpuReport
 
 
 def usable_gpus(report: GpuReport) -> tuple[Gpu, ...]:
-    """Return the GPUs that PyTorch can use, with PyTorch's numbers; empty without any. Never raises.
+    """Return the GPUs that PyTorch can use, with PyTorch's numbers; empty without any. Never raises."""
+    return _without_obstacle(_found(report))
+
+
+def _without_obstacle(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+    return tuple(gpu for gpu in gpus if gpu.obstacle is None)
+
+
+def _found(report: GpuReport) -> tuple[Gpu, ...]:
+    """Return the GPUs that PyTorch lists, with its numbers.
 
     For a GPU that NVML did not list, PyTorch opens a context on it and its processes are unknown.
     """
-    usable: list[Gpu] = []
+    gpus: list[Gpu] = []
     seen = {_plain(gpu.uuid): gpu for gpu in report.gpus}
     with suppress(RuntimeError, AssertionError):  # a driver too old for this PyTorch
         for found in devices.accelerators():
@@ -103,8 +119,8 @@ def usable_gpus(report: GpuReport) -> tuple[Gpu, ...]:
                 # In NVML's form, so that another process that NVML does show this GPU finds the same lock.
                 uuid = f"GPU-{_plain(found.uuid)}" if found.uuid else f"{found.kind}-{found.index}"
                 match = Gpu(found.index, uuid, found.title, total, free, kind=found.kind)
-            usable.append(replace(match, index=found.index))
-    return tuple(usable)
+            gpus.append(replace(match, index=found.index, obstacle=match.obstacle or found.obstacle))
+    return tuple(gpus)
 
 
 def driver_version() -> str | None:

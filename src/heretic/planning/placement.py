@@ -112,7 +112,11 @@ def infer_device_map(
     from accelerate.utils import CustomDtype, get_balanced_memory
 
     unsplit = list(getattr(model, "_no_split_modules", None) or [])
-    limits: dict[int | str, int] = {device.key: room[device.name] for device in devices if device.name in room}
+    # Accelerate counts GPUs from 0 without gaps, which a GPU that is left out makes.
+    placed = [device for device in devices if device.name in room]
+    keys = [device.key for device in placed if isinstance(device.key, int)]
+    own: dict[int | str, int] = {key: i for i, key in enumerate(keys)}
+    limits: dict[int | str, int] = {own.get(device.key, device.key): room[device.name] for device in placed}
     # Accelerate only knows whole bits: 4.1 bits count as 4. The headroom covers the difference.
     kinds: Any = {name: CustomDtype.INT4 if size < 0.75 else torch.int8 for name, size in fewer.items()}
     with _without_warnings():
@@ -124,15 +128,18 @@ def infer_device_map(
                 special_dtypes=kinds,
                 low_zero=mode == "balanced_low_0",
             )
-        table = dict(
-            infer_auto_device_map(model, max_memory=limits, no_split_module_classes=unsplit, special_dtypes=kinds)
+        inferred = infer_auto_device_map(
+            model, max_memory=limits, no_split_module_classes=unsplit, special_dtypes=kinds
         )
-    _, embedding = _ends(model)
+    table: dict[str, int | str] = {
+        name: keys[place] if isinstance(place, int) else place for name, place in inferred.items()
+    }
+    home = lookup(table, _ends(model)[1])
     for name in table:
         # accelerate can separate tied weights, which would store them twice; and it puts rotary embeddings beside the last block,
         # so that the hidden states of every pass would go there and back. Modules inside a block stay with it.
-        if not _has_weights(model, name) and not any(part.isdigit() for part in name.split(".")):
-            table[name] = lookup(table, embedding) or 0
+        if home is not None and not _has_weights(model, name) and not any(p.isdigit() for p in name.split(".")):
+            table[name] = home
     return {"": next(iter(table.values()))} if len(set(table.values())) == 1 else table
 
 

@@ -71,8 +71,8 @@ def build_report(
     checkpoint, work = inputs.checkpoint, inputs.work
     # 1. Devices
     report, usable = (GpuReport(virtual), virtual) if virtual else inspect_gpus(os.environ)
-    if usable:  # with PyTorch's numbers, and with those that NVML does not list
-        report = GpuReport(usable, report.problem)
+    if usable:  # without those that only NVML lists, whose numbers are others
+        report = replace(report, gpus=tuple(gpu for gpu in report.gpus if gpu in usable or gpu.obstacle))
     devices = host.devices(usable)
     # 2. Memory plan
     plan = None

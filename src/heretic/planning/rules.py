@@ -8,8 +8,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 
-from heretic.hardware.devices import KINDS
+from heretic.hardware.devices import CPU, KINDS
 from heretic.hardware.host import format_bytes
+from heretic.hardware.obstacles import Obstacle
 from heretic.model.quantization import QUANTIZATIONS
 from heretic.planning.block_plan import supported_by_block
 from heretic.planning.memory_model import FLOAT32, GIB, MIB, SHARE_FOR_RESIDUALS
@@ -52,9 +53,22 @@ def unseen_gpus(facts: PreflightFacts) -> Iterator[Finding]:
 
 def unusable_gpus(facts: PreflightFacts) -> Iterator[Finding]:
     """Report GPUs that PyTorch cannot use."""
-    if facts.report.gpus and not facts.usable:
+    if facts.report.gpus and not facts.usable and not any(gpu.obstacle for gpu in facts.report.gpus):
         text = f"The installed PyTorch cannot use {facts.report.gpus[0].name}. Everything runs on the CPU."
         yield Finding("warning", "GPUs", text, KINDS[facts.report.gpus[0].kind].install)
+
+
+def left_out_gpus(facts: PreflightFacts) -> Iterator[Finding]:
+    """Report GPUs that are left out, by reason; a failure if no other is left and the settings do not name the CPU."""
+    names: dict[Obstacle, list[str]] = {}
+    for gpu in facts.report.gpus:
+        if gpu.obstacle is not None:
+            names.setdefault(gpu.obstacle, []).append(f"{gpu.name} ({gpu.device.name})")
+    fails = not facts.usable and facts.settings.device_map in MODES
+    for obstacle, gpus in names.items():
+        level: Level = "failure" if fails and obstacle.fails else "warning"
+        instead = f', or use the CPU: device_map = "{CPU}"' if level == "failure" else ""
+        yield Finding(level, "GPUs", f"Not used: {', '.join(gpus)}; {obstacle.text}.", obstacle.fix + instead)
 
 
 def idle_gpus(facts: PreflightFacts) -> Iterator[Finding]:
@@ -295,6 +309,7 @@ RULES: tuple[Rule, ...] = (
     one_huge_file,
     unseen_gpus,
     unusable_gpus,
+    left_out_gpus,
     idle_gpus,
     memory,
     weights_do_not_fit,

@@ -34,7 +34,7 @@ def collect(resolved: Resolved | None, problem: str) -> dict[str, Any]:
     gpus = [f"{gpu.name} ({gpu.device.name}), {_free(gpu)}" for gpu in usable]
     known = {gpu.uuid for gpu in usable}
     gpus += [
-        f"{gpu.name}, {_free(gpu)}, not usable with the installed PyTorch"
+        f"{gpu.name}, {_free(gpu)}, not usable{f': {gpu.obstacle.text}' if gpu.obstacle else ' with the installed PyTorch'}"
         for gpu in report.gpus
         if gpu.uuid not in known
     ]
