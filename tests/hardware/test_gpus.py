@@ -9,7 +9,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from heretic.hardware import devices
 from heretic.hardware.gpus import (
     Gpu,
     GpuReport,
@@ -20,6 +22,7 @@ from heretic.hardware.gpus import (
     usable_gpus,
     visible_gpus,
 )
+from heretic.hardware.memory_usage import memory_usage
 from heretic.runs.environment import collect
 from tests.helpers.fake_accelerator import hide, play
 
@@ -195,6 +198,27 @@ def test_a_gpu_without_kernels_in_this_build_is_left_out_and_the_numbers_stay(
     assert "6.1" in collect(None, "")["gpus"][1]
     play(monkeypatch, "cuda", "1aaa-1", hip="6.4", **built)  # its builds name other things
     assert len(gpus_here()) == 1
+
+
+def test_a_gpu_without_memory_of_its_own_has_the_available_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeNvml(("GB10",), memory=NVMLError("Not Supported")))
+    monkeypatch.setattr(devices, "memory", lambda: (120 * GIB, 90 * GIB))
+    properties = SimpleNamespace(name="GB10", total_memory=100 * GIB, uuid="0aaa-0", is_integrated=1)
+    play(monkeypatch, "cuda", "0aaa-0", free=7, total=100, get_device_properties=lambda _: properties)
+    report, (gpu,) = inspect_gpus({})
+    assert report.problem is None and (gpu.free, gpu.total, len(gpu.processes)) == (90 * GIB, 100 * GIB, 3)
+    assert gpu.device.uses_ram and devices.free_bytes(torch.device("cuda:0")) == 90 * GIB
+    monkeypatch.setattr(devices, "memory", lambda: (120 * GIB, 110 * GIB))
+    assert gpus_here()[0].free == 100 * GIB
+    hide(monkeypatch)
+    assert len(visible_gpus({}).gpus) == 1 and [usage.device for usage in memory_usage()] == ["RAM"]
+
+
+def test_a_gpu_whose_memory_only_pytorch_tells_keeps_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeNvml(("A100",), memory=NVMLError("Not Supported")))
+    play(monkeypatch, "cuda", "0aaa-0")
+    _, (gpu,) = inspect_gpus({})
+    assert (gpu.free, gpu.total, len(gpu.processes)) == (5 * GIB, 8 * GIB, 3) and not gpu.device.uses_ram
 
 
 def test_usable_gpus_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:

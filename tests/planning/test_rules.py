@@ -167,6 +167,12 @@ def test_gpus_that_are_left_out_fail_a_run_that_has_no_other_and_does_not_ask_fo
     assert found.level == "warning"
 
 
+def test_what_uses_the_ram_is_no_finding_of_a_gpu_whose_memory_it_is() -> None:
+    shared = gpu(0, 10, GpuProcess(7, "python", 3 * GIB))
+    assert len(run(facts(shared))) == 2
+    assert run(facts(replace(shared, integrated=True))) == []
+
+
 def test_idle_gpu() -> None:
     assert only(facts(plan=plan(load("cpu", free=64)))).fix == 'device_map = "planned"'
 

@@ -12,10 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from heretic.errors import first_line
 from heretic.hardware.obstacles import Obstacle, missing_kernels
+from heretic.hardware.ram import memory
 
 if TYPE_CHECKING:
     import torch
@@ -129,6 +128,7 @@ class Device:
     total: int
     free: int
     native_bfloat16: bool = False  # of a CPU: whether it multiplies matrices in bfloat16 with its own instructions
+    integrated: bool = False  # of a GPU: whether its memory is the RAM, unlike that of others of its kind
 
     @property
     def is_gpu(self) -> bool:
@@ -144,7 +144,7 @@ class Device:
     @property
     def uses_ram(self) -> bool:
         """Whether the device's memory is the RAM."""
-        return any(kind.unified for kind in KINDS.values() if kind.prefix == self.name)
+        return self.integrated or any(kind.unified for kind in KINDS.values() if kind.prefix == self.name)
 
     def is_called(self, value: int | str) -> bool:
         """Whether a setting means this device: by its name, its number, or as the first one of its kind."""
@@ -163,6 +163,7 @@ class Accelerator:
     title: str
     uuid: str  # empty if PyTorch does not report it
     capability: tuple[int, int] | None = None  # of CUDA; None: unknown
+    integrated: bool = False  # whether its memory is the RAM
 
     @property
     def obstacle(self) -> Obstacle | None:
@@ -221,10 +222,7 @@ def accelerators() -> list[Accelerator]:
     if kind is None:
         return []
     with suppress(RuntimeError, AssertionError):  # a driver too old for this PyTorch
-        return [
-            Accelerator(kind, index, *_title_and_uuid(KINDS[kind].prefix, index), _capability(kind, index))
-            for index in range(torch.accelerator.device_count())
-        ]
+        return [_accelerator(kind, index) for index in range(torch.accelerator.device_count())]
     return []
 
 
@@ -343,12 +341,22 @@ def _title_and_uuid(prefix: str, index: int) -> tuple[str, str]:
     return str(properties.name), str(getattr(properties, "uuid", ""))
 
 
-def _capability(kind: str, index: int) -> tuple[int, int] | None:
-    """Return the compute capability of a CUDA GPU; None for other kinds, whose builds name other things."""
+def _accelerator(kind: str, index: int) -> Accelerator:
     import torch
 
-    query = getattr(torch.get_device_module(CUDA), "get_device_capability", None) if kind == CUDA else None
-    return query(index) if query else None
+    prefix = KINDS[kind].prefix
+    query = getattr(torch.get_device_module(prefix), "get_device_capability", None) if kind == CUDA else None
+    capability = query(index) if query else None
+    return Accelerator(kind, index, *_title_and_uuid(prefix, index), capability, _integrated(KINDS[kind], index))
+
+
+def _integrated(kind: Kind, index: int) -> bool:
+    """Return whether an NVIDIA GPU has no memory but the RAM (GB10, Jetson)."""
+    import torch
+
+    if kind is not KINDS[CUDA]:
+        return False
+    return bool(getattr(torch.get_device_module(CUDA).get_device_properties(index), "is_integrated", False))
 
 
 def _memory(kind: Kind, index: int) -> tuple[int, int]:
@@ -356,9 +364,12 @@ def _memory(kind: Kind, index: int) -> tuple[int, int]:
     import torch
 
     module: Any = torch.get_device_module(kind.prefix)
+    if _integrated(kind, index):  # the driver counts cached files as used
+        total = int(module.get_device_properties(index).total_memory)
+        return min(total, memory()[1]), total
     if kind.unified:  # Metal's advice for one process; what other programs hold is missing in the RAM
         total = int(module.recommended_max_memory())
-        return max(0, min(total - int(module.driver_allocated_memory()), psutil.virtual_memory().available)), total
+        return max(0, min(total - int(module.driver_allocated_memory()), memory()[1])), total
     for query in _memory_queries(module):
         with suppress(RuntimeError):
             free, total = query(index)

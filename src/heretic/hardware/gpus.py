@@ -36,7 +36,7 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator; `index` is its number among the visible ones, `total` and `free` are bytes."""
+    """One accelerator; `index` is its number among the visible ones, `total` and `free` are bytes, 0 if unknown."""
 
     index: int
     uuid: str
@@ -46,11 +46,13 @@ class Gpu:
     processes: tuple[GpuProcess, ...] = ()
     kind: str = devices.CUDA  # key of `devices.KINDS`; NVML lists no other
     obstacle: Obstacle | None = None  # why it cannot be used
+    integrated: bool = False  # whether its memory is the RAM
 
     @property
     def device(self) -> Device:
         """The GPU as a device for weights."""
-        return Device(devices.device_name(self.kind, self.index), self.total, self.free)
+        name = devices.device_name(self.kind, self.index)
+        return Device(name, self.total, self.free, integrated=self.integrated)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _without_obstacle(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
 def _found(report: GpuReport) -> tuple[Gpu, ...]:
     """Return the GPUs that PyTorch lists, with its numbers.
 
-    For a GPU that NVML did not list, PyTorch opens a context on it and its processes are unknown.
+    For a GPU whose memory NVML did not tell, PyTorch opens a context on it, except if its memory is the RAM.
     """
     gpus: list[Gpu] = []
     seen = {_plain(gpu.uuid): gpu for gpu in report.gpus}
@@ -115,10 +117,12 @@ def _found(report: GpuReport) -> tuple[Gpu, ...]:
         for found in devices.accelerators():
             match = seen.get(_plain(found.uuid))
             if match is None:
-                free, total = found.memory()
                 # In NVML's form, so that another process that NVML does show this GPU finds the same lock.
                 uuid = f"GPU-{_plain(found.uuid)}" if found.uuid else f"{found.kind}-{found.index}"
-                match = Gpu(found.index, uuid, found.title, total, free, kind=found.kind)
+                match = Gpu(found.index, uuid, found.title, 0, 0, kind=found.kind)
+            if found.integrated or not match.total:
+                free, total = found.memory()
+                match = replace(match, total=total, free=free, integrated=found.integrated)
             gpus.append(replace(match, index=found.index, obstacle=match.obstacle or found.obstacle))
     return tuple(gpus)
 
@@ -156,9 +160,9 @@ def _query_gpus(nvml: ModuleType, wanted: str | None, order: str) -> GpuReport:
             if _has_mig(nvml, handle):
                 notes.append(f"{name} is divided into MIG slices, which heretic does not inspect")
                 continue
-            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-            total, free = int(memory.total), int(memory.free)
-            if not 0 <= free <= total < MOST_MEMORY or not total:
+            memory = _memory(nvml, handle)
+            total, free = memory or (0, 0)
+            if memory and (not 0 <= free <= total < MOST_MEMORY or not total):
                 notes.append(f"the NVIDIA driver reports implausible memory of {name}: {free} of {total} bytes free")
                 continue
             gpus.append(Gpu(len(gpus), uuids[place], name, total, free, _processes(nvml, handle)))
@@ -208,6 +212,17 @@ def _has_mig(nvml: ModuleType, handle: Any) -> bool:
         return bool(nvml.nvmlDeviceGetMigMode(handle)[0])
     except Exception:  # NVMLError for most GPUs, or another error of nvidia-ml-py with an old driver
         return False
+
+
+def _memory(nvml: ModuleType, handle: Any) -> tuple[int, int] | None:
+    """Return total and free bytes; None if the GPU has no memory of its own (GB10: "Not Supported")."""
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    except nvml.NVMLError as error:
+        if "not supported" not in str(error).lower():
+            raise
+        return None
+    return int(memory.total), int(memory.free)
 
 
 def _processes(nvml: ModuleType, handle: Any) -> tuple[GpuProcess, ...]:

@@ -1,26 +1,20 @@
-"""Memory and disks of the machine, within the limits of this process."""
+"""Devices and disks of the machine, within the limits of this process."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
 from heretic.files import expand_user
-from heretic.hardware.control_groups import control_groups
 from heretic.hardware.cpu import native_bfloat16
 from heretic.hardware.devices import CPU, Device
 from heretic.hardware.gpus import Gpu
-
-# Of a memory control group, by version: files with limit and usage, and the entries of memory.stat for cached files.
-GROUP_FILES = {
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file"),
-    2: ("memory.max", "memory.current", "inactive_file", "active_file"),
-}
+from heretic.hardware.ram import memory
 
 
 def devices(gpus: Sequence[Gpu]) -> list[Device]:
@@ -39,15 +33,6 @@ def _addresses() -> int:
         return sys.maxsize
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     return sys.maxsize if limit == resource.RLIM_INFINITY else max(0, limit - psutil.Process().memory_info().vms)
-
-
-def memory(root: Path = Path("/")) -> tuple[int, int]:
-    """Return total and available RAM in bytes, within the limits of control groups (containers, job schedulers)."""
-    system = psutil.virtual_memory()
-    total, available = system.total, system.available
-    for limit, used in _group_limits(root):
-        total, available = min(total, limit), min(available, max(0, limit - used))
-    return total, available
 
 
 def mappable(root: Path = Path("/")) -> int | None:
@@ -92,18 +77,3 @@ def is_mount_point(path: Path) -> bool:
 def format_bytes(size: int) -> str:
     """Format a size like '61.0 GiB' or '512 MiB'."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
-def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """Yield limit and usage in bytes of this process's memory control groups; cached files do not count as used."""
-    for folder, version in control_groups("memory", root):
-        limited, used, *cached = GROUP_FILES[version]
-        try:
-            limit = (folder / limited).read_text().strip()
-            if limit == "max":
-                continue
-            usage = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
-            files = sum(int(usage.get(name, 0)) for name in cached)
-            yield int(limit), max(0, int((folder / used).read_text()) - files)
-        except (OSError, ValueError):
-            continue  # the root group has no limit; a container cannot see its parent groups

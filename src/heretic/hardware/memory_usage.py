@@ -40,7 +40,7 @@ def memory_usage(pid: int | None = None) -> list[MemoryUsage]:
     except psutil.Error:
         own = None
     here = gpus_here() if pid is None and "torch" in sys.modules else ()
-    gpus = [_of_own(gpu) for gpu in here] or [_of(gpu) for gpu in visible_gpus().gpus]
+    gpus = [_of_own(gpu) for gpu in here] or [_of(gpu) for gpu in visible_gpus().gpus if gpu.total]
     return [*gpus, MemoryUsage("RAM", total - free, total, own)]
 
 

@@ -231,7 +231,7 @@ def busy_gpus(facts: PreflightFacts) -> Iterator[Finding]:
     """Report other processes on the GPUs of the plan."""
     for gpu in facts.used_gpus:
         kind = KINDS[gpu.kind]
-        if kind.unified:  # what uses the RAM is reported with the RAM
+        if gpu.device.uses_ram:  # what uses the RAM is reported with the RAM
             continue
         known = sum(process.used or 0 for process in gpu.processes)
         for process in gpu.processes:

@@ -63,6 +63,8 @@ def _accelerator_versions() -> dict[str, str]:
 
 
 def _free(gpu: Gpu) -> str:
+    if not gpu.total:
+        return "memory unknown"
     return f"{format_bytes(gpu.free)} of {format_bytes(gpu.total)} free"
 
 
