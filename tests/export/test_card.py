@@ -79,6 +79,12 @@ def test_the_conditions_of_the_scores_are_told() -> None:
         assert told in text
 
 
+def test_a_total_that_is_no_number_of_cases_is_not_a_share() -> None:
+    row = {"name": "mine", "unit": "points", "better": "lower", "original": 5.0, "ablated": 0.7, "total": 3.0}
+    text = card(manifest(measures=[row]), BaseCard(), WriteResult({}), "So.")
+    assert "| `mine` | points | lower | 5 | 0.7 |" in text
+
+
 def test_a_missing_card_is_not_one_without_a_license(tmp_path: Path) -> None:
     missing, silent = read_base_card(tmp_path), base(tmp_path, "# A model\n")
     assert missing.terms != silent.terms and not missing.entries

@@ -34,3 +34,4 @@ def test_of_an_adapter_the_products_are_compared() -> None:
         other = compared(adapter, changed)
         assert isinstance(other, Difference) and not other.within
     assert isinstance(compared(adapter, {names[0]: a, names[1]: b}), str)
+    assert isinstance(compared(adapter, {**adapter, names[1]: torch.randn(20, 3)}), str), "factors of unequal ranks"

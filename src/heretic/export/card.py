@@ -157,7 +157,8 @@ def _measures(comparisons: Sequence[Comparison]) -> str:
 
 
 def _value(number: float, of: Comparison) -> str:
-    return number_text(number) if of.total is None else share(int(number), int(of.total))
+    whole = of.total is not None and number == int(number) and 0 <= number <= of.total
+    return share(int(number), int(of.total)) if whole and of.total else number_text(number)
 
 
 def _limitations(manifest: Mapping[str, Any], scores: Scores) -> str:

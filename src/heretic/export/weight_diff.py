@@ -74,7 +74,10 @@ def weight_difference(ours: Path, theirs: Path, names: Iterable[str], stop: Stop
 def _read(file: Any, key: str) -> torch.Tensor:
     """Read a tensor; for the first factor of a LoRA pair the product of both."""
     tensor: torch.Tensor = file.get_tensor(key)
-    return file.get_tensor(key.replace(LORA_A, LORA_B)) @ tensor if key.endswith(LORA_A) else tensor
+    if not key.endswith(LORA_A) or key.replace(LORA_A, LORA_B) not in file.keys():  # noqa: SIM118
+        return tensor
+    other = file.get_tensor(key.replace(LORA_A, LORA_B))
+    return other @ tensor if other.shape[-1] == tensor.shape[0] else tensor
 
 
 def _compared(x: torch.Tensor, y: torch.Tensor) -> tuple[float, int, bool]:
