@@ -200,6 +200,26 @@ def test_a_gpu_without_kernels_in_this_build_is_left_out_and_the_numbers_stay(
     assert len(gpus_here()) == 1
 
 
+@pytest.mark.parametrize("toolkit", [None, "13.0"])
+def test_gpus_that_only_nvml_lists_have_the_error_of_starting_on_them(
+    monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml, toolkit: str | None
+) -> None:
+    started = []
+
+    def init() -> None:
+        started.append(1)
+        raise RuntimeError("Error 802: system not yet initialized\nmore")
+
+    hide(monkeypatch, built_for="cuda")
+    monkeypatch.setattr(torch.version, "cuda", toolkit)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    report, usable = inspect_gpus({})
+    assert usable == () and len(report.gpus) == 4 and len({gpu.obstacle for gpu in report.gpus}) == 1
+    obstacle = report.gpus[0].obstacle
+    assert obstacle is not None and len(started) == bool(toolkit)
+    assert obstacle.text.endswith("Error 802: system not yet initialized") == bool(toolkit)
+
+
 def test_a_gpu_without_memory_of_its_own_has_the_available_ram(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeNvml(("GB10",), memory=NVMLError("Not Supported")))
     monkeypatch.setattr(devices, "memory", lambda: (120 * GIB, 90 * GIB))

@@ -12,6 +12,7 @@ import pytest
 
 from heretic.hardware import locks
 from heretic.hardware.gpus import Gpu, GpuReport
+from heretic.hardware.obstacles import Obstacle
 from heretic.model.checkpoint import Checkpoint
 from heretic.planning import preflight
 from heretic.planning.preflight import PreflightReport, build_report
@@ -30,7 +31,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     monkeypatch.setattr(preflight.host, "free_disk", lambda _: 500 * GIB)
 
     def give(number: int, gib: float, usable: bool = True) -> None:
-        gpus = tuple(Gpu(i, f"GPU-{i}", "RTX", int(gib * GIB), int(gib * GIB)) for i in range(number))
+        why = None if usable else Obstacle("built for other devices", "another build", fails=False)
+        gpus = tuple(Gpu(i, f"GPU-{i}", "RTX", int(gib * GIB), int(gib * GIB), obstacle=why) for i in range(number))
         report = GpuReport(gpus, None if gpus else "no NVIDIA driver")
         monkeypatch.setattr(preflight, "inspect_gpus", lambda _: (report, gpus if usable else ()))
 

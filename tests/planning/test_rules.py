@@ -149,12 +149,6 @@ def test_fewer_bits_are_proposed_where_the_model_fits_in_them() -> None:
     assert "bnb" not in str(only(facts(plan=short)).fix)
 
 
-def test_gpus_without_cuda() -> None:
-    cpu = plan(load("cpu", free=64))
-    found = only(facts(usable=(), plan=cpu))
-    assert found.level == "warning" and "PyTorch" in found.text
-
-
 def test_gpus_that_are_left_out_fail_a_run_that_has_no_other_and_does_not_ask_for_the_cpu() -> None:
     obstacle = Obstacle("too old", "another build")
     old, cpu = replace(gpu(), obstacle=obstacle), plan(load("cpu", free=64))
@@ -165,6 +159,9 @@ def test_gpus_that_are_left_out_fail_a_run_that_has_no_other_and_does_not_ask_fo
     assert str(found.fix).endswith('device_map = "cpu"')
     found = only(facts(report=GpuReport((old,)), usable=(), plan=cpu, settings={"device_map": "cpu"}))
     assert found.level == "warning"
+    unstarted = replace(old, obstacle=replace(obstacle, fails=False))
+    found = only(facts(report=GpuReport((unstarted,)), usable=(), plan=cpu))
+    assert (found.level, found.fix) == ("warning", "another build")
 
 
 def test_what_uses_the_ram_is_no_finding_of_a_gpu_whose_memory_it_is() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from heretic.errors import first_line
-from heretic.hardware.obstacles import Obstacle, missing_kernels
+from heretic.hardware.obstacles import Obstacle, missing_kernels, start_failure
 from heretic.hardware.ram import memory
 
 if TYPE_CHECKING:
@@ -212,6 +212,19 @@ def unavailable() -> str | None:
             else f"PyTorch is built for {KINDS[kind].title}, but finds no device{_failure_to_start()}"
         )
     return f"heretic does not know PyTorch's accelerator {built!r} (PyTorch {torch.__version__})" if built else None
+
+
+def obstacle_of_all() -> Obstacle:
+    """Return why PyTorch lists none of the GPUs that NVML lists; starts CUDA for its error."""
+    import torch
+
+    error = ""
+    if torch.version.cuda:
+        try:
+            torch.cuda.init()
+        except Exception as failure:  # RuntimeError, AssertionError or PyTorch's DeferredCudaCallError
+            error = first_line(failure)
+    return start_failure(error, torch.__version__, torch.version.cuda, KINDS[CUDA].install)
 
 
 def accelerators() -> list[Accelerator]:

@@ -88,7 +88,11 @@ def inspect_gpus(environment: Mapping[str, str] = os.environ) -> tuple[GpuReport
     report = visible_gpus(environment)
     found, kind = _found(report), devices.current()
     usable, uuids = _without_obstacle(found), {gpu.uuid for gpu in found}
-    report = replace(report, gpus=(*found, *(gpu for gpu in report.gpus if gpu.uuid not in uuids)))
+    unlisted = tuple(gpu for gpu in report.gpus if gpu.uuid not in uuids)
+    if unlisted and not found:
+        why = devices.obstacle_of_all()
+        unlisted = tuple(replace(gpu, obstacle=gpu.obstacle or why) for gpu in unlisted)
+    report = replace(report, gpus=(*found, *unlisted))
     if usable and kind and not kind.in_nvml:
         where = "programs on the GPU and their memory" if kind.unified else "the processes on them"
         report = replace(report, problem=f"{kind.title}: heretic cannot see {where}")

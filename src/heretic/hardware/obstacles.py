@@ -19,6 +19,12 @@ NEWER_WHEELS = (
     "install a newer build: pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
 )
 
+# The driver's error numbers, in PyTorch's text: the fabric of NVSwitch is not up; after an update or a suspended machine the
+# parts of the driver do not fit together.
+NO_FABRIC = re.compile(r"\b802\b|system not yet initialized")
+BROKEN_STATE = re.compile(r"\b(999|803|804)\b|forward compatibility was attempted")
+OLD_DRIVER = re.compile(r"driver on your system is too old \(found version (\d+)\)")
+
 
 @dataclass(frozen=True)
 class Obstacle:
@@ -43,6 +49,32 @@ def missing_kernels(capability: tuple[int, int], built: Sequence[str], torch: st
     number = ".".join(map(str, capability))
     text = f"compute capability {number}, but PyTorch {torch} has kernels for {', '.join(built)} only"
     return Obstacle(text, next((fix for limit, fix in WHEELS if capability < limit), NEWER_WHEELS) or install)
+
+
+def start_failure(error: str, torch: str, toolkit: str | None, install: str) -> Obstacle:
+    """Return the obstacle of GPUs that the driver lists and PyTorch does not.
+
+    Args:
+        error: what starting PyTorch on them says; empty if nothing.
+        torch: PyTorch's version.
+        toolkit: the version of NVIDIA's toolkit that PyTorch is built for; None without.
+        install: how to get a usual build.
+    """
+    if toolkit is None:
+        text, fix = f"PyTorch {torch} is built for other devices", install
+    elif old := OLD_DRIVER.search(error):
+        found = f"{int(old[1]) // 1000}.{int(old[1]) % 1000 // 10}"
+        text = f"the driver is too old: it supports version {found}, PyTorch {torch} needs {toolkit}"
+        fix = f"update the driver, or {install}"
+    else:
+        said = re.sub(r"^Unexpected error from .*(?=Error \d)", "", error)
+        text = f"PyTorch {torch} does not start on it: {said or 'it finds no device'}"
+        fix = "run nvidia-smi; if it shows the GPU, reinstall the driver"
+        if NO_FABRIC.search(error):
+            fix = "sudo systemctl start nvidia-fabricmanager (of the driver's version)"
+        elif BROKEN_STATE.search(error):
+            fix = "reboot, or reload the driver's module: sudo rmmod nvidia_uvm && sudo modprobe nvidia_uvm"
+    return Obstacle(text, fix, fails=False)
 
 
 def _runs(entry: str, capability: tuple[int, int]) -> bool:

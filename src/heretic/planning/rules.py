@@ -52,14 +52,7 @@ def unseen_gpus(facts: PreflightFacts) -> Iterator[Finding]:
 
 
 def unusable_gpus(facts: PreflightFacts) -> Iterator[Finding]:
-    """Report GPUs that PyTorch cannot use."""
-    if facts.report.gpus and not facts.usable and not any(gpu.obstacle for gpu in facts.report.gpus):
-        text = f"The installed PyTorch cannot use {facts.report.gpus[0].name}. Everything runs on the CPU."
-        yield Finding("warning", "GPUs", text, KINDS[facts.report.gpus[0].kind].install)
-
-
-def left_out_gpus(facts: PreflightFacts) -> Iterator[Finding]:
-    """Report GPUs that are left out, by reason; a failure if no other is left and the settings do not name the CPU."""
+    """Report GPUs that cannot be used, by reason; a failure if no other is left and the settings do not name the CPU."""
     names: dict[Obstacle, list[str]] = {}
     for gpu in facts.report.gpus:
         if gpu.obstacle is not None:
@@ -68,7 +61,10 @@ def left_out_gpus(facts: PreflightFacts) -> Iterator[Finding]:
     for obstacle, gpus in names.items():
         level: Level = "failure" if fails and obstacle.fails else "warning"
         instead = f', or use the CPU: device_map = "{CPU}"' if level == "failure" else ""
-        yield Finding(level, "GPUs", f"Not used: {', '.join(gpus)}; {obstacle.text}.", obstacle.fix + instead)
+        text = f"Not used: {', '.join(gpus)}; {obstacle.text}."
+        if level == "warning" and not facts.usable:
+            text += " Everything runs on the CPU."
+        yield Finding(level, "GPUs", text, obstacle.fix + instead)
 
 
 def idle_gpus(facts: PreflightFacts) -> Iterator[Finding]:
@@ -309,7 +305,6 @@ RULES: tuple[Rule, ...] = (
     one_huge_file,
     unseen_gpus,
     unusable_gpus,
-    left_out_gpus,
     idle_gpus,
     memory,
     weights_do_not_fit,
