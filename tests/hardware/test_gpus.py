@@ -200,6 +200,18 @@ def test_a_gpu_without_kernels_in_this_build_is_left_out_and_the_numbers_stay(
     assert len(gpus_here()) == 1
 
 
+def test_compute_modes_of_nvml(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml) -> None:
+    monkeypatch.setattr(nvml, "nvmlDeviceGetComputeMode", lambda place: place, raising=False)
+    gpus = visible_gpus({}).gpus
+    assert [gpu.obstacle is None for gpu in gpus] == [True, True, False, True]
+    assert [gpu.exclusive for gpu in gpus] == [False, True, False, True]
+    assert [process.computes for process in gpus[1].processes] == [False]  # a graphics process
+    monkeypatch.setattr("heretic.hardware.gpus._process_name", lambda *_: "nvidia-cuda-mps-server")
+    assert not any(gpu.exclusive for gpu in visible_gpus({}).gpus)
+    play(monkeypatch, "cuda", "2aaa-2", "0aaa-0")
+    assert [gpu.uuid for gpu in inspect_gpus({})[1]] == ["GPU-0aaa-0"]
+
+
 @pytest.mark.parametrize("toolkit", [None, "13.0"])
 def test_gpus_that_only_nvml_lists_have_the_error_of_starting_on_them(
     monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml, toolkit: str | None

@@ -170,6 +170,16 @@ def test_what_uses_the_ram_is_no_finding_of_a_gpu_whose_memory_it_is() -> None:
     assert run(facts(replace(shared, integrated=True))) == []
 
 
+def test_an_exclusive_gpu_on_which_another_process_computes() -> None:
+    drawing, computing = GpuProcess(6, "Xorg", 1, computes=False), GpuProcess(7, "python", 1)
+    assert run(facts(gpu(0, 24, drawing, computing))) == []
+    assert run(facts(replace(gpu(0, 24, drawing), exclusive=True))) == []
+    found = only(facts(replace(gpu(0, 24, drawing, computing), exclusive=True)))
+    assert found.level == "failure" and "7" in found.text and "python" in found.text
+    other = facts(gpu(0), replace(gpu(1, 24, computing), exclusive=True))
+    assert run(other) == [], "the plan does not use it"
+
+
 def test_idle_gpu() -> None:
     assert only(facts(plan=plan(load("cpu", free=64)))).fix == 'device_map = "planned"'
 

@@ -24,6 +24,9 @@ from heretic.hardware.obstacles import Obstacle
 
 MOST_GPUS, MOST_MEMORY = 1024, 1 << 50  # beyond any machine: larger values mean a broken driver
 
+EXCLUSIVE, PROHIBITED = (1, 3), 2  # compute modes of NVML
+SHARING = "nvidia-cuda-mps"  # NVIDIA's server that lets several processes compute on an exclusive GPU
+
 
 @dataclass(frozen=True)
 class GpuProcess:
@@ -32,6 +35,7 @@ class GpuProcess:
     pid: int
     name: str
     used: int | None
+    computes: bool = True  # else it only draws
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Gpu:
     kind: str = devices.CUDA  # key of `devices.KINDS`; NVML lists no other
     obstacle: Obstacle | None = None  # why it cannot be used
     integrated: bool = False  # whether its memory is the RAM
+    exclusive: bool = False  # whether one process at a time may compute on it
 
     @property
     def device(self) -> Device:
@@ -169,7 +174,8 @@ def _query_gpus(nvml: ModuleType, wanted: str | None, order: str) -> GpuReport:
             if memory and (not 0 <= free <= total < MOST_MEMORY or not total):
                 notes.append(f"the NVIDIA driver reports implausible memory of {name}: {free} of {total} bytes free")
                 continue
-            gpus.append(Gpu(len(gpus), uuids[place], name, total, free, _processes(nvml, handle)))
+            gpu = Gpu(len(gpus), uuids[place], name, total, free, _processes(nvml, handle))
+            gpus.append(_with_compute_mode(nvml, handle, gpu))
         except Exception as error:  # NVMLError and its like
             notes.append(f"GPU {place} does not respond: {first_line(error)}")
     if not count:
@@ -229,6 +235,19 @@ def _memory(nvml: ModuleType, handle: Any) -> tuple[int, int] | None:
     return int(memory.total), int(memory.free)
 
 
+def _with_compute_mode(nvml: ModuleType, handle: Any, gpu: Gpu) -> Gpu:
+    """Return the GPU with what its compute mode forbids."""
+    try:
+        mode = nvml.nvmlDeviceGetComputeMode(handle)
+    except Exception:  # NVMLError, or another error of nvidia-ml-py with an old driver
+        return gpu
+    if mode == PROHIBITED:
+        fix = f"sudo nvidia-smi -i {gpu.uuid} -c DEFAULT"
+        return replace(gpu, obstacle=Obstacle("its compute mode is Prohibited", fix))
+    shared = any(process.name.startswith(SHARING) for process in gpu.processes)
+    return replace(gpu, exclusive=mode in EXCLUSIVE and not shared)
+
+
 def _processes(nvml: ModuleType, handle: Any) -> tuple[GpuProcess, ...]:
     """Return all other processes on a GPU, the largest first."""
     processes: dict[int, GpuProcess] = {}
@@ -237,7 +256,8 @@ def _processes(nvml: ModuleType, handle: Any) -> tuple[GpuProcess, ...]:
             for process in getattr(nvml, query)(handle):
                 if process.pid != os.getpid():
                     name = _process_name(nvml, process.pid)
-                    processes.setdefault(process.pid, GpuProcess(process.pid, name, process.usedGpuMemory))
+                    found = GpuProcess(process.pid, name, process.usedGpuMemory, computes="Compute" in query)
+                    processes.setdefault(process.pid, found)
     return tuple(sorted(processes.values(), key=lambda process: -(process.used or 0)))
 
 

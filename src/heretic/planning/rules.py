@@ -242,6 +242,19 @@ def busy_gpus(facts: PreflightFacts) -> Iterator[Finding]:
             yield Finding("warning", "GPUs", text, f"run {kind.monitor} on the host, or set {kind.visibility[0]}")
 
 
+def exclusive_gpus(facts: PreflightFacts) -> Iterator[Finding]:
+    """Report a GPU of the plan that another process has for itself."""
+    for gpu in facts.used_gpus:
+        owner = next((process for process in gpu.processes if process.computes), None)
+        if gpu.exclusive and owner:
+            kind = KINDS[gpu.kind]
+            text = (
+                f"Process {owner.pid} ({owner.name}) has {gpu.device.name} for itself: its compute mode is exclusive."
+            )
+            fix = f"wait for it, exclude this GPU with {kind.visibility[0]}, or sudo {kind.monitor} -i {gpu.uuid} -c DEFAULT"
+            yield Finding("failure", "GPUs", text, fix)
+
+
 def held_locks(facts: PreflightFacts) -> Iterator[Finding]:
     """Report another heretic run on the same device."""
     for name, owner in facts.holders:
@@ -316,6 +329,7 @@ RULES: tuple[Rule, ...] = (
     batch_too_large,
     batch_too_small,
     busy_gpus,
+    exclusive_gpus,
     held_locks,
     prompts,
     run_folder,
