@@ -82,6 +82,7 @@ class Instrument:
         self.original: Original | None = None
         known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         self.report: dict[str, Any] = {**head(arguments), "rows": known.get("rows", [])}
+        self.report["began"] = known.get("began", known.get("date", self.report["date"]))
         self.report["commands"] = sorted({*known.get("commands", []), without_places(self.report.pop("command"))})
 
     def run(self) -> None:

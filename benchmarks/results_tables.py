@@ -54,7 +54,7 @@ def captioned(
     model = model or " and ".join(unique(MODELS[report["model"]] for report in reports))
     hardware = hardware or " and ".join(unique(f"{r['machine']['cores']} cores of an {cpu(r)}" for r in reports))
     commands = command or ", ".join(f"`{each}`" for each in unique(map(command_of, reports)))
-    days = sorted(report["date"][:10] for report in reports)
+    days = sorted(report[key][:10] for report in reports for key in ("began", "date") if key in report)
     dates = " to ".join(unique((days[0], days[-1])))
     names = ", ".join(f"`{name}.json`" for name in shortened(files))
     text = f"{model}. {hardware}, {dates}. {commands}. Settings: {settings}. Data: {names}."
