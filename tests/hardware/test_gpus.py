@@ -200,6 +200,13 @@ def test_a_gpu_without_kernels_in_this_build_is_left_out_and_the_numbers_stay(
     assert len(gpus_here()) == 1
 
 
+def test_bfloat16_is_emulated_below_capability_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, "cuda", "a", "b", get_device_capability=[(7, 5), (8, 0)].__getitem__)
+    assert [gpu.emulates_bfloat16 for gpu in usable_gpus(GpuReport(()))] == [True, False]
+    play(monkeypatch, "xpu", None)
+    assert not usable_gpus(GpuReport(()))[0].emulates_bfloat16
+
+
 def test_compute_modes_of_nvml(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml) -> None:
     monkeypatch.setattr(nvml, "nvmlDeviceGetComputeMode", lambda place: place, raising=False)
     gpus = visible_gpus({}).gpus

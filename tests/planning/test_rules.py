@@ -180,6 +180,14 @@ def test_an_exclusive_gpu_on_which_another_process_computes() -> None:
     assert run(other) == [], "the plan does not use it"
 
 
+def test_bfloat16_on_a_gpu_that_emulates_it() -> None:
+    old = replace(gpu(), emulates_bfloat16=True)
+    found = only(facts(old))
+    assert (found.level, found.fix) == ("warning", 'dtypes = ["float16", "bfloat16"]')
+    assert run(facts(old, plan=plan(dtype="float16"))) == []
+    assert run(facts(gpu(), replace(old, index=1))) == [], "the plan does not use it"
+
+
 def test_idle_gpu() -> None:
     assert only(facts(plan=plan(load("cpu", free=64)))).fix == 'device_map = "planned"'
 

@@ -24,6 +24,7 @@ from heretic.hardware.obstacles import Obstacle
 
 MOST_GPUS, MOST_MEMORY = 1024, 1 << 50  # beyond any machine: larger values mean a broken driver
 
+NATIVE_BFLOAT16 = (8, 0)  # first compute capability with it (Ampere); PyTorch claims it for older ones too
 EXCLUSIVE, PROHIBITED = (1, 3), 2  # compute modes of NVML
 SHARING = "nvidia-cuda-mps"  # NVIDIA's server that lets several processes compute on an exclusive GPU
 
@@ -52,6 +53,7 @@ class Gpu:
     obstacle: Obstacle | None = None  # why it cannot be used
     integrated: bool = False  # whether its memory is the RAM
     exclusive: bool = False  # whether one process at a time may compute on it
+    emulates_bfloat16: bool = False  # whether it has no bfloat16 of its own
 
     @property
     def device(self) -> Device:
@@ -132,7 +134,9 @@ def _found(report: GpuReport) -> tuple[Gpu, ...]:
             if found.integrated or not match.total:
                 free, total = found.memory()
                 match = replace(match, total=total, free=free, integrated=found.integrated)
-            gpus.append(replace(match, index=found.index, obstacle=match.obstacle or found.obstacle))
+            emulates = found.capability is not None and found.capability < NATIVE_BFLOAT16
+            obstacle = match.obstacle or found.obstacle
+            gpus.append(replace(match, index=found.index, obstacle=obstacle, emulates_bfloat16=emulates))
     return tuple(gpus)
 
 

@@ -255,6 +255,14 @@ def exclusive_gpus(facts: PreflightFacts) -> Iterator[Finding]:
             yield Finding("failure", "GPUs", text, fix)
 
 
+def emulated_bfloat16(facts: PreflightFacts) -> Iterator[Finding]:
+    """Report GPUs of the plan that emulate its number format."""
+    names = [f"{gpu.name} ({gpu.device.name})" for gpu in facts.used_gpus if gpu.emulates_bfloat16]
+    if names and facts.plan and facts.plan.dtype == "bfloat16":
+        text = f"Without bfloat16 of its own, which is therefore emulated and slow: {', '.join(names)}."
+        yield Finding("warning", "dtypes", text, 'dtypes = ["float16", "bfloat16"]')
+
+
 def held_locks(facts: PreflightFacts) -> Iterator[Finding]:
     """Report another heretic run on the same device."""
     for name, owner in facts.holders:
@@ -330,6 +338,7 @@ RULES: tuple[Rule, ...] = (
     batch_too_small,
     busy_gpus,
     exclusive_gpus,
+    emulated_bfloat16,
     held_locks,
     prompts,
     run_folder,
