@@ -48,11 +48,14 @@ def test_every_signal_that_schedulers_send_before_the_end_is_orderly(name: str) 
     if not hasattr(signal, name):
         pytest.skip("of another system")
     number, stop = getattr(signal, name), StopSignal()
-    before = signal.getsignal(number)
-    with stop.on_signals():
-        signal.raise_signal(number)
-        assert stop.requested and stop.from_keyboard == (name == "SIGINT")
-    assert signal.getsignal(number) == before
+    inherited = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP, shells SIGINT in the background
+    try:
+        with stop.on_signals():
+            signal.raise_signal(number)
+            assert stop.requested and stop.from_keyboard == (name == "SIGINT")
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, inherited)
 
 
 def test_a_limit_on_cpu_time_signals_every_second_and_is_no_second_request() -> None:

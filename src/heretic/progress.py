@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Protocol
 
 log = logging.getLogger(__name__)
-logging.getLogger("heretic").addHandler(logging.NullHandler())  # else Python prints what a program has no handler for
 
 
 class Stage(Protocol):
@@ -65,7 +64,8 @@ class PythonReporter(NullReporter):
 
     def warning(self, text: str) -> None:
         """See ProgressReporter."""
-        log.warning(text)
+        if log.hasHandlers():  # else Python would print it a second time
+            log.warning(text)
         warnings.warn(text, stacklevel=2)
 
 
