@@ -363,7 +363,7 @@ def load_run_settings(
     try:
         resolved = resolve(file, options, assignments, storage)
     except SettingsError as error:
-        if error.code != "unknown-setting" or not (error.where or "").startswith(str(file.path)):
+        if error.code not in ("unknown-setting", "invalid-setting") or not (error.where or "").startswith(str(file.path)):
             raise
         fix = f"{error.fix}; or use the version of heretic that wrote the file"
         raise SettingsError(error.what, code=error.code, where=error.where, fix=fix) from None
