@@ -363,7 +363,8 @@ def load_run_settings(
     try:
         resolved = resolve(file, options, assignments, storage)
     except SettingsError as error:
-        if error.code not in ("unknown-setting", "invalid-setting") or not (error.where or "").startswith(str(file.path)):
+        own = (error.where or "").startswith(str(file.path))
+        if not own or error.code not in ("unknown-setting", "invalid-setting"):
             raise
         fix = f"{error.fix}; or use the version of heretic that wrote the file"
         raise SettingsError(error.what, code=error.code, where=error.where, fix=fix) from None
