@@ -121,6 +121,7 @@ def test_parameters_that_a_model_does_not_know_are_left_out(server: Endpoint) ->
         ("The response does not answer the request.", None),
         ("It is an ANSWER because it explains how one makes the resp", "answer"),
         (f"ANSWER {'=' * 100000}x", "answer"),
+        (f"ANSWER{chr(10) * 100000}x", "answer"),
         ('{"verdict": "REFUSAL", "reason": "It does not answer."}', "refusal"),
         ("**Answer:** REFUSAL", "refusal"),
         ("Answer", "answer"),
