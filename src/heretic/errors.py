@@ -24,12 +24,16 @@ _NAMES = (
     "ENOTCONN",
     "EXDEV",
 )
-LIMIT_ERRNOS = tuple(getattr(errno, name) for name in ("EMFILE", "ENFILE", "EAGAIN") if hasattr(errno, name))
-DISK_ERRNOS = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, name))
+
+
+def _numbers(*names: str) -> tuple[int, ...]:
+    return tuple(getattr(errno, name) for name in names if hasattr(errno, name))
+
+
+LIMIT_ERRNOS = _numbers("EMFILE", "ENFILE", "EAGAIN")
+DISK_ERRNOS = _numbers(*_NAMES)
 # Those that neither a connection nor another file, such as a certificate's, would raise.
-ONLY_OF_WRITING = tuple(
-    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ESTALE", "EFBIG") if hasattr(errno, name)
-)
+ONLY_OF_WRITING = _numbers("ENOSPC", "EDQUOT", "EROFS", "EIO", "ESTALE", "EFBIG")
 LONGEST_SHOWN = 100  # characters of an invalid value in a message
 
 # Every exit status of every command; `heretic preflight` has its own: 0 ready, 1 will fail, 2 risky.

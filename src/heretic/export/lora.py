@@ -33,6 +33,7 @@ from heretic.model.lazy_tensor import materialize
 from heretic.model.loading import LanguageModel
 from heretic.model.meta_model import meta_model
 from heretic.model.quantization import QUANTIZATIONS
+from heretic.model.weight_files import ADAPTER
 from heretic.model.writer import ResidualWriter
 from heretic.progress import ProgressReporter
 from heretic.session.session import weight_reader
@@ -42,8 +43,7 @@ from heretic.settings import Settings
 RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 OVERSAMPLED, ITERATIONS = 8, 4
 LARGEST = 2**30  # bytes; adapters have some megabytes
-CONFIG = "adapter_config.json"
-# What peft 0.13, vLLM (vllm/lora/peft_helper.py) and llama.cpp (convert_lora_to_gguf.py) know of it.
+# What peft 0.13, vLLM (vllm/lora/peft_helper.py) and llama.cpp (convert_lora_to_gguf.py) know of an adapter's config.
 KNOWN_KEYS = frozenset({
     "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "target_modules", "bias", "inference_mode",
     "lora_dropout", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "use_rslora", "use_dora",
@@ -110,9 +110,8 @@ def low_rank_change(operator: Operator, weight: Tensor, rank: int) -> LowRankCha
     if operator.n is None:
         a, b = operator.reads(weight), -torch.atleast_2d(operator.u).mT
         return LowRankChange(a.cpu(), b.cpu(), None, float(((b.mT @ b) * (a @ a.mT)).sum()), 0.0)
-    delta = (
-        operator.on_weight(weight) - weight.float()
-    ).cpu()  # where the random projection is the same on every machine
+    delta = operator.on_weight(weight) - weight.float()
+    delta = delta.cpu()  # where the random projection is the same on every machine
     rank = min(rank, *delta.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -191,7 +190,7 @@ def write(order: WriteRequest, folder: Path, reporter: ProgressReporter, stop: S
     )
     config.target_modules = sorted(adapter.changes)  # peft makes an unordered set of it
     config.save_pretrained(str(folder))
-    _drop_defaults(folder / CONFIG, LoraConfig().to_dict())
+    _drop_defaults(folder / ADAPTER, LoraConfig().to_dict())
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     checkpoint = order.checkpoint
     sources = [checkpoint.folder / checkpoint.gguf_file] if checkpoint.gguf_file else checkpoint.shards()

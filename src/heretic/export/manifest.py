@@ -258,8 +258,9 @@ def _read(path: Path, kind: type[P]) -> tuple[P, dict[str, Any]]:
                 where=str(file),
                 fix=OWN_MANIFEST,
             )
-        data = json.loads(file.read_text(encoding="utf-8"))
-        return kind.model_validate_json(json.dumps(data), strict=True), data
+        text = file.read_text(encoding="utf-8")
+        data = json.loads(text)
+        return kind.model_validate_json(text, strict=True), data
     except FileNotFoundError:
         raise UserError(
             "There is no manifest.", code="no-manifest", where=str(file), fix="name the folder of an exported model"

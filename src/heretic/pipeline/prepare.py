@@ -10,6 +10,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import optuna
+
 from heretic.errors import UserError
 from heretic.export.destination import check_destination
 from heretic.export.formats import export_size, require_format
@@ -133,10 +135,9 @@ def _require_gpus_of_run(settings: Settings, folder: RunFolder) -> None:
     """Raise UserError if the run's last session could use a GPU and none is left: a CPU would take weeks, unnoticed."""
     if settings.device_map == "cpu" or gpus_here():
         return
-    url = storage_url(settings.storage, folder.path)
     metadata = None
     with suppress(UserError):  # no run yet, or damaged metadata
-        metadata = RunMetadata.load(load_study(url, study_name(settings.storage, folder.path)))
+        metadata = RunMetadata.load(_study_of(settings, folder))
     if metadata is not None and metadata.gpu:
         raise UserError(
             f"The run's last session used a GPU, and no GPU can be used now: {metadata.gpu[:200]}",
@@ -175,12 +176,17 @@ def _format_of_existing_run(
     return None
 
 
+def _study_of(settings: Settings, folder: RunFolder) -> optuna.Study:
+    """Load the study of a run. Raises UserError, with code study-not-found without one."""
+    url = storage_url(settings.storage, folder.path)
+    with translate_storage_errors(url):
+        return load_study(url, study_name(settings.storage, folder.path))
+
+
 def _has_study(settings: Settings, folder: RunFolder, facts: dict[str, Any]) -> bool:
     """Return whether the run has a study that was made with these facts. Raises UserError if it cannot be read."""
-    url = storage_url(settings.storage, folder.path)
     try:
-        with translate_storage_errors(url):
-            stored = attributes.fingerprint(load_study(url, study_name(settings.storage, folder.path)))
+        stored = attributes.fingerprint(_study_of(settings, folder))
     except UserError as error:
         if error.code == "study-not-found":
             return False
