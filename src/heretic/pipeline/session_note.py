@@ -51,7 +51,7 @@ def _words_on_last(file: Path) -> str:
             return ""  # the folder was copied
         during = f" during '{shortened(str(left['stage']))}'" if left["stage"] else ""
         at_work = f"batch_size = {int(left['batch_size'])}, {format_bytes(int(left['free']))} of RAM were free"
-        return f"The last session ended without a word{during}, {PROBABLE_CAUSE}: {at_work}."
+        return f"The last session ended without a message{during}, {PROBABLE_CAUSE}: {at_work}."
     except (OSError, UserError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
         return ""
 
